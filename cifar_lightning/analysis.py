@@ -1,0 +1,258 @@
+"""A run's answers -> numbers: accuracy with its interval, calibration, per-class rates, confusions; NumPy only.
+
+Every function is pure. A confusion matrix is int64 with rows for the true class and columns for the predicted one; all
+per-class numbers are read from it, so they cannot contradict each other. What has no value (the precision of a class
+that was never predicted) is NaN, and nothing here warns about it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float64, Int, Int64
+
+
+def confusion_matrix(
+    targets: Int[np.ndarray, " n"], preds: Int[np.ndarray, " n"], num_classes: int
+) -> Int64[np.ndarray, "classes classes"]:
+    """Counts the pictures of each true class (row) that were taken for each class (column).
+
+    Raises:
+        ValueError: A target or prediction is not in 0..num_classes-1, or there are not as many of both.
+    """
+    if len(targets) != len(preds):
+        raise ValueError(f"{len(targets)} targets but {len(preds)} predictions")
+    for name, values in (("target", targets), ("prediction", preds)):
+        outside = values[(values < 0) | (values >= num_classes)]
+        if len(outside):
+            raise ValueError(f"{name} {outside[0]} is not in 0..{num_classes - 1}")
+    cells = targets.astype(np.int64) * num_classes + preds
+    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes).astype(np.int64)
+
+
+def accuracy(cm: Int[np.ndarray, "classes classes"]) -> float:
+    """Returns the share of pictures on the diagonal, 0..1; NaN without pictures."""
+    return float(_ratio(np.trace(cm), cm.sum()))
+
+
+@dataclass(frozen=True)
+class PerClass:
+    """Rates of each class, in class order; each array has shape (classes,).
+
+    Attributes:
+        support: Pictures of the class, int64.
+        predicted: Pictures that were taken for the class, int64.
+        precision: Share of `predicted` that is right, 0..1; NaN where the class was never predicted.
+        recall: Share of `support` that is right, 0..1; NaN where the class has no pictures.
+        f1: Harmonic mean of the two as 2 TP / (support + predicted), 0..1: 0.0 for a class with pictures that was never
+            predicted; NaN only for a class that is neither there nor predicted.
+    """
+
+    support: Int64[np.ndarray, " classes"]
+    predicted: Int64[np.ndarray, " classes"]
+    precision: Float64[np.ndarray, " classes"]
+    recall: Float64[np.ndarray, " classes"]
+    f1: Float64[np.ndarray, " classes"]
+
+
+def per_class(cm: Int[np.ndarray, "classes classes"]) -> PerClass:
+    """Reads the rates of each class from the confusion matrix."""
+    right = np.diag(cm).astype(np.int64)
+    support = cm.sum(axis=1, dtype=np.int64)
+    predicted = cm.sum(axis=0, dtype=np.int64)
+    return PerClass(
+        support=support,
+        predicted=predicted,
+        precision=_ratio(right, predicted),
+        recall=_ratio(right, support),
+        f1=_ratio(2 * right, support + predicted),
+    )
+
+
+def macro_f1(cm: Int[np.ndarray, "classes classes"]) -> float:
+    """Returns the mean F1 of the classes that are there or were predicted, as scikit-learn and torchmetrics do."""
+    f1 = per_class(cm).f1
+    f1 = f1[~np.isnan(f1)]
+    return float(f1.mean()) if len(f1) else math.nan
+
+
+@dataclass(frozen=True)
+class ConfusedPair:
+    """One cell off the diagonal.
+
+    Attributes:
+        true: Index of the true class.
+        pred: Index of the class it was taken for.
+        count: Pictures.
+        share: `count` over all pictures of the true class, 0..1.
+    """
+
+    true: int
+    pred: int
+    count: int
+    share: float
+
+
+def most_confused(cm: Int[np.ndarray, "classes classes"], top: int = 10) -> list[ConfusedPair]:
+    """Returns the largest cells off the diagonal, largest first, equal ones in class order; never an empty one."""
+    mistakes = cm.copy()
+    np.fill_diagonal(mistakes, 0)
+    support = cm.sum(axis=1)
+    order = np.argsort(-mistakes, axis=None, kind="stable")[:top]
+    pairs = []
+    for true, pred in zip(*np.unravel_index(order, cm.shape), strict=True):
+        count = int(mistakes[true, pred])
+        if count:
+            pairs.append(ConfusedPair(int(true), int(pred), count, count / int(support[true])))
+    return pairs
+
+
+def gallery_positions(
+    logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"], limit: int = 500
+) -> Int64[np.ndarray, " shown"]:
+    """Returns which pictures are worth looking at, each once, at most `limit`, in ascending order.
+
+    A quarter each: the most confident mistakes, the highest losses, the least certain (smallest gap between the two
+    most probable classes), and the clearest mistakes of each of the most confused pairs.
+    """
+    probs = softmax(logits)
+    preds = probs.argmax(axis=1)
+    confidence = probs.max(axis=1)
+    wrong = np.flatnonzero(preds != targets)
+    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
+    losses = -log_softmax(logits)[np.arange(len(targets)), targets]
+    gaps = -np.diff(np.partition(probs, -2, axis=1)[:, -2:], axis=1)[:, 0] if probs.shape[1] > 1 else -confidence
+    quarter = limit // 4
+    pairs = most_confused(confusion_matrix(targets, preds, logits.shape[1]))
+    of_pairs = [wrong[(targets[wrong] == pair.true) & (preds[wrong] == pair.pred)][: limit // 40] for pair in pairs]
+    chosen = [wrong[:quarter], np.argsort(-losses, kind="stable")[:quarter], np.argsort(-gaps, kind="stable")[:quarter]]
+    return np.unique(np.concatenate([*chosen, *of_pairs])).astype(np.int64)
+
+
+def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Returns the score interval of a share, within 0..1; without trials that is all of 0..1.
+
+    Unlike the usual "plus or minus" it holds near 0 and 1 and for small classes. E. B. Wilson, "Probable inference, the
+    law of succession, and statistical inference", JASA 22 (1927).
+
+    Args:
+        successes: Right answers.
+        total: Answers.
+        z: Quantile of the normal distribution; 1.959964 leaves 2.5 % on either side.
+
+    Raises:
+        ValueError: Not 0 <= successes <= total.
+    """
+    if not 0 <= successes <= total:
+        raise ValueError(f"{successes} successes out of {total}")
+    if total == 0:
+        return 0.0, 1.0
+    share = successes / total
+    centre = share + z**2 / (2 * total)
+    half_width = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    scale = 1 + z**2 / total
+    # At 0 and at 1 the end is exact; rounding must not move it.
+    low = 0.0 if successes == 0 else (centre - half_width) / scale
+    high = 1.0 if successes == total else (centre + half_width) / scale
+    return low, high
+
+
+def log_softmax(logits: Float[np.ndarray, "n classes"]) -> Float64[np.ndarray, "n classes"]:
+    """Returns log-probabilities; in float64, so that large logits neither overflow nor saturate; NaN where infinite."""
+    with np.errstate(invalid="ignore"):  # inf - inf
+        shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+        log_probs: Float64[np.ndarray, "n classes"] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return log_probs
+
+
+def softmax(logits: Float[np.ndarray, "n classes"]) -> Float64[np.ndarray, "n classes"]:
+    """Returns probabilities, 0..1, each row summing to 1."""
+    probs: Float64[np.ndarray, "n classes"] = np.exp(log_softmax(logits))
+    return probs
+
+
+def cross_entropy(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"]) -> float:
+    """Returns the mean of minus the log-probability of the true class, in nats, without label smoothing."""
+    return float(-log_softmax(logits)[np.arange(len(targets)), targets].mean())
+
+
+def expected_calibration_error(
+    probs: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"], bins: int = 15
+) -> float:
+    """Returns how far confidence and accuracy are apart on average, 0..1; NaN if any probability is.
+
+    The pictures are binned by the probability of their predicted class into `bins` equal parts [a, b) of 0..1, and
+    |accuracy - mean confidence| is averaged over the pictures. Guo et al., "On Calibration of Modern Neural Networks",
+    ICML 2017. As in torchmetrics' `MulticlassCalibrationError(norm="l1")`, a confidence of exactly 1.0 has a bin of its
+    own, where the paper has it in the last one.
+    """
+    if np.isnan(probs).any():
+        return math.nan
+    confidences = probs.max(axis=1)
+    right = probs.argmax(axis=1) == targets
+    indices = np.digitize(confidences, np.linspace(0, 1, bins + 1)) - 1
+    # A bin's |mean right - mean confidence| times its share of the pictures is |sum of differences| / n.
+    differences = right.astype(np.float64) - confidences.astype(np.float64)
+    return float(np.abs(np.bincount(indices, weights=differences)).sum() / len(targets))
+
+
+def test_metrics(
+    logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"], class_names: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the content of `test_metrics.json` in plain Python types.
+
+    Keys: `accuracy`, `accuracy_interval_95` [low, high] (Wilson), `num_pictures`, `loss` (`cross_entropy`), `ece`
+    (`expected_calibration_error`, 15 bins), `macro_f1`, `per_class` {name: {support, precision, recall, f1}}, and
+    `most_confused` [{true, predicted, count, share}] with class names. What has no value is None.
+
+    Raises:
+        ValueError: No pictures, or not one distinct name for each column of the logits.
+    """
+    num_classes = logits.shape[1]
+    if len(targets) == 0:
+        raise ValueError("no pictures to measure on")
+    if len(set(class_names)) != len(class_names) or len(class_names) != num_classes:
+        raise ValueError(f"{num_classes} classes need as many distinct names, got {list(class_names)}")
+    cm = confusion_matrix(targets, logits.argmax(axis=1), num_classes)
+    rates = per_class(cm)
+    return {
+        "accuracy": accuracy(cm),
+        "accuracy_interval_95": list(wilson_interval(int(np.trace(cm)), len(targets))),
+        "num_pictures": len(targets),
+        "loss": _plain(cross_entropy(logits, targets)),
+        "ece": _plain(expected_calibration_error(softmax(logits), targets)),
+        "macro_f1": _plain(macro_f1(cm)),
+        "per_class": {
+            name: {
+                "support": int(rates.support[index]),
+                "precision": _plain(rates.precision[index]),
+                "recall": _plain(rates.recall[index]),
+                "f1": _plain(rates.f1[index]),
+            }
+            for index, name in enumerate(class_names)
+        },
+        "most_confused": [
+            {
+                "true": class_names[pair.true],
+                "predicted": class_names[pair.pred],
+                "count": pair.count,
+                "share": pair.share,
+            }
+            for pair in most_confused(cm)
+        ],
+    }
+
+
+test_metrics.__test__ = False  # type: ignore[attr-defined]  # pytest takes an imported `test_...` for a test
+
+
+def _ratio(part: Any, whole: Any) -> Any:
+    """Divides, NaN where `whole` is 0."""
+    whole = np.asarray(whole, dtype=np.float64)
+    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole != 0)
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

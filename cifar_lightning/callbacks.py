@@ -1,0 +1,328 @@
+"""What a run leaves behind: its tables, its TensorBoard, its answers; and early stopping that lets OneCycle finish."""
+
+import csv
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from cifar_lightning.analysis import confusion_matrix, gallery_positions, per_class, test_metrics
+from cifar_lightning.classifier import Batch, ImageClassifier
+from cifar_lightning.data import ImageDataModule, Part
+from cifar_lightning.errors import UserError
+from cifar_lightning.figures import confusion_figure, figure_to_array, pictures_figure
+from cifar_lightning.loader import Rank
+from cifar_lightning.files import MetricsTable, write_bytes_durably, write_json, write_text_durably
+from cifar_lightning.runs import RunFolder, describe_environment
+
+MONITOR = "val/acc"
+_BATCH_SHOWN = 32  # pictures of the first batch on the dashboard
+
+
+class RunRecorder(pl.Callback):
+    """Writes split.json and environment.json at the start and a row of metrics.csv and timing.csv each epoch.
+
+    Args:
+        run: The run's folder.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.metrics, self.timing = MetricsTable(run.metrics_csv), MetricsTable(run.timing_csv)
+        self._started_s = 0.0
+        self._validated = False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write what the run starts from."""
+        if not trainer.is_global_zero:
+            return
+        write_json(self.run.split, data_of(trainer).split_summary())
+        device = trainer.strategy.root_device
+        environment = describe_environment() | {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "num_devices": trainer.world_size,
+            "precision": str(trainer.precision),
+            "num_threads": torch.get_num_threads(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
+        write_json(self.run.environment, environment)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._started_s, self._validated = time.perf_counter(), False
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the time of training alone."""
+        self._validated = True
+        self._trained_s = time.perf_counter() - self._started_s
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the epoch's rows, before the checkpoint that holds the epoch."""
+        assert isinstance(pl_module, ImageClassifier)
+        elapsed_s = time.perf_counter() - self._started_s
+        train = pl_module.epoch_metrics()  # collective: all ranks
+        if not trainer.is_global_zero:
+            return
+        row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step, **train}
+        if data_of(trainer).num_pictures("val"):
+            logged = trainer.callback_metrics
+            for name in ("val/loss", "val/acc", "val/f1", "val/ece"):
+                row[name] = float(logged[name]) if self._validated and name in logged else float("nan")
+        self.metrics.append(row)
+        train_s = self._trained_s if self._validated else elapsed_s
+        self.timing.append(
+            {
+                "epoch": trainer.current_epoch,
+                "elapsed_s": elapsed_s,
+                "train_s": train_s,
+                "train_images_per_s": pl_module.num_trained_pictures() * trainer.world_size / train_s,
+                "peak_memory_mb": peak_memory_mb(trainer.strategy.root_device),
+            }
+        )
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Return the most memory used so far in 10^6 bytes: of the GPU, or of this process without one; nan on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+        import sys
+    except ImportError:
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+class Dashboard(pl.Callback):
+    """Fills TensorBoard beyond the scalars that are logged: a batch as trained on, the confusion figure, each class.
+
+    Args:
+        class_names: Names of the classes.
+    """
+
+    def __init__(self, class_names: tuple[str, ...]) -> None:
+        self.class_names = class_names
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Show the run's first batch; log loss and learning rate every `log_every_n_steps`."""
+        step = trainer.global_step
+        if step != 1 and (not trainer.log_every_n_steps or step % trainer.log_every_n_steps):
+            return
+        board = board_of(trainer)
+        if board is None or not trainer.is_global_zero:
+            return
+        if step == 1:
+            board.add_image("train/batch_as_trained_on", self._picture_of(trainer, batch), 0, dataformats="HWC")
+        board.add_scalar("step/train_loss", float(outputs["loss"]), step)
+        board.add_scalar("step/lr", trainer.optimizers[0].param_groups[0]["lr"], step)
+
+    def _picture_of(self, trainer: pl.Trainer, batch: Batch) -> np.ndarray:
+        images, targets = (part[:_BATCH_SHOWN].cpu() for part in batch)
+        data = data_of(trainer)
+        assert data.mean is not None
+        assert data.std is not None
+        pixels = images.float().permute(0, 2, 3, 1) * torch.tensor(data.std) + torch.tensor(data.mean)
+        shown = (pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+        return figure_to_array(pictures_figure(shown, [self.class_names[target] for target in targets.tolist()]))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the confusion matrix and log each class's accuracy."""
+        board = board_of(trainer)
+        confusion = getattr(pl_module, "val_confusion", None)
+        if board is None or confusion is None or not trainer.is_global_zero:
+            return
+        matrix = confusion.numpy()
+        image = figure_to_array(confusion_figure(matrix, self.class_names))
+        board.add_image("val/confusion_matrix", image, trainer.global_step, dataformats="HWC")
+        for name, recall in zip(self.class_names, per_class(matrix).recall, strict=True):
+            board.add_scalar(f"val_acc_of_class/{name}", recall, trainer.global_step)
+
+
+class AnswerKeeper(pl.Callback):
+    """Keeps the logits of `trainer.test` and `trainer.validate`, from all ranks, and writes them into the run.
+
+    Args:
+        run: The run's folder; None keeps them in `metrics` and `confusion` alone.
+    """
+
+    def __init__(self, run: RunFolder | None) -> None:
+        self.run = run
+        self.metrics: dict[str, Any] | None = None
+        self.confusion: np.ndarray | None = None
+        self._logits: list[Tensor] = []
+        self._targets: list[Tensor] = []
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
+    ) -> None:
+        """Keep a batch's answers."""
+        self._keep(outputs, batch)
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
+    ) -> None:
+        """Keep a batch's answers, but not those of the validations within `fit`."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._keep(outputs, batch)
+
+    def _keep(self, logits: Tensor, batch: Batch) -> None:
+        self._logits.append(logits.float().cpu())
+        self._targets.append(batch[1].cpu())
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write predictions_val.npz."""
+        if trainer.state.fn != TrainerFn.VALIDATING:
+            return
+        answers = self._gather(trainer, "val")
+        if answers is not None and self.run is not None:
+            _write_npz(self.run.predictions_val, **answers)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write predictions.npz, test_metrics.json, the confusion matrix and the gallery."""
+        answers = self._gather(trainer, "test")
+        if answers is None:
+            return
+        data = data_of(trainer)
+        logits, targets = answers["logits"], answers["targets"]
+        self.metrics = test_metrics(logits, targets, data.class_names)
+        self.confusion = confusion_matrix(targets, logits.argmax(1), data.num_classes)
+        if self.run is None:
+            return
+        _write_npz(self.run.predictions, **answers)
+        write_json(self.run.test_metrics, self.metrics)
+        write_confusion(self.run, self.confusion, data.class_names)
+        shown = gallery_positions(logits, targets)
+        _write_npz(
+            self.run.gallery,
+            images=data.pictures("test", answers["indices"][shown]),
+            indices=answers["indices"][shown],
+            class_names=answers["class_names"],
+        )
+
+    def _gather(self, trainer: pl.Trainer, part: Part) -> dict[str, np.ndarray] | None:
+        """Return all ranks' answers in the split's order on rank 0, None elsewhere; every rank must call it."""
+        own = (torch.cat(self._logits).numpy(), torch.cat(self._targets).numpy())
+        self._logits, self._targets = [], []
+        shares = [own]
+        if trainer.world_size > 1:
+            gathered: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
+            torch.distributed.gather_object(own, gathered)
+            shares = gathered or []
+        if not trainer.is_global_zero:
+            return None
+        data = data_of(trainer)
+        positions = [
+            data.rank_positions(part, Rank(rank, trainer.world_size))[: len(targets)]
+            for rank, (_, targets) in enumerate(shares)
+        ]
+        order = np.argsort(np.concatenate(positions))
+        return {
+            "logits": np.concatenate([logits for logits, _ in shares])[order],
+            "targets": np.concatenate([targets for _, targets in shares])[order],
+            "indices": np.concatenate(positions)[order],
+            "class_names": np.array(data.class_names),
+        }
+
+
+def write_confusion(run: RunFolder, confusion: np.ndarray, class_names: tuple[str, ...]) -> None:
+    """Write confusion_matrix.pt, .csv and .png; rows: true class, columns: predicted class."""
+    buffer = io.BytesIO()
+    torch.save(torch.from_numpy(confusion), buffer)
+    write_bytes_durably(run.confusion_matrix_pt, buffer.getvalue())
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["true \\ predicted", *class_names])
+    writer.writerows([name, *row] for name, row in zip(class_names, confusion.tolist(), strict=True))
+    write_text_durably(run.confusion_matrix_csv, table.getvalue())
+    buffer = io.BytesIO()
+    confusion_figure(confusion, class_names).savefig(buffer, format="png", dpi=150)
+    write_bytes_durably(run.confusion_matrix_png, buffer.getvalue())
+
+
+def _write_npz(path: Path, **arrays: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_bytes_durably(path, buffer.getvalue())
+
+
+class AnnealingEarlyStopping(EarlyStopping):
+    """Stops a run that no longer improves, but never before OneCycle's annealing had its chance.
+
+    The accuracy of OneCycle comes with the annealing: until the learning rate's peak nothing is counted, and after it the
+    patience is at least a third of the epochs.
+
+    Args:
+        patience: Validations without improvement after the peak; raised to a third of the epochs where it is smaller.
+        min_delta: Smallest change of val/acc that counts as an improvement.
+    """
+
+    def __init__(self, patience: int = 10, min_delta: float = 0.0) -> None:
+        super().__init__(monitor=MONITOR, mode="max", patience=patience, min_delta=min_delta)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise the patience to a third of the epochs."""
+        if trainer.max_epochs and trainer.max_epochs > 0:
+            self.patience = max(self.patience, -(-trainer.max_epochs // 3))
+
+    def _run_early_stopping_check(self, trainer: pl.Trainer) -> None:
+        module = trainer.lightning_module
+        assert isinstance(module, ImageClassifier)
+        if trainer.global_step >= module.pct_start * module.total_steps():
+            super()._run_early_stopping_check(trainer)
+
+
+def run_checkpoint(run: RunFolder, *, monitored: bool) -> ModelCheckpoint:
+    """Return the callback that keeps best.ckpt (by val/acc, where anything is held out) and last.ckpt."""
+    return ModelCheckpoint(
+        dirpath=run.checkpoints,
+        filename="best",
+        monitor=MONITOR if monitored else None,
+        mode="max",
+        save_top_k=1 if monitored else 0,
+        save_last=True,
+        enable_version_counter=False,
+    )
+
+
+class RunBoard(TensorBoardLogger):
+    """TensorBoard events right in the run's folder, without the hparams.yaml that repeats config.yaml.
+
+    Args:
+        run: The run's folder.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        super().__init__(save_dir=run.path, name="", version="", default_hp_metric=False)
+
+    def save(self) -> None:
+        """Flush the events alone."""
+        self.experiment.flush()
+
+
+def board_of(trainer: pl.Trainer) -> Any:
+    """Return the SummaryWriter of the first TensorBoard logger, None without one."""
+    boards = (logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
+    return next(boards, None)
+
+
+def data_of(trainer: pl.Trainer) -> ImageDataModule:
+    """Return the Trainer's ImageDataModule.
+
+    Raises:
+        UserError: The Trainer was given other data; these callbacks need names, splits and raw pictures.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, ImageDataModule):
+        raise UserError("this callback needs trainer.fit(model, datamodule=ImageDataModule(...)).")
+    return data

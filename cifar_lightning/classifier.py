@@ -1,0 +1,224 @@
+"""ImageClassifier: a network with its loss, metrics, optimiser and schedule, for the Lightning Trainer."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from jaxtyping import Float, Int64
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+)
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.models import build_model
+from cifar_lightning.optim import adamw, check_lr, one_cycle
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ImageClassifier(pl.LightningModule):
+    """Trains a network with label-smoothed cross entropy, AdamW and OneCycle, and measures it.
+
+    Logged once an epoch: train/loss, train/acc, lr; val/loss, val/acc, val/f1, val/ece; the same four for test. Losses of
+    validation and test are plain cross entropy, so that they compare between runs with other smoothing.
+
+    Args:
+        name: The network, a name that `build_model` knows.
+        num_classes: Number of classes; on the command line the data's.
+        image_size: Side of the square pictures in pixels; on the command line the data's.
+        lr: Peak learning rate of OneCycle.
+        weight_decay: AdamW's decay of filters and matrices; norms and biases have none.
+        label_smoothing: Share of the target spread evenly over all classes.
+        pct_start: Share of the steps in which the learning rate rises.
+        model_kwargs: More arguments of the network, such as {widths: [16, 32, 64], dropout: 0.2}.
+        compile: Compile the network with torch.compile: a slow first minute, then faster steps on a GPU.
+        model: A network of one's own that gives raw logits, instead of `name`; from Python only.
+
+    Raises:
+        UserError: An unknown network or a value outside its range.
+    """
+
+    def __init__(
+        self,
+        name: str = "smallnet",
+        num_classes: int = 10,
+        image_size: int = 32,
+        *,
+        lr: float = 3e-3,
+        weight_decay: float = 0.05,
+        label_smoothing: float = 0.1,
+        pct_start: float = 0.3,
+        model_kwargs: dict[str, Any] | None = None,
+        compile: bool = False,
+        model: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        check_lr(lr)
+        if not weight_decay >= 0:
+            raise UserError(f"--model.weight_decay {weight_decay}: 0 or more.")
+        for flag, value in (("label_smoothing", label_smoothing), ("pct_start", pct_start)):
+            if not 0 <= value < 1:
+                raise UserError(f"--model.{flag} {value}: 0 to below 1.")
+        # logger=False: the run's config.yaml holds these and more.
+        self.save_hyperparameters(ignore=["model"], logger=False)
+        self.num_classes, self.lr, self.pct_start = num_classes, lr, pct_start
+        self.weight_decay, self.label_smoothing = weight_decay, label_smoothing
+        network = build_model(name, num_classes, image_size, **(model_kwargs or {})) if model is None else model
+        # NHWC: the loaders' batches lie so, and convolutions are faster on both CPU and tensor cores.
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if compile:
+            self.network.compile()
+        self.val_metrics = _evaluation_metrics(num_classes)
+        self.test_metrics = _evaluation_metrics(num_classes)
+        self._train_totals = _no_totals(self.device)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """Return raw logits of normalised pictures."""
+        logits: Tensor = self.network(images)
+        return logits
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        """Forget the last epoch's sums."""
+        self._train_totals = _no_totals(self.device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the label-smoothed loss of a batch; add it to the epoch's sums without waiting for the device."""
+        images, targets = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        # Three sums instead of self.log, which reads back from the device and costs more host time than a small step.
+        loss_sum, num_correct, num_pictures = self._train_totals
+        with torch.no_grad():
+            loss_sum += loss.detach() * len(targets)
+            num_correct += (logits.argmax(1) == targets).sum()
+        self._train_totals = (loss_sum, num_correct, num_pictures + len(targets))
+        return loss
+
+    def train_metrics(self) -> dict[str, float]:
+        """Return train/loss and train/acc of this rank's pictures so far in this epoch; waits for the device."""
+        loss_sum, num_correct, num_pictures = self._train_totals
+        return {
+            "train/loss": loss_sum.item() / max(1, num_pictures),
+            "train/acc": num_correct.item() / max(1, num_pictures),
+        }
+
+    def num_trained_pictures(self) -> int:
+        """Return how many pictures this rank has trained on so far in this epoch."""
+        return self._train_totals[2]
+
+    def epoch_metrics(self) -> dict[str, float]:
+        """Return train/loss, train/acc of all ranks' pictures and the last learning rate; every rank must call it."""
+        loss_sum, num_correct, num_pictures = self._train_totals
+        totals = torch.stack([loss_sum, num_correct, torch.full_like(loss_sum, num_pictures)])
+        loss_total, correct, count = self.trainer.strategy.reduce(totals, reduce_op="sum").tolist()
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        return {"train/loss": loss_total / count, "train/acc": correct / count, "lr": float(lr)}
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return AdamW and OneCycle over all steps of the run."""
+        optimizer = adamw(self.network, lr=self.lr, weight_decay=self.weight_decay)
+        schedule = one_cycle(optimizer, lr=self.lr, total_steps=self.total_steps(), pct_start=self.pct_start)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Return the optimiser steps of the whole run, computed from lengths alone.
+
+        Not `trainer.estimated_stepping_batches`: it sets up the loaders too early and so loses a loader's position on
+        resume (Lightning #20550). With loaders other than ours, which have no position, there is nothing to lose.
+        """
+        trainer = self.trainer
+        count_batches = getattr(getattr(trainer, "datamodule", None), "num_train_batches", None)
+        if count_batches is None:
+            total = trainer.estimated_stepping_batches
+        else:
+            batches = count_batches(trainer.world_size)
+            limit = trainer.limit_train_batches
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+            per_epoch = -(-batches // trainer.accumulate_grad_batches)
+            epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
+            total = per_epoch * epochs
+            if trainer.max_steps != -1:
+                total = min(total, trainer.max_steps)
+        if total == float("inf"):
+            raise UserError("OneCycle needs an end: give --epochs N or --trainer.max_steps N.")
+        return int(total)
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Count a batch; return its logits for callbacks."""
+        return self._evaluate(self.val_metrics, batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Count a batch; return its logits for callbacks."""
+        return self._evaluate(self.test_metrics, batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the logits of a batch."""
+        logits: Tensor = self(batch[0])
+        return logits
+
+    def _evaluate(self, metrics: MetricCollection, batch: Batch) -> Float[Tensor, "batch classes"]:
+        images, targets = batch
+        logits: Tensor = self(images)
+        if len(targets) > 0:  # a rank whose share has run out gets an empty batch
+            update_evaluation(metrics, logits.float(), targets)
+        return logits
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/loss, val/acc, val/f1 and val/ece."""
+        self._log_evaluation("val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log test/loss, test/acc, test/f1 and test/ece."""
+        self._log_evaluation("test", self.test_metrics)
+
+    def _log_evaluation(self, stage: str, metrics: MetricCollection) -> None:
+        values = metrics.compute()
+        # The sums over ranks are done by torchmetrics, picture by picture: sync_dist would average ranks instead.
+        self.log_dict({f"{stage}/{name}": values[name] for name in ("loss", "acc", "f1", "ece")}, sync_dist=False)
+        setattr(self, f"{stage}_confusion", values["confusion"].cpu())
+        metrics.reset()
+
+    val_confusion: Tensor | None = None
+    """int64 (classes, classes) of the last validation; rows: true class."""
+    test_confusion: Tensor | None = None
+    """int64 (classes, classes) of the last test; rows: true class."""
+
+
+def _evaluation_metrics(num_classes: int) -> MetricCollection:
+    """Return loss, accuracy, macro F1, calibration error (15 bins) and confusion matrix; per class is read from it."""
+    return MetricCollection(
+        {
+            "loss": MeanMetric(),
+            "acc": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+            "f1": MulticlassF1Score(num_classes, average="macro", validate_args=False),
+            "ece": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False),
+            "confusion": MulticlassConfusionMatrix(num_classes, validate_args=False),
+        },
+        compute_groups=False,
+    )
+
+
+def update_evaluation(
+    metrics: MetricCollection, logits: Float[Tensor, "batch classes"], targets: Int64[Tensor, "batch"]
+) -> None:
+    """Add one batch's answers to the metrics of a stage."""
+    probs = logits.softmax(1)
+    for name in ("acc", "f1", "ece", "confusion"):
+        metrics[name].update(probs, targets)
+    metrics["loss"].update(F.cross_entropy(logits, targets), weight=len(targets))
+
+
+def _no_totals(device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Return zero loss sum, zero correct answers (both on the device) and zero pictures."""
+    return torch.zeros((), device=device), torch.zeros((), device=device), 0

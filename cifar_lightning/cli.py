@@ -1,0 +1,248 @@
+"""The command line: LightningCLI over ImageClassifier and ImageDataModule, with runs as folders and short errors."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from cifar_lightning.callbacks import (
+    AnnealingEarlyStopping,
+    AnswerKeeper,
+    Dashboard,
+    RunBoard,
+    RunRecorder,
+    run_checkpoint,
+)
+from cifar_lightning.classifier import ImageClassifier
+from cifar_lightning.data import ImageDataModule
+from cifar_lightning.errors import UserError
+from cifar_lightning.files import write_text_durably
+from cifar_lightning.progress import RunProgress
+from cifar_lightning.report import print_test_report
+from cifar_lightning.runs import RunFolder, create_run, open_run
+
+RUNS = Path("runs")
+ALIASES = {"--epochs": "--trainer.max_epochs", "--batch_size": "--data.batch_size", "--lr": "--model.lr"}
+_EVALUATING = ("validate", "test")
+# Lightning's launcher runs the command again for each further process, which must join the first one's run.
+_RUN_OF_RANK_0 = "CIFAR_LIGHTNING_RUN_DIR"
+_SILENCED = (
+    # Our logger steps once an epoch whatever log_every_n_steps is.
+    ".*is smaller than the logging interval.*",
+    # Lightning 2.6 asks torch's pytree in a way that torch has deprecated.
+    ".*LeafSpec.*is deprecated.*",
+    # A chosen --run_dir that a run without any checkpoint left behind.
+    "Checkpoint directory .* exists and is not empty.*",
+)
+
+
+def main() -> None:
+    """Run the command of `sys.argv` and exit: 0, 1 for a run that failed, 2 for what the user can mend."""
+    try:
+        run_command(sys.argv[1:])
+    except (UserError, MisconfigurationException) as error:
+        # Three lines at most: what is wrong and what to do, not how the program found out.
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        print("error: " + "\n".join(lines[:3]), file=sys.stderr)
+        sys.exit(2)
+
+
+def run_command(argv: Sequence[str]) -> "RunCLI":
+    """Run one command line without its program's name."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no adverts, no list of absent accelerators
+    for message in _SILENCED:
+        warnings.filterwarnings("ignore", message)
+    return RunCLI(rewrite_arguments(argv))
+
+
+def rewrite_arguments(argv: Sequence[str]) -> list[str]:
+    """Spell aliases out, and a run folder after `test` or `validate` as its config and best checkpoint.
+
+    Rewriting, because LightningCLI's own means either make the long form an error or change the saved key.
+
+    Raises:
+        UserError: An alias and its long form are given with different values, or the folder is not a run.
+    """
+    rewritten = list(argv)
+    if len(rewritten) > 1 and rewritten[0] in _EVALUATING and not rewritten[1].startswith("-"):
+        run = open_run(Path(rewritten[1]))
+        best = run.best_checkpoint if run.best_checkpoint.exists() else run.last_checkpoint
+        if not best.exists():
+            raise UserError(f"{run.path}: no checkpoint in it; fit has to finish an epoch first.")
+        rewritten[1:2] = ["--config", str(run.config), "--ckpt_path", str(best)]
+    spelled = [_spell_out(argument) for argument in rewritten]
+    for alias, long_form in ALIASES.items():
+        values = {_value_after(spelled, k) for k, name in enumerate(spelled) if name.split("=")[0] == long_form}
+        if len(values) > 1 and any(argument.split("=")[0] == alias for argument in argv):
+            raise UserError(
+                f"{alias} and {long_form} are two spellings of one setting and differ: {', '.join(sorted(values))}."
+            )
+    return spelled
+
+
+def _spell_out(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return ALIASES.get(name, name) + equals + value
+
+
+def _value_after(arguments: list[str], position: int) -> str:
+    _, equals, value = arguments[position].partition("=")
+    if equals:
+        return value
+    return arguments[position + 1] if position + 1 < len(arguments) else ""
+
+
+class RunParser(LightningArgumentParser):
+    """LightningCLI's parser that raises a short `UserError` instead of printing its usage, and takes no abbreviation."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the message's first lines."""
+        lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+        raise UserError("\n".join(lines[:2])) from ex
+
+
+class RunCLI(LightningCLI):
+    """Makes the run folder, the callbacks that fill it, and what follows `fit`.
+
+    Args:
+        args: The command line, aliases spelled out.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        self.run: RunFolder | None = None
+        self.answers = AnswerKeeper(None)
+        # LightningCLI takes sys.argv, and warns where it is given arguments beside it.
+        sys.argv[1:] = args
+        super().__init__(
+            ImageClassifier,
+            ImageDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={"max_epochs": 100, "num_sanity_val_steps": 0, "enable_model_summary": False},
+            parser_class=RunParser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the commands and which of their arguments are not flags."""
+        commands = LightningCLI.subcommands()
+        return {name: commands[name] | {"weights_only", "verbose"} for name in ("fit", *_EVALUATING)}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run folder's flag and early stopping's; take from the data what the data knows."""
+        parser.add_argument("--run_dir", type=str | None, default=None, help="Folder of the run; default: runs/RECIPE/N.")
+        parser.add_lightning_class_args(AnnealingEarlyStopping, "early_stopping")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the command line as it is: LightningCLI would silently replace it by the checkpoint's values."""
+
+    def before_instantiate_classes(self) -> None:
+        """Choose by device what was left open: precision, and cuDNN's autotune where runs need not be deterministic."""
+        trainer = self.config[self.subcommand].trainer
+        on_cuda = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
+        if on_cuda:
+            torch.set_float32_matmul_precision("high")  # TF32 where a product is in 32 bits
+        if trainer.precision is None:
+            trainer.precision = "16-mixed" if on_cuda else "32-true"
+        elif not on_cuda and str(trainer.precision) in ("16", "16-mixed", "16-true"):
+            # Half precision on a CPU is emulated and 90 times slower where the processor has no instructions for it.
+            print(f"--trainer.precision {trainer.precision} needs a GPU: using 32-true.", file=sys.stderr)
+            trainer.precision = "32-true"
+        if trainer.benchmark is None:
+            trainer.benchmark = not trainer.deterministic
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make the Trainer with the callbacks and the logger of the run."""
+        config = self.config[self.subcommand]
+        monitored = self.subcommand == "fit" and self._open_run(config)
+        settings = self.config_init[self.subcommand].trainer
+        callbacks: list[pl.Callback] = list(settings.callbacks or [])
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if settings.enable_progress_bar is not False and not has_bar:
+            callbacks.append(RunProgress(self.run if self.subcommand == "fit" else None))
+        self.answers = AnswerKeeper(self.run)
+        callbacks.append(self.answers)
+        if self.subcommand == "fit":
+            assert self.run is not None
+            callbacks.append(RunRecorder(self.run))
+            callbacks.append(Dashboard(self.datamodule.class_names))
+            if settings.enable_checkpointing is not False:
+                callbacks.append(run_checkpoint(self.run, monitored=monitored))
+            if monitored:
+                callbacks.append(self.config_init[self.subcommand].early_stopping)
+        logger = settings.logger
+        if logger in (None, True):
+            logger = RunBoard(self.run) if self.subcommand == "fit" and self.run else False
+        return pl.Trainer(**{**settings, "callbacks": callbacks, "logger": logger})
+
+    def _open_run(self, config: Namespace) -> bool:
+        """Make the run folder of `fit` once its data is known to be good; return whether anything is held out."""
+        joined = os.environ.get(_RUN_OF_RANK_0)
+        if joined is not None and os.environ.get("LOCAL_RANK", "0") != "0":
+            self.run = RunFolder(Path(joined))
+            self.datamodule.setup()
+        else:
+            if os.environ.get("RANK", "0") != "0" and config.run_dir is None:
+                raise UserError("several processes started from outside (torchrun) need one --run_dir for all of them.")
+            # Before the folder is made: a mistake should not leave an empty run behind.
+            self.datamodule.prepare_data()
+            self.datamodule.setup()
+            recipe = Path(str(config.config[-1])).stem if config.config else config.model.name
+            self.run = create_run(RUNS, recipe, Path(config.run_dir) if config.run_dir else None)
+            os.environ[_RUN_OF_RANK_0] = str(self.run.path)
+            write_text_durably(self.run.config, self._config_text(config))
+        return self.datamodule.num_pictures("val") > 0
+
+    def _config_text(self, config: Namespace) -> str:
+        """Return every value of the run as YAML, without the run's own path, so that it starts the same run anew."""
+        own = config.clone()
+        for key in ("run_dir", "config", "ckpt_path"):
+            own.pop(key, None)
+        text: str = self._parser("fit").dump(own, skip_none=False)
+        return text
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["weights_only"] = True  # a checkpoint is data: it must not be able to run code
+        if subcommand != "fit":
+            kwargs["verbose"] = False  # our report follows
+        return kwargs
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint once, write the answers and show the report."""
+        assert self.run is not None
+        best = self.run.best_checkpoint if self.run.best_checkpoint.exists() else self.run.last_checkpoint
+        chosen = {"ckpt_path": best, "weights_only": True} if best.exists() else {}
+        if self.datamodule.num_pictures("val"):
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False, **chosen)
+        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False, **chosen)
+        self.after_test()
+
+    def after_test(self) -> None:
+        """Show the report of the test."""
+        if self.trainer.is_global_zero and self.answers.metrics is not None and self.answers.confusion is not None:
+            run_path = self.run.path if self.run is not None else None
+            print_test_report(self.answers.metrics, self.answers.confusion, self.datamodule.class_names, run_path)
+
+    def after_validate(self) -> None:
+        """Show the validation's figures."""
+        if self.trainer.is_global_zero:
+            for name, value in self.trainer.callback_metrics.items():
+                print(f"{name:<9} {float(value):.4f}")

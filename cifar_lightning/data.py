@@ -1,0 +1,324 @@
+"""ImageDataModule: from a source's pictures to honest splits, statistics and loaders, with or without a Trainer."""
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+
+from cifar_lightning.augment import Augmentation, CropMode, FlipMode, seeded_generator
+from cifar_lightning.errors import UserError
+from cifar_lightning.loader import EpochSampler, PictureLoader, Rank, ResidentLoader, StreamingLoader
+from cifar_lightning.sources import PictureSet, open_source
+
+Part = Literal["train", "val", "test"]
+_SPLIT = 1_000_003  # purpose of the split's generator; an epoch's purposes are below 10
+_CHUNK = 4096  # pictures summed at a time: 50 MB of float64 at 32x32
+
+
+class ImageDataModule(pl.LightningDataModule):
+    """Pictures by name, split without a peek at test, as finished batches.
+
+    `class_names`, `num_classes` and `image_size` are known at once, `mean` and `std` (per channel, of pictures scaled to
+    0-1) after `setup()`. Without a Trainer: `prepare_data()`, `setup()`, then iterate `train_dataloader()`.
+
+    Args:
+        dataset: Which pictures: cifar10, cifar100, folder (class folders below root) or synthetic (generated).
+        root: Where the pictures lie, or are downloaded to.
+        batch_size: Training pictures a step and process.
+        image_size: Side of the square pictures in pixels; by default the data set's own.
+        val_fraction: Share of the training pictures held out for validation, stratified by class; 0 trains on all.
+        num_workers: 0 keeps the pictures on the training device, 1 or more streams them with that many worker
+            processes; by default 0 where the set fits in memory, else 2.
+        seed: Seed of split, order and augmentation.
+        eval_batch_size: Pictures a step in validation, test and prediction.
+        crop_padding_px: Pixels a training picture may move each way; 0 is off.
+        crop_mode: What fills a moved picture's border: reflect or zeros.
+        flip: Mirror training pictures: random, alternating (each picture every second epoch) or none.
+        cutout_px: Side of a square set to the mean colour; 0 is off.
+        brightness: Brightness is scaled by up to this much either way; 0 is off.
+        contrast: Contrast is scaled by up to this much either way; 0 is off.
+        drop_last: Leave out a last, smaller training batch.
+        device: Where batches are finished; by default the Trainer's device, or the CPU without one.
+
+    Raises:
+        UserError: A value that does not fit, or data that is missing, damaged or too small.
+    """
+
+    def __init__(
+        self,
+        dataset: str = "cifar10",
+        root: str = "data",
+        batch_size: int = 128,
+        *,
+        image_size: int | None = None,
+        val_fraction: float = 0.1,
+        num_workers: int | None = None,
+        seed: int = 0,
+        eval_batch_size: int = 256,
+        crop_padding_px: int = 4,
+        crop_mode: CropMode = "reflect",
+        flip: FlipMode = "random",
+        cutout_px: int = 0,
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+        drop_last: bool = False,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        for flag, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if size < 1:
+                raise UserError(f"--data.{flag} {size}: 1 or more.")
+        if not 0 <= val_fraction < 1:
+            raise UserError(f"--data.val_fraction {val_fraction}: 0 (train on all) to below 1, such as 0.1.")
+        if seed < 0:
+            raise UserError(f"--data.seed {seed}: 0 or more.")
+        if num_workers is not None and num_workers < 0:
+            raise UserError(f"--data.num_workers {num_workers}: 0 (resident) or more (streaming).")
+        self.source = open_source(dataset, root, image_size)
+        self.class_names: tuple[str, ...] = self.source.class_names
+        self.num_classes = len(self.class_names)
+        self.image_size: int = self.source.image_size
+        self.augmentation = Augmentation(crop_padding_px, crop_mode, flip, cutout_px, brightness, contrast)
+        self.augmentation.check(self.image_size)
+        self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
+        self.val_fraction, self.seed, self.num_workers = val_fraction, seed, num_workers
+        self.device = device
+        self.mean: tuple[float, ...] | None = None
+        self.std: tuple[float, ...] | None = None
+        self._pictures: dict[str, PictureSet] = {}
+        self._indices: dict[Part, Tensor] = {}
+        self._resident: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+
+    # -- what Lightning calls, and people without it ------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Download or decode what is missing, once a machine."""
+        self.source.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the pictures, split them, measure them. Calling it again changes nothing.
+
+        Args:
+            stage: Lightning's; every stage needs the same, since the split and the statistics come from training.
+        """
+        if self._indices:
+            return
+        train, test, val = (self._load(name) for name in ("train", "test", "val"))
+        assert train is not None
+        assert test is not None
+        everything = torch.arange(len(train.targets))
+        if val is not None:
+            self._indices["train"], self._indices["val"] = everything, torch.arange(len(val.targets))
+        else:
+            self._indices["train"], self._indices["val"] = stratified_split(
+                torch.from_numpy(train.targets), self.val_fraction, seed=self.seed, class_names=self.class_names
+            )
+        self._indices["test"] = torch.arange(len(test.targets))
+        if self.batch_size > len(self._indices["train"]):
+            raise UserError(
+                f"--data.batch_size {self.batch_size}: larger than the training split of "
+                f"{len(self._indices['train'])} pictures; take that many or fewer."
+            )
+        self.mean, self.std = self.source.mean, self.source.std
+        if self.mean is None or self.std is None:
+            self.mean, self.std = channel_statistics(train.images, self._indices["train"].numpy())
+
+    def _load(self, name: Part) -> PictureSet | None:
+        pictures = self.source.load(name)
+        if pictures is not None:
+            self._pictures[name] = pictures
+        return pictures
+
+    def train_dataloader(self) -> PictureLoader:
+        """Return the loader of augmented training batches in a new order each epoch."""
+        return self._loader("train", training=True)
+
+    def val_dataloader(self) -> PictureLoader | list[Any]:
+        """Return the loader of validation batches; an empty list (Lightning's "none") where nothing is held out."""
+        self.setup()
+        return self._loader("val") if len(self._indices["val"]) else []
+
+    def test_dataloader(self) -> PictureLoader:
+        """Return the loader of test batches."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> PictureLoader:
+        """Return the loader of test batches: the split that `predict` answers for."""
+        return self._loader("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs to treat new pictures as the run did."""
+        return {
+            "class_names": list(self.class_names),
+            "image_size": self.image_size,
+            "mean": list(self.mean or ()),
+            "std": list(self.std or ()),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a checkpoint was trained on these classes; their order gives the logits their meaning."""
+        if tuple(state_dict["class_names"]) != self.class_names:
+            raise UserError(
+                f"the checkpoint knows the classes {', '.join(state_dict['class_names'][:5])}..., "
+                f"the data has {', '.join(self.class_names[:5])}...; give --data.dataset and --data.root of its run."
+            )
+
+    # -- what others ask ------------------------------------------------------------------------------------------
+
+    def num_pictures(self, part: Part) -> int:
+        """Return how many pictures a split has, after `setup()`."""
+        return len(self._indices[part])
+
+    def num_train_batches(self, num_ranks: int = 1) -> int:
+        """Return the training steps of an epoch, after `setup()`; they do not depend on a loader's position."""
+        return len(self._sampler("train", training=True, rank=Rank(0, num_ranks)))
+
+    def split_summary(self) -> dict[str, Any]:
+        """Return the split as plain types: indices into the source's order, and hashes of the source's pictures.
+
+        "sha256" hashes the uint8 pictures and int64 targets of each source file set; with the indices it pins every split.
+        """
+        has_own_val = "val" in self._pictures
+        return {
+            "dataset": self.source.describe(),
+            "seed": self.seed,
+            "val_fraction": None if has_own_val else self.val_fraction,
+            "val_from": "val" if has_own_val else "train",
+            "sizes": {part: self.num_pictures(part) for part in ("train", "val", "test")},
+            "sha256": {name: pictures.sha256 for name, pictures in self._pictures.items()},
+            "train": self._indices["train"].tolist(),
+            "val": self._indices["val"].tolist(),
+        }
+
+    def pictures(self, part: Part, positions: np.ndarray) -> np.ndarray:
+        """Return raw uint8 pictures (n, height, width, channels) at some positions of a split."""
+        return np.asarray(self._pictures[self._source_of(part)].images[self._indices[part].numpy()[positions]])
+
+    def rank_positions(self, part: Part, rank: Rank) -> np.ndarray:
+        """Return the positions in a split that this rank evaluates, in the order in which its loader gives them."""
+        return np.arange(rank.index, self.num_pictures(part), rank.count)
+
+    # -- making loaders ---------------------------------------------------------------------------------------------
+
+    def _source_of(self, part: Part) -> str:
+        return part if part in self._pictures else "train"
+
+    def _sampler(self, part: Part, *, training: bool, rank: Rank) -> EpochSampler:
+        return EpochSampler(
+            self._indices[part],
+            self.batch_size if training else self.eval_batch_size,
+            seed=self.seed,
+            training=training,
+            drop_last=training and self.drop_last,
+            rank=rank,
+        )
+
+    def _loader(self, part: Part, *, training: bool = False) -> PictureLoader:
+        self.setup()
+        rank = Rank(self.trainer.global_rank, self.trainer.world_size) if self.trainer else Rank()
+        device = self._device()
+        sampler = self._sampler(part, training=training, rank=rank)
+        finishing = {"augmentation": self.augmentation if training else None, "mean": self.mean, "std": self.std}
+        num_workers = self._num_workers(device)
+        if num_workers == 0:
+            images, targets = self._on_device(self._source_of(part), device)
+            return ResidentLoader(images, targets, sampler, **finishing)
+        pictures = self._pictures[self._source_of(part)]
+        return StreamingLoader(
+            pictures.images, pictures.targets, sampler, num_workers=num_workers, device=device, **finishing
+        )
+
+    def _device(self) -> torch.device:
+        if self.device is not None:
+            return torch.device(self.device)
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
+    def _num_workers(self, device: torch.device) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        needed = sum(pictures.images.nbytes for pictures in self._pictures.values())
+        # Half of what is free: network, activations and the rest of the machine need the other half.
+        return 0 if needed < _free_bytes(device) / 2 else 2
+
+    def _on_device(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return a source's pictures on a device, one copy for all its loaders."""
+        if (name, device) not in self._resident:
+            pictures = self._pictures[name]
+            # A file's mapping is read into memory: page faults in the middle of training would be slow.
+            images = pictures.images if pictures.images.flags.writeable else pictures.images.copy()
+            targets = pictures.targets.copy()
+            self._resident[name, device] = (torch.from_numpy(images).to(device), torch.from_numpy(targets).to(device))
+        return self._resident[name, device]
+
+
+def stratified_split(
+    targets: Tensor, val_fraction: float, *, seed: int, class_names: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """Hold out exactly `round(val_fraction * n)` pictures, shared among the classes by largest remainder.
+
+    Args:
+        targets: int64 (n,).
+        val_fraction: 0 holds out none.
+        seed: Which pictures of a class are held out.
+        class_names: For the error.
+
+    Returns:
+        Sorted int64 indices of training and validation.
+
+    Raises:
+        UserError: A class would get no validation or no training picture.
+    """
+    if val_fraction == 0:
+        return torch.arange(len(targets)), torch.empty(0, dtype=torch.int64)
+    counts = torch.bincount(targets, minlength=len(class_names))
+    quota = counts.double() * val_fraction
+    held_out = quota.floor().long()
+    missing = round(val_fraction * len(targets)) - int(held_out.sum())
+    # Stable: equal remainders go to the first classes, on every machine.
+    held_out[(quota - held_out).argsort(descending=True, stable=True)[:missing]] += 1
+    for name, count, val in zip(class_names, counts.tolist(), held_out.tolist(), strict=True):
+        if val < 1 or val >= count:
+            raise UserError(
+                f"--data.val_fraction {val_fraction}: class {name} has {count} training pictures, of which {val} would be "
+                "for validation.\nEvery class needs one of each: raise or lower it, add pictures, or 0 to train on all."
+            )
+    shuffled = torch.randperm(len(targets), generator=seeded_generator(seed, 0, _SPLIT))
+    is_val = torch.zeros(len(targets), dtype=torch.bool)
+    for label, val in enumerate(held_out.tolist()):
+        of_class = shuffled[targets[shuffled] == label]
+        is_val[of_class[:val]] = True
+    return (~is_val).nonzero().flatten(), is_val.nonzero().flatten()
+
+
+def channel_statistics(images: np.ndarray, indices: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel over some pictures, scaled to 0-1.
+
+    Args:
+        images: uint8 (n, height, width, channels), 0-255; may be memory-mapped.
+        indices: int64, the pictures that count.
+    """
+    total = np.zeros(images.shape[-1])
+    squares = np.zeros(images.shape[-1])
+    for start in range(0, len(indices), _CHUNK):
+        pixels = images[indices[start : start + _CHUNK]].reshape(-1, images.shape[-1]) / 255.0
+        total += pixels.sum(0)
+        squares += (pixels**2).sum(0)
+    count = len(indices) * images.shape[1] * images.shape[2]
+    mean = total / count
+    # A channel without contrast would divide by 0.
+    std = np.sqrt(np.maximum(squares / count - mean**2, 1e-6))
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    if sys.platform == "linux":
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024.0 * int(line.split()[1])
+    return 8e9  # the standard library does not tell elsewhere: a small laptop's memory

@@ -1,0 +1,140 @@
+"""Numbers -> matplotlib figures, as `Figure` objects with no pyplot behind them: nothing is kept, no window opens.
+
+Colours hold for colour-blind readers: blue for right against orange for wrong (the pair that all common kinds tell
+apart), each from light to dark, so that they also survive a grey printer.
+"""
+
+import io
+import math
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from cifar_lightning.analysis import accuracy, per_class
+
+_MAX_CLASSES_WITH_NUMBERS = 20
+_MAX_NAME = 24
+_LIGHT_TEXT_ABOVE = 0.6  # of Blues and Oranges: darker than that, white is read better than black
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """Returns text that any figure or terminal takes: what `encoding` lacks and control characters become escapes.
+
+    Class names are folder names, which may hold bytes that are not UTF-8 (as lone surrogates), newlines or escapes.
+    """
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def confusion_figure(
+    cm: Int[np.ndarray, "classes classes"], class_names: Sequence[str], normalize: bool = False
+) -> Figure:
+    """Draws a confusion matrix: true classes on the rows, right answers in blue, mistakes in orange.
+
+    Colours always show the share of the true class, mistakes on a scale of their own, so that 3 % is seen beside 95 %.
+    Up to 20 classes the cells hold numbers.
+
+    Args:
+        cm: Counts; rows: true class.
+        class_names: In class order.
+        normalize: Write per cent of the true class instead of counts.
+    """
+    num_classes = len(class_names)
+    support = per_class(cm).support[:, None]
+    shares = np.divide(cm, support, out=np.zeros(cm.shape), where=support > 0)
+    side = min(4.5 + 0.45 * num_classes, 14.0)
+    figure = Figure(figsize=(side + 2, side), layout="constrained")
+    axes = figure.subplots()
+    diagonal = np.eye(num_classes, dtype=bool)
+    top_of_mistakes = max(float(shares[~diagonal].max(initial=0.0)), 0.01)
+    # With square cells the constrained layout cuts off the title; the size of the figure keeps these nearly square.
+    right = axes.imshow(np.ma.masked_where(~diagonal, shares), aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    mistakes = np.ma.masked_where(diagonal | (cm == 0), shares)
+    wrong = axes.imshow(mistakes, aspect="auto", cmap="Oranges", vmin=0, vmax=top_of_mistakes)
+    for image, label in ((wrong, "mistakes, % of the true class"), (right, "right, % of the true class")):
+        figure.colorbar(image, ax=axes, label=label, format=PercentFormatter(1.0), shrink=0.8, aspect=30, pad=0.01)
+    _label_classes(axes, class_names)
+    num_pictures = int(cm.sum())
+    axes.set_title(f"Accuracy {accuracy(cm):.2%} of {num_pictures:,} pictures" if num_pictures else "No pictures")
+    if num_classes <= _MAX_CLASSES_WITH_NUMBERS:
+        darkness = np.where(diagonal, shares, shares / top_of_mistakes)
+        _write_cells(axes, 100 * shares if normalize else cm, darkness, decimals=1 if normalize else 0)
+    return figure
+
+
+def _label_classes(axes: Axes, class_names: Sequence[str]) -> None:
+    names = [_shorten(printable(name)) for name in class_names]
+    size = min(10.0, max(3.0, 650 / len(names)))  # points; fills the rows of the largest figure
+    # Without parse_math a folder called "$5 or $6" would be set as a formula.
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size, parse_math=False)
+    axes.set_yticks(range(len(names)), names, fontsize=size, parse_math=False)
+    axes.tick_params(length=0)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+
+
+def _write_cells(axes: Axes, values: np.ndarray, darkness: np.ndarray, decimals: int) -> None:
+    size = 9 if len(values) <= 10 else 7
+    for (row, column), value in np.ndenumerate(values):
+        if value or row == column:  # empty cells stay empty: the eye finds the mistakes
+            colour = "white" if darkness[row, column] > _LIGHT_TEXT_ABOVE else "black"
+            text = f"{value:,.{decimals}f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+
+
+def _shorten(name: str, length: int = _MAX_NAME) -> str:
+    return name if len(name) <= length else name[: length - 2] + ".."
+
+
+def pictures_figure(images: UInt8[np.ndarray, "n height width 3"], titles: Sequence[str]) -> Figure:
+    """Draws pictures in a grid, enlarged without blurring, each under its title.
+
+    Args:
+        images: uint8 RGB, 0-255.
+        titles: One a picture; may have several lines.
+
+    Raises:
+        ValueError: Not one title for each picture.
+    """
+    if len(titles) != len(images):
+        raise ValueError(f"{len(images)} pictures but {len(titles)} titles")
+    columns = min(max(len(images), 1), max(4, math.ceil(math.sqrt(len(images)))), 10)
+    rows = max(math.ceil(len(images) / columns), 1)
+    num_lines = max((title.count("\n") + 1 for title in titles), default=1)
+    figure = Figure(figsize=(1.5 * columns, (1.35 + 0.17 * num_lines) * rows), layout="constrained")
+    for index, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axes.axis("off")
+        if index < len(images):
+            axes.imshow(images[index], interpolation="nearest")
+            lines = [_shorten(printable(line)) for line in titles[index].split("\n")]
+            axes.set_title("\n".join(lines), fontsize=8, pad=3, parse_math=False)
+    return figure
+
+
+def figure_to_array(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
+    """Draws a figure into uint8 RGB, 0-255, as TensorBoard's `add_image(dataformats="HWC")` takes it."""
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        _allow_missing_glyphs()
+        canvas.draw()  # type: ignore[no-untyped-call]
+    return np.array(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
+
+
+def figure_to_png(figure: Figure, dpi: float = 150) -> bytes:
+    """Returns a figure as the content of a PNG file."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        _allow_missing_glyphs()
+        figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def _allow_missing_glyphs() -> None:
+    # The font that matplotlib brings has no Chinese, for one: boxes are drawn, which says enough once.
+    warnings.filterwarnings("ignore", message="Glyph .* missing from font")

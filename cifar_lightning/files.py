@@ -1,0 +1,171 @@
+"""Small files that outlive a crash: durable writes, JSON, and the tables with a row an epoch."""
+
+import contextlib
+import csv
+import errno
+import io
+import json
+import math
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cifar_lightning.errors import UserError
+
+
+def write_bytes_durably(path: Path, data: bytes) -> None:
+    """Writes a small file whole or not at all, also when the process or the machine dies; the folder must exist.
+
+    Raises:
+        OSError: It cannot be written (disk full, permissions); the old file is intact and the error names the path.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # beside it: TMPDIR may be another disk
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):  # a full disk is noticed while writing, when Python no longer names the file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":  # cannot open folders
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
+    finally:
+        os.close(fd)
+
+
+def write_text_durably(path: Path, text: str) -> None:
+    """Writes text in UTF-8 as `write_bytes_durably` does, with line ends as they are."""
+    write_bytes_durably(path, text.encode())
+
+
+def write_json(path: Path, obj: object) -> None:
+    """Writes plain types as indented JSON, durably. NaN and infinity, which JSON lacks, become null."""
+    text = json.dumps(_without_nan(obj), indent=2, ensure_ascii=False, allow_nan=False)
+    # A path that is not UTF-8 holds lone surrogates; as \udcXX they are valid JSON and read back as the same path.
+    write_bytes_durably(path, text.encode("utf-8", "backslashreplace") + b"\n")
+
+
+def _without_nan(obj: object) -> object:
+    if isinstance(obj, float) and not math.isfinite(obj):
+        return None
+    if isinstance(obj, Mapping):
+        return {key: _without_nan(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [_without_nan(value) for value in obj]
+    return obj
+
+
+def read_json(path: Path) -> Any:
+    """Reads what `write_json` wrote.
+
+    Raises:
+        UserError: It is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"damaged: {error}"
+        raise UserError(f"{path}: cannot be read ({reason}).") from error
+
+
+class MetricsTable:
+    """A CSV with a row an epoch. The first row fixes the columns; numbers are written so that they read back equal.
+
+    A row without some of the columns leaves them empty. A last line that was cut short by a crash is not read and is
+    removed before the next row.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._columns: list[str] | None = None  # known once this object has written
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Adds a row and puts it on the disk.
+
+        Raises:
+            ValueError: It has no `epoch`, or a column that the first row had not.
+        """
+        if "epoch" not in row:
+            raise ValueError(f"a row of {self.path.name} needs an epoch, got {sorted(row)}")
+        if self._columns is None:
+            rows = self.read()
+            self._columns = self._header() or ["epoch", *(column for column in row if column != "epoch")]
+            self._rewrite(rows)
+        unknown = sorted(set(row) - set(self._columns))
+        if unknown:
+            raise ValueError(f"{self.path.name} has no column {unknown[0]!r}; the first row fixed {self._columns}")
+        with open(self.path, "a", encoding="utf-8", newline="") as file:
+            file.write(self._format(row))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> list[dict[str, float]]:
+        """Returns the rows in order; a cell that was left empty is not in its row. No file: no rows.
+
+        Raises:
+            UserError: A cell is not a number.
+        """
+        header = self._header()
+        rows = []
+        for number, cells in enumerate(csv.reader(self._complete_lines()[1:]), start=2):
+            if len(cells) != len(header):
+                raise UserError(f"{self.path} line {number}: {len(cells)} cells under {len(header)} columns.")
+            try:
+                rows.append({name: float(cell) for name, cell in zip(header, cells, strict=True) if cell})
+            except ValueError as error:
+                raise UserError(f"{self.path} line {number}: {error}.") from error
+        return rows
+
+    def cut_after(self, epoch: int) -> None:
+        """Drops the rows of later epochs: a resumed run writes them again."""
+        header = self._header()
+        if header:
+            self._columns = header
+            self._rewrite([row for row in self.read() if row["epoch"] <= epoch])
+
+    def _complete_lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        return self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+
+    def _header(self) -> list[str]:
+        return next(csv.reader(self._complete_lines()[:1]), [])
+
+    def _rewrite(self, rows: list[dict[str, float]]) -> None:
+        assert self._columns is not None
+        lines = [self._line(self._columns), *(self._format(row) for row in rows)]
+        write_text_durably(self.path, "".join(lines))
+
+    def _format(self, row: Mapping[str, float]) -> str:
+        assert self._columns is not None
+        return self._line([_number(row[column]) if column in row else "" for column in self._columns])
+
+    @staticmethod
+    def _line(cells: list[str]) -> str:
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerow(cells)
+        return buffer.getvalue()
+
+
+def _number(value: float) -> str:
+    as_float = float(value)
+    # Epochs and counts stay integers also when they come back from `read` as floats.
+    return str(int(as_float)) if as_float.is_integer() and abs(as_float) < 2**53 else repr(as_float)

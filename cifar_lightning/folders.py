@@ -1,0 +1,306 @@
+"""Class folders: `ROOT/train/<class>/*`, `ROOT/test/<class>/*` and, if there, `ROOT/val/<class>/*`.
+
+Pictures of any kind and size become uint8 RGB squares once (by the rules in pictures.py) and go straight into a `.npy`
+file that later starts map into memory: a set larger than memory never sits there, and a second start decodes nothing.
+The file belongs to a fingerprint of the folder (names, sizes, modification times), and is made anew when that changes.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.files import write_json
+from cifar_lightning.pictures import RULES, Unreadable, decode_all, find_image_size
+
+CACHE_FOLDER = ".cifar_lightning_cache"
+CACHE_VARIABLE = "CIFAR_LIGHTNING_CACHE"
+_LITTER = frozenset({"thumbs.db", "desktop.ini"})  # Windows leaves them in folders; elsewhere such files are hidden
+_STALE_S = 86_400  # a temporary file this old belongs to a process that was killed
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The pictures of one split, class after class, by name within a class.
+
+    Args:
+        folder: `ROOT/train` and so on.
+        names: `<class>/<file>` below it.
+        counts: Pictures of each class.
+        fingerprint: SHA-256 of names, sizes in bytes and modification times.
+    """
+
+    folder: str
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    fingerprint: str
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Class indices int64 (N,)."""
+        return np.repeat(np.arange(len(self.counts), dtype=np.int64), self.counts)
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths that open."""
+        return [os.path.join(self.folder, name) for name in self.names]
+
+
+class ClassFolders:
+    """The pictures below one folder; `class_names` and `image_size` are known at once.
+
+    Args:
+        root: Folder that holds `train/` and `test/`, and perhaps `val/`.
+        image_size: Side of the squares in pixels; by default the pictures' own where all of a sample are squares of one
+            size up to 224, otherwise the median of their shorter sides, as a multiple of 32 from 32 to 224.
+
+    Raises:
+        UserError: A folder is missing, a class is empty or not in every split.
+    """
+
+    def __init__(self, root: str | Path, image_size: int | None = None) -> None:
+        self.root = Path(root)
+        self._folder_names, self.listings = scan(self.root)
+        # Names that are not UTF-8 can be opened but not printed: show their bytes as \xff.
+        self.class_names = tuple(os.fsencode(name).decode("utf-8", "backslashreplace") for name in self._folder_names)
+        if image_size is not None and image_size < 1:
+            raise UserError(f"--data.image_size {image_size}: 1 pixel or more")
+        self.image_size = image_size or find_image_size(self.listings["train"].paths)
+        self._uncached: dict[str, tuple[np.ndarray, str]] = {}
+
+    def prepare(self) -> None:
+        """Decodes what is not in the cache yet; safe to call again, and from several processes.
+
+        Raises:
+            UserError: Pictures that cannot be read.
+        """
+        for split in self.listings:
+            self.load(split)
+
+    def load(self, split: str) -> tuple[np.ndarray, np.ndarray, str] | None:
+        """Reads a split, decoding it first if it must.
+
+        Returns:
+            images uint8 (N, S, S, 3), read-only and mapped into memory if there is a cache; targets int64 (N,); SHA-256
+            of the bytes of both. None if there is no such split.
+        """
+        if split not in self.listings:
+            return None
+        decoded = self._uncached.get(split) or self._read(split) or self._build(split)
+        return decoded[0], self.listings[split].targets, decoded[1]
+
+    def _about(self, split: str) -> dict[str, Any]:
+        """What the cache of a split must agree with."""
+        listing = self.listings[split]
+        return {
+            "rules": RULES,
+            "image_size": self.image_size,
+            "class_names": list(self.class_names),
+            "counts": list(listing.counts),
+            "fingerprint": listing.fingerprint,
+        }
+
+    def _read(self, split: str) -> tuple[np.ndarray, str] | None:
+        for folder in cache_folders(self.root):
+            path = folder / f"{split}-{self.image_size}.npy"
+            if found := read_cache(path, self._about(split)):
+                return found
+            if path.exists():
+                print(f"{path} is damaged or older than the pictures: decoding them again", flush=True)
+        return None
+
+    def _build(self, split: str) -> tuple[np.ndarray, str]:
+        listing = self.listings[split]
+        shape = (len(listing.names), self.image_size, self.image_size, 3)
+        for folder in cache_folders(self.root):
+            with reserved(folder, f"{split}-{self.image_size}.npy", shape) as temporary:
+                if temporary is None:
+                    continue
+                if folder.parent != self.root:
+                    print(f"{self.root} cannot be written: decoded pictures are kept in {folder}", flush=True)
+                refuse(decode_all(listing.paths, self.image_size, temporary), listing, folder)
+                path = folder / f"{split}-{self.image_size}.npy"
+                publish(temporary, path, self._about(split), listing.targets)
+            if found := read_cache(path, self._about(split)):
+                return found
+        print(f"Nowhere to keep decoded pictures ({CACHE_VARIABLE} names a folder): decoding at each start", flush=True)
+        images = np.empty(shape, np.uint8)
+        refuse(decode_all(listing.paths, self.image_size, images), listing, None)
+        self._uncached[split] = images, digest(images, listing.targets)
+        return self._uncached[split]
+
+
+# -- the folder -------------------------------------------------------------------------------------------------
+
+
+def scan(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
+    """Lists all splits.
+
+    Returns:
+        The classes' folder names, sorted, and the listing of each split that is there.
+
+    Raises:
+        UserError: A folder is missing, a class is empty or not in every split.
+    """
+    if not root.is_dir():
+        raise UserError(f"--data.root {root}: no such folder; it must hold train/<class>/* and test/<class>/*")
+    splits = [split for split in ("train", "val", "test") if (root / split).is_dir()]
+    for split in ("train", "test"):
+        if split not in splits:
+            raise UserError(f"--data.root {root} has no folder {split}/: put pictures into {split}/<class>/")
+    classes = {split: sorted(entry.name for entry in _entries(root / split) if entry.is_dir()) for split in splits}
+    if not classes["train"]:
+        raise UserError(f"{root / 'train'} has no class folders: put each class's pictures into train/<class>/")
+    for split in splits:
+        missing = sorted(set(classes["train"]) - set(classes[split]))
+        extra = sorted(set(classes[split]) - set(classes["train"]))
+        if missing or extra:
+            faults = [f"{word} {_some(names)}" for word, names in (("lacks", missing), ("adds", extra)) if names]
+            raise UserError(
+                f"{root / split} {' and '.join(faults)}, compared with {root / 'train'}\n"
+                "Every split needs the same class folders: add, rename or remove."
+            )
+    names = tuple(classes["train"])
+    return names, {split: _list_split(root / split, names) for split in splits}
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder, without hidden entries such as .ipynb_checkpoints or .DS_Store, and by name."""
+    with os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in _LITTER]
+    return sorted(visible, key=lambda entry: entry.name)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _list_split(folder: Path, class_folders: Sequence[str]) -> Listing:
+    names: list[str] = []
+    counts = []
+    seen = hashlib.sha256()
+    for class_folder in class_folders:
+        entries = _entries(folder / class_folder)
+        if not entries:
+            raise UserError(f"{folder / class_folder} is empty: add pictures, or remove the class from every split")
+        for entry in entries:
+            name = f"{class_folder}/{entry.name}"
+            try:
+                stat = entry.stat()
+            except OSError as error:
+                raise UserError(f"{folder / name} cannot be read ({error.strerror}): repair or remove it") from error
+            if entry.is_dir():
+                raise UserError(f"{folder / name} is a folder inside a class: pictures lie directly in {class_folder}/")
+            names.append(name)
+            seen.update(os.fsencode(name) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        counts.append(len(entries))
+    return Listing(str(folder), tuple(names), tuple(counts), seen.hexdigest())
+
+
+def refuse(bad: Sequence[Unreadable], listing: Listing, folder: Path | None) -> None:
+    """Raises if there are bad pictures: the first one's path, how many there are, and where all are listed."""
+    if not bad:
+        return
+    out = "Repair or remove it."
+    if len(bad) > 1:
+        out = "Repair or remove them."
+        if folder is not None:
+            list_path = folder / f"unreadable-{Path(listing.folder).name}.txt"
+            list_path.write_text("".join(f"{reason}\n" for _, reason in bad), "utf-8", "surrogateescape")
+            out = f"Repair or remove them: {list_path} lists all."
+    raise UserError(
+        f"{bad[0][1]}; {len(bad):,} of {len(listing.names):,} pictures in {listing.folder} cannot be read\n{out}"
+    )
+
+
+# -- the cache --------------------------------------------------------------------------------------------------
+
+
+def cache_folders(root: Path) -> tuple[Path, Path]:
+    """Where decoded pictures may lie: beside the data, or in the user's cache under a name of their own."""
+    place = os.path.realpath(root)
+    name = f"{Path(place).name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}"
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return root / CACHE_FOLDER, Path(chosen) / name
+    variable, default = ("LOCALAPPDATA", "~/AppData/Local") if os.name == "nt" else ("XDG_CACHE_HOME", "~/.cache")
+    return root / CACHE_FOLDER, Path(os.environ.get(variable) or default).expanduser() / "cifar_lightning" / name
+
+
+def read_cache(path: Path, about: dict[str, Any]) -> tuple[np.ndarray, str] | None:
+    """Maps cached pictures into memory, read-only.
+
+    Returns:
+        Pictures uint8 (N, S, S, 3) and the SHA-256 of pictures and targets, or None if there is no whole file that
+        agrees with `about`.
+    """
+    try:
+        found = json.loads(path.with_suffix(".json").read_text("utf-8"))
+        digest, size_bytes = found.pop("sha256"), found.pop("size_bytes")
+        if found != about or path.stat().st_size != size_bytes:
+            return None
+        images = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):  # missing, cut short, overwritten
+        return None
+    size = about["image_size"]
+    fits = images.shape == (sum(about["counts"]), size, size, 3) and images.dtype == np.uint8
+    return (images, digest) if fits else None
+
+
+@contextmanager
+def reserved(folder: Path, name: str, shape: tuple[int, ...]) -> Iterator[Path | None]:
+    """A temporary `.npy` file of uint8 zeros for this process alone, with its room on the disk taken; gone afterwards.
+
+    Gives None if the folder cannot be written or has no room: found out here, because a full disk under a mapped file
+    kills the process.
+    """
+    temporary = folder / f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for stale in folder.glob(f".{name}.*.tmp"):
+                if time.time() - stale.stat().st_mtime > _STALE_S:
+                    stale.unlink(missing_ok=True)
+            np.lib.format.open_memmap(str(temporary), "w+", np.uint8, shape).flush()
+            if hasattr(os, "posix_fallocate"):
+                with temporary.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot reserve
+                temporary.unlink(missing_ok=True)
+                temporary = None  # type: ignore[assignment]
+        yield temporary
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path, about: dict[str, Any], targets: np.ndarray) -> None:
+    """Gives finished pictures their name, so that no reader ever sees them half written."""
+    sha256 = digest(np.load(temporary, mmap_mode="r"), targets)
+    about = about | {"sha256": sha256, "size_bytes": temporary.stat().st_size}
+    note = path.with_suffix(".json")
+    # First the old note goes: a crash before the new one leaves pictures that nobody trusts.
+    note.unlink(missing_ok=True)
+    with temporary.open("r+b") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    write_json(note, about)
+
+
+def digest(images: np.ndarray, targets: np.ndarray) -> str:
+    """SHA-256 of the pictures' bytes, then of the targets' (int64, little-endian)."""
+    sha256 = hashlib.sha256()
+    for start in range(0, len(images), 4096):
+        sha256.update(np.ascontiguousarray(images[start : start + 4096]).data)
+    sha256.update(targets.astype("<i8").data)
+    return sha256.hexdigest()

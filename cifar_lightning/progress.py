@@ -1,0 +1,204 @@
+"""What a terminal shows of a run: what it starts from, one bar an epoch, one line for each finished epoch."""
+
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from cifar_lightning.callbacks import data_of
+from cifar_lightning.classifier import Batch, ImageClassifier
+from cifar_lightning.runs import RunFolder
+
+_REFRESH_S = 0.5  # on a GPU each refresh waits for the device once
+_PLAIN_LINE_S = 60.0  # without a terminal: a sign of life in long epochs
+
+
+class RunProgress(ProgressBar):
+    """One bar an epoch with loss, accuracy, images/s and the time left; plain lines where there is no terminal.
+
+    Args:
+        run: The run's folder, named at the start; None in test and validate.
+    """
+
+    def __init__(self, run: RunFolder | None = None) -> None:
+        super().__init__()
+        self.run = run
+        self.console = Console(file=sys.stdout, highlight=False)
+        self._bar: Progress | None = None
+        self._enabled = True
+        self._next_s = 0.0
+        self._epoch_start_s = 0.0
+        self._epochs_timed: list[float] = []
+        self._first_batch = 0
+
+    def disable(self) -> None:
+        """Say nothing: Lightning calls it on all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Speak again."""
+        self._enabled = True
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say what the run is made of."""
+        if not self._enabled:
+            return
+        assert isinstance(pl_module, ImageClassifier)
+        for label, text in describe_run(trainer, pl_module, self.run):
+            self._print(f"{label:<9} {text}")
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the epoch's bar."""
+        self._epoch_start_s = time.monotonic()
+        self._next_s = self._epoch_start_s + (_REFRESH_S if self._has_bar() else _PLAIN_LINE_S)
+        self._first_batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        self._open_bar(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", self.total_train_batches)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Move the bar, twice a second at most."""
+        now_s = time.monotonic()
+        if not self._enabled or now_s < self._next_s:
+            return
+        assert isinstance(pl_module, ImageClassifier)
+        text = self._training_text(trainer, pl_module, batch_idx + 1, now_s)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=batch_idx + 1, text=text)
+        else:
+            share = (batch_idx + 1) / self.total_train_batches
+            self._print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} {share:4.0%}  {text}")
+        self._next_s = time.monotonic() + (_REFRESH_S if self._bar is not None else _PLAIN_LINE_S)
+
+    def _training_text(self, trainer: pl.Trainer, module: ImageClassifier, num_done: int, now_s: float) -> str:
+        metrics = module.train_metrics()
+        elapsed_s = now_s - self._epoch_start_s
+        rate = module.num_trained_pictures() * trainer.world_size / elapsed_s
+        return (
+            f"loss {metrics['train/loss']:.3f}  acc {metrics['train/acc']:.2%}  {rate:,.0f} images/s  "
+            f"{format_seconds(self._seconds_left(trainer, num_done, elapsed_s))} left"
+        )
+
+    def _seconds_left(self, trainer: pl.Trainer, num_done: int, elapsed_s: float) -> float:
+        """Estimate the rest of `fit`: this epoch at its own speed, the others at the last epoch's, validation included."""
+        per_batch_s = elapsed_s / max(1, num_done - self._first_batch)
+        this_epoch_s = per_batch_s * (float(self.total_train_batches) - num_done)
+        others_s = self._epochs_timed[-1] if self._epochs_timed else per_batch_s * float(self.total_train_batches)
+        return this_epoch_s + others_s * max(0, (trainer.max_epochs or 0) - trainer.current_epoch - 1)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Replace the bar by the epoch's line."""
+        assert isinstance(pl_module, ImageClassifier)
+        train = pl_module.epoch_metrics()  # collective: all ranks
+        self._close_bar()
+        elapsed_s = time.monotonic() - self._epoch_start_s
+        self._epochs_timed.append(elapsed_s)
+        if not self._enabled:
+            return
+        line = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        line += f"  train loss {train['train/loss']:.3f} acc {train['train/acc']:.2%}"
+        logged = trainer.callback_metrics
+        if "val/acc" in logged:
+            line += f"  val loss {float(logged['val/loss']):.3f} acc {float(logged['val/acc']):.2%}"
+        self._print(f"{line}  {format_seconds(elapsed_s)}")
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open a bar for the validation."""
+        self._open_bar("validation", sum_batches(trainer.num_val_batches))
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Move the bar."""
+        self._advance()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the bar."""
+        self._close_bar()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open a bar for the test."""
+        self._open_bar("test", sum_batches(trainer.num_test_batches))
+
+    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Move the bar."""
+        self._advance()
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the bar."""
+        self._close_bar()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the terminal back before an error is shown."""
+        self._close_bar()
+
+    # -- the terminal ----------------------------------------------------------------------------------------------
+
+    def _has_bar(self) -> bool:
+        return self._enabled and self.console.is_terminal and not self.console.no_color
+
+    def _open_bar(self, label: str, total: float) -> None:
+        self._close_bar()
+        if self._has_bar():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.percentage:3.0f}%  {task.fields[text]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._bar.add_task(label, total=total, text="")
+            self._bar.start()
+
+    def _advance(self) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._bar.task_ids[0])
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+
+def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | None) -> list[tuple[str, str]]:
+    """Return (label, text) of what a run is made of: pictures, split, network, training, folder."""
+    data = data_of(trainer)
+    held_out = data.num_pictures("val")
+    num_parameters = sum(parameter.numel() for parameter in module.network.parameters())
+    epochs, batches = trainer.max_epochs, data.num_train_batches(trainer.world_size)
+    ranks = f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""
+    rows = [
+        ("pictures", data.source.describe()),
+        ("split", f"{data.num_pictures('train'):,} training, {held_out:,} validation, {data.num_pictures('test'):,} test"),
+        ("network", f"{type(module.network).__name__}, {num_parameters:,} parameters"),
+        ("training", f"{epochs} epochs of {batches:,} steps of {data.batch_size}{ranks}, peak lr {module.lr:g}"),
+        ("hardware", f"{trainer.strategy.root_device}, precision {trainer.precision}"),
+    ]
+    if held_out == 0:
+        rows.insert(2, ("", "nothing held out: no best checkpoint, no early stopping; the final weights are tested"))
+    if run is not None:
+        rows.append(("run", str(run.path)))
+    return rows
+
+
+def sum_batches(num_batches: Any) -> float:
+    """Return the number of batches of one or several evaluation loaders."""
+    return float(sum(num_batches)) if isinstance(num_batches, list) else float(num_batches)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return "42 s", "3:07" or "1:02:03"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

@@ -1,0 +1,338 @@
+"""What a run folder holds: names, numbering, lock, reading it back, the environment; imports no torch.
+
+A run is one folder and every command accepts it. Whoever writes into it holds its lock, which the system drops when the
+process dies, however it dies. How its small files are written: `files`.
+"""
+
+import contextlib
+import errno
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from cifar_lightning.errors import UserError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+# Past the end of the file: Windows also blocks reading what is locked, and the process id must stay legible.
+_LOCKED_BYTE = 1 << 20
+_DISTRIBUTIONS = ("cifar-lightning", "torch", "torchvision", "lightning", "torchmetrics", "numpy")
+
+
+class RunLock:
+    """The sole right to write into a run folder, held until `release` or until the process ends.
+
+    It is a lock of the system on an open file, not the presence of a file: nothing stale is left behind by SIGKILL or a
+    power cut. Forked children (loader workers) close their copy at once, so that one which outlives its parent for a
+    moment does not hold up `fit --resume`. The file itself stays: it marks the folder as a run's.
+
+    Raises:
+        UserError: Another holder has the lock, or the file cannot be written.
+    """
+
+    _held: set["RunLock"] = set()  # noqa: RUF012 - shared by design: a forked child closes them all
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(
+                f"run folder {path.parent}: cannot write there ({error.strerror}).\n"
+                "Choose another one with --run_dir, or mend its permissions."
+            ) from error
+        try:
+            self._acquire()
+        except UserError:
+            os.close(self._fd)
+            raise
+        with contextlib.suppress(OSError):  # a full disk: the id is for a message alone, and the next file will fail
+            os.ftruncate(self._fd, 0)
+            os.write(self._fd, f"{os.getpid()}\n".encode())
+        RunLock._held.add(self)
+
+    def _acquire(self) -> None:
+        try:
+            if sys.platform == "win32":
+                os.lseek(self._fd, _LOCKED_BYTE, os.SEEK_SET)
+                msvcrt.locking(self._fd, msvcrt.LK_NBLCK, 1)
+                os.lseek(self._fd, 0, os.SEEK_SET)
+            else:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                warnings.warn(
+                    f"{self.path.parent}: this file system has no locks; two runs into one folder go unnoticed.",
+                    stacklevel=4,
+                )
+                return
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            holder = os.read(self._fd, 32).decode("ascii", "replace").strip() or "unknown"
+            raise UserError(
+                f"run folder {self.path.parent}: process {holder} is writing into it.\n"
+                "Wait until it has ended, or choose another folder with --run_dir."
+            ) from error
+
+    def release(self) -> None:
+        """Lets go; calling it again does nothing."""
+        if self in RunLock._held:
+            RunLock._held.discard(self)
+            os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+    @classmethod
+    def _release_in_child(cls) -> None:
+        for lock in tuple(cls._held):
+            lock.release()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=RunLock._release_in_child)
+
+
+class _File:
+    """The path of a fixed name in the folder that it is asked of."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: "RunFolder", kind: type | None = None) -> Path:
+        return run.path / self.name
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of everything in a run folder. Making one touches nothing: see `create_run` and `open_run`.
+
+    Attributes:
+        path: The folder.
+        lock: The lock, where this object was made by whoever writes the run; None for readers.
+    """
+
+    path: Path
+    lock: RunLock | None = field(default=None, compare=False, repr=False)
+
+    config = _File("config.yaml")  # every value of the run, without the run's own path
+    split = _File("split.json")  # indices of the split, hashes of the pictures of all splits
+    environment = _File("environment.json")  # versions, device, precision, commit
+    metrics_csv = _File("metrics.csv")  # a row an epoch: losses, accuracies, lr; nothing that depends on the clock
+    timing_csv = _File("timing.csv")  # a row an epoch: seconds, images/s, memory
+    checkpoints = _File("checkpoints")  # the folder of the next two
+    best_checkpoint = _File("checkpoints/best.ckpt")  # the weights with the best val/acc: what is tested
+    last_checkpoint = _File("checkpoints/last.ckpt")  # the state that `fit --resume` goes on from
+    test_metrics = _File("test_metrics.json")  # what `analysis.test_metrics` returns
+    confusion_matrix_pt = _File("confusion_matrix.pt")  # int64 tensor; rows: true class
+    confusion_matrix_csv = _File("confusion_matrix.csv")  # the same with class names
+    confusion_matrix_png = _File("confusion_matrix.png")
+    predictions = _File("predictions.npz")  # logits, targets, indices of the test split
+    predictions_val = _File("predictions_val.npz")  # the same of the validation split
+    gallery = _File("gallery.npz")  # at most 500 uint8 pictures for the page, so that a copied run needs no data set
+    report = _File("report.html")  # one self-contained page
+    lock_file = _File(".lock")  # locked by whoever writes the run; being there says that a run made this folder
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is any checkpoint, complete or not."""
+        return any(self.checkpoints.glob("*.ckpt"))
+
+    @property
+    def has_results(self) -> bool:
+        """Whether there are answers of the test split."""
+        return self.test_metrics.exists() or self.predictions.exists()
+
+    def require(self, *files: Path) -> None:
+        """Refuses to go on without some of the run's files.
+
+        Raises:
+            UserError: Names the ones that are missing and the command that makes them.
+        """
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            names = ", ".join(str(file.relative_to(self.path)) for file in missing)
+            trains = {self.config, self.split, self.environment, self.metrics_csv, self.timing_csv}
+            from_fit = any(file in trains or file.parent == self.checkpoints for file in missing)
+            command = "fit --resume" if from_fit else "test"
+            raise UserError(
+                f"run {self.path}: {names} {'is' if len(missing) == 1 else 'are'} missing.\n"
+                f"Make it with: python train.py {command} {self.path}"
+            )
+
+    def written_files(self) -> Iterator[Path]:
+        """Yields the files in the folder that only a run writes, whoever put them there; not the lock's."""
+        for name in set(_NAMES) - {".lock", "checkpoints", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}:
+            yield from self.path.glob(name)
+            yield from self.path.glob(f".{name}.*.tmp")  # left where a write was killed
+        yield from self.path.glob("events.out.tfevents.*")
+        yield from self.checkpoints.glob("*.ckpt*")  # with what was left of them where a write was killed
+
+
+_NAMES = [file.name for file in vars(RunFolder).values() if isinstance(file, _File)]
+
+
+def create_run(base: Path, recipe: str, run_dir: Path | None = None) -> RunFolder:
+    """Makes the folder of a new run and locks it; the lock is `.lock` of what is returned.
+
+    Without `run_dir` the folder is `base/recipe/N`, N one above the highest number there. A chosen `run_dir` may be
+
+    - new or empty: it is used;
+    - without a run but with files of other names (a scheduler's log, notes): it is used and they are left alone;
+    - of a run that left no checkpoint and no results: the files that a run writes are removed and it starts over;
+    - of a run with a checkpoint or results, or holding a file that this run would overwrite although no run made the
+      folder (`config.yaml` without `.lock`: somebody's own recipe): refused, and nothing is touched.
+
+    Args:
+        base: The folder of all runs, for example `runs`.
+        recipe: The name of the recipe, one folder name.
+        run_dir: The folder that was asked for by `--run_dir`.
+
+    Raises:
+        UserError: The folder is refused, is in use, or cannot be made.
+    """
+    chosen = base / recipe if run_dir is None else run_dir
+    try:
+        chosen.mkdir(parents=True, exist_ok=True)
+        run = RunFolder(_make_numbered(chosen) if run_dir is None else chosen)
+    except OSError as error:
+        flag = "run folder" if run_dir is None else "--run_dir"
+        raise UserError(
+            f"{flag} {chosen}: cannot make this folder ({error.strerror}).\nChoose another one with --run_dir PATH."
+        ) from error
+    _refuse_what_would_be_lost(run)  # before the lock's file marks the folder as a run's
+    lock = RunLock(run.lock_file)
+    try:
+        _refuse_what_would_be_lost(run)  # another process may have had it in between
+        for file in tuple(run.written_files()):
+            file.unlink()
+    except BaseException:
+        lock.release()
+        raise
+    return replace(run, lock=lock)
+
+
+def _make_numbered(folder: Path) -> Path:
+    taken = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()]
+    number = max(taken, default=0) + 1
+    while True:
+        try:
+            (folder / str(number)).mkdir()  # fails where it exists, so two starts at once never share a number
+        except FileExistsError:
+            number += 1
+        else:
+            return folder / str(number)
+
+
+def _refuse_what_would_be_lost(run: RunFolder) -> None:
+    files = tuple(run.written_files())
+    if run.lock_file.exists() or run.config.exists():
+        what = "checkpoints" if run.has_checkpoint else "results" if run.has_results else ""
+        if what:
+            raise UserError(
+                f"--run_dir {run.path}: holds a run with {what}; it is not overwritten.\n"
+                f"Go on with it (fit --resume {run.path}), or choose a new --run_dir."
+            )
+    if files and not run.lock_file.exists():
+        raise UserError(
+            f"--run_dir {run.path}: a run would overwrite {files[0].relative_to(run.path)}, which no run here wrote.\n"
+            "Move it away, or choose a new --run_dir."
+        )
+
+
+def open_run(path: Path, *, lock: bool = False) -> RunFolder:
+    """Opens the folder of an earlier run.
+
+    Args:
+        path: The folder; it may have been copied from elsewhere.
+        lock: Also take the lock, to write into it.
+
+    Raises:
+        UserError: It is not a run folder, or with `lock` it is in use.
+    """
+    run = RunFolder(path)
+    if not run.config.is_file():
+        what = "is not a run folder: it has no config.yaml" if path.is_dir() else "is not a folder"
+        if not path.exists():
+            what = "there is no such folder"
+        raise UserError(f"run {path}: {what}.\n{_suggest_run(path)}")
+    return replace(run, lock=RunLock(run.lock_file)) if lock else run
+
+
+def _suggest_run(path: Path) -> str:
+    for parent in path.parents[:2]:  # RUN/checkpoints or RUN/checkpoints/last.ckpt was given
+        if RunFolder(parent).config.is_file():
+            return f"Did you mean the run {parent}?"
+    for pattern in ("*/config.yaml", "*/*/config.yaml"):
+        configs = sorted(path.glob(pattern), key=lambda config: config.stat().st_mtime)
+        if configs:
+            return f"Did you mean its newest run, {configs[-1].parent}?"
+    return "Give the folder that fit named at its end, for example runs/smallnet/1."
+
+
+def describe_environment() -> dict[str, Any]:
+    """Returns what the numbers of a run may depend on, without importing torch; the caller adds device and precision.
+
+    `commit` and `dirty` are None where the package does not run from a git checkout that tracks it.
+    """
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    commit, dirty = _describe_checkout(Path(__file__))
+    return {
+        "versions": versions,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "num_cpus": os.cpu_count(),
+        "num_usable_cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "commit": commit,
+        "dirty": dirty,
+        "command": list(sys.orig_argv),
+    }
+
+
+def _describe_checkout(tracked_file: Path) -> tuple[str | None, bool | None]:
+    # Inside a git hook GIT_DIR and the like point at another repository.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tracked_file.parent), *arguments]
+        return subprocess.run(
+            command, env=environment, capture_output=True, check=True, timeout=10, encoding="utf-8", errors="replace"
+        ).stdout.strip()
+
+    try:
+        # A package installed into a virtual environment inside some checkout is not of that checkout.
+        git("ls-files", "--error-unmatch", tracked_file.name)
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError, StopIteration, subprocess.SubprocessError):  # ARM machines list no model name
+        if platform.system() == "Linux":
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        if platform.system() == "Darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, check=True, timeout=10, text=True).stdout.strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,21 @@
+"""Shapes are checked while the tests run; every test has few threads and starts from the same seed."""
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Before the first import of these modules: their jaxtyping annotations are checked at every call.
+install_import_hook(
+    [f"cifar_lightning.{name}" for name in ("augment", "models", "optim", "loader", "analysis", "figures")],
+    "beartype.beartype",
+)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    import torch
+
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)

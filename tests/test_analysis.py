@@ -1,0 +1,184 @@
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+from sklearn import metrics as sk
+from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
+
+from cifar_lightning import analysis
+
+
+def answers(num_classes: int = 10, n: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Returns logits that are right about two times in three, float32 (n, classes), and targets."""
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(0, num_classes, n)
+    logits = rng.normal(size=(n, num_classes)).astype(np.float32)
+    logits[np.arange(n), targets] += 2
+    return logits, targets
+
+
+LOGITS, TARGETS = answers()
+PREDS = LOGITS.argmax(axis=1)
+CM = analysis.confusion_matrix(TARGETS, PREDS, 10)
+
+
+def test_the_confusion_matrix_has_true_classes_on_its_rows():
+    cm = analysis.confusion_matrix(np.array([0, 0, 2]), np.array([0, 1, 1]), 3)
+    assert cm.tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 0]]
+    assert cm.dtype == np.int64
+    assert (sk.confusion_matrix(TARGETS, PREDS) == CM).all()
+
+
+def test_a_class_outside_the_range_is_refused_and_not_counted_elsewhere():
+    for targets, preds in (([0, 3], [0, 0]), ([0, 0], [0, 3]), ([0, -1], [0, 0])):
+        with pytest.raises(ValueError, match="not in 0"):
+            analysis.confusion_matrix(np.array(targets), np.array(preds), 3)
+    with pytest.raises((ValueError, TypeCheckError)):
+        analysis.confusion_matrix(np.array([0, 1]), np.array([0]), 3)
+
+
+def test_rates_equal_scikit_learns():
+    precision, recall, f1, support = sk.precision_recall_fscore_support(TARGETS, PREDS)
+    rates = analysis.per_class(CM)
+    np.testing.assert_allclose(rates.precision, precision, rtol=1e-12)
+    np.testing.assert_allclose(rates.recall, recall, rtol=1e-12)
+    np.testing.assert_allclose(rates.f1, f1, rtol=1e-12)
+    np.testing.assert_array_equal(rates.support, support)
+    np.testing.assert_array_equal(rates.predicted, np.bincount(PREDS, minlength=10))
+    assert analysis.accuracy(CM) == sk.accuracy_score(TARGETS, PREDS)
+
+
+def test_a_class_never_predicted_has_no_precision_and_an_f1_of_zero():
+    rates = analysis.per_class(np.array([[3, 1, 0, 0], [0, 2, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]))
+    assert np.isnan(rates.precision).tolist() == [False, False, True, True]
+    assert np.isnan(rates.recall).tolist() == [False, False, False, True]
+    assert rates.recall[2] == rates.f1[2] == 0.0
+    assert np.isnan(rates.f1).tolist() == [False, False, False, True]
+
+
+def test_nothing_at_all_gives_nan_without_a_warning():
+    empty = np.zeros((3, 3), dtype=np.int64)
+    assert math.isnan(analysis.accuracy(empty))
+    assert math.isnan(analysis.macro_f1(empty))
+    assert analysis.most_confused(empty) == []
+
+
+@pytest.mark.parametrize("absent", [False, True])
+def test_macro_f1_equals_scikit_learn_and_torchmetrics_also_with_an_absent_class(absent):
+    num_classes = 12 if absent else 10  # nobody is of class 10 or 11
+    cm = analysis.confusion_matrix(TARGETS, PREDS, num_classes)
+    theirs = MulticlassF1Score(num_classes, average="macro")(torch.tensor(PREDS), torch.tensor(TARGETS)).item()
+    assert analysis.macro_f1(cm) == pytest.approx(sk.f1_score(TARGETS, PREDS, average="macro"), rel=1e-12)
+    assert analysis.macro_f1(cm) == pytest.approx(theirs, rel=1e-6)
+
+
+def test_most_confused_counts_mistakes_alone_the_largest_first_and_ties_in_class_order():
+    cm = np.array([[90, 2, 8], [0, 0, 0], [8, 0, 12]])
+    before = cm.copy()
+    pairs = analysis.most_confused(cm)
+    assert [(pair.true, pair.pred, pair.count, pair.share) for pair in pairs] == [
+        (0, 2, 8, 0.08),
+        (2, 0, 8, 0.4),
+        (0, 1, 2, 0.02),
+    ]
+    assert len(analysis.most_confused(cm, top=1)) == 1
+    assert (cm == before).all()
+
+
+def test_the_wilson_interval_equals_published_and_exact_values():
+    # R. G. Newcombe, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 17 (1998),
+    # table I, method 3.
+    for successes, total, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (1, 29, 0.0061, 0.1718)):
+        assert analysis.wilson_interval(successes, total) == pytest.approx((low, high), abs=5e-5)
+    assert analysis.wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert analysis.wilson_interval(20, 20)[1] == 1.0
+    assert analysis.wilson_interval(0, 0) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="5 successes out of 4"):
+        analysis.wilson_interval(5, 4)
+
+
+def test_the_wilson_interval_is_where_the_score_test_just_rejects():
+    z = 1.959964
+    for end in analysis.wilson_interval(870, 1000, z):
+        assert abs(0.87 - end) / math.sqrt(end * (1 - end) / 1000) == pytest.approx(z, rel=1e-9)
+
+
+def test_softmax_and_loss_equal_torchs():
+    logits, targets = torch.tensor(LOGITS).double(), torch.tensor(TARGETS)
+    np.testing.assert_allclose(analysis.softmax(LOGITS), logits.softmax(1).numpy(), rtol=1e-12)
+    expected = torch.nn.functional.cross_entropy(logits, targets).item()
+    assert analysis.cross_entropy(LOGITS, TARGETS) == pytest.approx(expected, rel=1e-12)
+    assert analysis.cross_entropy(LOGITS.astype(np.float16), TARGETS) == pytest.approx(expected, rel=1e-3)
+
+
+def test_huge_logits_neither_overflow_nor_lose_the_loss():
+    logits = np.array([[0.0, 60000.0], [60000.0, -60000.0]], dtype=np.float16)
+    assert analysis.cross_entropy(logits, np.array([0, 0])) == pytest.approx(logits[0, 1].astype(float) / 2)
+    assert np.isfinite(analysis.softmax(logits)).all()
+
+
+@pytest.mark.parametrize("bins", [15, 10, 1])
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 30.0])  # the last makes many confidences of exactly 1
+def test_the_calibration_error_equals_torchmetrics(bins, sharpness):
+    probs = torch.softmax(torch.tensor(LOGITS) * sharpness, dim=1)
+    theirs = MulticlassCalibrationError(num_classes=10, n_bins=bins, norm="l1")(probs, torch.tensor(TARGETS)).item()
+    assert analysis.expected_calibration_error(probs.numpy(), TARGETS, bins) == pytest.approx(theirs, abs=1e-5)
+
+
+def test_the_calibration_error_of_four_pictures_equals_the_sum_by_hand():
+    probs = np.array([[0.9, 0.1], [0.92, 0.08], [0.6, 0.4], [0.3, 0.7]])
+    targets = np.array([0, 1, 0, 0])
+    # 15 bins: 0.9 and 0.92 share [13/15, 14/15); 0.6 and 0.7 are alone. |1 - 1.82| + |1 - 0.6| + |0 - 0.7|, over 4
+    assert analysis.expected_calibration_error(probs, targets) == pytest.approx((0.82 + 0.4 + 0.7) / 4)
+
+
+def test_test_metrics_agree_with_references_and_are_plain_types():
+    names = [f"class {index}" for index in range(10)]
+    metrics = analysis.test_metrics(LOGITS, TARGETS, names)
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+    report = sk.classification_report(TARGETS, PREDS, target_names=names, output_dict=True)
+    assert metrics["accuracy"] == report["accuracy"]
+    assert metrics["accuracy_interval_95"] == list(analysis.wilson_interval(int((PREDS == TARGETS).sum()), 2000))
+    assert metrics["num_pictures"] == 2000
+    assert metrics["macro_f1"] == pytest.approx(report["macro avg"]["f1-score"], rel=1e-12)
+    assert metrics["loss"] == pytest.approx(sk.log_loss(TARGETS, analysis.softmax(LOGITS)), rel=1e-9)
+    assert list(metrics["per_class"]) == names
+    for name in names:
+        ours, theirs = metrics["per_class"][name], report[name]
+        assert ours["support"] == theirs["support"]
+        assert ours["precision"] == pytest.approx(theirs["precision"], rel=1e-12)
+        assert ours["recall"] == pytest.approx(theirs["recall"], rel=1e-12)
+        assert ours["f1"] == pytest.approx(theirs["f1-score"], rel=1e-12)
+    worst = metrics["most_confused"][0]
+    off_diagonal = CM - np.diag(np.diag(CM))
+    assert worst["count"] == off_diagonal.max()
+    assert off_diagonal[names.index(worst["true"]), names.index(worst["predicted"])] == worst["count"]
+    assert worst["share"] == worst["count"] / metrics["per_class"][worst["true"]]["support"]
+
+
+def test_what_has_no_value_is_none_and_a_diverged_network_is_measured_without_warnings():
+    logits = np.full((4, 3), np.nan, dtype=np.float32)
+    metrics = analysis.test_metrics(logits, np.array([0, 0, 1, 1]), ["a", "b", "c"])
+    assert metrics["loss"] is None
+    assert metrics["ece"] is None
+    assert metrics["per_class"]["b"]["precision"] is None
+    assert metrics["per_class"]["c"] == {"support": 0, "precision": None, "recall": None, "f1": None}
+    assert analysis.test_metrics(np.array([[np.inf, 0.0]]), np.array([0]), ["a", "b"])["loss"] is None
+
+
+def test_names_that_do_not_fit_the_logits_are_refused():
+    for names in (["a"] * 10, ["a", "b"]):
+        with pytest.raises(ValueError, match="distinct names"):
+            analysis.test_metrics(LOGITS, TARGETS, names)
+    with pytest.raises(ValueError, match="no pictures"):
+        analysis.test_metrics(LOGITS[:0], TARGETS[:0], [str(index) for index in range(10)])
+
+
+def test_analysis_needs_neither_torch_nor_lightning():
+    code = "import sys, cifar_lightning.analysis; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

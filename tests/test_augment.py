@@ -1,0 +1,156 @@
+"""Batched augmentation against naive slicing and against torchvision, picture by picture."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms import v2
+
+from cifar_lightning.augment import (
+    Augmentation,
+    augment,
+    crop_and_mirror,
+    cutout,
+    draw_epoch,
+    jitter,
+    normalize,
+    seeded_generator,
+)
+from cifar_lightning.errors import UserError
+
+CPU = torch.device("cpu")
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def random_pictures(count=16, height=32, width=32):
+    return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
+
+
+def naive_crop_and_mirror(image, shift_y, shift_x, mirrored, padding, mode):
+    """Pad one picture (H, W, C), slice it, flip it: the obvious way."""
+    height, width, _ = image.shape
+    chw = image.permute(2, 0, 1).float()[None]
+    padded = F.pad(chw, (padding,) * 4, mode="reflect") if mode == "reflect" else F.pad(chw, (padding,) * 4)
+    top, left = padding + shift_y, padding + shift_x
+    crop = padded[0, :, top : top + height, left : left + width]
+    if mirrored:
+        crop = crop.flip(-1)
+    return crop.permute(1, 2, 0).to(torch.uint8)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "zeros"])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 40)])
+def test_crop_and_mirror_equals_padding_slicing_and_flipping_each_picture(mode, height, width):
+    images = random_pictures(64, height, width)
+    shift_y, shift_x = torch.randint(-5, 6, (2, 64))
+    mirrored = torch.rand(64) < 0.5
+    got = crop_and_mirror(images, shift_y, shift_x, mirrored, mode)
+    for k in range(64):
+        expected = naive_crop_and_mirror(images[k], int(shift_y[k]), int(shift_x[k]), bool(mirrored[k]), 5, mode)
+        assert torch.equal(got[k], expected)
+
+
+def test_mirror_alone_gives_the_picture_or_its_mirror_image():
+    images = random_pictures(8)
+    mirrored = torch.tensor([True, False] * 4)
+    got = crop_and_mirror(images, None, None, mirrored, "reflect")
+    assert torch.equal(got[0::2], images[0::2].flip(2))
+    assert torch.equal(got[1::2], images[1::2])
+
+
+def test_normalize_equals_torchvision_and_leaves_channels_last_memory():
+    images = random_pictures()
+    reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    got = normalize(images, mean=MEAN, std=STD)
+    torch.testing.assert_close(got, reference(images.permute(0, 3, 1, 2)))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
+def test_jitter_equals_torchvision_picture_by_picture(factor):
+    images = random_pictures(4).float() / 255
+    chw = images.permute(0, 3, 1, 2)
+    factors = torch.full((4,), factor)
+    brighter = jitter(images, factors, None).permute(0, 3, 1, 2)
+    torch.testing.assert_close(brighter, v2.functional.adjust_brightness(chw, factor))
+    contrasted = jitter(images, None, factors).permute(0, 3, 1, 2)
+    torch.testing.assert_close(contrasted, v2.functional.adjust_contrast(chw, factor))
+
+
+def test_cutout_clears_exactly_the_square_of_each_picture():
+    images = torch.ones(3, 3, 8, 8)
+    got = cutout(images, torch.tensor([0, 2, 5]), torch.tensor([0, 4, 5]), 3)
+    for k, (top, left) in enumerate([(0, 0), (2, 4), (5, 5)]):
+        expected = torch.ones(3, 8, 8)
+        expected[:, top : top + 3, left : left + 3] = 0
+        assert torch.equal(got[k], expected)
+
+
+def test_draws_are_a_function_of_seed_and_epoch_and_cover_their_range():
+    chosen = Augmentation(crop_padding_px=3, cutout_px=8, brightness=0.2, contrast=0.1)
+
+    def drawn(seed, epoch):
+        return draw_epoch(chosen, num_pictures=5000, image_size=32, seed=seed, epoch=epoch, device=CPU)
+
+    first, again, other_epoch, other_seed = drawn(1, 0), drawn(1, 0), drawn(1, 1), drawn(2, 0)
+    for field in dataclasses.fields(first):
+        table = getattr(first, field.name)
+        assert torch.equal(table, getattr(again, field.name))
+        assert not torch.equal(table, getattr(other_epoch, field.name))
+        assert not torch.equal(table, getattr(other_seed, field.name))
+    assert set(first.shift_y.tolist()) == set(range(-3, 4)) == set(first.shift_x.tolist())
+    assert set(first.cutout_y.tolist()) == set(range(25))
+    assert 0.8 <= first.brightness.min() < 0.81
+    assert 1.19 < first.brightness.max() <= 1.2
+    assert 0.47 < first.mirrored.float().mean() < 0.53
+
+
+def test_one_operation_more_leaves_the_draws_of_the_others():
+    def drawn(chosen):
+        return draw_epoch(chosen, num_pictures=100, image_size=32, seed=0, epoch=0, device=CPU)
+
+    plain, with_cutout = drawn(Augmentation()), drawn(Augmentation(cutout_px=8, contrast=0.5))
+    assert torch.equal(plain.shift_x, with_cutout.shift_x)
+    assert torch.equal(plain.mirrored, with_cutout.mirrored)
+
+
+def test_alternating_flip_shows_both_sides_of_every_picture_in_two_epochs():
+    chosen = Augmentation(flip="alternating")
+    epochs = [draw_epoch(chosen, num_pictures=1000, image_size=32, seed=0, epoch=e, device=CPU) for e in range(4)]
+    for first, second in zip(epochs, epochs[1:], strict=False):
+        assert torch.equal(first.mirrored, ~second.mirrored)
+    assert 400 < int(epochs[0].mirrored.sum()) < 600
+
+
+def test_a_picture_is_augmented_alike_in_any_batch():
+    chosen = Augmentation(cutout_px=6, brightness=0.3, contrast=0.3)
+    images = random_pictures(32)
+    draws = draw_epoch(chosen, num_pictures=32, image_size=32, seed=0, epoch=3, device=CPU)
+    everything = torch.arange(32)
+    together = augment(images, draws.of(everything), chosen, mean=MEAN, std=STD)
+    order = torch.randperm(32, generator=seeded_generator(9))
+    for pictures in order.split(5):
+        alone = augment(images[pictures], draws.of(pictures), chosen, mean=MEAN, std=STD)
+        assert torch.equal(alone, together[pictures])
+
+
+def test_cutout_is_the_mean_colour_even_with_jitter():
+    chosen = Augmentation(crop_padding_px=0, flip="none", cutout_px=32, brightness=0.9, contrast=0.9)
+    draws = draw_epoch(chosen, num_pictures=4, image_size=32, seed=0, epoch=0, device=CPU)
+    assert augment(random_pictures(4), draws, chosen, mean=MEAN, std=STD).count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"crop_padding_px": 32}, "crop_padding_px 32"),
+        ({"crop_padding_px": -1}, "crop_padding_px -1"),
+        ({"cutout_px": 33}, "cutout_px 33"),
+        ({"brightness": 1.5}, "brightness 1.5"),
+        ({"contrast": float("nan")}, "contrast nan"),
+    ],
+)
+def test_a_value_out_of_range_names_its_flag(change, flag):
+    with pytest.raises(UserError, match=f"--data.{flag}"):
+        Augmentation(**change).check(32)

@@ -1,0 +1,297 @@
+"""The archive arrives whole, from wherever it can be had, or nothing has its name."""
+
+import hashlib
+import io
+import re
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from cifar_lightning import download as module
+from cifar_lightning.download import ARCHIVES, Archive, download
+from cifar_lightning.errors import UserError
+
+
+def tar_bytes(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+# Not compressible, so that there is something to cut.
+PAYLOAD = b"".join(hashlib.sha256(bytes([i])).digest() for i in range(250)) * 20
+GOOD = tar_bytes({"tiny-folder/batch": PAYLOAD, "tiny-folder/meta": b"names"})
+
+
+class Server:
+    """One local host: what it serves under /NAME, how it misbehaves, and what it was asked for."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.cut_after: dict[str, int] = {}  # bytes of a body before the connection is closed
+        self.ignores_range = False
+        self.requests: list[tuple[str, str | None]] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                name = self.path.lstrip("/")
+                asked = self.headers.get("Range")
+                server.requests.append((name, asked))
+                if name not in server.files:
+                    self.send_error(404)
+                    return
+                data, start = server.files[name], 0
+                if asked and not server.ignores_range:
+                    start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
+                    self.send_response(206)
+                    self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+                else:
+                    self.send_response(200)
+                body = data[start:]
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body[: server.cut_after.get(name, len(body))])
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.http.server_port}/{name}"
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.thread.join()
+        self.http.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch):
+    """Puts an archive of these bytes, served at these addresses, into the table as "tiny"."""
+
+    def put(data: bytes, *urls: str) -> Archive:
+        archive = Archive(
+            filename="tiny.tar.gz",
+            size_bytes=len(data),
+            md5=hashlib.md5(data).hexdigest(),
+            sha256=hashlib.sha256(data).hexdigest(),
+            folder="tiny-folder",
+            variable="TINY_URL",
+            urls=urls,
+        )
+        monkeypatch.setitem(ARCHIVES, "tiny", archive)
+        return archive
+
+    monkeypatch.delenv("TINY_URL", raising=False)
+    return put
+
+
+def assert_unpacked(folder: Path) -> None:
+    assert (folder / "batch").read_bytes() == PAYLOAD
+    assert (folder / "meta").read_bytes() == b"names"
+
+
+def names(root: Path) -> set[str]:
+    """What lies in a folder, but for the lock that stays."""
+    return {path.name for path in root.iterdir()} - {".tiny.tar.gz.lock"}
+
+
+def test_an_archive_is_downloaded_checked_and_unpacked(server, use, tmp_path):
+    server.files["good"] = GOOD
+    use(GOOD, server.url("good"))
+    folder = download("tiny", tmp_path / "new" / "data")
+    assert folder == tmp_path / "new" / "data" / "tiny-folder"
+    assert_unpacked(folder)
+    assert names(folder.parent) == {"tiny-folder", "tiny.tar.gz"}
+    assert server.requests == [("good", None)]
+
+
+def test_an_unpacked_folder_and_a_whole_archive_need_no_network(use, tmp_path):
+    use(GOOD, "http://127.0.0.1:9/nobody")
+    (tmp_path / "tiny.tar.gz").write_bytes(GOOD)
+    assert_unpacked(download("tiny", tmp_path))
+    (tmp_path / "tiny.tar.gz").unlink()
+    assert_unpacked(download("tiny", tmp_path))
+
+
+def test_a_cut_transfer_goes_on_where_it_was(server, use, tmp_path):
+    server.files["good"] = GOOD
+    server.cut_after["good"] = 100_000
+    use(GOOD, server.url("good"))
+    assert_unpacked(download("tiny", tmp_path))
+    assert [asked for _, asked in server.requests] == [None, "bytes=100000-"]
+
+
+def test_a_part_of_an_earlier_process_is_finished_by_another_mirror(server, use, tmp_path):
+    server.files["good"] = GOOD
+    use(GOOD, server.url("missing"), server.url("good"))
+    (tmp_path / "tiny.tar.gz.part").write_bytes(GOOD[:70_000])
+    assert_unpacked(download("tiny", tmp_path))
+    assert server.requests[-1] == ("good", "bytes=70000-")
+
+
+def test_a_server_without_range_starts_over(server, use, tmp_path):
+    server.files["good"] = GOOD
+    server.ignores_range = True
+    use(GOOD, server.url("good"))
+    (tmp_path / "tiny.tar.gz.part").write_bytes(b"x" * 70_000)
+    assert_unpacked(download("tiny", tmp_path))
+
+
+def test_a_part_of_other_bytes_is_thrown_away(server, use, tmp_path):
+    server.files["good"] = GOOD
+    use(GOOD, server.url("good"))
+    (tmp_path / "tiny.tar.gz.part").write_bytes(b"x" * 70_000)
+    assert_unpacked(download("tiny", tmp_path))
+    assert [asked for _, asked in server.requests] == ["bytes=70000-", None]
+
+
+def test_a_wrong_hash_is_shown_and_the_next_mirror_tried(server, use, tmp_path, capsys):
+    wrong = GOOD[:-1] + bytes([GOOD[-1] ^ 1])
+    server.files |= {"wrong": wrong, "good": GOOD}
+    archive = use(GOOD, server.url("wrong"), server.url("good"))
+    assert_unpacked(download("tiny", tmp_path))
+    said = capsys.readouterr()
+    assert hashlib.sha256(wrong).hexdigest() in said.out
+    assert archive.sha256 in said.out
+    assert said.err == ""
+
+
+def test_nothing_is_unpacked_when_every_hash_is_wrong(server, use, tmp_path):
+    wrong = GOOD[:-1] + bytes([GOOD[-1] ^ 1])
+    server.files["wrong"] = wrong
+    archive = use(GOOD, server.url("wrong"))
+    with pytest.raises(UserError) as caught:
+        download("tiny", tmp_path)
+    assert archive.sha256 in str(caught.value)
+    assert hashlib.sha256(wrong).hexdigest() in str(caught.value)
+    assert names(tmp_path) == set()
+
+
+def test_a_wrong_md5_is_refused(server, use, tmp_path, monkeypatch):
+    server.files["good"] = GOOD
+    archive = use(GOOD, server.url("good"))
+    monkeypatch.setitem(ARCHIVES, "tiny", Archive(**(vars(archive) | {"md5": "0" * 32})))
+    with pytest.raises(UserError, match=f"MD5 {archive.md5} instead of {'0' * 32}"):
+        download("tiny", tmp_path)
+
+
+@pytest.mark.parametrize("data", [GOOD + b"more", GOOD[:-5]])
+def test_a_wrong_size_is_refused(data, server, use, tmp_path):
+    server.files["odd"] = data
+    use(GOOD, server.url("odd"))
+    with pytest.raises(UserError, match=r"bytes"):
+        download("tiny", tmp_path)
+    assert "tiny.tar.gz" not in names(tmp_path)
+
+
+def test_without_network_the_error_names_archive_place_override_and_synthetic(server, use, tmp_path):
+    use(GOOD, server.url("missing"), "http://127.0.0.1:9/nobody")
+    with pytest.raises(UserError) as caught:
+        download("tiny", tmp_path)
+    message = str(caught.value)
+    for part in ("tiny.tar.gz", str(tmp_path / "tiny.tar.gz"), "TINY_URL", "--data.dataset synthetic", "HTTP 404"):
+        assert part in message
+    assert message.count("\n") == 1
+
+
+def test_the_environment_s_address_comes_first(server, use, tmp_path, monkeypatch):
+    server.files["good"] = GOOD
+    use(GOOD, "http://127.0.0.1:9/nobody")
+    monkeypatch.setenv("TINY_URL", server.url("good"))
+    assert_unpacked(download("tiny", tmp_path))
+    assert server.requests == [("good", None)]
+
+
+def test_a_file_address_works(use, tmp_path, monkeypatch):
+    use(GOOD, "http://127.0.0.1:9/nobody")
+    (tmp_path / "elsewhere.tar.gz").write_bytes(GOOD)
+    monkeypatch.setenv("TINY_URL", (tmp_path / "elsewhere.tar.gz").as_uri())
+    assert_unpacked(download("tiny", tmp_path / "data"))
+
+
+def test_an_address_that_is_none_is_refused_by_name(use, tmp_path, monkeypatch):
+    use(GOOD)
+    monkeypatch.setenv("TINY_URL", "/mnt/tiny.tar.gz")
+    with pytest.raises(UserError, match=r"TINY_URL=/mnt/tiny\.tar\.gz"):
+        download("tiny", tmp_path)
+
+
+@pytest.mark.parametrize("member", ["../outside", "tiny-folder/../../outside"])
+def test_members_outside_the_folder_are_refused(member, server, use, tmp_path):
+    evil = tar_bytes({"tiny-folder/batch": b"", member: b"gotcha"})
+    server.files["evil"] = evil
+    use(evil, server.url("evil"))
+    root = tmp_path / "a" / "b"
+    with pytest.raises(UserError, match="not safe"):
+        download("tiny", root)
+    assert not list(tmp_path.rglob("outside"))
+    assert names(root) == {"tiny.tar.gz"}
+
+
+def test_an_archive_put_by_hand_with_a_wrong_hash_is_said_and_replaced(server, use, tmp_path, capsys):
+    server.files["good"] = GOOD
+    use(GOOD, server.url("good"))
+    (tmp_path / "tiny.tar.gz").write_bytes(b"half")
+    assert_unpacked(download("tiny", tmp_path))
+    assert "4 bytes instead of" in capsys.readouterr().out
+    assert (tmp_path / "tiny.tar.gz").read_bytes() == GOOD
+
+
+def test_processes_that_come_at_the_same_time_download_once(server, use, tmp_path):
+    server.files["good"] = GOOD
+    use(GOOD, server.url("good"))
+    threads = [threading.Thread(target=download, args=("tiny", tmp_path, False)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_unpacked(tmp_path / "tiny-folder")
+    assert len(server.requests) == 1
+
+
+def test_a_root_that_cannot_be_written_is_named(use, tmp_path):
+    use(GOOD)
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match=r"file.*\n.*--data\.root"):
+        download("tiny", tmp_path / "file")
+
+
+def test_silence_is_an_error_after_the_timeout(use, tmp_path, monkeypatch):
+    import socket
+
+    monkeypatch.setattr(module, "TIMEOUT_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        use(GOOD, f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        with pytest.raises(UserError, match="no answer"):
+            download("tiny", tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(ARCHIVES))
+def test_the_pinned_figures_are_those_of_torchvision(name):
+    from torchvision import datasets
+
+    reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    archive = ARCHIVES[name]
+    assert (archive.filename, archive.folder, archive.md5) == (reader.filename, reader.base_folder, reader.tgz_md5)
+    assert re.fullmatch(r"[0-9a-f]{64}", archive.sha256)
+    assert all(url.startswith("https://") and url.endswith(archive.filename) for url in archive.urls)

@@ -1,0 +1,143 @@
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from cifar_lightning.figures import (
+    confusion_figure,
+    figure_to_array,
+    figure_to_png,
+    pictures_figure,
+    printable,
+)
+
+CM = np.array([[1200, 0, 34], [5, 90, 5], [0, 0, 0]])
+NAMES = ["cat", "dog", "truck"]
+
+
+def cell_texts(figure: Figure) -> dict[tuple[int, int], str]:
+    """Returns the numbers in the cells by (row, column)."""
+    return {
+        (int(text.get_position()[1]), int(text.get_position()[0])): text.get_text() for text in figure.axes[0].texts
+    }
+
+
+def test_counts_stand_at_row_true_and_column_predicted_and_empty_cells_stay_empty():
+    figure = confusion_figure(CM, NAMES)
+    assert cell_texts(figure) == {
+        (0, 0): "1,200",
+        (0, 2): "34",
+        (1, 0): "5",
+        (1, 1): "90",
+        (1, 2): "5",
+        (2, 2): "0",
+    }
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == NAMES
+    assert [label.get_text() for label in axes.get_xticklabels()] == NAMES
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("true class", "predicted class")
+    assert axes.get_title() == "Accuracy 96.70% of 1,334 pictures"
+
+
+def test_normalized_cells_are_per_cent_of_the_true_class():
+    texts = cell_texts(confusion_figure(CM, NAMES, normalize=True))
+    assert texts[0, 0] == "97.2"
+    assert texts[0, 2] == "2.8"
+    assert texts[1, 1] == "90.0"
+    assert texts[2, 2] == "0.0"  # no pictures, and no warning
+
+
+def test_a_mistake_is_orange_and_a_right_answer_blue():
+    figure = confusion_figure(CM, NAMES)
+    pixels = figure_to_array(figure)
+    axes = figure.axes[0]
+
+    def colour(row: int, column: int) -> np.ndarray:
+        x, y = axes.transData.transform((column - 0.4, row - 0.4))  # beside the number
+        return pixels[int(pixels.shape[0] - y), int(x)].astype(int)
+
+    assert colour(0, 0)[2] > colour(0, 0)[0] + 50
+    assert colour(1, 0)[0] > colour(1, 0)[2] + 50
+    assert colour(0, 1).tolist() == [255, 255, 255]
+
+
+def test_a_hundred_classes_have_names_and_no_numbers():
+    names = [f"class_{index}" for index in range(100)]
+    figure = confusion_figure(np.eye(100, dtype=np.int64), names)
+    assert not figure.axes[0].texts
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == names
+
+
+@pytest.mark.parametrize("num_classes", [1, 3, 10, 30])
+def test_everything_lies_inside_the_figure(num_classes):
+    names = [f"quite_a_long_name_of_{index}" for index in range(num_classes)]
+    figure = confusion_figure(np.eye(num_classes, dtype=np.int64) * 1000, names)
+    height, width = figure_to_array(figure).shape[:2]
+    axes = figure.axes[0]
+    for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
+        box = text.get_window_extent()
+        assert box.x0 >= 0, text
+        assert box.y0 >= 0, text
+        assert box.x1 <= width, text
+        assert box.y1 <= height, text
+
+
+def test_any_folder_name_can_be_drawn():
+    names = ["$5 or $6_{", "狗", "two\nlines", "caf\udce9", "a" * 200]
+    figure = confusion_figure(np.eye(5, dtype=np.int64), names)
+    assert figure_to_array(figure).ndim == 3
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert shown[:4] == ["$5 or $6_{", "狗", "two\\nlines", "caf\\udce9"]
+    assert len(shown[4]) < 30
+
+
+def test_no_pictures_make_a_figure_and_no_warning():
+    assert figure_to_array(confusion_figure(np.zeros((3, 3), dtype=np.int64), NAMES)).size
+
+
+def test_pictures_keep_their_pixels_crisp():
+    image = np.zeros((2, 2, 3), dtype=np.uint8)
+    image[0, 0] = image[1, 1] = (200, 10, 30)
+    pixels = figure_to_array(pictures_figure(image[None], ["title\nof two lines"]))
+    red = (pixels == (200, 10, 30)).all(axis=2)
+    black = (pixels == 0).all(axis=2)
+    assert red.sum() > 2000
+    box = pixels[np.ix_(red.any(axis=1), red.any(axis=0))]
+    assert ((box == (200, 10, 30)).all(axis=2) | (box == 0).all(axis=2)).mean() > 0.99  # no blend between the two
+    assert black.sum() > 2000
+
+
+def test_each_picture_stands_under_its_title_and_the_rest_of_the_grid_is_empty():
+    images = np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), dtype=np.uint8)
+    figure = pictures_figure(images, [f"number {index}" for index in range(7)])
+    filled = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in filled] == [f"number {index}" for index in range(7)]
+    assert [int(np.asarray(axes.images[0].get_array())[0, 0, 0]) for axes in filled] == list(range(7))
+
+
+def test_titles_must_fit_the_pictures_and_none_of_both_is_a_blank_page():
+    with pytest.raises(ValueError, match="2 pictures but 1 titles"):
+        pictures_figure(np.zeros((2, 4, 4, 3), dtype=np.uint8), ["one"])
+    assert figure_to_array(pictures_figure(np.zeros((0, 4, 4, 3), dtype=np.uint8), [])).size
+
+
+def test_an_array_and_a_png_show_the_same():
+    array = figure_to_array(confusion_figure(CM, NAMES))
+    assert array.dtype == np.uint8
+    with Image.open(io.BytesIO(figure_to_png(confusion_figure(CM, NAMES), dpi=100))) as image:
+        assert (np.asarray(image.convert("RGB")) == array).mean() > 0.999
+
+
+def test_printable_leaves_ordinary_names_and_escapes_the_rest():
+    assert printable("Käfer 狗") == "Käfer 狗"
+    assert printable("Käfer", "ascii") == "K\\xe4fer"
+    assert printable("a\x1b[31m\udcff") == "a\\x1b[31m\\udcff"
+
+
+def test_figures_never_load_pyplot():
+    code = "import sys, cifar_lightning.figures; sys.exit('matplotlib.pyplot' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,170 @@
+"""Order, shares and position of the loaders; resident and streaming give the same batches."""
+
+import numpy as np
+import pytest
+import torch
+
+from cifar_lightning.augment import Augmentation
+from cifar_lightning.loader import EpochSampler, Rank, ResidentLoader, StreamingLoader
+
+COUNT = 50
+IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, 8, 8, 3), np.uint8)
+TARGETS = np.arange(COUNT) % 7
+FINISHING = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+
+
+def sampler(count=COUNT, batch_size=8, training=True, rank=None, **kwargs):
+    return EpochSampler(
+        torch.arange(count), batch_size, seed=3, training=training, rank=rank or Rank(), **kwargs
+    )
+
+
+def resident(**kwargs):
+    finishing = {**FINISHING, "augmentation": Augmentation(crop_padding_px=2, cutout_px=3)}
+    return ResidentLoader(torch.from_numpy(IMAGES), torch.from_numpy(TARGETS), sampler(**kwargs), **finishing)
+
+
+def streaming(images=IMAGES, num_workers=2, **kwargs):
+    finishing = {**FINISHING, "augmentation": Augmentation(crop_padding_px=2, cutout_px=3)}
+    cpu = torch.device("cpu")
+    return StreamingLoader(images, TARGETS, sampler(**kwargs), num_workers=num_workers, device=cpu, **finishing)
+
+
+def drawn(loader):
+    return [(images.clone(), targets.clone()) for images, targets in loader]
+
+
+def assert_same(left, right):
+    assert len(left) == len(right)
+    for (images, targets), (other_images, other_targets) in zip(left, right, strict=True):
+        assert torch.equal(images, other_images)
+        assert torch.equal(targets, other_targets)
+
+
+def test_an_epoch_has_every_picture_once_and_the_next_another_order():
+    order = sampler()
+    first, second = torch.cat(order.begin()), torch.cat(order.begin())
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(COUNT))
+    assert not torch.equal(first, second)
+
+
+def test_set_epoch_repeats_that_epochs_batches():
+    loader = resident()
+    first, second = drawn(loader), drawn(loader)
+    loader.sampler.set_epoch(0)
+    assert_same(drawn(loader), first)
+    loader.sampler.set_epoch(1)
+    assert_same(drawn(loader), second)
+
+
+def test_iter_before_set_epoch_still_gives_the_named_epoch():
+    loader = resident()
+    loader.sampler.set_epoch(4)
+    expected = drawn(loader)
+    other = resident()
+    early = iter(other)  # Lightning does so
+    other.sampler.set_epoch(4)
+    assert_same(list(early), expected)
+
+
+@pytest.mark.parametrize("make", [resident, streaming])
+def test_a_loader_goes_on_where_its_state_was_taken(make):
+    loader = make()
+    unbroken = [drawn(loader) for _ in range(3)]
+    stopped = make()
+    drawn(stopped)
+    batches = iter(stopped)
+    for _ in range(3):
+        next(batches)
+    state = stopped.state_dict()
+    assert state == {"epoch": 1, "position": 3}
+    resumed = make()
+    resumed.load_state_dict(state)
+    resumed.sampler.set_epoch(1)  # as Lightning does
+    assert_same(drawn(resumed), unbroken[1][3:])
+    assert_same(drawn(resumed), unbroken[2])
+
+
+def test_state_at_the_end_of_an_epoch_goes_on_with_the_next():
+    loader = resident()
+    drawn(loader)
+    expected = drawn(loader)
+    other = resident()
+    drawn(other)
+    resumed = resident()
+    resumed.load_state_dict(other.state_dict())
+    assert_same(drawn(resumed), expected)
+
+
+def test_another_epoch_than_the_states_starts_at_its_beginning():
+    loader = resident()
+    loader.load_state_dict({"epoch": 1, "position": 3})
+    loader.sampler.set_epoch(2)
+    assert len(drawn(loader)) == len(loader)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_streaming_equals_resident_batch_for_batch(num_workers):
+    streamed, kept = streaming(num_workers=num_workers), resident()
+    for _ in range(2):
+        assert_same(drawn(streamed), drawn(kept))
+
+
+def test_streaming_starts_the_next_epoch_cleanly_after_a_break():
+    streamed, kept = streaming(), resident()
+    for loader in (streamed, kept):
+        next(iter(loader))
+    assert_same(drawn(streamed), drawn(kept))
+
+
+def test_a_memory_mapped_set_travels_to_workers_as_its_path(tmp_path):
+    import pickle
+
+    from cifar_lightning.loader import _Rows
+
+    path = tmp_path / "pictures.npy"
+    np.save(path, IMAGES)
+    mapped = np.load(path, mmap_mode="r")
+    sent = pickle.dumps(_Rows(mapped, TARGETS))
+    assert len(sent) < IMAGES.nbytes / 4
+    _, images, _ = pickle.loads(sent).__getitems__([7, 3])
+    assert np.array_equal(images.numpy(), IMAGES[[7, 3]])
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(50, 2), (50, 3), (49, 3), (17, 2), (25, 3)])
+def test_ranks_deal_each_global_batch_evenly_and_make_as_many_steps(count, ranks):
+    shares = [sampler(count, rank=Rank(r, ranks)).begin() for r in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    whole = sampler(count, batch_size=8 * ranks).begin()
+    for step, batch in enumerate(whole):
+        dealt = [share[step] for share in shares]
+        sizes = [len(part) for part in dealt]
+        assert max(sizes) - min(sizes) <= 1
+        assert set(torch.cat(dealt).tolist()) == set(batch.tolist())
+
+
+def test_a_rank_without_a_picture_of_the_last_batch_repeats_one():
+    shares = [sampler(25, rank=Rank(r, 3)).begin() for r in range(3)]
+    assert [len(share[-1]) for share in shares] == [1, 1, 1]
+    assert shares[0][-1].tolist() == shares[1][-1].tolist() == shares[2][-1].tolist()
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(50, 1), (50, 2), (50, 3), (17, 2), (16, 3), (5, 2)])
+def test_evaluation_deals_every_picture_exactly_once_in_equal_steps(count, ranks):
+    shares = [sampler(count, training=False, rank=Rank(r, ranks)).begin() for r in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(torch.cat([torch.cat(share) for share in shares]).tolist()) == list(range(count))
+
+
+def test_drop_last_leaves_out_the_smaller_batch_alone():
+    assert [len(batch) for batch in sampler(drop_last=True).begin()] == [8] * 6
+    assert [len(batch) for batch in sampler().begin()] == [8] * 6 + [2]
+    assert len(sampler(drop_last=True)) == 6
+
+
+def test_batches_are_normalised_channels_last_floats():
+    images, targets = next(iter(resident()))
+    assert images.shape == (8, 3, 8, 8)
+    assert images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert targets.dtype == torch.int64

@@ -1,0 +1,188 @@
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from cifar_lightning import analysis
+from cifar_lightning.report import print_test_report
+from cifar_lightning.runs import RunFolder
+
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def matrix(num_classes: int, support: int = 1000) -> np.ndarray:
+    """A matrix with 90 % on the diagonal and class 0 taken for class 1 most often."""
+    cm = np.eye(num_classes, dtype=np.int64) * (support * 9 // 10)
+    for row in range(num_classes):
+        cm[row, (row + 1) % num_classes] += support - cm[row].sum()
+    cm[0, 0] -= 7
+    cm[0, 1 % num_classes] += 7
+    return cm
+
+
+def report(
+    cm: np.ndarray, names: list[str], run: Path = Path("runs/smallnet/3"), width: int = 80, encoding: str = "utf-8"
+) -> str:
+    """Prints to something that is no terminal and returns what a log file would hold."""
+    targets, preds = (np.repeat(indices.ravel(), cm.ravel()) for indices in np.indices(cm.shape))
+    logits = np.eye(len(names), dtype=np.float32)[preds] * 3
+    metrics = json.loads(json.dumps(analysis.test_metrics(logits, targets, names)))  # as read back from the run
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    print_test_report(metrics, cm, names, run, Console(file=stream, width=width, highlight=False))
+    stream.seek(0)
+    return stream.read()
+
+
+def section(text: str, heading: str) -> list[str]:
+    """Returns the lines between a heading and the next empty line."""
+    lines = text.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith(heading)) + 1
+    end = next((index for index in range(start, len(lines)) if not lines[index]), len(lines))
+    return lines[start:end]
+
+
+def test_the_summary_says_accuracy_interval_loss_and_calibration():
+    text = report(matrix(10), CIFAR10)
+    assert text.startswith("Test accuracy 89.93 %  (95 % interval 89.32 to 90.50 %; 10,000 pictures)\n")
+    assert re.search(r"^Loss \d\.\d{4}, calibration error \(ECE\) \d+\.\d\d %, macro F1 89\.93 %$", text, re.MULTILINE)
+
+
+def test_the_printed_matrix_is_the_matrix():
+    cm = matrix(10)
+    header, *rows = section(report(cm, CIFAR10), "Confusion matrix")
+    assert header.split() == ["airpl", "autom", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    assert [row.split()[0] for row in rows] == CIFAR10
+    cells = [[int(cell.strip("[]").replace(".", "0")) for cell in row.split()[1:]] for row in rows]
+    assert cells == cm.tolist()
+    for index, row in enumerate(rows):
+        assert row.split()[1 + index].startswith("[")  # the diagonal is told apart without colours
+        assert row.count("[") == 1
+
+
+def test_the_columns_of_the_matrix_are_aligned():
+    _, *rows = section(report(matrix(10), CIFAR10), "Confusion matrix")
+    ends = [[match.end() - match.group().endswith("]") for match in re.finditer(r"\S+", row)][1:] for row in rows]
+    assert all(row == ends[0] for row in ends)
+
+
+def test_per_class_rates_are_scikit_learns():
+    from sklearn.metrics import precision_recall_fscore_support
+
+    cm = matrix(3, 50)
+    targets, preds = (np.repeat(indices.ravel(), cm.ravel()) for indices in np.indices(cm.shape))
+    precision, recall, f1, support = precision_recall_fscore_support(targets, preds)
+    _, *rows = section(report(cm, ["ant", "bee", "fly"]), "Classes")
+    expected = [
+        f"{name} {support[i]} {100 * precision[i]:.1f} % {100 * recall[i]:.1f} % {100 * f1[i]:.1f} %".split()
+        for i, name in enumerate(["ant", "bee", "fly"])
+    ]
+    assert [row.split() for row in rows] == expected
+
+
+def test_the_most_confused_pair_is_said_in_words_first():
+    lines = section(report(matrix(10), CIFAR10), "Most confused")
+    assert lines[0] == "airplane taken for automobile: 107 of 1,000 (10.7 %)"
+    assert len(lines) == 10
+
+
+def test_a_network_without_mistakes_is_reported():
+    assert section(report(np.eye(3, dtype=np.int64), ["a", "b", "c"]), "Most confused") == [
+        "No picture was taken for another class."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "name"),
+    [(1, "x"), (3, "class_with_a_very_very_long_name_{}"), (10, "twenty_characters_{:02}"), (20, "c{}"), (100, "x{}")],
+)
+def test_no_line_is_wider_than_80_columns(num_classes, name):
+    text = report(matrix(num_classes), [name.format(index) for index in range(num_classes)])
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_names_that_cannot_head_a_column_are_replaced_by_numbers():
+    header, first, *_ = section(report(matrix(10), [f"long_class_name_{i}" for i in range(10)]), "Confusion matrix")
+    assert header.split() == [str(index) for index in range(10)]
+    assert first.startswith("0 long_class_name_0 [893]")
+
+
+def test_a_matrix_that_does_not_fit_names_the_file_that_holds_it():
+    for cm, width in ((matrix(100, 100), 80), (matrix(20), 80), (matrix(10), 50)):
+        text = report(cm, [f"some_class_{index}" for index in range(len(cm))], width=width)
+        (line, *_) = section(text, "Confusion matrix")
+        assert line.startswith(f"Too wide to print with {len(cm)} classes")
+        assert "confusion_matrix.png" in text
+
+
+def test_of_a_hundred_classes_the_ten_worst_are_listed():
+    cm = matrix(100, 100)
+    cm[42] = 0
+    cm[42, 43] = 100
+    text = report(cm, [f"some_class_{index}" for index in range(100)])
+    lines = section(text, "The 10 classes with the lowest F1")
+    assert lines[1].split() == ["some_class_42", "100", "0.0", "%", "0.0", "%", "0.0", "%"]
+    assert len(lines) == 12
+    assert lines[-1] == "All 100 classes are in test_metrics.json."
+
+
+def test_a_class_never_predicted_is_shown_as_such():
+    text = report(np.array([[5, 0], [3, 0]]), ["cat", "dog"])
+    assert "Never predicted (so without a precision): dog" in text
+    assert section(text, "Classes")[2].split() == ["dog", "3", "-", "0.0", "%", "0.0", "%"]
+
+
+def test_class_names_are_shown_as_they_are_and_cannot_steer_the_terminal():
+    text = report(matrix(4, 50), ["[red]x[/red]", "Käfer", "狗", "a\x1b[31m\n\udce9"])
+    for shown in ("[red]x[/red]", "Käfer", "狗", "a\\x1b[31m\\n\\udce9"):
+        assert shown in text
+    assert "\x1b" not in text
+
+
+def test_a_terminal_without_umlauts_gets_escapes():
+    assert "K\\xe4fer taken for b" in report(matrix(3, 50), ["Käfer", "b", "c"], encoding="ascii")
+
+
+def test_the_files_that_are_there_and_no_others_are_named(tmp_path):
+    run = RunFolder(tmp_path / "runs" / "smallnet" / "1")
+    run.checkpoints.mkdir(parents=True)
+    for file in (run.config, run.best_checkpoint):
+        file.touch()
+    (run.path / "events.out.tfevents.1").touch()
+    lines = section(report(matrix(3, 50), ["a", "b", "c"], run.path), "Run folder")
+    assert lines[0] == str(run.path)  # whole, though it is longer than the terminal is wide
+    names = [line.split()[0] for line in lines[1:]]
+    assert names == ["checkpoints/best.ckpt", "config.yaml", "events.out.tfevents.*"]
+
+
+def test_the_next_commands_can_be_copied_also_with_spaces_in_the_path():
+    text = report(matrix(3, 50), ["a", "b", "c"], Path("my runs/smallnet/3"))
+    assert section(text, "What next") == [
+        "  tensorboard --logdir 'my runs'",
+        "  python train.py test 'my runs/smallnet/3'",
+    ]
+    text = report(matrix(3, 50), ["a", "b", "c"], Path("chosen"))
+    assert section(text, "What next")[0] == "  tensorboard --logdir chosen"
+
+
+def test_colours_change_nothing_but_colours():
+    cm = matrix(10)
+    stream = io.StringIO()
+    targets, preds = (np.repeat(indices.ravel(), cm.ravel()) for indices in np.indices(cm.shape))
+    metrics = analysis.test_metrics(np.eye(10, dtype=np.float32)[preds] * 3, targets, CIFAR10)
+    console = Console(
+        file=stream, width=80, highlight=False, force_terminal=True, color_system="standard", no_color=False
+    )
+    print_test_report(metrics, cm, CIFAR10, Path("runs/smallnet/3"), console)
+    assert "\x1b[" in stream.getvalue()
+    assert re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()) == report(cm, CIFAR10)
+
+
+def test_the_report_never_loads_lightning_or_torch():
+    code = "import sys, cifar_lightning.report; sys.exit('lightning' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,340 @@
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cifar_lightning import files, runs
+from cifar_lightning.errors import UserError
+from cifar_lightning.files import MetricsTable, read_json, write_bytes_durably, write_json, write_text_durably
+from cifar_lightning.runs import RunFolder, RunLock, create_run, describe_environment, open_run
+
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and fork")
+
+
+def start_run(base: Path, recipe: str = "smallnet", run_dir: Path | None = None) -> RunFolder:
+    """Makes a run folder and lets go of it at once."""
+    run = create_run(base, recipe, run_dir)
+    assert run.lock is not None
+    run.lock.release()
+    return run
+
+
+def finish(run: RunFolder) -> RunFolder:
+    run.config.write_text("x: 1\n")
+    run.checkpoints.mkdir(exist_ok=True)
+    run.last_checkpoint.write_bytes(b"weights")
+    return run
+
+
+def test_each_start_gets_the_number_after_the_highest(tmp_path):
+    assert start_run(tmp_path).path == tmp_path / "smallnet" / "1"
+    (tmp_path / "smallnet" / "7").mkdir()
+    (tmp_path / "smallnet" / "notes").mkdir()
+    assert start_run(tmp_path).path == tmp_path / "smallnet" / "8"
+    assert start_run(tmp_path, "other").path == tmp_path / "other" / "1"
+
+
+def test_a_number_taken_between_looking_and_making_is_skipped(tmp_path, monkeypatch):
+    start_run(tmp_path)
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(()))  # as seen before the other process made folder 1
+    assert start_run(tmp_path).path == tmp_path / "smallnet" / "2"
+
+
+def test_starts_at_the_same_time_never_share_a_folder(tmp_path):
+    code = "import pathlib, sys; from cifar_lightning.runs import *; print(create_run(pathlib.Path(sys.argv[1]), 'r').path)"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    paths = {process.communicate()[0].strip() for process in processes}
+    assert paths == {str(tmp_path / "r" / str(number)) for number in range(1, 5)}
+
+
+def test_a_chosen_folder_that_holds_a_checkpoint_is_refused_and_left_alone(tmp_path):
+    run = finish(start_run(tmp_path, run_dir=tmp_path / "mine"))
+    with pytest.raises(UserError, match=r"holds a run with checkpoints[\s\S]*fit --resume"):
+        create_run(tmp_path, "smallnet", run.path)
+    assert run.config.read_text() == "x: 1\n"
+    assert run.last_checkpoint.read_bytes() == b"weights"
+
+
+def test_a_finished_run_without_its_checkpoints_is_refused(tmp_path):
+    run = start_run(tmp_path, run_dir=tmp_path / "mine")
+    run.test_metrics.write_text("{}")
+    with pytest.raises(UserError, match="holds a run with results"):
+        create_run(tmp_path, "smallnet", run.path)
+    assert run.test_metrics.exists()
+
+
+def test_a_run_without_any_checkpoint_is_started_over_and_foreign_files_stay(tmp_path):
+    run = start_run(tmp_path, run_dir=tmp_path / "mine")
+    run.checkpoints.mkdir()
+    own = [
+        run.config,
+        run.metrics_csv,
+        run.path / "events.out.tfevents.1.host",
+        run.path / ".split.json.1234abcd.tmp",
+        run.checkpoints / ".last.ckpt.1234abcd.tmp",
+    ]
+    foreign = [run.path / "slurm-17.out", run.checkpoints / "notes.txt"]
+    for file in (*own, *foreign):
+        file.write_text("x")
+    start_run(tmp_path, run_dir=run.path)
+    assert [file for file in own if file.exists()] == []
+    assert all(file.exists() for file in foreign)
+
+
+def test_a_folder_with_foreign_files_alone_is_used_and_they_stay(tmp_path):
+    (tmp_path / "slurm-17.out").write_text("log")
+    assert start_run(tmp_path, run_dir=tmp_path).path == tmp_path
+    assert (tmp_path / "slurm-17.out").read_text() == "log"
+
+
+def test_somebodys_own_config_is_never_overwritten(tmp_path):
+    (tmp_path / "config.yaml").write_text("mine")
+    with pytest.raises(UserError, match=r"would overwrite config\.yaml"):
+        create_run(tmp_path, "smallnet", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+    with pytest.raises(UserError):  # the first refusal did not mark the folder as a run's
+        create_run(tmp_path, "smallnet", tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+
+
+def test_a_file_in_the_way_is_a_user_error_of_two_lines(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--run_dir") as caught:
+        create_run(tmp_path, "smallnet", tmp_path / "file")
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
+    (tmp_path / "mine").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="cannot write there"):
+        create_run(tmp_path, "smallnet", tmp_path / "mine")
+
+
+def test_a_second_writer_is_refused_until_the_first_lets_go(tmp_path):
+    run = create_run(tmp_path, "smallnet")
+    assert run.lock is not None
+    run.config.touch()
+    with pytest.raises(UserError, match=f"process {os.getpid()} is writing"):
+        open_run(run.path, lock=True)
+    with pytest.raises(UserError, match="is writing"):
+        create_run(tmp_path, "smallnet", run.path)
+    assert run.config.exists()  # refused before anything was removed
+    assert open_run(run.path).lock is None  # readers need none
+    run.lock.release()
+    run.lock.release()
+    with RunLock(run.lock_file):
+        pass
+    second = open_run(run.path, lock=True)
+    assert second.lock is not None
+    second.lock.release()
+
+
+@posix_only
+def test_the_lock_dies_with_its_process_though_a_forked_child_lives_on(tmp_path):
+    # The child waits on a pipe that this test holds, as a loader worker that has not yet seen its parent die.
+    code = """
+import os, sys, pathlib
+from cifar_lightning.runs import create_run
+run = create_run(pathlib.Path(sys.argv[1]), "r")
+ready, done = os.pipe()
+if os.fork() == 0:
+    os.write(done, b"x")
+    sys.stdin.read()
+    os._exit(0)
+os.read(ready, 1)
+print(run.path, flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lock_file = RunFolder(Path(process.stdout.readline().strip())).lock_file
+        with pytest.raises(UserError, match=f"process {process.pid} is writing"):
+            RunLock(lock_file)
+        process.kill()
+        process.wait()
+        RunLock(lock_file).release()
+
+
+def test_a_run_is_opened_again_also_after_it_was_copied(tmp_path):
+    run = finish(start_run(tmp_path / "a"))
+    copy = run.path.rename(tmp_path / "cöpy of run")
+    assert open_run(copy) == RunFolder(copy)
+    assert open_run(copy).last_checkpoint.read_bytes() == b"weights"
+
+
+def test_what_is_not_a_run_is_named_with_what_is_missing_and_what_was_meant(tmp_path):
+    run = finish(start_run(tmp_path))
+    with pytest.raises(UserError, match="there is no such folder"):
+        open_run(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has no config\.yaml"):
+        open_run(tmp_path / "empty")
+    for given in (run.last_checkpoint, run.checkpoints, tmp_path, tmp_path / "smallnet"):
+        with pytest.raises(UserError) as caught:
+            open_run(given)
+        assert str(run.path) + "?" in str(caught.value)
+        assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_missing_files_are_named_with_the_command_that_makes_them(tmp_path):
+    run = finish(start_run(tmp_path))
+    run.require(run.config, run.last_checkpoint)
+    with pytest.raises(UserError, match=r"predictions\.npz is missing[\s\S]*train\.py test"):
+        run.require(run.config, run.predictions)
+    with pytest.raises(UserError, match=r"best\.ckpt is missing[\s\S]*fit --resume"):
+        run.require(run.best_checkpoint)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it_and_names_the_path(tmp_path, monkeypatch):
+    target = tmp_path / "split.json"
+    write_text_durably(target, "old")
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_text_durably(target, "new")
+    assert caught.value.filename == str(target)
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_durable_write_replaces_the_file_and_keeps_the_usual_permissions(tmp_path):
+    (tmp_path / "plain").touch()
+    write_bytes_durably(tmp_path / "file", b"1")
+    write_bytes_durably(tmp_path / "file", b"2")
+    assert (tmp_path / "file").read_bytes() == b"2"
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_json_reads_back_equal_with_umlauts_legible_and_without_nan(tmp_path):
+    file = tmp_path / "x.json"
+    path = os.fsdecode(b"caf\xe9")  # not UTF-8
+    write_json(file, {"a": [1, 0.1, math.nan, -math.inf], "Käfer": None, "path": path})
+    assert read_json(file) == {"a": [1, 0.1, None, None], "Käfer": None, "path": path}
+    assert "Käfer" in file.read_text(encoding="utf-8")
+    json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_damaged_json_is_a_user_error_that_names_the_file(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": ')
+    for name in ("x.json", "none.json"):
+        with pytest.raises(UserError, match=name):
+            read_json(tmp_path / name)
+
+
+ROWS = [{"epoch": 0, "train/loss": 0.1 + 0.2, "val/acc": 1 / 3}, {"epoch": 1, "train/loss": 1e-30, "val/acc": 1.0}]
+
+
+def test_the_numbers_of_a_table_read_back_equal_under_one_header(tmp_path):
+    file = tmp_path / "metrics.csv"
+    MetricsTable(file).append(ROWS[0])
+    MetricsTable(file).append(ROWS[1])  # a second process
+    assert MetricsTable(file).read() == ROWS
+    assert file.read_text().splitlines()[0] == "epoch,train/loss,val/acc"
+    assert file.read_text().splitlines()[2].startswith("1,")
+
+
+def test_nan_is_kept_and_an_absent_column_stays_absent(tmp_path):
+    table = MetricsTable(tmp_path / "metrics.csv")
+    table.append({"epoch": 0, "train/loss": math.nan, "val/acc": math.inf})
+    table.append({"epoch": 1, "train/loss": 2.0})
+    first, second = table.read()
+    assert math.isnan(first["train/loss"])
+    assert first["val/acc"] == math.inf
+    assert second == {"epoch": 1, "train/loss": 2.0}
+
+
+def test_a_column_that_the_first_row_had_not_is_refused(tmp_path):
+    table = MetricsTable(tmp_path / "metrics.csv")
+    table.append(ROWS[0])
+    with pytest.raises(ValueError, match="lr"):
+        table.append({"epoch": 1, "lr": 0.1})
+    with pytest.raises(ValueError, match="needs an epoch"):
+        table.append({"train/loss": 0.1})
+    assert table.read() == ROWS[:1]
+
+
+@pytest.mark.parametrize("cut", range(1, 24))
+def test_a_line_cut_short_by_a_crash_is_dropped_and_the_table_goes_on(tmp_path, cut):
+    file = tmp_path / "metrics.csv"
+    table = MetricsTable(file)
+    for row in ROWS:
+        table.append(row)
+    file.write_bytes(file.read_bytes()[:-cut])
+    left = MetricsTable(file).read()
+    assert left in (ROWS[:1], [])
+    MetricsTable(file).append(ROWS[1])
+    assert MetricsTable(file).read() == [*left, ROWS[1]]
+
+
+def test_resuming_drops_the_rows_that_will_be_written_again(tmp_path):
+    file = tmp_path / "metrics.csv"
+    table = MetricsTable(file)
+    table.cut_after(3)  # nothing there yet
+    for epoch in range(5):
+        table.append({"epoch": epoch, "train/loss": epoch / 7})
+    before = file.read_bytes()
+    resumed = MetricsTable(file)
+    resumed.cut_after(2)
+    assert [row["epoch"] for row in resumed.read()] == [0, 1, 2]
+    for epoch in (3, 4):
+        resumed.append({"epoch": epoch, "train/loss": epoch / 7})
+    assert file.read_bytes() == before
+
+
+def test_a_damaged_table_is_a_user_error_that_names_the_line(tmp_path):
+    file = tmp_path / "metrics.csv"
+    for damaged in ("1,x\n", "1\n"):
+        file.write_text("epoch,train/loss\n0,0.5\n" + damaged)
+        with pytest.raises(UserError, match=r"metrics\.csv line 3"):
+            MetricsTable(file).read()
+
+
+def test_the_environment_names_versions_and_command_and_is_json(tmp_path):
+    environment = describe_environment()
+    write_json(tmp_path / "environment.json", environment)
+    assert read_json(tmp_path / "environment.json") == environment
+    import torch
+
+    assert environment["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert environment["num_cpus"] >= environment["num_usable_cpus"] >= 1
+    assert environment["cpu"]
+    assert environment["command"] == sys.orig_argv
+
+
+def test_the_commit_is_of_a_checkout_that_tracks_the_package_and_of_no_other(tmp_path, monkeypatch):
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main")
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=clean).stdout.strip()
+
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    tracked, installed = tmp_path / "runs.py", tmp_path / "venv.py"
+    tracked.write_text("x")
+    installed.write_text("x")
+    assert runs._describe_checkout(tracked) == (None, None)
+    git("init")
+    git("add", "runs.py")
+    git("commit", "-m", "x")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as inside a git hook
+    assert runs._describe_checkout(tracked) == (git("rev-parse", "HEAD"), False)
+    assert runs._describe_checkout(installed) == (None, None)
+    tracked.write_text("changed")
+    assert runs._describe_checkout(tracked) == (git("rev-parse", "HEAD"), True)
+
+
+def test_run_folders_need_neither_torch_nor_numpy():
+    code = "import sys, cifar_lightning.runs; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
