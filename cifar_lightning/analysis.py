@@ -17,7 +17,7 @@ from jaxtyping import Float, Float64, Int, Int64
 def confusion_matrix(
     targets: Int[np.ndarray, " n"], preds: Int[np.ndarray, " n"], num_classes: int
 ) -> Int64[np.ndarray, "classes classes"]:
-    """Counts the pictures of each true class (row) that were taken for each class (column).
+    """Count the pictures of each true class (row) that were taken for each class (column).
 
     Raises:
         ValueError: A target or prediction is not in 0..num_classes-1, or there are not as many of both.
@@ -33,7 +33,7 @@ def confusion_matrix(
 
 
 def accuracy(cm: Int[np.ndarray, "classes classes"]) -> float:
-    """Returns the share of pictures on the diagonal, 0..1; NaN without pictures."""
+    """Return the share of pictures on the diagonal, 0..1; NaN without pictures."""
     return float(_ratio(np.trace(cm), cm.sum()))
 
 
@@ -58,7 +58,7 @@ class PerClass:
 
 
 def per_class(cm: Int[np.ndarray, "classes classes"]) -> PerClass:
-    """Reads the rates of each class from the confusion matrix."""
+    """Read the rates of each class from the confusion matrix."""
     right = np.diag(cm).astype(np.int64)
     support = cm.sum(axis=1, dtype=np.int64)
     predicted = cm.sum(axis=0, dtype=np.int64)
@@ -72,7 +72,7 @@ def per_class(cm: Int[np.ndarray, "classes classes"]) -> PerClass:
 
 
 def macro_f1(cm: Int[np.ndarray, "classes classes"]) -> float:
-    """Returns the mean F1 of the classes that are there or were predicted, as scikit-learn and torchmetrics do."""
+    """Return the mean F1 of the classes that are there or were predicted, as scikit-learn and torchmetrics do."""
     f1 = per_class(cm).f1
     f1 = f1[~np.isnan(f1)]
     return float(f1.mean()) if len(f1) else math.nan
@@ -96,7 +96,7 @@ class ConfusedPair:
 
 
 def most_confused(cm: Int[np.ndarray, "classes classes"], top: int = 10) -> list[ConfusedPair]:
-    """Returns the largest cells off the diagonal, largest first, equal ones in class order; never an empty one."""
+    """Return the largest cells off the diagonal, largest first, equal ones in class order; never an empty one."""
     mistakes = cm.copy()
     np.fill_diagonal(mistakes, 0)
     support = cm.sum(axis=1)
@@ -112,7 +112,7 @@ def most_confused(cm: Int[np.ndarray, "classes classes"], top: int = 10) -> list
 def gallery_positions(
     logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"], limit: int = 500
 ) -> Int64[np.ndarray, " shown"]:
-    """Returns which pictures are worth looking at, each once, at most `limit`, in ascending order.
+    """Return which pictures are worth looking at, each once, at most `limit`, in ascending order.
 
     A quarter each: the most confident mistakes, the highest losses, the least certain (smallest gap between the two
     most probable classes), and the clearest mistakes of each of the most confused pairs.
@@ -132,7 +132,7 @@ def gallery_positions(
 
 
 def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Returns the score interval of a share, within 0..1; without trials that is all of 0..1.
+    """Return the score interval of a share, within 0..1; without trials that is all of 0..1.
 
     Unlike the usual "plus or minus" it holds near 0 and 1 and for small classes. E. B. Wilson, "Probable inference, the
     law of succession, and statistical inference", JASA 22 (1927).
@@ -160,7 +160,7 @@ def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[fl
 
 
 def log_softmax(logits: Float[np.ndarray, "n classes"]) -> Float64[np.ndarray, "n classes"]:
-    """Returns log-probabilities; in float64, so that large logits neither overflow nor saturate; NaN where infinite."""
+    """Return log-probabilities; in float64, so that large logits neither overflow nor saturate; NaN where infinite."""
     with np.errstate(invalid="ignore"):  # inf - inf
         shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
         log_probs: Float64[np.ndarray, "n classes"] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -168,20 +168,20 @@ def log_softmax(logits: Float[np.ndarray, "n classes"]) -> Float64[np.ndarray, "
 
 
 def softmax(logits: Float[np.ndarray, "n classes"]) -> Float64[np.ndarray, "n classes"]:
-    """Returns probabilities, 0..1, each row summing to 1."""
+    """Return probabilities, 0..1, each row summing to 1."""
     probs: Float64[np.ndarray, "n classes"] = np.exp(log_softmax(logits))
     return probs
 
 
 def cross_entropy(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"]) -> float:
-    """Returns the mean of minus the log-probability of the true class, in nats, without label smoothing."""
+    """Return the mean of minus the log-probability of the true class, in nats, without label smoothing."""
     return float(-log_softmax(logits)[np.arange(len(targets)), targets].mean())
 
 
 def expected_calibration_error(
     probs: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"], bins: int = 15
 ) -> float:
-    """Returns how far confidence and accuracy are apart on average, 0..1; NaN if any probability is.
+    """Return how far confidence and accuracy are apart on average, 0..1; NaN if any probability is.
 
     The pictures are binned by the probability of their predicted class into `bins` equal parts [a, b) of 0..1, and
     |accuracy - mean confidence| is averaged over the pictures. Guo et al., "On Calibration of Modern Neural Networks",
@@ -201,7 +201,7 @@ def expected_calibration_error(
 def test_metrics(
     logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"], class_names: Sequence[str]
 ) -> dict[str, Any]:
-    """Returns the content of `test_metrics.json` in plain Python types.
+    """Return the content of `test_metrics.json` in plain Python types.
 
     Keys: `accuracy`, `accuracy_interval_95` [low, high] (Wilson), `num_pictures`, `loss` (`cross_entropy`), `ece`
     (`expected_calibration_error`, 15 bins), `macro_f1`, `per_class` {name: {support, precision, recall, f1}}, and

@@ -24,7 +24,7 @@ _LIGHT_TEXT_ABOVE = 0.6  # of Blues and Oranges: darker than that, white is read
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
-    """Returns text that any figure or terminal takes: what `encoding` lacks and control characters become escapes.
+    """Return text that any figure or terminal takes: what `encoding` lacks and control characters become escapes.
 
     Class names are folder names, which may hold bytes that are not UTF-8 (as lone surrogates), newlines or escapes.
     """
@@ -35,7 +35,7 @@ def printable(text: str, encoding: str = "utf-8") -> str:
 def confusion_figure(
     cm: Int[np.ndarray, "classes classes"], class_names: Sequence[str], normalize: bool = False
 ) -> Figure:
-    """Draws a confusion matrix: true classes on the rows, right answers in blue, mistakes in orange.
+    """Draw a confusion matrix: true classes on the rows, right answers in blue, mistakes in orange.
 
     Colours always show the share of the true class, mistakes on a scale of their own, so that 3 % is seen beside 95 %.
     Up to 20 classes the cells hold numbers.
@@ -93,7 +93,7 @@ def _shorten(name: str, length: int = _MAX_NAME) -> str:
 
 
 def pictures_figure(images: UInt8[np.ndarray, "n height width 3"], titles: Sequence[str]) -> Figure:
-    """Draws pictures in a grid, enlarged without blurring, each under its title.
+    """Draw pictures in a grid, enlarged without blurring, each under its title.
 
     Args:
         images: uint8 RGB, 0-255.
@@ -118,7 +118,7 @@ def pictures_figure(images: UInt8[np.ndarray, "n height width 3"], titles: Seque
 
 
 def figure_to_array(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
-    """Draws a figure into uint8 RGB, 0-255, as TensorBoard's `add_image(dataformats="HWC")` takes it."""
+    """Draw a figure into uint8 RGB, 0-255, as TensorBoard's `add_image(dataformats="HWC")` takes it."""
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
         _allow_missing_glyphs()
@@ -126,8 +126,8 @@ def figure_to_array(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
     return np.array(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
 
 
-def figure_to_png(figure: Figure, dpi: float = 150) -> bytes:
-    """Returns a figure as the content of a PNG file."""
+def figure_to_png(figure: Figure, dpi: float = 150.0) -> bytes:
+    """Return a figure as the content of a PNG file."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         _allow_missing_glyphs()

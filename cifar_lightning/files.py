@@ -17,7 +17,7 @@ from cifar_lightning.errors import UserError
 
 
 def write_bytes_durably(path: Path, data: bytes) -> None:
-    """Writes a small file whole or not at all, also when the process or the machine dies; the folder must exist.
+    """Write a small file whole or not at all, also when the process or the machine dies; the folder must exist.
 
     Raises:
         OSError: It cannot be written (disk full, permissions); the old file is intact and the error names the path.
@@ -52,15 +52,17 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text_durably(path: Path, text: str) -> None:
-    """Writes text in UTF-8 as `write_bytes_durably` does, with line ends as they are."""
-    write_bytes_durably(path, text.encode())
+    """Write text in UTF-8 as `write_bytes_durably` does, with line ends as they are.
+
+    Names of files that are not UTF-8 hold lone surrogates; they become \\udcXX, which JSON and YAML read back.
+    """
+    write_bytes_durably(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, obj: object) -> None:
-    """Writes plain types as indented JSON, durably. NaN and infinity, which JSON lacks, become null."""
+    """Write plain types as indented JSON, durably. NaN and infinity, which JSON lacks, become null."""
     text = json.dumps(_without_nan(obj), indent=2, ensure_ascii=False, allow_nan=False)
-    # A path that is not UTF-8 holds lone surrogates; as \udcXX they are valid JSON and read back as the same path.
-    write_bytes_durably(path, text.encode("utf-8", "backslashreplace") + b"\n")
+    write_text_durably(path, text + "\n")
 
 
 def _without_nan(obj: object) -> object:
@@ -74,7 +76,7 @@ def _without_nan(obj: object) -> object:
 
 
 def read_json(path: Path) -> Any:
-    """Reads what `write_json` wrote.
+    """Read what `write_json` wrote.
 
     Raises:
         UserError: It is missing or damaged.
@@ -98,7 +100,7 @@ class MetricsTable:
         self._columns: list[str] | None = None  # known once this object has written
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Adds a row and puts it on the disk.
+        """Add a row and puts it on the disk.
 
         Raises:
             ValueError: It has no `epoch`, or a column that the first row had not.
@@ -118,7 +120,7 @@ class MetricsTable:
             os.fsync(file.fileno())
 
     def read(self) -> list[dict[str, float]]:
-        """Returns the rows in order; a cell that was left empty is not in its row. No file: no rows.
+        """Return the rows in order; a cell that was left empty is not in its row. No file: no rows.
 
         Raises:
             UserError: A cell is not a number.
@@ -135,7 +137,7 @@ class MetricsTable:
         return rows
 
     def cut_after(self, epoch: int) -> None:
-        """Drops the rows of later epochs: a resumed run writes them again."""
+        """Drop the rows of later epochs: a resumed run writes them again."""
         header = self._header()
         if header:
             self._columns = header

@@ -9,10 +9,11 @@ import errno
 import hashlib
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,13 +128,14 @@ class ClassFolders:
                 if temporary is None:
                     continue
                 if folder.parent != self.root:
-                    print(f"{self.root} cannot be written: decoded pictures are kept in {folder}", flush=True)
+                    print(f"{self.root} is read-only or full: decoded pictures are kept in {folder}", flush=True)
                 refuse(decode_all(listing.paths, self.image_size, temporary), listing, folder)
-                path = folder / f"{split}-{self.image_size}.npy"
-                publish(temporary, path, self._about(split), listing.targets)
-            if found := read_cache(path, self._about(split)):
-                return found
-        print(f"Nowhere to keep decoded pictures ({CACHE_VARIABLE} names a folder): decoding at each start", flush=True)
+                try:
+                    path = folder / f"{split}-{self.image_size}.npy"
+                    return publish(temporary, path, self._about(split), listing.targets)
+                except OSError as error:  # on Windows: while another process has the old pictures mapped
+                    print(f"{folder} cannot keep the decoded pictures ({error})", flush=True)
+        print(f"No folder takes decoded pictures (name one by {CACHE_VARIABLE}): decoding at each start", flush=True)
         images = np.empty(shape, np.uint8)
         refuse(decode_all(listing.paths, self.image_size, images), listing, None)
         self._uncached[split] = images, digest(images, listing.targets)
@@ -215,9 +217,10 @@ def refuse(bad: Sequence[Unreadable], listing: Listing, folder: Path | None) -> 
     if len(bad) > 1:
         out = "Repair or remove them."
         if folder is not None:
-            list_path = folder / f"unreadable-{Path(listing.folder).name}.txt"
-            list_path.write_text("".join(f"{reason}\n" for _, reason in bad), "utf-8", "surrogateescape")
-            out = f"Repair or remove them: {list_path} lists all."
+            with suppress(OSError):  # the list is a help, and must not hide the error itself
+                list_path = folder / f"unreadable-{Path(listing.folder).name}.txt"
+                list_path.write_text("".join(f"{reason}\n" for _, reason in bad), "utf-8", "surrogateescape")
+                out = f"Repair or remove them: {list_path} lists all."
     raise UserError(
         f"{bad[0][1]}; {len(bad):,} of {len(listing.names):,} pictures in {listing.folder} cannot be read\n{out}"
     )
@@ -265,36 +268,51 @@ def reserved(folder: Path, name: str, shape: tuple[int, ...]) -> Iterator[Path |
     """
     temporary = folder / f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
     try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for stale in folder.glob(f".{name}.*.tmp"):
-                if time.time() - stale.stat().st_mtime > _STALE_S:
-                    stale.unlink(missing_ok=True)
-            np.lib.format.open_memmap(str(temporary), "w+", np.uint8, shape).flush()
-            if hasattr(os, "posix_fallocate"):
-                with temporary.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot reserve
-                temporary.unlink(missing_ok=True)
-                temporary = None  # type: ignore[assignment]
-        yield temporary
+        yield temporary if _reserve(temporary, name, shape) else None
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows cannot remove what is still mapped: _reserve does so a day later
+            temporary.unlink()
 
 
-def publish(temporary: Path, path: Path, about: dict[str, Any], targets: np.ndarray) -> None:
-    """Gives finished pictures their name, so that no reader ever sees them half written."""
-    sha256 = digest(np.load(temporary, mmap_mode="r"), targets)
-    about = about | {"sha256": sha256, "size_bytes": temporary.stat().st_size}
+def _reserve(temporary: Path, name: str, shape: tuple[int, ...]) -> bool:
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        for stale in temporary.parent.glob(f".{name}.*.tmp"):
+            with suppress(FileNotFoundError):  # another process has just finished it
+                if time.time() - stale.stat().st_mtime > _STALE_S:
+                    stale.unlink()
+        np.lib.format.open_memmap(str(temporary), "w+", np.uint8, shape).flush()
+        if hasattr(os, "posix_fallocate"):
+            with temporary.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+    except OSError as error:
+        return error.errno in (errno.EOPNOTSUPP, errno.EINVAL)  # a file system that cannot reserve may have room
+    return True
+
+
+def publish(temporary: Path, path: Path, about: dict[str, Any], targets: np.ndarray) -> tuple[np.ndarray, str]:
+    """Gives finished pictures their name, so that no reader ever sees them half written.
+
+    Returns:
+        The same as `read_cache`: exactly these pictures, whatever other processes put under that name meanwhile.
+
+    Raises:
+        OSError: The folder takes them no longer.
+    """
+    images = np.load(temporary, mmap_mode="r")
+    about = about | {"sha256": digest(images, targets), "size_bytes": temporary.stat().st_size}
+    if sys.platform == "win32":  # cannot rename what is mapped
+        del images
+    with temporary.open("r+b") as file:
+        os.fsync(file.fileno())
     note = path.with_suffix(".json")
     # First the old note goes: a crash before the new one leaves pictures that nobody trusts.
     note.unlink(missing_ok=True)
-    with temporary.open("r+b") as file:
-        os.fsync(file.fileno())
     os.replace(temporary, path)
     write_json(note, about)
+    if sys.platform == "win32":
+        images = np.load(path, mmap_mode="r")
+    return images, about["sha256"]
 
 
 def digest(images: np.ndarray, targets: np.ndarray) -> str:

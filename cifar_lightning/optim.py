@@ -1,45 +1,157 @@
-"""What moves the weights: parameter groups, the optimiser and its schedule."""
+"""What moves the weights: AdamW, or Muon with Nesterov SGD beside it, and the OneCycle schedule."""
 
 import math
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from cifar_lightning.errors import UserError
 
+OptimizerName = Literal["adamw", "muon"]
 
-def check_lr(lr: float) -> None:
+# Quintic whose iteration moves singular values into about 0.7-1.2 in few steps rather than to exactly 1 in many
+# (Jordan, "Muon", https://kellerjordan.github.io/posts/muon/).
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def check_lr(lr: float, flag: str = "lr") -> None:
     """Raise `UserError` where a learning rate is not a positive finite number: such a run "finishes" with nothing."""
     if not (math.isfinite(lr) and lr > 0):
-        raise UserError(f"--model.lr {lr}: a positive finite number, such as 3e-3.")
+        raise UserError(f"--model.{flag} {lr}: a positive finite number, such as 3e-3.")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split trainable parameters into those that decay (matrices and filters) and those that do not.
+def build_optimizer(
+    model: nn.Module, name: OptimizerName, *, lr: float, weight_decay: float, sgd_lr: float
+) -> torch.optim.Optimizer:
+    """Make the optimiser of a network.
 
-    Norm scales and biases have one dimension and get no weight decay: pulling them to zero shrinks the signal instead
-    of simplifying the function (arXiv:1812.01187, section 3.1).
+    Args:
+        model: Its parameters that require gradients are optimised.
+        name: "adamw", or "muon" for the filters with Nesterov SGD for norms, biases and the linear layers.
+        lr: Of AdamW, or of Muon.
+        weight_decay: AdamW's, of parameters with two or more dimensions; Muon renormalises filters instead.
+        sgd_lr: Of what Muon does not move.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
+    if name == "muon":
+        filters = [parameter for parameter in trainable if parameter.ndim == 4]
+        others = [parameter for parameter in trainable if parameter.ndim != 4]
+        return Muon(filters, others, lr=lr, sgd_lr=sgd_lr)
+    # Norm scales and biases have one dimension and get no weight decay: pulling them to zero shrinks the signal instead
+    # of simplifying the function (arXiv:1812.01187, section 3.1).
+    groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
 
 
-def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """Return AdamW over `parameter_groups`, in one kernel where all parameters allow it."""
-    groups = [group for group in parameter_groups(model, weight_decay) if group["params"]]
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    fused = all(parameter.is_floating_point() and parameter.device.type in {"cpu", "cuda"} for parameter in parameters)
-    return torch.optim.AdamW(groups, lr=lr, fused=fused)
+def one_cycle(optimizer: torch.optim.Optimizer, *, total_steps: int, pct_start: float) -> OneCycleLR:
+    """Return the schedule of every group: lr/25 up to its lr for `pct_start` of the steps, a cosine down to almost 0.
 
-
-def one_cycle(optimizer: torch.optim.Optimizer, *, lr: float, total_steps: int, pct_start: float) -> OneCycleLR:
-    """Return the schedule: lr/25 up to `lr` for `pct_start` of the steps, then a cosine down to almost 0.
-
-    It is stepped after every optimiser step (arXiv:1708.07120, with PyTorch's defaults).
+    It is stepped after every optimiser step (arXiv:1708.07120, with PyTorch's defaults; Muon's momentum is not cycled).
     """
-    return OneCycleLR(optimizer, max_lr=lr, total_steps=total_steps, pct_start=pct_start)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    cycle_momentum = not isinstance(optimizer, Muon)
+    return OneCycleLR(
+        optimizer, max_lr=peaks, total_steps=total_steps, pct_start=pct_start, cycle_momentum=cycle_momentum
+    )
+
+
+class Muon(torch.optim.Optimizer):
+    """Moves filters along the nearest orthogonal matrix of their momentum, all else by Nesterov SGD, as one optimiser.
+
+    Filters are taken as matrices (out_channels, in_channels * height * width) and kept at the norm sqrt(out_channels),
+    which makes `lr` the relative size of a step; a BatchNorm must follow them, since it makes their scale free.
+    After airbench94_muon (KellerJordan/cifar10-airbench), which orthogonalises in half precision; here in the filters'.
+
+    Args:
+        filters: Convolution weights.
+        others: The parameters that SGD moves.
+        lr: Peak learning rate of the filters.
+        sgd_lr: Peak learning rate of the others.
+        momentum: Of the filters and the others, Nesterov.
+        num_iterations: Newton-Schulz steps.
+    """
+
+    def __init__(
+        self,
+        filters: Iterable[Tensor],
+        others: Iterable[Tensor],
+        *,
+        lr: float = 0.05,
+        sgd_lr: float = 0.1,
+        momentum: float = 0.9,
+        num_iterations: int = 3,
+    ) -> None:
+        groups = [
+            {"params": list(filters), "lr": lr, "orthogonalize": True},
+            {"params": list(others), "lr": sgd_lr, "orthogonalize": False},
+        ]
+        groups = [group for group in groups if group["params"]]
+        super().__init__(groups, {"momentum": momentum, "num_iterations": num_iterations})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step; `closure` recomputes the gradients and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            directions = self._nesterov(moved, group["momentum"])
+            if group["orthogonalize"]:
+                self._step_filters(moved, directions, group)
+            elif moved:
+                torch._foreach_add_(moved, directions, alpha=-group["lr"])
+        return loss
+
+    def _nesterov(self, parameters: list[Tensor], momentum: float) -> list[Tensor]:
+        """Update the momentum of each parameter; return gradient + momentum * buffer, as torch.optim.SGD does."""
+        if not parameters:
+            return []
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, gradients)
+        return list(torch._foreach_add(gradients, buffers, alpha=momentum))
+
+    def _step_filters(self, filters: list[Tensor], directions: list[Tensor], group: dict[str, Any]) -> None:
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for weight, direction in zip(filters, directions, strict=True):
+            by_shape[weight.shape].append((weight, direction))
+        for shape, pairs in by_shape.items():
+            # One batched product for all filters of a shape: ResNets have many alike.
+            matrices = torch.stack([direction.reshape(shape[0], -1) for _, direction in pairs])
+            updates = orthogonalize(matrices, group["num_iterations"])
+            for (weight, _), update in zip(pairs, updates, strict=True):
+                weight.mul_(math.sqrt(shape[0]) / weight.norm())
+                weight.add_(update.view(shape), alpha=-group["lr"])
+
+
+def orthogonalize(
+    matrices: Float[Tensor, "batch rows columns"], num_iterations: int = 3
+) -> Float[Tensor, "batch rows columns"]:
+    """Return matrices with the same singular vectors and singular values near 1, by Newton-Schulz iteration.
+
+    Args:
+        matrices: Of full rank; a zero matrix stays zero.
+        num_iterations: 3 are enough for an optimiser; the values then lie in about 0.3 to 1.3 for well-conditioned input.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices  # the smaller Gram matrix is cheaper
+    # The Frobenius norm bounds the largest singular value, beyond which the iteration diverges.
+    x = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
+    for _ in range(num_iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x

@@ -103,18 +103,17 @@ def _square(picture: Image.Image, image_size: int) -> Image.Image:
 
 
 @contextmanager
-def _bombs_as_errors() -> Iterator[None]:
-    # Around all threads and not in each: filters are the process's.
+def _without_pillow_warnings() -> Iterator[None]:
+    # Of odd EXIF, or of many pixels, which MAX_PIXELS refuses. Around all threads and not in each: filters are global.
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", module="PIL")  # such as odd EXIF; what cannot be read raises
+        warnings.filterwarnings("ignore", module="PIL")
         yield
 
 
 def find_image_size(paths: Sequence[str]) -> int:
     """A size for pictures of unknown sizes, from the headers of a sample; see `ClassFolders`."""
     sizes = []
-    with _bombs_as_errors():
+    with _without_pillow_warnings():
         for path in paths[:: -(-len(paths) // _SAMPLE)]:
             try:
                 with Image.open(path) as picture:
@@ -153,7 +152,7 @@ def decode_all(
         bad = _decode_in_processes(paths, image_size, out, decode, num_workers)
     else:
         images = np.load(out, mmap_mode="r+") if isinstance(out, Path) else out
-        with _bombs_as_errors(), ThreadPoolExecutor(num_workers) as pool:
+        with _without_pillow_warnings(), ThreadPoolExecutor(num_workers) as pool:
             bad = _collect(
                 {
                     pool.submit(_decode_chunk, paths[start:stop], start, image_size, images, decode): stop - start
@@ -258,7 +257,6 @@ def _start_worker(out: str, decode: Decode, current: Any) -> None:
     _worker = np.load(out, mmap_mode="r+"), decode, current
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C, too, and ends the workers in order
     warnings.simplefilter("ignore")
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
     parent = multiprocessing.parent_process()
     if parent is not None:  # a worker must not outlive a parent that was killed
 

@@ -28,16 +28,16 @@ def print_test_report(
     metrics: dict[str, Any],
     cm: Int[np.ndarray, "classes classes"],
     class_names: Sequence[str],
-    run_path: Path,
+    run_path: Path | None = None,
     console: Console | None = None,
 ) -> None:
-    """Prints what a test found: accuracy, per-class table, confusion matrix, most confused pairs, the run's files.
+    """Print what a test found: accuracy, per-class table, confusion matrix, most confused pairs, the run's files.
 
     Args:
         metrics: What `analysis.test_metrics` returned, or `test_metrics.json` read back.
         cm: Confusion matrix; rows: true class.
         class_names: In class order.
-        run_path: The run folder; the files that are in it are named.
+        run_path: The run folder; the files that are in it are named. None where there is none.
         console: Where to print; the terminal without one.
     """
     console = console or Console(highlight=False)
@@ -47,7 +47,8 @@ def print_test_report(
     _print_confusions(console, cm, names)
     shown = dict(zip(class_names, names, strict=True))
     _print_pairs(console, metrics, shown)
-    _print_files(console, RunFolder(run_path))
+    if run_path is not None:
+        _print_files(console, RunFolder(run_path))
 
 
 def _print_summary(console: Console, metrics: dict[str, Any]) -> None:
@@ -96,7 +97,7 @@ def _print_confusions(console: Console, cm: Int[np.ndarray, "classes classes"], 
 
 
 def _matrix_lines(cm: Int[np.ndarray, "classes classes"], names: Sequence[str], width: int) -> list[Text] | None:
-    """Returns the matrix, its diagonal in brackets and zeros as dots; None where it is wider than `width`."""
+    """Return the matrix, its diagonal in brackets and zeros as dots; None where it is wider than `width`."""
     cell = max(len(str(cm.max(initial=0))), len(str(len(names)))) + 2  # room for the brackets
     longest = max(map(cell_len, names))
     roomy = max(cell, min((width - longest - 1) // len(names), longest + 2))
@@ -170,12 +171,12 @@ def _print_heading(console: Console, title: str) -> None:
 
 
 def _print_whole(console: Console, text: str) -> None:
-    """Prints a path or command on one line however long, so that it can be copied."""
+    """Print a path or command on one line however long, so that it can be copied."""
     console.print(Text(printable(text, console.encoding)), soft_wrap=True)
 
 
 def _cut(text: str, width: int) -> str:
-    """Shortens to `width` terminal cells, of which a Chinese character takes two."""
+    """Shorten to `width` terminal cells, of which a Chinese character takes two."""
     if cell_len(text) <= width:
         return text
     return set_cell_size(text, width - 2).rstrip() + ".." if width > 6 else set_cell_size(text, width).rstrip()

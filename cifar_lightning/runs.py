@@ -85,7 +85,7 @@ class RunLock:
             ) from error
 
     def release(self) -> None:
-        """Lets go; calling it again does nothing."""
+        """Let go; calling it again does nothing."""
         if self in RunLock._held:
             RunLock._held.discard(self)
             os.close(self._fd)
@@ -159,7 +159,7 @@ class RunFolder:
         return self.test_metrics.exists() or self.predictions.exists()
 
     def require(self, *files: Path) -> None:
-        """Refuses to go on without some of the run's files.
+        """Refuse to go on without some of the run's files.
 
         Raises:
             UserError: Names the ones that are missing and the command that makes them.
@@ -176,7 +176,7 @@ class RunFolder:
             )
 
     def written_files(self) -> Iterator[Path]:
-        """Yields the files in the folder that only a run writes, whoever put them there; not the lock's."""
+        """Yield the files in the folder that only a run writes, whoever put them there; not the lock's."""
         for name in set(_NAMES) - {".lock", "checkpoints", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}:
             yield from self.path.glob(name)
             yield from self.path.glob(f".{name}.*.tmp")  # left where a write was killed
@@ -188,7 +188,7 @@ _NAMES = [file.name for file in vars(RunFolder).values() if isinstance(file, _Fi
 
 
 def create_run(base: Path, recipe: str, run_dir: Path | None = None) -> RunFolder:
-    """Makes the folder of a new run and locks it; the lock is `.lock` of what is returned.
+    """Make the folder of a new run and locks it; the lock is `.lock` of what is returned.
 
     Without `run_dir` the folder is `base/recipe/N`, N one above the highest number there. A chosen `run_dir` may be
 
@@ -256,7 +256,7 @@ def _refuse_what_would_be_lost(run: RunFolder) -> None:
 
 
 def open_run(path: Path, *, lock: bool = False) -> RunFolder:
-    """Opens the folder of an earlier run.
+    """Open the folder of an earlier run.
 
     Args:
         path: The folder; it may have been copied from elsewhere.
@@ -286,7 +286,7 @@ def _suggest_run(path: Path) -> str:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Returns what the numbers of a run may depend on, without importing torch; the caller adds device and precision.
+    """Return what the numbers of a run may depend on, without importing torch; the caller adds device and precision.
 
     `commit` and `dirty` are None where the package does not run from a git checkout that tracks it.
     """

@@ -128,7 +128,7 @@ def test_titles_must_fit_the_pictures_and_none_of_both_is_a_blank_page():
 def test_an_array_and_a_png_show_the_same():
     array = figure_to_array(confusion_figure(CM, NAMES))
     assert array.dtype == np.uint8
-    with Image.open(io.BytesIO(figure_to_png(confusion_figure(CM, NAMES), dpi=100))) as image:
+    with Image.open(io.BytesIO(figure_to_png(confusion_figure(CM, NAMES), dpi=100.0))) as image:
         assert (np.asarray(image.convert("RGB")) == array).mean() > 0.999
 
 

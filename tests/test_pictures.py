@@ -76,11 +76,9 @@ def test_transparency_is_laid_on_white(mode, tmp_path):
 
 
 def test_a_transparent_palette_colour_is_white_and_others_keep_theirs(tmp_path):
-    indices = np.zeros((8, 8), np.uint8)
-    indices[4:] = 1
-    picture = Image.fromarray(indices, mode=None).convert("P")
+    picture = Image.new("P", (8, 8), 0)
+    picture.paste(1, (0, 4, 8, 8))
     picture.putpalette([10, 20, 30, 40, 50, 60])
-    picture.putdata(indices.ravel().tolist())
     plain = decode_picture(saved(picture, tmp_path / "plain.png"), 8)
     assert plain[0, 0].tolist() == [10, 20, 30]
     clear = decode_picture(saved(picture, tmp_path / "clear.png", transparency=0), 8)

@@ -46,7 +46,9 @@ def test_a_number_taken_between_looking_and_making_is_skipped(tmp_path, monkeypa
 
 
 def test_starts_at_the_same_time_never_share_a_folder(tmp_path):
-    code = "import pathlib, sys; from cifar_lightning.runs import *; print(create_run(pathlib.Path(sys.argv[1]), 'r').path)"
+    code = (
+        "import sys; from cifar_lightning.runs import Path, create_run; print(create_run(Path(sys.argv[1]), 'r').path)"
+    )
     processes = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         for _ in range(4)
