@@ -49,15 +49,15 @@ class Augmentation:
 class EpochDraws:
     """One epoch's draws, a row for each picture of the training source; None where the operation is off."""
 
-    shift_y: Int64[Tensor, "pictures"] | None
-    shift_x: Int64[Tensor, "pictures"] | None
-    mirrored: Bool[Tensor, "pictures"] | None
-    cutout_y: Int64[Tensor, "pictures"] | None
-    cutout_x: Int64[Tensor, "pictures"] | None
-    brightness: Float[Tensor, "pictures"] | None
-    contrast: Float[Tensor, "pictures"] | None
+    shift_y: Int64[Tensor, " pictures"] | None
+    shift_x: Int64[Tensor, " pictures"] | None
+    mirrored: Bool[Tensor, " pictures"] | None
+    cutout_y: Int64[Tensor, " pictures"] | None
+    cutout_x: Int64[Tensor, " pictures"] | None
+    brightness: Float[Tensor, " pictures"] | None
+    contrast: Float[Tensor, " pictures"] | None
 
-    def of(self, pictures: Int64[Tensor, "batch"]) -> "EpochDraws":
+    def of(self, pictures: Int64[Tensor, " batch"]) -> "EpochDraws":
         """Return the rows of some pictures."""
         tables = (getattr(self, field.name) for field in fields(self))
         return EpochDraws(*(None if table is None else table.index_select(0, pictures) for table in tables))
@@ -144,9 +144,9 @@ def augment(
 
 def crop_and_mirror(
     images: UInt8[Tensor, "batch height width channels"],
-    shift_y: Int64[Tensor, "batch"] | None,
-    shift_x: Int64[Tensor, "batch"] | None,
-    mirrored: Bool[Tensor, "batch"] | None,
+    shift_y: Int64[Tensor, " batch"] | None,
+    shift_x: Int64[Tensor, " batch"] | None,
+    mirrored: Bool[Tensor, " batch"] | None,
     crop_mode: CropMode,
 ) -> UInt8[Tensor, "batch height width channels"]:
     """Move each picture by its own shift (what comes in from outside is padding), then mirror it left to right.
@@ -189,8 +189,8 @@ def _reflect(index: Int[Tensor, "*shape"], size: int) -> Int[Tensor, "*shape"]:
 
 def jitter(
     images: Float[Tensor, "batch height width 3"],
-    brightness: Float[Tensor, "batch"] | None,
-    contrast: Float[Tensor, "batch"] | None,
+    brightness: Float[Tensor, " batch"] | None,
+    contrast: Float[Tensor, " batch"] | None,
 ) -> Float[Tensor, "batch height width 3"]:
     """Scale brightness, then contrast, of each picture by its own factor, as torchvision's ColorJitter defines them.
 
@@ -210,8 +210,8 @@ def jitter(
 
 def cutout(
     images: Float[Tensor, "batch channels height width"],
-    top: Int64[Tensor, "batch"],
-    left: Int64[Tensor, "batch"],
+    top: Int64[Tensor, " batch"],
+    left: Int64[Tensor, " batch"],
     size_px: int,
 ) -> Float[Tensor, "batch channels height width"]:
     """Set a square of each normalised picture to 0, the mean colour.

@@ -18,9 +18,9 @@ from cifar_lightning.analysis import confusion_matrix, gallery_positions, per_cl
 from cifar_lightning.classifier import Batch, ImageClassifier
 from cifar_lightning.data import ImageDataModule, Part
 from cifar_lightning.errors import UserError
-from cifar_lightning.figures import confusion_figure, figure_to_array, pictures_figure
-from cifar_lightning.loader import Rank
+from cifar_lightning.figures import confusion_figure, figure_to_array, figure_to_png, pictures_figure
 from cifar_lightning.files import MetricsTable, write_bytes_durably, write_json, write_text_durably
+from cifar_lightning.loader import Rank
 from cifar_lightning.runs import RunFolder, describe_environment
 
 MONITOR = "val/acc"
@@ -117,7 +117,8 @@ class Dashboard(pl.Callback):
     ) -> None:
         """Show the run's first batch; log loss and learning rate every `log_every_n_steps`."""
         step = trainer.global_step
-        if step != 1 and (not trainer.log_every_n_steps or step % trainer.log_every_n_steps):
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it from outside the class
+        if step != 1 and (not every or step % every):
             return
         board = board_of(trainer)
         if board is None or not trainer.is_global_zero:
@@ -245,12 +246,10 @@ def write_confusion(run: RunFolder, confusion: np.ndarray, class_names: tuple[st
     writer.writerow(["true \\ predicted", *class_names])
     writer.writerows([name, *row] for name, row in zip(class_names, confusion.tolist(), strict=True))
     write_text_durably(run.confusion_matrix_csv, table.getvalue())
-    buffer = io.BytesIO()
-    confusion_figure(confusion, class_names).savefig(buffer, format="png", dpi=150)
-    write_bytes_durably(run.confusion_matrix_png, buffer.getvalue())
+    write_bytes_durably(run.confusion_matrix_png, figure_to_png(confusion_figure(confusion, class_names)))
 
 
-def _write_npz(path: Path, **arrays: np.ndarray) -> None:
+def _write_npz(path: Path, **arrays: Any) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_bytes_durably(path, buffer.getvalue())
@@ -259,8 +258,8 @@ def _write_npz(path: Path, **arrays: np.ndarray) -> None:
 class AnnealingEarlyStopping(EarlyStopping):
     """Stops a run that no longer improves, but never before OneCycle's annealing had its chance.
 
-    The accuracy of OneCycle comes with the annealing: until the learning rate's peak nothing is counted, and after it the
-    patience is at least a third of the epochs.
+    The accuracy of OneCycle comes with the annealing: until the learning rate's peak nothing is counted, and after it
+    the patience is at least a third of the epochs.
 
     Args:
         patience: Validations without improvement after the peak; raised to a third of the epochs where it is smaller.

@@ -26,8 +26,8 @@ Batch = tuple[Tensor, Tensor]
 class ImageClassifier(pl.LightningModule):
     """Trains a network with label-smoothed cross entropy and OneCycle, and measures it.
 
-    Logged once an epoch: train/loss, train/acc, lr; val/loss, val/acc, val/f1, val/ece; the same four for test. Losses of
-    validation and test are plain cross entropy, so that they compare between runs with other smoothing.
+    Logged once an epoch: train/loss, train/acc, lr; val/loss, val/acc, val/f1, val/ece; the same four for test. Losses
+    of validation and test are plain cross entropy, so that they compare between runs with other smoothing.
 
     Args:
         name: The network, a name that `build_model` knows.
@@ -78,7 +78,7 @@ class ImageClassifier(pl.LightningModule):
         self.weight_decay, self.label_smoothing = weight_decay, label_smoothing
         network = build_model(name, num_classes, image_size, **(model_kwargs or {})) if model is None else model
         # NHWC: the loaders' batches lie so, and convolutions are faster on both CPU and tensor cores.
-        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network.to(memory_format=torch.channels_last)
         if compile:
             self.network.compile()
         self.val_metrics = _evaluation_metrics(num_classes)
@@ -218,7 +218,7 @@ def _evaluation_metrics(num_classes: int) -> MetricCollection:
 
 
 def update_evaluation(
-    metrics: MetricCollection, logits: Float[Tensor, "batch classes"], targets: Int64[Tensor, "batch"]
+    metrics: MetricCollection, logits: Float[Tensor, "batch classes"], targets: Int64[Tensor, " batch"]
 ) -> None:
     """Add one batch's answers to the metrics of a stage."""
     probs = logits.softmax(1)

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cifar_lightning.callbacks import (
     AnnealingEarlyStopping,
@@ -54,6 +54,11 @@ def main() -> None:
         # Three lines at most: what is wrong and what to do, not how the program found out.
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
         print("error: " + "\n".join(lines[:3]), file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:  # not about a file of the user's: a mistake of the program
+            raise
+        print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
         sys.exit(2)
 
 
@@ -103,7 +108,7 @@ def _value_after(arguments: list[str], position: int) -> str:
 
 
 class RunParser(LightningArgumentParser):
-    """LightningCLI's parser that raises a short `UserError` instead of printing its usage, and takes no abbreviation."""
+    """LightningCLI's parser that raises a short `UserError` instead of printing usage, and takes no abbreviation."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -145,7 +150,9 @@ class RunCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run folder's flag and early stopping's; take from the data what the data knows."""
-        parser.add_argument("--run_dir", type=str | None, default=None, help="Folder of the run; default: runs/RECIPE/N.")
+        parser.add_argument(
+            "--run_dir", type=str | None, default=None, help="Folder of the run; default: runs/RECIPE/N."
+        )
         parser.add_lightning_class_args(AnnealingEarlyStopping, "early_stopping")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
@@ -208,7 +215,7 @@ class RunCLI(LightningCLI):
             self.run = create_run(RUNS, recipe, Path(config.run_dir) if config.run_dir else None)
             os.environ[_RUN_OF_RANK_0] = str(self.run.path)
             write_text_durably(self.run.config, self._config_text(config))
-        return self.datamodule.num_pictures("val") > 0
+        return bool(self.datamodule.num_pictures("val"))
 
     def _config_text(self, config: Namespace) -> str:
         """Return every value of the run as YAML, without the run's own path, so that it starts the same run anew."""
@@ -229,7 +236,7 @@ class RunCLI(LightningCLI):
         """Test the best checkpoint once, write the answers and show the report."""
         assert self.run is not None
         best = self.run.best_checkpoint if self.run.best_checkpoint.exists() else self.run.last_checkpoint
-        chosen = {"ckpt_path": best, "weights_only": True} if best.exists() else {}
+        chosen: dict[str, Any] = {"ckpt_path": best, "weights_only": True} if best.exists() else {}
         if self.datamodule.num_pictures("val"):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False, **chosen)
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False, **chosen)

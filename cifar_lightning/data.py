@@ -1,5 +1,6 @@
 """ImageDataModule: from a source's pictures to honest splits, statistics and loaders, with or without a Trainer."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +23,8 @@ _CHUNK = 4096  # pictures summed at a time: 50 MB of float64 at 32x32
 class ImageDataModule(pl.LightningDataModule):
     """Pictures by name, split without a peek at test, as finished batches.
 
-    `class_names`, `num_classes` and `image_size` are known at once, `mean` and `std` (per channel, of pictures scaled to
-    0-1) after `setup()`. Without a Trainer: `prepare_data()`, `setup()`, then iterate `train_dataloader()`.
+    `class_names`, `num_classes` and `image_size` are known at once, `mean` and `std` (per channel, of pictures scaled
+    to 0-1) after `setup()`. Without a Trainer: `prepare_data()`, `setup()`, then iterate `train_dataloader()`.
 
     Args:
         dataset: Which pictures: cifar10, cifar100, folder (class folders below root) or synthetic (generated).
@@ -115,7 +116,7 @@ class ImageDataModule(pl.LightningDataModule):
             self._indices["train"], self._indices["val"] = everything, torch.arange(len(val.targets))
         else:
             self._indices["train"], self._indices["val"] = stratified_split(
-                torch.from_numpy(train.targets), self.val_fraction, seed=self.seed, class_names=self.class_names
+                torch.tensor(train.targets), self.val_fraction, seed=self.seed, class_names=self.class_names
             )
         self._indices["test"] = torch.arange(len(test.targets))
         if self.batch_size > len(self._indices["train"]):
@@ -180,7 +181,7 @@ class ImageDataModule(pl.LightningDataModule):
     def split_summary(self) -> dict[str, Any]:
         """Return the split as plain types: indices into the source's order, and hashes of the source's pictures.
 
-        "sha256" hashes the uint8 pictures and int64 targets of each source file set; with the indices it pins every split.
+        "sha256" hashes the uint8 pictures and int64 targets as the source has them; with the indices it pins a split.
         """
         has_own_val = "val" in self._pictures
         return {
@@ -242,7 +243,7 @@ class ImageDataModule(pl.LightningDataModule):
             return self.num_workers
         needed = sum(pictures.images.nbytes for pictures in self._pictures.values())
         # Half of what is free: network, activations and the rest of the machine need the other half.
-        return 0 if needed < _free_bytes(device) / 2 else 2
+        return 0 if needed < _free_bytes(device) / 2 else min(2, os.cpu_count() or 1)
 
     def _on_device(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return a source's pictures on a device, one copy for all its loaders."""
@@ -283,8 +284,8 @@ def stratified_split(
     for name, count, val in zip(class_names, counts.tolist(), held_out.tolist(), strict=True):
         if val < 1 or val >= count:
             raise UserError(
-                f"--data.val_fraction {val_fraction}: class {name} has {count} training pictures, of which {val} would be "
-                "for validation.\nEvery class needs one of each: raise or lower it, add pictures, or 0 to train on all."
+                f"--data.val_fraction {val_fraction}: class {name} has {count} training pictures, of which {val} would "
+                "be for validation.\nEvery class needs one of each: change it, add pictures, or 0 to train on all."
             )
     shuffled = torch.randperm(len(targets), generator=seeded_generator(seed, 0, _SPLIT))
     is_val = torch.zeros(len(targets), dtype=torch.bool)

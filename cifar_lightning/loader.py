@@ -11,7 +11,8 @@ memory. Neither is a `DataLoader`, so that order, shares and position are ours a
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from cifar_lightning.augment import Augmentation, augment, draw_epoch, normalize
 _ORDER = 0  # purpose of the order's generator; augment.py's draws use 1 and up
 
 
-class Rank(NamedTuple):
+@dataclass(frozen=True)
+class Rank:
     """Which of how many processes deals with this share."""
 
     index: int = 0
@@ -90,7 +92,7 @@ class EpochSampler:
             return [share[k * self.batch_size : (k + 1) * self.batch_size] for k in range(len(self))]
         order = torch.randperm(len(self.indices), generator=seeded_generator(self.seed, self.epoch, _ORDER))
         shuffled = self.indices[order]
-        global_batches = shuffled.split(self.batch_size * self.rank.count)[: len(self)]
+        global_batches = torch.split(shuffled, self.batch_size * self.rank.count)[: len(self)]
         return [self._share(batch) for batch in global_batches]
 
     def _share(self, batch: Tensor) -> Tensor:
@@ -186,7 +188,7 @@ class ResidentLoader(PictureLoader):
             return
         # One transfer of all indices an epoch: a transfer a batch would make the host wait in every step.
         on_device = torch.cat(batches).to(self.device)
-        for pictures in on_device.split([len(batch) for batch in batches]):
+        for pictures in torch.split(on_device, [len(batch) for batch in batches]):
             yield pictures, self.images.index_select(0, pictures), self.targets.index_select(0, pictures)
 
 
@@ -277,5 +279,5 @@ class _Rows(Dataset[tuple[Tensor, Tensor, Tensor]]):
         self.__dict__.update(state)
 
 
-def _as_it_is(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _as_it_is(batch: Any) -> Any:
     return batch

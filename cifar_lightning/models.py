@@ -44,7 +44,8 @@ class SmallNet(nn.Module):
         """Return raw logits of normalised pictures."""
         features = self.features(images)
         # mean() and not AdaptiveAvgPool2d, whose backward pass is not deterministic on CUDA.
-        return self.head(self.dropout(features.mean((2, 3))))
+        logits: Tensor = self.head(self.dropout(features.mean((2, 3))))
+        return logits
 
 
 def _conv_bn_relu(in_channels: int, out_channels: int) -> list[nn.Module]:

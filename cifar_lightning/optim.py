@@ -97,7 +97,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"momentum": momentum, "num_iterations": num_iterations})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; `closure` recomputes the gradients and returns the loss."""
         loss = None
         if closure is not None:
@@ -145,13 +145,14 @@ def orthogonalize(
 
     Args:
         matrices: Of full rank; a zero matrix stays zero.
-        num_iterations: 3 are enough for an optimiser; the values then lie in about 0.3 to 1.3 for well-conditioned input.
+        num_iterations: 3 are enough for an optimiser; 5 bring well-conditioned input to about 0.7 to 1.2.
     """
     a, b, c = _NEWTON_SCHULZ
-    wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices  # the smaller Gram matrix is cheaper
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    wide = matrices.mT if is_tall else matrices  # the smaller Gram matrix is cheaper
     # The Frobenius norm bounds the largest singular value, beyond which the iteration diverges.
-    x = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
+    x: Tensor = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
     for _ in range(num_iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+    return x.mT if is_tall else x

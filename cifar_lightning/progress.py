@@ -86,7 +86,7 @@ class RunProgress(ProgressBar):
         )
 
     def _seconds_left(self, trainer: pl.Trainer, num_done: int, elapsed_s: float) -> float:
-        """Estimate the rest of `fit`: this epoch at its own speed, the others at the last epoch's, validation included."""
+        """Estimate the rest of `fit`: this epoch at its own speed, the others at the last epoch's, with validation."""
         per_batch_s = elapsed_s / max(1, num_done - self._first_batch)
         this_epoch_s = per_batch_s * (float(self.total_train_batches) - num_done)
         others_s = self._epochs_timed[-1] if self._epochs_timed else per_batch_s * float(self.total_train_batches)
@@ -178,7 +178,10 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
     ranks = f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""
     rows = [
         ("pictures", data.source.describe()),
-        ("split", f"{data.num_pictures('train'):,} training, {held_out:,} validation, {data.num_pictures('test'):,} test"),
+        (
+            "split",
+            f"{data.num_pictures('train'):,} training, {held_out:,} validation, {data.num_pictures('test'):,} test",
+        ),
         ("network", f"{type(module.network).__name__}, {num_parameters:,} parameters"),
         ("training", f"{epochs} epochs of {batches:,} steps of {data.batch_size}{ranks}, peak lr {module.lr:g}"),
         ("hardware", f"{trainer.strategy.root_device}, precision {trainer.precision}"),

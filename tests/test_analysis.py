@@ -137,6 +137,14 @@ def test_the_calibration_error_of_four_pictures_equals_the_sum_by_hand():
     assert analysis.expected_calibration_error(probs, targets) == pytest.approx((0.82 + 0.4 + 0.7) / 4)
 
 
+def test_a_confidence_of_exactly_one_has_a_bin_of_its_own_as_in_torchmetrics():
+    probs, targets = np.array([[1.0, 0.0], [0.95, 0.05]]), np.array([1, 0])
+    # Were both in the last bin, the first one's error and the second one's would partly cancel: 0.95 / 2.
+    assert analysis.expected_calibration_error(probs, targets) == pytest.approx((1 + 0.05) / 2)
+    metric = MulticlassCalibrationError(num_classes=2, n_bins=15, norm="l1")
+    assert metric(torch.tensor(probs), torch.tensor(targets)).item() == pytest.approx((1 + 0.05) / 2)
+
+
 def test_test_metrics_agree_with_references_and_are_plain_types():
     names = [f"class {index}" for index in range(10)]
     metrics = analysis.test_metrics(LOGITS, TARGETS, names)

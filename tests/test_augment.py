@@ -1,6 +1,7 @@
 """Batched augmentation against naive slicing and against torchvision, picture by picture."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def test_one_operation_more_leaves_the_draws_of_the_others():
 def test_alternating_flip_shows_both_sides_of_every_picture_in_two_epochs():
     chosen = Augmentation(flip="alternating")
     epochs = [draw_epoch(chosen, num_pictures=1000, image_size=32, seed=0, epoch=e, device=CPU) for e in range(4)]
-    for first, second in zip(epochs, epochs[1:], strict=False):
+    for first, second in itertools.pairwise(epochs):
         assert torch.equal(first.mirrored, ~second.mirrored)
     assert 400 < int(epochs[0].mirrored.sum()) < 600
 

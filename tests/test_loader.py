@@ -14,9 +14,7 @@ FINISHING = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
 
 
 def sampler(count=COUNT, batch_size=8, training=True, rank=None, **kwargs):
-    return EpochSampler(
-        torch.arange(count), batch_size, seed=3, training=training, rank=rank or Rank(), **kwargs
-    )
+    return EpochSampler(torch.arange(count), batch_size, seed=3, training=training, rank=rank or Rank(), **kwargs)
 
 
 def resident(**kwargs):

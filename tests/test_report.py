@@ -139,8 +139,9 @@ def test_a_class_never_predicted_is_shown_as_such():
 
 def test_class_names_are_shown_as_they_are_and_cannot_steer_the_terminal():
     text = report(matrix(4, 50), ["[red]x[/red]", "Käfer", "狗", "a\x1b[31m\n\udce9"])
-    for shown in ("[red]x[/red]", "Käfer", "狗", "a\\x1b[31m\\n\\udce9"):
-        assert shown in text
+    for part in ("Classes", "Confusion matrix", "Most confused"):
+        for shown in ("[red]x[/red]", "Käfer", "狗", "a\\x1b[31m\\n\\udce9"):
+            assert shown in "\n".join(section(text, part))
     assert "\x1b" not in text
 
 
@@ -154,14 +155,15 @@ def test_the_files_that_are_there_and_no_others_are_named(tmp_path):
     for file in (run.config, run.best_checkpoint):
         file.touch()
     (run.path / "events.out.tfevents.1").touch()
-    lines = section(report(matrix(3, 50), ["a", "b", "c"], run.path), "Run folder")
+    text = report(matrix(3, 50), ["a", "b", "c"], run.path, width=max(60, len(str(run.path)) - 1))
+    lines = section(text, "Run folder")
     assert lines[0] == str(run.path)  # whole, though it is longer than the terminal is wide
     names = [line.split()[0] for line in lines[1:]]
     assert names == ["checkpoints/best.ckpt", "config.yaml", "events.out.tfevents.*"]
 
 
 def test_the_next_commands_can_be_copied_also_with_spaces_in_the_path():
-    text = report(matrix(3, 50), ["a", "b", "c"], Path("my runs/smallnet/3"))
+    text = report(matrix(3, 50), ["a", "b", "c"], Path("my runs/smallnet/3"), width=30)
     assert section(text, "What next") == [
         "  tensorboard --logdir 'my runs'",
         "  python train.py test 'my runs/smallnet/3'",

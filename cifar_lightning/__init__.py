@@ -1,0 +1,35 @@
+"""The picture-classifier trainer to start from: SmallNet on CIFAR-10 through PyTorch Lightning.
+
+    from cifar_lightning import ImageClassifier, ImageDataModule, SmallNet, build_model
+
+The names are imported when they are asked for, so that what needs no torch never waits for it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cifar_lightning.classifier import ImageClassifier as ImageClassifier
+    from cifar_lightning.data import ImageDataModule as ImageDataModule
+    from cifar_lightning.errors import UserError as UserError
+    from cifar_lightning.models import SmallNet as SmallNet
+    from cifar_lightning.models import build_model as build_model
+
+_HOMES = {
+    "ImageClassifier": "classifier",
+    "ImageDataModule": "data",
+    "SmallNet": "models",
+    "UserError": "errors",
+    "build_model": "models",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,151 @@
+"""ImageClassifier in a real Trainer: loss, sums, metrics, steps, precision of its figures."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
+
+from cifar_lightning import ImageClassifier, ImageDataModule, UserError
+
+NARROW = {"widths": [4, 8, 8], "dropout": 0.0}
+
+
+def trainer(tmp_path, **kwargs):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    return pl.Trainer(
+        **{**quiet, "accelerator": "cpu", "enable_checkpointing": False, "default_root_dir": tmp_path, **kwargs}
+    )
+
+
+def small_data(**kwargs):
+    return ImageDataModule("synthetic", batch_size=500, image_size=16, **kwargs)
+
+
+def test_the_training_loss_is_label_smoothed_cross_entropy():
+    module = ImageClassifier(label_smoothing=0.2, model_kwargs=NARROW)
+    batch = torch.randn(8, 3, 16, 16), torch.randint(0, 10, (8,))
+    module.eval()  # BatchNorm by running statistics, so that a second pass is the same
+    module.on_train_epoch_start()
+    got = module.training_step(batch, 0)
+    log_probs = module(batch[0]).log_softmax(1)
+    smoothed = 0.8 * F.one_hot(batch[1], 10) + 0.2 / 10
+    torch.testing.assert_close(got, -(smoothed * log_probs).sum(1).mean())
+
+
+def test_epoch_sums_are_those_of_all_pictures_and_start_anew():
+    module = ImageClassifier(label_smoothing=0.0, model_kwargs=NARROW).eval()
+    batches = [(torch.randn(n, 3, 16, 16), torch.randint(0, 10, (n,))) for n in (8, 3)]
+    for _ in range(2):
+        module.on_train_epoch_start()
+        for batch in batches:
+            module.training_step(batch, 0)
+    logits = torch.cat([module(images) for images, _ in batches])
+    targets = torch.cat([targets for _, targets in batches])
+    metrics = module.train_metrics()
+    assert metrics["train/loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+    assert metrics["train/acc"] == (logits.argmax(1) == targets).float().mean().item()
+    assert module.num_trained_pictures() == 11
+
+
+def test_test_metrics_equal_functions_of_all_logits(tmp_path):
+    module, data = ImageClassifier(image_size=16, model_kwargs=NARROW), small_data(eval_batch_size=300)
+    run = trainer(tmp_path)
+    logged = run.test(module, data, verbose=False)[0]
+    module.eval()
+    with torch.no_grad():
+        parts = [(module(images), targets) for images, targets in data.test_dataloader()]
+    logits, targets = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    assert len(targets) == 1000
+    assert logged["test/loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+    assert logged["test/acc"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
+    assert logged["test/f1"] == pytest.approx(multiclass_f1_score(logits, targets, 10).item())
+    assert logged["test/ece"] == pytest.approx(multiclass_calibration_error(logits, targets, 10).item(), abs=1e-6)
+    expected = torch.zeros(10, 10, dtype=torch.int64)
+    for target, pred in zip(targets, logits.argmax(1), strict=True):
+        expected[target, pred] += 1
+    assert torch.equal(module.test_confusion, expected)
+
+
+def test_fit_steps_one_cycle_to_its_end_and_logs_every_figure(tmp_path):
+    module, data = ImageClassifier(image_size=16, lr=0.01, model_kwargs=NARROW), small_data()
+    run = trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0)
+    run.fit(module, data)
+    assert run.global_step == 18 == module.total_steps()
+    assert run.optimizers[0].param_groups[0]["lr"] < 0.01 / 50
+    names = {"train/loss", "train/acc", "lr", "val/loss", "val/acc", "val/f1", "val/ece"}
+    assert names <= set(run.callback_metrics)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_epochs": 3}, 27),
+        ({"max_epochs": 3, "accumulate_grad_batches": 2}, 15),
+        ({"max_epochs": 3, "limit_train_batches": 4}, 12),
+        ({"max_epochs": 3, "limit_train_batches": 0.5}, 12),
+        ({"max_epochs": 3, "max_steps": 10}, 10),
+    ],
+)
+def test_total_steps_are_those_that_lightning_estimates(tmp_path, settings, expected):
+    module, data = ImageClassifier(image_size=16, model_kwargs=NARROW), small_data()
+    run = trainer(tmp_path, **settings)
+    seen = {}
+
+    class Compare(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen["total"], seen["estimated"] = pl_module.total_steps(), trainer.estimated_stepping_batches
+            trainer.should_stop = True
+
+    run.callbacks.append(Compare())
+    run.fit(module, data)
+    assert seen == {"total": expected, "estimated": expected}
+
+
+def test_a_run_without_an_end_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--epochs"):
+        trainer(tmp_path, max_epochs=-1).fit(ImageClassifier(image_size=16, model_kwargs=NARROW), small_data())
+
+
+def test_a_network_and_loaders_of_ones_own_train_too(tmp_path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    loader = DataLoader(TensorDataset(torch.randn(32, 3, 8, 8), torch.randint(0, 4, (32,))), batch_size=8)
+    before = network[1].weight.detach().clone()
+    run = trainer(tmp_path, max_epochs=1)
+    with pytest.warns(PossibleUserWarning):  # no validation, no worker processes: both meant
+        run.fit(ImageClassifier(model=network, num_classes=4), loader)
+    assert run.global_step == 4
+    assert not torch.equal(network[1].weight, before)
+
+
+def test_a_checkpoint_holds_plain_types_and_makes_the_module_again(tmp_path):
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW, optimizer="muon", lr=0.05)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, small_data())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    content = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert content["hyper_parameters"]["model_kwargs"] == NARROW
+    assert content["ImageDataModule"]["class_names"][0] == "disk"
+    again = ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(again.eval()(images), module.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": -1.0}, "--model.lr -1.0"),
+        ({"lr": float("nan")}, "--model.lr nan"),
+        ({"sgd_lr": 0.0}, "--model.sgd_lr 0.0"),
+        ({"weight_decay": -0.1}, "--model.weight_decay -0.1"),
+        ({"label_smoothing": 1.0}, "--model.label_smoothing 1.0"),
+        ({"pct_start": -0.1}, "--model.pct_start -0.1"),
+        ({"name": "resnet19"}, "--model.name resnet19"),
+    ],
+)
+def test_a_value_that_cannot_train_names_its_flag(arguments, message):
+    with pytest.raises(UserError, match=message):
+        ImageClassifier(**arguments)

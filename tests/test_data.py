@@ -1,0 +1,191 @@
+"""The split, the statistics and the loaders of ImageDataModule, with no Trainer."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cifar_lightning import data
+from cifar_lightning.data import ImageDataModule, channel_statistics, stratified_split
+from cifar_lightning.errors import UserError
+from cifar_lightning.loader import Rank, ResidentLoader, StreamingLoader
+
+NAMES = tuple("abcdefghij")
+
+
+def synthetic(**kwargs):
+    return ImageDataModule("synthetic", **kwargs)
+
+
+def write_folder(root, counts, size=8):
+    rng = np.random.default_rng(0)
+    for split, classes in counts.items():
+        for name, count in classes.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for k in range(count):
+                Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(folder / f"{k}.png")
+    return root
+
+
+def test_cifar10_would_be_split_into_45000_and_5000_with_500_of_each_class():
+    targets = torch.arange(50_000) % 10
+    train, val = stratified_split(targets, 0.1, seed=0, class_names=NAMES)
+    assert (len(train), len(val)) == (45_000, 5_000)
+    assert torch.bincount(targets[val]).tolist() == [500] * 10
+    assert sorted(torch.cat([train, val]).tolist()) == list(range(50_000))
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.137, 0.333, 0.5])
+def test_a_split_holds_out_exactly_the_rounded_share_by_largest_remainder(fraction):
+    counts = [11, 23, 37, 101, 64]
+    targets = torch.repeat_interleave(torch.arange(5), torch.tensor(counts))
+    if round(fraction * 11) < 1:
+        fraction = 0.1
+    _, val = stratified_split(targets, fraction, seed=0, class_names=NAMES[:5])
+    held_out = torch.bincount(targets[val], minlength=5)
+    assert int(held_out.sum()) == round(fraction * sum(counts))
+    for count, val_count in zip(counts, held_out.tolist(), strict=True):
+        assert abs(val_count - fraction * count) < 1
+
+
+def test_the_split_depends_on_the_seed_and_on_nothing_else():
+    targets = torch.arange(1000) % 10
+    first, again, other = (stratified_split(targets, 0.1, seed=s, class_names=NAMES)[1] for s in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_statistics_are_those_of_the_chosen_pictures_alone():
+    images = np.random.default_rng(0).integers(0, 256, (9000, 4, 4, 3), np.uint8)
+    chosen = np.arange(0, 9000, 2)
+    mean, std = channel_statistics(images, chosen)
+    pixels = images[chosen].reshape(-1, 3) / 255
+    np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(std, pixels.std(0), rtol=1e-9)
+
+
+def test_names_are_known_before_setup_and_statistics_after_it():
+    module = synthetic()
+    assert (module.num_classes, len(module.class_names), module.image_size) == (10, 10, 32)
+    assert module.mean is None
+    module.setup()
+    mean, std = channel_statistics(module._pictures["train"].images, module._indices["train"].numpy())
+    assert (module.mean, module.std) == (mean, std)
+
+
+def test_setup_again_changes_nothing():
+    module = synthetic()
+    module.setup("fit")
+    summary, mean = module.split_summary(), module.mean
+    module.setup("test")
+    assert module.split_summary() == summary
+    assert module.mean == mean
+
+
+def test_an_epoch_without_a_trainer_has_every_training_picture_and_moves_on_by_itself():
+    module = synthetic(batch_size=512, crop_padding_px=0, flip="none")
+    loader = module.train_dataloader()
+    first, second = (torch.cat([images for images, _ in loader]) for _ in range(2))
+    assert len(first) == 4500 == module.num_pictures("train")
+    assert not torch.equal(first, second)
+    # The same pictures in another order.
+    assert torch.equal(first.flatten(1).sum(1).sort().values, second.flatten(1).sum(1).sort().values)
+
+
+def test_validation_and_test_count_every_picture_once_unaugmented():
+    module = synthetic(eval_batch_size=300)
+    for part, loader in (("val", module.val_dataloader()), ("test", module.test_dataloader())):
+        images = torch.cat([images for images, _ in loader])
+        raw = torch.from_numpy(module.pictures(part, np.arange(len(images)))).permute(0, 3, 1, 2) / 255
+        mean, std = torch.tensor(module.mean), torch.tensor(module.std)
+        expected = (raw - mean[:, None, None]) / std[:, None, None]
+        torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+        assert len(images) == module.num_pictures(part)
+
+
+def test_resident_and_streaming_give_the_same_batches():
+    kept, streamed = synthetic(num_workers=0).train_dataloader(), synthetic(num_workers=2).train_dataloader()
+    assert isinstance(kept, ResidentLoader)
+    assert isinstance(streamed, StreamingLoader)
+    for k, (left, right) in enumerate(zip(kept, streamed, strict=True)):
+        assert torch.equal(left[0], right[0])
+        assert torch.equal(left[1], right[1])
+        if k == 5:
+            break
+
+
+def test_a_set_larger_than_half_the_free_memory_is_streamed(monkeypatch):
+    monkeypatch.setattr(data, "_free_bytes", lambda device: 1e7)
+    assert isinstance(synthetic().val_dataloader(), StreamingLoader)
+    monkeypatch.setattr(data, "_free_bytes", lambda device: 1e9)
+    assert isinstance(synthetic().val_dataloader(), ResidentLoader)
+
+
+def test_loaders_of_one_source_share_its_pictures_in_memory():
+    module = synthetic()
+    train, val = module.train_dataloader(), module.val_dataloader()
+    assert train.images.data_ptr() == val.images.data_ptr()
+
+
+def test_a_val_folder_is_used_and_nothing_is_split_off(tmp_path):
+    counts = {"train": {"a": 5, "b": 4}, "val": {"a": 2, "b": 1}, "test": {"a": 1, "b": 1}}
+    module = ImageDataModule("folder", str(write_folder(tmp_path, counts)), batch_size=4)
+    module.prepare_data()
+    module.setup()
+    assert [module.num_pictures(part) for part in ("train", "val", "test")] == [9, 3, 2]
+    assert module.split_summary()["val_from"] == "val"
+    raw = module.pictures("val", np.arange(3))
+    assert np.array_equal(raw[0], np.asarray(Image.open(tmp_path / "val" / "a" / "0.png")))
+
+
+def test_training_on_everything_leaves_no_validation():
+    module = synthetic(val_fraction=0.0)
+    assert module.val_dataloader() == []
+    assert module.num_pictures("train") == 5000
+
+
+def test_the_number_of_steps_is_known_without_a_loader():
+    module = synthetic(batch_size=64)
+    module.setup()
+    assert module.num_train_batches() == len(module.train_dataloader()) == 71
+    assert module.num_train_batches(3) == 24
+
+
+def test_ranks_evaluate_the_positions_they_say():
+    module = synthetic()
+    module.setup()
+    together = np.sort(np.concatenate([module.rank_positions("test", Rank(r, 3)) for r in range(3)]))
+    assert np.array_equal(together, np.arange(1000))
+
+
+def test_a_checkpoint_of_other_classes_is_refused():
+    module = synthetic()
+    module.setup()
+    state = module.state_dict()
+    module.load_state_dict(state)
+    with pytest.raises(UserError, match="classes x"):
+        module.load_state_dict({**state, "class_names": ["x", "y"]})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 4501}, "--data.batch_size 4501: larger than the training split of 4500"),
+        ({"batch_size": 0}, "--data.batch_size 0"),
+        ({"eval_batch_size": 0}, "--data.eval_batch_size 0"),
+        ({"val_fraction": 1.0}, "--data.val_fraction 1.0"),
+        ({"val_fraction": 0.0001}, "--data.val_fraction 0.0001: class disk has 500 training pictures, of which 1|0"),
+        ({"seed": -1}, "--data.seed -1"),
+        ({"num_workers": -1}, "--data.num_workers -1"),
+        ({"crop_padding_px": 40}, "--data.crop_padding_px 40"),
+    ],
+)
+def test_a_value_that_does_not_fit_names_its_flag(arguments, message):
+    with pytest.raises(UserError, match=message):
+        synthetic(**arguments).setup()
+
+
+def test_an_unknown_data_set_names_the_known_ones():
+    with pytest.raises(UserError, match=r"cifar11.*cifar10"):
+        ImageDataModule("cifar11")

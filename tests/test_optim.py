@@ -1,0 +1,147 @@
+"""Muon against a plain reference, the groups of AdamW, the shape of OneCycle."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.models import SmallNet
+from cifar_lightning.optim import Muon, build_optimizer, check_lr, one_cycle, orthogonalize
+
+
+def reference_orthogonalize(matrix, num_iterations):
+    """One matrix, by its singular values: the iteration is an odd polynomial of them and leaves the vectors alone."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / (values.norm() + 1e-7)
+    for _ in range(num_iterations):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return left @ values.diag() @ right
+
+
+@pytest.mark.parametrize("shape", [(8, 27), (27, 8), (16, 16), (1, 9)])
+def test_orthogonalize_equals_the_polynomial_of_the_singular_values(shape):
+    matrices = torch.randn(5, *shape, dtype=torch.float64)
+    got = orthogonalize(matrices, num_iterations=3)
+    for matrix, update in zip(matrices, got, strict=True):
+        torch.testing.assert_close(update, reference_orthogonalize(matrix, 3), rtol=1e-9, atol=1e-9)
+
+
+def test_orthogonalize_brings_singular_values_near_one_and_leaves_zero():
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(4, 32, 288), num_iterations=5))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    assert orthogonalize(torch.zeros(1, 3, 5)).count_nonzero() == 0
+
+
+def test_muon_steps_equal_a_plain_reference_filter_by_filter():
+    torch.manual_seed(1)
+    filters = [torch.randn(8, 3, 3, 3), torch.randn(4, 8, 3, 3), torch.randn(8, 3, 3, 3)]
+    filters = [weight.double().requires_grad_() for weight in filters]
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    optimizer = Muon(filters, [bias], lr=0.1, sgd_lr=0.03, momentum=0.8)
+    expected = [weight.detach().clone() for weight in filters]
+    buffers = [torch.zeros_like(weight) for weight in filters]
+    plain = bias.detach().clone().requires_grad_()
+    sgd = torch.optim.SGD([plain], lr=0.03, momentum=0.8, nesterov=True)
+    for _ in range(4):
+        for k, weight in enumerate(filters):
+            weight.grad = torch.randn_like(weight)
+            buffers[k] = 0.8 * buffers[k] + weight.grad
+            direction = (weight.grad + 0.8 * buffers[k]).reshape(len(weight), -1)
+            expected[k] *= math.sqrt(len(weight)) / expected[k].norm()
+            expected[k] -= 0.1 * reference_orthogonalize(direction, 3).view_as(weight)
+        bias.grad = torch.randn_like(bias)
+        plain.grad = bias.grad.clone()
+        optimizer.step()
+        sgd.step()
+    for weight, reference in zip(filters, expected, strict=True):
+        torch.testing.assert_close(weight.detach(), reference, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(bias, plain)
+
+
+def train(network, optimizer, schedule, steps):
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(8, 3, 8, 8, generator=generator)
+        targets = torch.randint(0, 10, (8,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(network(images), targets).backward()
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_an_optimizer_goes_on_bit_for_bit_from_its_state(name):
+    def fresh():
+        torch.manual_seed(0)
+        network = SmallNet(widths=(4, 4, 8), dropout=0.0)
+        optimizer = build_optimizer(network, name, lr=0.02, weight_decay=0.1, sgd_lr=0.1)
+        return network, optimizer, one_cycle(optimizer, total_steps=8, pct_start=0.25)
+
+    unbroken, stopped, resumed = fresh(), fresh(), fresh()
+    train(*unbroken, range(6))
+    train(*stopped, range(3))
+    for source, target in zip(stopped, resumed, strict=True):
+        target.load_state_dict(copy.deepcopy(source.state_dict()))
+    train(*resumed, range(3, 6))
+    for left, right in zip(unbroken[0].parameters(), resumed[0].parameters(), strict=True):
+        assert torch.equal(left, right)
+    assert not torch.equal(stopped[0].head.weight, resumed[0].head.weight)
+
+
+def test_muon_calls_the_closure_once_with_gradients_enabled():
+    weight = torch.randn(4, 3, 3, 3, requires_grad=True)
+    optimizer, calls = Muon([weight], []), []
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > 0
+    assert calls == [True]
+
+
+def test_norms_and_biases_do_not_decay():
+    network = SmallNet(widths=(4, 4, 8))
+    optimizer = build_optimizer(network, "adamw", lr=1e-3, weight_decay=0.05, sgd_lr=0.1)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for parameter in network.parameters():
+        assert decays[id(parameter)] == (0.05 if parameter.ndim > 1 else 0.0)
+
+
+def test_one_cycle_peaks_at_each_groups_lr_and_ends_near_zero():
+    network = SmallNet(widths=(4, 4, 8))
+    for name, peaks in (("adamw", [0.01, 0.01]), ("muon", [0.01, 0.1])):
+        optimizer = build_optimizer(network, name, lr=0.01, weight_decay=0.05, sgd_lr=0.1)
+        schedule = one_cycle(optimizer, total_steps=100, pct_start=0.3)
+        seen = []
+        for _ in range(100):
+            seen.append([group["lr"] for group in optimizer.param_groups])
+            optimizer.step()
+            if len(seen) < 100:
+                schedule.step()
+        rates = torch.tensor(seen)
+        torch.testing.assert_close(rates[0], torch.tensor(peaks) / 25)
+        assert rates.argmax(0).tolist() == [29, 29]
+        torch.testing.assert_close(rates.max(0).values, torch.tensor(peaks))
+        assert (rates[-1] < torch.tensor(peaks) / 1e5).all()
+
+
+def test_half_a_network_can_be_frozen():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    network[0].requires_grad_(False)
+    for name in ("adamw", "muon"):
+        optimizer = build_optimizer(network, name, lr=0.01, weight_decay=0.05, sgd_lr=0.1)
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("lr", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_learning_rate_that_cannot_train_is_refused(lr):
+    with pytest.raises(UserError, match=r"--model\.lr"):
+        check_lr(lr)
