@@ -109,6 +109,10 @@ class ImageClassifier(pl.LightningModule):
         self._train_totals = (loss_sum, num_correct, num_pictures + len(targets))
         return loss
 
+    def on_train_epoch_end(self) -> None:
+        """Log train/loss, train/acc and lr."""
+        self.log_dict(self.epoch_metrics())
+
     def train_metrics(self) -> dict[str, float]:
         """Return train/loss and train/acc of this rank's pictures so far in this epoch; waits for the device."""
         loss_sum, num_correct, num_pictures = self._train_totals
