@@ -1,5 +1,6 @@
 """What a run leaves behind: its tables, its TensorBoard, its answers; and early stopping that lets OneCycle finish."""
 
+import contextlib
 import csv
 import io
 import time
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -268,6 +270,12 @@ class AnnealingEarlyStopping(EarlyStopping):
 
     def __init__(self, patience: int = 10, min_delta: float = 0.0) -> None:
         super().__init__(monitor=MONITOR, mode="max", patience=patience, min_delta=min_delta)
+        self._state_key = super().state_key
+
+    @property
+    def state_key(self) -> str:
+        """Return the callback's key in a checkpoint, formatted once, as in `RunCheckpoint`."""
+        return self._state_key
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise the patience to a third of the epochs."""
@@ -281,17 +289,40 @@ class AnnealingEarlyStopping(EarlyStopping):
             super()._run_early_stopping_check(trainer)
 
 
-def run_checkpoint(run: RunFolder, *, monitored: bool) -> ModelCheckpoint:
-    """Return the callback that keeps best.ckpt (by val/acc, where anything is held out) and last.ckpt."""
-    return ModelCheckpoint(
-        dirpath=run.checkpoints,
-        filename="best",
-        monitor=MONITOR if monitored else None,
-        mode="max",
-        save_top_k=1 if monitored else 0,
-        save_last=True,
-        enable_version_counter=False,
-    )
+class RunCheckpoint(ModelCheckpoint):
+    """Keeps best.ckpt (by val/acc, where anything is held out) and last.ckpt.
+
+    Args:
+        run: The run's folder.
+        monitored: Whether anything is held out.
+    """
+
+    def __init__(self, run: RunFolder, *, monitored: bool) -> None:
+        super().__init__(
+            dirpath=run.checkpoints,
+            filename="best",
+            monitor=MONITOR if monitored else None,
+            mode="max",
+            save_top_k=1 if monitored else 0,
+            save_last=True,
+            enable_version_counter=False,
+        )
+        self._state_key = super().state_key
+
+    @property
+    def state_key(self) -> str:
+        """Return the callback's key in a checkpoint, formatted once: Lightning asks for it seven times a step."""
+        return self._state_key
+
+
+class NoProfiler(PassThroughProfiler):
+    """Lightning's profiler that does nothing, without a generator for each of the fifty hooks of a step."""
+
+    _NOTHING = contextlib.nullcontext()
+
+    def profile(self, action_name: str) -> Any:
+        """Return a context that does nothing."""
+        return self._NOTHING
 
 
 class RunBoard(TensorBoardLogger):

@@ -19,14 +19,15 @@ from cifar_lightning.callbacks import (
     AnnealingEarlyStopping,
     AnswerKeeper,
     Dashboard,
+    NoProfiler,
     RunBoard,
+    RunCheckpoint,
     RunRecorder,
-    run_checkpoint,
 )
 from cifar_lightning.classifier import ImageClassifier
 from cifar_lightning.data import ImageDataModule
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import write_text_durably
+from cifar_lightning.files import read_json, write_text_durably
 from cifar_lightning.progress import RunProgress
 from cifar_lightning.report import print_test_report
 from cifar_lightning.runs import RunFolder, create_run, open_run
@@ -107,6 +108,14 @@ def _value_after(arguments: list[str], position: int) -> str:
     return arguments[position + 1] if position + 1 < len(arguments) else ""
 
 
+def recipe_name(config: Namespace) -> str:
+    """Return what a run is filed under: its recipe, that of the run whose config.yaml it repeats, or its network."""
+    if not config.config:
+        return str(config.model.name)
+    recipe = Path(str(config.config[-1])).resolve()
+    return recipe.parent.parent.name if recipe.name == "config.yaml" else recipe.stem
+
+
 class RunParser(LightningArgumentParser):
     """LightningCLI's parser that raises a short `UserError` instead of printing usage, and takes no abbreviation."""
 
@@ -178,7 +187,11 @@ class RunCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Make the Trainer with the callbacks and the logger of the run."""
         config = self.config[self.subcommand]
-        monitored = self.subcommand == "fit" and self._open_run(config)
+        monitored = False
+        if self.subcommand == "fit":
+            monitored = self._make_run(config)
+        elif config.ckpt_path is not None:
+            self.run = self._run_of_checkpoint(Path(config.ckpt_path))
         settings = self.config_init[self.subcommand].trainer
         callbacks: list[pl.Callback] = list(settings.callbacks or [])
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
@@ -191,15 +204,16 @@ class RunCLI(LightningCLI):
             callbacks.append(RunRecorder(self.run))
             callbacks.append(Dashboard(self.datamodule.class_names))
             if settings.enable_checkpointing is not False:
-                callbacks.append(run_checkpoint(self.run, monitored=monitored))
+                callbacks.append(RunCheckpoint(self.run, monitored=monitored))
             if monitored:
                 callbacks.append(self.config_init[self.subcommand].early_stopping)
         logger = settings.logger
         if logger in (None, True):
             logger = RunBoard(self.run) if self.subcommand == "fit" and self.run else False
-        return pl.Trainer(**{**settings, "callbacks": callbacks, "logger": logger})
+        made = {"callbacks": callbacks, "logger": logger, "profiler": settings.profiler or NoProfiler()}
+        return pl.Trainer(**{**settings, **made})
 
-    def _open_run(self, config: Namespace) -> bool:
+    def _make_run(self, config: Namespace) -> bool:
         """Make the run folder of `fit` once its data is known to be good; return whether anything is held out."""
         joined = os.environ.get(_RUN_OF_RANK_0)
         if joined is not None and os.environ.get("LOCAL_RANK", "0") != "0":
@@ -211,11 +225,25 @@ class RunCLI(LightningCLI):
             # Before the folder is made: a mistake should not leave an empty run behind.
             self.datamodule.prepare_data()
             self.datamodule.setup()
-            recipe = Path(str(config.config[-1])).stem if config.config else config.model.name
-            self.run = create_run(RUNS, recipe, Path(config.run_dir) if config.run_dir else None)
+            self.run = create_run(RUNS, recipe_name(config), Path(config.run_dir) if config.run_dir else None)
             os.environ[_RUN_OF_RANK_0] = str(self.run.path)
             write_text_durably(self.run.config, self._config_text(config))
         return bool(self.datamodule.num_pictures("val"))
+
+    def _run_of_checkpoint(self, checkpoint: Path) -> RunFolder | None:
+        """Return the run that a checkpoint lies in, to write its test into, unless other pictures are tested."""
+        run = RunFolder(checkpoint.parent.parent)
+        if checkpoint.parent != run.checkpoints or not run.split.exists():
+            return None
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if is_first:
+            self.datamodule.prepare_data()
+        self.datamodule.setup()
+        if read_json(run.split)["sha256"] != self.datamodule.split_summary()["sha256"]:
+            if is_first:
+                print(f"These are not the pictures of {run.path}: its files stay as they are.")
+            return None
+        return open_run(run.path, lock=is_first)
 
     def _config_text(self, config: Namespace) -> str:
         """Return every value of the run as YAML, without the run's own path, so that it starts the same run anew."""
@@ -238,7 +266,10 @@ class RunCLI(LightningCLI):
         best = self.run.best_checkpoint if self.run.best_checkpoint.exists() else self.run.last_checkpoint
         chosen: dict[str, Any] = {"ckpt_path": best, "weights_only": True} if best.exists() else {}
         if self.datamodule.num_pictures("val"):
+            # For the answers alone: a second point on the curve of val/acc would be that of another epoch.
+            loggers, self.trainer.loggers = self.trainer.loggers, []
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False, **chosen)
+            self.trainer.loggers = loggers
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False, **chosen)
         self.after_test()
 

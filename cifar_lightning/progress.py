@@ -33,7 +33,7 @@ class RunProgress(ProgressBar):
         self._next_s = 0.0
         self._epoch_start_s = 0.0
         self._epochs_timed: list[float] = []
-        self._first_batch = 0
+        self._batches_done = 0
 
     def disable(self) -> None:
         """Say nothing: Lightning calls it on all ranks but the first."""
@@ -57,13 +57,14 @@ class RunProgress(ProgressBar):
         """Open the epoch's bar."""
         self._epoch_start_s = time.monotonic()
         self._next_s = self._epoch_start_s + (_REFRESH_S if self._has_bar() else _PLAIN_LINE_S)
-        self._first_batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        self._batches_done = 0  # since this process began the epoch: a resumed one begins in its middle
         self._open_bar(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", self.total_train_batches)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Move the bar, twice a second at most."""
+        self._batches_done += 1
         now_s = time.monotonic()
         if not self._enabled or now_s < self._next_s:
             return
@@ -87,7 +88,7 @@ class RunProgress(ProgressBar):
 
     def _seconds_left(self, trainer: pl.Trainer, num_done: int, elapsed_s: float) -> float:
         """Estimate the rest of `fit`: this epoch at its own speed, the others at the last epoch's, with validation."""
-        per_batch_s = elapsed_s / max(1, num_done - self._first_batch)
+        per_batch_s = elapsed_s / self._batches_done
         this_epoch_s = per_batch_s * (float(self.total_train_batches) - num_done)
         others_s = self._epochs_timed[-1] if self._epochs_timed else per_batch_s * float(self.total_train_batches)
         return this_epoch_s + others_s * max(0, (trainer.max_epochs or 0) - trainer.current_epoch - 1)

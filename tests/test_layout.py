@@ -10,7 +10,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cifar_lightning"
 # Left may not import right; modules of one layer may import each other only in the order given here.
 LAYERS = [
-    ["errors", "files", "augment", "models", "optim", "pictures", "folders", "download", "synthetic", "sources", "runs"],
+    [
+        "errors",
+        "files",
+        "augment",
+        "models",
+        "optim",
+        "pictures",
+        "folders",
+        "download",
+        "synthetic",
+        "sources",
+        "runs",
+    ],
     ["analysis"],
     ["loader", "figures"],
     ["data"],

@@ -1,0 +1,204 @@
+"""Host time a training step that `Trainer.fit` adds to a hand-written loop over the same loader, network and optimiser.
+
+    python benchmarks/overhead.py            one-layer network, then SmallNet at batch 128; the last line is SmallNet's
+    python benchmarks/overhead.py --quick    the one-layer network alone, 1 round
+
+Three ways of training run in turn, several rounds, in one process: a hand-written loop; plain Lightning (bar, CSV logger,
+`self.log(prog_bar=True)`, its checkpoint callback); our ordinary `fit` (bar, TensorBoard, metrics, checkpoints). A step's
+time is the median distance of two forward passes; a round's figures are compared with each other alone.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cifar_lightning import ImageDataModule, SmallNet
+from cifar_lightning.cli import run_command
+from cifar_lightning.models import MODELS
+from cifar_lightning.optim import build_optimizer, one_cycle
+
+SMALL_BATCH = 4  # 1,125 steps in an epoch of the synthetic set
+LR = 1e-3
+
+
+class Clocked(nn.Module):
+    """Notes the time of each training forward pass; the clock is of the class, since `fit` makes its own instance."""
+
+    ticks_s: list[float] = []  # noqa: RUF012 - shared on purpose
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the network's logits."""
+        if self.training:
+            Clocked.ticks_s.append(time.perf_counter())
+        return self.network(images)
+
+
+def one_layer(num_classes: int, image_size: int) -> nn.Module:
+    """Return the smallest network there is: what is left of a step is overhead."""
+    return Clocked(nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, num_classes)))
+
+
+def small_net(num_classes: int, image_size: int) -> nn.Module:
+    """Return SmallNet with a clock."""
+    return Clocked(SmallNet(num_classes)).to(memory_format=torch.channels_last)
+
+
+def hand_loop(name: str, batch_size: int) -> None:
+    """Train one epoch as one would without Lightning."""
+    data = ImageDataModule("synthetic", batch_size=batch_size)
+    loader = data.train_dataloader()
+    network = MODELS[name](10, 32)
+    optimizer = build_optimizer(network, "adamw", lr=LR, weight_decay=0.05, sgd_lr=0.1)
+    schedule = one_cycle(optimizer, total_steps=len(loader), pct_start=0.3)
+    network.train()
+    for images, targets in loader:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(network(images), targets, label_smoothing=0.1)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+class PlainModule(pl.LightningModule):
+    """What most projects write."""
+
+    def __init__(self, name: str, total_steps: int) -> None:
+        super().__init__()
+        self.network, self.total_steps = MODELS[name](10, 32), total_steps
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return and log the loss."""
+        images, targets = batch
+        loss = F.cross_entropy(self.network(images), targets, label_smoothing=0.1)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> dict:
+        """Return the same optimiser and schedule as the others."""
+        optimizer = build_optimizer(self.network, "adamw", lr=LR, weight_decay=0.05, sgd_lr=0.1)
+        schedule = one_cycle(optimizer, total_steps=self.total_steps, pct_start=0.3)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class TrainingData(pl.LightningDataModule):
+    """Our training loader without the rest: plain Lightning must not be charged for a slower DataLoader."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        self.inner = ImageDataModule("synthetic", batch_size=batch_size)
+
+    def train_dataloader(self):  # noqa: ANN201 - ours
+        """Return our loader."""
+        return self.inner.train_dataloader()
+
+
+def plain_lightning(name: str, batch_size: int) -> None:
+    """Train one epoch with Lightning's defaults."""
+    data = TrainingData(batch_size)
+    module = PlainModule(name, len(data.train_dataloader()))
+    pl.Trainer(max_epochs=1, accelerator="cpu", logger=CSVLogger("logs")).fit(module, data)
+
+
+def barebones(name: str, batch_size: int) -> None:
+    """Train one epoch with everything that Lightning can switch off switched off."""
+    data = TrainingData(batch_size)
+    module = PlainModule(name, len(data.train_dataloader()))
+    pl.Trainer(max_epochs=1, accelerator="cpu", barebones=True).fit(module, data)
+
+
+def our_fit(name: str, batch_size: int) -> None:
+    """Train one epoch with the ordinary `fit` command."""
+    run_command(
+        ["fit", "--data.dataset", "synthetic", "--batch_size", str(batch_size), "--model.name", name]
+        + ["--epochs", "1", "--lr", str(LR), "--trainer.accelerator", "cpu"]
+    )
+
+
+def step_us(way: object, name: str, batch_size: int) -> float:
+    """Return the median microseconds between two forward passes of one epoch, the first fifth left out as warm-up."""
+    Clocked.ticks_s.clear()
+    with silence():
+        way(name, batch_size)
+    ticks = Clocked.ticks_s
+    distances = [1e6 * (after - before) for before, after in zip(ticks, ticks[1:], strict=False)]
+    return statistics.median(distances[len(distances) // 5 :])
+
+
+@contextlib.contextmanager
+def silence():
+    """Send what the runs print to nowhere, and their files to a folder that is deleted."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w") as nowhere,
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        os.environ.pop("CIFAR_LIGHTNING_RUN_DIR", None)
+        yield
+
+
+def compare(ways: dict, name: str, batch_size: int, rounds: int) -> dict[str, list[float]]:
+    """Run all ways in turn, `rounds` times; return each way's microseconds a step, round by round."""
+    times: dict[str, list[float]] = {label: [] for label in ways}
+    for _ in range(rounds):
+        for label, way in ways.items():
+            times[label].append(step_us(way, name, batch_size))
+    return times
+
+
+def main() -> None:
+    """Measure and print; the last line is `ratio=X`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions of every way (default 5)")
+    parser.add_argument("--quick", action="store_true", help="one round of the one-layer network alone")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    args = parser.parse_args()
+    MODELS["one_layer"], MODELS["clocked_smallnet"] = one_layer, small_net
+    rounds = 1 if args.quick else args.rounds
+    ways = {"hand loop": hand_loop, "plain Lightning": plain_lightning, "barebones": barebones, "fit": our_fit}
+    small = compare(ways, "one_layer", SMALL_BATCH, rounds)
+    print(f"one-layer network, batch {SMALL_BATCH}, {rounds} rounds of 1,125 steps, median microseconds a step, CPU:")
+    for label, times in small.items():
+        print(f"  {label:<16} {statistics.median(times):7.0f}  ({min(times):.0f} to {max(times):.0f})")
+    ratios = [
+        (o - h) / (p - h) for h, p, o in zip(small["hand loop"], small["plain Lightning"], small["fit"], strict=True)
+    ]
+    print(
+        f"added by fit over added by plain Lightning: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    )
+    figures = {"one_layer_us": small, "added_over_plain": ratios}
+    ratio = statistics.median(ratios)
+    if not args.quick:
+        large = compare({"hand loop": hand_loop, "fit": our_fit}, "clocked_smallnet", 128, rounds)
+        ratios = [o / h for h, o in zip(large["hand loop"], large["fit"], strict=True)]
+        ratio = statistics.median(ratios)
+        figures |= {"smallnet_us": large, "fit_over_hand_loop": ratios}
+        print(
+            f"SmallNet, batch 128, CPU, fit over hand loop, {rounds} rounds ({min(ratios):.3f} to {max(ratios):.3f}):"
+        )
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"ratio={ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()
