@@ -3,19 +3,21 @@
     python benchmarks/overhead.py            one-layer network, then SmallNet at batch 128; the last line is SmallNet's
     python benchmarks/overhead.py --quick    the one-layer network alone, 1 round
 
-Three ways of training run in turn, several rounds, in one process: a hand-written loop; plain Lightning (bar, CSV logger,
-`self.log(prog_bar=True)`, its checkpoint callback); our ordinary `fit` (bar, TensorBoard, metrics, checkpoints). A step's
-time is the median distance of two forward passes; a round's figures are compared with each other alone.
+Four ways of training run in turn, several rounds, in one process: a hand-written loop; plain Lightning (bar, CSV
+logger, `self.log(prog_bar=True)`, its checkpoint callback); its barebones; our ordinary `fit` (bar, TensorBoard,
+metrics, checkpoints). A step's time is the median distance of two forward passes; figures are compared within a round.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -126,10 +128,8 @@ def barebones(name: str, batch_size: int) -> None:
 
 def our_fit(name: str, batch_size: int) -> None:
     """Train one epoch with the ordinary `fit` command."""
-    run_command(
-        ["fit", "--data.dataset", "synthetic", "--batch_size", str(batch_size), "--model.name", name]
-        + ["--epochs", "1", "--lr", str(LR), "--trainer.accelerator", "cpu"]
-    )
+    flags = {"--data.dataset": "synthetic", "--batch_size": batch_size, "--model.name": name, "--epochs": 1, "--lr": LR}
+    run_command(["fit", "--trainer.accelerator=cpu", *(f"{flag}={value}" for flag, value in flags.items())])
 
 
 def step_us(way: object, name: str, batch_size: int) -> float:
@@ -138,12 +138,12 @@ def step_us(way: object, name: str, batch_size: int) -> float:
     with silence():
         way(name, batch_size)
     ticks = Clocked.ticks_s
-    distances = [1e6 * (after - before) for before, after in zip(ticks, ticks[1:], strict=False)]
+    distances = [1e6 * (after - before) for before, after in itertools.pairwise(ticks)]
     return statistics.median(distances[len(distances) // 5 :])
 
 
 @contextlib.contextmanager
-def silence():
+def silence() -> Iterator[None]:
     """Send what the runs print to nowhere, and their files to a folder that is deleted."""
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -179,12 +179,10 @@ def main() -> None:
     print(f"one-layer network, batch {SMALL_BATCH}, {rounds} rounds of 1,125 steps, median microseconds a step, CPU:")
     for label, times in small.items():
         print(f"  {label:<16} {statistics.median(times):7.0f}  ({min(times):.0f} to {max(times):.0f})")
-    ratios = [
-        (o - h) / (p - h) for h, p, o in zip(small["hand loop"], small["plain Lightning"], small["fit"], strict=True)
-    ]
-    print(
-        f"added by fit over added by plain Lightning: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    )
+    rounds_us = zip(small["hand loop"], small["plain Lightning"], small["fit"], strict=True)
+    ratios = [(ours - hand) / (plain - hand) for hand, plain, ours in rounds_us]
+    spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
+    print(f"added by fit over added by plain Lightning: {statistics.median(ratios):.2f} {spread}")
     figures = {"one_layer_us": small, "added_over_plain": ratios}
     ratio = statistics.median(ratios)
     if not args.quick:

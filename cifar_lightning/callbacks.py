@@ -5,7 +5,7 @@ import csv
 import io
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -290,21 +290,21 @@ class AnnealingEarlyStopping(EarlyStopping):
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Keeps best.ckpt (by val/acc, where anything is held out) and last.ckpt.
+    """Keeps one checkpoint of a run, saved at the end of an epoch: best.ckpt by val/acc, or last.ckpt.
+
+    Two of them and not one with `save_last=True`, which saves "last" only when the best changes (Lightning 2.6.6).
 
     Args:
         run: The run's folder.
-        monitored: Whether anything is held out.
+        which: "best" or "last".
     """
 
-    def __init__(self, run: RunFolder, *, monitored: bool) -> None:
+    def __init__(self, run: RunFolder, which: Literal["best", "last"]) -> None:
         super().__init__(
             dirpath=run.checkpoints,
-            filename="best",
-            monitor=MONITOR if monitored else None,
+            filename=which,
+            monitor=MONITOR if which == "best" else None,
             mode="max",
-            save_top_k=1 if monitored else 0,
-            save_last=True,
             enable_version_counter=False,
         )
         self._state_key = super().state_key

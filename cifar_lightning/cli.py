@@ -203,10 +203,15 @@ class RunCLI(LightningCLI):
             assert self.run is not None
             callbacks.append(RunRecorder(self.run))
             callbacks.append(Dashboard(self.datamodule.class_names))
-            if settings.enable_checkpointing is not False:
-                callbacks.append(RunCheckpoint(self.run, monitored=monitored))
             if monitored:
                 callbacks.append(self.config_init[self.subcommand].early_stopping)
+            if settings.enable_checkpointing is not False:
+                # Best before last, so that the last checkpoint knows the best of its own epoch.
+                callbacks += [
+                    RunCheckpoint(self.run, which) for which in (("best", "last") if monitored else ("last",))
+                ]
+            if not monitored:
+                settings.limit_val_batches = 0  # Lightning warns of loaders of length zero
         logger = settings.logger
         if logger in (None, True):
             logger = RunBoard(self.run) if self.subcommand == "fit" and self.run else False

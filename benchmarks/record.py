@@ -1,0 +1,69 @@
+"""Add finished runs to a results file: what was measured, by which command, on what, at which commit.
+
+    python benchmarks/record.py smallnet_cpu runs/smallnet_cpu/1       adds it to benchmarks/results/smallnet_cpu.json
+    python benchmarks/record.py smallnet_cpu runs/smallnet_cpu/1 --note "other programs were running"
+
+A run that is there already (same commit, seed and answers) is not added twice, so seeds add up over sessions.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def summarize(run: Path, note: str) -> dict[str, Any]:
+    """Return one run as a line of a results file, from the run's own files."""
+    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    metrics = json.loads((run / "test_metrics.json").read_text(encoding="utf-8"))
+    split = json.loads((run / "split.json").read_text(encoding="utf-8"))
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    timing = [
+        {k: float(v) for k, v in row.items()} for row in csv.DictReader((run / "timing.csv").open(encoding="utf-8"))
+    ]
+    return {
+        "commit": environment["commit"],
+        "dirty": environment["dirty"],
+        "seed": config["seed_everything"],
+        "epochs": len(timing),
+        "test_accuracy": metrics["accuracy"],
+        "test_accuracy_interval_95": metrics["accuracy_interval_95"],
+        "num_test_pictures": metrics["num_pictures"],
+        "elapsed_s": sum(row["elapsed_s"] for row in timing),
+        "train_images_per_s": [round(row["train_images_per_s"], 1) for row in timing],
+        "peak_memory_mb": max(row["peak_memory_mb"] for row in timing),
+        "hardware": f"{environment['num_usable_cpus']} cores, {environment['cpu']}; training on {environment['device']}",
+        "precision": environment["precision"],
+        "torch": environment["versions"]["torch"],
+        "lightning": environment["versions"]["lightning"],
+        "test_sha256": split["sha256"]["test"],
+        "note": note,
+    }
+
+
+def main() -> None:
+    """Add the runs and print the file's name."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="name of the results file: the recipe")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("--note", default="", help="what a reader of the figures must know")
+    args = parser.parse_args()
+    path = RESULTS / f"{args.name}.json"
+    lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    for run in args.runs:
+        line = summarize(run, args.note)
+        keys = ("commit", "seed", "test_accuracy", "elapsed_s")
+        same = [old for old in lines if all(old[key] == line[key] for key in keys)]
+        if not same:
+            lines.append(line)
+    path.write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+    print(f"{path}: {len(lines)} runs")
+
+
+if __name__ == "__main__":
+    main()

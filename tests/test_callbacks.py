@@ -1,0 +1,166 @@
+"""What a run leaves behind, and early stopping that lets OneCycle finish."""
+
+import json
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+
+from cifar_lightning import ImageClassifier, ImageDataModule, UserError
+from cifar_lightning.callbacks import (
+    AnnealingEarlyStopping,
+    AnswerKeeper,
+    NoProfiler,
+    RunCheckpoint,
+    RunRecorder,
+    data_of,
+    peak_memory_mb,
+    write_confusion,
+)
+from cifar_lightning.files import MetricsTable
+from cifar_lightning.runs import RunFolder
+
+NARROW = {"widths": [2, 2, 2]}
+
+
+def fit(tmp_path, callbacks, epochs=2, module=None, **data):
+    run = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=any(isinstance(callback, RunCheckpoint) for callback in callbacks),
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+        limit_val_batches=0 if data.get("val_fraction") == 0 else None,
+        callbacks=callbacks,
+    )
+    module = module or ImageClassifier(image_size=16, model_kwargs=NARROW)
+    run.fit(module, ImageDataModule("synthetic", batch_size=900, image_size=16, **data))
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    return run
+
+
+class Scripted(ImageClassifier):
+    """Reports a chosen validation accuracy an epoch."""
+
+    script: tuple[float, ...] = ()
+
+    def on_validation_epoch_end(self):
+        self.val_metrics.reset()
+        self.log("val/acc", self.script[self.current_epoch])
+
+
+def scripted(*accuracies):
+    module = Scripted(image_size=16, model_kwargs=NARROW, pct_start=0.3)
+    module.script = accuracies
+    return module
+
+
+def test_early_stopping_waits_for_the_peak_and_then_a_third_of_the_epochs(tmp_path):
+    # Peak after 3.6 of 12 epochs: the falls before it do not count, then 4 epochs without improvement stop the run.
+    module = scripted(0.9, 0.8, 0.7, 0.5, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4)
+    run = fit(tmp_path, [AnnealingEarlyStopping(patience=1)], epochs=12, module=module)
+    assert run.current_epoch == 8  # first counted after epoch 4 (index 3), patience 4
+
+
+def test_early_stopping_lets_a_run_that_improves_in_the_annealing_finish(tmp_path):
+    module = scripted(0.9, 0.8, 0.7, 0.5, 0.5, 0.5, 0.5, 0.6, 0.5, 0.5, 0.5, 0.95)
+    run = fit(tmp_path, [AnnealingEarlyStopping(patience=1)], epochs=12, module=module)
+    assert run.current_epoch == 12
+
+
+def test_the_best_epoch_and_the_last_one_are_kept(tmp_path, folder):
+    fit(
+        tmp_path,
+        [RunCheckpoint(folder, "best"), RunCheckpoint(folder, "last")],
+        epochs=4,
+        module=scripted(0.2, 0.6, 0.5, 0.4),
+    )
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert torch.load(folder.best_checkpoint, weights_only=True)["epoch"] == 1
+    assert torch.load(folder.last_checkpoint, weights_only=True)["epoch"] == 3
+
+
+def test_the_last_checkpoint_carries_the_best_score_of_its_own_epoch(tmp_path, folder):
+    fit(tmp_path, [RunCheckpoint(folder, "best"), RunCheckpoint(folder, "last")], module=scripted(0.2, 0.6))
+    states = torch.load(folder.last_checkpoint, weights_only=True)["callbacks"]
+    best = next(state for key, state in states.items() if "val/acc" in key)
+    assert float(best["best_model_score"]) == pytest.approx(0.6)
+
+
+def test_without_validation_only_the_last_checkpoint_is_kept(tmp_path, folder):
+    fit(tmp_path, [RunCheckpoint(folder, "last")], val_fraction=0.0)
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["last.ckpt"]
+
+
+def test_the_recorder_writes_what_was_logged(tmp_path, folder):
+    run = fit(tmp_path, [RunRecorder(folder)], epochs=3)
+    rows = MetricsTable(folder.metrics_csv).read()
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert [row["step"] for row in rows] == [5, 10, 15]
+    for name in ("train/loss", "train/acc", "val/loss", "val/acc", "val/f1", "val/ece", "lr"):
+        assert rows[-1][name] == pytest.approx(float(run.callback_metrics[name]), rel=1e-6), name
+    assert all(
+        row["train_images_per_s"] > 0 and row["peak_memory_mb"] > 10 for row in MetricsTable(folder.timing_csv).read()
+    )
+    environment = json.loads(folder.environment.read_text())
+    assert (environment["device"], environment["precision"], environment["num_devices"]) == ("cpu", "32-true", 1)
+    assert json.loads(folder.split.read_text())["sizes"] == {"train": 4500, "val": 500, "test": 1000}
+
+
+def test_the_recorder_leaves_validation_out_where_nothing_is_held_out(tmp_path, folder):
+    fit(tmp_path, [RunRecorder(folder)], val_fraction=0.0)
+    assert "val/acc" not in MetricsTable(folder.metrics_csv).read()[0]
+
+
+def test_answers_are_kept_in_the_order_of_the_split(tmp_path, folder):
+    keeper = AnswerKeeper(folder)
+    run = fit(tmp_path, [keeper], epochs=1)
+    assert not folder.predictions_val.exists()  # validations within fit are not answers
+    run.test(run.lightning_module, run.datamodule, verbose=False)
+    answers = np.load(folder.predictions)
+    targets = run.datamodule._pictures["test"].targets
+    assert np.array_equal(answers["targets"], targets)
+    run.lightning_module.eval()
+    with torch.no_grad():
+        logits = torch.cat([run.lightning_module(images) for images, _ in run.datamodule.test_dataloader()])
+    assert np.array_equal(answers["logits"], logits.numpy())
+    shown = np.load(folder.gallery)
+    assert np.array_equal(shown["images"], run.datamodule._pictures["test"].images[shown["indices"]])
+    assert keeper.metrics["accuracy"] == (answers["logits"].argmax(1) == targets).mean()
+    assert keeper.confusion.sum() == 1000
+
+
+def test_class_names_with_commas_and_quotes_survive_the_csv(folder):
+    import csv
+
+    names = ('a, "b"', "ü", "plain")
+    write_confusion(folder, np.arange(9).reshape(3, 3), names)
+    rows = list(csv.reader(folder.confusion_matrix_csv.read_text(encoding="utf-8").splitlines()))
+    assert tuple(rows[0][1:]) == names == tuple(row[0] for row in rows[1:])
+    assert rows[2][1:] == ["3", "4", "5"]
+
+
+def test_these_callbacks_say_which_data_they_need():
+    with pytest.raises(UserError, match="ImageDataModule"):
+        data_of(pl.Trainer(logger=False, enable_checkpointing=False))
+
+
+def test_the_profiler_does_nothing_in_one_shared_context():
+    profiler = NoProfiler()
+    with profiler.profile("outer"), profiler.profile("inner"):
+        pass
+    assert profiler.profile("a") is profiler.profile("b")
+
+
+def test_peak_memory_is_this_process_in_megabytes():
+    assert 50 < peak_memory_mb(torch.device("cpu")) < 50_000

@@ -1,0 +1,90 @@
+"""What a terminal shows of a run."""
+
+import io
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+from rich.console import Console
+
+from cifar_lightning import ImageClassifier, ImageDataModule, progress
+from cifar_lightning.progress import RunProgress, format_seconds, sum_batches
+
+
+def fit_with(tmp_path, bar, **kwargs):
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+        callbacks=[bar],
+        limit_val_batches=0 if kwargs.get("val_fraction") == 0 else None,
+    )
+    module = ImageClassifier(image_size=16, model_kwargs={"widths": [2, 2, 2]})
+    trainer.fit(module, ImageDataModule("synthetic", batch_size=900, image_size=16, **kwargs))
+    return trainer
+
+
+def bar_on(file, **kwargs):
+    bar = RunProgress()
+    bar.console = Console(file=file, highlight=False, width=100, **kwargs)
+    return bar
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (60, "1:00"), (187.6, "3:08"), (3723, "1:02:03")]
+)
+def test_seconds_read_as_a_clock(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def test_batches_of_one_or_several_loaders_are_added():
+    assert sum_batches([3, 4]) == 7
+    assert sum_batches(5) == 5
+
+
+def test_without_a_terminal_there_is_what_it_trains_on_and_a_line_an_epoch(tmp_path):
+    out = io.StringIO()
+    fit_with(tmp_path, bar_on(out))
+    lines = out.getvalue().splitlines()
+    assert "not a real data set" in lines[0]
+    assert "4,500 training, 500 validation, 1,000 test" in lines[1]
+    assert [line.split("  ")[0] for line in lines[-2:]] == ["epoch 1/2", "epoch 2/2"]
+    assert all("val loss" in line and "train loss" in line for line in lines[-2:])
+    assert "\x1b" not in out.getvalue()
+
+
+def test_a_terminal_gets_a_bar_with_loss_accuracy_speed_and_time_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_REFRESH_S", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    out = io.StringIO()
+    fit_with(tmp_path, bar_on(out, force_terminal=True))
+    for part in ("images/s", "left", "loss", "acc", "100%", "validation"):
+        assert part in out.getvalue()
+
+
+def test_a_run_without_validation_says_so(tmp_path):
+    out = io.StringIO()
+    fit_with(tmp_path, bar_on(out), val_fraction=0.0)
+    assert "nothing held out" in out.getvalue()
+    assert "val loss" not in out.getvalue()
+
+
+def test_other_ranks_are_silent(tmp_path):
+    out = io.StringIO()
+    bar = bar_on(out)
+    bar.disable()
+    fit_with(tmp_path, bar)
+    assert out.getvalue() == ""
+
+
+def test_the_time_left_counts_this_process_batches_and_the_epochs_to_come(monkeypatch):
+    bar = RunProgress()
+    bar._trainer = SimpleNamespace(num_training_batches=100, max_epochs=3, current_epoch=1, max_steps=-1)
+    bar._batches_done = 10  # resumed at 40 of 100, now at 50: 10 batches in 20 seconds
+    assert bar._seconds_left(bar._trainer, 50, 20.0) == pytest.approx(2 * 50 + 2 * 100)
+    bar._epochs_timed = [90.0]
+    assert bar._seconds_left(bar._trainer, 50, 20.0) == pytest.approx(2 * 50 + 90)
