@@ -134,6 +134,32 @@ def test_a_checkpoint_holds_plain_types_and_makes_the_module_again(tmp_path):
     assert torch.equal(again.eval()(images), module.eval()(images))
 
 
+@pytest.mark.parametrize("stop_at", [9, 18, 13], ids=["after epoch 1", "after epoch 2", "inside epoch 2"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, stop_at, optimizer):
+    class SaveAt(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == stop_at and stop_at % 9:
+                trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.global_step == stop_at:
+                trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+
+    def fresh(*callbacks):
+        torch.manual_seed(0)
+        module = ImageClassifier(image_size=16, model_kwargs=NARROW, optimizer=optimizer, lr=0.01)
+        return module, trainer(tmp_path, max_epochs=3, num_sanity_val_steps=0, callbacks=list(callbacks))
+
+    unbroken, run = fresh(SaveAt())
+    run.fit(unbroken, small_data())
+    resumed, run = fresh()
+    run.fit(resumed, small_data(), ckpt_path=tmp_path / "stopped.ckpt", weights_only=True)
+    assert run.global_step == 27
+    for left, right in zip(unbroken.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
