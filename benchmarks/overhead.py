@@ -35,6 +35,8 @@ from cifar_lightning.optim import build_optimizer, one_cycle
 
 SMALL_BATCH = 4  # 1,125 steps in an epoch of the synthetic set
 LR = 1e-3
+# Lightning sets it to 1; without a GPU torch's optimisers then look for the driver in every step.
+NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 
 class Clocked(nn.Module):
@@ -65,6 +67,7 @@ def small_net(num_classes: int, image_size: int) -> nn.Module:
 
 def hand_loop(name: str, batch_size: int) -> None:
     """Train one epoch as one would without Lightning."""
+    os.environ[NVML_CHECK] = "0"  # as in a process without Lightning
     data = ImageDataModule("synthetic", batch_size=batch_size)
     loader = data.train_dataloader()
     network = MODELS[name](10, 32)
@@ -114,6 +117,7 @@ class TrainingData(pl.LightningDataModule):
 
 def plain_lightning(name: str, batch_size: int) -> None:
     """Train one epoch with Lightning's defaults."""
+    os.environ[NVML_CHECK] = "1"  # as importing Lightning leaves it
     data = TrainingData(batch_size)
     module = PlainModule(name, len(data.train_dataloader()))
     pl.Trainer(max_epochs=1, accelerator="cpu", logger=CSVLogger("logs")).fit(module, data)
@@ -121,6 +125,7 @@ def plain_lightning(name: str, batch_size: int) -> None:
 
 def barebones(name: str, batch_size: int) -> None:
     """Train one epoch with everything that Lightning can switch off switched off."""
+    os.environ[NVML_CHECK] = "1"  # as importing Lightning leaves it
     data = TrainingData(batch_size)
     module = PlainModule(name, len(data.train_dataloader()))
     pl.Trainer(max_epochs=1, accelerator="cpu", barebones=True).fit(module, data)

@@ -37,7 +37,7 @@ def summarize(run: Path, note: str) -> dict[str, Any]:
         "elapsed_s": sum(row["elapsed_s"] for row in timing),
         "train_images_per_s": [round(row["train_images_per_s"], 1) for row in timing],
         "peak_memory_mb": max(row["peak_memory_mb"] for row in timing),
-        "hardware": f"{environment['num_usable_cpus']} cores, {environment['cpu']}; training on {environment['device']}",
+        "hardware": f"{environment['num_usable_cpus']} cores of {environment['cpu']}, device {environment['device']}",
         "precision": environment["precision"],
         "torch": environment["versions"]["torch"],
         "lightning": environment["versions"]["lightning"],

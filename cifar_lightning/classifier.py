@@ -9,13 +9,9 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassCalibrationError,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-)
+from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
 
+from cifar_lightning.analysis import accuracy, macro_f1
 from cifar_lightning.errors import UserError
 from cifar_lightning.models import build_model
 from cifar_lightning.optim import OptimizerName, build_optimizer, check_lr, one_cycle
@@ -89,6 +85,14 @@ class ImageClassifier(pl.LightningModule):
         """Return raw logits of normalised pictures."""
         logits: Tensor = self.network(images)
         return logits
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning writes the running hook's name into the module some fifty times a step, each time through
+        # nn.Module's checks for parameters and modules, which cost more than all our own callbacks.
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -196,9 +200,12 @@ class ImageClassifier(pl.LightningModule):
 
     def _log_evaluation(self, stage: str, metrics: MetricCollection) -> None:
         values = metrics.compute()
+        confusion = values["confusion"].cpu()
+        matrix = confusion.numpy()
+        figures = {"loss": values["loss"], "acc": accuracy(matrix), "f1": macro_f1(matrix), "ece": values["ece"]}
         # The sums over ranks are done by torchmetrics, picture by picture: sync_dist would average ranks instead.
-        self.log_dict({f"{stage}/{name}": values[name] for name in ("loss", "acc", "f1", "ece")}, sync_dist=False)
-        setattr(self, f"{stage}_confusion", values["confusion"].cpu())
+        self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, sync_dist=False)
+        setattr(self, f"{stage}_confusion", confusion)
         metrics.reset()
 
     val_confusion: Tensor | None = None
@@ -208,12 +215,10 @@ class ImageClassifier(pl.LightningModule):
 
 
 def _evaluation_metrics(num_classes: int) -> MetricCollection:
-    """Return loss, accuracy, macro F1, calibration error (15 bins) and confusion matrix; per class is read from it."""
+    """Return loss, calibration error (15 bins) and the confusion matrix, from which all else is read."""
     return MetricCollection(
         {
             "loss": MeanMetric(),
-            "acc": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
-            "f1": MulticlassF1Score(num_classes, average="macro", validate_args=False),
             "ece": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False),
             "confusion": MulticlassConfusionMatrix(num_classes, validate_args=False),
         },
@@ -225,10 +230,9 @@ def update_evaluation(
     metrics: MetricCollection, logits: Float[Tensor, "batch classes"], targets: Int64[Tensor, " batch"]
 ) -> None:
     """Add one batch's answers to the metrics of a stage."""
-    probs = logits.softmax(1)
-    for name in ("acc", "f1", "ece", "confusion"):
-        metrics[name].update(probs, targets)
     metrics["loss"].update(F.cross_entropy(logits, targets), weight=len(targets))
+    metrics["ece"].update(logits.softmax(1), targets)
+    metrics["confusion"].update(logits.argmax(1), targets)
 
 
 def _no_totals(device: torch.device) -> tuple[Tensor, Tensor, int]:
