@@ -3,11 +3,12 @@
     python benchmarks/record.py smallnet_cpu runs/smallnet_cpu/1       adds it to benchmarks/results/smallnet_cpu.json
     python benchmarks/record.py smallnet_cpu runs/smallnet_cpu/1 --note "other programs were running"
 
-A run that is there already (same commit, seed and answers) is not added twice, so seeds add up over sessions.
+A run of a commit and a config (seeds included) that is there already is not added twice, so that only seeds add up.
 """
 
 import argparse
 import csv
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def summarize(run: Path, note: str) -> dict[str, Any]:
         "commit": environment["commit"],
         "dirty": environment["dirty"],
         "seed": config["seed_everything"],
+        "data_seed": config["data"]["seed"],
+        "config_sha256": hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest(),
         "epochs": len(timing),
         "test_accuracy": metrics["accuracy"],
         "test_accuracy_interval_95": metrics["accuracy_interval_95"],
@@ -57,10 +60,11 @@ def main() -> None:
     lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     for run in args.runs:
         line = summarize(run, args.note)
-        keys = ("commit", "seed", "test_accuracy", "elapsed_s")
+        keys = ("commit", "config_sha256")
         same = [old for old in lines if all(old[key] == line[key] for key in keys)]
         if not same:
             lines.append(line)
+    RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
     print(f"{path}: {len(lines)} runs")
 

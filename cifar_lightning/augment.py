@@ -118,8 +118,8 @@ def augment(
     draws: EpochDraws,
     augmentation: Augmentation,
     *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    mean: Float[Tensor, " channels"],
+    std: Float[Tensor, " channels"],
 ) -> Float[Tensor, "batch channels height width"]:
     """Crop, mirror, jitter, normalise and cut out; `draws` holds one row for each picture of the batch.
 
@@ -127,15 +127,15 @@ def augment(
         images: uint8 RGB, 0-255.
         draws: This batch's rows.
         augmentation: The operations that the draws were made for.
-        mean: Per channel, of pictures scaled to 0-1.
-        std: Per channel, of pictures scaled to 0-1.
+        mean: Of pictures scaled to 0-1, on their device.
+        std: Of pictures scaled to 0-1, on their device.
     """
     images = crop_and_mirror(images, draws.shift_y, draws.shift_x, draws.mirrored, augmentation.crop_mode)
     if draws.brightness is None and draws.contrast is None:
         finished = normalize(images, mean=mean, std=std)
     else:
         unit = jitter(images.float() / 255, draws.brightness, draws.contrast)
-        finished = _standardize(unit, mean, std)
+        finished = ((unit - mean) / std).permute(0, 3, 1, 2)
     if draws.cutout_y is not None and draws.cutout_x is not None:
         # The mean colour is 0 by now; cutting out earlier would let the jitter shift it.
         finished = cutout(finished, draws.cutout_y, draws.cutout_x, augmentation.cutout_px)
@@ -202,8 +202,9 @@ def jitter(
     if brightness is not None:
         images = (images * brightness[:, None, None, None]).clamp(0, 1)
     if contrast is not None:
-        luma = torch.tensor([0.2989, 0.587, 0.114], device=images.device)  # torchvision's rgb_to_grayscale
-        grey = (images * luma).sum(-1).mean((1, 2))[:, None, None, None]
+        red, green, blue = images.unbind(-1)
+        luma = 0.2989 * red + 0.587 * green + 0.114 * blue  # torchvision's rgb_to_grayscale
+        grey = luma.mean((1, 2))[:, None, None, None]
         images = (grey + (images - grey) * contrast[:, None, None, None]).clamp(0, 1)
     return images
 
@@ -228,14 +229,16 @@ def cutout(
 
 
 def normalize(
-    images: UInt8[Tensor, "batch height width channels"], *, mean: tuple[float, ...], std: tuple[float, ...]
+    images: UInt8[Tensor, "batch height width channels"],
+    *,
+    mean: Float[Tensor, " channels"],
+    std: Float[Tensor, " channels"],
 ) -> Float[Tensor, "batch channels height width"]:
-    """Scale uint8 pictures (0-255) to zero mean and unit variance; `mean` and `std` are of pictures scaled to 0-1."""
-    return _standardize(images.float(), tuple(255 * value for value in mean), tuple(255 * value for value in std))
+    """Scale uint8 pictures (0-255) to zero mean and unit variance, as an NCHW view of NHWC memory (channels_last).
 
-
-def _standardize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Return `(images - mean) / std` of NHWC pictures as an NCHW view (channels_last in memory)."""
-    means = torch.tensor(mean, dtype=torch.float32, device=images.device)
-    stds = torch.tensor(std, dtype=torch.float32, device=images.device)
-    return ((images - means) / stds).permute(0, 3, 1, 2)
+    Args:
+        images: uint8 RGB, 0-255.
+        mean: Of pictures scaled to 0-1, on their device: making it from numbers here would stop the host each time.
+        std: Of pictures scaled to 0-1, on their device.
+    """
+    return ((images - 255 * mean) / (255 * std)).permute(0, 3, 1, 2)

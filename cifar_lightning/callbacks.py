@@ -1,10 +1,8 @@
 """What a run leaves behind: its tables, its TensorBoard, its answers; and early stopping that lets OneCycle finish."""
 
 import contextlib
-import csv
-import io
+import math
 import time
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -13,16 +11,13 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
-from cifar_lightning.analysis import confusion_matrix, gallery_positions, per_class, test_metrics
+from cifar_lightning.analysis import per_class
 from cifar_lightning.classifier import Batch, ImageClassifier
-from cifar_lightning.data import ImageDataModule, Part
+from cifar_lightning.data import ImageDataModule
 from cifar_lightning.errors import UserError
-from cifar_lightning.figures import confusion_figure, figure_to_array, figure_to_png, pictures_figure
-from cifar_lightning.files import MetricsTable, write_bytes_durably, write_json, write_text_durably
-from cifar_lightning.loader import Rank
+from cifar_lightning.figures import confusion_figure, figure_to_array, pictures_figure
+from cifar_lightning.files import MetricsTable, write_json
 from cifar_lightning.runs import RunFolder, describe_environment
 
 MONITOR = "val/acc"
@@ -40,6 +35,8 @@ class RunRecorder(pl.Callback):
         self.run = run
         self.metrics, self.timing = MetricsTable(run.metrics_csv), MetricsTable(run.timing_csv)
         self._started_s = 0.0
+        self._validation_start_s = 0.0
+        self._validation_s = 0.0
         self._validated = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -57,21 +54,29 @@ class RunRecorder(pl.Callback):
         }
         write_json(self.run.environment, environment)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of an epoch that is resumed in its middle."""
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
-        self._started_s, self._validated = time.perf_counter(), False
+        self._started_s, self._validation_s, self._validated = time.perf_counter(), 0.0, False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the time of training alone."""
+        """Stop the clock of training."""
+        self._validation_start_s = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the clock of training go on."""
+        self._validation_s += time.perf_counter() - self._validation_start_s
         self._validated = True
-        self._trained_s = time.perf_counter() - self._started_s
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the epoch's rows, before the checkpoint that holds the epoch."""
         assert isinstance(pl_module, ImageClassifier)
         elapsed_s = time.perf_counter() - self._started_s
         train = pl_module.epoch_metrics()  # collective: all ranks
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or pl_module.num_trained_pictures() == 0:  # resumed at the epoch's very end
             return
         row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step, **train}
         if data_of(trainer).num_pictures("val"):
@@ -79,7 +84,7 @@ class RunRecorder(pl.Callback):
             for name in ("val/loss", "val/acc", "val/f1", "val/ece"):
                 row[name] = float(logged[name]) if self._validated and name in logged else float("nan")
         self.metrics.append(row)
-        train_s = self._trained_s if self._validated else elapsed_s
+        train_s = elapsed_s - self._validation_s
         self.timing.append(
             {
                 "epoch": trainer.current_epoch,
@@ -113,6 +118,7 @@ class Dashboard(pl.Callback):
 
     def __init__(self, class_names: tuple[str, ...]) -> None:
         self.class_names = class_names
+        self._last_step = 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -120,14 +126,15 @@ class Dashboard(pl.Callback):
         """Show the run's first batch; log loss and learning rate every `log_every_n_steps`."""
         step = trainer.global_step
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it from outside the class
-        if step != 1 and (not every or step % every):
+        if step == self._last_step or (step != 1 and (not every or step % every)):  # the same step: accumulating
             return
+        self._last_step = step
         board = board_of(trainer)
         if board is None or not trainer.is_global_zero:
             return
         if step == 1:
             board.add_image("train/batch_as_trained_on", self._picture_of(trainer, batch), 0, dataformats="HWC")
-        board.add_scalar("step/train_loss", float(outputs["loss"]), step)
+        board.add_scalar("step/train_loss", float(outputs["loss"]) * trainer.accumulate_grad_batches, step)
         board.add_scalar("step/lr", trainer.optimizers[0].param_groups[0]["lr"], step)
 
     def _picture_of(self, trainer: pl.Trainer, batch: Batch) -> np.ndarray:
@@ -139,7 +146,7 @@ class Dashboard(pl.Callback):
         shown = (pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
         return figure_to_array(pictures_figure(shown, [self.class_names[target] for target in targets.tolist()]))
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the confusion matrix and log each class's accuracy."""
         board = board_of(trainer)
         confusion = getattr(pl_module, "val_confusion", None)
@@ -152,116 +159,11 @@ class Dashboard(pl.Callback):
             board.add_scalar(f"val_acc_of_class/{name}", recall, trainer.global_step)
 
 
-class AnswerKeeper(pl.Callback):
-    """Keeps the logits of `trainer.test` and `trainer.validate`, from all ranks, and writes them into the run.
-
-    Args:
-        run: The run's folder; None keeps them in `metrics` and `confusion` alone.
-    """
-
-    def __init__(self, run: RunFolder | None) -> None:
-        self.run = run
-        self.metrics: dict[str, Any] | None = None
-        self.confusion: np.ndarray | None = None
-        self._logits: list[Tensor] = []
-        self._targets: list[Tensor] = []
-
-    def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
-    ) -> None:
-        """Keep a batch's answers."""
-        self._keep(outputs, batch)
-
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
-    ) -> None:
-        """Keep a batch's answers, but not those of the validations within `fit`."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._keep(outputs, batch)
-
-    def _keep(self, logits: Tensor, batch: Batch) -> None:
-        self._logits.append(logits.float().cpu())
-        self._targets.append(batch[1].cpu())
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write predictions_val.npz."""
-        if trainer.state.fn != TrainerFn.VALIDATING:
-            return
-        answers = self._gather(trainer, "val")
-        if answers is not None and self.run is not None:
-            _write_npz(self.run.predictions_val, **answers)
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write predictions.npz, test_metrics.json, the confusion matrix and the gallery."""
-        answers = self._gather(trainer, "test")
-        if answers is None:
-            return
-        data = data_of(trainer)
-        logits, targets = answers["logits"], answers["targets"]
-        self.metrics = test_metrics(logits, targets, data.class_names)
-        self.confusion = confusion_matrix(targets, logits.argmax(1), data.num_classes)
-        if self.run is None:
-            return
-        _write_npz(self.run.predictions, **answers)
-        write_json(self.run.test_metrics, self.metrics)
-        write_confusion(self.run, self.confusion, data.class_names)
-        shown = gallery_positions(logits, targets)
-        _write_npz(
-            self.run.gallery,
-            images=data.pictures("test", answers["indices"][shown]),
-            indices=answers["indices"][shown],
-            class_names=answers["class_names"],
-        )
-
-    def _gather(self, trainer: pl.Trainer, part: Part) -> dict[str, np.ndarray] | None:
-        """Return all ranks' answers in the split's order on rank 0, None elsewhere; every rank must call it."""
-        own = (torch.cat(self._logits).numpy(), torch.cat(self._targets).numpy())
-        self._logits, self._targets = [], []
-        shares = [own]
-        if trainer.world_size > 1:
-            gathered: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
-            torch.distributed.gather_object(own, gathered)
-            shares = gathered or []
-        if not trainer.is_global_zero:
-            return None
-        data = data_of(trainer)
-        positions = [
-            data.rank_positions(part, Rank(rank, trainer.world_size))[: len(targets)]
-            for rank, (_, targets) in enumerate(shares)
-        ]
-        order = np.argsort(np.concatenate(positions))
-        return {
-            "logits": np.concatenate([logits for logits, _ in shares])[order],
-            "targets": np.concatenate([targets for _, targets in shares])[order],
-            "indices": np.concatenate(positions)[order],
-            "class_names": np.array(data.class_names),
-        }
-
-
-def write_confusion(run: RunFolder, confusion: np.ndarray, class_names: tuple[str, ...]) -> None:
-    """Write confusion_matrix.pt, .csv and .png; rows: true class, columns: predicted class."""
-    buffer = io.BytesIO()
-    torch.save(torch.from_numpy(confusion), buffer)
-    write_bytes_durably(run.confusion_matrix_pt, buffer.getvalue())
-    table = io.StringIO(newline="")
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["true \\ predicted", *class_names])
-    writer.writerows([name, *row] for name, row in zip(class_names, confusion.tolist(), strict=True))
-    write_text_durably(run.confusion_matrix_csv, table.getvalue())
-    write_bytes_durably(run.confusion_matrix_png, figure_to_png(confusion_figure(confusion, class_names)))
-
-
-def _write_npz(path: Path, **arrays: Any) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_bytes_durably(path, buffer.getvalue())
-
-
 class AnnealingEarlyStopping(EarlyStopping):
     """Stops a run that no longer improves, but never before OneCycle's annealing had its chance.
 
     The accuracy of OneCycle comes with the annealing: until the learning rate's peak nothing is counted, and after it
-    the patience is at least a third of the epochs.
+    the patience is at least a third of the epochs, however often an epoch is validated.
 
     Args:
         patience: Validations without improvement after the peak; raised to a third of the epochs where it is smaller.
@@ -280,7 +182,10 @@ class AnnealingEarlyStopping(EarlyStopping):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise the patience to a third of the epochs."""
         if trainer.max_epochs and trainer.max_epochs > 0:
-            self.patience = max(self.patience, -(-trainer.max_epochs // 3))
+            per_epoch = 1 / (trainer.check_val_every_n_epoch or 1)
+            if isinstance(trainer.val_check_interval, float):
+                per_epoch /= trainer.val_check_interval
+            self.patience = max(self.patience, math.ceil(trainer.max_epochs * per_epoch / 3))
 
     def _run_early_stopping_check(self, trainer: pl.Trainer) -> None:
         module = trainer.lightning_module
@@ -305,6 +210,8 @@ class RunCheckpoint(ModelCheckpoint):
             filename=which,
             monitor=MONITOR if which == "best" else None,
             mode="max",
+            # "last" also where an epoch has no validation; "best" wherever there is a new figure.
+            save_on_train_epoch_end=True if which == "last" else None,
             enable_version_counter=False,
         )
         self._state_key = super().state_key

@@ -1,5 +1,6 @@
 """ImageClassifier: a network with its loss, metrics, optimiser and schedule, for the Lightning Trainer."""
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +17,8 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.models import build_model
 from cifar_lightning.optim import OptimizerName, build_optimizer, check_lr, one_cycle
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Tensor] | list[Tensor]
+"""Images and targets; PyTorch's own DataLoader makes a list of them."""
 
 
 class ImageClassifier(pl.LightningModule):
@@ -45,7 +47,7 @@ class ImageClassifier(pl.LightningModule):
 
     def __init__(
         self,
-        name: str = "smallnet",
+        name: str | None = "smallnet",
         num_classes: int = 10,
         image_size: int = 32,
         *,
@@ -69,10 +71,14 @@ class ImageClassifier(pl.LightningModule):
                 raise UserError(f"--model.{flag} {value}: 0 to below 1.")
         # logger=False: the run's config.yaml holds these and more.
         self.save_hyperparameters(ignore=["model"], logger=False)
+        if model is not None:
+            self.hparams["name"] = None  # load_from_checkpoint needs model=... again
         self.num_classes, self.lr, self.pct_start = num_classes, lr, pct_start
         self.optimizer_name, self.sgd_lr = optimizer, sgd_lr
         self.weight_decay, self.label_smoothing = weight_decay, label_smoothing
-        network = build_model(name, num_classes, image_size, **(model_kwargs or {})) if model is None else model
+        if model is None and name is None:
+            raise UserError("this checkpoint is of a network of your own: give model=... again.")
+        network = model or build_model(str(name), num_classes, image_size, **(model_kwargs or {}))
         # NHWC: the loaders' batches lie so, and convolutions are faster on both CPU and tensor cores.
         self.network = network.to(memory_format=torch.channels_last)
         if compile:
@@ -95,6 +101,10 @@ class ImageClassifier(pl.LightningModule):
             super().__setattr__(name, value)
 
     # -- training ------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Make the epoch's sums on the device: a run resumed inside an epoch has no start of it."""
+        self._train_totals = _no_totals(self.device)
 
     def on_train_epoch_start(self) -> None:
         """Forget the last epoch's sums."""
@@ -130,17 +140,26 @@ class ImageClassifier(pl.LightningModule):
         return self._train_totals[2]
 
     def epoch_metrics(self) -> dict[str, float]:
-        """Return train/loss, train/acc of all ranks' pictures and the last learning rate; every rank must call it."""
+        """Return train/loss, train/acc of all ranks' pictures and the learning rate now; every rank must call it.
+
+        Both are NaN in an epoch of which nothing was left to train, as after a resume at its end.
+        """
         loss_sum, num_correct, num_pictures = self._train_totals
         totals = torch.stack([loss_sum, num_correct, torch.full_like(loss_sum, num_pictures)])
         loss_total, correct, count = self.trainer.strategy.reduce(totals, reduce_op="sum").tolist()
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        return {"train/loss": loss_total / count, "train/acc": correct / count, "lr": float(lr)}
+        loss, acc = (loss_total / count, correct / count) if count else (math.nan, math.nan)
+        return {"train/loss": loss, "train/acc": acc, "lr": float(lr)}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimiser and OneCycle over all steps of the run."""
         optimizer = build_optimizer(
-            self.network, self.optimizer_name, lr=self.lr, weight_decay=self.weight_decay, sgd_lr=self.sgd_lr
+            self.network,
+            self.optimizer_name,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            sgd_lr=self.sgd_lr,
+            fused=not self.trainer.gradient_clip_val,
         )
         schedule = one_cycle(optimizer, total_steps=self.total_steps(), pct_start=self.pct_start)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -166,7 +185,24 @@ class ImageClassifier(pl.LightningModule):
                 total = min(total, trainer.max_steps)
         if total == float("inf"):
             raise UserError("OneCycle needs an end: give --epochs N or --trainer.max_steps N.")
+        if total < 1:
+            raise UserError("there is no step to train: --epochs, --trainer.limit_train_batches or --data.drop_last.")
         return int(total)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in a line where a checkpoint is of another network.
+
+        Raises:
+            UserError: Its weights do not have the names and shapes of this network's.
+        """
+        theirs = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
+        ours = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise UserError(
+                    f"the checkpoint is of another network: {name} is {theirs.get(name, 'missing')} in it and "
+                    f"{ours.get(name, 'missing')} here.\nGive the --model and --data flags of its run."
+                )
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 

@@ -15,9 +15,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from cifar_lightning.answers import AnswerKeeper
 from cifar_lightning.callbacks import (
     AnnealingEarlyStopping,
-    AnswerKeeper,
     Dashboard,
     NoProfiler,
     RunBoard,
@@ -30,7 +30,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.files import read_json, write_text_durably
 from cifar_lightning.progress import RunProgress
 from cifar_lightning.report import print_test_report
-from cifar_lightning.runs import RunFolder, create_run, open_run
+from cifar_lightning.runs import RunFolder, create_run, discard_run, open_run
 
 RUNS = Path("runs")
 ALIASES = {"--epochs": "--trainer.max_epochs", "--batch_size": "--data.batch_size", "--lr": "--model.lr"}
@@ -38,6 +38,8 @@ _EVALUATING = ("validate", "test")
 # Lightning's launcher runs the command again for each further process, which must join the first one's run.
 _RUN_OF_RANK_0 = "CIFAR_LIGHTNING_RUN_DIR"
 _SILENCED = (
+    # The advice would be wrong: torchmetrics has summed over the ranks, and the mean of uneven ranks is not the mean.
+    ".*It is recommended to use .*sync_dist=True.*",
     # Our logger steps once an epoch whatever log_every_n_steps is.
     ".*is smaller than the logging interval.*",
     # Lightning 2.6 asks torch's pytree in a way that torch has deprecated.
@@ -56,6 +58,8 @@ def main() -> None:
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
         print("error: " + "\n".join(lines[:3]), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except OSError as error:
         if error.filename is None:  # not about a file of the user's: a mistake of the program
             raise
@@ -86,10 +90,9 @@ def rewrite_arguments(argv: Sequence[str]) -> list[str]:
     rewritten = list(argv)
     if len(rewritten) > 1 and rewritten[0] in _EVALUATING and not rewritten[1].startswith("-"):
         run = open_run(Path(rewritten[1]))
-        best = run.best_checkpoint if run.best_checkpoint.exists() else run.last_checkpoint
-        if not best.exists():
+        if not tested_checkpoint(run).exists():
             raise UserError(f"{run.path}: no checkpoint in it; fit has to finish an epoch first.")
-        rewritten[1:2] = ["--config", str(run.config), "--ckpt_path", str(best)]
+        rewritten[1:2] = ["--config", str(run.config), "--ckpt_path", str(tested_checkpoint(run))]
     spelled = [_spell_out(argument) for argument in rewritten]
     for alias, long_form in ALIASES.items():
         values = {_value_after(spelled, k) for k, name in enumerate(spelled) if name.split("=")[0] == long_form}
@@ -112,12 +115,23 @@ def _value_after(arguments: list[str], position: int) -> str:
     return arguments[position + 1] if position + 1 < len(arguments) else ""
 
 
+def is_first_process() -> bool:
+    """Return whether this process is the first of all, whoever started them: Lightning, torchrun or SLURM."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def tested_checkpoint(run: RunFolder) -> Path:
+    """Return the checkpoint that a run is tested with: the best, or the last where nothing was held out."""
+    return run.best_checkpoint if run.best_checkpoint.exists() else run.last_checkpoint
+
+
 def recipe_name(config: Namespace) -> str:
     """Return what a run is filed under: its recipe, that of the run whose config.yaml it repeats, or its network."""
     if not config.config:
         return str(config.model.name)
     recipe = Path(str(config.config[-1])).resolve()
-    return recipe.parent.parent.name if recipe.name == "config.yaml" else recipe.stem
+    is_of_a_run = recipe.name == "config.yaml" and recipe.parent.name.isdecimal()
+    return recipe.parent.parent.name if is_of_a_run else recipe.stem
 
 
 class RunParser(LightningArgumentParser):
@@ -175,6 +189,7 @@ class RunCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Choose by device what was left open: precision, and cuDNN's autotune where runs need not be deterministic."""
+        self._check_arguments(self.config[self.subcommand])
         trainer = self.config[self.subcommand].trainer
         on_cuda = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
         if on_cuda:
@@ -187,6 +202,17 @@ class RunCLI(LightningCLI):
             trainer.precision = "32-true"
         if trainer.benchmark is None:
             trainer.benchmark = not trainer.deterministic
+
+    def _check_arguments(self, config: Namespace) -> None:
+        """Refuse what would fail after the run folder is made, or silently do something else."""
+        if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
+            raise UserError(
+                f"--ckpt_path {config.ckpt_path}: no such file; give a checkpoint, RUN/checkpoints/last.ckpt."
+            )
+        if self.subcommand != "fit" and config.ckpt_path is None:
+            raise UserError(f"{self.subcommand} needs a trained network: give a run folder, or --ckpt_path FILE.")
+        if self.subcommand == "fit" and config.trainer.max_epochs in (None, -1) and config.trainer.max_steps == -1:
+            raise UserError("OneCycle needs an end: give --epochs N or --trainer.max_steps N.")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Make the Trainer with the callbacks and the logger of the run."""
@@ -220,39 +246,52 @@ class RunCLI(LightningCLI):
         if logger in (None, True):
             logger = RunBoard(self.run) if self.subcommand == "fit" and self.run else False
         made = {"callbacks": callbacks, "logger": logger, "profiler": settings.profiler or NoProfiler()}
-        return pl.Trainer(**{**settings, **made})
+        try:
+            return pl.Trainer(**{**settings, **made})
+        except BaseException as error:
+            if self.subcommand == "fit" and self.run is not None and is_first_process():
+                discard_run(self.run)
+            if isinstance(error, ValueError):  # an unknown accelerator or strategy, for example
+                raise UserError(str(error).strip().splitlines()[0]) from error
+            raise
 
     def _make_run(self, config: Namespace) -> bool:
         """Make the run folder of `fit` once its data is known to be good; return whether anything is held out."""
-        joined = os.environ.get(_RUN_OF_RANK_0)
-        if joined is not None and os.environ.get("LOCAL_RANK", "0") != "0":
-            self.run = RunFolder(Path(joined))
-            self.datamodule.setup()
+        # Before the folder is made: a mistake should not leave an empty run behind.
+        self.datamodule.prepare_data()
+        self.datamodule.setup()
+        if not is_first_process():
+            chosen = os.environ.get(_RUN_OF_RANK_0) or config.run_dir
+            if chosen is None:
+                raise UserError("several processes started from outside (torchrun, SLURM) need one --run_dir for all.")
+            self.run = RunFolder(Path(chosen))
         else:
-            if os.environ.get("RANK", "0") != "0" and config.run_dir is None:
-                raise UserError("several processes started from outside (torchrun) need one --run_dir for all of them.")
-            # Before the folder is made: a mistake should not leave an empty run behind.
-            self.datamodule.prepare_data()
-            self.datamodule.setup()
             self.run = create_run(RUNS, recipe_name(config), Path(config.run_dir) if config.run_dir else None)
             os.environ[_RUN_OF_RANK_0] = str(self.run.path)
             write_text_durably(self.run.config, self._config_text(config))
-        return bool(self.datamodule.num_pictures("val"))
+        return bool(self.datamodule.num_pictures("val")) and config.trainer.limit_val_batches != 0
 
     def _run_of_checkpoint(self, checkpoint: Path) -> RunFolder | None:
         """Return the run that a checkpoint lies in, to write its test into, unless other pictures are tested."""
         run = RunFolder(checkpoint.parent.parent)
+        self.datamodule.prepare_data()
+        self.datamodule.setup()
+        if self.subcommand == "validate" and not self.datamodule.num_pictures("val"):
+            raise UserError(
+                "validate: nothing was held out (--data.val_fraction 0), so there is nothing to validate on."
+            )
         if checkpoint.parent != run.checkpoints or not run.split.exists():
             return None
-        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-        if is_first:
-            self.datamodule.prepare_data()
-        self.datamodule.setup()
-        if read_json(run.split)["sha256"] != self.datamodule.split_summary()["sha256"]:
-            if is_first:
-                print(f"These are not the pictures of {run.path}: its files stay as they are.")
+        theirs, ours = read_json(run.split), self.datamodule.split_summary()
+        reason = ""
+        if any(theirs[key] != ours[key] for key in ("sha256", "train", "val")):
+            reason = "these are not its pictures or not its split"
+        elif checkpoint != tested_checkpoint(run):
+            reason = f"{checkpoint.name} is not the checkpoint that its files are of"
+        if reason:
+            print(f"{run.path}: {reason}, so its files stay as they are.")
             return None
-        return open_run(run.path, lock=is_first)
+        return open_run(run.path, lock=is_first_process())
 
     def _config_text(self, config: Namespace) -> str:
         """Return every value of the run as YAML, without the run's own path, so that it starts the same run anew."""
@@ -272,9 +311,12 @@ class RunCLI(LightningCLI):
     def after_fit(self) -> None:
         """Test the best checkpoint once, write the answers and show the report."""
         assert self.run is not None
-        best = self.run.best_checkpoint if self.run.best_checkpoint.exists() else self.run.last_checkpoint
+        settings = self.config_init["fit"].trainer
+        best = tested_checkpoint(self.run)
+        if not best.exists() and settings.enable_checkpointing is not False and not settings.fast_dev_run:
+            raise UserError(f"{self.run.checkpoints}: no checkpoint could be written; is the folder writable?")
         chosen: dict[str, Any] = {"ckpt_path": best, "weights_only": True} if best.exists() else {}
-        if self.datamodule.num_pictures("val"):
+        if self.datamodule.num_pictures("val") and settings.limit_val_batches != 0:
             # For the answers alone: a second point on the curve of val/acc would be that of another epoch.
             loggers, self.trainer.loggers = self.trainer.loggers, []
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False, **chosen)

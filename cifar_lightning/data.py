@@ -1,7 +1,6 @@
 """ImageDataModule: from a source's pictures to honest splits, statistics and loaders, with or without a Trainer."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +30,8 @@ class ImageDataModule(pl.LightningDataModule):
         root: Where the pictures lie, or are downloaded to.
         batch_size: Training pictures a step and process.
         image_size: Side of the square pictures in pixels; by default the data set's own.
-        val_fraction: Share of the training pictures held out for validation, stratified by class; 0 trains on all.
+        val_fraction: Share of the training pictures held out for validation, stratified by class; 0 trains on all. A
+            folder with a val/ has its own validation pictures, and the share is not used.
         num_workers: 0 keeps the pictures on the training device, 1 or more streams them with that many worker
             processes; by default 0 where the set fits in memory, else 2.
         seed: Seed of split, order and augmentation.
@@ -82,17 +82,22 @@ class ImageDataModule(pl.LightningDataModule):
         self.source = open_source(dataset, root, image_size)
         self.class_names: tuple[str, ...] = self.source.class_names
         self.num_classes = len(self.class_names)
+        if self.num_classes < 2:
+            raise UserError(f"--data.root {root}: one class only ({self.class_names[0]}); there is nothing to learn.")
+        try:
+            self.device = None if device is None else torch.device(device)
+        except RuntimeError as error:
+            raise UserError(f"--data.device {device}: not a device; cpu, cuda or cuda:1, for example.") from error
         self.image_size: int = self.source.image_size
         self.augmentation = Augmentation(crop_padding_px, crop_mode, flip, cutout_px, brightness, contrast)
         self.augmentation.check(self.image_size)
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
         self.val_fraction, self.seed, self.num_workers = val_fraction, seed, num_workers
-        self.device = device
         self.mean: tuple[float, ...] | None = None
         self.std: tuple[float, ...] | None = None
-        self._pictures: dict[str, PictureSet] = {}
+        self._pictures: dict[Part, PictureSet] = {}
         self._indices: dict[Part, Tensor] = {}
-        self._resident: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+        self._resident: dict[tuple[Part, torch.device], tuple[Tensor, Tensor]] = {}
 
     # -- what Lightning calls, and people without it ------------------------------------------------------------
 
@@ -108,31 +113,25 @@ class ImageDataModule(pl.LightningDataModule):
         """
         if self._indices:
             return
-        train, test, val = (self._load(name) for name in ("train", "test", "val"))
-        assert train is not None
-        assert test is not None
-        everything = torch.arange(len(train.targets))
-        if val is not None:
-            self._indices["train"], self._indices["val"] = everything, torch.arange(len(val.targets))
-        else:
-            self._indices["train"], self._indices["val"] = stratified_split(
-                torch.tensor(train.targets), self.val_fraction, seed=self.seed, class_names=self.class_names
+        parts: tuple[Part, ...] = ("train", "val", "test")
+        loaded = {name: self.source.load(name) for name in parts}
+        self._pictures = {name: pictures for name, pictures in loaded.items() if pictures is not None}
+        indices = {name: torch.arange(len(pictures.targets)) for name, pictures in self._pictures.items()}
+        if "val" not in indices:
+            targets = torch.tensor(self._pictures["train"].targets)
+            indices["train"], indices["val"] = stratified_split(
+                targets, self.val_fraction, seed=self.seed, class_names=self.class_names
             )
-        self._indices["test"] = torch.arange(len(test.targets))
-        if self.batch_size > len(self._indices["train"]):
+        if self.batch_size > len(indices["train"]):
             raise UserError(
                 f"--data.batch_size {self.batch_size}: larger than the training split of "
-                f"{len(self._indices['train'])} pictures; take that many or fewer."
+                f"{len(indices['train'])} pictures; take that many or fewer."
             )
-        self.mean, self.std = self.source.mean, self.source.std
         if self.mean is None or self.std is None:
-            self.mean, self.std = channel_statistics(train.images, self._indices["train"].numpy())
-
-    def _load(self, name: Part) -> PictureSet | None:
-        pictures = self.source.load(name)
-        if pictures is not None:
-            self._pictures[name] = pictures
-        return pictures
+            self.mean, self.std = self.source.mean, self.source.std
+        if self.mean is None or self.std is None:
+            self.mean, self.std = channel_statistics(self._pictures["train"].images, indices["train"].numpy())
+        self._indices = indices
 
     def train_dataloader(self) -> PictureLoader:
         """Return the loader of augmented training batches in a new order each epoch."""
@@ -161,12 +160,13 @@ class ImageDataModule(pl.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a checkpoint was trained on these classes; their order gives the logits their meaning."""
+        """Take the run's mean and std; check its classes, whose order gives the logits their meaning."""
         if tuple(state_dict["class_names"]) != self.class_names:
             raise UserError(
                 f"the checkpoint knows the classes {', '.join(state_dict['class_names'][:5])}..., "
                 f"the data has {', '.join(self.class_names[:5])}...; give --data.dataset and --data.root of its run."
             )
+        self.mean, self.std = tuple(state_dict["mean"]), tuple(state_dict["std"])
 
     # -- what others ask ------------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     # -- making loaders ---------------------------------------------------------------------------------------------
 
-    def _source_of(self, part: Part) -> str:
+    def _source_of(self, part: Part) -> Part:
         return part if part in self._pictures else "train"
 
     def _sampler(self, part: Part, *, training: bool, rank: Rank) -> EpochSampler:
@@ -235,7 +235,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _device(self) -> torch.device:
         if self.device is not None:
-            return torch.device(self.device)
+            return self.device
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
     def _num_workers(self, device: torch.device) -> int:
@@ -245,7 +245,7 @@ class ImageDataModule(pl.LightningDataModule):
         # Half of what is free: network, activations and the rest of the machine need the other half.
         return 0 if needed < _free_bytes(device) / 2 else min(2, os.cpu_count() or 1)
 
-    def _on_device(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _on_device(self, name: Part, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return a source's pictures on a device, one copy for all its loaders."""
         if (name, device) not in self._resident:
             pictures = self._pictures[name]
@@ -318,8 +318,11 @@ def channel_statistics(images: np.ndarray, indices: np.ndarray) -> tuple[tuple[f
 def _free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    if sys.platform == "linux":
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024.0 * int(line.split()[1])
-    return 8e9  # the standard library does not tell elsewhere: a small laptop's memory
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return 8e9  # the standard library does not tell outside Linux: a small laptop's memory
+    free = next(1024.0 * int(line.split()[1]) for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and limit.read_text().strip() != "max":  # a container may have less than its machine
+        free = min(free, float(limit.read_text()) - float(used.read_text()))
+    return free

@@ -124,7 +124,8 @@ class PictureLoader(ABC):
         source_size: tuple[int, int],
         device: torch.device,
     ) -> None:
-        self.sampler, self.augmentation, self.mean, self.std = sampler, augmentation, mean, std
+        self.sampler, self.augmentation = sampler, augmentation
+        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.num_pictures, self.image_size = source_size
         self.device = device
 
@@ -222,6 +223,7 @@ class StreamingLoader(PictureLoader):
             num_workers=num_workers,
             collate_fn=_as_it_is,
             pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # or each epoch would take a number from the global one, and dropout differ
             persistent_workers=True,
         )
 

@@ -85,5 +85,7 @@ def build_model(name: str, num_classes: int = 10, image_size: int = 32, **kwargs
         raise UserError(f"--model.name {name}: not a model; one of {', '.join(MODELS)}.{hint}")
     try:
         return MODELS[name](num_classes, image_size, **kwargs)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"--model.model_kwargs {kwargs}: {name} does not take them ({error}).") from error

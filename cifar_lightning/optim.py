@@ -26,7 +26,7 @@ def check_lr(lr: float, flag: str = "lr") -> None:
 
 
 def build_optimizer(
-    model: nn.Module, name: OptimizerName, *, lr: float, weight_decay: float, sgd_lr: float
+    model: nn.Module, name: OptimizerName, *, lr: float, weight_decay: float, sgd_lr: float, fused: bool = True
 ) -> torch.optim.Optimizer:
     """Make the optimiser of a network.
 
@@ -36,6 +36,7 @@ def build_optimizer(
         lr: Of AdamW, or of Muon.
         weight_decay: AdamW's, of parameters with two or more dimensions; Muon renormalises filters instead.
         sgd_lr: Of what Muon does not move.
+        fused: Whether AdamW may run as one kernel; Lightning cannot clip gradients beside it in 16-mixed.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name == "muon":
@@ -48,7 +49,7 @@ def build_optimizer(
         {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=fused)
 
 
 def one_cycle(optimizer: torch.optim.Optimizer, *, total_steps: int, pct_start: float) -> OneCycleLR:
@@ -58,6 +59,8 @@ def one_cycle(optimizer: torch.optim.Optimizer, *, total_steps: int, pct_start: 
     """
     peaks = [group["lr"] for group in optimizer.param_groups]
     cycle_momentum = not isinstance(optimizer, Muon)
+    if pct_start * total_steps == 1:
+        pct_start *= 1 + 1e-6  # a rise that ends exactly at step 0 is a division by zero in OneCycleLR
     return OneCycleLR(
         optimizer, max_lr=peaks, total_steps=total_steps, pct_start=pct_start, cycle_momentum=cycle_momentum
     )

@@ -5,12 +5,15 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from cifar_lightning.callbacks import data_of
 from cifar_lightning.classifier import Batch, ImageClassifier
+from cifar_lightning.figures import printable
 from cifar_lightning.runs import RunFolder
 
 _REFRESH_S = 0.5  # on a GPU each refresh waits for the device once
@@ -33,6 +36,7 @@ class RunProgress(ProgressBar):
         self._next_s = 0.0
         self._epoch_start_s = 0.0
         self._epochs_timed: list[float] = []
+        self._validated = False
         self._batches_done = 0
 
     def disable(self) -> None:
@@ -53,11 +57,19 @@ class RunProgress(ProgressBar):
         for label, text in describe_run(trainer, pl_module, self.run):
             self._print(f"{label:<9} {text}")
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the bar of an epoch that is resumed in its middle."""
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the epoch's bar."""
+        self._validated = False
         self._epoch_start_s = time.monotonic()
         self._next_s = self._epoch_start_s + (_REFRESH_S if self._has_bar() else _PLAIN_LINE_S)
         self._batches_done = 0  # since this process began the epoch: a resumed one begins in its middle
+        self._open_training_bar(trainer)
+
+    def _open_training_bar(self, trainer: pl.Trainer) -> None:
         self._open_bar(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", self.total_train_batches)
 
     def on_train_batch_end(
@@ -105,7 +117,7 @@ class RunProgress(ProgressBar):
         line = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         line += f"  train loss {train['train/loss']:.3f} acc {train['train/acc']:.2%}"
         logged = trainer.callback_metrics
-        if "val/acc" in logged:
+        if self._validated and "val/acc" in logged:
             line += f"  val loss {float(logged['val/loss']):.3f} acc {float(logged['val/acc']):.2%}"
         self._print(f"{line}  {format_seconds(elapsed_s)}")
 
@@ -120,8 +132,11 @@ class RunProgress(ProgressBar):
         self._advance()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the bar."""
+        """Close the bar; go on with training's where the epoch goes on."""
         self._close_bar()
+        self._validated = True
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._open_training_bar(trainer)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open a bar for the test."""
@@ -167,7 +182,7 @@ class RunProgress(ProgressBar):
             self._bar = None
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(printable(text, self.console.encoding), markup=False, soft_wrap=True)
 
 
 def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | None) -> list[tuple[str, str]]:
@@ -175,8 +190,10 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
     data = data_of(trainer)
     held_out = data.num_pictures("val")
     num_parameters = sum(parameter.numel() for parameter in module.network.parameters())
-    epochs, batches = trainer.max_epochs, data.num_train_batches(trainer.world_size)
     ranks = f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""
+    device = trainer.strategy.root_device
+    name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    length = f"{trainer.max_epochs} epochs, {module.total_steps():,} steps of {data.batch_size} pictures{ranks}"
     rows = [
         ("pictures", data.source.describe()),
         (
@@ -184,8 +201,8 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
             f"{data.num_pictures('train'):,} training, {held_out:,} validation, {data.num_pictures('test'):,} test",
         ),
         ("network", f"{type(module.network).__name__}, {num_parameters:,} parameters"),
-        ("training", f"{epochs} epochs of {batches:,} steps of {data.batch_size}{ranks}, peak lr {module.lr:g}"),
-        ("hardware", f"{trainer.strategy.root_device}, precision {trainer.precision}"),
+        ("training", f"{length}, peak lr {module.lr:g}"),
+        ("hardware", f"{name}, precision {trainer.precision}"),
     ]
     if held_out == 0:
         rows.insert(2, ("", "nothing held out: no best checkpoint, no early stopping; the final weights are tested"))

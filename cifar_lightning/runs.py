@@ -227,6 +227,16 @@ def create_run(base: Path, recipe: str, run_dir: Path | None = None) -> RunFolde
     return replace(run, lock=lock)
 
 
+def discard_run(run: RunFolder) -> None:
+    """Removes a run that could not start: its files, and the folder where nothing else is in it."""
+    if run.lock is not None:
+        run.lock.release()
+    for file in (*run.written_files(), run.lock_file):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty: somebody's own files
+        run.path.rmdir()
+
+
 def _make_numbered(folder: Path) -> Path:
     taken = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()]
     number = max(taken, default=0) + 1

@@ -4,10 +4,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Before the first import of these modules: their jaxtyping annotations are checked at every call.
-install_import_hook(
-    [f"cifar_lightning.{name}" for name in ("augment", "models", "optim", "loader", "analysis", "figures")],
-    "beartype.beartype",
-)
+CHECKED = ("augment", "models", "optim", "loader", "classifier", "analysis", "figures", "report")
+install_import_hook([f"cifar_lightning.{name}" for name in CHECKED], "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from cifar_lightning.augment import (
 from cifar_lightning.errors import UserError
 
 CPU = torch.device("cpu")
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
 
 
 def random_pictures(count=16, height=32, width=32):
@@ -62,7 +62,7 @@ def test_mirror_alone_gives_the_picture_or_its_mirror_image():
 
 def test_normalize_equals_torchvision_and_leaves_channels_last_memory():
     images = random_pictures()
-    reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN.tolist(), STD.tolist())])
     got = normalize(images, mean=MEAN, std=STD)
     torch.testing.assert_close(got, reference(images.permute(0, 3, 1, 2)))
     assert got.is_contiguous(memory_format=torch.channels_last)

@@ -3,20 +3,17 @@
 import json
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.callbacks import (
     AnnealingEarlyStopping,
-    AnswerKeeper,
     NoProfiler,
     RunCheckpoint,
     RunRecorder,
     data_of,
     peak_memory_mb,
-    write_confusion,
 )
 from cifar_lightning.files import MetricsTable
 from cifar_lightning.runs import RunFolder
@@ -120,34 +117,6 @@ def test_the_recorder_writes_what_was_logged(tmp_path, folder):
 def test_the_recorder_leaves_validation_out_where_nothing_is_held_out(tmp_path, folder):
     fit(tmp_path, [RunRecorder(folder)], val_fraction=0.0)
     assert "val/acc" not in MetricsTable(folder.metrics_csv).read()[0]
-
-
-def test_answers_are_kept_in_the_order_of_the_split(tmp_path, folder):
-    keeper = AnswerKeeper(folder)
-    run = fit(tmp_path, [keeper], epochs=1)
-    assert not folder.predictions_val.exists()  # validations within fit are not answers
-    run.test(run.lightning_module, run.datamodule, verbose=False)
-    answers = np.load(folder.predictions)
-    targets = run.datamodule._pictures["test"].targets
-    assert np.array_equal(answers["targets"], targets)
-    run.lightning_module.eval()
-    with torch.no_grad():
-        logits = torch.cat([run.lightning_module(images) for images, _ in run.datamodule.test_dataloader()])
-    assert np.array_equal(answers["logits"], logits.numpy())
-    shown = np.load(folder.gallery)
-    assert np.array_equal(shown["images"], run.datamodule._pictures["test"].images[shown["indices"]])
-    assert keeper.metrics["accuracy"] == (answers["logits"].argmax(1) == targets).mean()
-    assert keeper.confusion.sum() == 1000
-
-
-def test_class_names_with_commas_and_quotes_survive_the_csv(folder):
-    import csv
-
-    names = ('a, "b"', "ü", "plain")
-    write_confusion(folder, np.arange(9).reshape(3, 3), names)
-    rows = list(csv.reader(folder.confusion_matrix_csv.read_text(encoding="utf-8").splitlines()))
-    assert tuple(rows[0][1:]) == names == tuple(row[0] for row in rows[1:])
-    assert rows[2][1:] == ["3", "4", "5"]
 
 
 def test_these_callbacks_say_which_data_they_need():

@@ -134,9 +134,23 @@ def test_a_checkpoint_holds_plain_types_and_makes_the_module_again(tmp_path):
     assert torch.equal(again.eval()(images), module.eval()(images))
 
 
+def test_a_checkpoint_of_another_network_is_refused_in_a_line(tmp_path):
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(ImageClassifier(image_size=16, model_kwargs=NARROW), small_data())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    other = ImageClassifier(image_size=16, model_kwargs={"widths": [4, 8, 6]})
+    with pytest.raises(UserError, match="another network: network"):
+        trainer(tmp_path).test(other, small_data(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+
+
+def test_steps_that_there_are_none_of_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no step to train"):
+        trainer(tmp_path, max_epochs=0).fit(ImageClassifier(image_size=16, model_kwargs=NARROW), small_data())
+
+
 @pytest.mark.parametrize("stop_at", [9, 18, 13], ids=["after epoch 1", "after epoch 2", "inside epoch 2"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, stop_at, optimizer):
+def test_a_resumed_run_without_dropout_ends_with_the_weights_of_an_unbroken_one(tmp_path, stop_at, optimizer):
     class SaveAt(pl.Callback):
         def on_train_batch_end(self, trainer, *args):
             if trainer.global_step == stop_at and stop_at % 9:

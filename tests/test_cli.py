@@ -142,6 +142,11 @@ def test_tensorboard_has_scalars_classes_and_pictures(finished):
     board = EventAccumulator(str(run)).Reload()
     scalars, images = board.Tags()["scalars"], board.Tags()["images"]
     assert {"train/loss", "train/acc", "val/loss", "val/acc", "lr", "step/lr"} <= set(scalars)
+    answers = np.load(run / "predictions_val.npz")
+    of_disks = answers["targets"] == 0
+    best = int(np.argmax([event.value for event in board.Scalars("val/acc")]))
+    shown = board.Scalars("val_acc_of_class/disk")[best].value
+    assert shown == pytest.approx((answers["logits"].argmax(1)[of_disks] == 0).mean())
     assert sum(tag.startswith("val_acc_of_class/") for tag in scalars) == 10
     assert {"train/batch_as_trained_on", "val/confusion_matrix"} <= set(images)
 
@@ -149,6 +154,8 @@ def test_tensorboard_has_scalars_classes_and_pictures(finished):
 def test_test_of_a_run_repeats_its_figures_and_validate_its_validation(finished):
     run, done = finished
     before = (run / "test_metrics.json").read_bytes()
+    (run / "test_metrics.json").unlink()
+    (run / "predictions_val.npz").unlink()
     tested = start("test", run, cwd=run.parent)
     report = done.stdout[done.stdout.index("Test accuracy") : done.stdout.index("Run folder")]
     assert report in tested.stdout
@@ -166,10 +173,11 @@ def test_the_saved_config_repeats_the_run_digit_for_digit(finished):
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_every_picture_once_and_count_as_one_does(finished):
+def test_three_processes_evaluate_every_picture_once_and_count_as_one_does(finished):
     run, _ = finished
     one = torch.load(run / "confusion_matrix.pt", weights_only=True)
-    done = start("test", run, "--trainer.strategy", "ddp", "--trainer.devices", 2, cwd=run.parent)
+    (run / "confusion_matrix.pt").unlink()
+    done = start("test", run, "--trainer.strategy", "ddp", "--trainer.devices", 3, cwd=run.parent)
     assert done.stdout.count("Test accuracy") == 1
     assert torch.equal(torch.load(run / "confusion_matrix.pt", weights_only=True), one)
     assert np.load(run / "predictions.npz")["indices"].tolist() == list(range(1000))
@@ -218,7 +226,7 @@ def fail(monkeypatch, capsys, tmp_path, *arguments):
     assert ended.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Seed set")]
     assert 1 <= len(lines) <= 3, lines
-    assert not (tmp_path / "runs").exists()
+    assert list(tmp_path.glob("runs/*/*")) == []
     return "\n".join(lines)
 
 
@@ -237,6 +245,10 @@ def fail(monkeypatch, capsys, tmp_path, *arguments):
         (["--modle.lr", "1"], ["--modle.lr"]),
         (["--epochs", "1", "--trainer.max_epochs", "2"], ["--epochs", "--trainer.max_epochs", "1, 2"]),
         (["--config", "absent.yaml"], ["absent.yaml"]),
+        (["--ckpt_path", "last"], ["--ckpt_path last"]),
+        (["--epochs", "-1"], ["--epochs"]),
+        (["--trainer.accelerator", "foo"], ["foo"]),
+        (["--model.model_kwargs", "{depth: 3}"], ["depth"]),
     ],
 )
 def test_a_mistake_gets_a_short_answer_and_leaves_no_run(monkeypatch, capsys, tmp_path, arguments, expected):
@@ -244,6 +256,12 @@ def test_a_mistake_gets_a_short_answer_and_leaves_no_run(monkeypatch, capsys, tm
     message = fail(monkeypatch, capsys, tmp_path, "fit", *base, *arguments)
     for part in expected:
         assert part in message
+
+
+@pytest.mark.parametrize("command", ["test", "validate"])
+def test_an_untrained_network_is_not_tested(monkeypatch, capsys, tmp_path, command):
+    message = fail(monkeypatch, capsys, tmp_path, command, "--data.dataset", "synthetic")
+    assert "give a run folder" in message
 
 
 def test_without_network_and_data_the_message_names_every_way_out(monkeypatch, capsys, tmp_path):

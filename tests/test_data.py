@@ -36,12 +36,10 @@ def test_cifar10_would_be_split_into_45000_and_5000_with_500_of_each_class():
     assert sorted(torch.cat([train, val]).tolist()) == list(range(50_000))
 
 
-@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.137, 0.333, 0.5])
+@pytest.mark.parametrize("fraction", [0.1, 0.137, 0.333, 0.5])
 def test_a_split_holds_out_exactly_the_rounded_share_by_largest_remainder(fraction):
     counts = [11, 23, 37, 101, 64]
     targets = torch.repeat_interleave(torch.arange(5), torch.tensor(counts))
-    if round(fraction * 11) < 1:
-        fraction = 0.1
     _, val = stratified_split(targets, fraction, seed=0, class_names=NAMES[:5])
     held_out = torch.bincount(targets[val], minlength=5)
     assert int(held_out.sum()) == round(fraction * sum(counts))
@@ -51,7 +49,9 @@ def test_a_split_holds_out_exactly_the_rounded_share_by_largest_remainder(fracti
 
 def test_the_split_depends_on_the_seed_and_on_nothing_else():
     targets = torch.arange(1000) % 10
-    first, again, other = (stratified_split(targets, 0.1, seed=s, class_names=NAMES)[1] for s in (0, 0, 1))
+    first = stratified_split(targets, 0.1, seed=0, class_names=NAMES)[1]
+    torch.manual_seed(5)
+    again, other = (stratified_split(targets, 0.1, seed=s, class_names=NAMES)[1] for s in (0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -163,7 +163,8 @@ def test_a_checkpoint_of_other_classes_is_refused():
     module = synthetic()
     module.setup()
     state = module.state_dict()
-    module.load_state_dict(state)
+    module.load_state_dict({**state, "mean": [0.1, 0.2, 0.3]})
+    assert module.mean == (0.1, 0.2, 0.3)  # the run's, so that its network sees what it was trained on
     with pytest.raises(UserError, match="classes x"):
         module.load_state_dict({**state, "class_names": ["x", "y"]})
 
@@ -175,8 +176,9 @@ def test_a_checkpoint_of_other_classes_is_refused():
         ({"batch_size": 0}, "--data.batch_size 0"),
         ({"eval_batch_size": 0}, "--data.eval_batch_size 0"),
         ({"val_fraction": 1.0}, "--data.val_fraction 1.0"),
-        ({"val_fraction": 0.0001}, "--data.val_fraction 0.0001: class disk has 500 training pictures, of which 1|0"),
+        ({"val_fraction": 0.0001}, "--data.val_fraction 0.0001: class .* has 500 training pictures, of which 0"),
         ({"seed": -1}, "--data.seed -1"),
+        ({"device": "gpu"}, "--data.device gpu"),
         ({"num_workers": -1}, "--data.num_workers -1"),
         ({"crop_padding_px": 40}, "--data.crop_padding_px 40"),
     ],

@@ -28,7 +28,7 @@ LAYERS = [
     ["data"],
     ["classifier"],
     ["report"],
-    ["callbacks", "progress"],
+    ["callbacks", "answers", "progress"],
     ["cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]

@@ -1,0 +1,136 @@
+"""The answers of a test: logits of every picture from all ranks, and the files of a run that are made of them."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from cifar_lightning.analysis import confusion_matrix, gallery_positions, test_metrics
+from cifar_lightning.callbacks import data_of
+from cifar_lightning.classifier import Batch
+from cifar_lightning.data import Part
+from cifar_lightning.figures import confusion_figure, figure_to_png
+from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
+from cifar_lightning.loader import Rank
+from cifar_lightning.runs import RunFolder
+
+
+class AnswerKeeper(pl.Callback):
+    """Keeps the logits of `trainer.test` and `trainer.validate`, from all ranks, and writes them into the run.
+
+    Args:
+        run: The run's folder; None keeps them in `metrics` and `confusion` alone.
+    """
+
+    def __init__(self, run: RunFolder | None) -> None:
+        self.run = run
+        self.metrics: dict[str, Any] | None = None
+        self.confusion: np.ndarray | None = None
+        self._logits: list[Tensor] = []
+        self._targets: list[Tensor] = []
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
+    ) -> None:
+        """Keep a batch's answers."""
+        self._keep(outputs, batch)
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
+    ) -> None:
+        """Keep a batch's answers, but not those of the validations within `fit`."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._keep(outputs, batch)
+
+    def _keep(self, logits: Tensor, batch: Batch) -> None:
+        self._logits.append(logits.float().cpu())
+        self._targets.append(batch[1].cpu())
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write predictions_val.npz."""
+        if trainer.state.fn != TrainerFn.VALIDATING:
+            return
+        answers = self._gather(trainer, "val")
+        if answers is not None and self._is_to_write(trainer, "val", answers):
+            assert self.run is not None
+            _write_npz(self.run.predictions_val, **answers)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write predictions.npz, test_metrics.json, the confusion matrix and the gallery."""
+        answers = self._gather(trainer, "test")
+        if answers is None:
+            return
+        data = data_of(trainer)
+        logits, targets = answers["logits"], answers["targets"]
+        self.metrics = test_metrics(logits, targets, data.class_names)
+        self.confusion = confusion_matrix(targets, logits.argmax(1), data.num_classes)
+        if not self._is_to_write(trainer, "test", answers):
+            return
+        assert self.run is not None
+        _write_npz(self.run.predictions, **answers)
+        write_json(self.run.test_metrics, self.metrics)
+        write_confusion(self.run, self.confusion, data.class_names)
+        shown = gallery_positions(logits, targets)
+        _write_npz(
+            self.run.gallery,
+            images=data.pictures("test", answers["indices"][shown]),
+            indices=answers["indices"][shown],
+            class_names=answers["class_names"],
+        )
+
+    def _is_to_write(self, trainer: pl.Trainer, part: Part, answers: dict[str, np.ndarray]) -> bool:
+        num_answers, num_pictures = len(answers["targets"]), data_of(trainer).num_pictures(part)
+        if self.run is not None and num_answers < num_pictures:
+            print(
+                f"Only {num_answers:,} of {num_pictures:,} {part} pictures were asked for: no file is written of them."
+            )
+        return self.run is not None and num_answers == num_pictures
+
+    def _gather(self, trainer: pl.Trainer, part: Part) -> dict[str, np.ndarray] | None:
+        """Return all ranks' answers in the split's order on rank 0, None elsewhere; every rank must call it."""
+        own = (torch.cat(self._logits).numpy(), torch.cat(self._targets).numpy())
+        self._logits, self._targets = [], []
+        shares = [own]
+        if trainer.world_size > 1:
+            gathered: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
+            torch.distributed.gather_object(own, gathered)
+            shares = gathered or []
+        if not trainer.is_global_zero:
+            return None
+        data = data_of(trainer)
+        positions = [
+            data.rank_positions(part, Rank(rank, trainer.world_size))[: len(targets)]
+            for rank, (_, targets) in enumerate(shares)
+        ]
+        order = np.argsort(np.concatenate(positions))
+        return {
+            "logits": np.concatenate([logits for logits, _ in shares])[order],
+            "targets": np.concatenate([targets for _, targets in shares])[order],
+            "indices": np.concatenate(positions)[order],
+            "class_names": np.array(data.class_names),
+        }
+
+
+def write_confusion(run: RunFolder, confusion: np.ndarray, class_names: tuple[str, ...]) -> None:
+    """Write confusion_matrix.pt, .csv and .png; rows: true class, columns: predicted class."""
+    buffer = io.BytesIO()
+    torch.save(torch.from_numpy(confusion), buffer)
+    write_bytes_durably(run.confusion_matrix_pt, buffer.getvalue())
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["true \\ predicted", *class_names])
+    writer.writerows([name, *row] for name, row in zip(class_names, confusion.tolist(), strict=True))
+    write_text_durably(run.confusion_matrix_csv, table.getvalue())
+    write_bytes_durably(run.confusion_matrix_png, figure_to_png(confusion_figure(confusion, class_names)))
+
+
+def _write_npz(path: Path, **arrays: Any) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_bytes_durably(path, buffer.getvalue())
