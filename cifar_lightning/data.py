@@ -1,6 +1,7 @@
 """ImageDataModule: from a source's pictures to honest splits, statistics and loaders, with or without a Trainer."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from cifar_lightning.sources import PictureSet, open_source
 
 Part = Literal["train", "val", "test"]
 _SPLIT = 1_000_003  # purpose of the split's generator; an epoch's purposes are below 10
-_CHUNK = 4096  # pictures summed at a time: 50 MB of float64 at 32x32
+_CHUNK = 1024  # pictures summed at a time: 25 MB of float64 at 32x32
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -249,10 +250,13 @@ class ImageDataModule(pl.LightningDataModule):
         """Return a source's pictures on a device, one copy for all its loaders."""
         if (name, device) not in self._resident:
             pictures = self._pictures[name]
-            # A file's mapping is read into memory: page faults in the middle of training would be slow.
-            images = pictures.images if pictures.images.flags.writeable else pictures.images.copy()
-            targets = pictures.targets.copy()
-            self._resident[name, device] = (torch.from_numpy(images).to(device), torch.from_numpy(targets).to(device))
+            if not pictures.images.flags.writeable:
+                # A file's mapping is read into memory: page faults in the middle of training would be slow.
+                pictures = replace(pictures, images=pictures.images.copy(), targets=pictures.targets.copy())
+            if device.type == "cpu":
+                self._pictures[name] = pictures  # drops the mapping, whose pages would count twice
+            images, targets = torch.from_numpy(pictures.images), torch.from_numpy(pictures.targets)
+            self._resident[name, device] = (images.to(device), targets.to(device))
         return self._resident[name, device]
 
 
