@@ -44,6 +44,9 @@ _SILENCED = (
     ".*is smaller than the logging interval.*",
     # Lightning 2.6 asks torch's pytree in a way that torch has deprecated.
     ".*LeafSpec.*is deprecated.*",
+    # `test` needs no callback of `fit`; a run that goes on elsewhere begins with a best of its own.
+    "Be aware that when using `ckpt_path`.*",
+    "The dirpath has changed from .*",
     # A chosen --run_dir that a run without any checkpoint left behind.
     "Checkpoint directory .* exists and is not empty.*",
 )
@@ -93,14 +96,13 @@ def rewrite_arguments(argv: Sequence[str]) -> list[str]:
         if not tested_checkpoint(run).exists():
             raise UserError(f"{run.path}: no checkpoint in it; fit has to finish an epoch first.")
         rewritten[1:2] = ["--config", str(run.config), "--ckpt_path", str(tested_checkpoint(run))]
-    spelled = [_spell_out(argument) for argument in rewritten]
     for alias, long_form in ALIASES.items():
-        values = {_value_after(spelled, k) for k, name in enumerate(spelled) if name.split("=")[0] == long_form}
-        if len(values) > 1 and any(argument.split("=")[0] == alias for argument in argv):
+        short, long = _last_value(rewritten, alias), _last_value(rewritten, long_form)
+        if short is not None and long is not None and short != long:
             raise UserError(
-                f"{alias} and {long_form} are two spellings of one setting and differ: {', '.join(sorted(values))}."
+                f"{alias} {short} and {long_form} {long} are one setting with two values; give one of them."
             )
-    return spelled
+    return [_spell_out(argument) for argument in rewritten]
 
 
 def _spell_out(argument: str) -> str:
@@ -108,11 +110,14 @@ def _spell_out(argument: str) -> str:
     return ALIASES.get(name, name) + equals + value
 
 
-def _value_after(arguments: list[str], position: int) -> str:
-    _, equals, value = arguments[position].partition("=")
-    if equals:
-        return value
-    return arguments[position + 1] if position + 1 < len(arguments) else ""
+def _last_value(arguments: Sequence[str], flag: str) -> str | None:
+    """Return the value of a flag, `--flag value` or `--flag=value`; the last one counts."""
+    value = None
+    for position, argument in enumerate(arguments):
+        name, equals, inline = argument.partition("=")
+        if name == flag:
+            value = inline if equals else "".join(arguments[position + 1 : position + 2])
+    return value
 
 
 def is_first_process() -> bool:
@@ -211,8 +216,9 @@ class RunCLI(LightningCLI):
             )
         if self.subcommand != "fit" and config.ckpt_path is None:
             raise UserError(f"{self.subcommand} needs a trained network: give a run folder, or --ckpt_path FILE.")
-        if self.subcommand == "fit" and config.trainer.max_epochs in (None, -1) and config.trainer.max_steps == -1:
-            raise UserError("OneCycle needs an end: give --epochs N or --trainer.max_steps N.")
+        epochs = config.trainer.max_epochs
+        if self.subcommand == "fit" and (epochs == 0 or (epochs in (None, -1) and config.trainer.max_steps == -1)):
+            raise UserError(f"--epochs {epochs}: 1 or more; OneCycle needs an end.")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Make the Trainer with the callbacks and the logger of the run."""

@@ -30,7 +30,8 @@ class ImageDataModule(pl.LightningDataModule):
         dataset: Which pictures: cifar10, cifar100, folder (class folders below root) or synthetic (generated).
         root: Where the pictures lie, or are downloaded to.
         batch_size: Training pictures a step and process.
-        image_size: Side of the square pictures in pixels; by default the data set's own.
+        image_size: Side of the square pictures in pixels; by default the data set's own, of a folder one that suits
+            its pictures.
         val_fraction: Share of the training pictures held out for validation, stratified by class; 0 trains on all. A
             folder with a val/ has its own validation pictures, and the share is not used.
         num_workers: 0 keeps the pictures on the training device, 1 or more streams them with that many worker
@@ -126,7 +127,7 @@ class ImageDataModule(pl.LightningDataModule):
         if self.batch_size > len(indices["train"]):
             raise UserError(
                 f"--data.batch_size {self.batch_size}: larger than the training split of "
-                f"{len(indices['train'])} pictures; take that many or fewer."
+                f"{len(indices['train'])} pictures; give --batch_size of that many or fewer."
             )
         if self.mean is None or self.std is None:
             self.mean, self.std = self.source.mean, self.source.std

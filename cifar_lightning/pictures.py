@@ -125,7 +125,7 @@ def find_image_size(paths: Sequence[str]) -> int:
     if len(set(sizes)) == 1 and sizes[0][0] == sizes[0][1] <= 224:
         return sizes[0][0]
     side = statistics.median_low([min(size) for size in sizes])
-    return min(max(side // 32 * 32, 32), 224)
+    return min(max(round(side / 32) * 32, 32), 224)
 
 
 def decode_all(

@@ -94,7 +94,7 @@ class RunProgress(ProgressBar):
         elapsed_s = now_s - self._epoch_start_s
         rate = module.num_trained_pictures() * trainer.world_size / elapsed_s
         return (
-            f"loss {metrics['train/loss']:.3f}  acc {metrics['train/acc']:.2%}  {rate:,.0f} images/s  "
+            f"loss {metrics['train/loss']:.3f}  acc {percent(metrics['train/acc'])}  {rate:,.0f} images/s  "
             f"{format_seconds(self._seconds_left(trainer, num_done, elapsed_s))} left"
         )
 
@@ -115,10 +115,10 @@ class RunProgress(ProgressBar):
         if not self._enabled:
             return
         line = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        line += f"  train loss {train['train/loss']:.3f} acc {train['train/acc']:.2%}"
+        line += f"  train loss {train['train/loss']:.3f} acc {percent(train['train/acc'])}"
         logged = trainer.callback_metrics
         if self._validated and "val/acc" in logged:
-            line += f"  val loss {float(logged['val/loss']):.3f} acc {float(logged['val/acc']):.2%}"
+            line += f"  val loss {float(logged['val/loss']):.3f} acc {percent(float(logged['val/acc']))}"
         self._print(f"{line}  {format_seconds(elapsed_s)}")
 
     # -- evaluation ------------------------------------------------------------------------------------------------
@@ -151,8 +151,13 @@ class RunProgress(ProgressBar):
         self._close_bar()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the terminal back before an error is shown."""
+        """Give the terminal back before an error is shown; name what Ctrl-C leaves."""
         self._close_bar()
+        if isinstance(exception, KeyboardInterrupt) and self._enabled and self.run is not None:
+            kept = (
+                f"goes on from {self.run.last_checkpoint}" if self.run.last_checkpoint.exists() else "has no checkpoint"
+            )
+            self._print(f"stopped in epoch {trainer.current_epoch + 1}; the run {kept}")
 
     # -- the terminal ----------------------------------------------------------------------------------------------
 
@@ -214,6 +219,11 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
 def sum_batches(num_batches: Any) -> float:
     """Return the number of batches of one or several evaluation loaders."""
     return float(sum(num_batches)) if isinstance(num_batches, list) else float(num_batches)
+
+
+def percent(share: float) -> str:
+    """Return "91.86 %", as the report writes it."""
+    return f"{100 * share:.2f} %"
 
 
 def format_seconds(seconds: float) -> str:

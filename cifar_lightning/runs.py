@@ -35,7 +35,7 @@ class RunLock:
 
     It is a lock of the system on an open file, not the presence of a file: nothing stale is left behind by SIGKILL or a
     power cut. Forked children (loader workers) close their copy at once, so that one which outlives its parent for a
-    moment does not hold up `fit --resume`. The file itself stays: it marks the folder as a run's.
+    moment does not hold up the next one. The file itself stays: it marks the folder as a run's.
 
     Raises:
         UserError: Another holder has the lock, or the file cannot be written.
@@ -137,7 +137,7 @@ class RunFolder:
     timing_csv = _File("timing.csv")  # a row an epoch: seconds, images/s, memory
     checkpoints = _File("checkpoints")  # the folder of the next two
     best_checkpoint = _File("checkpoints/best.ckpt")  # the weights with the best val/acc: what is tested
-    last_checkpoint = _File("checkpoints/last.ckpt")  # the state that `fit --resume` goes on from
+    last_checkpoint = _File("checkpoints/last.ckpt")  # the state that training goes on from
     test_metrics = _File("test_metrics.json")  # what `analysis.test_metrics` returns
     confusion_matrix_pt = _File("confusion_matrix.pt")  # int64 tensor; rows: true class
     confusion_matrix_csv = _File("confusion_matrix.csv")  # the same with class names
@@ -169,11 +169,8 @@ class RunFolder:
             names = ", ".join(str(file.relative_to(self.path)) for file in missing)
             trains = {self.config, self.split, self.environment, self.metrics_csv, self.timing_csv}
             from_fit = any(file in trains or file.parent == self.checkpoints for file in missing)
-            command = "fit --resume" if from_fit else "test"
-            raise UserError(
-                f"run {self.path}: {names} {'is' if len(missing) == 1 else 'are'} missing.\n"
-                f"Make it with: python train.py {command} {self.path}"
-            )
+            remedy = "fit makes them: train again." if from_fit else f"Make them with: python train.py test {self.path}"
+            raise UserError(f"run {self.path}: {names} {'is' if len(missing) == 1 else 'are'} missing.\n{remedy}")
 
     def written_files(self) -> Iterator[Path]:
         """Yield the files in the folder that only a run writes, whoever put them there; not the lock's."""
@@ -256,7 +253,7 @@ def _refuse_what_would_be_lost(run: RunFolder) -> None:
         if what:
             raise UserError(
                 f"--run_dir {run.path}: holds a run with {what}; it is not overwritten.\n"
-                f"Go on with it (fit --resume {run.path}), or choose a new --run_dir."
+                f"Choose a new --run_dir; fit --ckpt_path {run.last_checkpoint} goes on with it there."
             )
     if files and not run.lock_file.exists():
         raise UserError(

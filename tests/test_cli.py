@@ -243,7 +243,7 @@ def fail(monkeypatch, capsys, tmp_path, *arguments):
         (["--epochs", "x"], ["max_epochs"]),
         (["--trainer.max_epoch", "3"], ["max_epoch"]),
         (["--modle.lr", "1"], ["--modle.lr"]),
-        (["--epochs", "1", "--trainer.max_epochs", "2"], ["--epochs", "--trainer.max_epochs", "1, 2"]),
+        (["--epochs", "1", "--trainer.max_epochs", "2"], ["--epochs 1", "--trainer.max_epochs 2"]),
         (["--config", "absent.yaml"], ["absent.yaml"]),
         (["--ckpt_path", "last"], ["--ckpt_path last"]),
         (["--epochs", "-1"], ["--epochs"]),
