@@ -154,10 +154,9 @@ class RunProgress(ProgressBar):
         """Give the terminal back before an error is shown; name what Ctrl-C leaves."""
         self._close_bar()
         if isinstance(exception, KeyboardInterrupt) and self._enabled and self.run is not None:
-            kept = (
-                f"goes on from {self.run.last_checkpoint}" if self.run.last_checkpoint.exists() else "has no checkpoint"
-            )
-            self._print(f"stopped in epoch {trainer.current_epoch + 1}; the run {kept}")
+            last = self.run.last_checkpoint
+            kept = f"--ckpt_path {last} goes on from its end" if last.exists() else "no epoch was finished"
+            self._print(f"stopped in epoch {trainer.current_epoch + 1}: {kept}")
 
     # -- the terminal ----------------------------------------------------------------------------------------------
 
