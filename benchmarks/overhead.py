@@ -31,6 +31,7 @@ from cifar_lightning import ImageDataModule, SmallNet
 from cifar_lightning.cli import run_command
 from cifar_lightning.models import MODELS
 from cifar_lightning.optim import build_optimizer, one_cycle
+from cifar_lightning.runs import describe_environment
 
 SMALL_BATCH = 4  # 1,125 steps in an epoch of the synthetic set
 LR = 1e-3
@@ -188,7 +189,12 @@ def main() -> None:
     ratios = [(ours - hand) / (plain - hand) for hand, plain, ours in rounds_us]
     spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
     print(f"added by fit over added by plain Lightning: {statistics.median(ratios):.2f} {spread}")
-    figures = {"one_layer_us": small, "added_over_plain": ratios}
+    environment = describe_environment()
+    figures = {
+        "commit": environment["commit"],
+        "hardware": f"{environment['num_usable_cpus']} cores, {environment['cpu']}",
+    }
+    figures |= {"one_layer_us": small, "added_over_plain": ratios}
     ratio = statistics.median(ratios)
     if not args.quick:
         large = compare({"hand loop": hand_loop, "fit": our_fit}, "clocked_smallnet", 128, rounds)
