@@ -72,7 +72,8 @@ def main() -> None:
 
 def run_command(argv: Sequence[str]) -> "RunCLI":
     """Run one command line without its program's name."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no adverts, no list of absent accelerators
+    for library in ("lightning.pytorch", "lightning.fabric"):  # no adverts, no list of absent accelerators, no seed
+        logging.getLogger(library).setLevel(logging.WARNING)
     if not torch.cuda.is_available():
         # Lightning switches on a check for CUDA that looks for the driver's library anew each time, and torch's
         # optimisers ask in every step: 0.1 ms of each step on a machine without a GPU.
