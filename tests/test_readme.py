@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 MARKS = ("run", "parse", "by hand", "ci")
 # Flags that the README names and other programs than train.py take.
-FOREIGN_FLAGS = {"--index-url", "--force-reinstall", "--logdir", "--help"}
+FOREIGN_FLAGS = {"--index-url", "--force-reinstall", "--logdir", "--help", "--rounds"}
 
 
 @dataclass(frozen=True)
