@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cifar_lightning import ImageDataModule, SmallNet
 from cifar_lightning.cli import run_command
+from cifar_lightning.loader import PictureLoader
 from cifar_lightning.models import MODELS
 from cifar_lightning.optim import build_optimizer, one_cycle
 from cifar_lightning.runs import describe_environment
@@ -110,7 +111,7 @@ class TrainingData(pl.LightningDataModule):
         super().__init__()
         self.inner = ImageDataModule("synthetic", batch_size=batch_size)
 
-    def train_dataloader(self):  # noqa: ANN201 - ours
+    def train_dataloader(self) -> PictureLoader:
         """Return our loader."""
         return self.inner.train_dataloader()
 

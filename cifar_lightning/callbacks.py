@@ -1,4 +1,4 @@
-"""What a run leaves behind: its tables, its TensorBoard, its answers; and early stopping that lets OneCycle finish."""
+"""What a run leaves behind: tables, TensorBoard, checkpoints; and early stopping that lets OneCycle finish."""
 
 import contextlib
 import math

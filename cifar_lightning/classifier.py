@@ -31,14 +31,14 @@ class ImageClassifier(pl.LightningModule):
         name: The network, a name that `build_model` knows.
         num_classes: Number of classes; on the command line the data's.
         image_size: Side of the square pictures in pixels; on the command line the data's.
-        lr: Peak learning rate of OneCycle; good values are 1e-3 to 5e-3 with adamw, 0.02 to 0.1 with muon.
+        lr: Peak learning rate of OneCycle: 3e-3 is the original's with adamw; with muon take about 0.05.
         optimizer: adamw, or muon (orthogonalised momentum) for the filters with Nesterov SGD for all else.
         sgd_lr: Peak learning rate of what muon does not move.
         weight_decay: AdamW's decay of filters and matrices; norms and biases have none.
         label_smoothing: Share of the target spread evenly over all classes.
         pct_start: Share of the steps in which the learning rate rises.
         model_kwargs: More arguments of the network, such as {widths: [16, 32, 64], dropout: 0.2}.
-        compile: Compile the network with torch.compile: a slow first minute, then faster steps on a GPU.
+        compile: Compile the network with torch.compile.
         model: A network of one's own that gives raw logits, instead of `name`; from Python only.
 
     Raises:
@@ -78,7 +78,7 @@ class ImageClassifier(pl.LightningModule):
         self.weight_decay, self.label_smoothing = weight_decay, label_smoothing
         if model is None and name is None:
             raise UserError("this checkpoint is of a network of your own: give model=... again.")
-        network = model or build_model(str(name), num_classes, image_size, **(model_kwargs or {}))
+        network = build_model(str(name), num_classes, image_size, **(model_kwargs or {})) if model is None else model
         # NHWC: the loaders' batches lie so, and convolutions are faster on both CPU and tensor cores.
         self.network = network.to(memory_format=torch.channels_last)
         if compile:
@@ -94,7 +94,7 @@ class ImageClassifier(pl.LightningModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning writes the running hook's name into the module some fifty times a step, each time through
-        # nn.Module's checks for parameters and modules, which cost more than all our own callbacks.
+        # nn.Module's checks for parameters and modules, which a string needs none of (benchmarks/LOG.md).
         if name == "_current_fx_name":
             self.__dict__[name] = value
         else:

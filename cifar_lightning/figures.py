@@ -122,8 +122,8 @@ def figure_to_array(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
         _allow_missing_glyphs()
-        canvas.draw()  # type: ignore[no-untyped-call]
-    return np.array(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
+        canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib has no types for it
+    return np.array(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]  # likewise
 
 
 def figure_to_png(figure: Figure, dpi: float = 150.0) -> bytes:
