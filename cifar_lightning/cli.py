@@ -94,9 +94,9 @@ def rewrite_arguments(argv: Sequence[str]) -> list[str]:
     rewritten = list(argv)
     if len(rewritten) > 1 and rewritten[0] in _EVALUATING and not rewritten[1].startswith("-"):
         run = open_run(Path(rewritten[1]))
-        if not tested_checkpoint(run).exists():
+        if not run.tested_checkpoint.exists():
             raise UserError(f"{run.path}: no checkpoint in it; fit has to finish an epoch first.")
-        rewritten[1:2] = ["--config", str(run.config), "--ckpt_path", str(tested_checkpoint(run))]
+        rewritten[1:2] = ["--config", str(run.config), "--ckpt_path", str(run.tested_checkpoint)]
     for alias, long_form in ALIASES.items():
         short, long = _last_value(rewritten, alias), _last_value(rewritten, long_form)
         if short is not None and long is not None and short != long:
@@ -124,11 +124,6 @@ def _last_value(arguments: Sequence[str], flag: str) -> str | None:
 def is_first_process() -> bool:
     """Return whether this process is the first of all, whoever started them: Lightning, torchrun or SLURM."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
-
-
-def tested_checkpoint(run: RunFolder) -> Path:
-    """Return the checkpoint that a run is tested with: the best, or the last where nothing was held out."""
-    return run.best_checkpoint if run.best_checkpoint.exists() else run.last_checkpoint
 
 
 def recipe_name(config: Namespace) -> str:
@@ -293,7 +288,7 @@ class RunCLI(LightningCLI):
         reason = ""
         if any(theirs[key] != ours[key] for key in ("sha256", "train", "val")):
             reason = "these are not its pictures or not its split"
-        elif checkpoint != tested_checkpoint(run):
+        elif checkpoint != run.tested_checkpoint:
             reason = f"{checkpoint.name} is not the checkpoint that its files are of"
         if reason:
             print(f"{run.path}: {reason}, so its files stay as they are.")
@@ -319,7 +314,7 @@ class RunCLI(LightningCLI):
         """Test the best checkpoint once, write the answers and show the report."""
         assert self.run is not None
         settings = self.config_init["fit"].trainer
-        best = tested_checkpoint(self.run)
+        best = self.run.tested_checkpoint
         if not best.exists() and settings.enable_checkpointing is not False and not settings.fast_dev_run:
             raise UserError(f"{self.run.checkpoints}: no checkpoint could be written; is the folder writable?")
         chosen: dict[str, Any] = {"ckpt_path": best, "weights_only": True} if best.exists() else {}

@@ -149,6 +149,11 @@ class RunFolder:
     lock_file = _File(".lock")  # locked by whoever writes the run; being there says that a run made this folder
 
     @property
+    def tested_checkpoint(self) -> Path:
+        """The checkpoint that a run is tested with: the best, or the last where nothing was held out."""
+        return self.best_checkpoint if self.best_checkpoint.exists() else self.last_checkpoint
+
+    @property
     def has_checkpoint(self) -> bool:
         """Whether there is any checkpoint, complete or not."""
         return any(self.checkpoints.glob("*.ckpt"))

@@ -25,6 +25,7 @@ LAYERS = [
     ],
     ["analysis"],
     ["loader", "figures"],
+    ["weights"],
     ["data"],
     ["classifier"],
     ["report"],

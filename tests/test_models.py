@@ -48,6 +48,16 @@ def test_a_network_of_ones_own_is_one_function(monkeypatch):
     assert build_model("linear", num_classes=4, image_size=8)(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
 
 
+def test_resnet18_has_the_published_size_and_keeps_small_pictures_large():
+    network = build_model("resnet18", num_classes=10, image_size=32)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 11_173_962
+    sizes = []
+    network.layer1.register_forward_hook(lambda layer, taken, given: sizes.append(tuple(given.shape[2:])))
+    assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    build_model("resnet18", image_size=128)  # the ImageNet stem
+    assert sizes == [(32, 32)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

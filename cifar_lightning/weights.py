@@ -1,0 +1,178 @@
+"""Trained weights from files: a run's network with what it needs to look at new pictures; imports no Lightning.
+
+A checkpoint holds plain types only and is read with `weights_only=True`: it cannot run code.
+"""
+
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from cifar_lightning.augment import normalize
+from cifar_lightning.errors import UserError
+from cifar_lightning.files import file_sha256
+from cifar_lightning.models import build_model
+from cifar_lightning.runs import RunFolder
+
+_NETWORK = "network."  # what ImageClassifier calls it, and torch.compile's wrapper does not change
+_DATA = "ImageDataModule"  # the key under which Lightning keeps the data module's state
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network that was trained, on the CPU in evaluation mode, and how pictures must be treated for it.
+
+    Attributes:
+        network: Takes normalised float pictures (batch, 3, image_size, image_size), gives raw logits (batch, classes).
+        class_names: In the order of the logits.
+        image_size: Side of the square pictures in pixels.
+        mean: Per channel, of pictures scaled to 0-1.
+        std: Per channel, of pictures scaled to 0-1.
+        architecture: Arguments of `build_model`: name, num_classes, image_size and the network's own.
+        checkpoint: The file that it was read from.
+        sha256: Hash of that file.
+        epoch: The finished epoch that the weights are of, counted from 1.
+    """
+
+    network: nn.Module
+    class_names: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    architecture: dict[str, Any]
+    checkpoint: Path
+    sha256: str
+    epoch: int
+
+    def logits(self, images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch classes"]:
+        """Return raw logits of raw pictures, 0-255, square at `image_size`."""
+        with torch.inference_mode():
+            normalized = normalize(images, mean=torch.tensor(self.mean), std=torch.tensor(self.std))
+            answer: Tensor = self.network(normalized)
+        return answer
+
+
+def load_network(run: RunFolder) -> TrainedNetwork:
+    """Read the network of a run, best checkpoint first, from nothing but the run's folder.
+
+    Raises:
+        UserError: No checkpoint, a damaged one, or one of a network that this version cannot make by name.
+    """
+    path = run.tested_checkpoint
+    run.require(path)
+    checkpoint = read_checkpoint(path)
+    hparams, data = checkpoint.get("hyper_parameters", {}), checkpoint.get(_DATA)
+    if data is None:
+        raise UserError(f"{path}: holds no class names and no statistics; it is not from `python train.py fit`.")
+    if not hparams.get("name"):
+        raise UserError(f"{path}: of a network made in Python, which cannot be made again by name; load it there.")
+    architecture = {
+        "name": hparams["name"],
+        "num_classes": len(data["class_names"]),
+        "image_size": data["image_size"],
+        **(hparams.get("model_kwargs") or {}),
+    }
+    network = build_model(**architecture).to(memory_format=torch.channels_last).eval()
+    load_weights(network, path, checkpoint)
+    return TrainedNetwork(
+        network=network,
+        class_names=tuple(data["class_names"]),
+        image_size=data["image_size"],
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        architecture=architecture,
+        checkpoint=path,
+        sha256=file_sha256(path),
+        epoch=int(checkpoint["epoch"]) + 1,
+    )
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, as data.
+
+    Raises:
+        UserError: It is missing, damaged, or holds more than plain types and tensors.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        if damaged:
+            raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; give a checkpoint, such as RUN/checkpoints/best.ckpt.") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: refused, since it holds more than numbers and could run code.") from error
+    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path}: a damaged checkpoint, or none ({reason}).") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path}: holds a {type(checkpoint).__name__} and not a checkpoint.")
+    return checkpoint
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint, of a plain `state_dict` file or of a .safetensors file, by name.
+
+    Raises:
+        UserError: It cannot be read as one of these.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise UserError(f"{path}: reading it needs safetensors: pip install 'cifar-lightning[export]'") from error
+        try:
+            return dict(load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read as safetensors ({error}).") from error
+    return weights_of(read_checkpoint(path), path)
+
+
+def weights_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors under the network's own names.
+
+    Raises:
+        UserError: There are none.
+    """
+    state = checkpoint.get("state_dict", checkpoint)
+    if any(name.startswith(_NETWORK) for name in state):
+        state = {name.removeprefix(_NETWORK): tensor for name, tensor in state.items() if name.startswith(_NETWORK)}
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise UserError(f"{path}: holds no weights.")
+    return tensors
+
+
+def load_weights(network: nn.Module, path: Path, checkpoint: dict[str, Any] | None = None) -> None:
+    """Put the weights of a file into a network.
+
+    Args:
+        network: Gets them.
+        path: The file; see `read_weights`.
+        checkpoint: What the file holds, where it has been read already.
+
+    Raises:
+        UserError: Names the first tensors that do not fit; the network is then untouched.
+    """
+    theirs = read_weights(path) if checkpoint is None else weights_of(checkpoint, path)
+    ours = network.state_dict()
+    wrong = [name for name in {**ours, **theirs} if _shape(theirs, name) != _shape(ours, name)]
+    if wrong:
+        name = wrong[0]
+        others = f" and {len(wrong) - 1} more do not fit" if len(wrong) > 1 else ""
+        raise UserError(
+            f"{path}: of another network: {name} is {_shape(theirs, name)} in it and {_shape(ours, name)} here{others}."
+            "\nGive the --model and --data flags that it was trained with."
+        )
+    network.load_state_dict(theirs)
+
+
+def _shape(state: dict[str, Tensor], name: str) -> str:
+    return "x".join(map(str, state[name].shape)) or "a number" if name in state else "missing"

@@ -1,0 +1,124 @@
+"""What a checkpoint gives back: the same answers, or a message that says what is wrong with it."""
+
+import pickle
+
+import pytest
+import torch
+
+from cifar_lightning import ImageClassifier, UserError
+from cifar_lightning.models import SmallNet, build_model
+from cifar_lightning.runs import RunFolder
+from cifar_lightning.weights import load_network, load_weights, read_checkpoint, read_weights
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    return run
+
+
+def save(run, **changes):
+    """Write a checkpoint as Lightning does; return the module it is of."""
+    module = ImageClassifier("smallnet", 3, 16, model_kwargs={"widths": [2, 4, 4]}).eval()
+    data = {"class_names": ["a", "b", "c"], "image_size": 16, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]}
+    checkpoint = {
+        "state_dict": module.state_dict(),
+        "hyper_parameters": dict(module.hparams),
+        "ImageDataModule": data,
+        "epoch": 4,
+    }
+    torch.save({key: value for key, value in (checkpoint | changes).items() if value is not None}, run.best_checkpoint)
+    return module
+
+
+def test_a_run_gives_back_the_network_and_how_it_sees_pictures(run):
+    module = save(run)
+    trained = load_network(run)
+    images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.2, 0.3])
+    expected = module(((images / 255 - mean) / std).permute(0, 3, 1, 2))
+    torch.testing.assert_close(trained.logits(images), expected.detach())
+    assert (trained.class_names, trained.image_size, trained.epoch) == (("a", "b", "c"), 16, 5)
+    assert trained.architecture == {"name": "smallnet", "num_classes": 3, "image_size": 16, "widths": [2, 4, 4]}
+    assert not trained.network.training
+
+
+def test_without_a_best_checkpoint_the_last_is_taken(run):
+    save(run)
+    run.best_checkpoint.rename(run.last_checkpoint)
+    assert load_network(run).checkpoint == run.last_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ImageDataModule": None}, "no class names"),
+        ({"hyper_parameters": {"name": None}}, "made in Python"),
+        ({"hyper_parameters": {"name": "smallnet"}}, "of another network: features.0.weight is 2x3x3x3 in it and 64x"),
+    ],
+)
+def test_what_is_no_run_of_ours_is_named(run, changes, message):
+    save(run, **changes)
+    with pytest.raises(UserError, match=message):
+        load_network(run)
+
+
+def test_a_flipped_byte_in_the_weights_and_a_cut_file_are_noticed(run):
+    module = save(run)
+    whole = run.best_checkpoint.read_bytes()
+    for tensor in module.network.state_dict().values():
+        at = whole.index(tensor.contiguous().numpy().tobytes())
+        run.best_checkpoint.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
+        with pytest.raises(UserError, match="damaged checkpoint"):
+            load_network(run)
+    for length in range(0, len(whole), len(whole) // 20):
+        run.best_checkpoint.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="damaged checkpoint"):
+            load_network(run)
+
+
+class Payload:
+    def __reduce__(self):
+        return (exec, ("import pathlib; pathlib.Path('ran').touch()",))
+
+
+def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Payload()}, "bad.ckpt")
+    with pytest.raises(UserError, match="could run code"):
+        read_checkpoint(tmp_path / "bad.ckpt")
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(UserError, match="damaged checkpoint, or none"):
+        read_checkpoint(tmp_path / "plain.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_come_from_checkpoints_state_dicts_and_safetensors(run, tmp_path):
+    from safetensors.torch import save_file
+
+    module = save(run)
+    expected = module.network.state_dict()
+    torch.save(expected, tmp_path / "plain.pt")
+    save_file({name: tensor.contiguous() for name, tensor in expected.items()}, tmp_path / "w.safetensors")
+    for path in (run.best_checkpoint, tmp_path / "plain.pt", tmp_path / "w.safetensors"):
+        network = SmallNet(3, widths=(2, 4, 4))
+        load_weights(network, path)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in network.state_dict().items())
+
+
+def test_weights_that_do_not_fit_are_named_and_nothing_is_changed(run, tmp_path):
+    save(run)
+    network = build_model("smallnet", 4, 16, widths=(2, 4, 4))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(UserError, match=r"head\.weight is 3x4 in it and 4x4 here and 1 more"):
+        load_weights(network, run.best_checkpoint)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    torch.save({"a": 1}, tmp_path / "none.pt")
+    with pytest.raises(UserError, match="holds no weights"):
+        read_weights(tmp_path / "none.pt")
+    (tmp_path / "x.safetensors").write_bytes(b"not this")
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        read_weights(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="no such file"):
+        read_weights(tmp_path / "absent.ckpt")
