@@ -67,8 +67,11 @@ def test_what_is_no_run_of_ours_is_named(run, changes, message):
 def test_a_flipped_byte_in_the_weights_and_a_cut_file_are_noticed(run):
     module = save(run)
     whole = run.best_checkpoint.read_bytes()
-    for tensor in module.network.state_dict().values():
-        at = whole.index(bytes(tensor.untyped_storage()))
+    stored = [bytes(tensor.untyped_storage()) for tensor in module.network.state_dict().values()]
+    stored = [content for content in stored if whole.count(content) == 1]  # counters and biases are all zeros
+    assert len(stored) >= 7
+    for content in stored:
+        at = whole.index(content)
         run.best_checkpoint.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
         with pytest.raises(UserError, match="damaged checkpoint"):
             load_network(run)
