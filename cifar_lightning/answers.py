@@ -22,14 +22,16 @@ from cifar_lightning.runs import RunFolder
 
 
 class AnswerKeeper(pl.Callback):
-    """Keeps the logits of `trainer.test` and `trainer.validate`, from all ranks, and writes them into the run.
+    """Keeps the logits of `trainer.test`, `validate` and `predict`, from all ranks, and writes them into the run.
 
     Args:
         run: The run's folder; None keeps them in `metrics` and `confusion` alone.
+        output: Where `predict` writes instead.
     """
 
-    def __init__(self, run: RunFolder | None) -> None:
-        self.run = run
+    def __init__(self, run: RunFolder | None, output: Path | None = None) -> None:
+        self.run, self.output = run, output
+        self.num_written, self.written_to = 0, Path()
         self.metrics: dict[str, Any] | None = None
         self.confusion: np.ndarray | None = None
         self._logits: list[Tensor] = []
@@ -48,6 +50,12 @@ class AnswerKeeper(pl.Callback):
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._keep(outputs, batch)
 
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
+    ) -> None:
+        """Keep a batch's answers."""
+        self._keep(outputs, batch)
+
     def _keep(self, logits: Tensor, batch: Batch) -> None:
         self._logits.append(logits.float().cpu())
         self._targets.append(batch[1].cpu())
@@ -59,7 +67,16 @@ class AnswerKeeper(pl.Callback):
         answers = self._gather(trainer, "val")
         if answers is not None and self._is_to_write(trainer, "val", answers):
             assert self.run is not None
-            _write_npz(self.run.predictions_val, **answers)
+            _write_answers(self.run.predictions_val, answers)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write predictions.npz, or the file that was asked for."""
+        answers = self._gather(trainer, "test")
+        if answers is None:
+            return
+        self.written_to = self.output or (self.run.predictions if self.run is not None else Path("predictions.npz"))
+        self.num_written = len(answers["targets"])
+        _write_answers(self.written_to, answers)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write predictions.npz, test_metrics.json, the confusion matrix and the gallery."""
@@ -73,7 +90,7 @@ class AnswerKeeper(pl.Callback):
         if not self._is_to_write(trainer, "test", answers):
             return
         assert self.run is not None
-        _write_npz(self.run.predictions, **answers)
+        _write_answers(self.run.predictions, answers)
         write_json(self.run.test_metrics, self.metrics)
         write_confusion(self.run, self.confusion, data.class_names)
         shown = gallery_positions(logits, targets)
@@ -128,6 +145,11 @@ def write_confusion(run: RunFolder, confusion: np.ndarray, class_names: tuple[st
     writer.writerows([name, *row] for name, row in zip(class_names, confusion.tolist(), strict=True))
     write_text_durably(run.confusion_matrix_csv, table.getvalue())
     write_bytes_durably(run.confusion_matrix_png, figure_to_png(confusion_figure(confusion, class_names)))
+
+
+def _write_answers(path: Path, answers: dict[str, np.ndarray]) -> None:
+    probs = torch.from_numpy(answers["logits"]).softmax(1).numpy()
+    _write_npz(path, **answers, probs=probs)
 
 
 def _write_npz(path: Path, **arrays: Any) -> None:

@@ -40,9 +40,6 @@ class Augmentation:
             )
         if not 0 <= self.cutout_px <= image_size:
             raise UserError(f"--data.cutout_px {self.cutout_px}: 0 (off) to {image_size}, the side of a picture.")
-        for name in ("brightness", "contrast"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--data.{name} {getattr(self, name)}: 0 (off) to 1.")
 
 
 @dataclass(frozen=True)

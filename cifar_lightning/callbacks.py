@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,7 +18,7 @@ from cifar_lightning.classifier import Batch, ImageClassifier
 from cifar_lightning.data import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.figures import confusion_figure, figure_to_array, pictures_figure
-from cifar_lightning.files import MetricsTable, write_json
+from cifar_lightning.files import MetricsTable, read_json, write_json
 from cifar_lightning.runs import RunFolder, describe_environment
 
 MONITOR = "val/acc"
@@ -29,10 +30,11 @@ class RunRecorder(pl.Callback):
 
     Args:
         run: The run's folder.
+        resumed: Where and with which changes an earlier run is gone on with; environment.json lists them.
     """
 
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
+    def __init__(self, run: RunFolder, resumed: dict[str, Any] | None = None) -> None:
+        self.run, self.resumed = run, resumed
         self.metrics, self.timing = MetricsTable(run.metrics_csv), MetricsTable(run.timing_csv)
         self._started_s = 0.0
         self._validation_start_s = 0.0
@@ -52,6 +54,10 @@ class RunRecorder(pl.Callback):
             "num_threads": torch.get_num_threads(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
+        if self.resumed is not None:
+            before = read_json(self.run.environment)
+            again = {key: environment[key] for key in ("versions", "device", "precision", "commit", "dirty")}
+            environment = before | {"resumed": [*before.get("resumed", []), self.resumed | again]}
         write_json(self.run.environment, environment)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -179,6 +185,10 @@ class AnnealingEarlyStopping(EarlyStopping):
         """Return the callback's key in a checkpoint, formatted once, as in `RunCheckpoint`."""
         return self._state_key
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the count, but with this run's own patience."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise the patience to a third of the epochs."""
         if trainer.max_epochs and trainer.max_epochs > 0:
@@ -221,6 +231,19 @@ class RunCheckpoint(ModelCheckpoint):
         """Return the callback's key in a checkpoint, formatted once: Lightning asks for it seven times a step."""
         return self._state_key
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the best score also where the folder was moved, if its file moved with it.
+
+        Lightning forgets the score of another path, and a worse epoch then overwrites the best.
+        """
+        own = f"{self.dirpath}/{self.filename}{self.FILE_EXTENSION}"
+        if state_dict.get("best_model_path") and Path(own).is_file():
+            score = state_dict.get("best_model_score")
+            moved = dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), own)
+            moved["dirpath"] = str(self.dirpath)
+            state_dict = {**state_dict, **moved, "best_k_models": {} if score is None else {own: score}}
+        super().load_state_dict(state_dict)
+
 
 class NoProfiler(PassThroughProfiler):
     """Lightning's profiler that does nothing, without a generator for each of the fifty hooks of a step."""
@@ -237,10 +260,12 @@ class RunBoard(TensorBoardLogger):
 
     Args:
         run: The run's folder.
+        steps_done: Where a run goes on: what was logged of later steps is hidden.
     """
 
-    def __init__(self, run: RunFolder) -> None:
-        super().__init__(save_dir=run.path, name="", version="", default_hp_metric=False)
+    def __init__(self, run: RunFolder, steps_done: int | None = None) -> None:
+        hidden: dict[str, Any] = {} if steps_done is None else {"purge_step": steps_done + 1}
+        super().__init__(save_dir=run.path, name="", version="", default_hp_metric=False, **hidden)
 
     def save(self) -> None:
         """Flush the events alone."""

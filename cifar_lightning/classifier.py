@@ -14,8 +14,9 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassCo
 
 from cifar_lightning.analysis import accuracy, macro_f1
 from cifar_lightning.errors import UserError
+from cifar_lightning.limits import check_limits
 from cifar_lightning.models import build_model
-from cifar_lightning.optim import OptimizerName, build_optimizer, check_lr, one_cycle
+from cifar_lightning.optim import OptimizerName, build_optimizer, one_cycle, settings_of
 
 Batch = tuple[Tensor, Tensor] | list[Tensor]
 """Images and targets; PyTorch's own DataLoader makes a list of them."""
@@ -62,13 +63,14 @@ class ImageClassifier(pl.LightningModule):
         model: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        check_lr(lr)
-        check_lr(sgd_lr, "sgd_lr")
-        if not weight_decay >= 0:
-            raise UserError(f"--model.weight_decay {weight_decay}: 0 or more.")
-        for flag, value in (("label_smoothing", label_smoothing), ("pct_start", pct_start)):
-            if not 0 <= value < 1:
-                raise UserError(f"--model.{flag} {value}: 0 to below 1.")
+        check_limits(
+            "model",
+            lr=lr,
+            sgd_lr=sgd_lr,
+            weight_decay=weight_decay,
+            label_smoothing=label_smoothing,
+            pct_start=pct_start,
+        )
         # logger=False: the run's config.yaml holds these and more.
         self.save_hyperparameters(ignore=["model"], logger=False)
         if model is not None:
@@ -86,6 +88,8 @@ class ImageClassifier(pl.LightningModule):
         self.val_metrics = _evaluation_metrics(num_classes)
         self.test_metrics = _evaluation_metrics(num_classes)
         self._train_totals = _no_totals(self.device)
+        self._resumed_at = (0, 0)  # epochs finished and optimiser steps taken in them, of the checkpoint resumed from
+        self._planned: tuple[list[dict[str, Any]], Any] = ([], None)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return raw logits of normalised pictures."""
@@ -105,6 +109,27 @@ class ImageClassifier(pl.LightningModule):
     def on_train_start(self) -> None:
         """Make the epoch's sums on the device: a run resumed inside an epoch has no start of it."""
         self._train_totals = _no_totals(self.device)
+        self._apply_settings()
+
+    def _apply_settings(self) -> None:
+        """Put this run's settings in force where a checkpoint has restored others over them (Lightning #20310).
+
+        Nothing is touched where they are the same, so that a resumed run stays equal bit for bit.
+        """
+        if not self.trainer.lr_scheduler_configs:
+            return
+        optimizer, config = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0]
+        phases = config.scheduler.state_dict().get("_schedule_phases")
+        if ([settings_of(group) for group in optimizer.param_groups], phases) == self._planned:
+            return
+        for group, settings in zip(optimizer.param_groups, self._planned[0], strict=True):
+            group.update(settings)
+        config.scheduler = one_cycle(
+            optimizer,
+            total_steps=self.total_steps(),
+            pct_start=self.pct_start,
+            steps_done=self.trainer.global_step,
+        )
 
     def on_train_epoch_start(self) -> None:
         """Forget the last epoch's sums."""
@@ -162,6 +187,8 @@ class ImageClassifier(pl.LightningModule):
             fused=not self.trainer.gradient_clip_val,
         )
         schedule = one_cycle(optimizer, total_steps=self.total_steps(), pct_start=self.pct_start)
+        phases = schedule.state_dict()["_schedule_phases"]
+        self._planned = ([settings_of(group) for group in optimizer.param_groups], phases)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def total_steps(self) -> int:
@@ -180,7 +207,8 @@ class ImageClassifier(pl.LightningModule):
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
             per_epoch = -(-batches // trainer.accumulate_grad_batches)
             epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
-            total = per_epoch * epochs
+            epochs_done, steps_done = self._resumed_at
+            total = steps_done + per_epoch * max(0, epochs - epochs_done)
             if trainer.max_steps != -1:
                 total = min(total, trainer.max_steps)
         if total == float("inf"):
@@ -195,6 +223,7 @@ class ImageClassifier(pl.LightningModule):
         Raises:
             UserError: Its weights do not have the names and shapes of this network's.
         """
+        self._resumed_at = progress_of(checkpoint)
         theirs = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
         ours = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
         for name in sorted(ours.keys() | theirs.keys()):
@@ -248,6 +277,17 @@ class ImageClassifier(pl.LightningModule):
     """int64 (classes, classes) of the last validation; rows: true class."""
     test_confusion: Tensor | None = None
     """int64 (classes, classes) of the last test; rows: true class."""
+
+
+def progress_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """Return the epochs that a checkpoint's run has finished, and the optimiser steps up to the end of the last one."""
+    loop = checkpoint.get("loops", {}).get("fit_loop")
+    if loop is None:
+        return 0, 0
+    epochs, steps = loop["epoch_progress"]["current"], int(checkpoint["global_step"])
+    if epochs["ready"] > epochs["processed"]:  # saved inside an epoch, or before its end was counted
+        steps -= loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["current"]["completed"]
+    return int(epochs["processed"]), steps
 
 
 def _evaluation_metrics(num_classes: int) -> MetricCollection:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cifar_lightning.augment import Augmentation, CropMode, FlipMode, seeded_generator
 from cifar_lightning.errors import UserError
+from cifar_lightning.limits import check_limits
 from cifar_lightning.loader import EpochSampler, PictureLoader, Rank, ResidentLoader, StreamingLoader
 from cifar_lightning.sources import PictureSet, open_source
 
@@ -72,15 +73,17 @@ class ImageDataModule(pl.LightningDataModule):
         device: str | None = None,
     ) -> None:
         super().__init__()
-        for flag, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if size < 1:
-                raise UserError(f"--data.{flag} {size}: 1 or more.")
-        if not 0 <= val_fraction < 1:
-            raise UserError(f"--data.val_fraction {val_fraction}: 0 (train on all) to below 1, such as 0.1.")
-        if seed < 0:
-            raise UserError(f"--data.seed {seed}: 0 or more.")
-        if num_workers is not None and num_workers < 0:
-            raise UserError(f"--data.num_workers {num_workers}: 0 (resident) or more (streaming).")
+        check_limits(
+            "data",
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_fraction=val_fraction,
+            seed=seed,
+            num_workers=num_workers,
+            image_size=image_size,
+            brightness=brightness,
+            contrast=contrast,
+        )
         self.source = open_source(dataset, root, image_size)
         self.class_names: tuple[str, ...] = self.source.class_names
         self.num_classes = len(self.class_names)

@@ -117,6 +117,23 @@ def pictures_figure(images: UInt8[np.ndarray, "n height width 3"], titles: Seque
     return figure
 
 
+def lr_range_figure(lrs: Sequence[float], losses: Sequence[float], suggestion: float) -> Figure:
+    """Draw the loss of a learning-rate range test over the rate, with the suggested one.
+
+    Args:
+        lrs: Rate of each step, rising.
+        losses: Smoothed training loss of each step.
+        suggestion: The rate to mark.
+    """
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(lrs, losses, color="tab:blue")
+    axes.axvline(suggestion, color="tab:orange", linestyle="--", label=f"steepest fall: {suggestion:.2g}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, smoothed", title="Learning-rate range test")
+    axes.legend()
+    return figure
+
+
 def figure_to_array(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
     """Draw a figure into uint8 RGB, 0-255, as TensorBoard's `add_image(dataformats="HWC")` takes it."""
     canvas = FigureCanvasAgg(figure)

@@ -10,19 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from cifar_lightning.errors import UserError
-
 OptimizerName = Literal["adamw", "muon"]
 
 # Quintic whose iteration moves singular values into about 0.7-1.2 in few steps rather than to exactly 1 in many
 # (Jordan, "Muon", https://kellerjordan.github.io/posts/muon/).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-
-
-def check_lr(lr: float, flag: str = "lr") -> None:
-    """Raise `UserError` where a learning rate is not a positive finite number: such a run "finishes" with nothing."""
-    if not (math.isfinite(lr) and lr > 0):
-        raise UserError(f"--model.{flag} {lr}: a positive finite number, such as 3e-3.")
 
 
 def build_optimizer(
@@ -52,18 +44,36 @@ def build_optimizer(
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=fused)
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, *, total_steps: int, pct_start: float) -> OneCycleLR:
+def one_cycle(
+    optimizer: torch.optim.Optimizer, *, total_steps: int, pct_start: float, steps_done: int | None = None
+) -> OneCycleLR:
     """Return the schedule of every group: lr/25 up to its lr for `pct_start` of the steps, a cosine down to almost 0.
 
     It is stepped after every optimiser step (arXiv:1708.07120, with PyTorch's defaults; Muon's momentum is not cycled).
+
+    Args:
+        optimizer: Its groups' `lr` are the peaks, or with `steps_done` their `max_lr`.
+        total_steps: Of the whole run.
+        pct_start: Share of the steps in which the rates rise.
+        steps_done: Take up the schedule after this many steps, in an optimiser that has had one before.
     """
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    peaks = [group["lr"] if steps_done is None else group["max_lr"] for group in optimizer.param_groups]
     cycle_momentum = not isinstance(optimizer, Muon)
     if pct_start * total_steps == 1:
         pct_start *= 1 + 1e-6  # a rise that ends exactly at step 0 is a division by zero in OneCycleLR
     return OneCycleLR(
-        optimizer, max_lr=peaks, total_steps=total_steps, pct_start=pct_start, cycle_momentum=cycle_momentum
+        optimizer,
+        max_lr=peaks,
+        total_steps=total_steps,
+        pct_start=pct_start,
+        cycle_momentum=cycle_momentum,
+        last_epoch=-1 if steps_done is None else steps_done - 1,  # the constructor takes the step itself
     )
+
+
+def settings_of(group: dict[str, Any]) -> dict[str, Any]:
+    """Return what was chosen for a parameter group: all but its parameters and what the schedule moves."""
+    return {name: value for name, value in group.items() if name not in ("params", "lr", "betas")}
 
 
 class Muon(torch.optim.Optimizer):

@@ -4,7 +4,9 @@ Everything is plain ASCII but the class names, and nothing is said by colour alo
 """
 
 import shlex
-from collections.abc import Sequence
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cifar_lightning.analysis import per_class
+from cifar_lightning.analysis import confusion_matrix, per_class
+from cifar_lightning.errors import UserError
 from cifar_lightning.figures import printable
+from cifar_lightning.files import read_json
 from cifar_lightning.runs import RunFolder
 
 _MAX_CLASSES = 20  # more than that: the worst classes and the most confused pairs stand for all
@@ -49,6 +53,40 @@ def print_test_report(
     _print_pairs(console, metrics, shown)
     if run_path is not None:
         _print_files(console, RunFolder(run_path))
+
+
+def print_run_report(run: RunFolder, console: Console | None = None) -> None:
+    """Print the report of a run from its files alone.
+
+    Raises:
+        UserError: It has no test results, or they are damaged.
+    """
+    run.require(run.test_metrics, run.predictions)
+    metrics = read_json(run.test_metrics)
+    try:
+        with np.load(run.predictions) as answers:
+            names = tuple(str(name) for name in answers["class_names"])
+            cm = confusion_matrix(answers["targets"], answers["logits"].argmax(1), len(names))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{run.predictions}: damaged ({error}).\nMake it again with: python train.py test {run.path}"
+        ) from error
+    print_test_report(metrics, cm, names, run.path, console)
+
+
+def print_validation(figures: Mapping[str, float], console: Console | None = None) -> None:
+    """Print the figures of `validate`.
+
+    Args:
+        figures: val/acc, val/loss, val/f1 and val/ece.
+        console: Where to print; the terminal without one.
+    """
+    console = console or Console(highlight=False)
+    line = Text("Validation accuracy ")
+    line.append(_percent(figures["val/acc"], 2), style="bold")
+    console.print(line)
+    rest = {"loss": "val/loss", "macro F1": "val/f1", "calibration error": "val/ece"}
+    console.print(", ".join(f"{words} {_decimal(figures[name])}" for words, name in rest.items()))
 
 
 def _print_summary(console: Console, metrics: dict[str, Any]) -> None:
@@ -162,7 +200,9 @@ def _print_files(console: Console, run: RunFolder) -> None:
     numbered = run.path.name.isdecimal()  # runs/<recipe>/<number>: TensorBoard shows all runs side by side
     folder = run.path.parent.parent if numbered else run.path
     _print_whole(console, f"  tensorboard --logdir {shlex.quote(str(folder))}")
-    _print_whole(console, f"  python train.py test {shlex.quote(str(run.path))}")
+    path = shlex.quote(str(run.path))
+    for command in (f"analyze {path}", f"predict-images {path} MY_PICTURES", f"export {path} --format onnx"):
+        _print_whole(console, f"  python train.py {command}")
 
 
 def _print_heading(console: Console, title: str) -> None:

@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -144,6 +144,8 @@ class RunFolder:
     confusion_matrix_png = _File("confusion_matrix.png")
     predictions = _File("predictions.npz")  # logits, targets, indices of the test split
     predictions_val = _File("predictions_val.npz")  # the same of the validation split
+    lr_range = _File("lr_range.json")  # what the range test of `tune` or `fit --tune_lr` found
+    lr_range_png = _File("lr_range.png")
     gallery = _File("gallery.npz")  # at most 500 uint8 pictures for the page, so that a copied run needs no data set
     report = _File("report.html")  # one self-contained page
     lock_file = _File(".lock")  # locked by whoever writes the run; being there says that a run made this folder
@@ -162,6 +164,13 @@ class RunFolder:
     def has_results(self) -> bool:
         """Whether there are answers of the test split."""
         return self.test_metrics.exists() or self.predictions.exists()
+
+    def discard_results(self) -> None:
+        """Remove what was found out about weights that are trained on."""
+        results = (self.test_metrics, self.predictions, self.predictions_val, self.gallery, self.report)
+        confusion = (self.confusion_matrix_pt, self.confusion_matrix_csv, self.confusion_matrix_png)
+        for file in (*results, *confusion):
+            file.unlink(missing_ok=True)
 
     def require(self, *files: Path) -> None:
         """Refuse to go on without some of the run's files.
@@ -258,7 +267,7 @@ def _refuse_what_would_be_lost(run: RunFolder) -> None:
         if what:
             raise UserError(
                 f"--run_dir {run.path}: holds a run with {what}; it is not overwritten.\n"
-                f"Choose a new --run_dir; fit --ckpt_path {run.last_checkpoint} goes on with it there."
+                f"Choose a new --run_dir; fit --resume {run.path} goes on with it."
             )
     if files and not run.lock_file.exists():
         raise UserError(
@@ -295,6 +304,25 @@ def _suggest_run(path: Path) -> str:
         if configs:
             return f"Did you mean its newest run, {configs[-1].parent}?"
     return "Give the folder that fit named at its end, for example runs/smallnet/1."
+
+
+def recipe_name(recipes: Sequence[object], network: str) -> str:
+    """Return what a run is filed under: its recipe, that of the run whose config.yaml it repeats, or its network.
+
+    Args:
+        recipes: The YAML files that it is made from, the last one counts; may be empty.
+        network: Its name.
+    """
+    if not recipes:
+        return network
+    recipe = Path(str(recipes[-1])).resolve()
+    is_of_a_run = recipe.name == "config.yaml" and recipe.parent.name.isdecimal()
+    return recipe.parent.parent.name if is_of_a_run else recipe.stem
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the first of all, whoever started them: Lightning, torchrun or SLURM."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def describe_environment() -> dict[str, Any]:

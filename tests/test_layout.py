@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "cifar_lightning"
 LAYERS = [
     [
         "errors",
+        "limits",
         "files",
         "augment",
         "models",
@@ -30,7 +31,8 @@ LAYERS = [
     ["classifier"],
     ["report"],
     ["callbacks", "answers", "progress"],
-    ["cli"],
+    ["resume", "tune", "parser", "training"],
+    ["flags", "help", "cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 NEVER_TOGETHER = {"data": {"classifier", "report"}, "classifier": {"data", "report"}, "report": {"data", "classifier"}}

@@ -1,0 +1,235 @@
+"""The flags of fit, validate, test, predict and tune, without torch: names, types and defaults from a generated table.
+
+`flags.json` is made from the signatures by `python -m cifar_lightning.training` and held equal to them by a test. With
+it a mistake is answered at once; whatever gets past here is still checked by LightningCLI, which knows more.
+"""
+
+import difflib
+import functools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.limits import LIMITS
+
+ALIASES = {"epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "lr": "model.lr"}
+GROUPS = ("trainer", "model", "data", "early_stopping")  # each also takes a YAML file of its keys
+FRONT_ONLY = ("config", "resume", "print_config")  # not keys of a recipe
+# What people type who come from elsewhere.
+_SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "max_lr": "lr", "bs": "batch_size", "seed": "data.seed"}
+_SYNONYMS |= {"output_dir": "run_dir", "gpus": "trainer.devices", "arch": "model.name", "resume_from": "resume"}
+_INTEGER = re.compile(r"[-+]?(0[xob])?[0-9a-fA-F][0-9a-fA-F_]*")
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+
+
+@functools.cache
+def table() -> dict[str, dict[str, Any]]:
+    """Return flag -> {"types", "default", "help", "choices"}; "open" where a class, list or dict may be given."""
+    rows: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("flags.json").read_text(encoding="utf-8"))
+    return rows
+
+
+def normalize_arguments(command: str, arguments: Sequence[str]) -> list[str]:
+    """Return the flags of a command as `--long.name=value`, checked; aliases are spelled out.
+
+    One token a flag, so that negative numbers and values that begin with a dash are read as values, and a flag that is
+    true or false may stand without a value.
+
+    Raises:
+        UserError: A flag that does not exist, a value it does not take, none where one is needed, or two values for
+            one setting.
+    """
+    normalized, given = [], dict[str, tuple[str, str]]()
+    for typed, value in _pairs(command, arguments):
+        name = ALIASES.get(typed, typed)
+        plain = name.removesuffix("+")
+        _check_name(plain, f"--{typed}")
+        takers = table().get(plain, {}).get("commands", [command])
+        if command not in takers:
+            raise UserError(f"--{typed}: a flag of {' and '.join(takers)}, not of {command}.")
+        if value is None:
+            value = _value_left_out(plain, typed)
+        else:
+            check_value(plain, value, f"--{typed} {value}")
+        other, other_value = given.get(name, (typed, value))
+        if (other in ALIASES) != (typed in ALIASES) and other_value != value:
+            raise UserError(
+                f"--{other} {other_value} and --{typed} {value} are one setting with two values; give one of them."
+            )
+        given[name] = (typed, value or "")
+        normalized.append(f"--{name}" if value is None else f"--{name}={value}")
+    return normalized
+
+
+def suggest(word: str, words: Sequence[str]) -> str:
+    """Return " Did you mean X?" for the nearest of some words, or nothing."""
+    near = difflib.get_close_matches(word, words, n=1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def flag_value(arguments: Sequence[str], name: str) -> str | None:
+    """Return the value of a flag among normalised arguments; the last one counts."""
+    values = [argument.partition("=")[2] for argument in arguments if argument.partition("=")[0] == f"--{name}"]
+    return values[-1] if values else None
+
+
+def _pairs(command: str, arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield (name without dashes, value or None) of each flag."""
+    at = 0
+    while at < len(arguments):
+        argument = arguments[at]
+        at += 1
+        argument = "--config" + argument[2:] if argument.startswith("-c") else argument
+        if not argument.startswith("--") or len(argument) == 2:
+            raise UserError(f"{command} takes no argument '{argument}'.{_hint_for_argument(command, argument)}")
+        name, equals, value = argument[2:].partition("=")
+        if equals:
+            yield name, value
+        elif name != "print_config" and at < len(arguments) and not arguments[at].startswith("--"):
+            yield name, arguments[at]
+            at += 1
+        else:
+            yield name, None
+
+
+def _hint_for_argument(command: str, argument: str) -> str:
+    if argument.endswith((".yaml", ".yml")):
+        return f" For a recipe: {command} --config {argument}"
+    if argument.startswith("-") and len(argument) > 2:
+        return f" Flags have two dashes: -{argument}"
+    if command == "fit" and Path(argument, "config.yaml").is_file():
+        return f" To go on with a run: fit --resume {argument}"
+    return ""
+
+
+def _check_name(name: str, typed: str) -> None:
+    if name in table() or name in (*GROUPS, *FRONT_ONLY):
+        return
+    parents = (name[:at] for at in range(len(name)) if name[at] == ".")
+    if any(table().get(parent, {}).get("open") for parent in parents):
+        return
+    raise UserError(f"{typed}: no such flag.{suggest_flag(name)}")
+
+
+def suggest_flag(name: str) -> str:
+    """Return " Did you mean --X?" for the flag nearest to a name, or where to find them all."""
+    spelled = name.replace("-", "_").lower()
+    names = [*ALIASES, *table(), *FRONT_ONLY]
+    by_last = {full.rpartition(".")[2]: full for full in reversed(names)}
+    if spelled in _SYNONYMS:
+        near = [_SYNONYMS[spelled]]
+    elif spelled in names or spelled in by_last:
+        near = [spelled if spelled in names else by_last[spelled]]
+    else:
+        near = difflib.get_close_matches(spelled, names, n=1, cutoff=0.7)
+        near = near or [by_last[last] for last in difflib.get_close_matches(spelled, by_last, n=1, cutoff=0.75)]
+    return f" Did you mean --{near[0]}?" if near else " fit --help shows the common ones, fit --help-all every one."
+
+
+def _value_left_out(name: str, typed: str) -> str | None:
+    row = table().get(name, {})
+    if name == "print_config":
+        return None
+    if "bool" in row.get("types", ()):
+        return "true"
+    raise UserError(f"--{typed}: needs a value, {_words(row)}.")
+
+
+def check_value(name: str, value: str, typed: str) -> None:
+    """Refuse a value that a flag surely does not take.
+
+    Args:
+        name: The flag's long name.
+        value: As written.
+        typed: What the message begins with.
+
+    Raises:
+        UserError: Says what the flag takes.
+    """
+    row = table().get(name)
+    if row is None or row.get("open"):
+        return
+    if not _fits(row, value):
+        raise UserError(f"{typed}: {_words(row)}.{suggest(value, row.get('choices', []))}")
+    limit = LIMITS.get(name)
+    number = _number(value)
+    if limit is not None and number is not None and not limit.holds(number):
+        raise UserError(f"{typed}: {limit.advice}.")
+
+
+def _fits(row: dict[str, Any], value: str) -> bool:
+    types = row["types"]
+    if value in row.get("choices", []) or ("str" in types and "choices" not in row):
+        return True
+    lowered = value.strip().lower()
+    return (
+        ("null" in types and lowered in ("null", "none", "~", ""))
+        or ("bool" in types and lowered in ("true", "false", "yes", "no", "on", "off"))
+        or ("int" in types and bool(_INTEGER.fullmatch(lowered)))
+        or ("float" in types and _number(value) is not None)
+    )
+
+
+def _number(value: str) -> float | None:
+    lowered = value.strip().lower().replace("_", "")
+    if lowered.lstrip("+-") in (".nan", ".inf"):  # as YAML writes them
+        lowered = lowered.replace(".", "")
+    try:
+        return float(lowered)
+    except ValueError:
+        return None
+
+
+def _words(row: dict[str, Any]) -> str:
+    """Return what a flag takes, in words."""
+    choices = [f"one of {', '.join(map(str, row['choices']))}"] if row.get("choices") else []
+    kinds = [_WORDS[kind] for kind in row.get("types", ()) if kind in _WORDS]  # null is the default: nobody asks for it
+    return ", or ".join([*choices, *kinds]) or "such as --flag VALUE"
+
+
+def check_recipe(path: Path) -> None:
+    """Check the keys and values of a recipe as those of flags; what it leaves to files of its own is not looked at.
+
+    Raises:
+        UserError: Names the file and its first mistake.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror}).{_suggest_recipe(path)}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config {path}: not YAML ({reason}).") from error
+    if tree is None:
+        return
+    if not isinstance(tree, dict):
+        raise UserError(f"--config {path}: holds a {type(tree).__name__}; a recipe is keys and values, as in configs/.")
+    for name, value in _leaves(tree):
+        known = name in table() or name in GROUPS
+        if not known and not any(table().get(name[:at], {}).get("open") for at in range(len(name)) if name[at] == "."):
+            raise UserError(f"--config {path}: {name} is no setting.{suggest_flag(name).replace('--', '', 1)}")
+        if isinstance(value, str | int | float):
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            check_value(name, text, f"--config {path}: {name} {text}")
+
+
+def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and name not in table():
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _suggest_recipe(path: Path) -> str:
+    recipes = {recipe.stem: recipe for recipe in Path("configs").glob("*.yaml")}
+    near = difflib.get_close_matches(path.stem, recipes, n=1)
+    if near:
+        return f" Did you mean {recipes[near[0]].as_posix()}?"
+    return f" There are {', '.join(sorted(recipe.as_posix() for recipe in recipes.values()))}." if recipes else ""

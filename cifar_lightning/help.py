@@ -1,0 +1,188 @@
+"""What `--help` shows, and tab completion: the commands, and of each the flags that people use; without torch."""
+
+import argparse
+import difflib
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.flags import ALIASES, FRONT_ONLY, table
+
+# Words for flags whose own help is Lightning's, or which are no key of a recipe.
+_WORDS = {
+    "config": ("FILE", "recipe in YAML, or the config.yaml of a run; flags beside it win"),
+    "resume": ("RUN", "go on with a run in its folder, with its own config; flags beside it change its training"),
+    "epochs": ("N", "how often training sees every picture"),
+    "batch_size": ("N", "training pictures a step and process"),
+    "lr": ("X", "peak learning rate of OneCycle"),
+    "seed_everything": ("N", "seed of weights and dropout; --data.seed is that of split, order and augmentation"),
+    "trainer.precision": ("P", "16-mixed, bf16-mixed or 32-true; by default 16-mixed on a GPU, else 32-true"),
+    "trainer.devices": ("N", "number of processes; by default all GPUs, or one process on the CPU"),
+    "ckpt_path": ("FILE", "a checkpoint, instead of a run folder"),
+}
+_OF_FIT: tuple[str, ...] = ("config", "epochs", "batch_size", "lr", "data.dataset", "data.root", "data.val_fraction")
+_OF_FIT += ("model.name", "model.optimizer", "seed_everything", "trainer.precision", "trainer.devices")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that goes to LightningCLI.
+
+    Attributes:
+        usage: What follows the command's name.
+        summary: A line for the overview.
+        flags: What the short help shows.
+        example: A command line without the program's name.
+    """
+
+    usage: str
+    summary: str
+    flags: tuple[str, ...]
+    example: str
+
+
+TRAINING = {
+    "fit": Command(
+        "[--config FILE] [flags]",
+        "train a network, test it once, leave a run folder",
+        (*_OF_FIT, "run_dir", "resume", "init_weights", "tune_lr"),
+        "fit --config configs/smallnet_cpu.yaml --epochs 5",
+    ),
+    "validate": Command(
+        "RUN [flags]",
+        "figures of a run on its validation pictures",
+        ("ckpt_path", "config", "data.root", "data.eval_batch_size"),
+        "validate runs/smallnet/1",
+    ),
+    "test": Command(
+        "RUN [flags]",
+        "figures of a run on the test pictures, written into it anew",
+        ("ckpt_path", "config", "data.root", "data.eval_batch_size"),
+        "test runs/smallnet/1",
+    ),
+    "predict": Command(
+        "RUN [flags]",
+        "logits and probabilities of the test pictures",
+        ("output", "ckpt_path", "config", "data.root", "data.eval_batch_size"),
+        "predict runs/smallnet/1",
+    ),
+    "tune": Command(
+        "[--config FILE] [flags of fit]",
+        "find OneCycle's peak learning rate by a range test",
+        (*(flag for flag in _OF_FIT if flag not in ("epochs", "lr")), "run_dir"),
+        "tune --config configs/smallnet.yaml",
+    ),
+}
+
+
+class QuickParser(argparse.ArgumentParser):
+    """argparse with errors as `UserError`, without abbreviations, with a guess for a misspelt flag."""
+
+    def __init__(self, command: str, usage: str, summary: str) -> None:
+        super().__init__(
+            prog=f"{program()} {command}",
+            usage=f"{program()} {command} {usage}",
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            allow_abbrev=False,
+            add_help=False,
+            formatter_class=_formatter,
+        )
+        self.command = command
+        self._optionals.title = "flags"
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message."""
+        raise UserError(f"{self.command}: {message}.\n{self.usage}")
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse; refuse flags that are not there.
+
+        Raises:
+            UserError: Names the flag, and the nearest one.
+        """
+        known = [option for action in self._actions for option in action.option_strings]
+        for argument in arguments:  # before argparse, which complains of what is missing first
+            flag = argument.partition("=")[0]
+            if not flag.startswith("--") or flag in known:
+                continue
+            near = difflib.get_close_matches(flag.replace("-", "_"), [name.replace("-", "_") for name in known], n=1)
+            near = [name for name in known if near and name.replace("-", "_") == near[0]]
+            hint = f"Did you mean {near[0]}?" if near else f"It takes {', '.join(known)}."
+            raise UserError(f"{flag}: no such flag of {self.command}. {hint}")
+        return self.parse_args(list(arguments))
+
+
+def program() -> str:
+    """Return how the user started this program."""
+    return "cifar-lightning" if sys.argv[0].endswith("cifar-lightning") else "python train.py"
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    width = min(shutil.get_terminal_size().columns, 100)
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=width)
+
+
+def overview(quick: dict[str, str]) -> str:
+    """Return what `--help` shows.
+
+    Args:
+        quick: The other commands and a line for each.
+    """
+    rows = {name: command.summary for name, command in TRAINING.items()} | quick
+    lines = [f"usage: {program()} COMMAND [flags]", "", "Train picture classifiers and see what they learned.", ""]
+    lines += [f"  {name:<15} {summary}" for name, summary in rows.items()]
+    lines += ["", f"{program()} COMMAND --help shows the flags of a command; --version the version."]
+    lines += [f"First try: {program()} fit --config configs/quickstart.yaml"]
+    return "\n".join(lines)
+
+
+def training_help(name: str) -> str:
+    """Return what `COMMAND --help` shows of a command that goes to LightningCLI: a dozen flags and an example."""
+    command = TRAINING[name]
+    parser = QuickParser(name, command.usage, command.summary)
+    for flag in command.flags:
+        row = table().get(ALIASES.get(flag, flag), {})
+        metavar, text = _WORDS.get(flag, ("", ""))
+        default = row.get("default")
+        shown = (
+            "" if default in (None, "auto") else f" (default: {str(default).lower() if default is False else default})"
+        )
+        text = text or _first_sentence(str(row["help"]))
+        parser.add_argument(f"--{flag}", metavar=metavar or _metavar(row), help=f"{text}{shown}".replace("%", "%%"))
+    parser.epilog = f"For example: {program()} {command.example}\nEvery flag: {program()} {name} --help-all"
+    return parser.format_help().rstrip()
+
+
+def _first_sentence(text: str) -> str:
+    sentence = text.split(". ")[0].rstrip(".")
+    return sentence[:1].lower() + sentence[1:] if sentence[1:2].islower() or sentence[1:2] == " " else sentence
+
+
+def _metavar(row: dict[str, list[str]]) -> str:
+    if row.get("choices"):
+        return "|".join(row["choices"])
+    return {"int": "N", "float": "X", "bool": ""}.get(row["types"][0], "VALUE")
+
+
+def completion(shell: str, quick: dict[str, list[str]]) -> str:
+    """Return a script that completes commands and flags of `cifar-lightning`.
+
+    Args:
+        shell: bash or zsh.
+        quick: The flags of the commands that do not go to LightningCLI.
+    """
+    of_training = [f"--{name}" for name in (*ALIASES, *FRONT_ONLY, *table())]
+    flags = {name: [*of_training, "--help", "--help-all"] for name in TRAINING} | quick
+    cases = "\n".join(f"    {name}) words='{' '.join(words)}' ;;" for name, words in flags.items())
+    bash = f"""_cifar_lightning() {{
+  local words='{" ".join(flags)} --help --version'
+  [ "$COMP_CWORD" -gt 1 ] && case "${{COMP_WORDS[1]}}" in
+{cases}
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _cifar_lightning cifar-lightning"""
+    return f"autoload -U +X bashcompinit && bashcompinit\n{bash}" if shell == "zsh" else bash

@@ -1,0 +1,72 @@
+"""Which numbers the flags take: one table for the classes that get them and for the command line without torch."""
+
+import math
+from dataclasses import dataclass
+
+from cifar_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The numbers that a flag takes.
+
+    Args:
+        low: The smallest, or with `above` the bound that must be exceeded.
+        high: The bound that must not be reached, or with `through` the largest.
+        advice: What the message says, in words.
+        above: Whether `low` itself is refused.
+        through: Whether `high` itself is taken.
+    """
+
+    low: float
+    high: float
+    advice: str
+    above: bool = False
+    through: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether the value is taken; NaN never is."""
+        over = value > self.low if self.above else value >= self.low
+        return over and (value <= self.high if self.through else value < self.high)
+
+
+_RATE = Limit(0, math.inf, "a positive finite number, such as 3e-3", above=True)
+_COUNT = Limit(1, math.inf, "1 or more")
+_PIXELS = Limit(0, math.inf, "0 (off) or more")
+_SHARE = Limit(0, 1, "0 to below 1")
+_STRENGTH = Limit(0, 1, "0 (off) to 1", through=True)
+
+LIMITS = {
+    "model.lr": _RATE,
+    "model.sgd_lr": _RATE,
+    "model.weight_decay": Limit(0, math.inf, "0 or more"),
+    "model.label_smoothing": _SHARE,
+    "model.pct_start": _SHARE,
+    "data.batch_size": _COUNT,
+    "data.eval_batch_size": _COUNT,
+    "data.image_size": _COUNT,
+    "data.val_fraction": Limit(0, 1, "0 (train on all) to below 1, such as 0.1"),
+    "data.seed": Limit(0, math.inf, "0 or more"),
+    "data.num_workers": Limit(0, math.inf, "0 (resident) or more (streaming)"),
+    "data.crop_padding_px": _PIXELS,
+    "data.cutout_px": _PIXELS,
+    "data.brightness": _STRENGTH,
+    "data.contrast": _STRENGTH,
+    "trainer.accumulate_grad_batches": _COUNT,
+}
+
+
+def check_limits(group: str, **values: float | None) -> None:
+    """Refuse numbers that a flag does not take; None, a default that is found out later, is always taken.
+
+    Args:
+        group: What the flags begin with: model, data or trainer.
+        **values: By the flags' last names.
+
+    Raises:
+        UserError: Names the flag, the value and what is taken.
+    """
+    for name, value in values.items():
+        limit = LIMITS[f"{group}.{name}"]
+        if value is not None and not limit.holds(value):
+            raise UserError(f"--{group}.{name} {value}: {limit.advice}.")

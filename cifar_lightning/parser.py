@@ -1,0 +1,130 @@
+"""LightningCLI's parser with short errors, and the table of its flags that the quick commands read."""
+
+import inspect
+import json
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from cifar_lightning.callbacks import AnnealingEarlyStopping
+from cifar_lightning.errors import UserError
+from cifar_lightning.models import MODELS
+from cifar_lightning.sources import DATASETS
+
+TABLE = Path(__file__).with_name("flags.json")
+# Flags of the project beside those of the Trainer, the model and the data: type, default, help, commands that take it.
+_OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
+    "run_dir": (str | None, None, "Folder of the run; default: runs/RECIPE/N.", ("fit", "tune")),
+    "init_weights": (
+        str | None,
+        None,
+        "Start from these weights: a checkpoint, a .safetensors export or a state_dict file.",
+        ("fit",),
+    ),
+    "tune_lr": (bool, False, "Find OneCycle's peak by a range test first.", ("fit",)),
+    "output": (str | None, None, "File for the answers (.npz); default: RUN/predictions.npz.", ("predict",)),
+}
+# The signatures say str, since a data set or network of one's own is one more line there.
+_NAMES = {"model.name": tuple(MODELS), "data.dataset": DATASETS}
+_KINDS = {int: "int", float: "float", bool: "bool", str: "str", Path: "str", types.NoneType: "null"}
+
+
+class RunParser(LightningArgumentParser):
+    """LightningCLI's parser that raises a short `UserError` instead of printing usage, and takes no abbreviation."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the message's first lines."""
+        lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+        raise UserError("\n".join(lines[:2])) from ex
+
+
+def add_own_flags(parser: LightningArgumentParser) -> None:
+    """Add the flags that are of the run and not of the Trainer; take from the data what the data knows."""
+    for name, (kind, default, text, _) in _OWN.items():
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    parser.add_lightning_class_args(AnnealingEarlyStopping, "early_stopping")
+    parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+    parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
+
+
+def check_arguments(command: str, config: Namespace) -> None:
+    """Refuse what would fail after the run folder is made, or silently do something else.
+
+    Raises:
+        UserError: Names the flag.
+    """
+    if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
+        raise UserError(f"--ckpt_path {config.ckpt_path}: no such file; give a checkpoint, RUN/checkpoints/last.ckpt.")
+    if command != "fit" and config.ckpt_path is None:
+        raise UserError(f"{command} needs a trained network: give a run folder, or --ckpt_path FILE.")
+    epochs = config.trainer.max_epochs
+    if command == "fit" and (epochs == 0 or (epochs in (None, -1) and config.trainer.max_steps == -1)):
+        raise UserError(f"--epochs {epochs}: 1 or more; OneCycle needs an end.")
+
+
+def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
+    """Return every value of a run as YAML, without the run's own path, so that it starts the same run anew."""
+    own = config.clone()
+    for key in ("run_dir", "config", "ckpt_path", "output"):
+        own.pop(key, None)
+    text: str = parser.dump(own, skip_none=False)
+    return text
+
+
+def describe_flags(parser: LightningArgumentParser) -> dict[str, dict[str, Any]]:
+    """Return what `flags.table` reads: flag -> {"types", "default", "help"} and "choices", "open", "commands"."""
+    defaults, rows = parser.get_defaults(), dict[str, dict[str, Any]]()
+    for action in parser._actions:
+        hint = getattr(action, "_typehint", None)
+        if hint is None or action.dest.endswith(".help"):  # groups, links, configs
+            continue
+        kinds, choices = _kinds(hint)
+        default = defaults[action.dest]
+        row: dict[str, Any] = {
+            "types": [kind for kind in kinds if kind != "open"],
+            "default": default if isinstance(default, int | float | str | None) else str(default),
+            "help": _first_paragraph(action.help or ""),
+        }
+        choices += _NAMES.get(action.dest, ())
+        if choices:
+            row["choices"] = choices
+        if "open" in kinds:
+            row["open"] = True
+        if action.dest in _OWN:
+            row["commands"] = list(_OWN[action.dest][3])
+        rows[action.dest] = row
+    return rows
+
+
+def table_text(parser: LightningArgumentParser) -> str:
+    """Return the content of `flags.json`."""
+    rows = (f"{json.dumps(name)}: {json.dumps(row)}" for name, row in describe_flags(parser).items())
+    return "{\n" + ",\n".join(rows) + "\n}\n"
+
+
+def _kinds(hint: Any) -> tuple[list[str], list[str]]:
+    """Return the kinds of values that a type takes, "open" for what the table cannot check, and its literals."""
+    if typing.get_origin(hint) is Literal:
+        return [], [str(value) for value in typing.get_args(hint)]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        kinds, choices = list[str](), list[str]()
+        for part in typing.get_args(hint):
+            more_kinds, more_choices = _kinds(part)
+            kinds += [kind for kind in more_kinds if kind not in kinds]
+            choices += [choice for choice in more_choices if choice not in choices]
+        return kinds, choices
+    return [_KINDS.get(hint, "open")], []
+
+
+def _first_paragraph(text: str) -> str:
+    paragraph = inspect.cleandoc(text).split("\n\n")[0]
+    paragraph = re.sub(r"\s*Default: .*", "", paragraph, flags=re.DOTALL)
+    return " ".join(re.sub(r":\w+:`~?([^`]*)`|``?([^`]*)``?", r"\1\2", paragraph).split())

@@ -1,0 +1,97 @@
+"""What `fit --resume RUN` goes on with: the run's own config, what was changed beside it, where training stopped."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.runs import RunFolder
+from cifar_lightning.weights import read_checkpoint
+
+# What the weights, the optimiser's state or the split belong to; everything else is training, which may change.
+_FIXED = {"model.name", "model.model_kwargs", "model.optimizer", "data.image_size", "data.dataset", "data.seed"}
+_FIXED |= {"data.val_fraction"}
+Changes = dict[str, tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class StopPoint:
+    """Where a run's last checkpoint was saved.
+
+    Attributes:
+        epochs_done: Finished epochs.
+        steps_done: Optimiser steps.
+        stopped_early: Whether early stopping had ended the run.
+    """
+
+    epochs_done: int
+    steps_done: int
+    stopped_early: bool
+
+    def is_end(self, max_epochs: int | None, max_steps: int) -> bool:
+        """Whether a run of that length has nothing left to train."""
+        epochs_are_up = max_epochs not in (None, -1) and self.epochs_done >= int(max_epochs or 0)
+        return epochs_are_up or (max_steps != -1 and self.steps_done >= max_steps) or self.stopped_early
+
+
+def stop_point(run: RunFolder) -> StopPoint:
+    """Read where a run stopped.
+
+    Raises:
+        UserError: It has no last checkpoint, or a damaged one.
+    """
+    run.require(run.last_checkpoint)
+    checkpoint = read_checkpoint(run.last_checkpoint)
+    stopping = [state for key, state in checkpoint["callbacks"].items() if "EarlyStopping" in key]
+    return StopPoint(
+        epochs_done=checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"],
+        steps_done=checkpoint["global_step"],
+        stopped_early=any(state["stopped_epoch"] > 0 for state in stopping),
+    )
+
+
+def find_changes(run: RunFolder, config_text: str) -> Changes:
+    """Compare a run's config.yaml with the one that it would go on with.
+
+    Returns:
+        Key -> (value of the run, value now), of the keys that differ.
+
+    Raises:
+        UserError: A key that the checkpoint depends on differs, or the run's config is damaged.
+    """
+    before, now = (_flat(_read_yaml(text, run.config)) for text in (run.config.read_text("utf-8"), config_text))
+    changes = {key: (before[key], now[key]) for key in sorted(before.keys() & now.keys()) if before[key] != now[key]}
+    for key in changes:
+        if key in _FIXED:
+            raise UserError(
+                f"--{key} {changes[key][1]}: the run {run.path} has {changes[key][0]}, which its checkpoint depends on."
+                f"\nLeave it out, or start a new run: fit --init_weights {run.tested_checkpoint}"
+            )
+    return changes
+
+
+def describe_changes(changes: Changes) -> list[str]:
+    """Return a line for each change."""
+    return [f"--{key} {now} instead of {before}" for key, (before, now) in changes.items()]
+
+
+def _read_yaml(text: str, path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}).") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: damaged, it holds no keys.")
+    return tree
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and not prefix:
+            flat |= _flat(value, f"{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

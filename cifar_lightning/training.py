@@ -1,0 +1,403 @@
+"""fit, validate, test, predict and tune: LightningCLI over ImageClassifier and ImageDataModule; runs are folders."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from cifar_lightning.answers import AnswerKeeper
+from cifar_lightning.callbacks import (
+    Dashboard,
+    NoProfiler,
+    RunBoard,
+    RunCheckpoint,
+    RunRecorder,
+)
+from cifar_lightning.classifier import ImageClassifier
+from cifar_lightning.data import ImageDataModule
+from cifar_lightning.errors import UserError
+from cifar_lightning.files import MetricsTable, read_json, write_text_durably
+from cifar_lightning.parser import TABLE, RunParser, add_own_flags, check_arguments, config_text, table_text
+from cifar_lightning.progress import RunProgress
+from cifar_lightning.report import print_run_report, print_test_report, print_validation
+from cifar_lightning.resume import Changes, StopPoint, describe_changes, find_changes, stop_point
+from cifar_lightning.runs import RunFolder, create_run, discard_run, is_first_process, open_run, recipe_name
+from cifar_lightning.tune import LrRange, find_lr, write_lr_range
+from cifar_lightning.weights import load_weights
+
+RUNS = Path("runs")
+_EVALUATING = ("validate", "test", "predict")
+# Lightning's launcher runs the command again for each further process, which must join the first one's run.
+_RUN_OF_RANK_0 = "CIFAR_LIGHTNING_RUN_DIR"
+_SILENCED = (
+    # The advice would be wrong: torchmetrics has summed over the ranks, and the mean of uneven ranks is not the mean.
+    ".*It is recommended to use .*sync_dist=True.*",
+    # Our logger steps once an epoch whatever log_every_n_steps is.
+    ".*is smaller than the logging interval.*",
+    # Lightning 2.6 asks torch's pytree in a way that torch has deprecated.
+    ".*LeafSpec.*is deprecated.*",
+    # `test` needs no callback of `fit`; a run that goes on elsewhere begins with a best of its own.
+    "Be aware that when using `ckpt_path`.*",
+    "The dirpath has changed from .*",
+    # A chosen --run_dir that a run without any checkpoint left behind.
+    "Checkpoint directory .* exists and is not empty.*",
+)
+
+
+def run_training(command: str, arguments: Sequence[str], *, resumed: RunFolder | None = None) -> None:
+    """Run one of LightningCLI's commands, or `tune`.
+
+    Args:
+        command: fit, validate, test, predict or tune.
+        arguments: Its flags by their long names.
+        resumed: The run that `fit` goes on with; its config and checkpoint are among the arguments.
+
+    Raises:
+        UserError: What the user can mend.
+    """
+    for library in ("lightning.pytorch", "lightning.fabric"):  # no adverts, no list of absent accelerators, no seed
+        logging.getLogger(library).setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        # Lightning switches on a check for CUDA that looks for the driver's library anew each time, and torch's
+        # optimisers ask in every step: 0.1 ms of each step on a machine without a GPU.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+    for message in _SILENCED:
+        warnings.filterwarnings("ignore", message)
+    try:
+        if command == "tune":
+            TuneCLI(["fit", *arguments])
+        else:
+            RunCLI([command, *arguments], resumed)
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+
+
+class RunCLI(LightningCLI):
+    """Makes the run folder, the callbacks that fill it, and what follows `fit`.
+
+    Args:
+        args: The command line, aliases spelled out.
+        resumed: The run to go on with.
+    """
+
+    def __init__(self, args: list[str], resumed: RunFolder | None = None) -> None:
+        self.run: RunFolder | None = None
+        self.resumed = resumed
+        self.stopped_at: StopPoint | None = None
+        self.changes: Changes = {}
+        self.answers = AnswerKeeper(None)
+        self._arguments = args
+        super().__init__(
+            ImageClassifier,
+            ImageDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={"max_epochs": 100, "num_sanity_val_steps": 0, "enable_model_summary": False},
+            parser_class=RunParser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    # -- the command line --------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the commands and which of their arguments are not flags."""
+        commands = LightningCLI.subcommands()
+        not_flags = {"weights_only", "verbose", "return_predictions"}
+        return {name: commands[name] | not_flags for name in ("fit", *_EVALUATING)}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the project's own flags."""
+        add_own_flags(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what was spelled out; sys.argv stays for the launcher, which starts further processes with it."""
+        self.config = parser.parse_args(self._arguments)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the command line as it is: LightningCLI would silently replace it by the checkpoint's values."""
+
+    def before_instantiate_classes(self) -> None:
+        """Choose by device what was left open: precision, and cuDNN's autotune where runs need not be deterministic."""
+        config = self.config[self.subcommand]
+        check_arguments(str(self.subcommand), config)
+        trainer = config.trainer
+        on_cuda = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
+        if on_cuda:
+            torch.set_float32_matmul_precision("high")  # TF32 where a product is in 32 bits
+        if trainer.precision is None:
+            trainer.precision = "16-mixed" if on_cuda else "32-true"
+        elif not on_cuda and str(trainer.precision) in ("16", "16-mixed", "16-true"):
+            # Half precision on a CPU is emulated and 90 times slower where the processor has no instructions for it.
+            print(f"--trainer.precision {trainer.precision} needs a GPU: using 32-true.", file=sys.stderr)
+            trainer.precision = "32-true"
+        if trainer.benchmark is None:
+            trainer.benchmark = not trainer.deterministic
+        if self.resumed is not None:
+            self.changes = find_changes(self.resumed, config_text(self._parser("fit"), config))
+            self.stopped_at = stop_point(self.resumed)
+
+    # -- making the Trainer ------------------------------------------------------------------------------------------
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make the Trainer with the callbacks and the logger of the run."""
+        config = self.config[self.subcommand]
+        # Before a folder is made: a mistake should not leave an empty run behind.
+        self.datamodule.prepare_data()
+        self.datamodule.setup()
+        monitored = False
+        if self.subcommand == "fit":
+            monitored = bool(self.datamodule.num_pictures("val")) and config.trainer.limit_val_batches != 0
+            self._make_run(config)
+        elif config.ckpt_path is not None:
+            self.run = self._run_of_checkpoint(Path(config.ckpt_path), config.output)
+        settings = self.config_init[self.subcommand].trainer
+        made = {
+            "callbacks": self._callbacks(settings, monitored),
+            "logger": settings.logger,
+            "profiler": settings.profiler or NoProfiler(),
+        }
+        if settings.logger in (None, True):
+            steps_done = self.stopped_at.steps_done if self.stopped_at else None
+            made["logger"] = RunBoard(self.run, steps_done) if self.subcommand == "fit" and self.run else False
+        if not monitored and self.subcommand == "fit":
+            settings.limit_val_batches = 0  # Lightning warns of loaders of length zero
+        try:
+            return pl.Trainer(**{**settings, **made})
+        except BaseException as error:
+            if self.subcommand == "fit" and self.run is not None and self.resumed is None and is_first_process():
+                discard_run(self.run)
+            if isinstance(error, ValueError):  # an unknown accelerator or strategy, for example
+                raise UserError(str(error).strip().splitlines()[0]) from error
+            raise
+
+    def _callbacks(self, settings: Namespace, monitored: bool) -> list[pl.Callback]:
+        """Return the callbacks that were asked for and those that every run has."""
+        callbacks: list[pl.Callback] = list(settings.callbacks or [])
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if settings.enable_progress_bar is not False and not has_bar:
+            callbacks.append(RunProgress(self.run if self.subcommand == "fit" else None))
+        output = self.config[self.subcommand].output
+        self.answers = AnswerKeeper(self.run, Path(output) if output else None)
+        callbacks.append(self.answers)
+        if self.subcommand != "fit":
+            return callbacks
+        assert self.run is not None
+        callbacks += [RunRecorder(self.run, self._describe_resume()), Dashboard(self.datamodule.class_names)]
+        if monitored:
+            callbacks.append(self.config_init["fit"].early_stopping)
+        if settings.enable_checkpointing is not False:
+            # Best before last, so that the last checkpoint knows the best of its own epoch.
+            callbacks += [RunCheckpoint(self.run, which) for which in (("best", "last") if monitored else ("last",))]
+        return callbacks
+
+    def _make_run(self, config: Namespace) -> None:
+        """Make the run folder of `fit`, or open the one that it goes on with."""
+        if not is_first_process():
+            chosen = os.environ.get(_RUN_OF_RANK_0) or config.run_dir
+            if chosen is None:
+                raise UserError("several processes started from outside (torchrun, SLURM) need one --run_dir for all.")
+            self.run = RunFolder(Path(chosen))
+            return
+        if self.resumed is not None:
+            self.run = open_run(self.resumed.path, lock=True)
+            reason = self._other_pictures(self.run)
+            if reason:
+                raise UserError(f"{self.run.path}: {reason}; going on would train on its validation pictures.")
+        else:
+            found = self._tune(config) if config.tune_lr else None
+            if config.init_weights:
+                load_weights(self.model.network, Path(config.init_weights))
+            self.run = self._new_folder(config)
+            write_text_durably(self.run.config, config_text(self._parser("fit"), config))
+            if found is not None:
+                write_lr_range(self.run, found)
+        os.environ[_RUN_OF_RANK_0] = str(self.run.path)
+
+    @staticmethod
+    def _new_folder(config: Namespace, suffix: str = "") -> RunFolder:
+        recipe = recipe_name(config.config, config.model.name) + suffix
+        return create_run(RUNS, recipe, Path(config.run_dir) if config.run_dir else None)
+
+    def _tune(self, config: Namespace) -> LrRange:
+        """Find the peak of OneCycle and set it, as if it had been given by a flag."""
+        print("Range test: raising the learning rate for a few steps.")
+        found = find_lr(self.model, self.datamodule, **self.config_init["fit"].trainer)
+        config.tune_lr = False  # config.yaml repeats the run, not the test
+        self.model.lr = self.model.hparams["lr"] = config.model.lr = found.suggestion
+        if found.sgd_lr is not None:
+            self.model.sgd_lr = self.model.hparams["sgd_lr"] = config.model.sgd_lr = found.sgd_lr
+        return found
+
+    def _other_pictures(self, run: RunFolder) -> str:
+        """Return why the data is not what a run was trained on; empty if it is."""
+        theirs, ours = read_json(run.split), self.datamodule.split_summary()
+        if any(theirs[key] != ours[key] for key in ("sha256", "train", "val")):
+            return "these are not its pictures or not its split"
+        return ""
+
+    def _run_of_checkpoint(self, checkpoint: Path, output: str | None) -> RunFolder | None:
+        """Return the run that a checkpoint lies in, to write its answers into, unless other pictures are asked for."""
+        run = RunFolder(checkpoint.parent.parent)
+        if self.subcommand == "validate" and not self.datamodule.num_pictures("val"):
+            raise UserError(
+                "validate: nothing was held out (--data.val_fraction 0), so there is nothing to validate on."
+            )
+        if output:
+            return None
+        reason = "not in a run folder"
+        if checkpoint.parent == run.checkpoints and run.split.exists():
+            reason = self._other_pictures(run)
+            if not reason and checkpoint != run.tested_checkpoint:
+                reason = f"{checkpoint.name} is not the checkpoint that its files are of"
+            if not reason:
+                return open_run(run.path, lock=is_first_process())
+        if self.subcommand == "predict":
+            raise UserError(f"predict: {checkpoint}: {reason}; give --output FILE for the answers.")
+        if run.split.exists():
+            print(f"{run.path}: {reason}, so its files stay as they are.")
+        return None
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["weights_only"] = True  # a checkpoint is data: it must not be able to run code
+        if subcommand == "predict":
+            kwargs["return_predictions"] = False  # AnswerKeeper has them
+        elif subcommand != "fit":
+            kwargs["verbose"] = False  # our report follows
+        return kwargs
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command; of a run that was trained to its end, only what comes after."""
+        trainer = self.config[subcommand].trainer
+        if self.stopped_at is not None and self.stopped_at.is_end(trainer.max_epochs, trainer.max_steps):
+            self._finish()
+        else:
+            super()._run_subcommand(subcommand)
+
+    def _finish(self) -> None:
+        """Make what a trained run lacks."""
+        assert self.run is not None
+        print(f"{self.run.path}: trained to its end; --epochs N with more epochs would train on.")
+        if not (self.run.test_metrics.exists() and self.run.predictions.exists()):
+            self.after_fit()
+        else:
+            print_run_report(self.run)
+
+    def before_fit(self) -> None:
+        """Bring the run's files to where its checkpoint is."""
+        if self.stopped_at is None or self.run is None or not is_first_process():
+            return
+        for path in (self.run.metrics_csv, self.run.timing_csv):
+            MetricsTable(path).cut_after(self.stopped_at.epochs_done - 1)  # they count from 0
+        if self.changes:
+            write_text_durably(self.run.config, config_text(self._parser("fit"), self.config["fit"]))
+        self.run.discard_results()  # of the weights before
+        print(f"Going on with {self.run.path} after epoch {self.stopped_at.epochs_done}.")
+        for line in describe_changes(self.changes):
+            print(f"  {line}")
+        planned = {"trainer.max_epochs", "trainer.max_steps", "data.batch_size", "model.lr", "model.pct_start"}
+        if planned & self.changes.keys():
+            print("  OneCycle is planned anew over the whole run and taken up at this step.")
+
+    def _describe_resume(self) -> dict[str, Any] | None:
+        """Return what environment.json says of this start, None for a new run."""
+        if self.stopped_at is None:
+            return None
+        changed = {key: now for key, (_, now) in self.changes.items()}
+        return {"epoch": self.stopped_at.epochs_done, "step": self.stopped_at.steps_done, "changed": changed}
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint once, write the answers and show the report."""
+        assert self.run is not None
+        settings = self.config_init["fit"].trainer
+        best = self.run.tested_checkpoint
+        if not best.exists() and settings.enable_checkpointing is not False and not settings.fast_dev_run:
+            raise UserError(f"{self.run.checkpoints}: no checkpoint could be written; is the folder writable?")
+        chosen: dict[str, Any] = {"ckpt_path": best, "weights_only": True} if best.exists() else {}
+        if self.datamodule.num_pictures("val") and settings.limit_val_batches != 0:
+            # For the answers alone: a second point on the curve of val/acc would be that of another epoch.
+            loggers, self.trainer.loggers = self.trainer.loggers, []
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False, **chosen)
+            self.trainer.loggers = loggers
+        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False, **chosen)
+        self.after_test()
+
+    def after_test(self) -> None:
+        """Show the report of the test."""
+        if self.trainer.is_global_zero and self.answers.metrics is not None and self.answers.confusion is not None:
+            run_path = self.run.path if self.run is not None else None
+            print_test_report(self.answers.metrics, self.answers.confusion, self.datamodule.class_names, run_path)
+
+    def after_validate(self) -> None:
+        """Show the validation's figures."""
+        if self.trainer.is_global_zero:
+            print_validation({name: float(value) for name, value in self.trainer.callback_metrics.items()})
+
+    def after_predict(self) -> None:
+        """Say where the answers are."""
+        if self.trainer.is_global_zero:
+            print(f"Logits and probabilities of {self.answers.num_written:,} test pictures: {self.answers.written_to}")
+
+
+class TuneCLI(RunCLI):
+    """`tune`: the range test alone, with the flags of `fit`; its folder holds the figure and a config with the peak."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make none: the test has its own."""
+        return pl.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, barebones=True)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        config = self.config["fit"]
+        self.datamodule.prepare_data()
+        self.datamodule.setup()
+        found = self._tune(config)
+        run = create_run(
+            RUNS,
+            f"{recipe_name(config.config, config.model.name)}_tune",
+            Path(config.run_dir) if config.run_dir else None,
+        )
+        write_text_durably(run.config, config_text(self._parser("fit"), config))
+        write_lr_range(run, found)
+        print(f"Suggested peak: {found.suggestion:.2g}, where the loss fell fastest in {len(found.lrs)} steps.")
+        print(f"{run.path}: lr_range.png shows it. To train with it:")
+        print(f"  python train.py fit --config {run.config.as_posix()}")
+
+
+class _TableOnly(RunCLI):
+    """The parser of `fit` alone."""
+
+    def _set_seed(self) -> None:
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is made."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing is made."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def fit_parser() -> LightningArgumentParser:
+    """Return the parser of `fit`, from which `flags.json` is made."""
+    parser: LightningArgumentParser = _TableOnly(["fit"])._parser("fit")
+    return parser
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table_text(fit_parser()), encoding="utf-8")

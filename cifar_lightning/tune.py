@@ -1,0 +1,118 @@
+"""The learning-rate range test (arXiv:1506.01186): some steps with a rising rate; where does the loss fall fastest?
+
+Lightning's `Tuner.lr_find` does it, on a copy of the network and with a Trainer of its own, so that the run that
+follows starts as if there had been no test.
+"""
+
+import contextlib
+import copy
+import io
+import logging
+import math
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.tuner.tuning import Tuner
+
+from cifar_lightning.classifier import ImageClassifier
+from cifar_lightning.data import ImageDataModule
+from cifar_lightning.errors import UserError
+from cifar_lightning.figures import figure_to_png, lr_range_figure
+from cifar_lightning.files import write_bytes_durably, write_json
+from cifar_lightning.runs import RunFolder
+
+MIN_LR, MAX_LR, NUM_STEPS = 1e-5, 1.0, 100
+
+
+@dataclass(frozen=True)
+class LrRange:
+    """What a range test found.
+
+    Attributes:
+        lrs: Rate of each step.
+        losses: Smoothed training loss after each step.
+        suggestion: Where the loss falls fastest.
+        sgd_lr: With muon, what `sgd_lr` becomes so that both rates keep their ratio; else None.
+    """
+
+    lrs: list[float]
+    losses: list[float]
+    suggestion: float
+    sgd_lr: float | None
+
+
+def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: Any) -> LrRange:
+    """Run the test; neither the module nor the random numbers after it are touched.
+
+    Args:
+        module: Its copy is trained for `NUM_STEPS` steps, or until the loss has grown fourfold.
+        data: Gives the training batches.
+        **trainer_settings: Arguments of the Trainer: precision, accelerator and the like.
+
+    Raises:
+        UserError: More than one process, or no rate at which the loss falls.
+    """
+    quiet = {"logger": False, "callbacks": [], "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "max_epochs": -1, "limit_val_batches": 0, "max_steps": NUM_STEPS}
+    tuned = copy.deepcopy(module)
+    ratio = module.sgd_lr / module.lr if module.optimizer_name == "muon" else None
+    if ratio is not None:
+        _keep_ratio(tuned, ratio)
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder, _without_noise():
+        trainer = pl.Trainer(**{**trainer_settings, **quiet, "default_root_dir": folder})
+        if trainer.world_size > 1:
+            raise UserError("the range test runs in one process: tune with --trainer.devices 1, then give --lr.")
+        # The fine end of the default range, 1e-8, would spend a third of the steps where nothing moves.
+        found = Tuner(trainer).lr_find(
+            tuned, datamodule=data, min_lr=MIN_LR, max_lr=MAX_LR, num_training=NUM_STEPS, update_attr=False
+        )
+    data.trainer = None
+    suggestion = found.suggestion() if found is not None else None
+    if found is None or suggestion is None or not math.isfinite(suggestion):
+        raise UserError("tune: at no learning rate did the loss fall; look at the data, or give --lr yourself.")
+    lrs, losses = [float(lr) for lr in found.results["lr"]], [float(loss) for loss in found.results["loss"]]
+    return LrRange(lrs, losses, float(suggestion), None if ratio is None else float(suggestion) * ratio)
+
+
+def write_lr_range(run: RunFolder, found: LrRange) -> None:
+    """Write lr_range.json and lr_range.png."""
+    write_json(run.lr_range, asdict(found))
+    write_bytes_durably(run.lr_range_png, figure_to_png(lr_range_figure(found.lrs, found.losses, found.suggestion)))
+
+
+def _keep_ratio(module: ImageClassifier, ratio: float) -> None:
+    """Let SGD's rate follow Muon's: Lightning's test moves all groups to one rate."""
+    configure = module.configure_optimizers
+
+    def follow(optimizer: torch.optim.Optimizer, *args: Any) -> None:
+        for group in optimizer.param_groups:
+            if not group["orthogonalize"]:
+                group["lr"] = ratio * optimizer.param_groups[0]["lr"]
+
+    def configured() -> Any:
+        made = configure()
+        made["optimizer"].register_step_pre_hook(follow)
+        return made
+
+    object.__setattr__(module, "configure_optimizers", configured)
+
+
+@contextlib.contextmanager
+def _without_noise() -> Iterator[None]:
+    """Silence Lightning's lines on a restored checkpoint, and its bar where there is no terminal."""
+    library = logging.getLogger("lightning.pytorch")
+    level = library.level
+    library.setLevel(logging.ERROR)
+    stderr = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    with contextlib.redirect_stderr(stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            library.setLevel(level)
