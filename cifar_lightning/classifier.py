@@ -88,7 +88,7 @@ class ImageClassifier(pl.LightningModule):
         self.val_metrics = _evaluation_metrics(num_classes)
         self.test_metrics = _evaluation_metrics(num_classes)
         self._train_totals = _no_totals(self.device)
-        self._resumed_at = (0, 0)  # epochs finished and optimiser steps taken in them, of the checkpoint resumed from
+        self._resumed_at: tuple[int, int] | None = None  # epochs finished and steps taken in them, of a checkpoint
         self._planned: tuple[list[dict[str, Any]], Any] = ([], None)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
@@ -116,7 +116,7 @@ class ImageClassifier(pl.LightningModule):
 
         Nothing is touched where they are the same, so that a resumed run stays equal bit for bit.
         """
-        if not self.trainer.lr_scheduler_configs:
+        if self._resumed_at is None:
             return
         optimizer, config = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0]
         phases = config.scheduler.state_dict().get("_schedule_phases")
@@ -207,7 +207,7 @@ class ImageClassifier(pl.LightningModule):
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
             per_epoch = -(-batches // trainer.accumulate_grad_batches)
             epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
-            epochs_done, steps_done = self._resumed_at
+            epochs_done, steps_done = self._resumed_at or (0, 0)
             total = steps_done + per_epoch * max(0, epochs - epochs_done)
             if trainer.max_steps != -1:
                 total = min(total, trainer.max_steps)

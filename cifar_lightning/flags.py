@@ -4,6 +4,7 @@
 it a mistake is answered at once; whatever gets past here is still checked by LightningCLI, which knows more.
 """
 
+import contextlib
 import difflib
 import functools
 import json
@@ -179,10 +180,10 @@ def _number(value: str) -> float | None:
     lowered = value.strip().lower().replace("_", "")
     if lowered.lstrip("+-") in (".nan", ".inf"):  # as YAML writes them
         lowered = lowered.replace(".", "")
-    try:
-        return float(lowered)
-    except ValueError:
-        return None
+    for read in (float, functools.partial(int, base=0)):  # YAML also knows 0x10
+        with contextlib.suppress(ValueError):
+            return float(read(lowered))
+    return None
 
 
 def _words(row: dict[str, Any]) -> str:

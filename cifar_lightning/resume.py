@@ -35,6 +35,13 @@ class StopPoint:
         epochs_are_up = max_epochs not in (None, -1) and self.epochs_done >= int(max_epochs or 0)
         return epochs_are_up or (max_steps != -1 and self.steps_done >= max_steps) or self.stopped_early
 
+    def check_length(self, max_epochs: int | None) -> None:
+        """Refuse to make a run shorter than it is."""
+        if max_epochs not in (None, -1) and int(max_epochs or 0) < self.epochs_done:
+            raise UserError(
+                f"--epochs {max_epochs}: the run has finished {self.epochs_done}; give more, or leave it out."
+            )
+
 
 def stop_point(run: RunFolder) -> StopPoint:
     """Read where a run stopped.

@@ -147,6 +147,7 @@ class RunCLI(LightningCLI):
         if self.resumed is not None:
             self.changes = find_changes(self.resumed, config_text(self._parser("fit"), config))
             self.stopped_at = stop_point(self.resumed)
+            self.stopped_at.check_length(trainer.max_epochs)
 
     # -- making the Trainer ------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ LAYERS = [
     ["data"],
     ["classifier"],
     ["report"],
-    ["callbacks", "answers", "progress"],
+    ["callbacks", "answers", "progress", "predict"],
     ["resume", "tune", "parser", "training"],
     ["flags", "help", "cli"],
 ]

@@ -1,0 +1,345 @@
+"""Classes of picture files and folders, from nothing but a run's folder; imports no Lightning.
+
+Stretches of at most `_STRETCH_BYTES` of decoded pictures go through in turn: all cores decode one, the network answers
+it in batches, its rows are written. So memory stays the same for a million files, apart from their names.
+"""
+
+import contextlib
+import csv
+import json
+import os
+import secrets
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from cifar_lightning import pictures
+from cifar_lightning.augment import normalize
+from cifar_lightning.errors import UserError
+from cifar_lightning.files import _sync_folder
+from cifar_lightning.folders import reserved
+from cifar_lightning.runs import RunFolder
+from cifar_lightning.weights import TrainedNetwork, load_network
+
+_STRETCH_BYTES = 1 << 28  # 87,381 pictures of 32 pixels: worker processes, which take a second to start, pay off
+# Without --batch_size. On two cores SmallNet takes 1.5 ms a picture in batches of 32 or 64 and 2.1 ms in batches of
+# 256, whose layers do not fit into the cache.
+_BATCH_SIZE = {"cuda": 256, "cpu": 64}
+_LISTED = 20  # pictures that cannot be read; the others are counted
+_MOST_FREQUENT = 5  # classes in the summary
+_DIGITS = 7  # of a probability: what float32 holds
+
+Answer = tuple[str, list[tuple[str, float]]]  # path of a picture; class and probability, the most probable first
+Write = Callable[[Answer], None]
+
+
+def predict_images(
+    run: RunFolder,
+    paths: Sequence[Path],
+    *,
+    output: Path | None,
+    top_k: int = 3,
+    batch_size: int | None = None,
+    force: bool = False,
+) -> int:
+    """Classify picture files and write a row for each, in the order given; see `find_pictures`.
+
+    Pictures that cannot be read are listed on stderr and get no row.
+
+    Args:
+        run: A run with a checkpoint.
+        paths: Pictures, and folders of them.
+        output: A .csv, or a .jsonl or .json for JSON lines; None is JSON lines on stdout, and nothing else there.
+        top_k: Most probable classes of each picture.
+        batch_size: Pictures that the network gets at a time; None is 256 on CUDA and 64 on a CPU.
+        force: Overwrite `output`.
+
+    Returns:
+        The number of pictures that could not be read.
+
+    Raises:
+        UserError: An argument is wrong, or the output cannot be written; it is then as it was before.
+    """
+    _check_numbers(top_k, batch_size)
+    if output is not None:
+        _check_output(output, force)
+    found = find_pictures(paths)
+    trained = load_network(run)
+    if top_k > len(trained.class_names):
+        raise UserError(f"--top_k {top_k}: the run knows {len(trained.class_names)} classes, give at most as many.")
+    began = time.monotonic()
+    counts: Counter[str] = Counter()
+    unreadable = Unreadables()
+    hide_bar = output is None and sys.stdout.isatty()  # the lines themselves show how far it is
+    answers = _answers(trained, found, unreadable, top_k=top_k, batch_size=batch_size, hide_bar=hide_bar)
+    # Closed here and not by the garbage collector: decoded pictures may lie in a temporary file.
+    with _rows(output, top_k) as write, closing(answers):
+        for answer in answers:
+            counts[answer[1][0][0]] += 1
+            write(answer)
+    unreadable.show()
+    if output is not None:
+        _summarize(output, counts, time.monotonic() - began)
+    return unreadable.count
+
+
+# -- arguments --------------------------------------------------------------------------------------------------
+
+
+def _check_numbers(top_k: int, batch_size: int | None) -> None:
+    if top_k < 1:
+        raise UserError(f"--top_k {top_k}: 1 or more.")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"--batch_size {batch_size}: 1 or more.")
+
+
+def _check_output(output: Path, force: bool) -> None:
+    if output.suffix.lower() not in (".csv", ".jsonl", ".json"):
+        raise UserError(f"--output {output}: give a .csv, or a .jsonl for JSON lines.")
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; name a file.")
+    if os.path.lexists(output) and not force:
+        raise UserError(f"--output {output}: exists; choose another name, or overwrite it with --force.")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}; make it first.")
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output {output}: the folder {output.parent} cannot be written; choose another one.")
+
+
+def find_pictures(paths: Sequence[Path]) -> list[str]:
+    """List picture files: those that are named, and those in folders and the folders below, sorted by path.
+
+    In folders a file counts whose extension Pillow reads and that is not hidden; hidden folders and links to folders
+    are passed over. Files that are named themselves always count, and what is named twice counts twice.
+
+    Raises:
+        UserError: A path does not exist, a folder cannot be searched, or there is no picture below it.
+    """
+    found: list[str] = []
+    for path in paths:
+        if os.path.isdir(path):
+            below = sorted(_pictures_below(path))
+            if not below:
+                raise UserError(f"{path}: no pictures in this folder or below; name files to try them all the same.")
+            found += below
+        elif os.path.exists(path):
+            found.append(str(path))
+        else:
+            raise UserError(f"{path}: there is no such file or folder.")
+    if not found:
+        raise UserError("PATH: name pictures, or folders of them.")
+    return found
+
+
+def _pictures_below(top: Path) -> Iterator[str]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: this folder cannot be searched ({error.strerror}).") from error
+
+    extensions = {name for name, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    for folder, subfolders, names in os.walk(top, onerror=refuse):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions:
+                yield os.path.join(folder, name)
+
+
+# -- pictures to classes ----------------------------------------------------------------------------------------
+
+
+class Unreadables:
+    """Counts the pictures that cannot be read and keeps the first few reasons."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._reasons: list[str] = []
+
+    def add(self, reasons: Sequence[str]) -> None:
+        """Note some pictures' reasons, each of which begins with the path."""
+        self.count += len(reasons)
+        self._reasons += reasons[: _LISTED - len(self._reasons)]
+
+    def show(self) -> None:
+        """Print them on stderr, a line each."""
+        for reason in self._reasons:
+            print(_printable(reason), file=sys.stderr)
+        if self.count > _LISTED:
+            print(f"and {self.count - _LISTED:,} more", file=sys.stderr)
+
+
+def top_classes(
+    network: nn.Module,
+    images: UInt8[Tensor, "batch height width 3"],
+    *,
+    mean: Float[Tensor, "3"],
+    std: Float[Tensor, "3"],
+    top_k: int,
+) -> tuple[Float[Tensor, "batch top_k"], Int64[Tensor, "batch top_k"]]:
+    """Return probabilities and indices of the most probable classes, the most probable first.
+
+    Args:
+        network: In evaluation mode.
+        images: uint8 RGB, 0-255, on the network's device.
+        mean: Of pictures scaled to 0-1.
+        std: Of pictures scaled to 0-1.
+        top_k: How many classes.
+    """
+    logits = network(normalize(images, mean=mean, std=std)).float()
+    # By logits: large ones become equal probabilities. Stable, so that of equal ones the first wins, as in `argmax`.
+    classes = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    return logits.softmax(1).gather(1, classes), classes
+
+
+def _answers(
+    trained: TrainedNetwork,
+    paths: Sequence[str],
+    unreadable: Unreadables,
+    *,
+    top_k: int,
+    batch_size: int | None,
+    hide_bar: bool,
+) -> Generator[Answer, None, None]:
+    """Yield the answer for each picture that can be read, in order.
+
+    Raises:
+        UserError: The network gives no numbers.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network, size = trained.network.to(device), batch_size or _BATCH_SIZE[device.type]
+    mean, std = (torch.tensor(values, device=device) for values in (trained.mean, trained.std))
+    stretch = max(1, _STRETCH_BYTES // (3 * trained.image_size**2))
+    for start in range(0, len(paths), stretch):
+        part = paths[start : start + stretch]
+        with contextlib.ExitStack() as stack:
+            images, bad = stack.enter_context(_decoded(part, trained.image_size))
+            advance = stack.enter_context(_bar(len(paths), start + len(bad), hidden=hide_bar))
+            unreadable.add([reason for _, reason in bad])
+            good = np.delete(np.arange(len(part)), [index for index, _ in bad])
+            for at in range(0, len(good), size):
+                batch = good[at : at + size]
+                with torch.inference_mode():
+                    raw = torch.from_numpy(images[batch]).to(device)
+                    probs, classes = top_classes(network, raw, mean=mean, std=std, top_k=top_k)
+                if not probs.isfinite().all():
+                    raise UserError(f"{trained.checkpoint}: this network answers with NaN: its training diverged.")
+                for index, row, ranked in zip(batch.tolist(), probs.tolist(), classes.tolist(), strict=True):
+                    pairs = zip(ranked, row, strict=True)
+                    yield part[index], [(trained.class_names[k], float(f"{prob:.{_DIGITS}g}")) for k, prob in pairs]
+                advance(len(batch))
+
+
+@contextmanager
+def _decoded(paths: Sequence[str], image_size: int) -> Iterator[tuple[np.ndarray, list[pictures.Unreadable]]]:
+    """Give uint8 (len(paths), image_size, image_size, 3), and index and reason for each that cannot be read."""
+    shape = (len(paths), image_size, image_size, 3)
+    with contextlib.ExitStack() as stack:
+        file = None
+        if len(paths) >= pictures.PROCESSES_FROM:  # worker processes need a file; small pictures keep threads waiting
+            folder = Path(tempfile.gettempdir())
+            file = stack.enter_context(reserved(folder, "cifar_lightning_predict.npy", shape))
+        out = np.empty(shape, np.uint8) if file is None else file
+        with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON lines alone
+            bad = pictures.decode_all(paths, image_size, out)
+        yield out if isinstance(out, np.ndarray) else np.load(out, mmap_mode="r"), bad
+
+
+@contextmanager
+def _bar(total: int, completed: int, *, hidden: bool) -> Iterator[Callable[[int], None]]:
+    """Show how far the network is on a terminal's stderr; give what moves it on."""
+    console = Console(stderr=True)
+    hidden = hidden or not console.is_terminal
+    columns = (TextColumn("Classifying pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=hidden, redirect_stdout=False) as bar:
+        task = bar.add_task("", total=total, completed=completed)
+        yield lambda num: bar.advance(task, num)
+
+
+# -- output -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _rows(output: Path | None, top_k: int) -> Iterator[Write]:
+    """Give what writes a picture's row; a file appears whole, under its name, at the end."""
+    if output is None:
+        yield _json_writer(sys.stdout.write, ensure_ascii=True)  # stdout may have any encoding
+        sys.stdout.flush()
+        return
+    with _durable(output) as file:
+        if output.suffix.lower() == ".csv":
+            yield _csv_writer(file, top_k)
+        else:
+            yield _json_writer(file.write, ensure_ascii=False)
+
+
+@contextmanager
+def _durable(path: Path) -> Iterator[TextIO]:
+    """Give a text file that takes the path's place when all is written; as `files.write_text_durably`, but in pieces.
+
+    Raises:
+        UserError: It cannot be written; what was there before is intact.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        # Names of files that are not UTF-8 hold lone surrogates; they become \udcXX, which JSON reads back.
+        with open(temporary, "x", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise UserError(f"--output {path}: cannot be written ({error.strerror}).") from error
+        raise
+
+
+def _csv_writer(file: TextIO, top_k: int) -> Write:
+    writer = csv.writer(file, lineterminator="\n")
+    header = ["path", "class", "probability"]
+    for rank in range(2, top_k + 1):
+        header += [f"class_{rank}", f"probability_{rank}"]
+    writer.writerow(header)
+
+    def write(answer: Answer) -> None:
+        path, ranked = answer
+        writer.writerow([path, *(cell for pair in ranked for cell in pair)])
+
+    return write
+
+
+def _json_writer(write_text: Callable[[str], object], *, ensure_ascii: bool) -> Write:
+    def write(answer: Answer) -> None:
+        path, ranked = answer
+        top = [{"class": name, "probability": prob} for name, prob in ranked]
+        write_text(json.dumps({"path": path, **top[0], "top": top}, ensure_ascii=ensure_ascii) + "\n")
+
+    return write
+
+
+def _summarize(output: Path, counts: Counter[str], elapsed_s: float) -> None:
+    num = counts.total()
+    speed = f"{elapsed_s:.1f} s ({num / max(elapsed_s, 1e-9):,.0f} images/s)"
+    print(f"{num:,} picture{'' if num == 1 else 's'} in {speed}: {_printable(str(output))}")
+    if counts:
+        shown = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(_MOST_FREQUENT))
+        rest = len(counts) - _MOST_FREQUENT
+        print(f"Most frequent: {shown}" + (f" and {rest} other class{'' if rest == 1 else 'es'}" if rest > 0 else ""))
+
+
+def _printable(text: str) -> str:
+    # Names of files may hold line breaks, and bytes that are not UTF-8.
+    return text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")

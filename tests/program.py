@@ -1,0 +1,54 @@
+"""How tests start the real program: in a new process, or in this one where it must fail."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cifar_lightning import cli
+
+REPO = Path(__file__).parent.parent
+TINY = ["--data.dataset", "synthetic", "--data.image_size", "16", "--batch_size", "500"]
+TINY += ["--model.model_kwargs", "{widths: [4, 8, 8]}", "--trainer.accelerator", "cpu"]
+
+
+def start(*arguments, cwd, check=True, **variables):
+    """Run `train.py` in a new process with one thread, so that tests do not fight for the cores."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **variables}
+    environment.pop("CIFAR_LIGHTNING_RUN_DIR", None)
+    done = subprocess.run(
+        [sys.executable, str(REPO / "train.py"), *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def kill_at_line(text, *arguments, cwd):
+    """Run `train.py` until it prints a line with `text`, then kill it as a power cut would."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(REPO / "train.py"), *map(str, arguments)]
+    with subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, encoding="utf-8") as process:
+        assert any(text in line for line in process.stdout)
+        process.kill()
+
+
+def fail(monkeypatch, capsys, tmp_path, *arguments):
+    """Run a command line that must fail, in process; return its lines on stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CIFAR_LIGHTNING_RUN_DIR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 3, lines
+    assert list(tmp_path.glob("runs/*/*")) == []
+    return "\n".join(lines)

@@ -1,0 +1,200 @@
+"""The front: help and mistakes are answered without torch, run folders are spelled out, a whole story as a new user."""
+
+import csv
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from program import REPO, TINY, fail, start
+
+from cifar_lightning.cli import QUICK, run_command, training_arguments
+from cifar_lightning.errors import UserError
+from cifar_lightning.help import TRAINING
+from cifar_lightning.runs import RunFolder
+from cifar_lightning.sources import open_source
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder that looks like a run with a best and a last checkpoint."""
+    run = RunFolder(tmp_path / "runs" / "smallnet" / "1")
+    run.checkpoints.mkdir(parents=True)
+    run.config.write_text("{}")
+    run.best_checkpoint.touch()
+    run.last_checkpoint.touch()
+    return run
+
+
+# -- help -------------------------------------------------------------------------------------------------------------
+
+
+def test_help_versions_and_mistakes_need_neither_torch_nor_numpy(tmp_path):
+    code = (
+        "import sys\nfrom cifar_lightning import cli\n"
+        "for line in sys.argv[1:]:\n"
+        "    sys.argv = ['train.py', *line.split()]\n"
+        "    try:\n        cli.main()\n    except SystemExit:\n        pass\n"
+        "heavy = {'torch', 'lightning', 'numpy', 'matplotlib', 'rich', 'jsonargparse'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    lines = ["--help", "--version", "fit --help", "tune --help", "export --help", "fit --lr -1", "fti", "test nowhere"]
+    lines += ["fit --modle.lr 1", "fit --config nowhere.yaml", "--print_completion bash"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *lines], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_and_version_go_to_stdout_and_succeed(capsys):
+    for command in ([], ["--help"], ["--version"], *([name, "--help"] for name in (*TRAINING, *QUICK))):
+        assert run_command(command) == (0 if command else 2)
+        assert capsys.readouterr().out
+    run_command(["--version"])
+    assert capsys.readouterr().out == f"cifar-lightning {importlib.metadata.version('cifar-lightning')}\n"
+
+
+def test_the_long_help_is_lightnings(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_command(["fit", "--help-all"])
+    assert ended.value.code == 0
+    assert "--trainer.gradient_clip_val" in capsys.readouterr().out
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    command = f"{sys.executable} {REPO / 'train.py'} fit --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["fit", "--trainer.max_epoch", "3"], "--trainer.max_epochs"),
+        (["fit", "--modle.lr", "1"], "--model.lr"),
+        (["fit", "--epochs", "x"], "--epochs x: a whole number"),
+        (["fit", "--lr", "-1"], "--lr -1: a positive finite number"),
+        (["fit", "--lr", "nan"], "--lr nan: a positive finite number"),
+        (["fit", "--batch_size", "0"], "--batch_size 0: 1 or more"),
+        (["fit", "--model.name", "resnet19"], "Did you mean resnet18?"),
+        (["fit", "--data.dataset", "cifar11"], "Did you mean cifar10"),
+        (["fit", "--epochs", "1", "--trainer.max_epochs", "2"], "one setting with two values"),
+        (["fit", "--config", "absent.yaml"], "absent.yaml: cannot be read"),
+        (["fit", "--tune_lr", "--lr", "1"], "leave one of them out"),
+        (["fit", "runs"], "fit takes no argument 'runs'"),
+        (["fti"], "Did you mean fit?"),
+        (["test"], "give a run folder, or --ckpt_path"),
+        (["predict", "--data.dataset", "synthetic"], "give a run folder"),
+        (["test", "nowhere"], "there is no such folder"),
+        (["test", "."], "is not a run folder"),
+        (["fit", "--resume", "nowhere"], "there is no such folder"),
+        (["test", "--run_dir", "x", "--ckpt_path", "y"], "--run_dir: a flag of fit and tune, not of test"),
+        (["analyze", "nowhere"], "there is no such folder"),
+        (["export", "nowhere", "--format", "onnx"], "there is no such folder"),
+        (["export", ".", "--format", "onx"], "'onnx'"),
+        (["predict-images", ".", "a.png"], "is not a run folder"),
+        (["predict-images", "--topk", "3"], "Did you mean --top_k?"),
+        (["--print_completion", "fish"], "bash or zsh"),
+    ],
+)
+def test_a_mistake_gets_a_short_answer(monkeypatch, capsys, tmp_path, arguments, expected):
+    assert expected in fail(monkeypatch, capsys, tmp_path, *arguments)
+
+
+def test_a_mistake_in_a_real_process_exits_with_2_and_no_traceback(tmp_path):
+    done = start("fit", "--data.dataset", "cifar11", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 3
+    assert done.stdout == ""
+
+
+# -- run folders --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+def test_a_run_folder_becomes_its_config_and_best_checkpoint(run, command):
+    flags, resumed = training_arguments(command, [str(run.path), "--data.eval_batch_size=9"])
+    assert flags == [f"--config={run.config}", "--data.eval_batch_size=9", f"--ckpt_path={run.best_checkpoint}"]
+    assert resumed is None
+
+
+def test_a_run_that_is_resumed_becomes_its_config_and_last_checkpoint(run):
+    flags, resumed = training_arguments("fit", ["--resume", str(run.path), "--epochs", "9"])
+    assert flags == [f"--config={run.config}", "--trainer.max_epochs=9", f"--ckpt_path={run.last_checkpoint}"]
+    assert resumed == run
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "expected"),
+    [
+        ("fit", ["--config", "a.yaml"], "--config beside --resume"),
+        ("fit", ["--ckpt_path", "a.ckpt"], "--ckpt_path beside --resume"),
+        ("fit", ["--run_dir", "a"], "--run_dir beside --resume"),
+        ("fit", ["--init_weights", "a"], "--init_weights beside --resume"),
+        ("fit", ["--tune_lr"], "--tune_lr beside --resume"),
+        ("tune", [], "only fit goes on with a run"),
+    ],
+)
+def test_resume_goes_with_nothing_that_starts_anew(run, command, more, expected):
+    with pytest.raises(UserError, match=expected):
+        training_arguments(command, ["--resume", str(run.path), *more])
+
+
+def test_a_run_brings_its_own_config(run):
+    with pytest.raises(UserError, match="--config beside test"):
+        training_arguments("test", [str(run.path), "--config", "a.yaml"])
+
+
+def test_a_run_without_a_checkpoint_says_so(run):
+    run.best_checkpoint.unlink()
+    run.last_checkpoint.unlink()
+    for command, arguments in (("test", [str(run.path)]), ("fit", ["--resume", str(run.path)])):
+        with pytest.raises(UserError, match="no checkpoint in it"):
+            training_arguments(command, arguments)
+
+
+# -- a whole story ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_new_user_trains_tests_looks_predicts_exports_and_trains_on(tmp_path):
+    start("fit", *TINY, "--epochs", 2, "--lr", 0.01, cwd=tmp_path)
+    run = RunFolder(tmp_path / "runs" / "smallnet" / "1")
+    accuracy = json.loads(run.test_metrics.read_text())["accuracy"]
+    told = f"Test accuracy {100 * accuracy:.2f} %"
+
+    assert told in start("test", run.path, cwd=tmp_path).stdout
+    assert told in start("analyze", run.path, cwd=tmp_path).stdout
+
+    pictures = open_source("synthetic", "data", 16).load("test")
+    for k in range(60):
+        Image.fromarray(pictures.images[k]).save(tmp_path / f"picture {k:02}.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
+    done = start("predict-images", run.path, *names, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "broken.png" in done.stderr
+    with open(tmp_path / "predictions.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    answers = np.load(run.predictions)
+    expected = [str(answers["class_names"][k]) for k in answers["logits"][:60].argmax(1)]
+    assert [row["class"] for row in rows] == expected
+    refused = start("predict-images", run.path, names[1], cwd=tmp_path, check=False)
+    assert refused.returncode == 2
+    assert "--force" in refused.stderr
+
+    exported = start("export", run.path, "--format", "onnx", "--probs", cwd=tmp_path)
+    assert "every top-1 equal" in exported.stdout
+    assert (run.path / "model.onnx").stat().st_size > 1000
+
+    done = start("fit", "--resume", run.path, "--epochs", 3, cwd=tmp_path)
+    assert "epoch 3/3" in done.stdout
+    assert [path.name for path in (tmp_path / "runs" / "smallnet").iterdir()] == ["1"]
+    assert len(run.metrics_csv.read_text().splitlines()) == 4

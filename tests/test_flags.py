@@ -1,0 +1,165 @@
+"""A command line is checked without torch, and nothing is refused that LightningCLI would take."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.flags import check_recipe, check_value, flag_value, normalize_arguments, suggest_flag, table
+
+
+def test_aliases_become_long_names_and_every_flag_one_token():
+    typed = ["--epochs", "3", "--lr=1e-3", "--batch_size", "64", "--trainer.devices", "2"]
+    assert normalize_arguments("fit", typed) == [
+        "--trainer.max_epochs=3",
+        "--model.lr=1e-3",
+        "--data.batch_size=64",
+        "--trainer.devices=2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("typed", "normalized"),
+    [
+        (["-c", "a.yaml"], ["--config=a.yaml"]),
+        (["--tune_lr"], ["--tune_lr=true"]),
+        (["--trainer.deterministic", "--epochs", "1"], ["--trainer.deterministic=true", "--trainer.max_epochs=1"]),
+        (["--trainer.max_steps", "-1"], ["--trainer.max_steps=-1"]),
+        (["--print_config", "--epochs", "1"], ["--print_config", "--trainer.max_epochs=1"]),
+        (["--trainer.callbacks+=Timer"], ["--trainer.callbacks+=Timer"]),
+        (["--trainer.callbacks.duration", "x"], ["--trainer.callbacks.duration=x"]),
+        (["--model.model_kwargs.dropout", "0.2"], ["--model.model_kwargs.dropout=0.2"]),
+        (["--data", "data.yaml"], ["--data=data.yaml"]),
+        (["--lr", "1", "--lr", "2"], ["--model.lr=1", "--model.lr=2"]),
+        (["--lr", "1", "--model.lr", "1"], ["--model.lr=1", "--model.lr=1"]),
+    ],
+)
+def test_what_people_may_type_is_understood(typed, normalized):
+    assert normalize_arguments("fit", typed) == normalized
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        (["--trainer.max_epoch", "3"], "--trainer.max_epoch: no such flag. Did you mean --trainer.max_epochs?"),
+        (["--modle.lr", "1"], "Did you mean --model.lr?"),
+        (["--batch-size", "1"], "Did you mean --batch_size?"),
+        (["--max_epochs", "1"], "Did you mean --trainer.max_epochs?"),
+        (["--learning_rate", "1"], "Did you mean --lr?"),
+        (["--dropout", "1"], "--help"),
+        (["--epochs", "x"], "--epochs x: a whole number."),
+        (["--epochs", "3.5"], "--epochs 3.5: a whole number."),
+        (["--epochs"], "--epochs: needs a value, a whole number."),
+        (["--epochs", "--lr", "1"], "--epochs: needs a value"),
+        (["--lr", "-1"], "--lr -1: a positive finite number"),
+        (["--lr", "-1e-3"], "--lr -1e-3: a positive"),
+        (["--lr", "nan"], "--lr nan: a positive"),
+        (["--lr=.inf"], "--lr .inf: a positive"),
+        (["--batch_size", "0"], "--batch_size 0: 1 or more."),
+        (["--model.name", "resnet19"], "--model.name resnet19: one of smallnet, resnet18. Did you mean resnet18?"),
+        (["--data.dataset", "cifar11"], "Did you mean cifar10"),
+        (["--data.drop_last", "maybe"], "true or false"),
+        (["--epochs", "1", "--trainer.max_epochs", "2"], "--epochs 1 and --trainer.max_epochs 2 are one setting"),
+        (["recipe.yaml"], "fit --config recipe.yaml"),
+        (["-lr", "1"], "Flags have two dashes: --lr"),
+        (["--output", "x"], "--output: a flag of predict, not of fit."),
+    ],
+)
+def test_a_mistake_is_named_with_the_nearest_right_thing(typed, expected):
+    with pytest.raises(UserError) as error:
+        normalize_arguments("fit", typed)
+    assert expected in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_last_value_of_a_flag_counts():
+    assert flag_value(["--a=1", "--b=2", "--a=3"], "a") == "3"
+    assert flag_value(["--a=1"], "b") is None
+
+
+def test_every_flag_is_its_own_suggestion():
+    for name in table():
+        assert f"--{name}?" in suggest_flag(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("modle:\n  lr: 1\n", "modle.lr is no setting. Did you mean model.lr?"),
+        ("trainer:\n  max_epoch: 1\n", "Did you mean trainer.max_epochs?"),
+        ("model:\n  lr: -1\n", "model.lr -1: a positive"),
+        ("model:\n  lr: .nan\n", "model.lr nan: a positive"),
+        ("data:\n  batch_size: many\n", "data.batch_size many: a whole number"),
+        ("model: [1\n", "not YAML"),
+        ("- 1\n", "holds a list"),
+    ],
+)
+def test_a_mistake_in_a_recipe_names_the_file(tmp_path, text, expected):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(text)
+    with pytest.raises(UserError) as error:
+        check_recipe(recipe)
+    assert f"--config {recipe}: " in str(error.value)
+    assert expected in str(error.value)
+
+
+def test_a_recipe_may_leave_things_to_files_lists_and_classes(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "data: data.yaml\nmodel:\n  model_kwargs: {widths: [4, 8]}\n  name: null\ntrainer:\n  deterministic: true\n"
+        "  callbacks:\n  - class_path: Timer\n    init_args: {duration: '1:00'}\n  devices: [0, 1]\n"
+    )
+    check_recipe(recipe)
+    (tmp_path / "empty.yaml").write_text("")
+    check_recipe(tmp_path / "empty.yaml")
+
+
+def test_a_missing_recipe_suggests_those_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "smallnet_cpu.yaml").touch()
+    with pytest.raises(UserError, match=r"Did you mean configs/smallnet_cpu\.yaml"):
+        check_recipe(tmp_path / "smallnet_gpu.yaml")
+
+
+# -- against the real parser ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parser():
+    from cifar_lightning.training import fit_parser
+
+    return fit_parser()
+
+
+def test_the_table_is_that_of_the_signatures(parser):
+    from cifar_lightning.parser import TABLE, table_text
+
+    assert TABLE.read_text(encoding="utf-8") == table_text(parser), "write it anew: python -m cifar_lightning.training"
+
+
+_VALUES = st.one_of(
+    st.integers(-10, 1000).map(str),
+    st.floats().map(repr),
+    st.text(alphabet="0123456789eE+-._xXnaift", min_size=1, max_size=6),
+    st.sampled_from(["null", "None", "true", "False", "yes", ".nan", "inf", "-.inf", "1e3", "0x10", "~", "on", "1_0"]),
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["trainer.max_epochs", "model.lr", "data.drop_last", "data.image_size", "model.optimizer"]),
+    value=_VALUES,
+)
+def test_no_value_that_the_parser_takes_is_refused(parser, name, value):
+    try:
+        parsed = parser.parse_args([f"--{name}={value}"])[name]
+    except UserError:
+        return
+    from cifar_lightning.limits import LIMITS
+
+    if name in LIMITS and parsed is not None and not LIMITS[name].holds(parsed):
+        with pytest.raises(UserError):
+            check_value(name, value, "it")
+    else:
+        check_value(name, value, "it")

@@ -1,0 +1,72 @@
+"""Help is short, true to the table of flags, and completes words in real shells."""
+
+import argparse
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.flags import ALIASES, table
+from cifar_lightning.help import TRAINING, QuickParser, completion, overview, training_help
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_short_help_of_a_command_fits_a_screen_or_so_and_shows_only_flags_that_exist(name):
+    text = training_help(name)
+    flags = re.findall(r"^  --([\w.]+)", text, re.MULTILINE)
+    assert 4 <= len(flags) <= 18
+    assert len(text.splitlines()) <= 60
+    assert [flag for flag in flags if ALIASES.get(flag, flag) not in table() and flag not in ("config", "resume")] == []
+    assert f"{name} --help-all" in text
+
+
+def test_defaults_are_those_of_the_table():
+    text = " ".join(training_help("fit").split())
+    for flag in ("epochs", "batch_size", "lr", "data.dataset", "data.val_fraction", "model.name"):
+        default = table()[ALIASES.get(flag, flag)]["default"]
+        assert re.search(rf"--{flag} .*?\(default: (.*?)\)", text)[1] == str(default)
+
+
+def test_the_overview_names_every_command():
+    text = overview({"doctor": "what is installed"})
+    for name in (*TRAINING, "doctor"):
+        assert f"\n  {name} " in text
+
+
+def test_a_quick_parser_guesses_and_takes_no_abbreviation():
+    parser = QuickParser("export", "RUN [flags]", "write a file")
+    parser.add_argument("run")
+    parser.add_argument("--top_k", type=int)
+    assert parser.parse(["here", "--top_k", "3"]) == argparse.Namespace(run="here", top_k=3)
+    for arguments, message in (
+        (["here", "--top-k", "3"], "--top-k: no such flag of export. Did you mean --top_k?"),
+        (["here", "--top", "3"], "--top: no such flag"),
+        (["here", "--top_k", "x"], "export: argument --top_k: invalid int value: 'x'."),
+        ([], "the following arguments are required: run."),
+    ):
+        with pytest.raises(UserError) as error:
+            parser.parse(arguments)
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_commands_and_flags_are_completed(shell):
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    script = completion(shell, {"export": ["--format", "--force"]})
+    if shell == "zsh":
+        done = subprocess.run(["zsh", "-f", "-c", f"autoload -U compinit && compinit -u\n{script}"], check=True)
+        assert done.returncode == 0
+        return
+
+    def complete(*words):
+        call = f"COMP_WORDS=(cifar-lightning {' '.join(words)}); COMP_CWORD={len(words)}; _cifar_lightning"
+        command = ["bash", "-c", f'{script}\n{call}; echo "${{COMPREPLY[@]}}"']
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+    assert complete("ex") == ["export"]
+    assert complete("export", "--fo") == ["--format", "--force"]
+    assert complete("fit", "--ep") == ["--epochs"]
+    assert complete("fit", "--data.val") == ["--data.val_fraction"]

@@ -1,0 +1,364 @@
+"""The classes of picture files: the same as one picture at a time, in order, whole files or none, short messages."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cifar_lightning import ImageClassifier, UserError, pictures, predict
+from cifar_lightning.predict import predict_images
+from cifar_lightning.runs import RunFolder
+
+SIZE = 16
+CLASSES = ["Äpfel", "b, c", "d"]
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run of a network with random weights and used batch statistics, seen from a folder that is empty otherwise."""
+    run = RunFolder(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    save(run)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return run
+
+
+def save(run, **changes):
+    module = ImageClassifier("smallnet", len(CLASSES), SIZE, model_kwargs={"widths": [4, 4, 8]}).train()
+    colours = torch.randn(64, 3, 1, 1) + torch.randn(64, 3, SIZE, SIZE) / 4
+    with torch.no_grad():
+        for _ in range(20):
+            module(colours)
+        module.network.head.weight.mul_(10)
+        module.network.head.bias.sub_(module.eval()(colours).mean(0))  # so that no class wins always
+    weights = module.state_dict() | changes
+    data = {"class_names": CLASSES, "image_size": SIZE, "mean": list(MEAN), "std": list(STD)}
+    checkpoint = {"state_dict": weights, "hyper_parameters": dict(module.hparams), "ImageDataModule": data, "epoch": 0}
+    torch.save(checkpoint, run.best_checkpoint)
+
+
+def noise(seed, height=SIZE, width=SIZE):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def save_pictures(num, folder=Path("pictures")):
+    """Write noise on different backgrounds, so that the classes differ; return the paths in order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{k:03}.png" for k in range(num)]
+    for k, path in enumerate(paths):
+        Image.fromarray((noise(k) // 4 + np.random.default_rng(k).integers(0, 192, 3)).astype(np.uint8)).save(path)
+    return paths
+
+
+def naive_probs(run, path):
+    """One picture at a time, by hand: RGB, the shorter side to 16, the middle square, normalised, softmax."""
+    module = ImageClassifier("smallnet", len(CLASSES), SIZE, model_kwargs={"widths": [4, 4, 8]}).eval()
+    module.load_state_dict(torch.load(run.best_checkpoint, weights_only=True)["state_dict"])
+    with Image.open(path) as picture:
+        picture.load()
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA"):
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    picture = picture.convert("RGB")
+    scale = SIZE / min(picture.size)
+    picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
+    left, top = (picture.width - SIZE) // 2, (picture.height - SIZE) // 2
+    pixels = np.asarray(picture)[top : top + SIZE, left : left + SIZE].astype(np.float64) / 255
+    normalized = torch.from_numpy((pixels - MEAN) / STD).float().permute(2, 0, 1)[None]
+    with torch.no_grad():
+        return module(normalized).softmax(1)[0].tolist()
+
+
+def read_csv(path=Path("out.csv")):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def ranked(row, top_k=3):
+    columns = [("class", "probability"), *((f"class_{k}", f"probability_{k}") for k in range(2, top_k + 1))]
+    return [(row[name], float(row[prob])) for name, prob in columns]
+
+
+def assert_as_naive(run, rows):
+    for row in rows:
+        probs = naive_probs(run, row["path"])
+        order = sorted(range(len(CLASSES)), key=lambda k: -probs[k])
+        assert [name for name, _ in ranked(row)] == [CLASSES[k] for k in order]
+        assert [prob for _, prob in ranked(row)] == pytest.approx([probs[k] for k in order], abs=1e-6)
+
+
+def test_rows_equal_one_picture_at_a_time_in_sorted_order(run, capsys):
+    paths = save_pictures(40)
+    assert predict_images(run, [Path("pictures")], output=Path("out.csv")) == 0
+    rows = read_csv()
+    assert [row["path"] for row in rows] == [str(path) for path in paths]
+    assert_as_naive(run, rows)
+    assert len({row["class"] for row in rows}) > 1, "a test that any answer passes"
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("40 pictures in ")
+    assert first.endswith(" images/s): out.csv")
+    counted = {name: sum(row["class"] == name for row in rows) for name in CLASSES}
+    assert f"{max(counted, key=counted.get)} {max(counted.values())}" in second
+
+
+def test_any_mode_size_and_format_is_seen_as_in_training(run):
+    gray16 = Image.fromarray((np.arange(SIZE * SIZE, dtype=np.uint16) * 250).reshape(SIZE, SIZE))
+    alpha = np.dstack([noise(1), noise(2)[..., :1]])
+    made = {
+        "gray.png": Image.fromarray(noise(3)[..., 0]),
+        "rgba.png": Image.fromarray(alpha),
+        "palette.gif": Image.fromarray(noise(4)).quantize(32),
+        "gray16.png": gray16,
+        "one_bit.png": Image.fromarray(noise(5)[..., 0]).convert("1"),
+        "wide.png": Image.fromarray(noise(6, 20, 50)),
+        "tall.webp": Image.fromarray(noise(7, 100, 30)),
+        "tiny.bmp": Image.fromarray(noise(8, 3, 3)),
+        "photo.jpg": Image.fromarray(noise(9, 17, 19)),
+        "cmyk.tif": Image.fromarray(noise(10)).convert("CMYK"),
+    }
+    for name, picture in made.items():
+        picture.save(name)
+    assert predict_images(run, [Path(name) for name in made], output=Path("out.csv")) == 0
+    rows = read_csv()
+    assert [row["path"] for row in rows] == list(made)
+    assert_as_naive(run, rows)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 40])
+def test_the_batch_size_changes_nothing(run, batch_size):
+    paths = save_pictures(40)
+    predict_images(run, paths, output=Path("a.csv"), batch_size=256)
+    predict_images(run, paths, output=Path("b.csv"), batch_size=batch_size)
+    for one, other in zip(read_csv("a.csv"), read_csv("b.csv"), strict=True):
+        assert [name for name, _ in ranked(one)] == [name for name, _ in ranked(other)]
+        assert [prob for _, prob in ranked(one)] == pytest.approx([prob for _, prob in ranked(other)], abs=1e-6)
+
+
+def test_many_stretches_and_worker_processes_change_nothing(run, monkeypatch, capfd):
+    paths = save_pictures(23)
+    paths[5].write_bytes(b"broken")
+    paths[22].write_bytes(b"broken")
+    assert predict_images(run, paths, output=Path("a.jsonl")) == 2
+    monkeypatch.setattr(predict, "_STRETCH_BYTES", 11 * 3 * SIZE**2)
+    monkeypatch.setattr(pictures, "PROCESSES_FROM", 10)
+    monkeypatch.setattr(pictures, "_num_cores", lambda: 2)
+    capfd.readouterr()
+    assert predict_images(run, paths, output=None) == 2
+    captured = capfd.readouterr()
+    expected = [json.loads(line) for line in Path("a.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line, other in zip(captured.out.splitlines(), expected, strict=True):
+        answer = json.loads(line)
+        assert (answer["path"], answer["class"]) == (other["path"], other["class"])
+        assert [one["probability"] for one in answer["top"]] == pytest.approx(
+            [one["probability"] for one in other["top"]], abs=1e-6
+        )
+    assert captured.err.count("cannot be read") == 2
+    assert "Decoded 11 pictures" in captured.err
+
+
+def test_equal_logits_give_the_first_class_as_argmax_does(run):
+    save(run, **{"network.head.weight": torch.zeros(3, 8), "network.head.bias": torch.zeros(3)})
+    predict_images(run, save_pictures(2), output=Path("out.csv"))
+    assert [name for name, _ in ranked(read_csv()[0])] == CLASSES
+
+
+def test_a_network_that_diverged_is_an_error_and_leaves_no_file(run):
+    save(run, **{"network.head.bias": torch.full((3,), torch.nan)})
+    with pytest.raises(UserError, match="answers with NaN"):
+        predict_images(run, save_pictures(2), output=Path("out.csv"))
+    assert os.listdir() == ["pictures"]
+
+
+# -- pictures that cannot be read -------------------------------------------------------------------------------
+
+
+def test_unreadable_pictures_are_listed_and_all_others_answered(run, capsys):
+    paths = save_pictures(8)
+    whole = paths[2].read_bytes()
+    paths[0].write_bytes(whole[: len(whole) // 2])
+    paths[3].write_bytes(b"")
+    paths[4].write_bytes(b"no picture")
+    paths[7].write_bytes(whole[:60] + bytes([whole[60] ^ 1]) + whole[61:])
+    assert predict_images(run, [Path("pictures")], output=Path("out.csv"), batch_size=2) == 4
+    rows = read_csv()
+    assert [row["path"] for row in rows] == [str(paths[k]) for k in (1, 2, 5, 6)]
+    assert_as_naive(run, rows)
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(" ")[0] for line in told] == [str(paths[k]) for k in (0, 3, 4, 7)]
+    assert all("cannot be read (" in line for line in told)
+
+
+def test_at_most_20_unreadable_pictures_are_listed_and_a_file_with_a_header_remains(run, capsys):
+    paths = [Path(f"{k:02}.png") for k in range(23)]
+    for path in paths:
+        path.write_bytes(b"no picture")
+    assert predict_images(run, paths, output=Path("out.csv"), top_k=2) == 23
+    assert Path("out.csv").read_bytes() == b"path,class,probability,class_2,probability_2\n"
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[19].startswith("19.png cannot")
+    assert captured.err.splitlines()[20:] == ["and 3 more"]
+    assert captured.out.startswith("0 pictures in ")
+    assert predict_images(run, paths, output=None) == 23
+    assert capsys.readouterr().out == ""
+
+
+# -- finding ----------------------------------------------------------------------------------------------------
+
+
+def test_folders_are_searched_for_visible_pictures_and_named_files_always_tried(run):
+    (shown,) = save_pictures(1, Path("top/b"))
+    picture = shown.read_bytes()
+    for name in ("top/z.PNG", "top/a.jpeg", "top/b-/x.png", "top/.hidden.png", "top/.git/x.png", "top/notes.txt", "x"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(picture)
+    predict_images(run, [Path("x"), Path("top"), Path("top/.hidden.png")], output=Path("out.csv"))
+    expected = ["x", "top/a.jpeg", "top/b-/x.png", "top/b/000.png", "top/z.PNG", "top/.hidden.png"]
+    assert [row["path"] for row in read_csv()] == [str(Path(name)) for name in expected]
+
+
+def test_absolute_paths_stay_absolute(run):
+    path = save_pictures(1)[0].resolve()
+    predict_images(run, [path, path.parent], output=Path("out.csv"))
+    assert [row["path"] for row in read_csv()] == [str(path), str(path)]
+
+
+@pytest.mark.parametrize("name", ["Grüße, „x“.png", "two words.png", "new\nline.png", 'quo"te.png'])
+def test_odd_names_come_back_from_csv_json_and_stdout(run, name, capsys):
+    save_pictures(1)[0].rename(name)
+    predict_images(run, [Path(name)], output=Path("out.csv"))
+    predict_images(run, [Path(name)], output=Path("out.json"))
+    capsys.readouterr()
+    predict_images(run, [Path(name)], output=None)
+    assert read_csv()[0]["path"] == name
+    assert json.loads(Path("out.json").read_text(encoding="utf-8"))["path"] == name
+    assert json.loads(capsys.readouterr().out)["path"] == name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has file names that are not UTF-8")
+def test_names_that_are_not_utf8_are_written_escaped(run, capsys):
+    name = os.fsdecode(b"caf\xe9.png")
+    save_pictures(1)[0].rename(name)
+    Path(os.fsdecode(b"bad\xe9.png")).write_bytes(b"no picture")
+    out = Path(os.fsdecode(b"out\xe9.csv"))
+    assert predict_images(run, [Path(name), Path(os.fsdecode(b"bad\xe9.png"))], output=out) == 1
+    assert read_csv(out)[0]["path"] == "caf\\udce9.png"
+    predict_images(run, [Path(name)], output=Path("out.jsonl"))
+    assert json.loads(Path("out.jsonl").read_text(encoding="utf-8"))["path"] == name
+
+
+# -- output -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_csv_and_json_hold_the_same_top_k(run, top_k):
+    paths = save_pictures(3)
+    predict_images(run, paths, output=Path("out.csv"), top_k=top_k)
+    predict_images(run, paths, output=Path("out.JSONL"), top_k=top_k)
+    rows = read_csv()
+    assert (
+        list(rows[0])
+        == ["path", "class", "probability", "class_2", "probability_2", "class_3", "probability_3"][: 1 + 2 * top_k]
+    )
+    for row, line in zip(rows, Path("out.JSONL").read_text(encoding="utf-8").splitlines(), strict=True):
+        top = [{"class": name, "probability": prob} for name, prob in ranked(row, top_k)]
+        assert json.loads(line) == {"path": row["path"], **top[0], "top": top}
+
+
+def test_stdout_gets_json_lines_alone(run, capsys):
+    paths = save_pictures(4)
+    paths[1].write_bytes(b"no picture")
+    assert predict_images(run, paths, output=None) == 1
+    captured = capsys.readouterr()
+    assert [json.loads(line)["path"] for line in captured.out.splitlines()] == [str(paths[k]) for k in (0, 2, 3)]
+    assert captured.err.startswith(str(paths[1]))
+
+
+def test_an_existing_output_is_kept_without_force_and_replaced_with_it(run, monkeypatch):
+    paths = save_pictures(2)
+    Path("out.csv").write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "load_network", lambda run: pytest.fail("work was done"))
+        with pytest.raises(UserError, match=r"--output out\.csv: exists; .* --force"):
+            predict_images(run, paths, output=Path("out.csv"))
+    assert Path("out.csv").read_text() == "old"
+    predict_images(run, paths, output=Path("out.csv"), force=True)
+    assert len(read_csv()) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (OSError(28, "No space left on device"), r"--output out\.csv: cannot be written \(No space left on device\)"),
+        (KeyboardInterrupt("Ctrl-C"), "Ctrl-C"),
+    ],
+)
+def test_output_is_whole_or_as_before(run, monkeypatch, error, seen):
+    paths = save_pictures(2)
+    Path("out.csv").write_text("old")
+
+    def fail(descriptor):
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises((UserError, KeyboardInterrupt), match=seen):
+        predict_images(run, paths, output=Path("out.csv"), force=True)
+    assert Path("out.csv").read_text() == "old"
+    assert sorted(os.listdir()) == ["out.csv", "pictures"]
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"paths": ["absent.png"]}, r"absent\.png: there is no such file or folder"),
+        ({"paths": ["pictures", "empty"]}, "empty: no pictures in this folder or below"),
+        ({"paths": []}, "PATH: name pictures"),
+        ({"top_k": 0}, "--top_k 0: 1 or more"),
+        ({"top_k": 4}, "--top_k 4: the run knows 3 classes"),
+        ({"batch_size": 0}, "--batch_size 0: 1 or more"),
+        ({"output": "out.txt"}, r"--output out\.txt: give a \.csv, or a \.jsonl"),
+        ({"output": "out"}, r"--output out: give a \.csv"),
+        ({"output": "absent/out.csv"}, r"--output absent/out\.csv: there is no folder absent"),
+        ({"output": "folder.csv", "force": True}, r"--output folder\.csv: is a folder"),
+    ],
+)
+def test_mistakes_are_named_in_one_line_before_any_picture_is_read(run, monkeypatch, arguments, message):
+    save_pictures(1)
+    for folder in ("empty", "folder.csv"):
+        Path(folder).mkdir()
+    Path("empty/notes.txt").write_text("none")
+    monkeypatch.setattr(pictures, "decode_all", lambda *arguments: pytest.fail("a picture was read"))
+    if "top_k" not in arguments:
+        monkeypatch.setattr(predict, "load_network", lambda run: pytest.fail("the network was loaded"))
+    before = sorted(os.listdir())
+    paths = [Path(path) for path in arguments.pop("paths", ["pictures"])]
+    output = Path(arguments.pop("output", "out.csv"))
+    with pytest.raises(UserError, match=message) as raised:
+        predict_images(run, paths, output=output, **arguments)
+    assert str(raised.value).count("\n") <= 1
+    assert sorted(os.listdir()) == before
+
+
+def test_a_folder_that_takes_no_files_is_named(run, monkeypatch):
+    save_pictures(1)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"--output out\.csv: the folder \. cannot be written"):
+        predict_images(run, [Path("pictures")], output=Path("out.csv"))
+
+
+def test_predicting_imports_no_lightning():
+    code = "import sys, cifar_lightning.predict; sys.exit('lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
