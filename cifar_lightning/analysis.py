@@ -115,7 +115,8 @@ def gallery_positions(
     """Return which pictures are worth looking at, each once, at most `limit`, in ascending order.
 
     A quarter each: the most confident mistakes, the highest losses, the least certain (smallest gap between the two
-    most probable classes), and the clearest mistakes of each of the most confused pairs.
+    most probable classes), and the clearest mistakes of each of the most confused pairs. Where few mistakes leave
+    fewer than three fifths of `limit`, pictures at even distances join them, for the parity check of exports.
     """
     probs = softmax(logits)
     preds = probs.argmax(axis=1)
@@ -128,7 +129,12 @@ def gallery_positions(
     pairs = most_confused(confusion_matrix(targets, preds, logits.shape[1]))
     of_pairs = [wrong[(targets[wrong] == pair.true) & (preds[wrong] == pair.pred)][: limit // 40] for pair in pairs]
     chosen = [wrong[:quarter], np.argsort(-losses, kind="stable")[:quarter], np.argsort(-gaps, kind="stable")[:quarter]]
-    return np.unique(np.concatenate([*chosen, *of_pairs])).astype(np.int64)
+    shown = np.unique(np.concatenate([*chosen, *of_pairs])).astype(np.int64)
+    missing = min(limit * 3 // 5, len(targets)) - len(shown)
+    if missing > 0:
+        others = np.setdiff1d(np.arange(len(targets)), shown)
+        shown = np.union1d(shown, others[np.linspace(0, len(others) - 1, missing).astype(np.int64)])
+    return shown
 
 
 def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:

@@ -184,7 +184,9 @@ def _predict_images_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top_k", metavar="N", type=int, default=3, help="most probable classes a picture (default: 3)"
     )
-    parser.add_argument("--batch_size", metavar="N", type=int, default=256, help="pictures at a time (default: 256)")
+    parser.add_argument(
+        "--batch_size", metavar="N", type=int, help="pictures at a time (default: 256 on a GPU, else 64)"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite the output")
 
 

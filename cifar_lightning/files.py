@@ -10,7 +10,7 @@ import math
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def write_bytes_durably(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -39,7 +39,8 @@ def write_bytes_durably(path: Path, data: bytes) -> None:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Put a folder's own entries on the disk, after a file in it was made or renamed."""
     if sys.platform == "win32":  # cannot open folders
         return
     fd = os.open(folder, os.O_RDONLY)
@@ -50,6 +51,44 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name beside a file that was asked for by --output; what is written there takes its place at the end.
+
+    Raises:
+        UserError: It cannot be written; what was there before is intact.
+    """
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")  # the suffix tells the kind
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise UserError(f"--output {path}: cannot be written ({error.strerror}).") from error
+        raise
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Refuse a file that --output may not name, before any work is done.
+
+    Raises:
+        UserError: It exists and `force` is not set, is a folder, or lies where nothing can be written.
+    """
+    if path.is_dir():
+        raise UserError(f"--output {path}: is a folder; name a file.")
+    if os.path.lexists(path) and not force:
+        raise UserError(f"--output {path}: exists; choose another name, or overwrite it with --force.")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: there is no folder {path.parent}; make it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output {path}: the folder {path.parent} cannot be written; choose another one.")
 
 
 def write_text_durably(path: Path, text: str) -> None:

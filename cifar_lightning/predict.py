@@ -8,7 +8,6 @@ import contextlib
 import csv
 import json
 import os
-import secrets
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from cifar_lightning import pictures
 from cifar_lightning.augment import normalize
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import _sync_folder
+from cifar_lightning.files import check_output, replacing
 from cifar_lightning.folders import reserved
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.weights import TrainedNetwork, load_network
@@ -109,14 +108,7 @@ def _check_numbers(top_k: int, batch_size: int | None) -> None:
 def _check_output(output: Path, force: bool) -> None:
     if output.suffix.lower() not in (".csv", ".jsonl", ".json"):
         raise UserError(f"--output {output}: give a .csv, or a .jsonl for JSON lines.")
-    if output.is_dir():
-        raise UserError(f"--output {output}: is a folder; name a file.")
-    if os.path.lexists(output) and not force:
-        raise UserError(f"--output {output}: exists; choose another name, or overwrite it with --force.")
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}; make it first.")
-    if not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output {output}: the folder {output.parent} cannot be written; choose another one.")
+    check_output(output, force)
 
 
 def find_pictures(paths: Sequence[Path]) -> list[str]:
@@ -276,35 +268,12 @@ def _rows(output: Path | None, top_k: int) -> Iterator[Write]:
         yield _json_writer(sys.stdout.write, ensure_ascii=True)  # stdout may have any encoding
         sys.stdout.flush()
         return
-    with _durable(output) as file:
+    # Names of files that are not UTF-8 hold lone surrogates; they become \udcXX, which JSON reads back.
+    with replacing(output) as path, open(path, "x", encoding="utf-8", errors="backslashreplace", newline="") as file:
         if output.suffix.lower() == ".csv":
             yield _csv_writer(file, top_k)
         else:
             yield _json_writer(file.write, ensure_ascii=False)
-
-
-@contextmanager
-def _durable(path: Path) -> Iterator[TextIO]:
-    """Give a text file that takes the path's place when all is written; as `files.write_text_durably`, but in pieces.
-
-    Raises:
-        UserError: It cannot be written; what was there before is intact.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        # Names of files that are not UTF-8 hold lone surrogates; they become \udcXX, which JSON reads back.
-        with open(temporary, "x", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise UserError(f"--output {path}: cannot be written ({error.strerror}).") from error
-        raise
 
 
 def _csv_writer(file: TextIO, top_k: int) -> Write:

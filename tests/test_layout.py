@@ -30,7 +30,7 @@ LAYERS = [
     ["data"],
     ["classifier"],
     ["report"],
-    ["callbacks", "answers", "progress", "predict"],
+    ["callbacks", "answers", "progress", "predict", "export"],
     ["resume", "tune", "parser", "training"],
     ["flags", "help", "cli"],
 ]

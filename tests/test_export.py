@@ -1,0 +1,191 @@
+"""An exported network answers as PyTorch does, at every batch size, and says of itself what it needs."""
+
+import importlib.metadata
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from cifar_lightning import ImageClassifier, UserError, export
+from cifar_lightning.export import export_run
+from cifar_lightning.models import build_model
+from cifar_lightning.runs import RunFolder
+from cifar_lightning.sources import open_source
+from cifar_lightning.weights import load_network, load_weights
+
+CLASSES = [f"class {k}" for k in range(10)]
+
+
+def make_run(path, name="smallnet", **model_kwargs):
+    """Write a run whose network has random weights and statistics, so that its answers are spread over the classes."""
+    run = RunFolder(path)
+    run.checkpoints.mkdir(parents=True)
+    torch.manual_seed(1)
+    module = ImageClassifier(name, 10, 32, model_kwargs=model_kwargs)
+    for layer in module.network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.running_mean, std=0.2)
+            nn.init.uniform_(layer.weight, 0.8, 1.6)
+            nn.init.normal_(layer.bias, std=0.3)
+        elif isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.5)
+    data = {"class_names": CLASSES, "image_size": 32, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
+    checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "epoch": 2}
+    torch.save(checkpoint | {"ImageDataModule": data}, run.best_checkpoint)
+    np.savez(run.gallery, images=test_pictures(300))
+    return run
+
+
+def test_pictures(num):
+    """Pictures of the synthetic test set, NHWC."""
+    return open_source("synthetic", "data", None).load("test").images[:num]
+
+
+test_pictures.__test__ = False
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("export") / "run", widths=[4, 8])
+
+
+def ask_onnx(path, images, output="logits"):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda size: np.concatenate(
+        [session.run([output], {"images": images[at : at + size]})[0] for at in range(0, len(images), size)]
+    )
+
+
+def assert_onnx_answers_as_pytorch(run, path, pictures, sizes):
+    trained = load_network(run)
+    expected = torch.cat([trained.logits(part) for part in torch.from_numpy(pictures.copy()).split(256)]).softmax(1).numpy()
+    assert len(set(expected.argmax(1).tolist())) >= 3
+    ask = ask_onnx(path, np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)), "probs")
+    for size in sizes:
+        probs = ask(size)
+        assert np.abs(probs - expected).max() < 1e-4
+        assert (probs.argmax(1) == expected.argmax(1)).all()
+
+
+def test_onnx_takes_raw_pictures_in_batches_of_any_size(run, tmp_path, capsys):
+    path = export_run(run, "onnx", output=tmp_path / "net.onnx", probs=True)
+    assert_onnx_answers_as_pytorch(run, path, test_pictures(64), (1, 7, 64))
+    out = capsys.readouterr()
+    assert "256 test pictures: largest difference of a probability" in out.out
+    assert out.err == ""
+    assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]  # nothing beside it: one file
+
+
+def test_the_graph_has_the_promised_names_and_metadata(run, tmp_path):
+    path = export_run(run, "onnx", output=tmp_path / "net.onnx")
+    model = onnx.load(path)
+    (images,), (logits,) = model.graph.input, model.graph.output
+    assert (images.name, logits.name) == ("images", "logits")
+    assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert images.type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert [dim.dim_value for dim in images.type.tensor_type.shape.dim][1:] == [3, 32, 32]
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(told["class_names"]) == CLASSES
+    assert told["checkpoint_sha256"] == load_network(run).sha256
+    assert (told["image_size"], told["epoch"]) == ("32", "3")
+    assert told["cifar_lightning"] == importlib.metadata.version("cifar-lightning")
+
+
+def test_float_input_and_uint8_input_give_the_same_answers(run, tmp_path):
+    images = np.ascontiguousarray(test_pictures(20).transpose(0, 3, 1, 2))
+    raw = ask_onnx(export_run(run, "onnx", output=tmp_path / "raw.onnx"), images)(20)
+    path = export_run(run, "onnx", output=tmp_path / "float.onnx", input="float")
+    np.testing.assert_allclose(ask_onnx(path, images.astype(np.float32) / 255)(20), raw, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its loader
+def test_the_torch_archive_runs_at_any_batch_size_and_holds_its_metadata(run, tmp_path):
+    path = export_run(run, "torch", output=tmp_path / "net.pt2", probs=True)
+    extra = {"metadata.json": ""}
+    module = torch.export.load(path, extra_files=extra).module()
+    assert json.loads(json.loads(extra["metadata.json"])["class_names"]) == CLASSES
+    images = torch.from_numpy(test_pictures(9).copy())
+    expected = load_network(run).logits(images)
+    for size in (1, 2, 9):
+        logits, probs = module(images[:size].permute(0, 3, 1, 2))
+        torch.testing.assert_close(logits, expected[:size], atol=1e-4, rtol=0)
+        torch.testing.assert_close(probs, expected[:size].softmax(1), atol=1e-4, rtol=0)
+
+
+def test_safetensors_hold_the_weights_and_how_to_build_the_network(run, tmp_path):
+    from safetensors import safe_open
+
+    path = export_run(run, "safetensors", output=tmp_path / "net.safetensors")
+    with safe_open(path, "pt") as file:
+        told = file.metadata()
+    network = build_model(**json.loads(told["architecture"]))
+    load_weights(network, path)
+    expected = load_network(run).network.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in network.state_dict().items())
+    assert json.loads(told["mean"]) == pytest.approx([0.4, 0.5, 0.6])
+
+
+def test_without_test_pictures_random_ones_are_checked_and_named(tmp_path, capsys):
+    run = make_run(tmp_path / "run", widths=[4])
+    run.gallery.unlink()
+    export_run(run, "safetensors")
+    assert "Parity on 256 random pictures" in capsys.readouterr().out
+    assert (run.path / "model.safetensors").exists()
+
+
+def test_a_file_that_answers_otherwise_is_not_kept(run, tmp_path, monkeypatch):
+    class Wrong(export.ExportedNetwork):
+        def forward(self, images):
+            return (super().forward(images)[0] + torch.arange(10.0) / 100,)
+
+    monkeypatch.setattr(export, "ExportedNetwork", Wrong)
+    with pytest.raises(RuntimeError, match="does not answer as PyTorch does"):
+        export_run(run, "torch", output=tmp_path / "net.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_in_the_way_is_named_before_any_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "load_network", None)
+    there = tmp_path / "net.onnx"
+    there.touch()
+    for output, message in (
+        (there, "exists; .*--force"),
+        (tmp_path / "no" / "net.onnx", "there is no folder"),
+        (tmp_path, "is a folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export_run(run, "onnx", output=output)
+    with pytest.raises(UserError, match="holds weights alone"):
+        export_run(run, "safetensors", output=tmp_path / "x.safetensors", probs=True)
+
+
+def test_a_missing_package_names_the_command_that_installs_it(run, tmp_path, monkeypatch):
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "onnxscript":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(UserError, match=r"needs onnxscript: pip install 'cifar-lightning\[export\]'"):
+        export_run(run, "onnx", output=tmp_path / "net.onnx")
+
+
+def test_force_overwrites(run, tmp_path):
+    there = tmp_path / "net.safetensors"
+    there.write_bytes(b"old")
+    export_run(run, "safetensors", output=there, force=True)
+    assert there.stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smallnet", "resnet18"])
+def test_onnx_agrees_on_1000_test_pictures_in_batches_from_1_to_512(tmp_path, name):
+    run = make_run(tmp_path / "run", name)
+    path = export_run(run, "onnx", probs=True)
+    assert_onnx_answers_as_pytorch(run, path, test_pictures(1000), (1, 7, 256, 512))
