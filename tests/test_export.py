@@ -62,7 +62,8 @@ def ask_onnx(path, images, output="logits"):
 
 def assert_onnx_answers_as_pytorch(run, path, pictures, sizes):
     trained = load_network(run)
-    expected = torch.cat([trained.logits(part) for part in torch.from_numpy(pictures.copy()).split(256)]).softmax(1).numpy()
+    parts = torch.from_numpy(pictures.copy()).split(256)
+    expected = torch.cat([trained.logits(part) for part in parts]).softmax(1).numpy()
     assert len(set(expected.argmax(1).tolist())) >= 3
     ask = ask_onnx(path, np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)), "probs")
     for size in sizes:

@@ -1,0 +1,76 @@
+"""How fast the command line answers `--help`, `fit --help` and a typo, against plain LightningCLI over its classes.
+
+    python benchmarks/startup.py [--rounds 5] [--output benchmarks/results/startup.json]
+
+Each answer is a new process; both programs run in turn, and are compared within a round. The last line is the smallest
+of the three median ratios, plain over ours.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cifar_lightning.runs import describe_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN = """
+from lightning.pytorch.cli import LightningCLI
+from cifar_lightning import ImageClassifier, ImageDataModule
+LightningCLI(ImageClassifier, ImageDataModule)
+"""
+ASKED = {"--help": ["--help"], "fit --help": ["fit", "--help"], "a typo": ["fit", "--modle.lr", "1"]}
+
+
+def answer(program: Path, arguments: list[str]) -> tuple[float, int]:
+    """Start a program; return the seconds until it has ended, and its lines on both outputs."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    elapsed_s = time.perf_counter() - began
+    assert "Traceback" not in done.stderr, done.stderr
+    return elapsed_s, len((done.stdout + done.stderr).splitlines())
+
+
+def main() -> None:
+    """Compare and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    parsed = parser.parse_args()
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "plain.py"
+        plain.write_text(PLAIN, encoding="utf-8")
+        for programs in (ROOT / "train.py", plain):  # files from the disk once, for neither's time
+            answer(programs, ["--help"])
+        for name, arguments in ASKED.items():
+            pairs = [(answer(ROOT / "train.py", arguments), answer(plain, arguments)) for _ in range(parsed.rounds)]
+            ratios = [plain_s / ours_s for (ours_s, _), (plain_s, _) in pairs]
+            row = {
+                "asked": name,
+                "ours_s": [round(ours_s, 3) for (ours_s, _), _ in pairs],
+                "plain_s": [round(plain_s, 3) for _, (plain_s, _) in pairs],
+                "lines": [pairs[0][0][1], pairs[0][1][1]],
+                "ratio": statistics.median(ratios),
+            }
+            results.append(row)
+            print(
+                f"{name}: ours {statistics.median(row['ours_s']):.2f} s and {row['lines'][0]} lines, "
+                f"plain LightningCLI {statistics.median(row['plain_s']):.2f} s and {row['lines'][1]} lines, {row['ratio']:.1f}x "
+                f"({min(ratios):.1f} to {max(ratios):.1f}, {parsed.rounds} rounds)"
+            )
+    if parsed.output:
+        about = {"rounds": parsed.rounds, "environment": describe_environment(), "results": results}
+        parsed.output.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    print("Plain LightningCLI over ours, the smallest of the three medians, new processes on the CPU:")
+    print(f"ratio={min(row['ratio'] for row in results):.1f}")
+
+
+if __name__ == "__main__":
+    main()

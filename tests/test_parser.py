@@ -1,0 +1,65 @@
+"""The real parser raises short errors, and the table made of it says what its types say."""
+
+import pytest
+from jsonargparse import Namespace
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.parser import check_arguments, config_text, describe_flags
+from cifar_lightning.training import fit_parser
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return fit_parser()
+
+
+def test_a_mistake_raises_at_most_two_lines(parser):
+    for arguments in (["--trainer.max_epoch=1"], ["--model.lr=x"], ["--data.flip=sideways"]):
+        with pytest.raises(UserError) as error:
+            parser.parse_args(arguments)
+        assert 1 <= len(str(error.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "row"),
+    [
+        ("model.lr", {"types": ["float"], "default": 0.003}),
+        ("data.image_size", {"types": ["int", "null"], "default": None}),
+        ("data.flip", {"types": [], "default": "random", "choices": ["random", "alternating", "none"]}),
+        ("trainer.deterministic", {"types": ["bool", "null"], "choices": ["warn"]}),
+        ("model.model_kwargs", {"types": ["null"], "open": True}),
+        ("run_dir", {"commands": ["fit", "tune"]}),
+    ],
+)
+def test_a_row_of_the_table_is_what_the_signature_says(parser, flag, row):
+    described = describe_flags(parser)[flag]
+    assert described["help"]
+    assert {key: described[key] for key in row} == row
+
+
+def test_help_texts_are_plain(parser):
+    texts = [row["help"] for row in describe_flags(parser).values()]
+    assert [text for text in texts if "``" in text or ":func:" in text or "\n" in text] == []
+
+
+def test_a_config_has_every_value_but_the_runs_own_path(parser):
+    config = parser.parse_args(["--run_dir=here", "--model.lr=0.5"])
+    text = config_text(parser, config)
+    assert "here" not in text
+    again = parser.parse_string(text)
+    assert (again.model.lr, again.run_dir) == (0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("command", "ckpt_path", "epochs", "expected"),
+    [
+        ("fit", "nowhere.ckpt", 1, "--ckpt_path nowhere.ckpt: no such file"),
+        ("test", None, 1, "test needs a trained network"),
+        ("fit", None, 0, "--epochs 0: 1 or more"),
+        ("fit", None, -1, "--epochs -1: 1 or more"),
+    ],
+)
+def test_what_would_fail_later_is_refused(command, ckpt_path, epochs, expected):
+    config = Namespace(ckpt_path=ckpt_path, trainer=Namespace(max_epochs=epochs, max_steps=-1))
+    with pytest.raises(UserError, match=expected):
+        check_arguments(command, config)

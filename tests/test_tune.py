@@ -1,0 +1,51 @@
+"""The range test finds a rate that trains, and leaves no trace on the run that follows."""
+
+import pytest
+import torch
+
+from cifar_lightning import ImageClassifier, ImageDataModule, UserError
+from cifar_lightning.tune import MAX_LR, MIN_LR, find_lr
+
+CPU = {"accelerator": "cpu"}
+
+
+def module(**kwargs):
+    return ImageClassifier(image_size=16, model_kwargs={"widths": [4, 8]}, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return ImageDataModule("synthetic", image_size=16, batch_size=100)
+
+
+def test_the_rate_lies_where_the_loss_falls_and_nothing_else_is_touched(data):
+    tuned = module()
+    before = {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
+    random_state = torch.get_rng_state()
+    found = find_lr(tuned, data, **CPU)
+    assert MIN_LR < found.suggestion < MAX_LR
+    assert found.lrs == sorted(found.lrs)
+    assert len(found.lrs) == len(found.losses) > 20
+    at = found.lrs.index(found.suggestion)
+    assert found.losses[at] > min(found.losses)
+    assert found.sgd_lr is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tuned.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert data.trainer is None
+
+
+def test_muon_keeps_the_ratio_of_its_two_rates(data):
+    found = find_lr(module(optimizer="muon", lr=0.05, sgd_lr=0.1), data, **CPU)
+    assert found.sgd_lr == pytest.approx(2 * found.suggestion)
+
+
+def test_a_loss_that_is_not_a_number_ends_in_words(data, monkeypatch):
+    tuned = module()
+    monkeypatch.setattr(type(tuned), "training_step", lambda self, batch, index: self(batch[0]).sum() * float("nan"))
+    with pytest.raises(UserError, match="at no learning rate did the loss fall"):
+        find_lr(tuned, data, **CPU)
+
+
+def test_several_processes_are_refused(data):
+    with pytest.raises(UserError, match="one process"):
+        find_lr(module(), data, accelerator="cpu", devices=2, strategy="ddp")
