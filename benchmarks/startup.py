@@ -62,8 +62,8 @@ def main() -> None:
             results.append(row)
             print(
                 f"{name}: ours {statistics.median(row['ours_s']):.2f} s and {row['lines'][0]} lines, "
-                f"plain LightningCLI {statistics.median(row['plain_s']):.2f} s and {row['lines'][1]} lines, {row['ratio']:.1f}x "
-                f"({min(ratios):.1f} to {max(ratios):.1f}, {parsed.rounds} rounds)"
+                f"plain LightningCLI {statistics.median(row['plain_s']):.2f} s and {row['lines'][1]} lines, "
+                f"{row['ratio']:.1f}x ({min(ratios):.1f} to {max(ratios):.1f}, {parsed.rounds} rounds)"
             )
     if parsed.output:
         about = {"rounds": parsed.rounds, "environment": describe_environment(), "results": results}

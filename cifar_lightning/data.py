@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,6 +13,7 @@ from cifar_lightning.augment import Augmentation, CropMode, FlipMode, seeded_gen
 from cifar_lightning.errors import UserError
 from cifar_lightning.limits import check_limits
 from cifar_lightning.loader import EpochSampler, PictureLoader, Rank, ResidentLoader, StreamingLoader
+from cifar_lightning.memory import free_host_bytes
 from cifar_lightning.sources import PictureSet, open_source
 
 Part = Literal["train", "val", "test"]
@@ -324,13 +324,4 @@ def channel_statistics(images: np.ndarray, indices: np.ndarray) -> tuple[tuple[f
 
 
 def _free_bytes(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return 8e9  # the standard library does not tell outside Linux: a small laptop's memory
-    free = next(1024.0 * int(line.split()[1]) for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and limit.read_text().strip() != "max":  # a container may have less than its machine
-        free = min(free, float(limit.read_text()) - float(used.read_text()))
-    return free
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_host_bytes()

@@ -1,9 +1,7 @@
 """fit, validate, test, predict and tune: LightningCLI over ImageClassifier and ImageDataModule; runs are folders."""
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from cifar_lightning.classifier import ImageClassifier
 from cifar_lightning.data import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import MetricsTable, read_json, write_text_durably
+from cifar_lightning.noise import silence
 from cifar_lightning.parser import TABLE, RunParser, add_own_flags, check_arguments, config_text, table_text
 from cifar_lightning.progress import RunProgress
 from cifar_lightning.report import print_run_report, print_test_report, print_validation
@@ -39,19 +38,6 @@ RUNS = Path("runs")
 _EVALUATING = ("validate", "test", "predict")
 # Lightning's launcher runs the command again for each further process, which must join the first one's run.
 _RUN_OF_RANK_0 = "CIFAR_LIGHTNING_RUN_DIR"
-_SILENCED = (
-    # The advice would be wrong: torchmetrics has summed over the ranks, and the mean of uneven ranks is not the mean.
-    ".*It is recommended to use .*sync_dist=True.*",
-    # Our logger steps once an epoch whatever log_every_n_steps is.
-    ".*is smaller than the logging interval.*",
-    # Lightning 2.6 asks torch's pytree in a way that torch has deprecated.
-    ".*LeafSpec.*is deprecated.*",
-    # `test` needs no callback of `fit`; a run that goes on elsewhere begins with a best of its own.
-    "Be aware that when using `ckpt_path`.*",
-    "The dirpath has changed from .*",
-    # A chosen --run_dir that a run without any checkpoint left behind.
-    "Checkpoint directory .* exists and is not empty.*",
-)
 
 
 def run_training(command: str, arguments: Sequence[str], *, resumed: RunFolder | None = None) -> None:
@@ -65,14 +51,11 @@ def run_training(command: str, arguments: Sequence[str], *, resumed: RunFolder |
     Raises:
         UserError: What the user can mend.
     """
-    for library in ("lightning.pytorch", "lightning.fabric"):  # no adverts, no list of absent accelerators, no seed
-        logging.getLogger(library).setLevel(logging.WARNING)
+    silence()
     if not torch.cuda.is_available():
         # Lightning switches on a check for CUDA that looks for the driver's library anew each time, and torch's
         # optimisers ask in every step: 0.1 ms of each step on a machine without a GPU.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
-    for message in _SILENCED:
-        warnings.filterwarnings("ignore", message)
     try:
         if command == "tune":
             TuneCLI(["fit", *arguments])

@@ -13,6 +13,7 @@ LAYERS = [
     [
         "errors",
         "limits",
+        "memory",
         "files",
         "augment",
         "models",
@@ -30,8 +31,8 @@ LAYERS = [
     ["data"],
     ["classifier"],
     ["report"],
-    ["callbacks", "answers", "progress", "predict", "export"],
-    ["resume", "tune", "parser", "training"],
+    ["callbacks", "answers", "progress", "predict", "export", "doctor"],
+    ["resume", "tune", "parser", "noise", "training"],
     ["flags", "help", "cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]

@@ -1,0 +1,26 @@
+"""What Lightning says that nobody at this command line can act on, silenced message by message, with the reason."""
+
+import logging
+import warnings
+
+_SILENCED = (
+    # The advice would be wrong: torchmetrics has summed over the ranks, and the mean of uneven ranks is not the mean.
+    ".*It is recommended to use .*sync_dist=True.*",
+    # Our logger steps once an epoch whatever log_every_n_steps is.
+    ".*is smaller than the logging interval.*",
+    # Lightning 2.6 asks torch's pytree in a way that torch has deprecated.
+    ".*LeafSpec.*is deprecated.*",
+    # `test` needs no callback of `fit`; a run that goes on elsewhere begins with a best of its own.
+    "Be aware that when using `ckpt_path`.*",
+    "The dirpath has changed from .*",
+    # A chosen --run_dir that a run without any checkpoint left behind.
+    "Checkpoint directory .* exists and is not empty.*",
+)
+
+
+def silence() -> None:
+    """Silence adverts, the list of absent accelerators, the seed's line, and the warnings above."""
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    for message in _SILENCED:
+        warnings.filterwarnings("ignore", message)
