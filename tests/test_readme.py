@@ -14,17 +14,28 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cifar_lightning.cli import ALIASES, RunCLI, rewrite_arguments
+from cifar_lightning.cli import QUICK, training_arguments
 from cifar_lightning.errors import UserError
+from cifar_lightning.flags import ALIASES, FRONT_ONLY, check_recipe, table
 from cifar_lightning.models import SmallNet
+from cifar_lightning.parser import config_text
 from cifar_lightning.runs import RunFolder
+from cifar_lightning.training import fit_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 MARKS = ("run", "parse", "by hand", "ci")
 # Flags that the README names and other programs than train.py take.
-FOREIGN_FLAGS = {"--index-url", "--force-reinstall", "--logdir", "--help", "--rounds"}
+FOREIGN_FLAGS = {
+    "--index-url",
+    "--force-reinstall",
+    "--logdir",
+    "--help",
+    "--help-all",
+    "--print_completion",
+    "--rounds",
+}
 
 
 @dataclass(frozen=True)
@@ -56,39 +67,19 @@ PYTHON_RUN = [block for block in BLOCKS if block.mark == "run"]
 COMMANDS = [line for block in BLOCKS if block.mark == "parse" for line in block.text.splitlines() if line.strip()]
 
 
-class ParsedOnly(RunCLI):
-    """The real command line up to and without the making of anything."""
-
-    def _set_seed(self):
-        pass
-
-    def before_instantiate_classes(self):
-        pass
-
-    def instantiate_classes(self):
-        pass
-
-    def after_instantiate_classes(self):
-        pass
-
-    def _run_subcommand(self, subcommand):
-        pass
-
-
 @pytest.fixture(scope="module")
-def cli():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py"])
-        return ParsedOnly(["fit"])
+def parser():
+    return fit_parser()
 
 
 @pytest.fixture
-def checkout_with_a_run(cli, tmp_path, monkeypatch):
+def checkout_with_a_run(parser, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     run = RunFolder(tmp_path / "runs" / "smallnet" / "1")
     run.checkpoints.mkdir(parents=True)
     run.best_checkpoint.touch()
-    run.config.write_text(cli._config_text(cli.parser.parse_args(["fit"])["fit"]), encoding="utf-8")
+    run.last_checkpoint.touch()
+    run.config.write_text(config_text(parser, parser.parse_args([])), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return run
 
@@ -139,34 +130,42 @@ def test_your_own_loop_is_about_twenty_lines_without_lightning():
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=[command.partition("  #")[0].strip() for command in COMMANDS])
-def test_a_command_is_one_that_the_program_takes(command, cli, checkout_with_a_run):
-    arguments = arguments_of(command)
-    parsed = cli.parser.parse_args(rewrite_arguments(arguments))
-    assert parsed["subcommand"] == arguments[0]
-    if arguments[0] != "fit":
-        assert Path(parsed[arguments[0]]["ckpt_path"]) == Path("runs/smallnet/1/checkpoints/best.ckpt")
+def test_a_command_is_one_that_the_program_takes(command, parser, checkout_with_a_run):
+    name, *arguments = arguments_of(command)
+    if name in QUICK:
+        parsed = QUICK[name].parser(name).parse(arguments)
+        assert "run" not in parsed or parsed.run == Path("runs/smallnet/1")
+        return
+    flags, resumed = training_arguments(name, arguments)
+    parsed = parser.parse_args(flags)
+    if name in ("test", "validate", "predict"):
+        assert Path(parsed["ckpt_path"]) == Path("runs/smallnet/1/checkpoints/best.ckpt")
+    assert (resumed is not None) == ("--resume" in arguments)
 
 
-def test_a_misspelt_flag_or_a_missing_run_would_be_noticed(cli, checkout_with_a_run):
+def test_a_misspelt_flag_or_a_missing_run_would_be_noticed(checkout_with_a_run):
     with pytest.raises(UserError, match="max_epoch"):
-        cli.parser.parse_args(["fit", "--trainer.max_epoch", "3"])
+        training_arguments("fit", ["--trainer.max_epoch", "3"])
     with pytest.raises(UserError, match="runs/smallnet/2"):
-        rewrite_arguments(["test", "runs/smallnet/2"])
+        training_arguments("test", ["runs/smallnet/2"])
 
 
-def test_every_flag_that_is_named_exists(cli):
-    known = set(cli._parser("fit").get_defaults().keys()) | {alias.removeprefix("--") for alias in ALIASES}
+def test_every_flag_that_is_named_exists():
+    of_quick = {
+        option for name in QUICK for action in QUICK[name].parser(name)._actions for option in action.option_strings
+    }
+    known = {*table(), *ALIASES, *FRONT_ONLY} | {option.removeprefix("--") for option in of_quick}
     named = {flag for code in re.findall(r"`([^`]+)`", PROSE) for flag in re.findall(r"(?<!\S)--[a-z][\w.-]*", code)}
     assert len(named) > 12
     assert sorted(flag for flag in named - FOREIGN_FLAGS if flag.removeprefix("--") not in known) == []
 
 
-def test_the_defaults_in_the_table_of_flags_are_the_signatures(cli):
-    defaults = cli._parser("fit").get_defaults()
+def test_the_defaults_in_the_table_of_flags_are_the_signatures(parser):
+    defaults = parser.get_defaults()
     rows = re.findall(r"^\| (`--.+?) \| (.+?) \|", PROSE, re.MULTILINE)
     told = {}
     for flags, values in rows:
-        names = [ALIASES.get(flag, flag).removeprefix("--") for flag in re.findall(r"`(--[\w.]+)`", flags)]
+        names = [ALIASES.get(flag, flag) for flag in re.findall(r"`--([\w.]+)`", flags)]
         told |= dict(zip(names, values.replace("`", "").split(", "), strict=False))
     told = {name: value for name, value in told.items() if re.fullmatch(r"[\d.]+|cifar10|data|adamw", value)}
     assert len(told) >= 9
@@ -193,20 +192,22 @@ def test_ci_and_the_readme_name_every_file_of_a_run():
     paths = {getattr(run, name) for name in dir(run) if not name.startswith("_")}
     names = {path.relative_to("run").as_posix() for path in paths if isinstance(path, Path) and path != run.path}
     names = names - {".lock", "checkpoints", "report.html"} | {"events.out.tfevents.*"}
+    tuned = {"lr_range.json", "lr_range.png"}  # not in every run
     section = PROSE.partition("## What a run leaves")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`.+?) \|", section, re.MULTILINE)
     assert {name for row in rows for name in re.findall(r"`([^`]+)`", row)} == names
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     listed = re.search(r'names = """(.+?)"""', script, re.DOTALL)
-    assert set(listed[1].split()) == names
+    assert set(listed[1].split()) == names - tuned
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_fits_the_signatures_and_names_its_command(path, cli):
-    parsed = cli.parser.parse_args(["fit", "--config", str(path)])["fit"]
+def test_a_recipe_fits_the_signatures_and_names_its_command(path, parser):
+    check_recipe(path)
+    parsed = parser.parse_args(["--config", str(path)])
     values = dict(leaves(parsed.as_dict()))
     assert {name: values[name] for name, _ in stated_by(path)} == dict(stated_by(path))
     SmallNet(**(parsed["model"]["model_kwargs"] or {}))
@@ -217,8 +218,8 @@ def test_a_recipe_fits_the_signatures_and_names_its_command(path, cli):
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != "smallnet"], ids=lambda path: path.stem)
-def test_a_recipe_states_only_what_differs(path, cli):
-    defaults = dict(leaves(cli._parser("fit").get_defaults().as_dict()))
+def test_a_recipe_states_only_what_differs(path, parser):
+    defaults = dict(leaves(parser.get_defaults().as_dict()))
     for name, parameter in inspect.signature(SmallNet).parameters.items():
         defaults[f"model.model_kwargs.{name}"] = parameter.default
     stated = stated_by(path)
@@ -226,9 +227,9 @@ def test_a_recipe_states_only_what_differs(path, cli):
     assert [name for name, value in stated if value == defaults[name]] == []
 
 
-def test_the_smallnet_recipe_is_plain_fit(cli):
-    with_recipe = cli.parser.parse_args(["fit", "--config", str(ROOT / "configs" / "smallnet.yaml")])["fit"]
-    plain = cli.parser.parse_args(["fit"])["fit"]
+def test_the_smallnet_recipe_is_plain_fit(parser):
+    with_recipe = parser.parse_args(["--config", str(ROOT / "configs" / "smallnet.yaml")])
+    plain = parser.parse_args([])
     with_recipe.pop("config")
     plain.pop("config")
     assert with_recipe == plain
