@@ -89,7 +89,8 @@ def describe_flags(parser: LightningArgumentParser) -> dict[str, dict[str, Any]]
         kinds, choices = _kinds(hint)
         default = defaults[action.dest]
         row: dict[str, Any] = {
-            "types": [kind for kind in kinds if kind != "open"],
+            # In an order of our own: Python may give that of another, equal union.
+            "types": [kind for kind in dict.fromkeys(_KINDS.values()) if kind in kinds],
             "default": default if isinstance(default, int | float | str | None) else str(default),
             "help": _first_paragraph(action.help or ""),
         }

@@ -1,5 +1,6 @@
 """What a terminal shows of a run: what it starts from, one bar an epoch, one line for each finished epoch."""
 
+import shlex
 import sys
 import time
 from typing import Any
@@ -154,8 +155,10 @@ class RunProgress(ProgressBar):
         """Give the terminal back before an error is shown; name what Ctrl-C leaves."""
         self._close_bar()
         if isinstance(exception, KeyboardInterrupt) and self._enabled and self.run is not None:
-            last = self.run.last_checkpoint
-            kept = f"--ckpt_path {last} goes on from its end" if last.exists() else "no epoch was finished"
+            goes_on = (
+                f"python train.py fit --resume {shlex.quote(str(self.run.path))} goes on after the last finished one"
+            )
+            kept = goes_on if self.run.last_checkpoint.exists() else "no epoch was finished"
             self._print(f"stopped in epoch {trainer.current_epoch + 1}: {kept}")
 
     # -- the terminal ----------------------------------------------------------------------------------------------

@@ -30,10 +30,11 @@ class StopPoint:
     steps_done: int
     stopped_early: bool
 
-    def is_end(self, max_epochs: int | None, max_steps: int) -> bool:
-        """Whether a run of that length has nothing left to train."""
+    def is_end(self, max_epochs: int | None, max_steps: int, changes: Changes) -> bool:
+        """Whether a run of that length has nothing left to train; early stopping is an end until something changes."""
         epochs_are_up = max_epochs not in (None, -1) and self.epochs_done >= int(max_epochs or 0)
-        return epochs_are_up or (max_steps != -1 and self.steps_done >= max_steps) or self.stopped_early
+        steps_are_up = max_steps != -1 and self.steps_done >= max_steps
+        return epochs_are_up or steps_are_up or (self.stopped_early and not changes)
 
     def check_length(self, max_epochs: int | None) -> None:
         """Refuse to make a run shorter than it is."""

@@ -267,7 +267,8 @@ class RunCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the command; of a run that was trained to its end, only what comes after."""
         trainer = self.config[subcommand].trainer
-        if self.stopped_at is not None and self.stopped_at.is_end(trainer.max_epochs, trainer.max_steps):
+        length = (trainer.max_epochs, trainer.max_steps)
+        if self.stopped_at is not None and self.stopped_at.is_end(*length, self.changes):
             self._finish()
         else:
             super()._run_subcommand(subcommand)
@@ -275,7 +276,7 @@ class RunCLI(LightningCLI):
     def _finish(self) -> None:
         """Make what a trained run lacks."""
         assert self.run is not None
-        print(f"{self.run.path}: trained to its end; --epochs N with more epochs would train on.")
+        print(f"{self.run.path}: trained to its end; more --epochs beside --resume train on.")
         if not (self.run.test_metrics.exists() and self.run.predictions.exists()):
             self.after_fit()
         else:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from cifar_lightning import ImageClassifier, UserError, pictures, predict
-from cifar_lightning.predict import predict_images
+from cifar_lightning.predict import predict_images, top_classes
 from cifar_lightning.runs import RunFolder
 
 SIZE = 16
@@ -167,10 +167,15 @@ def test_many_stretches_and_worker_processes_change_nothing(run, monkeypatch, ca
     assert "Decoded 11 pictures" in captured.err
 
 
-def test_equal_logits_give_the_first_class_as_argmax_does(run):
-    save(run, **{"network.head.weight": torch.zeros(3, 8), "network.head.bias": torch.zeros(3)})
-    predict_images(run, save_pictures(2), output=Path("out.csv"))
-    assert [name for name, _ in ranked(read_csv()[0])] == CLASSES
+def test_equal_logits_give_the_first_class_as_argmax_does():
+    images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    logits = torch.tensor([1.0, 3.0] * 500).expand(2, -1)
+    mean, std = torch.zeros(3), torch.ones(3)
+    probs, classes = top_classes(lambda pictures: logits, images, mean=mean, std=std, top_k=501)
+    assert classes.tolist() == [[*range(1, 1000, 2), 0]] * 2
+    assert (
+        probs.tolist() == [pytest.approx([*[float(logits.softmax(1)[0, 1])] * 500, float(logits.softmax(1)[0, 0])])] * 2
+    )
 
 
 def test_a_network_that_diverged_is_an_error_and_leaves_no_file(run):
@@ -197,6 +202,12 @@ def test_unreadable_pictures_are_listed_and_all_others_answered(run, capsys):
     told = capsys.readouterr().err.splitlines()
     assert [line.split(" ")[0] for line in told] == [str(paths[k]) for k in (0, 3, 4, 7)]
     assert all("cannot be read (" in line for line in told)
+
+
+def test_an_unreadable_picture_takes_one_line_whatever_its_name(run, capsys):
+    Path("a\nb.png").write_bytes(b"no picture")
+    assert predict_images(run, [Path("a\nb.png")], output=None) == 1
+    assert capsys.readouterr().err == "a\\nb.png cannot be read (no picture that Pillow knows)\n"
 
 
 def test_at_most_20_unreadable_pictures_are_listed_and_a_file_with_a_header_remains(run, capsys):
@@ -242,7 +253,9 @@ def test_odd_names_come_back_from_csv_json_and_stdout(run, name, capsys):
     predict_images(run, [Path(name)], output=None)
     assert read_csv()[0]["path"] == name
     assert json.loads(Path("out.json").read_text(encoding="utf-8"))["path"] == name
-    assert json.loads(capsys.readouterr().out)["path"] == name
+    told = capsys.readouterr().out
+    assert json.loads(told)["path"] == name
+    assert told.isascii(), "stdout may have any encoding"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has file names that are not UTF-8")

@@ -166,7 +166,9 @@ def test_the_next_commands_can_be_copied_also_with_spaces_in_the_path():
     text = report(matrix(3, 50), ["a", "b", "c"], Path("my runs/smallnet/3"), width=30)
     assert section(text, "What next") == [
         "  tensorboard --logdir 'my runs'",
-        "  python train.py test 'my runs/smallnet/3'",
+        "  python train.py analyze 'my runs/smallnet/3'",
+        "  python train.py predict-images 'my runs/smallnet/3' MY_PICTURES",
+        "  python train.py export 'my runs/smallnet/3' --format onnx",
     ]
     text = report(matrix(3, 50), ["a", "b", "c"], Path("chosen"))
     assert section(text, "What next")[0] == "  tensorboard --logdir chosen"

@@ -53,8 +53,12 @@ def test_the_stop_point_is_that_of_the_last_checkpoint(run):
     ("max_epochs", "max_steps", "is_end"), [(4, -1, False), (3, -1, True), (None, 30, True), (-1, 31, False)]
 )
 def test_a_run_ends_with_its_epochs_or_steps(max_epochs, max_steps, is_end):
-    assert StopPoint(3, 30, False).is_end(max_epochs, max_steps) is is_end
-    assert StopPoint(3, 30, True).is_end(max_epochs, max_steps)
+    assert StopPoint(3, 30, False).is_end(max_epochs, max_steps, {}) is is_end
+
+
+def test_early_stopping_is_an_end_until_something_changes():
+    assert StopPoint(3, 30, True).is_end(4, -1, {})
+    assert not StopPoint(3, 30, True).is_end(9, -1, {"trainer.max_epochs": (4, 9)})
 
 
 def test_a_run_is_not_made_shorter_than_it_is():

@@ -56,7 +56,7 @@ def test_starts_at_the_same_time_never_share_a_folder(tmp_path):
 
 def test_a_chosen_folder_that_holds_a_checkpoint_is_refused_and_left_alone(tmp_path):
     run = finish(start_run(tmp_path, run_dir=tmp_path / "mine"))
-    with pytest.raises(UserError, match=r"holds a run with checkpoints[\s\S]*--ckpt_path"):
+    with pytest.raises(UserError, match=r"holds a run with checkpoints[\s\S]*--resume"):
         create_run(tmp_path, "smallnet", run.path)
     assert run.config.read_text() == "x: 1\n"
     assert run.last_checkpoint.read_bytes() == b"weights"
