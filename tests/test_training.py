@@ -141,6 +141,15 @@ def test_test_of_a_run_repeats_its_figures_and_validate_its_validation(finished)
     assert f"Validation accuracy {100 * accuracy:.2f} %" in validated.stdout
 
 
+def test_the_long_spelling_writes_the_same_config_and_the_same_metrics(finished):
+    run, _ = finished
+    spelled = ["--data.batch_size" if flag == "--batch_size" else flag for flag in TINY]
+    spelled += ["--trainer.max_epochs", 2, "--model.lr=0.01"]
+    start("fit", *spelled, "--run_dir", "spelled", cwd=run.parent)
+    for name in ("config.yaml", "metrics.csv"):
+        assert (run.parent / "spelled" / name).read_bytes() == (run / name).read_bytes()
+
+
 def test_the_saved_config_repeats_the_run_digit_for_digit(finished):
     run, _ = finished
     start("fit", "--config", run / "config.yaml", "--run_dir", "again", cwd=run.parent)
