@@ -23,11 +23,17 @@ def write_bytes_durably(path: Path, data: bytes) -> None:
     Raises:
         OSError: It cannot be written (disk full, permissions); the old file is intact and the error names the path.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # beside it: TMPDIR may be another disk
+    with _in_place_of(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def _in_place_of(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
+    """Give a name beside a file; what is written there takes its place at the end, once it is on the disk."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}")  # beside it: TMPDIR may be another disk
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
@@ -60,19 +66,11 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UserError: It cannot be written; what was there before is intact.
     """
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")  # the suffix tells the kind
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise UserError(f"--output {path}: cannot be written ({error.strerror}).") from error
-        raise
+        with _in_place_of(path, path.suffix) as temporary:  # which tells the kind to whoever reads it back
+            yield temporary
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror}).") from error
 
 
 def check_output(path: Path, force: bool) -> None:
