@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cifar_lightning import ImageClassifier, UserError, export
+from cifar_lightning.augment import normalize
 from cifar_lightning.export import export_run
 from cifar_lightning.models import build_model
 from cifar_lightning.runs import RunFolder
@@ -32,8 +33,16 @@ def make_run(path, name="smallnet", **model_kwargs):
             nn.init.uniform_(layer.weight, 0.8, 1.6)
             nn.init.normal_(layer.bias, std=0.3)
         elif isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=0.5)
-    data = {"class_names": CLASSES, "image_size": 32, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
+            head = layer
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
+    images = normalize(torch.from_numpy(test_pictures(256).copy()), mean=torch.tensor(mean), std=torch.tensor(std))
+    with torch.no_grad():  # logits as a trained network's: no class is the answer to everything, none saturates
+        logits = module.network.eval()(images)
+        head.bias.sub_(logits.mean(0))
+        scale = 2 / (logits - logits.mean(0)).std()
+        head.bias.mul_(scale)
+        head.weight.mul_(scale)
+    data = {"class_names": CLASSES, "image_size": 32, "mean": mean, "std": std}
     checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "epoch": 2}
     torch.save(checkpoint | {"ImageDataModule": data}, run.best_checkpoint)
     np.savez(run.gallery, images=test_pictures(300))
