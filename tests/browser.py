@@ -1,0 +1,39 @@
+"""How tests look at a page: headless Chromium through selenium, with a fresh profile."""
+
+import contextlib
+import shutil
+import tempfile
+
+import pytest
+
+# --no-sandbox: a container has no namespaces for it. The rest keeps the browser from asking anybody on its own behalf.
+FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking
+    --disable-component-update --disable-sync --no-first-run --hide-scrollbars --force-device-scale-factor=1""".split()
+
+
+@contextlib.contextmanager
+def browser(width=1280, height=900):
+    """Give a selenium driver that keeps the console's and the network's log; skip the test where there is no browser.
+
+    The log of the network is `driver.get_log("performance")`, the console's `driver.get_log("browser")`.
+    """
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver_path = shutil.which("chromedriver")
+    if chromium is None or driver_path is None:
+        pytest.skip("no Chromium with its driver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        for flag in (*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}"):
+            options.add_argument(flag)
+        service = webdriver.ChromeService(executable_path=driver_path)
+        driver = webdriver.Chrome(options=options, service=service)
+        try:
+            # Windows are never narrower than some 500 pixels; a phone's width is emulated.
+            metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+            yield driver
+        finally:
+            driver.quit()
