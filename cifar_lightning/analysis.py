@@ -1,4 +1,4 @@
-"""A run's answers -> numbers: accuracy with its interval, calibration, per-class rates, confusions; NumPy only.
+"""A run's answers -> numbers: confusion matrix, per-class rates, most confused pairs; NumPy only.
 
 Every function is pure. A confusion matrix is int64 with rows for the true class and columns for the predicted one; all
 per-class numbers are read from it, so they cannot contradict each other. What has no value (the precision of a class
@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float64, Int, Int64
+
+from cifar_lightning.calibration import cross_entropy, expected_calibration_error, softmax
+from cifar_lightning.significance import wilson_interval
 
 
 def confusion_matrix(
@@ -107,101 +110,6 @@ def most_confused(cm: Int[np.ndarray, "classes classes"], top: int = 10) -> list
         if count:
             pairs.append(ConfusedPair(int(true), int(pred), count, count / int(support[true])))
     return pairs
-
-
-def gallery_positions(
-    logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"], limit: int = 500
-) -> Int64[np.ndarray, " shown"]:
-    """Return which pictures are worth looking at, each once, at most `limit`, in ascending order.
-
-    A quarter each: the most confident mistakes, the highest losses, the least certain (smallest gap between the two
-    most probable classes), and the clearest mistakes of each of the most confused pairs. Where few mistakes leave
-    fewer than three fifths of `limit`, pictures at even distances join them, for the parity check of exports.
-    """
-    probs = softmax(logits)
-    preds = probs.argmax(axis=1)
-    confidence = probs.max(axis=1)
-    wrong = np.flatnonzero(preds != targets)
-    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
-    losses = -log_softmax(logits)[np.arange(len(targets)), targets]
-    gaps = -np.diff(np.partition(probs, -2, axis=1)[:, -2:], axis=1)[:, 0] if probs.shape[1] > 1 else -confidence
-    quarter = limit // 4
-    pairs = most_confused(confusion_matrix(targets, preds, logits.shape[1]))
-    of_pairs = [wrong[(targets[wrong] == pair.true) & (preds[wrong] == pair.pred)][: limit // 40] for pair in pairs]
-    chosen = [wrong[:quarter], np.argsort(-losses, kind="stable")[:quarter], np.argsort(-gaps, kind="stable")[:quarter]]
-    shown = np.unique(np.concatenate([*chosen, *of_pairs])).astype(np.int64)
-    missing = min(limit * 3 // 5, len(targets)) - len(shown)
-    if missing > 0:
-        others = np.setdiff1d(np.arange(len(targets)), shown)
-        shown = np.union1d(shown, others[np.linspace(0, len(others) - 1, missing).astype(np.int64)])
-    return shown
-
-
-def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the score interval of a share, within 0..1; without trials that is all of 0..1.
-
-    Unlike the usual "plus or minus" it holds near 0 and 1 and for small classes. E. B. Wilson, "Probable inference, the
-    law of succession, and statistical inference", JASA 22 (1927).
-
-    Args:
-        successes: Right answers.
-        total: Answers.
-        z: Quantile of the normal distribution; 1.959964 leaves 2.5 % on either side.
-
-    Raises:
-        ValueError: Not 0 <= successes <= total.
-    """
-    if not 0 <= successes <= total:
-        raise ValueError(f"{successes} successes out of {total}")
-    if total == 0:
-        return 0.0, 1.0
-    share = successes / total
-    centre = share + z**2 / (2 * total)
-    half_width = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    scale = 1 + z**2 / total
-    # At 0 and at 1 the end is exact; rounding must not move it.
-    low = 0.0 if successes == 0 else (centre - half_width) / scale
-    high = 1.0 if successes == total else (centre + half_width) / scale
-    return low, high
-
-
-def log_softmax(logits: Float[np.ndarray, "n classes"]) -> Float64[np.ndarray, "n classes"]:
-    """Return log-probabilities; in float64, so that large logits neither overflow nor saturate; NaN where infinite."""
-    with np.errstate(invalid="ignore"):  # inf - inf
-        shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-        log_probs: Float64[np.ndarray, "n classes"] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return log_probs
-
-
-def softmax(logits: Float[np.ndarray, "n classes"]) -> Float64[np.ndarray, "n classes"]:
-    """Return probabilities, 0..1, each row summing to 1."""
-    probs: Float64[np.ndarray, "n classes"] = np.exp(log_softmax(logits))
-    return probs
-
-
-def cross_entropy(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"]) -> float:
-    """Return the mean of minus the log-probability of the true class, in nats, without label smoothing."""
-    return float(-log_softmax(logits)[np.arange(len(targets)), targets].mean())
-
-
-def expected_calibration_error(
-    probs: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"], bins: int = 15
-) -> float:
-    """Return how far confidence and accuracy are apart on average, 0..1; NaN if any probability is.
-
-    The pictures are binned by the probability of their predicted class into `bins` equal parts [a, b) of 0..1, and
-    |accuracy - mean confidence| is averaged over the pictures. Guo et al., "On Calibration of Modern Neural Networks",
-    ICML 2017. As in torchmetrics' `MulticlassCalibrationError(norm="l1")`, a confidence of exactly 1.0 has a bin of its
-    own, where the paper has it in the last one.
-    """
-    if np.isnan(probs).any():
-        return math.nan
-    confidences = probs.max(axis=1)
-    right = probs.argmax(axis=1) == targets
-    indices = np.digitize(confidences, np.linspace(0, 1, bins + 1)) - 1
-    # A bin's |mean right - mean confidence| times its share of the pictures is |sum of differences| / n.
-    differences = right.astype(np.float64) - confidences.astype(np.float64)
-    return float(np.abs(np.bincount(indices, weights=differences)).sum() / len(targets))
 
 
 def test_metrics(

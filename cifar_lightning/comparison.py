@@ -1,0 +1,158 @@
+"""Two runs on the same test pictures -> who is better, where, and whether chance explains it; NumPy only."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from cifar_lightning.analysis import accuracy
+from cifar_lightning.calibration import cross_entropy, expected_calibration_error, softmax
+from cifar_lightning.errors import UserError
+from cifar_lightning.results import Answers, Results
+from cifar_lightning.significance import holm, mcnemar_test, paired_difference_interval, wilson_interval
+
+_NUM_SHOWN = 24  # pictures that changed sides, in each direction
+
+
+def compare(path: Path, results: Results, other_path: Path, other: Results) -> dict[str, Any]:
+    """Return how a run differs from another one; positive differences are in favour of the first.
+
+    Keys: `runs` (two of {path, accuracy, accuracy_interval_95, loss, ece}), `difference`, `difference_interval_95`
+    (Newcombe, paired), `both_right`, `only_first`, `only_second`, `both_wrong`, `p` (McNemar's exact test), `classes`
+    [{name, support, first, second, difference, difference_interval_95, only_first, only_second, p (Holm)}], `changed`
+    {won, lost}: of each the number `count` and the clearest `pictures` [{index, true, first, first_prob, second,
+    second_prob}] whose answers changed sides.
+
+    Raises:
+        UserError: A run has no answers, or they are not of the same pictures.
+    """
+    first, second = _answers_of(path, results), _answers_of(other_path, other)
+    _refuse_other_pictures(path, results, other_path, other)
+    # Both in the order of the first: the order of answers is not part of a test set.
+    order = np.argsort(second.indices)[np.searchsorted(np.sort(second.indices), first.indices)]
+    logits = second.logits[order]
+    right, other_right = first.logits.argmax(1) == first.targets, logits.argmax(1) == first.targets
+    counts = _counts(right, other_right)
+    return {
+        "runs": [_run(path, first), _run(other_path, second)],
+        "difference": float(right.mean() - other_right.mean()),
+        "difference_interval_95": list(paired_difference_interval(**counts)),
+        "both_right": counts["both"],
+        "only_first": counts["only_first"],
+        "only_second": counts["only_second"],
+        "both_wrong": counts["neither"],
+        "p": mcnemar_test(counts["only_first"], counts["only_second"]),
+        "classes": _classes(first, right, other_right),
+        "changed": {
+            "won": _changed(first, logits, right & ~other_right, set(results.pictures) | set(other.pictures)),
+            "lost": _changed(first, logits, ~right & other_right, set(results.pictures) | set(other.pictures)),
+        },
+    }
+
+
+def _answers_of(path: Path, results: Results) -> Answers:
+    if results.test is None:
+        raise UserError(
+            f"--compare: the answers of {path} cannot be read ({' '.join(results.problems)})\n"
+            f"Make them with: python train.py test {path}"
+        )
+    return results.test
+
+
+def _refuse_other_pictures(path: Path, results: Results, other_path: Path, other: Results) -> None:
+    first, second = _answers_of(path, results), _answers_of(other_path, other)
+    hashes = [run.split.get("sha256", {}).get("test") for run in (results, other)]
+    reason = ""
+    if first.class_names != second.class_names:
+        reason = f"{len(first.class_names)} and {len(second.class_names)} classes, or other names"
+    elif len(first.targets) != len(second.targets):
+        reason = f"{len(first.targets):,} and {len(second.targets):,} pictures"
+    elif None not in hashes and hashes[0] != hashes[1]:
+        reason = "the pictures themselves differ"
+    elif _by_index(first) != _by_index(second):
+        reason = "the pictures have other numbers or classes"
+    if reason:
+        raise UserError(
+            f"--compare {other_path}: was not tested on the same pictures as {path}: {reason}.\n"
+            "Only answers to the same pictures can be compared one by one."
+        )
+
+
+def _by_index(answers: Answers) -> dict[int, int]:
+    return dict(zip(answers.indices.tolist(), answers.targets.tolist(), strict=True))
+
+
+def _run(path: Path, answers: Answers) -> dict[str, Any]:
+    cm = answers.confusion
+    return {
+        "path": str(path),
+        "accuracy": accuracy(cm),
+        "accuracy_interval_95": list(wilson_interval(int(np.trace(cm)), int(cm.sum()))),
+        "loss": cross_entropy(answers.logits, answers.targets),
+        "ece": expected_calibration_error(softmax(answers.logits), answers.targets),
+    }
+
+
+def _counts(right: Bool[np.ndarray, " n"], other_right: Bool[np.ndarray, " n"]) -> dict[str, int]:
+    return {
+        "both": int((right & other_right).sum()),
+        "only_first": int((right & ~other_right).sum()),
+        "only_second": int((~right & other_right).sum()),
+        "neither": int((~right & ~other_right).sum()),
+    }
+
+
+def _classes(
+    answers: Answers, right: Bool[np.ndarray, " n"], other_right: Bool[np.ndarray, " n"]
+) -> list[dict[str, Any]]:
+    rows = []
+    for index, name in enumerate(answers.class_names):
+        of_class = answers.targets == index
+        counts = _counts(right[of_class], other_right[of_class])
+        support = int(of_class.sum())
+        shares = [(counts["both"] + counts[key]) / support if support else math.nan for key in ("only_first", "only_second")]
+        rows.append(
+            {
+                "name": name,
+                "support": support,
+                "first": shares[0],
+                "second": shares[1],
+                "difference": shares[0] - shares[1],
+                "difference_interval_95": list(paired_difference_interval(**counts)),
+                "only_first": counts["only_first"],
+                "only_second": counts["only_second"],
+                "p": mcnemar_test(counts["only_first"], counts["only_second"]),
+            }
+        )
+    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p"] = p
+    return rows
+
+
+def _changed(
+    first: Answers, second_logits: np.ndarray, changed: Bool[np.ndarray, " n"], available: set[int]
+) -> dict[str, Any]:
+    """Return the pictures of one direction, the surest wrong answers first."""
+    probs, other_probs = softmax(first.logits), softmax(second_logits)
+    preds, other_preds = probs.argmax(1), other_probs.argmax(1)
+    positions = np.flatnonzero(changed)
+    wrong = np.where(preds == first.targets, other_probs.max(1), probs.max(1))
+    positions = positions[np.argsort(-wrong[positions], kind="stable")]
+    kept = [position for position in positions.tolist() if int(first.indices[position]) in available][:_NUM_SHOWN]
+    names = first.class_names
+    return {
+        "count": len(positions),
+        "pictures": [
+            {
+                "index": int(first.indices[position]),
+                "true": names[first.targets[position]],
+                "first": names[preds[position]],
+                "first_prob": float(probs[position].max()),
+                "second": names[other_preds[position]],
+                "second_prob": float(other_probs[position].max()),
+            }
+            for position in kept
+        ],
+    }

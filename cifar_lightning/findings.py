@@ -1,0 +1,245 @@
+"""Results of a run -> every number of its report, in plain types: what `findings.json` holds and the page shows."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from cifar_lightning.analysis import accuracy, macro_f1, most_confused, per_class
+from cifar_lightning.calibration import Reliability, cross_entropy, fit_temperature, reliability, softmax
+from cifar_lightning.gallery import rank_pictures
+from cifar_lightning.results import Answers, Results
+from cifar_lightning.significance import wilson_interval
+from cifar_lightning.statements import (
+    Statement,
+    asymmetric_pairs,
+    confidence_gap,
+    group_effects,
+    groups_of,
+    hard_classes,
+    over_predicted,
+    validation_gap,
+)
+
+_NUM_SHOWN = 24  # pictures of a gallery
+_NUM_SHOWN_OF_PAIR = 8
+_NUM_PAIRS = 10
+Matrix = Int64[np.ndarray, "classes classes"]
+
+
+def find(results: Results) -> dict[str, Any]:
+    """Return everything that the report says, as plain types; what has no value is None or NaN.
+
+    Keys: `summary`, `calibration` (None without the test's answers), `classes` (in class order), `confusion_matrix`
+    (rows: true class), `confused_pairs`, `statements`, `galleries`, `epochs`, `training`, `run`, `problems`.
+    """
+    cm, test = results.confusion, results.test
+    probs = softmax(test.logits) if test is not None else None
+    return {
+        "summary": summary_of(cm, test),
+        "calibration": calibration_of(test, results.val) if test is not None else None,
+        "classes": classes_of(cm, results.class_names, probs, test.targets if test is not None else None),
+        "confusion_matrix": cm.tolist(),
+        "confused_pairs": confused_pairs(cm, results.class_names),
+        "statements": [asdict(statement) for statement in statements_of(results, probs)],
+        "galleries": galleries_of(test, set(results.pictures)) if test is not None else [],
+        "epochs": results.epochs,
+        "training": training_of(results),
+        "run": run_of(results),
+        "problems": results.problems,
+    }
+
+
+def summary_of(cm: Matrix, test: Answers | None) -> dict[str, Any]:
+    """Return the numbers that stand for the whole; the loss needs the answers, the rest is the matrix's."""
+    num_right, num_pictures = int(np.trace(cm)), int(cm.sum())
+    return {
+        "accuracy": accuracy(cm),
+        "accuracy_interval_95": list(wilson_interval(num_right, num_pictures)),
+        "num_right": num_right,
+        "num_pictures": num_pictures,
+        "num_classes": len(cm),
+        "loss": cross_entropy(test.logits, test.targets) if test is not None else None,
+        "macro_f1": macro_f1(cm),
+    }
+
+
+def calibration_of(test: Answers, val: Answers | None) -> dict[str, Any]:
+    """Return calibration before and after temperature scaling, the temperature fitted on validation alone.
+
+    Keys: `temperature` (None where there is none, and `why_none` says why), `fitted_on` (validation pictures), `before`
+    and `after`, each with `ece`, `loss`, `mean_confidence`, `bins` [{low, high, num_pictures, num_right, accuracy,
+    accuracy_interval_95, confidence}].
+    """
+    temperature, why_none = None, ""
+    if val is None:
+        why_none = "There are no answers of validation pictures to fit it on."
+    else:
+        temperature = fit_temperature(val.logits, val.targets)
+        if temperature is None:
+            why_none = "On the validation pictures no temperature is best: every answer is right, or none means anything."
+    return {
+        "temperature": temperature,
+        "why_none": why_none,
+        "fitted_on": len(val.targets) if val is not None else 0,
+        "before": _calibration_at(1.0, test),
+        "after": _calibration_at(temperature, test) if temperature is not None else None,
+    }
+
+
+def _calibration_at(temperature: float, test: Answers) -> dict[str, Any]:
+    logits = test.logits.astype(np.float64) / temperature
+    confidence, right = softmax(logits).max(axis=1), test.logits.argmax(axis=1) == test.targets
+    binned = reliability(confidence, right)
+    return {
+        "ece": binned.error,
+        "loss": cross_entropy(logits, test.targets),
+        "mean_confidence": float(confidence.mean()),
+        "bins": [_bin(binned, index) for index in range(len(binned.num_pictures))],
+    }
+
+
+def _bin(binned: Reliability, index: int) -> dict[str, Any]:
+    number, right = int(binned.num_pictures[index]), int(binned.num_right[index])
+    return {
+        "low": float(binned.edges[index]),
+        "high": float(binned.edges[index + 1]),
+        "num_pictures": number,
+        "num_right": right,
+        "accuracy": right / number if number else math.nan,
+        "accuracy_interval_95": list(wilson_interval(right, number)),
+        "confidence": float(binned.confidence[index]),
+    }
+
+
+def classes_of(
+    cm: Matrix,
+    names: Sequence[str],
+    probs: Float[np.ndarray, "n classes"] | None,
+    targets: Int64[np.ndarray, " n"] | None,
+) -> list[dict[str, Any]]:
+    """Return the rates of each class; `mean_confidence` is the mean probability of the answers to its pictures."""
+    rates = per_class(cm)
+    rows = []
+    for index, name in enumerate(names):
+        confidence = math.nan
+        if probs is not None and targets is not None and (targets == index).any():
+            confidence = float(probs[targets == index].max(axis=1).mean())
+        right, support = int(cm[index, index]), int(rates.support[index])
+        rows.append(
+            {
+                "name": name,
+                "support": support,
+                "predicted": int(rates.predicted[index]),
+                "right": right,
+                "precision": float(rates.precision[index]),
+                "recall": float(rates.recall[index]),
+                "recall_interval_95": list(wilson_interval(right, support)),
+                "f1": float(rates.f1[index]),
+                "mean_confidence": confidence,
+            }
+        )
+    return rows
+
+
+def confused_pairs(cm: Matrix, names: Sequence[str], top: int = _NUM_PAIRS) -> list[dict[str, Any]]:
+    """Return the pairs of classes with the most confusions of both directions together; the more frequent one first.
+
+    Keys: `true`, `predicted`, `count`, `share` (of the pictures of `true`), and `reverse_count`, `reverse_share` of the
+    other direction.
+    """
+    support = per_class(cm).support
+    both = np.triu(cm + cm.T, 1)
+    pairs = []
+    for pair in most_confused(both, top):
+        i, j = sorted((pair.true, pair.pred), key=lambda index: -int(cm[index, pair.true + pair.pred - index]))
+        shares = [float(cm[a, b] / support[a]) if support[a] else math.nan for a, b in ((i, j), (j, i))]
+        pairs.append(
+            {
+                "true": names[i],
+                "predicted": names[j],
+                "count": int(cm[i, j]),
+                "share": shares[0],
+                "reverse_count": int(cm[j, i]),
+                "reverse_share": shares[1],
+            }
+        )
+    return pairs
+
+
+def statements_of(results: Results, probs: Float[np.ndarray, "n classes"] | None) -> list[Statement]:
+    """Return the findings in words."""
+    cm, names = results.confusion, list(results.class_names)
+    val_cm = results.val.confusion if results.val is not None else None
+    statements = [hard_classes(cm, names), over_predicted(cm, names)]
+    groups = groups_of(names, val_cm)
+    if groups is not None:
+        statements.append(group_effects(cm, *groups))
+    statements.append(asymmetric_pairs(cm, names))
+    if probs is not None and results.test is not None and np.isfinite(probs).all():
+        statements.append(confidence_gap(probs.max(axis=1), probs.argmax(axis=1) == results.test.targets))
+    if val_cm is not None:
+        statements.append(validation_gap(cm, val_cm))
+    return statements
+
+
+def galleries_of(test: Answers, available: set[int]) -> list[dict[str, Any]]:
+    """Return which pictures the page shows, of those that the run kept.
+
+    Keys of each: `kind`, `title`, `pictures` [{index, true, predicted, prob, prob_of_true}].
+    """
+    ranked = rank_pictures(test.logits, test.targets)
+    probs, preds = softmax(test.logits), test.logits.argmax(axis=1)
+
+    def pictures(order: Int64[np.ndarray, " positions"], limit: int) -> list[dict[str, Any]]:
+        kept = [position for position in order.tolist() if int(test.indices[position]) in available][:limit]
+        return [
+            {
+                "index": int(test.indices[position]),
+                "true": test.class_names[test.targets[position]],
+                "predicted": test.class_names[preds[position]],
+                "prob": float(probs[position].max()),
+                "prob_of_true": float(probs[position, test.targets[position]]),
+            }
+            for position in kept
+        ]
+
+    galleries = [
+        {"kind": "mistakes", "title": "Most confident mistakes", "pictures": pictures(ranked.mistakes, _NUM_SHOWN)},
+        {"kind": "losses", "title": "Highest losses", "pictures": pictures(ranked.losses, _NUM_SHOWN)},
+        {"kind": "uncertain", "title": "Least certain", "pictures": pictures(ranked.uncertain, _NUM_SHOWN)},
+    ]
+    for pair, order in ranked.pairs:
+        title = f"{test.class_names[pair.true]} taken for {test.class_names[pair.pred]}"
+        galleries.append({"kind": "pair", "title": title, "pictures": pictures(order, _NUM_SHOWN_OF_PAIR)})
+    return [gallery for gallery in galleries if gallery["pictures"]]
+
+
+def training_of(results: Results) -> dict[str, Any]:
+    """Return what the tables of the epochs come to; a value that is not in them is None."""
+    validated = [row for row in results.epochs if not math.isnan(row.get("val/acc", math.nan))]
+    best = max(validated, key=lambda row: row["val/acc"], default=None)
+    elapsed = [row["elapsed_s"] for row in results.timing if "elapsed_s" in row]
+    speeds = [row["train_images_per_s"] for row in results.timing if "train_images_per_s" in row]
+    memory = [row["peak_memory_mb"] for row in results.timing if "peak_memory_mb" in row]
+    return {
+        "num_epochs": len(results.epochs),
+        "best_epoch": int(best["epoch"]) + 1 if best else None,  # people count from 1
+        "best_val_acc": best["val/acc"] if best else None,
+        "elapsed_s": sum(elapsed) if elapsed else None,
+        "train_images_per_s": float(np.median(speeds)) if speeds else None,
+        "peak_memory_mb": max(memory) if memory else None,
+    }
+
+
+def run_of(results: Results) -> dict[str, Any]:
+    """Return what the run was: its values, data, environment; without the lists of pictures."""
+    lists = ("train", "val")
+    return {
+        "config": results.config,
+        "split": {key: value for key, value in results.split.items() if key not in lists},
+        "environment": results.environment,
+    }

@@ -1,0 +1,67 @@
+"""Which pictures are worth looking at; NumPy only."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int, Int64
+
+from cifar_lightning.analysis import ConfusedPair, confusion_matrix, most_confused
+from cifar_lightning.calibration import log_softmax, softmax
+
+Positions = Int64[np.ndarray, " positions"]
+
+
+@dataclass(frozen=True)
+class Rankings:
+    """Positions of the pictures in the answers, the most telling first.
+
+    Attributes:
+        mistakes: All mistakes, the most confident first.
+        losses: All pictures, the highest loss first.
+        uncertain: All pictures, the smallest gap between the two most probable classes first.
+        pairs: The most confused pairs, each with its mistakes, the most confident first.
+    """
+
+    mistakes: Positions
+    losses: Positions
+    uncertain: Positions
+    pairs: list[tuple[ConfusedPair, Positions]]
+
+
+def rank_pictures(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"]) -> Rankings:
+    """Put the pictures in order, from each point of view; equal ones stay in the order of the answers."""
+    probs = softmax(logits)
+    preds = logits.argmax(axis=1)
+    confidence = probs.max(axis=1)
+    mistakes = np.flatnonzero(preds != targets)
+    mistakes = mistakes[np.argsort(-confidence[mistakes], kind="stable")]
+    losses = -log_softmax(logits)[np.arange(len(targets)), targets]
+    gaps = -np.diff(np.partition(probs, -2, axis=1)[:, -2:], axis=1)[:, 0] if probs.shape[1] > 1 else -confidence
+    pairs = most_confused(confusion_matrix(targets, preds, logits.shape[1]))
+    return Rankings(
+        mistakes=mistakes,
+        losses=np.argsort(-losses, kind="stable"),
+        uncertain=np.argsort(-gaps, kind="stable"),
+        pairs=[(pair, mistakes[(targets[mistakes] == pair.true) & (preds[mistakes] == pair.pred)]) for pair in pairs],
+    )
+
+
+def gallery_positions(
+    logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"], limit: int = 500
+) -> Positions:
+    """Return which pictures a run keeps for its page, each once, at most `limit`, in ascending order.
+
+    A quarter each: the most confident mistakes, the highest losses, the least certain, and the clearest mistakes of each
+    of the most confused pairs. Where few mistakes leave fewer than three fifths of `limit`, pictures at even distances
+    join them, for the parity check of exports.
+    """
+    ranked = rank_pictures(logits, targets)
+    quarter = limit // 4
+    chosen = [order[:quarter] for order in (ranked.mistakes, ranked.losses, ranked.uncertain)]
+    of_pairs = [order[: limit // 40] for _, order in ranked.pairs]
+    shown = np.unique(np.concatenate([*chosen, *of_pairs])).astype(np.int64)
+    missing = min(limit * 3 // 5, len(targets)) - len(shown)
+    if missing > 0:
+        others = np.setdiff1d(np.arange(len(targets)), shown)
+        shown = np.union1d(shown, others[np.linspace(0, len(others) - 1, missing).astype(np.int64)])
+    return shown

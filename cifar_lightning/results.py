@@ -1,0 +1,184 @@
+"""What a run found, read back from its folder: a damaged or missing file is named, and the rest is still there."""
+
+import csv
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jaxtyping import Float, Int64, UInt8
+
+from cifar_lightning.analysis import confusion_matrix
+from cifar_lightning.errors import UserError
+from cifar_lightning.files import MetricsTable, read_json
+from cifar_lightning.runs import RunFolder
+
+DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)  # of an .npz
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the network said of each picture of a split.
+
+    Attributes:
+        logits: Raw logits.
+        targets: True classes.
+        indices: Positions of the pictures in their split's file.
+        class_names: In class order.
+    """
+
+    logits: Float[np.ndarray, "n classes"]
+    targets: Int64[np.ndarray, " n"]
+    indices: Int64[np.ndarray, " n"]
+    class_names: tuple[str, ...]
+
+    @property
+    def confusion(self) -> Int64[np.ndarray, "classes classes"]:
+        """The confusion matrix; rows: true class."""
+        return confusion_matrix(self.targets, self.logits.argmax(1), len(self.class_names))
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that a report is made of.
+
+    Attributes:
+        class_names: In class order.
+        confusion: Of the test pictures; rows: true class.
+        test: Answers of the test split; None where they are lost and only the matrix is left.
+        val: Answers of the validation split; None where nothing was held out or they are lost.
+        pictures: Test pictures by their index, uint8 RGB (height, width, 3), 0-255.
+        epochs: Rows of metrics.csv.
+        timing: Rows of timing.csv.
+        config: Every value of the run.
+        environment: environment.json.
+        split: split.json.
+        problems: A sentence for each file that is missing or damaged.
+    """
+
+    class_names: tuple[str, ...]
+    confusion: Int64[np.ndarray, "classes classes"]
+    test: Answers | None = None
+    val: Answers | None = None
+    pictures: dict[int, UInt8[np.ndarray, "height width 3"]] = field(default_factory=dict)
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    timing: list[dict[str, float]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    split: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_results(run: RunFolder) -> Results:
+    """Read a run's files.
+
+    Raises:
+        UserError: Neither the answers nor the confusion matrix of a test can be read.
+    """
+    problems: list[str] = []
+    remedy = f"python train.py test {run.path}"
+    if not (run.predictions.exists() or run.confusion_matrix_csv.exists()):
+        run.require(run.predictions)
+    test = _try(read_answers, run.predictions, problems)
+    names, confusion = (test.class_names, test.confusion) if test else _matrix_alone(run, problems, remedy)
+    split: dict[str, Any] = _try(read_json, run.split, problems) or {}
+    was_held_out = split.get("sizes", {}).get("val", 0) > 0
+    val = None
+    if was_held_out or run.predictions_val.exists():
+        val = _try(read_answers, run.predictions_val, problems)
+        if val is not None and val.class_names != names:
+            problems.append(f"{run.predictions_val.name}: has other classes than {run.predictions.name}.")
+            val = None
+    return Results(
+        class_names=names,
+        confusion=confusion,
+        test=test,
+        val=val,
+        pictures=_try(_read_gallery, run.gallery, problems) or {},
+        epochs=_try(_read_table, run.metrics_csv, problems) or [],
+        timing=_try(_read_table, run.timing_csv, problems) or [],
+        config=_try(_read_config, run.config, problems) or {},
+        environment=_try(read_json, run.environment, problems) or {},
+        split=split,
+        problems=problems,
+    )
+
+
+def read_answers(path: Path) -> Answers:
+    """Read predictions.npz or predictions_val.npz.
+
+    Raises:
+        ValueError: Its arrays do not belong together. Other damage raises one of `DAMAGED`.
+    """
+    with np.load(path) as arrays:
+        answers = Answers(
+            logits=arrays["logits"].astype(np.float32),
+            targets=arrays["targets"].astype(np.int64),
+            indices=arrays["indices"].astype(np.int64),
+            class_names=tuple(str(name) for name in arrays["class_names"]),
+        )
+    num_classes = len(answers.class_names)
+    if answers.logits.shape != (len(answers.targets), num_classes) or len(answers.indices) != len(answers.targets):
+        raise ValueError("its arrays have different lengths")
+    if not len(answers.targets):
+        raise ValueError("it holds no picture")
+    if not ((answers.targets >= 0) & (answers.targets < num_classes)).all():
+        raise ValueError(f"a class is not in 0..{num_classes - 1}")
+    return answers
+
+
+def read_confusion(path: Path) -> tuple[tuple[str, ...], Int64[np.ndarray, "classes classes"]]:
+    """Read confusion_matrix.csv: class names and counts.
+
+    Raises:
+        ValueError: It is no square table of counts.
+    """
+    rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+    if not rows or len(rows) != len(rows[0]) or any(len(row) != len(rows) for row in rows):
+        raise ValueError("it is no square table")
+    return tuple(rows[0][1:]), np.array([[int(cell) for cell in row[1:]] for row in rows[1:]], dtype=np.int64)
+
+
+def _matrix_alone(
+    run: RunFolder, problems: list[str], remedy: str
+) -> tuple[tuple[str, ...], Int64[np.ndarray, "classes classes"]]:
+    read = _try(read_confusion, run.confusion_matrix_csv, problems)
+    if read is None:
+        raise UserError("\n".join([f"run {run.path}: {' '.join(problems)}", f"Make them again with: {remedy}"]))
+    return read
+
+
+def _try(read: Any, path: Path, problems: list[str]) -> Any:
+    """Return what `read` makes of a file; None, and a sentence among `problems`, where it cannot."""
+    try:
+        if not path.exists():
+            problems.append(f"{path.name} is missing.")
+            return None
+        return read(path)
+    except (*DAMAGED, UserError, csv.Error, yaml.YAMLError) as error:
+        # The reader may name the whole path; the folder is known, and the reason is enough.
+        reason = str(error).splitlines()[0].replace(f"{path}: ", "").replace(str(path), path.name) if str(error) else ""
+        problems.append(f"{path.name} is damaged ({(reason or type(error).__name__).rstrip('.')}).")
+        return None
+
+
+def _read_gallery(path: Path) -> dict[int, UInt8[np.ndarray, "height width 3"]]:
+    with np.load(path) as arrays:
+        images, indices = arrays["images"], arrays["indices"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) != len(indices):
+        raise ValueError("it holds no RGB pictures")
+    return dict(zip(indices.tolist(), images, strict=True))
+
+
+def _read_table(path: Path) -> list[dict[str, float]]:
+    return MetricsTable(path).read()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError("it is no table of values")
+    return config
