@@ -1,6 +1,5 @@
 """The answers of a test: logits of every picture from all ranks, and the files of a run that are made of them."""
 
-import csv
 import io
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,15 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from cifar_lightning.analysis import confusion_matrix, gallery_positions, test_metrics
+from cifar_lightning.analysis import test_metrics
 from cifar_lightning.callbacks import data_of
 from cifar_lightning.classifier import Batch
 from cifar_lightning.data import Part
-from cifar_lightning.figures import confusion_figure, figure_to_png
-from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
+from cifar_lightning.files import write_bytes_durably, write_json
+from cifar_lightning.gallery import gallery_positions
 from cifar_lightning.loader import Rank
+from cifar_lightning.report import write_confusion_tensor
+from cifar_lightning.results import Answers
 from cifar_lightning.runs import RunFolder
 
 
@@ -25,15 +26,21 @@ class AnswerKeeper(pl.Callback):
     """Keeps the logits of `trainer.test`, `validate` and `predict`, from all ranks, and writes them into the run.
 
     Args:
-        run: The run's folder; None keeps them in `metrics` and `confusion` alone.
+        run: The run's folder; None keeps them in `test` alone.
         output: Where `predict` writes instead.
+
+    Attributes:
+        test: The answers of the last test.
+        is_test_written: Whether the run holds them.
+        num_written: Pictures whose answers `predict` wrote.
+        written_to: Where it did.
     """
 
     def __init__(self, run: RunFolder | None, output: Path | None = None) -> None:
         self.run, self.output = run, output
         self.num_written, self.written_to = 0, Path()
-        self.metrics: dict[str, Any] | None = None
-        self.confusion: np.ndarray | None = None
+        self.test: Answers | None = None
+        self.is_test_written = False
         self._logits: list[Tensor] = []
         self._targets: list[Tensor] = []
 
@@ -79,27 +86,23 @@ class AnswerKeeper(pl.Callback):
         _write_answers(self.written_to, answers)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write predictions.npz, test_metrics.json, the confusion matrix and the gallery."""
+        """Write predictions.npz, test_metrics.json, the confusion matrix's tensor and the gallery."""
         answers = self._gather(trainer, "test")
         if answers is None:
             return
         data = data_of(trainer)
-        logits, targets = answers["logits"], answers["targets"]
-        self.metrics = test_metrics(logits, targets, data.class_names)
-        self.confusion = confusion_matrix(targets, logits.argmax(1), data.num_classes)
-        if not self._is_to_write(trainer, "test", answers):
+        logits, targets, indices = (answers[name] for name in ("logits", "targets", "indices"))
+        self.test = Answers(logits, targets, indices, data.class_names)
+        self.is_test_written = self._is_to_write(trainer, "test", answers)
+        if not self.is_test_written:
             return
         assert self.run is not None
         _write_answers(self.run.predictions, answers)
-        write_json(self.run.test_metrics, self.metrics)
-        write_confusion(self.run, self.confusion, data.class_names)
-        shown = gallery_positions(logits, targets)
-        _write_npz(
-            self.run.gallery,
-            images=data.pictures("test", answers["indices"][shown]),
-            indices=answers["indices"][shown],
-            class_names=answers["class_names"],
-        )
+        write_json(self.run.test_metrics, test_metrics(logits, targets, data.class_names))
+        write_confusion_tensor(self.run.confusion_matrix_pt, self.test.confusion)
+        shown = indices[gallery_positions(logits, targets)]
+        pictures = data.pictures("test", shown)
+        _write_npz(self.run.gallery, images=pictures, indices=shown, class_names=answers["class_names"])
 
     def _is_to_write(self, trainer: pl.Trainer, part: Part, answers: dict[str, np.ndarray]) -> bool:
         num_answers, num_pictures = len(answers["targets"]), data_of(trainer).num_pictures(part)
@@ -132,19 +135,6 @@ class AnswerKeeper(pl.Callback):
             "indices": np.concatenate(positions)[order],
             "class_names": np.array(data.class_names),
         }
-
-
-def write_confusion(run: RunFolder, confusion: np.ndarray, class_names: tuple[str, ...]) -> None:
-    """Write confusion_matrix.pt, .csv and .png; rows: true class, columns: predicted class."""
-    buffer = io.BytesIO()
-    torch.save(torch.from_numpy(confusion), buffer)
-    write_bytes_durably(run.confusion_matrix_pt, buffer.getvalue())
-    table = io.StringIO(newline="")
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["true \\ predicted", *class_names])
-    writer.writerows([name, *row] for name, row in zip(class_names, confusion.tolist(), strict=True))
-    write_text_durably(run.confusion_matrix_csv, table.getvalue())
-    write_bytes_durably(run.confusion_matrix_png, figure_to_png(confusion_figure(confusion, class_names)))
 
 
 def _write_answers(path: Path, answers: dict[str, np.ndarray]) -> None:

@@ -1,4 +1,4 @@
-"""Logits -> probabilities, and how far these can be trusted: calibration error, reliability, temperature; NumPy only."""
+"""Logits -> probabilities, and how far they can be trusted: reliability, calibration error, temperature; NumPy only."""
 
 import math
 from dataclasses import dataclass

@@ -204,12 +204,22 @@ def _predict_images(parsed: argparse.Namespace) -> int:
 
 def _analyze_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run; it may have been copied from elsewhere")
+    parser.add_argument(
+        "--compare",
+        metavar="RUN",
+        type=Path,
+        help="another run, tested on the same pictures: which is better, and where",
+    )
 
 
 def _analyze(parsed: argparse.Namespace) -> int:
-    from cifar_lightning.report import print_run_report  # imports NumPy and matplotlib
+    run = open_run(parsed.run)
+    other = open_run(parsed.compare) if parsed.compare is not None else None
+    if other is not None and other.path.resolve() == run.path.resolve():
+        raise UserError(f"--compare {parsed.compare}: is the run itself; name another one.")
+    from cifar_lightning.report import make_report  # imports NumPy and matplotlib
 
-    print_run_report(open_run(parsed.run))
+    make_report(run, other)
     return 0
 
 
@@ -264,7 +274,9 @@ QUICK = {
     "predict-images": QuickCommand(
         "RUN PATH... [flags]", "classes of picture files and folders", _predict_images_flags, _predict_images
     ),
-    "analyze": QuickCommand("RUN", "what a run's test found, from its files", _analyze_flags, _analyze),
+    "analyze": QuickCommand(
+        "RUN [--compare RUN]", "what a run's test found: terminal, report.html", _analyze_flags, _analyze
+    ),
     "export": QuickCommand(
         "RUN --format onnx|torch|safetensors [flags]", "a run's network as a file for elsewhere", _export_flags, _export
     ),

@@ -107,19 +107,20 @@ def _counts(right: Bool[np.ndarray, " n"], other_right: Bool[np.ndarray, " n"]) 
 def _classes(
     answers: Answers, right: Bool[np.ndarray, " n"], other_right: Bool[np.ndarray, " n"]
 ) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, name in enumerate(answers.class_names):
         of_class = answers.targets == index
         counts = _counts(right[of_class], other_right[of_class])
         support = int(of_class.sum())
-        shares = [(counts["both"] + counts[key]) / support if support else math.nan for key in ("only_first", "only_second")]
+        right_here, right_there = (counts["both"] + counts[key] for key in ("only_first", "only_second"))
+        first, second = (part / support if support else math.nan for part in (right_here, right_there))
         rows.append(
             {
                 "name": name,
                 "support": support,
-                "first": shares[0],
-                "second": shares[1],
-                "difference": shares[0] - shares[1],
+                "first": first,
+                "second": second,
+                "difference": first - second,
                 "difference_interval_95": list(paired_difference_interval(**counts)),
                 "only_first": counts["only_first"],
                 "only_second": counts["only_second"],

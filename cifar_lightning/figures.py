@@ -4,15 +4,19 @@ Colours hold for colour-blind readers: blue for right against orange for wrong (
 apart), each from light to dark, so that they also survive a grey printer.
 """
 
+import contextlib
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int, UInt8
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -20,7 +24,9 @@ from cifar_lightning.analysis import accuracy, per_class
 
 _MAX_CLASSES_WITH_NUMBERS = 20
 _MAX_NAME = 24
-_LIGHT_TEXT_ABOVE = 0.6  # of Blues and Oranges: darker than that, white is read better than black
+# Blue and orange of M. Okabe and K. Ito, "Color Universal Design" (2008); on dark ground their lighter pair.
+_LIGHT_COLOURS = ["#0072b2", "#d55e00"]
+_DARK_COLOURS = ["#56b4e9", "#e69f00"]
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
@@ -30,6 +36,25 @@ def printable(text: str, encoding: str = "utf-8") -> str:
     """
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@contextlib.contextmanager
+def themed(dark: bool = False) -> Iterator[None]:
+    """Give figures that are made and drawn within it their colours: dark on white, or light on dark."""
+    face, ink, faint = ("#16191f", "#e8eaee", "#4a505c") if dark else ("#ffffff", "#1b1f24", "#c9ced6")
+    settings: dict[Any, Any] = dict.fromkeys(
+        ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), face
+    )
+    settings |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), ink)
+    settings |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color", "legend.edgecolor"), faint)
+    with rc_context({**settings, "axes.titlesize": "medium"}):
+        yield
+
+
+def colour(name: Literal["right", "wrong"]) -> str:
+    """Return the colour of right answers (blue) or of mistakes (orange) in the theme in force."""
+    is_dark = to_rgb(rcParams["figure.facecolor"])[0] < 0.5
+    return (_DARK_COLOURS if is_dark else _LIGHT_COLOURS)[0 if name == "right" else 1]
 
 
 def confusion_figure(
@@ -48,28 +73,39 @@ def confusion_figure(
     num_classes = len(class_names)
     support = per_class(cm).support[:, None]
     shares = np.divide(cm, support, out=np.zeros(cm.shape), where=support > 0)
-    side = min(4.5 + 0.45 * num_classes, 14.0)
-    figure = Figure(figsize=(side + 2, side), layout="constrained")
+    size = (min(max(3.0 + 0.44 * num_classes, 6.4), 14.0), min(max(2.9 + 0.38 * num_classes, 4.6), 14.5))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     diagonal = np.eye(num_classes, dtype=bool)
     top_of_mistakes = max(float(shares[~diagonal].max(initial=0.0)), 0.01)
     # With square cells the constrained layout cuts off the title; the size of the figure keeps these nearly square.
-    right = axes.imshow(np.ma.masked_where(~diagonal, shares), aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    right = axes.imshow(np.ma.masked_where(~diagonal, shares), aspect="auto", cmap=_ramp("right"), vmin=0, vmax=1)
     mistakes = np.ma.masked_where(diagonal | (cm == 0), shares)
-    wrong = axes.imshow(mistakes, aspect="auto", cmap="Oranges", vmin=0, vmax=top_of_mistakes)
+    wrong = axes.imshow(mistakes, aspect="auto", cmap=_ramp("wrong"), vmin=0, vmax=top_of_mistakes)
     for image, label in ((wrong, "mistakes, % of the true class"), (right, "right, % of the true class")):
-        figure.colorbar(image, ax=axes, label=label, format=PercentFormatter(1.0), shrink=0.8, aspect=30, pad=0.01)
+        scale = figure.colorbar(image, ax=axes, location="bottom", format=PercentFormatter(1.0), aspect=40, pad=0.01)
+        scale.set_label(label, fontsize=8)
+        scale.ax.tick_params(labelsize=8)
+        scale.outline.set_visible(False)
     _label_classes(axes, class_names)
     num_pictures = int(cm.sum())
     axes.set_title(f"Accuracy {accuracy(cm):.2%} of {num_pictures:,} pictures" if num_pictures else "No pictures")
     if num_classes <= _MAX_CLASSES_WITH_NUMBERS:
-        darkness = np.where(diagonal, shares, shares / top_of_mistakes)
-        _write_cells(axes, 100 * shares if normalize else cm, darkness, decimals=1 if normalize else 0)
+        images = np.where(diagonal[..., None], right.to_rgba(shares), wrong.to_rgba(shares))
+        _write_cells(axes, 100 * shares if normalize else cm, images, decimals=1 if normalize else 0)
     return figure
 
 
+def _ramp(name: Literal["right", "wrong"]) -> Colormap:
+    """Return the colours from the background to a strong one, also for people who do not tell red from green."""
+    strong = {"right": ("#08519c", "#7cc4ff"), "wrong": ("#a63603", "#ffb366")}[name]
+    face = rcParams["figure.facecolor"]
+    is_dark = to_rgb(face)[0] < 0.5
+    return LinearSegmentedColormap.from_list(name, [face, colour(name), strong[is_dark]])
+
+
 def _label_classes(axes: Axes, class_names: Sequence[str]) -> None:
-    names = [_shorten(printable(name)) for name in class_names]
+    names = [shorten(printable(name)) for name in class_names]
     size = min(10.0, max(3.0, 650 / len(names)))  # points; fills the rows of the largest figure
     # Without parse_math a folder called "$5 or $6" would be set as a formula.
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size, parse_math=False)
@@ -79,16 +115,18 @@ def _label_classes(axes: Axes, class_names: Sequence[str]) -> None:
     axes.set_ylabel("true class")
 
 
-def _write_cells(axes: Axes, values: np.ndarray, darkness: np.ndarray, decimals: int) -> None:
+def _write_cells(axes: Axes, values: np.ndarray, colours: np.ndarray, decimals: int) -> None:
     size = 9 if len(values) <= 10 else 7
     for (row, column), value in np.ndenumerate(values):
         if value or row == column:  # empty cells stay empty: the eye finds the mistakes
-            colour = "white" if darkness[row, column] > _LIGHT_TEXT_ABOVE else "black"
+            # Luma of Rec. 601: black or white, whichever is read better on the cell.
+            ink = "black" if colours[row, column, :3] @ (0.299, 0.587, 0.114) > 0.5 else "white"
             text = f"{value:,.{decimals}f}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=ink)
 
 
-def _shorten(name: str, length: int = _MAX_NAME) -> str:
+def shorten(name: str, length: int = _MAX_NAME) -> str:
+    """Return a name that leaves room for what stands beside it."""
     return name if len(name) <= length else name[: length - 2] + ".."
 
 
@@ -112,7 +150,7 @@ def pictures_figure(images: UInt8[np.ndarray, "n height width 3"], titles: Seque
         axes.axis("off")
         if index < len(images):
             axes.imshow(images[index], interpolation="nearest")
-            lines = [_shorten(printable(line)) for line in titles[index].split("\n")]
+            lines = [shorten(printable(line)) for line in titles[index].split("\n")]
             axes.set_title("\n".join(lines), fontsize=8, pad=3, parse_math=False)
     return figure
 
@@ -127,8 +165,8 @@ def lr_range_figure(lrs: Sequence[float], losses: Sequence[float], suggestion: f
     """
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    axes.plot(lrs, losses, color="tab:blue")
-    axes.axvline(suggestion, color="tab:orange", linestyle="--", label=f"steepest fall: {suggestion:.2g}")
+    axes.plot(lrs, losses, color=colour("right"))
+    axes.axvline(suggestion, color=colour("wrong"), linestyle="--", label=f"steepest fall: {suggestion:.2g}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, smoothed", title="Learning-rate range test")
     axes.legend()
     return figure

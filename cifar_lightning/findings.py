@@ -80,7 +80,9 @@ def calibration_of(test: Answers, val: Answers | None) -> dict[str, Any]:
     else:
         temperature = fit_temperature(val.logits, val.targets)
         if temperature is None:
-            why_none = "On the validation pictures no temperature is best: every answer is right, or none means anything."
+            why_none = (
+                "On the validation pictures no temperature is best: all answers are right, or no better than chance."
+            )
     return {
         "temperature": temperature,
         "why_none": why_none,

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int, Int64
 from cifar_lightning.analysis import ConfusedPair, confusion_matrix, most_confused
 from cifar_lightning.calibration import log_softmax, softmax
 
-Positions = Int64[np.ndarray, " positions"]
+Positions = Int64[np.ndarray, " _"]  # as many as there are
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def gallery_positions(
 ) -> Positions:
     """Return which pictures a run keeps for its page, each once, at most `limit`, in ascending order.
 
-    A quarter each: the most confident mistakes, the highest losses, the least certain, and the clearest mistakes of each
-    of the most confused pairs. Where few mistakes leave fewer than three fifths of `limit`, pictures at even distances
-    join them, for the parity check of exports.
+    A quarter each: the most confident mistakes, the highest losses, the least certain, and the clearest mistakes of
+    each of the most confused pairs. Where few mistakes leave fewer than three fifths of `limit`, pictures at even
+    distances join them, for the parity check of exports.
     """
     ranked = rank_pictures(logits, targets)
     quarter = limit // 4

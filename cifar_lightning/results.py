@@ -145,7 +145,7 @@ def read_confusion(path: Path) -> tuple[tuple[str, ...], Int64[np.ndarray, "clas
 def _matrix_alone(
     run: RunFolder, problems: list[str], remedy: str
 ) -> tuple[tuple[str, ...], Int64[np.ndarray, "classes classes"]]:
-    read = _try(read_confusion, run.confusion_matrix_csv, problems)
+    read: tuple[tuple[str, ...], np.ndarray] | None = _try(read_confusion, run.confusion_matrix_csv, problems)
     if read is None:
         raise UserError("\n".join([f"run {run.path}: {' '.join(problems)}", f"Make them again with: {remedy}"]))
     return read

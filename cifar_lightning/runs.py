@@ -147,6 +147,7 @@ class RunFolder:
     lr_range = _File("lr_range.json")  # what the range test of `tune` or `fit --tune_lr` found
     lr_range_png = _File("lr_range.png")
     gallery = _File("gallery.npz")  # at most 500 uint8 pictures for the page, so that a copied run needs no data set
+    findings = _File("findings.json")  # every number of the page
     report = _File("report.html")  # one self-contained page
     lock_file = _File(".lock")  # locked by whoever writes the run; being there says that a run made this folder
 
@@ -167,7 +168,7 @@ class RunFolder:
 
     def discard_results(self) -> None:
         """Remove what was found out about weights that are trained on."""
-        results = (self.test_metrics, self.predictions, self.predictions_val, self.gallery, self.report)
+        results = (self.test_metrics, self.predictions, self.predictions_val, self.gallery, self.findings, self.report)
         confusion = (self.confusion_matrix_pt, self.confusion_matrix_csv, self.confusion_matrix_png)
         for file in (*results, *confusion):
             file.unlink(missing_ok=True)

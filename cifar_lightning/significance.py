@@ -100,7 +100,7 @@ def mean_test(mean: float, deviation: float, number: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values that allow for having made all these tests: below 0.05, at most one time in 20 is any of them wrong."""
+    """Return p-values that allow for having made all these tests: those below 0.05 are all right 19 times in 20."""
     adjusted = [1.0] * len(p_values)
     largest = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
@@ -133,7 +133,7 @@ def paired_difference_interval(both: int, only_first: int, only_second: int, nei
     right, other_right = both + only_first, both + only_second
     share, other = _share(right, total), _share(other_right, total)
     (low, high), (other_low, other_high) = wilson_interval(right, total), wilson_interval(other_right, total)
-    product = both * neither - only_first * only_second
+    product = float(both * neither - only_first * only_second)
     if product > 0:  # the method's continuity correction
         product = max(product - total / 2, 0)
     margins = math.sqrt(right * (total - right)) * math.sqrt(other_right * (total - other_right))
@@ -152,7 +152,8 @@ def paired_difference_interval(both: int, only_first: int, only_second: int, nei
 def _binomial_pmf(trials: int, share: float) -> Float64[np.ndarray, " outcomes"]:
     outcomes = np.arange(trials + 1)
     if share in (0.0, 1.0):
-        return (outcomes == round(share * trials)).astype(np.float64)
+        sure: Float64[np.ndarray, " outcomes"] = (outcomes == round(share * trials)).astype(np.float64)
+        return sure
     factorials = _log_factorials(trials)
     log_ways = factorials[trials] - factorials - factorials[::-1]
     pmf: Float64[np.ndarray, " outcomes"] = np.exp(

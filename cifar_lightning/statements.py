@@ -1,7 +1,7 @@
 """Findings in words, each with its numbers and the test behind it: nothing is said that chance explains as well.
 
-A finding is listed where its p-value, adjusted for all tests of its kind (Holm), is below `ALPHA`. That nothing was found
-is said, too: it was looked for.
+A finding is listed where its p-value, adjusted for all tests of its kind (Holm), is below `ALPHA`. That nothing was
+found is said, too: it was looked for.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ from cifar_lightning.significance import (
     mean_test,
     wilson_interval,
 )
+from cifar_lightning.wording import counted, percent, points, points_span, span
 
 ALPHA = 0.05
 CIFAR10_GROUPS = {
@@ -86,14 +87,16 @@ def hard_classes(cm: Matrix, names: Sequence[str]) -> Statement:
             low, high = wilson_interval(own, support)
             text = (
                 f"{names[index]}: {own:,} of {support:,} found ({percent(own / support)}, 95 % interval "
-                f"{span(low, high)}); of all other classes {percent(others)}."
+                f"{span((low, high))}); of all other classes {percent(others)}."
             )
             numbers = {"class": names[index], "right": own, "support": support, "interval_95": [low, high]}
             items.append(Item(text, p, {**numbers, "others": others}))
     return Statement(
         "hard_classes",
         f"{counted(len(items), 'class is', 'classes are')} harder than the rest",
-        "Found less often than all other classes together." if items else "No class is found less often than the others.",
+        "Found less often than all other classes together."
+        if items
+        else "No class is found less often than the others.",
         f"Fisher's exact test of each class against all others, Holm's correction for {len(classes)} tests",
         _surest_first(items),
     )
@@ -225,9 +228,10 @@ def group_effects(cm: Matrix, groups: dict[str, list[int]], origin: str) -> Stat
     return Statement(
         "groups",
         "Mistakes stay within groups" if items and "within" in items[0].numbers else "Groups of classes",
-        f"Groups ({origin}): {listed}." + ("" if items else " No difference between them that chance does not explain."),
-        "Exact test of mistakes within a group against a wrong class drawn at random; Fisher's exact test of each group "
-        f"against all other classes; Holm's correction for {len(tests)} tests",
+        f"Groups ({origin}): {listed}."
+        + ("" if items else " No difference between them that chance does not explain."),
+        "Exact test of mistakes within a group against a wrong class drawn at random; Fisher's exact test of each "
+        f"group against all other classes; Holm's correction for {len(tests)} tests",
         items,
     )
 
@@ -243,8 +247,8 @@ def confidence_gap(confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, 
         title = "The network is too sure of itself" if mean > 0 else "The network is not sure enough of itself"
     text = (
         f"On average it gives its answers a probability of {percent(float(confidence.mean()))} and is right in "
-        f"{percent(float(right.mean()))}: {signed(mean)} points (95 % interval {signed(mean - margin)} to "
-        f"{signed(mean + margin)})."
+        f"{percent(float(right.mean()))}: {points(mean)} points (95 % interval {points(mean - margin)} to "
+        f"{points(mean + margin)})."
     )
     numbers = {"gap": mean, "interval_95": [mean - margin, mean + margin]}
     test = "z-test of the mean difference between confidence and right (1) or wrong (0)"
@@ -258,35 +262,13 @@ def validation_gap(cm: Matrix, val_cm: Matrix) -> Statement:
     p = fisher_test(right, total, val_right, val_total)
     text = (
         f"Test {percent(accuracy(cm), 2)}, validation {percent(accuracy(val_cm), 2)}: "
-        f"{signed(accuracy(cm) - accuracy(val_cm))} points (95 % interval {signed(low)} to {signed(high)})."
+        f"{points(accuracy(cm) - accuracy(val_cm))} points (95 % interval {points_span((low, high))})."
     )
     title = "Test and validation agree"
     if p < ALPHA:
         title = "The test is " + ("harder" if accuracy(cm) < accuracy(val_cm) else "easier") + " than the validation"
     numbers = {"test": accuracy(cm), "validation": accuracy(val_cm), "interval_95": [low, high]}
     return Statement("validation_gap", title, "", "Fisher's exact test", [Item(text, p, numbers)])
-
-
-def percent(share: float, decimals: int = 1) -> str:
-    """Return a share as "12.3 %"."""
-    return f"{100 * share:.{decimals}f} %"
-
-
-def span(low: float, high: float) -> str:
-    """Return an interval of shares as "12.3 to 45.6 %"."""
-    return f"{100 * low:.1f} to {100 * high:.1f} %"
-
-
-def signed(share: float) -> str:
-    """Return a difference of shares in points, as "+1.2"; never "-0.0"."""
-    return f"{round(100 * share, 1) + 0.0:+.1f}"
-
-
-def counted(number: int, one: str, many: str) -> str:
-    """Return "No classes are", "One class is" or "3 classes are"."""
-    if number == 1:
-        return f"One {one}"
-    return f"{number or 'No'} {many}"
 
 
 def _surest_first(items: list[Item]) -> list[Item]:
@@ -300,8 +282,8 @@ def _taken(cm: Matrix, support: Int64[np.ndarray, " classes"], names: Sequence[s
 
 def _within_item(within: int, total: int, expected: float, p: float) -> Item:
     text = (
-        f"Of {total:,} mistakes, {within:,} ({percent(within / total)}) are within a group; a wrong class drawn at random "
-        f"would be {percent(expected / total)} of the time."
+        f"Of {total:,} mistakes, {within:,} ({percent(within / total)}) are within a group; a wrong class drawn at "
+        f"random would be {percent(expected / total)} of the time."
     )
     return Item(text, p, {"within": within, "mistakes": total, "expected": expected})
 
@@ -312,8 +294,8 @@ def _group_item(cm: Matrix, name: str, members: list[int], others: list[int], ot
     low, high = difference_interval(right, total, other_right, other_total)
     share, other = (part / whole if whole else 0.0 for part, whole in ((right, total), (other_right, other_total)))
     text = (
-        f"{name}: {percent(share)} found, {other_name} {percent(other)}: {signed(share - other)} points "
-        f"(95 % interval {signed(low)} to {signed(high)})."
+        f"{name}: {percent(share)} found, {other_name} {percent(other)}: {points(share - other)} points "
+        f"(95 % interval {points_span((low, high))})."
     )
     numbers = {"group": name, "accuracy": share, "others": other, "interval_95": [low, high]}
     return Item(text, fisher_test(right, total, other_right, other_total), numbers)

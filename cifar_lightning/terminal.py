@@ -1,11 +1,11 @@
-"""Numbers -> tables on the terminal; imports no Lightning.
+"""Findings -> tables on the terminal; imports neither torch nor Lightning.
 
 Everything is plain ASCII but the class names, and nothing is said by colour alone: it reads the same in a log file.
 """
 
+import re
 import shlex
-import zipfile
-import zlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,61 +17,39 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cifar_lightning.analysis import confusion_matrix, per_class
-from cifar_lightning.errors import UserError
 from cifar_lightning.figures import printable
-from cifar_lightning.files import read_json
 from cifar_lightning.runs import RunFolder
+from cifar_lightning.wording import count, decimal, percent, points, points_span, pvalue, span
 
 _MAX_CLASSES = 20  # more than that: the worst classes and the most confused pairs stand for all
 _NUM_WORST = 10
 _MAX_NAME = 28  # of 80 columns, beside the numbers of the per-class table
+_MAX_ITEMS = 3  # of a finding; the page has more
 
 
-def print_test_report(
-    metrics: dict[str, Any],
-    cm: Int[np.ndarray, "classes classes"],
-    class_names: Sequence[str],
-    run_path: Path | None = None,
-    console: Console | None = None,
-) -> None:
-    """Print what a test found: accuracy, per-class table, confusion matrix, most confused pairs, the run's files.
+def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, console: Console | None = None) -> None:
+    """Print what a test found: accuracy, classes, confusion matrix, pairs, findings in words, the run's files.
 
     Args:
-        metrics: What `analysis.test_metrics` returned, or `test_metrics.json` read back.
-        cm: Confusion matrix; rows: true class.
-        class_names: In class order.
+        findings: What `findings.find` returned; with `comparison`, what `comparison.compare` did.
         run_path: The run folder; the files that are in it are named. None where there is none.
         console: Where to print; the terminal without one.
     """
     console = console or Console(highlight=False)
-    names = [printable(name, console.encoding) for name in class_names]
-    _print_summary(console, metrics)
-    _print_classes(console, cm, names)
-    _print_confusions(console, cm, names)
-    shown = dict(zip(class_names, names, strict=True))
-    _print_pairs(console, metrics, shown)
+    names = [printable(row["name"], console.encoding) for row in findings["classes"]]
+    _print_summary(console, findings)
+    _print_classes(console, findings["classes"], names)
+    _print_confusions(console, np.array(findings["confusion_matrix"], dtype=np.int64), names)
+    _print_pairs(console, findings)
+    _print_statements(console, findings["statements"])
+    if findings.get("comparison"):
+        _print_comparison(console, findings["comparison"])
+    if findings["problems"]:
+        _print_heading(console, "What could not be read")
+        for problem in findings["problems"]:
+            _print_words(console, problem)
     if run_path is not None:
         _print_files(console, RunFolder(run_path))
-
-
-def print_run_report(run: RunFolder, console: Console | None = None) -> None:
-    """Print the report of a run from its files alone.
-
-    Raises:
-        UserError: It has no test results, or they are damaged.
-    """
-    run.require(run.test_metrics, run.predictions)
-    metrics = read_json(run.test_metrics)
-    try:
-        with np.load(run.predictions) as answers:
-            names = tuple(str(name) for name in answers["class_names"])
-            cm = confusion_matrix(answers["targets"], answers["logits"].argmax(1), len(names))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(
-            f"{run.predictions}: damaged ({error}).\nMake it again with: python train.py test {run.path}"
-        ) from error
-    print_test_report(metrics, cm, names, run.path, console)
 
 
 def print_validation(figures: Mapping[str, float], console: Console | None = None) -> None:
@@ -83,42 +61,54 @@ def print_validation(figures: Mapping[str, float], console: Console | None = Non
     """
     console = console or Console(highlight=False)
     line = Text("Validation accuracy ")
-    line.append(_percent(figures["val/acc"], 2), style="bold")
+    line.append(percent(figures["val/acc"], 2), style="bold")
     console.print(line)
     rest = {"loss": "val/loss", "macro F1": "val/f1", "calibration error": "val/ece"}
-    console.print(", ".join(f"{words} {_decimal(figures[name])}" for words, name in rest.items()))
+    console.print(", ".join(f"{words} {decimal(figures[name], 4)}" for words, name in rest.items()))
 
 
-def _print_summary(console: Console, metrics: dict[str, Any]) -> None:
-    low, high = metrics["accuracy_interval_95"]
+def _print_summary(console: Console, findings: Mapping[str, Any]) -> None:
+    summary, calibration = findings["summary"], findings["calibration"]
     line = Text("Test accuracy ")
-    line.append(_percent(metrics["accuracy"], 2), style="bold")
-    line.append(f"  (95 % interval {100 * low:.2f} to {_percent(high, 2)}; {metrics['num_pictures']:,} pictures)")
-    console.print(line)
-    console.print(
-        f"Loss {_decimal(metrics['loss'])}, calibration error (ECE) {_percent(metrics['ece'], 2)}, "
-        f"macro F1 {_percent(metrics['macro_f1'], 2)}"
+    line.append(percent(summary["accuracy"], 2), style="bold")
+    line.append(
+        f"  (95 % interval {span(summary['accuracy_interval_95'], 2)}; {count(summary['num_pictures'])} pictures)"
     )
+    console.print(line)
+    macro_f1 = f"macro F1 {percent(summary['macro_f1'], 2)}"
+    if calibration is None:
+        console.print(macro_f1)
+        return
+    ece = percent(calibration["before"]["ece"], 2)
+    console.print(f"Loss {decimal(summary['loss'], 4)}, calibration error (ECE) {ece}, {macro_f1}")
+    if calibration["after"] is not None:
+        _print_words(
+            console,
+            f"Temperature {decimal(calibration['temperature'], 3)}, fitted on {count(calibration['fitted_on'])} "
+            f"validation pictures: ECE {percent(calibration['after']['ece'], 2)}, "
+            f"loss {decimal(calibration['after']['loss'], 4)}.",
+        )
 
 
-def _print_classes(console: Console, cm: Int[np.ndarray, "classes classes"], names: Sequence[str]) -> None:
-    rates = per_class(cm)
-    shown = range(len(names))
+def _print_classes(console: Console, classes: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    shown = list(range(len(names)))
     if len(names) > _MAX_CLASSES:
-        shown = np.argsort(rates.f1, kind="stable")[:_NUM_WORST].tolist()  # NaN, a class that is nowhere, comes last
+        f1 = np.array([row["f1"] for row in classes])
+        shown = np.argsort(f1, kind="stable")[:_NUM_WORST].tolist()  # NaN, a class that is nowhere, comes last
     title = "Classes" if len(shown) == len(names) else f"The {_NUM_WORST} classes with the lowest F1"
     _print_heading(console, title)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("class", no_wrap=True)
-    for column in ("pictures", "precision", "recall", "F1"):
+    for column in ("pictures", "precision", "recall", "F1", "confidence"):
         table.add_column(column, justify="right", no_wrap=True)
     for index in shown:
-        percents = (_percent(rate[index], 1) for rate in (rates.precision, rates.recall, rates.f1))
-        table.add_row(Text(_cut(names[index], _MAX_NAME)), f"{rates.support[index]:,}", *percents)
+        row = classes[index]
+        percents = (percent(row[key], 1) for key in ("precision", "recall", "f1", "mean_confidence"))
+        table.add_row(Text(_cut(names[index], _MAX_NAME)), count(row["support"]), *percents)
     console.print(table)
     if len(shown) < len(names):
-        console.print(f"All {len(names)} classes are in test_metrics.json.")
-    never = [names[index] for index in np.flatnonzero((rates.predicted == 0) & (rates.support > 0)).tolist()]
+        console.print(f"All {len(names)} classes are in report.html and findings.json.")
+    never = [name for name, row in zip(names, classes, strict=True) if row["support"] and not row["predicted"]]
     if never:
         more = f" and {len(never) - 5} more" if len(never) > 5 else ""
         console.print(Text(f"Never predicted (so without a precision): {', '.join(never[:5])}{more}"))
@@ -128,7 +118,7 @@ def _print_confusions(console: Console, cm: Int[np.ndarray, "classes classes"], 
     _print_heading(console, "Confusion matrix (rows: true class, columns: predicted)")
     lines = _matrix_lines(cm, names, console.width) if len(names) <= _MAX_CLASSES else None
     if lines is None:
-        console.print(f"Too wide to print with {len(names)} classes: see confusion_matrix.png and .csv.")
+        console.print(f"Too wide to print with {len(names)} classes: see report.html.")
         return
     for line in lines:
         console.print(line, no_wrap=True, overflow="ignore", crop=False)
@@ -153,24 +143,61 @@ def _matrix_lines(cm: Int[np.ndarray, "classes classes"], names: Sequence[str], 
     lines = [Text(" " * (name_width + 1) + heading.rstrip(), style="bold")]
     for row, name in enumerate(names):
         line = Text(set_cell_size(_cut(name, name_width), name_width + 1))
-        for column, count in enumerate(cm[row].tolist()):
+        for column, number in enumerate(cm[row].tolist()):
             if row == column:
-                line.append(f"[{count}]".rjust(cell), style="bold green")
+                line.append(f"[{number}]".rjust(cell), style="bold green")
             else:
-                line.append(f"{count or '.'} ".rjust(cell), style="" if count else "dim")
+                line.append(f"{number or '.'} ".rjust(cell), style="" if number else "dim")
         line.rstrip()
         lines.append(line)
     return lines
 
 
-def _print_pairs(console: Console, metrics: dict[str, Any], shown: dict[str, str]) -> None:
-    _print_heading(console, "Most confused")
-    if not metrics["most_confused"]:
+def _print_pairs(console: Console, findings: Mapping[str, Any]) -> None:
+    _print_heading(console, "Most confused, in both directions")
+    if not findings["confused_pairs"]:
         console.print("No picture was taken for another class.")
-    for pair in metrics["most_confused"]:
-        support = metrics["per_class"][pair["true"]]["support"]
-        what = f"{shown[pair['true']]} taken for {shown[pair['predicted']]}"
-        console.print(Text(f"{what}: {pair['count']:,} of {support:,} ({_percent(pair['share'], 1)})"))
+    for pair in findings["confused_pairs"]:
+        there = f"{count(pair['count'])} ({percent(pair['share'], 1)})"
+        back = f"{count(pair['reverse_count'])} ({percent(pair['reverse_share'], 1)})"
+        _print_words(console, f"{pair['true']} taken for {pair['predicted']}: {there}; the other way: {back}")
+
+
+def _print_statements(console: Console, statements: Sequence[Mapping[str, Any]]) -> None:
+    _print_heading(console, "Findings (p allows for all tests of a kind; the tests are named in report.html)")
+    for statement in statements:
+        _print_words(console, f"* {statement['title']}.")
+        for item in statement["items"][:_MAX_ITEMS]:
+            _print_words(console, f"{item['text']} {pvalue(item['p'])}", indent=2)
+        if len(statement["items"]) > _MAX_ITEMS:
+            console.print(f"  {len(statement['items']) - _MAX_ITEMS} more in findings.json.")
+
+
+def _print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
+    first, second = comparison["runs"]
+    _print_heading(console, "Compared on the same test pictures")
+    for run in (first, second):
+        interval = f"95 % interval {span(run['accuracy_interval_95'], 2)}"
+        _print_whole(
+            console, f"{percent(run['accuracy'], 2)}  ({interval}, ECE {percent(run['ece'], 2)})  {run['path']}"
+        )
+    _print_words(
+        console,
+        f"Difference {points(comparison['difference'], 2)} points (95 % interval "
+        f"{points_span(comparison['difference_interval_95'], 2)}); McNemar's exact test: {pvalue(comparison['p'])}.",
+    )
+    _print_words(
+        console,
+        f"Both right {count(comparison['both_right'])}, only the first {count(comparison['only_first'])}, only the "
+        f"second {count(comparison['only_second'])}, both wrong {count(comparison['both_wrong'])}.",
+    )
+    sure = [row for row in comparison["classes"] if row["p"] < 0.05]
+    if not sure:
+        console.print("In no single class does the difference go beyond chance.")
+    for row in sure:
+        interval = points_span(row["difference_interval_95"])
+        text = f"{row['name']}: {points(row['difference'])} points ({interval}), {pvalue(row['p'])}"
+        _print_words(console, text, indent=2)
 
 
 def _print_files(console: Console, run: RunFolder) -> None:
@@ -184,12 +211,13 @@ def _print_files(console: Console, run: RunFolder) -> None:
         (run.environment, "versions, device, precision, commit"),
         (run.metrics_csv, "losses, accuracies, learning rate of each epoch"),
         (run.timing_csv, "seconds, pictures per second, memory of each epoch"),
-        (run.test_metrics, "the numbers above"),
+        (run.report, "all of this and more as one page: open it in a browser"),
+        (run.findings, "every number of the page"),
+        (run.test_metrics, "accuracy, loss and the rates of each class"),
         (run.confusion_matrix_png, "the confusion matrix; also as .csv and .pt"),
         (run.predictions, "logits and true class of every test picture"),
         (run.predictions_val, "the same of the validation pictures"),
         (run.gallery, "some test pictures"),
-        (run.report, "all of this as one page"),
     )
     for file, words in contents:
         if file.exists():
@@ -210,6 +238,14 @@ def _print_heading(console: Console, title: str) -> None:
     console.print(Text(title, style="bold"))
 
 
+def _print_words(console: Console, text: str, indent: int = 0) -> None:
+    """Print a sentence, wrapped at words but never between a number and its sign."""
+    joined = re.sub(r" (?=%)|(?<=\bp) (?=[=<])|(?<=[=<]) (?=\d)", "\u00a0", printable(text, console.encoding))
+    margin = " " * indent
+    for line in textwrap.wrap(joined, console.width, initial_indent=margin, subsequent_indent=margin):
+        console.print(Text(line.replace("\u00a0", " ")), no_wrap=True, overflow="ignore", crop=False)
+
+
 def _print_whole(console: Console, text: str) -> None:
     """Print a path or command on one line however long, so that it can be copied."""
     console.print(Text(printable(text, console.encoding)), soft_wrap=True)
@@ -224,11 +260,3 @@ def _cut(text: str, width: int) -> str:
 
 def _align_right(text: str, width: int) -> str:
     return " " * (width - cell_len(text)) + text
-
-
-def _percent(share: float | None, decimals: int) -> str:
-    return "-" if share is None or np.isnan(share) else f"{100 * share:.{decimals}f} %"
-
-
-def _decimal(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

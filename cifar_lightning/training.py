@@ -25,12 +25,15 @@ from cifar_lightning.classifier import ImageClassifier
 from cifar_lightning.data import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import MetricsTable, read_json, write_text_durably
+from cifar_lightning.findings import find
 from cifar_lightning.noise import silence
 from cifar_lightning.parser import TABLE, RunParser, add_own_flags, check_arguments, config_text, table_text
 from cifar_lightning.progress import RunProgress
-from cifar_lightning.report import print_run_report, print_test_report, print_validation
+from cifar_lightning.report import make_report
+from cifar_lightning.results import Results
 from cifar_lightning.resume import Changes, StopPoint, describe_changes, find_changes, stop_point
 from cifar_lightning.runs import RunFolder, create_run, discard_run, is_first_process, open_run, recipe_name
+from cifar_lightning.terminal import print_findings, print_validation
 from cifar_lightning.tune import LrRange, find_lr, write_lr_range
 from cifar_lightning.weights import load_weights
 
@@ -280,7 +283,7 @@ class RunCLI(LightningCLI):
         if not (self.run.test_metrics.exists() and self.run.predictions.exists()):
             self.after_fit()
         else:
-            print_run_report(self.run)
+            make_report(self.run)
 
     def before_fit(self) -> None:
         """Bring the run's files to where its checkpoint is."""
@@ -306,7 +309,7 @@ class RunCLI(LightningCLI):
         return {"epoch": self.stopped_at.epochs_done, "step": self.stopped_at.steps_done, "changed": changed}
 
     def after_fit(self) -> None:
-        """Test the best checkpoint once, write the answers and show the report."""
+        """Test the best checkpoint once, write the answers and make the report."""
         assert self.run is not None
         settings = self.config_init["fit"].trainer
         best = self.run.tested_checkpoint
@@ -322,10 +325,14 @@ class RunCLI(LightningCLI):
         self.after_test()
 
     def after_test(self) -> None:
-        """Show the report of the test."""
-        if self.trainer.is_global_zero and self.answers.metrics is not None and self.answers.confusion is not None:
-            run_path = self.run.path if self.run is not None else None
-            print_test_report(self.answers.metrics, self.answers.confusion, self.datamodule.class_names, run_path)
+        """Make the run's report, or print what it would say where no run holds the answers."""
+        test = self.answers.test
+        if not self.trainer.is_global_zero or test is None:
+            return
+        if self.answers.is_test_written and self.run is not None:
+            make_report(self.run)
+        else:
+            print_findings(find(Results(test.class_names, test.confusion, test=test)))
 
     def after_validate(self) -> None:
         """Show the validation's figures."""

@@ -7,8 +7,15 @@ import tempfile
 import pytest
 
 # --no-sandbox: a container has no namespaces for it. The rest keeps the browser from asking anybody on its own behalf.
-FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking
-    --disable-component-update --disable-sync --no-first-run --hide-scrollbars --force-device-scale-factor=1""".split()
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+]
+FLAGS += ["--disable-component-update", "--disable-sync", "--hide-scrollbars"]
+FLAGS += ["--force-device-scale-factor=1"]
 
 
 @contextlib.contextmanager

@@ -4,8 +4,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Before the first import of these modules: their jaxtyping annotations are checked at every call.
-CHECKED = ("augment", "models", "optim", "loader", "classifier", "analysis", "figures", "report")
-CHECKED += ("weights", "predict", "export")
+CHECKED = ("augment", "models", "optim", "loader", "classifier", "analysis", "calibration", "figures")
+CHECKED += ("weights", "predict", "export", "gallery", "results", "statements", "findings", "comparison")
 install_import_hook([f"cifar_lightning.{name}" for name in CHECKED], "beartype.beartype")
 
 

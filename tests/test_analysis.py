@@ -8,9 +8,11 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 from sklearn import metrics as sk
-from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
+from torchmetrics.classification import MulticlassF1Score
 
 from cifar_lightning import analysis
+from cifar_lightning.calibration import softmax
+from cifar_lightning.significance import wilson_interval
 
 
 def answers(num_classes: int = 10, n: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -90,71 +92,16 @@ def test_most_confused_counts_mistakes_alone_the_largest_first_and_ties_in_class
     assert (cm == before).all()
 
 
-def test_the_wilson_interval_equals_published_and_exact_values():
-    # R. G. Newcombe, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 17 (1998),
-    # table I, method 3.
-    for successes, total, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (1, 29, 0.0061, 0.1718)):
-        assert analysis.wilson_interval(successes, total) == pytest.approx((low, high), abs=5e-5)
-    assert analysis.wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert analysis.wilson_interval(20, 20)[1] == 1.0
-    assert analysis.wilson_interval(0, 0) == (0.0, 1.0)
-    with pytest.raises(ValueError, match="5 successes out of 4"):
-        analysis.wilson_interval(5, 4)
-
-
-def test_the_wilson_interval_is_where_the_score_test_just_rejects():
-    z = 1.959964
-    for end in analysis.wilson_interval(870, 1000, z):
-        assert abs(0.87 - end) / math.sqrt(end * (1 - end) / 1000) == pytest.approx(z, rel=1e-9)
-
-
-def test_softmax_and_loss_equal_torchs():
-    logits, targets = torch.tensor(LOGITS).double(), torch.tensor(TARGETS)
-    np.testing.assert_allclose(analysis.softmax(LOGITS), logits.softmax(1).numpy(), rtol=1e-12)
-    expected = torch.nn.functional.cross_entropy(logits, targets).item()
-    assert analysis.cross_entropy(LOGITS, TARGETS) == pytest.approx(expected, rel=1e-12)
-    assert analysis.cross_entropy(LOGITS.astype(np.float16), TARGETS) == pytest.approx(expected, rel=1e-3)
-
-
-def test_huge_logits_neither_overflow_nor_lose_the_loss():
-    logits = np.array([[0.0, 60000.0], [60000.0, -60000.0]], dtype=np.float16)
-    assert analysis.cross_entropy(logits, np.array([0, 0])) == pytest.approx(logits[0, 1].astype(float) / 2)
-    assert np.isfinite(analysis.softmax(logits)).all()
-
-
-@pytest.mark.parametrize("bins", [15, 10, 1])
-@pytest.mark.parametrize("sharpness", [0.3, 1.0, 30.0])  # the last makes many confidences of exactly 1
-def test_the_calibration_error_equals_torchmetrics(bins, sharpness):
-    probs = torch.softmax(torch.tensor(LOGITS) * sharpness, dim=1)
-    theirs = MulticlassCalibrationError(num_classes=10, n_bins=bins, norm="l1")(probs, torch.tensor(TARGETS)).item()
-    assert analysis.expected_calibration_error(probs.numpy(), TARGETS, bins) == pytest.approx(theirs, abs=1e-5)
-
-
-def test_the_calibration_error_of_four_pictures_equals_the_sum_by_hand():
-    probs = np.array([[0.9, 0.1], [0.92, 0.08], [0.6, 0.4], [0.3, 0.7]])
-    targets = np.array([0, 1, 0, 0])
-    # 15 bins: 0.9 and 0.92 share [13/15, 14/15); 0.6 and 0.7 are alone. |1 - 1.82| + |1 - 0.6| + |0 - 0.7|, over 4
-    assert analysis.expected_calibration_error(probs, targets) == pytest.approx((0.82 + 0.4 + 0.7) / 4)
-
-
-def test_a_confidence_of_exactly_one_has_a_bin_of_its_own_as_in_torchmetrics():
-    probs, targets = np.array([[1.0, 0.0], [0.95, 0.05]]), np.array([1, 0])
-    # Were both in the last bin, the first one's error and the second one's would partly cancel: 0.95 / 2.
-    assert analysis.expected_calibration_error(probs, targets) == pytest.approx((1 + 0.05) / 2)
-    metric = MulticlassCalibrationError(num_classes=2, n_bins=15, norm="l1")
-    assert metric(torch.tensor(probs), torch.tensor(targets)).item() == pytest.approx((1 + 0.05) / 2)
-
-
 def test_test_metrics_agree_with_references_and_are_plain_types():
     names = [f"class {index}" for index in range(10)]
     metrics = analysis.test_metrics(LOGITS, TARGETS, names)
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
     report = sk.classification_report(TARGETS, PREDS, target_names=names, output_dict=True)
     assert metrics["accuracy"] == report["accuracy"]
-    assert metrics["accuracy_interval_95"] == list(analysis.wilson_interval(int((PREDS == TARGETS).sum()), 2000))
+    assert metrics["accuracy_interval_95"] == list(wilson_interval(int((PREDS == TARGETS).sum()), 2000))
     assert metrics["num_pictures"] == 2000
     assert metrics["macro_f1"] == pytest.approx(report["macro avg"]["f1-score"], rel=1e-12)
-    assert metrics["loss"] == pytest.approx(sk.log_loss(TARGETS, analysis.softmax(LOGITS)), rel=1e-9)
+    assert metrics["loss"] == pytest.approx(sk.log_loss(TARGETS, softmax(LOGITS)), rel=1e-9)
     assert list(metrics["per_class"]) == names
     for name in names:
         ours, theirs = metrics["per_class"][name], report[name]

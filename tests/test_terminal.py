@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cifar_lightning import analysis
-from cifar_lightning.report import print_test_report
+from cifar_lightning.findings import find
+from cifar_lightning.results import Answers, Results
 from cifar_lightning.runs import RunFolder
+from cifar_lightning.terminal import print_findings
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -26,15 +27,20 @@ def matrix(num_classes: int, support: int = 1000) -> np.ndarray:
     return cm
 
 
+def findings_of(cm: np.ndarray, names: list[str]) -> dict:
+    """Finds what answers with this confusion matrix say; as read back from findings.json."""
+    targets, preds = (np.repeat(indices.ravel(), cm.ravel()) for indices in np.indices(cm.shape))
+    logits = np.eye(len(names), dtype=np.float32)[preds] * 3
+    answers = Answers(logits, targets, np.arange(len(targets)), tuple(names))
+    return json.loads(json.dumps(find(Results(answers.class_names, answers.confusion, test=answers))))
+
+
 def report(
     cm: np.ndarray, names: list[str], run: Path = Path("runs/smallnet/3"), width: int = 80, encoding: str = "utf-8"
 ) -> str:
     """Prints to something that is no terminal and returns what a log file would hold."""
-    targets, preds = (np.repeat(indices.ravel(), cm.ravel()) for indices in np.indices(cm.shape))
-    logits = np.eye(len(names), dtype=np.float32)[preds] * 3
-    metrics = json.loads(json.dumps(analysis.test_metrics(logits, targets, names)))  # as read back from the run
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
-    print_test_report(metrics, cm, names, run, Console(file=stream, width=width, highlight=False))
+    print_findings(findings_of(cm, names), run, Console(file=stream, width=width, highlight=False))
     stream.seek(0)
     return stream.read()
 
@@ -79,7 +85,7 @@ def test_per_class_rates_are_scikit_learns():
     precision, recall, f1, support = precision_recall_fscore_support(targets, preds)
     _, *rows = section(report(cm, ["ant", "bee", "fly"]), "Classes")
     expected = [
-        f"{name} {support[i]} {100 * precision[i]:.1f} % {100 * recall[i]:.1f} % {100 * f1[i]:.1f} %".split()
+        f"{name} {support[i]} {100 * precision[i]:.1f} % {100 * recall[i]:.1f} % {100 * f1[i]:.1f} % 90.9 %".split()
         for i, name in enumerate(["ant", "bee", "fly"])
     ]
     assert [row.split() for row in rows] == expected
@@ -87,7 +93,7 @@ def test_per_class_rates_are_scikit_learns():
 
 def test_the_most_confused_pair_is_said_in_words_first():
     lines = section(report(matrix(10), CIFAR10), "Most confused")
-    assert lines[0] == "airplane taken for automobile: 107 of 1,000 (10.7 %)"
+    assert lines[0] == "airplane taken for automobile: 107 (10.7 %); the other way: 0 (0.0 %)"
     assert len(lines) == 10
 
 
@@ -117,7 +123,7 @@ def test_a_matrix_that_does_not_fit_names_the_file_that_holds_it():
         text = report(cm, [f"some_class_{index}" for index in range(len(cm))], width=width)
         (line, *_) = section(text, "Confusion matrix")
         assert line.startswith(f"Too wide to print with {len(cm)} classes")
-        assert "confusion_matrix.png" in text
+        assert "see report.html" in text
 
 
 def test_of_a_hundred_classes_the_ten_worst_are_listed():
@@ -126,15 +132,15 @@ def test_of_a_hundred_classes_the_ten_worst_are_listed():
     cm[42, 43] = 100
     text = report(cm, [f"some_class_{index}" for index in range(100)])
     lines = section(text, "The 10 classes with the lowest F1")
-    assert lines[1].split() == ["some_class_42", "100", "0.0", "%", "0.0", "%", "0.0", "%"]
+    assert lines[1].split() == ["some_class_42", "100", *["0.0", "%"] * 3, "16.9", "%"]
     assert len(lines) == 12
-    assert lines[-1] == "All 100 classes are in test_metrics.json."
+    assert lines[-1] == "All 100 classes are in report.html and findings.json."
 
 
 def test_a_class_never_predicted_is_shown_as_such():
     text = report(np.array([[5, 0], [3, 0]]), ["cat", "dog"])
     assert "Never predicted (so without a precision): dog" in text
-    assert section(text, "Classes")[2].split() == ["dog", "3", "-", "0.0", "%", "0.0", "%"]
+    assert section(text, "Classes")[2].split() == ["dog", "3", "-", *["0.0", "%"] * 2, "95.3", "%"]
 
 
 def test_class_names_are_shown_as_they_are_and_cannot_steer_the_terminal():
@@ -177,16 +183,14 @@ def test_the_next_commands_can_be_copied_also_with_spaces_in_the_path():
 def test_colours_change_nothing_but_colours():
     cm = matrix(10)
     stream = io.StringIO()
-    targets, preds = (np.repeat(indices.ravel(), cm.ravel()) for indices in np.indices(cm.shape))
-    metrics = analysis.test_metrics(np.eye(10, dtype=np.float32)[preds] * 3, targets, CIFAR10)
     console = Console(
         file=stream, width=80, highlight=False, force_terminal=True, color_system="standard", no_color=False
     )
-    print_test_report(metrics, cm, CIFAR10, Path("runs/smallnet/3"), console)
+    print_findings(findings_of(cm, CIFAR10), Path("runs/smallnet/3"), console)
     assert "\x1b[" in stream.getvalue()
     assert re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()) == report(cm, CIFAR10)
 
 
 def test_the_report_never_loads_lightning_or_torch():
-    code = "import sys, cifar_lightning.report; sys.exit('lightning' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, cifar_lightning.terminal; sys.exit('lightning' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,194 @@
+"""Findings, figures and pictures -> one self-contained HTML page; imports neither torch nor Lightning.
+
+The page fetches nothing: styles, script and pictures are in it, and its content security policy forbids the rest. Names
+of classes and folders are escaped by Jinja.
+"""
+
+import base64
+import io
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jaxtyping import UInt8
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from cifar_lightning.charts import classes_figure, confidence_figure, curves_figure, reliability_figure
+from cifar_lightning.figures import confusion_figure, figure_to_png, printable, themed
+from cifar_lightning.wording import count, decimal, duration, percent, points, points_span, pvalue, span
+
+TEMPLATES = Path(__file__).parent
+_DPI = 120  # of charts; the page shows them at about half of that, so that they are sharp on fine screens, too
+_DPI_OF_LARGE = 90  # of a matrix of 100 classes, which is 14 inches wide
+_CRISP_PX = 64  # a picture up to this side is shown pixel by pixel; a larger one is reduced to `_REDUCED_PX`
+_REDUCED_PX = 96
+
+
+def render_page(findings: Mapping[str, Any], pictures: Mapping[int, UInt8[np.ndarray, "height width 3"]]) -> str:
+    """Return the page as HTML.
+
+    Args:
+        findings: What `findings.find` returned, with `run.name`, `run.network`, `run.data` and `run.command`.
+        pictures: Test pictures by their index, uint8 RGB, 0-255.
+    """
+    found = [row for row in findings["classes"] if row["support"]]
+    sides = [max(picture.shape[:2]) for picture in pictures.values()]
+    return render(
+        "page.html",
+        f=findings,
+        css=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
+        script=(TEMPLATES / "page.js").read_text(encoding="utf-8"),
+        figures=draw_figures(findings),
+        uris=_picture_uris(findings, pictures),
+        kind_of_picture="crisp" if max(sides, default=0) <= _CRISP_PX else "smooth",
+        hardest=min(found, key=lambda row: row["recall"], default=None) if len(found) > 1 else None,
+        never=[row["name"] for row in found if not row["predicted"]],
+        facts=facts_of(findings["run"]),
+        reproduce=reproduction_of(findings["run"]),
+        config=yaml.safe_dump(findings["run"]["config"], sort_keys=False, allow_unicode=True)
+        if findings["run"]["config"]
+        else "",
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """Return one of the package's templates, filled; HTML is escaped, Markdown is not."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=template.endswith(".html"),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        # A class name may hold bytes or control characters that no page can show.
+        finalize=lambda value: value if not isinstance(value, str) or hasattr(value, "__html__") else _clean(value),
+    )
+    filters = (percent, span, points, points_span, decimal, count, pvalue, duration)
+    environment.filters.update({function.__name__: function for function in filters})
+    # Styles and script are the package's own text.
+    own = {key: values.pop(key) for key in ("css", "script") if key in values}
+    return environment.get_template(template).render(**values, **{key: Markup(text) for key, text in own.items()})
+
+
+def draw_figures(findings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the charts by name as data URIs: `light`, `dark`, `alt` (what they show) and `width` (pixels)."""
+    cm = np.array(findings["confusion_matrix"], dtype=np.int64)
+    names = [row["name"] for row in findings["classes"]]
+    calibration, epochs = findings["calibration"], findings["epochs"]
+    makers: dict[str, tuple[str, Any]] = {
+        "confusion": ("confusion matrix, pictures", lambda: confusion_figure(cm, names)),
+        "confusion_normalized": ("confusion matrix, per cent of each row", lambda: confusion_figure(cm, names, True)),
+        "classes": ("share of each class that is found", lambda: classes_figure(findings["classes"])),
+    }
+    if calibration is not None:
+        makers["reliability"] = ("accuracy over confidence", lambda: reliability_figure(calibration))
+        makers["confidence"] = ("histogram of confidence", lambda: confidence_figure(calibration))
+    if epochs:
+        makers["curves"] = ("accuracy, loss and learning rate over the epochs", lambda: curves_figure(epochs))
+    drawn: dict[str, dict[str, Any]] = {}
+    for name, (alt, make) in makers.items():
+        drawn[name] = {"alt": alt}
+        for theme in ("light", "dark"):
+            with themed(dark=theme == "dark"):
+                figure = make()
+                width = figure.get_figwidth()
+                png = figure_to_png(figure, dpi=_DPI if width < 10 else _DPI_OF_LARGE)
+            drawn[name] |= {theme: _data_uri("image/png", _with_palette(png)), "width": round(80 * width)}
+    return drawn
+
+
+def _with_palette(png: bytes) -> bytes:
+    """Return a chart with 256 colours: a third of the size, and no difference that the eye finds."""
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as image:
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _picture_uris(
+    findings: Mapping[str, Any], pictures: Mapping[int, UInt8[np.ndarray, "height width 3"]]
+) -> dict[int, str]:
+    galleries = [gallery["pictures"] for gallery in findings["galleries"]]
+    if findings.get("comparison"):
+        galleries += [changed["pictures"] for changed in findings["comparison"]["changed"].values()]
+    return {index: _picture_uri(pictures[index]) for index in {item["index"] for shown in galleries for item in shown}}
+
+
+def _picture_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> str:
+    image, buffer = Image.fromarray(pixels), io.BytesIO()
+    if max(image.size) <= _CRISP_PX:
+        image.save(buffer, "png", optimize=True)
+        return _data_uri("image/png", buffer.getvalue())
+    image.thumbnail((_REDUCED_PX * 2, _REDUCED_PX * 2))
+    image.save(buffer, "jpeg", quality=75)
+    return _data_uri("image/jpeg", buffer.getvalue())
+
+
+def _data_uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what a reader asks about a run first: recipe, data, environment; what is not known is left out."""
+    config, split, environment = run["config"], run["split"], run["environment"]
+    model, data, trainer = (config.get(part) or {} for part in ("model", "data", "trainer"))
+    sizes, versions = split.get("sizes") or {}, environment.get("versions") or {}
+    augmentation = ("crop_padding_px", "flip", "cutout_px", "brightness", "contrast")
+    resumed = environment.get("resumed") or []
+    commit = environment.get("commit")
+    changed = ", with changes that are not committed" if environment.get("dirty") else ""
+    facts: list[tuple[str, Any]] = [
+        ("Network", " ".join(str(part) for part in (model.get("name"), model.get("model_kwargs") or "") if part)),
+        ("Optimiser", _listed(model, ("optimizer", "lr", "sgd_lr", "weight_decay", "label_smoothing", "pct_start"))),
+        ("Training", _listed(trainer, ("max_epochs", "precision")) + _listed(data, ("batch_size",), before=", ")),
+        ("Augmentation", _listed(data, augmentation)),
+        ("Seeds", f"training {config.get('seed_everything')}, split {split.get('seed')}" if config else ""),
+        ("Pictures", split.get("dataset")),
+        ("Split", ", ".join(f"{number:,} {part}" for part, number in sizes.items())),
+        ("Held out", _held_out(split)),
+        ("SHA-256 of the test pictures", (split.get("sha256") or {}).get("test")),
+        ("Device", _listed(environment, ("device", "num_devices", "precision", "num_threads"))),
+        ("Machine", ", ".join(str(environment[key]) for key in ("cpu", "platform") if environment.get(key))),
+        ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items() if number)),
+        ("Commit", f"{commit}{changed}" if commit else ""),
+        ("Gone on with", f"{len(resumed)} times" if resumed else ""),
+    ]
+    return [(name, str(value)) for name, value in facts if value]
+
+
+def _held_out(split: Mapping[str, Any]) -> str:
+    if split.get("val_from") == "train":
+        return f"{percent(split.get('val_fraction'), 0)} of the training pictures, the same share of each class"
+    return str(split.get("val_from") or "")
+
+
+def _listed(values: Mapping[str, Any], names: Sequence[str], before: str = "") -> str:
+    known = [f"{name} {values[name]}" for name in names if values.get(name) is not None]
+    return before + ", ".join(known) if known else ""
+
+
+def reproduction_of(run: Mapping[str, Any]) -> str:
+    """Return the commands that make the run again, as far as its files tell."""
+    environment = run["environment"]
+    torch_version = (environment.get("versions") or {}).get("torch")
+    lines = []
+    if environment.get("commit"):
+        lines.append(f"git checkout {environment['commit']}")
+        if environment.get("dirty"):
+            lines.append("# the run's copy had further changes, which no commit holds")
+    lines.append("pip install -e ." + (f"    # it ran with torch {torch_version}" if torch_version else ""))
+    lines.append("python train.py fit --config config.yaml    # the run's own file, also shown below")
+    return "\n".join(lines)
+
+
+def command_of(environment: Mapping[str, Any]) -> str:
+    """Return the command that started a run, without the Python it ran in; empty if it is not known."""
+    words = [str(word) for word in environment.get("command") or []]
+    return shlex.join(["python", *words[1:]]) if words else ""
+
+
+def _clean(text: str) -> str:
+    return "\n".join(printable(line) for line in text.split("\n"))

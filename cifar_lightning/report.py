@@ -1,0 +1,83 @@
+"""A run's files -> its report: tables on the terminal, findings.json, figures and one page; imports no Lightning."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from cifar_lightning.comparison import compare
+from cifar_lightning.figures import confusion_figure, figure_to_png, themed
+from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
+from cifar_lightning.findings import find
+from cifar_lightning.page import command_of, render_page
+from cifar_lightning.results import read_results
+from cifar_lightning.runs import RunFolder
+from cifar_lightning.terminal import print_findings
+
+
+def make_report(run: RunFolder, other: RunFolder | None = None, console: Console | None = None) -> None:
+    """Find out what a run's test says, print it, and write findings.json, report.html and the confusion matrix.
+
+    Args:
+        run: The run, whose files are written.
+        other: A run to compare with, tested on the same pictures; its files stay as they are.
+        console: Where to print; the terminal without one.
+
+    Raises:
+        UserError: There are no test results, the two runs cannot be compared, or a file cannot be written.
+    """
+    results = read_results(run)
+    findings = find(results)
+    findings["run"] |= describe_run(run, findings["run"])
+    pictures = results.pictures
+    if other is not None:
+        others = read_results(other)
+        findings["comparison"] = compare(run.path, results, other.path, others)
+        pictures = others.pictures | pictures
+    else:
+        findings["comparison"] = None
+    write_json(run.findings, findings)
+    write_confusion(run, results.confusion, results.class_names)
+    write_text_durably(run.report, render_page(findings, pictures))
+    print_findings(findings, run.path, console)
+
+
+def describe_run(run: RunFolder, known: dict[str, Any]) -> dict[str, str]:
+    """Return how the page calls a run: `name`, `network`, `data` and `command`; what is not known is empty."""
+    path = run.path.resolve()
+    model, split = known["config"].get("model") or {}, known["split"]
+    data = known["config"].get("data") or {}
+    # "cifar10: 50,000 train + ..."; class folders are better known by their own name.
+    kind = str(split.get("dataset") or data.get("dataset") or "").partition(":")[0]
+    called = Path(str(data.get("root"))).name if kind == "folder" and data.get("root") else kind
+    return {
+        "name": f"{path.parent.name}/{path.name}" if path.name.isdecimal() else path.name,
+        "network": str(model.get("name") or ""),
+        "data": called,
+        "command": command_of(known["environment"]),
+    }
+
+
+def write_confusion(run: RunFolder, confusion: np.ndarray, class_names: tuple[str, ...]) -> None:
+    """Write confusion_matrix.csv and .png, and .pt where it is missing; rows: true class, columns: predicted class."""
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["true \\ predicted", *class_names])
+    writer.writerows([name, *row] for name, row in zip(class_names, confusion.tolist(), strict=True))
+    write_text_durably(run.confusion_matrix_csv, table.getvalue())
+    with themed():
+        write_bytes_durably(run.confusion_matrix_png, figure_to_png(confusion_figure(confusion, class_names)))
+    if not run.confusion_matrix_pt.is_file():
+        write_confusion_tensor(run.confusion_matrix_pt, confusion)
+
+
+def write_confusion_tensor(path: Path, confusion: np.ndarray) -> None:
+    """Write the matrix as an int64 tensor; imports torch."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(torch.from_numpy(confusion), buffer)
+    write_bytes_durably(path, buffer.getvalue())
