@@ -63,7 +63,7 @@ def _answers_of(path: Path, results: Results) -> Answers:
 
 def _refuse_other_pictures(path: Path, results: Results, other_path: Path, other: Results) -> None:
     first, second = _answers_of(path, results), _answers_of(other_path, other)
-    hashes = [run.split.get("sha256", {}).get("test") for run in (results, other)]
+    hashes = [run.origin.split.get("sha256", {}).get("test") for run in (results, other)]
     reason = ""
     if first.class_names != second.class_names:
         reason = f"{len(first.class_names)} and {len(second.class_names)} classes, or other names"

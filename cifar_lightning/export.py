@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_output, replacing
+from cifar_lightning.model_card import NAME as CARD
+from cifar_lightning.model_card import write_model_card
 from cifar_lightning.models import build_model
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.weights import TrainedNetwork, load_network, load_weights
@@ -103,7 +105,22 @@ def export_run(
     gives = "" if kind == "safetensors" else f" -> {', '.join(_outputs(probs))} (batch, {len(trained.class_names)})"
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB{graph}{gives}")
     print(f"Parity on {origin}: largest difference of a probability {difference:.1e}, every top-1 equal")
+    _describe(run, trained, path, kind, input, probs)
     return path
+
+
+def _describe(run: RunFolder, trained: TrainedNetwork, path: Path, kind: str, input: str, probs: bool) -> None:
+    card = {
+        "file": path.name,
+        "format": kind,
+        "class_names": list(trained.class_names),
+        "image_size": trained.image_size,
+        "epoch": trained.epoch,
+        "images": "" if kind == "safetensors" else f"RGB, {'uint8 0-255' if input == 'uint8' else 'float32 0-1'}",
+        "outputs": _outputs(probs),
+    }
+    written = write_model_card(run, card, path.parent)
+    print(f"{written}: what it is" if written else f"{path.parent / CARD}: not of an export, left as it is")
 
 
 def _outputs(probs: bool) -> list[str]:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from cifar_lightning.analysis import accuracy, macro_f1, most_confused, per_class
 from cifar_lightning.calibration import Reliability, cross_entropy, fit_temperature, reliability, softmax
 from cifar_lightning.gallery import rank_pictures
-from cifar_lightning.results import Answers, Results
+from cifar_lightning.results import Answers, Origin, Results
 from cifar_lightning.significance import wilson_interval
 from cifar_lightning.statements import (
     Statement,
@@ -48,7 +48,7 @@ def find(results: Results) -> dict[str, Any]:
         "galleries": galleries_of(test, set(results.pictures)) if test is not None else [],
         "epochs": results.epochs,
         "training": training_of(results),
-        "run": run_of(results),
+        "run": run_of(results.origin),
         "problems": results.problems,
     }
 
@@ -237,11 +237,11 @@ def training_of(results: Results) -> dict[str, Any]:
     }
 
 
-def run_of(results: Results) -> dict[str, Any]:
+def run_of(origin: Origin) -> dict[str, Any]:
     """Return what the run was: its values, data, environment; without the lists of pictures."""
     lists = ("train", "val")
     return {
-        "config": results.config,
-        "split": {key: value for key, value in results.split.items() if key not in lists},
-        "environment": results.environment,
+        "config": origin.config,
+        "split": {key: value for key, value in origin.split.items() if key not in lists},
+        "environment": origin.environment,
     }

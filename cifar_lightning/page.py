@@ -67,6 +67,7 @@ def render(template: str, **values: Any) -> str:
         finalize=lambda value: value if not isinstance(value, str) or hasattr(value, "__html__") else _clean(value),
     )
     filters = (percent, span, points, points_span, decimal, count, pvalue, duration)
+    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")  # of a Markdown table
     environment.filters.update({function.__name__: function for function in filters})
     # Styles and script are the package's own text.
     own = {key: values.pop(key) for key in ("css", "script") if key in values}
@@ -180,7 +181,7 @@ def reproduction_of(run: Mapping[str, Any]) -> str:
         if environment.get("dirty"):
             lines.append("# the run's copy had further changes, which no commit holds")
     lines.append("pip install -e ." + (f"    # it ran with torch {torch_version}" if torch_version else ""))
-    lines.append("python train.py fit --config config.yaml    # the run's own file, also shown below")
+    lines.append("python train.py fit --config config.yaml    # the run's own file")
     return "\n".join(lines)
 
 

@@ -42,6 +42,21 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a run was.
+
+    Attributes:
+        config: Every value of the run.
+        environment: environment.json.
+        split: split.json.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    split: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Results:
     """Everything that a report is made of.
 
@@ -53,9 +68,7 @@ class Results:
         pictures: Test pictures by their index, uint8 RGB (height, width, 3), 0-255.
         epochs: Rows of metrics.csv.
         timing: Rows of timing.csv.
-        config: Every value of the run.
-        environment: environment.json.
-        split: split.json.
+        origin: What the run was.
         problems: A sentence for each file that is missing or damaged.
     """
 
@@ -66,9 +79,7 @@ class Results:
     pictures: dict[int, UInt8[np.ndarray, "height width 3"]] = field(default_factory=dict)
     epochs: list[dict[str, float]] = field(default_factory=list)
     timing: list[dict[str, float]] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
-    split: dict[str, Any] = field(default_factory=dict)
+    origin: Origin = field(default_factory=Origin)
     problems: list[str] = field(default_factory=list)
 
 
@@ -84,8 +95,8 @@ def read_results(run: RunFolder) -> Results:
         run.require(run.predictions)
     test = _try(read_answers, run.predictions, problems)
     names, confusion = (test.class_names, test.confusion) if test else _matrix_alone(run, problems, remedy)
-    split: dict[str, Any] = _try(read_json, run.split, problems) or {}
-    was_held_out = split.get("sizes", {}).get("val", 0) > 0
+    origin = read_origin(run, problems)
+    was_held_out = origin.split.get("sizes", {}).get("val", 0) > 0
     val = None
     if was_held_out or run.predictions_val.exists():
         val = _try(read_answers, run.predictions_val, problems)
@@ -100,10 +111,17 @@ def read_results(run: RunFolder) -> Results:
         pictures=_try(_read_gallery, run.gallery, problems) or {},
         epochs=_try(_read_table, run.metrics_csv, problems) or [],
         timing=_try(_read_table, run.timing_csv, problems) or [],
-        config=_try(_read_config, run.config, problems) or {},
-        environment=_try(read_json, run.environment, problems) or {},
-        split=split,
+        origin=origin,
         problems=problems,
+    )
+
+
+def read_origin(run: RunFolder, problems: list[str]) -> Origin:
+    """Read what a run was; what cannot be read is empty, and a sentence among `problems`."""
+    return Origin(
+        config=_try(_read_config, run.config, problems) or {},
+        environment=_try(_read_object, run.environment, problems) or {},
+        split=_try(_read_object, run.split, problems) or {},
     )
 
 
@@ -113,21 +131,17 @@ def read_answers(path: Path) -> Answers:
     Raises:
         ValueError: Its arrays do not belong together. Other damage raises one of `DAMAGED`.
     """
-    with np.load(path) as arrays:
-        answers = Answers(
-            logits=arrays["logits"].astype(np.float32),
-            targets=arrays["targets"].astype(np.int64),
-            indices=arrays["indices"].astype(np.int64),
-            class_names=tuple(str(name) for name in arrays["class_names"]),
-        )
-    num_classes = len(answers.class_names)
-    if answers.logits.shape != (len(answers.targets), num_classes) or len(answers.indices) != len(answers.targets):
+    # Opened here: NumPy leaves a file open that it finds to be no archive.
+    with path.open("rb") as file, np.load(file) as arrays:
+        logits, targets, indices = (arrays[name] for name in ("logits", "targets", "indices"))
+        class_names = tuple(str(name) for name in arrays["class_names"])
+    if logits.shape != (len(targets), len(class_names)) or len(indices) != len(targets):
         raise ValueError("its arrays have different lengths")
-    if not len(answers.targets):
+    if not len(targets):
         raise ValueError("it holds no picture")
-    if not ((answers.targets >= 0) & (answers.targets < num_classes)).all():
-        raise ValueError(f"a class is not in 0..{num_classes - 1}")
-    return answers
+    if not ((targets >= 0) & (targets < len(class_names))).all():
+        raise ValueError(f"a class is not in 0..{len(class_names) - 1}")
+    return Answers(logits.astype(np.float32), targets.astype(np.int64), indices.astype(np.int64), class_names)
 
 
 def read_confusion(path: Path) -> tuple[tuple[str, ...], Int64[np.ndarray, "classes classes"]]:
@@ -166,7 +180,7 @@ def _try(read: Any, path: Path, problems: list[str]) -> Any:
 
 
 def _read_gallery(path: Path) -> dict[int, UInt8[np.ndarray, "height width 3"]]:
-    with np.load(path) as arrays:
+    with path.open("rb") as file, np.load(file) as arrays:
         images, indices = arrays["images"], arrays["indices"]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) != len(indices):
         raise ValueError("it holds no RGB pictures")
@@ -175,6 +189,13 @@ def _read_gallery(path: Path) -> dict[int, UInt8[np.ndarray, "height width 3"]]:
 
 def _read_table(path: Path) -> list[dict[str, float]]:
     return MetricsTable(path).read()
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise ValueError("it is no object")
+    return values
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ LAYERS = [
     ["weights"],
     ["data"],
     ["classifier"],
-    ["results", "statements", "findings", "comparison", "charts", "page", "terminal", "report"],
+    ["results", "statements", "findings", "comparison", "charts", "page", "terminal", "report", "model_card"],
     ["callbacks", "answers", "progress", "predict", "export", "doctor"],
     ["resume", "tune", "parser", "noise", "training"],
     ["flags", "help", "cli"],

@@ -1,0 +1,50 @@
+"""Run folders as `fit` leaves them, without any training."""
+
+import numpy as np
+import yaml
+
+from cifar_lightning.answers import _write_npz
+from cifar_lightning.files import MetricsTable, write_json, write_text_durably
+from cifar_lightning.gallery import gallery_positions
+from cifar_lightning.runs import RunFolder
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def made_answers(num_classes, n, seed=0, skill=2.5, sharpness=0.6):
+    """Return logits (n, classes) that often take a class for its neighbour, and targets, as many of each class.
+
+    A `sharpness` below 1 leaves the network less sure of itself than it is right, as label smoothing does.
+    """
+    rng = np.random.default_rng(seed)
+    targets = np.arange(n) % num_classes
+    logits = rng.normal(size=(n, num_classes))
+    logits[np.arange(n), targets] += skill
+    logits[np.arange(n), targets ^ 1 if num_classes % 2 == 0 else (targets + 1) % num_classes] += skill / 3
+    return (sharpness * logits).astype(np.float32), targets.astype(np.int64)
+
+
+def make_run(path, names=CIFAR10, n=2000, seed=0, side=32, epochs=5, **kwargs):
+    """Write a run folder; return it."""
+    run = RunFolder(path)
+    run.checkpoints.mkdir(parents=True)
+    names = tuple(names)
+    logits, targets = made_answers(len(names), n, seed, **kwargs)
+    val_logits, val_targets = made_answers(len(names), n // 2, seed + 1000, **kwargs)
+    for file, answers in ((run.predictions, (logits, targets)), (run.predictions_val, (val_logits, val_targets))):
+        indices = np.arange(len(answers[1]))
+        _write_npz(file, logits=answers[0], targets=answers[1], indices=indices, class_names=np.array(names))
+    shown = gallery_positions(logits, targets)
+    images = np.random.default_rng(0).integers(0, 256, (len(shown), side, side, 3), dtype=np.uint8)
+    _write_npz(run.gallery, images=images, indices=shown, class_names=np.array(names))
+    write_json(run.split, {"dataset": "cifar10: made", "sizes": {"train": 9, "val": n // 2, "test": n}, "seed": 0})
+    write_json(run.environment, {"commit": "c0ffee", "dirty": False, "command": ["python", "train.py", "fit"]})
+    config = {"seed_everything": 0, "model": {"name": "smallnet", "lr": 0.003}, "data": {"dataset": "cifar10"}}
+    write_text_durably(run.config, yaml.safe_dump(config))
+    metrics, timing = MetricsTable(run.metrics_csv), MetricsTable(run.timing_csv)
+    for epoch in range(epochs):
+        share = epoch / epochs
+        row = {"epoch": epoch, "step": 10 * epoch, "train/loss": 2 - share, "train/acc": share, "lr": 0.1 * (1 - share)}
+        metrics.append({**row, "val/loss": 2 - share, "val/acc": 0.9 * share, "val/f1": share, "val/ece": 0.1})
+        timing.append({"epoch": epoch, "elapsed_s": 10.5, "train_images_per_s": 1000.0, "peak_memory_mb": 500.0})
+    return run

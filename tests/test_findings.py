@@ -1,0 +1,213 @@
+"""Every number of a report against scikit-learn, SciPy or a sum by hand.
+
+With the environment variable CIFAR_LIGHTNING_RUN set to a run's folder, that run is checked as well.
+"""
+
+import json
+import math
+import os
+import shutil
+
+import numpy as np
+import pytest
+from made_run import CIFAR10, make_run
+from scipy import stats
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+from sklearn import metrics as sk
+
+from cifar_lightning.files import write_json
+from cifar_lightning.findings import find
+from cifar_lightning.results import read_results
+from cifar_lightning.runs import RunFolder
+
+REAL = os.environ.get("CIFAR_LIGHTNING_RUN")
+
+
+@pytest.fixture(scope="module", params=["made", "real"])
+def found(request, tmp_path_factory):
+    """Findings as read back from JSON, and the arrays that they are of."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    if request.param == "made":
+        make_run(path)
+    elif REAL is None:
+        pytest.skip("CIFAR_LIGHTNING_RUN names no run of real pictures")
+    else:
+        shutil.copytree(REAL, path)
+    run = RunFolder(path)
+    findings = find(read_results(run))
+    write_json(run.findings, findings)
+    arrays = {name: dict(np.load(file)) for name, file in (("test", run.predictions), ("val", run.predictions_val))}
+    return json.loads(run.findings.read_text(encoding="utf-8")), arrays["test"], arrays["val"]
+
+
+def wilson(right, total):
+    """The interval by SciPy."""
+    interval = stats.binomtest(int(right), int(total)).proportion_ci(method="wilson")
+    return [interval.low, interval.high]
+
+
+def ece(logits, targets):
+    """Fifteen bins (a, b], as published."""
+    probs = np.exp(log_softmax(logits.astype(np.float64), axis=1))
+    confidence, right = probs.max(1), probs.argmax(1) == targets
+    total = 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence > low) & (confidence <= low + 1 / 15)
+        if inside.any():
+            total += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    return total
+
+
+def log_loss(logits, targets):
+    return -log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(targets)), targets].mean()
+
+
+def test_the_summary(found):
+    findings, test, _ = found
+    preds, targets = test["logits"].argmax(1), test["targets"]
+    summary = findings["summary"]
+    assert summary["accuracy"] == sk.accuracy_score(targets, preds)
+    assert summary["num_right"] == (targets == preds).sum()
+    assert summary["num_pictures"] == len(targets)
+    assert summary["accuracy_interval_95"] == pytest.approx(wilson((targets == preds).sum(), len(targets)), abs=1e-6)
+    assert summary["macro_f1"] == pytest.approx(sk.f1_score(targets, preds, average="macro"))
+    assert summary["loss"] == pytest.approx(log_loss(test["logits"], targets))
+    assert findings["confusion_matrix"] == sk.confusion_matrix(targets, preds).tolist()
+
+
+def test_the_classes(found):
+    findings, test, _ = found
+    preds, targets = test["logits"].argmax(1), test["targets"]
+    confidence = np.exp(log_softmax(test["logits"].astype(np.float64), axis=1)).max(1)
+    report = sk.classification_report(targets, preds, target_names=list(test["class_names"]), output_dict=True)
+    for index, row in enumerate(findings["classes"]):
+        theirs = report[row["name"]]
+        own = targets == index
+        assert [row["precision"], row["recall"], row["f1"]] == pytest.approx(
+            [theirs["precision"], theirs["recall"], theirs["f1-score"]]
+        )
+        assert row["support"] == theirs["support"]
+        assert row["predicted"] == (preds == index).sum()
+        assert row["recall_interval_95"] == pytest.approx(wilson(row["right"], row["support"]), abs=1e-6)
+        assert row["mean_confidence"] == pytest.approx(confidence[own].mean())
+
+
+def test_calibration_before_and_after_temperature(found):
+    findings, test, val = found
+    calibration = findings["calibration"]
+    best = minimize_scalar(
+        lambda log_t: log_loss(val["logits"] / math.exp(log_t), val["targets"]), bounds=(-4, 4), method="bounded"
+    )
+    assert calibration["temperature"] == pytest.approx(math.exp(best.x), rel=1e-4)
+    scaled = test["logits"].astype(np.float64) / calibration["temperature"]
+    for key, logits in (("before", test["logits"]), ("after", scaled)):
+        assert calibration[key]["ece"] == pytest.approx(ece(logits, test["targets"]), abs=1e-9)
+        assert calibration[key]["loss"] == pytest.approx(log_loss(logits, test["targets"]))
+        assert sum(part["num_pictures"] for part in calibration[key]["bins"]) == len(test["targets"])
+        assert len(calibration[key]["bins"]) == 15
+    assert calibration["after"]["ece"] < calibration["before"]["ece"]
+    assert calibration["fitted_on"] == len(val["targets"])
+    num_right = {key: sum(part["num_right"] for part in calibration[key]["bins"]) for key in ("before", "after")}
+    assert num_right["before"] == num_right["after"] == findings["summary"]["num_right"]
+
+
+def test_the_temperature_never_sees_the_test(tmp_path):
+    run = make_run(tmp_path / "run")
+    before = find(read_results(run))["calibration"]["temperature"]
+    arrays = dict(np.load(run.predictions))
+    np.savez(run.predictions, **{**arrays, "logits": arrays["logits"] * 3})
+    assert find(read_results(run))["calibration"]["temperature"] == before
+
+
+def test_the_confused_pairs_count_both_directions(found):
+    findings, test, _ = found
+    cm = np.array(findings["confusion_matrix"])
+    names = list(test["class_names"])
+    totals = []
+    for pair in findings["confused_pairs"]:
+        i, j = names.index(pair["true"]), names.index(pair["predicted"])
+        assert (pair["count"], pair["reverse_count"]) == (cm[i, j], cm[j, i])
+        assert pair["share"] == cm[i, j] / cm[i].sum()
+        assert pair["reverse_share"] == cm[j, i] / cm[j].sum()
+        assert pair["count"] >= pair["reverse_count"]
+        totals.append(cm[i, j] + cm[j, i])
+    both = np.triu(cm + cm.T, 1)
+    assert totals == sorted(both[both > 0].tolist(), reverse=True)[:10]
+
+
+def test_the_statements_tests_are_scipys(found):
+    findings, test, val = found
+    preds, targets = test["logits"].argmax(1), test["targets"]
+    by_kind = {statement["kind"]: statement for statement in findings["statements"]}
+    right = preds == targets
+    for item in by_kind["hard_classes"]["items"]:
+        own = targets == list(test["class_names"]).index(item["numbers"]["class"])
+        table = [[(right & own).sum(), (~right & own).sum()], [(right & ~own).sum(), (~right & ~own).sum()]]
+        assert item["p"] >= stats.fisher_exact(table).pvalue * 0.999
+    (gap,) = by_kind["confidence"]["items"]
+    confidence = np.exp(log_softmax(test["logits"].astype(np.float64), axis=1)).max(1)
+    mean = (confidence - right).mean()
+    assert gap["numbers"]["gap"] == pytest.approx(mean)
+    margin = stats.norm.ppf(0.975) * (confidence - right).std(ddof=1) / math.sqrt(len(right))
+    assert gap["numbers"]["interval_95"] == pytest.approx([mean - margin, mean + margin], abs=1e-6)
+    (both,) = by_kind["validation_gap"]["items"]
+    val_right = val["logits"].argmax(1) == val["targets"]
+    table = [[right.sum(), (~right).sum()], [val_right.sum(), (~val_right).sum()]]
+    assert both["p"] == pytest.approx(stats.fisher_exact(table).pvalue, rel=1e-4)
+
+
+def test_the_galleries_show_what_they_say(found):
+    findings, test, _ = found
+    log_probs = log_softmax(test["logits"].astype(np.float64), axis=1)
+    probs, targets, names = np.exp(log_probs), test["targets"], list(test["class_names"])
+    position = {int(index): place for place, index in enumerate(test["indices"])}
+    galleries = {gallery["title"]: gallery["pictures"] for gallery in findings["galleries"]}
+    wrong = probs.argmax(1) != targets
+    mistakes = [position[item["index"]] for item in galleries["Most confident mistakes"]]
+    assert mistakes == [p for p in np.argsort(-probs.max(1), kind="stable") if wrong[p]][:24]
+    losses = [position[item["index"]] for item in galleries["Highest losses"]]
+    assert losses == np.argsort(log_probs[np.arange(len(targets)), targets], kind="stable")[:24].tolist()
+    for gallery in findings["galleries"]:
+        for item in gallery["pictures"]:
+            place = position[item["index"]]
+            assert item["true"] == names[targets[place]]
+            assert item["predicted"] == names[probs[place].argmax()]
+            assert item["prob"] == pytest.approx(probs[place].max())
+            assert item["prob_of_true"] == pytest.approx(probs[place, targets[place]])
+    pair = next(gallery for gallery in findings["galleries"] if gallery["kind"] == "pair")
+    assert {f"{item['true']} taken for {item['predicted']}" for item in pair["pictures"]} == {pair["title"]}
+
+
+def test_a_class_that_is_never_predicted_or_not_there_raises_no_warning(tmp_path):
+    run = make_run(tmp_path / "run", names=CIFAR10)
+    arrays = dict(np.load(run.predictions))
+    arrays["logits"][:, 3] = -50  # never a cat
+    np.savez(
+        run.predictions,
+        **{key: values[arrays["targets"] != 5] for key, values in arrays.items() if key != "class_names"},
+        class_names=arrays["class_names"],
+    )
+    findings = find(read_results(run))
+    cat, dog = findings["classes"][3], findings["classes"][5]
+    assert math.isnan(cat["precision"])
+    assert cat["recall"] == cat["f1"] == 0
+    assert math.isnan(dog["recall"])
+    assert dog["recall_interval_95"] == [0, 1]
+
+
+def test_a_diverged_network_has_findings_without_numbers_of_calibration(tmp_path):
+    run = make_run(tmp_path / "run")
+    arrays = dict(np.load(run.predictions))
+    np.savez(run.predictions, **{**arrays, "logits": np.full_like(arrays["logits"], np.nan)})
+    findings = find(read_results(run))
+    assert math.isnan(findings["calibration"]["before"]["ece"])
+    assert "confidence" not in {statement["kind"] for statement in findings["statements"]}
+
+
+def test_training_is_summed_up(tmp_path):
+    training = find(read_results(make_run(tmp_path / "run", epochs=5)))["training"]
+    assert training["num_epochs"] == training["best_epoch"] == 5
+    assert training["best_val_acc"] == pytest.approx(0.9 * 0.8)
+    assert training["elapsed_s"] == pytest.approx(52.5)
+    assert training["train_images_per_s"] == 1000.0

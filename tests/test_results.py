@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+from made_run import make_run
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.results import read_results
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "run", n=200, names=("ant", "bee", "cow"))
+
+
+def test_a_whole_run_is_read_back_without_problems(run):
+    results = read_results(run)
+    assert results.problems == []
+    assert results.class_names == ("ant", "bee", "cow")
+    with np.load(run.predictions) as arrays:
+        assert (results.test.logits == arrays["logits"]).all()
+    assert results.confusion.sum() == len(results.test.targets) == 200
+    assert len(results.val.targets) == 100
+    assert len(results.epochs) == len(results.timing) == 5
+    assert results.origin.config["model"]["name"] == "smallnet"
+    assert all(picture.shape == (32, 32, 3) for picture in results.pictures.values())
+
+
+FILES = ["predictions_val", "gallery", "metrics_csv", "timing_csv", "config", "environment", "split"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named_and_the_rest_is_there(run, name):
+    file = getattr(run, name)
+    file.unlink()
+    results = read_results(run)
+    assert results.problems == [f"{file.name} is missing."]
+    assert len(results.test.targets) == 200
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\xff" * 50, b"[1, 2", b'"text"', b"a,b\n1,x\n"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_and_the_rest_is_there(run, name, content):
+    file = getattr(run, name)
+    file.write_bytes(content)
+    if file.suffix == ".csv" and b"\n" not in content:
+        return  # a last line that was cut off is no row, and a table without rows is no damage
+    (problem,) = read_results(run).problems
+    assert problem.startswith(f"{file.name} is damaged (")
+    assert str(run.path) not in problem
+    assert "\n" not in problem
+
+
+def test_half_a_file_of_answers_is_damage(run):
+    whole = run.predictions_val.read_bytes()
+    run.predictions_val.write_bytes(whole[: len(whole) // 2])
+    assert read_results(run).val is None
+
+
+def test_without_the_answers_the_matrix_stands_in(run):
+    from cifar_lightning.report import write_confusion
+
+    whole = read_results(run)
+    write_confusion(run, whole.confusion, whole.class_names)
+    run.predictions.write_bytes(b"no archive")
+    results = read_results(run)
+    assert (results.confusion == whole.confusion).all()
+    assert results.class_names == whole.class_names
+    assert results.test is None
+    assert results.problems[0].startswith("predictions.npz is damaged")
+
+
+def test_a_run_that_was_not_tested_names_the_command_that_tests_it(run):
+    run.predictions.unlink()
+    with pytest.raises(UserError, match=r"predictions.npz is missing.\nMake them with: python train.py test "):
+        read_results(run)
+
+
+def test_nothing_that_can_be_read_names_both_files_and_the_command(run):
+    run.predictions.write_bytes(b"")
+    with pytest.raises(UserError, match=r"predictions.npz is damaged .* confusion_matrix.csv is missing.*\n.*test "):
+        read_results(run)
+    run.confusion_matrix_csv.write_text("true,a\nb\n")
+    with pytest.raises(UserError, match="no square table"):
+        read_results(run)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"targets": np.array([0, 7])}, r"a class is not in 0..2"),
+        ({"targets": np.array([0])}, "different lengths"),
+        ({"indices": np.array([0])}, "different lengths"),
+        ({"logits": np.zeros((2, 4))}, "different lengths"),
+        ({"logits": np.zeros((0, 3)), "targets": np.array([], int), "indices": np.array([], int)}, "no picture"),
+        ({"class_names": np.array(["a", object()], dtype=object)}, "allow_pickle=False"),
+    ],
+)
+def test_answers_that_do_not_belong_together_are_damage(run, changed, reason):
+    arrays = {"logits": np.zeros((2, 3)), "targets": np.array([0, 1]), "indices": np.array([0, 1])}
+    np.savez(run.predictions_val, **{**arrays, "class_names": np.array(["ant", "bee", "cow"]), **changed})
+    (problem,) = read_results(run).problems
+    assert reason in problem.replace("0..2", "0..2")
+
+
+def test_a_run_without_held_out_pictures_misses_nothing(run):
+    from cifar_lightning.files import write_json
+
+    write_json(run.split, {"sizes": {"train": 9, "val": 0, "test": 200}})
+    run.predictions_val.unlink()
+    results = read_results(run)
+    assert results.val is None
+    assert results.problems == []

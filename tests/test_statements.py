@@ -1,0 +1,147 @@
+import numpy as np
+import pytest
+from made_run import CIFAR10, made_answers
+from scipy import stats
+
+from cifar_lightning import statements
+from cifar_lightning.analysis import confusion_matrix
+
+NAMES = ["ant", "bee", "cow", "elk"]
+
+
+def even(num_classes=4, right=900, wrong=33):
+    """A matrix that treats all classes alike."""
+    return np.full((num_classes, num_classes), wrong) + np.eye(num_classes, dtype=np.int64) * (right - wrong)
+
+
+def test_where_all_classes_are_alike_nothing_is_found():
+    for statement in (
+        statements.hard_classes(even(), NAMES),
+        statements.over_predicted(even(), NAMES),
+        statements.asymmetric_pairs(even(), NAMES),
+    ):
+        assert statement.items == []
+        assert statement.title.startswith("No ")
+
+
+def test_a_hard_class_is_named_with_its_numbers_and_fishers_test():
+    cm = even()
+    cm[2] = (60, 60, 819, 60)
+    statement = statements.hard_classes(cm, NAMES)
+    assert statement.title == "One class is harder than the rest"
+    (item,) = statement.items
+    assert item.text.startswith(
+        "cow: 819 of 999 found (82.0 %, 95 % interval 79.5 to 84.2 %); of all other classes 90.1"
+    )
+    theirs = stats.fisher_exact([[819, 180], [2700, 297]]).pvalue
+    assert item.p == pytest.approx(4 * theirs, rel=1e-6)  # Holm: the smallest of four tests
+    assert item.numbers["right"] == 819
+
+
+def test_an_easy_class_is_not_a_hard_one():
+    cm = even()
+    cm[0] = (999, 0, 0, 0)
+    assert "ant" not in str([item.text for item in statements.hard_classes(cm, NAMES).items])
+
+
+def test_a_favoured_answer_is_found_by_mcnemars_test():
+    cm = even()
+    cm[0, 1], cm[0, 0] = 133, 800
+    statement = statements.over_predicted(cm, NAMES)
+    assert [item.numbers["class"] for item in statement.items] == ["ant", "bee"]
+    ant, bee = statement.items
+    assert "ant is predicted too rarely: 899 times, and is there 999 times (99 false alarms, 199 missed)" in ant.text
+    assert "bee is predicted too often: 1,099 times" in bee.text
+    assert ant.p == pytest.approx(4 * stats.binomtest(99, 298).pvalue, rel=1e-6)
+
+
+def test_a_one_way_confusion_is_found_and_the_larger_direction_named_first():
+    cm = even()
+    cm[3, 1], cm[3, 3] = 90, 843
+    (item,) = statements.asymmetric_pairs(cm, NAMES).items
+    assert (
+        item.text == "elk is taken for bee 90 of 999 times (9.0 %), but bee is taken for elk 33 of 999 times (3.3 %)."
+    )
+    assert item.p == pytest.approx(6 * stats.binomtest(33, 123).pvalue, rel=1e-6)
+
+
+def test_a_rare_class_with_the_same_rate_of_mistakes_is_not_called_one_way():
+    cm = np.array([[9000, 1000], [90, 10]])
+    cm[1] = (10, 90)  # both a tenth: 1,000 mistakes of the large class and 10 of the small one
+    assert statements.asymmetric_pairs(cm, ["large", "small"]).items == []
+
+
+def test_cifar_10_has_its_known_groups_and_other_names_have_none_without_validation():
+    groups, origin = statements.groups_of(CIFAR10, None)
+    assert groups == {"animals": [2, 3, 4, 5, 6, 7], "vehicles": [0, 1, 8, 9]}
+    assert "CIFAR-10" in origin
+    assert statements.groups_of(NAMES, None) is None
+
+
+def test_mistakes_within_groups_are_tested_exactly():
+    cm = even(4, 900, 10)
+    cm[0, 1] = cm[1, 0] = cm[2, 3] = cm[3, 2] = 60
+    statement = statements.group_effects(cm, {"small": [0, 1], "large": [2, 3]}, "made")
+    item = statement.items[0]
+    # Each mistake is within its group one time in three, if drawn at random.
+    assert item.p == pytest.approx(2 * stats.binom.sf(239, 320, 1 / 3), rel=1e-6)
+    assert item.text.startswith("Of 320 mistakes, 240 (75.0 %) are within a group; a wrong class drawn at random would")
+    assert "33.3 %" in item.text
+    assert statement.title == "Mistakes stay within groups"
+
+
+def test_clusters_are_the_blocks_of_the_matrix():
+    cm = np.eye(9, dtype=np.int64) * 800
+    for block in ([0, 4, 7], [1, 2], [3, 5, 6, 8]):
+        for i in block:
+            for j in block:
+                cm[i, j] += 20 * (i != j)
+    cm += 1
+    assert statements.find_clusters(cm) == [[3, 5, 6, 8], [0, 4, 7], [1, 2]]
+
+
+def test_without_mistakes_each_class_stays_alone():
+    assert statements.find_clusters(np.eye(3, dtype=np.int64)) == [[0], [1], [2]]
+
+
+def test_clusters_of_the_validation_are_confirmed_on_the_test():
+    names = [f"class_{index}" for index in range(20)]
+    val, test = (
+        confusion_matrix(targets, logits.argmax(1), 20)
+        for logits, targets in (made_answers(20, 2000, seed) for seed in (0, 1))
+    )
+    groups, origin = statements.groups_of(names, val)
+    assert "validation" in origin
+    assert all(len(members) > 1 for members in groups.values())
+    item = statements.group_effects(test, groups, origin).items[0]
+    assert item.p < 1e-3
+
+
+def test_a_network_that_is_too_sure_or_not_sure_enough_is_called_so():
+    right = np.arange(1000) % 10 != 0  # 90 %
+    noise = np.random.default_rng(0).normal(0, 0.01, 1000)
+    titles = [statements.confidence_gap(level + noise, right).title for level in (0.99, 0.9, 0.7)]
+    assert titles == [
+        "The network is too sure of itself",
+        "Confidence and accuracy agree",
+        "The network is not sure enough of itself",
+    ]
+    item = statements.confidence_gap(np.full(1000, 0.7), right).items[0]
+    assert "70.0 % and is right in 90.0 %: -20.0 points" in item.text
+
+
+def test_the_gap_between_test_and_validation():
+    statement = statements.validation_gap(even(4, 700, 100), even(4, 910, 30))
+    assert statement.title == "The test is harder than the validation"
+    assert statements.validation_gap(even(), even()).title == "Test and validation agree"
+
+
+@pytest.mark.parametrize(
+    "cm",
+    [np.zeros((3, 3), dtype=np.int64), np.diag([5, 0, 0]), np.array([[5, 0, 0]] * 3), np.ones((1, 1), dtype=np.int64)],
+)
+def test_empty_and_one_sided_matrices_raise_no_warning(cm):
+    names = [str(index) for index in range(len(cm))]
+    for find in (statements.hard_classes, statements.over_predicted, statements.asymmetric_pairs):
+        assert find(cm, names).test
+    assert statements.groups_of(names, cm) is None or len(cm) > 1
