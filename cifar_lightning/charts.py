@@ -45,7 +45,7 @@ def classes_figure(classes: Sequence[dict[str, Any]]) -> Figure:
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.invert_yaxis()
     axes.grid(axis="x")
-    _legend_above(figure)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
@@ -65,7 +65,7 @@ def reliability_figure(calibration: dict[str, Any]) -> Figure:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0))
     axes.grid()
-    axes.legend(loc="upper left")
+    figure.legend(loc="outside upper center", ncols=1, frameon=False)
     return figure
 
 
@@ -134,7 +134,3 @@ def _chart(height: float) -> tuple[Figure, Axes]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     return figure, axes
-
-
-def _legend_above(figure: Figure) -> None:
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)

@@ -22,7 +22,7 @@ from matplotlib.ticker import PercentFormatter
 
 from cifar_lightning.analysis import accuracy, per_class
 
-_MAX_CLASSES_WITH_NUMBERS = 20
+MAX_CLASSES_WITH_NUMBERS = 20
 _MAX_NAME = 24
 # Blue and orange of M. Okabe and K. Ito, "Color Universal Design" (2008); on dark ground their lighter pair.
 _LIGHT_COLOURS = ["#0072b2", "#d55e00"]
@@ -90,7 +90,7 @@ def confusion_figure(
     _label_classes(axes, class_names)
     num_pictures = int(cm.sum())
     axes.set_title(f"Accuracy {accuracy(cm):.2%} of {num_pictures:,} pictures" if num_pictures else "No pictures")
-    if num_classes <= _MAX_CLASSES_WITH_NUMBERS:
+    if num_classes <= MAX_CLASSES_WITH_NUMBERS:
         images = np.where(diagonal[..., None], right.to_rgba(shares), wrong.to_rgba(shares))
         _write_cells(axes, 100 * shares if normalize else cm, images, decimals=1 if normalize else 0)
     return figure
@@ -172,8 +172,9 @@ def lr_range_figure(lrs: Sequence[float], losses: Sequence[float], suggestion: f
     return figure
 
 
-def figure_to_array(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
+def figure_to_array(figure: Figure, dpi: float = 100.0) -> UInt8[np.ndarray, "height width 3"]:
     """Draw a figure into uint8 RGB, 0-255, as TensorBoard's `add_image(dataformats="HWC")` takes it."""
+    figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
         _allow_missing_glyphs()

@@ -19,14 +19,14 @@ from markupsafe import Markup
 from PIL import Image
 
 from cifar_lightning.charts import classes_figure, confidence_figure, curves_figure, reliability_figure
-from cifar_lightning.figures import confusion_figure, figure_to_png, printable, themed
+from cifar_lightning.figures import MAX_CLASSES_WITH_NUMBERS, confusion_figure, figure_to_array, printable, themed
 from cifar_lightning.wording import count, decimal, duration, percent, points, points_span, pvalue, span
 
 TEMPLATES = Path(__file__).parent
-_DPI = 120  # of charts; the page shows them at about half of that, so that they are sharp on fine screens, too
-_DPI_OF_LARGE = 90  # of a matrix of 100 classes, which is 14 inches wide
+_DPI = 120.0  # of charts; the page shows them at about half of that, so that they are sharp on fine screens, too
+_DPI_OF_LARGE = 90.0  # of a matrix of 100 classes, which is 14 inches wide
 _CRISP_PX = 64  # a picture up to this side is shown pixel by pixel; a larger one is reduced to `_REDUCED_PX`
-_REDUCED_PX = 96
+_REDUCED_PX = 144  # sharp on fine screens, too, where it is shown 96 wide
 
 
 def render_page(findings: Mapping[str, Any], pictures: Mapping[int, UInt8[np.ndarray, "height width 3"]]) -> str:
@@ -81,9 +81,11 @@ def draw_figures(findings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     calibration, epochs = findings["calibration"], findings["epochs"]
     makers: dict[str, tuple[str, Any]] = {
         "confusion": ("confusion matrix, pictures", lambda: confusion_figure(cm, names)),
-        "confusion_normalized": ("confusion matrix, per cent of each row", lambda: confusion_figure(cm, names, True)),
         "classes": ("share of each class that is found", lambda: classes_figure(findings["classes"])),
     }
+    if len(names) <= MAX_CLASSES_WITH_NUMBERS:  # without numbers both are the same picture
+        alt = "confusion matrix, per cent of each row"
+        makers["confusion_normalized"] = (alt, lambda: confusion_figure(cm, names, normalize=True))
     if calibration is not None:
         makers["reliability"] = ("accuracy over confidence", lambda: reliability_figure(calibration))
         makers["confidence"] = ("histogram of confidence", lambda: confidence_figure(calibration))
@@ -96,17 +98,16 @@ def draw_figures(findings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             with themed(dark=theme == "dark"):
                 figure = make()
                 width = figure.get_figwidth()
-                png = figure_to_png(figure, dpi=_DPI if width < 10 else _DPI_OF_LARGE)
-            drawn[name] |= {theme: _data_uri("image/png", _with_palette(png)), "width": round(80 * width)}
+                pixels = figure_to_array(figure, dpi=_DPI if width < 10 else _DPI_OF_LARGE)
+            drawn[name] |= {theme: _chart_uri(pixels), "width": round(80 * width)}
     return drawn
 
 
-def _with_palette(png: bytes) -> bytes:
+def _chart_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> str:
     """Return a chart with 256 colours: a third of the size, and no difference that the eye finds."""
     buffer = io.BytesIO()
-    with Image.open(io.BytesIO(png)) as image:
-        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "png")
-    return buffer.getvalue()
+    Image.fromarray(pixels).quantize(256, dither=Image.Dither.NONE).save(buffer, "png")
+    return _data_uri("image/png", buffer.getvalue())
 
 
 def _picture_uris(
@@ -123,7 +124,7 @@ def _picture_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> str:
     if max(image.size) <= _CRISP_PX:
         image.save(buffer, "png", optimize=True)
         return _data_uri("image/png", buffer.getvalue())
-    image.thumbnail((_REDUCED_PX * 2, _REDUCED_PX * 2))
+    image.thumbnail((_REDUCED_PX, _REDUCED_PX))
     image.save(buffer, "jpeg", quality=75)
     return _data_uri("image/jpeg", buffer.getvalue())
 

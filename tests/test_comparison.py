@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+from made_run import make_run
+from scipy import stats
+
+from cifar_lightning.comparison import compare
+from cifar_lightning.errors import UserError
+from cifar_lightning.files import write_json
+from cifar_lightning.results import read_results
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return make_run(tmp_path / "one"), make_run(tmp_path / "two", seed=1, skill=2.2)
+
+
+def compared(one, two):
+    return compare(one.path, read_results(one), two.path, read_results(two))
+
+
+def right(run):
+    arrays = np.load(run.predictions)
+    return arrays["logits"].argmax(1) == arrays["targets"]
+
+
+def test_mcnemar_and_the_counts_are_those_of_the_paired_answers(runs):
+    result = compared(*runs)
+    first, second = (right(run) for run in runs)
+    only = ((first & ~second).sum(), (~first & second).sum())
+    assert (result["only_first"], result["only_second"]) == only
+    assert result["both_right"] == (first & second).sum()
+    assert result["both_wrong"] == (~first & ~second).sum()
+    assert result["p"] == pytest.approx(stats.binomtest(int(only[0]), int(sum(only))).pvalue, rel=1e-6)
+    assert result["difference"] == pytest.approx(first.mean() - second.mean())
+    low, high = result["difference_interval_95"]
+    # Close to the plain interval of paired differences, which is good enough at this size.
+    share = np.array(only) / len(first)
+    margin = 1.96 * np.sqrt((share.sum() - (share[0] - share[1]) ** 2) / len(first))
+    assert [low, high] == pytest.approx([result["difference"] - margin, result["difference"] + margin], abs=0.002)
+    assert result["changed"]["won"]["count"] == only[0]
+    assert result["changed"]["lost"]["count"] == only[1]
+
+
+def test_each_class_has_its_own_test_with_holms_correction(runs):
+    result = compared(*runs)
+    targets = np.load(runs[0].predictions)["targets"]
+    first, second = (right(run) for run in runs)
+    plain = []
+    for index, row in enumerate(result["classes"]):
+        own = targets == index
+        assert row["first"] == pytest.approx(first[own].mean())
+        assert row["difference"] == pytest.approx(first[own].mean() - second[own].mean())
+        assert row["difference_interval_95"][0] <= row["difference"] <= row["difference_interval_95"][1]
+        only = ((first & ~second)[own].sum(), (~first & second)[own].sum())
+        assert (row["only_first"], row["only_second"]) == only
+        plain.append(stats.binomtest(int(only[0]), int(sum(only))).pvalue)
+    assert min(row["p"] for row in result["classes"]) == pytest.approx(min(1, 10 * min(plain)), rel=1e-6)
+
+
+def test_the_other_way_round_everything_is_mirrored(runs):
+    there, back = compared(*runs), compared(*reversed(runs))
+    assert back["difference"] == pytest.approx(-there["difference"])
+    assert back["difference_interval_95"] == pytest.approx([-end for end in reversed(there["difference_interval_95"])])
+    assert back["p"] == pytest.approx(there["p"])
+    assert back["only_first"] == there["only_second"]
+
+
+def test_a_run_against_its_copy_differs_in_nothing(runs, tmp_path):
+    result = compared(runs[0], make_run(tmp_path / "copy"))
+    assert result["difference"] == 0
+    assert result["p"] == 1
+    assert result["changed"]["won"] == {"count": 0, "pictures": []}
+
+
+def test_the_order_of_the_answers_does_not_matter(runs):
+    before = compared(*runs)
+    arrays = dict(np.load(runs[1].predictions))
+    order = np.random.default_rng(0).permutation(2000)
+    shuffled = {name: values if name == "class_names" else values[order] for name, values in arrays.items()}
+    np.savez(runs[1].predictions, **shuffled)
+    after = compared(*runs)
+    assert after["only_first"] == before["only_first"]
+    assert after["changed"] == before["changed"]
+
+
+def test_pictures_that_changed_sides_are_shown_with_both_answers(runs):
+    result = compared(*runs)
+    arrays = [np.load(run.predictions) for run in runs]
+    names = arrays[0]["class_names"]
+    for picture in result["changed"]["won"]["pictures"]:
+        index = picture["index"]
+        assert picture["true"] == picture["first"] == names[arrays[0]["targets"][index]]
+        assert picture["second"] == names[arrays[1]["logits"][index].argmax()]
+        assert picture["second"] != picture["true"]
+    assert result["changed"]["lost"]["pictures"]
+
+
+def test_other_test_pictures_are_refused(runs, tmp_path):
+    for other in (
+        make_run(tmp_path / "fewer", n=1000),
+        make_run(tmp_path / "classes", names=("ant", "bee")),
+        make_run(tmp_path / "names", names=[f"class_{index}" for index in range(10)]),
+    ):
+        with pytest.raises(UserError, match=r"--compare .*not tested on the same pictures.*\nOnly answers"):
+            compared(runs[0], other)
+
+
+def test_the_same_number_of_other_pictures_is_refused_by_their_hash_or_numbers(runs):
+    for run, digest in zip(runs, ("aa", "bb"), strict=True):
+        write_json(run.split, {"sizes": {"val": 1}, "sha256": {"test": digest}})
+    with pytest.raises(UserError, match="the pictures themselves differ"):
+        compared(*runs)
+    for run in runs:
+        write_json(run.split, {"sizes": {"val": 1}})
+    arrays = dict(np.load(runs[1].predictions))
+    np.savez(runs[1].predictions, **{**arrays, "indices": arrays["indices"] + 1})
+    with pytest.raises(UserError, match="other numbers or classes"):
+        compared(*runs)
+
+
+def test_a_run_whose_answers_are_lost_is_refused_with_the_command(runs):
+    from cifar_lightning.report import write_confusion
+
+    results = read_results(runs[1])
+    write_confusion(runs[1], results.confusion, results.class_names)
+    runs[1].predictions.unlink()
+    with pytest.raises(UserError, match=r"cannot be read .*predictions.npz is missing.*\n.*train.py test"):
+        compared(*runs)

@@ -1,0 +1,73 @@
+import json
+
+import pytest
+from made_run import make_run
+from program import TINY, start
+
+from cifar_lightning.model_card import NAME, write_model_card
+
+CARD = {"file": "model.onnx", "format": "onnx", "class_names": ["ant", "bee|2"], "image_size": 32, "epoch": 3}
+CARD |= {"images": "RGB, uint8 0-255", "outputs": ["logits", "probs"]}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "run", names=("ant", "bee|2"), n=400)
+
+
+def test_the_cards_numbers_are_the_reports(run):
+    from cifar_lightning.report import make_report
+
+    make_report(run)
+    findings = json.loads(run.findings.read_text(encoding="utf-8"))
+    path = write_model_card(run, CARD, run.path)
+    assert path == run.path / NAME
+    text = path.read_text(encoding="utf-8")
+    assert f"| accuracy | {100 * findings['summary']['accuracy']:.2f} % (95 % interval" in text
+    assert f"{100 * findings['calibration']['after']['ece']:.2f} %" in text
+    row = findings["classes"][1]
+    assert f"| bee\\|2 | {row['support']} | {100 * row['precision']:.1f} % | {100 * row['recall']:.1f} % |" in text
+    for statement in findings["statements"]:
+        for item in statement["items"]:
+            assert item["text"] in text
+    assert "`model.onnx` takes `images`: RGB, uint8 0-255, shape (batch, 3, 32, 32)" in text
+    assert "gives logits and probs, shape (batch, 2)" in text
+    assert "git checkout c0ffee" in text
+    assert "&" not in text  # Markdown, not HTML
+
+
+def test_without_a_test_the_card_says_so(run):
+    run.predictions.unlink()
+    text = write_model_card(run, CARD, run.path).read_text(encoding="utf-8")
+    assert "holds no test results" in text
+    assert "accuracy |" not in text
+    assert "smallnet that tells 2 classes apart" in text
+
+
+def test_weights_alone_have_no_graph_to_describe(run):
+    text = write_model_card(run, {**CARD, "file": "w.safetensors", "images": ""}, run.path).read_text(encoding="utf-8")
+    assert "fit --init_weights w.safetensors" in text
+    assert "takes `images`" not in text
+
+
+def test_somebodys_own_card_is_left_alone_and_ours_is_written_anew(run):
+    path = run.path / NAME
+    path.write_text("# My own\n", encoding="utf-8")
+    assert write_model_card(run, CARD, run.path) is None
+    assert path.read_text(encoding="utf-8") == "# My own\n"
+    path.unlink()
+    write_model_card(run, CARD, run.path)
+    assert write_model_card(run, {**CARD, "epoch": 4}, run.path) == path
+    assert "epoch 4" in path.read_text(encoding="utf-8")
+
+
+def test_export_writes_a_card_beside_its_file(tmp_path):
+    start("fit", *TINY, "--epochs", "1", cwd=tmp_path)
+    (tmp_path / "out").mkdir()
+    printed = start(
+        "export", "runs/smallnet/1", "--format", "safetensors", "--output", "out/w.safetensors", cwd=tmp_path
+    )
+    assert f"out/{NAME}: what it is" in printed.stdout
+    text = (tmp_path / "out" / NAME).read_text(encoding="utf-8")
+    assert "# smallnet/1" in text
+    assert "weights of epoch 1" in text

@@ -1,0 +1,222 @@
+"""The page as a browser shows it, and what it is made of."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from browser import browser
+from jinja2 import UndefinedError
+from made_run import CIFAR10, make_run
+
+from cifar_lightning.page import command_of, facts_of, render, reproduction_of
+from cifar_lightning.report import make_report
+from cifar_lightning.wording import count, percent
+
+HUNDRED = [f"a_class_{index:02}" for index in range(100)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with a comparison, so that the page has every section."""
+    folder = tmp_path_factory.mktemp("runs")
+    run = make_run(folder / "one")
+    make_report(run, make_run(folder / "two", seed=1))
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return run.report.read_text(encoding="utf-8")
+
+
+# -- in a browser ----------------------------------------------------------------------------------------------------
+
+
+def opened(driver, file, theme="light"):
+    """Open a file; return the addresses that it asked for beside its own and the console's messages."""
+    driver.get_log("performance"), driver.get_log("browser")  # of what was open before
+    media = [{"name": "prefers-color-scheme", "value": theme}]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+    driver.get(file.as_uri())
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    asked = [url for url in sent if url != file.as_uri() and not url.startswith("data:")]
+    return asked, driver.get_log("browser")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_asks_for_nothing_logs_nothing_and_never_overflows_in_light_and_dark(run, width):
+    with browser(width) as driver:
+        colours = []
+        for theme in ("light", "dark"):
+            asked, logged = opened(driver, run.report, theme)
+            assert asked == []
+            assert logged == []
+            assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+            colours.append(driver.execute_script("return getComputedStyle(document.body).backgroundColor"))
+            broken = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).length"
+            assert driver.execute_script(broken) == 0
+            source = driver.execute_script("return document.querySelector('.chart').currentSrc")
+            shown = driver.execute_script("return document.querySelector('source').srcset") == source
+            assert shown == (theme == "dark")
+        assert colours[0] != colours[1]
+
+
+def test_nothing_sticks_out_of_its_section_on_a_phone(run):
+    wide = """return [...document.querySelectorAll('main *')].filter(e => {
+        const box = e.getBoundingClientRect();
+        return box.right > innerWidth + 1 && !e.closest('.scroll');
+    }).map(e => e.outerHTML.slice(0, 80))"""
+    with browser(390) as driver:
+        opened(driver, run.report)
+        assert driver.execute_script(wide) == []
+
+
+def test_a_click_on_a_heading_sorts_and_a_second_one_turns_it_round(run):
+    findings = json.loads(run.findings.read_text(encoding="utf-8"))
+    recalls = {row["name"]: row["recall"] for row in findings["classes"]}
+    read = "return [...document.querySelectorAll('#class-table tbody th')].map(e => e.textContent)"
+    with browser() as driver:
+        opened(driver, run.report)
+        assert driver.execute_script(read) == list(CIFAR10)
+        heading = driver.find_element("xpath", "//table[@id='class-table']//button[text()='recall']")
+        heading.click()
+        shown = driver.execute_script(read)
+        assert [recalls[name] for name in shown] == sorted(recalls.values(), reverse=True)
+        assert heading.find_element("xpath", "..").get_attribute("aria-sort") == "descending"
+        heading.click()
+        assert [recalls[name] for name in driver.execute_script(read)] == sorted(recalls.values())
+        driver.find_element("xpath", "//table[@id='class-table']//button[text()='class']").click()
+        assert driver.execute_script(read) == sorted(CIFAR10)
+
+
+def test_small_pictures_are_scaled_up_pixel_by_pixel(run):
+    style = "return getComputedStyle(document.querySelector('.picture img')).imageRendering"
+    with browser() as driver:
+        opened(driver, run.report)
+        assert driver.execute_script(style) == "pixelated"
+        size = "const i = document.querySelector('.picture img'); return [i.width, i.naturalWidth]"
+        assert driver.execute_script(size) == [96, 32]
+
+
+@pytest.mark.parametrize(
+    ("names", "n", "side"), [(HUNDRED, 2000, 32), (("ant", "bee", "cow"), 60, 224)], ids=["100 classes", "3 classes"]
+)
+def test_many_and_few_classes_fit_as_well(tmp_path, names, n, side):
+    made = make_run(tmp_path / "run", names=names, n=n, side=side, skill=4)
+    make_report(made)
+    assert made.report.stat().st_size < 3e6
+    with browser(390) as driver:
+        asked, logged = opened(driver, made.report)
+        assert asked == logged == []
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
+        rows = "return document.querySelectorAll('#class-table tbody tr').length"
+        assert driver.execute_script(rows) == len(names)
+
+
+def test_the_print_has_no_navigation_and_shows_whole_tables(run):
+    with browser() as driver:
+        opened(driver, run.report)
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+        assert not driver.find_element("tag name", "nav").is_displayed()
+        overflow = "return getComputedStyle(document.querySelector('.scroll')).overflowX"
+        assert driver.execute_script(overflow) == "visible"
+
+
+# -- what it is made of ----------------------------------------------------------------------------------------------
+
+
+def test_it_is_one_file_below_3_mb_that_names_no_address(run, page):
+    assert run.report.stat().st_size < 3e6
+    outside = re.findall(r'(?:src|href|srcset|action)="(?!data:|#)([^"]*)"', page)
+    assert outside == []
+    assert not re.search(r"https?://|@import|url\(", page)
+    assert "default-src 'none'" in page
+
+
+def test_every_number_of_the_class_table_is_in_findings(run, page):
+    findings = json.loads(run.findings.read_text(encoding="utf-8"))
+    body = re.search(r'id="class-table">.*?<tbody>(.*?)</tbody>', page, re.DOTALL).group(1)
+    rows = re.findall(r"<tr>(.*?)</tr>", body, re.DOTALL)
+    assert len(rows) == 10
+    for row, found in zip(rows, findings["classes"], strict=True):
+        cells = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)
+        expected = [found["name"], count(found["support"]), *(percent(found[key]) for key in ("precision", "recall"))]
+        low, high = found["recall_interval_95"]
+        assert cells == [
+            *expected,
+            f"{100 * low:.1f} to {percent(high)}",
+            percent(found["f1"]),
+            percent(found["mean_confidence"]),
+        ]
+        values = [float(value) for value in re.findall(r'class="number" data-value="([^"]*)"', row)]
+        keys = ("support", "precision", "recall", "f1", "mean_confidence")
+        assert values == [found[key] for key in keys]
+
+
+def test_the_tiles_and_the_calibration_say_what_findings_do(run, page):
+    findings = json.loads(run.findings.read_text(encoding="utf-8"))
+    calibration = findings["calibration"]
+    for said in (
+        percent(findings["summary"]["accuracy"], 2),
+        percent(findings["summary"]["macro_f1"], 2),
+        f"{findings['summary']['loss']:.4f}",
+        percent(calibration["before"]["ece"], 2),
+        percent(calibration["after"]["ece"], 2),
+        f"{calibration['temperature']:.3f}",
+        *(item["text"].replace("'", "&#39;") for statement in findings["statements"] for item in statement["items"]),
+    ):
+        assert said in page
+
+
+def test_names_cannot_become_markup_or_steer_anything(tmp_path):
+    names = ("<script>alert(1)</script>", 'a"b', "狗", "a\x1b[31m\n", "caf\udce9", "{{ 7 * 7 }}")
+    made = make_run(tmp_path / "run", names=names, n=120)
+    make_report(made)
+    page = made.report.read_text(encoding="utf-8")
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "狗" in page
+    assert "caf\\udce9" in page
+    assert "\x1b" not in page
+    assert "{{ 7 * 7 }}" in page
+    with browser() as driver:
+        asked, logged = opened(driver, made.report)
+        assert asked == logged == []
+        read = "return [...document.querySelectorAll('#class-table tbody th')].map(e => e.textContent)"
+        assert driver.execute_script(read)[:3] == list(names[:3])
+
+
+def test_what_a_run_does_not_know_of_itself_is_left_out():
+    nothing = {"config": {}, "split": {}, "environment": {}}
+    assert facts_of(nothing) == []
+    assert "git checkout" not in reproduction_of(nothing)
+    assert command_of({}) == ""
+
+
+def test_the_reproduction_names_the_commit_and_what_no_commit_holds():
+    environment = {"commit": "c0ffee", "dirty": True, "versions": {"torch": "2.10.0"}}
+    lines = reproduction_of({"config": {}, "split": {}, "environment": environment}).splitlines()
+    assert lines[0] == "git checkout c0ffee"
+    assert lines[1].startswith("# ")
+    assert "2.10.0" in lines[2]
+    assert lines[-1].startswith("python train.py fit --config config.yaml")
+    assert (
+        command_of({"command": ["/usr/bin/python3", "train.py", "fit", "--lr", "a b"]})
+        == "python train.py fit --lr 'a b'"
+    )
+
+
+def test_a_value_that_the_template_lacks_is_an_error():
+    with pytest.raises(UndefinedError, match="format"):
+        render("model_card.md", card={})
+
+
+def test_pictures_above_the_crisp_size_are_reduced(tmp_path):
+    made = make_run(tmp_path / "run", names=("ant", "bee"), n=60, side=224)
+    make_report(made)
+    page = made.report.read_text(encoding="utf-8")
+    assert 'class="smooth"' in page
+    assert "data:image/jpeg" in page
+    assert np.load(made.gallery)["images"].nbytes > 5 * len(page)

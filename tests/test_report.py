@@ -1,0 +1,144 @@
+"""`analyze` as a whole: a run's files in, terminal, findings.json, page and confusion matrix out."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from made_run import CIFAR10, make_run
+from program import REPO, fail, start
+
+from cifar_lightning.report import write_confusion
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "runs" / "made" / "1")
+
+
+def test_analyze_writes_what_it_says_and_prints_it(run, tmp_path):
+    printed = start("analyze", run.path, cwd=tmp_path).stdout
+    findings = json.loads(run.findings.read_text(encoding="utf-8"))
+    assert printed.startswith(f"Test accuracy {100 * findings['summary']['accuracy']:.2f} %")
+    for text in ("Temperature ", "Most confused, in both directions", "Findings (", "not sure enough of itself"):
+        assert text in printed
+    for file in (run.report, run.confusion_matrix_png, run.confusion_matrix_csv, run.confusion_matrix_pt):
+        assert file.stat().st_size > 0
+        assert file.name in printed or file.suffix in (".csv", ".pt")
+    tensor = torch.load(run.confusion_matrix_pt, weights_only=True)
+    assert tensor.dtype == torch.int64
+    assert tensor.tolist() == findings["confusion_matrix"]
+    rows = list(csv.reader(run.confusion_matrix_csv.read_text(encoding="utf-8").splitlines()))
+    assert [row[0] for row in rows[1:]] == rows[0][1:] == list(CIFAR10)
+    assert [[int(cell) for cell in row[1:]] for row in rows[1:]] == findings["confusion_matrix"]
+    assert max(map(len, printed.split("Run folder")[0].splitlines())) <= 80
+
+
+def test_analyze_again_says_the_same(run, tmp_path):
+    start("analyze", run.path, cwd=tmp_path)
+    first = {file: file.read_bytes() for file in (run.findings, run.report, run.confusion_matrix_png)}
+    start("analyze", run.path, cwd=tmp_path)
+    assert {file: file.read_bytes() for file in first} == first
+
+
+def test_analyze_never_loads_lightning_nor_torch_where_the_tensor_is_there(run):
+    code = f"""
+import sys
+from pathlib import Path
+from cifar_lightning.report import make_report
+from cifar_lightning.runs import open_run
+run = open_run(Path({str(run.path)!r}))
+make_report(run)
+assert "lightning" not in sys.modules
+run.findings.unlink()
+for name in [name for name in sys.modules if name.partition(".")[0] == "torch"]: del sys.modules[name]
+make_report(run)
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO, stdout=subprocess.DEVNULL)
+
+
+def test_a_run_copied_elsewhere_has_the_same_findings(run, tmp_path):
+    start("analyze", run.path, cwd=tmp_path)
+    copy = tmp_path / "elsewhere" / "made" / "1"
+    shutil.copytree(run.path, copy)
+    (copy / "findings.json").unlink()
+    start("analyze", copy, cwd=tmp_path)
+    assert (copy / "findings.json").read_bytes() == run.findings.read_bytes()
+
+
+def test_compare_adds_the_other_run_and_leaves_its_files_alone(run, tmp_path):
+    other = make_run(tmp_path / "runs" / "made" / "2", seed=1)
+    printed = start("analyze", run.path, "--compare", other.path, cwd=tmp_path).stdout
+    assert "Compared on the same test pictures" in printed
+    assert "McNemar's exact test" in printed
+    assert json.loads(run.findings.read_text(encoding="utf-8"))["comparison"]["runs"][1]["path"] == str(other.path)
+    assert "Compared with" in run.report.read_text(encoding="utf-8")
+    assert not other.findings.exists()
+    start("analyze", run.path, cwd=tmp_path)
+    assert "Compared with" not in run.report.read_text(encoding="utf-8")
+
+
+def test_what_analyze_refuses(run, tmp_path, monkeypatch, capsys):
+    work = tmp_path / "work"
+    work.mkdir()
+    fewer = make_run(tmp_path / "fewer", n=100)
+    assert "same pictures" in fail(monkeypatch, capsys, work, "analyze", run.path, "--compare", fewer.path)
+    assert "is the run itself" in fail(monkeypatch, capsys, work, "analyze", run.path, "--compare", run.path)
+    run.predictions.unlink()
+    assert f"python train.py test {run.path}" in fail(monkeypatch, capsys, work, "analyze", run.path)
+    assert "not a run folder" in fail(monkeypatch, capsys, work, "analyze", tmp_path)
+
+
+def test_damaged_files_are_named_on_terminal_and_page_and_the_rest_is_shown(run, tmp_path):
+    run.gallery.write_bytes(b"no archive")
+    run.metrics_csv.unlink()
+    run.predictions_val.write_bytes(run.predictions_val.read_bytes()[:1000])
+    printed = start("analyze", run.path, cwd=tmp_path).stdout
+    page = run.report.read_text(encoding="utf-8")
+    for said in (printed, page):
+        for name in ("gallery.npz is damaged", "metrics.csv is missing", "predictions_val.npz is damaged"):
+            assert name in said
+        assert "no answers of validation pictures" in page
+    assert "Test accuracy" in printed
+    assert 'id="training"' not in page
+    assert 'id="pictures"' not in page
+
+
+def test_with_the_matrix_alone_the_report_has_what_it_gives(run, tmp_path):
+    start("analyze", run.path, cwd=tmp_path)
+    run.predictions.unlink()
+    printed = start("analyze", run.path, cwd=tmp_path).stdout
+    assert "Test accuracy" in printed
+    assert "predictions.npz is missing" in printed
+    assert 'id="calibration"' not in run.report.read_text(encoding="utf-8")
+
+
+def test_a_class_never_predicted_is_shown_as_such_and_nothing_is_warned_of(run, tmp_path):
+    arrays = dict(np.load(run.predictions))
+    arrays["logits"][:, 3] = -50
+    np.savez(run.predictions, **arrays)
+    done = start("analyze", run.path, cwd=tmp_path, PYTHONWARNINGS="error")
+    assert done.stderr == ""
+    assert "Never predicted (so without a precision): cat" in done.stdout
+    assert "Never predicted, and so without a precision: cat" in run.report.read_text(encoding="utf-8")
+
+
+def test_a_diverged_run_has_a_report(run, tmp_path):
+    for file in (run.predictions, run.predictions_val):
+        arrays = dict(np.load(file))
+        np.savez(file, **{**arrays, "logits": np.full_like(arrays["logits"], np.nan)})
+    done = start("analyze", run.path, cwd=tmp_path, PYTHONWARNINGS="error")
+    assert "Loss -, calibration error (ECE) -" in done.stdout
+
+
+def test_class_names_with_commas_and_quotes_survive_the_csv(run):
+    names = ('a, "b"', "ü", "plain")
+    write_confusion(run, np.arange(9).reshape(3, 3), names)
+    rows = list(csv.reader(run.confusion_matrix_csv.read_text(encoding="utf-8").splitlines()))
+    assert tuple(rows[0][1:]) == names == tuple(row[0] for row in rows[1:])
+    assert rows[2][1:] == ["3", "4", "5"]
