@@ -1,4 +1,4 @@
-"""What a run leaves behind: tables, TensorBoard, checkpoints; and early stopping that lets OneCycle finish."""
+"""What a run leaves behind: tables and checkpoints; and early stopping that lets OneCycle finish."""
 
 import contextlib
 import math
@@ -7,22 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 
-from cifar_lightning.analysis import per_class
-from cifar_lightning.classifier import Batch, ImageClassifier
+from cifar_lightning.classifier import ImageClassifier
 from cifar_lightning.data import ImageDataModule
 from cifar_lightning.errors import UserError
-from cifar_lightning.figures import confusion_figure, figure_to_array, pictures_figure
 from cifar_lightning.files import MetricsTable, read_json, write_json
 from cifar_lightning.runs import RunFolder, describe_environment
 
 MONITOR = "val/acc"
-_BATCH_SHOWN = 32  # pictures of the first batch on the dashboard
 
 
 class RunRecorder(pl.Callback):
@@ -115,56 +110,6 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-class Dashboard(pl.Callback):
-    """Fills TensorBoard beyond the scalars that are logged: a batch as trained on, the confusion figure, each class.
-
-    Args:
-        class_names: Names of the classes.
-    """
-
-    def __init__(self, class_names: tuple[str, ...]) -> None:
-        self.class_names = class_names
-        self._last_step = 0
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        """Show the run's first batch; log loss and learning rate every `log_every_n_steps`."""
-        step = trainer.global_step
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it from outside the class
-        if step == self._last_step or (step != 1 and (not every or step % every)):  # the same step: accumulating
-            return
-        self._last_step = step
-        board = board_of(trainer)
-        if board is None or not trainer.is_global_zero:
-            return
-        if step == 1:
-            board.add_image("train/batch_as_trained_on", self._picture_of(trainer, batch), 0, dataformats="HWC")
-        board.add_scalar("step/train_loss", float(outputs["loss"]) * trainer.accumulate_grad_batches, step)
-        board.add_scalar("step/lr", trainer.optimizers[0].param_groups[0]["lr"], step)
-
-    def _picture_of(self, trainer: pl.Trainer, batch: Batch) -> np.ndarray:
-        images, targets = (part[:_BATCH_SHOWN].cpu() for part in batch)
-        data = data_of(trainer)
-        assert data.mean is not None
-        assert data.std is not None
-        pixels = images.float().permute(0, 2, 3, 1) * torch.tensor(data.std) + torch.tensor(data.mean)
-        shown = (pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
-        return figure_to_array(pictures_figure(shown, [self.class_names[target] for target in targets.tolist()]))
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the confusion matrix and log each class's accuracy."""
-        board = board_of(trainer)
-        confusion = getattr(pl_module, "val_confusion", None)
-        if board is None or confusion is None or not trainer.is_global_zero:
-            return
-        matrix = confusion.numpy()
-        image = figure_to_array(confusion_figure(matrix, self.class_names))
-        board.add_image("val/confusion_matrix", image, trainer.global_step, dataformats="HWC")
-        for name, recall in zip(self.class_names, per_class(matrix).recall, strict=True):
-            board.add_scalar(f"val_acc_of_class/{name}", recall, trainer.global_step)
-
-
 class AnnealingEarlyStopping(EarlyStopping):
     """Stops a run that no longer improves, but never before OneCycle's annealing had its chance.
 
@@ -253,29 +198,6 @@ class NoProfiler(PassThroughProfiler):
     def profile(self, action_name: str) -> Any:
         """Return a context that does nothing."""
         return self._NOTHING
-
-
-class RunBoard(TensorBoardLogger):
-    """TensorBoard events right in the run's folder, without the hparams.yaml that repeats config.yaml.
-
-    Args:
-        run: The run's folder.
-        steps_done: Where a run goes on: what was logged of later steps is hidden.
-    """
-
-    def __init__(self, run: RunFolder, steps_done: int | None = None) -> None:
-        hidden: dict[str, Any] = {} if steps_done is None else {"purge_step": steps_done + 1}
-        super().__init__(save_dir=run.path, name="", version="", default_hp_metric=False, **hidden)
-
-    def save(self) -> None:
-        """Flush the events alone."""
-        self.experiment.flush()
-
-
-def board_of(trainer: pl.Trainer) -> Any:
-    """Return the SummaryWriter of the first TensorBoard logger, None without one."""
-    boards = (logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
-    return next(boards, None)
 
 
 def data_of(trainer: pl.Trainer) -> ImageDataModule:

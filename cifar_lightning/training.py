@@ -14,14 +14,9 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from cifar_lightning.answers import AnswerKeeper
-from cifar_lightning.callbacks import (
-    Dashboard,
-    NoProfiler,
-    RunBoard,
-    RunCheckpoint,
-    RunRecorder,
-)
+from cifar_lightning.callbacks import NoProfiler, RunCheckpoint, RunRecorder
 from cifar_lightning.classifier import ImageClassifier
+from cifar_lightning.dashboard import Dashboard, RunBoard
 from cifar_lightning.data import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import MetricsTable, read_json, write_text_durably
@@ -181,7 +176,8 @@ class RunCLI(LightningCLI):
         if self.subcommand != "fit":
             return callbacks
         assert self.run is not None
-        callbacks += [RunRecorder(self.run, self._describe_resume()), Dashboard(self.datamodule.class_names)]
+        callbacks.append(RunRecorder(self.run, self._describe_resume()))
+        callbacks.append(Dashboard(self.datamodule.class_names, self.config["fit"].as_dict()))
         if monitored:
             callbacks.append(self.config_init["fit"].early_stopping)
         if settings.enable_checkpointing is not False:

@@ -32,7 +32,7 @@ LAYERS = [
     ["data"],
     ["classifier"],
     ["results", "statements", "findings", "comparison", "charts", "page", "terminal", "report", "model_card"],
-    ["callbacks", "answers", "progress", "predict", "export", "doctor"],
+    ["callbacks", "answers", "dashboard", "progress", "predict", "export", "doctor"],
     ["resume", "tune", "parser", "noise", "training"],
     ["flags", "help", "cli"],
 ]

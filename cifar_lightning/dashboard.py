@@ -1,0 +1,199 @@
+"""What TensorBoard shows of a run: batches, curves of each class, confusions, mistakes, PR curves, hyperparameters."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.utils.tensorboard.summary import hparams
+
+from cifar_lightning.analysis import per_class
+from cifar_lightning.calibration import softmax
+from cifar_lightning.callbacks import data_of
+from cifar_lightning.classifier import Batch
+from cifar_lightning.figures import confusion_figure, figure_to_array, pictures_figure
+from cifar_lightning.gallery import rank_pictures
+from cifar_lightning.loader import Rank
+from cifar_lightning.runs import RunFolder
+from cifar_lightning.wording import percent
+
+MAX_DRAWINGS = 20  # of a run: a drawing takes about a second on a CPU core
+_NUM_KEPT = 10_000  # answers of a validation that is drawn
+_BATCH_SHOWN = 32  # pictures of the first batch
+_MISTAKES_SHOWN = 16
+_CURVES_SHOWN = 20  # PR curves: of the first classes where there are more
+_HYPERPARAMETERS = {
+    "model": ("name", "optimizer", "lr", "sgd_lr", "weight_decay", "label_smoothing", "pct_start"),
+    "data": ("dataset", "batch_size", "image_size", "crop_padding_px", "flip", "cutout_px", "brightness", "contrast"),
+    "trainer": ("max_epochs", "max_steps", "precision"),
+}
+
+
+class Dashboard(pl.Callback):
+    """Fills TensorBoard beyond the scalars that are logged.
+
+    Scalars of each class come with each validation. Figures, mistakes and PR curves come with each validation, too, but
+    at most `MAX_DRAWINGS` times a run, evenly spread and at its end. Of several processes the first one draws, its own
+    share of the mistakes and the PR curves, and the confusions of all.
+
+    Args:
+        class_names: Names of the classes.
+        config: Every value of the run; the important ones become columns of the HPARAMS tab.
+    """
+
+    def __init__(self, class_names: tuple[str, ...], config: Mapping[str, Any]) -> None:
+        self.class_names, self.config = class_names, config
+        self._tags = tags_of(class_names)
+        self._last_step = 0
+        self._drawn_at_step = 0
+        self._is_drawing = False
+        self._answers: list[tuple[Tensor, Tensor]] = []
+        self._best: dict[str, float] = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Show the run's first batch; log loss and learning rate every `log_every_n_steps`."""
+        step = trainer.global_step
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it from outside the class
+        if step == self._last_step or (step != 1 and (not every or step % every)):  # the same step: accumulating
+            return
+        self._last_step = step
+        board = board_of(trainer)
+        if board is None or not trainer.is_global_zero:
+            return
+        if step == 1:
+            board.add_image("train/batch_as_trained_on", self._picture_of(trainer, batch), 0, dataformats="HWC")
+        board.add_scalar("step/train_loss", float(outputs["loss"]) * trainer.accumulate_grad_batches, step)
+        board.add_scalar("step/lr", trainer.optimizers[0].param_groups[0]["lr"], step)
+
+    def _picture_of(self, trainer: pl.Trainer, batch: Batch) -> np.ndarray:
+        images, targets = (part[:_BATCH_SHOWN].cpu() for part in batch)
+        data = data_of(trainer)
+        assert data.mean is not None
+        assert data.std is not None
+        pixels = images.float().permute(0, 2, 3, 1) * torch.tensor(data.std) + torch.tensor(data.mean)
+        shown = (pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+        return figure_to_array(pictures_figure(shown, [self.class_names[target] for target in targets.tolist()]))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count drawings from here, also where a run goes on."""
+        self._drawn_at_step = trainer.global_step
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Decide whether this validation is drawn: one in each of `MAX_DRAWINGS` equal parts of the run."""
+        self._answers = []
+        total, step = trainer.estimated_stepping_batches, trainer.global_step
+        parts = [int(MAX_DRAWINGS * number / total) for number in (step, self._drawn_at_step)]
+        self._is_drawing = board_of(trainer) is not None and trainer.is_global_zero and parts[0] > parts[1]
+        if self._is_drawing:
+            self._drawn_at_step = step
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
+    ) -> None:
+        """Keep the answers where they are, for a validation that is drawn."""
+        if self._is_drawing and sum(len(targets) for _, targets in self._answers) < _NUM_KEPT:
+            self._answers.append((outputs, batch[1]))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log each class's accuracy and draw; of the validation after training, keep the best checkpoint's figures."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._best = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            return
+        board = board_of(trainer)
+        confusion = getattr(pl_module, "val_confusion", None)
+        if board is None or confusion is None or not trainer.is_global_zero:
+            return
+        matrix = confusion.numpy()
+        for tag, recall in zip(self._tags, per_class(matrix).recall, strict=True):
+            board.add_scalar(f"val_acc_of_class/{tag}", recall, trainer.global_step)
+        if self._is_drawing:
+            image = figure_to_array(confusion_figure(matrix, self.class_names))
+            board.add_image("val/confusion_matrix", image, trainer.global_step, dataformats="HWC")
+            self._draw_answers(trainer, board)
+
+    def _draw_answers(self, trainer: pl.Trainer, board: Any) -> None:
+        logits, targets = (torch.cat(parts).cpu().numpy() for parts in zip(*self._answers, strict=True))
+        self._answers = []
+        logits, step = logits.astype(np.float32), trainer.global_step
+        if not np.isfinite(logits).all():  # diverged: there is nothing to see
+            return
+        probs = softmax(logits)
+        for index, tag in enumerate(self._tags[:_CURVES_SHOWN]):
+            board.add_pr_curve(f"pr_of_class/{tag}", targets == index, probs[:, index], step)
+        worst = rank_pictures(logits, targets).mistakes[:_MISTAKES_SHOWN]
+        if not len(worst):
+            return
+        data = data_of(trainer)
+        pictures = data.pictures("val", data.rank_positions("val", Rank(0, trainer.world_size))[worst])
+        names = [(self.class_names[targets[p]], self.class_names[probs[p].argmax()]) for p in worst]
+        titles = [
+            f"{true}\nas {pred} {percent(probs[p].max(), 0)}" for p, (true, pred) in zip(worst, names, strict=True)
+        ]
+        image = figure_to_array(pictures_figure(pictures, titles))
+        board.add_image("val/most_confident_mistakes", image, step, dataformats="HWC")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the run its line in the HPARAMS tab: the test, and the validation that chose the weights."""
+        board = board_of(trainer)
+        if board is None or not trainer.is_global_zero:
+            return
+        metrics = {f"final/{name.replace('/', '_')}": value for name, value in self._best.items() if name == "val/acc"}
+        for name in ("test/acc", "test/loss"):
+            if name in trainer.callback_metrics:
+                metrics[f"final/{name.replace('/', '_')}"] = float(trainer.callback_metrics[name])
+        # As `SummaryWriter.add_hparams` writes it, but into the run itself and not into a folder below it.
+        for summary in hparams(hyperparameters_of(self.config), metrics):  # type: ignore[no-untyped-call]
+            board.file_writer.add_summary(summary)
+        for name, value in metrics.items():
+            board.add_scalar(name, value, trainer.global_step)
+        board.flush()
+
+
+class RunBoard(TensorBoardLogger):
+    """TensorBoard events right in the run's folder, without the hparams.yaml that repeats config.yaml.
+
+    Args:
+        run: The run's folder.
+        steps_done: Where a run goes on: what was logged of later steps is hidden.
+    """
+
+    def __init__(self, run: RunFolder, steps_done: int | None = None) -> None:
+        hidden: dict[str, Any] = {} if steps_done is None else {"purge_step": steps_done + 1}
+        super().__init__(save_dir=run.path, name="", version="", default_hp_metric=False, **hidden)
+
+    def save(self) -> None:
+        """Flush the events alone."""
+        self.experiment.flush()
+
+
+def board_of(trainer: pl.Trainer) -> Any:
+    """Return the SummaryWriter of the first TensorBoard logger, None without one."""
+    boards = (logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
+    return next(boards, None)
+
+
+def tags_of(class_names: Sequence[str]) -> list[str]:
+    """Return a tag for each class: letters, digits, dots and dashes, which is all that TensorBoard takes; each once."""
+    tags = [re.sub(r"[^-\w.]", "_", name) for name in class_names]
+    times = Counter(tags)
+    return [f"{index}_{tag}" if times[tag] > 1 else tag for index, tag in enumerate(tags)]
+
+
+def hyperparameters_of(config: Mapping[str, Any]) -> dict[str, bool | str | float | int]:
+    """Return the values that runs are compared by; what is not set is left out."""
+    values = {"seed": config.get("seed_everything")}
+    for group, names in _HYPERPARAMETERS.items():
+        values |= {"network" if name == "name" else name: config.get(group, {}).get(name) for name in names}
+    return {
+        name: value if isinstance(value, bool | str | float | int) else str(value)
+        for name, value in values.items()
+        if value is not None and (name, value) != ("max_steps", -1)
+    }

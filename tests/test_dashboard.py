@@ -1,0 +1,215 @@
+"""What TensorBoard is given: read back from the event files, against references."""
+
+import math
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+from cifar_lightning import ImageClassifier, ImageDataModule
+from cifar_lightning.dashboard import MAX_DRAWINGS, Dashboard, RunBoard, hyperparameters_of, tags_of
+from cifar_lightning.runs import RunFolder
+
+CONFIG = {"seed_everything": 3, "model": {"name": "smallnet", "lr": 0.01, "sgd_lr": None}, "data": {"flip": "random"}}
+CONFIG |= {"trainer": {"max_epochs": 2, "max_steps": -1}}
+
+
+class Keeper(pl.Callback):
+    """Keeps the validation's answers of each epoch."""
+
+    def __init__(self):
+        self.epochs, self._parts = [], []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *args):
+        self._parts.append((outputs.cpu(), batch[1].cpu()))
+
+    def on_validation_end(self, trainer, pl_module):
+        self.epochs.append([torch.cat(part).numpy() for part in zip(*self._parts, strict=True)])
+        self._parts = []
+
+
+def fit(tmp_path, epochs=2, test=True, with_board=True):
+    """Train a narrow network; return the folder, the data and the validation's answers."""
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    keeper = Keeper()
+    data = ImageDataModule("synthetic", batch_size=900, image_size=16)
+    data.setup()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=RunBoard(run),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        callbacks=[Dashboard(data.class_names, CONFIG), keeper] if with_board else [keeper],
+    )
+    module = ImageClassifier(image_size=16, model_kwargs={"widths": [2, 2, 2]})
+    trainer.fit(module, data)
+    if test:
+        loggers, trainer.loggers = trainer.loggers, []
+        trainer.validate(module, data, verbose=False)
+        trainer.loggers = loggers
+        trainer.test(module, data, verbose=False)
+    trainer.loggers[0].experiment.close()
+    return run, data, keeper.epochs, trainer
+
+
+def events_of(run):
+    events = EventAccumulator(str(run.path), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    run, data, answers, trainer = fit(tmp_path_factory.mktemp("board"))
+    return events_of(run), data, answers, trainer
+
+
+def test_each_class_has_its_recall_at_each_validation(trained):
+    events, data, answers, _ = trained
+    for index, name in enumerate(data.class_names):
+        shown = [event.value for event in events.Scalars(f"val_acc_of_class/{name}")]
+        expected = [(logits.argmax(1)[targets == index] == index).mean() for logits, targets in answers[:2]]
+        assert shown == pytest.approx(expected)
+
+
+def test_figures_and_mistakes_come_with_each_validation_of_a_short_run(trained):
+    events, *_ = trained
+    for tag in ("val/confusion_matrix", "val/most_confident_mistakes"):
+        assert len(events.Images(tag)) == 2
+    assert len(events.Images("train/batch_as_trained_on")) == 1
+
+
+def test_the_pr_curves_count_as_numpy_does(trained):
+    events, data, answers, _ = trained
+    logits, targets = answers[1]
+    probs = torch.from_numpy(logits).double().softmax(1).numpy()
+    for index, name in enumerate(data.class_names):
+        event = events.Tensors(f"pr_of_class/{name}")[-1]
+        tp, fp, tn, fn, _, recall = make_ndarray(event.tensor_proto)
+        assert tp[0] + fn[0] == (targets == index).sum()
+        assert tp[0] + fp[0] + tn[0] + fn[0] == len(targets)
+        middle = len(tp) // 2  # the threshold of a half
+        assert tp[middle] == pytest.approx(((probs[:, index] >= 0.5) & (targets == index)).sum(), abs=1)
+        assert recall[0] == 1
+        assert (np.diff(recall) <= 1e-6).all()
+
+
+def test_the_mistakes_shown_are_the_most_confident_ones(tmp_path, monkeypatch):
+    shown = []
+
+    def keep(images, titles):
+        shown.append((images, list(titles)))
+        from cifar_lightning.figures import pictures_figure
+
+        return pictures_figure(images, titles)
+
+    monkeypatch.setattr("cifar_lightning.dashboard.pictures_figure", keep)
+    _, data, answers, _ = fit(tmp_path, epochs=1, test=False)
+    logits, targets = answers[0]
+    probs = torch.from_numpy(logits).double().softmax(1).numpy()
+    wrong = np.flatnonzero(probs.argmax(1) != targets)
+    worst = wrong[np.argsort(-probs[wrong].max(1), kind="stable")][:16]
+    images, titles = shown[-1]
+    assert (images == data.pictures("val", worst)).all()
+    names = data.class_names
+    first = f"{names[targets[worst[0]]]}\nas {names[probs[worst[0]].argmax()]} {100 * probs[worst[0]].max():.0f} %"
+    assert titles[0] == first
+
+
+@pytest.mark.parametrize(("num_validations", "drawings"), [(5, 5), (20, 20), (33, 20), (100, 20), (1000, 20)])
+def test_a_run_is_drawn_at_most_20_times_evenly_and_at_its_end(num_validations, drawings):
+    class Trainer:
+        estimated_stepping_batches = 7 * num_validations
+        is_global_zero = True
+        loggers = ()
+        global_step = 0
+
+    dashboard = Dashboard(("a", "b"), {})
+    import cifar_lightning.dashboard as module
+
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "board_of", lambda trainer: object())
+        for number in range(1, num_validations + 1):
+            Trainer.global_step = 7 * number
+            dashboard.on_validation_start(Trainer, None)
+            if dashboard._is_drawing:
+                drawn.append(number)
+    assert len(drawn) == drawings <= MAX_DRAWINGS
+    assert drawn[-1] == num_validations
+    gaps = np.diff([0, *drawn])
+    assert gaps.max() - gaps.min() <= 1
+
+
+def test_a_run_that_goes_on_draws_no_more_than_what_is_left():
+    class Trainer:
+        estimated_stepping_batches = 1000
+        is_global_zero = True
+        loggers = ()
+        global_step = 900
+
+    dashboard = Dashboard(("a", "b"), {})
+    dashboard.on_train_start(Trainer, None)
+    assert dashboard._drawn_at_step == 900
+
+
+def test_the_run_has_its_line_in_the_hparams_tab_with_real_metrics(trained):
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    events, _, answers, trainer = trained
+    logits, targets = answers[-1]
+    assert events.Scalars("final/val_acc")[0].value == pytest.approx((logits.argmax(1) == targets).mean())
+    assert events.Scalars("final/test_acc")[0].value == pytest.approx(float(trainer.callback_metrics["test/acc"]))
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    values = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert values["network"].string_value == "smallnet"
+    assert values["lr"].number_value == 0.01
+    assert values["seed"].number_value == 3
+    assert "sgd_lr" not in values
+    experiment = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    metrics = plugin_data_pb2.HParamsPluginData.FromString(experiment).experiment.metric_infos
+    assert {metric.name.tag for metric in metrics} == {"final/val_acc", "final/test_acc", "final/test_loss"}
+
+
+def test_tags_hold_what_tensorboard_takes_and_each_class_has_its_own():
+    assert tags_of(["cat", "red fox", "a/b", "caf\udce9", "狗"]) == ["cat", "red_fox", "a_b", "caf_", "狗"]
+    assert tags_of(["a b", "a_b", "c"]) == ["0_a_b", "1_a_b", "c"]
+
+
+def test_hyperparameters_are_plain_and_leave_out_what_is_not_set():
+    assert hyperparameters_of(CONFIG) == {
+        "seed": 3,
+        "network": "smallnet",
+        "lr": 0.01,
+        "flip": "random",
+        "max_epochs": 2,
+    }
+    assert hyperparameters_of({}) == {}
+
+
+@pytest.mark.filterwarnings("ignore:Encountered `nan` values")  # torchmetrics, of the losses
+def test_a_diverged_network_is_not_drawn_and_training_goes_on(tmp_path, monkeypatch):
+    forward = ImageClassifier.forward
+    monkeypatch.setattr(ImageClassifier, "forward", lambda self, images: forward(self, images) * math.nan)
+    run, data, *_ = fit(tmp_path, epochs=1, test=False)
+    events = events_of(run)
+    assert "val/most_confident_mistakes" not in events.Tags()["images"]
+    assert len(events.Scalars(f"val_acc_of_class/{data.class_names[0]}")) == 1
+
+
+def test_the_dashboard_changes_nothing_of_the_training(tmp_path):
+    weights = []
+    for name, with_board in (("with", True), ("without", False)):
+        (tmp_path / name).mkdir()
+        torch.manual_seed(0)
+        trainer = fit(tmp_path / name, test=False, with_board=with_board)[-1]
+        weights.append(trainer.lightning_module.state_dict())
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

@@ -1,0 +1,118 @@
+"""TensorBoard itself, started on three runs, as its server answers and as a browser shows it."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from browser import browser
+from program import TINY, start
+from selenium.webdriver.support.ui import WebDriverWait
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """TensorBoard's address over three short runs; it ends with the tests."""
+    folder = tmp_path_factory.mktemp("board")
+    for lr in (0.01, 0.003, 0.001):
+        start("fit", *TINY, "--epochs", "2", "--lr", lr, cwd=folder)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder / "runs"), "--host", "localhost"]
+    log = (folder / "log").open("w")
+    server = subprocess.Popen([*command, "--port", str(port), "--load_fast", "false"], stdout=log, stderr=log)
+    try:
+        url = f"http://localhost:{port}"
+        deadline = time.monotonic() + 120
+        while not loaded(url):
+            assert server.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.2)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(30)
+        log.close()
+
+
+def answer(url, path, body=None):
+    """What TensorBoard's server answers, as plain types."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{url}/data/{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)
+
+
+def loaded(url):
+    try:
+        tags = answer(url, "plugin/scalars/tags")
+    except OSError:
+        return False
+    return len(tags) == 3 and all("final/test_acc" in of_run for of_run in tags.values())
+
+
+def test_the_server_has_scalars_pictures_curves_and_hyperparameters_of_each_run(address):
+    scalars = answer(address, "plugin/scalars/tags")
+    assert sorted(scalars) == ["smallnet/1", "smallnet/2", "smallnet/3"]
+    for tags in scalars.values():
+        assert {"train/loss", "val/acc", "val/loss", "step/lr", "test/acc", "final/val_acc"} <= set(tags)
+        assert sum(tag.startswith("val_acc_of_class/") for tag in tags) == 10
+        assert {tag.partition("/")[0] for tag in tags} <= {
+            *("train", "val", "test", "step", "final", "val_acc_of_class", "epoch", "lr")
+        }
+    for tags in answer(address, "plugin/images/tags").values():
+        assert {"train/batch_as_trained_on", "val/confusion_matrix", "val/most_confident_mistakes"} <= set(tags)
+    curves = answer(address, "plugin/pr_curves/tags")
+    assert all(len(tags) == 10 for tags in curves.values())
+    experiment = answer(address, "plugin/hparams/experiment", {"experimentName": ""})
+    assert {info["name"] for info in experiment["hparamInfos"]} >= {"lr", "network", "batch_size", "max_epochs"}
+    wanted = {"final/val_acc", "final/test_acc", "final/test_loss"}
+    assert {info["name"]["tag"] for info in experiment["metricInfos"]} == wanted
+    columns = [{"metric": name} for name in sorted(wanted)]
+    asked = {"experimentName": "", "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_RUNNING"]}
+    asked |= {"colParams": [{"metric": {"tag": column["metric"], "group": ""}} for column in columns]}
+    groups = answer(address, "plugin/hparams/session_groups", {**asked, "startIndex": 0, "sliceSize": 10})
+    lrs = sorted(group["hparams"]["lr"] for group in groups["sessionGroups"])
+    assert lrs == [0.001, 0.003, 0.01]
+    for group in groups["sessionGroups"]:
+        assert {value["name"]["tag"] for value in group["metricValues"]} == wanted
+
+
+# Everything that is shown lies in shadow roots.
+TEXT = """
+const texts = [];
+const walk = (node) => {
+  if (node.nodeType === Node.TEXT_NODE) texts.push(node.textContent);
+  if (node.shadowRoot) walk(node.shadowRoot);
+  if (node.nodeName !== 'STYLE' && node.nodeName !== 'SCRIPT') node.childNodes.forEach(walk);
+};
+walk(document.body);
+return texts.join(' ');
+"""
+
+
+@pytest.mark.parametrize(
+    ("tab", "shown"),
+    [
+        ("timeseries", ["val_acc_of_class", "train/loss", "val/acc", "smallnet/1", "smallnet/3"]),
+        ("images", ["val", "most_confident_mistakes", "confusion_matrix", "smallnet/2"]),
+        ("pr_curves", ["pr_of_class"]),
+        ("hparams", ["final/test_acc", "final/val_acc", "lr", "batch_size"]),
+    ],
+)
+def test_the_browser_shows_each_tab_filled(address, tab, shown):
+    with browser(1600, 1200) as driver:
+        driver.get(f"{address}/#{tab}")
+
+        def is_shown(_):
+            text = driver.execute_script(TEXT)
+            return all(word in text for word in shown)
+
+        WebDriverWait(driver, 60).until(is_shown, f"{tab}: {shown} are not all on the page")
+        assert "No dashboards are active" not in driver.execute_script(TEXT)
