@@ -28,11 +28,6 @@ _NUM_KEPT = 10_000  # answers of a validation that is drawn
 _BATCH_SHOWN = 32  # pictures of the first batch
 _MISTAKES_SHOWN = 16
 _CURVES_SHOWN = 20  # PR curves: of the first classes where there are more
-_HYPERPARAMETERS = {
-    "model": ("name", "optimizer", "lr", "sgd_lr", "weight_decay", "label_smoothing", "pct_start"),
-    "data": ("dataset", "batch_size", "image_size", "crop_padding_px", "flip", "cutout_px", "brightness", "contrast"),
-    "trainer": ("max_epochs", "max_steps", "precision"),
-}
 
 
 class Dashboard(pl.Callback):
@@ -145,15 +140,15 @@ class Dashboard(pl.Callback):
         board = board_of(trainer)
         if board is None or not trainer.is_global_zero:
             return
-        metrics = {f"final/{name.replace('/', '_')}": value for name, value in self._best.items() if name == "val/acc"}
-        for name in ("test/acc", "test/loss"):
-            if name in trainer.callback_metrics:
-                metrics[f"final/{name.replace('/', '_')}"] = float(trainer.callback_metrics[name])
+        metrics: dict[str, float] = {}
+        if "val/acc" in self._best:  # first: what runs are chosen by
+            metrics["best/val_acc"] = self._best["val/acc"]
+            board.add_scalar("best/val_acc", metrics["best/val_acc"], trainer.global_step)
+        logged = trainer.callback_metrics
+        metrics |= {name: float(logged[name]) for name in ("test/acc", "test/loss") if name in logged}
         # As `SummaryWriter.add_hparams` writes it, but into the run itself and not into a folder below it.
         for summary in hparams(hyperparameters_of(self.config), metrics):  # type: ignore[no-untyped-call]
             board.file_writer.add_summary(summary)
-        for name, value in metrics.items():
-            board.add_scalar(name, value, trainer.global_step)
         board.flush()
 
 
@@ -168,6 +163,10 @@ class RunBoard(TensorBoardLogger):
     def __init__(self, run: RunFolder, steps_done: int | None = None) -> None:
         hidden: dict[str, Any] = {} if steps_done is None else {"purge_step": steps_done + 1}
         super().__init__(save_dir=run.path, name="", version="", default_hp_metric=False, **hidden)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Leave out what says nothing (Lightning's own epoch) or is there as a finer curve (the learning rate)."""
+        super().log_metrics({name: value for name, value in metrics.items() if name not in ("epoch", "lr")}, step)
 
     def save(self) -> None:
         """Flush the events alone."""
@@ -188,12 +187,25 @@ def tags_of(class_names: Sequence[str]) -> list[str]:
 
 
 def hyperparameters_of(config: Mapping[str, Any]) -> dict[str, bool | str | float | int]:
-    """Return the values that runs are compared by; what is not set is left out."""
-    values = {"seed": config.get("seed_everything")}
-    for group, names in _HYPERPARAMETERS.items():
-        values |= {"network" if name == "name" else name: config.get(group, {}).get(name) for name in names}
+    """Return the values that runs are compared by; what is not set is left out.
+
+    TensorBoard sorts them by name and shows the first five: batch size, epochs, label smoothing, rate and network.
+    """
+    model, data, trainer = (config.get(group) or {} for group in ("model", "data", "trainer"))
+    changes = ("crop_padding_px", "flip", "cutout_px", "brightness", "contrast")
+    of_model = ("label_smoothing", "lr", "optimizer", "pct_start", "sgd_lr", "weight_decay")
+    values = {
+        "batch_size": data.get("batch_size"),
+        "epochs": trainer.get("max_epochs"),
+        "network": model.get("name"),
+        "pictures": data.get("dataset"),
+        "precision": trainer.get("precision"),
+        "random_changes": ", ".join(f"{name} {data[name]}" for name in changes if data.get(name)) or None,
+        "seed": config.get("seed_everything"),
+        **{name: model.get(name) for name in of_model},
+    }
     return {
         name: value if isinstance(value, bool | str | float | int) else str(value)
         for name, value in values.items()
-        if value is not None and (name, value) != ("max_steps", -1)
+        if value is not None
     }

@@ -166,8 +166,8 @@ def test_the_run_has_its_line_in_the_hparams_tab_with_real_metrics(trained):
 
     events, _, answers, trainer = trained
     logits, targets = answers[-1]
-    assert events.Scalars("final/val_acc")[0].value == pytest.approx((logits.argmax(1) == targets).mean())
-    assert events.Scalars("final/test_acc")[0].value == pytest.approx(float(trainer.callback_metrics["test/acc"]))
+    assert events.Scalars("best/val_acc")[0].value == pytest.approx((logits.argmax(1) == targets).mean())
+    assert events.Scalars("test/acc")[0].value == pytest.approx(float(trainer.callback_metrics["test/acc"]))
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     values = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert values["network"].string_value == "smallnet"
@@ -176,7 +176,12 @@ def test_the_run_has_its_line_in_the_hparams_tab_with_real_metrics(trained):
     assert "sgd_lr" not in values
     experiment = events.summary_metadata["_hparams_/experiment"].plugin_data.content
     metrics = plugin_data_pb2.HParamsPluginData.FromString(experiment).experiment.metric_infos
-    assert {metric.name.tag for metric in metrics} == {"final/val_acc", "final/test_acc", "final/test_loss"}
+    assert {metric.name.tag for metric in metrics} == {"best/val_acc", "test/acc", "test/loss"}
+
+
+def test_groups_are_few_and_none_says_nothing(trained):
+    groups = {tag.partition("/")[0] for tag in trained[0].Tags()["scalars"]}
+    assert groups == {"train", "val", "test", "best", "step", "val_acc_of_class"}
 
 
 def test_tags_hold_what_tensorboard_takes_and_each_class_has_its_own():
@@ -189,8 +194,8 @@ def test_hyperparameters_are_plain_and_leave_out_what_is_not_set():
         "seed": 3,
         "network": "smallnet",
         "lr": 0.01,
-        "flip": "random",
-        "max_epochs": 2,
+        "random_changes": "flip random",
+        "epochs": 2,
     }
     assert hyperparameters_of({}) == {}
 
