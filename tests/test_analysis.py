@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from made_run import made_answers
 from sklearn import metrics as sk
 from torchmetrics.classification import MulticlassF1Score
 
@@ -14,17 +15,7 @@ from cifar_lightning import analysis
 from cifar_lightning.calibration import softmax
 from cifar_lightning.significance import wilson_interval
 
-
-def answers(num_classes: int = 10, n: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Returns logits that are right about two times in three, float32 (n, classes), and targets."""
-    rng = np.random.default_rng(seed)
-    targets = rng.integers(0, num_classes, n)
-    logits = rng.normal(size=(n, num_classes)).astype(np.float32)
-    logits[np.arange(n), targets] += 2
-    return logits, targets
-
-
-LOGITS, TARGETS = answers()
+LOGITS, TARGETS = made_answers(10, 2000, skill=2, sharpness=1)
 PREDS = LOGITS.argmax(axis=1)
 CM = analysis.confusion_matrix(TARGETS, PREDS, 10)
 

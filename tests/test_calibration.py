@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from made_run import made_answers
 from scipy.optimize import minimize_scalar
 from torchmetrics.classification import MulticlassCalibrationError
 
@@ -15,17 +16,7 @@ from cifar_lightning.calibration import (
     softmax,
 )
 
-
-def answers(num_classes: int = 10, n: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Returns logits that are right about two times in three, float32 (n, classes), and targets."""
-    rng = np.random.default_rng(seed)
-    targets = rng.integers(0, num_classes, n)
-    logits = rng.normal(size=(n, num_classes)).astype(np.float32)
-    logits[np.arange(n), targets] += 2
-    return logits, targets
-
-
-LOGITS, TARGETS = answers()
+LOGITS, TARGETS = made_answers(10, 2000, skill=2, sharpness=1)
 
 
 def test_softmax_and_loss_equal_torchs():
@@ -104,7 +95,7 @@ def test_the_temperature_of_sharpened_logits_is_sharper_by_as_much():
 
 @pytest.mark.parametrize("sharpness", [0.4, 4.0])  # as label smoothing and as overfitting leave them
 def test_temperature_lowers_the_error_and_changes_no_answer(sharpness):
-    val_logits, val_targets = answers(seed=1)
+    val_logits, val_targets = made_answers(10, 2000, seed=1, skill=2, sharpness=1)
     temperature = fit_temperature(val_logits * sharpness, val_targets)
     before, after = LOGITS * sharpness, LOGITS * sharpness / temperature
     assert (

@@ -87,7 +87,7 @@ def test_onnx_takes_raw_pictures_in_batches_of_any_size(run, tmp_path, capsys):
     out = capsys.readouterr()
     assert "256 test pictures: largest difference of a probability" in out.out
     assert out.err == ""
-    assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]  # nothing beside it: one file
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["MODEL_CARD.md", "net.onnx"]  # one file, and its card
 
 
 def test_the_graph_has_the_promised_names_and_metadata(run, tmp_path):
