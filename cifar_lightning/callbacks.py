@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -77,7 +77,7 @@ class RunRecorder(pl.Callback):
         assert isinstance(pl_module, ImageClassifier)
         elapsed_s = time.perf_counter() - self._started_s
         train = pl_module.epoch_metrics()  # collective: all ranks
-        if not trainer.is_global_zero or pl_module.num_trained_pictures() == 0:  # resumed at the epoch's very end
+        if not trainer.is_global_zero or pl_module.epoch_sums()[2] == 0:  # resumed at the epoch's very end
             return
         row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step, **train}
         if data_of(trainer).num_pictures("val"):
@@ -127,7 +127,7 @@ class AnnealingEarlyStopping(EarlyStopping):
 
     @property
     def state_key(self) -> str:
-        """Return the callback's key in a checkpoint, formatted once, as in `RunCheckpoint`."""
+        """Return the callback's key in a checkpoint, formatted once, as in `BestCheckpoint`."""
         return self._state_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -149,25 +149,16 @@ class AnnealingEarlyStopping(EarlyStopping):
             super()._run_early_stopping_check(trainer)
 
 
-class RunCheckpoint(ModelCheckpoint):
-    """Keeps one checkpoint of a run, saved at the end of an epoch: best.ckpt by val/acc, or last.ckpt.
-
-    Two of them and not one with `save_last=True`, which saves "last" only when the best changes (Lightning 2.6.6).
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps best.ckpt: the state at the best val/acc, saved where there is a new figure.
 
     Args:
         run: The run's folder.
-        which: "best" or "last".
     """
 
-    def __init__(self, run: RunFolder, which: Literal["best", "last"]) -> None:
+    def __init__(self, run: RunFolder) -> None:
         super().__init__(
-            dirpath=run.checkpoints,
-            filename=which,
-            monitor=MONITOR if which == "best" else None,
-            mode="max",
-            # "last" also where an epoch has no validation; "best" wherever there is a new figure.
-            save_on_train_epoch_end=True if which == "last" else None,
-            enable_version_counter=False,
+            dirpath=run.checkpoints, filename="best", monitor=MONITOR, mode="max", enable_version_counter=False
         )
         self._state_key = super().state_key
 

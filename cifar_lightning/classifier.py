@@ -14,9 +14,10 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassCo
 
 from cifar_lightning.analysis import accuracy, macro_f1
 from cifar_lightning.errors import UserError
+from cifar_lightning.guard import LossGuard
 from cifar_lightning.limits import check_limits
 from cifar_lightning.models import build_model
-from cifar_lightning.optim import OptimizerName, build_optimizer, one_cycle, settings_of
+from cifar_lightning.optim import Muon, OptimizerName, build_optimizer, one_cycle, settings_of
 
 Batch = tuple[Tensor, Tensor] | list[Tensor]
 """Images and targets; PyTorch's own DataLoader makes a list of them."""
@@ -88,6 +89,8 @@ class ImageClassifier(pl.LightningModule):
         self.val_metrics = _evaluation_metrics(num_classes)
         self.test_metrics = _evaluation_metrics(num_classes)
         self._train_totals = _no_totals(self.device)
+        self._num_restored = 0  # of the pictures in the sums: trained on before this process
+        self._guard: LossGuard | None = None
         self._resumed_at: tuple[int, int] | None = None  # epochs finished and steps taken in them, of a checkpoint
         self._planned: tuple[list[dict[str, Any]], Any] = ([], None)
 
@@ -106,10 +109,23 @@ class ImageClassifier(pl.LightningModule):
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def on_train_start(self) -> None:
+    def on_fit_start(self) -> None:
         """Make the epoch's sums on the device: a run resumed inside an epoch has no start of it."""
-        self._train_totals = _no_totals(self.device)
+        self._train_totals, self._num_restored = _no_totals(self.device), 0
+
+    def on_train_start(self) -> None:
+        """Put this run's settings in force, and a guard over its loss."""
         self._apply_settings()
+        self._guard = self._make_guard()
+
+    def _make_guard(self) -> LossGuard:
+        optimizer = self.trainer.optimizers[0]
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # holds updates back itself
+        holds_back = has_scaler or isinstance(optimizer, Muon) or bool(optimizer.defaults.get("fused"))
+        guard = LossGuard(self.device, is_deferred=self.device.type == "cuda" and holds_back)
+        if guard.is_deferred and not has_scaler:
+            optimizer.found_inf = guard.found_inf  # type: ignore[attr-defined]  # GradScaler's way, too
+        return guard
 
     def _apply_settings(self) -> None:
         """Put this run's settings in force where a checkpoint has restored others over them (Lightning #20310).
@@ -133,13 +149,15 @@ class ImageClassifier(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Forget the last epoch's sums."""
-        self._train_totals = _no_totals(self.device)
+        self._train_totals, self._num_restored = _no_totals(self.device), 0
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the label-smoothed loss of a batch; add it to the epoch's sums without waiting for the device."""
         images, targets = batch
         logits = self(images)
         loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        if self._guard is not None:
+            self._guard.watch(loss, self.trainer.global_step)
         # Three sums instead of self.log, which reads back from the device and costs more host time than a small step.
         loss_sum, num_correct, num_pictures = self._train_totals
         with torch.no_grad():
@@ -153,7 +171,12 @@ class ImageClassifier(pl.LightningModule):
         self.log_dict(self.epoch_metrics())
 
     def train_metrics(self) -> dict[str, float]:
-        """Return train/loss and train/acc of this rank's pictures so far in this epoch; waits for the device."""
+        """Return train/loss and train/acc of this rank's pictures so far in this epoch; waits for the device.
+
+        Raises:
+            RunError: The loss was not finite in some step.
+        """
+        self._check_guard()
         loss_sum, num_correct, num_pictures = self._train_totals
         return {
             "train/loss": loss_sum.item() / max(1, num_pictures),
@@ -161,14 +184,32 @@ class ImageClassifier(pl.LightningModule):
         }
 
     def num_trained_pictures(self) -> int:
-        """Return how many pictures this rank has trained on so far in this epoch."""
-        return self._train_totals[2]
+        """Return how many pictures this rank has trained on so far in this epoch, since this process began it."""
+        return self._train_totals[2] - self._num_restored
+
+    def epoch_sums(self) -> tuple[Tensor, Tensor, int]:
+        """Return this rank's loss sum, correct answers (both on the CPU) and pictures so far in this epoch."""
+        loss_sum, num_correct, num_pictures = self._train_totals
+        return loss_sum.cpu(), num_correct.cpu(), num_pictures
+
+    def restore_epoch_sums(self, sums: tuple[Tensor, Tensor, int]) -> None:
+        """Take up the sums of an epoch that is gone on with in its middle."""
+        loss_sum, num_correct, self._num_restored = sums
+        self._train_totals = (loss_sum.to(self.device), num_correct.to(self.device), self._num_restored)
+
+    def _check_guard(self) -> None:
+        if self._guard is not None:
+            self._guard.check()
 
     def epoch_metrics(self) -> dict[str, float]:
         """Return train/loss, train/acc of all ranks' pictures and the learning rate now; every rank must call it.
 
         Both are NaN in an epoch of which nothing was left to train, as after a resume at its end.
+
+        Raises:
+            RunError: The loss was not finite in some step.
         """
+        self._check_guard()
         loss_sum, num_correct, num_pictures = self._train_totals
         totals = torch.stack([loss_sum, num_correct, torch.full_like(loss_sum, num_pictures)])
         loss_total, correct, count = self.trainer.strategy.reduce(totals, reduce_op="sum").tolist()
@@ -216,6 +257,14 @@ class ImageClassifier(pl.LightningModule):
         if total < 1:
             raise UserError("there is no step to train: --epochs, --trainer.limit_train_batches or --data.drop_last.")
         return int(total)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save nothing after a bad step.
+
+        Raises:
+            RunError: The loss was not finite in some step.
+        """
+        self._check_guard()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in a line where a checkpoint is of another network.

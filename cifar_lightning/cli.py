@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar_lightning.errors import UserError
+from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.flags import check_recipe, flag_value, normalize_arguments, suggest, table
 from cifar_lightning.help import TRAINING, QuickParser, completion, overview, program, training_help
 from cifar_lightning.runs import RunFolder, open_run
@@ -21,11 +21,11 @@ def main() -> None:
     """Run the command of `sys.argv` and exit: 0, 1 for a run that failed, 2 for what the user can mend."""
     try:
         status = run_command(sys.argv[1:])
-    except UserError as error:
+    except (UserError, RunError) as error:
         # Three lines at most: what is wrong and what to do, not how the program found out.
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
         print("error: " + "\n".join(lines[:3]), file=sys.stderr)
-        status = 2
+        status = 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:  # `| head` has read enough
@@ -115,7 +115,7 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
         run = open_run(Path(resumed))
         _refuse_beside(names, _NOT_WITH_RESUME, f"--resume {resumed}", "a run goes on in its folder with its config")
         flags = [flag for flag in flags if not flag.startswith("--resume=")]
-        return _of_run(run, run.last_checkpoint, flags), run
+        return _of_run(run, run.resumed_checkpoint, flags), run
     for flag in flags:
         if flag.startswith("--config="):
             check_recipe(Path(flag.removeprefix("--config=")))

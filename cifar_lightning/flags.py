@@ -19,7 +19,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.limits import LIMITS
 
 ALIASES = {"epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "lr": "model.lr"}
-GROUPS = ("trainer", "model", "data", "early_stopping")  # each also takes a YAML file of its keys
+GROUPS = ("trainer", "model", "data", "early_stopping", "checkpoint")  # each also takes a YAML file of its keys
 FRONT_ONLY = ("config", "resume", "print_config")  # not keys of a recipe
 # What people type who come from elsewhere.
 _SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "max_lr": "lr", "bs": "batch_size", "seed": "data.seed"}

@@ -53,6 +53,8 @@ LIMITS = {
     "data.brightness": _STRENGTH,
     "data.contrast": _STRENGTH,
     "trainer.accumulate_grad_batches": _COUNT,
+    "checkpoint.every_n_train_steps": _COUNT,
+    "checkpoint.every_n_minutes": Limit(0, math.inf, "a positive number of minutes, such as 10", above=True),
 }
 
 
@@ -60,7 +62,7 @@ def check_limits(group: str, **values: float | None) -> None:
     """Refuse numbers that a flag does not take; None, a default that is found out later, is always taken.
 
     Args:
-        group: What the flags begin with: model, data or trainer.
+        group: What the flags begin with: model, data, trainer or checkpoint.
         **values: By the flags' last names.
 
     Raises:

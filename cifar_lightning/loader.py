@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cifar_lightning.augment import Augmentation, augment, draw_epoch, normalize, seeded_generator
+from cifar_lightning.signals import ignore_in_worker
 
 _ORDER = 0  # purpose of the order's generator; augment.py's draws use 1 and up
 
@@ -225,6 +226,7 @@ class StreamingLoader(PictureLoader):
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # or each epoch would take a number from the global one, and dropout differ
             persistent_workers=True,
+            worker_init_fn=ignore_in_worker,
         )
 
     def _gather(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

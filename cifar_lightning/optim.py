@@ -82,6 +82,7 @@ class Muon(torch.optim.Optimizer):
     Filters are taken as matrices (out_channels, in_channels * height * width) and kept at the norm sqrt(out_channels),
     which makes `lr` the relative size of a step; a BatchNorm must follow them, since it makes their scale free.
     After airbench94_muon (KellerJordan/cifar10-airbench), which orthogonalises in half precision; here in the filters'.
+    Where `found_inf`, a float tensor that GradScaler or a guard sets as an attribute, is 1, a step changes nothing.
 
     Args:
         filters: Convolution weights.
@@ -116,24 +117,37 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            before = [] if found_inf is None else self._state_of(moved)
             directions = self._nesterov(moved, group["momentum"])
             if group["orthogonalize"]:
                 self._step_filters(moved, directions, group)
             elif moved:
                 torch._foreach_add_(moved, directions, alpha=-group["lr"])
+            if found_inf is not None:
+                for tensor, old in before:  # chosen on the device: the host does not wait
+                    tensor.copy_(torch.where(found_inf > 0, old, tensor))
         return loss
+
+    def _state_of(self, parameters: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return the tensors that a step changes, each with a copy."""
+        tensors = [*parameters, *self._buffers(parameters)]
+        return [(tensor, tensor.clone()) for tensor in tensors]
+
+    def _buffers(self, parameters: list[Tensor]) -> list[Tensor]:
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return [self.state[parameter]["momentum_buffer"] for parameter in parameters]
 
     def _nesterov(self, parameters: list[Tensor], momentum: float) -> list[Tensor]:
         """Update the momentum of each parameter; return gradient + momentum * buffer, as torch.optim.SGD does."""
         if not parameters:
             return []
-        for parameter in parameters:
-            if "momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        buffers = self._buffers(parameters)
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, gradients)
         return list(torch._foreach_add(gradients, buffers, alpha=momentum))

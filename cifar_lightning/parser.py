@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from cifar_lightning.callbacks import AnnealingEarlyStopping
+from cifar_lightning.checkpoint import CheckpointSchedule
 from cifar_lightning.errors import UserError
 from cifar_lightning.models import MODELS
 from cifar_lightning.sources import DATASETS
@@ -51,6 +52,7 @@ def add_own_flags(parser: LightningArgumentParser) -> None:
     for name, (kind, default, text, _) in _OWN.items():
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     parser.add_lightning_class_args(AnnealingEarlyStopping, "early_stopping")
+    parser.add_class_arguments(CheckpointSchedule, "checkpoint")
     parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
     parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
 

@@ -16,6 +16,7 @@ from cifar_lightning.callbacks import data_of
 from cifar_lightning.classifier import Batch, ImageClassifier
 from cifar_lightning.figures import printable
 from cifar_lightning.runs import RunFolder
+from cifar_lightning.signals import Stopped
 
 _REFRESH_S = 0.5  # on a GPU each refresh waits for the device once
 _PLAIN_LINE_S = 60.0  # without a terminal: a sign of life in long epochs
@@ -152,14 +153,13 @@ class RunProgress(ProgressBar):
         self._close_bar()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the terminal back before an error is shown; name what Ctrl-C leaves."""
+        """Give the terminal back before an error is shown; name what a signal leaves."""
         self._close_bar()
-        if isinstance(exception, KeyboardInterrupt) and self._enabled and self.run is not None:
-            goes_on = (
-                f"python train.py fit --resume {shlex.quote(str(self.run.path))} goes on after the last finished one"
-            )
-            kept = goes_on if self.run.last_checkpoint.exists() else "no epoch was finished"
-            self._print(f"stopped in epoch {trainer.current_epoch + 1}: {kept}")
+        if isinstance(exception, Stopped) and self._enabled and self.run is not None:
+            goes_on = f"python train.py fit --resume {shlex.quote(str(self.run.path))} goes on"
+            has_checkpoint = self.run.last_checkpoint.exists()
+            kept = f"{goes_on} from the last checkpoint" if has_checkpoint else "nothing was saved yet"
+            self._print(f"stopped in epoch {trainer.current_epoch + 1} after step {trainer.global_step:,}: {kept}")
 
     # -- the terminal ----------------------------------------------------------------------------------------------
 

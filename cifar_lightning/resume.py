@@ -1,18 +1,24 @@
 """What `fit --resume RUN` goes on with: the run's own config, what was changed beside it, where training stopped."""
 
+import contextlib
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cifar_lightning.checkpoint import newest_checkpoint
+from cifar_lightning.classifier import progress_of
 from cifar_lightning.errors import UserError
+from cifar_lightning.exact import is_inside_epoch
 from cifar_lightning.runs import RunFolder
-from cifar_lightning.weights import read_checkpoint
 
 # What the weights, the optimiser's state or the split belong to; everything else is training, which may change.
 _FIXED = {"model.name", "model.model_kwargs", "model.optimizer", "data.image_size", "data.dataset", "data.seed"}
 _FIXED |= {"data.val_fraction"}
+_MAKES_BATCHES = {"data.batch_size", "data.drop_last", "trainer.limit_train_batches"}
 Changes = dict[str, tuple[Any, Any]]
 
 
@@ -21,20 +27,40 @@ class StopPoint:
     """Where a run's last checkpoint was saved.
 
     Attributes:
+        checkpoint: The file.
         epochs_done: Finished epochs.
         steps_done: Optimiser steps.
         stopped_early: Whether early stopping had ended the run.
+        is_inside_epoch: Whether an epoch had begun and not ended.
     """
 
+    checkpoint: Path
     epochs_done: int
     steps_done: int
-    stopped_early: bool
+    stopped_early: bool = False
+    is_inside_epoch: bool = False
 
     def is_end(self, max_epochs: int | None, max_steps: int, changes: Changes) -> bool:
         """Whether a run of that length has nothing left to train; early stopping is an end until something changes."""
         epochs_are_up = max_epochs not in (None, -1) and self.epochs_done >= int(max_epochs or 0)
         steps_are_up = max_steps != -1 and self.steps_done >= max_steps
         return epochs_are_up or steps_are_up or (self.stopped_early and not changes)
+
+    def describe(self) -> str:
+        """Return "after epoch 3" or "in epoch 4 after step 1,200", as a person counts."""
+        if self.is_inside_epoch:
+            return f"in epoch {self.epochs_done + 1} after step {self.steps_done:,}"
+        return f"after epoch {self.epochs_done}"
+
+    def check_changes(self, changes: Changes) -> None:
+        """Refuse to change inside an epoch what its batches are made of."""
+        moved = sorted(_MAKES_BATCHES & changes.keys())
+        if self.is_inside_epoch and moved:
+            before, now = changes[moved[0]]
+            raise UserError(
+                f"--{moved[0]} {now}: the run stopped inside an epoch, whose batches were made with {before}."
+                "\nLeave it out, at least to the epoch's end."
+            )
 
     def check_length(self, max_epochs: int | None) -> None:
         """Refuse to make a run shorter than it is."""
@@ -44,20 +70,40 @@ class StopPoint:
             )
 
 
-def stop_point(run: RunFolder) -> StopPoint:
-    """Read where a run stopped.
+def stop_point(run: RunFolder) -> tuple[StopPoint, list[str]]:
+    """Read where a run stopped, from its newest undamaged checkpoint.
+
+    Returns:
+        The point, and what is wrong with newer checkpoints.
 
     Raises:
-        UserError: It has no last checkpoint, or a damaged one.
+        UserError: It has no checkpoint that can be read.
     """
-    run.require(run.last_checkpoint)
-    checkpoint = read_checkpoint(run.last_checkpoint)
+    path, checkpoint, damages = newest_checkpoint(run)
     stopping = [state for key, state in checkpoint["callbacks"].items() if "EarlyStopping" in key]
-    return StopPoint(
-        epochs_done=checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"],
+    point = StopPoint(
+        checkpoint=path,
+        epochs_done=progress_of(checkpoint)[0],
         steps_done=checkpoint["global_step"],
         stopped_early=any(state["stopped_epoch"] > 0 for state in stopping),
+        is_inside_epoch=is_inside_epoch(checkpoint),
     )
+    return point, damages
+
+
+def clear_up(run: RunFolder, point: StopPoint, damages: list[str]) -> None:
+    """Say which checkpoints are damaged and set them aside; remove what a killed write left behind.
+
+    A damaged last checkpoint must not become the previous one, in the place of a good one.
+    """
+    if damages:
+        print("\n".join(f"warning: {damage}" for damage in damages), file=sys.stderr)
+        print(f"warning: going on from {point.checkpoint} instead.", file=sys.stderr)
+    for path in (run.last_checkpoint, run.previous_checkpoint)[: len(damages)]:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, path.with_name(f"{path.name}.damaged"))
+    for file in tuple(run.leftovers()):
+        file.unlink()
 
 
 def find_changes(run: RunFolder, config_text: str) -> Changes:

@@ -135,9 +135,10 @@ class RunFolder:
     environment = _File("environment.json")  # versions, device, precision, commit
     metrics_csv = _File("metrics.csv")  # a row an epoch: losses, accuracies, lr; nothing that depends on the clock
     timing_csv = _File("timing.csv")  # a row an epoch: seconds, images/s, memory
-    checkpoints = _File("checkpoints")  # the folder of the next two
+    checkpoints = _File("checkpoints")  # the folder of the next three
     best_checkpoint = _File("checkpoints/best.ckpt")  # the weights with the best val/acc: what is tested
     last_checkpoint = _File("checkpoints/last.ckpt")  # the state that training goes on from
+    previous_checkpoint = _File("checkpoints/previous.ckpt")  # the last one before it, for when that is damaged
     test_metrics = _File("test_metrics.json")  # what `analysis.test_metrics` returns
     confusion_matrix_pt = _File("confusion_matrix.pt")  # int64 tensor; rows: true class
     confusion_matrix_csv = _File("confusion_matrix.csv")  # the same with class names
@@ -155,6 +156,12 @@ class RunFolder:
     def tested_checkpoint(self) -> Path:
         """The checkpoint that a run is tested with: the best, or the last where nothing was held out."""
         return self.best_checkpoint if self.best_checkpoint.exists() else self.last_checkpoint
+
+    @property
+    def resumed_checkpoint(self) -> Path:
+        """The checkpoint that a run goes on from where none is damaged."""
+        candidates = (self.last_checkpoint, self.previous_checkpoint, self.best_checkpoint)
+        return next((path for path in candidates if path.exists()), self.last_checkpoint)
 
     @property
     def has_checkpoint(self) -> bool:
@@ -189,11 +196,18 @@ class RunFolder:
 
     def written_files(self) -> Iterator[Path]:
         """Yield the files in the folder that only a run writes, whoever put them there; not the lock's."""
-        for name in set(_NAMES) - {".lock", "checkpoints", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}:
-            yield from self.path.glob(name)
-            yield from self.path.glob(f".{name}.*.tmp")  # left where a write was killed
+        for name in _NAMES:
+            if name not in (".lock", "checkpoints") and "/" not in name:
+                yield from self.path.glob(name)
         yield from self.path.glob("events.out.tfevents.*")
-        yield from self.checkpoints.glob("*.ckpt*")  # with what was left of them where a write was killed
+        yield from self.checkpoints.glob("[!.]*.ckpt*")
+        yield from self.leftovers()
+
+    def leftovers(self) -> Iterator[Path]:
+        """Yield what was left where a write was killed: files that never got their name."""
+        for name in _NAMES:
+            file = self.path / name
+            yield from file.parent.glob(f".{file.name}.*.tmp")
 
 
 _NAMES = [file.name for file in vars(RunFolder).values() if isinstance(file, _File)]

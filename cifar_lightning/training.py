@@ -14,11 +14,14 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from cifar_lightning.answers import AnswerKeeper
-from cifar_lightning.callbacks import NoProfiler, RunCheckpoint, RunRecorder
+from cifar_lightning.callbacks import BestCheckpoint, NoProfiler, RunRecorder
+from cifar_lightning.checkpoint import DurableCheckpointIO, LastCheckpoint
 from cifar_lightning.classifier import ImageClassifier
 from cifar_lightning.dashboard import Dashboard, RunBoard
 from cifar_lightning.data import ImageDataModule
 from cifar_lightning.errors import UserError
+from cifar_lightning.exact import ExactState
+from cifar_lightning.failures import explain
 from cifar_lightning.files import MetricsTable, read_json, write_text_durably
 from cifar_lightning.findings import find
 from cifar_lightning.noise import silence
@@ -26,8 +29,9 @@ from cifar_lightning.parser import TABLE, RunParser, add_own_flags, check_argume
 from cifar_lightning.progress import RunProgress
 from cifar_lightning.report import make_report
 from cifar_lightning.results import Results
-from cifar_lightning.resume import Changes, StopPoint, describe_changes, find_changes, stop_point
+from cifar_lightning.resume import Changes, StopPoint, clear_up, describe_changes, find_changes, stop_point
 from cifar_lightning.runs import RunFolder, create_run, discard_run, is_first_process, open_run, recipe_name
+from cifar_lightning.signals import StopSignals
 from cifar_lightning.terminal import print_findings, print_validation
 from cifar_lightning.tune import LrRange, find_lr, write_lr_range
 from cifar_lightning.weights import load_weights
@@ -61,6 +65,15 @@ def run_training(command: str, arguments: Sequence[str], *, resumed: RunFolder |
             RunCLI([command, *arguments], resumed)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except RuntimeError as error:
+        known = explain(error)
+        if known is None:
+            raise
+        raise known from error
+
+
+def _as_list(plugins: Any) -> list[Any]:
+    return plugins if isinstance(plugins, list) else [] if plugins is None else [plugins]
 
 
 class RunCLI(LightningCLI):
@@ -76,6 +89,9 @@ class RunCLI(LightningCLI):
         self.resumed = resumed
         self.stopped_at: StopPoint | None = None
         self.changes: Changes = {}
+        self._damages: list[str] = []
+        self._signals = StopSignals()
+        self._signals.install()
         self.answers = AnswerKeeper(None)
         self._arguments = args
         super().__init__(
@@ -127,8 +143,10 @@ class RunCLI(LightningCLI):
             trainer.benchmark = not trainer.deterministic
         if self.resumed is not None:
             self.changes = find_changes(self.resumed, config_text(self._parser("fit"), config))
-            self.stopped_at = stop_point(self.resumed)
+            self.stopped_at, self._damages = stop_point(self.resumed)
             self.stopped_at.check_length(trainer.max_epochs)
+            self.stopped_at.check_changes(self.changes)
+            config.ckpt_path = str(self.stopped_at.checkpoint)
 
     # -- making the Trainer ------------------------------------------------------------------------------------------
 
@@ -149,6 +167,7 @@ class RunCLI(LightningCLI):
             "callbacks": self._callbacks(settings, monitored),
             "logger": settings.logger,
             "profiler": settings.profiler or NoProfiler(),
+            "plugins": [*_as_list(settings.plugins), DurableCheckpointIO()],
         }
         if settings.logger in (None, True):
             steps_done = self.stopped_at.steps_done if self.stopped_at else None
@@ -176,13 +195,15 @@ class RunCLI(LightningCLI):
         if self.subcommand != "fit":
             return callbacks
         assert self.run is not None
+        callbacks.append(ExactState())
         callbacks.append(RunRecorder(self.run, self._describe_resume()))
         callbacks.append(Dashboard(self.datamodule.class_names, self.config["fit"].as_dict()))
         if monitored:
             callbacks.append(self.config_init["fit"].early_stopping)
         if settings.enable_checkpointing is not False:
             # Best before last, so that the last checkpoint knows the best of its own epoch.
-            callbacks += [RunCheckpoint(self.run, which) for which in (("best", "last") if monitored else ("last",))]
+            callbacks += [BestCheckpoint(self.run)] if monitored else []
+            callbacks.append(LastCheckpoint(self.run, self.config_init["fit"].checkpoint, self._signals))
         return callbacks
 
     def _make_run(self, config: Namespace) -> None:
@@ -195,6 +216,8 @@ class RunCLI(LightningCLI):
             return
         if self.resumed is not None:
             self.run = open_run(self.resumed.path, lock=True)
+            assert self.stopped_at is not None
+            clear_up(self.run, self.stopped_at, self._damages)
             reason = self._other_pictures(self.run)
             if reason:
                 raise UserError(f"{self.run.path}: {reason}; going on would train on its validation pictures.")
@@ -290,7 +313,7 @@ class RunCLI(LightningCLI):
         if self.changes:
             write_text_durably(self.run.config, config_text(self._parser("fit"), self.config["fit"]))
         self.run.discard_results()  # of the weights before
-        print(f"Going on with {self.run.path} after epoch {self.stopped_at.epochs_done}.")
+        print(f"Going on with {self.run.path} {self.stopped_at.describe()}.")
         for line in describe_changes(self.changes):
             print(f"  {line}")
         planned = {"trainer.max_epochs", "trainer.max_steps", "data.batch_size", "model.lr", "model.pct_start"}

@@ -6,6 +6,7 @@ A checkpoint holds plain types only and is read with `weights_only=True`: it can
 import pickle
 import zipfile
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256
 from cifar_lightning.models import build_model
 from cifar_lightning.runs import RunFolder
+from cifar_lightning.seal import has_seal, is_intact
 
 _NETWORK = "network."  # what ImageClassifier calls it, and torch.compile's wrapper does not change
 _DATA = "ImageDataModule"  # the key under which Lightning keeps the data module's state
+EXACT_STATE = "cifar_lightning"
+"""The key under which a run's checkpoint keeps what an exact resume needs beside Lightning's state: see `exact`."""
 
 
 @dataclass(frozen=True)
@@ -93,27 +97,40 @@ def load_network(run: RunFolder) -> TrainedNetwork:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, as data.
+    """Read a checkpoint onto the CPU, as data, after its hash was found right.
+
+    A file that no run here wrote has no hash; of it the zip format's own checksums must be right.
 
     Raises:
         UserError: It is missing, damaged, or holds more than plain types and tensors.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        if damaged:
-            raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
+        sealed = has_seal(data)
+        if sealed and not is_intact(data):
+            raise zipfile.BadZipFile("its SHA-256 is wrong")
+        if not sealed:
+            _check_zip(data)
+        checkpoint = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; give a checkpoint, such as RUN/checkpoints/best.ckpt.") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: refused, since it holds more than numbers and could run code.") from error
-    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files make the readers of zip and pickle raise nearly anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: a damaged checkpoint, or none ({reason}).") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__} and not a checkpoint.")
+    if not sealed and EXACT_STATE in checkpoint:
+        raise UserError(f"{path}: a damaged checkpoint (its SHA-256 is cut off or overwritten).")
     return checkpoint
+
+
+def _check_zip(data: bytes) -> None:
+    with zipfile.ZipFile(BytesIO(data)) as archive:
+        damaged = archive.testzip()  # torch.load does not look at the checksums
+    if damaged:
+        raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -25,6 +25,9 @@ LAYERS = [
         "synthetic",
         "sources",
         "runs",
+        "seal",
+        "signals",
+        "guard",
     ],
     ["significance", "calibration", "analysis", "gallery"],
     ["loader", "figures"],
@@ -33,7 +36,8 @@ LAYERS = [
     ["classifier"],
     ["results", "statements", "findings", "comparison", "charts", "page", "terminal", "report", "model_card"],
     ["callbacks", "answers", "dashboard", "progress", "predict", "export", "doctor"],
-    ["resume", "tune", "parser", "noise", "training"],
+    ["exact", "checkpoint"],
+    ["resume", "tune", "parser", "noise", "failures", "training"],
     ["flags", "help", "cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]

@@ -1,0 +1,234 @@
+"""Checkpoints that outlast a power cut, and last.ckpt: when it is written, and how a signal ends a run.
+
+A checkpoint is written beside its target, put on the disk, renamed, and the folder put on the disk: whatever happens,
+under its name lies either the old one or the new one, whole. The one before stays as previous.ckpt.
+"""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from cifar_lightning.errors import RunError, UserError
+from cifar_lightning.files import write_bytes_durably
+from cifar_lightning.limits import check_limits
+from cifar_lightning.runs import RunFolder
+from cifar_lightning.seal import seal
+from cifar_lightning.signals import Stopped, StopSignals, highest_of_ranks
+from cifar_lightning.weights import read_checkpoint
+
+_MINUTES_ARE_UP = 1  # below every signal's number, so that the highest of all ranks' wishes is the one that counts
+
+
+class DurableCheckpointIO(CheckpointIO):
+    """How the Trainer writes and reads checkpoints: durably, sealed, as data alone."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint whole or not at all.
+
+        Raises:
+            RunError: It cannot be written, or its weights are not finite; what lay there before is intact.
+        """
+        target = Path(path)
+        broken = next((name for name, value in checkpoint["state_dict"].items() if not _is_finite(value)), None)
+        if broken is not None:
+            raise RunError(
+                f"{target}: not written, since {broken} holds NaN or infinity after step {checkpoint['global_step']}; "
+                "the checkpoint before is kept.\nLower --lr, or clip with --trainer.gradient_clip_val 1."
+            )
+        hparams = {key: plain(value) for key, value in checkpoint.items() if key.endswith("hyper_parameters")}
+        buffer = BytesIO()
+        torch.save({**checkpoint, **hparams}, buffer)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes_durably(target, seal(buffer.getvalue()))
+        except OSError as error:
+            raise RunError(
+                f"{target}: cannot be written ({error.strerror}); the checkpoint before is kept.\n"
+                f"Make room or mend the permissions, then: python train.py fit --resume {target.parent.parent}"
+            ) from error
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint onto the CPU, checked; see `read_checkpoint`."""
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Remove a checkpoint that the Trainer no longer keeps."""
+        Path(path).unlink(missing_ok=True)
+
+
+def _is_finite(value: Any) -> bool:
+    return not (isinstance(value, Tensor) and value.is_floating_point()) or bool(value.isfinite().all())
+
+
+def plain(value: Any) -> Any:
+    """Return a value as types that load with `weights_only=True`; what has no such form becomes its description."""
+    if isinstance(value, np.generic | np.ndarray):  # first: np.float64 is a float, too
+        return value.tolist()
+    if value is None or isinstance(value, str | bool | int | float | Tensor | torch.dtype):
+        return value
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    if isinstance(value, list | set | frozenset):
+        return list(map(plain, value))
+    return os.fspath(value) if isinstance(value, os.PathLike) else repr(value)
+
+
+def newest_checkpoint(run: RunFolder) -> tuple[Path, dict[str, Any], list[str]]:
+    """Read the newest undamaged checkpoint of a run: the last, the one before, or the best.
+
+    Returns:
+        Its path, what it holds, and what is wrong with each newer one.
+
+    Raises:
+        UserError: There is none.
+    """
+    damages: list[str] = []
+    for path in (run.last_checkpoint, run.previous_checkpoint, run.best_checkpoint):
+        if not path.exists():
+            continue
+        try:
+            return path, read_checkpoint(path), damages
+        except UserError as error:
+            damages.append(str(error))
+    if not damages:
+        run.require(run.last_checkpoint)
+    raise UserError("\n".join(damages[:1]) + f"\nNo other checkpoint in {run.checkpoints} can be read: train again.")
+
+
+class CheckpointSchedule:
+    """When last.ckpt is written beside the end of each epoch.
+
+    Args:
+        every_n_train_steps: Also after this many optimiser steps.
+        every_n_minutes: Also when this much time has passed since the last one.
+
+    Raises:
+        UserError: A value of 0 or below.
+    """
+
+    def __init__(self, every_n_train_steps: int | None = None, every_n_minutes: float | None = None) -> None:
+        check_limits("checkpoint", every_n_train_steps=every_n_train_steps, every_n_minutes=every_n_minutes)
+        self.every_n_train_steps, self.every_n_minutes = every_n_train_steps, every_n_minutes
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes last.ckpt at the end of each epoch, as scheduled, and when a signal asks the run to stop.
+
+    Lightning's ModelCheckpoint is not used for it: with `save_last=True` it saves "last" only beside a new best, and a
+    checkpoint of an epoch's last batch makes the resumed run skip that epoch's validation (Lightning 2.6.6). The end of
+    an epoch is saved after its validation, and inside a validation with the mark that it is to be run from its start.
+
+    Args:
+        run: The run's folder.
+        schedule: When it is written inside epochs.
+        signals: What may ask the run to stop.
+    """
+
+    def __init__(self, run: RunFolder, schedule: CheckpointSchedule, signals: StopSignals) -> None:
+        self.run, self.schedule, self.signals = run, schedule, signals
+        self._saved_at_step, self._saved_at_s = 0, 0.0
+        self._is_validating = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here on a signal waits for the next batch boundary."""
+        self._note_saved(trainer)
+        self.signals.defer()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Signals end the program again."""
+        self.signals.release()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Write it if that is due; stop where a signal asked for it."""
+        wish = highest_of_ranks(trainer, self.signals.signum or self._minutes_are_up())
+        if not (wish or self._steps_are_up(trainer)):
+            return
+        loop = trainer.fit_loop.epoch_loop
+        if not loop._should_accumulate() and not loop._num_ready_batches_reached():
+            self._save(trainer)  # not between: gradients are in no checkpoint, and the end of the epoch follows
+            self._stop(trainer, wish)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Stop inside a validation where a signal asked for it."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        wish = highest_of_ranks(trainer, self.signals.signum)
+        if wish:
+            self._is_validating = True
+            self._save(trainer)
+        self._stop(trainer, wish)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write it after the epoch's row and the best checkpoint; stop where a signal asked for it."""
+        self._save(trainer)
+        self._stop(trainer, highest_of_ranks(trainer, self.signals.signum))
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Mark a validation that was cut short as one that has to begin anew: its sums are not kept."""
+        if self._is_validating:
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            for count in ("total", "current"):
+                progress[count] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+    def _steps_are_up(self, trainer: pl.Trainer) -> bool:
+        every = self.schedule.every_n_train_steps
+        return every is not None and trainer.global_step % every == 0 and trainer.global_step != self._saved_at_step
+
+    def _minutes_are_up(self) -> int:
+        every = self.schedule.every_n_minutes
+        return _MINUTES_ARE_UP if every and time.monotonic() - self._saved_at_s >= 60 * every else 0
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero:
+            self._keep_previous()
+        trainer.save_checkpoint(self.run.last_checkpoint)
+        self._note_saved(trainer)
+
+    def _keep_previous(self) -> None:
+        """Give what is now last.ckpt a second name; a file system without links gets a copy."""
+        last, beside = self.run.last_checkpoint, self.run.checkpoints / ".previous.ckpt.link.tmp"
+        if not last.exists():
+            return
+        try:
+            beside.unlink(missing_ok=True)
+            try:
+                os.link(last, beside)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
+                    raise
+                shutil.copyfile(last, beside)
+            os.replace(beside, self.run.previous_checkpoint)
+        except OSError as error:
+            raise RunError(
+                f"{self.run.previous_checkpoint}: cannot be written ({error.strerror}); last.ckpt is kept.\n"
+                f"Make room or mend the permissions, then: python train.py fit --resume {self.run.path}"
+            ) from error
+
+    def _note_saved(self, trainer: pl.Trainer) -> None:
+        self._saved_at_step, self._saved_at_s = trainer.global_step, time.monotonic()
+
+    @staticmethod
+    def _stop(trainer: pl.Trainer, wish: int) -> None:
+        if wish > _MINUTES_ARE_UP:
+            raise Stopped(wish, is_reporting=trainer.is_global_zero)

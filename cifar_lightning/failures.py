@@ -1,0 +1,22 @@
+"""What errors of torch mean to the person whose run they ended."""
+
+import torch
+
+from cifar_lightning.errors import RunError
+
+_GOES_ON = "Checkpoints are kept: python train.py fit --resume RUN goes on."
+
+
+def explain(error: RuntimeError) -> RunError | None:
+    """Return the error in a person's words, with a way out; None for one that is not known, such as a mistake here."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return RunError(
+            "out of memory: halve --batch_size and give --trainer.accumulate_grad_batches 2, which trains alike; "
+            f"--data.eval_batch_size for validation and test.\n{_GOES_ON}"
+        )
+    if "DataLoader worker" in text:
+        return RunError(
+            f"a loader's worker process died ({text[:120]}).\nMemory may have run out: fewer --data.num_workers. {_GOES_ON}"
+        )
+    return None
