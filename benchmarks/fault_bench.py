@@ -1,0 +1,337 @@
+"""What the rows of `faults.py` share: starting a program, the run that they compare with, and the table itself.
+
+"Clearly reported": exit status not 0, at most 3 lines on stderr that name the thing, no traceback. "Not lost": the last
+good checkpoint loads and at most one save interval of work is done again.
+"""
+
+import contextlib
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fault_judge import Done, differences, load, unclear
+from fault_sabotage import NOTES
+from fault_subjects import BENCHMARKS, Subject
+
+TIMEOUT_S = 240
+_POLL_S = 0.005
+SABOTAGE = BENCHMARKS / "fault_sabotage.py"
+
+
+class Skipped(Exception):
+    """Raised where this machine cannot set a fault up; the message says why."""
+
+
+@dataclass
+class Trial:
+    """One row's try: where it may write, and what was found wrong.
+
+    Attributes:
+        bench: What all rows share.
+        place: An empty folder.
+        faults: What was found wrong; none: the row is handled.
+        not_lost: Whether no work was lost; None where that is no question.
+        clear: Whether what failed said so clearly; None where nothing failed.
+    """
+
+    bench: "Bench"
+    place: Path
+    faults: list[str] = field(default_factory=list)
+    not_lost: bool | None = None
+    clear: bool | None = None
+
+    @property
+    def subject(self) -> Subject:
+        """The program that is tried."""
+        return self.bench.subject
+
+    def expect(self, is_so: bool, fault: str) -> bool:
+        """Note a fault where something is not so; return whether it is so."""
+        if not is_so:
+            self.faults.append(fault)
+        return is_so
+
+    def reported(self, what: str, done: Done, *names: str, status: int | None = None) -> bool:
+        """Expect a clear failure that names some words, with that exit status if one is given."""
+        fault = unclear(done, *names)
+        self.clear = self.clear is not False and not fault
+        if not fault and status is not None and done.status != status:
+            fault = f"exit status {done.status} and not {status}"
+        return self.expect(not fault, f"{what}: {fault}")
+
+    def worked(self, what: str, done: Done) -> bool:
+        """Expect exit status 0."""
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or [""]
+        return self.expect(done.status == 0, f"{what}: exit status {done.status} ({last[0].strip()[:120]})")
+
+    def kept(self, is_so: bool, fault: str) -> bool:
+        """Expect that no work was lost."""
+        self.not_lost = self.not_lost is not False and is_so
+        return self.expect(is_so, fault)
+
+    def run(self, arguments: Sequence[Any], **kwargs: Any) -> Done:
+        """Run the subject in this row's folder; see `Bench.run`."""
+        return self.bench.run(arguments, **{"cwd": self.place, **kwargs})
+
+    def fit(self, out: Path, *, acts: str | None = None, env: Any = None, **settings: Any) -> Done:
+        """Train on the pictures that all rows share, into a folder."""
+        return self.run(self.bench.fit(out, **settings), acts=acts, env=env)
+
+    def resume(self, out: Path, *, acts: str | None = None, env: Any = None, **settings: Any) -> Done:
+        """Go on with a training on the pictures that all rows share."""
+        return self.run(self.bench.resume(out, **settings), acts=acts, env=env)
+
+    def killed(self, out: Path, acts: str = "SIGKILL@train:47", **kwargs: Any) -> Path:
+        """Train until the process is killed there: by default in its second epoch, two steps after a checkpoint."""
+        done = self.fit(out, acts=acts, **kwargs)
+        if done.status >= 0:
+            raise RuntimeError(f"{acts} was not reached: exit status {done.status}, {done.stderr.strip()[-200:]}")
+        return out
+
+    def ended_like_the_reference(self, what: str, out: Path) -> bool:
+        """Expect the same end as that of the run that nothing was done to."""
+        fault = self.bench.difference(out)
+        return self.kept(not fault, f"{what}: {fault}")
+
+
+# -- what is shared ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The run that nothing is done to.
+
+    Attributes:
+        out: Its folder.
+        training_s: Seconds from its first to its last checkpoint.
+    """
+
+    out: Path
+    training_s: float
+
+
+class Bench:
+    """The pictures, the runs and the folder that the rows share.
+
+    Args:
+        folder: Where everything is made.
+        subject: The program that is tried.
+        data: Class folders of real pictures for the runs that are compared bit by bit; by default drawn ones.
+        kills: How often row 1 kills.
+    """
+
+    def __init__(self, folder: Path, subject: Subject, *, data: Path | None = None, kills: int = 5) -> None:
+        self.folder, self.subject, self.data, self.kills = folder, subject, data, kills
+        self._lock = threading.RLock()
+
+    # -- starting the subject
+
+    def start(
+        self,
+        arguments: Sequence[Any],
+        *,
+        cwd: Path,
+        acts: str | None = None,
+        env: dict[str, Any] | None = None,
+        prefix: Sequence[str] = (),
+        program: Path | None = None,
+    ) -> subprocess.Popen:
+        """Start a program in a process group of its own; what it prints goes to files, which no orphan holds open.
+
+        Args:
+            arguments: Its arguments.
+            cwd: Its folder; made where it is missing.
+            acts: What is done to it, as `fault_sabotage.py` reads it.
+            env: More environment variables.
+            prefix: What comes before the command.
+            program: A Python file; the subject's by default.
+        """
+        before = [SABOTAGE, acts] if acts else []
+        command = [*prefix, sys.executable, *before, program or self.subject.program, *arguments]
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"}
+        variables |= {"CIFAR_LIGHTNING_CACHE": str(self.folder / "user_cache"), NOTES: str(cwd), **(env or {})}
+        variables.pop("CIFAR_LIGHTNING_RUN_DIR", None)
+        cwd.mkdir(parents=True, exist_ok=True)
+        number = len(list(cwd.glob("stdout.*")))
+        files = [(cwd / f"{name}.{number}").open("wb") for name in ("stdout", "stderr")]
+        with files[0], files[1]:
+            process = subprocess.Popen(
+                [a if isinstance(a, bytes) else str(a) for a in command],
+                cwd=cwd,
+                env={name: value if isinstance(value, bytes) else str(value) for name, value in variables.items()},
+                stdin=subprocess.DEVNULL,
+                stdout=files[0],
+                stderr=files[1],
+                start_new_session=True,
+            )
+        process.printed = tuple(file.name for file in files)
+        return process
+
+    @staticmethod
+    def wait(process: subprocess.Popen, timeout_s: float = TIMEOUT_S) -> Done:
+        """Wait for the end of a process and clear its group away.
+
+        Raises:
+            RuntimeError: It does not end.
+        """
+        try:
+            status = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            kill_group(process)
+            raise RuntimeError(f"no end after {timeout_s:.0f} s") from None
+        kill_group(process)
+        stdout, stderr = (Path(name).read_text(encoding="utf-8", errors="replace") for name in process.printed)
+        return Done(status, stdout, stderr)
+
+    def run(self, arguments: Sequence[Any], **kwargs: Any) -> Done:
+        """Run the subject in a new process to its end; see `start`."""
+        return self.wait(self.start(arguments, **kwargs))
+
+    # -- the pictures and runs that are compared
+
+    @functools.cached_property
+    def drawn(self) -> Path:
+        """Class folders of drawn pictures: 600 to train on; 101 to test on, which 2 and 3 processes share unevenly."""
+        from fault_pictures import draw_class_folders
+
+        with self._lock:
+            return draw_class_folders(self.folder / "drawn", num_train=600, num_test=101)
+
+    @functools.cached_property
+    def pictures(self) -> Path:
+        """The pictures of the runs that are compared bit by bit: a copy of `--data`, or the drawn ones."""
+        with self._lock:
+            if self.data is None:
+                return self.drawn
+            return Path(shutil.copytree(self.data, self.folder / "pictures", dirs_exist_ok=True))
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """What makes 30 steps an epoch of the pictures."""
+        num_train = 600 if self.data is None else sum(1 for _ in (self.pictures / "train").glob("*/*"))
+        return {"batch_size": -(-num_train * 9 // 10 // 30), "size": 16 if self.data is None else 32}
+
+    def fit(self, out: Any, **settings: Any) -> list[Any]:
+        """Return the arguments of a training on `pictures`."""
+        return self.subject.fit(self.pictures, out, **{**self.settings, **settings})
+
+    def resume(self, out: Any, **settings: Any) -> list[Any]:
+        """Return the arguments that go on with it."""
+        return self.subject.resume(self.pictures, out, **{**self.settings, **settings})
+
+    @property
+    def reference(self) -> Reference:
+        """The run that nothing was done to; made when it is first asked for."""
+        with self._lock:
+            return self._reference
+
+    @functools.cached_property
+    def _reference(self) -> Reference:
+        out = self.folder / "reference" / "run"
+        process = self.start(self.fit(out), cwd=out.parent)
+        last = self.subject.last(out)
+        began = time.time()
+        wait_for(last.exists, process)
+        first_s = time.time()
+        done = self.wait(process)
+        if done.status != 0:
+            raise RuntimeError(f"the reference run failed: {done.stderr.strip()[-300:]}")
+        assert began < first_s
+        return Reference(out, last.stat().st_mtime - first_s)
+
+    @property
+    def finished(self) -> Path:
+        """A finished run on the drawn pictures."""
+        if self.data is None:
+            return self.reference.out
+        with self._lock:
+            return self._finished
+
+    @functools.cached_property
+    def _finished(self) -> Path:
+        out = self.folder / "finished" / "run"
+        done = self.run(self.subject.fit(self.drawn, out, epochs=1), cwd=out.parent)
+        if done.status != 0:
+            raise RuntimeError(f"the run to be tested failed: {done.stderr.strip()[-300:]}")
+        return out
+
+    def copy_of_reference(self, place: Path) -> Path:
+        """Return a copy of the run that nothing was done to, for a row that damages it."""
+        return Path(shutil.copytree(self.reference.out, place / "run"))
+
+    def difference(self, out: Path) -> str:
+        """Return how a run's end differs from the reference's; empty if it is equal in every tensor and number."""
+        last, theirs = self.subject.last(out), self.subject.last(self.reference.out)
+        if not last.exists():
+            return "no last.ckpt"
+        one, other = load(last), load(theirs)
+        if self.subject.is_plain:  # its loops and callbacks count what was done twice; only the training is compared
+            one, other = ({key: tree[key] for key in ("state_dict", "optimizer_states")} for tree in (one, other))
+        names = differences(one, other)
+        if names:
+            return f"last.ckpt differs in {len(names)} values, such as {names[0]}"
+        if not self.subject.is_plain:
+            ours, unbroken = ((run / "metrics.csv").read_bytes() for run in (out, self.reference.out))
+            return "" if ours == unbroken else "metrics.csv differs"
+        return ""
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """Kill what is left of a process group, as a power cut would."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def wait_for(is_there: Callable[[], bool], process: subprocess.Popen, timeout_s: float = TIMEOUT_S) -> bool:
+    """Wait until something is so or the process has ended; return whether it is so."""
+    until = time.monotonic() + timeout_s
+    while not is_there():
+        if process.poll() is not None or time.monotonic() > until:
+            return is_there()
+        time.sleep(_POLL_S)
+    return True
+
+
+# -- the table -----------------------------------------------------------------------------------------------------
+
+Perform = Callable[[Trial], str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        number: Its number.
+        what: What is done.
+        perform: Does it; notes faults in the trial and returns what was seen, in a few words.
+        is_for_plain: Whether it makes sense for plain Lightning.
+    """
+
+    number: int
+    what: str
+    perform: Perform
+    is_for_plain: bool
+
+
+ROWS: dict[int, Row] = {}
+
+
+def row(number: int, what: str, *, plain: bool = True) -> Callable[[Perform], Perform]:
+    """Enter a function into the table."""
+
+    def enter(perform: Perform) -> Perform:
+        ROWS[number] = Row(number, what, perform, plain)
+        return perform
+
+    return enter

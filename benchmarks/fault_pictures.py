@@ -1,0 +1,92 @@
+"""Pictures for `faults.py`: class folders that are drawn, and files that are damaged, odd or a trap."""
+
+import io
+import struct
+import sys
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cifar_lightning.synthetic import CLASS_NAMES, draw
+
+
+def draw_class_folders(root: Path, *, num_train: int, num_test: int, num_classes: int = 10, size: int = 16) -> Path:
+    """Write `root/train/<class>/*.png` and `root/test/<class>/*.png` with pictures of shapes; return `root`."""
+    for split, count in (("train", num_train), ("test", num_test)):
+        images, targets = draw(split, count, size)
+        for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+            folder = root / split / CLASS_NAMES[target % num_classes]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{number:05}.png")
+    return root
+
+
+def small_set(root: Path, names: Iterable[str | bytes] = ("ant", "bee", "cat")) -> Path:
+    """Write a set of few pictures for rows that never train long: 20 a class to train on, 5 to test on."""
+    import os
+
+    for split, count in (("train", 20), ("test", 5)):
+        for number, name in enumerate(names):
+            folder = os.path.join(os.fsencode(root), split.encode(), os.fsencode(name))
+            os.makedirs(folder, exist_ok=True)
+            for index in range(count):
+                pixels = np.random.default_rng([number, index, count]).integers(0, 80, (16, 16, 3), dtype=np.uint8)
+                with open(os.path.join(folder, b"%02d.png" % index), "wb") as file:
+                    Image.fromarray(pixels + np.uint8(80 * number)).save(file, "PNG")
+    return root
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **kwargs: object) -> bytes:
+    """Return a picture as the bytes of a file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **kwargs)
+    return buffer.getvalue()
+
+
+def damaged_pictures() -> dict[str, bytes]:
+    """Return files that are no whole pictures, by name."""
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    png, jpeg = (encoded(Image.fromarray(noise), kind) for kind in ("PNG", "JPEG"))
+    flipped = bytearray(png)
+    flipped[len(png) // 2] ^= 0x10
+    return {
+        "bad_empty.png": b"",
+        "bad_text.png": b"this is no picture\n",
+        "bad_cut.png": png[: len(png) // 2],
+        "bad_cut.jpg": jpeg[: len(jpeg) // 2],
+        "bad_flipped.png": bytes(flipped),
+    }
+
+
+def odd_pictures() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
+    """Return pictures of one colour in odd modes and sizes, by name, with the RGB that they must become."""
+    palette = Image.new("P", (16, 16), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    deep = Image.fromarray(np.full((16, 16), 0x8000, np.uint16))
+    return {
+        "odd_gray.png": (encoded(Image.new("L", (16, 16), 77)), (77, 77, 77)),
+        "odd_transparent.png": (encoded(Image.new("RGBA", (16, 16), (200, 0, 0, 0))), (255, 255, 255)),
+        "odd_palette.png": (encoded(palette), (10, 200, 30)),
+        "odd_cmyk.jpg": (encoded(Image.new("CMYK", (16, 16), (0, 0, 0, 255)), "JPEG", quality=100), (0, 0, 0)),
+        "odd_16bit.png": (encoded(deep), (128, 128, 128)),
+        "odd_bit.png": (encoded(Image.new("1", (16, 16), 1)), (255, 255, 255)),
+        "odd_large.png": (encoded(Image.new("RGB", (120, 61), (9, 8, 7))), (9, 8, 7)),
+        "odd_small.png": (encoded(Image.new("RGB", (3, 5), (90, 80, 70))), (90, 80, 70)),
+    }
+
+
+def bomb(side: int = 20_000) -> bytes:
+    """Return a PNG of few bytes that claims `side` x `side` pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(1 + side // 8)) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")

@@ -1,0 +1,148 @@
+"""Rows 19 to 21: archives that are wrong, cut off, or reach out of their folder; served by a host of this machine.
+
+CIFAR-10's real archive is not at hand everywhere, so that the program is told of a small one by the same name.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from fault_bench import Trial, row
+from fault_judge import Done
+from fault_sabotage import ARCHIVE
+
+_NAME = "cifar-10-python.tar.gz"
+_FOLDER = "cifar-10-batches-py"
+_PAYLOAD = hashlib.shake_256(b"pictures").digest(400_000)  # not compressible, so that there is something to cut
+
+
+def _tar(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+_GOOD = _tar({f"{_FOLDER}/data_batch_1": _PAYLOAD})
+
+
+class _Host(ThreadingHTTPServer):
+    """Serves files below /NAME; `cut_after` bytes of a body the connection is closed."""
+
+    daemon_threads = True
+
+    def __init__(self, files: dict[str, bytes], cut_after: dict[str, int]) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files, self.cut_after = files, cut_after
+        self.ranges: list[str | None] = []
+
+    def url(self, name: str) -> str:
+        """Return a file's address."""
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Host
+
+    def do_GET(self) -> None:
+        """Answer with a file, or with the rest of it that was asked for."""
+        name, asked = self.path.lstrip("/"), self.headers.get("Range")
+        self.server.ranges.append(asked)
+        data = self.server.files[name]
+        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        self.wfile.write(data[start:][: self.server.cut_after.get(name, len(data))])
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+@contextlib.contextmanager
+def _host(files: dict[str, bytes], **cut_after: int) -> Iterator[_Host]:
+    with _Host(files, cut_after) as host:
+        thread = threading.Thread(target=host.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield host
+        finally:
+            host.shutdown()
+            thread.join()
+
+
+def _download(trial: Trial, root: Path, archive: bytes, *urls: str) -> Done:
+    """Run the download of an archive from some addresses."""
+    known = {"size_bytes": len(archive), "md5": hashlib.md5(archive, usedforsecurity=False).hexdigest()}
+    known |= {"sha256": hashlib.sha256(archive).hexdigest(), "urls": urls}
+    return trial.run(["download", "--root", root], acts="archive@start", env={ARCHIVE: json.dumps(known)})
+
+
+@row(19, "archive with a wrong hash", plain=False)
+def wrong_hash(trial: Trial) -> str:
+    """One byte is wrong: alone, and before a mirror that is right."""
+    wrong = bytearray(_GOOD)
+    wrong[len(wrong) // 2] ^= 1
+    with _host({"wrong": bytes(wrong), "good": _GOOD}) as host:
+        root = trial.place / "wrong"
+        done = _download(trial, root, _GOOD, host.url("wrong"))
+        hashes = [hashlib.sha256(data).hexdigest() for data in (wrong, _GOOD)]
+        trial.reported("alone", done, *hashes)
+        _nothing_in_place(trial, "alone", root)
+        done = _download(trial, trial.place / "good", _GOOD, host.url("wrong"), host.url("good"))
+        if trial.worked("with a mirror", done):
+            trial.expect(all(value in done.stdout for value in hashes), "expected and actual hash are not shown")
+            found = (trial.place / "good" / _FOLDER / "data_batch_1").read_bytes()
+            trial.expect(found == _PAYLOAD, "the mirror's file is not what was unpacked")
+    return "both hashes shown, nothing unpacked; the next mirror is used"
+
+
+@row(20, "download cut off", plain=False)
+def cut_off(trial: Trial) -> str:
+    """Once in the middle; and at every try."""
+    third = len(_GOOD) // 3 + 1
+    with _host({"half": _GOOD, "never": _GOOD}, half=third, never=0) as host:
+        root = trial.place / "half"
+        if trial.worked("cut twice", _download(trial, root, _GOOD, host.url("half"))):
+            found = (root / _FOLDER / "data_batch_1").read_bytes()
+            trial.kept(found == _PAYLOAD, "the file is not the one that was served")
+        asked = [None, *(f"bytes={part * third}-" for part in (1, 2))]
+        trial.kept(host.ranges == asked, f"asked for {host.ranges}, not to go on from where it was")
+        root = trial.place / "never"
+        trial.reported("cut at once", _download(trial, root, _GOOD, host.url("never")), _NAME)
+        _nothing_in_place(trial, "cut at once", root)
+    return "goes on from where it was; without an end nothing is in place"
+
+
+def _nothing_in_place(trial: Trial, what: str, root: Path) -> None:
+    for name in (_NAME, _FOLDER):
+        trial.expect(not (root / name).exists(), f"{what}: {name} is in place")
+
+
+@row(21, "archive with ../ members", plain=False)
+def reaching_out(trial: Trial) -> str:
+    """With the right hash, as a mirror's own archive would have where somebody changed the pinned one."""
+    for number, name in enumerate(("../outside", f"{_FOLDER}/../../outside", str(trial.place / "outside"))):
+        archive = _tar({f"{_FOLDER}/data_batch_1": b"x", name: b"y"})
+        root = trial.place / f"inner{number}" / "root"
+        with _host({"evil": archive}) as host:
+            done = _download(trial, root, archive, host.url("evil"))
+        if name.startswith("/"):  # taken as relative, as every tar program does
+            trial.worked(name, done)
+        else:
+            trial.reported(name, done, _NAME)
+            trial.expect(not (root / _FOLDER).exists(), f"{name}: unpacked")
+        trial.expect(not list(trial.place.rglob("outside")), f"{name}: written outside of its folder")
+    return "refused; an absolute path is taken as relative; nothing is written outside"

@@ -1,0 +1,109 @@
+"""Rows 22 to 25 and 37: class folders and pictures as people have them, and caches that are out of date."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from fault_bench import Trial, row
+from fault_judge import Done, load
+from fault_pictures import bomb, damaged_pictures, encoded, odd_pictures, small_set
+from PIL import Image
+
+_SETTINGS = {"epochs": 1, "batch_size": 18, "workers": 0}
+_CACHE = Path(".cifar_lightning_cache", "train-16.npy")
+
+
+def _fit(trial: Trial, data: Path, name: str = "run") -> Done:
+    return trial.run(trial.subject.fit(data, trial.place / f"{name}_{data.name}", **_SETTINGS))
+
+
+@row(22, "missing, extra, empty or hidden class folders")
+def class_folders(trial: Trial) -> str:
+    """One at a time; what differs must be named, hidden folders are no classes."""
+    good, sets = small_set(trial.place / "good"), {}
+    for fault in ("missing", "extra", "empty", "hidden"):
+        sets[fault] = Path(shutil.copytree(good, trial.place / fault))
+    shutil.rmtree(sets["missing"] / "test" / "bee")
+    shutil.copytree(good / "test" / "bee", sets["extra"] / "test" / "dog")
+    for path in (sets["empty"] / "train" / "cat").iterdir():
+        path.unlink()
+    shutil.copytree(good / "train" / "bee", sets["hidden"] / "train" / ".ipynb_checkpoints")
+    for fault, name in (("missing", "bee"), ("extra", "dog"), ("empty", "cat")):
+        trial.reported(fault, _fit(trial, sets[fault]), name)
+    done = _fit(trial, sets["hidden"])
+    if trial.worked("hidden", done):
+        last = load(trial.subject.last(trial.place / "run_hidden"))
+        classes = [len(value) for name, value in last["state_dict"].items() if name.endswith("bias")][-1]
+        trial.expect(classes == 3, f"hidden: {classes} classes and not 3")
+    return "missing, extra and empty are named, hidden is no class"
+
+
+@row(23, "pictures: zero bytes, text, truncated PNG/JPEG, flipped byte")
+def damaged(trial: Trial) -> str:
+    """All at once: one is named, all are counted and listed."""
+    data, bad = small_set(trial.place / "data"), damaged_pictures()
+    for name, content in bad.items():
+        (data / "train" / "bee" / name).write_bytes(content)
+    done = _fit(trial, data)
+    trial.reported("all at once", done, "train/bee/bad_", f"{len(bad)} of {60 + len(bad)}")
+    listed = [path.read_text() for path in data.rglob("unreadable-*.txt")]
+    trial.expect(bool(listed) and all(name in listed[0] for name in bad), "not all of them are listed")
+    return f"one named, {len(bad)} of {60 + len(bad)} counted, all listed"
+
+
+@row(24, "gray, RGBA, palette, CMYK, 16-bit, other sizes")
+def odd(trial: Trial) -> str:
+    """What is converted must be what is documented; what has no defined white is refused."""
+    data, pictures = small_set(trial.place / "data"), odd_pictures()
+    for name, (content, _) in pictures.items():
+        (data / "train" / "bee" / name).write_bytes(content)
+    if trial.worked("converted", _fit(trial, data)) and not trial.subject.is_plain:
+        names = sorted(path.name for path in (data / "train" / "bee").iterdir())
+        decoded = np.load(data / _CACHE)[20 : 20 + len(names)].astype(int)
+        for name, (_, rgb) in pictures.items():
+            pixels = decoded[names.index(name)]
+            trial.expect(np.abs(pixels - rgb).max() <= 3, f"{name} became {pixels[0, 0].tolist()}, not {list(rgb)}")
+    if trial.subject.is_plain:
+        _check_as_torchvision_reads(trial, data, pictures)
+    (data / "train" / "bee" / "odd_float.tif").write_bytes(encoded(Image.new("F", (16, 16), 0.5), "TIFF"))
+    trial.reported("floating point", _fit(trial, data, "float"), "odd_float.tif")
+    return f"{len(pictures)} kinds converted as documented, floating point refused"
+
+
+def _check_as_torchvision_reads(trial: Trial, data: Path, pictures: dict) -> None:
+    from torchvision.datasets.folder import default_loader
+
+    for name, (_, rgb) in pictures.items():
+        pixels = np.asarray(default_loader(str(data / "train" / "bee" / name))).astype(int)
+        if name != "odd_transparent.png":  # what is below transparency is the reader's choice
+            trial.expect(np.abs(pixels - rgb).max() <= 3, f"{name} became {pixels[0, 0].tolist()}, not {list(rgb)}")
+
+
+@row(25, "decompression bomb")
+def decompression_bomb(trial: Trial) -> str:
+    """Few bytes that claim 400 million pixels."""
+    data = small_set(trial.place / "data")
+    (data / "train" / "bee" / "bomb.png").write_bytes(bomb())
+    trial.reported("the bomb", _fit(trial, data), "bomb.png")
+    return "refused, by name"
+
+
+@row(37, "cached pictures older than the folder, or cache cut short", plain=False)
+def old_cache(trial: Trial) -> str:
+    """What is trained on must be what a folder without a cache gives."""
+    data = small_set(trial.place / "data")
+    trial.worked("first start", _fit(trial, data, "first"))
+    picture = data / "train" / "ant" / "07.png"
+    picture.write_bytes(encoded(Image.new("RGB", (16, 16), (1, 2, 3))))
+    done = _fit(trial, data, "older")
+    trial.expect("decoding them again" in done.stdout, "older: nothing says so")
+    trial.expect(np.load(data / _CACHE)[7, 0, 0].tolist() == [1, 2, 3], "older: the cache was not rebuilt")
+    cache = data / _CACHE
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[: len(whole) // 2])
+    done = _fit(trial, data, "cut")
+    trial.expect("decoding them again" in done.stdout, "cut short: nothing says so")
+    trial.expect(cache.read_bytes() == whole, "cut short: the cache was not rebuilt")
+    one, other = (load(trial.subject.last(trial.place / f"{name}_data"))["state_dict"] for name in ("older", "cut"))
+    trial.expect(all(one[name].equal(other[name]) for name in one), "the weights differ")
+    return "noticed, said and rebuilt"

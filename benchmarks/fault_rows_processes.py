@@ -1,0 +1,133 @@
+"""Rows 16 to 18: several processes: uneven shares, one of them killed, all of them stopping together."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from fault_bench import Trial, kill_group, row, wait_for
+from fault_judge import load
+
+_GONE_S = 60
+
+
+@row(16, "2 and 3 ranks, uneven shares")
+def uneven_shares(trial: Trial) -> str:
+    """The test of one run, by 1, 2 and 3 processes: 101 pictures."""
+    finished = trial.bench.finished
+    if trial.subject.is_plain:
+        return _uneven_shares_of_plain(trial, finished)
+    runs = {}
+    for ranks in (1, 2, 3):
+        run = Path(shutil.copytree(finished, trial.place / f"run{ranks}"))
+        several = ["--trainer.strategy", "ddp"] if ranks > 1 else []
+        done = trial.run(["test", run, "--trainer.devices", ranks, "--trainer.accelerator", "cpu", *several])
+        trial.worked(f"{ranks} processes", done)
+        counts = (run / "confusion_matrix.csv").read_bytes()
+        runs[ranks] = counts, json.loads((run / "test_metrics.json").read_text(encoding="utf-8"))
+    for ranks in (2, 3):
+        trial.expect(runs[ranks][0] == runs[1][0], f"{ranks} processes: another confusion matrix")
+        for name in ("accuracy", "loss", "ece", "num_pictures"):
+            one, several = runs[1][1][name], runs[ranks][1][name]
+            trial.expect(abs(one - several) <= 1e-6, f"{ranks} processes: {name} {several} and not {one}")
+    return f"the same confusion matrix of {runs[1][1]['num_pictures']} pictures, means within 1e-6"
+
+
+def _uneven_shares_of_plain(trial: Trial, finished: Path) -> str:
+    accuracies = []
+    for ranks in (1, 2, 3):
+        command = trial.bench.fit(trial.place / f"run{ranks}", devices=ranks)
+        done = trial.run([*command, "--test", "--ckpt_path", finished / "last.ckpt"])
+        trial.worked(f"{ranks} processes", done)
+        found = re.search(r"test/acc\s*\W\s*([\d.]+)", done.stdout)
+        accuracies.append(float(found[1]) if found else float("nan"))
+    trial.expect(len(set(accuracies)) == 1, f"accuracies {accuracies} with 1, 2 and 3 processes")
+    return "the same accuracy"
+
+
+@row(17, "SIGKILL one rank")
+def one_rank_killed(trial: Trial) -> str:
+    """The second one; then, of another start, the first."""
+    seconds = []
+    for victim in (1, 0):
+        out = trial.place / f"run{victim}"
+        command = trial.bench.fit(out, devices=2, epochs=200, workers=0)
+        process = trial.bench.start(command, cwd=trial.place)
+        try:
+            if not wait_for(trial.subject.last(out).exists, process):
+                raise RuntimeError(f"two processes did not start: {trial.bench.wait(process).stderr.strip()[-300:]}")
+            ranks = [process.pid, *_second_rank(process.pid)]
+            os.kill(ranks[victim], signal.SIGKILL)
+            began = time.monotonic()
+            gone = wait_until_gone(process, ranks)
+            seconds.append(time.monotonic() - began)
+            trial.expect(gone, f"rank {victim} killed: the other one still runs after {_GONE_S} s")
+            status = process.poll()
+            trial.expect(status not in (None, 0), f"rank {victim} killed: exit status {status}")
+        finally:
+            kill_group(process)
+        trial.kept(bool(load(trial.subject.last(out))), f"rank {victim} killed: no checkpoint")
+        if victim == 1 and not trial.subject.is_plain:
+            done = trial.run(["fit", "--resume", out, "--epochs", _epochs_left(out)])
+            trial.worked("resume on two processes", done)
+            trial.kept("Going on with" in done.stdout, "resume does not go on")
+    return f"both gone after {seconds[0]:.0f} and {seconds[1]:.0f} s; resume works"
+
+
+def _epochs_left(out: Path) -> int:
+    """Return a number of epochs that ends a run soon: the one in work, and one more."""
+    return load(out / "checkpoints" / "last.ckpt")["epoch"] + 2
+
+
+def _second_rank(parent: int) -> list[int]:
+    """Return the process of the second rank, a child of the first one that was started by a command."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            is_child = f"PPid:\t{parent}\n" in (path.parent / "status").read_text()
+            if is_child and b"LOCAL_RANK=1" in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    if len(found) != 1:
+        raise RuntimeError(f"{len(found)} processes of a second rank")
+    return found
+
+
+def wait_until_gone(process: subprocess.Popen, pids: list[int]) -> bool:
+    """Wait until processes have ended; return whether they have in time."""
+    until = time.monotonic() + _GONE_S
+    while time.monotonic() < until:
+        process.poll()  # or it stays as a zombie
+        if not any(_is_running(pid) for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@row(18, "early stop on 2 ranks")
+def early_stop(trial: Trial) -> str:
+    """An improvement that nothing reaches; each process notes the epochs that it has begun."""
+    if trial.subject.is_plain:
+        extra = ["--patience", 1]
+    else:
+        extra = ["--early_stopping.patience", 1, "--early_stopping.min_delta", 2, "--model.pct_start", 0.05]
+    epochs, out = 12, trial.place / "run"
+    arguments = trial.bench.fit(out, devices=2, epochs=epochs, workers=0, lr=1e-9 if trial.subject.is_plain else 0.01)
+    acts = ",".join(f"note@epoch:{number}" for number in range(epochs))
+    done = trial.run([*arguments, *extra], acts=acts)
+    trial.worked("two processes", done)
+    begun = [(trial.place / f"rank{rank}").read_text() for rank in (0, 1)]
+    trial.expect(begun[0] == begun[1], f"epochs begun: {begun[0]} and {begun[1]}")
+    trial.expect(int(begun[0]) < epochs, f"nothing stopped before epoch {epochs}")
+    return f"both stop in epoch {begun[0]} of {epochs}"

@@ -1,0 +1,66 @@
+"""The two programs that `faults.py` tries, and their spelling of what its rows ask for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).resolve().parent
+ROOT = BENCHMARKS.parent
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A program that trains, and its spelling of what the rows ask for.
+
+    Attributes:
+        name: "ours" or "plain".
+        program: The file that is run.
+    """
+
+    name: str
+    program: Path
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the peer."""
+        return self.name == "plain"
+
+    def fit(self, data: Any, out: Any, *, size: int = 16, epochs: int = 3, **settings: Any) -> list[Any]:
+        """Return the arguments of a training; settings: batch_size, lr, workers, every (steps), devices, extra.
+
+        Without `out`, ours chooses the folder itself.
+        """
+        asked = {"batch_size": 18, "lr": 0.01, "workers": 2, "every": 5, "devices": 1, "extra": (), **settings}
+        common = ["--epochs", epochs, "--batch_size", asked["batch_size"], f"--lr={asked['lr']}"]
+        if self.is_plain:
+            own = ["--data", data, "--out", out, "--image_size", size, "--num_workers", asked["workers"]]
+            own += ["--every_n_train_steps", asked["every"], "--devices", asked["devices"]]
+        else:
+            own = ["fit", "--data.dataset", "folder", "--data.root", data, "--data.image_size", size]
+            own += ["--model.model_kwargs", "{widths: [8, 8, 16], dropout: 0.2}", "--trainer.accelerator", "cpu"]
+            own += ["--trainer.logger", "false", "--data.num_workers", asked["workers"]]
+            own += ["--run_dir", out] if out is not None else []
+            own += ["--checkpoint.every_n_train_steps", asked["every"]]
+            if asked["devices"] > 1:
+                own += ["--trainer.strategy", "ddp", "--trainer.devices", asked["devices"]]
+        return [*own, *common, *asked["extra"]]
+
+    def resume(self, data: Any, out: Any, **settings: Any) -> list[Any]:
+        """Return the arguments that go on with a training; ours needs no settings."""
+        if self.is_plain:
+            return [*self.fit(data, out, **settings), "--ckpt_path", self.last(out)]
+        return ["fit", "--resume", out]
+
+    def checkpoints(self, out: Path) -> Path:
+        """Return the folder of a training's checkpoints."""
+        return out if self.is_plain else out / "checkpoints"
+
+    def last(self, out: Path) -> Path:
+        """Return the checkpoint that a training goes on from."""
+        return self.checkpoints(out) / "last.ckpt"
+
+
+SUBJECTS = {
+    "ours": Subject("ours", ROOT / "train.py"),
+    "plain": Subject("plain", BENCHMARKS / "plain.py"),
+}

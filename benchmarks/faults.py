@@ -1,0 +1,176 @@
+"""Does every fault of a table to the trainer, for real, in new processes, and says what its user sees.
+
+    python benchmarks/faults.py                      all rows
+    python benchmarks/faults.py --only 1,7,20        some of them
+    python benchmarks/faults.py --subject plain      the rows that make sense, done to benchmarks/plain.py
+
+A row is handled where what must happen happens: values are compared, not only exit statuses. The last lines count them;
+row 14, the control, is reported apart: it shows that row 1 can fail. Rows that need root, small file systems or
+several of them set these up where they can, below a temporary folder, and undo them.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import fault_rows_checkpoints
+import fault_rows_disk
+import fault_rows_downloads
+import fault_rows_kills
+import fault_rows_pictures
+import fault_rows_processes
+import fault_rows_training
+from fault_bench import ROWS, Bench, Row, Skipped, Trial
+from fault_subjects import SUBJECTS
+
+from cifar_lightning.runs import describe_environment
+
+# Each of them enters its rows into ROWS when it is imported.
+THEMES = (
+    fault_rows_checkpoints,
+    fault_rows_disk,
+    fault_rows_downloads,
+    fault_rows_kills,
+    fault_rows_pictures,
+    fault_rows_processes,
+    fault_rows_training,
+)
+NUM_ROWS = 38
+CONTROL = 14
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a row.
+
+    Attributes:
+        number: The row.
+        what: What was done.
+        verdict: "handled", "NOT handled", "skipped" or "does not apply".
+        reason: What was seen, in a few words.
+        not_lost: Whether no work was lost; None where that is no question.
+        clearly_reported: Whether what failed said so clearly; None where nothing failed.
+        elapsed_s: How long the row took.
+    """
+
+    number: int
+    what: str
+    verdict: str
+    reason: str
+    not_lost: bool | None = None
+    clearly_reported: bool | None = None
+    elapsed_s: float = 0.0
+
+    def line(self) -> str:
+        """Return it as a line of the table."""
+        words = [self.verdict if self.verdict != "skipped" else f"skipped: {self.reason}"]
+        words += [{True: "not lost", False: "LOST"}[self.not_lost]] if self.not_lost is not None else []
+        if self.clearly_reported is not None:
+            words.append("clearly reported" if self.clearly_reported else "NOT clearly reported")
+        tail = f" - {self.reason}" if self.verdict in ("handled", "NOT handled") else ""
+        return f"{self.number:>2}  {self.what}: {', '.join(words)}{tail}"
+
+
+def perform(row: Row, bench: Bench) -> Result:
+    """Try one row."""
+    if bench.subject.is_plain and not row.is_for_plain:
+        return Result(row.number, row.what, "does not apply", "")
+    place = bench.folder / f"row{row.number}"
+    place.mkdir()
+    trial, began = Trial(bench, place), time.monotonic()
+    try:
+        reason = row.perform(trial)
+    except Skipped as skipped:
+        return Result(row.number, row.what, "skipped", str(skipped))
+    except Exception as error:  # a row that breaks down has shown nothing, and the others go on
+        trial.faults.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        reason = ""
+    verdict = "NOT handled" if trial.faults else "handled"
+    reason = "; ".join(trial.faults[:4]) if trial.faults else reason
+    elapsed_s = round(time.monotonic() - began, 1)
+    return Result(row.number, row.what, verdict, reason, trial.not_lost, trial.clear, elapsed_s)
+
+
+def perform_all(numbers: list[int], bench: Bench, jobs: int, show: Callable[[str], None]) -> list[Result]:
+    """Try rows, some at the same time; show and return them in order."""
+    results = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for result in pool.map(lambda number: perform(ROWS[number], bench), numbers):
+            if result.number != CONTROL:
+                show(result.line())
+            results.append(result)
+    return results
+
+
+def parse_rows(text: str) -> list[int]:
+    """Return the rows of `--only 1,7,20`.
+
+    Raises:
+        argparse.ArgumentTypeError: One of them is not in the table.
+    """
+    try:
+        numbers = sorted({int(number) for number in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers with commas between them, such as 1,7,20") from None
+    unknown = [number for number in numbers if number not in ROWS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]}: the rows are 1 to {NUM_ROWS}")
+    return numbers
+
+
+def summary(results: list[Result]) -> list[str]:
+    """Return the last lines: the control, the count, the ratio."""
+    counted = [result for result in results if result.number != CONTROL]
+    handled = [result for result in counted if result.verdict == "handled"]
+    tried = [result for result in counted if result.verdict in ("handled", "NOT handled")]
+    left_out = [result for result in counted if result not in tried]
+    names = ", ".join(str(result.number) for result in left_out) or "none"
+    lines = [result.line() for result in results if result.number == CONTROL]
+    lines.append(f"{len(handled)} of {len(tried)} handled, {len(left_out)} skipped: {names}")
+    lines.append(f"ratio={len(handled) / max(1, len(tried)):.3f}")
+    return lines
+
+
+def main() -> None:
+    """Try the rows and print the table; the last line is `ratio=X`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=parse_rows, default=sorted(ROWS), help="rows, such as 1,7,20 (default: all)")
+    parser.add_argument("--subject", choices=tuple(SUBJECTS), default="ours", help="what is tried (default: ours)")
+    parser.add_argument("--data", type=Path, help="class folders of real pictures for the rows that compare bit by bit")
+    parser.add_argument("--kills", type=int, default=5, help="SIGKILLs of row 1 (default 5)")
+    parser.add_argument("--jobs", type=int, default=2, help="rows at the same time (default 2)")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
+    args = parser.parse_args()
+    began, environment = time.monotonic(), describe_environment()
+    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:
+        bench = Bench(Path(folder), SUBJECTS[args.subject], data=args.data, kills=args.kills)
+        results = perform_all(args.only, bench, args.jobs, lambda line: print(line, flush=True))
+    hardware = f"{environment['num_usable_cpus']} cores of {environment['cpu']}"
+    print(f"{args.subject}, {time.monotonic() - began:.0f} s on {hardware}; the ratio is rows handled over rows tried.")
+    lines = summary(results)
+    print("\n".join(lines[:-1]))
+    if args.json:
+        about = {
+            "commit": environment["commit"],
+            "dirty": environment["dirty"],
+            "hardware": hardware,
+            "subject": args.subject,
+            "kills": args.kills,
+            "pictures": "drawn" if args.data is None else "real",
+            "summary": lines[-2],
+            "results": [asdict(result) for result in results],
+        }
+        args.json.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    print(lines[-1])
+
+
+if __name__ == "__main__":
+    main()
