@@ -17,6 +17,7 @@ def explain(error: RuntimeError) -> RunError | None:
         )
     if "DataLoader worker" in text:
         return RunError(
-            f"a loader's worker process died ({text[:120]}).\nMemory may have run out: fewer --data.num_workers. {_GOES_ON}"
+            f"a loader's worker process died ({text[:120]}).\n"
+            f"Memory may have run out: fewer --data.num_workers. {_GOES_ON}"
         )
     return None

@@ -11,14 +11,17 @@ import yaml
 
 from cifar_lightning.checkpoint import newest_checkpoint
 from cifar_lightning.classifier import progress_of
+from cifar_lightning.data import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.exact import is_inside_epoch
+from cifar_lightning.files import read_json
 from cifar_lightning.runs import RunFolder
 
 # What the weights, the optimiser's state or the split belong to; everything else is training, which may change.
 _FIXED = {"model.name", "model.model_kwargs", "model.optimizer", "data.image_size", "data.dataset", "data.seed"}
 _FIXED |= {"data.val_fraction"}
 _MAKES_BATCHES = {"data.batch_size", "data.drop_last", "trainer.limit_train_batches"}
+_PLANS_SCHEDULE = {"trainer.max_epochs", "trainer.max_steps", "data.batch_size", "model.lr", "model.pct_start"}
 Changes = dict[str, tuple[Any, Any]]
 
 
@@ -46,11 +49,19 @@ class StopPoint:
         steps_are_up = max_steps != -1 and self.steps_done >= max_steps
         return epochs_are_up or steps_are_up or (self.stopped_early and not changes)
 
-    def describe(self) -> str:
-        """Return "after epoch 3" or "in epoch 4 after step 1,200", as a person counts."""
-        if self.is_inside_epoch:
-            return f"in epoch {self.epochs_done + 1} after step {self.steps_done:,}"
-        return f"after epoch {self.epochs_done}"
+    def tell(self, run: RunFolder, changes: Changes) -> list[str]:
+        """Return lines that say where the run goes on, counted as a person does, and what is different from before."""
+        inside = f"in epoch {self.epochs_done + 1} after step {self.steps_done:,}"
+        lines = [f"Going on with {run.path} {inside if self.is_inside_epoch else f'after epoch {self.epochs_done}'}."]
+        lines += [f"  {line}" for line in describe_changes(changes)]
+        if _PLANS_SCHEDULE & changes.keys():
+            lines.append("  OneCycle is planned anew over the whole run and taken up at this step.")
+        return lines
+
+    def record(self, changes: Changes) -> dict[str, Any]:
+        """Return what environment.json says of going on from here."""
+        changed = {key: now for key, (_, now) in changes.items()}
+        return {"epoch": self.epochs_done, "step": self.steps_done, "changed": changed}
 
     def check_changes(self, changes: Changes) -> None:
         """Refuse to change inside an epoch what its batches are made of."""
@@ -104,6 +115,14 @@ def clear_up(run: RunFolder, point: StopPoint, damages: list[str]) -> None:
             os.replace(path, path.with_name(f"{path.name}.damaged"))
     for file in tuple(run.leftovers()):
         file.unlink()
+
+
+def other_pictures(run: RunFolder, data: ImageDataModule) -> str:
+    """Return why some data is not what a run was trained on; empty if it is."""
+    theirs, ours = read_json(run.split), data.split_summary()
+    if any(theirs[key] != ours[key] for key in ("sha256", "train", "val")):
+        return "these are not its pictures or not its split"
+    return ""
 
 
 def find_changes(run: RunFolder, config_text: str) -> Changes:

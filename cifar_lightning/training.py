@@ -22,14 +22,21 @@ from cifar_lightning.data import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.exact import ExactState
 from cifar_lightning.failures import explain
-from cifar_lightning.files import MetricsTable, read_json, write_text_durably
+from cifar_lightning.files import MetricsTable, write_text_durably
 from cifar_lightning.findings import find
 from cifar_lightning.noise import silence
 from cifar_lightning.parser import TABLE, RunParser, add_own_flags, check_arguments, config_text, table_text
 from cifar_lightning.progress import RunProgress
 from cifar_lightning.report import make_report
 from cifar_lightning.results import Results
-from cifar_lightning.resume import Changes, StopPoint, clear_up, describe_changes, find_changes, stop_point
+from cifar_lightning.resume import (
+    Changes,
+    StopPoint,
+    clear_up,
+    find_changes,
+    other_pictures,
+    stop_point,
+)
 from cifar_lightning.runs import RunFolder, create_run, discard_run, is_first_process, open_run, recipe_name
 from cifar_lightning.signals import StopSignals
 from cifar_lightning.terminal import print_findings, print_validation
@@ -70,10 +77,6 @@ def run_training(command: str, arguments: Sequence[str], *, resumed: RunFolder |
         if known is None:
             raise
         raise known from error
-
-
-def _as_list(plugins: Any) -> list[Any]:
-    return plugins if isinstance(plugins, list) else [] if plugins is None else [plugins]
 
 
 class RunCLI(LightningCLI):
@@ -163,11 +166,12 @@ class RunCLI(LightningCLI):
         elif config.ckpt_path is not None:
             self.run = self._run_of_checkpoint(Path(config.ckpt_path), config.output)
         settings = self.config_init[self.subcommand].trainer
+        plugins = settings.plugins if isinstance(settings.plugins, list) else filter(None, [settings.plugins])
         made = {
             "callbacks": self._callbacks(settings, monitored),
             "logger": settings.logger,
             "profiler": settings.profiler or NoProfiler(),
-            "plugins": [*_as_list(settings.plugins), DurableCheckpointIO()],
+            "plugins": [*plugins, DurableCheckpointIO()],
         }
         if settings.logger in (None, True):
             steps_done = self.stopped_at.steps_done if self.stopped_at else None
@@ -196,7 +200,7 @@ class RunCLI(LightningCLI):
             return callbacks
         assert self.run is not None
         callbacks.append(ExactState())
-        callbacks.append(RunRecorder(self.run, self._describe_resume()))
+        callbacks.append(RunRecorder(self.run, self.stopped_at.record(self.changes) if self.stopped_at else None))
         callbacks.append(Dashboard(self.datamodule.class_names, self.config["fit"].as_dict()))
         if monitored:
             callbacks.append(self.config_init["fit"].early_stopping)
@@ -218,7 +222,7 @@ class RunCLI(LightningCLI):
             self.run = open_run(self.resumed.path, lock=True)
             assert self.stopped_at is not None
             clear_up(self.run, self.stopped_at, self._damages)
-            reason = self._other_pictures(self.run)
+            reason = other_pictures(self.run, self.datamodule)
             if reason:
                 raise UserError(f"{self.run.path}: {reason}; going on would train on its validation pictures.")
         else:
@@ -246,13 +250,6 @@ class RunCLI(LightningCLI):
             self.model.sgd_lr = self.model.hparams["sgd_lr"] = config.model.sgd_lr = found.sgd_lr
         return found
 
-    def _other_pictures(self, run: RunFolder) -> str:
-        """Return why the data is not what a run was trained on; empty if it is."""
-        theirs, ours = read_json(run.split), self.datamodule.split_summary()
-        if any(theirs[key] != ours[key] for key in ("sha256", "train", "val")):
-            return "these are not its pictures or not its split"
-        return ""
-
     def _run_of_checkpoint(self, checkpoint: Path, output: str | None) -> RunFolder | None:
         """Return the run that a checkpoint lies in, to write its answers into, unless other pictures are asked for."""
         run = RunFolder(checkpoint.parent.parent)
@@ -264,7 +261,7 @@ class RunCLI(LightningCLI):
             return None
         reason = "not in a run folder"
         if checkpoint.parent == run.checkpoints and run.split.exists():
-            reason = self._other_pictures(run)
+            reason = other_pictures(run, self.datamodule)
             if not reason and checkpoint != run.tested_checkpoint:
                 reason = f"{checkpoint.name} is not the checkpoint that its files are of"
             if not reason:
@@ -313,19 +310,7 @@ class RunCLI(LightningCLI):
         if self.changes:
             write_text_durably(self.run.config, config_text(self._parser("fit"), self.config["fit"]))
         self.run.discard_results()  # of the weights before
-        print(f"Going on with {self.run.path} {self.stopped_at.describe()}.")
-        for line in describe_changes(self.changes):
-            print(f"  {line}")
-        planned = {"trainer.max_epochs", "trainer.max_steps", "data.batch_size", "model.lr", "model.pct_start"}
-        if planned & self.changes.keys():
-            print("  OneCycle is planned anew over the whole run and taken up at this step.")
-
-    def _describe_resume(self) -> dict[str, Any] | None:
-        """Return what environment.json says of this start, None for a new run."""
-        if self.stopped_at is None:
-            return None
-        changed = {key: now for key, (_, now) in self.changes.items()}
-        return {"epoch": self.stopped_at.epochs_done, "step": self.stopped_at.steps_done, "changed": changed}
+        print("\n".join(self.stopped_at.tell(self.run, self.changes)))
 
     def after_fit(self) -> None:
         """Test the best checkpoint once, write the answers and make the report."""

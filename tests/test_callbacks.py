@@ -5,18 +5,21 @@ import json
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.callbacks import (
     AnnealingEarlyStopping,
+    BestCheckpoint,
     NoProfiler,
-    RunCheckpoint,
     RunRecorder,
     data_of,
     peak_memory_mb,
 )
+from cifar_lightning.checkpoint import CheckpointSchedule, LastCheckpoint
 from cifar_lightning.files import MetricsTable
 from cifar_lightning.runs import RunFolder
+from cifar_lightning.signals import StopSignals
 
 NARROW = {"widths": [2, 2, 2]}
 
@@ -26,7 +29,7 @@ def fit(tmp_path, callbacks, epochs=2, module=None, **data):
         accelerator="cpu",
         max_epochs=epochs,
         logger=False,
-        enable_checkpointing=any(isinstance(callback, RunCheckpoint) for callback in callbacks),
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_model_summary=False,
         enable_progress_bar=False,
         num_sanity_val_steps=0,
@@ -56,6 +59,10 @@ class Scripted(ImageClassifier):
         self.log("val/acc", self.script[self.current_epoch])
 
 
+def last(folder):
+    return LastCheckpoint(folder, CheckpointSchedule(), StopSignals())
+
+
 def scripted(*accuracies):
     module = Scripted(image_size=16, model_kwargs=NARROW, pct_start=0.3)
     module.script = accuracies
@@ -76,27 +83,23 @@ def test_early_stopping_lets_a_run_that_improves_in_the_annealing_finish(tmp_pat
 
 
 def test_the_best_epoch_and_the_last_one_are_kept(tmp_path, folder):
-    fit(
-        tmp_path,
-        [RunCheckpoint(folder, "best"), RunCheckpoint(folder, "last")],
-        epochs=4,
-        module=scripted(0.2, 0.6, 0.5, 0.4),
-    )
-    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["best.ckpt", "last.ckpt"]
+    fit(tmp_path, [BestCheckpoint(folder), last(folder)], epochs=4, module=scripted(0.2, 0.6, 0.5, 0.4))
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+    assert torch.load(folder.previous_checkpoint, weights_only=True)["epoch"] == 2
     assert torch.load(folder.best_checkpoint, weights_only=True)["epoch"] == 1
     assert torch.load(folder.last_checkpoint, weights_only=True)["epoch"] == 3
 
 
 def test_the_last_checkpoint_carries_the_best_score_of_its_own_epoch(tmp_path, folder):
-    fit(tmp_path, [RunCheckpoint(folder, "best"), RunCheckpoint(folder, "last")], module=scripted(0.2, 0.6))
+    fit(tmp_path, [BestCheckpoint(folder), last(folder)], module=scripted(0.2, 0.6))
     states = torch.load(folder.last_checkpoint, weights_only=True)["callbacks"]
     best = next(state for key, state in states.items() if "val/acc" in key)
     assert float(best["best_model_score"]) == pytest.approx(0.6)
 
 
 def test_without_validation_only_the_last_checkpoint_is_kept(tmp_path, folder):
-    fit(tmp_path, [RunCheckpoint(folder, "last")], val_fraction=0.0)
-    assert [path.name for path in folder.checkpoints.iterdir()] == ["last.ckpt"]
+    fit(tmp_path, [last(folder)], val_fraction=0.0)
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["last.ckpt", "previous.ckpt"]
 
 
 def test_the_recorder_writes_what_was_logged(tmp_path, folder):

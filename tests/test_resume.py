@@ -1,11 +1,13 @@
 """What a stopped run is gone on with, read from its files."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.resume import StopPoint, describe_changes, find_changes, stop_point
+from cifar_lightning.resume import StopPoint, clear_up, describe_changes, find_changes, stop_point
 from cifar_lightning.runs import RunFolder
 
 CONFIG = {
@@ -23,16 +25,22 @@ def run(tmp_path):
     return run
 
 
-def save(run, processed, stopped_epoch=0):
-    progress = {"current": {"ready": processed, "processed": processed}}
+def save(path, processed, stopped_epoch=0, steps_inside=0):
+    progress = {"current": {"ready": processed + (steps_inside > 0), "processed": processed}}
+    steps = {"optimizer": {"step": {"current": {"completed": steps_inside}}}}
+    loop = {"epoch_progress": progress, "epoch_loop.automatic_optimization.optim_progress": steps}
     torch.save(
         {
-            "global_step": 10 * processed,
-            "callbacks": {"AnnealingEarlyStopping{...}": {"stopped_epoch": stopped_epoch}, "RunCheckpoint{}": {}},
-            "loops": {"fit_loop": {"epoch_progress": progress}},
+            "global_step": 10 * processed + steps_inside,
+            "callbacks": {"AnnealingEarlyStopping{...}": {"stopped_epoch": stopped_epoch}, "BestCheckpoint{}": {}},
+            "loops": {"fit_loop": loop},
         },
-        run.last_checkpoint,
+        path,
     )
+
+
+def point(**kwargs):
+    return StopPoint(**{"checkpoint": Path("last.ckpt"), "epochs_done": 3, "steps_done": 30, **kwargs})
 
 
 def changed(**group):
@@ -40,32 +48,76 @@ def changed(**group):
 
 
 def test_the_stop_point_is_that_of_the_last_checkpoint(run):
-    save(run, 3)
-    assert stop_point(run) == StopPoint(epochs_done=3, steps_done=30, stopped_early=False)
-    save(run, 3, stopped_epoch=2)
-    assert stop_point(run).stopped_early
+    save(run.last_checkpoint, 3)
+    assert stop_point(run) == (point(checkpoint=run.last_checkpoint), [])
+    save(run.last_checkpoint, 3, stopped_epoch=2)
+    assert stop_point(run)[0].stopped_early
+    save(run.last_checkpoint, 3, steps_inside=4)
+    inside = point(checkpoint=run.last_checkpoint, steps_done=34, is_inside_epoch=True)
+    assert stop_point(run)[0] == inside
+    assert inside.tell(run, {}) == [f"Going on with {run.path} in epoch 4 after step 34."]
     run.last_checkpoint.unlink()
     with pytest.raises(UserError, match=r"last\.ckpt is missing"):
         stop_point(run)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, capsys):
+    save(run.previous_checkpoint, 2)
+    save(run.best_checkpoint, 1)
+    run.last_checkpoint.write_bytes(run.previous_checkpoint.read_bytes()[:-1000])
+    found, damages = stop_point(run)
+    assert found == point(checkpoint=run.previous_checkpoint, epochs_done=2, steps_done=20)
+    clear_up(run, found, damages)
+    warned = capsys.readouterr().err.splitlines()
+    assert len(warned) == 2
+    assert str(run.last_checkpoint) in warned[0]
+    assert str(run.previous_checkpoint) in warned[1]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [
+        "best.ckpt",
+        "last.ckpt.damaged",
+        "previous.ckpt",
+    ]
+    run.previous_checkpoint.write_bytes(b"")
+    assert stop_point(run)[0].checkpoint == run.best_checkpoint
+    run.best_checkpoint.write_bytes(b"")
+    with pytest.raises(UserError, match=r"(?s)previous\.ckpt.*No other checkpoint"):
+        stop_point(run)
+
+
+def test_what_a_killed_write_left_is_removed(run):
+    save(run.last_checkpoint, 1)
+    left = [run.checkpoints / ".last.ckpt.0a1b2c3d.tmp", run.path / ".metrics.csv.0a1b2c3d.tmp"]
+    for file in left:
+        file.touch()
+    clear_up(run, *stop_point(run))
+    assert not any(file.exists() for file in left)
+    assert run.last_checkpoint.exists()
+
+
+def test_inside_an_epoch_its_batches_stay_as_they_are():
+    changes = {"data.batch_size": (128, 64)}
+    point().check_changes(changes)
+    with pytest.raises(UserError, match=r"--data\.batch_size 64: .*inside an epoch.*128"):
+        point(is_inside_epoch=True).check_changes(changes)
 
 
 @pytest.mark.parametrize(
     ("max_epochs", "max_steps", "is_end"), [(4, -1, False), (3, -1, True), (None, 30, True), (-1, 31, False)]
 )
 def test_a_run_ends_with_its_epochs_or_steps(max_epochs, max_steps, is_end):
-    assert StopPoint(3, 30, False).is_end(max_epochs, max_steps, {}) is is_end
+    assert point().is_end(max_epochs, max_steps, {}) is is_end
 
 
 def test_early_stopping_is_an_end_until_something_changes():
-    assert StopPoint(3, 30, True).is_end(4, -1, {})
-    assert not StopPoint(3, 30, True).is_end(9, -1, {"trainer.max_epochs": (4, 9)})
+    assert point(stopped_early=True).is_end(4, -1, {})
+    assert not point(stopped_early=True).is_end(9, -1, {"trainer.max_epochs": (4, 9)})
 
 
 def test_a_run_is_not_made_shorter_than_it_is():
-    StopPoint(3, 30, False).check_length(3)
-    StopPoint(3, 30, False).check_length(None)
+    point().check_length(3)
+    point().check_length(None)
     with pytest.raises(UserError, match="--epochs 2: the run has finished 3"):
-        StopPoint(3, 30, False).check_length(2)
+        point().check_length(2)
 
 
 def test_changes_are_found_and_told(run):
