@@ -1,5 +1,6 @@
 """What the rows of `faults.py` judge by: what a program said, and how two checkpoints differ."""
 
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every leaf of nested dicts, lists and tuples with its name."""
     if isinstance(tree, dict):
         for key, value in tree.items():
-            yield from leaves(value, f"{name}.{key}")
+            short = re.sub(r"\{.*\}", "", Path(key).name) if isinstance(key, str) else key  # some keys hold paths
+            yield from leaves(value, f"{name}.{short}")
     elif isinstance(tree, list | tuple):
         for index, value in enumerate(tree):
             yield from leaves(value, f"{name}.{index}")

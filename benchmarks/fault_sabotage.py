@@ -129,6 +129,7 @@ def watch_training() -> None:
     """Put a callback into every Trainer, and stand between the network and its loss."""
     import lightning.pytorch as pl
     import torch
+    from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
     from torch.nn import functional
 
     class Moments(pl.Callback):
@@ -144,18 +145,19 @@ def watch_training() -> None:
         def on_validation_batch_start(self, *_: Any) -> None:
             reach("val")
 
-    make, cross_entropy = pl.Trainer.__init__, functional.cross_entropy
+    add, cross_entropy = _CallbackConnector.on_trainer_init, functional.cross_entropy
 
-    def make_watched(self: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), Moments()]
-        make(self, *args, **kwargs)
+    def add_watched(self: _CallbackConnector, callbacks: Any, *args: Any, **kwargs: Any) -> None:
+        asked = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+        add(self, [*asked, Moments()], *args, **kwargs)
 
     def spoiled(*args: Any, **kwargs: Any) -> torch.Tensor:
         if "oom" in _pending:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
         return cross_entropy(*args, **kwargs) * (float("nan") if "nan" in _pending else 1)
 
-    pl.Trainer.__init__, functional.cross_entropy = make_watched, spoiled
+    # Not Trainer.__init__: LightningCLI reads its signature and its source.
+    _CallbackConnector.on_trainer_init, functional.cross_entropy = add_watched, spoiled
 
 
 def watch_files() -> None:

@@ -1,0 +1,133 @@
+"""The harness of the faults: it covers its table, judges strictly, and its cheap rows are handled."""
+
+import argparse
+import sys
+
+import pytest
+import torch
+from program import REPO
+
+sys.path.insert(0, str(REPO / "benchmarks"))
+
+import faults
+from fault_bench import ROWS, Bench, Row, Skipped, Trial
+from fault_judge import Done, differences, unclear
+from fault_mounts import small_disk
+from fault_subjects import SUBJECTS
+from faults import CONTROL, NUM_ROWS, Result, parse_rows, perform, summary
+
+OURS, PLAIN = SUBJECTS["ours"], SUBJECTS["plain"]
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path, OURS)
+
+
+def test_every_row_of_the_table_is_there():
+    assert sorted(ROWS) == list(range(1, NUM_ROWS + 1))
+    assert CONTROL in ROWS
+    assert [number for number, row in sorted(ROWS.items()) if not row.is_for_plain] == [14, 19, 20, 21, 36, 37]
+
+
+def test_only_takes_rows_of_the_table():
+    assert parse_rows("20,1,7,7") == [1, 7, 20]
+    for wrong in ("0", "39", "1,x", "", "1;2"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            parse_rows(wrong)
+
+
+def test_a_failure_in_three_lines_that_names_the_thing_is_clear():
+    assert unclear(Done(2, "", "error: --lr -1: positive.\nFor example 1e-3.\n"), "--lr") == ""
+
+
+@pytest.mark.parametrize(
+    ("done", "why"),
+    [
+        (Done(0, "", "error: --lr\n"), "exit status 0"),
+        (Done(-9, "", "error: --lr\n"), "SIGKILL"),
+        (Done(1, "", ""), "0 lines"),
+        (Done(2, "", "--lr\n" * 4), "4 lines"),
+        (Done(2, "", "error: a number is wrong\n"), "does not name '--lr'"),
+        (Done(1, "", "Traceback (most recent call last):\n--lr\n"), "traceback"),
+        (Done(1, "Traceback (most recent call last):\n", "--lr\n"), "traceback"),
+    ],
+)
+def test_any_other_failure_is_not_clear(done, why):
+    assert why in unclear(done, "--lr")
+
+
+def test_checkpoints_are_compared_bit_by_bit_and_by_names():
+    tree = {"a": [torch.tensor([0.0, float("nan")]), 1], "at": {"/tmp/x/best.ckpt": 1.5}, "text": "/tmp/x"}
+    same = {"a": [torch.tensor([0.0, float("nan")]), 1], "at": {"/tmp/y/best.ckpt": 1.5}, "text": "/tmp/y"}
+    assert differences(tree, same) == []
+    assert differences(tree, {**same, "a": [torch.tensor([-0.0, float("nan")]), 1]}) == [".a.0"]
+    assert differences(tree, {**same, "a": [torch.tensor([0.0, float("nan")]).double(), 1]}) == [".a.0"]
+    assert differences(tree, {**same, "at": {}, "new": 0}) == [".at.best.ckpt", ".new"]
+
+
+def row_that(does, number=1):
+    return Row(number, "something", does, is_for_plain=False)
+
+
+def test_a_row_is_handled_only_without_faults(bench):
+    def fails(trial):
+        trial.expect(False, "it was lost")
+        return "all well"
+
+    def breaks(trial):
+        raise FileNotFoundError("no file")
+
+    def skips(trial):
+        raise Skipped("needs two disks")
+
+    results = [perform(row_that(does, n), bench) for n, does in enumerate((lambda _: "fine", fails, breaks, skips), 1)]
+    assert [result.verdict for result in results] == ["handled", "NOT handled", "NOT handled", "skipped"]
+    assert [result.reason for result in results] == [
+        "fine",
+        "it was lost",
+        "FileNotFoundError: no file",
+        "needs two disks",
+    ]
+    assert summary(results) == ["1 of 3 handled, 1 skipped: 4", "ratio=0.333"]
+    assert perform(row_that(fails), Bench(bench.folder / "plain", PLAIN)).verdict == "does not apply"
+
+
+def test_the_control_is_counted_apart():
+    results = [Result(number, "x", "handled", "y") for number in sorted(ROWS)]
+    control, count, ratio = summary(results)
+    assert control.startswith("14")
+    assert (count, ratio) == ("37 of 37 handled, 0 skipped: none", "ratio=1.000")
+
+
+def test_a_clear_report_with_another_exit_status_is_a_fault(bench):
+    trial = Trial(bench, bench.folder)
+    assert trial.reported("x", Done(2, "", "error: a disk\n"), "disk", status=2)
+    assert (trial.clear, trial.faults) == (True, [])
+    assert not trial.reported("x", Done(1, "", "error: a disk\n"), "disk", status=2)
+    assert trial.faults == ["x: exit status 1 and not 2"]
+
+
+def test_mounting_without_root_is_a_reason_to_skip(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(Skipped, match="root"), small_disk(tmp_path / "disk", "1m"):
+        pass
+
+
+def test_every_theme_has_rows():
+    modules = {row.perform.__module__ for row in ROWS.values()}
+    assert modules == {theme.__name__ for theme in faults.THEMES}
+
+
+@pytest.mark.parametrize("number", [19, 20, 21, 29])
+def test_the_row_is_handled(number, bench):
+    result = perform(ROWS[number], bench)
+    assert result.verdict == "handled", result.line()
+    assert result.clearly_reported
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [10, 12, 15, 23, 25, 27])
+def test_the_longer_row_is_handled(number, bench):
+    result = perform(ROWS[number], bench)
+    assert result.verdict == "handled", result.line()
