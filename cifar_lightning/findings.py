@@ -179,7 +179,7 @@ def statements_of(results: Results, probs: Float[np.ndarray, "n classes"] | None
     statements = [hard_classes(cm, names), over_predicted(cm, names)]
     groups = groups_of(names, val_cm)
     if groups is not None:
-        statements.append(group_effects(cm, *groups))
+        statements.append(group_effects(cm, names, *groups))
     statements.append(asymmetric_pairs(cm, names))
     if probs is not None and results.test is not None and np.isfinite(probs).all():
         statements.append(confidence_gap(probs.max(axis=1), probs.argmax(axis=1) == results.test.targets))

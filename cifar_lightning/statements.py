@@ -1,7 +1,7 @@
 """Findings in words, each with its numbers and the test behind it: nothing is said that chance explains as well.
 
 A finding is listed where its p-value, adjusted for all tests of its kind (Holm), is below `ALPHA`. That nothing was
-found is said, too: it was looked for.
+found is said, too: it was looked for. It never reads as if nothing were there: with few pictures little is found.
 """
 
 from collections.abc import Sequence
@@ -57,14 +57,18 @@ class Statement:
         title: What was found, in a few words.
         text: What this is about, also where nothing was found; empty where one item says it.
         test: The test that was used, and how it was adjusted.
-        items: The findings, the surest first.
+        is_found: Whether anything was, beyond chance.
+        items: The findings, the surest first; a single comparison has its numbers also where nothing was found.
+        groups: Classes of each group that this is about.
     """
 
     kind: str
     title: str
     text: str
     test: str
+    is_found: bool
     items: list[Item] = field(default_factory=list)
+    groups: dict[str, list[str]] = field(default_factory=dict)
 
 
 def hard_classes(cm: Matrix, names: Sequence[str]) -> Statement:
@@ -93,11 +97,14 @@ def hard_classes(cm: Matrix, names: Sequence[str]) -> Statement:
             items.append(Item(text, p, {**numbers, "others": others}))
     return Statement(
         "hard_classes",
-        f"{counted(len(items), 'class is', 'classes are')} harder than the rest",
+        f"{counted(len(items), 'class is', 'classes are')} harder than the rest"
+        if items
+        else "No class was found to be harder than the rest",
         "Found less often than all other classes together."
         if items
-        else "No class is found less often than the others.",
+        else "No difference beyond chance was found between a class and all others.",
         f"Fisher's exact test of each class against all others, Holm's correction for {len(classes)} tests",
+        bool(items),
         _surest_first(items),
     )
 
@@ -121,11 +128,14 @@ def over_predicted(cm: Matrix, names: Sequence[str]) -> Statement:
             items.append(Item(text, p, {**numbers, "false_alarms": int(false[index]), "missed": int(missed[index])}))
     return Statement(
         "over_predicted",
-        f"{counted(len(items), 'class is', 'classes are')} predicted too often or too rarely",
+        f"{counted(len(items), 'class is', 'classes are')} predicted too often or too rarely"
+        if items
+        else "No class was found to be predicted too often or too rarely",
         "How often a class is predicted differs from how often it is there."
         if items
-        else "Every class is predicted about as often as it is there.",
+        else "No difference beyond chance was found between how often a class is predicted and how often it is there.",
         f"McNemar's exact test of false alarms against missed pictures, Holm's correction for {len(names)} tests",
+        bool(items),
         _surest_first(items),
     )
 
@@ -152,11 +162,14 @@ def asymmetric_pairs(cm: Matrix, names: Sequence[str]) -> Statement:
             items.append(Item(text, p, numbers))
     return Statement(
         "asymmetric_pairs",
-        f"{counted(len(items), 'confusion goes', 'confusions go')} one way",
+        f"{counted(len(items), 'confusion goes', 'confusions go')} one way"
+        if items
+        else "No confusion was found to go one way",
         "Two classes are taken for each other, but much more often in one direction."
         if items
-        else "Where two classes are taken for each other, it happens about as often in both directions.",
+        else "No difference beyond chance was found between the two directions in which classes are confused.",
         f"Exact binomial test of both directions, Holm's correction for {len(pairs)} pairs",
+        bool(items),
         _surest_first(items),
     )
 
@@ -207,7 +220,7 @@ def find_clusters(cm: Int[np.ndarray, "classes classes"]) -> list[list[int]]:
     return sorted(clusters, key=lambda cluster: (-len(cluster), cluster))
 
 
-def group_effects(cm: Matrix, groups: dict[str, list[int]], origin: str) -> Statement:
+def group_effects(cm: Matrix, names: Sequence[str], groups: dict[str, list[int]], origin: str) -> Statement:
     """Say whether mistakes stay within groups, and how well each group is found."""
     num_classes = len(cm)
     mistakes = cm - np.diag(np.diag(cm))
@@ -224,15 +237,16 @@ def group_effects(cm: Matrix, groups: dict[str, list[int]], origin: str) -> Stat
         tests.append(_group_item(cm, name, members, others, list(groups)[1] if mirrored else "all other classes"))
     adjusted = holm([item.p if item.p is not None else 1.0 for item in tests])
     items = [Item(item.text, p, item.numbers) for item, p in zip(tests, adjusted, strict=True) if p < ALPHA]
-    listed = ", ".join(groups) if len(groups) <= 4 else f"{len(groups)} groups"
     return Statement(
         "groups",
         "Mistakes stay within groups" if items and "within" in items[0].numbers else "Groups of classes",
-        f"Groups ({origin}): {listed}."
-        + ("" if items else " No difference between them that chance does not explain."),
+        f"{len(groups)} group{'s' if len(groups) > 1 else ''} of classes, {origin}."
+        + ("" if items else " No difference beyond chance was found between them."),
         "Exact test of mistakes within a group against a wrong class drawn at random; Fisher's exact test of each "
         f"group against all other classes; Holm's correction for {len(tests)} tests",
+        bool(items),
         items,
+        {name: [names[index] for index in members] for name, members in groups.items()},
     )
 
 
@@ -242,7 +256,7 @@ def confidence_gap(confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, 
     mean, deviation = float(gaps.mean()), float(gaps.std(ddof=1)) if len(gaps) > 1 else 0.0
     margin = Z_95 * deviation / len(gaps) ** 0.5
     p = mean_test(mean, deviation, len(gaps))
-    title = "Confidence and accuracy agree"
+    title = "No difference beyond chance was found between confidence and accuracy"
     if p < ALPHA:
         title = "The network is too sure of itself" if mean > 0 else "The network is not sure enough of itself"
     text = (
@@ -252,7 +266,7 @@ def confidence_gap(confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, 
     )
     numbers = {"gap": mean, "interval_95": [mean - margin, mean + margin]}
     test = "z-test of the mean difference between confidence and right (1) or wrong (0)"
-    return Statement("confidence", title, "", test, [Item(text, p, numbers)])
+    return Statement("confidence", title, "", test, p < ALPHA, [Item(text, p, numbers)])
 
 
 def validation_gap(cm: Matrix, val_cm: Matrix) -> Statement:
@@ -264,11 +278,11 @@ def validation_gap(cm: Matrix, val_cm: Matrix) -> Statement:
         f"Test {percent(accuracy(cm), 2)}, validation {percent(accuracy(val_cm), 2)}: "
         f"{points(accuracy(cm) - accuracy(val_cm))} points (95 % interval {points_span((low, high))})."
     )
-    title = "Test and validation agree"
+    title = "No difference beyond chance was found between test and validation"
     if p < ALPHA:
         title = "The test is " + ("harder" if accuracy(cm) < accuracy(val_cm) else "easier") + " than the validation"
     numbers = {"test": accuracy(cm), "validation": accuracy(val_cm), "interval_95": [low, high]}
-    return Statement("validation_gap", title, "", "Fisher's exact test", [Item(text, p, numbers)])
+    return Statement("validation_gap", title, "", "Fisher's exact test", p < ALPHA, [Item(text, p, numbers)])
 
 
 def _surest_first(items: list[Item]) -> list[Item]:

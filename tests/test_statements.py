@@ -21,7 +21,11 @@ def test_where_all_classes_are_alike_nothing_is_found():
         statements.asymmetric_pairs(even(), NAMES),
     ):
         assert statement.items == []
+        assert not statement.is_found
         assert statement.title.startswith("No ")
+        assert " was found to " in statement.title
+        # Said of the search, not of the classes: too few pictures look the same.
+        assert statement.text.startswith("No difference beyond chance was found")
 
 
 def test_a_hard_class_is_named_with_its_numbers_and_fishers_test():
@@ -81,13 +85,22 @@ def test_cifar_10_has_its_known_groups_and_other_names_have_none_without_validat
 def test_mistakes_within_groups_are_tested_exactly():
     cm = even(4, 900, 10)
     cm[0, 1] = cm[1, 0] = cm[2, 3] = cm[3, 2] = 60
-    statement = statements.group_effects(cm, {"small": [0, 1], "large": [2, 3]}, "made")
+    statement = statements.group_effects(cm, NAMES, {"small": [0, 1], "large": [2, 3]}, "made")
     item = statement.items[0]
     # Each mistake is within its group one time in three, if drawn at random.
     assert item.p == pytest.approx(2 * stats.binom.sf(239, 320, 1 / 3), rel=1e-6)
     assert item.text.startswith("Of 320 mistakes, 240 (75.0 %) are within a group; a wrong class drawn at random would")
     assert "33.3 %" in item.text
     assert statement.title == "Mistakes stay within groups"
+    assert statement.is_found
+
+
+def test_every_group_is_there_with_all_its_classes_however_many_there_are():
+    names = [f"class_{index:02}" for index in range(30)]
+    groups = {f"group_{number}": list(range(6 * number, 6 * number + 6)) for number in range(5)}
+    statement = statements.group_effects(even(30, 900, 3), names, groups, "made")
+    assert statement.groups == {group: [names[index] for index in members] for group, members in groups.items()}
+    assert statement.text.startswith("5 groups of classes, made.")
 
 
 def test_clusters_are_the_blocks_of_the_matrix():
@@ -113,17 +126,18 @@ def test_clusters_of_the_validation_are_confirmed_on_the_test():
     groups, origin = statements.groups_of(names, val)
     assert "validation" in origin
     assert all(len(members) > 1 for members in groups.values())
-    item = statements.group_effects(test, groups, origin).items[0]
+    item = statements.group_effects(test, names, groups, origin).items[0]
     assert item.p < 1e-3
 
 
 def test_a_network_that_is_too_sure_or_not_sure_enough_is_called_so():
     right = np.arange(1000) % 10 != 0  # 90 %
     noise = np.random.default_rng(0).normal(0, 0.01, 1000)
-    titles = [statements.confidence_gap(level + noise, right).title for level in (0.99, 0.9, 0.7)]
-    assert titles == [
+    gaps = [statements.confidence_gap(level + noise, right) for level in (0.99, 0.9, 0.7)]
+    assert [gap.is_found for gap in gaps] == [True, False, True]
+    assert [gap.title for gap in gaps] == [
         "The network is too sure of itself",
-        "Confidence and accuracy agree",
+        "No difference beyond chance was found between confidence and accuracy",
         "The network is not sure enough of itself",
     ]
     item = statements.confidence_gap(np.full(1000, 0.7), right).items[0]
@@ -133,7 +147,16 @@ def test_a_network_that_is_too_sure_or_not_sure_enough_is_called_so():
 def test_the_gap_between_test_and_validation():
     statement = statements.validation_gap(even(4, 700, 100), even(4, 910, 30))
     assert statement.title == "The test is harder than the validation"
-    assert statements.validation_gap(even(), even()).title == "Test and validation agree"
+    assert statement.is_found
+
+
+def test_a_large_gap_of_few_pictures_is_not_called_agreement():
+    statement = statements.validation_gap(np.diag([35, 35]) + 10 * (1 - np.eye(2, dtype=int)), np.diag([40, 40]) + 5)
+    assert statement.items[0].text.startswith("Test 77.78 %, validation 90.00 %")
+    statement = statements.validation_gap(np.array([[35, 10], [10, 35]]), np.array([[16, 2], [2, 16]]))
+    assert "-11.1 points" in statement.items[0].text
+    assert statement.title == "No difference beyond chance was found between test and validation"
+    assert not statement.is_found
 
 
 @pytest.mark.parametrize(
