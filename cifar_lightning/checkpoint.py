@@ -26,7 +26,7 @@ from cifar_lightning.files import write_bytes_durably
 from cifar_lightning.limits import check_limits
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.seal import seal
-from cifar_lightning.signals import Stopped, StopSignals, highest_of_ranks
+from cifar_lightning.signals import Stopped, StopSignals
 from cifar_lightning.weights import read_checkpoint
 
 _MINUTES_ARE_UP = 1  # below every signal's number, so that the highest of all ranks' wishes is the one that counts
@@ -150,6 +150,9 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here on a signal waits for the next batch boundary."""
+        validation = trainer.fit_loop.epoch_loop.val_loop
+        if validation.restarted_mid_evaluation:  # the mark has been seen: it counts from its start
+            validation.batch_progress.reset()
         self._note_saved(trainer)
         self.signals.defer()
 
@@ -232,3 +235,14 @@ class LastCheckpoint(Checkpoint):
     def _stop(trainer: pl.Trainer, wish: int) -> None:
         if wish > _MINUTES_ARE_UP:
             raise Stopped(wish, is_reporting=trainer.is_global_zero)
+
+
+def highest_of_ranks(trainer: pl.Trainer, value: int) -> int:
+    """Return the highest of all ranks' values; every rank must call it.
+
+    One process answers at once. Several wait for each other, as they do in Lightning's own broadcast in each step.
+    """
+    if trainer.world_size == 1:
+        return value
+    own = torch.tensor(value, device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(own, reduce_op="max"))

@@ -157,7 +157,7 @@ class ImageClassifier(pl.LightningModule):
         logits = self(images)
         loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
         if self._guard is not None:
-            self._guard.watch(loss, self.trainer.global_step)
+            self._guard.watch(loss, self.trainer.global_step, self.trainer.current_epoch)
         # Three sums instead of self.log, which reads back from the device and costs more host time than a small step.
         loss_sum, num_correct, num_pictures = self._train_totals
         with torch.no_grad():
@@ -199,7 +199,7 @@ class ImageClassifier(pl.LightningModule):
 
     def _check_guard(self) -> None:
         if self._guard is not None:
-            self._guard.check()
+            self._guard.check(self.trainer.current_epoch)
 
     def epoch_metrics(self) -> dict[str, float]:
         """Return train/loss, train/acc of all ranks' pictures and the learning rate now; every rank must call it.

@@ -27,8 +27,8 @@ class LossGuard:
         self.found_inf = torch.zeros((), device=device)
         self._first_bad_step = torch.full((), _NEVER, device=device)
 
-    def watch(self, loss: Tensor, step: int) -> None:
-        """Look at a loss, a scalar.
+    def watch(self, loss: Tensor, step: int, epoch: int) -> None:
+        """Look at a loss, a scalar; step and epoch count from 0.
 
         Raises:
             RunError: It is not finite and was read at once.
@@ -40,17 +40,20 @@ class LossGuard:
             bad_step = torch.where(is_bad, step, _NEVER)
             torch.minimum(self._first_bad_step, bad_step, out=self._first_bad_step)
         elif not math.isfinite(loss.item()):
-            raise _diverged(step)
+            raise _diverged(step, epoch)
 
-    def check(self) -> None:
-        """Read what the device has kept; waits for it.
+    def check(self, epoch: int) -> None:
+        """Read what the device has kept in this epoch; waits for it.
 
         Raises:
             RunError: There was a bad step.
         """
         if self.is_deferred and self.found_inf.item():
-            raise _diverged(int(self._first_bad_step.item()))
+            raise _diverged(int(self._first_bad_step.item()), epoch)
 
 
-def _diverged(step: int) -> RunError:
-    return RunError(f"the loss became NaN or infinite in step {step + 1}; the weights were not updated by it")
+def _diverged(step: int, epoch: int) -> RunError:
+    return RunError(
+        f"the loss became NaN or infinite in epoch {epoch + 1}, step {step + 1}; the weights were not updated by it.\n"
+        "Lower --lr, or clip with --trainer.gradient_clip_val 1. Checkpoints of before are kept."
+    )

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cifar_lightning.augment import Augmentation, augment, draw_epoch, normalize, seeded_generator
-from cifar_lightning.signals import ignore_in_worker
+from cifar_lightning.signals import leave_to_parent
 
 _ORDER = 0  # purpose of the order's generator; augment.py's draws use 1 and up
 
@@ -226,7 +226,7 @@ class StreamingLoader(PictureLoader):
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # or each epoch would take a number from the global one, and dropout differ
             persistent_workers=True,
-            worker_init_fn=ignore_in_worker,
+            worker_init_fn=leave_to_parent,
         )
 
     def _gather(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -8,9 +8,6 @@ import signal
 import threading
 from types import FrameType
 
-import lightning.pytorch as pl
-import torch
-
 _HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -65,18 +62,12 @@ class StopSignals:
         raise Stopped(signum)
 
 
-def highest_of_ranks(trainer: pl.Trainer, value: int) -> int:
-    """Return the highest of all ranks' values; every rank must call it.
+def leave_to_parent(worker_id: int) -> None:
+    """Let a loader's worker process leave the signals of its process group to its parent, which ends it by SIGTERM.
 
-    One process answers at once. Several wait for each other, as they do in Lightning's own broadcast in each step.
+    Ctrl-C, `timeout` and `kill -- -GROUP` reach the whole group, and the parent still needs a batch to stop at its end.
     """
-    if trainer.world_size == 1:
-        return value
-    own = torch.tensor(value, device=trainer.strategy.root_device)
-    return int(trainer.strategy.reduce(own, reduce_op="max"))
-
-
-def ignore_in_worker(worker_id: int) -> None:
-    """Let a loader's worker process leave the signals of its process group to its parent, which ends it in order."""
-    for signum in _HANDLED:
-        signal.signal(signum, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker has its parent's handler

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cifar_lightning.signals import Stopped, StopSignals, ignore_in_worker
+from cifar_lightning.signals import Stopped, StopSignals
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
 
@@ -75,7 +75,26 @@ def test_processes_that_do_not_speak_for_the_run_end_well():
     assert Stopped(signal.SIGTERM, is_reporting=False).code == 0
 
 
-def test_a_worker_leaves_the_signals_of_its_group_to_its_parent(signals):
-    ignore_in_worker(0)
-    for signum in BOTH:
-        os.kill(os.getpid(), signum)
+def test_a_worker_leaves_the_signals_of_its_group_to_its_parent_and_ends_when_that_says_so():
+    code = """
+import os, signal, sys, time
+from cifar_lightning.signals import StopSignals, leave_to_parent
+os.setpgrp()
+StopSignals().defer()
+worker = os.fork()
+if worker == 0:
+    leave_to_parent(0)
+    print("ready", flush=True)
+    time.sleep(60)
+sys.stdin.readline()
+os.killpg(0, signal.SIGTERM)
+time.sleep(0.5)
+assert os.waitpid(worker, os.WNOHANG) == (0, 0)
+os.kill(worker, signal.SIGTERM)
+assert os.waitpid(worker, 0)[1] == signal.SIGTERM
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.communicate("go\n", timeout=60)
+    assert process.returncode == 0

@@ -1,0 +1,37 @@
+"""Short fits in this process, with the callbacks and the checkpoints of a run."""
+
+import lightning.pytorch as pl
+
+from cifar_lightning import ImageClassifier, ImageDataModule
+from cifar_lightning.callbacks import BestCheckpoint, RunRecorder
+from cifar_lightning.checkpoint import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint
+from cifar_lightning.exact import ExactState
+from cifar_lightning.runs import RunFolder
+from cifar_lightning.signals import StopSignals
+
+NARROW = {"widths": [2, 2, 2], "dropout": 0.3}
+
+
+def fit_run(path, *more, schedule=None, signals=None, ckpt_path=None, module=None, epochs=2, without=(), **data):
+    """Train into a run folder, 9 steps an epoch of 500 pictures; return (run, Trainer)."""
+    run = RunFolder(path)
+    run.path.mkdir(exist_ok=True)
+    last = LastCheckpoint(run, schedule or CheckpointSchedule(), signals or StopSignals())
+    validates = data.get("val_fraction") != 0
+    callbacks = [ExactState(), RunRecorder(run), *more, *([BestCheckpoint(run)] if validates else []), last]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=None if validates else 0,
+        default_root_dir=path,
+        callbacks=[callback for callback in callbacks if not isinstance(callback, tuple(without))],
+        plugins=[DurableCheckpointIO()],
+    )
+    module = module or ImageClassifier(image_size=16, model_kwargs=NARROW, lr=0.01)
+    pictures = ImageDataModule("synthetic", image_size=16, **{"batch_size": 500, **data})
+    trainer.fit(module, pictures, ckpt_path=ckpt_path, weights_only=True)
+    return run, trainer

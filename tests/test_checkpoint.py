@@ -1,0 +1,220 @@
+"""Checkpoints: whole or not at all, never of broken weights, checked before use; and when last.ckpt is written."""
+
+import os
+import random
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from fitting import NARROW, fit_run
+
+from cifar_lightning import ImageClassifier, SmallNet, UserError, files
+from cifar_lightning.checkpoint import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint, newest_checkpoint, plain
+from cifar_lightning.errors import RunError
+from cifar_lightning.runs import RunFolder
+from cifar_lightning.signals import Stopped, StopSignals
+from cifar_lightning.weights import EXACT_STATE, read_checkpoint
+
+
+def checkpoint_of(weight, **more):
+    return {"state_dict": {"weight": weight}, "global_step": 7, EXACT_STATE: {}, **more}
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    DurableCheckpointIO().save_checkpoint(checkpoint_of(torch.ones(3)), path)
+    return path
+
+
+def test_what_was_written_is_read_and_nothing_else_lies_there(path):
+    assert DurableCheckpointIO().load_checkpoint(path)["state_dict"]["weight"].tolist() == [1, 1, 1]
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("place", ["fsync", "replace"])
+def test_a_failing_disk_is_reported_and_the_old_file_stays(path, monkeypatch, place):
+    before = path.read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, place, full)
+    with pytest.raises(RunError, match=r"(?s)last\.ckpt: cannot be written \(No space left.*--resume"):
+        DurableCheckpointIO().save_checkpoint(checkpoint_of(torch.zeros(3)), path)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_weights_are_not_written_over_good_ones(path, bad):
+    before = path.read_bytes()
+    with pytest.raises(RunError, match="weight holds NaN or infinity after step 7"):
+        DurableCheckpointIO().save_checkpoint(checkpoint_of(torch.tensor([1.0, bad])), path)
+    assert path.read_bytes() == before
+
+
+def test_it_is_synced_before_it_gets_its_name_and_its_folder_after(path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(files.os, name, lambda *args, name=name, real=real: (done.append(name), real(*args)))
+    DurableCheckpointIO().save_checkpoint(checkpoint_of(torch.zeros(3)), path)
+    assert done == ["fsync", "replace", "fsync"]
+
+
+def test_each_of_200_damages_of_a_smallnet_is_refused(tmp_path):
+    path = tmp_path / "last.ckpt"
+    DurableCheckpointIO().save_checkpoint(
+        {"state_dict": SmallNet().state_dict(), "global_step": 1, EXACT_STATE: {}}, path
+    )
+    whole, rng = path.read_bytes(), random.Random(0)
+    for number in range(200):
+        damaged = bytearray(whole)
+        if number % 4 == 0:
+            del damaged[rng.randrange(len(damaged)) :]
+        else:
+            for _ in range(number % 4):
+                damaged[rng.randrange(len(damaged))] ^= rng.randrange(1, 256)
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            read_checkpoint(path)
+
+
+def test_odd_values_of_hyperparameters_become_plain_ones(path):
+    odd = {
+        "path": Path("a"),
+        "float": np.float64(0.5),
+        "int": np.int64(3),
+        "array": np.arange(2),
+        "function": partial(int, base=2),
+        "nested": ({"a": np.float32(1)}, {1, 2}, None),
+        "dtype": torch.float16,
+    }
+    DurableCheckpointIO().save_checkpoint(checkpoint_of(torch.ones(1), hyper_parameters=odd), path)
+    read = read_checkpoint(path)["hyper_parameters"]
+    assert read.pop("function").startswith("functools.partial")
+    assert read == {
+        "path": "a",
+        "float": 0.5,
+        "int": 3,
+        "array": [0, 1],
+        "nested": ({"a": 1.0}, [1, 2], None),
+        "dtype": torch.float16,
+    }
+    assert type(plain(np.float64(1))) is float
+
+
+def test_the_newest_whole_one_is_found(path):
+    run = RunFolder(path.parent.parent)
+    shutil.copy(path, run.previous_checkpoint)
+    assert newest_checkpoint(run)[0] == run.last_checkpoint
+    path.write_bytes(path.read_bytes()[:-1])
+    found, _, damages = newest_checkpoint(run)
+    assert found == run.previous_checkpoint
+    assert "last.ckpt" in damages[0]
+
+
+# -- when last.ckpt is written ----------------------------------------------------------------------------------------
+
+
+class Saves(pl.Callback):
+    """Notes the step of each checkpoint that is written."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        self.steps.append(trainer.global_step)
+
+
+class Signal(pl.Callback):
+    """Sends a signal to this process in a hook, at a step."""
+
+    def __init__(self, hook, step, signum=signal.SIGTERM):
+        self.step, self.signum = step, signum
+        setattr(self, hook, self.send)
+
+    def send(self, trainer, *args):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.signum)
+
+
+def test_it_is_written_every_n_steps_but_at_the_end_of_an_epoch_only_once(tmp_path):
+    saves = Saves()
+    fit_run(tmp_path / "run", saves, schedule=CheckpointSchedule(every_n_train_steps=3), val_fraction=0.0, epochs=2)
+    assert saves.steps == [3, 6, 9, 10, 12, 15, 18, 20]
+
+
+def test_it_is_written_when_the_minutes_are_up(tmp_path):
+    saves = Saves()
+    fit_run(tmp_path / "run", saves, schedule=CheckpointSchedule(every_n_minutes=1e-9), val_fraction=0.0, epochs=1)
+    assert saves.steps == list(range(1, 11))
+
+
+@pytest.mark.parametrize(
+    "flags", [{"every_n_train_steps": 0}, {"every_n_minutes": 0}, {"every_n_minutes": float("nan")}]
+)
+def test_a_schedule_of_nothing_is_refused(flags):
+    with pytest.raises(UserError, match=r"--checkpoint\.every_n"):
+        CheckpointSchedule(**flags)
+
+
+def test_the_one_before_is_kept(tmp_path):
+    run, _ = fit_run(tmp_path / "run", epochs=2)
+    assert read_checkpoint(run.previous_checkpoint)["global_step"] == 9
+    assert read_checkpoint(run.last_checkpoint)["global_step"] == 18
+
+
+def test_where_files_cannot_have_two_names_the_one_before_is_a_copy(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    run, _ = fit_run(tmp_path / "run", epochs=2)
+    assert read_checkpoint(run.previous_checkpoint)["global_step"] == 9
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "saved"),
+    [("on_train_batch_start", 3, 4), ("on_train_batch_start", 8, 9), ("on_validation_batch_start", 9, 9)],
+    ids=["in a batch", "in the last batch of an epoch", "in a validation"],
+)
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_at_the_next_boundary_with_a_checkpoint(tmp_path, hook, step, saved, signum, status):
+    with pytest.raises(Stopped) as ended:
+        fit_run(tmp_path / "run", Signal(hook, step, signum), signals=StopSignals(), eval_batch_size=100)
+    assert ended.value.code == status
+    assert read_checkpoint(RunFolder(tmp_path / "run").last_checkpoint)["global_step"] == saved
+
+
+def test_a_stop_does_not_cut_a_step_of_several_batches(tmp_path):
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW)
+    run = RunFolder(tmp_path / "run")
+    last = LastCheckpoint(run, CheckpointSchedule(), StopSignals())
+    last.signals.signum = signal.SIGTERM
+    seen = []
+
+    class Loop:
+        _should_accumulate = staticmethod(lambda: len(seen) < 2)
+        _num_ready_batches_reached = staticmethod(lambda: False)
+
+    class Trainer:
+        world_size, global_step, is_global_zero = 1, 5, True
+        fit_loop = type("FitLoop", (), {"epoch_loop": Loop})
+
+        @staticmethod
+        def save_checkpoint(path):
+            seen.append(path)
+
+    last.on_train_batch_end(Trainer, module)
+    assert seen == []
+    seen += ["one", "two"]
+    with pytest.raises(Stopped):
+        last.on_train_batch_end(Trainer, module)
+    assert seen[2] == run.last_checkpoint

@@ -1,0 +1,143 @@
+"""A run that was stopped anywhere ends with the bits of one that was not; without its random states it does not."""
+
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from fitting import fit_run
+from test_checkpoint import Signal
+
+from cifar_lightning import ImageClassifier, UserError
+from cifar_lightning.checkpoint import CheckpointSchedule
+from cifar_lightning.exact import ExactState, is_inside_epoch, restore_rng, rng_state
+from cifar_lightning.runs import RunFolder
+from cifar_lightning.signals import Stopped
+from cifar_lightning.weights import EXACT_STATE, read_checkpoint
+
+# Lightning warns where it goes on in the folder of a run.
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+CPU = torch.device("cpu")
+
+
+def leaves(value, name=""):
+    """Yield (name, tensor or value) of nested containers, without the paths that tell two runs apart."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key not in ("best_k_models", "best_model_path", "last_model_path", "kth_best_model_path", "dirpath"):
+                yield from leaves(item, f"{name}/{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from leaves(item, f"{name}/{index}")
+    else:
+        yield name, value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+def result_of(run):
+    checkpoint = read_checkpoint(run.last_checkpoint)
+    for rank in checkpoint.get(EXACT_STATE, {"ranks": []})["ranks"]:
+        del rank["rng"]["python"]  # the tests' type checks draw from it: beartype looks at items at random
+    return dict(leaves(checkpoint)), run.metrics_csv.read_bytes()
+
+
+def differences(one, other):
+    """Return what two results differ in, by name."""
+    (tensors, table), (other_tensors, other_table) = one, other
+    names = sorted(tensors.keys() | other_tensors.keys())
+    return [name for name in names if tensors.get(name, "") != other_tensors.get(name, "")] + (
+        ["metrics.csv"] if table != other_table else []
+    )
+
+
+def seed(number):
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+def start(path, *more, **kwargs):
+    seed(0)
+    return fit_run(path, *more, epochs=3, eval_batch_size=100, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return result_of(start(tmp_path_factory.mktemp("unbroken") / "run")[0])
+
+
+def stop_and_go_on(path, hook, step, without=(), **kwargs):
+    with pytest.raises(Stopped):
+        start(path, Signal(hook, step, signal.SIGTERM), **kwargs)
+    seed(1)  # a new process has other random states
+    run = RunFolder(path)
+    return start_again(run, without, **kwargs)
+
+
+def start_again(run, without, **kwargs):
+    return fit_run(run.path, epochs=3, eval_batch_size=100, ckpt_path=run.last_checkpoint, without=without, **kwargs)[0]
+
+
+@pytest.mark.parametrize(
+    ("hook", "step"),
+    [
+        ("on_train_batch_start", 0),
+        ("on_train_batch_start", 4),
+        ("on_train_batch_start", 8),
+        ("on_validation_batch_start", 9),
+        ("on_validation_epoch_end", 9),
+        ("on_train_batch_start", 9),
+        ("on_train_batch_start", 16),
+        ("on_validation_batch_start", 27),
+    ],
+)
+def test_a_run_stopped_anywhere_ends_as_an_unbroken_one(tmp_path, unbroken, hook, step):
+    assert differences(result_of(stop_and_go_on(tmp_path / "run", hook, step)), unbroken) == []
+
+
+def test_it_does_so_with_worker_processes(tmp_path, unbroken):
+    broken = stop_and_go_on(tmp_path / "run", "on_train_batch_start", 12, num_workers=1)
+    assert differences(result_of(broken), unbroken) == []
+
+
+def test_without_the_random_states_it_does_not(tmp_path, unbroken):
+    broken = stop_and_go_on(tmp_path / "run", "on_train_batch_start", 4, without=[ExactState])
+    assert any(name.startswith("/state_dict/") for name in differences(result_of(broken), unbroken))
+
+
+def test_a_schedule_of_checkpoints_changes_nothing(tmp_path, unbroken):
+    run, _ = start(tmp_path / "run", schedule=CheckpointSchedule(every_n_train_steps=2))
+    assert differences(result_of(run), unbroken) == []
+
+
+def test_random_states_come_back_for_all_generators():
+    seed(3)
+    np.random.standard_normal()  # leaves a second value cached
+    state = rng_state(CPU)
+
+    def draw():
+        return random.random(), np.random.standard_normal(), np.random.rand(), torch.rand(2).tolist()
+
+    drawn = draw()
+    draw()
+    restore_rng(state, CPU)
+    assert draw() == drawn
+
+
+def test_random_states_are_plain_enough_for_a_checkpoint(tmp_path):
+    torch.save(rng_state(CPU), tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["python"] == random.getstate()
+
+
+def test_inside_an_epoch_another_number_of_processes_is_refused(tmp_path):
+    with pytest.raises(Stopped):
+        start(tmp_path / "run", Signal("on_train_batch_start", 4, signal.SIGTERM))
+    checkpoint = read_checkpoint(RunFolder(tmp_path / "run").last_checkpoint)
+    assert is_inside_epoch(checkpoint)
+    two = type("Trainer", (), {"world_size": 2})
+    with pytest.raises(UserError, match=r"inside an epoch on 1 process\(es\), not on 2"):
+        ExactState().on_load_checkpoint(two, ImageClassifier(), checkpoint)
+    checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] = 1
+    state = ExactState()
+    state.on_load_checkpoint(two, ImageClassifier(), checkpoint)
+    assert checkpoint[EXACT_STATE]["ranks"][0]["epoch_sums"] is None
