@@ -119,7 +119,7 @@ def terminated_in_an_epoch(trial: Trial) -> str:
 @row(8, "SIGTERM during validation")
 def terminated_in_validation(trial: Trial) -> str:
     """In the middle of the second epoch's validation."""
-    _stopped_and_resumed(trial, "in validation", "SIGTERM@val:1", 143)
+    _stopped_and_resumed(trial, "in validation", "SIGTERM@val:8", 143)
     return "exit 143, resumed bitwise"
 
 

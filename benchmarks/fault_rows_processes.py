@@ -64,7 +64,7 @@ def one_rank_killed(trial: Trial) -> str:
             ranks = [process.pid, *_second_rank(process.pid)]
             os.kill(ranks[victim], signal.SIGKILL)
             began = time.monotonic()
-            gone = wait_until_gone(process, ranks)
+            gone = _wait_until_gone(process, ranks)
             seconds.append(time.monotonic() - began)
             trial.expect(gone, f"rank {victim} killed: the other one still runs after {_GONE_S} s")
             status = process.poll()
@@ -97,12 +97,12 @@ def _second_rank(parent: int) -> list[int]:
     return found
 
 
-def wait_until_gone(process: subprocess.Popen, pids: list[int]) -> bool:
+def _wait_until_gone(process: subprocess.Popen, pids: list[int]) -> bool:
     """Wait until processes have ended; return whether they have in time."""
     until = time.monotonic() + _GONE_S
     while time.monotonic() < until:
-        process.poll()  # or it stays as a zombie
-        if not any(_is_running(pid) for pid in pids):
+        # Its own child until it can be reaped: a process whose first thread has ended looks like a zombie, and is none.
+        if process.poll() is not None and not any(_is_running(pid) for pid in pids):
             return True
         time.sleep(0.1)
     return False

@@ -39,6 +39,7 @@ class Subject:
             own = ["fit", "--data.dataset", "folder", "--data.root", data, "--data.image_size", size]
             own += ["--model.model_kwargs", "{widths: [8, 8, 16], dropout: 0.2}", "--trainer.accelerator", "cpu"]
             own += ["--trainer.logger", "false", "--data.num_workers", asked["workers"]]
+            own += ["--data.eval_batch_size", 10]  # several batches a validation, to be stopped between them
             own += ["--run_dir", out] if out is not None else []
             own += ["--checkpoint.every_n_train_steps", asked["every"]]
             if asked["devices"] > 1:
