@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cifar_lightning import ImageDataModule, SmallNet
 from cifar_lightning.cli import run_command
+from cifar_lightning.flags import table
 from cifar_lightning.loader import PictureLoader
 from cifar_lightning.models import MODELS
 from cifar_lightning.optim import build_optimizer, one_cycle
@@ -64,6 +65,12 @@ def one_layer(num_classes: int, image_size: int) -> nn.Module:
 def small_net(num_classes: int, image_size: int) -> nn.Module:
     """Return SmallNet with a clock."""
     return Clocked(SmallNet(num_classes)).to(memory_format=torch.channels_last)
+
+
+def register(**networks: Callable[[int, int], nn.Module]) -> None:
+    """Let `--model.name` take further networks."""
+    MODELS.update(networks)
+    table()["model.name"]["choices"] += networks
 
 
 def hand_loop(name: str, batch_size: int) -> None:
@@ -179,7 +186,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round of the one-layer network alone")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
-    MODELS["one_layer"], MODELS["clocked_smallnet"] = one_layer, small_net
+    register(one_layer=one_layer, clocked_smallnet=small_net)
     rounds = 1 if args.quick else args.rounds
     ways = {"hand loop": hand_loop, "plain Lightning": plain_lightning, "barebones": barebones, "fit": our_fit}
     small = compare(ways, "one_layer", SMALL_BATCH, rounds)

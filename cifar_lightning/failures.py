@@ -1,4 +1,6 @@
-"""What errors of torch mean to the person whose run they ended."""
+"""What errors of torch and of the system mean to the person whose run they ended."""
+
+import errno
 
 import torch
 
@@ -7,9 +9,16 @@ from cifar_lightning.errors import RunError
 _GOES_ON = "Checkpoints are kept: python train.py fit --resume RUN goes on."
 
 
-def explain(error: RuntimeError) -> RunError | None:
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def explain(error: RuntimeError | OSError) -> RunError | None:
     """Return the error in a person's words, with a way out; None for one that is not known, such as a mistake here."""
     text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        where = error.filename or "a file of the run"
+        full = f"{where}: cannot be written ({error.strerror}).\nMake room. {_GOES_ON}"
+        return RunError(full) if error.errno in _FULL else None
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return RunError(
             "out of memory: halve --batch_size and give --trainer.accumulate_grad_batches 2, which trains alike; "

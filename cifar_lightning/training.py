@@ -72,7 +72,7 @@ def run_training(command: str, arguments: Sequence[str], *, resumed: RunFolder |
             RunCLI([command, *arguments], resumed)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         known = explain(error)
         if known is None:
             raise

@@ -12,15 +12,21 @@ from cifar_lightning.signals import StopSignals
 NARROW = {"widths": [2, 2, 2], "dropout": 0.3}
 
 
-def fit_run(path, *more, schedule=None, signals=None, ckpt_path=None, module=None, epochs=2, without=(), **data):
-    """Train into a run folder, 9 steps an epoch of 500 pictures; return (run, Trainer)."""
+def fit_run(
+    path, *more, schedule=None, signals=None, ckpt_path=None, module=None, epochs=2, without=(), trainer=None, **data
+):
+    """Train into a run folder, 9 steps an epoch of 500 pictures; return (run, Trainer).
+
+    `trainer` has further arguments of the Trainer, `data` of the data module.
+    """
     run = RunFolder(path)
     run.path.mkdir(exist_ok=True)
     last = LastCheckpoint(run, schedule or CheckpointSchedule(), signals or StopSignals())
     validates = data.get("val_fraction") != 0
     callbacks = [ExactState(), RunRecorder(run), *more, *([BestCheckpoint(run)] if validates else []), last]
+    settings = {"accelerator": "cpu", **(trainer or {})}
     trainer = pl.Trainer(
-        accelerator="cpu",
+        **settings,
         max_epochs=epochs,
         logger=False,
         enable_model_summary=False,

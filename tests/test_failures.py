@@ -1,4 +1,4 @@
-"""What errors of torch mean to a person."""
+"""What errors of torch and of the system mean to a person."""
 
 import torch
 
@@ -19,6 +19,14 @@ def test_a_dead_worker_is_named():
     told = str(explain(RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed.")))
     assert "pid 17" in told
     assert "--data.num_workers" in told
+
+
+def test_a_full_disk_is_named_also_where_the_system_names_no_file():
+    assert str(explain(OSError(28, "No space left on device"))).startswith(
+        "a file of the run: cannot be written (No space"
+    )
+    assert str(explain(OSError(28, "No space left on device", "metrics.csv"))).startswith("metrics.csv: ")
+    assert explain(OSError(2, "No such file or directory", "x")) is None
 
 
 def test_what_is_not_known_stays_as_it_is():

@@ -3,10 +3,16 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from fitting import fit_run
+from test_checkpoint import Signal
 
 from cifar_lightning import ImageClassifier, ImageDataModule
+from cifar_lightning.errors import RunError
+from cifar_lightning.runs import RunFolder
+from cifar_lightning.signals import Stopped
+from cifar_lightning.weights import read_checkpoint
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")]
 
 
 def small_data(**kwargs):
@@ -50,3 +56,37 @@ def test_mixed_precision_trains(tmp_path, optimizer):
     trainer.fit(module, small_data())
     assert trainer.callback_metrics["train/acc"] > 0.2
     assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_bad_loss_on_the_gpu_holds_the_update_back_and_stops_at_the_epochs_end(tmp_path, optimizer):
+    class Spoiled(ImageClassifier):
+        """Gets a picture of infinities at step 4."""
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 4:
+                self.before = [parameter.detach().clone() for parameter in self.parameters()]
+                batch[0].fill_(float("inf"))
+
+    module = Spoiled(image_size=16, optimizer=optimizer, model_kwargs={"widths": [4, 8, 8]})
+    with pytest.raises(RunError, match="epoch 1, step 5"):
+        fit_run(tmp_path / "run", module=module, trainer={"accelerator": "gpu"})
+    for parameter, before in zip(module.parameters(), module.before, strict=True):
+        assert torch.equal(parameter.cpu(), before.cpu())
+
+
+def test_a_run_stopped_inside_an_epoch_ends_with_the_same_bits_on_the_gpu(tmp_path):
+    def start(path, *more, **kwargs):
+        torch.manual_seed(0)
+        settings = {"accelerator": "gpu", "deterministic": True, "benchmark": False}
+        return fit_run(path, *more, trainer=settings, **kwargs)[0]
+
+    unbroken = start(tmp_path / "unbroken")
+    with pytest.raises(Stopped):
+        start(tmp_path / "broken", Signal("on_train_batch_start", 4))
+    torch.cuda.manual_seed(1)
+    broken = start(tmp_path / "broken", ckpt_path=RunFolder(tmp_path / "broken").last_checkpoint)
+    results = [read_checkpoint(run.last_checkpoint) for run in (unbroken, broken)]
+    for name, tensor in results[0]["state_dict"].items():
+        assert torch.equal(tensor, results[1]["state_dict"][name]), name
+    assert unbroken.metrics_csv.read_bytes() == broken.metrics_csv.read_bytes()
