@@ -1,0 +1,121 @@
+"""What safety costs: host time a step of the guards, and milliseconds of a durable checkpoint.
+
+    python benchmarks/guards.py            5 rounds
+    python benchmarks/guards.py --json benchmarks/results/guards.json
+
+The ordinary `fit` of a one-layer network runs in turn with and without what looks at each step: the guard over the loss
+and the callback that waits for signals and schedules. Then the Trainer writes SmallNet's whole state (AdamW's moments
+included, 14 MB) in turn by our checkpoint plugin, which hashes, syncs and renames, and by Lightning's own, which does
+none of these. The last line is the step with the guards over the step without.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from overhead import SMALL_BATCH, one_layer, our_fit, register, silence, step_us
+
+from cifar_lightning import ImageClassifier, ImageDataModule
+from cifar_lightning.checkpoint import DurableCheckpointIO, LastCheckpoint
+from cifar_lightning.runs import describe_environment
+
+NUM_SAVES = 20
+
+
+@contextlib.contextmanager
+def without_guards() -> Iterator[None]:
+    """Take away what looks at each step."""
+    with (
+        mock.patch.object(ImageClassifier, "_make_guard", return_value=None),
+        mock.patch.object(LastCheckpoint, "on_train_batch_end", pl.Callback.on_train_batch_end),
+    ):
+        yield
+
+
+def step_costs(rounds: int) -> tuple[list[float], list[float]]:
+    """Return microseconds a step with and without the guards, round by round; who goes first alternates."""
+    guarded, bare = list[float](), list[float]()
+    for number in range(rounds):
+        for is_guarded in (True, False) if number % 2 == 0 else (False, True):
+            with contextlib.nullcontext() if is_guarded else without_guards():
+                (guarded if is_guarded else bare).append(step_us(our_fit, "one_layer", SMALL_BATCH))
+    return guarded, bare
+
+
+def trained(plugin: CheckpointIO) -> pl.Trainer:
+    """Return a Trainer that has made one step of SmallNet and saves by a plugin."""
+    settings: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    settings |= {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0, plugins=[plugin], **settings)
+    trainer.fit(ImageClassifier(), ImageDataModule("synthetic"))
+    return trainer
+
+
+def save_costs(folder: Path) -> tuple[list[float], list[float], int]:
+    """Return milliseconds of each save by our plugin and by Lightning's, in turn, and a checkpoint's bytes."""
+    costs: dict[str, list[float]] = {"ours": [], "lightning": []}
+    with silence():
+        trainers = {"ours": trained(DurableCheckpointIO()), "lightning": trained(TorchCheckpointIO())}
+    for _ in range(NUM_SAVES):
+        for name, trainer in trainers.items():
+            began = time.perf_counter()
+            trainer.save_checkpoint(folder / f"{name}.ckpt")
+            costs[name].append(1e3 * (time.perf_counter() - began))
+    return costs["ours"], costs["lightning"], (folder / "ours.ckpt").stat().st_size
+
+
+def spread(values: list[float]) -> str:
+    """Return "median (lowest to highest)"."""
+    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def main() -> None:
+    """Measure and print; the last line is `ratio=X`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions of both ways (default 5)")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    args = parser.parse_args()
+    register(one_layer=one_layer)
+    guarded, bare = step_costs(args.rounds)
+    added = [one - other for one, other in zip(guarded, bare, strict=True)]
+    print(f"one-layer network, batch {SMALL_BATCH}, {args.rounds} rounds of 1,125 steps, microseconds a step, CPU:")
+    print(f"  with the guards {spread(guarded)}, without {spread(bare)}, added {spread(added)}")
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # a disk and not a file system in memory
+        ours, lightning, num_bytes = save_costs(Path(folder))
+    print(f"checkpoint of SmallNet with AdamW, {num_bytes / 1e6:.1f} MB, {NUM_SAVES} saves, milliseconds, synced:")
+    print(f"  ours {spread(ours)}, Lightning's, not synced, {spread(lightning)}")
+    environment = describe_environment()
+    figures = {
+        "commit": environment["commit"],
+        "hardware": f"{environment['num_usable_cpus']} cores, {environment['cpu']}",
+        "torch": torch.__version__,
+        "guarded_us": guarded,
+        "bare_us": bare,
+        "added_us": added,
+        "save_ms": ours,
+        "lightning_save_ms": lightning,
+        "checkpoint_bytes": num_bytes,
+    }
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    ratio = statistics.median(one / other for one, other in zip(guarded, bare, strict=True))
+    print(f"host time of a step with the guards over without, {args.rounds} rounds, CPU:")
+    print(f"ratio={ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()
