@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import functools
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ import yaml
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.limits import LIMITS
+from cifar_lightning.recipes import read_recipe
+from cifar_lightning.wording import clipped
 
 ALIASES = {"epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "lr": "model.lr"}
 GROUPS = ("trainer", "model", "data", "early_stopping", "checkpoint")  # each also takes a YAML file of its keys
@@ -49,18 +52,19 @@ def normalize_arguments(command: str, arguments: Sequence[str]) -> list[str]:
     for typed, value in _pairs(command, arguments):
         name = ALIASES.get(typed, typed)
         plain = name.removesuffix("+")
-        _check_name(plain, f"--{typed}")
+        _check_name(plain, f"--{clipped(typed)}")
         takers = table().get(plain, {}).get("commands", [command])
         if command not in takers:
             raise UserError(f"--{typed}: a flag of {' and '.join(takers)}, not of {command}.")
         if value is None:
             value = _value_left_out(plain, typed)
         else:
-            check_value(plain, value, f"--{typed} {value}")
-        other, other_value = given.get(name, (typed, value))
-        if (other in ALIASES) != (typed in ALIASES) and other_value != value:
+            check_value(plain, value, f"--{typed} {clipped(value)}")
+        other, other_value = given.get(name, (typed, value or ""))
+        if (other in ALIASES) != (typed in ALIASES) and other_value != (value or ""):
             raise UserError(
-                f"--{other} {other_value} and --{typed} {value} are one setting with two values; give one of them."
+                f"--{other} {clipped(other_value)} and --{typed} {clipped(value or '')} are one setting with two "
+                "values; give one of them."
             )
         given[name] = (typed, value or "")
         normalized.append(f"--{name}" if value is None else f"--{name}={value}")
@@ -87,7 +91,8 @@ def _pairs(command: str, arguments: Sequence[str]) -> Iterator[tuple[str, str | 
         at += 1
         argument = "--config" + argument[2:] if argument.startswith("-c") else argument
         if not argument.startswith("--") or len(argument) == 2:
-            raise UserError(f"{command} takes no argument '{argument}'.{_hint_for_argument(command, argument)}")
+            hint = _hint_for_argument(command, argument)
+            raise UserError(f"{command} takes no argument '{clipped(argument)}'.{hint}")
         name, equals, value = argument[2:].partition("=")
         if equals:
             yield name, value
@@ -100,10 +105,10 @@ def _pairs(command: str, arguments: Sequence[str]) -> Iterator[tuple[str, str | 
 
 def _hint_for_argument(command: str, argument: str) -> str:
     if argument.endswith((".yaml", ".yml")):
-        return f" For a recipe: {command} --config {argument}"
+        return f" For a recipe: {command} --config {clipped(argument)}"
     if argument.startswith("-") and len(argument) > 2:
-        return f" Flags have two dashes: -{argument}"
-    if command == "fit" and Path(argument, "config.yaml").is_file():
+        return f" Flags have two dashes: -{clipped(argument)}"
+    if command == "fit" and os.path.isfile(os.path.join(argument, "config.yaml")):  # pathlib's raises for long names
         return f" To go on with a run: fit --resume {argument}"
     return ""
 
@@ -199,24 +204,36 @@ def check_recipe(path: Path) -> None:
     Raises:
         UserError: Names the file and its first mistake.
     """
+    file = f"--config {clipped(str(path), 200)}"
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_recipe(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror}).{_suggest_recipe(path)}") from error
+        raise UserError(f"{file}: cannot be read ({error.strerror}).{_suggest_recipe(path)}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--config {path}: not YAML ({reason}).") from error
+        raise UserError(f"{file}: not YAML ({clipped(reason, 200)}).") from error
     if tree is None:
         return
     if not isinstance(tree, dict):
-        raise UserError(f"--config {path}: holds a {type(tree).__name__}; a recipe is keys and values, as in configs/.")
+        raise UserError(f"{file}: holds a {type(tree).__name__}; a recipe is keys and values, as in configs/.")
     for name, value in _leaves(tree):
         known = name in table() or name in GROUPS
         if not known and not any(table().get(name[:at], {}).get("open") for at in range(len(name)) if name[at] == "."):
-            raise UserError(f"--config {path}: {name} is no setting.{suggest_flag(name).replace('--', '', 1)}")
+            raise UserError(f"{file}: {clipped(name)} is no setting.{suggest_flag(name).replace('--', '', 1)}")
         if isinstance(value, str | int | float):
             text = str(value).lower() if isinstance(value, bool) else str(value)
-            check_value(name, text, f"--config {path}: {name} {text}")
+            check_value(name, text, f"{file}: {name} {clipped(text)}")
+        elif value is None:
+            _check_nothing(name, file)
+
+
+def _check_nothing(name: str, file: str) -> None:
+    """Refuse a key with nothing behind it where that would not mean the default."""
+    if name in GROUPS:
+        raise UserError(f"{file}: nothing stands under {name}; put settings there, or leave the line out.")
+    row = table().get(name, {})
+    if row and not row.get("open") and "null" not in row["types"]:
+        raise UserError(f"{file}: {name} has no value; {_words(row)}, or leave the line out.")
 
 
 def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -37,6 +37,7 @@ _SHARE = Limit(0, 1, "0 to below 1")
 _STRENGTH = Limit(0, 1, "0 (off) to 1", through=True)
 
 LIMITS = {
+    "seed_everything": Limit(0, 2**32, "0 to 4294967295, what NumPy takes"),
     "model.lr": _RATE,
     "model.sgd_lr": _RATE,
     "model.weight_decay": Limit(0, math.inf, "0 or more"),
@@ -44,10 +45,11 @@ LIMITS = {
     "model.pct_start": _SHARE,
     "data.batch_size": _COUNT,
     "data.eval_batch_size": _COUNT,
-    "data.image_size": _COUNT,
+    # 50 MB a picture; far beyond what these networks are for, and a typo must not fill the disk.
+    "data.image_size": Limit(1, 4096, "1 to 4096 pixels", through=True),
     "data.val_fraction": Limit(0, 1, "0 (train on all) to below 1, such as 0.1"),
     "data.seed": Limit(0, math.inf, "0 or more"),
-    "data.num_workers": Limit(0, math.inf, "0 (resident) or more (streaming)"),
+    "data.num_workers": Limit(0, 1024, "0 (resident), or 1 to 1024 (streaming)", through=True),
     "data.crop_padding_px": _PIXELS,
     "data.cutout_px": _PIXELS,
     "data.brightness": _STRENGTH,

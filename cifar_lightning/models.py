@@ -57,7 +57,10 @@ def _conv_bn_relu(in_channels: int, out_channels: int) -> list[nn.Module]:
 
 
 def _smallnet(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
-    stages = len(kwargs.get("widths", (64, 128, 256)))
+    widths = kwargs.get("widths", (64, 128, 256))
+    if not (isinstance(widths, list | tuple) and widths and all(type(width) is int and width > 0 for width in widths)):
+        raise TypeError(f"widths {widths}: filters of each stage, 1 or more, such as [64, 128, 256]")
+    stages = len(widths)
     if image_size < 2 ** (stages - 1):
         raise UserError(
             f"image_size {image_size}: smallnet with {stages} stages needs {2 ** (stages - 1)} pixels or more."
@@ -100,7 +103,8 @@ def build_model(name: str, num_classes: int = 10, image_size: int = 32, **kwargs
         raise UserError(f"--model.name {name}: not a model; one of {', '.join(MODELS)}.{hint}")
     try:
         return MODELS[name](num_classes, image_size, **kwargs)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"--model.model_kwargs {kwargs}: {name} does not take them ({error}).") from error
+        reason = str(error).partition("\n")[0]  # torch writes its C++ stack behind it
+        raise UserError(f"--model.model_kwargs {kwargs}: {name} does not take them ({reason}).") from error

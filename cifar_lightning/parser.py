@@ -8,14 +8,18 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from jsonargparse import Namespace
+import yaml
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from cifar_lightning.callbacks import AnnealingEarlyStopping
 from cifar_lightning.checkpoint import CheckpointSchedule
 from cifar_lightning.errors import UserError
+from cifar_lightning.flags import GROUPS, table
 from cifar_lightning.models import MODELS
+from cifar_lightning.recipes import checked
 from cifar_lightning.sources import DATASETS
+from cifar_lightning.wording import clipped
 
 TABLE = Path(__file__).with_name("flags.json")
 # Flags of the project beside those of the Trainer, the model and the data: type, default, help, commands that take it.
@@ -32,6 +36,12 @@ _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
 }
 # The signatures say str, since a data set or network of one's own is one more line there.
 _NAMES = {"model.name": tuple(MODELS), "data.dataset": DATASETS}
+# What `build_model` gets from the data and from --model.name.
+_NOT_OF_A_MODEL = ("name", "num_classes", "image_size", "in_channels")
+_MOST_DEVICES = 1024  # of one machine; a typo would start that many processes
+# jsonargparse's own reader of YAML ends in a traceback for some values, and never for an alias inside what it names.
+_MODE = "checked_yaml"
+set_loader(_MODE, checked(get_loader("yaml")), (yaml.YAMLError,))
 _KINDS = {int: "int", float: "float", bool: "bool", str: "str", Path: "str", types.NoneType: "null"}
 
 
@@ -39,12 +49,12 @@ class RunParser(LightningArgumentParser):
     """LightningCLI's parser that raises a short `UserError` instead of printing usage, and takes no abbreviation."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, allow_abbrev=False, **{"parser_mode": _MODE, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message's first lines."""
         lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-        raise UserError("\n".join(lines[:2])) from ex
+        raise UserError("\n".join(clipped(line, 300) for line in lines[:2])) from ex
 
 
 def add_own_flags(parser: LightningArgumentParser) -> None:
@@ -63,6 +73,11 @@ def check_arguments(command: str, config: Namespace) -> None:
     Raises:
         UserError: Names the flag.
     """
+    _refuse_nothing(config)
+    _refuse_what_the_data_gives(config.get("model.model_kwargs") or {})
+    devices = str(config.get("trainer.devices"))  # Lightning takes a number also as text
+    if devices.isdecimal() and int(devices) > _MOST_DEVICES:
+        raise UserError(f"--trainer.devices {clipped(devices)}: at most {_MOST_DEVICES} on one machine.")
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise UserError(f"--ckpt_path {config.ckpt_path}: no such file; give a checkpoint, RUN/checkpoints/last.ckpt.")
     if command != "fit" and config.ckpt_path is None:
@@ -70,6 +85,25 @@ def check_arguments(command: str, config: Namespace) -> None:
     epochs = config.trainer.max_epochs
     if command == "fit" and (epochs == 0 or (epochs in (None, -1) and config.trainer.max_steps == -1)):
         raise UserError(f"--epochs {epochs}: 1 or more; OneCycle needs an end.")
+
+
+def _refuse_nothing(config: Namespace) -> None:
+    """Refuse None where it would not mean the default: jsonargparse takes it for any type, from recipes and groups."""
+    for group in GROUPS:
+        if group in config and not isinstance(config[group], Namespace):
+            raise UserError(f"--{group} {clipped(str(config[group]))}: settings or a file of them, or leave it out.")
+    for name, row in table().items():
+        if name in config and config[name] is None and not row.get("open") and "null" not in row["types"]:
+            raise UserError(f"--{name}: needs a value, or leave it out.")
+
+
+def _refuse_what_the_data_gives(model_kwargs: dict[Any, Any]) -> None:
+    for name in model_kwargs:
+        if not isinstance(name, str) or name in _NOT_OF_A_MODEL:
+            raise UserError(
+                f"--model.model_kwargs: {clipped(str(name))} is no argument to give; "
+                "pictures and classes are the data's, the network is --model.name."
+            )
 
 
 def config_text(parser: LightningArgumentParser, config: Namespace) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_lightning.errors import UserError
+from cifar_lightning.memory import free_host_bytes
 
 SHAPES = ("disk", "square", "triangle", "ring", "cross")
 CLASS_NAMES = (*SHAPES, *(f"striped_{shape}" for shape in SHAPES))
@@ -65,6 +66,12 @@ def check(count: int, image_size: int) -> None:
         raise UserError(f"--data.image_size {image_size}: the synthetic set needs {MIN_IMAGE_SIZE} pixels or more")
     if count < 1:
         raise UserError(f"the synthetic set needs 1 picture or more of each split, got {count}")
+    needed = 3.0 * count * image_size**2
+    if needed > free_host_bytes():
+        raise UserError(
+            f"--data.image_size {image_size}: {count:,} synthetic pictures of that size need {needed / 1e9:,.0f} GB of "
+            "memory, more than is free; give a smaller size"
+        )
 
 
 def _draw_chunk(rng: np.random.Generator, targets: _Array, image_size: int) -> _Array:

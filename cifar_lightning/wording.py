@@ -1,7 +1,9 @@
-"""Numbers as text, the same on the terminal, the page and in findings; a dash where there is none."""
+"""Numbers as text, the same on the terminal, the page and in findings, a dash where there is none; what users typed."""
 
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def percent(share: float | None, decimals: int = 1) -> str:
@@ -15,8 +17,11 @@ def span(interval: Sequence[float], decimals: int = 1) -> str:
 
 
 def points(difference: float, decimals: int = 1) -> str:
-    """Return a difference of shares in points, as "+1.2"; never "-0.0"."""
-    return "-" if math.isnan(difference) else f"{round(100 * difference, decimals) + 0.0:+.{decimals}f}"
+    """Return a difference of shares in points, as "+1.2"; what rounds to nothing has no sign."""
+    if math.isnan(difference):
+        return "-"
+    rounded = round(100 * difference, decimals)
+    return f"{rounded:+.{decimals}f}" if rounded else f"{0:.{decimals}f}"
 
 
 def points_span(interval: Sequence[float], decimals: int = 1) -> str:
@@ -34,11 +39,21 @@ def count(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def pictures(number: int) -> str:
+    """Return "1 picture" or "12,345 pictures"."""
+    return f"{number:,} picture{'s' if number != 1 else ''}"
+
+
 def pvalue(p: float | None) -> str:
     """Return a p-value as "p = 0.0123"; empty where nothing was tested."""
     if p is None:
         return ""
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
+
+
+def unbroken(text: str) -> str:
+    """Return text that no line breaks between a number and its sign: the spaces there are non-breaking ones."""
+    return re.sub(r"(?<=\d) (?=%)|(?<=\bp) (?=[=<])|(?<=[=<]) (?=\d)", "\u00a0", text)
 
 
 def duration(seconds: float | None) -> str:
@@ -53,3 +68,18 @@ def duration(seconds: float | None) -> str:
 def counted(number: int, one: str, many: str) -> str:
     """Return "No classes are", "One class is" or "3 classes are"."""
     return f"One {one}" if number == 1 else f"{number or 'No'} {many}"
+
+
+def clipped(text: str, most: int = 80) -> str:
+    """Return what a user typed on one short line: without its middle, and with what does not print as \\xNN."""
+    if len(text) > most:
+        text = f"{text[: most // 2]}...{text[-most // 4 :]}"
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in text
+    )
+
+
+def run_name(path: Path) -> str:
+    """Return how a run is called: the last two parts of runs/smallnet/1, the name of a folder that was chosen."""
+    path = path.resolve()
+    return f"{path.parent.name}/{path.name}" if path.name.isdecimal() else path.name

@@ -72,6 +72,16 @@ def test_a_mistake_is_named_with_the_nearest_right_thing(typed, expected):
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "typed", [["--epochs", "x" * 70_000], ["--" + "x" * 70_000], ["x" * 70_000], ["--epochs", "\x1b[31m\n1"]]
+)
+def test_a_message_is_short_and_on_one_line_whatever_was_typed(typed):
+    with pytest.raises(UserError) as error:
+        normalize_arguments("fit", typed)
+    assert len(str(error.value)) < 300
+    assert str(error.value).isprintable()
+
+
 def test_the_last_value_of_a_flag_counts():
     assert flag_value(["--a=1", "--b=2", "--a=3"], "a") == "3"
     assert flag_value(["--a=1"], "b") is None
@@ -91,6 +101,11 @@ def test_every_flag_is_its_own_suggestion():
         ("model:\n  lr: .nan\n", "model.lr nan: a positive"),
         ("data:\n  batch_size: many\n", "data.batch_size many: a whole number"),
         ("model: [1\n", "not YAML"),
+        ("data: {seed: 2024-99-99}\n", "not YAML (month must be in 1..12)"),
+        ("data: &a {root: *a}\n", "not YAML (nested deeper"),
+        ("model:\n# lr: 1\n", "nothing stands under model"),
+        ("data:\n  batch_size:\n", "data.batch_size has no value; a whole number"),
+        ("seed_everything: 4294967296\n", "seed_everything 4294967296: 0 to 4294967295"),
         ("- 1\n", "holds a list"),
     ],
 )

@@ -15,6 +15,8 @@ LAYERS = [
         "limits",
         "memory",
         "wording",
+        "recipes",
+        "flags",
         "files",
         "augment",
         "models",
@@ -38,7 +40,7 @@ LAYERS = [
     ["callbacks", "answers", "dashboard", "progress", "predict", "export", "doctor"],
     ["exact", "checkpoint"],
     ["resume", "tune", "parser", "noise", "failures", "training"],
-    ["flags", "help", "cli"],
+    ["help", "cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 NEVER_TOGETHER = {"data": {"classifier", "report"}, "classifier": {"data", "report"}, "report": {"data", "classifier"}}

@@ -63,6 +63,10 @@ def test_resnet18_has_the_published_size_and_keeps_small_pictures_large():
     [
         ({"name": "smalnet"}, "--model.name smalnet: not a model.*Did you mean smallnet"),
         ({"name": "smallnet", "depth": 3}, "model_kwargs.*depth"),
+        ({"name": "smallnet", "widths": []}, "widths .*filters of each stage"),
+        ({"name": "smallnet", "widths": [4, 0]}, "widths .*filters of each stage"),
+        ({"name": "smallnet", "widths": 64}, "widths .*filters of each stage"),
+        ({"name": "smallnet", "widths": [1 << 40]}, "model_kwargs"),
         ({"name": "smallnet", "image_size": 2}, "image_size 2: smallnet with 3 stages needs 4 pixels"),
     ],
 )

@@ -50,6 +50,38 @@ def test_a_config_has_every_value_but_the_runs_own_path(parser):
     assert (again.model.lr, again.run_dir) == (0.5, None)
 
 
+@pytest.mark.parametrize("flag", ["--run_dir=!!timestamp x", "--data.root=&a *a", "--init_weights=2024-99-99"])
+def test_yaml_that_jsonargparse_would_die_of_is_plain_text(parser, flag):
+    name, _, text = flag[2:].partition("=")
+    assert parser.parse_args([flag])[name] == text
+
+
+@pytest.mark.parametrize("flag", ["--trainer.callbacks=&a {b: *a}", "--model.model_kwargs=!!int x"])
+def test_yaml_that_jsonargparse_would_never_end_with_is_refused(parser, flag):
+    with pytest.raises(UserError):
+        parser.parse_args([flag])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--data={crop_padding_px: null}"], "--data.crop_padding_px: needs a value"),
+        (["--model.model_kwargs={num_classes: 3}"], "num_classes is no argument to give"),
+        (["--model.model_kwargs={1: 2}"], "1 is no argument to give"),
+        (["--trainer.devices=99999999999999999999"], "--trainer.devices 99999999999999999999: at most 1024"),
+    ],
+)
+def test_values_that_the_types_let_through_are_refused(parser, arguments, expected):
+    with pytest.raises(UserError, match=expected):
+        check_arguments("fit", parser.parse_args(arguments))
+
+
+@pytest.mark.parametrize("text", ["model: null", "trainer: 3", "data: [1]"])
+def test_a_group_that_is_no_group_is_refused(parser, text):
+    with pytest.raises(UserError, match=text.partition(":")[0]):
+        check_arguments("fit", parser.parse_string(text))
+
+
 @pytest.mark.parametrize(
     ("command", "ckpt_path", "epochs", "expected"),
     [

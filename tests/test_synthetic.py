@@ -52,7 +52,7 @@ def test_a_linear_classifier_fails():
         assert accuracy.mean() < 0.4
 
 
-@pytest.mark.parametrize(("count", "image_size"), [(10, 15), (0, 32)])
+@pytest.mark.parametrize(("count", "image_size"), [(10, 15), (0, 32), (5000, 10**6), (5000, 10**19)])
 def test_a_set_that_cannot_be_is_refused(count, image_size):
     with pytest.raises(UserError):
         draw("train", count, image_size)

@@ -1,8 +1,23 @@
 import math
+from pathlib import Path
 
 import pytest
 
-from cifar_lightning.wording import count, counted, decimal, duration, percent, points, points_span, pvalue, span
+from cifar_lightning.wording import (
+    clipped,
+    count,
+    counted,
+    decimal,
+    duration,
+    percent,
+    pictures,
+    points,
+    points_span,
+    pvalue,
+    run_name,
+    span,
+    unbroken,
+)
 
 
 def test_shares_and_differences():
@@ -10,7 +25,7 @@ def test_shares_and_differences():
     assert percent(1, 2) == "100.00 %"
     assert span((0.1, 0.256)) == "10.0 to 25.6 %"
     assert points(0.0123) == "+1.2"
-    assert points(-0.0001) == "+0.0"
+    assert points(-0.0001) == points(0.0) == "0.0"
     assert points_span((-0.007, 0.019)) == "-0.7 to +1.9"
 
 
@@ -29,3 +44,23 @@ def test_counts_p_values_and_times():
         "One dog is",
         "2 dogs are",
     ]
+
+
+def test_what_was_typed_stays_on_one_short_line_and_cannot_steer_a_terminal():
+    assert clipped("configs/Bär.yaml") == "configs/Bär.yaml"
+    assert clipped("\x1b[31m\n\udcff\u202e") == r"\x1b[31m\n\udcff\u202e"
+    assert clipped("a" * 500 + "z" * 500, 80) == "a" * 40 + "..." + "z" * 20
+
+
+def test_pictures_are_one_or_several():
+    assert [pictures(number) for number in (0, 1, 1234)] == ["0 pictures", "1 picture", "1,234 pictures"]
+
+
+def test_no_line_breaks_between_a_number_and_its_sign():
+    assert unbroken("a 95 % b; p < 0.0001 or p = 1") == "a 95\u00a0% b; p\u00a0<\u00a00.0001 or p\u00a0=\u00a01"
+    assert unbroken("up to % here") == "up to % here"
+
+
+def test_a_run_is_called_by_recipe_and_number_or_its_folder():
+    assert run_name(Path("runs/smallnet/1")) == "smallnet/1"
+    assert run_name(Path("elsewhere/best run")) == "best run"

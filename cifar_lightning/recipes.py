@@ -1,0 +1,57 @@
+"""YAML as users write it, read so that it can only fail in one way and never grows without end; imports no torch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+MAX_DEPTH = 40  # lists and dicts within each other; the deepest of our own recipes is 4
+MAX_NODES = 100_000  # with every alias written out: some ten short lines of aliases can stand for 10^9 values
+
+
+def read_recipe(text: str) -> Any:
+    """Read YAML as plain data.
+
+    Raises:
+        yaml.YAMLError: It is none, or holds what a recipe has no use for.
+    """
+    # libyaml's loader, where there is one, is faster and refuses deep nesting by itself.
+    return checked(lambda text: yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))(text)
+
+
+def checked(load: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a reader of YAML that raises nothing but `yaml.YAMLError`.
+
+    PyYAML's own raises nearly anything (`2024-99-99` is a ValueError, `!!timestamp x` an AttributeError, `!!bool x` a
+    KeyError), and gives back endless data where an alias stands inside what it names.
+
+    Args:
+        load: A reader that makes plain types only.
+    """
+
+    def read(text: str) -> Any:
+        try:
+            value = load(text)
+        except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
+            raise yaml.YAMLError(str(error) or type(error).__name__) from error
+        _refuse_endless(value)
+        return value
+
+    return read
+
+
+def _refuse_endless(value: Any) -> None:
+    num_nodes, level = 0, [value]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for node in level:
+            if isinstance(node, dict):
+                below += node.values()
+            elif isinstance(node, list | tuple | set):
+                below += node
+            if num_nodes + len(below) > MAX_NODES:
+                raise yaml.YAMLError(f"more than {MAX_NODES:,} values")
+        if not below:
+            return
+        num_nodes, level = num_nodes + len(below), below
+    raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH} levels, or an alias inside what it names")

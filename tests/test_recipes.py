@@ -1,0 +1,45 @@
+"""YAML that cannot be read fails in one way, and what would grow without end is refused at once."""
+
+import time
+
+import pytest
+import yaml
+
+from cifar_lightning.recipes import MAX_DEPTH, MAX_NODES, checked, read_recipe
+
+
+@pytest.mark.parametrize("text", ["", "a: 1", "a: &x {b: [1, 2]}\nc: *x", "a: .nan", "- 1", "2024-01-01", "ä: ☃"])
+def test_plain_data_is_what_pyyaml_reads(text):
+    assert repr(read_recipe(text)) == repr(yaml.safe_load(text))
+
+
+WRONG = ["2024-99-99", "!!int x", "!!int ''", "!!float x", "!!bool x", "!!timestamp x", "9" * 5000, "[1", "? [1]: 2"]
+WRONG += ["!!python/object/apply:os.system ['true']", "!!python/name:os.system", "[" * 3000, "- " * 3000, "a\0b"]
+
+
+@pytest.mark.parametrize("text", WRONG)
+@pytest.mark.parametrize("read", [read_recipe, checked(yaml.safe_load)], ids=["ours", "PyYAML's own"])
+def test_whatever_is_wrong_is_a_yaml_error(text, read):
+    with pytest.raises(yaml.YAMLError):
+        read(text)
+
+
+@pytest.mark.parametrize("text", ["&a [*a]", "&a {b: *a}", "a: &a\n  b: {c: [*a]}"])
+def test_an_alias_inside_what_it_names_is_refused(text):
+    with pytest.raises(yaml.YAMLError, match="an alias inside what it names"):
+        read_recipe(text)
+
+
+def test_aliases_of_aliases_are_counted_as_written_out_and_refused_at_once():
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]" for k in range(1, 30)]
+    began = time.monotonic()
+    with pytest.raises(yaml.YAMLError, match=f"more than {MAX_NODES:,} values"):
+        read_recipe("\n".join(lines))
+    assert time.monotonic() - began < 5  # 10^30 values would take longer than the universe is old
+
+
+def test_depth_is_allowed_to_its_limit_and_not_beyond():
+    assert read_recipe("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1))
+    with pytest.raises(yaml.YAMLError, match="nested deeper"):
+        read_recipe("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1))
