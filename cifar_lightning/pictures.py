@@ -5,12 +5,16 @@ orientation says; transparency laid on white; CMYK, palette, gray and 1 bit as P
 by its high byte; 32-bit and floating point refused, since what is white there is not defined. Then the shorter side is
 resized to `image_size` (bicubic, antialiased) and the middle square cut out; a square of that size keeps every bit.
 
-Pillow reads, not torchvision: on damaged files `torchvision.io.decode_image` 0.29 can crash the process.
+Pictures are not trusted. Pillow reads, not torchvision: on damaged files `torchvision.io.decode_image` 0.29 can crash
+the process. Pillow's readers are C code, too, so that they run in worker processes alone, also for one picture (0.2 s
+until the first worker works, where a command takes seconds to import torch): a crash there ends a worker, not the
+program, and names the picture. Before a pixel is decoded, a picture must be no larger than `MAX_PIXELS`.
 """
 
 import multiprocessing
 import os
 import signal
+import stat
 import statistics
 import sys
 import threading
@@ -19,23 +23,28 @@ import types
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cifar_lightning.errors import UserError
 
 RULES = 1  # version of what decode_picture does
 MAX_PIXELS = 89_478_485  # of one picture: Pillow's own limit against decompression bombs, 256 MiB as RGB
-PROCESSES_FROM = 2_000  # pictures: below, threads are done before worker processes have started
+MAX_BYTES = 1 << 30  # of one file: MAX_PIXELS of 16-bit RGBA, uncompressed, are 0.7 GB
+# Readers that hand the file to another program: EPS is a program for Ghostscript, WMF one for Windows' drawing calls.
+REFUSED_FORMATS = frozenset({"EPS", "WMF"})
+# Formats whose header Pillow reads in Python. For WebP and AVIF it calls C code, and an ICO it decodes at once.
+_HEADER_IN_PYTHON = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "PPM")
+_A_WORKER = 100  # pictures for each worker process: they take as long as it takes to start
+_CHUNK_BYTES = 1 << 26  # of decoded pictures that a worker sends back at once
+_TOLD_FROM = 2_000  # pictures: that many take long enough for a line in a log
 _SAMPLE = 256  # pictures whose headers tell the image size
 
 Decode = Callable[[str, int], np.ndarray]
@@ -52,11 +61,9 @@ def decode_picture(path: str, image_size: int) -> np.ndarray:
         UserError: The file is damaged, no picture, of an unsupported kind or too large; the message begins with `path`.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        data = _read(path)
         with Image.open(BytesIO(data)) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(f"{picture.width} x {picture.height} pixels, the limit is {MAX_PIXELS:,}")
+            _check_header(picture)
             if picture.format == "PNG":
                 _check_png(data)
             picture.draft(None, (2 * image_size, 2 * image_size))  # large JPEGs: decode at 1/2, 1/4 or 1/8
@@ -65,6 +72,23 @@ def decode_picture(path: str, image_size: int) -> np.ndarray:
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
         reason = "no picture that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UserError(f"{path} cannot be read ({' '.join(reason.split()) or type(error).__name__})") from error
+
+
+def _read(path: str) -> bytes:
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):  # a pipe or a device may never end
+        raise ValueError("no regular file")
+    if about.st_size > MAX_BYTES:
+        raise ValueError(f"{about.st_size:,} bytes, the limit is {MAX_BYTES:,}")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _check_header(picture: Image.Image) -> None:
+    if picture.format in REFUSED_FORMATS:
+        raise ValueError(f"{picture.format} is a program that draws, not a picture: save it as PNG")
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(f"{picture.width} x {picture.height} pixels, the limit is {MAX_PIXELS:,}")
 
 
 def _check_png(data: bytes) -> None:
@@ -102,24 +126,18 @@ def _square(picture: Image.Image, image_size: int) -> Image.Image:
     return picture.crop((left, top, left + image_size, top + image_size))
 
 
-@contextmanager
-def _without_pillow_warnings() -> Iterator[None]:
-    # Of odd EXIF, or of many pixels, which MAX_PIXELS refuses. Around all threads and not in each: filters are global.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")
-        yield
-
-
 def find_image_size(paths: Sequence[str]) -> int:
     """A size for pictures of unknown sizes, from the headers of a sample; see `ClassFolders`."""
-    sizes = []
-    with _without_pillow_warnings():
-        for path in paths[:: -(-len(paths) // _SAMPLE)]:
-            try:
-                with Image.open(path) as picture:
-                    sizes.append(picture.size)
-            except Exception:  # reading all pictures reports this one, with all others that cannot be read
-                continue
+    sample = list(paths[:: -(-len(paths) // _SAMPLE)])
+    with warnings.catch_warnings():
+        _choose_warnings()
+        found = {path: _header_size(path, _HEADER_IN_PYTHON) for path in sample}
+    # Only for what this does not tell is a process started.
+    unknown = [path for path in sample if found[path] is None]
+    if unknown:
+        with suppress(BrokenProcessPool), _workers(1) as pool:  # reading all pictures names the one that it died of
+            found |= zip(unknown, pool.map(_header_size, unknown, chunksize=_SAMPLE), strict=True)
+    sizes = [size for size in found.values() if size is not None]
     if not sizes:
         return 32
     if len(set(sizes)) == 1 and sizes[0][0] == sizes[0][1] <= 224:
@@ -128,17 +146,37 @@ def find_image_size(paths: Sequence[str]) -> int:
     return min(max(round(side / 32) * 32, 32), 224)
 
 
+def _header_size(path: str, formats: tuple[str, ...] | None = None) -> tuple[int, int] | None:
+    """Width and height; None for what cannot be read: reading all pictures reports it, with all others."""
+    try:
+        if stat.S_ISREG(os.stat(path).st_mode):
+            with Image.open(path, formats=formats) as picture:
+                _check_header(picture)
+                return picture.size
+    except Exception:
+        pass
+    return None
+
+
+def _choose_warnings() -> None:
+    """Silence Pillow on odd EXIF, but refuse what it warns of as too large: a picture within a file, for example."""
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+# -- many pictures ------------------------------------------------------------------------------------------------
+
+
 def decode_all(
     paths: Sequence[str], image_size: int, out: Path | np.ndarray, decode: Decode = decode_picture
 ) -> list[Unreadable]:
-    """Decodes pictures in parallel into `out`, with a progress bar on a terminal's stderr or lines on stdout.
+    """Decodes pictures in worker processes into `out`, with a progress bar on a terminal's stderr or a line on stdout.
 
     Args:
         paths: The pictures.
         image_size: Side of the squares in pixels.
-        out: uint8 (len(paths), image_size, image_size, 3): an array, or a `.npy` file that is there already. Many
-            pictures go to a file by worker processes, everything else by threads.
-        decode: What reads one picture; must raise `UserError` for one that cannot be read.
+        out: uint8 (len(paths), image_size, image_size, 3): an array, or a `.npy` file that is there already.
+        decode: What reads one picture; must raise `UserError` for one that cannot be read. Workers import it by name.
 
     Returns:
         Index and reason for each picture that cannot be read, by index.
@@ -146,21 +184,24 @@ def decode_all(
     Raises:
         UserError: A worker process died; names the pictures it may have died of.
     """
-    num_workers = min(_num_cores(), 32)
+    num_workers = max(1, min(_num_cores(), 32, len(paths) // _A_WORKER))
     began = time.monotonic()
-    if isinstance(out, Path) and len(paths) >= PROCESSES_FROM and num_workers > 1:
-        bad = _decode_in_processes(paths, image_size, out, decode, num_workers)
-    else:
-        images = np.load(out, mmap_mode="r+") if isinstance(out, Path) else out
-        with _without_pillow_warnings(), ThreadPoolExecutor(num_workers) as pool:
-            bad = _collect(
-                {
-                    pool.submit(_decode_chunk, paths[start:stop], start, image_size, images, decode): stop - start
-                    for start, stop in _chunks(len(paths), num_workers)
-                },
-                pool,
-            )
-    if not Console(stderr=True).is_terminal and len(paths) >= PROCESSES_FROM:
+    current = multiprocessing.RawArray("b", max(1, len(paths)))
+    file = str(out) if isinstance(out, Path) else None
+    with _workers(num_workers, _take_work, file, decode, current) as pool:
+        chunks = {
+            pool.submit(_decode_chunk, paths[start:stop], start, image_size): (start, stop)
+            for start, stop in _chunks(len(paths), num_workers, 3 * image_size**2)
+        }
+        try:
+            bad = _collect(chunks, pool, None if isinstance(out, Path) else out)
+        except BrokenProcessPool as error:
+            suspects = [path for path, state in zip(paths, current, strict=False) if state == 1]
+            raise UserError(
+                f"A process died while decoding {' or '.join(suspects[:3]) or 'pictures'}\n"
+                "The picture crashes Pillow, or memory ran out: remove it, or make it smaller."
+            ) from error
+    if len(paths) >= _TOLD_FROM and not sys.stderr.isatty():
         print(f"Decoded {len(paths):,} pictures in {time.monotonic() - began:.1f} s", flush=True)
     return sorted(bad)
 
@@ -169,70 +210,48 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _chunks(num: int, num_workers: int) -> list[tuple[int, int]]:
+def _chunks(num: int, num_workers: int, picture_bytes: int) -> list[tuple[int, int]]:
     """Ranges of at most 256 pictures, and at least 8 for each worker so that none waits long for the last."""
-    size = max(1, min(256, num // (8 * num_workers)))
+    size = max(1, min(256, num // (8 * num_workers), _CHUNK_BYTES // picture_bytes))
     return [(start, min(start + size, num)) for start in range(0, num, size)]
 
 
-def _decode_chunk(
-    paths: Sequence[str],
-    start: int,
-    image_size: int,
-    images: np.ndarray,
-    decode: Decode,
-    current: Any = None,
-) -> list[Unreadable]:
-    """Decodes pictures into `images[start:]`; `current` shows other processes which one is in work (1), or done (2)."""
-    bad = []
-    for index, path in enumerate(paths, start):
-        if current is not None:
-            current[index] = 1
-        try:
-            images[index] = decode(path, image_size)
-        except UserError as error:
-            bad.append((index, str(error)))
-        if current is not None:
-            current[index] = 2
-    return bad
+Chunk = tuple[list[Unreadable], np.ndarray | None]  # what cannot be read, and the pictures that no file took
 
 
-def _collect(chunks: dict[Future[list[Unreadable]], int], pool: Executor) -> list[Unreadable]:
+def _collect(chunks: dict[Future[Chunk], tuple[int, int]], pool: Executor, out: np.ndarray | None) -> list[Unreadable]:
     """Waits for all chunks, moving the progress bar on by their number of pictures."""
+    # Workers import this file, and need none of it: 0.1 s for each.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     bad: list[Unreadable] = []
     console = Console(stderr=True)
     columns = (TextColumn("Decoding pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=sum(chunks.values()))
+            task = bar.add_task("", total=sum(stop - start for start, stop in chunks.values()))
             for chunk in as_completed(chunks):
-                bad += chunk.result()
-                bar.advance(task, chunks[chunk])
+                (start, stop), (unreadable, images) = chunks[chunk], chunk.result()
+                bad += unreadable
+                if out is not None:
+                    out[start:stop] = images
+                bar.advance(task, stop - start)
     except BaseException:
         pool.shutdown(cancel_futures=True)  # do not decode on after Ctrl-C
         raise
     return bad
 
 
-def _decode_in_processes(
-    paths: Sequence[str], image_size: int, out: Path, decode: Decode, num_workers: int
-) -> list[Unreadable]:
+# -- worker processes ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _workers(num: int, prepare: Callable[..., None] | None = None, *arguments: Any) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes that die with this one and that Ctrl-C leaves to it."""
     context = multiprocessing.get_context("spawn")  # forking a process that has torch's threads can hang
-    current = context.RawArray("b", len(paths))
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (str(out), decode, current)) as pool:
-        with _without_main():
-            chunks = {
-                pool.submit(_decode_in_worker, paths[start:stop], start, image_size): stop - start
-                for start, stop in _chunks(len(paths), num_workers)
-            }
-        try:
-            return _collect(chunks, pool)
-        except BrokenProcessPool as error:
-            suspects = [path for path, state in zip(paths, current, strict=True) if state == 1]
-            raise UserError(
-                f"A process died while decoding {' or '.join(suspects[:3]) or 'pictures'}\n"
-                "The picture crashes Pillow, or memory ran out: remove it, or make it smaller."
-            ) from error
+    with _without_main(), ProcessPoolExecutor(num, context, _start_worker, (prepare, arguments)) as pool:
+        yield pool
 
 
 @contextmanager
@@ -249,14 +268,9 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-_worker: tuple[np.ndarray, Decode, Any]  # what a worker process writes to and reads with
-
-
-def _start_worker(out: str, decode: Decode, current: Any) -> None:
-    global _worker
-    _worker = np.load(out, mmap_mode="r+"), decode, current
+def _start_worker(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C, too, and ends the workers in order
-    warnings.simplefilter("ignore")
+    _choose_warnings()
     parent = multiprocessing.parent_process()
     if parent is not None:  # a worker must not outlive a parent that was killed
 
@@ -265,8 +279,29 @@ def _start_worker(out: str, decode: Decode, current: Any) -> None:
             os._exit(1)
 
         threading.Thread(target=follow, daemon=True).start()
+    if prepare is not None:
+        prepare(*arguments)
 
 
-def _decode_in_worker(paths: Sequence[str], start: int, image_size: int) -> list[Unreadable]:
-    images, decode, current = _worker
-    return _decode_chunk(paths, start, image_size, images, decode, current)
+_work: tuple[np.ndarray | None, Decode, Any]  # what a worker writes to and reads with, and what it tells
+
+
+def _take_work(file: str | None, decode: Decode, current: Any) -> None:
+    global _work
+    _work = None if file is None else np.load(file, mmap_mode="r+"), decode, current
+
+
+def _decode_chunk(paths: Sequence[str], start: int, image_size: int) -> Chunk:
+    """Decodes pictures into the file, or gives them back; `current` tells which one is in work (1), or done (2)."""
+    images, decode, current = _work
+    own = np.zeros((len(paths), image_size, image_size, 3), np.uint8) if images is None else None
+    into: Any = own if images is None else images[start : start + len(paths)]
+    bad = []
+    for at, path in enumerate(paths):
+        current[start + at] = 1
+        try:
+            into[at] = decode(path, image_size)
+        except UserError as error:
+            bad.append((start + at, str(error)))
+        current[start + at] = 2
+    return bad, own

@@ -9,7 +9,6 @@ import csv
 import json
 import os
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -29,11 +28,10 @@ from cifar_lightning import pictures
 from cifar_lightning.augment import normalize
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_output, replacing
-from cifar_lightning.folders import reserved
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.weights import TrainedNetwork, load_network
 
-_STRETCH_BYTES = 1 << 28  # 87,381 pictures of 32 pixels: worker processes, which take a second to start, pay off
+_STRETCH_BYTES = 1 << 28  # 87,381 pictures of 32 pixels: starting worker processes for each costs nothing
 # Without --batch_size. On two cores SmallNet takes 1.5 ms a picture in batches of 32 or 64 and 2.1 ms in batches of
 # 256, whose layers do not fit into the cache.
 _BATCH_SIZE = {"cuda": 256, "cpu": 64}
@@ -84,8 +82,7 @@ def predict_images(
     unreadable = Unreadables()
     hide_bar = output is None and sys.stdout.isatty()  # the lines themselves show how far it is
     answers = _answers(trained, found, unreadable, top_k=top_k, batch_size=batch_size, hide_bar=hide_bar)
-    # Closed here and not by the garbage collector: decoded pictures may lie in a temporary file.
-    with _rows(output, top_k) as write, closing(answers):
+    with _rows(output, top_k) as write, closing(answers):  # here and not by the garbage collector: it has a bar
         for answer in answers:
             counts[answer[1][0][0]] += 1
             write(answer)
@@ -140,7 +137,8 @@ def _pictures_below(top: Path) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: this folder cannot be searched ({error.strerror}).") from error
 
-    extensions = {name for name, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    kinds = Image.registered_extensions()
+    extensions = {name for name, kind in kinds.items() if kind in Image.OPEN and kind not in pictures.REFUSED_FORMATS}
     for folder, subfolders, names in os.walk(top, onerror=refuse):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
@@ -215,7 +213,7 @@ def _answers(
     for start in range(0, len(paths), stretch):
         part = paths[start : start + stretch]
         with contextlib.ExitStack() as stack:
-            images, bad = stack.enter_context(_decoded(part, trained.image_size))
+            images, bad = _decoded(part, trained.image_size)
             advance = stack.enter_context(_bar(len(paths), start + len(bad), hidden=hide_bar))
             unreadable.add([reason for _, reason in bad])
             good = np.delete(np.arange(len(part)), [index for index, _ in bad])
@@ -232,19 +230,11 @@ def _answers(
                 advance(len(batch))
 
 
-@contextmanager
-def _decoded(paths: Sequence[str], image_size: int) -> Iterator[tuple[np.ndarray, list[pictures.Unreadable]]]:
-    """Give uint8 (len(paths), image_size, image_size, 3), and index and reason for each that cannot be read."""
-    shape = (len(paths), image_size, image_size, 3)
-    with contextlib.ExitStack() as stack:
-        file = None
-        if len(paths) >= pictures.PROCESSES_FROM:  # worker processes need a file; small pictures keep threads waiting
-            folder = Path(tempfile.gettempdir())
-            file = stack.enter_context(reserved(folder, "cifar_lightning_predict.npy", shape))
-        out = np.empty(shape, np.uint8) if file is None else file
-        with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON lines alone
-            bad = pictures.decode_all(paths, image_size, out)
-        yield out if isinstance(out, np.ndarray) else np.load(out, mmap_mode="r"), bad
+def _decoded(paths: Sequence[str], image_size: int) -> tuple[np.ndarray, list[pictures.Unreadable]]:
+    """Return uint8 (len(paths), image_size, image_size, 3), and index and reason for each that cannot be read."""
+    images = np.empty((len(paths), image_size, image_size, 3), np.uint8)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON lines alone
+        return images, pictures.decode_all(paths, image_size, images)
 
 
 @contextmanager

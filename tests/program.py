@@ -1,13 +1,15 @@
-"""How tests start the real program: in a new process, or in this one where it must fail."""
+"""How tests start the real program, in a new process or in this one where it must fail; and decode without workers."""
 
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from cifar_lightning import cli
+from cifar_lightning import cli, pictures
 
 REPO = Path(__file__).parent.parent
 TINY = ["--data.dataset", "synthetic", "--data.image_size", "16", "--batch_size", "500"]
@@ -52,3 +54,16 @@ def fail(monkeypatch, capsys, tmp_path, *arguments):
     assert 1 <= len(lines) <= 3, lines
     assert list(tmp_path.glob("runs/*/*")) == []
     return "\n".join(lines)
+
+
+def decode_here(monkeypatch):
+    """Decode pictures in a thread of this process: starting a worker for each of many small tests takes minutes."""
+
+    @contextmanager
+    def workers(num, prepare=None, *arguments):
+        if prepare is not None:
+            prepare(*arguments)
+        with ThreadPoolExecutor(1) as pool:
+            yield pool
+
+    monkeypatch.setattr(pictures, "_workers", workers)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from program import decode_here
 
 from cifar_lightning import folders, pictures
 from cifar_lightning.errors import UserError
@@ -23,6 +24,12 @@ def put(path: Path | bytes, value: int, size: int = 8) -> None:
     os.makedirs(folder, exist_ok=True)
     with open(path, "wb") as file:
         Image.new("RGB", (size, size), (value, 0, 255 - value)).save(file, "PNG")
+
+
+@pytest.fixture(autouse=True)
+def _decoding_here(request, monkeypatch):
+    if not any(word in request.node.name for word in ("workers", "several_at_once")):
+        decode_here(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -263,14 +270,14 @@ def test_what_a_killed_process_left_is_cleared_away(root):
     assert not stale.exists()
 
 
-def test_worker_processes_give_the_same_pictures_as_threads(root, monkeypatch):
+def test_several_workers_give_the_same_pictures_as_one(root, monkeypatch):
     monkeypatch.setattr(pictures, "_num_cores", lambda: 2)
-    by_threads = ClassFolders(root).load("train")
+    by_one = ClassFolders(root).load("train")
     shutil.rmtree(root / CACHE_FOLDER)
-    monkeypatch.setattr(pictures, "PROCESSES_FROM", 1)
-    by_processes = ClassFolders(root).load("train")
-    assert np.array_equal(by_threads[0], by_processes[0])
-    assert by_threads[2] == by_processes[2]
+    monkeypatch.setattr(pictures, "_A_WORKER", 1)
+    by_two = ClassFolders(root).load("train")
+    assert np.array_equal(by_one[0], by_two[0])
+    assert by_one[2] == by_two[2]
 
 
 def test_a_script_without_main_guard_is_not_run_again_by_workers(root, tmp_path):
@@ -279,7 +286,7 @@ def test_a_script_without_main_guard_is_not_run_again_by_workers(root, tmp_path)
         f"import sys; sys.path.insert(0, {str(Path(folders.__file__).parents[1])!r})\n"
         "print('started')\n"
         "from cifar_lightning import folders, pictures\n"
-        "pictures.PROCESSES_FROM, pictures._num_cores = 1, lambda: 2\n"
+        "pictures._A_WORKER, pictures._num_cores = 1, lambda: 2\n"
         f"print(len(folders.ClassFolders({str(root)!r}).load('train')[1]))\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)

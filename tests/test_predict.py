@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from program import decode_here
 
 from cifar_lightning import ImageClassifier, UserError, pictures, predict
 from cifar_lightning.predict import predict_images, top_classes
@@ -19,6 +20,12 @@ from cifar_lightning.runs import RunFolder
 SIZE = 16
 CLASSES = ["Äpfel", "b, c", "d"]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)
+
+
+@pytest.fixture(autouse=True)
+def _decoding_here(request, monkeypatch):
+    if "worker_processes" not in request.node.name:
+        decode_here(monkeypatch)
 
 
 @pytest.fixture
@@ -151,8 +158,9 @@ def test_many_stretches_and_worker_processes_change_nothing(run, monkeypatch, ca
     paths[22].write_bytes(b"broken")
     assert predict_images(run, paths, output=Path("a.jsonl")) == 2
     monkeypatch.setattr(predict, "_STRETCH_BYTES", 11 * 3 * SIZE**2)
-    monkeypatch.setattr(pictures, "PROCESSES_FROM", 10)
+    monkeypatch.setattr(pictures, "_A_WORKER", 5)
     monkeypatch.setattr(pictures, "_num_cores", lambda: 2)
+    monkeypatch.setattr(pictures, "_TOLD_FROM", 11)
     capfd.readouterr()
     assert predict_images(run, paths, output=None) == 2
     captured = capfd.readouterr()
