@@ -1,0 +1,246 @@
+"""What SECURITY.md promises: foreign checkpoints and archives are data, and the docs ask for nothing unsafe."""
+
+import ast
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import sys
+import tarfile
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from program import REPO, TINY, decode_here, fail, start
+
+from cifar_lightning import cli, training
+from cifar_lightning import download as downloads
+from cifar_lightning.errors import UserError
+from cifar_lightning.runs import RunFolder
+from cifar_lightning.weights import read_checkpoint, read_weights
+
+SOURCES = [*sorted((REPO / "cifar_lightning").glob("*.py")), REPO / "train.py"]
+DOCS = [*sorted(REPO.glob("*.md")), *sorted((REPO / "benchmarks").glob("*.md"))]
+
+
+# -- the code ---------------------------------------------------------------------------------------------------------
+
+
+def calls(path):
+    """Yield (dotted name, call) of every call in a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def argument(call, name):
+    return next((ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == name), None)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_nothing_is_read_in_a_way_that_could_run_it(path):
+    for name, call in calls(path):
+        last = name.rpartition(".")[2]
+        assert argument(call, "weights_only") in (None, "True"), f"line {call.lineno}"
+        if name == "torch.load":
+            assert argument(call, "weights_only") == "True", f"line {call.lineno}"
+        if name.partition(".")[0] in ("pickle", "cPickle", "dill", "joblib", "marshal", "shelve"):
+            assert last not in ("load", "loads", "Unpickler", "open"), f"line {call.lineno}"
+        if name.startswith("yaml.") and last in ("load", "load_all"):
+            assert "SafeLoader" in (argument(call, "Loader") or ""), f"line {call.lineno}"
+        assert not (name.startswith("yaml.") and ("unsafe" in last or "full" in last)), f"line {call.lineno}"
+        assert argument(call, "allow_pickle") in (None, "False"), f"line {call.lineno}"
+        assert name not in ("eval", "exec", "os.system", "os.popen"), f"line {call.lineno}"
+        assert argument(call, "shell") in (None, "False"), f"line {call.lineno}"
+        if last in ("extractall", "extract"):
+            assert argument(call, "filter") == "'data'", f"line {call.lineno}"
+        assert last != "load_from_checkpoint", f"line {call.lineno}"
+
+
+def test_addresses_in_the_package_are_https():
+    for archive in downloads.ARCHIVES.values():
+        assert all(url.startswith("https://") for url in archive.urls)
+        assert re.fullmatch("[0-9a-f]{64}", archive.sha256)
+
+
+def test_known_bad_versions_are_excluded():
+    project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = sum(project["optional-dependencies"].values(), project["dependencies"])
+    allowed = {Requirement(line).name: Requirement(line).specifier for line in listed}
+    for name, bad, good in (
+        ("lightning", ["2.6.2", "2.6.3", "2.6.5", "2.7.0"], "2.6.6"),
+        ("torch", ["2.5.1", "2.9.1"], "2.10.0"),
+        ("onnx", ["1.20.1"], "1.21.0"),
+        ("jsonargparse", ["5.0.0"], "4.53.0"),
+        ("pillow", ["11.2.1"], "11.3.0"),
+    ):
+        assert good in allowed[name]
+        assert not any(version in allowed[name] for version in bad)
+    assert "3.11.3" not in Requirement(f"python{project['requires-python']}").specifier  # tarfile had no data filter
+
+
+# -- the docs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [*DOCS, *SOURCES], ids=lambda path: path.name)
+def test_tensorboard_is_never_opened_to_the_network(path):
+    text = path.read_text(encoding="utf-8")
+    if path.name == "SECURITY.md":  # which says so
+        text = text.replace("without `--bind_all`", "")
+    assert "bind_all" not in text
+    assert not re.search(r"tensorboard\b[^\n`]*--host(?! *=? *(localhost|127\.0\.0\.1))", text)
+
+
+def test_the_policy_names_what_is_trusted_and_the_versions_that_are_excluded():
+    text = (REPO / "SECURITY.md").read_text(encoding="utf-8")
+    for words in ("Recipes are code", "weights_only=True", "localhost", "2.6.2", "CVE-2026-24747", "CVE-2026-27489"):
+        assert words in text
+    assert "SECURITY.md" in (REPO / "README.md").read_text(encoding="utf-8")
+
+
+# -- a malicious checkpoint -------------------------------------------------------------------------------------------
+
+
+class Payload:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, made):
+        self.made = str(made)
+
+    def __reduce__(self):
+        return os.mkdir, (self.made,)
+
+
+@pytest.fixture
+def evil(tmp_path):
+    """A checkpoint that carries code, and the folder which that code would make."""
+    made = tmp_path / "the payload ran"
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "hyper_parameters": Payload(made)}, tmp_path / "evil.ckpt")
+    torch.load(tmp_path / "evil.ckpt", weights_only=False)
+    made.rmdir()  # so it is a real one
+    yield tmp_path / "evil.ckpt"
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("read", [read_checkpoint, read_weights])
+def test_a_checkpoint_with_code_is_refused_by_name(evil, read):
+    with pytest.raises(UserError, match=r"evil\.ckpt: refused, since it .*could run code"):
+        read(evil)
+
+
+def test_a_plain_pickle_is_no_checkpoint(evil, tmp_path):
+    plain = tmp_path / "plain.ckpt"
+    plain.write_bytes(pickle.dumps(Payload(tmp_path / "the payload ran")))
+    for read in (read_checkpoint, read_weights):
+        with pytest.raises(UserError, match=r"plain\.ckpt"):
+            read(plain)
+
+
+@pytest.mark.parametrize("flag", ["--init_weights", "--ckpt_path"])
+def test_no_flag_runs_a_checkpoints_code(evil, flag, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(training, "StopSignals", lambda: type("None", (), {"install": lambda self: None})())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "fit", *TINY, "--epochs", "1", flag, str(evil)])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) <= 3
+    assert "evil.ckpt: refused" in lines[0]
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict", "fit --resume", "predict-images", "export"])
+def test_no_command_runs_the_code_in_a_foreign_run(evil, command, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(training, "StopSignals", lambda: type("None", (), {"install": lambda self: None})())
+    decode_here(monkeypatch)
+    run = RunFolder(tmp_path / "foreign")
+    run.checkpoints.mkdir(parents=True)
+    run.config.write_text("data: {dataset: synthetic, image_size: 16, batch_size: 500}\ntrainer: {accelerator: cpu}\n")
+    run.split.write_text(json.dumps({"sha256": {}, "train": [], "val": []}))
+    for path in (run.best_checkpoint, run.last_checkpoint):
+        path.write_bytes(evil.read_bytes())
+    more = {"predict-images": [evil], "export": ["--format", "safetensors"], "predict": ["--output", "a.npz"]}
+    told = fail(monkeypatch, capsys, tmp_path, *command.split(), run.path, *more.get(command, []))
+    assert "ckpt" in told
+
+
+# -- archives ---------------------------------------------------------------------------------------------------------
+
+
+def tar_of(*members):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for info, data in members:
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def member(name, **fields):
+    info = tarfile.TarInfo(name)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, b"" if fields else b"x"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        member("../outside"),
+        member("folder/../../outside"),
+        member("folder/link", type=tarfile.SYMTYPE, linkname="../../outside"),
+        member("folder/link", type=tarfile.LNKTYPE, linkname="../outside"),
+        member("folder/device", type=tarfile.CHRTYPE),
+        member("folder/pipe", type=tarfile.FIFOTYPE),
+    ],
+    ids=["above", "above from below", "symlink", "hard link", "device", "pipe"],
+)
+def test_an_archive_that_reaches_outside_is_refused_even_with_the_right_hash(bad, monkeypatch, tmp_path):
+    data = tar_of(member("folder/batch"), bad)
+    archive = downloads.Archive(
+        "bad.tar.gz", len(data), hashlib.md5(data).hexdigest(), hashlib.sha256(data).hexdigest(), "folder", "NONE", ()
+    )
+    monkeypatch.setitem(downloads.ARCHIVES, "bad", archive)
+    root = tmp_path / "in" / "data"
+    root.mkdir(parents=True)
+    (root / "bad.tar.gz").write_bytes(data)
+    with pytest.raises(UserError, match="not safe to unpack") as caught:
+        downloads.download("bad", root)
+    assert len(str(caught.value).splitlines()) <= 3
+    assert {path.name for path in tmp_path.rglob("*")} == {"in", "data", "bad.tar.gz", ".bad.tar.gz.lock"}
+
+
+def test_an_archive_is_not_opened_before_its_hash_is_right(monkeypatch, tmp_path):
+    archive = downloads.Archive("a.tar.gz", 4, "0" * 32, "0" * 64, "folder", "NONE", ("file:///nowhere",))
+    monkeypatch.setitem(downloads.ARCHIVES, "a", archive)
+    monkeypatch.setattr(tarfile, "open", lambda *arguments, **kwargs: pytest.fail("opened"))
+    (tmp_path / "a.tar.gz").write_bytes(b"evil")
+    with pytest.raises(UserError, match="could not be downloaded"):
+        downloads.download("a", tmp_path)
+
+
+# -- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_tags_of_yaml_run_nothing(monkeypatch, capsys, tmp_path):
+    (tmp_path / "evil.yaml").write_text("data: !!python/object/apply:os.mkdir ['ran']\n")
+    told = fail(monkeypatch, capsys, tmp_path, "fit", "--config", "evil.yaml")
+    assert "not YAML" in told
+    assert not Path("ran").exists()
+    fail(monkeypatch, capsys, tmp_path, "fit", *TINY, "--trainer.callbacks=!!python/object/apply:os.mkdir ['ran']")
+    assert not Path("ran").exists()
+
+
+@pytest.mark.slow
+def test_a_foreign_run_is_refused_in_a_real_process(evil, tmp_path):
+    run = RunFolder(tmp_path / "foreign")
+    run.checkpoints.mkdir(parents=True)
+    run.config.write_text("data: {dataset: synthetic, image_size: 16, batch_size: 500}\ntrainer: {accelerator: cpu}\n")
+    run.best_checkpoint.write_bytes(evil.read_bytes())
+    done = start("test", run.path, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) <= 3
+    assert "Traceback" not in done.stderr
