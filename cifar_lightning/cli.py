@@ -213,8 +213,8 @@ def _analyze_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _analyze(parsed: argparse.Namespace) -> int:
-    run = open_run(parsed.run)
-    other = open_run(parsed.compare) if parsed.compare is not None else None
+    run = open_run(parsed.run, results=True)
+    other = open_run(parsed.compare, results=True) if parsed.compare is not None else None
     if other is not None and other.path.resolve() == run.path.resolve():
         raise UserError(f"--compare {parsed.compare}: is the run itself; name another one.")
     from cifar_lightning.report import make_report  # imports NumPy and matplotlib

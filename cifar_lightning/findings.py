@@ -221,14 +221,19 @@ def galleries_of(test: Answers, available: set[int]) -> list[dict[str, Any]]:
 
 
 def training_of(results: Results) -> dict[str, Any]:
-    """Return what the tables of the epochs come to; a value that is not in them is None."""
+    """Return what the tables of the epochs come to; a value that is not in them is None.
+
+    `is_whole` is false where metrics.csv lacks epochs, the best of which may be another one.
+    """
     validated = [row for row in results.epochs if not math.isnan(row.get("val/acc", math.nan))]
     best = max(validated, key=lambda row: row["val/acc"], default=None)
-    elapsed = [row["elapsed_s"] for row in results.timing if "elapsed_s" in row]
+    is_timing_whole = "timing.csv" not in results.cut_tables
+    elapsed = [row["elapsed_s"] for row in results.timing if "elapsed_s" in row and is_timing_whole]
     speeds = [row["train_images_per_s"] for row in results.timing if "train_images_per_s" in row]
     memory = [row["peak_memory_mb"] for row in results.timing if "peak_memory_mb" in row]
     return {
-        "num_epochs": len(results.epochs),
+        "num_epochs": len({row["epoch"] for row in (*results.epochs, *results.timing)}),
+        "is_whole": "metrics.csv" not in results.cut_tables,
         "best_epoch": int(best["epoch"]) + 1 if best else None,  # people count from 1
         "best_val_acc": best["val/acc"] if best else None,
         "elapsed_s": sum(elapsed) if elapsed else None,

@@ -1,6 +1,8 @@
 """What a run found, read back from its folder: a damaged or missing file is named, and the rest is still there."""
 
 import csv
+import json
+import math
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ from jaxtyping import Float, Int64, UInt8
 
 from cifar_lightning.analysis import confusion_matrix
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import MetricsTable, read_json
+from cifar_lightning.files import MetricsTable
 from cifar_lightning.runs import RunFolder
 
 DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)  # of an .npz
@@ -68,6 +70,7 @@ class Results:
         pictures: Test pictures by their index, uint8 RGB (height, width, 3), 0-255.
         epochs: Rows of metrics.csv.
         timing: Rows of timing.csv.
+        cut_tables: Names of those two files that lack epochs, as far as can be told.
         origin: What the run was.
         problems: A sentence for each file that is missing or damaged.
     """
@@ -79,6 +82,7 @@ class Results:
     pictures: dict[int, UInt8[np.ndarray, "height width 3"]] = field(default_factory=dict)
     epochs: list[dict[str, float]] = field(default_factory=list)
     timing: list[dict[str, float]] = field(default_factory=list)
+    cut_tables: tuple[str, ...] = ()
     origin: Origin = field(default_factory=Origin)
     problems: list[str] = field(default_factory=list)
 
@@ -103,16 +107,22 @@ def read_results(run: RunFolder) -> Results:
         if val is not None and val.class_names != names:
             problems.append(f"{run.predictions_val.name}: has other classes than {run.predictions.name}.")
             val = None
+    for path, answers in ((run.predictions, test), (run.predictions_val, val)):
+        problems += _name_no_numbers(path, answers)
+    pictures = _try(_read_gallery, run.gallery, problems) or {}
+    tables = {path: _try(_read_table, path, problems) for path in (run.metrics_csv, run.timing_csv)}
+    cut = _name_cut_tables(tables)
     return Results(
         class_names=names,
         confusion=confusion,
         test=test,
         val=val,
-        pictures=_try(_read_gallery, run.gallery, problems) or {},
-        epochs=_try(_read_table, run.metrics_csv, problems) or [],
-        timing=_try(_read_table, run.timing_csv, problems) or [],
+        pictures=pictures,
+        epochs=tables[run.metrics_csv] or [],
+        timing=tables[run.timing_csv] or [],
+        cut_tables=tuple(cut),
         origin=origin,
-        problems=problems,
+        problems=[*problems, *cut.values()],
     )
 
 
@@ -141,6 +151,8 @@ def read_answers(path: Path) -> Answers:
         raise ValueError("it holds no picture")
     if not ((targets >= 0) & (targets < len(class_names))).all():
         raise ValueError(f"a class is not in 0..{len(class_names) - 1}")
+    if len(np.unique(indices)) != len(indices):
+        raise ValueError("it answers a picture twice")
     return Answers(logits.astype(np.float32), targets.astype(np.int64), indices.astype(np.int64), class_names)
 
 
@@ -175,8 +187,39 @@ def _try(read: Any, path: Path, problems: list[str]) -> Any:
     except (*DAMAGED, UserError, csv.Error, yaml.YAMLError) as error:
         # The reader may name the whole path; the folder is known, and the reason is enough.
         reason = str(error).splitlines()[0].replace(f"{path}: ", "").replace(str(path), path.name) if str(error) else ""
-        problems.append(f"{path.name} is damaged ({(reason or type(error).__name__).rstrip('.')}).")
+        problems.append(f"{path.name} is damaged: {(reason or type(error).__name__).rstrip('.')}.")
         return None
+
+
+def _name_no_numbers(path: Path, answers: Answers | None) -> list[str]:
+    if answers is None or np.isfinite(answers.logits).all():
+        return []
+    num_lost = int((~np.isfinite(answers.logits)).any(axis=1).sum())
+    return [
+        f"{path.name}: {num_lost:,} of its {len(answers.targets):,} answers are no numbers (NaN or infinite); the "
+        "class that they count as means nothing."
+    ]
+
+
+def _name_cut_tables(tables: dict[Path, list[dict[str, float]] | None]) -> dict[str, str]:
+    """Return a sentence for each table that lacks epochs, by its file's name; None is a table that is named already.
+
+    Each epoch has a row in both tables, whether training was stopped early, killed or gone on with. So an epoch that
+    one of them has and the other has not, or that lies between two others, was lost.
+    """
+    known = [int(row["epoch"]) for rows in tables.values() for row in rows or []]
+    num_epochs = max(known) - min(known) + 1 if known else 0
+    sentences = {}
+    for path, rows in tables.items():
+        if rows is None:
+            continue
+        num_lost = num_epochs - len({row["epoch"] for row in rows})
+        if num_lost or not rows:
+            lost = f"{num_lost} of {num_epochs} epochs are" if num_lost else "no epoch is"
+            sentences[path.name] = f"{path.name} is cut off: {lost} {'not ' if num_lost else ''}in it."
+        elif not path.read_bytes().endswith(b"\n"):
+            sentences[path.name] = f"{path.name} is cut off: its last line is incomplete and left out."
+    return sentences
 
 
 def _read_gallery(path: Path) -> dict[int, UInt8[np.ndarray, "height width 3"]]:
@@ -188,11 +231,14 @@ def _read_gallery(path: Path) -> dict[int, UInt8[np.ndarray, "height width 3"]]:
 
 
 def _read_table(path: Path) -> list[dict[str, float]]:
-    return MetricsTable(path).read()
+    rows = MetricsTable(path).read()
+    if not all(row.get("epoch", math.nan).is_integer() for row in rows):
+        raise ValueError("a row is of no epoch")
+    return rows
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    values = read_json(path)
+    values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError("it is no object")
     return values

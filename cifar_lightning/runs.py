@@ -291,18 +291,20 @@ def _refuse_what_would_be_lost(run: RunFolder) -> None:
         )
 
 
-def open_run(path: Path, *, lock: bool = False) -> RunFolder:
+def open_run(path: Path, *, lock: bool = False, results: bool = False) -> RunFolder:
     """Open the folder of an earlier run.
 
     Args:
         path: The folder; it may have been copied from elsewhere.
         lock: Also take the lock, to write into it.
+        results: What a test found is enough, also where config.yaml is lost.
 
     Raises:
         UserError: It is not a run folder, or with `lock` it is in use.
     """
     run = RunFolder(path)
-    if not run.config.is_file():
+    has_results = results and (run.predictions.is_file() or run.confusion_matrix_csv.is_file())
+    if not (run.config.is_file() or has_results):
         what = "is not a run folder: it has no config.yaml" if path.is_dir() else "is not a folder"
         if not path.exists():
             what = "there is no such folder"

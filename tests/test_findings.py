@@ -211,3 +211,25 @@ def test_training_is_summed_up(tmp_path):
     assert training["best_val_acc"] == pytest.approx(0.9 * 0.8)
     assert training["elapsed_s"] == pytest.approx(52.5)
     assert training["train_images_per_s"] == 1000.0
+
+
+def test_what_a_cut_table_cannot_tell_is_not_said(tmp_path):
+    run = make_run(tmp_path / "run", epochs=5)
+    whole = {file: file.read_text().splitlines(keepends=True) for file in (run.metrics_csv, run.timing_csv)}
+    run.metrics_csv.write_text("".join(whole[run.metrics_csv][:3]))
+    training = find(read_results(run))["training"]
+    assert (training["num_epochs"], training["is_whole"]) == (5, False)
+    assert training["elapsed_s"] == pytest.approx(52.5)
+    run.metrics_csv.write_text("".join(whole[run.metrics_csv]))
+    run.timing_csv.write_text("".join(whole[run.timing_csv][:3]))
+    training = find(read_results(run))["training"]
+    assert (training["num_epochs"], training["is_whole"], training["elapsed_s"]) == (5, True, None)
+
+
+def test_the_members_of_many_groups_are_all_there(tmp_path):
+    names = [f"class_{index:02}" for index in range(20)]  # pairs that are taken for each other
+    findings = find(read_results(make_run(tmp_path / "run", names=names, n=4000, skill=4)))
+    (groups,) = (statement["groups"] for statement in findings["statements"] if statement["kind"] == "groups")
+    assert len(groups) > 4
+    assert {name for members in groups.values() for name in members} <= set(names)
+    assert all(len(members) > 1 for members in groups.values())

@@ -41,12 +41,57 @@ def test_a_missing_file_is_named_and_the_rest_is_there(run, name):
 def test_a_damaged_file_is_named_and_the_rest_is_there(run, name, content):
     file = getattr(run, name)
     file.write_bytes(content)
-    if file.suffix == ".csv" and b"\n" not in content:
-        return  # a last line that was cut off is no row, and a table without rows is no damage
     (problem,) = read_results(run).problems
-    assert problem.startswith(f"{file.name} is damaged (")
+    # Of a table without a whole line nothing is wrong but that its epochs are not in it.
+    is_cut = file.suffix == ".csv" and b"\n" not in content
+    assert problem.startswith(f"{file.name} is cut off: 5 of 5" if is_cut else f"{file.name} is damaged: ")
+    assert "cannot be read" not in problem
     assert str(run.path) not in problem
     assert "\n" not in problem
+
+
+@pytest.mark.parametrize("name", ["metrics_csv", "timing_csv"])
+@pytest.mark.parametrize(("num_rows", "rest", "said"), [(2, "2,0.", "3 of 5"), (3, "", "2 of 5"), (0, "", "5 of 5")])
+def test_a_table_that_was_cut_off_is_named_with_what_it_lost(run, name, num_rows, rest, said):
+    file = getattr(run, name)
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[: num_rows + 1]) + rest)
+    results = read_results(run)
+    assert results.problems == [f"{file.name} is cut off: {said} epochs are not in it."]
+    assert results.cut_tables == (file.name,)
+
+
+def test_an_epoch_that_is_lost_from_both_tables_is_missed_between_two_others(run):
+    for file in (run.metrics_csv, run.timing_csv):
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(lines[:2] + lines[3:]))
+    assert len(read_results(run).problems) == 2
+
+
+def test_an_incomplete_last_line_is_named_also_where_no_epoch_is_missed(run):
+    with run.metrics_csv.open("a") as file:
+        file.write("5,0.1,")
+    assert read_results(run).problems == ["metrics.csv is cut off: its last line is incomplete and left out."]
+
+
+def test_a_run_that_was_stopped_early_or_began_in_the_middle_has_lost_nothing(run):
+    for file in (run.metrics_csv, run.timing_csv):
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(lines[:1] + lines[3:5]))  # epochs 2 and 3 of 5
+    assert read_results(run).problems == []
+
+
+def test_answers_that_are_no_numbers_are_named_and_the_rest_is_there(run):
+    for file, value in ((run.predictions, np.nan), (run.predictions_val, np.inf)):
+        arrays = dict(np.load(file))
+        arrays["logits"][7, 1] = value
+        np.savez(file, **arrays)
+    results = read_results(run)
+    assert [problem[:49] for problem in results.problems] == [
+        "predictions.npz: 1 of its 200 answers are no numb",
+        "predictions_val.npz: 1 of its 100 answers are no ",
+    ]
+    assert len(results.test.targets) == 200
 
 
 def test_half_a_file_of_answers_is_damage(run):
@@ -76,7 +121,7 @@ def test_a_run_that_was_not_tested_names_the_command_that_tests_it(run):
 
 def test_nothing_that_can_be_read_names_both_files_and_the_command(run):
     run.predictions.write_bytes(b"")
-    with pytest.raises(UserError, match=r"predictions.npz is damaged .* confusion_matrix.csv is missing.*\n.*test "):
+    with pytest.raises(UserError, match=r"predictions.npz is damaged: .* confusion_matrix.csv is missing.*\n.*test "):
         read_results(run)
     run.confusion_matrix_csv.write_text("true,a\nb\n")
     with pytest.raises(UserError, match="no square table"):
@@ -89,6 +134,7 @@ def test_nothing_that_can_be_read_names_both_files_and_the_command(run):
         ({"targets": np.array([0, 7])}, r"a class is not in 0..2"),
         ({"targets": np.array([0])}, "different lengths"),
         ({"indices": np.array([0])}, "different lengths"),
+        ({"indices": np.array([3, 3])}, "a picture twice"),
         ({"logits": np.zeros((2, 4))}, "different lengths"),
         ({"logits": np.zeros((0, 3)), "targets": np.array([], int), "indices": np.array([], int)}, "no picture"),
         ({"class_names": np.array(["a", object()], dtype=object)}, "allow_pickle=False"),

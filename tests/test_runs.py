@@ -185,6 +185,16 @@ def test_what_is_not_a_run_is_named_with_what_is_missing_and_what_was_meant(tmp_
         assert len(str(caught.value).splitlines()) <= 2
 
 
+def test_what_a_test_found_is_opened_without_config_only_where_it_is_enough(tmp_path):
+    (tmp_path / "predictions.npz").touch()
+    assert open_run(tmp_path, results=True) == RunFolder(tmp_path)
+    with pytest.raises(UserError, match=r"has no config\.yaml"):
+        open_run(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has no config\.yaml"):
+        open_run(tmp_path / "empty", results=True)
+
+
 def test_missing_files_are_named_with_the_command_that_makes_them(tmp_path):
     run = finish(start_run(tmp_path))
     run.require(run.config, run.last_checkpoint)
