@@ -12,6 +12,7 @@ from cifar_lightning.calibration import cross_entropy, expected_calibration_erro
 from cifar_lightning.errors import UserError
 from cifar_lightning.results import Answers, Results
 from cifar_lightning.significance import holm, mcnemar_test, paired_difference_interval, wilson_interval
+from cifar_lightning.wording import run_name
 
 _NUM_SHOWN = 24  # pictures that changed sides, in each direction
 
@@ -19,17 +20,19 @@ _NUM_SHOWN = 24  # pictures that changed sides, in each direction
 def compare(path: Path, results: Results, other_path: Path, other: Results) -> dict[str, Any]:
     """Return how a run differs from another one; positive differences are in favour of the first.
 
-    Keys: `runs` (two of {path, accuracy, accuracy_interval_95, loss, ece}), `difference`, `difference_interval_95`
-    (Newcombe, paired), `both_right`, `only_first`, `only_second`, `both_wrong`, `p` (McNemar's exact test), `classes`
-    [{name, support, first, second, difference, difference_interval_95, only_first, only_second, p (Holm)}], `changed`
-    {won, lost}: of each the number `count` and the clearest `pictures` [{index, true, first, first_prob, second,
-    second_prob}] whose answers changed sides.
+    Keys: `runs` (two of {name, path, accuracy, accuracy_interval_95, loss, ece}), `difference`,
+    `difference_interval_95` (Newcombe, paired), `both_right`, `only_first`, `only_second`, `both_wrong`, `p` (McNemar's
+    exact test), `classes` [{name, support, first, second, difference, difference_interval_95, only_first, only_second,
+    p (Holm)}], `changed` {won, lost}: of each the number `count` and all `indices` whose answers changed sides, the
+    surest wrong answer first, and of those that the runs kept the first `pictures` [{index, true, first, first_prob,
+    second, second_prob}]; `unchecked`: why it is not known that the pictures are the same, empty where it is.
 
     Raises:
         UserError: A run has no answers, or they are not of the same pictures.
     """
     first, second = _answers_of(path, results), _answers_of(other_path, other)
     _refuse_other_pictures(path, results, other_path, other)
+    available = set(results.pictures) | set(other.pictures)
     # Both in the order of the first: the order of answers is not part of a test set.
     order = np.argsort(second.indices)[np.searchsorted(np.sort(second.indices), first.indices)]
     logits = second.logits[order]
@@ -46,9 +49,10 @@ def compare(path: Path, results: Results, other_path: Path, other: Results) -> d
         "p": mcnemar_test(counts["only_first"], counts["only_second"]),
         "classes": _classes(first, right, other_right),
         "changed": {
-            "won": _changed(first, logits, right & ~other_right, set(results.pictures) | set(other.pictures)),
-            "lost": _changed(first, logits, ~right & other_right, set(results.pictures) | set(other.pictures)),
+            "won": _changed(first, logits, right & ~other_right, available),
+            "lost": _changed(first, logits, ~right & other_right, available),
         },
+        "unchecked": _unchecked(path, results, other_path, other),
     }
 
 
@@ -63,13 +67,13 @@ def _answers_of(path: Path, results: Results) -> Answers:
 
 def _refuse_other_pictures(path: Path, results: Results, other_path: Path, other: Results) -> None:
     first, second = _answers_of(path, results), _answers_of(other_path, other)
-    hashes = [run.origin.split.get("sha256", {}).get("test") for run in (results, other)]
+    hashes = [_hash_of(run) for run in (results, other)]
     reason = ""
     if first.class_names != second.class_names:
         reason = f"{len(first.class_names)} and {len(second.class_names)} classes, or other names"
     elif len(first.targets) != len(second.targets):
         reason = f"{len(first.targets):,} and {len(second.targets):,} pictures"
-    elif None not in hashes and hashes[0] != hashes[1]:
+    elif (all(hashes) and hashes[0] != hashes[1]) or (not all(hashes) and _kept_others(results, other)):
         reason = "the pictures themselves differ"
     elif _by_index(first) != _by_index(second):
         reason = "the pictures have other numbers or classes"
@@ -80,6 +84,31 @@ def _refuse_other_pictures(path: Path, results: Results, other_path: Path, other
         )
 
 
+def _hash_of(results: Results) -> str:
+    hashes = results.origin.split.get("sha256")
+    return str(hashes.get("test") or "") if isinstance(hashes, dict) else ""
+
+
+def _kept_in_common(results: Results, other: Results) -> list[int]:
+    return sorted(set(results.pictures) & set(other.pictures))
+
+
+def _kept_others(results: Results, other: Results) -> bool:
+    """Return whether a picture that both runs kept differs; in another size it says nothing."""
+    pairs = ((results.pictures[index], other.pictures[index]) for index in _kept_in_common(results, other))
+    return any(first.shape == second.shape and (first != second).any() for first, second in pairs)
+
+
+def _unchecked(path: Path, results: Results, other_path: Path, other: Results) -> str:
+    lacking = [str(place) for place, run in ((path, results), (other_path, other)) if not _hash_of(run)]
+    if not lacking:
+        return ""
+    return (
+        "That the pictures are the same could not be checked: there is no hash of them in split.json of "
+        f"{' and '.join(lacking)}. Their number and classes agree."
+    )
+
+
 def _by_index(answers: Answers) -> dict[int, int]:
     return dict(zip(answers.indices.tolist(), answers.targets.tolist(), strict=True))
 
@@ -87,6 +116,7 @@ def _by_index(answers: Answers) -> dict[int, int]:
 def _run(path: Path, answers: Answers) -> dict[str, Any]:
     cm = answers.confusion
     return {
+        "name": run_name(path),
         "path": str(path),
         "accuracy": accuracy(cm),
         "accuracy_interval_95": list(wilson_interval(int(np.trace(cm)), int(cm.sum()))),
@@ -145,6 +175,7 @@ def _changed(
     names = first.class_names
     return {
         "count": len(positions),
+        "indices": first.indices[positions].tolist(),
         "pictures": [
             {
                 "index": int(first.indices[position]),

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from cifar_lightning.figures import confusion_figure, figure_to_png, themed
 from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
 from cifar_lightning.findings import find
 from cifar_lightning.page import command_of, render_page
-from cifar_lightning.results import read_results
+from cifar_lightning.results import DAMAGED, read_results
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.terminal import print_findings
+from cifar_lightning.wording import run_name
+
+_ORDERS = {b"little": "<", b"big": ">"}  # what torch writes beside the numbers
 
 
 def make_report(run: RunFolder, other: RunFolder | None = None, console: Console | None = None) -> None:
@@ -36,33 +40,39 @@ def make_report(run: RunFolder, other: RunFolder | None = None, console: Console
     if other is not None:
         others = read_results(other)
         findings["comparison"] = compare(run.path, results, other.path, others)
+        findings["problems"] += [f"{other.path}: {problem}" for problem in others.problems]
         pictures = others.pictures | pictures
     else:
         findings["comparison"] = None
+    findings["problems"] += write_confusion(run, results.confusion, results.class_names)
     write_json(run.findings, findings)
-    write_confusion(run, results.confusion, results.class_names)
     write_text_durably(run.report, render_page(findings, pictures))
     print_findings(findings, run.path, console)
 
 
 def describe_run(run: RunFolder, known: dict[str, Any]) -> dict[str, str]:
     """Return how the page calls a run: `name`, `network`, `data` and `command`; what is not known is empty."""
-    path = run.path.resolve()
     model, split = known["config"].get("model") or {}, known["split"]
     data = known["config"].get("data") or {}
     # "cifar10: 50,000 train + ..."; class folders are better known by their own name.
     kind = str(split.get("dataset") or data.get("dataset") or "").partition(":")[0]
     called = Path(str(data.get("root"))).name if kind == "folder" and data.get("root") else kind
     return {
-        "name": f"{path.parent.name}/{path.name}" if path.name.isdecimal() else path.name,
+        "name": run_name(run.path),
         "network": str(model.get("name") or ""),
         "data": called,
         "command": command_of(known["environment"]),
     }
 
 
-def write_confusion(run: RunFolder, confusion: np.ndarray, class_names: tuple[str, ...]) -> None:
-    """Write confusion_matrix.csv and .png, and .pt where it is missing; rows: true class, columns: predicted class."""
+def write_confusion(run: RunFolder, confusion: np.ndarray, class_names: tuple[str, ...]) -> list[str]:
+    """Write confusion_matrix.csv, .png and .pt; rows: true class, columns: predicted class.
+
+    A .pt that holds the matrix already is left alone: it takes torch to write one.
+
+    Returns:
+        A sentence where a .pt was there that did not hold it.
+    """
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["true \\ predicted", *class_names])
@@ -70,8 +80,27 @@ def write_confusion(run: RunFolder, confusion: np.ndarray, class_names: tuple[st
     write_text_durably(run.confusion_matrix_csv, table.getvalue())
     with themed():
         write_bytes_durably(run.confusion_matrix_png, figure_to_png(confusion_figure(confusion, class_names)))
-    if not run.confusion_matrix_pt.is_file():
-        write_confusion_tensor(run.confusion_matrix_pt, confusion)
+    path, problems = run.confusion_matrix_pt, []
+    if path.is_file():
+        if _holds_matrix(path, confusion):
+            return []
+        problems.append(f"{path.name} was damaged or of other answers, and is written anew.")
+    write_confusion_tensor(path, confusion)
+    return problems
+
+
+def _holds_matrix(path: Path, confusion: np.ndarray) -> bool:
+    """Return whether a file that `write_confusion_tensor` wrote is whole and holds this matrix; without torch.
+
+    It is a zip file with a checksum of each part; the numbers are in ARCHIVE/data/0 as they lie in memory.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}  # checks each checksum
+    except DAMAGED:
+        return False
+    numbers = np.ascontiguousarray(confusion, dtype=np.dtype(f"{_ORDERS.get(parts.get('byteorder', b''), '=')}i8"))
+    return "data.pkl" in parts and parts.get("data/0") == numbers.tobytes()
 
 
 def write_confusion_tensor(path: Path, confusion: np.ndarray) -> None:

@@ -69,7 +69,7 @@ def test_a_run_against_its_copy_differs_in_nothing(runs, tmp_path):
     result = compared(runs[0], make_run(tmp_path / "copy"))
     assert result["difference"] == 0
     assert result["p"] == 1
-    assert result["changed"]["won"] == {"count": 0, "pictures": []}
+    assert result["changed"]["won"] == {"count": 0, "indices": [], "pictures": []}
 
 
 def test_the_order_of_the_answers_does_not_matter(runs):
@@ -95,6 +95,23 @@ def test_pictures_that_changed_sides_are_shown_with_both_answers(runs):
     assert result["changed"]["lost"]["pictures"]
 
 
+def test_all_that_changed_sides_are_numbered_also_those_that_no_run_kept(runs):
+    result = compared(*runs)
+    first, second = (right(run) for run in runs)
+    kept = {int(index) for run in runs for index in np.load(run.gallery)["indices"]}
+    for key, changed in (("won", first & ~second), ("lost", ~first & second)):
+        indices = result["changed"][key]["indices"]
+        assert sorted(indices) == np.flatnonzero(changed).tolist()
+        assert set(indices) - kept
+        shown = [picture["index"] for picture in result["changed"][key]["pictures"]]
+        assert shown == [index for index in indices if index in kept][:24]
+
+
+def test_runs_are_called_by_their_number_and_recipe(tmp_path):
+    one, two = make_run(tmp_path / "runs" / "made" / "1"), make_run(tmp_path / "chosen", seed=1)
+    assert [run["name"] for run in compared(one, two)["runs"]] == ["made/1", "chosen"]
+
+
 def test_other_test_pictures_are_refused(runs, tmp_path):
     for other in (
         make_run(tmp_path / "fewer", n=1000),
@@ -112,9 +129,27 @@ def test_the_same_number_of_other_pictures_is_refused_by_their_hash_or_numbers(r
         compared(*runs)
     for run in runs:
         write_json(run.split, {"sizes": {"val": 1}})
+    assert compared(*runs)["unchecked"]
     arrays = dict(np.load(runs[1].predictions))
     np.savez(runs[1].predictions, **{**arrays, "indices": arrays["indices"] + 1})
     with pytest.raises(UserError, match="other numbers or classes"):
+        compared(*runs)
+
+
+def test_where_a_hash_is_lost_it_is_said_that_the_pictures_could_not_be_checked(runs):
+    assert compared(*runs)["unchecked"] == ""
+    runs[1].split.write_text('{"sizes": {"va')
+    said = compared(*runs)["unchecked"]
+    assert said.startswith("That the pictures are the same could not be checked")
+    assert str(runs[1].path) in said
+    assert str(runs[0].path) not in said
+
+
+def test_without_a_hash_the_pictures_that_both_kept_tell_other_ones(runs):
+    runs[1].split.unlink()
+    arrays = dict(np.load(runs[1].gallery))
+    np.savez(runs[1].gallery, **{**arrays, "images": arrays["images"] ^ 1})
+    with pytest.raises(UserError, match="the pictures themselves differ"):
         compared(*runs)
 
 

@@ -1,6 +1,7 @@
 """`analyze` as a whole: a run's files in, terminal, findings.json, page and confusion matrix out."""
 
 import csv
+import io
 import json
 import shutil
 import subprocess
@@ -11,13 +12,19 @@ import pytest
 import torch
 from made_run import CIFAR10, make_run
 from program import REPO, fail, start
+from rich.console import Console
 
-from cifar_lightning.report import write_confusion
+from cifar_lightning.report import make_report, write_confusion, write_confusion_tensor
 
 
 @pytest.fixture
 def run(tmp_path):
     return make_run(tmp_path / "runs" / "made" / "1")
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=80, highlight=False)
 
 
 def test_analyze_writes_what_it_says_and_prints_it(run, tmp_path):
@@ -109,6 +116,58 @@ def test_damaged_files_are_named_on_terminal_and_page_and_the_rest_is_shown(run,
     assert 'id="pictures"' not in page
 
 
+def test_without_config_the_report_names_it_and_shows_the_rest(run, tmp_path):
+    run.config.unlink()
+    printed = start("analyze", run.path, cwd=tmp_path).stdout
+    assert printed.startswith("Test accuracy")
+    assert "config.yaml is missing." in printed
+    assert "config.yaml is missing." in run.report.read_text(encoding="utf-8")
+
+
+def test_a_cut_table_is_named_and_the_page_does_not_say_which_epoch_was_tested(run, console):
+    lines = run.metrics_csv.read_text().splitlines(keepends=True)
+    run.metrics_csv.write_text("".join(lines[:3]))
+    make_report(run, console=console)
+    page = run.report.read_text(encoding="utf-8")
+    for said in (console.file.getvalue(), page):
+        assert "metrics.csv is cut off: 3 of 5 epochs are not in it." in said
+    assert "its weights are what was tested" not in page
+    assert "Trained for</dt><dd>5 epochs" in page
+
+
+def test_the_other_runs_damage_is_named_with_its_folder(run, tmp_path, console):
+    other = make_run(tmp_path / "other", seed=1)
+    other.split.write_text('{"sizes": {"va')
+    make_report(run, other, console=console)
+    printed = " ".join(console.file.getvalue().split())
+    page = run.report.read_text(encoding="utf-8")
+    findings = json.loads(run.findings.read_text(encoding="utf-8"))
+    (problem,) = findings["problems"]
+    assert problem.startswith(f"{other.path}: split.json is damaged: ")
+    for said in (printed, page):
+        assert f"{other.path}: split.json is damaged: " in said
+        assert "That the pictures are the same could not be checked" in said
+
+
+@pytest.mark.parametrize("damage", ["half", "text", "turned bit", "other counts"])
+def test_a_damaged_tensor_of_the_matrix_is_named_and_written_anew(run, console, damage):
+    make_report(run, console=console)
+    path, whole = run.confusion_matrix_pt, run.confusion_matrix_pt.read_bytes()
+    counts = json.loads(run.findings.read_text(encoding="utf-8"))["confusion_matrix"]
+    if damage == "other counts":
+        write_confusion_tensor(path, np.array(counts).T.copy())
+    else:
+        turned = bytearray(whole)
+        turned[whole.index(np.array(counts).tobytes()) + 8] ^= 1
+        path.write_bytes({"half": whole[: len(whole) // 2], "text": b"no tensor", "turned bit": bytes(turned)}[damage])
+    make_report(run, console=console)
+    problems = json.loads(run.findings.read_text(encoding="utf-8"))["problems"]
+    assert problems == ["confusion_matrix.pt was damaged or of other answers, and is written anew."]
+    assert torch.load(path, weights_only=True).tolist() == counts
+    make_report(run, console=console)
+    assert json.loads(run.findings.read_text(encoding="utf-8"))["problems"] == []
+
+
 def test_with_the_matrix_alone_the_report_has_what_it_gives(run, tmp_path):
     start("analyze", run.path, cwd=tmp_path)
     run.predictions.unlink()
@@ -134,6 +193,7 @@ def test_a_diverged_run_has_a_report(run, tmp_path):
         np.savez(file, **{**arrays, "logits": np.full_like(arrays["logits"], np.nan)})
     done = start("analyze", run.path, cwd=tmp_path, PYTHONWARNINGS="error")
     assert "Loss -, calibration error (ECE) -" in done.stdout
+    assert "predictions.npz: 2,000 of its 2,000 answers are no numbers" in done.stdout
 
 
 def test_class_names_with_commas_and_quotes_survive_the_csv(run):
