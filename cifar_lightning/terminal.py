@@ -3,7 +3,6 @@
 Everything is plain ASCII but the class names, and nothing is said by colour alone: it reads the same in a log file.
 """
 
-import re
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from rich.text import Text
 
 from cifar_lightning.figures import printable
 from cifar_lightning.runs import RunFolder
-from cifar_lightning.wording import count, decimal, percent, points, points_span, pvalue, span
+from cifar_lightning.wording import count, decimal, percent, pictures, points, points_span, pvalue, span, unbroken
 
 _MAX_CLASSES = 20  # more than that: the worst classes and the most confused pairs stand for all
 _NUM_WORST = 10
@@ -71,9 +70,7 @@ def _print_summary(console: Console, findings: Mapping[str, Any]) -> None:
     summary, calibration = findings["summary"], findings["calibration"]
     line = Text("Test accuracy ")
     line.append(percent(summary["accuracy"], 2), style="bold")
-    line.append(
-        f"  (95 % interval {span(summary['accuracy_interval_95'], 2)}; {count(summary['num_pictures'])} pictures)"
-    )
+    line.append(f"  (95 % interval {span(summary['accuracy_interval_95'], 2)}; {pictures(summary['num_pictures'])})")
     console.print(line)
     macro_f1 = f"macro F1 {percent(summary['macro_f1'], 2)}"
     if calibration is None:
@@ -176,10 +173,10 @@ def _print_statements(console: Console, statements: Sequence[Mapping[str, Any]])
 def _print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
     first, second = comparison["runs"]
     _print_heading(console, "Compared on the same test pictures")
-    for run in (first, second):
+    for which, run in (("this run ", first), ("the other", second)):
         interval = f"95 % interval {span(run['accuracy_interval_95'], 2)}"
         _print_whole(
-            console, f"{percent(run['accuracy'], 2)}  ({interval}, ECE {percent(run['ece'], 2)})  {run['path']}"
+            console, f"{which} {percent(run['accuracy'], 2)}  ({interval}, ECE {percent(run['ece'], 2)})  {run['path']}"
         )
     _print_words(
         console,
@@ -188,12 +185,14 @@ def _print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
     )
     _print_words(
         console,
-        f"Both right {count(comparison['both_right'])}, only the first {count(comparison['only_first'])}, only the "
-        f"second {count(comparison['only_second'])}, both wrong {count(comparison['both_wrong'])}.",
+        f"Both right {count(comparison['both_right'])}, only this run {count(comparison['only_first'])}, only the "
+        f"other {count(comparison['only_second'])}, both wrong {count(comparison['both_wrong'])}.",
     )
+    if comparison["unchecked"]:
+        _print_words(console, comparison["unchecked"])
     sure = [row for row in comparison["classes"] if row["p"] < 0.05]
     if not sure:
-        console.print("In no single class does the difference go beyond chance.")
+        console.print("In no single class was a difference beyond chance found.")
     for row in sure:
         interval = points_span(row["difference_interval_95"])
         text = f"{row['name']}: {points(row['difference'])} points ({interval}), {pvalue(row['p'])}"
@@ -225,12 +224,24 @@ def _print_files(console: Console, run: RunFolder) -> None:
     if any(run.path.glob("events.out.tfevents.*")):
         console.print(f"  {'events.out.tfevents.*':<22} what TensorBoard shows")
     _print_heading(console, "What next")
-    numbered = run.path.name.isdecimal()  # runs/<recipe>/<number>: TensorBoard shows all runs side by side
-    folder = run.path.parent.parent if numbered else run.path
-    _print_whole(console, f"  tensorboard --logdir {shlex.quote(str(folder))}")
+    _print_whole(console, f"  tensorboard --logdir {shlex.quote(str(_folder_of_runs(run.path)))}")
     path = shlex.quote(str(run.path))
-    for command in (f"analyze {path}", f"predict-images {path} MY_PICTURES", f"export {path} --format onnx"):
+    for command in (
+        f"analyze {path} --compare OTHER_RUN",
+        f"predict-images {path} MY_PICTURES",
+        f"export {path} --format onnx",
+    ):
         _print_whole(console, f"  python train.py {command}")
+
+
+def _folder_of_runs(path: Path) -> Path:
+    """Return the folder that TensorBoard looks through: that of all runs where it is one, so that they are compared.
+
+    TensorBoard reads all folders below it, so it is never more than what holds runs: runs/RECIPE/N, or a chosen N.
+    """
+    if not path.name.isdecimal():
+        return path
+    return path.parent.parent if path.parent.parent.name == "runs" else path.parent
 
 
 def _print_heading(console: Console, title: str) -> None:
@@ -240,7 +251,7 @@ def _print_heading(console: Console, title: str) -> None:
 
 def _print_words(console: Console, text: str, indent: int = 0) -> None:
     """Print a sentence, wrapped at words but never between a number and its sign."""
-    joined = re.sub(r" (?=%)|(?<=\bp) (?=[=<])|(?<=[=<]) (?=\d)", "\u00a0", printable(text, console.encoding))
+    joined = unbroken(printable(text, console.encoding))
     margin = " " * indent
     for line in textwrap.wrap(joined, console.width, initial_indent=margin, subsequent_indent=margin):
         console.print(Text(line.replace("\u00a0", " ")), no_wrap=True, overflow="ignore", crop=False)

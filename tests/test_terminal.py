@@ -169,15 +169,25 @@ def test_the_files_that_are_there_and_no_others_are_named(tmp_path):
 
 
 def test_the_next_commands_can_be_copied_also_with_spaces_in_the_path():
-    text = report(matrix(3, 50), ["a", "b", "c"], Path("my runs/smallnet/3"), width=30)
+    text = report(matrix(3, 50), ["a", "b", "c"], Path("my place/runs/smallnet/3"), width=30)
     assert section(text, "What next") == [
-        "  tensorboard --logdir 'my runs'",
-        "  python train.py analyze 'my runs/smallnet/3'",
-        "  python train.py predict-images 'my runs/smallnet/3' MY_PICTURES",
-        "  python train.py export 'my runs/smallnet/3' --format onnx",
+        "  tensorboard --logdir 'my place/runs'",
+        "  python train.py analyze 'my place/runs/smallnet/3' --compare OTHER_RUN",
+        "  python train.py predict-images 'my place/runs/smallnet/3' MY_PICTURES",
+        "  python train.py export 'my place/runs/smallnet/3' --format onnx",
     ]
-    text = report(matrix(3, 50), ["a", "b", "c"], Path("chosen"))
-    assert section(text, "What next")[0] == "  tensorboard --logdir chosen"
+
+
+@pytest.mark.parametrize(
+    ("run", "folder"), [("chosen", "chosen"), ("/tmp/trial/1", "/tmp/trial"), ("/tmp/runs/made/1", "/tmp/runs")]
+)
+def test_tensorboard_is_never_sent_above_the_folder_of_the_runs(run, folder):
+    text = report(matrix(3, 50), ["a", "b", "c"], Path(run))
+    assert section(text, "What next")[0] == f"  tensorboard --logdir {folder}"
+
+
+def test_one_picture_is_one_picture():
+    assert "; 1 picture)" in report(np.array([[1, 0], [0, 0]]), ["a", "b"])
 
 
 def test_colours_change_nothing_but_colours():
