@@ -94,6 +94,7 @@ def confidence_figure(calibration: dict[str, Any]) -> Figure:
     axes.bar(left, wrong, width, bottom=right, align="edge", color=colour("wrong"), hatch="////", label="mistakes")
     axes.set(xlim=(0, 1), xlabel="confidence", ylabel="pictures")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y")
     axes.legend(loc="upper left")
     return figure

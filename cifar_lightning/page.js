@@ -1,4 +1,25 @@
 "use strict";
+// Says which boxes are wider than what is seen of them, and lets keys move those.
+const boxes = document.querySelectorAll(".scroll");
+const measure = () => {
+  for (const box of boxes) {
+    const overflows = box.scrollWidth > box.clientWidth + 1;
+    box.classList.toggle("overflowing", overflows);
+    if (overflows) box.tabIndex = 0;
+    else box.removeAttribute("tabindex");
+  }
+};
+addEventListener("load", measure);
+addEventListener("resize", measure);
+// Enlarges a chart whose letters are small, and back.
+for (const button of document.querySelectorAll(".enlarge button")) {
+  button.addEventListener("click", () => {
+    const enlarged = button.closest("p").nextElementSibling.classList.toggle("enlarged");
+    button.setAttribute("aria-pressed", enlarged);
+    button.textContent = enlarged ? "Fit to the page" : "Enlarge";
+    measure();
+  });
+}
 // Sorts a table by the column whose heading is clicked; what has no number comes last both ways.
 for (const button of document.querySelectorAll("table.sortable th button")) {
   button.addEventListener("click", () => {

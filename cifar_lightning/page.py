@@ -7,7 +7,7 @@ of classes and folders are escaped by Jinja.
 import base64
 import io
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +15,61 @@ import numpy as np
 import yaml
 from jaxtyping import UInt8
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 from PIL import Image
 
 from cifar_lightning.charts import classes_figure, confidence_figure, curves_figure, reliability_figure
-from cifar_lightning.figures import MAX_CLASSES_WITH_NUMBERS, confusion_figure, figure_to_array, printable, themed
-from cifar_lightning.wording import count, decimal, duration, percent, points, points_span, pvalue, span
+from cifar_lightning.figures import (
+    MAX_CLASSES_WITH_NUMBERS,
+    confusion_figure,
+    figure_to_array,
+    lay_out_like,
+    printable,
+    themed,
+)
+from cifar_lightning.wording import (
+    count,
+    decimal,
+    duration,
+    percent,
+    pictures,
+    points,
+    points_span,
+    pvalue,
+    span,
+    unbroken,
+)
 
 TEMPLATES = Path(__file__).parent
 _DPI = 120.0  # of charts; the page shows them at about half of that, so that they are sharp on fine screens, too
-_DPI_OF_LARGE = 90.0  # of a matrix of 100 classes, which is 14 inches wide
+_LARGE_INCHES = 10.0  # a matrix of 100 classes is 14 wide: its names are legible where it is enlarged
+_DPI_OF_LARGE = 150.0
+_MAX_GROUPED = 12  # more classes in groups than that are folded away
 _CRISP_PX = 64  # a picture up to this side is shown pixel by pixel; a larger one is reduced to `_REDUCED_PX`
 _REDUCED_PX = 144  # sharp on fine screens, too, where it is shown 96 wide
 
 
-def render_page(findings: Mapping[str, Any], pictures: Mapping[int, UInt8[np.ndarray, "height width 3"]]) -> str:
+def render_page(findings: Mapping[str, Any], kept: Mapping[int, UInt8[np.ndarray, "height width 3"]]) -> str:
     """Return the page as HTML.
 
     Args:
         findings: What `findings.find` returned, with `run.name`, `run.network`, `run.data` and `run.command`.
-        pictures: Test pictures by their index, uint8 RGB, 0-255.
+        kept: Test pictures by their index, uint8 RGB, 0-255.
     """
     found = [row for row in findings["classes"] if row["support"]]
-    sides = [max(picture.shape[:2]) for picture in pictures.values()]
+    sides = [max(picture.shape[:2]) for picture in kept.values()]
     return render(
         "page.html",
         f=findings,
         css=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
         script=(TEMPLATES / "page.js").read_text(encoding="utf-8"),
         figures=draw_figures(findings),
-        uris=_picture_uris(findings, pictures),
+        uris=_picture_uris(findings, kept),
         kind_of_picture="crisp" if max(sides, default=0) <= _CRISP_PX else "smooth",
         hardest=min(found, key=lambda row: row["recall"], default=None) if len(found) > 1 else None,
         never=[row["name"] for row in found if not row["predicted"]],
+        groups_open=_MAX_GROUPED,
         facts=facts_of(findings["run"]),
         reproduce=reproduction_of(findings["run"]),
         config=yaml.safe_dump(findings["run"]["config"], sort_keys=False, allow_unicode=True)
@@ -63,10 +85,10 @@ def render(template: str, **values: Any) -> str:
         autoescape=template.endswith(".html"),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
-        # A class name may hold bytes or control characters that no page can show.
-        finalize=lambda value: value if not isinstance(value, str) or hasattr(value, "__html__") else _clean(value),
+        finalize=_shown if template.endswith(".html") else _cleaned,
     )
-    filters = (percent, span, points, points_span, decimal, count, pvalue, duration)
+    filters = (percent, span, points, points_span, decimal, count, pictures, pvalue, duration)
+    environment.filters["verbatim"] = lambda text: escape(_clean(text))  # to be copied: spaces stay what they are
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")  # of a Markdown table
     environment.filters.update({function.__name__: function for function in filters})
     # Styles and script are the package's own text.
@@ -75,7 +97,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def draw_figures(findings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the charts by name as data URIs: `light`, `dark`, `alt` (what they show) and `width` (pixels)."""
+    """Return the charts by name as data URIs: `light`, `dark`, `alt` (what they show), `width` (pixels), `is_large`."""
     cm = np.array(findings["confusion_matrix"], dtype=np.int64)
     names = [row["name"] for row in findings["classes"]]
     calibration, epochs = findings["calibration"], findings["epochs"]
@@ -91,19 +113,24 @@ def draw_figures(findings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         makers["confidence"] = ("histogram of confidence", lambda: confidence_figure(calibration))
     if epochs:
         makers["curves"] = ("accuracy, loss and learning rate over the epochs", lambda: curves_figure(epochs))
-    drawn: dict[str, dict[str, Any]] = {}
-    for name, (alt, make) in makers.items():
-        drawn[name] = {"alt": alt}
-        for theme in ("light", "dark"):
-            with themed(dark=theme == "dark"):
-                figure = make()
-                width = figure.get_figwidth()
-                pixels = figure_to_array(figure, dpi=_DPI if width < 10 else _DPI_OF_LARGE)
-            drawn[name] |= {theme: _chart_uri(pixels), "width": round(80 * width)}
-    return drawn
+    return {name: {"alt": alt, **_draw(make)} for name, (alt, make) in makers.items()}
 
 
-def _chart_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> str:
+def _draw(make: Callable[[], Figure]) -> dict[str, Any]:
+    with themed():
+        light = make()
+        width = light.get_figwidth()
+        is_large = width > _LARGE_INCHES
+        dpi = _DPI_OF_LARGE if is_large else _DPI
+        uris = {"light": _chart_uri(figure_to_array(light, dpi))}
+    with themed(dark=True):
+        dark = make()
+        lay_out_like(dark, light)
+        uris["dark"] = _chart_uri(figure_to_array(dark, dpi))
+    return {**uris, "width": round(80 * width), "is_large": is_large}
+
+
+def _chart_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> Markup:
     """Return a chart with 256 colours: a third of the size, and no difference that the eye finds."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).quantize(256, dither=Image.Dither.NONE).save(buffer, "png")
@@ -111,15 +138,15 @@ def _chart_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> str:
 
 
 def _picture_uris(
-    findings: Mapping[str, Any], pictures: Mapping[int, UInt8[np.ndarray, "height width 3"]]
-) -> dict[int, str]:
+    findings: Mapping[str, Any], kept: Mapping[int, UInt8[np.ndarray, "height width 3"]]
+) -> dict[int, Markup]:
     galleries = [gallery["pictures"] for gallery in findings["galleries"]]
     if findings.get("comparison"):
         galleries += [changed["pictures"] for changed in findings["comparison"]["changed"].values()]
-    return {index: _picture_uri(pictures[index]) for index in {item["index"] for shown in galleries for item in shown}}
+    return {index: _picture_uri(kept[index]) for index in {item["index"] for shown in galleries for item in shown}}
 
 
-def _picture_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> str:
+def _picture_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> Markup:
     image, buffer = Image.fromarray(pixels), io.BytesIO()
     if max(image.size) <= _CRISP_PX:
         image.save(buffer, "png", optimize=True)
@@ -129,8 +156,8 @@ def _picture_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> str:
     return _data_uri("image/jpeg", buffer.getvalue())
 
 
-def _data_uri(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+def _data_uri(kind: str, data: bytes) -> Markup:
+    return Markup(f"data:{kind};base64,{base64.b64encode(data).decode()}")  # nothing in it to escape or clean
 
 
 def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -144,7 +171,7 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     changed = ", with changes that are not committed" if environment.get("dirty") else ""
     facts: list[tuple[str, Any]] = [
         ("Network", " ".join(str(part) for part in (model.get("name"), model.get("model_kwargs") or "") if part)),
-        ("Optimiser", _listed(model, ("optimizer", "lr", "sgd_lr", "weight_decay", "label_smoothing", "pct_start"))),
+        ("Optimiser", _named(model, "optimizer", ("lr", "sgd_lr", "weight_decay", "label_smoothing", "pct_start"))),
         ("Training", _listed(trainer, ("max_epochs", "precision")) + _listed(data, ("batch_size",), before=", ")),
         ("Augmentation", _listed(data, augmentation)),
         ("Seeds", f"training {config.get('seed_everything')}, split {split.get('seed')}" if config else ""),
@@ -152,7 +179,7 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Split", ", ".join(f"{number:,} {part}" for part, number in sizes.items())),
         ("Held out", _held_out(split)),
         ("SHA-256 of the test pictures", (split.get("sha256") or {}).get("test")),
-        ("Device", _listed(environment, ("device", "num_devices", "precision", "num_threads"))),
+        ("Device", _named(environment, "device", ("num_devices", "precision", "num_threads"))),
         ("Machine", ", ".join(str(environment[key]) for key in ("cpu", "platform") if environment.get(key))),
         ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items() if number)),
         ("Commit", f"{commit}{changed}" if commit else ""),
@@ -165,6 +192,10 @@ def _held_out(split: Mapping[str, Any]) -> str:
     if split.get("val_from") == "train":
         return f"{percent(split.get('val_fraction'), 0)} of the training pictures, the same share of each class"
     return str(split.get("val_from") or "")
+
+
+def _named(values: Mapping[str, Any], name: str, others: Sequence[str]) -> str:
+    return ", ".join(text for text in (str(values.get(name) or ""), _listed(values, others)) if text)
 
 
 def _listed(values: Mapping[str, Any], names: Sequence[str], before: str = "") -> str:
@@ -190,6 +221,17 @@ def command_of(environment: Mapping[str, Any]) -> str:
     """Return the command that started a run, without the Python it ran in; empty if it is not known."""
     words = [str(word) for word in environment.get("command") or []]
     return shlex.join(["python", *words[1:]]) if words else ""
+
+
+def _shown(value: Any) -> Any:
+    """Return what the page says for a value: clean, and with no line break between a number and its sign."""
+    value = _cleaned(value)
+    return unbroken(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+
+def _cleaned(value: Any) -> Any:
+    """Return a value; text without the bytes or control characters of class names that no page can show."""
+    return value if not isinstance(value, str) or hasattr(value, "__html__") else _clean(value)
 
 
 def _clean(text: str) -> str:

@@ -241,7 +241,7 @@ def group_effects(cm: Matrix, names: Sequence[str], groups: dict[str, list[int]]
         "groups",
         "Mistakes stay within groups" if items and "within" in items[0].numbers else "Groups of classes",
         f"{len(groups)} group{'s' if len(groups) > 1 else ''} of classes, {origin}."
-        + ("" if items else " No difference beyond chance was found between them."),
+        + ("" if items else " No difference beyond chance was found."),
         "Exact test of mistakes within a group against a wrong class drawn at random; Fisher's exact test of each "
         f"group against all other classes; Holm's correction for {len(tests)} tests",
         bool(items),

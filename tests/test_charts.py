@@ -76,6 +76,12 @@ def test_the_histogram_stacks_mistakes_on_right_answers(findings):
     assert [bar.get_y() for bar in wrong] == [part["num_right"] for part in bins]
 
 
+def test_the_histogram_of_few_pictures_counts_whole_ones(findings):
+    bins = [{**part, "num_pictures": 1, "num_right": 1} for part in findings["calibration"]["before"]["bins"]]
+    axes = confidence_figure({"before": {"bins": bins}}).axes[0]
+    assert all(float(tick).is_integer() for tick in axes.get_yticks())
+
+
 def test_the_curves_count_epochs_from_one_and_leave_gaps_where_nothing_was_measured():
     rows = [{"epoch": e, "train/acc": 0.5, "train/loss": 1.0, "lr": 0.1, "val/acc": math.nan} for e in range(3)]
     rows[1]["val/acc"] = 0.7

@@ -11,6 +11,7 @@ from cifar_lightning.figures import (
     confusion_figure,
     figure_to_array,
     figure_to_png,
+    lay_out_like,
     pictures_figure,
     printable,
 )
@@ -142,3 +143,18 @@ def test_printable_leaves_ordinary_names_and_escapes_the_rest():
 def test_figures_never_load_pyplot():
     code = "import sys, cifar_lightning.figures; sys.exit('matplotlib.pyplot' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_scales_are_lettered_as_large_as_the_matrix():
+    matrix, *scales = confusion_figure(CM, NAMES).axes
+    for scale in scales:
+        sizes = [text.get_fontsize() for text in (scale.xaxis.label, *scale.get_xticklabels())]
+        assert min(sizes) >= matrix.get_xticklabels()[0].get_fontsize()
+
+
+def test_a_layout_that_is_taken_over_gives_the_pixels_of_one_that_is_found_anew():
+    drawn = confusion_figure(CM, NAMES)
+    expected = figure_to_array(drawn)
+    again = confusion_figure(CM, NAMES)
+    lay_out_like(again, drawn)
+    np.testing.assert_array_equal(figure_to_array(again), expected)

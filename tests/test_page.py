@@ -11,7 +11,7 @@ from made_run import CIFAR10, make_run
 
 from cifar_lightning.page import command_of, facts_of, render, reproduction_of
 from cifar_lightning.report import make_report
-from cifar_lightning.wording import count, percent
+from cifar_lightning.wording import count, percent, unbroken
 
 HUNDRED = [f"a_class_{index:02}" for index in range(100)]
 
@@ -115,6 +115,49 @@ def test_many_and_few_classes_fit_as_well(tmp_path, names, n, side):
         assert driver.execute_script(rows) == len(names)
 
 
+def test_the_bars_stay_legible_beside_long_names(tmp_path):
+    names = ("a_rather_long_name_of_a_class", "another_long_name_for_a_class", "short")
+    made = make_run(tmp_path / "run", names=names, n=60)
+    make_report(made)
+    with browser() as driver:
+        opened(driver, made.report)
+        assert driver.execute_script("return document.querySelector('#classes .chart').width") >= 335
+        box = "const b = document.querySelector('#classes .scroll'); return b.scrollWidth - b.clientWidth"
+        assert driver.execute_script(box) <= 0  # and the table is whole
+
+
+def test_a_matrix_of_many_classes_is_enlarged_by_a_click_and_its_groups_are_named(tmp_path):
+    made = make_run(tmp_path / "run", names=HUNDRED, n=4000, skill=4)
+    make_report(made)
+    groups = next(s["groups"] for s in json.loads(made.findings.read_text())["statements"] if s["kind"] == "groups")
+    width = "return document.querySelector('#confusions .chart').width"
+    with browser() as driver:
+        opened(driver, made.report)
+        before = driver.execute_script(width)
+        driver.find_element("css selector", ".enlarge button").click()
+        assert driver.execute_script(width) > 1.8 * before
+        assert driver.execute_script("return document.querySelector('#confusions .chart').naturalWidth") > 1.8 * before
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= 1280
+        driver.find_element("css selector", ".enlarge button").click()
+        assert driver.execute_script(width) == before
+        shown = driver.execute_script("return document.querySelector('.groups').textContent")
+        assert len(groups) > 4
+        assert all(name in shown for members in groups.values() for name in members)
+
+
+def test_what_is_moved_sideways_says_so_and_what_is_whole_does_not(run):
+    hints = """return [...document.querySelectorAll('.scroll')].map(box => [
+        box.scrollWidth > box.clientWidth + 1,
+        getComputedStyle(box, '::before').content.includes('sideways'),
+        box.tabIndex === 0])"""
+    for width in (390, 1280):
+        with browser(width) as driver:
+            opened(driver, run.report)
+            found = driver.execute_script(hints)
+            assert all(len(set(hint)) == 1 for hint in found)
+            assert any(hint[0] for hint in found) == (width == 390)
+
+
 def test_the_print_has_no_navigation_and_shows_whole_tables(run):
     with browser() as driver:
         opened(driver, run.report)
@@ -141,7 +184,7 @@ def test_every_number_of_the_class_table_is_in_findings(run, page):
     rows = re.findall(r"<tr>(.*?)</tr>", body, re.DOTALL)
     assert len(rows) == 10
     for row, found in zip(rows, findings["classes"], strict=True):
-        cells = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)
+        cells = [cell.replace("\u00a0", " ") for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)]
         expected = [found["name"], count(found["support"]), *(percent(found[key]) for key in ("precision", "recall"))]
         low, high = found["recall_interval_95"]
         assert cells == [
@@ -167,7 +210,57 @@ def test_the_tiles_and_the_calibration_say_what_findings_do(run, page):
         f"{calibration['temperature']:.3f}",
         *(item["text"].replace("'", "&#39;") for statement in findings["statements"] for item in statement["items"]),
     ):
-        assert said in page
+        assert unbroken(said) in page
+
+
+def test_no_number_is_parted_from_its_sign_but_in_what_is_copied(tmp_path):
+    made = make_run(tmp_path / "run", names=("ant", "bee"), n=60)
+    made.config.write_text("seed_everything: 0\nnote: 5 % of p = 1\n", encoding="utf-8")
+    make_report(made, make_run(tmp_path / "other", names=("ant", "bee"), n=60, seed=1))
+    page = made.report.read_text(encoding="utf-8")
+    assert "note: 5 % of p = 1" in page
+    outside = re.sub(r"<pre>.*?</pre>|<style>.*?</style>|<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert re.findall(r".{20}(?:\d %|\bp [=<&]|[=;] \d).{5}", re.sub(r'"[^"]*"', "", outside)) == []
+
+
+def test_both_runs_are_called_the_same_throughout(run, page):
+    section = re.search(r'<section id="comparison">.*?</section>', page, re.DOTALL).group()
+    assert "<h2>Compared with two</h2>" in section
+    assert section.count(str(run.path)) == section.count(str(run.path.with_name("two"))) == 1
+    assert not re.search(r"\b(here|there)\b", re.sub(r'"[^"]*"', "", section))
+    assert "<span>this run: " in section
+    assert "<span>the other: " in section
+
+
+def test_the_pictures_that_changed_sides_are_called_a_choice(run, page):
+    changed = json.loads(run.findings.read_text(encoding="utf-8"))["comparison"]["changed"]["won"]
+    assert f"wrong in the other: {changed['count']} pictures</h3>" in page
+    assert f"{len(changed['pictures'])} of {changed['count']} are shown, the surest wrong answers of those" in page
+    assert len(changed["indices"]) == changed["count"] > len(changed["pictures"])
+
+
+def test_p_is_not_repeated_in_its_column_and_no_two_columns_are_called_the_same(page):
+    section = re.search(r'<section id="comparison">.*?</section>', page, re.DOTALL).group()
+    assert not re.search(r"<td[^>]*>p\b", section)
+    for heading in re.findall(r"<thead>(.*?)</thead>", page):
+        labels = re.findall(r"<button[^>]*>(.*?)</button>", heading)
+        assert len(set(labels)) == len(labels)
+
+
+def test_the_mark_is_grey_where_nothing_was_found_also_where_there_are_numbers(run, page):
+    findings = json.loads(run.findings.read_text(encoding="utf-8"))
+    marked = re.findall(r"<article( class=\"nothing\")?>\s*<h3>(.*?)</h3>", page)
+    assert [(not mark, title) for mark, title in marked] == [
+        (statement["is_found"], statement["title"]) for statement in findings["statements"]
+    ]
+    assert any(statement["items"] and not statement["is_found"] for statement in findings["statements"])
+
+
+def test_what_a_run_was_is_said_without_doubled_words():
+    config = {"model": {"optimizer": "muon", "lr": 0.05}}
+    facts = dict(facts_of({"config": config, "split": {}, "environment": {"device": "cpu", "num_devices": 1}}))
+    assert facts["Optimiser"] == "muon, lr 0.05"
+    assert facts["Device"] == "cpu, num_devices 1"
 
 
 def test_names_cannot_become_markup_or_steer_anything(tmp_path):
