@@ -1,7 +1,7 @@
-"""Print the README's table of measured results from `benchmarks/results/*.json`.
+"""Print the README's tables of measured results and of faults from `benchmarks/results/*.json`.
 
-python benchmarks/table.py              prints it
-python benchmarks/table.py --write      puts it between the README's markers
+python benchmarks/table.py              prints them
+python benchmarks/table.py --write      puts them between the README's markers
 """
 
 import argparse
@@ -11,7 +11,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-START, END = "<!-- results -->", "<!-- /results -->"
 
 # Row: what, recipe (name of its results file), command.
 ROWS = [
@@ -24,8 +23,13 @@ REPLACED = (
 )
 
 
-def table() -> str:
-    """Return the table as Markdown."""
+def tables() -> dict[str, str]:
+    """Return each table as Markdown, by the name of its markers."""
+    return {"results": results_table(), "faults": faults_table()}
+
+
+def results_table() -> str:
+    """Return what runs reached."""
     rows = [
         "| what | test accuracy | training time | hardware | command |",
         "| --- | --- | --- | --- | --- |",
@@ -51,18 +55,38 @@ def _row(what: str, recipe: str, command: str) -> str:
     return f"| {what} | {accuracy} | {minutes} | {runs[-1]['hardware']} | `{command}` |"
 
 
+def faults_table() -> str:
+    """Return what becomes of each fault, here and in a plain Lightning script."""
+    ours, plain = (
+        json.loads((HERE / "results" / name).read_text("utf-8")) for name in ("faults.json", "faults_plain.json")
+    )
+    verdicts = {result["number"]: result["verdict"] for result in plain["results"]}
+    rows = [
+        f"`python benchmarks/faults.py --kills {ours['kills']}` on {ours['hardware']}: {ours['summary']}. "
+        "The same done to [a plain Lightning script](benchmarks/plain.py) (`--subject plain`): "
+        f"{plain['summary'].partition(',')[0]}.",
+        "",
+        "| fault | here | plain Lightning |",
+        "| --- | --- | --- |",
+    ]
+    rows += [f"| {r['number']}. {r['what']} | {r['verdict']} | {verdicts[r['number']]} |" for r in ours["results"]]
+    return "\n".join(rows)
+
+
 def main() -> None:
-    """Print the table, or put it into the README."""
+    """Print the tables, or put them into the README."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="replace the README's table")
+    parser.add_argument("--write", action="store_true", help="replace the README's tables")
     args = parser.parse_args()
     if not args.write:
-        print(table())
+        print("\n\n".join(tables().values()))
         return
     text = README.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    README.write_text(f"{before}{START}\n{table()}\n{END}{after}", encoding="utf-8")
+    for name, table in tables().items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{table}\n{end}{rest.partition(end)[2]}"
+    README.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
