@@ -68,6 +68,13 @@ class Trial:
             fault = f"exit status {done.status} and not {status}"
         return self.expect(not fault, f"{what}: {fault}")
 
+    def refused(self, what: str, done: Done, *names: str) -> bool:
+        """Expect a failure. Of ours it must also be clearly reported; that the peer's is not, is only noted."""
+        if not self.subject.is_plain:
+            return self.reported(what, done, *names)
+        self.clear = self.clear is not False and not unclear(done, *names)
+        return self.expect(done.status != 0, f"{what}: exit status 0")
+
     def worked(self, what: str, done: Done) -> bool:
         """Expect exit status 0."""
         last = (done.stderr or done.stdout).strip().splitlines()[-1:] or [""]
@@ -132,6 +139,8 @@ class Bench:
     def __init__(self, folder: Path, subject: Subject, *, data: Path | None = None, kills: int = 5) -> None:
         self.folder, self.subject, self.data, self.kills = folder, subject, data, kills
         self._lock = threading.RLock()
+        self._running: set[subprocess.Popen] = set()
+        self._is_stopped = False
 
     # -- starting the subject
 
@@ -164,6 +173,8 @@ class Bench:
         number = len(list(cwd.glob("stdout.*")))
         files = [(cwd / f"{name}.{number}").open("wb") for name in ("stdout", "stderr")]
         with files[0], files[1]:
+            if self._is_stopped:
+                raise RuntimeError("stopped")
             process = subprocess.Popen(
                 [a if isinstance(a, bytes) else str(a) for a in command],
                 cwd=cwd,
@@ -174,10 +185,17 @@ class Bench:
                 start_new_session=True,
             )
         process.printed = tuple(file.name for file in files)
+        self._running.add(process)
         return process
 
-    @staticmethod
-    def wait(process: subprocess.Popen, timeout_s: float = TIMEOUT_S) -> Done:
+    def stop(self) -> None:
+        """Kill what runs and start nothing more, so that the rows end and clear up."""
+        self._is_stopped = True
+        for process in tuple(self._running):
+            if process.poll() is None:
+                kill_group(process)
+
+    def wait(self, process: subprocess.Popen, timeout_s: float = TIMEOUT_S) -> Done:
         """Wait for the end of a process and clear its group away.
 
         Raises:
@@ -189,6 +207,7 @@ class Bench:
             kill_group(process)
             raise RuntimeError(f"no end after {timeout_s:.0f} s") from None
         kill_group(process)
+        self._running.discard(process)
         stdout, stderr = (Path(name).read_text(encoding="utf-8", errors="replace") for name in process.printed)
         return Done(status, stdout, stderr)
 

@@ -109,7 +109,7 @@ def malicious(trial: Trial) -> str:
     for name, arguments in ways.items():
         done = trial.run(arguments)
         trial.expect(not marker.exists(), f"{name}: the payload ran")
-        trial.reported(name, done, "evil.ckpt" if name != "test" else "best.ckpt")
+        trial.refused(name, done, "evil.ckpt" if name != "test" else "best.ckpt")
     return f"refused by {', '.join(ways)}; the payload did not run"
 
 
@@ -122,6 +122,9 @@ def twice(trial: Trial) -> str:
     again = trial.fit(out)
     if not trial.kept(last.exists() and last.read_bytes() == before, "the second start overwrote the first run"):
         return ""
+    if trial.subject.is_plain:
+        trial.expect(again.status != 0, "the same command begins from scratch in the same folder, and says nothing")
+        return "refused"
     trial.reported("the same --run_dir", again, "--resume", status=2)
     command = trial.subject.fit(small_set(trial.place / "few"), None, workers=0, epochs=1, batch_size=54)
     for _ in range(2):

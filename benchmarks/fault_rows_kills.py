@@ -1,6 +1,7 @@
 """Rows 1 to 3, 7 to 9 and 14: a run is killed or asked to stop, and goes on in a new process to the same end."""
 
 import random
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,7 @@ _IN_A_WRITE = {
     "before it is renamed": "SIGKILL@replace:16",
     "while it is renamed": "SIGKILL@replaced:17",
 }
+_LEAST_STEP = 35  # the checkpoint before the one that is written there
 
 
 @row(1, "SIGKILL at random steps, new process, 2 workers")
@@ -76,8 +78,8 @@ def _kill_in_writes(trial: Trial, places: dict[str, str], **env: str) -> str:
     reached = []
     for number, (name, acts) in enumerate(places.items()):
         out = trial.place / f"run{number}"
-        if trial.subject.is_plain:  # it renames nothing but the checkpoint itself, and keeps two of each
-            acts = acts.replace(":16", ":8").replace(":17", ":8")
+        if trial.subject.is_plain:  # it writes two files each time, of which the second is last.ckpt: the fifth one
+            acts = f"{acts.partition(':')[0]}:9"
         done = trial.fit(out, acts=acts, env=env)
         if done.status >= 0:
             if trial.subject.is_plain:
@@ -89,6 +91,8 @@ def _kill_in_writes(trial: Trial, places: dict[str, str], **env: str) -> str:
         if trial.worked(f"killed {name}, resume", resumed):
             if not trial.subject.is_plain:
                 trial.ended_like_the_reference(f"killed {name}", out)
+                step = re.search(r"after step (\d+)", resumed.stdout)
+                trial.kept(bool(step) and int(step[1]) >= _LEAST_STEP, f"killed {name}: more than one interval is lost")
             else:
                 steps = [load(trial.subject.last(run))["global_step"] for run in (out, trial.bench.reference.out)]
                 trial.kept(steps[0] == steps[1], f"killed {name}: ended after {steps[0]} steps, not {steps[1]}")
@@ -97,9 +101,8 @@ def _kill_in_writes(trial: Trial, places: dict[str, str], **env: str) -> str:
 
 def _num_loadable(trial: Trial, out: Path) -> int:
     """Count the checkpoints that `--resume`, or the user of the peer, could go on from."""
-    names = ("last.ckpt",) if trial.subject.is_plain else ("last.ckpt", "previous.ckpt")
     num = 0
-    for path in (trial.subject.checkpoints(out) / name for name in names):
+    for path in trial.subject.checkpoints(out).glob("*.ckpt"):
         try:
             load(path)
         except Exception:  # whatever torch raises of a file that is not whole

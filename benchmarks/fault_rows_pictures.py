@@ -66,7 +66,7 @@ def odd(trial: Trial) -> str:
     if trial.subject.is_plain:
         _check_as_torchvision_reads(trial, data, pictures)
     (data / "train" / "bee" / "odd_float.tif").write_bytes(encoded(Image.new("F", (16, 16), 0.5), "TIFF"))
-    trial.reported("floating point", _fit(trial, data, "float"), "odd_float.tif")
+    trial.refused("floating point", _fit(trial, data, "float"), "odd_float.tif")
     return f"{len(pictures)} kinds converted as documented, floating point refused"
 
 
@@ -84,7 +84,7 @@ def decompression_bomb(trial: Trial) -> str:
     """Few bytes that claim 400 million pixels."""
     data = small_set(trial.place / "data")
     (data / "train" / "bee" / "bomb.png").write_bytes(bomb())
-    trial.reported("the bomb", _fit(trial, data), "bomb.png")
+    trial.refused("the bomb", _fit(trial, data), "bomb.png")
     return "refused, by name"
 
 

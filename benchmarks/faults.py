@@ -11,6 +11,7 @@ several of them set these up where they can, below a temporary folder, and undo 
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -45,6 +46,7 @@ THEMES = (
 )
 NUM_ROWS = 38
 CONTROL = 14
+_CLIPPED = 160  # characters of one fault
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def perform(row: Row, bench: Bench) -> Result:
         trial.faults.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
         reason = ""
     verdict = "NOT handled" if trial.faults else "handled"
-    reason = "; ".join(trial.faults[:4]) if trial.faults else reason
+    reason = "; ".join(fault[:_CLIPPED] for fault in trial.faults[:4]) if trial.faults else reason
     elapsed_s = round(time.monotonic() - began, 1)
     return Result(row.number, row.what, verdict, reason, trial.not_lost, trial.clear, elapsed_s)
 
@@ -103,10 +105,15 @@ def perform_all(numbers: list[int], bench: Bench, jobs: int, show: Callable[[str
     """Try rows, some at the same time; show and return them in order."""
     results = []
     with ThreadPoolExecutor(jobs) as pool:
-        for result in pool.map(lambda number: perform(ROWS[number], bench), numbers):
-            if result.number != CONTROL:
-                show(result.line())
-            results.append(result)
+        try:
+            for result in pool.map(lambda number: perform(ROWS[number], bench), numbers):
+                if result.number != CONTROL:
+                    show(result.line())
+                results.append(result)
+        except BaseException:  # Ctrl-C or SIGTERM: the rows undo what they have set up, mounts too
+            pool.shutdown(wait=False, cancel_futures=True)
+            bench.stop()
+            raise
     return results
 
 
@@ -149,6 +156,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="rows at the same time (default 2)")
     parser.add_argument("--json", type=Path, help="write all results to this file")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began, environment = time.monotonic(), describe_environment()
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:
         bench = Bench(Path(folder), SUBJECTS[args.subject], data=args.data, kills=args.kills)
@@ -162,6 +170,7 @@ def main() -> None:
             "commit": environment["commit"],
             "dirty": environment["dirty"],
             "hardware": hardware,
+            "versions": environment["versions"],
             "subject": args.subject,
             "kills": args.kills,
             "pictures": "drawn" if args.data is None else "real",
