@@ -48,7 +48,12 @@ _FLAGS = (*ALIASES, *table(), "config", "resume", "print_config", "help", "outpu
 
 def command_lines(lines):
     """Draw one of some command lines with one to three mistakes in it."""
-    return st.tuples(st.sampled_from(lines), st.lists(_mistakes(), min_size=1, max_size=3)).map(_with_mistakes)
+    return st.tuples(st.sampled_from(lines), _few(_mistakes())).map(_with_mistakes)
+
+
+def _few(mistakes):
+    # Most often one alone: with several, the first that is found hides all others.
+    return st.one_of(mistakes.map(lambda one: [one]), st.lists(mistakes, min_size=2, max_size=3))
 
 
 def _mistakes():
@@ -59,6 +64,9 @@ def _mistakes():
         st.tuples(st.just("misspell"), at, st.tuples(at, st.sampled_from(["", *_LETTERS]), st.booleans())),
         st.tuples(st.sampled_from(["replace", "insert", "value"]), at, st.sampled_from(ODD_VALUES)),
         st.tuples(st.just("flag"), at, st.tuples(st.sampled_from(_FLAGS), st.sampled_from(ODD_VALUES), st.booleans())),
+        st.tuples(
+            st.just("flag"), st.just(63), st.tuples(st.sampled_from(_FLAGS), st.sampled_from(ODD_VALUES), st.just(True))
+        ),
         st.tuples(st.just("command"), st.just(0), st.sampled_from([*TRAINING, *QUICK, "--version", "--help", "-h"])),
     )
 
@@ -72,8 +80,9 @@ def _with_mistakes(drawn):
             tokens.insert(at, what if isinstance(what, str) else "x")
         elif kind == "flag":
             name, value, joined = what
-            # Behind the command, and between flags or values alike.
-            tokens[max(1, at) : max(1, at)] = [f"--{name}={value}"] if joined else [f"--{name}", value]
+            # Behind the command, and between flags or values alike; or last, where it does not break up another.
+            at = len(tokens) if where == 63 else max(1, at)
+            tokens[at:at] = [f"--{name}={value}"] if joined else [f"--{name}", value]
         else:
             _mutate_one(tokens, kind, at, what)
     return tokens
@@ -170,15 +179,17 @@ _VALUES += ["!!int x", "&a 1", '"\\0"', "9" * 5000]
 
 def recipes(texts):
     """Draw the bytes of one of some recipes with one to three mistakes in it."""
-    return st.tuples(st.sampled_from(texts), st.lists(_recipe_mistakes(), min_size=1, max_size=3)).map(_spoilt_recipe)
+    return st.tuples(st.sampled_from(texts), _few(_recipe_mistakes())).map(_spoilt_recipe)
 
 
 def _recipe_mistakes():
     at = st.integers(0, 4095)
     return st.one_of(
         st.tuples(st.sampled_from(["drop", "double", "indent", "outdent", "anchor", "merge"]), at, st.none()),
-        st.tuples(st.just("insert"), at, st.sampled_from(_LINES)),
+        st.tuples(st.sampled_from(["insert", "append"]), at, st.sampled_from(_LINES)),
+        st.tuples(st.just("alone"), at, st.sampled_from(_LINES)),
         st.tuples(st.just("value"), at, st.sampled_from(_VALUES)),
+        st.tuples(st.just("setting"), at, st.tuples(st.sampled_from(list(table())), st.sampled_from(_VALUES))),
         st.tuples(st.just("rename"), at, st.tuples(at, st.sampled_from(["", *string.ascii_lowercase]))),
         st.tuples(st.just("flip"), at, st.integers(1, 255)),
         st.tuples(st.just("put"), at, st.sampled_from([b"\0", b"\xff", b"\xff\xfe", b"\t", b"\r", b"\xe2\x80\xa8"])),
@@ -214,6 +225,13 @@ def _spoil_line(lines, kind, at, what):
         lines.insert(at, line)
     elif kind == "insert":
         lines.insert(at, what)
+    elif kind == "append":
+        lines.append(what)
+    elif kind == "alone":
+        lines[:] = [what]
+    elif kind == "setting":
+        group, _, name = what[0].rpartition(".")
+        lines[:] = [f"{group}: {{{name}: {what[1]}}}" if group else f"{name}: {what[1]}"]
     elif kind == "indent":
         lines[at] = "  " + line
     elif kind == "outdent":
