@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.flags import ALIASES, FRONT_ONLY, table
+from cifar_lightning.wording import clipped
 
 # Words for flags whose own help is Lightning's, or which are no key of a recipe.
 _WORDS = {
@@ -95,7 +96,7 @@ class QuickParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the message."""
-        raise UserError(f"{self.command}: {message}.\n{self.usage}")
+        raise UserError(f"{self.command}: {clipped(message, 300)}.\n{self.usage}")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse; refuse flags that are not there.
@@ -111,7 +112,7 @@ class QuickParser(argparse.ArgumentParser):
             near = difflib.get_close_matches(flag.replace("-", "_"), [name.replace("-", "_") for name in known], n=1)
             near = [name for name in known if near and name.replace("-", "_") == near[0]]
             hint = f"Did you mean {near[0]}?" if near else f"It takes {', '.join(known)}."
-            raise UserError(f"{flag}: no such flag of {self.command}. {hint}")
+            raise UserError(f"{clipped(flag)}: no such flag of {self.command}. {hint}")
         return self.parse_args(list(arguments))
 
 

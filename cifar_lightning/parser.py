@@ -75,7 +75,9 @@ def check_arguments(command: str, config: Namespace) -> None:
     """
     _refuse_nothing(config)
     _refuse_what_the_data_gives(config.get("model.model_kwargs") or {})
-    devices = str(config.get("trainer.devices"))  # Lightning takes a number also as text
+    devices = str(config.get("trainer.devices", "auto"))  # Lightning takes a number also as text
+    if not re.fullmatch(r"auto|\[?\s*-?\d+(\s*,\s*\d+)*\s*,?\]?", devices):
+        raise UserError(f"--trainer.devices {clipped(devices)}: auto, a number of devices, or a list such as [0, 1].")
     if devices.isdecimal() and int(devices) > _MOST_DEVICES:
         raise UserError(f"--trainer.devices {clipped(devices)}: at most {_MOST_DEVICES} on one machine.")
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():

@@ -68,12 +68,19 @@ def test_yaml_that_jsonargparse_would_never_end_with_is_refused(parser, flag):
         (["--data={crop_padding_px: null}"], "--data.crop_padding_px: needs a value"),
         (["--model.model_kwargs={num_classes: 3}"], "num_classes is no argument to give"),
         (["--model.model_kwargs={1: 2}"], "1 is no argument to give"),
+        (["--trainer.devices=3.5"], "--trainer.devices 3.5: auto, a number of devices, or a list"),
+        (["--trainer.devices="], "--trainer.devices : auto, a number"),
         (["--trainer.devices=99999999999999999999"], "--trainer.devices 99999999999999999999: at most 1024"),
     ],
 )
 def test_values_that_the_types_let_through_are_refused(parser, arguments, expected):
     with pytest.raises(UserError, match=expected):
         check_arguments("fit", parser.parse_args(arguments))
+
+
+@pytest.mark.parametrize("devices", ["auto", "1", "-1", "0,1", "1,", "[0, 1]", "[3]"])
+def test_all_spellings_of_devices_are_taken(parser, devices):
+    check_arguments("fit", parser.parse_args([f"--trainer.devices={devices}"]))
 
 
 @pytest.mark.parametrize("text", ["model: null", "trainer: 3", "data: [1]"])
