@@ -31,7 +31,7 @@ from overhead import SMALL_BATCH, one_layer, our_fit, register, silence, step_us
 
 from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.checkpoint import DurableCheckpointIO, LastCheckpoint
-from cifar_lightning.runs import describe_environment
+from cifar_lightning.environment import describe_environment
 
 NUM_SAVES = 20
 

@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cifar_lightning import ImageDataModule, SmallNet
 from cifar_lightning.cli import run_command
+from cifar_lightning.environment import describe_environment
 from cifar_lightning.flags import table
 from cifar_lightning.loader import PictureLoader
 from cifar_lightning.models import MODELS
 from cifar_lightning.optim import build_optimizer, one_cycle
-from cifar_lightning.runs import describe_environment
 
 SMALL_BATCH = 4  # 1,125 steps in an epoch of the synthetic set
 LR = 1e-3

@@ -28,8 +28,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cifar_lightning import ImageClassifier, predict
+from cifar_lightning.environment import describe_environment
 from cifar_lightning.predict import find_pictures, predict_images
-from cifar_lightning.runs import RunFolder, describe_environment, open_run
+from cifar_lightning.runs import RunFolder, open_run
 from cifar_lightning.weights import TrainedNetwork, load_network
 
 PROGRAM = Path(__file__).resolve().parent.parent / "train.py"

@@ -13,9 +13,10 @@ from lightning.pytorch.profilers import PassThroughProfiler
 
 from cifar_lightning.classifier import ImageClassifier
 from cifar_lightning.data import ImageDataModule
+from cifar_lightning.environment import describe_environment
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import MetricsTable, read_json, write_json
-from cifar_lightning.runs import RunFolder, describe_environment
+from cifar_lightning.runs import RunFolder
 
 MONITOR = "val/acc"
 

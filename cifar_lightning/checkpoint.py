@@ -8,13 +8,11 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
@@ -50,9 +48,8 @@ class DurableCheckpointIO(CheckpointIO):
                 f"{target}: not written, since {broken} holds NaN or infinity after step {checkpoint['global_step']}; "
                 "the checkpoint before is kept.\nLower --lr, or clip with --trainer.gradient_clip_val 1."
             )
-        hparams = {key: plain(value) for key, value in checkpoint.items() if key.endswith("hyper_parameters")}
         buffer = BytesIO()
-        torch.save({**checkpoint, **hparams}, buffer)
+        torch.save(checkpoint, buffer)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             write_bytes_durably(target, seal(buffer.getvalue()))
@@ -75,21 +72,6 @@ class DurableCheckpointIO(CheckpointIO):
 
 def _is_finite(value: Any) -> bool:
     return not (isinstance(value, Tensor) and value.is_floating_point()) or bool(value.isfinite().all())
-
-
-def plain(value: Any) -> Any:
-    """Return a value as types that load with `weights_only=True`; what has no such form becomes its description."""
-    if isinstance(value, np.generic | np.ndarray):  # first: np.float64 is a float, too
-        return value.tolist()
-    if value is None or isinstance(value, str | bool | int | float | Tensor | torch.dtype):
-        return value
-    if isinstance(value, Mapping):
-        return {plain(key): plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(map(plain, value))
-    if isinstance(value, list | set | frozenset):
-        return list(map(plain, value))
-    return os.fspath(value) if isinstance(value, os.PathLike) else repr(value)
 
 
 def newest_checkpoint(run: RunFolder) -> tuple[Path, dict[str, Any], list[str]]:

@@ -18,6 +18,7 @@ from cifar_lightning.guard import LossGuard
 from cifar_lightning.limits import check_limits
 from cifar_lightning.models import build_model
 from cifar_lightning.optim import Muon, OptimizerName, build_optimizer, one_cycle, settings_of
+from cifar_lightning.weights import plain
 
 Batch = tuple[Tensor, Tensor] | list[Tensor]
 """Images and targets; PyTorch's own DataLoader makes a list of them."""
@@ -76,9 +77,11 @@ class ImageClassifier(pl.LightningModule):
         self.save_hyperparameters(ignore=["model"], logger=False)
         if model is not None:
             self.hparams["name"] = None  # load_from_checkpoint needs model=... again
-        self.num_classes, self.lr, self.pct_start = num_classes, lr, pct_start
-        self.optimizer_name, self.sgd_lr = optimizer, sgd_lr
-        self.weight_decay, self.label_smoothing = weight_decay, label_smoothing
+        # Plain, or a checkpoint could be saved and never be read as data: NumPy's numbers, for example.
+        self.hparams.update(plain(dict(self.hparams)))
+        self.num_classes, self.lr, self.pct_start = num_classes, plain(lr), plain(pct_start)
+        self.optimizer_name, self.sgd_lr = optimizer, plain(sgd_lr)
+        self.weight_decay, self.label_smoothing = plain(weight_decay), plain(label_smoothing)
         if model is None and name is None:
             raise UserError("this checkpoint is of a network of your own: give model=... again.")
         network = build_model(str(name), num_classes, image_size, **(model_kwargs or {})) if model is None else model

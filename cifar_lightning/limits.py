@@ -54,7 +54,7 @@ LIMITS = {
     "data.cutout_px": _PIXELS,
     "data.brightness": _STRENGTH,
     "data.contrast": _STRENGTH,
-    "trainer.accumulate_grad_batches": _COUNT,
+    "trainer.accumulate_grad_batches": Limit(1, 2**31, "1 or more, below 2^31"),  # a loss is divided by it
     "checkpoint.every_n_train_steps": _COUNT,
     "checkpoint.every_n_minutes": Limit(0, math.inf, "a positive number of minutes, such as 10", above=True),
 }

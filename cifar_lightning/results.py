@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64, UInt8
 from cifar_lightning.analysis import confusion_matrix
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import MetricsTable
+from cifar_lightning.recipes import read_recipe
 from cifar_lightning.runs import RunFolder
 
 DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)  # of an .npz
@@ -245,7 +246,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = read_recipe(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise ValueError("it is no table of values")
     return config

@@ -15,6 +15,7 @@ from cifar_lightning.data import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.exact import is_inside_epoch
 from cifar_lightning.files import read_json
+from cifar_lightning.recipes import read_recipe
 from cifar_lightning.runs import RunFolder
 
 # What the weights, the optimiser's state or the split belong to; everything else is training, which may change.
@@ -152,7 +153,7 @@ def describe_changes(changes: Changes) -> list[str]:
 
 def _read_yaml(text: str, path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(text)
+        tree = read_recipe(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())}).") from error
     if not isinstance(tree, dict):

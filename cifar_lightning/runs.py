@@ -1,4 +1,4 @@
-"""What a run folder holds: names, numbering, lock, reading it back, the environment; imports no torch.
+"""What a run folder holds: names, numbering, lock, reading it back; imports no torch.
 
 A run is one folder and every command accepts it. Whoever writes into it holds its lock, which the system drops when the
 process dies, however it dies. How its small files are written: `files`.
@@ -6,17 +6,14 @@ process dies, however it dies. How its small files are written: `files`.
 
 import contextlib
 import errno
-import importlib.metadata
 import os
-import platform
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from cifar_lightning.errors import UserError
 
@@ -27,7 +24,6 @@ else:
 
 # Past the end of the file: Windows also blocks reading what is locked, and the process id must stay legible.
 _LOCKED_BYTE = 1 << 20
-_DISTRIBUTIONS = ("cifar-lightning", "torch", "torchvision", "lightning", "torchmetrics", "numpy")
 
 
 class RunLock:
@@ -194,6 +190,19 @@ class RunFolder:
             remedy = "fit makes them: train again." if from_fit else f"Make them with: python train.py test {self.path}"
             raise UserError(f"run {self.path}: {names} {'is' if len(missing) == 1 else 'are'} missing.\n{remedy}")
 
+    def check_writable(self) -> None:
+        """Refuse a run whose folders cannot be written, before anything is trained.
+
+        Raises:
+            UserError: Names the folder.
+        """
+        for folder in (self.path, self.checkpoints):
+            if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+                raise UserError(
+                    f"run {self.path}: {folder} cannot be written.\n"
+                    "Mend its permissions, or go on with a copy of the run."
+                )
+
     def written_files(self) -> Iterator[Path]:
         """Yield the files in the folder that only a run writes, whoever put them there; not the lock's."""
         for name in _NAMES:
@@ -340,56 +349,3 @@ def recipe_name(recipes: Sequence[object], network: str) -> str:
 def is_first_process() -> bool:
     """Return whether this process is the first of all, whoever started them: Lightning, torchrun or SLURM."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
-
-
-def describe_environment() -> dict[str, Any]:
-    """Return what the numbers of a run may depend on, without importing torch; the caller adds device and precision.
-
-    `commit` and `dirty` are None where the package does not run from a git checkout that tracks it.
-    """
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    commit, dirty = _describe_checkout(Path(__file__))
-    return {
-        "versions": versions,
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "num_cpus": os.cpu_count(),
-        "num_usable_cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-        "commit": commit,
-        "dirty": dirty,
-        "command": list(sys.orig_argv),
-    }
-
-
-def _describe_checkout(tracked_file: Path) -> tuple[str | None, bool | None]:
-    # Inside a git hook GIT_DIR and the like point at another repository.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(tracked_file.parent), *arguments]
-        return subprocess.run(
-            command, env=environment, capture_output=True, check=True, timeout=10, encoding="utf-8", errors="replace"
-        ).stdout.strip()
-
-    try:
-        # A package installed into a virtual environment inside some checkout is not of that checkout.
-        git("ls-files", "--error-unmatch", tracked_file.name)
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.SubprocessError):
-        return None, None
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError, StopIteration, subprocess.SubprocessError):  # ARM machines list no model name
-        if platform.system() == "Linux":
-            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-        if platform.system() == "Darwin":
-            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, check=True, timeout=10, text=True).stdout.strip()
-    return platform.processor() or platform.machine()

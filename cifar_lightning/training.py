@@ -29,14 +29,7 @@ from cifar_lightning.parser import TABLE, RunParser, add_own_flags, check_argume
 from cifar_lightning.progress import RunProgress
 from cifar_lightning.report import make_report
 from cifar_lightning.results import Results
-from cifar_lightning.resume import (
-    Changes,
-    StopPoint,
-    clear_up,
-    find_changes,
-    other_pictures,
-    stop_point,
-)
+from cifar_lightning.resume import Changes, StopPoint, clear_up, find_changes, other_pictures, stop_point
 from cifar_lightning.runs import RunFolder, create_run, discard_run, is_first_process, open_run, recipe_name
 from cifar_lightning.signals import StopSignals
 from cifar_lightning.terminal import print_findings, print_validation
@@ -219,6 +212,7 @@ class RunCLI(LightningCLI):
             self.run = RunFolder(Path(chosen))
             return
         if self.resumed is not None:
+            self.resumed.check_writable()
             self.run = open_run(self.resumed.path, lock=True)
             assert self.stopped_at is not None
             clear_up(self.run, self.stopped_at, self._damages)

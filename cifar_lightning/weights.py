@@ -3,13 +3,16 @@
 A checkpoint holds plain types only and is read with `weights_only=True`: it cannot run code.
 """
 
+import os
 import pickle
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -193,3 +196,18 @@ def load_weights(network: nn.Module, path: Path, checkpoint: dict[str, Any] | No
 
 def _shape(state: dict[str, Tensor], name: str) -> str:
     return "x".join(map(str, state[name].shape)) or "a number" if name in state else "missing"
+
+
+def plain(value: Any) -> Any:
+    """Return a value as types that load with `weights_only=True`; what has no such form becomes its description."""
+    if isinstance(value, np.generic | np.ndarray):  # first: np.float64 is a float, too
+        return value.tolist()
+    if value is None or isinstance(value, str | bool | int | float | Tensor | torch.dtype):
+        return value
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    if isinstance(value, list | set | frozenset):
+        return list(map(plain, value))
+    return os.fspath(value) if isinstance(value, os.PathLike) else repr(value)

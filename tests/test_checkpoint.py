@@ -4,17 +4,14 @@ import os
 import random
 import shutil
 import signal
-from functools import partial
-from pathlib import Path
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from fitting import NARROW, fit_run
 
 from cifar_lightning import ImageClassifier, SmallNet, UserError, files
-from cifar_lightning.checkpoint import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint, newest_checkpoint, plain
+from cifar_lightning.checkpoint import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint, newest_checkpoint
 from cifar_lightning.errors import RunError
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.signals import Stopped, StopSignals
@@ -84,30 +81,6 @@ def test_each_of_200_damages_of_a_smallnet_is_refused(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="damaged"):
             read_checkpoint(path)
-
-
-def test_odd_values_of_hyperparameters_become_plain_ones(path):
-    odd = {
-        "path": Path("a"),
-        "float": np.float64(0.5),
-        "int": np.int64(3),
-        "array": np.arange(2),
-        "function": partial(int, base=2),
-        "nested": ({"a": np.float32(1)}, {1, 2}, None),
-        "dtype": torch.float16,
-    }
-    DurableCheckpointIO().save_checkpoint(checkpoint_of(torch.ones(1), hyper_parameters=odd), path)
-    read = read_checkpoint(path)["hyper_parameters"]
-    assert read.pop("function").startswith("functools.partial")
-    assert read == {
-        "path": "a",
-        "float": 0.5,
-        "int": 3,
-        "array": [0, 1],
-        "nested": ({"a": 1.0}, [1, 2], None),
-        "dtype": torch.float16,
-    }
-    assert type(plain(np.float64(1))) is float
 
 
 def test_the_newest_whole_one_is_found(path):

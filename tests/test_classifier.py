@@ -1,6 +1,7 @@
 """ImageClassifier in a real Trainer: loss, sums, metrics, steps, precision of its figures."""
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -189,3 +190,22 @@ def test_a_resumed_run_without_dropout_ends_with_the_weights_of_an_unbroken_one(
 def test_a_value_that_cannot_train_names_its_flag(arguments, message):
     with pytest.raises(UserError, match=message):
         ImageClassifier(**arguments)
+
+
+def test_odd_values_leave_a_checkpoint_that_loads_as_data(tmp_path):
+    odd = {"widths": [2], "dropout": np.float64(0.5)}
+    module = ImageClassifier(image_size=16, lr=np.float64(0.01), weight_decay=np.float64(0), model_kwargs=odd)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, ImageDataModule("synthetic", batch_size=900, image_size=16))
+    trainer.save_checkpoint(tmp_path / "odd.ckpt")
+    read = torch.load(tmp_path / "odd.ckpt", weights_only=True)["hyper_parameters"]
+    assert (read["lr"], read["model_kwargs"]) == (0.01, {"widths": [2], "dropout": 0.5})

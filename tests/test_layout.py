@@ -26,6 +26,7 @@ LAYERS = [
         "download",
         "synthetic",
         "sources",
+        "environment",
         "runs",
         "seal",
         "signals",

@@ -43,3 +43,9 @@ def test_depth_is_allowed_to_its_limit_and_not_beyond():
     assert read_recipe("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1))
     with pytest.raises(yaml.YAMLError, match="nested deeper"):
         read_recipe("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1))
+
+
+def test_names_of_files_that_are_not_utf_8_come_back():
+    names = {"root": "a \udcfc\udc80", "list": ["\udcff"], "plain": "caf\u00e9"}
+    assert read_recipe(yaml.safe_dump(names)) == names
+    assert checked(yaml.safe_load)(yaml.safe_dump(names)) == names

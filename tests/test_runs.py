@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cifar_lightning import runs
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import read_json, write_json
-from cifar_lightning.runs import RunFolder, RunLock, create_run, describe_environment, open_run
+from cifar_lightning.runs import RunFolder, RunLock, create_run, open_run
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and fork")
 
@@ -204,39 +202,15 @@ def test_missing_files_are_named_with_the_command_that_makes_them(tmp_path):
         run.require(run.best_checkpoint)
 
 
-def test_the_environment_names_versions_and_command_and_is_json(tmp_path):
-    environment = describe_environment()
-    write_json(tmp_path / "environment.json", environment)
-    assert read_json(tmp_path / "environment.json") == environment
-    import torch
-
-    assert environment["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert environment["num_cpus"] >= environment["num_usable_cpus"] >= 1
-    assert environment["cpu"]
-    assert environment["command"] == sys.orig_argv
-
-
-def test_the_commit_is_of_a_checkout_that_tracks_the_package_and_of_no_other(tmp_path, monkeypatch):
-    def git(*arguments: str) -> str:
-        identity = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main")
-        command = ["git", "-C", str(tmp_path), *identity, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, env=clean).stdout.strip()
-
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    tracked, installed = tmp_path / "runs.py", tmp_path / "venv.py"
-    tracked.write_text("x")
-    installed.write_text("x")
-    assert runs._describe_checkout(tracked) == (None, None)
-    git("init")
-    git("add", "runs.py")
-    git("commit", "-m", "x")
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as inside a git hook
-    assert runs._describe_checkout(tracked) == (git("rev-parse", "HEAD"), False)
-    assert runs._describe_checkout(installed) == (None, None)
-    tracked.write_text("changed")
-    assert runs._describe_checkout(tracked) == (git("rev-parse", "HEAD"), True)
-
-
 def test_run_folders_need_neither_torch_nor_numpy():
     code = "import sys, cifar_lightning.runs; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_folders_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path)
+    run.checkpoints.mkdir()
+    run.check_writable()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != run.checkpoints)
+    with pytest.raises(UserError, match=r"(?s)checkpoints cannot be written.*copy"):
+        run.check_writable()

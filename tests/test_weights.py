@@ -1,14 +1,17 @@
 """What a checkpoint gives back: the same answers, or a message that says what is wrong with it."""
 
 import pickle
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.models import SmallNet, build_model
 from cifar_lightning.runs import RunFolder
-from cifar_lightning.weights import load_network, load_weights, read_checkpoint, read_weights
+from cifar_lightning.weights import load_network, load_weights, plain, read_checkpoint, read_weights
 
 
 @pytest.fixture
@@ -125,3 +128,24 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_changed(run, tmp_path)
         read_weights(tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="no such file"):
         read_weights(tmp_path / "absent.ckpt")
+
+
+def test_odd_values_become_types_that_load_as_data():
+    odd = {
+        "path": Path("a"),
+        "float": np.float64(0.5),
+        "array": np.arange(2),
+        "function": partial(int, base=2),
+        "nested": ({"a": np.float32(1)}, {1}, None),
+        "dtype": torch.float16,
+    }
+    became = plain(odd)
+    assert became.pop("function").startswith("functools.partial")
+    assert became == {
+        "path": "a",
+        "float": 0.5,
+        "array": [0, 1],
+        "nested": ({"a": 1.0}, [1], None),
+        "dtype": torch.float16,
+    }
+    assert type(became["float"]) is float

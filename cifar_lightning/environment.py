@@ -1,0 +1,65 @@
+"""What the numbers of a run may depend on: versions, machine, commit; imports no torch."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_DISTRIBUTIONS = ("cifar-lightning", "torch", "torchvision", "lightning", "torchmetrics", "numpy")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return what the numbers of a run may depend on, without importing torch; the caller adds device and precision.
+
+    `commit` and `dirty` are None where the package does not run from a git checkout that tracks it.
+    """
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    commit, dirty = _describe_checkout(Path(__file__))
+    return {
+        "versions": versions,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "num_cpus": os.cpu_count(),
+        "num_usable_cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "commit": commit,
+        "dirty": dirty,
+        "command": list(sys.orig_argv),
+    }
+
+
+def _describe_checkout(tracked_file: Path) -> tuple[str | None, bool | None]:
+    # Inside a git hook GIT_DIR and the like point at another repository.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tracked_file.parent), *arguments]
+        return subprocess.run(
+            command, env=environment, capture_output=True, check=True, timeout=10, encoding="utf-8", errors="replace"
+        ).stdout.strip()
+
+    try:
+        # A package installed into a virtual environment inside some checkout is not of that checkout.
+        git("ls-files", "--error-unmatch", tracked_file.name)
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError, StopIteration, subprocess.SubprocessError):  # ARM machines list no model name
+        if platform.system() == "Linux":
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        if platform.system() == "Darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, check=True, timeout=10, text=True).stdout.strip()
+    return platform.processor() or platform.machine()

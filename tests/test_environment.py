@@ -1,0 +1,41 @@
+"""What the numbers of a run may depend on."""
+
+import os
+import subprocess
+import sys
+
+from cifar_lightning.environment import _describe_checkout, describe_environment
+from cifar_lightning.files import read_json, write_json
+
+
+def test_the_environment_names_versions_and_command_and_is_json(tmp_path):
+    environment = describe_environment()
+    write_json(tmp_path / "environment.json", environment)
+    assert read_json(tmp_path / "environment.json") == environment
+    import torch
+
+    assert environment["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert environment["num_cpus"] >= environment["num_usable_cpus"] >= 1
+    assert environment["cpu"]
+    assert environment["command"] == sys.orig_argv
+
+
+def test_the_commit_is_of_a_checkout_that_tracks_the_package_and_of_no_other(tmp_path, monkeypatch):
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main")
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=clean).stdout.strip()
+
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    tracked, installed = tmp_path / "runs.py", tmp_path / "venv.py"
+    tracked.write_text("x")
+    installed.write_text("x")
+    assert _describe_checkout(tracked) == (None, None)
+    git("init")
+    git("add", "runs.py")
+    git("commit", "-m", "x")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as inside a git hook
+    assert _describe_checkout(tracked) == (git("rev-parse", "HEAD"), False)
+    assert _describe_checkout(installed) == (None, None)
+    tracked.write_text("changed")
+    assert _describe_checkout(tracked) == (git("rev-parse", "HEAD"), True)
