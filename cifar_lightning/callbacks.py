@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,18 @@ def data_of(trainer: pl.Trainer) -> ImageDataModule:
     if not isinstance(data, ImageDataModule):
         raise UserError("this callback needs trainer.fit(model, datamodule=ImageDataModule(...)).")
     return data
+
+
+def check_monitors(callbacks: Sequence[pl.Callback], validates: bool) -> None:
+    """Refuse callbacks that wait for a figure of the validation where there is none, before anything is trained.
+
+    Raises:
+        UserError: Names the callback and what it watches.
+    """
+    for callback in callbacks:
+        monitor = str(getattr(callback, "monitor", None))
+        if monitor.startswith("val/") and not validates:
+            raise UserError(
+                f"--trainer.callbacks {type(callback).__name__}: watches {monitor}, but nothing is validated.\n"
+                "Hold pictures out (--data.val_fraction 0.1, --trainer.limit_val_batches above 0), or leave it out."
+            )

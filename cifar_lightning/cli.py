@@ -12,6 +12,7 @@ from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.flags import check_recipe, flag_value, normalize_arguments, suggest, table
 from cifar_lightning.help import TRAINING, QuickParser, completion, overview, program, training_help
 from cifar_lightning.runs import RunFolder, open_run
+from cifar_lightning.wording import clipped
 
 # What `--resume` takes from the run, or what would start a new one.
 _NOT_WITH_RESUME = ("config", "ckpt_path", "run_dir", "init_weights", "tune_lr")
@@ -24,7 +25,7 @@ def main() -> None:
     except (UserError, RunError) as error:
         # Three lines at most: what is wrong and what to do, not how the program found out.
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
-        print("error: " + "\n".join(lines[:3]), file=sys.stderr)
+        print("error: " + "\n".join(clipped(line, 500) for line in lines[:3]), file=sys.stderr)
         status = 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         status = 130
@@ -34,7 +35,7 @@ def main() -> None:
     except OSError as error:
         if error.filename is None:  # not about a file of the user's: a mistake of the program
             raise
-        print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
+        print(f"error: {clipped(str(error.filename), 300)}: {error.strerror}.", file=sys.stderr)
         status = 2
     sys.exit(status)
 

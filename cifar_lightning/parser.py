@@ -108,6 +108,11 @@ def _refuse_what_the_data_gives(model_kwargs: dict[Any, Any]) -> None:
             )
 
 
+def as_list(given: Any) -> list[Any]:
+    """Return what a flag that takes one or several was given."""
+    return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+
+
 def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
     """Return every value of a run as YAML, without the run's own path, so that it starts the same run anew."""
     own = config.clone()

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from cifar_lightning.answers import AnswerKeeper
-from cifar_lightning.callbacks import BestCheckpoint, NoProfiler, RunRecorder
+from cifar_lightning.callbacks import BestCheckpoint, NoProfiler, RunRecorder, check_monitors
 from cifar_lightning.checkpoint import DurableCheckpointIO, LastCheckpoint
 from cifar_lightning.classifier import ImageClassifier
 from cifar_lightning.dashboard import Dashboard, RunBoard
@@ -25,7 +25,7 @@ from cifar_lightning.failures import explain
 from cifar_lightning.files import MetricsTable, write_text_durably
 from cifar_lightning.findings import find
 from cifar_lightning.noise import silence
-from cifar_lightning.parser import TABLE, RunParser, add_own_flags, check_arguments, config_text, table_text
+from cifar_lightning.parser import TABLE, RunParser, add_own_flags, as_list, check_arguments, config_text, table_text
 from cifar_lightning.progress import RunProgress
 from cifar_lightning.report import make_report
 from cifar_lightning.results import Results
@@ -34,7 +34,8 @@ from cifar_lightning.runs import RunFolder, create_run, discard_run, is_first_pr
 from cifar_lightning.signals import StopSignals
 from cifar_lightning.terminal import print_findings, print_validation
 from cifar_lightning.tune import LrRange, find_lr, write_lr_range
-from cifar_lightning.weights import load_weights
+from cifar_lightning.weights import load_weights, read_checkpoint
+from cifar_lightning.wording import clipped
 
 RUNS = Path("runs")
 _EVALUATING = ("validate", "test", "predict")
@@ -155,16 +156,16 @@ class RunCLI(LightningCLI):
         monitored = False
         if self.subcommand == "fit":
             monitored = bool(self.datamodule.num_pictures("val")) and config.trainer.limit_val_batches != 0
+            check_monitors(as_list(self.config_init["fit"].trainer.callbacks), monitored)
             self._make_run(config)
         elif config.ckpt_path is not None:
             self.run = self._run_of_checkpoint(Path(config.ckpt_path), config.output)
         settings = self.config_init[self.subcommand].trainer
-        plugins = settings.plugins if isinstance(settings.plugins, list) else filter(None, [settings.plugins])
         made = {
             "callbacks": self._callbacks(settings, monitored),
             "logger": settings.logger,
             "profiler": settings.profiler or NoProfiler(),
-            "plugins": [*plugins, DurableCheckpointIO()],
+            "plugins": [*as_list(settings.plugins), DurableCheckpointIO()],
         }
         if settings.logger in (None, True):
             steps_done = self.stopped_at.steps_done if self.stopped_at else None
@@ -176,13 +177,14 @@ class RunCLI(LightningCLI):
         except BaseException as error:
             if self.subcommand == "fit" and self.run is not None and self.resumed is None and is_first_process():
                 discard_run(self.run)
-            if isinstance(error, ValueError):  # an unknown accelerator or strategy, for example
-                raise UserError(str(error).strip().splitlines()[0]) from error
+            if isinstance(error, Exception):  # an unknown accelerator or strategy, for example: nearly always a setting
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                raise UserError(f"--trainer: {clipped(lines[0], 300)}") from error
             raise
 
     def _callbacks(self, settings: Namespace, monitored: bool) -> list[pl.Callback]:
         """Return the callbacks that were asked for and those that every run has."""
-        callbacks: list[pl.Callback] = list(settings.callbacks or [])
+        callbacks: list[pl.Callback] = as_list(settings.callbacks)
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if settings.enable_progress_bar is not False and not has_bar:
             callbacks.append(RunProgress(self.run if self.subcommand == "fit" else None))
@@ -221,6 +223,8 @@ class RunCLI(LightningCLI):
                 raise UserError(f"{self.run.path}: {reason}; going on would train on its validation pictures.")
         else:
             found = self._tune(config) if config.tune_lr else None
+            if config.ckpt_path:
+                read_checkpoint(Path(config.ckpt_path))  # a damaged one should not leave an empty run behind
             if config.init_weights:
                 load_weights(self.model.network, Path(config.init_weights))
             self.run = self._new_folder(config)

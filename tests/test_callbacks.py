@@ -1,6 +1,7 @@
 """What a run leaves behind, and early stopping that lets OneCycle finish."""
 
 import json
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -13,6 +14,7 @@ from cifar_lightning.callbacks import (
     BestCheckpoint,
     NoProfiler,
     RunRecorder,
+    check_monitors,
     data_of,
     peak_memory_mb,
 )
@@ -136,3 +138,11 @@ def test_the_profiler_does_nothing_in_one_shared_context():
 
 def test_peak_memory_is_this_process_in_megabytes():
     assert 50 < peak_memory_mb(torch.device("cpu")) < 50_000
+
+
+def test_who_waits_for_a_validation_that_never_comes_is_refused():
+    watching = [AnnealingEarlyStopping()]
+    check_monitors(watching, validates=True)
+    check_monitors([RunRecorder(RunFolder(Path("run")))], validates=False)
+    with pytest.raises(UserError, match=r"AnnealingEarlyStopping: watches val/acc.*\n.*--data.val_fraction"):
+        check_monitors(watching, validates=False)
