@@ -177,7 +177,8 @@ class BestCheckpoint(ModelCheckpoint):
         own = f"{self.dirpath}/{self.filename}{self.FILE_EXTENSION}"
         if state_dict.get("best_model_path") and Path(own).is_file():
             score = state_dict.get("best_model_score")
-            moved = dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), own)
+            paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+            moved: dict[str, Any] = {name: own for name in paths if state_dict.get(name)}
             moved["dirpath"] = str(self.dirpath)
             state_dict = {**state_dict, **moved, "best_k_models": {} if score is None else {own: score}}
         super().load_state_dict(state_dict)

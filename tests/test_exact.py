@@ -2,6 +2,7 @@
 
 import random
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,16 +23,18 @@ CPU = torch.device("cpu")
 
 
 def leaves(value, name=""):
-    """Yield (name, tensor or value) of nested containers, without the paths that tell two runs apart."""
+    """Yield (name, tensor or value) of nested containers; paths, which tell two runs apart, by their last part."""
     if isinstance(value, dict):
         for key, item in value.items():
-            if key not in ("best_k_models", "best_model_path", "last_model_path", "kth_best_model_path", "dirpath"):
-                yield from leaves(item, f"{name}/{key}")
+            yield from leaves(item, f"{name}/{Path(str(key)).name}")
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from leaves(item, f"{name}/{index}")
     else:
-        yield name, value.tolist() if isinstance(value, torch.Tensor) else value
+        yield (
+            name,
+            value.tolist() if isinstance(value, torch.Tensor) else Path(value).name if "/" in str(value) else value,
+        )
 
 
 def result_of(run):
