@@ -139,8 +139,9 @@ class LastCheckpoint(Checkpoint):
         self.signals.defer()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Signals end the program again."""
+        """Signals end the program again, also one that came after the last epoch's end."""
         self.signals.release()
+        self._stop(trainer, highest_of_ranks(trainer, self.signals.signum))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Write it if that is due; stop where a signal asked for it."""

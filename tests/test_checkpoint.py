@@ -155,8 +155,13 @@ def test_where_files_cannot_have_two_names_the_one_before_is_a_copy(tmp_path, mo
 
 @pytest.mark.parametrize(
     ("hook", "step", "saved"),
-    [("on_train_batch_start", 3, 4), ("on_train_batch_start", 8, 9), ("on_validation_batch_start", 9, 9)],
-    ids=["in a batch", "in the last batch of an epoch", "in a validation"],
+    [
+        ("on_train_batch_start", 3, 4),
+        ("on_train_batch_start", 8, 9),
+        ("on_validation_batch_start", 9, 9),
+        ("on_train_end", 18, 18),
+    ],
+    ids=["in a batch", "in the last batch of an epoch", "in a validation", "after the last epoch"],
 )
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_at_the_next_boundary_with_a_checkpoint(tmp_path, hook, step, saved, signum, status):
