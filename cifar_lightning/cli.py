@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ _NOT_WITH_RESUME = ("config", "ckpt_path", "run_dir", "init_weights", "tune_lr")
 
 def main() -> None:
     """Run the command of `sys.argv` and exit: 0, 1 for a run that failed, 2 for what the user can mend."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: a name that is not UTF-8 must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = run_command(sys.argv[1:])
     except (UserError, RunError) as error:

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -150,6 +150,16 @@ class Dashboard(pl.Callback):
         for summary in hparams(hyperparameters_of(self.config), metrics):  # type: ignore[no-untyped-call]
             board.file_writer.add_summary(summary)
         board.flush()
+
+
+def board_for(run: RunFolder, steps_done: int | None) -> "RunBoard | Literal[False]":
+    """Return the logger of a run, or none where TensorBoard cannot write: it takes names in UTF-8 alone."""
+    try:
+        str(run.path).encode()
+    except UnicodeEncodeError:
+        print("TensorBoard cannot write into a folder whose name is not UTF-8: this run has no dashboard.")
+        return False
+    return RunBoard(run, steps_done)
 
 
 class RunBoard(TensorBoardLogger):

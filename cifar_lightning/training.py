@@ -17,7 +17,7 @@ from cifar_lightning.answers import AnswerKeeper
 from cifar_lightning.callbacks import BestCheckpoint, NoProfiler, RunRecorder, check_monitors
 from cifar_lightning.checkpoint import DurableCheckpointIO, LastCheckpoint
 from cifar_lightning.classifier import ImageClassifier
-from cifar_lightning.dashboard import Dashboard, RunBoard
+from cifar_lightning.dashboard import Dashboard, board_for
 from cifar_lightning.data import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.exact import ExactState
@@ -169,7 +169,7 @@ class RunCLI(LightningCLI):
         }
         if settings.logger in (None, True):
             steps_done = self.stopped_at.steps_done if self.stopped_at else None
-            made["logger"] = RunBoard(self.run, steps_done) if self.subcommand == "fit" and self.run else False
+            made["logger"] = board_for(self.run, steps_done) if self.subcommand == "fit" and self.run else False
         if not monitored and self.subcommand == "fit":
             settings.limit_val_batches = 0  # Lightning warns of loaders of length zero
         try:

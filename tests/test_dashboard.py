@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 from cifar_lightning import ImageClassifier, ImageDataModule
-from cifar_lightning.dashboard import MAX_DRAWINGS, Dashboard, RunBoard, hyperparameters_of, tags_of
+from cifar_lightning.dashboard import MAX_DRAWINGS, Dashboard, RunBoard, board_for, hyperparameters_of, tags_of
 from cifar_lightning.runs import RunFolder
 
 CONFIG = {"seed_everything": 3, "model": {"name": "smallnet", "lr": 0.01, "sgd_lr": None}, "data": {"flip": "random"}}
@@ -218,3 +218,9 @@ def test_the_dashboard_changes_nothing_of_the_training(tmp_path):
         trainer = fit(tmp_path / name, test=False, with_board=with_board)[-1]
         weights.append(trainer.lightning_module.state_dict())
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_folder_that_tensorboard_cannot_name_has_no_dashboard_and_says_so(tmp_path, capsys):
+    assert board_for(RunFolder(tmp_path / "r\udcfc"), None) is False
+    assert "not UTF-8" in capsys.readouterr().out
+    assert isinstance(board_for(RunFolder(tmp_path / "r\u00fc"), None), RunBoard)
