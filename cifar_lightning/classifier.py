@@ -77,8 +77,7 @@ class ImageClassifier(pl.LightningModule):
         self.save_hyperparameters(ignore=["model"], logger=False)
         if model is not None:
             self.hparams["name"] = None  # load_from_checkpoint needs model=... again
-        # Plain, or a checkpoint could be saved and never be read as data: NumPy's numbers, for example.
-        self.hparams.update(plain(dict(self.hparams)))
+        # Plain, since the optimiser's state holds them: NumPy's numbers could be saved and never be read as data.
         self.num_classes, self.lr, self.pct_start = num_classes, plain(lr), plain(pct_start)
         self.optimizer_name, self.sgd_lr = optimizer, plain(sgd_lr)
         self.weight_decay, self.label_smoothing = plain(weight_decay), plain(label_smoothing)
@@ -262,12 +261,14 @@ class ImageClassifier(pl.LightningModule):
         return int(total)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save nothing after a bad step.
+        """Save nothing after a bad step, and hyperparameters as what loads as data, whatever a subclass has added.
 
         Raises:
             RunError: The loss was not finite in some step.
         """
         self._check_guard()
+        if self.CHECKPOINT_HYPER_PARAMS_KEY in checkpoint:
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = plain(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in a line where a checkpoint is of another network.

@@ -1,5 +1,8 @@
 """ImageClassifier in a real Trainer: loss, sums, metrics, steps, precision of its figures."""
 
+from functools import partial
+from pathlib import Path
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -195,6 +198,7 @@ def test_a_value_that_cannot_train_names_its_flag(arguments, message):
 def test_odd_values_leave_a_checkpoint_that_loads_as_data(tmp_path):
     odd = {"widths": [2], "dropout": np.float64(0.5)}
     module = ImageClassifier(image_size=16, lr=np.float64(0.01), weight_decay=np.float64(0), model_kwargs=odd)
+    module.save_hyperparameters({"path": Path("x"), "part": partial(print, 1)})
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -208,4 +212,5 @@ def test_odd_values_leave_a_checkpoint_that_loads_as_data(tmp_path):
     trainer.fit(module, ImageDataModule("synthetic", batch_size=900, image_size=16))
     trainer.save_checkpoint(tmp_path / "odd.ckpt")
     read = torch.load(tmp_path / "odd.ckpt", weights_only=True)["hyper_parameters"]
-    assert (read["lr"], read["model_kwargs"]) == (0.01, {"widths": [2], "dropout": 0.5})
+    assert (read["lr"], read["path"]) == (0.01, "x")
+    assert read["model_kwargs"] == {"widths": [2], "dropout": 0.5}
