@@ -19,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -146,6 +147,20 @@ def summary(results: list[Result]) -> list[str]:
     return lines
 
 
+def write_results(path: Path, args: argparse.Namespace, results: list[Result], environment: dict[str, Any]) -> None:
+    """Put rows into a results file, in place of what it has of them; each says at which commit and how it was tried."""
+    hardware = f"{environment['num_usable_cpus']} cores of {environment['cpu']}"
+    how = {"commit": environment["commit"], "dirty": environment["dirty"], "hardware": hardware}
+    how |= {"kills": args.kills, "pictures": "drawn" if args.data is None else "real"}
+    known = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+    rows = {row["number"]: row for row in known} | {result.number: asdict(result) | how for result in results}
+    ordered = [rows[number] for number in sorted(rows)]
+    fields = Result.__dataclass_fields__
+    all_results = [Result(**{name: row[name] for name in fields}) for row in ordered]
+    about = {"subject": args.subject, "hardware": hardware, "summary": summary(all_results)[-2], "results": ordered}
+    path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Try the rows and print the table; the last line is `ratio=X`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,7 +169,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="class folders of real pictures for the rows that compare bit by bit")
     parser.add_argument("--kills", type=int, default=5, help="SIGKILLs of row 1 (default 5)")
     parser.add_argument("--jobs", type=int, default=2, help="rows at the same time (default 2)")
-    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument(
+        "--json", type=Path, help="put the results into this file, in place of those rows' earlier ones"
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began, environment = time.monotonic(), describe_environment()
@@ -166,18 +183,7 @@ def main() -> None:
     lines = summary(results)
     print("\n".join(lines[:-1]))
     if args.json:
-        about = {
-            "commit": environment["commit"],
-            "dirty": environment["dirty"],
-            "hardware": hardware,
-            "versions": environment["versions"],
-            "subject": args.subject,
-            "kills": args.kills,
-            "pictures": "drawn" if args.data is None else "real",
-            "summary": lines[-2],
-            "results": [asdict(result) for result in results],
-        }
-        args.json.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        write_results(args.json, args, results, environment)
     print(lines[-1])
 
 
