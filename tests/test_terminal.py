@@ -179,7 +179,7 @@ def test_the_next_commands_can_be_copied_also_with_spaces_in_the_path():
 
 
 @pytest.mark.parametrize(
-    ("run", "folder"), [("chosen", "chosen"), ("/tmp/trial/1", "/tmp/trial"), ("/tmp/runs/made/1", "/tmp/runs")]
+    ("run", "folder"), [("chosen", "chosen"), ("/else/where/1", "/else/where"), ("/tmp/runs/made/1", "/tmp/runs")]
 )
 def test_tensorboard_is_never_sent_above_the_folder_of_the_runs(run, folder):
     text = report(matrix(3, 50), ["a", "b", "c"], Path(run))
