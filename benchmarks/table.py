@@ -62,6 +62,9 @@ def faults_table() -> str:
     if ours is None:
         return "What becomes of each of 38 faults (`python benchmarks/faults.py`): not measured."
     rows = [f"`python benchmarks/faults.py` on {ours['hardware']}: {ours['summary']}."]
+    commits = {result["commit"] for result in ours["results"]}
+    if len(commits) > 1:
+        rows[0] += f" Not one run: rows were tried again after mends, and stand at {len(commits)} commits."
     verdicts: dict[int, str] = {}
     if plain is not None:
         verdicts = {result["number"]: result["verdict"] for result in plain["results"]}
