@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int64, UInt8
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from cifar_lightning.errors import UserError
 
@@ -137,6 +138,24 @@ def augment(
         # The mean colour is 0 by now; cutting out earlier would let the jitter shift it.
         finished = cutout(finished, draws.cutout_y, draws.cutout_x, augmentation.cutout_px)
     return finished
+
+
+def resize(
+    images: UInt8[Tensor, "batch height width channels"], size: int
+) -> UInt8[Tensor, "batch size size channels"]:
+    """Scale pictures to `size` pixels a side, bilinear with antialiasing.
+
+    Args:
+        images: uint8 RGB, 0-255.
+        size: New side in pixels.
+    """
+    planes = images.permute(0, 3, 1, 2)
+    if images.device.type == "cuda":  # has no kernel for bytes
+        planes = planes.float()
+    scaled = interpolate(planes, (size, size), mode="bilinear", antialias=True)
+    return (
+        scaled.round().to(torch.uint8).permute(0, 2, 3, 1) if scaled.is_floating_point() else scaled.permute(0, 2, 3, 1)
+    )
 
 
 def crop_and_mirror(

@@ -5,21 +5,24 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MetricCollection
 
 from cifar_lightning.analysis import accuracy, macro_f1
 from cifar_lightning.errors import UserError
+from cifar_lightning.evaluation import Views, evaluation_metrics, update_evaluation, view_logits
 from cifar_lightning.guard import LossGuard
 from cifar_lightning.limits import check_limits
-from cifar_lightning.models import build_model
-from cifar_lightning.optim import Muon, OptimizerName, build_optimizer, one_cycle, settings_of
-from cifar_lightning.weights import plain
+from cifar_lightning.models import SpeedNet, build_model
+from cifar_lightning.optim import Muon, OptimizerName, ScheduleName, build_optimizer, linear, one_cycle, settings_of
+from cifar_lightning.weights import plain, progress_of
 
+_NUM_WHITENING = 5000  # pictures that speednet's filters are made from: airbench's
 Batch = tuple[Tensor, Tensor] | list[Tensor]
 """Images and targets; PyTorch's own DataLoader makes a list of them."""
 
@@ -37,9 +40,17 @@ class ImageClassifier(pl.LightningModule):
         lr: Peak learning rate of OneCycle: 3e-3 is the original's with adamw; with muon take about 0.05.
         optimizer: adamw, or muon (orthogonalised momentum) for the filters with Nesterov SGD for all else.
         sgd_lr: Peak learning rate of what muon does not move.
+        head_lr: Peak learning rate of the linear layers beside muon; by default sgd_lr.
+        momentum: Muon's, of the filters.
+        sgd_momentum: Of what muon does not move.
         weight_decay: AdamW's decay of filters and matrices; norms and biases have none.
+        sgd_weight_decay: Share of what muon does not move that a step at the peak rate takes away.
         label_smoothing: Share of the target spread evenly over all classes.
-        pct_start: Share of the steps in which the learning rate rises.
+        schedule: one_cycle, or linear: from the peak in a line to 0, without a rise.
+        pct_start: Share of the steps in which one_cycle rises.
+        stem_share: Share of the steps in which speednet's stem is trained.
+        tta: Average the answers to views of a picture in test, validate and predict (not while training): none, mirror
+            or six (mirrored and moved by a pixel).
         model_kwargs: More arguments of the network, such as {widths: [16, 32, 64], dropout: 0.2}.
         compile: Compile the network with torch.compile.
         model: A network of one's own that gives raw logits, instead of `name`; from Python only.
@@ -57,9 +68,16 @@ class ImageClassifier(pl.LightningModule):
         lr: float = 3e-3,
         optimizer: OptimizerName = "adamw",
         sgd_lr: float = 0.1,
+        head_lr: float | None = None,
+        momentum: float = 0.9,
+        sgd_momentum: float = 0.9,
         weight_decay: float = 0.05,
+        sgd_weight_decay: float = 0.0,
         label_smoothing: float = 0.1,
+        schedule: ScheduleName = "one_cycle",
         pct_start: float = 0.3,
+        stem_share: float = 1.0,
+        tta: Views = "none",
         model_kwargs: dict[str, Any] | None = None,
         compile: bool = False,
         model: nn.Module | None = None,
@@ -69,18 +87,25 @@ class ImageClassifier(pl.LightningModule):
             "model",
             lr=lr,
             sgd_lr=sgd_lr,
+            head_lr=head_lr,
+            momentum=momentum,
+            sgd_momentum=sgd_momentum,
             weight_decay=weight_decay,
+            sgd_weight_decay=sgd_weight_decay,
             label_smoothing=label_smoothing,
             pct_start=pct_start,
+            stem_share=stem_share,
         )
         # logger=False: the run's config.yaml holds these and more.
         self.save_hyperparameters(ignore=["model"], logger=False)
         if model is not None:
             self.hparams["name"] = None  # load_from_checkpoint needs model=... again
         # Plain, since the optimiser's state holds them: NumPy's numbers could be saved and never be read as data.
-        self.num_classes, self.lr, self.pct_start = num_classes, plain(lr), plain(pct_start)
-        self.optimizer_name, self.sgd_lr = optimizer, plain(sgd_lr)
-        self.weight_decay, self.label_smoothing = plain(weight_decay), plain(label_smoothing)
+        self.lr, self.sgd_lr, self.head_lr = plain(lr), plain(sgd_lr), plain(head_lr)
+        self.momentum, self.sgd_momentum = plain(momentum), plain(sgd_momentum)
+        self.weight_decay, self.sgd_weight_decay = plain(weight_decay), plain(sgd_weight_decay)
+        self.label_smoothing, self.pct_start, self.stem_share = plain(label_smoothing), plain(pct_start), stem_share
+        self.num_classes, self.optimizer_name, self.schedule, self.tta = num_classes, optimizer, schedule, tta
         if model is None and name is None:
             raise UserError("this checkpoint is of a network of your own: give model=... again.")
         network = build_model(str(name), num_classes, image_size, **(model_kwargs or {})) if model is None else model
@@ -88,13 +113,14 @@ class ImageClassifier(pl.LightningModule):
         self.network = network.to(memory_format=torch.channels_last)
         if compile:
             self.network.compile()
-        self.val_metrics = _evaluation_metrics(num_classes)
-        self.test_metrics = _evaluation_metrics(num_classes)
+        self.val_metrics = evaluation_metrics(num_classes)
+        self.test_metrics = evaluation_metrics(num_classes)
         self._train_totals = _no_totals(self.device)
         self._num_restored = 0  # of the pictures in the sums: trained on before this process
         self._guard: LossGuard | None = None
         self._resumed_at: tuple[int, int] | None = None  # epochs finished and steps taken in them, of a checkpoint
         self._planned: tuple[list[dict[str, Any]], Any] = ([], None)
+        self._stem_steps: int | None = None  # after which the stem is no longer trained
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return raw logits of normalised pictures."""
@@ -112,8 +138,20 @@ class ImageClassifier(pl.LightningModule):
     # -- training ------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Make the epoch's sums on the device: a run resumed inside an epoch has no start of it."""
+        """Make the epoch's sums on the device, and the filters that are made from pictures.
+
+        A run resumed inside an epoch has no start of it.
+
+        Raises:
+            UserError: SpeedNet was not whitened, and its pictures are not an `ImageDataModule`'s.
+        """
         self._train_totals, self._num_restored = _no_totals(self.device), 0
+        if not isinstance(self.network, SpeedNet) or self.network.stem.is_whitened:
+            return
+        sample = getattr(getattr(self.trainer, "datamodule", None), "sample_of_training", None)
+        if sample is None:
+            raise UserError("speednet: call network.stem.whiten(images) before `fit`, with normalised pictures.")
+        self.network.stem.whiten(sample(_NUM_WHITENING).to(self.device))
 
     def on_train_start(self) -> None:
         """Put this run's settings in force, and a guard over its loss."""
@@ -142,12 +180,13 @@ class ImageClassifier(pl.LightningModule):
             return
         for group, settings in zip(optimizer.param_groups, self._planned[0], strict=True):
             group.update(settings)
-        config.scheduler = one_cycle(
-            optimizer,
-            total_steps=self.total_steps(),
-            pct_start=self.pct_start,
-            steps_done=self.trainer.global_step,
-        )
+        config.scheduler = self._make_schedule(optimizer, steps_done=self.trainer.global_step)
+
+    def _make_schedule(self, optimizer: torch.optim.Optimizer, steps_done: int | None = None) -> LRScheduler:
+        steps: dict[str, Any] = {"total_steps": self.total_steps(), "steps_done": steps_done}
+        if self.schedule == "linear":
+            return linear(optimizer, stem_steps=self._stem_steps, **steps)
+        return one_cycle(optimizer, pct_start=self.pct_start, **steps)
 
     def on_train_epoch_start(self) -> None:
         """Forget the last epoch's sums."""
@@ -156,6 +195,8 @@ class ImageClassifier(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the label-smoothed loss of a batch; add it to the epoch's sums without waiting for the device."""
         images, targets = batch
+        if self._stem_steps is not None and self.trainer.global_step >= self._stem_steps:
+            self._freeze_stem()
         logits = self(images)
         loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
         if self._guard is not None:
@@ -167,6 +208,12 @@ class ImageClassifier(pl.LightningModule):
             num_correct += (logits.argmax(1) == targets).sum()
         self._train_totals = (loss_sum, num_correct, num_pictures + len(targets))
         return loss
+
+    def _freeze_stem(self) -> None:
+        """Stop the stem's gradient, which needs that of the first layer's pictures: 4 % of a step's arithmetic."""
+        if isinstance(self.network, SpeedNet) and self.trainer.world_size == 1:  # DDP waits for every gradient
+            self.network.stem.requires_grad_(False)
+        self._stem_steps = None
 
     def on_train_epoch_end(self) -> None:
         """Log train/loss, train/acc and lr."""
@@ -220,17 +267,22 @@ class ImageClassifier(pl.LightningModule):
         return {"train/loss": loss, "train/acc": acc, "lr": float(lr)}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return the optimiser and OneCycle over all steps of the run."""
+        """Return the optimiser and its schedule over all steps of the run."""
         optimizer = build_optimizer(
             self.network,
             self.optimizer_name,
             lr=self.lr,
             weight_decay=self.weight_decay,
             sgd_lr=self.sgd_lr,
+            head_lr=self.head_lr,
+            momentum=self.momentum,
+            sgd_momentum=self.sgd_momentum,
+            sgd_weight_decay=self.sgd_weight_decay,
             fused=not self.trainer.gradient_clip_val,
         )
-        schedule = one_cycle(optimizer, total_steps=self.total_steps(), pct_start=self.pct_start)
-        phases = schedule.state_dict()["_schedule_phases"]
+        self._stem_steps = round(self.stem_share * self.total_steps())
+        schedule = self._make_schedule(optimizer)
+        phases = schedule.state_dict().get("_schedule_phases")
         self._planned = ([settings_of(group) for group in optimizer.param_groups], phases)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -298,14 +350,14 @@ class ImageClassifier(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the logits of a batch."""
-        logits: Tensor = self(batch[0])
-        return logits
+        return view_logits(self.network, batch[0], self.tta)[0]
 
     def _evaluate(self, metrics: MetricCollection, batch: Batch) -> Float[Tensor, "batch classes"]:
         images, targets = batch
-        logits: Tensor = self(images)
+        views = "none" if self.trainer.state.fn == TrainerFn.FITTING else self.tta
+        logits, plain_logits = view_logits(self.network, images, views)
         if len(targets) > 0:  # a rank whose share has run out gets an empty batch
-            update_evaluation(metrics, logits.float(), targets)
+            update_evaluation(metrics, logits.float(), plain_logits.float(), targets)
         return logits
 
     def on_validation_epoch_end(self) -> None:
@@ -321,6 +373,8 @@ class ImageClassifier(pl.LightningModule):
         confusion = values["confusion"].cpu()
         matrix = confusion.numpy()
         figures = {"loss": values["loss"], "acc": accuracy(matrix), "f1": macro_f1(matrix), "ece": values["ece"]}
+        if self.tta != "none" and self.trainer.state.fn != TrainerFn.FITTING:
+            figures["acc_one_view"] = values["acc_one_view"]
         # The sums over ranks are done by torchmetrics, picture by picture: sync_dist would average ranks instead.
         self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, sync_dist=False)
         setattr(self, f"{stage}_confusion", confusion)
@@ -330,38 +384,6 @@ class ImageClassifier(pl.LightningModule):
     """int64 (classes, classes) of the last validation; rows: true class."""
     test_confusion: Tensor | None = None
     """int64 (classes, classes) of the last test; rows: true class."""
-
-
-def progress_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
-    """Return the epochs that a checkpoint's run has finished, and the optimiser steps up to the end of the last one."""
-    loop = checkpoint.get("loops", {}).get("fit_loop")
-    if loop is None:
-        return 0, 0
-    epochs, steps = loop["epoch_progress"]["current"], int(checkpoint["global_step"])
-    if epochs["ready"] > epochs["processed"]:  # saved inside an epoch, or before its end was counted
-        steps -= loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["current"]["completed"]
-    return int(epochs["processed"]), steps
-
-
-def _evaluation_metrics(num_classes: int) -> MetricCollection:
-    """Return loss, calibration error (15 bins) and the confusion matrix, from which all else is read."""
-    return MetricCollection(
-        {
-            "loss": MeanMetric(),
-            "ece": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False),
-            "confusion": MulticlassConfusionMatrix(num_classes, validate_args=False),
-        },
-        compute_groups=False,
-    )
-
-
-def update_evaluation(
-    metrics: MetricCollection, logits: Float[Tensor, "batch classes"], targets: Int64[Tensor, " batch"]
-) -> None:
-    """Add one batch's answers to the metrics of a stage."""
-    metrics["loss"].update(F.cross_entropy(logits, targets), weight=len(targets))
-    metrics["ece"].update(logits.softmax(1), targets)
-    metrics["confusion"].update(logits.argmax(1), targets)
 
 
 def _no_totals(device: torch.device) -> tuple[Tensor, Tensor, int]:

@@ -7,9 +7,10 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from cifar_lightning.augment import Augmentation, CropMode, FlipMode, seeded_generator
+from cifar_lightning.augment import Augmentation, CropMode, FlipMode, normalize, seeded_generator
 from cifar_lightning.errors import UserError
 from cifar_lightning.limits import check_limits
 from cifar_lightning.loader import EpochSampler, PictureLoader, Rank, ResidentLoader, StreamingLoader
@@ -18,6 +19,7 @@ from cifar_lightning.sources import PictureSet, open_source
 
 Part = Literal["train", "val", "test"]
 _SPLIT = 1_000_003  # purpose of the split's generator; an epoch's purposes are below 10
+_LARGEST_PX = 4096  # as of image_size
 _CHUNK = 1024  # pictures summed at a time: 25 MB of float64 at 32x32
 
 
@@ -39,6 +41,8 @@ class ImageDataModule(pl.LightningDataModule):
             processes; by default 0 where the set fits in memory, else 2.
         seed: Seed of split, order and augmentation.
         eval_batch_size: Pictures a step in validation, test and prediction.
+        train_sizes: Sides in pixels of each epoch's training pictures, such as [24, 24, 28, 32]; the last one stays.
+            Small pictures early cost less time; by default all have image_size.
         crop_padding_px: Pixels a training picture may move each way; 0 is off.
         crop_mode: What fills a moved picture's border: reflect or zeros.
         flip: Mirror training pictures: random, alternating (each picture every second epoch) or none.
@@ -63,6 +67,7 @@ class ImageDataModule(pl.LightningDataModule):
         num_workers: int | None = None,
         seed: int = 0,
         eval_batch_size: int = 256,
+        train_sizes: list[int] | None = None,
         crop_padding_px: int = 4,
         crop_mode: CropMode = "reflect",
         flip: FlipMode = "random",
@@ -95,7 +100,11 @@ class ImageDataModule(pl.LightningDataModule):
             raise UserError(f"--data.device {device}: not a device; cpu, cuda or cuda:1, for example.") from error
         self.image_size: int = self.source.image_size
         self.augmentation = Augmentation(crop_padding_px, crop_mode, flip, cutout_px, brightness, contrast)
-        self.augmentation.check(self.image_size)
+        self.train_sizes = tuple(train_sizes or [self.image_size])
+        for size in self.train_sizes:
+            if not 1 <= size <= _LARGEST_PX:
+                raise UserError(f"--data.train_sizes {list(self.train_sizes)}: each of 1 to {_LARGEST_PX} pixels.")
+            self.augmentation.check(size)
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
         self.val_fraction, self.seed, self.num_workers = val_fraction, seed, num_workers
         self.mean: tuple[float, ...] | None = None
@@ -204,6 +213,15 @@ class ImageDataModule(pl.LightningDataModule):
         """Return raw uint8 pictures (n, height, width, channels) at some positions of a split."""
         return np.asarray(self._pictures[self._source_of(part)].images[self._indices[part].numpy()[positions]])
 
+    def sample_of_training(self, num_pictures: int) -> Float[Tensor, "pictures channels height width"]:
+        """Return that many training pictures (fewer where there are fewer), evenly spaced, normalised, on the CPU."""
+        total = self.num_pictures("train")
+        positions = np.linspace(0, total - 1, min(num_pictures, total)).astype(np.int64)
+        images = torch.from_numpy(self.pictures("train", positions))
+        assert self.mean is not None
+        assert self.std is not None
+        return normalize(images, mean=torch.tensor(self.mean), std=torch.tensor(self.std))
+
     def rank_positions(self, part: Part, rank: Rank) -> np.ndarray:
         """Return the positions in a split that this rank evaluates, in the order in which its loader gives them."""
         return np.arange(rank.index, self.num_pictures(part), rank.count)
@@ -228,7 +246,12 @@ class ImageDataModule(pl.LightningDataModule):
         rank = Rank(self.trainer.global_rank, self.trainer.world_size) if self.trainer else Rank()
         device = self._device()
         sampler = self._sampler(part, training=training, rank=rank)
-        finishing = {"augmentation": self.augmentation if training else None, "mean": self.mean, "std": self.std}
+        finishing = {
+            "augmentation": self.augmentation if training else None,
+            "sizes": self.train_sizes if training else (self.image_size,),
+            "mean": self.mean,
+            "std": self.std,
+        }
         num_workers = self._num_workers(device)
         if num_workers == 0:
             images, targets = self._on_device(self._source_of(part), device)

@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from cifar_lightning.classifier import ImageClassifier, progress_of
+from cifar_lightning.classifier import ImageClassifier
 from cifar_lightning.errors import UserError
-from cifar_lightning.weights import EXACT_STATE
+from cifar_lightning.weights import EXACT_STATE, progress_of
 
 
 class ExactState(pl.Callback):

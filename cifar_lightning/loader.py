@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cifar_lightning.augment import Augmentation, augment, draw_epoch, normalize, seeded_generator
+from cifar_lightning.augment import Augmentation, augment, draw_epoch, normalize, resize, seeded_generator
 from cifar_lightning.signals import leave_to_parent
 
 _ORDER = 0  # purpose of the order's generator; augment.py's draws use 1 and up
@@ -111,6 +111,7 @@ class PictureLoader(ABC):
         augmentation: None for evaluation: normalise alone.
         mean: Per channel, of pictures scaled to 0-1.
         std: Per channel, of pictures scaled to 0-1.
+        sizes: Sides in pixels of each epoch's pictures; the last one stays.
         source_size: Pictures and side in pixels of the source that the sampler's indices point into.
         device: Where batches are finished.
     """
@@ -122,12 +123,14 @@ class PictureLoader(ABC):
         augmentation: Augmentation | None,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        sizes: tuple[int, ...],
         source_size: tuple[int, int],
         device: torch.device,
     ) -> None:
         self.sampler, self.augmentation = sampler, augmentation
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.num_pictures, self.image_size = source_size
+        self.sizes = sizes
         self.device = device
 
     batch_sampler = None
@@ -139,17 +142,20 @@ class PictureLoader(ABC):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # A generator: Lightning calls iter() before it names the epoch, and nothing may happen before the first next().
         batches = self.sampler.begin()
+        size = self.sizes[min(self.sampler.epoch, len(self.sizes) - 1)]
         draws = None
         if self.augmentation is not None:
             draws = draw_epoch(
                 self.augmentation,
                 num_pictures=self.num_pictures,
-                image_size=self.image_size,
+                image_size=size,
                 seed=self.sampler.seed,
                 epoch=self.sampler.epoch,
                 device=self.device,
             )
         for pictures, images, targets in self._gather(batches):
+            if size != self.image_size:
+                images = resize(images, size)
             if self.augmentation is not None and draws is not None:
                 finished = augment(images, draws.of(pictures), self.augmentation, mean=self.mean, std=self.std)
             else:

@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW, or Muon with Nesterov SGD beside it, and the OneCycle schedule."""
+"""What moves the weights: AdamW, or Muon with Nesterov SGD beside it, and their schedules: OneCycle or a line to 0."""
 
 import math
 from collections import defaultdict
@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 OptimizerName = Literal["adamw", "muon"]
+ScheduleName = Literal["one_cycle", "linear"]
 
 # Quintic whose iteration moves singular values into about 0.7-1.2 in few steps rather than to exactly 1 in many
 # (Jordan, "Muon", https://kellerjordan.github.io/posts/muon/).
@@ -18,26 +19,53 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def build_optimizer(
-    model: nn.Module, name: OptimizerName, *, lr: float, weight_decay: float, sgd_lr: float, fused: bool = True
+    model: nn.Module,
+    name: OptimizerName,
+    *,
+    lr: float,
+    weight_decay: float,
+    sgd_lr: float,
+    head_lr: float | None = None,
+    momentum: float = 0.9,
+    sgd_momentum: float = 0.9,
+    sgd_weight_decay: float = 0.0,
+    fused: bool = True,
 ) -> torch.optim.Optimizer:
     """Make the optimiser of a network.
 
     Args:
-        model: Its parameters that require gradients are optimised.
+        model: Its parameters that require gradients are optimised; what lies in its `stem`, if it has one, may be
+            scheduled apart.
         name: "adamw", or "muon" for the filters with Nesterov SGD for norms, biases and the linear layers.
         lr: Of AdamW, or of Muon.
         weight_decay: AdamW's, of parameters with two or more dimensions; Muon renormalises filters instead.
-        sgd_lr: Of what Muon does not move.
+        sgd_lr: Of the norms and biases, which Muon does not move.
+        head_lr: Of the linear layers, which Muon does not move either; None is `sgd_lr`.
+        momentum: Muon's, of the filters.
+        sgd_momentum: Of what Muon does not move.
+        sgd_weight_decay: Share of what Muon does not move that a step at the peak rate takes away, before momentum
+            multiplies it.
         fused: Whether AdamW may run as one kernel; Lightning cannot clip gradients beside it in 16-mixed.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name == "muon":
+        in_stem = {id(parameter) for parameter in getattr(model, "stem", nn.Module()).parameters()}
         filters = [parameter for parameter in trainable if parameter.ndim == 4]
         others = [parameter for parameter in trainable if parameter.ndim != 4]
-        return Muon(filters, others, lr=lr, sgd_lr=sgd_lr)
+        head_lr = sgd_lr if head_lr is None else head_lr
+        rates = {"stem": sgd_lr, "vectors": sgd_lr, "matrices": head_lr}
+        by_role: dict[str, list[Tensor]] = {role: [] for role in rates}
+        for parameter in others:
+            role = "matrices" if parameter.ndim > 1 else "vectors"
+            by_role["stem" if id(parameter) in in_stem else role].append(parameter)
+        groups: list[dict[str, Any]] = [
+            {"params": by_role[role], "lr": rate, "role": role, "weight_decay": sgd_weight_decay / rate}
+            for role, rate in rates.items()
+        ]
+        return Muon(filters, groups, lr=lr, momentum=momentum, sgd_momentum=sgd_momentum)
     # Norm scales and biases have one dimension and get no weight decay: pulling them to zero shrinks the signal instead
     # of simplifying the function (arXiv:1812.01187, section 3.1).
-    groups: list[dict[str, Any]] = [
+    groups = [
         {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
@@ -71,6 +99,35 @@ def one_cycle(
     )
 
 
+def linear(
+    optimizer: torch.optim.Optimizer,
+    *,
+    total_steps: int,
+    stem_steps: int | None = None,
+    steps_done: int | None = None,
+) -> LambdaLR:
+    """Return the schedule of the speed records: every group from its lr in a straight line to 0, no warm-up.
+
+    It is stepped after every optimiser step.
+
+    Args:
+        optimizer: Its groups' `lr` are the peaks, or with `steps_done` their `initial_lr`.
+        total_steps: Of the whole run.
+        stem_steps: When the group whose `role` is "stem" has arrived at 0; None is `total_steps`.
+        steps_done: Take up the schedule after this many steps, in an optimiser that has had one before.
+    """
+
+    def line_to(end: int) -> Callable[[int], float]:
+        return lambda step: max(0.0, 1 - step / max(1, end))
+
+    ends = [
+        stem_steps if stem_steps is not None and group.get("role") == "stem" else total_steps
+        for group in optimizer.param_groups
+    ]
+    last_epoch = -1 if steps_done is None else steps_done - 1  # the constructor takes the step itself
+    return LambdaLR(optimizer, [line_to(end) for end in ends], last_epoch=last_epoch)
+
+
 def settings_of(group: dict[str, Any]) -> dict[str, Any]:
     """Return what was chosen for a parameter group: all but its parameters and what the schedule moves."""
     return {name: value for name, value in group.items() if name not in ("params", "lr", "betas")}
@@ -86,29 +143,33 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         filters: Convolution weights.
-        others: The parameters that SGD moves.
+        others: Groups of the parameters that SGD moves, as torch's optimisers take them: `params`, and where they
+            differ `lr`, `momentum` and `weight_decay`.
         lr: Peak learning rate of the filters.
         sgd_lr: Peak learning rate of the others.
-        momentum: Of the filters and the others, Nesterov.
+        momentum: Of the filters, Nesterov.
+        sgd_momentum: Of the others, Nesterov.
         num_iterations: Newton-Schulz steps.
     """
 
     def __init__(
         self,
         filters: Iterable[Tensor],
-        others: Iterable[Tensor],
+        others: Iterable[dict[str, Any]],
         *,
         lr: float = 0.05,
         sgd_lr: float = 0.1,
         momentum: float = 0.9,
+        sgd_momentum: float = 0.9,
         num_iterations: int = 3,
     ) -> None:
+        sgd = {"lr": sgd_lr, "momentum": sgd_momentum, "orthogonalize": False}
         groups = [
-            {"params": list(filters), "lr": lr, "orthogonalize": True},
-            {"params": list(others), "lr": sgd_lr, "orthogonalize": False},
+            {"params": list(filters), "lr": lr, "momentum": momentum, "orthogonalize": True, "role": "filters"},
+            *({**sgd, **group} for group in others),
         ]
         groups = [group for group in groups if group["params"]]
-        super().__init__(groups, {"momentum": momentum, "num_iterations": num_iterations})
+        super().__init__(groups, {"num_iterations": num_iterations, "weight_decay": 0.0, "role": "others"})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -121,7 +182,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             moved = [parameter for parameter in group["params"] if parameter.grad is not None]
             before = [] if found_inf is None else self._state_of(moved)
-            directions = self._nesterov(moved, group["momentum"])
+            directions = self._nesterov(moved, group["momentum"], group["weight_decay"])
             if group["orthogonalize"]:
                 self._step_filters(moved, directions, group)
             elif moved:
@@ -142,11 +203,13 @@ class Muon(torch.optim.Optimizer):
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return [self.state[parameter]["momentum_buffer"] for parameter in parameters]
 
-    def _nesterov(self, parameters: list[Tensor], momentum: float) -> list[Tensor]:
+    def _nesterov(self, parameters: list[Tensor], momentum: float, weight_decay: float) -> list[Tensor]:
         """Update the momentum of each parameter; return gradient + momentum * buffer, as torch.optim.SGD does."""
         if not parameters:
             return []
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if weight_decay:
+            gradients = list(torch._foreach_add(gradients, parameters, alpha=weight_decay))
         buffers = self._buffers(parameters)
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, gradients)

@@ -10,13 +10,13 @@ from typing import Any
 import yaml
 
 from cifar_lightning.checkpoint import newest_checkpoint
-from cifar_lightning.classifier import progress_of
 from cifar_lightning.data import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.exact import is_inside_epoch
 from cifar_lightning.files import read_json
 from cifar_lightning.recipes import read_recipe
 from cifar_lightning.runs import RunFolder
+from cifar_lightning.weights import progress_of
 
 # What the weights, the optimiser's state or the split belong to; everything else is training, which may change.
 _FIXED = {"model.name", "model.model_kwargs", "model.optimizer", "data.image_size", "data.dataset", "data.seed"}

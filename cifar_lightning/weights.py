@@ -99,6 +99,17 @@ def load_network(run: RunFolder) -> TrainedNetwork:
     )
 
 
+def progress_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """Return the epochs that a checkpoint's run has finished, and the optimiser steps up to the end of the last one."""
+    loop = checkpoint.get("loops", {}).get("fit_loop")
+    if loop is None:
+        return 0, 0
+    epochs, steps = loop["epoch_progress"]["current"], int(checkpoint["global_step"])
+    if epochs["ready"] > epochs["processed"]:  # saved inside an epoch, or before its end was counted
+        steps -= loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["current"]["completed"]
+    return int(epochs["processed"]), steps
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, as data, after its hash was found right.
 

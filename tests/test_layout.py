@@ -20,6 +20,7 @@ LAYERS = [
         "files",
         "augment",
         "models",
+        "evaluation",
         "optim",
         "pictures",
         "folders",

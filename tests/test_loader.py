@@ -10,7 +10,7 @@ from cifar_lightning.loader import EpochSampler, Rank, ResidentLoader, Streaming
 COUNT = 50
 IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, 8, 8, 3), np.uint8)
 TARGETS = np.arange(COUNT) % 7
-FINISHING = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+FINISHING = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "sizes": (6, 8)}
 
 
 def sampler(count=COUNT, batch_size=8, training=True, rank=None, **kwargs):
@@ -26,6 +26,12 @@ def streaming(images=IMAGES, num_workers=2, **kwargs):
     finishing = {**FINISHING, "augmentation": Augmentation(crop_padding_px=2, cutout_px=3)}
     cpu = torch.device("cpu")
     return StreamingLoader(images, TARGETS, sampler(**kwargs), num_workers=num_workers, device=cpu, **finishing)
+
+
+def test_each_epoch_has_its_size_and_the_last_one_stays():
+    loader = resident()
+    sides = [{images.shape[2:] for images, _ in loader} for _ in range(3)]
+    assert sides == [{(6, 6)}, {(8, 8)}, {(8, 8)}]
 
 
 def drawn(loader):
@@ -161,7 +167,9 @@ def test_drop_last_leaves_out_the_smaller_batch_alone():
 
 
 def test_batches_are_normalised_channels_last_floats():
-    images, targets = next(iter(resident()))
+    loader = resident()
+    loader.sampler.set_epoch(1)
+    images, targets = next(iter(loader))
     assert images.shape == (8, 3, 8, 8)
     assert images.dtype == torch.float32
     assert images.is_contiguous(memory_format=torch.channels_last)

@@ -41,7 +41,7 @@ def test_muon_steps_equal_a_plain_reference_filter_by_filter():
     filters = [torch.randn(8, 3, 3, 3), torch.randn(4, 8, 3, 3), torch.randn(8, 3, 3, 3)]
     filters = [weight.double().requires_grad_() for weight in filters]
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    optimizer = Muon(filters, [bias], lr=0.1, sgd_lr=0.03, momentum=0.8)
+    optimizer = Muon(filters, [{"params": [bias]}], lr=0.1, sgd_lr=0.03, momentum=0.8, sgd_momentum=0.8)
     expected = [weight.detach().clone() for weight in filters]
     buffers = [torch.zeros_like(weight) for weight in filters]
     plain = bias.detach().clone().requires_grad_()
@@ -116,7 +116,7 @@ def test_norms_and_biases_do_not_decay():
 
 def test_one_cycle_peaks_at_each_groups_lr_and_ends_near_zero():
     network = SmallNet(widths=(4, 4, 8))
-    for name, peaks in (("adamw", [0.01, 0.01]), ("muon", [0.01, 0.1])):
+    for name, peaks in (("adamw", [0.01, 0.01]), ("muon", [0.01, 0.1, 0.1])):
         optimizer = build_optimizer(network, name, lr=0.01, weight_decay=0.05, sgd_lr=0.1)
         schedule = one_cycle(optimizer, total_steps=100, pct_start=0.3)
         seen = []
@@ -127,7 +127,7 @@ def test_one_cycle_peaks_at_each_groups_lr_and_ends_near_zero():
                 schedule.step()
         rates = torch.tensor(seen)
         torch.testing.assert_close(rates[0], torch.tensor(peaks) / 25)
-        assert rates.argmax(0).tolist() == [29, 29]
+        assert set(rates.argmax(0).tolist()) == {29}
         torch.testing.assert_close(rates.max(0).values, torch.tensor(peaks))
         assert (rates[-1] < torch.tensor(peaks) / 1e5).all()
 
