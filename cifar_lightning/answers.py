@@ -98,7 +98,10 @@ class AnswerKeeper(pl.Callback):
             return
         assert self.run is not None
         _write_answers(self.run.predictions, answers)
-        write_json(self.run.test_metrics, test_metrics(logits, targets, data.class_names))
+        metrics = test_metrics(logits, targets, data.class_names)
+        if "test/acc_one_view" in trainer.callback_metrics:
+            metrics["accuracy_one_view"] = trainer.callback_metrics["test/acc_one_view"].item()
+        write_json(self.run.test_metrics, metrics)
         write_confusion_tensor(self.run.confusion_matrix_pt, self.test.confusion)
         shown = indices[gallery_positions(logits, targets)]
         pictures = data.pictures("test", shown)

@@ -15,11 +15,12 @@ from torchmetrics import MetricCollection
 
 from cifar_lightning.analysis import accuracy, macro_f1
 from cifar_lightning.errors import UserError
-from cifar_lightning.evaluation import Views, evaluation_metrics, update_evaluation, view_logits
+from cifar_lightning.evaluation import evaluation_metrics, update_evaluation
 from cifar_lightning.guard import LossGuard
 from cifar_lightning.limits import check_limits
 from cifar_lightning.models import SpeedNet, build_model
 from cifar_lightning.optim import Muon, OptimizerName, ScheduleName, build_optimizer, linear, one_cycle, settings_of
+from cifar_lightning.views import Views, view_logits
 from cifar_lightning.weights import plain, progress_of
 
 _NUM_WHITENING = 5000  # pictures that speednet's filters are made from: airbench's

@@ -39,7 +39,7 @@ def find(results: Results) -> dict[str, Any]:
     cm, test = results.confusion, results.test
     probs = softmax(test.logits) if test is not None else None
     return {
-        "summary": summary_of(cm, test),
+        "summary": {**summary_of(cm, test), "accuracy_one_view": results.accuracy_one_view},
         "calibration": calibration_of(test, results.val) if test is not None else None,
         "classes": classes_of(cm, results.class_names, probs, test.targets if test is not None else None),
         "confusion_matrix": cm.tolist(),

@@ -29,6 +29,7 @@ from cifar_lightning.augment import normalize
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_output, replacing
 from cifar_lightning.runs import RunFolder
+from cifar_lightning.views import Views, view_logits
 from cifar_lightning.weights import TrainedNetwork, load_network
 
 _STRETCH_BYTES = 1 << 28  # 87,381 pictures of 32 pixels: starting worker processes for each costs nothing
@@ -176,6 +177,7 @@ def top_classes(
     mean: Float[Tensor, "3"],
     std: Float[Tensor, "3"],
     top_k: int,
+    views: Views = "none",
 ) -> tuple[Float[Tensor, "batch top_k"], Int64[Tensor, "batch top_k"]]:
     """Return probabilities and indices of the most probable classes, the most probable first.
 
@@ -185,8 +187,9 @@ def top_classes(
         mean: Of pictures scaled to 0-1.
         std: Of pictures scaled to 0-1.
         top_k: How many classes.
+        views: Of each picture, whose answers are averaged.
     """
-    logits = network(normalize(images, mean=mean, std=std)).float()
+    logits = view_logits(network, normalize(images, mean=mean, std=std), views)[0].float()
     # By logits: large ones become equal probabilities. Stable, so that of equal ones the first wins, as in `argmax`.
     classes = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     return logits.softmax(1).gather(1, classes), classes
@@ -221,7 +224,7 @@ def _answers(
                 batch = good[at : at + size]
                 with torch.inference_mode():
                     raw = torch.from_numpy(images[batch]).to(device)
-                    probs, classes = top_classes(network, raw, mean=mean, std=std, top_k=top_k)
+                    probs, classes = top_classes(network, raw, mean=mean, std=std, top_k=top_k, views=trained.views)
                 if not probs.isfinite().all():
                     raise UserError(f"{trained.checkpoint}: this network answers with NaN: its training diverged.")
                 for index, row, ranked in zip(batch.tolist(), probs.tolist(), classes.tolist(), strict=True):

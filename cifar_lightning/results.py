@@ -73,6 +73,7 @@ class Results:
         timing: Rows of timing.csv.
         cut_tables: Names of those two files that lack epochs, as far as can be told.
         origin: What the run was.
+        accuracy_one_view: Of the test without the views that its answers are averages of; None where there are none.
         problems: A sentence for each file that is missing or damaged.
     """
 
@@ -85,6 +86,7 @@ class Results:
     timing: list[dict[str, float]] = field(default_factory=list)
     cut_tables: tuple[str, ...] = ()
     origin: Origin = field(default_factory=Origin)
+    accuracy_one_view: float | None = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -113,6 +115,9 @@ def read_results(run: RunFolder) -> Results:
     pictures = _try(_read_gallery, run.gallery, problems) or {}
     tables = {path: _try(_read_table, path, problems) for path in (run.metrics_csv, run.timing_csv)}
     cut = _name_cut_tables(tables)
+    one_view = None
+    if origin.config.get("model", {}).get("tta", "none") != "none":
+        one_view = (_try(_read_object, run.test_metrics, problems) or {}).get("accuracy_one_view")
     return Results(
         class_names=names,
         confusion=confusion,
@@ -123,6 +128,7 @@ def read_results(run: RunFolder) -> Results:
         timing=tables[run.timing_csv] or [],
         cut_tables=tuple(cut),
         origin=origin,
+        accuracy_one_view=one_view,
         problems=[*problems, *cut.values()],
     )
 

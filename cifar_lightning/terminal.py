@@ -72,6 +72,9 @@ def _print_summary(console: Console, findings: Mapping[str, Any]) -> None:
     line.append(percent(summary["accuracy"], 2), style="bold")
     line.append(f"  (95 % interval {span(summary['accuracy_interval_95'], 2)}; {pictures(summary['num_pictures'])})")
     console.print(line)
+    if summary["accuracy_one_view"] is not None:
+        one_view = percent(summary["accuracy_one_view"], 2)
+        console.print(f"Each answer is an average over views of the picture (--model.tta); without: {one_view}")
     macro_f1 = f"macro F1 {percent(summary['macro_f1'], 2)}"
     if calibration is None:
         console.print(macro_f1)

@@ -23,6 +23,7 @@ from cifar_lightning.files import file_sha256
 from cifar_lightning.models import build_model
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.seal import has_seal, is_intact
+from cifar_lightning.views import Views
 
 _NETWORK = "network."  # what ImageClassifier calls it, and torch.compile's wrapper does not change
 _DATA = "ImageDataModule"  # the key under which Lightning keeps the data module's state
@@ -36,6 +37,7 @@ class TrainedNetwork:
 
     Attributes:
         network: Takes normalised float pictures (batch, 3, image_size, image_size), gives raw logits (batch, classes).
+        views: Of each picture, whose answers the run's test averages.
         class_names: In the order of the logits.
         image_size: Side of the square pictures in pixels.
         mean: Per channel, of pictures scaled to 0-1.
@@ -47,6 +49,7 @@ class TrainedNetwork:
     """
 
     network: nn.Module
+    views: Views
     class_names: tuple[str, ...]
     image_size: int
     mean: tuple[float, ...]
@@ -57,7 +60,7 @@ class TrainedNetwork:
     epoch: int
 
     def logits(self, images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch classes"]:
-        """Return raw logits of raw pictures, 0-255, square at `image_size`."""
+        """Return the network's raw logits of raw pictures, 0-255, square at `image_size`, one view each."""
         with torch.inference_mode():
             normalized = normalize(images, mean=torch.tensor(self.mean), std=torch.tensor(self.std))
             answer: Tensor = self.network(normalized)
@@ -88,6 +91,7 @@ def load_network(run: RunFolder) -> TrainedNetwork:
     load_weights(network, path, checkpoint)
     return TrainedNetwork(
         network=network,
+        views=hparams.get("tta", "none"),
         class_names=tuple(data["class_names"]),
         image_size=data["image_size"],
         mean=tuple(data["mean"]),

@@ -1,48 +1,22 @@
-"""Views against airbench's definition, written out naively."""
+"""The metrics of a stage against plain arithmetic over all pictures at once."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cifar_lightning.evaluation import view_logits
+from cifar_lightning.evaluation import evaluation_metrics, update_evaluation
 
 
-def naive_six_views(network, images):
-    """airbench's `infer_mirror_translate`: half the picture, half two shifted crops, each the mean with its mirror."""
-
-    def mirrored(x):
-        return 0.5 * network(x) + 0.5 * network(x.flip(-1))
-
-    padded = F.pad(images, (1, 1, 1, 1), "reflect")
-    height, width = images.shape[2:]
-    crops = [padded[:, :, :height, :width], padded[:, :, 2:, 2:]]
-    return 0.5 * mirrored(images) + 0.5 * torch.stack([mirrored(crop) for crop in crops]).mean(0)
-
-
-@pytest.fixture
-def network():
+def test_uneven_batches_count_picture_by_picture():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 6 * 6, 4)).requires_grad_(False)
-
-
-def test_six_views_are_weighted_as_in_airbench(network):
-    images = torch.randn(5, 3, 6, 6)
-    averaged, plain = view_logits(network, images, "six")
-    torch.testing.assert_close(averaged, naive_six_views(network, images))
-    torch.testing.assert_close(plain, network(images))
-
-
-def test_a_mirror_image_gets_the_same_answer(network):
-    images = torch.randn(5, 3, 6, 6)
-    for views in ("mirror", "six"):
-        averaged, _ = view_logits(network, images, views)
-        averaged_of_mirrored, _ = view_logits(network, images.flip(-1), views)
-        if views == "mirror":
-            torch.testing.assert_close(averaged, averaged_of_mirrored)
-        assert not torch.allclose(averaged, network(images))
-
-
-def test_without_views_the_picture_alone_is_asked(network):
-    images = torch.randn(5, 3, 6, 6)
-    averaged, plain = view_logits(network, images, "none")
-    assert averaged is plain
+    logits, plain, targets = torch.randn(50, 4), torch.randn(50, 4), torch.randint(0, 4, (50,))
+    metrics = evaluation_metrics(4)
+    for part in (slice(0, 32), slice(32, 47), slice(47, 50)):
+        update_evaluation(metrics, logits[part], plain[part], targets[part])
+    values = metrics.compute()
+    assert values["loss"].item() == pytest.approx(F.cross_entropy(logits, targets).item(), abs=1e-6)
+    assert values["acc_one_view"].item() == pytest.approx((plain.argmax(1) == targets).float().mean().item(), abs=1e-6)
+    expected = torch.zeros(4, 4, dtype=torch.int64)
+    for target, pred in zip(targets, logits.argmax(1), strict=True):
+        expected[target, pred] += 1
+    assert torch.equal(values["confusion"], expected)

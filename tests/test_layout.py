@@ -20,6 +20,7 @@ LAYERS = [
         "files",
         "augment",
         "models",
+        "views",
         "evaluation",
         "optim",
         "pictures",

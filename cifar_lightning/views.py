@@ -1,0 +1,36 @@
+"""Test-time augmentation: a network's answers, averaged over views of a picture."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+Views = Literal["none", "mirror", "six"]
+
+
+def view_logits(
+    network: Callable[[Tensor], Tensor], images: Float[Tensor, "batch channels height width"], views: Views
+) -> tuple[Float[Tensor, "batch classes"], Float[Tensor, "batch classes"]]:
+    """Return a network's logits averaged over views of each picture, and those of the picture as it is.
+
+    Args:
+        network: Takes pictures, gives logits.
+        images: Normalised.
+        views: "none"; "mirror", the mean of a picture and its mirror image; "six", airbench's: these two at a quarter
+            each, and both moved by a pixel up-left and down-right at an eighth each, reflected at the border.
+    """
+    plain = network(images)
+    if views == "none":
+        return plain, plain
+    averaged = 0.5 * plain + 0.5 * network(images.flip(-1))
+    if views == "mirror":
+        return averaged, plain
+    averaged = 0.5 * averaged
+    height, width = images.shape[2:]
+    padded = F.pad(images, (1, 1, 1, 1), "reflect")
+    for offset in (0, 2):
+        moved = padded[:, :, offset : offset + height, offset : offset + width]
+        averaged = averaged + 0.125 * network(moved) + 0.125 * network(moved.flip(-1))
+    return averaged, plain

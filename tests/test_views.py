@@ -1,0 +1,48 @@
+"""Views against airbench's definition, written out naively."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cifar_lightning.views import view_logits
+
+
+def naive_six_views(network, images):
+    """airbench's `infer_mirror_translate`: half the picture, half two shifted crops, each the mean with its mirror."""
+
+    def mirrored(x):
+        return 0.5 * network(x) + 0.5 * network(x.flip(-1))
+
+    padded = F.pad(images, (1, 1, 1, 1), "reflect")
+    height, width = images.shape[2:]
+    crops = [padded[:, :, :height, :width], padded[:, :, 2:, 2:]]
+    return 0.5 * mirrored(images) + 0.5 * torch.stack([mirrored(crop) for crop in crops]).mean(0)
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 6 * 6, 4)).requires_grad_(False)
+
+
+def test_six_views_are_weighted_as_in_airbench(network):
+    images = torch.randn(5, 3, 6, 6)
+    averaged, plain = view_logits(network, images, "six")
+    torch.testing.assert_close(averaged, naive_six_views(network, images))
+    torch.testing.assert_close(plain, network(images))
+
+
+def test_a_mirror_image_gets_the_same_answer(network):
+    images = torch.randn(5, 3, 6, 6)
+    for views in ("mirror", "six"):
+        averaged, _ = view_logits(network, images, views)
+        averaged_of_mirrored, _ = view_logits(network, images.flip(-1), views)
+        if views == "mirror":
+            torch.testing.assert_close(averaged, averaged_of_mirrored)
+        assert not torch.allclose(averaged, network(images))
+
+
+def test_without_views_the_picture_alone_is_asked(network):
+    images = torch.randn(5, 3, 6, 6)
+    averaged, plain = view_logits(network, images, "none")
+    assert averaged is plain
