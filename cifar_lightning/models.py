@@ -142,7 +142,7 @@ class _SpeedGroup(nn.Module):
         self.norms = nn.ModuleList(_BiasedNorm(out_channels) for _ in range(depth))
         self.pool = nn.MaxPool2d(2)
 
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch width rows columns"]:
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch filters rows columns"]:
         x = shortcut = nn.functional.gelu(self.norms[0](self.pool(self.convs[0](x))))
         for conv, norm in zip(self.convs[1:-1], self.norms[1:-1], strict=True):
             x = nn.functional.gelu(norm(conv(x)))

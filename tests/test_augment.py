@@ -3,9 +3,11 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torchvision.transforms import v2
 
 from cifar_lightning.augment import (
@@ -16,6 +18,7 @@ from cifar_lightning.augment import (
     draw_epoch,
     jitter,
     normalize,
+    resize,
     seeded_generator,
 )
 from cifar_lightning.errors import UserError
@@ -153,3 +156,12 @@ def test_cutout_is_the_mean_colour_even_with_jitter():
 def test_a_value_out_of_range_names_its_flag(change, flag):
     with pytest.raises(UserError, match=f"--data.{flag}"):
         Augmentation(**change).check(32)
+
+
+def test_resize_equals_pillows_bilinear_filter():
+    images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    scaled = resize(images, 24)
+    assert scaled.shape == (3, 24, 24, 3)
+    for picture, small in zip(images, scaled, strict=True):
+        expected = np.asarray(Image.fromarray(picture.numpy()).resize((24, 24), Image.Resampling.BILINEAR))
+        assert np.abs(small.numpy().astype(int) - expected.astype(int)).max() <= 1

@@ -1,5 +1,6 @@
 """ImageClassifier in a real Trainer: loss, sums, metrics, steps, precision of its figures."""
 
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,21 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
+from cifar_lightning.models import WhiteningConv
+from cifar_lightning.views import view_logits
 
 NARROW = {"widths": [4, 8, 8], "dropout": 0.0}
+ADAMW = {"optimizer": "adamw", "lr": 0.01, "model_kwargs": NARROW}
+MUON = {**ADAMW, "optimizer": "muon"}
+SPEED = {
+    "name": "speednet",
+    "model_kwargs": {"widths": [4, 8, 8]},
+    "optimizer": "muon",
+    "schedule": "linear",
+    "sgd_lr": 5.0,
+    "head_lr": 0.05,
+    "lr": 0.1,
+}
 
 
 def trainer(tmp_path, **kwargs):
@@ -109,6 +123,49 @@ def test_total_steps_are_those_that_lightning_estimates(tmp_path, settings, expe
     assert seen == {"total": expected, "estimated": expected}
 
 
+def test_speednet_is_whitened_once_and_its_stem_trained_for_its_share_alone(tmp_path):
+    module = ImageClassifier(image_size=16, stem_share=0.5, **SPEED)
+    biases, whitened = [], []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            biases.append(pl_module.network.stem.bias.detach().clone())
+            whitened.append(pl_module.network.stem.weight.detach().clone())
+
+    run = trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0)
+    run.callbacks.append(Watch())
+    data = small_data()
+    run.fit(module, data)
+    moved = [not torch.equal(before, after) for before, after in itertools.pairwise(biases)]
+    assert moved == [True] * 8 + [False] * 9
+    expected = WhiteningConv(3)
+    expected.whiten(data.sample_of_training(5000))
+    assert all(torch.equal(weight, expected.weight) for weight in whitened)
+    assert run.optimizers[0].param_groups[0]["lr"] == 0
+
+
+def test_speednet_without_our_data_asks_to_be_whitened(tmp_path):
+    loader = DataLoader(TensorDataset(torch.randn(32, 3, 16, 16), torch.randint(0, 4, (32,))), batch_size=8)
+    module = ImageClassifier(num_classes=4, image_size=16, **SPEED)
+    with pytest.raises(UserError, match=r"stem\.whiten"), pytest.warns(PossibleUserWarning):
+        trainer(tmp_path, max_epochs=1).fit(module, loader)
+
+
+def test_views_are_averaged_in_test_and_not_while_training(tmp_path):
+    module, data = ImageClassifier(image_size=16, model_kwargs=NARROW, tta="six", lr=0.01), small_data()
+    run = trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0)
+    run.fit(module, data)
+    assert "val/acc_one_view" not in run.callback_metrics
+    logged = run.test(module, data, verbose=False)[0]
+    module.eval()
+    with torch.no_grad():
+        parts = [(*view_logits(module.network, images, "six"), targets) for images, targets in data.test_dataloader()]
+    logits, plain, targets = (torch.cat([part[k] for part in parts]) for k in range(3))
+    assert logged["test/acc"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
+    assert logged["test/acc_one_view"] == pytest.approx((plain.argmax(1) == targets).float().mean().item())
+    assert logged["test/loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+
+
 def test_a_run_without_an_end_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--epochs"):
         trainer(tmp_path, max_epochs=-1).fit(ImageClassifier(image_size=16, model_kwargs=NARROW), small_data())
@@ -153,8 +210,8 @@ def test_steps_that_there_are_none_of_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("stop_at", [9, 18, 13], ids=["after epoch 1", "after epoch 2", "inside epoch 2"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_run_without_dropout_ends_with_the_weights_of_an_unbroken_one(tmp_path, stop_at, optimizer):
+@pytest.mark.parametrize("settings", [ADAMW, MUON, {**SPEED, "stem_share": 0.4}], ids=["adamw", "muon", "speednet"])
+def test_a_resumed_run_without_dropout_ends_with_the_weights_of_an_unbroken_one(tmp_path, stop_at, settings):
     class SaveAt(pl.Callback):
         def on_train_batch_end(self, trainer, *args):
             if trainer.global_step == stop_at and stop_at % 9:
@@ -166,13 +223,13 @@ def test_a_resumed_run_without_dropout_ends_with_the_weights_of_an_unbroken_one(
 
     def fresh(*callbacks):
         torch.manual_seed(0)
-        module = ImageClassifier(image_size=16, model_kwargs=NARROW, optimizer=optimizer, lr=0.01)
+        module = ImageClassifier(image_size=16, **settings)
         return module, trainer(tmp_path, max_epochs=3, num_sanity_val_steps=0, callbacks=list(callbacks))
 
     unbroken, run = fresh(SaveAt())
-    run.fit(unbroken, small_data())
+    run.fit(unbroken, small_data(train_sizes=[12, 16]))
     resumed, run = fresh()
-    run.fit(resumed, small_data(), ckpt_path=tmp_path / "stopped.ckpt", weights_only=True)
+    run.fit(resumed, small_data(train_sizes=[12, 16]), ckpt_path=tmp_path / "stopped.ckpt", weights_only=True)
     assert run.global_step == 27
     for left, right in zip(unbroken.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(left, right)

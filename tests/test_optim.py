@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cifar_lightning.models import SmallNet
-from cifar_lightning.optim import Muon, build_optimizer, one_cycle, orthogonalize
+from cifar_lightning.models import SmallNet, SpeedNet
+from cifar_lightning.optim import Muon, build_optimizer, linear, one_cycle, orthogonalize
 
 
 def reference_orthogonalize(matrix, num_iterations):
@@ -130,6 +130,60 @@ def test_one_cycle_peaks_at_each_groups_lr_and_ends_near_zero():
         assert set(rates.argmax(0).tolist()) == {29}
         torch.testing.assert_close(rates.max(0).values, torch.tensor(peaks))
         assert (rates[-1] < torch.tensor(peaks) / 1e5).all()
+
+
+def test_what_muon_does_not_move_decays_as_in_torchs_sgd():
+    torch.manual_seed(0)
+    network = SpeedNet(widths=(4, 4, 4))
+    rates = {"sgd_lr": 5.0, "head_lr": 0.02, "sgd_momentum": 0.85, "sgd_weight_decay": 0.01}
+    optimizer = build_optimizer(network, "muon", lr=0.1, weight_decay=0.0, **rates)
+    by_role = {group["role"]: group for group in optimizer.param_groups}
+    assert {role: group["lr"] for role, group in by_role.items()} == {
+        "filters": 0.1,
+        "stem": 5.0,
+        "vectors": 5.0,
+        "matrices": 0.02,
+    }
+    assert by_role["stem"]["params"] == [network.stem.bias]
+    weight = network.head.weight
+    reference = weight.detach().clone().requires_grad_()
+    sgd = torch.optim.SGD([reference], lr=0.02, momentum=0.85, nesterov=True, weight_decay=0.01 / 0.02)
+    for _ in range(3):
+        weight.grad = torch.randn_like(weight)
+        reference.grad = weight.grad.clone()
+        optimizer.step()
+        sgd.step()
+    torch.testing.assert_close(weight, reference)
+
+
+def test_the_linear_schedule_is_a_line_to_zero_and_the_stems_is_shorter():
+    network = SpeedNet(widths=(4, 4, 4))
+    optimizer = build_optimizer(network, "muon", lr=0.2, weight_decay=0.0, sgd_lr=5.0, head_lr=0.02)
+    schedule = linear(optimizer, total_steps=10, stem_steps=4)
+    seen = []
+    for _ in range(10):
+        seen.append({group["role"]: group["lr"] for group in optimizer.param_groups})
+        optimizer.step()
+        schedule.step()
+    for step, rates in enumerate(seen):
+        assert rates["filters"] == pytest.approx(0.2 * (1 - step / 10))
+        assert rates["matrices"] == pytest.approx(0.02 * (1 - step / 10))
+        assert rates["stem"] == pytest.approx(5.0 * max(0, 1 - step / 4))
+
+
+def test_the_linear_schedule_is_taken_up_where_it_was():
+    def rates(steps, steps_done=None):
+        optimizer = build_optimizer(SpeedNet(widths=(4, 4, 4)), "muon", lr=0.2, weight_decay=0.0, sgd_lr=5.0)
+        if steps_done is not None:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
+        schedule = linear(optimizer, total_steps=10, stem_steps=4, steps_done=steps_done)
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+        return [group["lr"] for group in optimizer.param_groups]
+
+    assert rates(7) == rates(0, steps_done=7)
 
 
 def test_half_a_network_can_be_frozen():

@@ -1,0 +1,222 @@
+"""Speed recipes against public record scripts: accuracy and time of whole runs, and epochs timed in turn.
+
+    python benchmarks/speedrun.py                                             speedrun94, seed 0, from data/
+    python benchmarks/speedrun.py --seeds 0,1,2 --json benchmarks/results/speedrun94.json
+    python benchmarks/speedrun.py --peer airbench=DIR                         whole runs of both in turn
+    python benchmarks/speedrun.py --peer airbench=DIR --epochs --rounds 3     only an epoch of each, in turn
+
+Every run is a process of its own; ours is the ordinary `fit`, checkpoints, logging and report included. Two windows are
+given: the records' own (whitening, training and the final evaluation with six views) and the whole `Trainer.fit`. A
+peer runs from its own checkout of its public repository; what a CPU forces is changed in the text that is run, and
+printed. With --json finished runs are added to the file, so that seeds add up.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from speedrun_peers import PEERS
+
+from cifar_lightning.environment import describe_environment
+from cifar_lightning.sources import open_source
+
+HERE = Path(__file__).resolve().parent
+PEER_EPOCHS, PEER_STEPS = 8, 25  # of airbench94_muon: 8 epochs of 25 batches of 2,000
+
+
+def our_run(recipe: str, seed: int, flags: list[str], folder: Path) -> dict[str, Any]:
+    """Run `fit` once; return its figures."""
+    run, clock = folder / f"run{len(list(folder.iterdir()))}", folder / "clock.json"
+    command = [sys.executable, str(HERE.parent / "train.py"), "fit", "--config", str(recipe_path(recipe))]
+    command += ["--seed_everything", str(seed), "--data.seed", str(seed), "--run_dir", str(run)]
+    command += ["--trainer.callbacks+=speedrun_clock.Clock", f"--trainer.callbacks.path={clock}", *flags]
+    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    execute(command, {**os.environ, "PYTHONPATH": paths})
+    figures = json.loads(clock.read_text(encoding="utf-8"))
+    metrics = json.loads((run / "test_metrics.json").read_text(encoding="utf-8"))
+    figures |= {"accuracy": metrics["accuracy"], "accuracy_one_view": metrics.get("accuracy_one_view")}
+    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    figures |= {"commit": environment["commit"], "dirty": environment["dirty"], "device": environment["device"]}
+    return figures
+
+
+def peer_run(name: str, checkout: Path, pictures: Path, seed: int, steps: int | None, folder: Path) -> dict[str, Any]:
+    """Run a peer once; return its figures."""
+    output = folder / "peer.json"
+    command = [sys.executable, str(HERE / "speedrun_peers.py"), name, str(checkout), str(pictures), str(seed)]
+    command += [str(output), *([] if steps is None else ["--steps", str(steps)])]
+    execute(command, dict(os.environ))
+    figures: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    commit = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {**figures, "commit": commit.stdout.strip() or None}
+
+
+def execute(command: list[str], environment: dict[str, str]) -> None:
+    """Run a command quietly; its last lines become the error where it fails."""
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        sys.exit("\n".join(done.stderr.strip().splitlines()[-5:]))
+
+
+def recipe_path(recipe: str) -> Path:
+    """Return a recipe's file."""
+    return HERE.parent / "configs" / f"{recipe}.yaml"
+
+
+def write_pictures(args: argparse.Namespace, path: Path) -> None:
+    """Write CIFAR-10 as the four tensors that a peer's process reads."""
+    source = open_source("folder" if args.data else "cifar10", args.data or "data", None)
+    source.prepare()
+    tensors = {}
+    for part in ("train", "test"):
+        pictures = source.load(part)
+        assert pictures is not None
+        tensors[f"{part}_images"] = torch.from_numpy(np.array(pictures.images))
+        tensors[f"{part}_labels"] = torch.from_numpy(np.array(pictures.targets))
+    torch.save(tensors, path)
+
+
+def compare_epochs(args: argparse.Namespace, peers: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """Time an epoch of the peer and one of ours at each picture size, in turn; print what whole runs would take."""
+    config = yaml.safe_load(recipe_path(args.recipe).read_text(encoding="utf-8"))
+    (name, checkout), *_ = peers.items()
+    sizes, epochs = config["data"].get("train_sizes", [32]), config["trainer"]["max_epochs"]
+    plan = [sizes[min(epoch, len(sizes) - 1)] for epoch in range(epochs)]
+    rounds = []
+    for number in range(args.rounds):
+        steps_s = peer_run(name, checkout, folder / "pictures.pt", number, PEER_STEPS - 1, folder)["step_s"]
+        theirs = PEER_STEPS * statistics.mean(steps_s)
+        ours = {}
+        for size in sorted(set(plan)):
+            flags = ["--trainer.max_epochs=1", f"--data.train_sizes=[{size}]", "--model.stem_share=0.0"]
+            flags += ["--model.tta=none", *data_flags(args)]
+            ours[size] = our_run(args.recipe, number, flags, folder)["train_s"][0]
+        total = sum(ours[size] for size in plan)
+        ratio = total / (PEER_EPOCHS * theirs)
+        rounds.append({"peer_epoch_s": theirs, "our_epoch_s": ours, "ratio": ratio})
+        parts = ", ".join(f"{size} px {seconds:.0f} s" for size, seconds in ours.items())
+        print(f"round {number + 1}: an epoch of {name} {theirs:.0f} s, ours {parts}; training {ratio:.3f}x", flush=True)
+    return {"peer": name, "plan": plan, "rounds": rounds}
+
+
+def data_flags(args: argparse.Namespace) -> list[str]:
+    """Return the flags that name the pictures."""
+    return [f"--data.dataset={'folder' if args.data else 'cifar10'}", f"--data.root={args.data or 'data'}"]
+
+
+def whole_runs(args: argparse.Namespace, peers: dict[str, Path], folder: Path, lines: list[dict[str, Any]]) -> None:
+    """Run ours and the peers in turn for each seed; add a line for each to `lines`, and write them at once."""
+    hardware = hardware_name()
+    for seed in args.seeds:
+        for who in ("ours", *peers):
+            if who == "ours":
+                line = our_run(args.recipe, seed, data_flags(args), folder)
+            else:
+                line = peer_run(who, peers[who], folder / "pictures.pt", seed, None, folder)
+            lines.append(
+                {"who": who, "recipe": args.recipe, "seed": seed, **line, "hardware": hardware, "note": args.note}
+            )
+            print(describe(lines[-1]), flush=True)
+            save(args.json, lines)
+
+
+def describe(line: dict[str, Any]) -> str:
+    """Return a run in words."""
+    fit = f", the whole fit {line['fit_s']:.0f} s" if "fit_s" in line else ""
+    one_view = (
+        f"{100 * line['accuracy_one_view']:.2f} % with one view" if line["accuracy_one_view"] else "one view only"
+    )
+    accuracy = f"{100 * line['accuracy']:.2f} % ({one_view})"
+    return f"{line['who']}, seed {line['seed']}: {accuracy} in {line['seconds']:.0f} s{fit}"
+
+
+def save(path: Path | None, lines: list[dict[str, Any]]) -> None:
+    """Write the lines, if a file was named."""
+    if path is not None:
+        path.write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+
+
+def hardware_name() -> str:
+    """Return the processor, and the GPU where there is one."""
+    environment = describe_environment()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{environment['num_usable_cpus']} cores of {environment['cpu']}, {device}"
+
+
+def summarize(lines: list[dict[str, Any]], peers: dict[str, Path]) -> None:
+    """Print means and spread, and the ratio of times as the last line."""
+    seconds = {}
+    for who in ("ours", *peers):
+        own = [line for line in lines if line["who"] == who]
+        if not own:
+            continue
+        accuracies = [100 * line["accuracy"] for line in own]
+        spread = f"± {statistics.stdev(accuracies):.2f}, n={len(own)}" if len(own) > 1 else "n=1, no spread"
+        seconds[who] = statistics.median(line["seconds"] for line in own)
+        print(f"{who}: {statistics.mean(accuracies):.2f} % ({spread}), {seconds[who]:.0f} s (median)")
+    for who in peers:
+        if "ours" in seconds and who in seconds:
+            print(f"time of ours over {who}'s, whole runs, {hardware_name()}:")
+            print(f"ratio={seconds['ours'] / seconds[who]:.3f}")
+
+
+def parse_peer(text: str) -> tuple[str, Path]:
+    """Return name and checkout of NAME=DIR."""
+    name, equals, path = text.partition("=")
+    if name not in PEERS or not equals:
+        raise argparse.ArgumentTypeError(f"{text}: NAME=DIR with a NAME of {', '.join(PEERS)}")
+    return name, Path(path).resolve()
+
+
+def main() -> None:
+    """Measure and print; with a peer the last line is `ratio=X`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="speedrun94", help="a speed recipe (default speedrun94)")
+    parser.add_argument("--data", help="class folders; without it CIFAR-10 below data/")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
+    parser.add_argument("--peer", type=parse_peer, action="append", default=[], metavar="NAME=DIR")
+    parser.add_argument("--epochs", action="store_true", help="time an epoch of each in turn instead of whole runs")
+    parser.add_argument("--rounds", type=int, default=1, help="of --epochs (default 1)")
+    parser.add_argument("--note", default="", help="what a reader of the figures must know")
+    parser.add_argument("--json", type=Path, help="add the runs to this file")
+    args = parser.parse_args()
+    peers = dict(args.peer)
+    if args.epochs and "airbench" not in peers:
+        parser.error("--epochs needs --peer airbench=DIR")
+    lines = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if peers:
+            write_pictures(args, folder / "pictures.pt")
+            for peer in peers:
+                changes = PEERS[peer].on_cpu if not torch.cuda.is_available() else None
+                for old, new in (changes or {}).items():
+                    print(f"{peer} on a CPU: {old.strip()} -> {new or 'left out'}")
+        if args.epochs:
+            found = compare_epochs(args, {"airbench": peers["airbench"]}, folder)
+            lines.append({"who": "epochs in turn", **found, "hardware": hardware_name(), "note": args.note})
+            save(args.json, lines)
+            ratios = [one["ratio"] for one in found["rounds"]]
+            print(
+                f"training time of {args.recipe} over airbench's, epochs in turn, n={len(ratios)}, {hardware_name()}:"
+            )
+            print(f"ratio={statistics.median(ratios):.3f}")
+            return
+        whole_runs(args, peers, folder, lines)
+    summarize(lines, peers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The stopwatch of `benchmarks/speedrun.py`: a callback for `fit`, which writes when things happened."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+
+class Clock(pl.Callback):
+    """Notes the two windows of a run, and the seconds of each epoch's training.
+
+    Args:
+        path: JSON file to write: `seconds` (the records' window: whitening, training, final evaluation), `fit_s` (the
+            whole of Trainer.fit), `evaluate_s`, `train_s` of each epoch, `compiles` (whether `seconds` has it in it).
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.times: dict[str, float] = {}
+        self.epochs_s: list[float] = []
+
+    def _note(self, name: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times[name] = time.perf_counter()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin `fit_s`."""
+        self._note(f"{stage}_setup")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """End `fit_s`."""
+        self._note(f"{stage}_teardown")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin the records' window: the module whitens after this."""
+        self._note("fit_start")
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin an epoch."""
+        self._note("epoch_start")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End an epoch."""
+        self._note("epoch_end")
+        self.epochs_s.append(self.times["epoch_end"] - self.times["epoch_start"])
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the training."""
+        self._note("train_end")
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin the final evaluation."""
+        self._note("test_start")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End it, and write all."""
+        self._note("test_end")
+        at = self.times
+        evaluate_s = at["test_end"] - at["test_start"]
+        figures: dict[str, Any] = {
+            "seconds": at["train_end"] - at["fit_start"] + evaluate_s,
+            "fit_s": at["fit_teardown"] - at["fit_setup"],
+            "evaluate_s": evaluate_s,
+            "train_s": self.epochs_s,
+        }
+        self.path.write_text(json.dumps(figures) + "\n", encoding="utf-8")

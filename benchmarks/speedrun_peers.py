@@ -1,0 +1,162 @@
+"""Public record scripts, run from their own checkouts; on a CPU with the changes that it forces, which are listed.
+
+    python benchmarks/speedrun_peers.py airbench DIR PICTURES.pt SEED OUT.json [--steps N]
+
+`benchmarks/speedrun.py` starts this in a process of its own for each run. PICTURES.pt holds the four uint8 and int64
+tensors of CIFAR-10: train_images (50000, 32, 32, 3), train_labels, test_images, test_labels.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A record script.
+
+    Attributes:
+        file: Its name in the checkout.
+        on_cpu: Text -> replacement, what a CPU forces; None where it needs a GPU.
+    """
+
+    file: str
+    on_cpu: dict[str, str] | None
+
+
+PEERS = {
+    "airbench": Peer(
+        "airbench94_muon.py",
+        {
+            "@torch.compile\n": "",  # needs a compiler, and the same arithmetic comes out
+            "G.bfloat16()": "G.float()",  # emulated, and many times slower
+            'torch.device("cuda")': 'torch.device("cpu")',
+            "self.images.half()": "self.images.float()",
+            "mod.half()": "mod.float()",
+        },
+    ),
+    "hiverge": Peer("cifar10_speedrun.py", None),
+}
+
+
+class _Event:
+    """`torch.cuda.Event` for a CPU."""
+
+    def __init__(self, enable_timing: bool = True) -> None:
+        self.time_s = 0.0
+
+    def record(self) -> None:
+        self.time_s = time.perf_counter()
+
+    def elapsed_time(self, end: "_Event") -> float:
+        return 1e3 * (end.time_s - self.time_s)
+
+
+class Enough(Exception):
+    """Raised by a training batch to end a run early."""
+
+
+def load(name: str, checkout: Path) -> dict[str, Any]:
+    """Execute a peer's script, all but its `__main__` part, and return its names.
+
+    Raises:
+        SystemExit: The checkout is missing or of another version, or the script needs a GPU.
+    """
+    peer, path = PEERS[name], checkout / PEERS[name].file
+    if not path.exists():
+        sys.exit(f"--peer {name}={checkout}: {peer.file} is not there; give a checkout of the peer's repository.")
+    text = path.read_text(encoding="utf-8")
+    if not torch.cuda.is_available():
+        if peer.on_cpu is None:
+            sys.exit(f"--peer {name}: it runs on a GPU alone; leave it out here.")
+        for old, new in peer.on_cpu.items():
+            if old not in text:
+                sys.exit(f"--peer {name}={checkout}: another version of {peer.file}: {old.strip()!r} is not in it.")
+            text = text.replace(old, new)
+        torch.cuda.Event, torch.cuda.synchronize = _Event, lambda: None  # type: ignore[misc,assignment]
+    names: dict[str, Any] = {"__name__": "peer"}
+    sys.argv[0] = str(path)  # it reads its own text for its log
+    exec(compile(text, str(path), "exec"), names)
+    return names
+
+
+def run(name: str, checkout: Path, pictures: Path, seed: int, steps: int | None) -> dict[str, Any]:
+    """Train and evaluate once; with `steps`, only time that many training steps.
+
+    Returns:
+        `seconds` (the peer's own window: whitening, training, final evaluation with views), `accuracy`,
+        `accuracy_one_view`, `train_s` of each epoch; with `steps` only `step_s`, a list.
+    """
+    names = load(name, checkout)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seen: list[dict[str, Any]] = []
+    names["print_training_details"] = lambda variables, **_: seen.append(dict(variables))
+    model = names["CifarNet"]().to(device=device, memory_format=torch.channels_last)
+    if device.type == "cuda":
+        model.compile(mode="max-autotune")
+    ticks: list[float] = []
+    if steps is not None:
+        _count_steps(names, steps, ticks)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        Path("cifar10").mkdir()
+        data = torch.load(pictures, weights_only=True)
+        for part in ("train", "test"):
+            content = {"images": data[f"{part}_images"], "labels": data[f"{part}_labels"], "classes": []}
+            torch.save(content, f"cifar10/{part}.pt")
+        if device.type == "cuda":
+            names["main"]("warmup", model)
+        torch.manual_seed(seed)
+        seen.clear()
+        try:
+            names["main"]("run", model)
+        except Enough:
+            return {"step_s": [end - start for start, end in itertools.pairwise(ticks)]}
+    total = seen[-1]
+    times = [float(row["time_seconds"]) for row in seen]
+    return {
+        "seconds": float(total["time_seconds"]),
+        "accuracy": float(total["tta_val_acc"]),
+        "accuracy_one_view": float(total["val_acc"]),
+        "train_s": [end - start for start, end in zip([0.0, *times], times[:-1], strict=False)],
+    }
+
+
+def _count_steps(names: dict[str, Any], steps: int, ticks: list[float]) -> None:
+    """Let the peer's training loader end the run after some steps, and note when each begins."""
+    original = names["CifarLoader"].__iter__
+
+    def counted(self: Any) -> Any:
+        for batch in original(self):
+            ticks.append(time.perf_counter())
+            if len(ticks) > steps:
+                raise Enough
+            yield batch
+
+    names["CifarLoader"].__iter__ = counted
+
+
+def main() -> None:
+    """Run a peer and write what it gave."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=sorted(PEERS))
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("pictures", type=Path)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--steps", type=int, help="only time that many training steps")
+    args = parser.parse_args()
+    found = run(args.name, args.checkout.resolve(), args.pictures.resolve(), args.seed, args.steps)
+    args.output.write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
