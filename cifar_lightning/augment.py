@@ -128,15 +128,22 @@ def augment(
         mean: Of pictures scaled to 0-1, on their device.
         std: Of pictures scaled to 0-1, on their device.
     """
-    images = crop_and_mirror(images, draws.shift_y, draws.shift_x, draws.mirrored, augmentation.crop_mode)
+    images = crop_and_mirror(
+        images,
+        draws.shift_y,
+        draws.shift_x,
+        draws.mirrored,
+        padding_px=augmentation.crop_padding_px,
+        crop_mode=augmentation.crop_mode,
+    )
     if draws.brightness is None and draws.contrast is None:
         finished = normalize(images, mean=mean, std=std)
     else:
-        unit = jitter(images.float() / 255, draws.brightness, draws.contrast)
-        finished = ((unit - mean) / std).permute(0, 3, 1, 2)
+        unit = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
+        finished = _standardize_(jitter(unit, draws.brightness, draws.contrast), mean, std)
     if draws.cutout_y is not None and draws.cutout_x is not None:
         # The mean colour is 0 by now; cutting out earlier would let the jitter shift it.
-        finished = cutout(finished, draws.cutout_y, draws.cutout_x, augmentation.cutout_px)
+        cutout_(finished, draws.cutout_y, draws.cutout_x, augmentation.cutout_px)
     return finished
 
 
@@ -163,39 +170,57 @@ def crop_and_mirror(
     shift_y: Int64[Tensor, " batch"] | None,
     shift_x: Int64[Tensor, " batch"] | None,
     mirrored: Bool[Tensor, " batch"] | None,
+    *,
+    padding_px: int,
     crop_mode: CropMode,
 ) -> UInt8[Tensor, "batch height width channels"]:
     """Move each picture by its own shift (what comes in from outside is padding), then mirror it left to right.
 
-    The same as padding, cropping at `(padding + shift_y, padding + shift_x)` and flipping, in one gather: rows and
-    columns are looked up at their source, so no padded copy of the set is kept.
+    The same as padding, cropping at `(padding_px + shift_y, padding_px + shift_x)` and flipping. Each finished row is
+    one piece of a padded row or of its mirror image, copied as a whole: looking up pixel by pixel, 3 bytes at a time
+    by indices of 8, takes 1.5 times as long, and with "zeros" 2.5 times (500 pictures of 32 pixels, 2 cores).
 
     Args:
         images: uint8 RGB, 0-255.
-        shift_y: Rows, at most height - 1 either way; None is no shift.
-        shift_x: Columns, at most width - 1 either way; None is no shift.
+        shift_y: Rows, at most `padding_px` either way; None is no shift.
+        shift_x: Columns, at most `padding_px` either way; None is no shift.
         mirrored: None mirrors none.
+        padding_px: At most width - 1 and height - 1.
         crop_mode: "reflect" mirrors the picture at its edge (the edge itself not repeated), "zeros" is black.
     """
     if shift_y is None and shift_x is None and mirrored is None:
         return images
     batch, height, width, channels = images.shape
-    rows = torch.arange(height, device=images.device).expand(batch, height)  # (B, H)
-    columns = torch.arange(width, device=images.device).expand(batch, width)  # (B, W)
+    strips = _strips(images.reshape(batch * height, width, channels), padding_px, crop_mode)
+    num_strips, strip_px, _ = strips.shape
+    left = torch.full((batch,), padding_px, device=images.device)
+    if shift_x is not None:
+        left = left + shift_x
     if mirrored is not None:
-        columns = torch.where(mirrored[:, None], width - 1 - columns, columns)
+        left = torch.where(mirrored, strip_px - width - left, left)
+    rows = torch.arange(height, device=images.device).expand(batch, height)  # (B, H)
     if shift_y is not None:
         rows = rows + shift_y[:, None]
-    if shift_x is not None:
-        columns = columns + shift_x[:, None]
-    inside_y, inside_x = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
-    rows, columns = _reflect(rows, height), _reflect(columns, width)
-    first = torch.arange(batch, device=images.device)[:, None, None] * (height * width)
-    pixels = first + rows[:, :, None] * width + columns[:, None, :]  # (B, H, W) into (B * H * W)
-    moved = images.reshape(-1, channels).index_select(0, pixels.flatten()).view(images.shape)
+    first = torch.arange(batch, device=images.device)[:, None] * height
+    starts = (first + _reflect(rows, height)) * strip_px + left[:, None]  # (B, H), in pixels of all strips
+    # Overlapping: the piece that begins at each pixel. Nothing is copied but what is selected.
+    pieces = strips.as_strided((num_strips * strip_px - width + 1, width * channels), (channels, 1))
+    moved = pieces.index_select(0, starts.flatten()).view(batch, height, width, channels)
     if crop_mode == "zeros":
-        moved = moved * (inside_y[:, :, None] & inside_x[:, None, :])[..., None]
+        moved *= ((rows >= 0) & (rows < height))[:, :, None, None]
     return moved
+
+
+def _strips(
+    rows: UInt8[Tensor, "rows width channels"], padding_px: int, crop_mode: CropMode
+) -> UInt8[Tensor, "rows strip_px channels"]:
+    """Pad each row and let it go on into its mirror image, so that the whole is the same from both ends."""
+    backwards = rows.flip(1)
+    if crop_mode == "zeros":
+        edge = rows.new_zeros(rows.shape[0], padding_px, rows.shape[2])
+        return torch.cat([edge, rows, edge, backwards, edge], 1)
+    # Reflected padding is the mirror image itself, without the pixel at the edge.
+    return torch.cat([backwards[:, -1 - padding_px : -1], rows, backwards[:, 1:], rows[:, 1 : 1 + padding_px]], 1)
 
 
 def _reflect(index: Int[Tensor, "*shape"], size: int) -> Int[Tensor, "*shape"]:
@@ -225,23 +250,29 @@ def jitter(
     return images
 
 
-def cutout(
+def cutout_(
     images: Float[Tensor, "batch channels height width"],
     top: Int64[Tensor, " batch"],
     left: Int64[Tensor, " batch"],
     size_px: int,
 ) -> Float[Tensor, "batch channels height width"]:
-    """Set a square of each normalised picture to 0, the mean colour.
+    """Set a square of each normalised picture to 0, the mean colour, in place.
 
-    The square lies wholly inside the picture, as in airbench; the paper (arXiv:1708.04552) lets it stick out.
+    The square lies wholly inside the picture, as in airbench; the paper (arXiv:1708.04552) lets it stick out. Only the
+    square's own pixels are touched: a mask over whole pictures takes 5 times as long (12 of 32 pixels, 2 cores).
+
+    Args:
+        images: channels_last in memory.
+        top: First row of the square.
+        left: First column of the square.
+        size_px: Its side.
     """
-    rows = torch.arange(images.shape[2], device=images.device)
-    columns = torch.arange(images.shape[3], device=images.device)
-    inside_y = (rows >= top[:, None]) & (rows < top[:, None] + size_px)
-    inside_x = (columns >= left[:, None]) & (columns < left[:, None] + size_px)
-    inside = (inside_y[:, :, None] & inside_x[:, None, :])[..., None]
-    # In NHWC, as the pictures lie: a broadcast mask on the NCHW view would give NCHW memory back.
-    return images.permute(0, 2, 3, 1).masked_fill(inside, 0.0).permute(0, 3, 1, 2)
+    batch, channels, height, width = images.shape
+    side = torch.arange(size_px, device=images.device)
+    rows = (torch.arange(batch, device=images.device) * height + top)[:, None] + side
+    inside = (rows * width + left[:, None])[:, :, None] + side  # (B, size_px, size_px) into (B * H * W)
+    images.permute(0, 2, 3, 1).view(batch * height * width, channels).index_fill_(0, inside.flatten(), 0.0)
+    return images
 
 
 def normalize(
@@ -257,4 +288,20 @@ def normalize(
         mean: Of pictures scaled to 0-1, on their device: making it from numbers here would stop the host each time.
         std: Of pictures scaled to 0-1, on their device.
     """
-    return ((images - 255 * mean) / (255 * std)).permute(0, 3, 1, 2)
+    return _standardize_(images.to(torch.float32, memory_format=torch.contiguous_format), 255 * mean, 255 * std)
+
+
+def _standardize_(
+    images: Float[Tensor, "batch height width channels"],
+    mean: Float[Tensor, " channels"],
+    std: Float[Tensor, " channels"],
+) -> Float[Tensor, "batch channels height width"]:
+    """Subtract and divide in place; return the NCHW view.
+
+    Floats alone, a whole row at a time: taken channel by channel, and from bytes, it takes 20 times as long on a
+    CPU, since the innermost loop then has 3 steps.
+    """
+    batch, height, width, channels = images.shape
+    rows = images.view(batch, height, width * channels)
+    rows.sub_(mean.repeat(width)).div_(std.repeat(width))
+    return images.permute(0, 3, 1, 2)

@@ -14,7 +14,7 @@ from cifar_lightning.augment import (
     Augmentation,
     augment,
     crop_and_mirror,
-    cutout,
+    cutout_,
     draw_epoch,
     jitter,
     normalize,
@@ -44,23 +44,33 @@ def naive_crop_and_mirror(image, shift_y, shift_x, mirrored, padding, mode):
 
 
 @pytest.mark.parametrize("mode", ["reflect", "zeros"])
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 40)])
-def test_crop_and_mirror_equals_padding_slicing_and_flipping_each_picture(mode, height, width):
-    images = random_pictures(64, height, width)
-    shift_y, shift_x = torch.randint(-5, 6, (2, 64))
-    mirrored = torch.rand(64) < 0.5
-    got = crop_and_mirror(images, shift_y, shift_x, mirrored, mode)
-    for k in range(64):
-        expected = naive_crop_and_mirror(images[k], int(shift_y[k]), int(shift_x[k]), bool(mirrored[k]), 5, mode)
+@pytest.mark.parametrize(("height", "width", "padding"), [(32, 32, 4), (24, 40, 5), (8, 8, 7)])
+def test_crop_and_mirror_equals_padding_slicing_and_flipping_each_picture(mode, height, width, padding):
+    images = random_pictures(256, height, width)
+    shift_y, shift_x = torch.randint(-padding, padding + 1, (2, 256))
+    mirrored = torch.rand(256) < 0.5
+    got = crop_and_mirror(images, shift_y, shift_x, mirrored, padding_px=padding, crop_mode=mode)
+    for k in range(256):
+        expected = naive_crop_and_mirror(images[k], int(shift_y[k]), int(shift_x[k]), bool(mirrored[k]), padding, mode)
         assert torch.equal(got[k], expected)
 
 
-def test_mirror_alone_gives_the_picture_or_its_mirror_image():
+@pytest.mark.parametrize("mode", ["reflect", "zeros"])
+def test_mirror_alone_gives_the_picture_or_its_mirror_image(mode):
     images = random_pictures(8)
     mirrored = torch.tensor([True, False] * 4)
-    got = crop_and_mirror(images, None, None, mirrored, "reflect")
+    got = crop_and_mirror(images, None, None, mirrored, padding_px=0, crop_mode=mode)
     assert torch.equal(got[0::2], images[0::2].flip(2))
     assert torch.equal(got[1::2], images[1::2])
+
+
+@pytest.mark.parametrize("mode", ["reflect", "zeros"])
+def test_a_shift_along_one_side_leaves_the_other(mode):
+    images = random_pictures(1)
+    down = crop_and_mirror(images, torch.tensor([3]), None, None, padding_px=4, crop_mode=mode)
+    right = crop_and_mirror(images, None, torch.tensor([-2]), None, padding_px=4, crop_mode=mode)
+    assert torch.equal(down[0], naive_crop_and_mirror(images[0], 3, 0, False, 4, mode))
+    assert torch.equal(right[0], naive_crop_and_mirror(images[0], 0, -2, False, 4, mode))
 
 
 def test_normalize_equals_torchvision_and_leaves_channels_last_memory():
@@ -69,6 +79,35 @@ def test_normalize_equals_torchvision_and_leaves_channels_last_memory():
     got = normalize(images, mean=MEAN, std=STD)
     torch.testing.assert_close(got, reference(images.permute(0, 3, 1, 2)))
     assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_finished_picture_is_the_crop_normalised_by_torchvision_and_cut_out_by_slicing():
+    chosen = Augmentation(crop_padding_px=3, cutout_px=10)
+    images = random_pictures(64, 24, 24)
+    draws = draw_epoch(chosen, num_pictures=64, image_size=24, seed=0, epoch=0, device=CPU)
+    reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN.tolist(), STD.tolist())])
+    got = augment(images, draws, chosen, mean=MEAN, std=STD)
+    for k in range(64):
+        shift_y, shift_x, mirrored = int(draws.shift_y[k]), int(draws.shift_x[k]), bool(draws.mirrored[k])
+        crop = naive_crop_and_mirror(images[k], shift_y, shift_x, mirrored, 3, "reflect")
+        expected = reference(crop.permute(2, 0, 1))
+        top, left = int(draws.cutout_y[k]), int(draws.cutout_x[k])
+        expected[:, top : top + 10, left : left + 10] = 0
+        torch.testing.assert_close(got[k], expected)
+
+
+@pytest.mark.parametrize("contrast", [0.0, 0.3])
+def test_pictures_in_any_memory_layout_come_out_alike_and_are_left_as_they_were(contrast):
+    chosen = Augmentation(cutout_px=6, contrast=contrast)
+    images = random_pictures()
+    planes_first = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    draws = draw_epoch(chosen, num_pictures=16, image_size=32, seed=0, epoch=0, device=CPU)
+    for some in (draws, dataclasses.replace(draws, shift_y=None, shift_x=None, mirrored=None)):
+        before = images.clone()
+        got = augment(images, some, chosen, mean=MEAN, std=STD)
+        assert torch.equal(images, before)
+        assert torch.equal(got, augment(planes_first, some, chosen, mean=MEAN, std=STD))
+        assert got.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
@@ -82,13 +121,14 @@ def test_jitter_equals_torchvision_picture_by_picture(factor):
     torch.testing.assert_close(contrasted, v2.functional.adjust_contrast(chw, factor))
 
 
-def test_cutout_clears_exactly_the_square_of_each_picture():
-    images = torch.ones(3, 3, 8, 8)
-    got = cutout(images, torch.tensor([0, 2, 5]), torch.tensor([0, 4, 5]), 3)
-    for k, (top, left) in enumerate([(0, 0), (2, 4), (5, 5)]):
-        expected = torch.ones(3, 8, 8)
+def test_cutout_clears_exactly_the_square_of_each_picture_in_place():
+    images = torch.ones(3, 3, 8, 9).contiguous(memory_format=torch.channels_last)
+    got = cutout_(images, torch.tensor([0, 2, 5]), torch.tensor([0, 4, 6]), 3)
+    assert got is images
+    for k, (top, left) in enumerate([(0, 0), (2, 4), (5, 6)]):
+        expected = torch.ones(3, 8, 9)
         expected[:, top : top + 3, left : left + 3] = 0
-        assert torch.equal(got[k], expected)
+        assert torch.equal(images[k], expected)
 
 
 def test_draws_are_a_function_of_seed_and_epoch_and_cover_their_range():

@@ -1,0 +1,283 @@
+"""Finished training pictures a second on 2 CPU cores: our resident loader against torchvision's and airbench's ways.
+
+    python benchmarks/loader.py                         50,000 random 32x32 pictures, against torchvision
+    python benchmarks/loader.py --peer airbench=DIR     also against the loader in a checkout of
+                                                        github.com/KellerJordan/cifar10-airbench
+    python benchmarks/loader.py --data ROOT             the training pictures of class folders, scaled to 32x32
+
+Each makes the same of the same uint8 pictures: a crop out of 4 pixels of reflected padding, a random flip, normalised
+floats, a square of 12 pixels set to 0, in shuffled batches of 500. They run in turn, an epoch each, after one epoch of
+each for warming up, and are compared within a round. torchvision.transforms.v2 works picture by picture in 2 persistent
+workers of a DataLoader; ours and airbench's work on whole batches with 2 threads. The cores must be free: a thread that
+waits for the other one's share makes nothing. The last line is ours over torchvision.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cifar_lightning import ImageDataModule
+from cifar_lightning.environment import describe_environment
+from cifar_lightning.errors import UserError
+from cifar_lightning.loader import ResidentLoader
+from cifar_lightning.sources import Channels, PictureSet
+
+NUM_CORES = 2
+BATCH_SIZE = 500  # the default of airbench's loader
+IMAGE_SIZE = 32  # airbench's loader knows no other
+PADDING_PX, CUTOUT_PX = 4, 12  # as airbench96_faster.py has them
+
+AIRBENCH_FILE = "airbench96_faster.py"
+# Its loader stands between these two headings; the rest of the file is a training script.
+AIRBENCH_BEGIN, AIRBENCH_END = (
+    "#                DataLoader                 #",
+    "#               Evaluation                 #",
+)
+# What a CPU forces. Each must be there once: where one is not, the checkout is of another version.
+AIRBENCH_CHANGES = {
+    "map_location='cuda'": "map_location='cpu'",
+    "len(self.images)).cuda()": "len(self.images)).cpu()",
+    "self.images.half() / 255": "self.images.float() / 255",
+}
+
+Epoch = Callable[[], Iterable[Tensor]]
+"""Begins an epoch; gives each batch's pictures."""
+
+
+@dataclass(frozen=True)
+class RandomPictures:
+    """A source of random pixels: it is ready at once, and a loader does not look at what it moves."""
+
+    num_train: int
+    class_names: tuple[str, ...] = tuple(f"class {k}" for k in range(10))
+    image_size: int = IMAGE_SIZE
+    in_channels: int = 3
+    mean: Channels = (0.4914, 0.4822, 0.4465)  # CIFAR-10's
+    std: Channels = (0.2470, 0.2435, 0.2616)
+
+    def prepare(self) -> None:
+        """Nothing to do."""
+
+    def load(self, split: str) -> PictureSet | None:
+        """Draw train, or a test of one picture."""
+        if split == "val":
+            return None
+        count = self.num_train if split == "train" else 1
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (count, IMAGE_SIZE, IMAGE_SIZE, self.in_channels), dtype=np.uint8)
+        return PictureSet(images, rng.integers(0, len(self.class_names), count), sha256="")
+
+    def describe(self) -> str:
+        """One line for the terminal."""
+        return f"{self.num_train:,} random pictures, {IMAGE_SIZE}x{IMAGE_SIZE}"
+
+
+def use_cores(num: int) -> None:
+    """Hold this process, and the workers that it starts, to so many cores."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num])
+    torch.set_num_threads(num)
+
+
+def make_data(root: Path | None, num: int) -> ImageDataModule:
+    """Return the data module that a recipe would make of these pictures, all of them for training."""
+    dataset = "synthetic" if root is None else "folder"
+    settings: dict[str, Any] = {"crop_padding_px": PADDING_PX, "crop_mode": "reflect", "cutout_px": CUTOUT_PX}
+    settings |= {"image_size": IMAGE_SIZE, "val_fraction": 0, "num_workers": 0, "drop_last": True, "device": "cpu"}
+    data = ImageDataModule(dataset, str(root or "."), BATCH_SIZE, **settings)
+    if root is None:
+        data.source = RandomPictures(num)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+class TransformedPictures(Dataset[tuple[Tensor, int]]):
+    """A set in memory as most projects write it: a picture is transformed when it is asked for."""
+
+    def __init__(self, images: Tensor, targets: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
+        self.images, self.targets, self.transform = images.permute(0, 3, 1, 2).contiguous(), targets, transform
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[index]), int(self.targets[index])
+
+
+def torchvision_epochs(loader: ResidentLoader, num_workers: int) -> Epoch:
+    """Return what begins an epoch of torchvision's transforms in a DataLoader, over the pictures of ours."""
+    area = (CUTOUT_PX / IMAGE_SIZE) ** 2
+    transform = v2.Compose(
+        [
+            v2.Pad(PADDING_PX, padding_mode="reflect"),
+            v2.RandomCrop(IMAGE_SIZE),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(loader.mean.tolist(), loader.std.tolist()),
+            # One area and one ratio: always the square of CUTOUT_PX.
+            v2.RandomErasing(p=1, scale=(area, area), ratio=(1, 1), value=0),
+        ]
+    )
+    settings: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": True, "drop_last": True}
+    pictures = TransformedPictures(loader.images, loader.targets, transform)
+    batches = DataLoader(pictures, batch_size=BATCH_SIZE, shuffle=True, **settings)
+    return lambda: (images for images, _ in batches)
+
+
+def airbench_loader_text(checkout: Path) -> str:
+    """Return the part of airbench's file that defines its loader, changed for a CPU.
+
+    Raises:
+        UserError: No checkout, or one of another version.
+    """
+    path = checkout / AIRBENCH_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--peer airbench={checkout}: {error.strerror}: {path}; give a checkout of it.") from error
+    text = text.partition(AIRBENCH_BEGIN)[2].partition(AIRBENCH_END)[0]
+    for original, changed in AIRBENCH_CHANGES.items():
+        if text.count(original) != 1:
+            raise UserError(
+                f"--peer airbench={checkout}: its {AIRBENCH_FILE} is another version: no {original!r} there."
+            )
+        text = text.replace(original, changed)
+    if "cuda" in text or ".half()" in text or "class InfiniteCifarLoader:" not in text:
+        raise UserError(f"--peer airbench={checkout}: its {AIRBENCH_FILE} is another version, which a CPU cannot run.")
+    return text
+
+
+def airbench_epochs(loader: ResidentLoader, text: str) -> Epoch:
+    """Return what begins an epoch of airbench's loader over the pictures of ours; its own iterator never ends."""
+    names: dict[str, Any] = {"os": os, "torch": torch, "F": F, "torchvision": torchvision}
+    names["T"] = torchvision.transforms
+    exec(compile(text, AIRBENCH_FILE, "exec"), names)
+    num_batches = len(loader)
+    whole = slice(num_batches * BATCH_SIZE)  # or a batch would reach into the next epoch
+    with tempfile.TemporaryDirectory() as folder:
+        data = {"images": loader.images[whole].clone(), "labels": loader.targets[whole].clone(), "classes": []}
+        torch.save(data, Path(folder) / "train.pt")
+        aug = {"flip": True, "translate": PADDING_PX, "cutout": CUTOUT_PX}
+        # Flips are drawn in each epoch, as the others do.
+        peer = names["InfiniteCifarLoader"](folder, batch_size=BATCH_SIZE, aug=aug, altflip=False)
+    batches = iter(peer)
+    return lambda: (images for _, images, _ in itertools.islice(batches, num_batches))
+
+
+def check(name: str, batches: Iterable[Tensor], num_batches: int) -> None:
+    """Run an epoch, unmeasured; make sure that it is whole and that its first batch was finished."""
+    iterator: Iterator[Tensor] = iter(batches)
+    first = next(iterator)
+    assert first.shape == (BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE), f"{name}: {first.shape}"
+    assert first.dtype == torch.float32, f"{name}: {first.dtype}"
+    cut_out = (first == 0).all(1).flatten(1).sum(1)
+    assert (cut_out >= CUTOUT_PX**2).all(), f"{name}: a picture without its square"
+    assert 1 + sum(1 for _ in iterator) == num_batches, name
+
+
+def compare(ways: dict[str, Epoch], num_batches: int, rounds: int) -> dict[str, list[float]]:
+    """Run an epoch of each way in turn, `rounds` times after one for warming up; return images/s, round by round."""
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for name, epoch in ways.items():
+        check(name, epoch(), num_batches)
+    for _ in range(rounds):
+        for name, epoch in ways.items():
+            began = time.perf_counter()
+            for _ in epoch():
+                pass
+            rates[name].append(num_batches * BATCH_SIZE / (time.perf_counter() - began))
+    return rates
+
+
+def parse_peer(text: str) -> Path:
+    """Return DIR of airbench=DIR."""
+    name, _, folder = text.partition("=")
+    if name != "airbench" or not folder:
+        raise argparse.ArgumentTypeError(f"{text}: airbench=DIR is the only peer that needs a folder")
+    return Path(folder)
+
+
+def main() -> None:
+    """Measure and print; the last line is `ratio=X`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=parse_peer, metavar="airbench=DIR", help="also compare with airbench's loader")
+    parser.add_argument("--data", type=Path, metavar="ROOT", help="class folders; by default random pictures")
+    parser.add_argument("--num", type=int, default=50_000, help="random pictures (default 50,000, as CIFAR-10 has)")
+    parser.add_argument("--rounds", type=int, default=5, help="epochs of every loader (default 5)")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    args = parser.parse_args()
+    try:
+        text = airbench_loader_text(args.peer) if args.peer else None
+        use_cores(NUM_CORES)
+        data = make_data(args.data, args.num)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    loader = data.train_dataloader()
+    assert isinstance(loader, ResidentLoader)
+    ways: dict[str, Epoch] = {"ours": lambda: (images for images, _ in loader)}
+    ways["torchvision"] = torchvision_epochs(loader, NUM_CORES)
+    if text is not None:
+        ways["airbench"] = airbench_epochs(loader, text)
+    rates = compare(ways, len(loader), args.rounds)
+    tell(rates, data.source.describe(), text, args)
+
+
+def tell(rates: dict[str, list[float]], pictures: str, airbench_text: str | None, args: argparse.Namespace) -> None:
+    """Print the figures, and write them where `--json` asks for it."""
+    environment = describe_environment()
+    device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores"
+    print(f"{pictures}; batches of {BATCH_SIZE}, images/s:")
+    for name, values in rates.items():
+        print(f"  {name:<12} {statistics.median(values):9,.0f}  ({min(values):,.0f} to {max(values):,.0f})")
+    peers = [name for name in rates if name != "ours"]
+    ratios = {name: [ours / peer for ours, peer in zip(rates["ours"], rates[name], strict=True)] for name in peers}
+    if airbench_text is not None:
+        changes = "; ".join(f"{original} -> {changed}" for original, changed in AIRBENCH_CHANGES.items())
+        print(f"  airbench is InfiniteCifarLoader of its {AIRBENCH_FILE}, changed for a CPU: {changes}")
+        print(f"ours over airbench, {summary(ratios['airbench'], device)}")
+    if args.json:
+        figures = {
+            "commit": environment["commit"],
+            "hardware": device,
+            "versions": environment["versions"],
+            "pictures": pictures,
+            "batch_size": BATCH_SIZE,
+            "images_per_s": rates,
+            "ratios": ratios,
+            "airbench_sha256": airbench_text and hashlib.sha256(airbench_text.encode()).hexdigest(),
+        }
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print(f"ours over torchvision in {NUM_CORES} workers, {summary(ratios['torchvision'], device)}")
+    print(f"ratio={statistics.median(ratios['torchvision']):.1f}")
+
+
+def summary(ratios: list[float], device: str) -> str:
+    """Return how often, where, and the median with its spread."""
+    spread = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+    return f"{len(ratios)} rounds of an epoch, {device}: {spread}"
+
+
+if __name__ == "__main__":
+    main()
