@@ -160,9 +160,9 @@ def resize(
     if images.device.type == "cuda":  # has no kernel for bytes
         planes = planes.float()
     scaled = interpolate(planes, (size, size), mode="bilinear", antialias=True)
-    return (
-        scaled.round().to(torch.uint8).permute(0, 2, 3, 1) if scaled.is_floating_point() else scaled.permute(0, 2, 3, 1)
-    )
+    if scaled.is_floating_point():
+        scaled = scaled.round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1)
 
 
 def crop_and_mirror(

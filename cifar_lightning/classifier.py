@@ -18,7 +18,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.evaluation import evaluation_metrics, update_evaluation
 from cifar_lightning.guard import LossGuard
 from cifar_lightning.limits import check_limits
-from cifar_lightning.models import SpeedNet, build_model
+from cifar_lightning.models import SpeedNet, build_model, compile_network
 from cifar_lightning.optim import Muon, OptimizerName, ScheduleName, build_optimizer, linear, one_cycle, settings_of
 from cifar_lightning.views import Views, view_logits
 from cifar_lightning.weights import plain, progress_of
@@ -53,7 +53,7 @@ class ImageClassifier(pl.LightningModule):
         tta: Average the answers to views of a picture in test, validate and predict (not while training): none, mirror
             or six (mirrored and moved by a pixel).
         model_kwargs: More arguments of the network, such as {widths: [16, 32, 64], dropout: 0.2}.
-        compile: Compile the network with torch.compile.
+        compile: Compile the network for training with torch.compile, where a compiler is there.
         model: A network of one's own that gives raw logits, instead of `name`; from Python only.
 
     Raises:
@@ -112,8 +112,7 @@ class ImageClassifier(pl.LightningModule):
         network = build_model(str(name), num_classes, image_size, **(model_kwargs or {})) if model is None else model
         # NHWC: the loaders' batches lie so, and convolutions are faster on both CPU and tensor cores.
         self.network = network.to(memory_format=torch.channels_last)
-        if compile:
-            self.network.compile()
+        self._is_to_compile = compile
         self.val_metrics = evaluation_metrics(num_classes)
         self.test_metrics = evaluation_metrics(num_classes)
         self._train_totals = _no_totals(self.device)
@@ -139,7 +138,7 @@ class ImageClassifier(pl.LightningModule):
     # -- training ------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Make the epoch's sums on the device, and the filters that are made from pictures.
+        """Make the epoch's sums on the device, compile, and make the filters that are made from pictures.
 
         A run resumed inside an epoch has no start of it.
 
@@ -147,6 +146,9 @@ class ImageClassifier(pl.LightningModule):
             UserError: SpeedNet was not whitened, and its pictures are not an `ImageDataModule`'s.
         """
         self._train_totals, self._num_restored = _no_totals(self.device), 0
+        if self._is_to_compile:
+            compile_network(self.network, self.device)
+            self._is_to_compile = False
         if not isinstance(self.network, SpeedNet) or self.network.stem.is_whitened:
             return
         sample = getattr(getattr(self.trainer, "datamodule", None), "sample_of_training", None)

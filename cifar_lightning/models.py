@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -234,3 +235,20 @@ def build_model(name: str, num_classes: int = 10, image_size: int = 32, **kwargs
             raise
         reason = str(error).partition("\n")[0]  # torch writes its C++ stack behind it
         raise UserError(f"--model.model_kwargs {kwargs}: {name} does not take them ({reason}).") from error
+
+
+def compile_network(network: nn.Module, device: torch.device) -> None:
+    """Compile a network in place, or say on stderr that it runs uncompiled, and why."""
+    from torch._inductor import cpp_builder  # takes seconds to import
+    from torch.utils._triton import has_triton
+
+    try:
+        if device.type == "cpu":
+            cpp_builder.get_cpp_compiler()  # without this, the first step would fail
+        elif not has_triton():
+            raise RuntimeError("Triton is not there for this GPU")
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        print(f"--model.compile: the network runs uncompiled ({reason}).", file=sys.stderr)
+        return
+    network.compile()

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.models import MODELS, SmallNet, SpeedNet, WhiteningConv, build_model
+from cifar_lightning.models import MODELS, SmallNet, SpeedNet, WhiteningConv, build_model, compile_network
 
 
 def test_smallnet_has_the_published_number_of_parameters():
@@ -145,3 +145,16 @@ def test_a_whitened_stem_is_remembered_with_the_weights():
 def test_speednet_refuses_what_it_cannot_be(size, kwargs, message):
     with pytest.raises(UserError, match=message):
         build_model("speednet", image_size=size, **kwargs)
+
+
+def test_without_a_compiler_the_network_runs_uncompiled_and_says_so(monkeypatch, capsys):
+    def find_none():
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", find_none)
+    network = SmallNet(widths=[2, 2])
+    compile_network(network, torch.device("cpu"))
+    assert capsys.readouterr().err == (
+        "--model.compile: the network runs uncompiled (No working C++ compiler found).\n"
+    )
+    assert network(torch.randn(2, 3, 4, 4)).shape == (2, 10)
