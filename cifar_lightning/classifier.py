@@ -353,14 +353,15 @@ class ImageClassifier(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the logits of a batch."""
-        return view_logits(self.network, batch[0], self.tta)[0]
+        return view_logits(self.network, batch[0], self.tta)[0].float()
 
     def _evaluate(self, metrics: MetricCollection, batch: Batch) -> Float[Tensor, "batch classes"]:
         images, targets = batch
         views = "none" if self.trainer.state.fn == TrainerFn.FITTING else self.tta
-        logits, plain_logits = view_logits(self.network, images, views)
+        # In 32 bits: NumPy has no bfloat16.
+        logits, plain_logits = (answers.float() for answers in view_logits(self.network, images, views))
         if len(targets) > 0:  # a rank whose share has run out gets an empty batch
-            update_evaluation(metrics, logits.float(), plain_logits.float(), targets)
+            update_evaluation(metrics, logits, plain_logits, targets)
         return logits
 
     def on_validation_epoch_end(self) -> None:

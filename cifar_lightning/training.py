@@ -1,7 +1,6 @@
 """fit, validate, test, predict and tune: LightningCLI over ImageClassifier and ImageDataModule; runs are folders."""
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from cifar_lightning.files import MetricsTable, write_text_durably
 from cifar_lightning.findings import find
 from cifar_lightning.noise import silence
 from cifar_lightning.parser import TABLE, RunParser, add_own_flags, as_list, check_arguments, config_text, table_text
+from cifar_lightning.precision import settle_precision
 from cifar_lightning.progress import RunProgress
 from cifar_lightning.report import make_report
 from cifar_lightning.results import Results
@@ -123,21 +123,11 @@ class RunCLI(LightningCLI):
         """Leave the command line as it is: LightningCLI would silently replace it by the checkpoint's values."""
 
     def before_instantiate_classes(self) -> None:
-        """Choose by device what was left open: precision, and cuDNN's autotune where runs need not be deterministic."""
+        """Choose by device what was left open, and find where a run goes on."""
         config = self.config[self.subcommand]
         check_arguments(str(self.subcommand), config)
         trainer = config.trainer
-        on_cuda = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
-        if on_cuda:
-            torch.set_float32_matmul_precision("high")  # TF32 where a product is in 32 bits
-        if trainer.precision is None:
-            trainer.precision = "16-mixed" if on_cuda else "32-true"
-        elif not on_cuda and str(trainer.precision) in ("16", "16-mixed", "16-true"):
-            # Half precision on a CPU is emulated and 90 times slower where the processor has no instructions for it.
-            print(f"--trainer.precision {trainer.precision} needs a GPU: using 32-true.", file=sys.stderr)
-            trainer.precision = "32-true"
-        if trainer.benchmark is None:
-            trainer.benchmark = not trainer.deterministic
+        settle_precision(trainer)
         if self.resumed is not None:
             self.changes = find_changes(self.resumed, config_text(self._parser("fit"), config))
             self.stopped_at, self._damages = stop_point(self.resumed)

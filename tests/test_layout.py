@@ -42,7 +42,7 @@ LAYERS = [
     ["results", "statements", "findings", "comparison", "charts", "page", "terminal", "report", "model_card"],
     ["callbacks", "answers", "dashboard", "progress", "predict", "export", "doctor"],
     ["exact", "checkpoint"],
-    ["resume", "tune", "parser", "noise", "failures", "training"],
+    ["precision", "resume", "tune", "parser", "noise", "failures", "training"],
     ["help", "cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
