@@ -18,6 +18,7 @@ import tempfile
 import time
 import timeit
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,7 +29,7 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from overhead import SMALL_BATCH, one_layer, our_fit, register, silence, step_us
+from overhead import SMALL_BATCH, one_layer, our_fit, register, silence, step_us, usual_parts
 
 from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.checkpoint import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint
@@ -53,10 +54,11 @@ def without_guards() -> Iterator[None]:
 def step_costs(rounds: int) -> tuple[list[float], list[float]]:
     """Return microseconds a step with and without the guards, round by round; who goes first alternates."""
     guarded, bare = list[float](), list[float]()
+    fit = partial(our_fit, usual_parts())
     for number in range(rounds):
         for is_guarded in (True, False) if number % 2 == 0 else (False, True):
             with contextlib.nullcontext() if is_guarded else without_guards():
-                (guarded if is_guarded else bare).append(step_us(our_fit, "one_layer", SMALL_BATCH))
+                (guarded if is_guarded else bare).append(step_us(fit, "one_layer", SMALL_BATCH))
     return guarded, bare
 
 

@@ -2,6 +2,8 @@
 
     python benchmarks/overhead.py            one-layer network, then SmallNet at batch 128; the last line is SmallNet's
     python benchmarks/overhead.py --quick    the one-layer network alone, 1 round
+    python benchmarks/overhead.py --recipe speedrun94    the one-layer network with a recipe's optimiser, schedule and
+                                             flags; the last line is what fit adds over what barebones adds
 
 Four ways of training run in turn, several rounds, in one process: a hand-written loop; plain Lightning (bar, CSV
 logger, `self.log(prog_bar=True)`, its checkpoint callback); its barebones; our ordinary `fit` (bar, TensorBoard,
@@ -10,6 +12,7 @@ metrics, checkpoints). A step's time is the mean distance of two forward passes;
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -17,13 +20,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+import yaml
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,7 +40,7 @@ from cifar_lightning.environment import describe_environment
 from cifar_lightning.flags import table
 from cifar_lightning.loader import PictureLoader
 from cifar_lightning.models import MODELS
-from cifar_lightning.optim import build_optimizer, one_cycle
+from cifar_lightning.optim import build_optimizer, linear, one_cycle
 
 SMALL_BATCH = 4  # 1,125 steps in an epoch of the synthetic set
 LR = 1e-3
@@ -73,14 +80,52 @@ def register(**networks: Callable[[int, int], nn.Module]) -> None:
     table()["model.name"]["choices"] += networks
 
 
-def hand_loop(name: str, batch_size: int) -> None:
+@dataclass(frozen=True)
+class Parts:
+    """What every way trains with.
+
+    Attributes:
+        optimizer: Arguments of `build_optimizer`.
+        schedule: Makes the schedule of an optimiser for a number of steps.
+        flags: Of `fit`, for the same.
+    """
+
+    optimizer: dict[str, Any]
+    schedule: Callable[[torch.optim.Optimizer, int], LRScheduler]
+    flags: list[str]
+
+
+def usual_parts() -> Parts:
+    """Return AdamW with OneCycle."""
+    return Parts(
+        {"name": "adamw", "lr": LR, "weight_decay": 0.05, "sgd_lr": 0.1},
+        lambda optimizer, steps: one_cycle(optimizer, total_steps=steps, pct_start=0.3),
+        [f"--lr={LR}"],
+    )
+
+
+def recipe_parts(recipe: str) -> Parts:
+    """Return what a recipe with a linear schedule trains with; sizes, views and precision are a plain run's."""
+    path = Path(__file__).resolve().parent.parent / "configs" / f"{recipe}.yaml"
+    model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+    names = ("lr", "sgd_lr", "head_lr", "momentum", "sgd_momentum", "sgd_weight_decay")
+    optimizer = {name: model[name] for name in names} | {"name": model["optimizer"], "weight_decay": 0.0}
+    plain = ["--data.train_sizes=[32]", "--model.tta=none", "--trainer.precision=32-true", "--model.model_kwargs=null"]
+    return Parts(
+        optimizer,
+        lambda optimizer, steps: linear(optimizer, total_steps=steps),
+        [f"--config={path}", *plain],
+    )
+
+
+def hand_loop(parts: Parts, name: str, batch_size: int) -> None:
     """Train one epoch as one would without Lightning."""
     os.environ[NVML_CHECK] = "0"  # as in a process without Lightning
     data = ImageDataModule("synthetic", batch_size=batch_size)
     loader = data.train_dataloader()
     network = MODELS[name](10, 32)
-    optimizer = build_optimizer(network, "adamw", lr=LR, weight_decay=0.05, sgd_lr=0.1)
-    schedule = one_cycle(optimizer, total_steps=len(loader), pct_start=0.3)
+    optimizer = build_optimizer(network, **parts.optimizer)
+    schedule = parts.schedule(optimizer, len(loader))
     network.train()
     for images, targets in loader:
         optimizer.zero_grad()
@@ -93,9 +138,9 @@ def hand_loop(name: str, batch_size: int) -> None:
 class PlainModule(pl.LightningModule):
     """What most projects write."""
 
-    def __init__(self, name: str, total_steps: int) -> None:
+    def __init__(self, parts: Parts, name: str, total_steps: int) -> None:
         super().__init__()
-        self.network, self.total_steps = MODELS[name](10, 32), total_steps
+        self.parts, self.network, self.total_steps = parts, MODELS[name](10, 32), total_steps
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return and log the loss."""
@@ -106,8 +151,8 @@ class PlainModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict:
         """Return the same optimiser and schedule as the others."""
-        optimizer = build_optimizer(self.network, "adamw", lr=LR, weight_decay=0.05, sgd_lr=0.1)
-        schedule = one_cycle(optimizer, total_steps=self.total_steps, pct_start=0.3)
+        optimizer = build_optimizer(self.network, **self.parts.optimizer)
+        schedule = self.parts.schedule(optimizer, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -123,26 +168,27 @@ class TrainingData(pl.LightningDataModule):
         return self.inner.train_dataloader()
 
 
-def plain_lightning(name: str, batch_size: int) -> None:
+def plain_lightning(parts: Parts, name: str, batch_size: int) -> None:
     """Train one epoch with Lightning's defaults."""
     os.environ[NVML_CHECK] = "1"  # as importing Lightning leaves it
     data = TrainingData(batch_size)
-    module = PlainModule(name, len(data.train_dataloader()))
+    module = PlainModule(parts, name, len(data.train_dataloader()))
     pl.Trainer(max_epochs=1, accelerator="cpu", logger=CSVLogger("logs")).fit(module, data)
 
 
-def barebones(name: str, batch_size: int) -> None:
+def barebones(parts: Parts, name: str, batch_size: int) -> None:
     """Train one epoch with everything that Lightning can switch off switched off."""
     os.environ[NVML_CHECK] = "1"  # as importing Lightning leaves it
     data = TrainingData(batch_size)
-    module = PlainModule(name, len(data.train_dataloader()))
+    module = PlainModule(parts, name, len(data.train_dataloader()))
     pl.Trainer(max_epochs=1, accelerator="cpu", barebones=True).fit(module, data)
 
 
-def our_fit(name: str, batch_size: int) -> None:
+def our_fit(parts: Parts, name: str, batch_size: int) -> None:
     """Train one epoch with the ordinary `fit` command."""
-    flags = {"--data.dataset": "synthetic", "--batch_size": batch_size, "--model.name": name, "--epochs": 1, "--lr": LR}
-    run_command(["fit", "--trainer.accelerator=cpu", *(f"{flag}={value}" for flag, value in flags.items())])
+    flags = {"--data.dataset": "synthetic", "--batch_size": batch_size, "--model.name": name, "--epochs": 1}
+    flags_given = [*parts.flags, *(f"{flag}={value}" for flag, value in flags.items())]
+    run_command(["fit", "--trainer.accelerator=cpu", *flags_given])
 
 
 def step_us(way: object, name: str, batch_size: int) -> float:
@@ -184,11 +230,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of every way (default 5)")
     parser.add_argument("--quick", action="store_true", help="one round of the one-layer network alone")
+    parser.add_argument("--recipe", help="train the one-layer network as this recipe does, such as speedrun94")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
     register(one_layer=one_layer, clocked_smallnet=small_net)
     rounds = 1 if args.quick else args.rounds
-    ways = {"hand loop": hand_loop, "plain Lightning": plain_lightning, "barebones": barebones, "fit": our_fit}
+    parts = recipe_parts(args.recipe) if args.recipe else usual_parts()
+    ways = {
+        label: functools.partial(way, parts)
+        for label, way in {
+            "hand loop": hand_loop,
+            "plain Lightning": plain_lightning,
+            "barebones": barebones,
+            "fit": our_fit,
+        }.items()
+    }
     small = compare(ways, "one_layer", SMALL_BATCH, rounds)
     print(f"one-layer network, batch {SMALL_BATCH}, {rounds} rounds of 1,125 steps, microseconds a step, CPU:")
     for label, times in small.items():
@@ -204,8 +260,15 @@ def main() -> None:
     }
     figures |= {"one_layer_us": small, "added_over_plain": ratios}
     ratio = statistics.median(ratios)
-    if not args.quick:
-        large = compare({"hand loop": hand_loop, "fit": our_fit}, "clocked_smallnet", 128, rounds)
+    if args.recipe:
+        rounds_us = zip(small["hand loop"], small["barebones"], small["fit"], strict=True)
+        ratios = [(ours - hand) / (bare - hand) for hand, bare, ours in rounds_us]
+        ratio = statistics.median(ratios)
+        figures |= {"recipe": args.recipe, "added_over_barebones": ratios}
+        print(f"added by fit over added by barebones, CPU, {rounds} rounds ({min(ratios):.2f} to {max(ratios):.2f}):")
+    elif not args.quick:
+        pair = {label: ways[label] for label in ("hand loop", "fit")}
+        large = compare(pair, "clocked_smallnet", 128, rounds)
         ratios = [o / h for h, o in zip(large["hand loop"], large["fit"], strict=True)]
         ratio = statistics.median(ratios)
         figures |= {"smallnet_us": large, "fit_over_hand_loop": ratios}

@@ -17,7 +17,7 @@ import yaml
 from cifar_lightning.cli import QUICK, training_arguments
 from cifar_lightning.errors import UserError
 from cifar_lightning.flags import ALIASES, FRONT_ONLY, check_recipe, table
-from cifar_lightning.models import SmallNet
+from cifar_lightning.models import build_model
 from cifar_lightning.parser import config_text
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.training import fit_parser
@@ -210,7 +210,7 @@ def test_a_recipe_fits_the_signatures_and_names_its_command(path, parser):
     parsed = parser.parse_args(["--config", str(path)])
     values = dict(leaves(parsed.as_dict()))
     assert {name: values[name] for name, _ in stated_by(path)} == dict(stated_by(path))
-    SmallNet(**(parsed["model"]["model_kwargs"] or {}))
+    build_model(parsed["model"]["name"], **(parsed["model"]["model_kwargs"] or {}))
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 25
     header = lines[: next(at for at, line in enumerate(lines) if not line.startswith("#"))]
@@ -220,7 +220,9 @@ def test_a_recipe_fits_the_signatures_and_names_its_command(path, parser):
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != "smallnet"], ids=lambda path: path.stem)
 def test_a_recipe_states_only_what_differs(path, parser):
     defaults = dict(leaves(parser.get_defaults().as_dict()))
-    for name, parameter in inspect.signature(SmallNet).parameters.items():
+    stated_name = dict(stated_by(path)).get("model.name", "smallnet")
+    network = type(build_model(stated_name))
+    for name, parameter in inspect.signature(network).parameters.items():
         defaults[f"model.model_kwargs.{name}"] = parameter.default
     stated = stated_by(path)
     assert stated
