@@ -167,7 +167,7 @@ class ImageClassifier(pl.LightningModule):
         holds_back = has_scaler or isinstance(optimizer, Muon) or bool(optimizer.defaults.get("fused"))
         guard = LossGuard(self.device, is_deferred=self.device.type == "cuda" and holds_back)
         if guard.is_deferred and not has_scaler:
-            optimizer.found_inf = guard.found_inf  # type: ignore[attr-defined]  # GradScaler's way, too
+            optimizer.found_inf = guard.found_inf  # type: ignore[attr-defined]  # as GradScaler does for torch's fused ones
         return guard
 
     def _apply_settings(self) -> None:
@@ -226,9 +226,10 @@ class ImageClassifier(pl.LightningModule):
         """Return train/loss and train/acc of this rank's pictures so far in this epoch; waits for the device.
 
         Raises:
-            RunError: The loss was not finite in some step.
+            RunError: The loss was not finite in some step; several processes are told at the epoch's end, together.
         """
-        self._check_guard()
+        if self.trainer.world_size == 1:
+            self._check_guard()
         loss_sum, num_correct, num_pictures = self._train_totals
         return {
             "train/loss": loss_sum.item() / max(1, num_pictures),

@@ -139,7 +139,8 @@ class Muon(torch.optim.Optimizer):
     Filters are taken as matrices (out_channels, in_channels * height * width) and kept at the norm sqrt(out_channels),
     which makes `lr` the relative size of a step; a BatchNorm must follow them, since it makes their scale free.
     After airbench94_muon (KellerJordan/cifar10-airbench), which orthogonalises in half precision; here in the filters'.
-    Where `found_inf`, a float tensor that GradScaler or a guard sets as an attribute, is 1, a step changes nothing.
+    Where `found_inf`, a float tensor that a guard sets as an attribute, is 1, a step changes nothing. GradScaler sets
+    none here, as it does for torch's fused optimisers: it reads its own flag on the host and leaves the step out.
 
     Args:
         filters: Convolution weights.

@@ -16,12 +16,12 @@ TINY = ["--data.dataset", "synthetic", "--data.image_size", "16", "--batch_size"
 TINY += ["--model.model_kwargs", "{widths: [4, 8, 8]}", "--trainer.accelerator", "cpu"]
 
 
-def start(*arguments, cwd, check=True, **variables):
-    """Run `train.py` in a new process with one thread, so that tests do not fight for the cores."""
+def start(*arguments, cwd, check=True, program=REPO / "train.py", **variables):
+    """Run `train.py`, or another program, in a new process with one thread: tests do not fight for cores."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **variables}
     environment.pop("CIFAR_LIGHTNING_RUN_DIR", None)
     done = subprocess.run(
-        [sys.executable, str(REPO / "train.py"), *map(str, arguments)],
+        [sys.executable, str(program), *map(str, arguments)],
         cwd=cwd,
         env=environment,
         capture_output=True,

@@ -1,7 +1,10 @@
 """A loss that is no number stops the run before the update; on the device by a flag that optimisers know."""
 
+from functools import partial
+
 import pytest
 import torch
+from program import REPO, TINY, start
 
 from cifar_lightning.errors import RunError
 from cifar_lightning.guard import LossGuard
@@ -69,3 +72,64 @@ def test_the_flag_holds_an_update_back_and_changes_no_other(make):
     for index, state in states[0].items():
         for name, value in state.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][index][name])), name
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_deferred", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_bad_loss_of_another_process_stops_this_one_and_the_first_one_speaks(monkeypatch, is_deferred, rank):
+    others = torch.zeros(())
+    two = {"is_initialized": lambda: True, "get_world_size": lambda: 2, "get_rank": lambda: rank}
+    for name, answer in {**two, "all_reduce": lambda own, op: own.copy_(torch.maximum(own, others))}.items():
+        monkeypatch.setattr(torch.distributed, name, answer)
+    guard = LossGuard(CPU, is_deferred)
+    guard.watch(torch.tensor(1.0), 3, 0)
+    others.fill_(1)
+    if is_deferred:
+        guard.watch(torch.tensor(1.0), 4, 0)
+        assert guard.found_inf == 1  # before the update
+    look = partial(guard.check, 0) if is_deferred else partial(guard.watch, torch.tensor(1.0), 4, 0)
+    with pytest.raises(SystemExit if rank else RunError, match="^0$" if rank else "in epoch 1, step 5"):
+        look()
+
+
+SPOILED = """
+import os
+from pathlib import Path
+
+from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from cifar_lightning.cli import main
+
+rank, num_steps, cross_entropy = int(os.environ.get("LOCAL_RANK", 0)), [0], functional.cross_entropy
+
+
+def spoiled(*args, **kwargs):
+    num_steps[0] += 1
+    return cross_entropy(*args, **kwargs) * (float("nan") if rank == 1 and num_steps[0] == 3 else 1)
+
+
+def note(*_):
+    with Path(f"updates{rank}").open("a") as file:
+        file.write(".")
+
+
+functional.cross_entropy = spoiled
+register_optimizer_step_post_hook(note)
+main()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_before_the_update_where_the_second_ones_loss_is_no_number(tmp_path):
+    (tmp_path / "spoiled.py").write_text(SPOILED)
+    two = ["--trainer.strategy", "ddp", "--trainer.devices", 2, "--epochs", 1]
+    settings = {"check": False, "program": tmp_path / "spoiled.py", "PYTHONPATH": str(REPO)}
+    done = start("fit", *TINY, *two, cwd=tmp_path, **settings)
+    assert done.returncode == 1, done.stderr
+    assert "in epoch 1, step 3; the weights were not updated by it" in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+    assert [(tmp_path / f"updates{rank}").read_text() for rank in (0, 1)] == ["..", ".."]
