@@ -45,8 +45,8 @@ class DurableCheckpointIO(CheckpointIO):
         broken = next((name for name, value in checkpoint["state_dict"].items() if not _is_finite(value)), None)
         if broken is not None:
             raise RunError(
-                f"{target}: not written, since {broken} holds NaN or infinity after step {checkpoint['global_step']}; "
-                "the checkpoint before is kept.\nLower --lr, or clip with --trainer.gradient_clip_val 1."
+                f"{target}: not written, since {broken} holds NaN or infinity after step {checkpoint['global_step']}"
+                f"{_kept(target)[0]}.\nLower --lr, or clip with --trainer.gradient_clip_val 1."
             )
         buffer = BytesIO()
         torch.save(checkpoint, buffer)
@@ -54,9 +54,9 @@ class DurableCheckpointIO(CheckpointIO):
             target.parent.mkdir(parents=True, exist_ok=True)
             write_bytes_durably(target, seal(buffer.getvalue()))
         except OSError as error:
+            kept, then = _kept(target)
             raise RunError(
-                f"{target}: cannot be written ({error.strerror}); the checkpoint before is kept.\n"
-                f"Make room or mend the permissions, then: python train.py fit --resume {target.parent.parent}"
+                f"{target}: cannot be written ({error.strerror}){kept}.\nMake room or mend the permissions{then}"
             ) from error
 
     def load_checkpoint(
@@ -68,6 +68,14 @@ class DurableCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Remove a checkpoint that the Trainer no longer keeps."""
         Path(path).unlink(missing_ok=True)
+
+
+def _kept(target: Path) -> tuple[str, str]:
+    """Return what is left where a checkpoint could not be written, and how to go on from it, as ends of sentences."""
+    run = RunFolder(target.parent.parent)
+    if target.parent == run.checkpoints and run.resumed_checkpoint.exists():
+        return "; the checkpoint before is kept", f", then: {run.resume_command}"
+    return ("; what lay there before is kept" if target.exists() else ""), "."
 
 
 def _is_finite(value: Any) -> bool:
@@ -208,7 +216,7 @@ class LastCheckpoint(Checkpoint):
         except OSError as error:
             raise RunError(
                 f"{self.run.previous_checkpoint}: cannot be written ({error.strerror}); last.ckpt is kept.\n"
-                f"Make room or mend the permissions, then: python train.py fit --resume {self.run.path}"
+                f"Make room or mend the permissions, then: {self.run.resume_command}"
             ) from error
 
     def _note_saved(self, trainer: pl.Trainer) -> None:

@@ -1,6 +1,5 @@
 """What a terminal shows of a run: what it starts from, one bar an epoch, one line for each finished epoch."""
 
-import shlex
 import sys
 import time
 from typing import Any
@@ -156,9 +155,9 @@ class RunProgress(ProgressBar):
         """Give the terminal back before an error is shown; name what a signal leaves."""
         self._close_bar()
         if isinstance(exception, Stopped) and self._enabled and self.run is not None:
-            goes_on = f"python train.py fit --resume {shlex.quote(str(self.run.path))} goes on"
             has_checkpoint = self.run.last_checkpoint.exists()
-            kept = f"{goes_on} from the last checkpoint" if has_checkpoint else "nothing was saved yet"
+            goes_on = f"{self.run.resume_command} goes on from the last checkpoint"
+            kept = goes_on if has_checkpoint else "nothing was saved yet"
             self._print(f"stopped in epoch {trainer.current_epoch + 1} after step {trainer.global_step:,}: {kept}")
 
     # -- the terminal ----------------------------------------------------------------------------------------------

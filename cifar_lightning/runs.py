@@ -7,6 +7,7 @@ process dies, however it dies. How its small files are written: `files`.
 import contextlib
 import errno
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -163,6 +164,11 @@ class RunFolder:
     def has_checkpoint(self) -> bool:
         """Whether there is any checkpoint, complete or not."""
         return any(self.checkpoints.glob("*.ckpt"))
+
+    @property
+    def resume_command(self) -> str:
+        """What to type to go on with it."""
+        return f"python train.py fit --resume {shlex.quote(str(self.path))}"
 
     @property
     def has_results(self) -> bool:

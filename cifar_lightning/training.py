@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from cifar_lightning.dashboard import Dashboard, board_for
 from cifar_lightning.data import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.exact import ExactState
-from cifar_lightning.failures import explain
+from cifar_lightning.failures import explained, of_settings
 from cifar_lightning.files import MetricsTable, write_text_durably
 from cifar_lightning.findings import find
 from cifar_lightning.noise import silence
@@ -35,7 +36,6 @@ from cifar_lightning.signals import StopSignals
 from cifar_lightning.terminal import print_findings, print_validation
 from cifar_lightning.tune import LrRange, find_lr, write_lr_range
 from cifar_lightning.weights import load_weights, read_checkpoint
-from cifar_lightning.wording import clipped
 
 RUNS = Path("runs")
 _EVALUATING = ("validate", "test", "predict")
@@ -60,17 +60,13 @@ def run_training(command: str, arguments: Sequence[str], *, resumed: RunFolder |
         # optimisers ask in every step: 0.1 ms of each step on a machine without a GPU.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
     try:
-        if command == "tune":
-            TuneCLI(["fit", *arguments])
-        else:
-            RunCLI([command, *arguments], resumed)
+        with explained(command):
+            if command == "tune":
+                TuneCLI(["fit", *arguments])
+            else:
+                RunCLI([command, *arguments], resumed)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
-    except (RuntimeError, OSError) as error:
-        known = explain(error)
-        if known is None:
-            raise
-        raise known from error
 
 
 class RunCLI(LightningCLI):
@@ -163,13 +159,11 @@ class RunCLI(LightningCLI):
         if not monitored and self.subcommand == "fit":
             settings.limit_val_batches = 0  # Lightning warns of loaders of length zero
         try:
-            return pl.Trainer(**{**settings, **made})
-        except BaseException as error:
+            with of_settings():
+                return pl.Trainer(**{**settings, **made})
+        except BaseException:
             if self.subcommand == "fit" and self.run is not None and self.resumed is None and is_first_process():
                 discard_run(self.run)
-            if isinstance(error, Exception):  # an unknown accelerator or strategy, for example: nearly always a setting
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                raise UserError(f"--trainer: {clipped(lines[0], 300)}") from error
             raise
 
     def _callbacks(self, settings: Namespace, monitored: bool) -> list[pl.Callback]:
@@ -276,9 +270,11 @@ class RunCLI(LightningCLI):
         trainer = self.config[subcommand].trainer
         length = (trainer.max_epochs, trainer.max_steps)
         if self.stopped_at is not None and self.stopped_at.is_end(*length, self.changes):
-            self._finish()
+            goes_on = self._finish
         else:
-            super()._run_subcommand(subcommand)
+            goes_on = partial(super()._run_subcommand, subcommand)
+        with explained(subcommand, self.run if subcommand == "fit" else None):
+            goes_on()
 
     def _finish(self) -> None:
         """Make what a trained run lacks."""

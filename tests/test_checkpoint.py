@@ -48,6 +48,21 @@ def test_a_failing_disk_is_reported_and_the_old_file_stays(path, monkeypatch, pl
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
+def test_where_nothing_lay_before_nothing_is_said_to_be_kept(tmp_path, monkeypatch):
+    path = tmp_path / "my run" / "checkpoints" / "last.ckpt"
+    io, nan = DurableCheckpointIO(), torch.tensor(float("nan"))
+    monkeypatch.setattr(files.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    for weight in (torch.zeros(3), nan):
+        with pytest.raises(RunError) as failed:
+            io.save_checkpoint(checkpoint_of(weight), path)
+        assert "kept" not in str(failed.value)
+        assert "--resume" not in str(failed.value)
+    (path.parent / "best.ckpt").touch()
+    with pytest.raises(RunError) as failed:
+        io.save_checkpoint(checkpoint_of(torch.zeros(3)), path)
+    assert str(failed.value).endswith(f"then: python train.py fit --resume '{tmp_path / 'my run'}'")
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_broken_weights_are_not_written_over_good_ones(path, bad):
     before = path.read_bytes()

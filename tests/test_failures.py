@@ -1,33 +1,112 @@
 """What errors of torch and of the system mean to a person."""
 
+import pytest
 import torch
+from program import REPO, TINY, start
 
-from cifar_lightning.failures import explain
+from cifar_lightning.errors import RunError, UserError
+from cifar_lightning.failures import explain, explained, of_settings
+from cifar_lightning.runs import RunFolder
+
+GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+FULL = OSError(28, "No space left on device", "metrics.csv")
+WORKER = RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed.")
+ALL = [GPU, CPU, FULL, WORKER]
 
 
-def test_memory_that_ran_out_has_a_way_out():
-    gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
-    cpu = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
-    for error in (gpu, cpu):
-        told = str(explain(error))
-        assert "--batch_size" in told
-        assert "--resume" in told
-        assert len(told.splitlines()) <= 2
+@pytest.fixture
+def run(tmp_path):
+    """A run in a folder whose name a shell would take apart."""
+    run = RunFolder(tmp_path / "my run")
+    run.checkpoints.mkdir(parents=True)
+    return run
+
+
+@pytest.mark.parametrize("error", ALL, ids=lambda error: type(error).__name__)
+def test_a_run_with_a_checkpoint_is_gone_on_with_by_a_command_that_can_be_pasted(run, error):
+    run.last_checkpoint.touch()
+    told = str(explain(error, "fit", run))
+    assert f"Checkpoints are kept: python train.py fit --resume '{run.path}' goes on" in told
+    assert len(told.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("error", ALL, ids=lambda error: type(error).__name__)
+def test_without_a_checkpoint_none_is_promised(run, error):
+    for told in (str(explain(error, "fit", run)), str(explain(error, "test"))):
+        assert "--resume" not in told
+        assert "kept" not in told
+        assert told.endswith("start again.")
+
+
+def test_memory_that_ran_out_has_a_way_out_that_the_command_takes(run):
+    for error in (GPU, CPU):
+        assert "--batch_size" in str(explain(error, "fit"))
+        assert "--batch_size" in str(explain(error, "tune"))
+        for command in ("validate", "test", "predict"):
+            told = str(explain(error, command))
+            assert "--data.eval_batch_size" in told
+            assert "--batch_size" not in told
+    run.last_checkpoint.touch()
+    assert "another --batch_size only from an epoch's end" in str(explain(GPU, "fit", run))
 
 
 def test_a_dead_worker_is_named():
-    told = str(explain(RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed.")))
+    told = str(explain(WORKER, "fit"))
     assert "pid 17" in told
     assert "--data.num_workers" in told
 
 
-def test_a_full_disk_is_named_also_where_the_system_names_no_file():
-    assert str(explain(OSError(28, "No space left on device"))).startswith(
-        "a file of the run: cannot be written (No space"
-    )
-    assert str(explain(OSError(28, "No space left on device", "metrics.csv"))).startswith("metrics.csv: ")
-    assert explain(OSError(2, "No such file or directory", "x")) is None
+def test_a_full_disk_is_named_also_where_the_system_names_no_file(run):
+    nameless = OSError(28, "No space left on device")
+    assert str(explain(nameless, "fit", run)).startswith("a file of the run: cannot be written (No space")
+    assert str(explain(nameless, "fit")).startswith("a file: cannot be written (No space")
+    assert str(explain(FULL, "fit", run)).startswith("metrics.csv: ")
 
 
-def test_what_is_not_known_stays_as_it_is():
-    assert explain(RuntimeError("shape mismatch")) is None
+def test_a_file_that_fails_is_the_users_before_the_run_and_the_runs_in_it(run):
+    error = OSError(30, "Read-only file system", "metrics.csv")
+    assert explain(error, "fit") is None
+    assert str(explain(error, "fit", run)).startswith("metrics.csv: Read-only file system.\n")
+    assert explain(OSError(32, "Broken pipe"), "fit", run) is None
+
+
+def test_what_is_not_known_stays_as_it_is_and_what_is_told_is_not_told_anew(run):
+    assert explain(RuntimeError("shape mismatch"), "fit", run) is None
+    run.last_checkpoint.touch()
+    with pytest.raises(RunError, match="my run"), explained("fit"), explained("fit", run):
+        raise WORKER
+
+
+def test_only_what_comes_of_a_setting_is_blamed_on_one():
+    for kind in (ValueError, TypeError, ImportError):
+        with pytest.raises(UserError, match=r"^--trainer: no such strategy$"), of_settings():
+            raise kind("no such strategy\nand more")
+    for error in (KeyError("logger"), AttributeError("logger"), UserError("--model.lr: no")):
+        with pytest.raises(type(error)) as raised, of_settings():
+            raise error
+        assert raised.value is error
+
+
+READ_ONLY = """
+from cifar_lightning import callbacks
+from cifar_lightning.cli import main
+
+
+def refuse(table, row):
+    raise OSError(30, "Read-only file system", str(table.path))
+
+
+callbacks.MetricsTable.append = refuse
+main()
+"""
+
+
+def test_a_file_of_the_run_that_fails_in_training_is_a_run_that_failed(tmp_path):
+    (tmp_path / "read_only.py").write_text(READ_ONLY)
+    settings = {"program": tmp_path / "read_only.py", "PYTHONPATH": str(REPO), "check": False}
+    done = start("fit", *TINY, "--epochs", 1, "--run_dir", "my run", cwd=tmp_path, **settings)
+    assert done.returncode == 1
+    first, second = done.stderr.splitlines()
+    assert first == "error: my run/metrics.csv: Read-only file system."
+    assert second == "No checkpoint was written yet: start again."
