@@ -39,6 +39,7 @@ class RunProgress(ProgressBar):
         self._epochs_timed: list[float] = []
         self._validated = False
         self._batches_done = 0
+        self._where = ""  # training is, in words; empty before its first epoch
 
     def disable(self) -> None:
         """Say nothing: Lightning calls it on all ranks but the first."""
@@ -64,6 +65,7 @@ class RunProgress(ProgressBar):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the epoch's bar."""
+        self._where = f"in epoch {trainer.current_epoch + 1}"
         self._validated = False
         self._epoch_start_s = time.monotonic()
         self._next_s = self._epoch_start_s + (_REFRESH_S if self._has_bar() else _PLAIN_LINE_S)
@@ -113,6 +115,7 @@ class RunProgress(ProgressBar):
         self._close_bar()
         elapsed_s = time.monotonic() - self._epoch_start_s
         self._epochs_timed.append(elapsed_s)
+        self._where = f"after epoch {trainer.current_epoch + 1}"
         if not self._enabled:
             return
         line = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
@@ -158,7 +161,9 @@ class RunProgress(ProgressBar):
             has_checkpoint = self.run.last_checkpoint.exists()
             goes_on = f"{self.run.resume_command} goes on from the last checkpoint"
             kept = goes_on if has_checkpoint else "nothing was saved yet"
-            self._print(f"stopped in epoch {trainer.current_epoch + 1} after step {trainer.global_step:,}: {kept}")
+            # Not the Trainer's epoch, which at the end of training is already the next one.
+            where = f" {self._where} at step {trainer.global_step:,}" if self._where else ""
+            self._print(f"stopped{where}: {kept}")
 
     # -- the terminal ----------------------------------------------------------------------------------------------
 

@@ -9,9 +9,11 @@ from rich.console import Console
 
 from cifar_lightning import ImageClassifier, ImageDataModule, progress
 from cifar_lightning.progress import RunProgress, format_seconds, sum_batches
+from cifar_lightning.runs import RunFolder
+from cifar_lightning.signals import Stopped
 
 
-def fit_with(tmp_path, bar, **kwargs):
+def fit_with(tmp_path, bar, *more, **kwargs):
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=2,
@@ -20,11 +22,14 @@ def fit_with(tmp_path, bar, **kwargs):
         enable_model_summary=False,
         num_sanity_val_steps=0,
         default_root_dir=tmp_path,
-        callbacks=[bar],
+        callbacks=[bar, *more],
         limit_val_batches=0 if kwargs.get("val_fraction") == 0 else None,
     )
     module = ImageClassifier(image_size=16, model_kwargs={"widths": [2, 2, 2]})
-    trainer.fit(module, ImageDataModule("synthetic", batch_size=900, image_size=16, **kwargs))
+    data = ImageDataModule("synthetic", batch_size=900, image_size=16, **kwargs)
+    trainer.fit(module, data)
+    if more:
+        trainer.test(module, data, verbose=False)
     return trainer
 
 
@@ -39,6 +44,42 @@ def bar_on(file, **kwargs):
 )
 def test_seconds_read_as_a_clock(seconds, text):
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "where"),
+    [
+        ("on_train_batch_start", 3, "in epoch 1 at step 3"),
+        ("on_train_epoch_end", 5, "after epoch 1 at step 5"),
+        ("on_test_batch_start", 10, "after epoch 2 at step 10"),
+    ],
+)
+def test_where_a_signal_stopped_it_counts_epochs_as_a_person_does(tmp_path, hook, step, where):
+    class Stops(pl.Callback):
+        """Comes after the bar, as last.ckpt does."""
+
+    def stop(trainer, *args):
+        if trainer.global_step == step:
+            raise Stopped(2)
+
+    out, stops = io.StringIO(), Stops()
+    setattr(stops, hook, stop)
+    bar = bar_on(out)
+    bar.run = RunFolder(tmp_path / "run")
+    with pytest.raises(Stopped):
+        fit_with(tmp_path, bar, stops)
+    assert out.getvalue().splitlines()[-1] == f"stopped {where}: nothing was saved yet"
+
+
+def test_before_the_first_epoch_no_epoch_is_named(tmp_path):
+    out = io.StringIO()
+    bar = bar_on(out)
+    bar.run = RunFolder(tmp_path / "run")
+    bar.run.checkpoints.mkdir(parents=True)
+    bar.run.last_checkpoint.touch()
+    bar.on_exception(SimpleNamespace(global_step=0, current_epoch=0), None, Stopped(2))
+    told = f"python train.py fit --resume {bar.run.path} goes on from the last checkpoint"
+    assert out.getvalue() == f"stopped: {told}\n"
 
 
 def test_batches_of_one_or_several_loaders_are_added():
