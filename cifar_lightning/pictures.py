@@ -6,9 +6,10 @@ by its high byte; 32-bit and floating point refused, since what is white there i
 resized to `image_size` (bicubic, antialiased) and the middle square cut out; a square of that size keeps every bit.
 
 Pictures are not trusted. Pillow reads, not torchvision: on damaged files `torchvision.io.decode_image` 0.29 can crash
-the process. Pillow's readers are C code, too, so that they run in worker processes alone, also for one picture (0.2 s
+the process. Pillow's decoders are C code, too, so that they run in worker processes alone, also for one picture (0.2 s
 until the first worker works, where a command takes seconds to import torch): a crash there ends a worker, not the
-program, and names the picture. Before a pixel is decoded, a picture must be no larger than `MAX_PIXELS`.
+program, and names the picture. The program itself only reads headers, of the kinds whose header Pillow reads in Python.
+Before a pixel is decoded, a picture must be no larger than `MAX_PIXELS`.
 """
 
 import multiprocessing
@@ -74,12 +75,16 @@ def decode_picture(path: str, image_size: int) -> np.ndarray:
         raise UserError(f"{path} cannot be read ({' '.join(reason.split()) or type(error).__name__})") from error
 
 
-def _read(path: str) -> bytes:
+def _check_file(path: str) -> None:
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):  # a pipe or a device may never end
         raise ValueError("no regular file")
     if about.st_size > MAX_BYTES:
         raise ValueError(f"{about.st_size:,} bytes, the limit is {MAX_BYTES:,}")
+
+
+def _read(path: str) -> bytes:
+    _check_file(path)
     with open(path, "rb") as file:
         return file.read()
 
@@ -149,10 +154,10 @@ def find_image_size(paths: Sequence[str]) -> int:
 def _header_size(path: str, formats: tuple[str, ...] | None = None) -> tuple[int, int] | None:
     """Width and height; None for what cannot be read: reading all pictures reports it, with all others."""
     try:
-        if stat.S_ISREG(os.stat(path).st_mode):
-            with Image.open(path, formats=formats) as picture:
-                _check_header(picture)
-                return picture.size
+        _check_file(path)
+        with Image.open(path, formats=formats) as picture:
+            _check_header(picture)
+            return picture.size
     except Exception:
         pass
     return None

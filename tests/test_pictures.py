@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from program import decode_here
 
 from cifar_lightning import pictures
 from cifar_lightning.errors import UserError
@@ -197,6 +198,11 @@ def test_what_may_never_end_is_not_read(tmp_path, monkeypatch):
     path = saved(Image.fromarray(noise()), tmp_path / "a.png")
     with pytest.raises(UserError, match="the limit is 99"):
         decode_picture(path, 8)
+    decode_here(monkeypatch)  # where the limit is 99, too
+    own_size = saved(Image.new("L", (48, 48)), tmp_path / "b.png")
+    assert find_image_size([own_size]) == 32
+    monkeypatch.setattr(pictures, "MAX_BYTES", 1 << 30)
+    assert find_image_size([own_size]) == 48
 
 
 def test_a_large_jpeg_is_shrunk_close_to_full_decoding(tmp_path):
