@@ -132,7 +132,7 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
 
 def _of_run(run: RunFolder, checkpoint: Path, flags: list[str]) -> list[str]:
     if not checkpoint.exists():
-        raise UserError(f"{run.path}: no checkpoint in it; fit has to finish an epoch first.")
+        raise UserError(f"{run.path}: no checkpoint in it: fit writes one after each epoch and when it is stopped.")
     return [f"--config={run.config}", *flags, f"--ckpt_path={checkpoint}"]
 
 

@@ -23,6 +23,7 @@ from cifar_lightning.wording import clipped
 
 ALIASES = {"epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "lr": "model.lr"}
 GROUPS = ("trainer", "model", "data", "early_stopping", "checkpoint")  # each also takes a YAML file of its keys
+OF_FIT = ("early_stopping", "checkpoint")  # groups that the other commands have no use for
 FRONT_ONLY = ("config", "resume", "print_config")  # not keys of a recipe
 # What people type who come from elsewhere.
 _SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "max_lr": "lr", "bs": "batch_size", "seed": "data.seed"}
@@ -53,7 +54,8 @@ def normalize_arguments(command: str, arguments: Sequence[str]) -> list[str]:
         name = ALIASES.get(typed, typed)
         plain = name.removesuffix("+")
         _check_name(plain, f"--{clipped(typed)}")
-        takers = table().get(plain, {}).get("commands", [command])
+        of_fit = plain.partition(".")[0] in OF_FIT
+        takers = table().get(plain, {}).get("commands", ["fit"] if of_fit else [command])
         if command not in takers:
             raise UserError(f"--{typed}: a flag of {' and '.join(takers)}, not of {command}.")
         if value is None:

@@ -84,6 +84,9 @@ def check_arguments(command: str, config: Namespace) -> None:
         raise UserError(f"--ckpt_path {config.ckpt_path}: no such file; give a checkpoint, RUN/checkpoints/last.ckpt.")
     if command != "fit" and config.ckpt_path is None:
         raise UserError(f"{command} needs a trained network: give a run folder, or --ckpt_path FILE.")
+    for name in ("every_n_train_steps", "every_n_minutes"):
+        if config.trainer.get("enable_checkpointing") is False and config.get(f"checkpoint.{name}") is not None:
+            raise UserError(f"--checkpoint.{name} beside --trainer.enable_checkpointing false: leave one of them out.")
     epochs = config.trainer.max_epochs
     if command == "fit" and (epochs == 0 or (epochs in (None, -1) and config.trainer.max_steps == -1)):
         raise UserError(f"--epochs {epochs}: 1 or more; OneCycle needs an end.")

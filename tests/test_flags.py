@@ -73,6 +73,15 @@ def test_a_mistake_is_named_with_the_nearest_right_thing(typed, expected):
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict", "tune"])
+@pytest.mark.parametrize(
+    "flag", ["--checkpoint.every_n_minutes=5", "--early_stopping.patience=1", "--checkpoint=some.yaml"]
+)
+def test_what_only_fit_has_a_use_for_is_not_silently_ignored_by_others(command, flag):
+    with pytest.raises(UserError, match=f": a flag of fit, not of {command}"):
+        normalize_arguments(command, [flag])
+
+
 @pytest.mark.parametrize(
     "typed", [["--epochs", "x" * 70_000], ["--" + "x" * 70_000], ["x" * 70_000], ["--epochs", "\x1b[31m\n1"]]
 )

@@ -68,6 +68,10 @@ def test_yaml_that_jsonargparse_would_never_end_with_is_refused(parser, flag):
         (["--data={crop_padding_px: null}"], "--data.crop_padding_px: needs a value"),
         (["--model.model_kwargs={num_classes: 3}"], "num_classes is no argument to give"),
         (["--model.model_kwargs={1: 2}"], "1 is no argument to give"),
+        (
+            ["--trainer.enable_checkpointing=false", "--checkpoint.every_n_minutes=5"],
+            "--checkpoint.every_n_minutes beside --trainer.enable_checkpointing false",
+        ),
         (["--trainer.devices=3.5"], "--trainer.devices 3.5: auto, a number of devices, or a list"),
         (["--trainer.devices="], "--trainer.devices : auto, a number"),
         (["--trainer.devices=99999999999999999999"], "--trainer.devices 99999999999999999999: at most 1024"),
