@@ -34,7 +34,7 @@ def start(*arguments, cwd, check=True, program=REPO / "train.py", **variables):
 
 
 def kill_at_line(text, *arguments, cwd):
-    """Run `train.py` until it prints a line with `text`, then kill it as a power cut would."""
+    """Run `train.py` until it prints a line with `text`, then kill it as `kill -9` would."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, str(REPO / "train.py"), *map(str, arguments)]
     with subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, encoding="utf-8") as process:
