@@ -6,10 +6,9 @@ import random
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 from fault_bench import Trial, row
-from fault_judge import Done, load
+from fault_judge import Done, Payload, load
 from fault_pictures import small_set
 from fault_subjects import BENCHMARKS, ROOT
 
@@ -78,16 +77,6 @@ def flipped(trial: Trial) -> str:
     return "refused by test and export; resume warns and goes on from the one before, to a bitwise equal end"
 
 
-class _Payload:
-    """What a stranger's checkpoint could hold: code that runs when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return Path.touch, (self.marker,)
-
-
 @row(12, "checkpoint with a malicious pickle")
 def malicious(trial: Trial) -> str:
     """In every way that a checkpoint gets in."""
@@ -95,7 +84,7 @@ def malicious(trial: Trial) -> str:
 
     marker, run = trial.place / "payload_ran", trial.bench.copy_of_reference(trial.place / "finished")
     evil = trial.place / "evil.ckpt"
-    torch.save({**load(trial.subject.last(run)), "extra": _Payload(marker)}, evil)
+    torch.save({**load(trial.subject.last(run)), "extra": Payload(marker)}, evil)
     if trial.subject.is_plain:
         ways = {"--ckpt_path": [*trial.bench.fit(trial.place / "new", epochs=4), "--ckpt_path", evil]}
     else:

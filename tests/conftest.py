@@ -1,7 +1,12 @@
 """Shapes are checked while the tests run; every test has few threads and starts from the same seed."""
 
+import sys
+from pathlib import Path
+
 import pytest
 from jaxtyping import install_import_hook
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # whose judges are those of the tests, too
 
 # Before the first import of these modules: their jaxtyping annotations are checked at every call.
 CHECKED = ("augment", "models", "optim", "loader", "classifier", "analysis", "calibration", "figures")

@@ -2,12 +2,14 @@
 
 import random
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fault_judge import differences
 from fitting import fit_run
+from program import REPO, TINY
+from program import start as run_program
 from test_checkpoint import Signal
 
 from cifar_lightning import ImageClassifier, UserError
@@ -22,35 +24,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists a
 CPU = torch.device("cpu")
 
 
-def leaves(value, name=""):
-    """Yield (name, tensor or value) of nested containers; paths, which tell two runs apart, by their last part."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from leaves(item, f"{name}/{Path(str(key)).name}")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from leaves(item, f"{name}/{index}")
-    else:
-        yield (
-            name,
-            value.tolist() if isinstance(value, torch.Tensor) else Path(value).name if "/" in str(value) else value,
-        )
-
-
 def result_of(run):
     checkpoint = read_checkpoint(run.last_checkpoint)
     for rank in checkpoint.get(EXACT_STATE, {"ranks": []})["ranks"]:
         del rank["rng"]["python"]  # the tests' type checks draw from it: beartype looks at items at random
-    return dict(leaves(checkpoint)), run.metrics_csv.read_bytes()
-
-
-def differences(one, other):
-    """Return what two results differ in, by name."""
-    (tensors, table), (other_tensors, other_table) = one, other
-    names = sorted(tensors.keys() | other_tensors.keys())
-    return [name for name in names if tensors.get(name, "") != other_tensors.get(name, "")] + (
-        ["metrics.csv"] if table != other_table else []
-    )
+    return {"last.ckpt": checkpoint, "metrics.csv": run.metrics_csv.read_bytes()}
 
 
 def seed(number):
@@ -105,7 +83,7 @@ def test_it_does_so_with_worker_processes(tmp_path, unbroken):
 
 def test_without_the_random_states_it_does_not(tmp_path, unbroken):
     broken = stop_and_go_on(tmp_path / "run", "on_train_batch_start", 4, without=[ExactState])
-    assert any(name.startswith("/state_dict/") for name in differences(result_of(broken), unbroken))
+    assert any(name.startswith(".last.ckpt.state_dict.") for name in differences(result_of(broken), unbroken))
 
 
 def test_a_schedule_of_checkpoints_changes_nothing(tmp_path, unbroken):
@@ -144,3 +122,23 @@ def test_inside_an_epoch_another_number_of_processes_is_refused(tmp_path):
     state = ExactState()
     state.on_load_checkpoint(two, ImageClassifier(), checkpoint)
     assert checkpoint[EXACT_STATE]["ranks"][0]["epoch_sums"] is None
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_killed_inside_an_epoch_end_as_two_that_were_not(tmp_path):
+    settings = [*TINY, "--model.model_kwargs", "{widths: [4, 8, 8], dropout: 0.2}", "--lr", 0.01, "--batch_size", 250]
+    settings += ["--epochs", 3, "--checkpoint.every_n_train_steps", 2, "--trainer.logger", "false"]
+    settings += ["--trainer.strategy", "ddp", "--trainer.devices", 2]
+    run_program("fit", *settings, "--run_dir", "whole", cwd=tmp_path)
+    sabotage = REPO / "benchmarks" / "fault_sabotage.py"
+    killed = ["SIGKILL@train:14", REPO / "train.py", "fit", *settings, "--run_dir", "broken"]
+    assert run_program(*killed, cwd=tmp_path, program=sabotage, check=False).returncode == -signal.SIGKILL
+    whole, broken = (RunFolder(tmp_path / name) for name in ("whole", "broken"))
+    before = read_checkpoint(broken.last_checkpoint)
+    assert (before["global_step"], is_inside_epoch(before)) == (14, True)
+    done = run_program("fit", "--resume", broken.path, cwd=tmp_path)
+    assert "in epoch 2 after step 14" in done.stdout
+    ends = [read_checkpoint(run.last_checkpoint) for run in (whole, broken)]
+    assert len(ends[0][EXACT_STATE]["ranks"]) == 2
+    assert differences(*ends) == []
+    assert whole.metrics_csv.read_bytes() == broken.metrics_csv.read_bytes()

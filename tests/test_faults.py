@@ -1,15 +1,10 @@
 """The harness of the faults: it covers its table, judges strictly, and its cheap rows are handled."""
 
 import argparse
-import sys
-
-import pytest
-import torch
-from program import REPO
-
-sys.path.insert(0, str(REPO / "benchmarks"))
 
 import faults
+import pytest
+import torch
 from fault_bench import ROWS, Bench, Row, Skipped, Trial
 from fault_judge import Done, differences, unclear
 from fault_mounts import small_disk
@@ -58,11 +53,13 @@ def test_any_other_failure_is_not_clear(done, why):
 
 
 def test_checkpoints_are_compared_bit_by_bit_and_by_names():
-    tree = {"a": [torch.tensor([0.0, float("nan")]), 1], "at": {"/tmp/x/best.ckpt": 1.5}, "text": "/tmp/x"}
-    same = {"a": [torch.tensor([0.0, float("nan")]), 1], "at": {"/tmp/y/best.ckpt": 1.5}, "text": "/tmp/y"}
+    tree = {"a": [torch.tensor([0.0, float("nan")]), 1], "at": {"/tmp/x/best.ckpt": 1.5}, "in": "/tmp/x/best"}
+    same = {"a": [torch.tensor([0.0, float("nan")]), 1], "at": {"/tmp/y/best.ckpt": 1.5}, "in": "/tmp/y/best"}
     assert differences(tree, same) == []
     assert differences(tree, {**same, "a": [torch.tensor([-0.0, float("nan")]), 1]}) == [".a.0"]
     assert differences(tree, {**same, "a": [torch.tensor([0.0, float("nan")]).double(), 1]}) == [".a.0"]
+    assert differences(tree, {**same, "in": "/tmp/y/last"}) == [".in"]
+    assert differences({"mode": "max"}, {"mode": "min"}) == [".mode"]
     assert differences(tree, {**same, "at": {}, "new": 0}) == [".at.best.ckpt", ".new"]
 
 

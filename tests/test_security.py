@@ -4,7 +4,6 @@ import ast
 import hashlib
 import io
 import json
-import os
 import pickle
 import re
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fault_judge import Payload
 from packaging.requirements import Requirement
 from program import REPO, TINY, decode_here, fail, start
 
@@ -105,23 +105,13 @@ def test_the_policy_names_what_is_trusted_and_the_versions_that_are_excluded():
 # -- a malicious checkpoint -------------------------------------------------------------------------------------------
 
 
-class Payload:
-    """Makes a file where it is unpickled."""
-
-    def __init__(self, made):
-        self.made = str(made)
-
-    def __reduce__(self):
-        return os.mkdir, (self.made,)
-
-
 @pytest.fixture
 def evil(tmp_path):
-    """A checkpoint that carries code, and the folder which that code would make."""
+    """A checkpoint that carries code, and the file which that code would make."""
     made = tmp_path / "the payload ran"
     torch.save({"state_dict": {"a": torch.zeros(1)}, "hyper_parameters": Payload(made)}, tmp_path / "evil.ckpt")
     torch.load(tmp_path / "evil.ckpt", weights_only=False)
-    made.rmdir()  # so it is a real one
+    made.unlink()  # so it is a real one
     yield tmp_path / "evil.ckpt"
     assert not made.exists()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fault_judge import Payload
 
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.models import SmallNet, build_model
@@ -84,17 +85,12 @@ def test_a_flipped_byte_in_the_weights_and_a_cut_file_are_noticed(run):
             load_network(run)
 
 
-class Payload:
-    def __reduce__(self):
-        return (exec, ("import pathlib; pathlib.Path('ran').touch()",))
-
-
-def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": Payload()}, "bad.ckpt")
+def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(tmp_path):
+    payload = Payload(tmp_path / "ran")
+    torch.save({"state_dict": payload}, tmp_path / "bad.ckpt")
     with pytest.raises(UserError, match="could run code"):
         read_checkpoint(tmp_path / "bad.ckpt")
-    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Payload()))
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(payload))
     with pytest.raises(UserError, match="damaged checkpoint, or none"):
         read_checkpoint(tmp_path / "plain.ckpt")
     assert not (tmp_path / "ran").exists()
