@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from cifar_lightning.figures import colour, printable, shorten
+from cifar_lightning.figures import colour, shorten
+from cifar_lightning.wording import printable
 
 _MAX_BARS = 40  # more classes than that: the lowest stand for all
 _NUM_LOWEST = 30

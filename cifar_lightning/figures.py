@@ -22,21 +22,13 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from cifar_lightning.analysis import accuracy, per_class
+from cifar_lightning.wording import printable
 
 MAX_CLASSES_WITH_NUMBERS = 20
 _MAX_NAME = 24
 # Blue and orange of M. Okabe and K. Ito, "Color Universal Design" (2008); on dark ground their lighter pair.
 _LIGHT_COLOURS = ["#0072b2", "#d55e00"]
 _DARK_COLOURS = ["#56b4e9", "#e69f00"]
-
-
-def printable(text: str, encoding: str = "utf-8") -> str:
-    """Return text that any figure or terminal takes: what `encoding` lacks and control characters become escapes.
-
-    Class names are folder names, which may hold bytes that are not UTF-8 (as lone surrogates), newlines or escapes.
-    """
-    text = text.encode(encoding, "backslashreplace").decode(encoding)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,6 @@ from cifar_lightning.figures import (
     confusion_figure,
     figure_to_array,
     lay_out_like,
-    printable,
     themed,
 )
 from cifar_lightning.wording import (
@@ -36,6 +35,7 @@ from cifar_lightning.wording import (
     pictures,
     points,
     points_span,
+    printable,
     pvalue,
     span,
     unbroken,

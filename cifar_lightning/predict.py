@@ -31,6 +31,7 @@ from cifar_lightning.files import check_output, replacing
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.views import Views, view_logits
 from cifar_lightning.weights import TrainedNetwork, load_network
+from cifar_lightning.wording import printable
 
 _STRETCH_BYTES = 1 << 28  # 87,381 pictures of 32 pixels: starting worker processes for each costs nothing
 # Without --batch_size. On two cores SmallNet takes 1.5 ms a picture in batches of 32 or 64 and 2.1 ms in batches of
@@ -165,7 +166,7 @@ class Unreadables:
     def show(self) -> None:
         """Print them on stderr, a line each."""
         for reason in self._reasons:
-            print(_printable(reason), file=sys.stderr)
+            print(printable(reason), file=sys.stderr)
         if self.count > _LISTED:
             print(f"and {self.count - _LISTED:,} more", file=sys.stderr)
 
@@ -295,13 +296,8 @@ def _json_writer(write_text: Callable[[str], object], *, ensure_ascii: bool) -> 
 def _summarize(output: Path, counts: Counter[str], elapsed_s: float) -> None:
     num = counts.total()
     speed = f"{elapsed_s:.1f} s ({num / max(elapsed_s, 1e-9):,.0f} images/s)"
-    print(f"{num:,} picture{'' if num == 1 else 's'} in {speed}: {_printable(str(output))}")
+    print(f"{num:,} picture{'' if num == 1 else 's'} in {speed}: {printable(str(output))}")
     if counts:
         shown = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(_MOST_FREQUENT))
         rest = len(counts) - _MOST_FREQUENT
         print(f"Most frequent: {shown}" + (f" and {rest} other class{'' if rest == 1 else 'es'}" if rest > 0 else ""))
-
-
-def _printable(text: str) -> str:
-    # Names of files may hold line breaks, and bytes that are not UTF-8.
-    return text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")

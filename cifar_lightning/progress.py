@@ -13,9 +13,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from cifar_lightning.callbacks import data_of
 from cifar_lightning.classifier import Batch, ImageClassifier
-from cifar_lightning.figures import printable
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.signals import Stopped
+from cifar_lightning.wording import clock, percent, printable
 
 _REFRESH_S = 0.5  # on a GPU each refresh waits for the device once
 _PLAIN_LINE_S = 60.0  # without a terminal: a sign of life in long epochs
@@ -97,8 +97,8 @@ class RunProgress(ProgressBar):
         elapsed_s = now_s - self._epoch_start_s
         rate = module.num_trained_pictures() * trainer.world_size / elapsed_s
         return (
-            f"loss {metrics['train/loss']:.3f}  acc {percent(metrics['train/acc'])}  {rate:,.0f} images/s  "
-            f"{format_seconds(self._seconds_left(trainer, num_done, elapsed_s))} left"
+            f"loss {metrics['train/loss']:.3f}  acc {percent(metrics['train/acc'], 2)}  {rate:,.0f} images/s  "
+            f"{clock(self._seconds_left(trainer, num_done, elapsed_s))} left"
         )
 
     def _seconds_left(self, trainer: pl.Trainer, num_done: int, elapsed_s: float) -> float:
@@ -119,11 +119,11 @@ class RunProgress(ProgressBar):
         if not self._enabled:
             return
         line = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        line += f"  train loss {train['train/loss']:.3f} acc {percent(train['train/acc'])}"
+        line += f"  train loss {train['train/loss']:.3f} acc {percent(train['train/acc'], 2)}"
         logged = trainer.callback_metrics
         if self._validated and "val/acc" in logged:
-            line += f"  val loss {float(logged['val/loss']):.3f} acc {percent(float(logged['val/acc']))}"
-        self._print(f"{line}  {format_seconds(elapsed_s)}")
+            line += f"  val loss {float(logged['val/loss']):.3f} acc {percent(float(logged['val/acc']), 2)}"
+        self._print(f"{line}  {clock(elapsed_s)}")
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
@@ -225,17 +225,3 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
 def sum_batches(num_batches: Any) -> float:
     """Return the number of batches of one or several evaluation loaders."""
     return float(sum(num_batches)) if isinstance(num_batches, list) else float(num_batches)
-
-
-def percent(share: float) -> str:
-    """Return "91.86 %", as the report writes it."""
-    return f"{100 * share:.2f} %"
-
-
-def format_seconds(seconds: float) -> str:
-    """Return "42 s", "3:07" or "1:02:03"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

@@ -16,9 +16,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cifar_lightning.figures import printable
 from cifar_lightning.runs import RunFolder
-from cifar_lightning.wording import count, decimal, percent, pictures, points, points_span, pvalue, span, unbroken
+from cifar_lightning.wording import (
+    count,
+    decimal,
+    percent,
+    pictures,
+    points,
+    points_span,
+    printable,
+    pvalue,
+    span,
+    unbroken,
+)
 
 _MAX_CLASSES = 20  # more than that: the worst classes and the most confused pairs stand for all
 _NUM_WORST = 10

@@ -65,6 +65,15 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def clock(seconds: float) -> str:
+    """Return seconds as a clock that runs: "42 s", "3:07" or "1:02:03"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
 def counted(number: int, one: str, many: str) -> str:
     """Return "No classes are", "One class is" or "3 classes are"."""
     return f"One {one}" if number == 1 else f"{number or 'No'} {many}"
@@ -74,9 +83,16 @@ def clipped(text: str, most: int = 80) -> str:
     """Return what a user typed on one short line: without its middle, and with what does not print as \\xNN."""
     if len(text) > most:
         text = f"{text[: most // 2]}...{text[-most // 4 :]}"
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in text
-    )
+    return printable(text)
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """Return text that any figure or terminal takes: what `encoding` lacks and control characters become escapes.
+
+    Class names are folder names, which may hold bytes that are not UTF-8 (as lone surrogates), newlines or escapes.
+    """
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def run_name(path: Path) -> str:

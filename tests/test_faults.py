@@ -1,9 +1,11 @@
 """The harness of the faults: it covers its table, judges strictly, and its cheap rows are handled."""
 
 import argparse
+import json
 
 import faults
 import pytest
+import table
 import torch
 from fault_bench import ROWS, Bench, Row, Skipped, Trial
 from fault_judge import Done, differences, unclear
@@ -128,3 +130,16 @@ def test_the_row_is_handled(number, bench):
 def test_the_longer_row_is_handled(number, bench):
     result = perform(ROWS[number], bench)
     assert result.verdict == "handled", result.line()
+
+
+def test_the_readmes_table_says_which_row_was_simulated(monkeypatch, tmp_path):
+    rows = [Result(1, "a kill", "handled", "well"), Result(34, "no memory", "handled", "checkpoints kept (simulated)")]
+    results = [vars(result) | {"commit": "c"} for result in rows]
+    about = {"hardware": "2 cores", "summary": summary(rows)[-2], "results": results}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "faults.json").write_text(json.dumps(about))
+    monkeypatch.setattr(table, "HERE", tmp_path)
+    text = table.faults_table()
+    assert "2 of 2 handled (1 of them simulated: 34), 0 skipped: none." in text
+    assert "| 1. a kill | handled | not measured |" in text
+    assert "| 34. no memory | handled (simulated) | not measured |" in text

@@ -13,7 +13,6 @@ from cifar_lightning.figures import (
     figure_to_png,
     lay_out_like,
     pictures_figure,
-    printable,
 )
 
 CM = np.array([[1200, 0, 34], [5, 90, 5], [0, 0, 0]])
@@ -132,12 +131,6 @@ def test_an_array_and_a_png_show_the_same():
     assert array.dtype == np.uint8
     with Image.open(io.BytesIO(figure_to_png(confusion_figure(CM, NAMES), dpi=100.0))) as image:
         assert (np.asarray(image.convert("RGB")) == array).mean() > 0.999
-
-
-def test_printable_leaves_ordinary_names_and_escapes_the_rest():
-    assert printable("Käfer 狗") == "Käfer 狗"
-    assert printable("Käfer", "ascii") == "K\\xe4fer"
-    assert printable("a\x1b[31m\udcff") == "a\\x1b[31m\\udcff"
 
 
 def test_figures_never_load_pyplot():

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from cifar_lightning import ImageClassifier, ImageDataModule, progress
-from cifar_lightning.progress import RunProgress, format_seconds, sum_batches
+from cifar_lightning.progress import RunProgress, sum_batches
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.signals import Stopped
 
@@ -37,13 +37,6 @@ def bar_on(file, **kwargs):
     bar = RunProgress()
     bar.console = Console(file=file, highlight=False, width=100, **kwargs)
     return bar
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (60, "1:00"), (187.6, "3:08"), (3723, "1:02:03")]
-)
-def test_seconds_read_as_a_clock(seconds, text):
-    assert format_seconds(seconds) == text
 
 
 @pytest.mark.parametrize(

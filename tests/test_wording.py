@@ -5,6 +5,7 @@ import pytest
 
 from cifar_lightning.wording import (
     clipped,
+    clock,
     count,
     counted,
     decimal,
@@ -13,6 +14,7 @@ from cifar_lightning.wording import (
     pictures,
     points,
     points_span,
+    printable,
     pvalue,
     run_name,
     span,
@@ -50,6 +52,19 @@ def test_what_was_typed_stays_on_one_short_line_and_cannot_steer_a_terminal():
     assert clipped("configs/Bär.yaml") == "configs/Bär.yaml"
     assert clipped("\x1b[31m\n\udcff\u202e") == r"\x1b[31m\n\udcff\u202e"
     assert clipped("a" * 500 + "z" * 500, 80) == "a" * 40 + "..." + "z" * 20
+
+
+def test_printable_leaves_ordinary_names_and_escapes_the_rest():
+    assert printable("Käfer 狗") == "Käfer 狗"
+    assert printable("Käfer", "ascii") == "K\\xe4fer"
+    assert printable("a\x1b[31m\udcff") == "a\\x1b[31m\\udcff"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (60, "1:00"), (187.6, "3:08"), (3723, "1:02:03")]
+)
+def test_seconds_read_as_a_clock(seconds, text):
+    assert clock(seconds) == text
 
 
 def test_pictures_are_one_or_several():
