@@ -57,7 +57,7 @@ def test_what_people_may_type_is_understood(typed, normalized):
         (["--lr=.inf"], "--lr .inf: a positive"),
         (["--batch_size", "0"], "--batch_size 0: 1 or more."),
         (["--trainer.accumulate_grad_batches", "9" * 20], "1 or more, below 2^31"),
-        (["--model.name", "resnet19"], "--model.name resnet19: one of smallnet, resnet18. Did you mean resnet18?"),
+        (["--model.name", "resnet19"], "smallnet, speednet, resnet18. Did you mean resnet18?"),
         (["--data.dataset", "cifar11"], "Did you mean cifar10"),
         (["--data.drop_last", "maybe"], "true or false"),
         (["--epochs", "1", "--trainer.max_epochs", "2"], "--epochs 1 and --trainer.max_epochs 2 are one setting"),
