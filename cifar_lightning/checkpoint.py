@@ -82,26 +82,26 @@ def _is_finite(value: Any) -> bool:
     return not (isinstance(value, Tensor) and value.is_floating_point()) or bool(value.isfinite().all())
 
 
-def newest_checkpoint(run: RunFolder) -> tuple[Path, dict[str, Any], list[str]]:
+def newest_checkpoint(run: RunFolder) -> tuple[Path, dict[str, Any], list[tuple[Path, str]]]:
     """Read the newest undamaged checkpoint of a run: the last, the one before, or the best.
 
     Returns:
-        Its path, what it holds, and what is wrong with each newer one.
+        Its path, what it holds, and each newer one that is damaged with the reason.
 
     Raises:
         UserError: There is none.
     """
-    damages: list[str] = []
-    for path in (run.last_checkpoint, run.previous_checkpoint, run.best_checkpoint):
+    damages: list[tuple[Path, str]] = []
+    for path in run.resumed_checkpoints:
         if not path.exists():
             continue
         try:
             return path, read_checkpoint(path), damages
         except UserError as error:
-            damages.append(str(error))
+            damages.append((path, str(error)))
     if not damages:
         run.require(run.last_checkpoint)
-    raise UserError("\n".join(damages[:1]) + f"\nNo other checkpoint in {run.checkpoints} can be read: train again.")
+    raise UserError(f"{damages[0][1]}\nNo other checkpoint in {run.checkpoints} can be read: train again.")
 
 
 class CheckpointSchedule:

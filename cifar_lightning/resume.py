@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.exact import is_inside_epoch
 from cifar_lightning.files import read_json
 from cifar_lightning.recipes import read_recipe
-from cifar_lightning.runs import RunFolder
+from cifar_lightning.runs import RunFolder, is_first_process, open_run
 from cifar_lightning.weights import progress_of
 
 # What the weights, the optimiser's state or the split belong to; everything else is training, which may change.
@@ -36,6 +37,7 @@ class StopPoint:
         steps_done: Optimiser steps.
         stopped_early: Whether early stopping had ended the run.
         is_inside_epoch: Whether an epoch had begun and not ended.
+        damages: Newer checkpoints that are damaged, each with the reason.
     """
 
     checkpoint: Path
@@ -43,6 +45,7 @@ class StopPoint:
     steps_done: int
     stopped_early: bool = False
     is_inside_epoch: bool = False
+    damages: tuple[tuple[Path, str], ...] = ()
 
     def is_end(self, max_epochs: int | None, max_steps: int, changes: Changes) -> bool:
         """Whether a run of that length has nothing left to train; early stopping is an end until something changes."""
@@ -82,38 +85,53 @@ class StopPoint:
             )
 
 
-def stop_point(run: RunFolder) -> tuple[StopPoint, list[str]]:
-    """Read where a run stopped, from its newest undamaged checkpoint.
+@contextlib.contextmanager
+def locked(run: RunFolder | None) -> Iterator[RunFolder | None]:
+    """Hold the lock of a run that is gone on with, in the first process, from before anything of it is read.
 
-    Returns:
-        The point, and what is wrong with newer checkpoints.
+    Config, checkpoint and tables are then of one state of it: whoever else wrote into it has ended.
+
+    Raises:
+        UserError: Another process is writing into it, or it cannot be written.
+    """
+    if run is None or not is_first_process():
+        yield run
+        return
+    run.check_writable()
+    run = open_run(run.path, lock=True)
+    assert run.lock is not None
+    with run.lock:
+        yield run
+
+
+def stop_point(run: RunFolder) -> StopPoint:
+    """Read where a run stopped, from its newest undamaged checkpoint.
 
     Raises:
         UserError: It has no checkpoint that can be read.
     """
     path, checkpoint, damages = newest_checkpoint(run)
     stopping = [state for key, state in checkpoint["callbacks"].items() if "EarlyStopping" in key]
-    point = StopPoint(
+    return StopPoint(
         checkpoint=path,
         epochs_done=progress_of(checkpoint)[0],
         steps_done=checkpoint["global_step"],
         stopped_early=any(state["stopped_epoch"] > 0 for state in stopping),
         is_inside_epoch=is_inside_epoch(checkpoint),
+        damages=tuple(damages),
     )
-    return point, damages
 
 
-def clear_up(run: RunFolder, point: StopPoint, damages: list[str]) -> None:
+def clear_up(run: RunFolder, point: StopPoint) -> None:
     """Say which checkpoints are damaged and set them aside; remove what a killed write left behind.
 
     A damaged last checkpoint must not become the previous one, in the place of a good one.
     """
-    if damages:
-        print("\n".join(f"warning: {damage}" for damage in damages), file=sys.stderr)
+    for path, reason in point.damages:
+        print(f"warning: {reason}", file=sys.stderr)
+        os.replace(path, path.with_name(f"{path.name}.damaged"))
+    if point.damages:
         print(f"warning: going on from {point.checkpoint} instead.", file=sys.stderr)
-    for path in (run.last_checkpoint, run.previous_checkpoint)[: len(damages)]:
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(path, path.with_name(f"{path.name}.damaged"))
     for file in tuple(run.leftovers()):
         file.unlink()
 

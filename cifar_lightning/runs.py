@@ -155,10 +155,14 @@ class RunFolder:
         return self.best_checkpoint if self.best_checkpoint.exists() else self.last_checkpoint
 
     @property
+    def resumed_checkpoints(self) -> tuple[Path, ...]:
+        """What a run may go on from, the newest first."""
+        return (self.last_checkpoint, self.previous_checkpoint, self.best_checkpoint)
+
+    @property
     def resumed_checkpoint(self) -> Path:
         """The checkpoint that a run goes on from where none is damaged."""
-        candidates = (self.last_checkpoint, self.previous_checkpoint, self.best_checkpoint)
-        return next((path for path in candidates if path.exists()), self.last_checkpoint)
+        return next((path for path in self.resumed_checkpoints if path.exists()), self.last_checkpoint)
 
     @property
     def has_checkpoint(self) -> bool:

@@ -30,7 +30,7 @@ from cifar_lightning.precision import settle_precision
 from cifar_lightning.progress import RunProgress
 from cifar_lightning.report import make_report
 from cifar_lightning.results import Results
-from cifar_lightning.resume import Changes, StopPoint, clear_up, find_changes, other_pictures, stop_point
+from cifar_lightning.resume import Changes, StopPoint, clear_up, find_changes, locked, other_pictures, stop_point
 from cifar_lightning.runs import RunFolder, create_run, discard_run, is_first_process, open_run, recipe_name
 from cifar_lightning.signals import StopSignals
 from cifar_lightning.terminal import print_findings, print_validation
@@ -64,7 +64,8 @@ def run_training(command: str, arguments: Sequence[str], *, resumed: RunFolder |
             if command == "tune":
                 TuneCLI(["fit", *arguments])
             else:
-                RunCLI([command, *arguments], resumed)
+                with locked(resumed) as run:
+                    RunCLI([command, *arguments], run)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
 
@@ -74,7 +75,7 @@ class RunCLI(LightningCLI):
 
     Args:
         args: The command line, aliases spelled out.
-        resumed: The run to go on with.
+        resumed: The run to go on with, locked in the first process.
     """
 
     def __init__(self, args: list[str], resumed: RunFolder | None = None) -> None:
@@ -82,7 +83,6 @@ class RunCLI(LightningCLI):
         self.resumed = resumed
         self.stopped_at: StopPoint | None = None
         self.changes: Changes = {}
-        self._damages: list[str] = []
         self._signals = StopSignals()
         self._signals.install()
         self.answers = AnswerKeeper(None)
@@ -126,7 +126,7 @@ class RunCLI(LightningCLI):
         settle_precision(trainer)
         if self.resumed is not None:
             self.changes = find_changes(self.resumed, config_text(self._parser("fit"), config))
-            self.stopped_at, self._damages = stop_point(self.resumed)
+            self.stopped_at = stop_point(self.resumed)
             self.stopped_at.check_length(trainer.max_epochs)
             self.stopped_at.check_changes(self.changes)
             config.ckpt_path = str(self.stopped_at.checkpoint)
@@ -192,16 +192,16 @@ class RunCLI(LightningCLI):
     def _make_run(self, config: Namespace) -> None:
         """Make the run folder of `fit`, or open the one that it goes on with."""
         if not is_first_process():
-            chosen = os.environ.get(_RUN_OF_RANK_0) or config.run_dir
+            known = self.resumed.path if self.resumed is not None else config.run_dir
+            chosen = os.environ.get(_RUN_OF_RANK_0) or known
             if chosen is None:
                 raise UserError("several processes started from outside (torchrun, SLURM) need one --run_dir for all.")
             self.run = RunFolder(Path(chosen))
             return
         if self.resumed is not None:
-            self.resumed.check_writable()
-            self.run = open_run(self.resumed.path, lock=True)
+            self.run = self.resumed
             assert self.stopped_at is not None
-            clear_up(self.run, self.stopped_at, self._damages)
+            clear_up(self.run, self.stopped_at)
             reason = other_pictures(self.run, self.datamodule)
             if reason:
                 raise UserError(f"{self.run.path}: {reason}; going on would train on its validation pictures.")

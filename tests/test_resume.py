@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.resume import StopPoint, clear_up, describe_changes, find_changes, stop_point
+from cifar_lightning.resume import StopPoint, clear_up, describe_changes, find_changes, locked, stop_point
 from cifar_lightning.runs import RunFolder
 
 CONFIG = {
@@ -49,12 +49,12 @@ def changed(**group):
 
 def test_the_stop_point_is_that_of_the_last_checkpoint(run):
     save(run.last_checkpoint, 3)
-    assert stop_point(run) == (point(checkpoint=run.last_checkpoint), [])
+    assert stop_point(run) == point(checkpoint=run.last_checkpoint)
     save(run.last_checkpoint, 3, stopped_epoch=2)
-    assert stop_point(run)[0].stopped_early
+    assert stop_point(run).stopped_early
     save(run.last_checkpoint, 3, steps_inside=4)
     inside = point(checkpoint=run.last_checkpoint, steps_done=34, is_inside_epoch=True)
-    assert stop_point(run)[0] == inside
+    assert stop_point(run) == inside
     assert inside.tell(run, {}) == [f"Going on with {run.path} in epoch 4 after step 34."]
     run.last_checkpoint.unlink()
     with pytest.raises(UserError, match=r"last\.ckpt is missing"):
@@ -65,9 +65,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, capsys):
     save(run.previous_checkpoint, 2)
     save(run.best_checkpoint, 1)
     run.last_checkpoint.write_bytes(run.previous_checkpoint.read_bytes()[:-1000])
-    found, damages = stop_point(run)
-    assert found == point(checkpoint=run.previous_checkpoint, epochs_done=2, steps_done=20)
-    clear_up(run, found, damages)
+    found = stop_point(run)
+    assert (found.checkpoint, found.epochs_done, found.steps_done) == (run.previous_checkpoint, 2, 20)
+    clear_up(run, found)
     warned = capsys.readouterr().err.splitlines()
     assert len(warned) == 2
     assert str(run.last_checkpoint) in warned[0]
@@ -78,10 +78,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, capsys):
         "previous.ckpt",
     ]
     run.previous_checkpoint.write_bytes(b"")
-    assert stop_point(run)[0].checkpoint == run.best_checkpoint
+    assert stop_point(run).checkpoint == run.best_checkpoint
     run.best_checkpoint.write_bytes(b"")
     with pytest.raises(UserError, match=r"(?s)previous\.ckpt.*No other checkpoint"):
         stop_point(run)
+
+
+def test_only_what_is_damaged_is_set_aside(run):
+    save(run.best_checkpoint, 1)
+    run.previous_checkpoint.write_bytes(b"")  # and no last.ckpt
+    clear_up(run, stop_point(run))
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["best.ckpt", "previous.ckpt.damaged"]
+
+
+def test_the_first_process_alone_locks_a_run_that_is_gone_on_with(run, monkeypatch):
+    with locked(run) as held:
+        assert held.lock is not None
+        with pytest.raises(UserError, match="is writing into it"), locked(run):
+            pass
+        monkeypatch.setenv("RANK", "1")
+        with locked(run) as further:
+            assert further is run
+        monkeypatch.delenv("RANK")
+    with locked(run):
+        pass
 
 
 def test_what_a_killed_write_left_is_removed(run):
@@ -89,7 +109,7 @@ def test_what_a_killed_write_left_is_removed(run):
     left = [run.checkpoints / ".last.ckpt.0a1b2c3d.tmp", run.path / ".metrics.csv.0a1b2c3d.tmp"]
     for file in left:
         file.touch()
-    clear_up(run, *stop_point(run))
+    clear_up(run, stop_point(run))
     assert not any(file.exists() for file in left)
     assert run.last_checkpoint.exists()
 

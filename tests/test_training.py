@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from PIL import Image
 from program import REPO, TINY, fail, kill_at_line, start
 
-from cifar_lightning import download
+from cifar_lightning import UserError, download
+from cifar_lightning.runs import RunFolder, open_run
+from cifar_lightning.training import RunCLI
 
 FILES_OF_A_RUN = [
     "config.yaml",
@@ -276,6 +279,31 @@ def test_what_a_checkpoint_depends_on_does_not_change(finished, monkeypatch, cap
     for part in expected:
         assert part in message
     assert rows_of(run) == rows_of(finished[0])
+
+
+def test_a_run_is_locked_before_anything_of_it_is_read(monkeypatch, capsys, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    run.config.write_text("{}")
+    run.last_checkpoint.touch()
+
+    def parse(self, parser, arguments):
+        with pytest.raises(UserError, match="is writing into it"):
+            open_run(run.path, lock=True)
+        raise UserError("read under the lock")
+
+    monkeypatch.setattr(RunCLI, "parse_arguments", parse)
+    assert "read under the lock" in fail(monkeypatch, capsys, tmp_path, "fit", "--resume", "run")
+    open_run(run.path, lock=True).lock.release()
+
+
+def test_a_further_process_started_from_outside_joins_the_run_that_is_gone_on_with(monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("CIFAR_LIGHTNING_RUN_DIR", raising=False)
+    front = object.__new__(RunCLI)
+    front.resumed = RunFolder(tmp_path)
+    front._make_run(Namespace(run_dir=None))
+    assert front.run == RunFolder(tmp_path)
 
 
 # -- range test -------------------------------------------------------------------------------------------------------
