@@ -25,7 +25,7 @@ from cifar_lightning.limits import check_limits
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.seal import seal
 from cifar_lightning.signals import Stopped, StopSignals
-from cifar_lightning.weights import read_checkpoint
+from cifar_lightning.weights import UnreadableError, read_checkpoint
 
 _MINUTES_ARE_UP = 1  # below every signal's number, so that the highest of all ranks' wishes is the one that counts
 
@@ -89,7 +89,7 @@ def newest_checkpoint(run: RunFolder) -> tuple[Path, dict[str, Any], list[tuple[
         Its path, what it holds, and each newer one that is damaged with the reason.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or the newest cannot be read now.
     """
     damages: list[tuple[Path, str]] = []
     for path in run.resumed_checkpoints:
@@ -97,6 +97,8 @@ def newest_checkpoint(run: RunFolder) -> tuple[Path, dict[str, Any], list[tuple[
             continue
         try:
             return path, read_checkpoint(path), damages
+        except UnreadableError:  # it may be whole: an older one must not take its place
+            raise
         except UserError as error:
             damages.append((path, str(error)))
     if not damages:

@@ -31,6 +31,10 @@ EXACT_STATE = "cifar_lightning"
 """The key under which a run's checkpoint keeps what an exact resume needs beside Lightning's state: see `exact`."""
 
 
+class UnreadableError(UserError):
+    """Raised where the system cannot read a file now, which says nothing against the file: it may be whole."""
+
+
 @dataclass(frozen=True)
 class TrainedNetwork:
     """A network that was trained, on the CPU in evaluation mode, and how pictures must be treated for it.
@@ -120,28 +124,41 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     A file that no run here wrote has no hash; of it the zip format's own checksums must be right.
 
     Raises:
+        UnreadableError: The disk, the permissions or too little memory are in the way.
         UserError: It is missing, damaged, or holds more than plain types and tensors.
     """
     try:
         data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; give a checkpoint, such as RUN/checkpoints/best.ckpt.") from error
+    except (OSError, MemoryError) as error:
+        raise _unreadable(path, error) from error
+    try:
         sealed = has_seal(data)
         if sealed and not is_intact(data):
             raise zipfile.BadZipFile("its SHA-256 is wrong")
         if not sealed:
             _check_zip(data)
         checkpoint = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; give a checkpoint, such as RUN/checkpoints/best.ckpt.") from error
+    except MemoryError as error:
+        raise _unreadable(path, error) from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: refused, since it holds more than numbers and could run code.") from error
     except Exception as error:  # damaged files make the readers of zip and pickle raise nearly anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if "can't allocate memory" in reason:  # torch's own words for it
+            raise _unreadable(path, error) from error
         raise UserError(f"{path}: a damaged checkpoint, or none ({reason}).") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__} and not a checkpoint.")
     if not sealed and EXACT_STATE in checkpoint:
         raise UserError(f"{path}: a damaged checkpoint (its SHA-256 is cut off or overwritten).")
     return checkpoint
+
+
+def _unreadable(path: Path, error: Exception) -> UnreadableError:
+    reason = error.strerror if isinstance(error, OSError) else "not enough memory"
+    return UnreadableError(f"{path}: cannot be read ({reason}); nothing was changed. Mend that and try again.")
 
 
 def _check_zip(data: bytes) -> None:

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -15,7 +16,7 @@ from cifar_lightning.checkpoint import CheckpointSchedule, DurableCheckpointIO, 
 from cifar_lightning.errors import RunError
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.signals import Stopped, StopSignals
-from cifar_lightning.weights import EXACT_STATE, read_checkpoint
+from cifar_lightning.weights import EXACT_STATE, UnreadableError, read_checkpoint
 
 
 def checkpoint_of(weight, **more):
@@ -106,6 +107,39 @@ def test_the_newest_whole_one_is_found(path):
     found, _, damages = newest_checkpoint(run)
     assert found == run.previous_checkpoint
     assert [damaged for damaged, _ in damages] == [run.last_checkpoint]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (OSError(116, "Stale file handle"), "Stale file handle"),
+        (MemoryError(), "not enough memory"),
+    ],
+)
+def test_one_that_cannot_be_read_now_is_not_called_damaged_nor_passed_over(path, monkeypatch, error, reason):
+    run = RunFolder(path.parent.parent)
+    shutil.copy(path, run.previous_checkpoint)
+    read = Path.read_bytes
+
+    def fail(file):
+        if file == run.last_checkpoint:
+            raise error
+        return read(file)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(UserError, match=rf"last\.ckpt: cannot be read \({reason}\)"):
+        newest_checkpoint(run)
+
+
+def test_too_little_memory_for_a_whole_one_is_not_called_a_damage(path, monkeypatch):
+    def load(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(UnreadableError, match="not enough memory"):
+        read_checkpoint(path)
 
 
 # -- when last.ckpt is written ----------------------------------------------------------------------------------------
