@@ -4,9 +4,7 @@ A checkpoint is written beside its target, put on the disk, renamed, and the fol
 under its name lies either the old one or the new one, whole. The one before stays as previous.ckpt.
 """
 
-import errno
 import os
-import shutil
 import time
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from cifar_lightning.errors import RunError, UserError
-from cifar_lightning.files import write_bytes_durably
+from cifar_lightning.files import make_folder, write_bytes_durably
 from cifar_lightning.limits import check_limits
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.seal import seal
@@ -36,7 +34,7 @@ class DurableCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Write a checkpoint whole or not at all.
+        """Write a checkpoint whole or not at all. What was last.ckpt is previous.ckpt then.
 
         Raises:
             RunError: It cannot be written, or its weights are not finite; what lay there before is intact.
@@ -51,8 +49,10 @@ class DurableCheckpointIO(CheckpointIO):
         buffer = BytesIO()
         torch.save(checkpoint, buffer)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes_durably(target, seal(buffer.getvalue()))
+            make_folder(target.parent)
+            run = RunFolder(target.parent.parent)
+            keep_as = run.previous_checkpoint if target == run.last_checkpoint else None
+            write_bytes_durably(target, seal(buffer.getvalue()), keep_as=keep_as)
         except OSError as error:
             kept, then = _kept(target)
             raise RunError(
@@ -126,8 +126,8 @@ class LastCheckpoint(Checkpoint):
     """Writes last.ckpt at the end of each epoch, as scheduled, and when a signal asks the run to stop.
 
     Lightning's ModelCheckpoint is not used for it: with `save_last=True` it saves "last" only beside a new best, and a
-    checkpoint of an epoch's last batch makes the resumed run skip that epoch's validation (Lightning 2.6.6). The end of
-    an epoch is saved after its validation, and inside a validation with the mark that it is to be run from its start.
+    checkpoint of a batch that a validation follows makes the resumed run skip it (Lightning 2.6.6). Such a batch is
+    saved after the validation, and inside a validation with the mark that it is to be run from its start.
 
     Args:
         run: The run's folder.
@@ -139,12 +139,14 @@ class LastCheckpoint(Checkpoint):
         self.run, self.schedule, self.signals = run, schedule, signals
         self._saved_at_step, self._saved_at_s = 0, 0.0
         self._is_validating = False
+        self._is_due = False  # at the end of the validation that is next
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here on a signal waits for the next batch boundary."""
         validation = trainer.fit_loop.epoch_loop.val_loop
         if validation.restarted_mid_evaluation:  # the mark has been seen: it counts from its start
-            validation.batch_progress.reset()
+            validation.batch_progress.current.reset()
+            validation.batch_progress.total.reset_on_restart()
         self._note_saved(trainer)
         self.signals.defer()
 
@@ -159,19 +161,29 @@ class LastCheckpoint(Checkpoint):
         if not (wish or self._steps_are_up(trainer)):
             return
         loop = trainer.fit_loop.epoch_loop
-        if not loop._should_accumulate() and not loop._num_ready_batches_reached():
-            self._save(trainer)  # not between: gradients are in no checkpoint, and the end of the epoch follows
-            self._stop(trainer, wish)
+        if loop._should_accumulate() or loop._num_ready_batches_reached():
+            return  # gradients are in no checkpoint, and the end of the epoch follows
+        assert trainer.fit_loop._data_fetcher is not None
+        if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+            self._is_due = True
+            return
+        self._save(trainer)
+        self._stop(trainer, wish)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Stop inside a validation where a signal asked for it."""
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.fit_loop.epoch_loop._should_accumulate():
             return
         wish = highest_of_ranks(trainer, self.signals.signum)
         if wish:
             self._is_validating = True
             self._save(trainer)
         self._stop(trainer, wish)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write what was due before a validation inside an epoch."""
+        if self._is_due:
+            self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write it after the epoch's row and the best checkpoint; stop where a signal asked for it."""
@@ -184,8 +196,9 @@ class LastCheckpoint(Checkpoint):
         """Mark a validation that was cut short as one that has to begin anew: its sums are not kept."""
         if self._is_validating:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-            for count in ("total", "current"):
-                progress[count] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            done = {"current": 0, "total": progress["total"]["ready"] - progress["current"]["ready"]}
+            for name, count in done.items():  # of this validation, and of all in this epoch
+                progress[name] |= {"ready": count + 1, "started": count + 1, "processed": count, "completed": count}
 
     def _steps_are_up(self, trainer: pl.Trainer) -> bool:
         every = self.schedule.every_n_train_steps
@@ -196,33 +209,11 @@ class LastCheckpoint(Checkpoint):
         return _MINUTES_ARE_UP if every and time.monotonic() - self._saved_at_s >= 60 * every else 0
 
     def _save(self, trainer: pl.Trainer) -> None:
-        if trainer.is_global_zero:
-            self._keep_previous()
         trainer.save_checkpoint(self.run.last_checkpoint)
         self._note_saved(trainer)
 
-    def _keep_previous(self) -> None:
-        """Give what is now last.ckpt a second name; a file system without links gets a copy."""
-        last, beside = self.run.last_checkpoint, self.run.checkpoints / ".previous.ckpt.link.tmp"
-        if not last.exists():
-            return
-        try:
-            beside.unlink(missing_ok=True)
-            try:
-                os.link(last, beside)
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
-                    raise
-                shutil.copyfile(last, beside)
-            os.replace(beside, self.run.previous_checkpoint)
-        except OSError as error:
-            raise RunError(
-                f"{self.run.previous_checkpoint}: cannot be written ({error.strerror}); last.ckpt is kept.\n"
-                f"Make room or mend the permissions, then: {self.run.resume_command}"
-            ) from error
-
     def _note_saved(self, trainer: pl.Trainer) -> None:
-        self._saved_at_step, self._saved_at_s = trainer.global_step, time.monotonic()
+        self._saved_at_step, self._saved_at_s, self._is_due = trainer.global_step, time.monotonic(), False
 
     @staticmethod
     def _stop(trainer: pl.Trainer, wish: int) -> None:

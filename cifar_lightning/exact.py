@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from cifar_lightning.classifier import ImageClassifier
 from cifar_lightning.errors import UserError
@@ -37,11 +38,13 @@ class ExactState(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep a checkpoint's states until the Trainer is ready.
+        """Keep a checkpoint's states until the Trainer is ready; validation and test, which get here too, need none.
 
         Raises:
             UserError: It was saved inside an epoch by another number of processes, whose batches were others.
         """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         self._loaded = checkpoint.get(EXACT_STATE)
         if self._loaded is None:
             return
@@ -61,7 +64,9 @@ class ExactState(pl.Callback):
         if self._loaded is None:
             return
         ranks, self._loaded = self._loaded["ranks"], None
-        if trainer.global_rank >= len(ranks):  # more processes than before, at an epoch's start: a stream of its own
+        if trainer.global_rank >= len(ranks):
+            # More processes than before, at an epoch's start: this one goes on with what all were seeded with alike,
+            # as in a new run, where every process draws the same dropout masks for pictures of its own.
             return
         own = ranks[trainer.global_rank]
         restore_rng(own["rng"], trainer.strategy.root_device)

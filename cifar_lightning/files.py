@@ -9,6 +9,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,24 +18,31 @@ from typing import Any
 from cifar_lightning.errors import UserError
 
 
-def write_bytes_durably(path: Path, data: bytes) -> None:
+def write_bytes_durably(path: Path, data: bytes, *, keep_as: Path | None = None) -> None:
     """Write a small file whole or not at all, also when the process or the machine dies; the folder must exist.
+
+    Args:
+        path: The file.
+        data: All of it.
+        keep_as: Name in the same folder for what lay under `path`, which it gets once the new one is on the disk.
 
     Raises:
         OSError: It cannot be written (disk full, permissions); the old file is intact and the error names the path.
     """
-    with _in_place_of(path) as temporary:
+    with _in_place_of(path, keep_as=keep_as) as temporary:
         temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
-def _in_place_of(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
+def _in_place_of(path: Path, suffix: str = ".tmp", *, keep_as: Path | None = None) -> Iterator[Path]:
     """Give a name beside a file; what is written there takes its place at the end, once it is on the disk."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}")  # beside it: TMPDIR may be another disk
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        if keep_as is not None and path.exists():
+            _keep(path, keep_as)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException as error:
@@ -43,6 +51,33 @@ def _in_place_of(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
         if isinstance(error, OSError):  # a full disk is noticed while writing, when Python no longer names the file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def _keep(path: Path, name: Path) -> None:
+    """Give a file a second name, in the place of what had it; a file system without links gets a copy."""
+    beside = name.with_name(f".{name.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            os.link(path, beside)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
+                raise
+            shutil.copyfile(path, beside)
+            with beside.open("rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(beside, name)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder with those above it, where they are missing, and put their entries on the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

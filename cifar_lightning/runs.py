@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from cifar_lightning.errors import UserError
+from cifar_lightning.files import make_folder, sync_folder
 
 if sys.platform == "win32":
     import msvcrt
@@ -253,7 +254,7 @@ def create_run(base: Path, recipe: str, run_dir: Path | None = None) -> RunFolde
     """
     chosen = base / recipe if run_dir is None else run_dir
     try:
-        chosen.mkdir(parents=True, exist_ok=True)
+        make_folder(chosen)
         run = RunFolder(_make_numbered(chosen) if run_dir is None else chosen)
     except OSError as error:
         flag = "run folder" if run_dir is None else "--run_dir"
@@ -291,6 +292,7 @@ def _make_numbered(folder: Path) -> Path:
         except FileExistsError:
             number += 1
         else:
+            sync_folder(folder)
             return folder / str(number)
 
 

@@ -18,7 +18,7 @@ from cifar_lightning.callbacks import (
     data_of,
     peak_memory_mb,
 )
-from cifar_lightning.checkpoint import CheckpointSchedule, LastCheckpoint
+from cifar_lightning.checkpoint import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint
 from cifar_lightning.files import MetricsTable
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.signals import StopSignals
@@ -38,6 +38,7 @@ def fit(tmp_path, callbacks, epochs=2, module=None, **data):
         default_root_dir=tmp_path,
         limit_val_batches=0 if data.get("val_fraction") == 0 else None,
         callbacks=callbacks,
+        plugins=[DurableCheckpointIO()],
     )
     module = module or ImageClassifier(image_size=16, model_kwargs=NARROW)
     run.fit(module, ImageDataModule("synthetic", batch_size=900, image_size=16, **data))

@@ -10,11 +10,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from fitting import NARROW, fit_run
+from lightning.pytorch.trainer.states import TrainerFn
 
-from cifar_lightning import ImageClassifier, SmallNet, UserError, files
+from cifar_lightning import ImageClassifier, SmallNet, UserError, files, runs
 from cifar_lightning.checkpoint import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint, newest_checkpoint
 from cifar_lightning.errors import RunError
-from cifar_lightning.runs import RunFolder
+from cifar_lightning.runs import RunFolder, create_run
 from cifar_lightning.signals import Stopped, StopSignals
 from cifar_lightning.weights import EXACT_STATE, UnreadableError, read_checkpoint
 
@@ -72,13 +73,54 @@ def test_broken_weights_are_not_written_over_good_ones(path, bad):
     assert path.read_bytes() == before
 
 
-def test_it_is_synced_before_it_gets_its_name_and_its_folder_after(path, monkeypatch):
+def calls_while_writing(path, monkeypatch):
+    """Return the calls that put a checkpoint in its place, in order, with the names of the files."""
     done = []
-    for name in ("fsync", "replace"):
+    for name in ("fsync", "link", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(files.os, name, lambda *args, name=name, real=real: (done.append(name), real(*args)))
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (done.append((name, args)), real(*args)))
     DurableCheckpointIO().save_checkpoint(checkpoint_of(torch.zeros(3)), path)
-    assert done == ["fsync", "replace", "fsync"]
+    return [f"{name} {Path(args[-1]).name.lstrip('.')[:8]}" if name != "fsync" else name for name, args in done]
+
+
+def test_it_is_synced_before_it_gets_its_name_and_its_folder_after(path, monkeypatch):
+    best = path.with_name("best.ckpt")
+    assert calls_while_writing(best, monkeypatch) == ["fsync", "replace best.ckp", "fsync"]
+
+
+def test_the_one_before_is_kept_only_once_the_new_one_is_on_the_disk(path, monkeypatch):
+    expected = ["fsync", "link previous", "replace previous", "replace last.ckp", "fsync"]
+    assert calls_while_writing(path, monkeypatch) == expected
+
+
+def test_the_entries_of_new_folders_are_synced_in_the_folders_above_them(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "sync_folder", synced.append)
+    monkeypatch.setattr(runs, "sync_folder", synced.append)
+    run = create_run(tmp_path / "runs", "smallnet", None)
+    assert {tmp_path, tmp_path / "runs", tmp_path / "runs" / "smallnet"} <= set(synced)
+    DurableCheckpointIO().save_checkpoint(checkpoint_of(torch.ones(1)), run.last_checkpoint)
+    assert run.path in synced
+    run.lock.release()
+
+
+@pytest.mark.parametrize("place", ["weights", "disk"])
+def test_a_save_that_fails_leaves_both_generations(path, monkeypatch, place):
+    run = RunFolder(path.parent.parent)
+    DurableCheckpointIO().save_checkpoint(checkpoint_of(torch.zeros(3)), path)
+    before = [file.read_bytes() for file in (run.last_checkpoint, run.previous_checkpoint)]
+    assert before[0] != before[1]
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, plugins=[DurableCheckpointIO()])
+    bad = torch.tensor([float("nan")]) if place == "weights" else torch.ones(3)
+    monkeypatch.setattr(
+        trainer, "save_checkpoint", lambda path: DurableCheckpointIO().save_checkpoint(checkpoint_of(bad), path)
+    )
+    if place == "disk":
+        monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(RunError):
+        LastCheckpoint(run, CheckpointSchedule(), StopSignals())._save(trainer)
+    assert [file.read_bytes() for file in (run.last_checkpoint, run.previous_checkpoint)] == before
+    assert not list(run.leftovers())
 
 
 def test_each_of_200_damages_of_a_smallnet_is_refused(tmp_path):
@@ -230,10 +272,11 @@ def test_a_stop_does_not_cut_a_step_of_several_batches(tmp_path):
     class Loop:
         _should_accumulate = staticmethod(lambda: len(seen) < 2)
         _num_ready_batches_reached = staticmethod(lambda: False)
+        _should_check_val_fx = staticmethod(lambda fetcher: False)
 
     class Trainer:
         world_size, global_step, is_global_zero = 1, 5, True
-        fit_loop = type("FitLoop", (), {"epoch_loop": Loop})
+        fit_loop = type("FitLoop", (), {"epoch_loop": Loop, "_data_fetcher": object()})
 
         @staticmethod
         def save_checkpoint(path):
@@ -245,3 +288,7 @@ def test_a_stop_does_not_cut_a_step_of_several_batches(tmp_path):
     with pytest.raises(Stopped):
         last.on_train_batch_end(Trainer, module)
     assert seen[2] == run.last_checkpoint
+    seen.clear()
+    Trainer.state = type("State", (), {"fn": TrainerFn.FITTING})
+    last.on_validation_batch_end(Trainer, module)
+    assert seen == []

@@ -3,11 +3,13 @@
 import random
 import signal
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from fault_judge import differences
 from fitting import fit_run
+from lightning.pytorch.trainer.states import TrainerFn
 from program import REPO, TINY
 from program import start as run_program
 from test_checkpoint import Signal
@@ -81,6 +83,52 @@ def test_it_does_so_with_worker_processes(tmp_path, unbroken):
     assert differences(result_of(broken), unbroken) == []
 
 
+class PowerCut(pl.Callback):
+    """Ends a fit without a checkpoint, before the batch after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == self.step:
+            raise OSError("the power is cut")
+
+
+# After batches 4 and 8 of 9, of which each epoch's row shows the second.
+TWICE = {"val_check_interval": 0.5}
+
+
+@pytest.fixture(scope="module")
+def unbroken_validated_twice(tmp_path_factory):
+    return result_of(start(tmp_path_factory.mktemp("twice") / "run", trainer=TWICE)[0])
+
+
+@pytest.mark.parametrize(
+    ("hook", "step"),
+    [
+        ("on_train_batch_start", 3),
+        ("on_validation_batch_start", 4),
+        ("on_validation_epoch_end", 4),
+        ("on_train_batch_start", 25),
+    ],
+    ids=["in the batch before it", "in it", "at its end", "in the batch before the last epoch's second"],
+)
+def test_a_validation_inside_an_epoch_is_not_skipped(tmp_path, unbroken_validated_twice, hook, step):
+    broken = stop_and_go_on(tmp_path / "run", hook, step, trainer=TWICE)
+    assert differences(result_of(broken), unbroken_validated_twice) == []
+
+
+@pytest.mark.parametrize("step", [4])
+def test_nor_where_a_scheduled_checkpoint_falls_on_it(tmp_path, unbroken_validated_twice, step):
+    every = {"schedule": CheckpointSchedule(every_n_train_steps=4), "trainer": TWICE}
+    with pytest.raises(OSError, match="power"):
+        start(tmp_path / "run", PowerCut(step), **every)
+    seed(1)
+    run = RunFolder(tmp_path / "run")
+    assert read_checkpoint(run.last_checkpoint)["global_step"] == step
+    assert differences(result_of(start_again(run, (), **every)), unbroken_validated_twice) == []
+
+
 def test_without_the_random_states_it_does_not(tmp_path, unbroken):
     broken = stop_and_go_on(tmp_path / "run", "on_train_batch_start", 4, without=[ExactState])
     assert any(name.startswith(".last.ckpt.state_dict.") for name in differences(result_of(broken), unbroken))
@@ -115,9 +163,11 @@ def test_inside_an_epoch_another_number_of_processes_is_refused(tmp_path):
         start(tmp_path / "run", Signal("on_train_batch_start", 4, signal.SIGTERM))
     checkpoint = read_checkpoint(RunFolder(tmp_path / "run").last_checkpoint)
     assert is_inside_epoch(checkpoint)
-    two = type("Trainer", (), {"world_size": 2})
+    two = type("Trainer", (), {"world_size": 2, "state": type("State", (), {"fn": TrainerFn.FITTING})})
     with pytest.raises(UserError, match=r"inside an epoch on 1 process\(es\), not on 2"):
         ExactState().on_load_checkpoint(two, ImageClassifier(), checkpoint)
+    testing = type("Trainer", (), {"world_size": 2, "state": type("State", (), {"fn": TrainerFn.TESTING})})
+    ExactState().on_load_checkpoint(testing, ImageClassifier(), checkpoint)  # the test after a fit: any number
     checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] = 1
     state = ExactState()
     state.on_load_checkpoint(two, ImageClassifier(), checkpoint)
