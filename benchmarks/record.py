@@ -10,6 +10,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ def summarize(run: Path, note: str) -> dict[str, Any]:
     timing = [
         {k: float(v) for k, v in row.items()} for row in csv.DictReader((run / "timing.csv").open(encoding="utf-8"))
     ]
+    elapsed_s = sum(row["elapsed_s"] for row in timing)
+    if math.isnan(elapsed_s):
+        note = note or "a part of an epoch was not timed"
     return {
         "commit": environment["commit"],
         "dirty": environment["dirty"],
@@ -37,7 +41,7 @@ def summarize(run: Path, note: str) -> dict[str, Any]:
         "test_accuracy": metrics["accuracy"],
         "test_accuracy_interval_95": metrics["accuracy_interval_95"],
         "num_test_pictures": metrics["num_pictures"],
-        "elapsed_s": sum(row["elapsed_s"] for row in timing),
+        "elapsed_s": None if math.isnan(elapsed_s) else elapsed_s,
         "train_images_per_s": [round(row["train_images_per_s"], 1) for row in timing],
         "peak_memory_mb": max(row["peak_memory_mb"] for row in timing),
         "hardware": f"{environment['num_usable_cpus']} cores of {environment['cpu']}, device {environment['device']}",

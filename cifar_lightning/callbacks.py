@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,16 @@ from cifar_lightning.files import MetricsTable, read_json, write_json
 from cifar_lightning.runs import RunFolder
 
 MONITOR = "val/acc"
+EPOCH_SO_FAR = "cifar_lightning_epoch"
+"""The key under which a checkpoint keeps what the row of an epoch that has not ended needs."""
+_FIGURES = ("val/loss", "val/acc", "val/f1", "val/ece")
 
 
 class RunRecorder(pl.Callback):
     """Writes split.json and environment.json at the start and a row of metrics.csv and timing.csv each epoch.
+
+    An epoch that is resumed in its middle counts the seconds up to its checkpoint, not those of work that was lost; they
+    are nan where the checkpoint does not know them. Its pictures per second are of this process alone.
 
     Args:
         run: The run's folder.
@@ -33,10 +39,35 @@ class RunRecorder(pl.Callback):
     def __init__(self, run: RunFolder, resumed: dict[str, Any] | None = None) -> None:
         self.run, self.resumed = run, resumed
         self.metrics, self.timing = MetricsTable(run.metrics_csv), MetricsTable(run.timing_csv)
-        self._started_s = 0.0
-        self._validation_start_s = 0.0
-        self._validation_s = 0.0
-        self._validated = False
+        self._loaded: dict[str, Any] | None = None
+        self._start_clock()
+
+    def _start_clock(self, before: Mapping[str, float] | None = None) -> None:
+        self._before = before or {"elapsed_s": 0.0, "validation_s": 0.0}  # of this epoch, in earlier processes
+        self._started_s, self._validation_s = time.perf_counter(), 0.0
+        self._validation_start_s: float | None = None  # while one runs
+        self._figures: dict[str, float] = {}  # of the epoch's last validation
+
+    def clock(self) -> dict[str, float]:
+        """Return the seconds of the epoch so far: all, and of validation."""
+        now_s = time.perf_counter()
+        validation_s = self._validation_s + (now_s - (self._validation_start_s or now_s))
+        return {
+            "elapsed_s": self._before["elapsed_s"] + now_s - self._started_s,
+            "validation_s": self._before["validation_s"] + validation_s,
+        }
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the figures of the epoch's last validation; the clock is kept by last.ckpt alone."""
+        checkpoint[EPOCH_SO_FAR] = {"figures": self._figures}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take them up when training starts."""
+        self._loaded = checkpoint.get(EPOCH_SO_FAR, {})
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write what the run starts from."""
@@ -58,12 +89,15 @@ class RunRecorder(pl.Callback):
         write_json(self.run.environment, environment)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock of an epoch that is resumed in its middle."""
-        self.on_train_epoch_start(trainer, pl_module)
+        """Take up an epoch that is resumed in its middle; another one's start comes after this."""
+        if self._loaded is None:
+            return
+        self._start_clock(self._loaded.get("clock", {"elapsed_s": math.nan, "validation_s": math.nan}))
+        self._figures, self._loaded = self._loaded.get("figures", {}), None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
-        self._started_s, self._validation_s, self._validated = time.perf_counter(), 0.0, False
+        self._start_clock()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock of training."""
@@ -71,29 +105,29 @@ class RunRecorder(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the clock of training go on."""
+        assert self._validation_start_s is not None
         self._validation_s += time.perf_counter() - self._validation_start_s
-        self._validated = True
+        self._validation_start_s = None
+        logged = trainer.callback_metrics
+        self._figures = {name: float(logged[name]) for name in _FIGURES if name in logged}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the epoch's rows, before the checkpoint that holds the epoch."""
         assert isinstance(pl_module, ImageClassifier)
-        elapsed_s = time.perf_counter() - self._started_s
+        clock, own_s = self.clock(), time.perf_counter() - self._started_s - self._validation_s
         train = pl_module.epoch_metrics()  # collective: all ranks
         if not trainer.is_global_zero or pl_module.epoch_sums()[2] == 0:  # resumed at the epoch's very end
             return
         row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step, **train}
         if data_of(trainer).num_pictures("val"):
-            logged = trainer.callback_metrics
-            for name in ("val/loss", "val/acc", "val/f1", "val/ece"):
-                row[name] = float(logged[name]) if self._validated and name in logged else float("nan")
+            row |= {name: self._figures.get(name, math.nan) for name in _FIGURES}
         self.metrics.append(row)
-        train_s = elapsed_s - self._validation_s
         self.timing.append(
             {
                 "epoch": trainer.current_epoch,
-                "elapsed_s": elapsed_s,
-                "train_s": train_s,
-                "train_images_per_s": pl_module.num_trained_pictures() * trainer.world_size / train_s,
+                "elapsed_s": clock["elapsed_s"],
+                "train_s": clock["elapsed_s"] - clock["validation_s"],
+                "train_images_per_s": pl_module.num_trained_pictures() * trainer.world_size / own_s,
                 "peak_memory_mb": peak_memory_mb(trainer.strategy.root_device),
             }
         )

@@ -17,7 +17,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from cifar_lightning.callbacks import EPOCH_SO_FAR, RunRecorder
 from cifar_lightning.errors import RunError, UserError
+from cifar_lightning.exact import is_inside_epoch
 from cifar_lightning.files import make_folder, write_bytes_durably
 from cifar_lightning.limits import check_limits
 from cifar_lightning.runs import RunFolder
@@ -139,6 +141,7 @@ class LastCheckpoint(Checkpoint):
         self.run, self.schedule, self.signals = run, schedule, signals
         self._saved_at_step, self._saved_at_s = 0, 0.0
         self._is_validating = False
+        self._is_writing = False
         self._is_due = False  # at the end of the validation that is next
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -193,7 +196,15 @@ class LastCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Mark a validation that was cut short as one that has to begin anew: its sums are not kept."""
+        """Mark a validation that was cut short as one that has to begin anew: its sums are not kept.
+
+        Inside an epoch last.ckpt also keeps the epoch's clock. best.ckpt, which may be written there, has nothing that
+        differs between two equal runs, and neither has last.ckpt at the end of an epoch.
+        """
+        if self._is_writing and is_inside_epoch(checkpoint):
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+                if isinstance(callback, RunRecorder):
+                    checkpoint[EPOCH_SO_FAR]["clock"] = callback.clock()
         if self._is_validating:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
             done = {"current": 0, "total": progress["total"]["ready"] - progress["current"]["ready"]}
@@ -209,7 +220,9 @@ class LastCheckpoint(Checkpoint):
         return _MINUTES_ARE_UP if every and time.monotonic() - self._saved_at_s >= 60 * every else 0
 
     def _save(self, trainer: pl.Trainer) -> None:
+        self._is_writing = True
         trainer.save_checkpoint(self.run.last_checkpoint)
+        self._is_writing = False
         self._note_saved(trainer)
 
     def _note_saved(self, trainer: pl.Trainer) -> None:

@@ -223,7 +223,8 @@ def galleries_of(test: Answers, available: set[int]) -> list[dict[str, Any]]:
 def training_of(results: Results) -> dict[str, Any]:
     """Return what the tables of the epochs come to; a value that is not in them is None.
 
-    `is_whole` is false where metrics.csv lacks epochs, the best of which may be another one.
+    `is_whole` is false where metrics.csv lacks epochs, the best of which may be another one. The time is not summed up
+    where that of some epoch is missing or not known.
     """
     validated = [row for row in results.epochs if not math.isnan(row.get("val/acc", math.nan))]
     best = max(validated, key=lambda row: row["val/acc"], default=None)
@@ -236,7 +237,7 @@ def training_of(results: Results) -> dict[str, Any]:
         "is_whole": "metrics.csv" not in results.cut_tables,
         "best_epoch": int(best["epoch"]) + 1 if best else None,  # people count from 1
         "best_val_acc": best["val/acc"] if best else None,
-        "elapsed_s": sum(elapsed) if elapsed else None,
+        "elapsed_s": sum(elapsed) if elapsed and not math.isnan(sum(elapsed)) else None,
         "train_images_per_s": float(np.median(speeds)) if speeds else None,
         "peak_memory_mb": max(memory) if memory else None,
     }

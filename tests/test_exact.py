@@ -1,5 +1,7 @@
 """A run that was stopped anywhere ends with the bits of one that was not; without its random states it does not."""
 
+import itertools
+import math
 import random
 import signal
 
@@ -14,9 +16,11 @@ from program import REPO, TINY
 from program import start as run_program
 from test_checkpoint import Signal
 
-from cifar_lightning import ImageClassifier, UserError
-from cifar_lightning.checkpoint import CheckpointSchedule
+from cifar_lightning import ImageClassifier, UserError, callbacks
+from cifar_lightning.callbacks import EPOCH_SO_FAR
+from cifar_lightning.checkpoint import CheckpointSchedule, DurableCheckpointIO
 from cifar_lightning.exact import ExactState, is_inside_epoch, restore_rng, rng_state
+from cifar_lightning.files import MetricsTable
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.signals import Stopped
 from cifar_lightning.weights import EXACT_STATE, read_checkpoint
@@ -118,7 +122,7 @@ def test_a_validation_inside_an_epoch_is_not_skipped(tmp_path, unbroken_validate
     assert differences(result_of(broken), unbroken_validated_twice) == []
 
 
-@pytest.mark.parametrize("step", [4])
+@pytest.mark.parametrize("step", [4, 8])
 def test_nor_where_a_scheduled_checkpoint_falls_on_it(tmp_path, unbroken_validated_twice, step):
     every = {"schedule": CheckpointSchedule(every_n_train_steps=4), "trainer": TWICE}
     with pytest.raises(OSError, match="power"):
@@ -127,6 +131,42 @@ def test_nor_where_a_scheduled_checkpoint_falls_on_it(tmp_path, unbroken_validat
     run = RunFolder(tmp_path / "run")
     assert read_checkpoint(run.last_checkpoint)["global_step"] == step
     assert differences(result_of(start_again(run, (), **every)), unbroken_validated_twice) == []
+
+
+def timing_of(run):
+    return MetricsTable(run.timing_csv).read()
+
+
+def test_an_epoch_resumed_in_its_middle_counts_the_seconds_before_it(tmp_path, monkeypatch):
+    clock = itertools.count()  # a second each time that anybody looks
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: float(next(clock)))
+    with pytest.raises(Stopped):
+        start(tmp_path / "run", Signal("on_train_batch_start", 4, signal.SIGTERM))
+    run = RunFolder(tmp_path / "run")
+    before = read_checkpoint(run.last_checkpoint)[EPOCH_SO_FAR]["clock"]["elapsed_s"]
+    assert before > 0
+    looked = next(clock)
+    start_again(run, ())
+    row = timing_of(run)[0]
+    assert before < row["elapsed_s"] < before + next(clock) - looked
+    assert 0 < row["train_s"] < row["elapsed_s"]
+    assert "clock" not in read_checkpoint(run.last_checkpoint)[EPOCH_SO_FAR]
+    assert "clock" not in read_checkpoint(run.best_checkpoint)[EPOCH_SO_FAR]
+
+
+def test_where_they_are_not_known_it_says_nothing(tmp_path):
+    with pytest.raises(Stopped):
+        start(tmp_path / "run", Signal("on_train_batch_start", 4, signal.SIGTERM))
+    run = RunFolder(tmp_path / "run")
+    checkpoint = read_checkpoint(run.last_checkpoint)
+    del checkpoint[EPOCH_SO_FAR]  # as of an earlier version
+    DurableCheckpointIO().save_checkpoint(checkpoint, run.last_checkpoint)
+    start_again(run, ())
+    first, *others = timing_of(run)
+    assert math.isnan(first["elapsed_s"])
+    assert math.isnan(first["train_s"])
+    assert first["train_images_per_s"] > 0
+    assert all(row["elapsed_s"] > row["train_s"] > 0 for row in others)
 
 
 def test_without_the_random_states_it_does_not(tmp_path, unbroken):

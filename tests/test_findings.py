@@ -226,6 +226,12 @@ def test_what_a_cut_table_cannot_tell_is_not_said(tmp_path):
     assert (training["num_epochs"], training["is_whole"], training["elapsed_s"]) == (5, True, None)
 
 
+def test_the_time_is_not_summed_up_where_that_of_an_epoch_is_not_known(tmp_path):
+    run = make_run(tmp_path / "run", epochs=3)
+    run.timing_csv.write_text(run.timing_csv.read_text().replace("10.5", "nan", 1))
+    assert find(read_results(run))["training"]["elapsed_s"] is None
+
+
 def test_the_members_of_many_groups_are_all_there(tmp_path):
     names = [f"class_{index:02}" for index in range(20)]  # pairs that are taken for each other
     findings = find(read_results(make_run(tmp_path / "run", names=names, n=4000, skill=4)))
