@@ -19,11 +19,17 @@ from cifar_lightning.recipes import read_recipe
 from cifar_lightning.runs import RunFolder, is_first_process, open_run
 from cifar_lightning.weights import progress_of
 
-# What the weights, the optimiser's state or the split belong to; everything else is training, which may change.
-_FIXED = {"model.name", "model.model_kwargs", "model.optimizer", "data.image_size", "data.dataset", "data.seed"}
-_FIXED |= {"data.val_fraction"}
-_MAKES_BATCHES = {"data.batch_size", "data.drop_last", "trainer.limit_train_batches"}
-_PLANS_SCHEDULE = {"trainer.max_epochs", "trainer.max_steps", "data.batch_size", "model.lr", "model.pct_start"}
+# What the weights, the states of optimiser and schedule or the split belong to; all else is training, which may change.
+_FIXED = {"model.name", "model.model_kwargs", "model.optimizer", "model.schedule"}
+_FIXED |= {"data.image_size", "data.dataset", "data.seed", "data.val_fraction"}
+# What an epoch's batches and steps are made of. trainer.devices is not here: an epoch's start may be moved to other
+# devices, and inside one `exact` looks at the number of processes itself.
+_MAKES_BATCHES = {"data.batch_size", "data.drop_last", "data.train_sizes"}
+_MAKES_BATCHES |= {"trainer.limit_train_batches", "trainer.overfit_batches", "trainer.accumulate_grad_batches"}
+# What the learning rates of the steps to come depend on. Momentum and decay are not scheduled: they hold from here on.
+_PLANS_SCHEDULE = {"trainer.max_epochs", "trainer.max_steps", "trainer.devices", "trainer.num_nodes"}
+_PLANS_SCHEDULE |= _MAKES_BATCHES - {"data.train_sizes"}
+_PLANS_SCHEDULE |= {f"model.{name}" for name in ("lr", "sgd_lr", "head_lr", "pct_start", "stem_share")}
 Changes = dict[str, tuple[Any, Any]]
 
 
@@ -53,13 +59,14 @@ class StopPoint:
         steps_are_up = max_steps != -1 and self.steps_done >= max_steps
         return epochs_are_up or steps_are_up or (self.stopped_early and not changes)
 
-    def tell(self, run: RunFolder, changes: Changes) -> list[str]:
+    def tell(self, run: RunFolder, changes: Changes, schedule: str = "one_cycle") -> list[str]:
         """Return lines that say where the run goes on, counted as a person does, and what is different from before."""
         inside = f"in epoch {self.epochs_done + 1} after step {self.steps_done:,}"
         lines = [f"Going on with {run.path} {inside if self.is_inside_epoch else f'after epoch {self.epochs_done}'}."]
         lines += [f"  {line}" for line in describe_changes(changes)]
         if _PLANS_SCHEDULE & changes.keys():
-            lines.append("  OneCycle is planned anew over the whole run and taken up at this step.")
+            what = "OneCycle" if schedule == "one_cycle" else "The learning rate's line to 0"
+            lines.append(f"  {what} is planned anew over the whole run and taken up at this step.")
         return lines
 
     def record(self, changes: Changes) -> dict[str, Any]:

@@ -294,7 +294,7 @@ class RunCLI(LightningCLI):
         if self.changes:
             write_text_durably(self.run.config, config_text(self._parser("fit"), self.config["fit"]))
         self.run.discard_results()  # of the weights before
-        print("\n".join(self.stopped_at.tell(self.run, self.changes)))
+        print("\n".join(self.stopped_at.tell(self.run, self.changes, self.model.schedule)))
 
     def after_fit(self) -> None:
         """Test the best checkpoint once, write the answers and make the report."""

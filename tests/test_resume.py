@@ -1,12 +1,15 @@
 """What a stopped run is gone on with, read from its files."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from cifar_lightning import resume
 from cifar_lightning.errors import UserError
+from cifar_lightning.flags import table
 from cifar_lightning.resume import StopPoint, clear_up, describe_changes, find_changes, locked, stop_point
 from cifar_lightning.runs import RunFolder
 
@@ -114,11 +117,43 @@ def test_what_a_killed_write_left_is_removed(run):
     assert run.last_checkpoint.exists()
 
 
-def test_inside_an_epoch_its_batches_stay_as_they_are():
-    changes = {"data.batch_size": (128, 64)}
+@pytest.mark.parametrize(
+    ("key", "before", "now"),
+    [
+        ("data.batch_size", 128, 64),
+        ("data.drop_last", False, True),
+        ("data.train_sizes", None, [24, 32]),
+        ("trainer.limit_train_batches", 1.0, 0.5),
+        ("trainer.accumulate_grad_batches", 1, 2),
+    ],
+)
+def test_inside_an_epoch_its_batches_stay_as_they_are(key, before, now):
+    changes = {key: (before, now)}
     point().check_changes(changes)
-    with pytest.raises(UserError, match=r"--data\.batch_size 64: .*inside an epoch.*128"):
+    with pytest.raises(UserError, match=rf"--{re.escape(key)} {re.escape(str(now))}: .*inside an epoch.*{before}"):
         point(is_inside_epoch=True).check_changes(changes)
+
+
+PLANNED = [("model.lr", True), ("model.sgd_lr", True), ("model.head_lr", True), ("model.stem_share", True)]
+PLANNED += [("trainer.devices", True), ("data.drop_last", True), ("trainer.limit_train_batches", True)]
+PLANNED += [("trainer.accumulate_grad_batches", True), ("data.train_sizes", False), ("model.momentum", False)]
+PLANNED += [("model.sgd_momentum", False), ("model.weight_decay", False), ("model.sgd_weight_decay", False)]
+
+
+@pytest.mark.parametrize(("key", "is_planned"), PLANNED)
+def test_it_says_where_a_change_moves_the_schedule(run, key, is_planned):
+    told = "\n".join(point().tell(run, {key: (1, 2)}))
+    assert ("OneCycle is planned anew" in told) is is_planned
+
+
+def test_it_names_the_schedule_that_the_run_has(run):
+    told = "\n".join(point().tell(run, {"model.lr": (0.1, 0.2)}, "linear"))
+    assert "OneCycle" not in told
+    assert "line to 0 is planned anew" in told
+
+
+def test_the_keys_that_it_knows_are_flags():
+    assert resume._FIXED | resume._MAKES_BATCHES | resume._PLANS_SCHEDULE <= table().keys()
 
 
 @pytest.mark.parametrize(
@@ -151,6 +186,12 @@ def test_the_architecture_does_not_change(run):
     other = {"name": "smallnet", "lr": 0.1, "model_kwargs": {"widths": [8]}}
     with pytest.raises(UserError, match=r"(?s)--model\.model_kwargs .*8.*--init_weights"):
         find_changes(run, changed(model=other))
+
+
+def test_the_schedule_does_not_change(run):
+    run.config.write_text(changed(model={"name": "smallnet", "schedule": "one_cycle"}))
+    with pytest.raises(UserError, match=r"--model\.schedule linear: .*has one_cycle"):
+        find_changes(run, changed(model={"name": "smallnet", "schedule": "linear"}))
 
 
 def test_a_damaged_config_is_named(run):
