@@ -17,7 +17,7 @@ from program import start as run_program
 from test_checkpoint import Signal
 
 from cifar_lightning import ImageClassifier, UserError, callbacks
-from cifar_lightning.callbacks import EPOCH_SO_FAR
+from cifar_lightning.callbacks import EPOCH_SO_FAR, RunRecorder
 from cifar_lightning.checkpoint import CheckpointSchedule, DurableCheckpointIO
 from cifar_lightning.exact import ExactState, is_inside_epoch, restore_rng, rng_state
 from cifar_lightning.files import MetricsTable
@@ -107,6 +107,19 @@ def unbroken_validated_twice(tmp_path_factory):
     return result_of(start(tmp_path_factory.mktemp("twice") / "run", trainer=TWICE)[0])
 
 
+@pytest.fixture
+def validated(monkeypatch):
+    """The steps after which a validation ended."""
+    steps, ends = [], RunRecorder.on_validation_end
+
+    def note(recorder, trainer, module):
+        steps.append(trainer.global_step)
+        ends(recorder, trainer, module)
+
+    monkeypatch.setattr(RunRecorder, "on_validation_end", note)
+    return steps
+
+
 @pytest.mark.parametrize(
     ("hook", "step"),
     [
@@ -117,13 +130,14 @@ def unbroken_validated_twice(tmp_path_factory):
     ],
     ids=["in the batch before it", "in it", "at its end", "in the batch before the last epoch's second"],
 )
-def test_a_validation_inside_an_epoch_is_not_skipped(tmp_path, unbroken_validated_twice, hook, step):
+def test_a_validation_inside_an_epoch_is_not_skipped(tmp_path, unbroken_validated_twice, validated, hook, step):
     broken = stop_and_go_on(tmp_path / "run", hook, step, trainer=TWICE)
+    assert validated == [4, 8, 13, 17, 22, 26]
     assert differences(result_of(broken), unbroken_validated_twice) == []
 
 
 @pytest.mark.parametrize("step", [4, 8])
-def test_nor_where_a_scheduled_checkpoint_falls_on_it(tmp_path, unbroken_validated_twice, step):
+def test_nor_where_a_scheduled_checkpoint_falls_on_it(tmp_path, unbroken_validated_twice, validated, step):
     every = {"schedule": CheckpointSchedule(every_n_train_steps=4), "trainer": TWICE}
     with pytest.raises(OSError, match="power"):
         start(tmp_path / "run", PowerCut(step), **every)
@@ -131,6 +145,7 @@ def test_nor_where_a_scheduled_checkpoint_falls_on_it(tmp_path, unbroken_validat
     run = RunFolder(tmp_path / "run")
     assert read_checkpoint(run.last_checkpoint)["global_step"] == step
     assert differences(result_of(start_again(run, (), **every)), unbroken_validated_twice) == []
+    assert validated == [4, 8, 13, 17, 22, 26]
 
 
 def timing_of(run):
