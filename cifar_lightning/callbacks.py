@@ -16,7 +16,7 @@ from cifar_lightning.classifier import ImageClassifier
 from cifar_lightning.data import ImageDataModule
 from cifar_lightning.environment import describe_environment
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import MetricsTable, read_json, write_json
+from cifar_lightning.files import MetricsTable, read_json, write_json, write_text_durably
 from cifar_lightning.runs import RunFolder
 
 MONITOR = "val/acc"
@@ -28,16 +28,18 @@ _FIGURES = ("val/loss", "val/acc", "val/f1", "val/ece")
 class RunRecorder(pl.Callback):
     """Writes split.json and environment.json at the start and a row of metrics.csv and timing.csv each epoch.
 
-    An epoch that is resumed in its middle counts the seconds up to its checkpoint, not those of work that was lost; they
-    are nan where the checkpoint does not know them. Its pictures per second are of this process alone.
+    An epoch that is resumed in its middle counts the seconds up to its checkpoint, not those of work that was lost;
+    they are nan where the checkpoint does not know them. Its pictures per second are of this process alone.
 
     Args:
         run: The run's folder.
         resumed: Where and with which changes an earlier run is gone on with; environment.json lists them.
+        config: What config.yaml holds from now on, where it changes. It is written once all processes have begun, which
+            must all have found the same changes.
     """
 
-    def __init__(self, run: RunFolder, resumed: dict[str, Any] | None = None) -> None:
-        self.run, self.resumed = run, resumed
+    def __init__(self, run: RunFolder, resumed: dict[str, Any] | None = None, config: str | None = None) -> None:
+        self.run, self.resumed, self.config = run, resumed, config
         self.metrics, self.timing = MetricsTable(run.metrics_csv), MetricsTable(run.timing_csv)
         self._loaded: dict[str, Any] | None = None
         self._start_clock()
@@ -73,6 +75,8 @@ class RunRecorder(pl.Callback):
         """Write what the run starts from."""
         if not trainer.is_global_zero:
             return
+        if self.config is not None:
+            write_text_durably(self.run.config, self.config)
         write_json(self.run.split, data_of(trainer).split_summary())
         device = trainer.strategy.root_device
         environment = describe_environment() | {

@@ -179,7 +179,9 @@ class RunCLI(LightningCLI):
             return callbacks
         assert self.run is not None
         callbacks.append(ExactState())
-        callbacks.append(RunRecorder(self.run, self.stopped_at.record(self.changes) if self.stopped_at else None))
+        record = self.stopped_at.record(self.changes) if self.stopped_at else None
+        changed = config_text(self._parser("fit"), self.config["fit"]) if self.changes else None
+        callbacks.append(RunRecorder(self.run, record, changed))
         callbacks.append(Dashboard(self.datamodule.class_names, self.config["fit"].as_dict()))
         if monitored:
             callbacks.append(self.config_init["fit"].early_stopping)
@@ -291,8 +293,6 @@ class RunCLI(LightningCLI):
             return
         for path in (self.run.metrics_csv, self.run.timing_csv):
             MetricsTable(path).cut_after(self.stopped_at.epochs_done - 1)  # they count from 0
-        if self.changes:
-            write_text_durably(self.run.config, config_text(self._parser("fit"), self.config["fit"]))
         self.run.discard_results()  # of the weights before
         print("\n".join(self.stopped_at.tell(self.run, self.changes, self.model.schedule)))
 

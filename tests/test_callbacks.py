@@ -120,6 +120,17 @@ def test_the_recorder_writes_what_was_logged(tmp_path, folder):
     assert json.loads(folder.split.read_text())["sizes"] == {"train": 4500, "val": 500, "test": 1000}
 
 
+def test_a_changed_config_is_written_once_all_processes_have_begun(tmp_path, folder):
+    class Begin(pl.Callback):
+        def setup(self, trainer, module, stage):
+            self.config = folder.config.read_text()
+
+    folder.config.write_text("before")
+    begin = Begin()
+    fit(tmp_path, [RunRecorder(folder, config="after"), begin], epochs=1, val_fraction=0.0)
+    assert (begin.config, folder.config.read_text()) == ("before", "after")
+
+
 def test_the_recorder_leaves_validation_out_where_nothing_is_held_out(tmp_path, folder):
     fit(tmp_path, [RunRecorder(folder)], val_fraction=0.0)
     assert "val/acc" not in MetricsTable(folder.metrics_csv).read()[0]
