@@ -48,7 +48,7 @@ def our_run(recipe: str, seed: int, flags: list[str], folder: Path) -> dict[str,
     metrics = json.loads((run / "test_metrics.json").read_text(encoding="utf-8"))
     figures |= {"accuracy": metrics["accuracy"], "accuracy_one_view": metrics.get("accuracy_one_view")}
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    figures |= {"commit": environment["commit"], "dirty": environment["dirty"], "device": environment["device"]}
+    figures |= {"commit": environment["commit"], "dirty": environment["dirty"], "precision": environment["precision"]}
     return figures
 
 
@@ -60,7 +60,8 @@ def peer_run(name: str, checkout: Path, pictures: Path, seed: int, steps: int | 
     execute(command, dict(os.environ))
     figures: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     commit = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {**figures, "commit": commit.stdout.strip() or None}
+    precision = "as it is" if torch.cuda.is_available() else "32-true"
+    return {**figures, "commit": commit.stdout.strip() or None, "precision": precision}
 
 
 def execute(command: list[str], environment: dict[str, str]) -> None:
@@ -101,7 +102,7 @@ def compare_epochs(args: argparse.Namespace, peers: dict[str, Path], folder: Pat
         ours = {}
         for size in sorted(set(plan)):
             flags = ["--trainer.max_epochs=1", f"--data.train_sizes=[{size}]", "--model.stem_share=0.0"]
-            flags += ["--model.tta=none", *data_flags(args)]
+            flags += ["--model.tta=none", *our_flags(args)]
             ours[size] = our_run(args.recipe, number, flags, folder)["train_s"][0]
         total = sum(ours[size] for size in plan)
         ratio = total / (PEER_EPOCHS * theirs)
@@ -111,9 +112,10 @@ def compare_epochs(args: argparse.Namespace, peers: dict[str, Path], folder: Pat
     return {"peer": name, "plan": plan, "rounds": rounds}
 
 
-def data_flags(args: argparse.Namespace) -> list[str]:
-    """Return the flags that name the pictures."""
-    return [f"--data.dataset={'folder' if args.data else 'cifar10'}", f"--data.root={args.data or 'data'}"]
+def our_flags(args: argparse.Namespace) -> list[str]:
+    """Return the flags of `fit` that name the pictures, and the precision that was asked for."""
+    precision = [f"--trainer.precision={args.precision}"] if args.precision else []
+    return [*precision, f"--data.dataset={'folder' if args.data else 'cifar10'}", f"--data.root={args.data or 'data'}"]
 
 
 def whole_runs(args: argparse.Namespace, peers: dict[str, Path], folder: Path, lines: list[dict[str, Any]]) -> None:
@@ -122,7 +124,7 @@ def whole_runs(args: argparse.Namespace, peers: dict[str, Path], folder: Path, l
     for seed in args.seeds:
         for who in ("ours", *peers):
             if who == "ours":
-                line = our_run(args.recipe, seed, data_flags(args), folder)
+                line = our_run(args.recipe, seed, our_flags(args), folder)
             else:
                 line = peer_run(who, peers[who], folder / "pictures.pt", seed, None, folder)
             lines.append(
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument("--peer", type=parse_peer, action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--epochs", action="store_true", help="time an epoch of each in turn instead of whole runs")
     parser.add_argument("--rounds", type=int, default=1, help="of --epochs (default 1)")
+    parser.add_argument("--precision", help="of ours, instead of the recipe's: 32-true is what a peer has on a CPU")
     parser.add_argument("--note", default="", help="what a reader of the figures must know")
     parser.add_argument("--json", type=Path, help="add the runs to this file")
     args = parser.parse_args()

@@ -29,11 +29,13 @@ class Clock(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin `fit_s`."""
-        self._note(f"{stage}_setup")
+        if stage == "fit":
+            self._note("fit_setup")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """End `fit_s`."""
-        self._note(f"{stage}_teardown")
+        if stage == "fit":
+            self._note("fit_teardown")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the records' window: the module whitens after this."""

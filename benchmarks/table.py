@@ -19,6 +19,12 @@ ROWS = [
     ("SmallNet on CIFAR-10, 100 epochs", "smallnet", "python train.py fit --config configs/smallnet.yaml"),
     ("SmallNet, narrow, on the synthetic set", "quickstart", "python train.py fit --config configs/quickstart.yaml"),
 ]
+# The same of speed recipes, whose results file is of `benchmarks/speedrun.py` and also holds peers.
+SPEED_ROWS = [
+    ("SpeedNet on CIFAR-10, all 50,000 pictures", "speedrun94", "python train.py fit --config configs/speedrun94.yaml"),
+    ("SpeedNet, wider", "speedrun95", "python train.py fit --config configs/speedrun95.yaml"),
+    ("SpeedNet, wide and deep", "speedrun96", "python train.py fit --config configs/speedrun96.yaml"),
+]
 REPLACED = (
     "| The single script it replaces, CIFAR-10, 100 epochs | 91.86 % (as stated, n=1, no spread) | - | a GPU | - |"
 )
@@ -35,6 +41,7 @@ def results_table() -> str:
         "| what | test accuracy | training time | hardware | command |",
         "| --- | --- | --- | --- | --- |",
         *(_row(what, recipe, command) for what, recipe, command in ROWS),
+        *(row for speed_row in SPEED_ROWS for row in _speed_rows(*speed_row)),
         REPLACED,
     ]
     return "\n".join(rows)
@@ -45,15 +52,43 @@ def _row(what: str, recipe: str, command: str) -> str:
     if not path.exists():
         return f"| {what} | not measured | not measured | - | `{command}` |"
     runs = json.loads(path.read_text(encoding="utf-8"))
-    accuracies = [100 * run["test_accuracy"] for run in runs]
-    accuracy = f"{statistics.mean(accuracies):.2f} %"
-    if len(runs) == 1:
-        accuracy += " (n=1, no spread)"
-    else:
-        accuracy += f" ± {statistics.stdev(accuracies):.2f} (n={len(runs)}, standard deviation)"
+    accuracy = _mean_of([100 * run["test_accuracy"] for run in runs])
     timed = [run["elapsed_s"] / 60 for run in runs if not run["note"]]
     minutes = f"{statistics.mean(timed):.1f} min (n={len(timed)})" if timed else f"not measured: {runs[0]['note']}"
     return f"| {what} | {accuracy} | {minutes} | {runs[-1]['hardware']} | `{command}` |"
+
+
+def _speed_rows(what: str, recipe: str, command: str) -> list[str]:
+    """Return a row for each of ours and the peers, on each hardware: times of different machines do not compare."""
+    path = HERE / "results" / f"{recipe}.json"
+    lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        if "accuracy" in line:
+            groups.setdefault((line["who"], line.get("precision", "32-true"), line["hardware"]), []).append(line)
+    if not groups:
+        return [f"| {what} | not measured | not measured | - | `{command}` |"]
+    rows = []
+    for (who, precision, hardware), runs in sorted(groups.items(), key=lambda item: item[0][0] != "ours"):
+        name = f"{what}, {precision}" if who == "ours" else f"{who}, a record script, {precision}, beside it"
+        accuracy = _mean_of([100 * run["accuracy"] for run in runs])
+        accuracy += f"; {_mean_of([100 * run['accuracy_one_view'] for run in runs])} with one view"
+        timed = [run["seconds"] / 60 for run in runs if not run["note"]]
+        minutes = f"{statistics.mean(timed):.1f} min (n={len(timed)})" if timed else f"not measured: {runs[0]['note']}"
+        rows.append(f"| {name} | {accuracy} | {minutes} | {hardware} | `{command if who == 'ours' else SPEEDRUN}` |")
+    return rows
+
+
+SPEEDRUN = "python benchmarks/speedrun.py --peer airbench=DIR"
+
+
+def _mean_of(percents: list[float]) -> str:
+    """Return a mean with its spread, or that there is none."""
+    if len(percents) == 1:
+        return f"{percents[0]:.2f} % (n=1, no spread)"
+    return (
+        f"{statistics.mean(percents):.2f} % ± {statistics.stdev(percents):.2f} (n={len(percents)}, standard deviation)"
+    )
 
 
 def faults_table() -> str:

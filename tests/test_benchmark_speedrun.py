@@ -1,0 +1,51 @@
+"""What `benchmarks/speedrun.py` relies on: peers that are what is expected, and a clock whose windows fit."""
+
+import json
+
+import pytest
+import torch
+from speedrun_clock import Clock
+from speedrun_peers import PEERS, load
+from test_classifier import NARROW, small_data, trainer
+
+from cifar_lightning import ImageClassifier
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "Event", None)
+    monkeypatch.setattr(torch.cuda, "synchronize", None)
+
+
+def test_a_peer_that_is_missing_or_of_another_version_is_refused(tmp_path, without_gpu):
+    with pytest.raises(SystemExit, match=r"airbench94_muon\.py is not there"):
+        load("airbench", tmp_path)
+    (tmp_path / "airbench94_muon.py").write_text("import torch\n")
+    with pytest.raises(SystemExit, match="another version"):
+        load("airbench", tmp_path)
+    (tmp_path / "cifar10_speedrun.py").touch()
+    with pytest.raises(SystemExit, match="a GPU alone"):
+        load("hiverge", tmp_path)
+
+
+def test_a_peer_is_put_on_the_cpu_by_the_listed_changes_alone(tmp_path, without_gpu, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["speedrun"])
+    changes = PEERS["airbench"].on_cpu
+    text = "\n".join(f"# {old}" for old in changes)
+    (tmp_path / "airbench94_muon.py").write_text(f"{text}\nNAME = __name__\nif __name__ == '__main__':\n    1 / 0\n")
+    names = load("airbench", tmp_path)
+    assert names["NAME"] == "peer"
+    assert torch.cuda.synchronize() is None
+
+
+def test_the_clocks_windows_hold_each_other(tmp_path):
+    clock = Clock(str(tmp_path / "clock.json"))
+    module, data = ImageClassifier(image_size=16, lr=0.01, model_kwargs=NARROW), small_data()
+    run = trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0, callbacks=[clock])
+    run.fit(module, data)
+    run.test(module, data, verbose=False)
+    figures = json.loads((tmp_path / "clock.json").read_text())
+    assert len(figures["train_s"]) == 2
+    assert sum(figures["train_s"]) + figures["evaluate_s"] <= figures["seconds"]
+    assert figures["seconds"] - figures["evaluate_s"] <= figures["fit_s"]
