@@ -31,6 +31,7 @@ FOREIGN_FLAGS = {
     "--index-url",
     "--force-reinstall",
     "--logdir",
+    "--peer",
     "--help",
     "--help-all",
     "--print_completion",
