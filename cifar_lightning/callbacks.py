@@ -185,7 +185,7 @@ class AnnealingEarlyStopping(EarlyStopping):
     def _run_early_stopping_check(self, trainer: pl.Trainer) -> None:
         module = trainer.lightning_module
         assert isinstance(module, ImageClassifier)
-        if trainer.global_step >= module.pct_start * module.total_steps():
+        if trainer.global_step >= module.peak_step():
             super()._run_early_stopping_check(trainer)
 
 

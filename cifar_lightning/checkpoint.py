@@ -88,7 +88,7 @@ def newest_checkpoint(run: RunFolder) -> tuple[Path, dict[str, Any], list[tuple[
     """Read the newest undamaged checkpoint of a run: the last, the one before, or the best.
 
     Returns:
-        Its path, what it holds, and each newer one that is damaged with the reason.
+        Its path, what it holds, and what is wrong with each newer one: damaged, or the last one missing.
 
     Raises:
         UserError: There is none, or the newest cannot be read now.
@@ -98,11 +98,15 @@ def newest_checkpoint(run: RunFolder) -> tuple[Path, dict[str, Any], list[tuple[
         if not path.exists():
             continue
         try:
-            return path, read_checkpoint(path), damages
+            found = read_checkpoint(path)
         except UnreadableError:  # it may be whole: an older one must not take its place
             raise
         except UserError as error:
             damages.append((path, str(error)))
+        else:
+            if not run.last_checkpoint.exists():
+                damages.insert(0, (run.last_checkpoint, f"{run.last_checkpoint} is missing."))
+            return path, found, damages
     if not damages:
         run.require(run.last_checkpoint)
     raise UserError(f"{damages[0][1]}\nNo other checkpoint in {run.checkpoints} can be read: train again.")

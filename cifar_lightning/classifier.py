@@ -185,6 +185,10 @@ class ImageClassifier(pl.LightningModule):
             group.update(settings)
         config.scheduler = self._make_schedule(optimizer, steps_done=self.trainer.global_step)
 
+    def peak_step(self) -> float:
+        """Return the step from which the learning rate only falls."""
+        return self.pct_start * self.total_steps() if self.schedule == "one_cycle" else 0
+
     def _make_schedule(self, optimizer: torch.optim.Optimizer, steps_done: int | None = None) -> LRScheduler:
         steps: dict[str, Any] = {"total_steps": self.total_steps(), "steps_done": steps_done}
         if self.schedule == "linear":

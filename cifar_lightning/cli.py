@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -132,7 +133,11 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
 
 def _of_run(run: RunFolder, checkpoint: Path, flags: list[str]) -> list[str]:
     if not checkpoint.exists():
-        raise UserError(f"{run.path}: no checkpoint in it: fit writes one after each epoch and when it is stopped.")
+        raise UserError(
+            f"{run.path}: no checkpoint in it, so there is nothing to go on with or to ask.\n"
+            f"To start it over: python train.py fit --config {shlex.quote(str(run.config))} "
+            f"--run_dir {shlex.quote(str(run.path))}"
+        )
     return [f"--config={run.config}", *flags, f"--ckpt_path={checkpoint}"]
 
 

@@ -25,6 +25,7 @@ from cifar_lightning.model_card import NAME as CARD
 from cifar_lightning.model_card import write_model_card
 from cifar_lightning.models import build_model
 from cifar_lightning.runs import RunFolder
+from cifar_lightning.views import view_logits
 from cifar_lightning.weights import TrainedNetwork, load_network, load_weights
 
 ExportFormat = Literal["onnx", "torch", "safetensors"]
@@ -36,7 +37,7 @@ _EXTRA = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": (), "safetenso
 
 
 class ExportedNetwork(nn.Module):
-    """A network with the treatment of pictures before it and, if asked for, softmax after it.
+    """A network with the treatment of pictures before it, the views of its run and, if asked for, softmax after it.
 
     Args:
         trained: The network and its statistics.
@@ -49,7 +50,7 @@ class ExportedNetwork(nn.Module):
 
     def __init__(self, trained: TrainedNetwork, input: Literal["uint8", "float"], probs: bool) -> None:
         super().__init__()
-        self.network, self.probs = trained.network, probs
+        self.network, self.views, self.probs = trained.network, trained.views, probs
         scale = 255 if input == "uint8" else 1
         self.register_buffer("mean", scale * torch.tensor(trained.mean).view(1, 3, 1, 1))
         self.register_buffer("std", scale * torch.tensor(trained.std).view(1, 3, 1, 1))
@@ -60,7 +61,7 @@ class ExportedNetwork(nn.Module):
         Args:
             images: RGB (batch, 3, image_size, image_size), uint8 0-255 or float32 0-1.
         """
-        logits = self.network((images.float() - self.mean) / self.std)
+        logits, _ = view_logits(self.network, (images.float() - self.mean) / self.std, self.views)
         return (logits, logits.softmax(1)) if self.probs else (logits,)
 
 
@@ -116,6 +117,7 @@ def _describe(run: RunFolder, trained: TrainedNetwork, path: Path, kind: str, in
         "class_names": list(trained.class_names),
         "image_size": trained.image_size,
         "epoch": trained.epoch,
+        "views": trained.views,
         "images": "" if kind == "safetensors" else f"RGB, {'uint8 0-255' if input == 'uint8' else 'float32 0-1'}",
         "outputs": _outputs(probs),
     }

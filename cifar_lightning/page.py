@@ -165,13 +165,14 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     config, split, environment = run["config"], run["split"], run["environment"]
     model, data, trainer = (config.get(part) or {} for part in ("model", "data", "trainer"))
     sizes, versions = split.get("sizes") or {}, environment.get("versions") or {}
-    augmentation = ("crop_padding_px", "flip", "cutout_px", "brightness", "contrast")
+    augmentation = ("train_sizes", "crop_padding_px", "flip", "cutout_px", "brightness", "contrast")
+    learning = ("lr", "sgd_lr", "head_lr", "weight_decay", "label_smoothing", "schedule", "tta")
     resumed = environment.get("resumed") or []
     commit = environment.get("commit")
     changed = ", with changes that are not committed" if environment.get("dirty") else ""
     facts: list[tuple[str, Any]] = [
         ("Network", " ".join(str(part) for part in (model.get("name"), model.get("model_kwargs") or "") if part)),
-        ("Optimiser", _named(model, "optimizer", ("lr", "sgd_lr", "weight_decay", "label_smoothing", "pct_start"))),
+        ("Optimiser", _named(model, "optimizer", learning)),
         ("Training", _listed(trainer, ("max_epochs", "precision")) + _listed(data, ("batch_size",), before=", ")),
         ("Augmentation", _listed(data, augmentation)),
         ("Seeds", f"training {config.get('seed_everything')}, split {split.get('seed')}" if config else ""),

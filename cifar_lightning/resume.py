@@ -86,10 +86,9 @@ class StopPoint:
 
     def check_length(self, max_epochs: int | None) -> None:
         """Refuse to make a run shorter than it is."""
-        if max_epochs not in (None, -1) and int(max_epochs or 0) < self.epochs_done:
-            raise UserError(
-                f"--epochs {max_epochs}: the run has finished {self.epochs_done}; give more, or leave it out."
-            )
+        begun = self.epochs_done + self.is_inside_epoch
+        if max_epochs not in (None, -1) and int(max_epochs or 0) < begun:
+            raise UserError(f"--epochs {max_epochs}: the run has begun {begun}; give as many or more, or leave it out.")
 
 
 @contextlib.contextmanager
@@ -136,7 +135,8 @@ def clear_up(run: RunFolder, point: StopPoint) -> None:
     """
     for path, reason in point.damages:
         print(f"warning: {reason}", file=sys.stderr)
-        os.replace(path, path.with_name(f"{path.name}.damaged"))
+        with contextlib.suppress(FileNotFoundError):  # it may be what is wrong that it is missing
+            os.replace(path, path.with_name(f"{path.name}.damaged"))
     if point.damages:
         print(f"warning: going on from {point.checkpoint} instead.", file=sys.stderr)
     for file in tuple(run.leftovers()):

@@ -265,8 +265,10 @@ def create_run(base: Path, recipe: str, run_dir: Path | None = None) -> RunFolde
     lock = RunLock(run.lock_file)
     try:
         _refuse_what_would_be_lost(run)  # another process may have had it in between
-        for file in tuple(run.written_files()):
+        for file in (left := tuple(run.written_files())):
             file.unlink()
+        if left:
+            print(f"{run.path}: held a run without a checkpoint, which is started over.")
     except BaseException:
         lock.release()
         raise

@@ -23,7 +23,7 @@ from cifar_lightning.files import file_sha256
 from cifar_lightning.models import build_model
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.seal import has_seal, is_intact
-from cifar_lightning.views import Views
+from cifar_lightning.views import Views, view_logits
 
 _NETWORK = "network."  # what ImageClassifier calls it, and torch.compile's wrapper does not change
 _DATA = "ImageDataModule"  # the key under which Lightning keeps the data module's state
@@ -64,10 +64,10 @@ class TrainedNetwork:
     epoch: int
 
     def logits(self, images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch classes"]:
-        """Return the network's raw logits of raw pictures, 0-255, square at `image_size`, one view each."""
+        """Return raw logits of raw pictures, 0-255, square at `image_size`: the mean over the run's views of them."""
         with torch.inference_mode():
             normalized = normalize(images, mean=torch.tensor(self.mean), std=torch.tensor(self.std))
-            answer: Tensor = self.network(normalized)
+            answer, _ = view_logits(self.network, normalized, self.views)
         return answer
 
 

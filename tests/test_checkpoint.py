@@ -149,6 +149,8 @@ def test_the_newest_whole_one_is_found(path):
     found, _, damages = newest_checkpoint(run)
     assert found == run.previous_checkpoint
     assert [damaged for damaged, _ in damages] == [run.last_checkpoint]
+    path.unlink()
+    assert newest_checkpoint(run)[2] == [(run.last_checkpoint, f"{run.last_checkpoint} is missing.")]
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_a_run_without_a_checkpoint_says_so(run):
     run.best_checkpoint.unlink()
     run.last_checkpoint.unlink()
     for command, arguments in (("test", [str(run.path)]), ("fit", ["--resume", str(run.path)])):
-        with pytest.raises(UserError, match="no checkpoint in it: fit writes one after each epoch and when"):
+        with pytest.raises(UserError, match="no checkpoint in it, so there is nothing to go on with"):
             training_arguments(command, arguments)
 
 

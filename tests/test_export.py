@@ -16,17 +16,18 @@ from cifar_lightning.export import export_run
 from cifar_lightning.models import build_model
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.sources import open_source
+from cifar_lightning.views import view_logits
 from cifar_lightning.weights import load_network, load_weights
 
 CLASSES = [f"class {k}" for k in range(10)]
 
 
-def make_run(path, name="smallnet", **model_kwargs):
+def make_run(path, name="smallnet", tta="none", **model_kwargs):
     """Write a run whose network has random weights and statistics, so that its answers are spread over the classes."""
     run = RunFolder(path)
     run.checkpoints.mkdir(parents=True)
     torch.manual_seed(1)
-    module = ImageClassifier(name, 10, 32, model_kwargs=model_kwargs)
+    module = ImageClassifier(name, 10, 32, tta=tta, model_kwargs=model_kwargs)
     for layer in module.network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.normal_(layer.running_mean, std=0.2)
@@ -137,6 +138,20 @@ def test_safetensors_hold_the_weights_and_how_to_build_the_network(run, tmp_path
     expected = load_network(run).network.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in network.state_dict().items())
     assert json.loads(told["mean"]) == pytest.approx([0.4, 0.5, 0.6])
+
+
+def test_the_graph_averages_the_views_that_the_test_did(tmp_path):
+    run = make_run(tmp_path / "run", tta="six", widths=[4, 8])
+    path = export_run(run, "onnx", output=None)
+    pictures = torch.from_numpy(test_pictures(20).copy())
+    trained = load_network(run)
+    images = normalize(pictures, mean=torch.tensor(trained.mean), std=torch.tensor(trained.std))
+    with torch.no_grad():
+        expected, plain = view_logits(trained.network, images, "six")
+    answers = ask_onnx(path, pictures.permute(0, 3, 1, 2).numpy())(7)
+    np.testing.assert_allclose(answers, expected.numpy(), atol=1e-4)
+    assert not np.allclose(answers, plain.numpy(), atol=1e-2)
+    assert "--model.tta six" in (run.path / "MODEL_CARD.md").read_text()
 
 
 def test_without_test_pictures_random_ones_are_checked_and_named(tmp_path, capsys):

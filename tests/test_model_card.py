@@ -7,7 +7,7 @@ from program import TINY, start
 from cifar_lightning.model_card import NAME, write_model_card
 
 CARD = {"file": "model.onnx", "format": "onnx", "class_names": ["ant", "bee|2"], "image_size": 32, "epoch": 3}
-CARD |= {"images": "RGB, uint8 0-255", "outputs": ["logits", "probs"]}
+CARD |= {"views": "none", "images": "RGB, uint8 0-255", "outputs": ["logits", "probs"]}
 
 
 @pytest.fixture

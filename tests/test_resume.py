@@ -172,8 +172,10 @@ def test_early_stopping_is_an_end_until_something_changes():
 def test_a_run_is_not_made_shorter_than_it_is():
     point().check_length(3)
     point().check_length(None)
-    with pytest.raises(UserError, match="--epochs 2: the run has finished 3"):
+    with pytest.raises(UserError, match="--epochs 2: the run has begun 3"):
         point().check_length(2)
+    with pytest.raises(UserError, match="--epochs 3: the run has begun 4"):
+        point(is_inside_epoch=True).check_length(3)
 
 
 def test_changes_are_found_and_told(run):

@@ -68,7 +68,7 @@ def test_a_finished_run_without_its_checkpoints_is_refused(tmp_path):
     assert run.test_metrics.exists()
 
 
-def test_a_run_without_any_checkpoint_is_started_over_and_foreign_files_stay(tmp_path):
+def test_a_run_without_any_checkpoint_is_started_over_and_foreign_files_stay(tmp_path, capsys):
     run = start_run(tmp_path, run_dir=tmp_path / "mine")
     run.checkpoints.mkdir()
     own = [
@@ -81,7 +81,9 @@ def test_a_run_without_any_checkpoint_is_started_over_and_foreign_files_stay(tmp
     foreign = [run.path / "slurm-17.out", run.checkpoints / "notes.txt"]
     for file in (*own, *foreign):
         file.write_text("x")
+    assert capsys.readouterr().out == ""
     start_run(tmp_path, run_dir=run.path)
+    assert capsys.readouterr().out == f"{run.path}: held a run without a checkpoint, which is started over.\n"
     assert [file for file in own if file.exists()] == []
     assert all(file.exists() for file in foreign)
 
