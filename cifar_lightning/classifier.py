@@ -138,9 +138,7 @@ class ImageClassifier(pl.LightningModule):
     # -- training ------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Make the epoch's sums on the device, compile, and make the filters that are made from pictures.
-
-        A run resumed inside an epoch has no start of it.
+        """Make the epoch's sums (a run resumed inside an epoch has no start of it) and SpeedNet's filters; compile.
 
         Raises:
             UserError: SpeedNet was not whitened, and its pictures are not an `ImageDataModule`'s.
@@ -232,8 +230,8 @@ class ImageClassifier(pl.LightningModule):
         Raises:
             RunError: The loss was not finite in some step; several processes are told at the epoch's end, together.
         """
-        if self.trainer.world_size == 1:
-            self._check_guard()
+        if self._guard is not None and self.trainer.world_size == 1:
+            self._guard.check(self.trainer.current_epoch)
         loss_sum, num_correct, num_pictures = self._train_totals
         return {
             "train/loss": loss_sum.item() / max(1, num_pictures),
@@ -358,13 +356,13 @@ class ImageClassifier(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the logits of a batch."""
-        return view_logits(self.network, batch[0], self.tta)[0].float()
+        return view_logits(self, batch[0], self.tta)[0].float()
 
     def _evaluate(self, metrics: MetricCollection, batch: Batch) -> Float[Tensor, "batch classes"]:
         images, targets = batch
         views = "none" if self.trainer.state.fn == TrainerFn.FITTING else self.tta
         # In 32 bits: NumPy has no bfloat16.
-        logits, plain_logits = (answers.float() for answers in view_logits(self.network, images, views))
+        logits, plain_logits = (answers.float() for answers in view_logits(self, images, views))
         if len(targets) > 0:  # a rank whose share has run out gets an empty batch
             update_evaluation(metrics, logits, plain_logits, targets)
         return logits

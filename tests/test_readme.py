@@ -32,6 +32,7 @@ FOREIGN_FLAGS = {
     "--force-reinstall",
     "--logdir",
     "--peer",
+    "--subject",
     "--help",
     "--help-all",
     "--print_completion",

@@ -270,7 +270,7 @@ def test_a_run_is_not_gone_on_with_on_other_pictures(tmp_path, monkeypatch, caps
         (["--model.name", "resnet18"], ["--model.name resnet18", "has smallnet", "--init_weights"]),
         (["--model.optimizer", "muon"], ["--model.optimizer muon", "has adamw"]),
         (["--data.val_fraction", "0.2"], ["--data.val_fraction 0.2", "has 0.1"]),
-        (["--epochs", "1"], ["--epochs 1", "finished 2"]),
+        (["--epochs", "1"], ["--epochs 1", "begun 2"]),
     ],
 )
 def test_what_a_checkpoint_depends_on_does_not_change(finished, monkeypatch, capsys, tmp_path, flags, expected):
