@@ -32,11 +32,13 @@ FOREIGN_FLAGS = {
     "--force-reinstall",
     "--logdir",
     "--peer",
+    "--recipe",
+    "--rounds",
+    "--data",
     "--subject",
     "--help",
     "--help-all",
     "--print_completion",
-    "--rounds",
 }
 
 
