@@ -36,6 +36,8 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from peers import changed_for_cpu, peer_of, read_peer
+
 from cifar_lightning import ImageDataModule
 from cifar_lightning.environment import describe_environment
 from cifar_lightning.errors import UserError
@@ -151,18 +153,8 @@ def airbench_loader_text(checkout: Path) -> str:
     Raises:
         UserError: No checkout, or one of another version.
     """
-    path = checkout / AIRBENCH_FILE
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--peer airbench={checkout}: {error.strerror}: {path}; give a checkout of it.") from error
-    text = text.partition(AIRBENCH_BEGIN)[2].partition(AIRBENCH_END)[0]
-    for original, changed in AIRBENCH_CHANGES.items():
-        if text.count(original) != 1:
-            raise UserError(
-                f"--peer airbench={checkout}: its {AIRBENCH_FILE} is another version: no {original!r} there."
-            )
-        text = text.replace(original, changed)
+    text = read_peer("airbench", checkout, AIRBENCH_FILE).partition(AIRBENCH_BEGIN)[2].partition(AIRBENCH_END)[0]
+    text = changed_for_cpu("airbench", checkout, text, AIRBENCH_CHANGES)
     if "cuda" in text or ".half()" in text or "class InfiniteCifarLoader:" not in text:
         raise UserError(f"--peer airbench={checkout}: its {AIRBENCH_FILE} is another version, which a CPU cannot run.")
     return text
@@ -210,25 +202,19 @@ def compare(ways: dict[str, Epoch], num_batches: int, rounds: int) -> dict[str, 
     return rates
 
 
-def parse_peer(text: str) -> Path:
-    """Return DIR of airbench=DIR."""
-    name, _, folder = text.partition("=")
-    if name != "airbench" or not folder:
-        raise argparse.ArgumentTypeError(f"{text}: airbench=DIR is the only peer that needs a folder")
-    return Path(folder)
-
-
 def main() -> None:
     """Measure and print; the last line is `ratio=X`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", type=parse_peer, metavar="airbench=DIR", help="also compare with airbench's loader")
+    parser.add_argument(
+        "--peer", type=peer_of(["airbench"]), metavar="airbench=DIR", help="also compare with airbench's loader"
+    )
     parser.add_argument("--data", type=Path, metavar="ROOT", help="class folders; by default random pictures")
     parser.add_argument("--num", type=int, default=50_000, help="random pictures (default 50,000, as CIFAR-10 has)")
     parser.add_argument("--rounds", type=int, default=5, help="epochs of every loader (default 5)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
     try:
-        text = airbench_loader_text(args.peer) if args.peer else None
+        text = airbench_loader_text(args.peer[1]) if args.peer else None
         use_cores(NUM_CORES)
         data = make_data(args.data, args.num)
     except UserError as error:

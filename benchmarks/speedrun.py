@@ -27,6 +27,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from peers import peer_of
 from speedrun_peers import PEERS
 
 from cifar_lightning.environment import describe_environment
@@ -68,7 +69,8 @@ def execute(command: list[str], environment: dict[str, str]) -> None:
     """Run a command quietly; its last lines become the error where it fails."""
     done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
-        sys.exit("\n".join(done.stderr.strip().splitlines()[-5:]))
+        print("\n".join(done.stderr.strip().splitlines()[-5:]), file=sys.stderr)
+        sys.exit(done.returncode)
 
 
 def recipe_path(recipe: str) -> Path:
@@ -174,21 +176,13 @@ def summarize(lines: list[dict[str, Any]], peers: dict[str, Path]) -> None:
             print(f"ratio={seconds['ours'] / seconds[who]:.3f}")
 
 
-def parse_peer(text: str) -> tuple[str, Path]:
-    """Return name and checkout of NAME=DIR."""
-    name, equals, path = text.partition("=")
-    if name not in PEERS or not equals:
-        raise argparse.ArgumentTypeError(f"{text}: NAME=DIR with a NAME of {', '.join(PEERS)}")
-    return name, Path(path).resolve()
-
-
 def main() -> None:
     """Measure and print; with a peer the last line is `ratio=X`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="speedrun94", help="a speed recipe (default speedrun94)")
     parser.add_argument("--data", help="class folders; without it CIFAR-10 below data/")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
-    parser.add_argument("--peer", type=parse_peer, action="append", default=[], metavar="NAME=DIR")
+    parser.add_argument("--peer", type=peer_of(PEERS), action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--epochs", action="store_true", help="time an epoch of each in turn instead of whole runs")
     parser.add_argument("--rounds", type=int, default=1, help="of --epochs (default 1)")
     parser.add_argument("--precision", help="of ours, instead of the recipe's: 32-true is what a peer has on a CPU")

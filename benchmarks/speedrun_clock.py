@@ -14,7 +14,8 @@ class Clock(pl.Callback):
 
     Args:
         path: JSON file to write: `seconds` (the records' window: whitening, training, final evaluation), `fit_s` (the
-            whole of Trainer.fit), `evaluate_s`, `train_s` of each epoch, `compiles` (whether `seconds` has it in it).
+            whole of Trainer.fit), `evaluate_s`, `train_s` of each epoch. Compiling, where a recipe
+            does, is in them.
     """
 
     def __init__(self, path: str) -> None:

@@ -19,6 +19,12 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from peers import changed_for_cpu, read_peer
+
+from cifar_lightning.errors import UserError
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -69,20 +75,17 @@ def load(name: str, checkout: Path) -> dict[str, Any]:
     """Execute a peer's script, all but its `__main__` part, and return its names.
 
     Raises:
-        SystemExit: The checkout is missing or of another version, or the script needs a GPU.
+        UserError: The checkout is missing or of another version, or the script needs a GPU.
     """
-    peer, path = PEERS[name], checkout / PEERS[name].file
-    if not path.exists():
-        sys.exit(f"--peer {name}={checkout}: {peer.file} is not there; give a checkout of the peer's repository.")
-    text = path.read_text(encoding="utf-8")
+    peer = PEERS[name]
+    text = read_peer(name, checkout, peer.file)
     if not torch.cuda.is_available():
         if peer.on_cpu is None:
-            sys.exit(f"--peer {name}: it runs on a GPU alone; leave it out here.")
-        for old, new in peer.on_cpu.items():
-            if old not in text:
-                sys.exit(f"--peer {name}={checkout}: another version of {peer.file}: {old.strip()!r} is not in it.")
-            text = text.replace(old, new)
-        torch.cuda.Event, torch.cuda.synchronize = _Event, lambda: None  # type: ignore[misc,assignment]
+            raise UserError(f"--peer {name}: it runs on a GPU alone; leave it out here.")
+        text = changed_for_cpu(name, checkout, text, peer.on_cpu)
+        torch.cuda.Event = _Event  # type: ignore[misc,assignment]  # what the script times with, on a CPU
+        torch.cuda.synchronize = lambda: None  # type: ignore[assignment]  # and has to wait for there
+    path = checkout / peer.file
     names: dict[str, Any] = {"__name__": "peer"}
     sys.argv[0] = str(path)  # it reads its own text for its log
     exec(compile(text, str(path), "exec"), names)
@@ -154,7 +157,11 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, help="only time that many training steps")
     args = parser.parse_args()
-    found = run(args.name, args.checkout.resolve(), args.pictures.resolve(), args.seed, args.steps)
+    try:
+        found = run(args.name, args.checkout.resolve(), args.pictures.resolve(), args.seed, args.steps)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     args.output.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 

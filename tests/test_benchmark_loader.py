@@ -7,10 +7,6 @@ import sys
 
 import pytest
 import torch
-from program import REPO
-
-sys.path.insert(0, str(REPO / "benchmarks"))
-
 from loader import (
     AIRBENCH_BEGIN,
     AIRBENCH_CHANGES,
@@ -20,8 +16,9 @@ from loader import (
     airbench_loader_text,
     check,
     compare,
-    parse_peer,
 )
+from peers import peer_of
+from program import REPO
 
 from cifar_lightning.errors import UserError
 
@@ -64,9 +61,9 @@ def test_a_missing_peer_is_one_line_and_exit_status_2(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["airbench", "airbench=", "ffcv=folder"])
-def test_only_airbench_is_a_peer_with_a_folder(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="airbench=DIR"):
-        parse_peer(text)
+def test_a_peer_is_a_known_name_and_a_folder(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="NAME=DIR with a NAME of airbench"):
+        peer_of(["airbench"])(text)
 
 
 def test_an_epoch_that_lacks_a_batch_or_a_square_is_not_compared():

@@ -8,7 +8,7 @@ from speedrun_clock import Clock
 from speedrun_peers import PEERS, load
 from test_classifier import NARROW, small_data, trainer
 
-from cifar_lightning import ImageClassifier
+from cifar_lightning import ImageClassifier, UserError
 
 
 @pytest.fixture
@@ -19,13 +19,13 @@ def without_gpu(monkeypatch):
 
 
 def test_a_peer_that_is_missing_or_of_another_version_is_refused(tmp_path, without_gpu):
-    with pytest.raises(SystemExit, match=r"airbench94_muon\.py is not there"):
+    with pytest.raises(UserError, match=r"airbench94_muon\.py: No such file"):
         load("airbench", tmp_path)
     (tmp_path / "airbench94_muon.py").write_text("import torch\n")
-    with pytest.raises(SystemExit, match="another version"):
+    with pytest.raises(UserError, match="another version"):
         load("airbench", tmp_path)
     (tmp_path / "cifar10_speedrun.py").touch()
-    with pytest.raises(SystemExit, match="a GPU alone"):
+    with pytest.raises(UserError, match="a GPU alone"):
         load("hiverge", tmp_path)
 
 
