@@ -157,7 +157,7 @@ def resize(
         size: New side in pixels.
     """
     planes = images.permute(0, 3, 1, 2)
-    if images.device.type == "cuda":  # has no kernel for bytes
+    if images.device.type != "cpu":  # CUDA has no kernel for bytes
         planes = planes.float()
     scaled = interpolate(planes, (size, size), mode="bilinear", antialias=True)
     if scaled.is_floating_point():

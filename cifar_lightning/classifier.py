@@ -38,7 +38,7 @@ class ImageClassifier(pl.LightningModule):
         name: The network, a name that `build_model` knows.
         num_classes: Number of classes; on the command line the data's.
         image_size: Side of the square pictures in pixels; on the command line the data's.
-        lr: Peak learning rate of OneCycle: 3e-3 is the original's with adamw; with muon take about 0.05.
+        lr: Peak learning rate: 3e-3 is the original's with adamw; with muon take about 0.05.
         optimizer: adamw, or muon (orthogonalised momentum) for the filters with Nesterov SGD for all else.
         sgd_lr: Peak learning rate of what muon does not move.
         head_lr: Peak learning rate of the linear layers beside muon; by default sgd_lr.
@@ -105,8 +105,9 @@ class ImageClassifier(pl.LightningModule):
         self.lr, self.sgd_lr, self.head_lr = plain(lr), plain(sgd_lr), plain(head_lr)
         self.momentum, self.sgd_momentum = plain(momentum), plain(sgd_momentum)
         self.weight_decay, self.sgd_weight_decay = plain(weight_decay), plain(sgd_weight_decay)
-        self.label_smoothing, self.pct_start, self.stem_share = plain(label_smoothing), plain(pct_start), stem_share
-        self.num_classes, self.optimizer_name, self.schedule, self.tta = num_classes, optimizer, schedule, tta
+        self.label_smoothing, self.pct_start = plain(label_smoothing), plain(pct_start)
+        self.stem_share, self.num_classes, self.tta = plain(stem_share), num_classes, tta
+        self.optimizer_name, self.schedule = optimizer, schedule
         if model is None and name is None:
             raise UserError("this checkpoint is of a network of your own: give model=... again.")
         network = build_model(str(name), num_classes, image_size, **(model_kwargs or {})) if model is None else model
@@ -313,7 +314,7 @@ class ImageClassifier(pl.LightningModule):
             if trainer.max_steps != -1:
                 total = min(total, trainer.max_steps)
         if total == float("inf"):
-            raise UserError("OneCycle needs an end: give --epochs N or --trainer.max_steps N.")
+            raise UserError("the schedule needs an end: give --epochs N or --trainer.max_steps N.")
         if total < 1:
             raise UserError("there is no step to train: --epochs, --trainer.limit_train_batches or --data.drop_last.")
         return int(total)

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from cifar_lightning.augment import Augmentation, CropMode, FlipMode, normalize, seeded_generator
 from cifar_lightning.errors import UserError
-from cifar_lightning.limits import check_limits
+from cifar_lightning.limits import LIMITS, check_limits
 from cifar_lightning.loader import EpochSampler, PictureLoader, Rank, ResidentLoader, StreamingLoader
 from cifar_lightning.memory import free_host_bytes
 from cifar_lightning.sources import PictureSet, open_source
 
 Part = Literal["train", "val", "test"]
 _SPLIT = 1_000_003  # purpose of the split's generator; an epoch's purposes are below 10
-_LARGEST_PX = 4096  # as of image_size
 _CHUNK = 1024  # pictures summed at a time: 25 MB of float64 at 32x32
 
 
@@ -102,8 +101,9 @@ class ImageDataModule(pl.LightningDataModule):
         self.augmentation = Augmentation(crop_padding_px, crop_mode, flip, cutout_px, brightness, contrast)
         self.train_sizes = tuple(train_sizes or [self.image_size])
         for size in self.train_sizes:
-            if not 1 <= size <= _LARGEST_PX:
-                raise UserError(f"--data.train_sizes {list(self.train_sizes)}: each of 1 to {_LARGEST_PX} pixels.")
+            if not LIMITS["data.image_size"].holds(size):
+                advice = LIMITS["data.image_size"].advice
+                raise UserError(f"--data.train_sizes {list(self.train_sizes)}: each {advice}.")
             self.augmentation.check(size)
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
         self.val_fraction, self.seed, self.num_workers = val_fraction, seed, num_workers

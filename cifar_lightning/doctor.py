@@ -135,7 +135,7 @@ def choices(facts: Facts, batch_size: int) -> list[tuple[str, str]]:
         precision = "16-mixed: the GPU is faster in half precision"
         where, free = "the GPU's memory", facts.gpus[0].memory_bytes
     else:
-        precision = "32-true: there is no GPU, and half precision on a CPU is slow"
+        precision = "32-true: there is no GPU; bf16-mixed is faster on CPUs with AVX512-BF16 or AMX alone"
         where, free = "memory", facts.free_bytes
     resident = free / 2 > _CIFAR_BYTES
     fits = f"0: CIFAR-10 (185 MB) fits into half of {where}"

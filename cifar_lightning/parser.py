@@ -89,7 +89,7 @@ def check_arguments(command: str, config: Namespace) -> None:
             raise UserError(f"--checkpoint.{name} beside --trainer.enable_checkpointing false: leave one of them out.")
     epochs = config.trainer.max_epochs
     if command == "fit" and (epochs == 0 or (epochs in (None, -1) and config.trainer.max_steps == -1)):
-        raise UserError(f"--epochs {epochs}: 1 or more; OneCycle needs an end.")
+        raise UserError(f"--epochs {epochs}: 1 or more; the schedule needs an end.")
 
 
 def _refuse_nothing(config: Namespace) -> None:

@@ -24,6 +24,7 @@ from cifar_lightning.exact import ExactState
 from cifar_lightning.failures import explained, of_settings
 from cifar_lightning.files import MetricsTable, write_text_durably
 from cifar_lightning.findings import find
+from cifar_lightning.models import build_model
 from cifar_lightning.noise import silence
 from cifar_lightning.parser import TABLE, RunParser, add_own_flags, as_list, check_arguments, config_text, table_text
 from cifar_lightning.precision import settle_precision
@@ -139,6 +140,7 @@ class RunCLI(LightningCLI):
         # Before a folder is made: a mistake should not leave an empty run behind.
         self.datamodule.prepare_data()
         self.datamodule.setup()
+        self._check_sizes(config.model)
         monitored = False
         if self.subcommand == "fit":
             monitored = bool(self.datamodule.num_pictures("val")) and config.trainer.limit_val_batches != 0
@@ -165,6 +167,15 @@ class RunCLI(LightningCLI):
             if self.subcommand == "fit" and self.run is not None and self.resumed is None and is_first_process():
                 discard_run(self.run)
             raise
+
+    def _check_sizes(self, model: Namespace) -> None:
+        """Refuse pictures of an epoch that are too small for the network."""
+        smallest = min(self.datamodule.train_sizes)
+        if smallest < self.datamodule.image_size:
+            try:
+                build_model(model.name, self.datamodule.num_classes, smallest, **(model.model_kwargs or {}))
+            except UserError as error:
+                raise UserError(f"--data.train_sizes {list(self.datamodule.train_sizes)}: {error}") from error
 
     def _callbacks(self, settings: Namespace, monitored: bool) -> list[pl.Callback]:
         """Return the callbacks that were asked for and those that every run has."""
@@ -225,13 +236,15 @@ class RunCLI(LightningCLI):
         return create_run(RUNS, recipe, Path(config.run_dir) if config.run_dir else None)
 
     def _tune(self, config: Namespace) -> LrRange:
-        """Find the peak of OneCycle and set it, as if it had been given by a flag."""
+        """Find the peak learning rate and set it, as if it had been given by a flag."""
         print("Range test: raising the learning rate for a few steps.")
         found = find_lr(self.model, self.datamodule, **self.config_init["fit"].trainer)
         config.tune_lr = False  # config.yaml repeats the run, not the test
         self.model.lr = self.model.hparams["lr"] = config.model.lr = found.suggestion
-        if found.sgd_lr is not None:
-            self.model.sgd_lr = self.model.hparams["sgd_lr"] = config.model.sgd_lr = found.sgd_lr
+        for name in ("sgd_lr", "head_lr"):
+            if (rate := getattr(found, name)) is not None:
+                setattr(self.model, name, rate)
+                self.model.hparams[name] = config.model[name] = rate
         return found
 
     def _run_of_checkpoint(self, checkpoint: Path, output: str | None) -> RunFolder | None:

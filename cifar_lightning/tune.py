@@ -38,13 +38,15 @@ class LrRange:
         lrs: Rate of each step.
         losses: Smoothed training loss after each step.
         suggestion: Where the loss falls fastest.
-        sgd_lr: With muon, what `sgd_lr` becomes so that both rates keep their ratio; else None.
+        sgd_lr: With muon, what `sgd_lr` becomes so that the rates keep their ratio; else None.
+        head_lr: The same of `head_lr`; None where it was not given.
     """
 
     lrs: list[float]
     losses: list[float]
     suggestion: float
     sgd_lr: float | None
+    head_lr: float | None
 
 
 def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: Any) -> LrRange:
@@ -61,9 +63,8 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
     quiet = {"logger": False, "callbacks": [], "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "max_epochs": -1, "limit_val_batches": 0, "max_steps": NUM_STEPS}
     tuned = copy.deepcopy(module)
-    ratio = module.sgd_lr / module.lr if module.optimizer_name == "muon" else None
-    if ratio is not None:
-        _keep_ratio(tuned, ratio)
+    if module.optimizer_name == "muon":
+        _keep_ratios(tuned)
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder, _without_noise():
         trainer = pl.Trainer(**{**trainer_settings, **quiet, "default_root_dir": folder})
         if trainer.world_size > 1:
@@ -77,7 +78,9 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
     if found is None or suggestion is None or not math.isfinite(suggestion):
         raise UserError("tune: at no learning rate did the loss fall; look at the data, or give --lr yourself.")
     lrs, losses = [float(lr) for lr in found.results["lr"]], [float(loss) for loss in found.results["loss"]]
-    return LrRange(lrs, losses, float(suggestion), None if ratio is None else float(suggestion) * ratio)
+    followers = (module.sgd_lr, module.head_lr) if module.optimizer_name == "muon" else (None, None)
+    sgd_lr, head_lr = (None if rate is None else rate * float(suggestion) / module.lr for rate in followers)
+    return LrRange(lrs, losses, float(suggestion), sgd_lr, head_lr)
 
 
 def write_lr_range(run: RunFolder, found: LrRange) -> None:
@@ -86,17 +89,19 @@ def write_lr_range(run: RunFolder, found: LrRange) -> None:
     write_bytes_durably(run.lr_range_png, figure_to_png(lr_range_figure(found.lrs, found.losses, found.suggestion)))
 
 
-def _keep_ratio(module: ImageClassifier, ratio: float) -> None:
-    """Let SGD's rate follow Muon's: Lightning's test moves all groups to one rate."""
+def _keep_ratios(module: ImageClassifier) -> None:
+    """Let SGD's rates follow Muon's: Lightning's test moves all groups to one rate."""
     configure = module.configure_optimizers
-
-    def follow(optimizer: torch.optim.Optimizer, *args: Any) -> None:
-        for group in optimizer.param_groups:
-            if not group["orthogonalize"]:
-                group["lr"] = ratio * optimizer.param_groups[0]["lr"]
 
     def configured() -> Any:
         made = configure()
+        groups = made["optimizer"].param_groups
+        ratios = [group["lr"] / groups[0]["lr"] for group in groups]
+
+        def follow(optimizer: torch.optim.Optimizer, *args: Any) -> None:
+            for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+                group["lr"] = ratio * optimizer.param_groups[0]["lr"]
+
         made["optimizer"].register_step_pre_hook(follow)
         return made
 

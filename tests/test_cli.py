@@ -107,6 +107,15 @@ def test_a_mistake_gets_a_short_answer(monkeypatch, capsys, tmp_path, arguments,
     assert expected in fail(monkeypatch, capsys, tmp_path, *arguments)
 
 
+def test_an_epochs_pictures_that_the_network_cannot_take_are_refused_before_a_run_is_made(
+    monkeypatch, capsys, tmp_path
+):
+    flags = ["--data.dataset", "synthetic", "--model.name", "speednet", "--data.train_sizes", "[8, 32]"]
+    said = fail(monkeypatch, capsys, tmp_path, "fit", *flags)
+    assert "--data.train_sizes [8, 32]: image_size 8: speednet with 3 groups needs 9 pixels" in said
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_mistake_in_a_real_process_exits_with_2_and_no_traceback(tmp_path):
     done = start("fit", "--data.dataset", "cifar11", cwd=tmp_path, check=False)
     assert done.returncode == 2

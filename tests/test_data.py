@@ -181,11 +181,23 @@ def test_a_checkpoint_of_other_classes_is_refused():
         ({"device": "gpu"}, "--data.device gpu"),
         ({"num_workers": -1}, "--data.num_workers -1"),
         ({"crop_padding_px": 40}, "--data.crop_padding_px 40"),
+        ({"train_sizes": [24, 0]}, r"--data.train_sizes \[24, 0\]: each 1 to 4096"),
+        ({"train_sizes": [4, 32]}, "--data.crop_padding_px 4: 0 to 3 for 4-pixel pictures"),
     ],
 )
 def test_a_value_that_does_not_fit_names_its_flag(arguments, message):
     with pytest.raises(UserError, match=message):
         synthetic(**arguments).setup()
+
+
+def test_a_sample_of_training_is_spread_over_it_and_normalised():
+    module = synthetic(image_size=16)
+    module.setup()
+    sample = module.sample_of_training(3)
+    raw = module.pictures("train", np.array([0, 2249, 4499]))
+    expected = (torch.from_numpy(raw) / 255 - torch.tensor(module.mean)) / torch.tensor(module.std)
+    torch.testing.assert_close(sample, expected.permute(0, 3, 1, 2))
+    assert len(module.sample_of_training(5000)) == 4500
 
 
 def test_an_unknown_data_set_names_the_known_ones():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
+from cifar_lightning.optim import Muon
 from cifar_lightning.tune import MAX_LR, MIN_LR, find_lr
 
 CPU = {"accelerator": "cpu"}
@@ -34,9 +35,21 @@ def test_the_rate_lies_where_the_loss_falls_and_nothing_else_is_touched(data):
     assert data.trainer is None
 
 
-def test_muon_keeps_the_ratio_of_its_two_rates(data):
-    found = find_lr(module(optimizer="muon", lr=0.05, sgd_lr=0.1), data, **CPU)
-    assert found.sgd_lr == pytest.approx(2 * found.suggestion)
+def test_muon_keeps_the_ratios_of_its_rates(data, monkeypatch):
+    tuned = module(optimizer="muon", lr=0.05, sgd_lr=0.1, head_lr=0.01)
+    steps, step = [], Muon.step
+
+    def watch(self, closure=None):
+        steps.append({group["role"]: group["lr"] for group in self.param_groups})
+        return step(self, closure)
+
+    monkeypatch.setattr(Muon, "step", watch)
+    found = find_lr(tuned, data, **CPU)
+    assert len(steps) > 20
+    for rates in steps:
+        assert rates["vectors"] == pytest.approx(2 * rates["filters"])
+        assert rates["matrices"] == pytest.approx(0.2 * rates["filters"])
+    assert (found.sgd_lr, found.head_lr) == pytest.approx((2 * found.suggestion, 0.2 * found.suggestion))
 
 
 def test_a_loss_that_is_not_a_number_ends_in_words(data, monkeypatch):
