@@ -49,7 +49,7 @@ class ImageClassifier(pl.LightningModule):
         label_smoothing: Share of the target spread evenly over all classes.
         schedule: one_cycle, or linear: from the peak in a line to 0, without a rise.
         pct_start: Share of the steps in which one_cycle rises.
-        stem_share: Share of the steps in which speednet's stem is trained.
+        stem_share: Share of the steps in which speednet's stem is trained; with several processes by linear alone.
         tta: Average the answers to views of a picture in test, validate and predict (not while training): none, mirror
             or six (mirrored and moved by a pixel).
         model_kwargs: More arguments of the network, such as {widths: [16, 32, 64], dropout: 0.2}.

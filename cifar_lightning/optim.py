@@ -118,7 +118,7 @@ def linear(
     """
 
     def line_to(end: int) -> Callable[[int], float]:
-        return lambda step: max(0.0, 1 - step / max(1, end))
+        return lambda step: max(0.0, 1 - step / end) if end else 0.0
 
     ends = [
         stem_steps if stem_steps is not None and group.get("role") == "stem" else total_steps
@@ -164,9 +164,9 @@ class Muon(torch.optim.Optimizer):
         sgd_momentum: float = 0.9,
         num_iterations: int = 3,
     ) -> None:
-        sgd = {"lr": sgd_lr, "momentum": sgd_momentum, "orthogonalize": False}
+        sgd = {"lr": sgd_lr, "momentum": sgd_momentum}
         groups = [
-            {"params": list(filters), "lr": lr, "momentum": momentum, "orthogonalize": True, "role": "filters"},
+            {"params": list(filters), "lr": lr, "momentum": momentum, "role": "filters"},
             *({**sgd, **group} for group in others),
         ]
         groups = [group for group in groups if group["params"]]
@@ -184,7 +184,7 @@ class Muon(torch.optim.Optimizer):
             moved = [parameter for parameter in group["params"] if parameter.grad is not None]
             before = [] if found_inf is None else self._state_of(moved)
             directions = self._nesterov(moved, group["momentum"], group["weight_decay"])
-            if group["orthogonalize"]:
+            if group["role"] == "filters":
                 self._step_filters(moved, directions, group)
             elif moved:
                 torch._foreach_add_(moved, directions, alpha=-group["lr"])

@@ -171,6 +171,12 @@ def test_the_linear_schedule_is_a_line_to_zero_and_the_stems_is_shorter():
         assert rates["stem"] == pytest.approx(5.0 * max(0, 1 - step / 4))
 
 
+def test_a_stem_that_is_never_trained_never_has_a_rate():
+    optimizer = build_optimizer(SpeedNet(widths=(4, 4, 4)), "muon", lr=0.2, weight_decay=0.0, sgd_lr=5.0)
+    linear(optimizer, total_steps=10, stem_steps=0)
+    assert {group["role"]: group["lr"] for group in optimizer.param_groups}["stem"] == 0
+
+
 def test_the_linear_schedule_is_taken_up_where_it_was():
     def rates(steps, steps_done=None):
         optimizer = build_optimizer(SpeedNet(widths=(4, 4, 4)), "muon", lr=0.2, weight_decay=0.0, sgd_lr=5.0)
