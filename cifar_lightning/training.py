@@ -24,6 +24,7 @@ from cifar_lightning.exact import ExactState
 from cifar_lightning.failures import explained, of_settings
 from cifar_lightning.files import MetricsTable, write_text_durably
 from cifar_lightning.findings import find
+from cifar_lightning.memory import keep_freed_memory
 from cifar_lightning.models import build_model
 from cifar_lightning.noise import silence
 from cifar_lightning.parser import TABLE, RunParser, add_own_flags, as_list, check_arguments, config_text, table_text
@@ -56,6 +57,7 @@ def run_training(command: str, arguments: Sequence[str], *, resumed: RunFolder |
         UserError: What the user can mend.
     """
     silence()
+    keep_freed_memory()
     if not torch.cuda.is_available():
         # Lightning switches on a check for CUDA that looks for the driver's library anew each time, and torch's
         # optimisers ask in every step: 0.1 ms of each step on a machine without a GPU.
