@@ -40,7 +40,8 @@ from cifar_lightning.environment import describe_environment
 from cifar_lightning.flags import table
 from cifar_lightning.loader import PictureLoader
 from cifar_lightning.models import MODELS
-from cifar_lightning.optim import build_optimizer, linear, one_cycle
+from cifar_lightning.optim import build_optimizer
+from cifar_lightning.schedules import make_schedule
 
 SMALL_BATCH = 4  # 1,125 steps in an epoch of the synthetic set
 LR = 1e-3
@@ -99,7 +100,7 @@ def usual_parts() -> Parts:
     """Return AdamW with OneCycle."""
     return Parts(
         {"name": "adamw", "lr": LR, "weight_decay": 0.05, "sgd_lr": 0.1},
-        lambda optimizer, steps: one_cycle(optimizer, total_steps=steps, pct_start=0.3),
+        lambda optimizer, steps: make_schedule(optimizer, "one_cycle", total_steps=steps),
         [f"--lr={LR}"],
     )
 
@@ -113,7 +114,7 @@ def recipe_parts(recipe: str) -> Parts:
     plain = ["--data.train_sizes=[32]", "--model.tta=none", "--trainer.precision=32-true", "--model.model_kwargs=null"]
     return Parts(
         optimizer,
-        lambda optimizer, steps: linear(optimizer, total_steps=steps),
+        lambda optimizer, steps: make_schedule(optimizer, "linear", total_steps=steps),
         [f"--config={path}", *plain],
     )
 

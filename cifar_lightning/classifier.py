@@ -14,12 +14,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 
 from cifar_lightning.analysis import accuracy, macro_f1
+from cifar_lightning.averaging import EmaWeights
 from cifar_lightning.errors import UserError
 from cifar_lightning.evaluation import evaluation_metrics, update_evaluation
 from cifar_lightning.guard import LossGuard
 from cifar_lightning.limits import check_limits
+from cifar_lightning.mixing import Mixing
 from cifar_lightning.models import SpeedNet, build_model, compile_network
-from cifar_lightning.optim import Muon, OptimizerName, ScheduleName, build_optimizer, linear, one_cycle, settings_of
+from cifar_lightning.optim import Muon, OptimizerName, build_optimizer, settings_of
+from cifar_lightning.schedules import ScheduleName, make_schedule, rise_share
+from cifar_lightning.steps import count_steps
+from cifar_lightning.totals import TrainTotals
 from cifar_lightning.views import Views, view_logits
 from cifar_lightning.weights import plain, progress_of
 
@@ -39,17 +44,21 @@ class ImageClassifier(pl.LightningModule):
         num_classes: Number of classes; on the command line the data's.
         image_size: Side of the square pictures in pixels; on the command line the data's.
         lr: Peak learning rate: 3e-3 is the original's with adamw; with muon take about 0.05.
-        optimizer: adamw, or muon (orthogonalised momentum) for the filters with Nesterov SGD for all else.
+        optimizer: adamw, sgd (Nesterov), or muon (orthogonalised momentum) for the filters with sgd for all else.
         sgd_lr: Peak learning rate of what muon does not move.
         head_lr: Peak learning rate of the linear layers beside muon; by default sgd_lr.
         momentum: Muon's, of the filters.
-        sgd_momentum: Of what muon does not move.
-        weight_decay: AdamW's decay of filters and matrices; norms and biases have none.
+        sgd_momentum: Of sgd, alone or beside muon.
+        weight_decay: Decay of filters and matrices by adamw or sgd; norms and biases have none.
         sgd_weight_decay: Share of what muon does not move that a step at the peak rate takes away.
         label_smoothing: Share of the target spread evenly over all classes.
-        schedule: one_cycle, or linear: from the peak in a line to 0, without a rise.
-        pct_start: Share of the steps in which one_cycle rises.
-        stem_share: Share of the steps in which speednet's stem is trained; with several processes by linear alone.
+        mixup: Strength of blending pairs of training pictures, and their targets; 0 is off, 0.2 usual.
+        cutmix: Strength of pasting a part of one training picture into another; 0 is off, 1 usual.
+        schedule: one_cycle, linear (from the peak in a line to 0) or cosine (to 0 along half a cosine).
+        pct_start: Share of the steps in which the rate rises; by default 0.3 with one_cycle, 0 with the others.
+        ema_decay: Validate, test and keep a moving average of the weights, of which a step leaves this share, such as
+            0.999; 0 is off.
+        stem_share: Share of the steps in which speednet's stem is trained; with several processes not by one_cycle.
         tta: Average the answers to views of a picture in test, validate and predict (not while training): none, mirror
             or six (mirrored and moved by a pixel).
         model_kwargs: More arguments of the network, such as {widths: [16, 32, 64], dropout: 0.2}.
@@ -75,8 +84,11 @@ class ImageClassifier(pl.LightningModule):
         weight_decay: float = 0.05,
         sgd_weight_decay: float = 0.0,
         label_smoothing: float = 0.1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         schedule: ScheduleName = "one_cycle",
-        pct_start: float = 0.3,
+        pct_start: float | None = None,
+        ema_decay: float = 0.0,
         stem_share: float = 1.0,
         tta: Views = "none",
         model_kwargs: dict[str, Any] | None = None,
@@ -94,7 +106,10 @@ class ImageClassifier(pl.LightningModule):
             weight_decay=weight_decay,
             sgd_weight_decay=sgd_weight_decay,
             label_smoothing=label_smoothing,
+            mixup=mixup,
+            cutmix=cutmix,
             pct_start=pct_start,
+            ema_decay=ema_decay,
             stem_share=stem_share,
         )
         # logger=False: the run's config.yaml holds these and more.
@@ -107,7 +122,8 @@ class ImageClassifier(pl.LightningModule):
         self.weight_decay, self.sgd_weight_decay = plain(weight_decay), plain(sgd_weight_decay)
         self.label_smoothing, self.pct_start = plain(label_smoothing), plain(pct_start)
         self.stem_share, self.num_classes, self.tta = plain(stem_share), num_classes, tta
-        self.optimizer_name, self.schedule = optimizer, schedule
+        self.optimizer_name, self.schedule, self.ema_decay = optimizer, schedule, plain(ema_decay)
+        self._mixing = Mixing(num_classes, mixup=mixup, cutmix=cutmix) if mixup or cutmix else None
         if model is None and name is None:
             raise UserError("this checkpoint is of a network of your own: give model=... again.")
         network = build_model(str(name), num_classes, image_size, **(model_kwargs or {})) if model is None else model
@@ -116,11 +132,12 @@ class ImageClassifier(pl.LightningModule):
         self._is_to_compile = compile
         self.val_metrics = evaluation_metrics(num_classes)
         self.test_metrics = evaluation_metrics(num_classes)
-        self._train_totals = _no_totals(self.device)
-        self._num_restored = 0  # of the pictures in the sums: trained on before this process
+        self.totals = TrainTotals(self.device)
+        """Of this process's pictures so far in this epoch."""
         self._guard: LossGuard | None = None
         self._resumed_at: tuple[int, int] | None = None  # epochs finished and steps taken in them, of a checkpoint
         self._planned: tuple[list[dict[str, Any]], Any] = ([], None)
+        self._class_weights: Tensor | None = None  # of the loss, from the data
         self._stem_steps: int | None = None  # after which the stem is no longer trained
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
@@ -144,13 +161,16 @@ class ImageClassifier(pl.LightningModule):
         Raises:
             UserError: SpeedNet was not whitened, and its pictures are not an `ImageDataModule`'s.
         """
-        self._train_totals, self._num_restored = _no_totals(self.device), 0
+        self.totals = TrainTotals(self.device)
         if self._is_to_compile:
             compile_network(self.network, self.device)
             self._is_to_compile = False
+        data = getattr(self.trainer, "datamodule", None)
+        weights = getattr(data, "class_weights", None)
+        self._class_weights = None if weights is None else torch.tensor(weights, device=self.device)
         if not isinstance(self.network, SpeedNet) or self.network.stem.is_whitened:
             return
-        sample = getattr(getattr(self.trainer, "datamodule", None), "sample_of_training", None)
+        sample = getattr(data, "sample_of_training", None)
         if sample is None:
             raise UserError("speednet: call network.stem.whiten(images) before `fit`, with normalised pictures.")
         self.network.stem.whiten(sample(_NUM_WHITENING).to(self.device))
@@ -186,33 +206,34 @@ class ImageClassifier(pl.LightningModule):
 
     def peak_step(self) -> float:
         """Return the step from which the learning rate only falls."""
-        return self.pct_start * self.total_steps() if self.schedule == "one_cycle" else 0
+        return rise_share(self.schedule, self.pct_start) * self.total_steps()
 
     def _make_schedule(self, optimizer: torch.optim.Optimizer, steps_done: int | None = None) -> LRScheduler:
-        steps: dict[str, Any] = {"total_steps": self.total_steps(), "steps_done": steps_done}
-        if self.schedule == "linear":
-            return linear(optimizer, stem_steps=self._stem_steps, **steps)
-        return one_cycle(optimizer, pct_start=self.pct_start, **steps)
+        return make_schedule(
+            optimizer,
+            self.schedule,
+            total_steps=self.total_steps(),
+            pct_start=self.pct_start,
+            stem_steps=self._stem_steps,
+            steps_done=steps_done,
+        )
 
     def on_train_epoch_start(self) -> None:
         """Forget the last epoch's sums."""
-        self._train_totals, self._num_restored = _no_totals(self.device), 0
+        self.totals = TrainTotals(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the label-smoothed loss of a batch; add it to the epoch's sums without waiting for the device."""
         images, targets = batch
         if self._stem_steps is not None and self.trainer.global_step >= self._stem_steps:
             self._freeze_stem()
+        if self._mixing is not None:
+            images, targets = self._mixing(images, targets)
         logits = self(images)
-        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(logits, targets, weight=self._class_weights, label_smoothing=self.label_smoothing)
         if self._guard is not None:
             self._guard.watch(loss, self.trainer.global_step, self.trainer.current_epoch)
-        # Three sums instead of self.log, which reads back from the device and costs more host time than a small step.
-        loss_sum, num_correct, num_pictures = self._train_totals
-        with torch.no_grad():
-            loss_sum += loss.detach() * len(targets)
-            num_correct += (logits.argmax(1) == targets).sum()
-        self._train_totals = (loss_sum, num_correct, num_pictures + len(targets))
+        self.totals.add(loss, logits, targets)
         return loss
 
     def _freeze_stem(self) -> None:
@@ -233,25 +254,7 @@ class ImageClassifier(pl.LightningModule):
         """
         if self._guard is not None and self.trainer.world_size == 1:
             self._guard.check(self.trainer.current_epoch)
-        loss_sum, num_correct, num_pictures = self._train_totals
-        return {
-            "train/loss": loss_sum.item() / max(1, num_pictures),
-            "train/acc": num_correct.item() / max(1, num_pictures),
-        }
-
-    def num_trained_pictures(self) -> int:
-        """Return how many pictures this rank has trained on so far in this epoch, since this process began it."""
-        return self._train_totals[2] - self._num_restored
-
-    def epoch_sums(self) -> tuple[Tensor, Tensor, int]:
-        """Return this rank's loss sum, correct answers (both on the CPU) and pictures so far in this epoch."""
-        loss_sum, num_correct, num_pictures = self._train_totals
-        return loss_sum.cpu(), num_correct.cpu(), num_pictures
-
-    def restore_epoch_sums(self, sums: tuple[Tensor, Tensor, int]) -> None:
-        """Take up the sums of an epoch that is gone on with in its middle."""
-        loss_sum, num_correct, self._num_restored = sums
-        self._train_totals = (loss_sum.to(self.device), num_correct.to(self.device), self._num_restored)
+        return self.totals.means()
 
     def _check_guard(self) -> None:
         if self._guard is not None:
@@ -266,12 +269,16 @@ class ImageClassifier(pl.LightningModule):
             RunError: The loss was not finite in some step.
         """
         self._check_guard()
-        loss_sum, num_correct, num_pictures = self._train_totals
-        totals = torch.stack([loss_sum, num_correct, torch.full_like(loss_sum, num_pictures)])
-        loss_total, correct, count = self.trainer.strategy.reduce(totals, reduce_op="sum").tolist()
+        own = self.totals
+        sums = torch.stack([own.loss_sum, own.num_correct, torch.full_like(own.loss_sum, own.num_pictures)])
+        loss_total, correct, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         loss, acc = (loss_total / count, correct / count) if count else (math.nan, math.nan)
         return {"train/loss": loss, "train/acc": acc, "lr": float(lr)}
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Return the average of the weights, where one is asked for."""
+        return [EmaWeights(self.ema_decay)] if self.ema_decay else []
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimiser and its schedule over all steps of the run."""
@@ -294,30 +301,12 @@ class ImageClassifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def total_steps(self) -> int:
-        """Return the optimiser steps of the whole run, computed from lengths alone.
+        """Return the optimiser steps of the whole run, also of one that is gone on with.
 
-        Not `trainer.estimated_stepping_batches`: it sets up the loaders too early and so loses a loader's position on
-        resume (Lightning #20550). With loaders other than ours, which have no position, there is nothing to lose.
+        Raises:
+            UserError: It has no end, or no step.
         """
-        trainer = self.trainer
-        count_batches = getattr(getattr(trainer, "datamodule", None), "num_train_batches", None)
-        if count_batches is None:
-            total = trainer.estimated_stepping_batches
-        else:
-            batches = count_batches(trainer.world_size)
-            limit = trainer.limit_train_batches
-            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-            per_epoch = -(-batches // trainer.accumulate_grad_batches)
-            epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
-            epochs_done, steps_done = self._resumed_at or (0, 0)
-            total = steps_done + per_epoch * max(0, epochs - epochs_done)
-            if trainer.max_steps != -1:
-                total = min(total, trainer.max_steps)
-        if total == float("inf"):
-            raise UserError("the schedule needs an end: give --epochs N or --trainer.max_steps N.")
-        if total < 1:
-            raise UserError("there is no step to train: --epochs, --trainer.limit_train_batches or --data.drop_last.")
-        return int(total)
+        return count_steps(self.trainer, *(self._resumed_at or (0, 0)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save nothing after a bad step, and hyperparameters as what loads as data, whatever a subclass has added.
@@ -392,8 +381,3 @@ class ImageClassifier(pl.LightningModule):
     """int64 (classes, classes) of the last validation; rows: true class."""
     test_confusion: Tensor | None = None
     """int64 (classes, classes) of the last test; rows: true class."""
-
-
-def _no_totals(device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Return zero loss sum, zero correct answers (both on the device) and zero pictures."""
-    return torch.zeros((), device=device), torch.zeros((), device=device), 0

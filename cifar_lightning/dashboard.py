@@ -203,7 +203,7 @@ def hyperparameters_of(config: Mapping[str, Any]) -> dict[str, bool | str | floa
     """
     model, data, trainer = (config.get(group) or {} for group in ("model", "data", "trainer"))
     changes = ("crop_padding_px", "flip", "cutout_px", "brightness", "contrast")
-    of_model = ("label_smoothing", "lr", "optimizer", "pct_start", "sgd_lr", "weight_decay")
+    of_model = ("cutmix", "ema_decay", "label_smoothing", "lr", "mixup", "optimizer", "pct_start", "schedule")
     values = {
         "batch_size": data.get("batch_size"),
         "epochs": trainer.get("max_epochs"),
@@ -212,7 +212,7 @@ def hyperparameters_of(config: Mapping[str, Any]) -> dict[str, bool | str | floa
         "precision": trainer.get("precision"),
         "random_changes": ", ".join(f"{name} {data[name]}" for name in changes if data.get(name)) or None,
         "seed": config.get("seed_everything"),
-        **{name: model.get(name) for name in of_model},
+        **{name: model.get(name) for name in (*of_model, "sgd_lr", "weight_decay")},
     }
     return {
         name: value if isinstance(value, bool | str | float | int) else str(value)

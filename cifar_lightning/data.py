@@ -10,15 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cifar_lightning.augment import Augmentation, CropMode, FlipMode, normalize, seeded_generator
+from cifar_lightning.augment import Augmentation, CropMode, FlipMode, normalize
 from cifar_lightning.errors import UserError
 from cifar_lightning.limits import LIMITS, check_limits
 from cifar_lightning.loader import EpochSampler, PictureLoader, Rank, ResidentLoader, StreamingLoader
 from cifar_lightning.memory import free_host_bytes
 from cifar_lightning.sources import PictureSet, open_source
+from cifar_lightning.splits import balanced_weights, describe_imbalance, stratified_split, stratified_subset
 
 Part = Literal["train", "val", "test"]
-_SPLIT = 1_000_003  # purpose of the split's generator; an epoch's purposes are below 10
+Balance = Literal["none", "balanced"]
+_NAMED = 12  # class names that are printed
 _CHUNK = 1024  # pictures summed at a time: 25 MB of float64 at 32x32
 
 
@@ -36,6 +38,10 @@ class ImageDataModule(pl.LightningDataModule):
             its pictures.
         val_fraction: Share of the training pictures held out for validation, stratified by class; 0 trains on all. A
             folder with a val/ has its own validation pictures, and the share is not used.
+        limit: Train on this many pictures, validation's included, every class with its share; by default all.
+        class_weights: balanced lets every class count the same in the loss of ImageClassifier, however few pictures it
+            has.
+        sampler: balanced shows every class equally often in training, and so repeats pictures of small classes.
         num_workers: 0 keeps the pictures on the training device, 1 or more streams them with that many worker
             processes; by default 0 where the set fits in memory, else 2.
         seed: Seed of split, order and augmentation.
@@ -63,6 +69,9 @@ class ImageDataModule(pl.LightningDataModule):
         *,
         image_size: int | None = None,
         val_fraction: float = 0.1,
+        limit: int | None = None,
+        class_weights: Balance = "none",
+        sampler: Balance = "none",
         num_workers: int | None = None,
         seed: int = 0,
         eval_batch_size: int = 256,
@@ -82,6 +91,7 @@ class ImageDataModule(pl.LightningDataModule):
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             val_fraction=val_fraction,
+            limit=limit,
             seed=seed,
             num_workers=num_workers,
             image_size=image_size,
@@ -107,6 +117,7 @@ class ImageDataModule(pl.LightningDataModule):
             self.augmentation.check(size)
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
         self.val_fraction, self.seed, self.num_workers = val_fraction, seed, num_workers
+        self.limit, self.has_class_weights, self.is_balanced = limit, class_weights == "balanced", sampler == "balanced"
         self.mean: tuple[float, ...] | None = None
         self.std: tuple[float, ...] | None = None
         self._pictures: dict[Part, PictureSet] = {}
@@ -131,11 +142,14 @@ class ImageDataModule(pl.LightningDataModule):
         loaded = {name: self.source.load(name) for name in parts}
         self._pictures = {name: pictures for name, pictures in loaded.items() if pictures is not None}
         indices = {name: torch.arange(len(pictures.targets)) for name, pictures in self._pictures.items()}
+        targets = torch.tensor(self._pictures["train"].targets)
+        naming: dict[str, Any] = {"seed": self.seed, "class_names": self.class_names}
+        if self.limit is not None:
+            indices["train"] = stratified_subset(targets, self.limit, **naming)
         if "val" not in indices:
-            targets = torch.tensor(self._pictures["train"].targets)
-            indices["train"], indices["val"] = stratified_split(
-                targets, self.val_fraction, seed=self.seed, class_names=self.class_names
-            )
+            chosen = indices["train"]
+            train, val = stratified_split(targets[chosen], self.val_fraction, **naming)
+            indices["train"], indices["val"] = chosen[train], chosen[val]
         if self.batch_size > len(indices["train"]):
             raise UserError(
                 f"--data.batch_size {self.batch_size}: larger than the training split of "
@@ -192,6 +206,23 @@ class ImageDataModule(pl.LightningDataModule):
         """Return the training steps of an epoch, after `setup()`; they do not depend on a loader's position."""
         return len(self._sampler("train", training=True, rank=Rank(0, num_ranks)))
 
+    @property
+    def class_weights(self) -> list[float] | None:
+        """Each class's weight in the loss, after `setup()`; None where they count as they come."""
+        return balanced_weights(self._class_counts()) if self.has_class_weights else None
+
+    def describe_classes(self) -> list[str]:
+        """Return the classes in words, after `setup()`: how many and the first names; where it is so, how uneven."""
+        names = ", ".join(self.class_names[:_NAMED]) + (", ..." if self.num_classes > _NAMED else "")
+        imbalance = describe_imbalance(self._class_counts(), self.class_names)
+        return [f"{self.num_classes}: {names}", *([imbalance] if imbalance else [])]
+
+    def _class_counts(self) -> Tensor:
+        return torch.bincount(self._train_targets(), minlength=self.num_classes)
+
+    def _train_targets(self) -> Tensor:
+        return torch.tensor(self._pictures["train"].targets)[self._indices["train"]]
+
     def split_summary(self) -> dict[str, Any]:
         """Return the split as plain types: indices into the source's order, and hashes of the source's pictures.
 
@@ -203,6 +234,7 @@ class ImageDataModule(pl.LightningDataModule):
             "seed": self.seed,
             "val_fraction": None if has_own_val else self.val_fraction,
             "val_from": "val" if has_own_val else "train",
+            **({} if self.limit is None else {"limit": self.limit}),
             "sizes": {part: self.num_pictures(part) for part in ("train", "val", "test")},
             "sha256": {name: pictures.sha256 for name, pictures in self._pictures.items()},
             "train": self._indices["train"].tolist(),
@@ -239,6 +271,7 @@ class ImageDataModule(pl.LightningDataModule):
             training=training,
             drop_last=training and self.drop_last,
             rank=rank,
+            balanced_by=self._train_targets() if training and self.is_balanced else None,
         )
 
     def _loader(self, part: Part, *, training: bool = False) -> PictureLoader:
@@ -285,45 +318,6 @@ class ImageDataModule(pl.LightningDataModule):
             images, targets = torch.from_numpy(pictures.images), torch.from_numpy(pictures.targets)
             self._resident[name, device] = (images.to(device), targets.to(device))
         return self._resident[name, device]
-
-
-def stratified_split(
-    targets: Tensor, val_fraction: float, *, seed: int, class_names: tuple[str, ...]
-) -> tuple[Tensor, Tensor]:
-    """Hold out exactly `round(val_fraction * n)` pictures, shared among the classes by largest remainder.
-
-    Args:
-        targets: int64 (n,).
-        val_fraction: 0 holds out none.
-        seed: Which pictures of a class are held out.
-        class_names: For the error.
-
-    Returns:
-        Sorted int64 indices of training and validation.
-
-    Raises:
-        UserError: A class would get no validation or no training picture.
-    """
-    if val_fraction == 0:
-        return torch.arange(len(targets)), torch.empty(0, dtype=torch.int64)
-    counts = torch.bincount(targets, minlength=len(class_names))
-    quota = counts.double() * val_fraction
-    held_out = quota.floor().long()
-    missing = round(val_fraction * len(targets)) - int(held_out.sum())
-    # Stable: equal remainders go to the first classes, on every machine.
-    held_out[(quota - held_out).argsort(descending=True, stable=True)[:missing]] += 1
-    for name, count, val in zip(class_names, counts.tolist(), held_out.tolist(), strict=True):
-        if val < 1 or val >= count:
-            raise UserError(
-                f"--data.val_fraction {val_fraction}: class {name} has {count} training pictures, of which {val} would "
-                "be for validation.\nEvery class needs one of each: change it, add pictures, or 0 to train on all."
-            )
-    shuffled = torch.randperm(len(targets), generator=seeded_generator(seed, 0, _SPLIT))
-    is_val = torch.zeros(len(targets), dtype=torch.bool)
-    for label, val in enumerate(held_out.tolist()):
-        of_class = shuffled[targets[shuffled] == label]
-        is_val[of_class[:val]] = True
-    return (~is_val).nonzero().flatten(), is_val.nonzero().flatten()
 
 
 def channel_statistics(images: np.ndarray, indices: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

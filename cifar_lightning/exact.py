@@ -28,7 +28,7 @@ class ExactState(pl.Callback):
     ) -> None:
         """Collect the states; every rank takes part."""
         assert isinstance(pl_module, ImageClassifier)
-        own = {"rng": rng_state(trainer.strategy.root_device), "epoch_sums": pl_module.epoch_sums()}
+        own = {"rng": rng_state(trainer.strategy.root_device), "epoch_sums": pl_module.totals.state()}
         ranks: list[Any] = [own]
         if trainer.world_size > 1:
             ranks = [None] * trainer.world_size
@@ -71,7 +71,7 @@ class ExactState(pl.Callback):
         own = ranks[trainer.global_rank]
         restore_rng(own["rng"], trainer.strategy.root_device)
         if own["epoch_sums"] is not None:
-            pl_module.restore_epoch_sums(own["epoch_sums"])
+            pl_module.totals.restore(own["epoch_sums"])
 
 
 def is_inside_epoch(checkpoint: dict[str, Any]) -> bool:

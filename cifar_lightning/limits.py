@@ -36,6 +36,8 @@ _PIXELS = Limit(0, math.inf, "0 (off) or more")
 _SHARE = Limit(0, 1, "0 to below 1")
 _STRENGTH = Limit(0, 1, "0 (off) to 1", through=True)
 
+_MIX = Limit(0, math.inf, "0 (off) or more, such as 0.2")
+
 LIMITS = {
     "seed_everything": Limit(0, 2**32, "0 to 4294967295, what NumPy takes"),
     "model.lr": _RATE,
@@ -46,13 +48,17 @@ LIMITS = {
     "model.weight_decay": Limit(0, math.inf, "0 or more"),
     "model.sgd_weight_decay": _SHARE,
     "model.label_smoothing": _SHARE,
+    "model.mixup": _MIX,
+    "model.cutmix": _MIX,
     "model.pct_start": _SHARE,
+    "model.ema_decay": Limit(0, 1, "0 (off) to below 1, such as 0.999"),
     "model.stem_share": Limit(0, 1, "0 (never) to 1 (always)", through=True),
     "data.batch_size": _COUNT,
     "data.eval_batch_size": _COUNT,
     # 50 MB a picture; far beyond what these networks are for, and a typo must not fill the disk.
     "data.image_size": Limit(1, 4096, "1 to 4096 pixels", through=True),
     "data.val_fraction": Limit(0, 1, "0 (train on all) to below 1, such as 0.1"),
+    "data.limit": _COUNT,
     "data.seed": Limit(0, math.inf, "0 or more"),
     "data.num_workers": Limit(0, 1024, "0 (resident), or 1 to 1024 (streaming)", through=True),
     "data.crop_padding_px": _PIXELS,

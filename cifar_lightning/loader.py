@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cifar_lightning.augment import Augmentation, augment, draw_epoch, normalize, resize, seeded_generator
 from cifar_lightning.signals import leave_to_parent
+from cifar_lightning.splits import balanced_order
 
 _ORDER = 0  # purpose of the order's generator; augment.py's draws use 1 and up
 
@@ -47,13 +48,22 @@ class EpochSampler:
         training: Whether to shuffle and deal evenly.
         drop_last: Whether to leave out a last, smaller batch of training.
         rank: This process's share.
+        balanced_by: int64 (n,), the classes of the pictures, where training is to show every class equally often.
     """
 
     def __init__(
-        self, indices: Tensor, batch_size: int, *, seed: int, training: bool, drop_last: bool = False, rank: Rank
+        self,
+        indices: Tensor,
+        batch_size: int,
+        *,
+        seed: int,
+        training: bool,
+        drop_last: bool = False,
+        rank: Rank,
+        balanced_by: Tensor | None = None,
     ) -> None:
         self.indices, self.batch_size, self.rank = indices, batch_size, rank
-        self.seed, self.training, self.drop_last = seed, training, drop_last
+        self.seed, self.training, self.drop_last, self.balanced_by = seed, training, drop_last, balanced_by
         self.epoch = 0
         self.position = 0  # batches of `epoch` already given
         self._resume_at = 0
@@ -91,7 +101,11 @@ class EpochSampler:
             share = self.indices[self.rank.index :: self.rank.count]
             # A rank with one picture less may need an empty batch to make as many steps as the others.
             return [share[k * self.batch_size : (k + 1) * self.batch_size] for k in range(len(self))]
-        order = torch.randperm(len(self.indices), generator=seeded_generator(self.seed, self.epoch, _ORDER))
+        generator = seeded_generator(self.seed, self.epoch, _ORDER)
+        if self.balanced_by is None:
+            order = torch.randperm(len(self.indices), generator=generator)
+        else:
+            order = balanced_order(self.balanced_by, generator)
         shuffled = self.indices[order]
         global_batches = torch.split(shuffled, self.batch_size * self.rank.count)[: len(self)]
         return [self._share(batch) for batch in global_batches]

@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW, or Muon with Nesterov SGD beside it, and their schedules: OneCycle or a line to 0."""
+"""What moves the weights: AdamW, Nesterov SGD, or Muon with Nesterov SGD beside it."""
 
 import math
 from collections import defaultdict
@@ -8,10 +8,8 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-OptimizerName = Literal["adamw", "muon"]
-ScheduleName = Literal["one_cycle", "linear"]
+OptimizerName = Literal["adamw", "sgd", "muon"]
 
 # Quintic whose iteration moves singular values into about 0.7-1.2 in few steps rather than to exactly 1 in many
 # (Jordan, "Muon", https://kellerjordan.github.io/posts/muon/).
@@ -36,16 +34,17 @@ def build_optimizer(
     Args:
         model: Its parameters that require gradients are optimised; what lies in its `stem`, if it has one, may be
             scheduled apart.
-        name: "adamw", or "muon" for the filters with Nesterov SGD for norms, biases and the linear layers.
-        lr: Of AdamW, or of Muon.
-        weight_decay: AdamW's, of parameters with two or more dimensions; Muon renormalises filters instead.
+        name: "adamw", "sgd" (Nesterov), or "muon" for the filters with Nesterov SGD for norms, biases and the linear
+            layers.
+        lr: Of AdamW, of SGD, or of Muon.
+        weight_decay: Of AdamW and SGD, for parameters with two or more dimensions; Muon renormalises filters instead.
         sgd_lr: Of the norms and biases, which Muon does not move.
         head_lr: Of the linear layers, which Muon does not move either; None is `sgd_lr`.
         momentum: Muon's, of the filters.
-        sgd_momentum: Of what Muon does not move.
+        sgd_momentum: Of SGD, alone or beside Muon.
         sgd_weight_decay: Share of what Muon does not move that a step at the peak rate takes away, before momentum
             multiplies it.
-        fused: Whether AdamW may run as one kernel; Lightning cannot clip gradients beside it in 16-mixed.
+        fused: Whether AdamW and SGD may run as one kernel; Lightning cannot clip gradients beside it in 16-mixed.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name == "muon":
@@ -69,63 +68,10 @@ def build_optimizer(
         {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=fused)
-
-
-def one_cycle(
-    optimizer: torch.optim.Optimizer, *, total_steps: int, pct_start: float, steps_done: int | None = None
-) -> OneCycleLR:
-    """Return the schedule of every group: lr/25 up to its lr for `pct_start` of the steps, a cosine down to almost 0.
-
-    It is stepped after every optimiser step (arXiv:1708.07120, with PyTorch's defaults; Muon's momentum is not cycled).
-
-    Args:
-        optimizer: Its groups' `lr` are the peaks, or with `steps_done` their `max_lr`.
-        total_steps: Of the whole run.
-        pct_start: Share of the steps in which the rates rise.
-        steps_done: Take up the schedule after this many steps, in an optimiser that has had one before.
-    """
-    peaks = [group["lr"] if steps_done is None else group["max_lr"] for group in optimizer.param_groups]
-    cycle_momentum = not isinstance(optimizer, Muon)
-    if pct_start * total_steps == 1:
-        pct_start *= 1 + 1e-6  # a rise that ends exactly at step 0 is a division by zero in OneCycleLR
-    return OneCycleLR(
-        optimizer,
-        max_lr=peaks,
-        total_steps=total_steps,
-        pct_start=pct_start,
-        cycle_momentum=cycle_momentum,
-        last_epoch=-1 if steps_done is None else steps_done - 1,  # the constructor takes the step itself
-    )
-
-
-def linear(
-    optimizer: torch.optim.Optimizer,
-    *,
-    total_steps: int,
-    stem_steps: int | None = None,
-    steps_done: int | None = None,
-) -> LambdaLR:
-    """Return the schedule of the speed records: every group from its lr in a straight line to 0, no warm-up.
-
-    It is stepped after every optimiser step.
-
-    Args:
-        optimizer: Its groups' `lr` are the peaks, or with `steps_done` their `initial_lr`.
-        total_steps: Of the whole run.
-        stem_steps: When the group whose `role` is "stem" has arrived at 0; None is `total_steps`.
-        steps_done: Take up the schedule after this many steps, in an optimiser that has had one before.
-    """
-
-    def line_to(end: int) -> Callable[[int], float]:
-        return lambda step: max(0.0, 1 - step / end) if end else 0.0
-
-    ends = [
-        stem_steps if stem_steps is not None and group.get("role") == "stem" else total_steps
-        for group in optimizer.param_groups
-    ]
-    last_epoch = -1 if steps_done is None else steps_done - 1  # the constructor takes the step itself
-    return LambdaLR(optimizer, [line_to(end) for end in ends], last_epoch=last_epoch)
+    groups = [group for group in groups if group["params"]]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=sgd_momentum, nesterov=sgd_momentum > 0, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, fused=fused)
 
 
 def settings_of(group: dict[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class RunProgress(ProgressBar):
     def _training_text(self, trainer: pl.Trainer, module: ImageClassifier, num_done: int, now_s: float) -> str:
         metrics = module.train_metrics()
         elapsed_s = now_s - self._epoch_start_s
-        rate = module.num_trained_pictures() * trainer.world_size / elapsed_s
+        rate = module.totals.num_trained * trainer.world_size / elapsed_s
         return (
             f"loss {metrics['train/loss']:.3f}  acc {percent(metrics['train/acc'], 2)}  {rate:,.0f} images/s  "
             f"{clock(self._seconds_left(trainer, num_done, elapsed_s))} left"
@@ -211,6 +211,7 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
             "split",
             f"{data.num_pictures('train'):,} training, {held_out:,} validation, {data.num_pictures('test'):,} test",
         ),
+        *zip(("classes", ""), data.describe_classes(), strict=False),
         ("network", f"{type(module.network).__name__}, {num_parameters:,} parameters"),
         ("training", f"{length}, peak lr {module.lr:g}"),
         ("hardware", f"{name}, precision {trainer.precision}"),

@@ -21,14 +21,14 @@ from cifar_lightning.weights import progress_of
 
 # What the weights, the states of optimiser and schedule or the split belong to; all else is training, which may change.
 _FIXED = {"model.name", "model.model_kwargs", "model.optimizer", "model.schedule"}
-_FIXED |= {"data.image_size", "data.dataset", "data.seed", "data.val_fraction"}
+_FIXED |= {"model.ema_decay", "data.image_size", "data.dataset", "data.seed", "data.val_fraction", "data.limit"}
 # What an epoch's batches and steps are made of. trainer.devices is not here: an epoch's start may be moved to other
 # devices, and inside one `exact` looks at the number of processes itself.
-_MAKES_BATCHES = {"data.batch_size", "data.drop_last", "data.train_sizes"}
+_MAKES_BATCHES = {"data.batch_size", "data.drop_last", "data.train_sizes", "data.sampler"}
 _MAKES_BATCHES |= {"trainer.limit_train_batches", "trainer.overfit_batches", "trainer.accumulate_grad_batches"}
 # What the learning rates of the steps to come depend on. Momentum and decay are not scheduled: they hold from here on.
 _PLANS_SCHEDULE = {"trainer.max_epochs", "trainer.max_steps", "trainer.devices", "trainer.num_nodes"}
-_PLANS_SCHEDULE |= _MAKES_BATCHES - {"data.train_sizes"}
+_PLANS_SCHEDULE |= _MAKES_BATCHES - {"data.train_sizes", "data.sampler"}
 _PLANS_SCHEDULE |= {f"model.{name}" for name in ("lr", "sgd_lr", "head_lr", "pct_start", "stem_share")}
 Changes = dict[str, tuple[Any, Any]]
 
@@ -65,7 +65,7 @@ class StopPoint:
         lines = [f"Going on with {run.path} {inside if self.is_inside_epoch else f'after epoch {self.epochs_done}'}."]
         lines += [f"  {line}" for line in describe_changes(changes)]
         if _PLANS_SCHEDULE & changes.keys():
-            what = "OneCycle" if schedule == "one_cycle" else "The learning rate's line to 0"
+            what = "OneCycle" if schedule == "one_cycle" else f"The {schedule} schedule"
             lines.append(f"  {what} is planned anew over the whole run and taken up at this step.")
         return lines
 

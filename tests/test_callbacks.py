@@ -6,7 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.callbacks import (
@@ -17,6 +17,7 @@ from cifar_lightning.callbacks import (
     check_monitors,
     data_of,
     peak_memory_mb,
+    skip_idle_hooks,
 )
 from cifar_lightning.checkpoint import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint
 from cifar_lightning.files import MetricsTable
@@ -158,3 +159,19 @@ def test_who_waits_for_a_validation_that_never_comes_is_refused():
     check_monitors([RunRecorder(RunFolder(Path("run")))], validates=False)
     with pytest.raises(UserError, match=r"AnnealingEarlyStopping: watches val/acc.*\n.*--data.val_fraction"):
         check_monitors(watching, validates=False)
+
+
+def test_hooks_that_do_nothing_are_passed_over_and_all_others_are_called(tmp_path, folder):
+    called = []
+
+    class Filled(pl.Callback):
+        def on_train_batch_start(self, *args):
+            called.append("class")
+
+    made = LambdaCallback(on_train_batch_end=lambda *args: called.append("instance"))
+    empty = pl.Callback()
+    skip_idle_hooks([made, empty])
+    assert empty.on_before_backward is None
+    assert callable(empty.on_train_epoch_start)  # not in every step
+    fit(tmp_path, [Filled(), made, RunRecorder(folder)], epochs=1)
+    assert called == ["class", "instance"] * 5

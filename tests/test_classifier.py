@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
+from cifar_lightning.mixing import Mixing
 from cifar_lightning.models import WhiteningConv
 from cifar_lightning.views import view_logits
 
@@ -54,6 +55,41 @@ def test_the_training_loss_is_label_smoothed_cross_entropy():
     torch.testing.assert_close(got, -(smoothed * log_probs).sum(1).mean())
 
 
+class Losses(pl.Callback):
+    """Keeps the batches of an epoch and their losses."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append((outputs["loss"].item(), batch))
+
+
+def test_class_weights_of_the_data_weigh_the_loss(tmp_path):
+    module = ImageClassifier(image_size=16, lr=1e-9, label_smoothing=0.1, model_kwargs=NARROW)
+    data, losses = small_data(class_weights="balanced", limit=999), Losses()
+    run = trainer(tmp_path, max_epochs=1, limit_train_batches=1, callbacks=[losses])
+    run.fit(module, data)
+    (loss, (images, targets)), weights = losses.seen[0], torch.tensor(data.class_weights)
+    assert weights.unique().numel() > 1
+    logits = module.train()(images)  # BatchNorm by the batch, whose weights a rate of 1e-9 has not moved
+    expected = F.cross_entropy(logits, targets, weight=weights, label_smoothing=0.1)
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_mixed_pictures_are_trained_on_with_smoothed_shares():
+    torch.manual_seed(0)
+    module = ImageClassifier(label_smoothing=0.2, mixup=1.0, model_kwargs=NARROW).eval()
+    images, targets = torch.randn(8, 3, 16, 16), torch.randint(0, 10, (8,))
+    module.on_train_epoch_start()
+    torch.manual_seed(1)
+    got = module.training_step((images, targets), 0)
+    torch.manual_seed(1)
+    mixed, shares = Mixing(10, mixup=1.0)(images, targets)
+    smoothed = 0.8 * shares + 0.2 / 10
+    torch.testing.assert_close(got, -(smoothed * module(mixed).log_softmax(1)).sum(1).mean())
+
+
 def test_epoch_sums_are_those_of_all_pictures_and_start_anew():
     module = ImageClassifier(label_smoothing=0.0, model_kwargs=NARROW).eval()
     batches = [(torch.randn(n, 3, 16, 16), torch.randint(0, 10, (n,))) for n in (8, 3)]
@@ -66,7 +102,7 @@ def test_epoch_sums_are_those_of_all_pictures_and_start_anew():
     metrics = module.train_metrics()
     assert metrics["train/loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
     assert metrics["train/acc"] == (logits.argmax(1) == targets).float().mean().item()
-    assert module.num_trained_pictures() == 11
+    assert module.totals.num_trained == 11
 
 
 def test_test_metrics_equal_functions_of_all_logits(tmp_path):
@@ -244,6 +280,9 @@ def test_a_resumed_run_without_dropout_ends_with_the_weights_of_an_unbroken_one(
         ({"weight_decay": -0.1}, "--model.weight_decay -0.1"),
         ({"label_smoothing": 1.0}, "--model.label_smoothing 1.0"),
         ({"pct_start": -0.1}, "--model.pct_start -0.1"),
+        ({"mixup": -0.2}, "--model.mixup -0.2"),
+        ({"cutmix": float("inf")}, "--model.cutmix inf"),
+        ({"ema_decay": 1.0}, "--model.ema_decay 1.0"),
         ({"name": "resnet19"}, "--model.name resnet19"),
     ],
 )

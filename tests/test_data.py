@@ -6,11 +6,9 @@ import torch
 from PIL import Image
 
 from cifar_lightning import data
-from cifar_lightning.data import ImageDataModule, channel_statistics, stratified_split
+from cifar_lightning.data import ImageDataModule, channel_statistics
 from cifar_lightning.errors import UserError
 from cifar_lightning.loader import Rank, ResidentLoader, StreamingLoader
-
-NAMES = tuple("abcdefghij")
 
 
 def synthetic(**kwargs):
@@ -26,34 +24,6 @@ def write_folder(root, counts, size=8):
             for k in range(count):
                 Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(folder / f"{k}.png")
     return root
-
-
-def test_cifar10_would_be_split_into_45000_and_5000_with_500_of_each_class():
-    targets = torch.arange(50_000) % 10
-    train, val = stratified_split(targets, 0.1, seed=0, class_names=NAMES)
-    assert (len(train), len(val)) == (45_000, 5_000)
-    assert torch.bincount(targets[val]).tolist() == [500] * 10
-    assert sorted(torch.cat([train, val]).tolist()) == list(range(50_000))
-
-
-@pytest.mark.parametrize("fraction", [0.1, 0.137, 0.333, 0.5])
-def test_a_split_holds_out_exactly_the_rounded_share_by_largest_remainder(fraction):
-    counts = [11, 23, 37, 101, 64]
-    targets = torch.repeat_interleave(torch.arange(5), torch.tensor(counts))
-    _, val = stratified_split(targets, fraction, seed=0, class_names=NAMES[:5])
-    held_out = torch.bincount(targets[val], minlength=5)
-    assert int(held_out.sum()) == round(fraction * sum(counts))
-    for count, val_count in zip(counts, held_out.tolist(), strict=True):
-        assert abs(val_count - fraction * count) < 1
-
-
-def test_the_split_depends_on_the_seed_and_on_nothing_else():
-    targets = torch.arange(1000) % 10
-    first = stratified_split(targets, 0.1, seed=0, class_names=NAMES)[1]
-    torch.manual_seed(5)
-    again, other = (stratified_split(targets, 0.1, seed=s, class_names=NAMES)[1] for s in (0, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
 
 
 def test_statistics_are_those_of_the_chosen_pictures_alone():
@@ -178,6 +148,9 @@ def test_a_checkpoint_of_other_classes_is_refused():
         ({"val_fraction": 1.0}, "--data.val_fraction 1.0"),
         ({"val_fraction": 0.0001}, "--data.val_fraction 0.0001: class .* has 500 training pictures, of which 0"),
         ({"seed": -1}, "--data.seed -1"),
+        ({"limit": 0}, "--data.limit 0: 1 or more"),
+        ({"limit": 5}, "--data.limit 5: class .* with 500 of 5,000 pictures would get none"),
+        ({"limit": 500, "batch_size": 451}, "--data.batch_size 451: larger than the training split of 450"),
         ({"device": "gpu"}, "--data.device gpu"),
         ({"num_workers": -1}, "--data.num_workers -1"),
         ({"crop_padding_px": 40}, "--data.crop_padding_px 40"),
@@ -188,6 +161,57 @@ def test_a_checkpoint_of_other_classes_is_refused():
 def test_a_value_that_does_not_fit_names_its_flag(arguments, message):
     with pytest.raises(UserError, match=message):
         synthetic(**arguments).setup()
+
+
+def test_a_limit_is_of_training_and_validation_together_and_leaves_test_alone():
+    module = synthetic(limit=1000, batch_size=64)
+    module.setup()
+    assert [module.num_pictures(part) for part in ("train", "val", "test")] == [900, 100, 1000]
+    summary = module.split_summary()
+    assert summary["limit"] == 1000
+    assert len(set(summary["train"]) | set(summary["val"])) == 1000
+    everything = synthetic(batch_size=64)
+    everything.setup()
+    assert "limit" not in everything.split_summary()
+    assert module.mean != everything.mean  # measured on the pictures that are trained on
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    return write_folder(tmp_path, {"train": {"few": 6, "many": 60}, "test": {"few": 2, "many": 2}})
+
+
+def test_a_balanced_sampler_shows_every_class_equally_often_and_validation_as_it_is(uneven):
+    module = ImageDataModule("folder", str(uneven), batch_size=10, sampler="balanced", val_fraction=0.3)
+    targets = torch.cat([targets for _, targets in module.train_dataloader()])
+    assert torch.bincount(targets).tolist() == [23, 23]
+    assert torch.bincount(torch.cat([targets for _, targets in module.val_dataloader()])).tolist() == [2, 18]
+
+
+def test_two_ranks_share_a_balanced_epoch(uneven):
+    module = ImageDataModule("folder", str(uneven), batch_size=10, sampler="balanced", val_fraction=0)
+    module.setup()
+    shares = [module._sampler("train", training=True, rank=Rank(index, 2)).begin() for index in range(2)]
+    shown = torch.tensor(module._pictures["train"].targets)[torch.cat([*shares[0], *shares[1]])]
+    assert torch.bincount(shown).tolist() == [33, 33]
+
+
+def test_class_weights_are_those_of_the_training_split(uneven):
+    module = ImageDataModule("folder", str(uneven), batch_size=10, class_weights="balanced", val_fraction=0.3)
+    module.setup()
+    assert module.class_weights == pytest.approx([46 / (2 * 4), 46 / (2 * 42)])
+    assert synthetic().class_weights is None
+
+
+def test_it_says_which_classes_there_are_and_how_uneven(uneven):
+    module = ImageDataModule("folder", str(uneven), batch_size=10)
+    module.setup()
+    names, imbalance = module.describe_classes()
+    assert names == "2: few, many"
+    assert "many has 54 training pictures, few 5" in imbalance
+    even = synthetic()
+    even.setup()
+    assert len(even.describe_classes()) == 1
 
 
 def test_a_sample_of_training_is_spread_over_it_and_normalised():

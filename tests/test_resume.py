@@ -149,7 +149,7 @@ def test_it_says_where_a_change_moves_the_schedule(run, key, is_planned):
 def test_it_names_the_schedule_that_the_run_has(run):
     told = "\n".join(point().tell(run, {"model.lr": (0.1, 0.2)}, "linear"))
     assert "OneCycle" not in told
-    assert "line to 0 is planned anew" in told
+    assert "The linear schedule is planned anew" in told
 
 
 def test_the_keys_that_it_knows_are_flags():

@@ -1,0 +1,38 @@
+"""How many optimiser steps a run has, which its schedule must know before the first one."""
+
+import lightning.pytorch as pl
+
+from cifar_lightning.errors import UserError
+
+
+def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) -> int:
+    """Return the optimiser steps of the whole run, computed from lengths alone.
+
+    Not `trainer.estimated_stepping_batches`: it sets up the loaders too early and so loses a loader's position on
+    resume (Lightning #20550). With loaders other than ours, which have no position, there is nothing to lose.
+
+    Args:
+        trainer: Attached to its data.
+        epochs_done: Finished before this process.
+        steps_done: Taken in them.
+
+    Raises:
+        UserError: The run has no end, or no step.
+    """
+    count_batches = getattr(getattr(trainer, "datamodule", None), "num_train_batches", None)
+    if count_batches is None:
+        total = trainer.estimated_stepping_batches
+    else:
+        batches = count_batches(trainer.world_size)
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        per_epoch = -(-batches // trainer.accumulate_grad_batches)
+        epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
+        total = steps_done + per_epoch * max(0, epochs - epochs_done)
+        if trainer.max_steps != -1:
+            total = min(total, trainer.max_steps)
+    if total == float("inf"):
+        raise UserError("the schedule needs an end: give --epochs N or --trainer.max_steps N.")
+    if total < 1:
+        raise UserError("there is no step to train: --epochs, --trainer.limit_train_batches or --data.drop_last.")
+    return int(total)

@@ -1,0 +1,97 @@
+"""EMA: the average itself, where it is used, and that a stopped run goes on with both sets of weights."""
+
+import signal
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from fault_judge import differences
+from fitting import NARROW, fit_run
+from test_checkpoint import Signal
+from test_exact import result_of, seed
+
+from cifar_lightning import ImageClassifier
+from cifar_lightning.averaging import EmaWeights
+from cifar_lightning.runs import RunFolder
+from cifar_lightning.signals import Stopped
+from cifar_lightning.weights import read_checkpoint
+
+# Lightning warns where it goes on in the folder of a run.
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+DECAY = 0.8
+
+
+class Watch(pl.Callback):
+    """Notes the head's weights after each step and at each validation."""
+
+    def __init__(self):
+        self.raw, self.validated = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.raw.append(pl_module.network.head.weight.detach().clone())
+
+    def on_validation_batch_start(self, trainer, pl_module, *args):
+        self.validated.append(pl_module.network.head.weight.detach().clone())
+
+
+def module(**kwargs):
+    seed(0)
+    return ImageClassifier(image_size=16, model_kwargs=NARROW, lr=0.01, ema_decay=DECAY, **kwargs)
+
+
+def start(path, *more, ckpt_path=None):
+    made = module()
+    seed(0 if ckpt_path is None else 1)  # a new process has other random states
+    return fit_run(path, *more, module=made, epochs=3, eval_batch_size=250, ckpt_path=ckpt_path)[0]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return result_of(start(tmp_path_factory.mktemp("ema") / "run"))
+
+
+def test_the_average_is_that_of_all_steps_with_a_decay_that_rises(tmp_path):
+    watch = Watch()
+    run = start(tmp_path / "run", watch)
+    expected = watch.raw[0]
+    for count, weights in enumerate(watch.raw[1:], start=1):
+        decay = min(DECAY, (1 + count) / (10 + count))
+        expected = decay * expected + (1 - decay) * weights
+    checkpoint = read_checkpoint(run.last_checkpoint)
+    torch.testing.assert_close(checkpoint["state_dict"]["network.head.weight"], expected)
+    torch.testing.assert_close(checkpoint["current_model_state"]["network.head.weight"], watch.raw[-1])
+
+
+def test_a_validation_sees_the_average_and_training_goes_on_with_the_raw_weights(tmp_path):
+    watch = Watch()
+    run = start(tmp_path / "run", watch)
+    best = read_checkpoint(run.tested_checkpoint)
+    seen = [weights for weights in watch.validated if torch.equal(weights, best["state_dict"]["network.head.weight"])]
+    assert seen  # what was measured is what is kept
+    assert not any(torch.equal(weights, raw) for weights in watch.validated for raw in watch.raw)
+
+
+@pytest.mark.parametrize(
+    ("hook", "step"), [("on_train_batch_start", 4), ("on_validation_batch_start", 9), ("on_train_batch_start", 20)]
+)
+def test_a_run_stopped_anywhere_ends_as_an_unbroken_one(tmp_path, unbroken, hook, step):
+    path = tmp_path / "run"
+    with pytest.raises(Stopped):
+        start(path, Signal(hook, step, signal.SIGTERM))
+    run = RunFolder(path)
+    start(path, ckpt_path=run.last_checkpoint)
+    assert differences(result_of(run), unbroken) == []
+
+
+def test_a_test_after_training_uses_the_average_without_a_warning(tmp_path):
+    made = module()
+    run, trainer = fit_run(tmp_path / "run", module=made, eval_batch_size=250)
+    made.network.head.weight.data.zero_()
+    trainer.test(made, trainer.datamodule, ckpt_path=run.last_checkpoint, weights_only=True, verbose=False)
+    average = read_checkpoint(run.last_checkpoint)["state_dict"]["network.head.weight"]
+    assert torch.equal(made.network.head.weight, average)
+
+
+def test_without_a_decay_there_is_no_average():
+    assert ImageClassifier(image_size=16, model_kwargs=NARROW).configure_callbacks() == []
+    assert isinstance(module().configure_callbacks()[0], EmaWeights)

@@ -1,0 +1,51 @@
+"""MixUp and CutMix: what is mixed, how the targets follow, and that the seed decides."""
+
+import pytest
+import torch
+
+from cifar_lightning.mixing import Mixing
+
+IMAGES = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+TARGETS = torch.tensor([0, 1, 2, 3, 4, 5])
+
+
+def mixed(seed=0, **strengths):
+    torch.manual_seed(seed)
+    return Mixing(6, **strengths)(IMAGES, TARGETS)
+
+
+def test_mixup_blends_pictures_and_targets_in_one_share():
+    images, shares = mixed(mixup=1.0)
+    torch.testing.assert_close(shares.sum(1), torch.ones(6))
+    # A picture's value is its class, so blended values are the targets' means.
+    torch.testing.assert_close(images, (shares @ TARGETS.float()).view(6, 1, 1, 1).expand_as(images))
+    assert ((shares > 0).sum(1) == 2).all()
+
+
+def test_cutmix_pastes_a_rectangle_and_its_share_of_the_pixels_is_the_targets():
+    images, shares = next(found for found in (mixed(seed, cutmix=1.0) for seed in range(20)) if found[1].max() < 1)
+    torch.testing.assert_close(images.mean((1, 2, 3)), shares @ TARGETS.float())
+    assert set(images.unique().tolist()) <= set(range(6))
+
+
+def test_with_both_each_batch_gets_one_of_them():
+    kinds = {bool((mixed(seed, mixup=1.0, cutmix=1.0)[0] % 1 == 0).all()) for seed in range(20)}
+    assert kinds == {True, False}  # whole values: pasted; others: blended
+
+
+def test_the_global_generator_decides_which_checkpoints_keep():
+    assert torch.equal(mixed(3, mixup=0.4, cutmix=1.0)[0], mixed(3, mixup=0.4, cutmix=1.0)[0])
+    assert not torch.equal(mixed(3, mixup=0.4)[0], mixed(4, mixup=0.4)[0])
+
+
+def test_pictures_stay_channels_last():
+    for strengths in ({"mixup": 1.0}, {"cutmix": 1.0}):
+        assert mixed(**strengths)[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("strengths", [{"mixup": 1.0}, {"cutmix": 1.0}])
+@pytest.mark.parametrize("targets", [[2, 2, 2], [4]])
+def test_a_batch_of_one_class_keeps_its_targets(strengths, targets):
+    _, shares = Mixing(6, **strengths)(IMAGES[: len(targets)], torch.tensor(targets))
+    assert shares.argmax(1).tolist() == targets
+    torch.testing.assert_close(shares.max(1).values, torch.ones(len(targets)))

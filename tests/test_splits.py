@@ -1,0 +1,105 @@
+"""Splits, subsets and balance: exact numbers of pictures, from every class its share."""
+
+import pytest
+import torch
+
+from cifar_lightning.augment import seeded_generator
+from cifar_lightning.errors import UserError
+from cifar_lightning.splits import (
+    balanced_order,
+    balanced_weights,
+    describe_imbalance,
+    stratified_split,
+    stratified_subset,
+)
+
+NAMES = tuple("abcdefghij")
+UNEVEN = torch.repeat_interleave(torch.arange(4), torch.tensor([300, 70, 25, 5]))
+
+
+def test_cifar10_would_be_split_into_45000_and_5000_with_500_of_each_class():
+    targets = torch.arange(50_000) % 10
+    train, val = stratified_split(targets, 0.1, seed=0, class_names=NAMES)
+    assert (len(train), len(val)) == (45_000, 5_000)
+    assert torch.bincount(targets[val]).tolist() == [500] * 10
+    assert sorted(torch.cat([train, val]).tolist()) == list(range(50_000))
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.137, 0.333, 0.5])
+def test_a_split_holds_out_exactly_the_rounded_share_by_largest_remainder(fraction):
+    counts = [11, 23, 37, 101, 64]
+    targets = torch.repeat_interleave(torch.arange(5), torch.tensor(counts))
+    _, val = stratified_split(targets, fraction, seed=0, class_names=NAMES[:5])
+    held_out = torch.bincount(targets[val], minlength=5)
+    assert int(held_out.sum()) == round(fraction * sum(counts))
+    for count, val_count in zip(counts, held_out.tolist(), strict=True):
+        assert abs(val_count - fraction * count) < 1
+
+
+def test_the_split_depends_on_the_seed_and_on_nothing_else():
+    targets = torch.arange(1000) % 10
+    first = stratified_split(targets, 0.1, seed=0, class_names=NAMES)[1]
+    torch.manual_seed(5)
+    again, other = (stratified_split(targets, 0.1, seed=s, class_names=NAMES)[1] for s in (0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_subset_has_exactly_the_pictures_asked_for_and_every_class_its_share():
+    for limit in (60, 100, 399):
+        subset = stratified_subset(UNEVEN, limit, seed=0, class_names=NAMES[:4])
+        counts = torch.bincount(UNEVEN[subset], minlength=4)
+        assert len(subset.unique()) == len(subset) == limit
+        for count, taken in zip([300, 70, 25, 5], counts.tolist(), strict=True):
+            assert abs(taken - count * limit / 400) < 1
+
+
+def test_a_subset_as_large_as_the_set_is_the_set_and_the_seed_decides_which():
+    assert torch.equal(stratified_subset(UNEVEN, 400, seed=0, class_names=NAMES[:4]), torch.arange(400))
+    subsets = [stratified_subset(UNEVEN, 100, seed=seed, class_names=NAMES[:4]) for seed in (0, 0, 1)]
+    assert torch.equal(subsets[0], subsets[1])
+    assert not torch.equal(subsets[0], subsets[2])
+
+
+def test_a_subset_that_leaves_a_class_without_pictures_is_refused():
+    with pytest.raises(UserError, match=r"--data\.limit 10: class d with 5 of 400 pictures would get none"):
+        stratified_subset(UNEVEN, 10, seed=0, class_names=NAMES[:4])
+
+
+def test_weights_let_every_class_count_the_same_and_are_1_where_they_do():
+    counts = torch.tensor([300, 70, 25, 5])
+    weighted = counts * torch.tensor(balanced_weights(counts))
+    torch.testing.assert_close(weighted, torch.full((4,), 100.0), check_dtype=False)
+    assert balanced_weights(torch.tensor([7, 7])) == [1.0, 1.0]
+
+
+def test_a_balanced_order_shows_classes_equally_often_and_pictures_of_a_class_too():
+    order = balanced_order(UNEVEN, seeded_generator(0, 0, 0))
+    assert len(order) == 400
+    assert torch.bincount(UNEVEN[order]).tolist() == [100] * 4
+    shown = torch.bincount(order, minlength=400)
+    assert shown[:300].max() == 1
+    assert set(shown[300:370].tolist()) == {1, 2}
+    assert set(shown[395:].tolist()) == {20}
+
+
+def test_a_balanced_order_leaves_out_others_each_epoch_and_is_mixed():
+    first, again, other = (balanced_order(UNEVEN, seeded_generator(0, epoch, 0)) for epoch in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert set(first.tolist()) != set(other.tolist())
+    assert UNEVEN[first[:100]].unique().tolist() == [0, 1, 2, 3]
+
+
+def test_places_that_do_not_divide_go_to_different_classes():
+    targets = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 2])
+    counts = {
+        tuple(torch.bincount(targets[balanced_order(targets, seeded_generator(0, e, 0))]).tolist()) for e in range(20)
+    }
+    assert counts == {(4, 3, 3), (3, 4, 3), (3, 3, 4)}
+
+
+def test_imbalance_is_told_from_one_and_a_half_times_on():
+    assert describe_imbalance(torch.tensor([140, 100]), ("cat", "dog")) is None
+    told = describe_imbalance(torch.tensor([3000, 20]), ("cat", "dog"))
+    assert "cat has 3,000 training pictures, dog 20" in told
+    assert "--data.class_weights balanced" in told

@@ -1,0 +1,52 @@
+"""How many steps a run has; what Lightning estimates is compared in test_classifier.py."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.steps import count_steps
+
+
+def trainer(**changed):
+    settings = {
+        "datamodule": SimpleNamespace(num_train_batches=lambda num_ranks: 9 // num_ranks),
+        "world_size": 1,
+        "limit_train_batches": 1.0,
+        "accumulate_grad_batches": 1,
+        "max_epochs": 3,
+        "max_steps": -1,
+    }
+    return SimpleNamespace(**(settings | changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, 27),
+        ({"world_size": 3}, 9),
+        ({"accumulate_grad_batches": 2}, 15),
+        ({"limit_train_batches": 4}, 12),
+        ({"limit_train_batches": 0.5}, 12),
+        ({"max_steps": 10}, 10),
+        ({"max_epochs": -1, "max_steps": 10}, 10),
+    ],
+)
+def test_steps_follow_from_lengths(changed, expected):
+    assert count_steps(trainer(**changed)) == expected
+
+
+def test_a_resumed_run_counts_what_it_took_before():
+    assert count_steps(trainer(accumulate_grad_batches=2), epochs_done=1, steps_done=9) == 9 + 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"), [({"max_epochs": -1}, "needs an end"), ({"limit_train_batches": 0.0}, "no step to train")]
+)
+def test_a_run_without_an_end_or_a_step_is_refused(changed, text):
+    with pytest.raises(UserError, match=text):
+        count_steps(trainer(**changed))
+
+
+def test_other_loaders_are_counted_by_lightning():
+    assert count_steps(trainer(datamodule=None, estimated_stepping_batches=7)) == 7
