@@ -8,7 +8,7 @@ Pictures come in as uint8 RGB, 0-255, `(batch, height, width, channels)`, as the
 """
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from cifar_lightning.errors import UserError
+from cifar_lightning.operations import apply_operations
+from cifar_lightning.policies import Policy, draw_erasing, draw_operations, erase_
 
 CropMode = Literal["reflect", "zeros"]
 FlipMode = Literal["random", "alternating", "none"]
@@ -32,6 +34,8 @@ class Augmentation:
     cutout_px: int = 0
     brightness: float = 0.0
     contrast: float = 0.0
+    policy: Policy = "none"
+    erasing: float = 0.0
 
     def check(self, image_size: int) -> None:
         """Raise `UserError` where a value does not fit pictures of `image_size` pixels."""
@@ -41,6 +45,12 @@ class Augmentation:
             )
         if not 0 <= self.cutout_px <= image_size:
             raise UserError(f"--data.cutout_px {self.cutout_px}: 0 (off) to {image_size}, the side of a picture.")
+        if self.policy not in get_args(Policy):
+            raise UserError(f"--data.policy {self.policy}: one of {', '.join(get_args(Policy))}.")
+        if not 0 <= self.erasing <= 1:
+            raise UserError(
+                f"--data.erasing {self.erasing}: 0 (off) to 1, the share of pictures that lose a rectangle."
+            )
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,9 @@ class EpochDraws:
     cutout_x: Int64[Tensor, " pictures"] | None
     brightness: Float[Tensor, " pictures"] | None
     contrast: Float[Tensor, " pictures"] | None
+    operations: Int64[Tensor, "pictures num_ops"] | None
+    magnitudes: Float[Tensor, "pictures num_ops"] | None
+    erased: Int64[Tensor, "pictures 4"] | None
 
     def of(self, pictures: Int64[Tensor, " batch"]) -> "EpochDraws":
         """Return the rows of some pictures."""
@@ -85,6 +98,14 @@ def draw_epoch(
         return (1 + strength * (2 * torch.rand(num_pictures, generator=generator) - 1)).to(device)
 
     pad, inside = augmentation.crop_padding_px, image_size - augmentation.cutout_px
+    operations, magnitudes, erased = None, None, None
+    if augmentation.policy != "none":
+        kinds, strengths = seeded_generator(seed, epoch, 8), seeded_generator(seed, epoch, 9)
+        drawn = draw_operations(augmentation.policy, num_pictures, image_size, kinds=kinds, strengths=strengths)
+        operations, magnitudes = (table.to(device) for table in drawn)
+    if augmentation.erasing:
+        generator = seeded_generator(seed, epoch, 10)
+        erased = draw_erasing(num_pictures, image_size, augmentation.erasing, generator).to(device)
     return EpochDraws(
         shift_y=integers(1, -pad, pad) if pad else None,
         shift_x=integers(2, -pad, pad) if pad else None,
@@ -93,6 +114,9 @@ def draw_epoch(
         cutout_x=integers(5, 0, inside) if augmentation.cutout_px else None,
         brightness=factors(6, augmentation.brightness) if augmentation.brightness else None,
         contrast=factors(7, augmentation.contrast) if augmentation.contrast else None,
+        operations=operations,
+        magnitudes=magnitudes,
+        erased=erased,
     )
 
 
@@ -119,7 +143,7 @@ def augment(
     mean: Float[Tensor, " channels"],
     std: Float[Tensor, " channels"],
 ) -> Float[Tensor, "batch channels height width"]:
-    """Crop, mirror, jitter, normalise and cut out; `draws` holds one row for each picture of the batch.
+    """Crop, mirror, apply the policy, jitter, normalise, cut out, erase; `draws` holds one row for each picture.
 
     Args:
         images: uint8 RGB, 0-255.
@@ -136,6 +160,8 @@ def augment(
         padding_px=augmentation.crop_padding_px,
         crop_mode=augmentation.crop_mode,
     )
+    if draws.operations is not None and draws.magnitudes is not None:
+        images = apply_operations(images, draws.operations, draws.magnitudes)
     if draws.brightness is None and draws.contrast is None:
         finished = normalize(images, mean=mean, std=std)
     else:
@@ -144,6 +170,8 @@ def augment(
     if draws.cutout_y is not None and draws.cutout_x is not None:
         # The mean colour is 0 by now; cutting out earlier would let the jitter shift it.
         cutout_(finished, draws.cutout_y, draws.cutout_x, augmentation.cutout_px)
+    if draws.erased is not None:
+        erase_(finished, draws.erased)
     return finished
 
 

@@ -1,6 +1,7 @@
 """Batched augmentation against naive slicing and against torchvision, picture by picture."""
 
 import dataclasses
+import hashlib
 import itertools
 
 import numpy as np
@@ -22,6 +23,7 @@ from cifar_lightning.augment import (
     seeded_generator,
 )
 from cifar_lightning.errors import UserError
+from cifar_lightning.operations import OPERATIONS, apply_operations
 
 CPU = torch.device("cpu")
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
@@ -98,7 +100,7 @@ def test_a_finished_picture_is_the_crop_normalised_by_torchvision_and_cut_out_by
 
 @pytest.mark.parametrize("contrast", [0.0, 0.3])
 def test_pictures_in_any_memory_layout_come_out_alike_and_are_left_as_they_were(contrast):
-    chosen = Augmentation(cutout_px=6, contrast=contrast)
+    chosen = Augmentation(cutout_px=6, contrast=contrast, policy="trivial", erasing=0.5)
     images = random_pictures()
     planes_first = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     draws = draw_epoch(chosen, num_pictures=16, image_size=32, seed=0, epoch=0, device=CPU)
@@ -132,7 +134,7 @@ def test_cutout_clears_exactly_the_square_of_each_picture_in_place():
 
 
 def test_draws_are_a_function_of_seed_and_epoch_and_cover_their_range():
-    chosen = Augmentation(crop_padding_px=3, cutout_px=8, brightness=0.2, contrast=0.1)
+    chosen = Augmentation(crop_padding_px=3, cutout_px=8, brightness=0.2, contrast=0.1, policy="trivial", erasing=0.5)
 
     def drawn(seed, epoch):
         return draw_epoch(chosen, num_pictures=5000, image_size=32, seed=seed, epoch=epoch, device=CPU)
@@ -148,6 +150,8 @@ def test_draws_are_a_function_of_seed_and_epoch_and_cover_their_range():
     assert 0.8 <= first.brightness.min() < 0.81
     assert 1.19 < first.brightness.max() <= 1.2
     assert 0.47 < first.mirrored.float().mean() < 0.53
+    assert set(first.operations.flatten().tolist()) == set(range(len(OPERATIONS)))
+    assert 0.47 < (first.erased[:, 2] > 0).float().mean() < 0.53
 
 
 def test_one_operation_more_leaves_the_draws_of_the_others():
@@ -157,6 +161,45 @@ def test_one_operation_more_leaves_the_draws_of_the_others():
     plain, with_cutout = drawn(Augmentation()), drawn(Augmentation(cutout_px=8, contrast=0.5))
     assert torch.equal(plain.shift_x, with_cutout.shift_x)
     assert torch.equal(plain.mirrored, with_cutout.mirrored)
+    with_policy = drawn(Augmentation(cutout_px=8, contrast=0.5, policy="rand", erasing=0.5))
+    for name in ("shift_y", "shift_x", "mirrored", "cutout_y", "cutout_x", "contrast"):
+        assert torch.equal(getattr(with_policy, name), getattr(with_cutout, name))
+
+
+def test_draws_are_those_of_runs_made_before():
+    """A run that is gone on with needs the tables of the version that it was begun with."""
+    chosen = Augmentation(cutout_px=8, brightness=0.2, contrast=0.1, policy="trivial", erasing=0.5)
+    draws = draw_epoch(chosen, num_pictures=100, image_size=32, seed=3, epoch=2, device=CPU)
+    tables = {field.name: getattr(draws, field.name).numpy() for field in dataclasses.fields(draws)}
+    tables["magnitudes"] = tables["magnitudes"] < 0  # the last bits of their values are linspace's
+    found = {name: hashlib.sha256(table.tobytes()).hexdigest()[:12] for name, table in tables.items()}
+    assert found == {
+        "shift_y": "22b98b68d958",
+        "shift_x": "9d1c84bee606",
+        "mirrored": "bfab4a313b29",
+        "cutout_y": "564e6a952ec9",
+        "cutout_x": "0f4014e14e99",
+        "brightness": "bf8b00e82d76",
+        "contrast": "fd78ddc47d37",
+        "operations": "1c863b4081c1",
+        "magnitudes": "25ec62ae8bca",
+        "erased": "23428466c479",
+    }
+
+
+@pytest.mark.parametrize("policy", ["trivial", "rand"])
+def test_a_policy_changes_the_cropped_bytes_and_erasing_the_finished_picture(policy):
+    chosen = Augmentation(crop_padding_px=3, policy=policy, erasing=0.5)
+    images = random_pictures(64)
+    draws = draw_epoch(chosen, num_pictures=64, image_size=32, seed=0, epoch=0, device=CPU)
+    got = augment(images, draws, chosen, mean=MEAN, std=STD)
+    cropped = crop_and_mirror(images, draws.shift_y, draws.shift_x, draws.mirrored, padding_px=3, crop_mode="reflect")
+    expected = normalize(apply_operations(cropped, draws.operations, draws.magnitudes), mean=MEAN, std=STD)
+    for picture, (top, left, height, width) in zip(expected, draws.erased.tolist(), strict=True):
+        picture[:, top : top + height, left : left + width] = 0
+    assert torch.equal(got, expected)
+    assert 20 < (draws.erased[:, 2] > 0).sum() < 44
+    assert got.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_alternating_flip_shows_both_sides_of_every_picture_in_two_epochs():
@@ -167,8 +210,9 @@ def test_alternating_flip_shows_both_sides_of_every_picture_in_two_epochs():
     assert 400 < int(epochs[0].mirrored.sum()) < 600
 
 
-def test_a_picture_is_augmented_alike_in_any_batch():
-    chosen = Augmentation(cutout_px=6, brightness=0.3, contrast=0.3)
+@pytest.mark.parametrize("policy", ["none", "trivial", "rand"])
+def test_a_picture_is_augmented_alike_in_any_batch(policy):
+    chosen = Augmentation(cutout_px=6, brightness=0.3, contrast=0.3, policy=policy, erasing=0.5)
     images = random_pictures(32)
     draws = draw_epoch(chosen, num_pictures=32, image_size=32, seed=0, epoch=3, device=CPU)
     everything = torch.arange(32)
@@ -191,11 +235,20 @@ def test_cutout_is_the_mean_colour_even_with_jitter():
         ({"crop_padding_px": 32}, "crop_padding_px 32"),
         ({"crop_padding_px": -1}, "crop_padding_px -1"),
         ({"cutout_px": 33}, "cutout_px 33"),
+        ({"erasing": 1.5}, "erasing 1.5"),
+        ({"erasing": -0.1}, "erasing -0.1"),
     ],
 )
 def test_a_value_out_of_range_names_its_flag(change, flag):
     with pytest.raises(UserError, match=f"--data.{flag}"):
         Augmentation(**change).check(32)
+
+
+def test_a_policy_that_does_not_exist_is_refused():
+    chosen = Augmentation()
+    object.__setattr__(chosen, "policy", "auto")  # the tests' type checks would refuse it before
+    with pytest.raises(UserError, match=r"--data\.policy auto: one of none, trivial, rand"):
+        chosen.check(32)
 
 
 def test_resize_equals_pillows_bilinear_filter():

@@ -7,6 +7,7 @@ from fitting import fit_run
 from test_checkpoint import Signal
 
 from cifar_lightning import ImageClassifier, ImageDataModule
+from cifar_lightning.augment import Augmentation, augment, draw_epoch
 from cifar_lightning.errors import RunError
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.signals import Stopped
@@ -37,6 +38,25 @@ def test_a_resident_epoch_makes_the_host_wait_for_nothing():
         assert len(list(batches)) == len(loader) - 1
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("policy", ["trivial", "rand"])
+def test_a_policy_on_the_gpu_gives_the_pictures_of_the_cpu_and_makes_the_host_wait_for_nothing(policy):
+    torch.use_deterministic_algorithms(True)
+    chosen = Augmentation(policy=policy, erasing=0.5)
+    images = torch.randint(0, 256, (512, 24, 24, 3), dtype=torch.uint8)
+    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
+    finished = {}
+    for device in ("cpu", "cuda"):
+        draws = draw_epoch(chosen, num_pictures=512, image_size=24, seed=0, epoch=0, device=torch.device(device))
+        batch, statistics = images.to(device), {"mean": mean.to(device), "std": std.to(device)}
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+        try:
+            finished[device] = augment(batch, draws, chosen, **statistics)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    differing = (finished["cpu"] - finished["cuda"].cpu()).abs().amax(1) > 1e-5
+    assert differing.float().mean() < 1e-4  # pixels whose source lies between two may take either
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

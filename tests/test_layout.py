@@ -18,6 +18,8 @@ LAYERS = [
         "recipes",
         "flags",
         "files",
+        "operations",
+        "policies",
         "augment",
         "splits",
         "models",

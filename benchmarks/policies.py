@@ -1,0 +1,121 @@
+"""Finished training pictures a second with TrivialAugmentWide: whole batches against torchvision picture by picture.
+
+    python benchmarks/policies.py                    2,000 random 32x32 pictures, 3 rounds
+    python benchmarks/policies.py --policy rand      RandAugment on both sides
+    python benchmarks/policies.py --size 224 --num 200
+
+Both make normalised floats of the same uint8 pictures in this process, with the same threads, in batches of 500: ours
+draws an epoch's tables and augments whole batches; torchvision.transforms.v2 takes each picture as a tensor (planes,
+as it wants them), with its default nearest-neighbour interpolation, and stacks a batch. Who goes first alternates; the
+two are compared within a round, after one round for warming up. The cores must be free. The last line is ours over
+torchvision.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cifar_lightning.augment import Augmentation, augment, draw_epoch
+from cifar_lightning.environment import describe_environment
+from cifar_lightning.policies import Policy
+
+BATCH_SIZE = 500
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
+
+Epoch = Callable[[int], Iterable[Tensor]]
+"""Gives the batches of the epoch with this number."""
+
+
+def our_epochs(images: Tensor, policy: Policy) -> Epoch:
+    """Return what makes an epoch of whole batches."""
+    chosen = Augmentation(crop_padding_px=0, flip="none", policy=policy)
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    shape = {"num_pictures": len(images), "image_size": images.shape[1]}
+
+    def epoch(number: int) -> Iterable[Tensor]:
+        draws = draw_epoch(chosen, seed=0, epoch=number, device=images.device, **shape)
+        for pictures in torch.arange(len(images)).split(BATCH_SIZE):
+            yield augment(images[pictures], draws.of(pictures), chosen, mean=mean, std=std)
+
+    return epoch
+
+
+def torchvision_epochs(images: Tensor, policy: Policy) -> Epoch:
+    """Return what makes an epoch picture by picture."""
+    change = v2.TrivialAugmentWide() if policy == "trivial" else v2.RandAugment()
+    transform = v2.Compose([change, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    planes = images.permute(0, 3, 1, 2).contiguous()
+
+    def epoch(_: int) -> Iterable[Tensor]:
+        for pictures in torch.arange(len(planes)).split(BATCH_SIZE):
+            yield torch.stack([transform(planes[k]) for k in pictures.tolist()])
+
+    return epoch
+
+
+def compare(ways: dict[str, Epoch], num: int, size: int, rounds: int) -> dict[str, list[float]]:
+    """Run an epoch of each way in turn, after one for warming up; return images/s, round by round."""
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for name, epoch in ways.items():
+        shapes = [batch.shape for batch in epoch(0)]
+        assert sum(shape[0] for shape in shapes) == num, name
+        assert shapes[0][1:] == (3, size, size), name
+    for number in range(1, rounds + 1):
+        for name in list(ways)[:: 1 if number % 2 else -1]:
+            began = time.perf_counter()
+            for batch in ways[name](number):
+                assert batch.dtype == torch.float32
+            rates[name].append(num / (time.perf_counter() - began))
+    return rates
+
+
+def main() -> None:
+    """Measure and print; the last line is `ratio=X`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", choices=["trivial", "rand"], default="trivial", help="default trivial")
+    parser.add_argument("--num", type=int, default=2_000, help="random pictures (default 2,000)")
+    parser.add_argument("--size", type=int, default=32, help="their side in pixels (default 32)")
+    parser.add_argument("--rounds", type=int, default=3, help="epochs of each way (default 3)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each way (default 2)")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (args.num, args.size, args.size, 3), dtype=torch.uint8)
+    ways = {"ours": our_epochs(images, args.policy), "torchvision": torchvision_epochs(images, args.policy)}
+    rates = compare(ways, args.num, args.size, args.rounds)
+    environment = describe_environment()
+    device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores, {args.threads} threads"
+    print(f"{args.num:,} random pictures, {args.size}x{args.size}, policy {args.policy}, images/s:")
+    for name, values in rates.items():
+        print(f"  {name:<12} {statistics.median(values):9,.0f}  ({min(values):,.0f} to {max(values):,.0f})")
+    ratios = [ours / peer for ours, peer in zip(rates["ours"], rates["torchvision"], strict=True)]
+    if args.json:
+        figures = {
+            "commit": environment["commit"],
+            "hardware": device,
+            "versions": environment["versions"],
+            "policy": args.policy,
+            "num": args.num,
+            "size": args.size,
+            "images_per_s": rates,
+            "ratios": ratios,
+        }
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    spread = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+    print(f"ours over torchvision, {len(ratios)} rounds of an epoch, {device}: {spread}")
+    print(f"ratio={statistics.median(ratios):.1f}")
+
+
+if __name__ == "__main__":
+    main()
