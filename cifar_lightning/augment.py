@@ -47,10 +47,6 @@ class Augmentation:
             raise UserError(f"--data.cutout_px {self.cutout_px}: 0 (off) to {image_size}, the side of a picture.")
         if self.policy not in get_args(Policy):
             raise UserError(f"--data.policy {self.policy}: one of {', '.join(get_args(Policy))}.")
-        if not 0 <= self.erasing <= 1:
-            raise UserError(
-                f"--data.erasing {self.erasing}: 0 (off) to 1, the share of pictures that lose a rectangle."
-            )
 
 
 @dataclass(frozen=True)

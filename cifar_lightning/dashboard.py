@@ -26,6 +26,7 @@ from cifar_lightning.wording import percent
 MAX_DRAWINGS = 20  # of a run: a drawing takes about a second on a CPU core
 _NUM_KEPT = 10_000  # answers of a validation that is drawn
 _BATCH_SHOWN = 32  # pictures of the first batch
+_OFF = (None, 0, "none")  # what a setting that changes no picture has
 _MISTAKES_SHOWN = 16
 _CURVES_SHOWN = 20  # PR curves: of the first classes where there are more
 
@@ -202,7 +203,7 @@ def hyperparameters_of(config: Mapping[str, Any]) -> dict[str, bool | str | floa
     TensorBoard sorts them by name and shows the first five: batch size, epochs, label smoothing, rate and network.
     """
     model, data, trainer = (config.get(group) or {} for group in ("model", "data", "trainer"))
-    changes = ("crop_padding_px", "flip", "cutout_px", "brightness", "contrast")
+    changes = ("crop_padding_px", "flip", "cutout_px", "brightness", "contrast", "policy", "erasing")
     of_model = ("cutmix", "ema_decay", "label_smoothing", "lr", "mixup", "optimizer", "pct_start", "schedule")
     values = {
         "batch_size": data.get("batch_size"),
@@ -210,7 +211,7 @@ def hyperparameters_of(config: Mapping[str, Any]) -> dict[str, bool | str | floa
         "network": model.get("name"),
         "pictures": data.get("dataset"),
         "precision": trainer.get("precision"),
-        "random_changes": ", ".join(f"{name} {data[name]}" for name in changes if data.get(name)) or None,
+        "random_changes": ", ".join(f"{name} {data[name]}" for name in changes if data.get(name) not in _OFF) or None,
         "seed": config.get("seed_everything"),
         **{name: model.get(name) for name in (*of_model, "sgd_lr", "weight_decay")},
     }

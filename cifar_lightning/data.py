@@ -15,6 +15,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.limits import LIMITS, check_limits
 from cifar_lightning.loader import EpochSampler, PictureLoader, Rank, ResidentLoader, StreamingLoader
 from cifar_lightning.memory import free_host_bytes
+from cifar_lightning.policies import Policy
 from cifar_lightning.sources import PictureSet, open_source
 from cifar_lightning.splits import balanced_weights, describe_imbalance, stratified_split, stratified_subset
 
@@ -54,6 +55,9 @@ class ImageDataModule(pl.LightningDataModule):
         cutout_px: Side of a square set to the mean colour; 0 is off.
         brightness: Brightness is scaled by up to this much either way; 0 is off.
         contrast: Contrast is scaled by up to this much either way; 0 is off.
+        policy: Change each training picture by operations drawn anew, from turning it to its colours: trivial
+            (TrivialAugmentWide), rand (RandAugment) or none.
+        erasing: Share of the training pictures that lose a rectangle to the mean colour; 0 is off.
         drop_last: Leave out a last, smaller training batch.
         device: Where batches are finished; by default the Trainer's device, or the CPU without one.
 
@@ -82,6 +86,8 @@ class ImageDataModule(pl.LightningDataModule):
         cutout_px: int = 0,
         brightness: float = 0.0,
         contrast: float = 0.0,
+        policy: Policy = "none",
+        erasing: float = 0.0,
         drop_last: bool = False,
         device: str | None = None,
     ) -> None:
@@ -97,6 +103,7 @@ class ImageDataModule(pl.LightningDataModule):
             image_size=image_size,
             brightness=brightness,
             contrast=contrast,
+            erasing=erasing,
         )
         self.source = open_source(dataset, root, image_size)
         self.class_names: tuple[str, ...] = self.source.class_names
@@ -108,7 +115,9 @@ class ImageDataModule(pl.LightningDataModule):
         except RuntimeError as error:
             raise UserError(f"--data.device {device}: not a device; cpu, cuda or cuda:1, for example.") from error
         self.image_size: int = self.source.image_size
-        self.augmentation = Augmentation(crop_padding_px, crop_mode, flip, cutout_px, brightness, contrast)
+        self.augmentation = Augmentation(
+            crop_padding_px, crop_mode, flip, cutout_px, brightness, contrast, policy=policy, erasing=erasing
+        )
         self.train_sizes = tuple(train_sizes or [self.image_size])
         for size in self.train_sizes:
             if not LIMITS["data.image_size"].holds(size):

@@ -65,6 +65,7 @@ LIMITS = {
     "data.cutout_px": _PIXELS,
     "data.brightness": _STRENGTH,
     "data.contrast": _STRENGTH,
+    "data.erasing": Limit(0, 1, "0 (off) to 1 (every picture)", through=True),
     "trainer.accumulate_grad_batches": Limit(1, 2**31, "1 or more, below 2^31"),  # a loss is divided by it
     "checkpoint.every_n_train_steps": _COUNT,
     "checkpoint.every_n_minutes": Limit(0, math.inf, "a positive number of minutes, such as 10", above=True),

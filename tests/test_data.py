@@ -151,6 +151,7 @@ def test_a_checkpoint_of_other_classes_is_refused():
         ({"limit": 0}, "--data.limit 0: 1 or more"),
         ({"limit": 5}, "--data.limit 5: class .* with 500 of 5,000 pictures would get none"),
         ({"limit": 500, "batch_size": 451}, "--data.batch_size 451: larger than the training split of 450"),
+        ({"erasing": 1.5}, "--data.erasing 1.5: 0"),
         ({"device": "gpu"}, "--data.device gpu"),
         ({"num_workers": -1}, "--data.num_workers -1"),
         ({"crop_padding_px": 40}, "--data.crop_padding_px 40"),
