@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
-from cifar_lightning.models import WhiteningConv
+from cifar_lightning.speednet import WhiteningConv
 from cifar_lightning.views import view_logits
 
 NARROW = {"widths": [4, 8, 8], "dropout": 0.0}
