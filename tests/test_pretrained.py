@@ -124,6 +124,14 @@ def test_files_of_each_kind_are_read(tmp_path, suffix):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in body.items())
 
 
+def test_a_head_of_another_form_is_left_out(tmp_path):
+    theirs = build_model(**NARROW).state_dict()
+    torch.save(theirs | {"head.second.weight": torch.ones(3)}, tmp_path / "weights.pt")
+    network = build_model(**NARROW)
+    load_pretrained(network, NARROW, tmp_path / "weights.pt")
+    assert torch.equal(network.features[0].weight, theirs["features.0.weight"])
+
+
 def test_a_runs_checkpoint_brings_its_statistics(tmp_path):
     weights = {f"network.{name}": tensor for name, tensor in build_model(**NARROW).state_dict().items()}
     data = {"class_names": ["a"], "image_size": 16, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
