@@ -20,13 +20,15 @@ from cifar_lightning.evaluation import evaluation_metrics, update_evaluation
 from cifar_lightning.guard import LossGuard
 from cifar_lightning.limits import check_limits
 from cifar_lightning.mixing import Mixing
-from cifar_lightning.models import SpeedNet, build_model, compile_network
+from cifar_lightning.models import build_model, compile_network
 from cifar_lightning.optim import Muon, OptimizerName, build_optimizer, settings_of
+from cifar_lightning.pretrained import load_pretrained
 from cifar_lightning.schedules import ScheduleName, make_schedule, rise_share
+from cifar_lightning.speednet import SpeedNet
 from cifar_lightning.steps import count_steps
 from cifar_lightning.totals import TrainTotals
 from cifar_lightning.views import Views, view_logits
-from cifar_lightning.weights import plain, progress_of
+from cifar_lightning.weights import describe_misfits, plain, progress_of
 
 _NUM_WHITENING = 5000  # pictures that speednet's filters are made from: airbench's
 Batch = tuple[Tensor, Tensor] | list[Tensor]
@@ -62,6 +64,8 @@ class ImageClassifier(pl.LightningModule):
         tta: Average the answers to views of a picture in test, validate and predict (not while training): none, mirror
             or six (mirrored and moved by a pixel).
         model_kwargs: More arguments of the network, such as {widths: [16, 32, 64], dropout: 0.2}.
+        pretrained: Begin a new run with trained weights in all layers but the last: true for the library's published
+            ones, or a file. The pictures are then normalised as those weights expect.
         compile: Compile the network for training with torch.compile, where a compiler is there.
         model: A network of one's own that gives raw logits, instead of `name`; from Python only.
 
@@ -92,6 +96,7 @@ class ImageClassifier(pl.LightningModule):
         stem_share: float = 1.0,
         tta: Views = "none",
         model_kwargs: dict[str, Any] | None = None,
+        pretrained: bool | str = False,
         compile: bool = False,
         model: nn.Module | None = None,
     ) -> None:
@@ -126,7 +131,14 @@ class ImageClassifier(pl.LightningModule):
         self._mixing = Mixing(num_classes, mixup=mixup, cutmix=cutmix) if mixup or cutmix else None
         if model is None and name is None:
             raise UserError("this checkpoint is of a network of your own: give model=... again.")
-        network = build_model(str(name), num_classes, image_size, **(model_kwargs or {})) if model is None else model
+        self._architecture = {
+            "name": name,
+            "num_classes": num_classes,
+            "image_size": image_size,
+            **(model_kwargs or {}),
+        }
+        self._pretrained = pretrained
+        network = build_model(**self._architecture) if model is None else model
         # NHWC: the loaders' batches lie so, and convolutions are faster on both CPU and tensor cores.
         self.network = network.to(memory_format=torch.channels_last)
         self._is_to_compile = compile
@@ -154,6 +166,19 @@ class ImageClassifier(pl.LightningModule):
             super().__setattr__(name, value)
 
     # -- training ------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Take trained weights, and have the pictures normalised for them; a run that goes on has its own.
+
+        Raises:
+            UserError: They cannot be had, or do not fit.
+        """
+        if stage != "fit" or self._pretrained is False or self.trainer.ckpt_path is not None:
+            return
+        expected = load_pretrained(self.network, self._architecture, self._pretrained)
+        data = getattr(self.trainer, "datamodule", None)
+        if expected is not None and data is not None:
+            data.mean, data.std = expected.mean, expected.std
 
     def on_fit_start(self) -> None:
         """Make the epoch's sums (a run resumed inside an epoch has no start of it) and SpeedNet's filters; compile.
@@ -325,14 +350,11 @@ class ImageClassifier(pl.LightningModule):
             UserError: Its weights do not have the names and shapes of this network's.
         """
         self._resumed_at = progress_of(checkpoint)
-        theirs = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
-        ours = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
-        for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name):
-                raise UserError(
-                    f"the checkpoint is of another network: {name} is {theirs.get(name, 'missing')} in it and "
-                    f"{ours.get(name, 'missing')} here.\nGive the --model and --data flags of its run."
-                )
+        misfits = describe_misfits(checkpoint["state_dict"], self.state_dict())
+        if misfits:
+            raise UserError(
+                f"the checkpoint is of another network: {misfits}.\nGive the --model and --data flags of its run."
+            )
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 

@@ -34,7 +34,10 @@ _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 @functools.cache
 def table() -> dict[str, dict[str, Any]]:
-    """Return flag -> {"types", "default", "help", "choices"}; "open" where a class, list or dict may be given."""
+    """Return flag -> {"types", "default", "help", "choices"}; "open" where a class, list or dict may be given.
+
+    "prefixes" where there are more choices than the table holds: names of a library behind its prefix.
+    """
     rows: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("flags.json").read_text(encoding="utf-8"))
     return rows
 
@@ -160,8 +163,8 @@ def check_value(name: str, value: str, typed: str) -> None:
         UserError: Says what the flag takes.
     """
     row = table().get(name)
-    if row is None or row.get("open"):
-        return
+    if row is None or row.get("open") or row.get("prefixes"):
+        return  # a library's names are known to those who import it
     if not _fits(row, value):
         raise UserError(f"{typed}: {_words(row)}.{suggest(value, row.get('choices', []))}")
     limit = LIMITS.get(name)

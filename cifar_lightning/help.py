@@ -152,6 +152,8 @@ def training_help(name: str) -> str:
             "" if default in (None, "auto") else f" (default: {str(default).lower() if default is False else default})"
         )
         text = text or _first_sentence(str(row["help"]))
+        if row.get("prefixes"):  # too many names for a metavar
+            text = ", ".join([*row["choices"], *(f"{prefix}NAME" for prefix in row["prefixes"])])
         parser.add_argument(f"--{flag}", metavar=metavar or _metavar(row), help=f"{text}{shown}".replace("%", "%%"))
     parser.epilog = f"For example: {program()} {command.example}\nEvery flag: {program()} {name} --help-all"
     return parser.format_help().rstrip()
@@ -163,7 +165,7 @@ def _first_sentence(text: str) -> str:
 
 
 def _metavar(row: dict[str, list[str]]) -> str:
-    if row.get("choices"):
+    if row.get("choices") and "prefixes" not in row:
         return "|".join(row["choices"])
     return {"int": "N", "float": "X", "bool": ""}.get(row["types"][0], "VALUE")
 

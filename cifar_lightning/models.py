@@ -1,9 +1,9 @@
-"""Networks: SmallNet, SpeedNet, and `build_model` that makes one by name. Every network returns raw logits."""
+"""Networks by name: the table `MODELS`, `build_model` that makes one, and SmallNet. Each returns raw logits."""
 
 import difflib
-import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +11,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cifar_lightning.errors import UserError
-
-_SMALL_PX = 64  # pictures up to this size keep their resolution in the first layer
+from cifar_lightning.resnets import PreActResNet, WideResNet
+from cifar_lightning.speednet import SpeedNet as SpeedNet
+from cifar_lightning.stems import SMALL_PX
+from cifar_lightning.wording import clipped
+from cifar_lightning.zoo import (
+    is_timm_there,
+    timm_names,
+    timm_network,
+    torchvision_names,
+    torchvision_network,
+    vision_transformer,
+)
 
 
 class SmallNet(nn.Module):
@@ -59,116 +69,6 @@ def _conv_bn_relu(in_channels: int, out_channels: int) -> list[nn.Module]:
     return [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
 
 
-class SpeedNet(nn.Module):
-    """The network of the CIFAR-10 speed records: a whitening stem, groups of 3x3 convolutions, one linear layer.
-
-    After airbench (arXiv:2404.00498, KellerJordan/cifar10-airbench): 1.97 million parameters with the default widths.
-    Each group halves the picture after its first convolution. Other than there, the last pooling is over whatever is
-    left of the picture (the same at 32 pixels), so that smaller pictures train the same weights; and the head begins
-    with the standard deviation 1/width, which stands for airbench_muon's logits divided by the width.
-
-    Args:
-        num_classes: Length of the logits.
-        in_channels: 3 for RGB.
-        widths: Filters of each group: [64, 256, 256] for 94 %, [128, 384, 384] for 95 %, [128, 384, 512] for 96 %.
-        depth: Convolutions of a group; 3 adds a shortcut over the last two, as for 96 %.
-    """
-
-    def __init__(
-        self,
-        num_classes: int = 10,
-        in_channels: int = 3,
-        widths: Sequence[int] = (64, 256, 256),
-        depth: int = 2,
-    ) -> None:
-        super().__init__()
-        self.stem = WhiteningConv(in_channels)
-        groups = []
-        channels = self.stem.out_channels
-        for width in widths:
-            groups.append(_SpeedGroup(channels, width, depth))
-            channels = width
-        self.groups = nn.Sequential(*groups)
-        self.head = nn.Linear(channels, num_classes, bias=False)
-        bound = math.sqrt(3) / channels  # uniform, of standard deviation 1/width
-        nn.init.uniform_(self.head.weight, -bound, bound)
-
-    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Return raw logits of normalised pictures."""
-        features = self.groups(nn.functional.gelu(self.stem(images)))
-        logits: Tensor = self.head(features.flatten(2).amax(2))
-        return logits
-
-
-class WhiteningConv(nn.Conv2d):
-    """A 2x2 convolution, unpadded, whose frozen filters whiten patches of the training pictures; its bias is trained.
-
-    Until `whiten` was called its filters are random, as of any convolution; a checkpoint remembers that it was.
-
-    Args:
-        in_channels: 3 for RGB; there are 8 filters for each, the whitening directions and their negations.
-    """
-
-    is_whitened: Tensor
-    """bool (), whether the filters are of pictures; a buffer, so that loaded weights are not whitened again."""
-
-    def __init__(self, in_channels: int) -> None:
-        super().__init__(in_channels, 8 * in_channels, kernel_size=2)
-        self.weight.requires_grad_(False)
-        self.register_buffer("is_whitened", torch.tensor(False))
-
-    @torch.no_grad()
-    def whiten(self, images: Float[Tensor, "batch channels height width"], eps: float = 5e-4) -> None:
-        """Set the filters from normalised training pictures: eigenvectors of their patches' covariance.
-
-        Args:
-            images: Some thousands; airbench takes the first 5,000.
-            eps: Added to each eigenvalue before its root divides the eigenvector; airbench's.
-        """
-        size = self.in_channels * 4
-        patches = nn.functional.unfold(images.float(), kernel_size=2).transpose(1, 2).reshape(-1, size)
-        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-        filters = (vectors / (values + eps).sqrt()).T.reshape(size, self.in_channels, 2, 2)
-        self.weight.copy_(torch.cat([filters, -filters]))
-        self.is_whitened.fill_(True)
-
-
-class _SpeedGroup(nn.Module):
-    """Conv, max-pool, BatchNorm, GELU, then one or two Conv-BatchNorm-GELU; two have a shortcut around them."""
-
-    def __init__(self, in_channels: int, out_channels: int, depth: int) -> None:
-        super().__init__()
-        convs = [_identity_conv(in_channels if k == 0 else out_channels, out_channels) for k in range(depth)]
-        self.convs = nn.ModuleList(convs)
-        self.norms = nn.ModuleList(_BiasedNorm(out_channels) for _ in range(depth))
-        self.pool = nn.MaxPool2d(2)
-
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch filters rows columns"]:
-        x = shortcut = nn.functional.gelu(self.norms[0](self.pool(self.convs[0](x))))
-        for conv, norm in zip(self.convs[1:-1], self.norms[1:-1], strict=True):
-            x = nn.functional.gelu(norm(conv(x)))
-        x = self.norms[-1](self.convs[-1](x))
-        return nn.functional.gelu(x + shortcut if len(self.convs) > 2 else x)
-
-
-class _BiasedNorm(nn.BatchNorm2d):
-    """BatchNorm with its scale fixed at 1 and fast statistics, both airbench's, for runs of a few epochs."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__(num_features, eps=1e-12, momentum=0.4)
-        self.weight.requires_grad_(False)
-
-
-def _identity_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """Return a 3x3 convolution whose first filters pass their input through, as far as there are inputs."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
-    passed = torch.arange(min(in_channels, out_channels))
-    with torch.no_grad():  # all at once: nn.init.dirac_ writes filter by filter
-        conv.weight[: len(passed)] = 0
-        conv.weight[passed, passed, 1, 1] = 1
-    return conv
-
-
 def _smallnet(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
     stages = _num_stages(kwargs.get("widths", (64, 128, 256)))
     if image_size < 2 ** (stages - 1):
@@ -195,46 +95,109 @@ def _num_stages(widths: Any) -> int:
     return len(widths)
 
 
-def _resnet18(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
-    """ResNet-18 (arXiv:1512.03385, torchvision's): 11.17 million parameters with 10 classes and small pictures."""
-    from torchvision.models import resnet18  # takes seconds to import
-
-    network: nn.Module = resnet18(num_classes=num_classes, **kwargs)
-    if image_size <= _SMALL_PX:
-        # ImageNet's stem shrinks 32 pixels to 8 before the first block; section 4.2 of the paper starts with 3x3.
-        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
-        network.maxpool = nn.Identity()
-    return network
+def _preact_resnet18(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
+    return PreActResNet(num_classes, **({"stem_stride": _stem_stride(image_size)} | kwargs))
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"smallnet": _smallnet, "speednet": _speednet, "resnet18": _resnet18}
+def _wideresnet28_10(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
+    return WideResNet(num_classes, **({"stem_stride": _stem_stride(image_size)} | kwargs))
+
+
+def _stem_stride(image_size: int) -> int:
+    return 1 if image_size <= SMALL_PX else 4
+
+
+def _vit_tiny(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
+    # A quarter as wide for small pictures, as the total strides of all others: 8 x 8 patches of 32 pixels.
+    patch_px = 4 if image_size <= SMALL_PX else 16
+    tiny = {"patch_size": patch_px, "num_layers": 12, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768}
+    return vision_transformer("vit_tiny", num_classes, image_size, **(tiny | kwargs))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "smallnet": _smallnet,
+    "speednet": _speednet,
+    **{name: partial(torchvision_network, name) for name in ("resnet18", "resnet34", "resnet50")},
+    "wideresnet28_10": _wideresnet28_10,
+    "preact_resnet18": _preact_resnet18,
+    **{name: partial(torchvision_network, name) for name in ("convnext_tiny", "efficientnet_b0", "mobilenet_v3_small")},
+    "vit_tiny": _vit_tiny,
+}
 """Name -> function of (num_classes, image_size, **kwargs). A network of one's own is one more function here."""
+
+LIBRARIES: dict[str, Callable[..., nn.Module]] = {"torchvision": torchvision_network, "timm": timm_network}
+"""Library -> function of (name, num_classes, image_size, **kwargs), for names such as torchvision/resnet101."""
+
+_NAMES_OF: dict[str, Callable[[], list[str]]] = {"torchvision": torchvision_names, "timm": timm_names}
 
 
 def build_model(name: str, num_classes: int = 10, image_size: int = 32, **kwargs: Any) -> nn.Module:
-    """Make a network by name.
+    """Make a network by name, with weights that are not trained.
 
     Args:
-        name: A key of `MODELS`.
+        name: A key of `MODELS`, torchvision/NAME or timm/NAME.
         num_classes: Length of the logits.
-        image_size: Side of the square pictures in pixels.
+        image_size: Side of the square pictures in pixels. Up to 64 the stem keeps them large: see `stems`.
         **kwargs: Passed on to the network: `widths` and `dropout` of SmallNet.
 
     Raises:
         UserError: Unknown name, a keyword that the network does not take, or pictures that it cannot take.
     """
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"--model.name {name}: not a model; one of {', '.join(MODELS)}.{hint}")
+    check_name(name)
+    library, _, own_name = name.partition("/")
+    make = MODELS[name] if name in MODELS else partial(LIBRARIES[library], own_name)
     try:
-        return MODELS[name](num_classes, image_size, **kwargs)
+        return make(num_classes, image_size, **kwargs)
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
-        reason = str(error).partition("\n")[0]  # torch writes its C++ stack behind it
+        reason = clipped(str(error).partition("\n")[0], 200)  # torch writes its C++ stack behind it
+        if not kwargs:
+            raise UserError(f"--model.name {name}: cannot be made for image_size {image_size} ({reason}).") from error
         raise UserError(f"--model.model_kwargs {kwargs}: {name} does not take them ({reason}).") from error
+
+
+def check_name(name: str) -> None:
+    """Refuse the name of a network that there is not.
+
+    Raises:
+        UserError: With the nearest names, also of torchvision and timm; or timm is asked for and is not installed.
+    """
+    library, slash, own_name = name.partition("/")
+    if name in MODELS or (slash and library in LIBRARIES and _is_of_library(library, own_name)):
+        return
+    known = [*MODELS, *(f"{library}/NAME" for library in LIBRARIES)]
+    raise UserError(f"--model.name {clipped(name)}: not a model; one of {', '.join(known)}.{_nearest(name)}")
+
+
+def torchvision_name(name: str) -> str | None:
+    """Return what torchvision calls a network, if it is one of its own."""
+    library, slash, own_name = name.partition("/")
+    if slash:
+        return own_name if library == "torchvision" else None
+    make = MODELS.get(name)
+    return str(make.args[0]) if isinstance(make, partial) and make.func is torchvision_network else None
+
+
+def _is_of_library(library: str, own_name: str) -> bool:
+    # timm writes which of a network's weights are meant behind a point; the network is the same.
+    architecture = own_name.partition(".")[0] if library == "timm" else own_name
+    return architecture in _NAMES_OF[library]()
+
+
+def _nearest(name: str) -> str:
+    """Return " Did you mean X, Y or Z?" for the nearest names, of the named library alone, or nothing."""
+    library, slash, own_name = name.lower().replace("-", "_").partition("/")
+    sought = own_name if slash else library
+    if slash and library in LIBRARIES:
+        known = {other: f"{library}/{other}" for other in _NAMES_OF[library]()}
+    else:  # a network that two have is ours first, then torchvision's
+        libraries = ["timm", "torchvision"] if is_timm_there() else ["torchvision"]
+        known = {other: f"{library}/{other}" for library in libraries for other in _NAMES_OF[library]()}
+        known |= {other: other for other in MODELS}
+    near = difflib.get_close_matches(sought, known, n=3, cutoff=0.75) or difflib.get_close_matches(sought, known, n=1)
+    names = [known[other] for other in near]
+    return f" Did you mean {' or '.join([', '.join(names[:-1]), names[-1]] if names[1:] else names)}?" if names else ""
 
 
 def compile_network(network: nn.Module, device: torch.device) -> None:

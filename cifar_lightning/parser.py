@@ -16,7 +16,7 @@ from cifar_lightning.callbacks import AnnealingEarlyStopping
 from cifar_lightning.checkpoint import CheckpointSchedule
 from cifar_lightning.errors import UserError
 from cifar_lightning.flags import GROUPS, table
-from cifar_lightning.models import MODELS
+from cifar_lightning.models import LIBRARIES, MODELS, check_name
 from cifar_lightning.recipes import checked
 from cifar_lightning.sources import DATASETS
 from cifar_lightning.wording import clipped
@@ -36,6 +36,7 @@ _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
 }
 # The signatures say str, since a data set or network of one's own is one more line there.
 _NAMES = {"model.name": tuple(MODELS), "data.dataset": DATASETS}
+_PREFIXES = {"model.name": tuple(f"{library}/" for library in LIBRARIES)}  # of further names, a library's
 # What `build_model` gets from the data and from --model.name.
 _NOT_OF_A_MODEL = ("name", "num_classes", "image_size", "in_channels")
 _MOST_DEVICES = 1024  # of one machine; a typo would start that many processes
@@ -75,6 +76,8 @@ def check_arguments(command: str, config: Namespace) -> None:
     """
     _refuse_nothing(config)
     _refuse_what_the_data_gives(config.get("model.model_kwargs") or {})
+    if config.get("model.name") is not None:
+        check_name(config.model.name)  # before the data is fetched: the network is made after it
     devices = str(config.get("trainer.devices", "auto"))  # Lightning takes a number also as text
     if not re.fullmatch(r"auto|\[?\s*-?\d+(\s*,\s*\d+)*\s*,?\]?", devices):
         raise UserError(f"--trainer.devices {clipped(devices)}: auto, a number of devices, or a list such as [0, 1].")
@@ -126,7 +129,7 @@ def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
 
 
 def describe_flags(parser: LightningArgumentParser) -> dict[str, dict[str, Any]]:
-    """Return what `flags.table` reads: flag -> {"types", "default", "help"} and "choices", "open", "commands"."""
+    """Return what `flags.table` reads: flag -> {"types", "default", "help"}, and what only some flags have."""
     defaults, rows = parser.get_defaults(), dict[str, dict[str, Any]]()
     for action in parser._actions:
         hint = getattr(action, "_typehint", None)
@@ -143,6 +146,8 @@ def describe_flags(parser: LightningArgumentParser) -> dict[str, dict[str, Any]]
         choices += _NAMES.get(action.dest, ())
         if choices:
             row["choices"] = choices
+        if action.dest in _PREFIXES:
+            row["prefixes"] = list(_PREFIXES[action.dest])
         if "open" in kinds:
             row["open"] = True
         if action.dest in _OWN:

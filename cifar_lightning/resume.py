@@ -21,7 +21,15 @@ from cifar_lightning.weights import progress_of
 
 # What the weights, the states of optimiser and schedule or the split belong to; all else is training, which may change.
 _FIXED = {"model.name", "model.model_kwargs", "model.optimizer", "model.schedule"}
-_FIXED |= {"model.ema_decay", "data.image_size", "data.dataset", "data.seed", "data.val_fraction", "data.limit"}
+_FIXED |= {
+    "model.ema_decay",
+    "model.pretrained",
+    "data.image_size",
+    "data.dataset",
+    "data.seed",
+    "data.val_fraction",
+    "data.limit",
+}
 # What an epoch's batches and steps are made of. trainer.devices is not here: an epoch's start may be moved to other
 # devices, and inside one `exact` looks at the number of processes itself.
 _MAKES_BATCHES = {"data.batch_size", "data.drop_last", "data.train_sizes", "data.sampler"}

@@ -26,6 +26,8 @@ from cifar_lightning.seal import has_seal, is_intact
 from cifar_lightning.views import Views, view_logits
 
 _NETWORK = "network."  # what ImageClassifier calls it, and torch.compile's wrapper does not change
+# How torch.save began a file before version 1.6. Most of torchvision's published weights are such files.
+_BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _DATA = "ImageDataModule"  # the key under which Lightning keeps the data module's state
 EXACT_STATE = "cifar_lightning"
 """The key under which a run's checkpoint keeps what an exact resume needs beside Lightning's state: see `exact`."""
@@ -121,7 +123,8 @@ def progress_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, as data, after its hash was found right.
 
-    A file that no run here wrote has no hash; of it the zip format's own checksums must be right.
+    A file that no run here wrote has no hash; of it the zip format's own checksums must be right. The format that torch
+    wrote before 1.6 has none of either.
 
     Raises:
         UnreadableError: The disk, the permissions or too little memory are in the way.
@@ -137,7 +140,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         sealed = has_seal(data)
         if sealed and not is_intact(data):
             raise zipfile.BadZipFile("its SHA-256 is wrong")
-        if not sealed:
+        if not sealed and not data.startswith(_BEFORE_ZIP):
             _check_zip(data)
         checkpoint = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     except MemoryError as error:
@@ -214,19 +217,35 @@ def load_weights(network: nn.Module, path: Path, checkpoint: dict[str, Any] | No
         UserError: Names the first tensors that do not fit; the network is then untouched.
     """
     theirs = read_weights(path) if checkpoint is None else weights_of(checkpoint, path)
-    ours = network.state_dict()
-    wrong = [name for name in {**ours, **theirs} if _shape(theirs, name) != _shape(ours, name)]
-    if wrong:
-        name = wrong[0]
-        others = f" and {len(wrong) - 1} more do not fit" if len(wrong) > 1 else ""
+    misfits = describe_misfits(theirs, network.state_dict())
+    if misfits:
         raise UserError(
-            f"{path}: of another network: {name} is {_shape(theirs, name)} in it and {_shape(ours, name)} here{others}."
-            "\nGive the --model and --data flags that it was trained with."
+            f"{path}: of another network: {misfits}.\nGive the --model and --data flags that it was trained with."
         )
     network.load_state_dict(theirs)
 
 
-def _shape(state: dict[str, Tensor], name: str) -> str:
+def describe_misfits(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], num_named: int = 1) -> str:
+    """Return which tensors of a file are not a network's, with both shapes, or nothing where all fit.
+
+    Args:
+        theirs: Of the file.
+        ours: Of the network.
+        num_named: How many are named; of the others the number is told.
+    """
+    wrong = [name for name in {**ours, **theirs} if _shape(theirs, name) != _shape(ours, name)]
+    named = [f"{name} is {_shape(theirs, name)} in it and {_shape(ours, name)} here" for name in wrong[:num_named]]
+    others = f" and {len(wrong) - num_named} more do not fit" if len(wrong) > num_named else ""
+    return f"{', '.join(named)}{others}"
+
+
+def statistics_of(checkpoint: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return mean and std per channel, of pictures scaled to 0-1, that a run's checkpoint was trained with, or None."""
+    data = checkpoint.get(_DATA) or {}
+    return (tuple(data["mean"]), tuple(data["std"])) if {"mean", "std"} <= data.keys() else None
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> str:
     return "x".join(map(str, state[name].shape)) or "a number" if name in state else "missing"
 
 

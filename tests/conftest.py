@@ -10,6 +10,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # whose judge
 
 # Before the first import of these modules: their jaxtyping annotations are checked at every call.
 CHECKED = ("augment", "models", "optim", "loader", "classifier", "analysis", "calibration", "figures")
+CHECKED += ("speednet", "resnets", "stems", "pretrained")
 CHECKED += ("weights", "predict", "export", "gallery", "results", "statements", "findings", "comparison")
 CHECKED += ("operations", "policies")
 install_import_hook([f"cifar_lightning.{name}" for name in CHECKED], "beartype.beartype")

@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.mixing import Mixing
-from cifar_lightning.models import WhiteningConv
+from cifar_lightning.speednet import WhiteningConv
 from cifar_lightning.views import view_logits
 
 NARROW = {"widths": [4, 8, 8], "dropout": 0.0}

@@ -82,7 +82,7 @@ def test_a_reader_that_stops_early_is_no_error():
         (["fit", "--lr", "-1"], "--lr -1: a positive finite number"),
         (["fit", "--lr", "nan"], "--lr nan: a positive finite number"),
         (["fit", "--batch_size", "0"], "--batch_size 0: 1 or more"),
-        (["fit", "--model.name", "resnet19"], "Did you mean resnet18?"),
+        (["fit", "--model.name", "resnet19"], "Did you mean resnet18"),
         (["fit", "--data.dataset", "cifar11"], "Did you mean cifar10"),
         (["fit", "--epochs", "1", "--trainer.max_epochs", "2"], "one setting with two values"),
         (["fit", "--config", "absent.yaml"], "absent.yaml: cannot be read"),

@@ -57,7 +57,6 @@ def test_what_people_may_type_is_understood(typed, normalized):
         (["--lr=.inf"], "--lr .inf: a positive"),
         (["--batch_size", "0"], "--batch_size 0: 1 or more."),
         (["--trainer.accumulate_grad_batches", "9" * 20], "1 or more, below 2^31"),
-        (["--model.name", "resnet19"], "smallnet, speednet, resnet18. Did you mean resnet18?"),
         (["--data.dataset", "cifar11"], "Did you mean cifar10"),
         (["--data.drop_last", "maybe"], "true or false"),
         (["--epochs", "1", "--trainer.max_epochs", "2"], "--epochs 1 and --trainer.max_epochs 2 are one setting"),
@@ -71,6 +70,12 @@ def test_a_mistake_is_named_with_the_nearest_right_thing(typed, expected):
         normalize_arguments("fit", typed)
     assert expected in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["resnet18", "torchvision/resnet101", "timm/resnet26d", "resnet19"])
+def test_names_of_networks_are_left_to_those_who_import_the_libraries(name):
+    assert normalize_arguments("fit", ["--model.name", name]) == [f"--model.name={name}"]
+    assert table()["model.name"]["prefixes"] == ["torchvision/", "timm/"]
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict", "tune"])

@@ -1,12 +1,15 @@
-"""SmallNet, SpeedNet and the table of networks."""
+"""SmallNet, and networks by name."""
+
+import re
 
 import pytest
 import torch
+import torchvision
 from torch import nn
-from torch.nn import functional as F
 
+from cifar_lightning import models
 from cifar_lightning.errors import UserError
-from cifar_lightning.models import MODELS, SmallNet, SpeedNet, WhiteningConv, build_model, compile_network
+from cifar_lightning.models import MODELS, SmallNet, build_model, check_name, compile_network, torchvision_name
 
 
 def test_smallnet_has_the_published_number_of_parameters():
@@ -49,14 +52,101 @@ def test_a_network_of_ones_own_is_one_function(monkeypatch):
     assert build_model("linear", num_classes=4, image_size=8)(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
 
 
-def test_resnet18_has_the_published_size_and_keeps_small_pictures_large():
-    network = build_model("resnet18", num_classes=10, image_size=32)
-    assert sum(parameter.numel() for parameter in network.parameters()) == 11_173_962
-    sizes = []
-    network.layer1.register_forward_hook(lambda layer, taken, given: sizes.append(tuple(given.shape[2:])))
-    assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-    build_model("resnet18", image_size=128)  # the ImageNet stem
-    assert sizes == [(32, 32)]
+# From the papers, and from the networks for CIFAR that others count alike; with 10 classes.
+PARAMETERS = {
+    "smallnet": 1_148_874,
+    "resnet18": 11_173_962,
+    "resnet34": 21_282_122,
+    "resnet50": 23_520_842,
+    "wideresnet28_10": 36_479_194,
+    "preact_resnet18": 11_172_170,
+    # ImageNet's counts with their 1,000 classes less 990 of the last layer's, and less the stem's larger filters.
+    "convnext_tiny": 28_589_128 - 990 * 769 - 96 * 3 * (16 - 9),
+    "efficientnet_b0": 5_288_548 - 990 * 1281,
+    "mobilenet_v3_small": 2_542_856 - 990 * 1025,
+    # DeiT-Ti's 5.7 million, with 4-pixel patches: less filters, 64 positions for 196.
+    "vit_tiny": 5_717_416 - 990 * 193 - 192 * 3 * (256 - 16) - 192 * (196 - 64),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_each_network_has_the_published_number_of_parameters(name):
+    with torch.device("meta"):
+        network = build_model(name, num_classes=10, image_size=32)
+    assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet34", "resnet50", "convnext_tiny", "efficientnet_b0", "mobilenet_v3_small"]
+)
+def test_large_pictures_get_torchvisions_own_network(name):
+    with torch.device("meta"):
+        ours = build_model(name, num_classes=1000, image_size=65)
+    theirs = torchvision.models.get_model_weights(name).DEFAULT
+    assert sum(parameter.numel() for parameter in ours.parameters()) == theirs.meta["num_params"]
+
+
+@pytest.mark.parametrize(("image_size", "patch_px"), [(32, 4), (64, 4), (80, 16)])
+def test_vit_tinys_patches_suit_the_pictures(image_size, patch_px):
+    with torch.device("meta"):
+        network = build_model("vit_tiny", image_size=image_size)
+    assert network.conv_proj.stride == (patch_px, patch_px)
+    assert network.encoder.pos_embedding.shape == (1, (image_size // patch_px) ** 2 + 1, 192)
+
+
+@pytest.mark.parametrize("name", ["smallnet", "mobilenet_v3_small", "vit_tiny"])
+def test_a_network_learns_from_small_pictures_and_gives_logits(name):
+    torch.manual_seed(0)
+    network = build_model(name, num_classes=3, image_size=16)
+    logits = network(torch.randn(2, 3, 16, 16))
+    assert logits.shape == (2, 3)
+    nn.functional.cross_entropy(logits, torch.tensor([0, 2])).backward()
+    head = [parameter for parameter in network.parameters() if parameter.shape == (3,)][-1]
+    assert head.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("resnet19", "resnet18"),
+        ("ResNet-18", "resnet18"),
+        ("efficientnet_b1", "torchvision/efficientnet_b1"),
+        ("torchvision/resnet19", "torchvision/resnet18"),
+        ("torchvision/faster_rcnn", ""),  # detects; only classifiers are known
+        ("keras/mobilenet_v2", "torchvision/mobilenet_v2"),
+        ("qqqq", ""),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(monkeypatch, name, nearest):
+    monkeypatch.setattr(models, "is_timm_there", lambda: False)
+    with pytest.raises(UserError) as error:
+        check_name(name)
+    told = str(error.value)
+    assert told.startswith(f"--model.name {name}: not a model; one of smallnet, speednet, resnet18")
+    assert "vit_tiny, torchvision/NAME, timm/NAME." in told
+    suggested = re.search(r"Did you mean ([^\s,?]+)", told)
+    assert (suggested[1] if suggested else "") == nearest
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("timm/resnet18x", "timm/resnet18"), ("resnet26d", "timm/resnet26d"), ("timm/hf-hub:a/b", "")],
+)
+def test_timms_names_are_suggested_too(name, nearest):
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match=f"Did you mean .*{nearest}" if nearest else "not a model"):
+        check_name(name)
+
+
+def test_names_of_the_table_and_the_libraries_are_known():
+    for name in (*MODELS, "torchvision/resnet101"):
+        check_name(name)
+    assert [torchvision_name(name) for name in ("resnet34", "torchvision/vgg11", "timm/resnet18", "smallnet")] == [
+        "resnet34",
+        "vgg11",
+        None,
+        None,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +154,10 @@ def test_resnet18_has_the_published_size_and_keeps_small_pictures_large():
     [
         ({"name": "smalnet"}, "--model.name smalnet: not a model.*Did you mean smallnet"),
         ({"name": "smallnet", "depth": 3}, "model_kwargs.*depth"),
+        ({"name": "resnet18", "depth": 3}, "model_kwargs.*depth"),
+        ({"name": "resnet18", "weights": "DEFAULT"}, "weights is no argument .*--model.pretrained"),
+        ({"name": "wideresnet28_10", "depth": 27}, "depth 27: 6 n"),
+        ({"name": "vit_tiny", "image_size": 30}, "image_size 30: vit_tiny .*next size that works is 32"),
         ({"name": "smallnet", "widths": []}, "widths .*filters of each stage"),
         ({"name": "smallnet", "widths": [4, 0]}, "widths .*filters of each stage"),
         ({"name": "smallnet", "widths": 64}, "widths .*filters of each stage"),
@@ -74,77 +168,6 @@ def test_resnet18_has_the_published_size_and_keeps_small_pictures_large():
 def test_what_cannot_be_built_says_why(arguments, message):
     with pytest.raises(UserError, match=message):
         build_model(**arguments)
-
-
-# -- SpeedNet ---------------------------------------------------------------------------------------------------
-
-
-def airbench_logits(net, images):
-    """The forward pass of airbench94_muon (KellerJordan/cifar10-airbench), written out, with this network's weights."""
-    x = F.gelu(F.conv2d(images, net.stem.weight, net.stem.bias))
-    for group in net.groups:
-        x = F.max_pool2d(F.conv2d(x, group.convs[0].weight, padding="same"), 2)
-        x = F.gelu(F.batch_norm(x, None, None, bias=group.norms[0].bias, training=True, eps=1e-12))
-        x = F.conv2d(x, group.convs[1].weight, padding="same")
-        x = F.gelu(F.batch_norm(x, None, None, bias=group.norms[1].bias, training=True, eps=1e-12))
-    x = F.max_pool2d(x, 3).view(len(x), -1)
-    return F.linear(x, net.head.weight * x.size(-1)) / x.size(-1)
-
-
-def test_speednet_is_airbenchs_network():
-    torch.manual_seed(0)
-    net = SpeedNet().train()
-    images = torch.randn(8, 3, 32, 32)
-    torch.testing.assert_close(net(images), airbench_logits(net, images), rtol=1e-4, atol=1e-5)
-    trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
-    # The record's 1.97 million: filters, a bias for each norm and the stem, the head without one.
-    filters = 9 * (24 * 64 + 64 * 64 + 64 * 256 + 256 * 256 + 256 * 256 + 256 * 256)
-    assert trained == filters + 2 * (64 + 256 + 256) + 24 + 2560
-    assert (net.head.weight * 256).std().item() == pytest.approx(1, abs=0.05)
-
-
-def test_speednets_first_filters_pass_their_input_through():
-    conv = SpeedNet().groups[0].convs[0]
-    images = torch.randn(2, 24, 5, 5)
-    torch.testing.assert_close(conv(images)[:, :24], images)
-    assert conv(images)[:, 24:].std() > 0.01
-
-
-@pytest.mark.parametrize(("depth", "size"), [(2, 24), (2, 9), (3, 32)])
-def test_speednet_takes_pictures_of_other_sizes_and_a_third_convolution(depth, size):
-    net = build_model("speednet", num_classes=7, image_size=size, widths=[8, 16, 16], depth=depth)
-    assert net(torch.randn(4, 3, size, size)).shape == (4, 7)
-    assert sum(isinstance(module, nn.Conv2d) for module in net.modules()) == 1 + 3 * depth
-
-
-def test_the_stem_whitens_patches():
-    torch.manual_seed(0)
-    images = torch.randn(64, 3, 10, 10).cumsum(2).cumsum(3)  # neighbours alike, as in pictures
-    stem = WhiteningConv(3)
-    assert not stem.is_whitened
-    stem.whiten(images, eps=0.0)
-    assert stem.is_whitened
-    with torch.no_grad():
-        answers = F.conv2d(images, stem.weight).transpose(0, 1).flatten(1)
-    # The patches' second moment in the new directions is the identity; the other half are the negations.
-    torch.testing.assert_close(answers[:12] @ answers[:12].T / answers.shape[1], torch.eye(12), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(answers[12:], -answers[:12])
-
-
-def test_a_whitened_stem_is_remembered_with_the_weights():
-    net, other = SpeedNet(widths=[4, 4, 4]), SpeedNet(widths=[4, 4, 4])
-    net.stem.whiten(torch.randn(10, 3, 8, 8))
-    other.load_state_dict(net.state_dict())
-    assert other.stem.is_whitened
-
-
-@pytest.mark.parametrize(
-    ("size", "kwargs", "message"),
-    [(8, {}, "needs 9 pixels"), (32, {"depth": 4}, "depth 4: 2, or 3"), (32, {"widths": []}, "filters of each stage")],
-)
-def test_speednet_refuses_what_it_cannot_be(size, kwargs, message):
-    with pytest.raises(UserError, match=message):
-        build_model("speednet", image_size=size, **kwargs)
 
 
 def test_without_a_compiler_the_network_runs_uncompiled_and_says_so(monkeypatch, capsys):

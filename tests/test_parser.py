@@ -4,6 +4,7 @@ import pytest
 from jsonargparse import Namespace
 
 from cifar_lightning.errors import UserError
+from cifar_lightning.models import MODELS
 from cifar_lightning.parser import check_arguments, config_text, describe_flags
 from cifar_lightning.training import fit_parser
 
@@ -28,6 +29,7 @@ def test_a_mistake_raises_at_most_two_lines(parser):
         ("data.flip", {"types": [], "default": "random", "choices": ["random", "alternating", "none"]}),
         ("trainer.deterministic", {"types": ["bool", "null"], "choices": ["warn"]}),
         ("model.model_kwargs", {"types": ["null"], "open": True}),
+        ("model.name", {"default": "smallnet", "choices": list(MODELS), "prefixes": ["torchvision/", "timm/"]}),
         ("run_dir", {"commands": ["fit", "tune"]}),
     ],
 )
@@ -72,6 +74,8 @@ def test_yaml_that_jsonargparse_would_never_end_with_is_refused(parser, flag):
             ["--trainer.enable_checkpointing=false", "--checkpoint.every_n_minutes=5"],
             "--checkpoint.every_n_minutes beside --trainer.enable_checkpointing false",
         ),
+        (["--model.name=smalnet"], "--model.name smalnet: not a model.* Did you mean smallnet"),
+        (["--model.name=torchvision/resnet19"], "Did you mean torchvision/resnet18"),
         (["--trainer.devices=3.5"], "--trainer.devices 3.5: auto, a number of devices, or a list"),
         (["--trainer.devices="], "--trainer.devices : auto, a number"),
         (["--trainer.devices=99999999999999999999"], "--trainer.devices 99999999999999999999: at most 1024"),

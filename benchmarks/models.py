@@ -1,0 +1,138 @@
+"""What each network costs on small pictures: parameters, multiply-adds, how large it keeps the picture, images/s.
+
+    python benchmarks/models.py                              every network that has a name, at 32 pixels
+    python benchmarks/models.py smallnet timm/resnet26d      these alone
+    python benchmarks/models.py --json benchmarks/results/models.json
+
+Multiply-adds are those of convolutions and matrix products for one picture, counted by torch from shapes. The map is
+what the last convolution gives (of a vision transformer: its patches). Images/s are of training steps (forward,
+backward, SGD with momentum) in 32 bits on random pictures that lie on the device, channels last as in `fit`. The last
+line is how many times as many images a second resnet18 trains as smallnet; without both, the last named as the first.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cifar_lightning.environment import describe_environment
+from cifar_lightning.models import MODELS, build_model
+
+NUM_CLASSES = 10
+NUM_WARM_UP = 2  # steps; cuDNN chooses its algorithms in the first
+
+
+def costs(network: nn.Module, image_size: int) -> dict[str, Any]:
+    """Return parameters, multiply-adds for a picture and the map before pooling as [rows, columns]."""
+    shapes = copy.deepcopy(network).to("meta").eval()
+    maps: list[list[int]] = []
+
+    def note(layer: nn.Module, taken: tuple[Tensor], given: Tensor) -> None:
+        if taken[0].shape[2:].numel() > 1:  # else a layer over pooled features
+            maps.append(list(given.shape[2:]))
+
+    for layer in shapes.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(note)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        shapes(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return {
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "multiply_adds": counter.get_total_flops() // 2,
+        "map": maps[-1] if maps else [1, 1],
+    }
+
+
+def step_times_s(network: nn.Module, image_size: int, batch_size: int, steps: int, device: torch.device) -> list[float]:
+    """Return the seconds of some training steps."""
+    network = network.to(device, memory_format=torch.channels_last).train()
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
+    images = torch.randn(batch_size, 3, image_size, image_size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    targets = torch.randint(NUM_CLASSES, (batch_size,), device=device)
+    times_s = []
+    for _ in range(NUM_WARM_UP + steps):
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images), targets).backward()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times_s.append(time.perf_counter() - began)
+    return times_s[NUM_WARM_UP:]
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a row of the table."""
+    side = "x".join(map(str, row["map"]))
+    spread = f"({row['slowest']:,.1f} to {row['fastest']:,.1f})"
+    return (
+        f"{row['name']:<22} {row['parameters'] / 1e6:8.2f} M {row['multiply_adds'] / 1e9:9.3f} G {side:>7} "
+        f"{row['images_per_s']:10,.1f}  {spread}"
+    )
+
+
+def main() -> None:
+    """Measure and print; the last line is `ratio=X`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="networks; by default all that have a name")
+    parser.add_argument("--image_size", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32, help="pictures a step (default 32)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps (default 5), after 2 to warm up")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    environment = describe_environment()
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(
+        f"{args.image_size} pixels, {NUM_CLASSES} classes, batch {args.batch}, median of {args.steps} steps, {where}:"
+    )
+    print(f"{'network':<22} {'parameters':>10} {'mult.-adds':>11} {'map':>7} {'images/s':>10}")
+    rows = {}
+    for name in args.names or MODELS:
+        torch.manual_seed(0)
+        network = build_model(name, NUM_CLASSES, args.image_size)
+        row = {"name": name, **costs(network, args.image_size)}
+        times_s = step_times_s(network, args.image_size, args.batch, args.steps, device)
+        for what, chosen_s in (
+            ("images_per_s", statistics.median(times_s)),
+            ("slowest", max(times_s)),
+            ("fastest", min(times_s)),
+        ):
+            row[what] = args.batch / chosen_s
+        rows[name] = row
+        print(line(row), flush=True)
+    names = list(rows)
+    one, other = ("resnet18", "smallnet") if {"resnet18", "smallnet"} <= rows.keys() else (names[-1], names[0])
+    ratio = rows[one]["images_per_s"] / rows[other]["images_per_s"]
+    if args.json:
+        figures = {
+            "commit": environment["commit"],
+            "hardware": f"{environment['num_usable_cpus']} cores, {environment['cpu']}",
+            "device": where,
+            "versions": environment["versions"],
+            "image_size": args.image_size,
+            "batch_size": args.batch,
+            "num_steps": args.steps,
+            "networks": list(rows.values()),
+            "over": [one, other],
+            "ratio": ratio,
+        }
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print(f"Images/s of {one} over {other}, batch {args.batch}, {args.image_size} pixels, {where}:")
+    print(f"ratio={ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()

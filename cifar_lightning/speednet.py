@@ -1,0 +1,118 @@
+"""SpeedNet, the network of the CIFAR-10 speed records, and the whitening convolution that it begins with."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class SpeedNet(nn.Module):
+    """The network of the CIFAR-10 speed records: a whitening stem, groups of 3x3 convolutions, one linear layer.
+
+    After airbench (arXiv:2404.00498, KellerJordan/cifar10-airbench): 1.97 million parameters with the default widths.
+    Each group halves the picture after its first convolution. Other than there, the last pooling is over whatever is
+    left of the picture (the same at 32 pixels), so that smaller pictures train the same weights; and the head begins
+    with the standard deviation 1/width, which stands for airbench_muon's logits divided by the width.
+
+    Args:
+        num_classes: Length of the logits.
+        in_channels: 3 for RGB.
+        widths: Filters of each group: [64, 256, 256] for 94 %, [128, 384, 384] for 95 %, [128, 384, 512] for 96 %.
+        depth: Convolutions of a group; 3 adds a shortcut over the last two, as for 96 %.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        widths: Sequence[int] = (64, 256, 256),
+        depth: int = 2,
+    ) -> None:
+        super().__init__()
+        self.stem = WhiteningConv(in_channels)
+        groups = []
+        channels = self.stem.out_channels
+        for width in widths:
+            groups.append(_SpeedGroup(channels, width, depth))
+            channels = width
+        self.groups = nn.Sequential(*groups)
+        self.head = nn.Linear(channels, num_classes, bias=False)
+        bound = math.sqrt(3) / channels  # uniform, of standard deviation 1/width
+        nn.init.uniform_(self.head.weight, -bound, bound)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """Return raw logits of normalised pictures."""
+        features = self.groups(nn.functional.gelu(self.stem(images)))
+        logits: Tensor = self.head(features.flatten(2).amax(2))
+        return logits
+
+
+class WhiteningConv(nn.Conv2d):
+    """A 2x2 convolution, unpadded, whose frozen filters whiten patches of the training pictures; its bias is trained.
+
+    Until `whiten` was called its filters are random, as of any convolution; a checkpoint remembers that it was.
+
+    Args:
+        in_channels: 3 for RGB; there are 8 filters for each, the whitening directions and their negations.
+    """
+
+    is_whitened: Tensor
+    """bool (), whether the filters are of pictures; a buffer, so that loaded weights are not whitened again."""
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__(in_channels, 8 * in_channels, kernel_size=2)
+        self.weight.requires_grad_(False)
+        self.register_buffer("is_whitened", torch.tensor(False))
+
+    @torch.no_grad()
+    def whiten(self, images: Float[Tensor, "batch channels height width"], eps: float = 5e-4) -> None:
+        """Set the filters from normalised training pictures: eigenvectors of their patches' covariance.
+
+        Args:
+            images: Some thousands; airbench takes the first 5,000.
+            eps: Added to each eigenvalue before its root divides the eigenvector; airbench's.
+        """
+        size = self.in_channels * 4
+        patches = nn.functional.unfold(images.float(), kernel_size=2).transpose(1, 2).reshape(-1, size)
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        filters = (vectors / (values + eps).sqrt()).T.reshape(size, self.in_channels, 2, 2)
+        self.weight.copy_(torch.cat([filters, -filters]))
+        self.is_whitened.fill_(True)
+
+
+class _SpeedGroup(nn.Module):
+    """Conv, max-pool, BatchNorm, GELU, then one or two Conv-BatchNorm-GELU; two have a shortcut around them."""
+
+    def __init__(self, in_channels: int, out_channels: int, depth: int) -> None:
+        super().__init__()
+        convs = [_identity_conv(in_channels if k == 0 else out_channels, out_channels) for k in range(depth)]
+        self.convs = nn.ModuleList(convs)
+        self.norms = nn.ModuleList(_BiasedNorm(out_channels) for _ in range(depth))
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch filters rows columns"]:
+        x = shortcut = nn.functional.gelu(self.norms[0](self.pool(self.convs[0](x))))
+        for conv, norm in zip(self.convs[1:-1], self.norms[1:-1], strict=True):
+            x = nn.functional.gelu(norm(conv(x)))
+        x = self.norms[-1](self.convs[-1](x))
+        return nn.functional.gelu(x + shortcut if len(self.convs) > 2 else x)
+
+
+class _BiasedNorm(nn.BatchNorm2d):
+    """BatchNorm with its scale fixed at 1 and fast statistics, both airbench's, for runs of a few epochs."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features, eps=1e-12, momentum=0.4)
+        self.weight.requires_grad_(False)
+
+
+def _identity_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """Return a 3x3 convolution whose first filters pass their input through, as far as there are inputs."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+    passed = torch.arange(min(in_channels, out_channels))
+    with torch.no_grad():  # all at once: nn.init.dirac_ writes filter by filter
+        conv.weight[: len(passed)] = 0
+        conv.weight[passed, passed, 1, 1] = 1
+    return conv

@@ -1,0 +1,78 @@
+"""SpeedNet, its filters and the stem that whitens."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.models import build_model
+from cifar_lightning.speednet import SpeedNet, WhiteningConv
+
+
+def airbench_logits(net, images):
+    """The forward pass of airbench94_muon (KellerJordan/cifar10-airbench), written out, with this network's weights."""
+    x = F.gelu(F.conv2d(images, net.stem.weight, net.stem.bias))
+    for group in net.groups:
+        x = F.max_pool2d(F.conv2d(x, group.convs[0].weight, padding="same"), 2)
+        x = F.gelu(F.batch_norm(x, None, None, bias=group.norms[0].bias, training=True, eps=1e-12))
+        x = F.conv2d(x, group.convs[1].weight, padding="same")
+        x = F.gelu(F.batch_norm(x, None, None, bias=group.norms[1].bias, training=True, eps=1e-12))
+    x = F.max_pool2d(x, 3).view(len(x), -1)
+    return F.linear(x, net.head.weight * x.size(-1)) / x.size(-1)
+
+
+def test_speednet_is_airbenchs_network():
+    torch.manual_seed(0)
+    net = SpeedNet().train()
+    images = torch.randn(8, 3, 32, 32)
+    torch.testing.assert_close(net(images), airbench_logits(net, images), rtol=1e-4, atol=1e-5)
+    trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+    # The record's 1.97 million: filters, a bias for each norm and the stem, the head without one.
+    filters = 9 * (24 * 64 + 64 * 64 + 64 * 256 + 256 * 256 + 256 * 256 + 256 * 256)
+    assert trained == filters + 2 * (64 + 256 + 256) + 24 + 2560
+    assert (net.head.weight * 256).std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_speednets_first_filters_pass_their_input_through():
+    conv = SpeedNet().groups[0].convs[0]
+    images = torch.randn(2, 24, 5, 5)
+    torch.testing.assert_close(conv(images)[:, :24], images)
+    assert conv(images)[:, 24:].std() > 0.01
+
+
+@pytest.mark.parametrize(("depth", "size"), [(2, 24), (2, 9), (3, 32)])
+def test_speednet_takes_pictures_of_other_sizes_and_a_third_convolution(depth, size):
+    net = build_model("speednet", num_classes=7, image_size=size, widths=[8, 16, 16], depth=depth)
+    assert net(torch.randn(4, 3, size, size)).shape == (4, 7)
+    assert sum(isinstance(module, nn.Conv2d) for module in net.modules()) == 1 + 3 * depth
+
+
+def test_the_stem_whitens_patches():
+    torch.manual_seed(0)
+    images = torch.randn(64, 3, 10, 10).cumsum(2).cumsum(3)  # neighbours alike, as in pictures
+    stem = WhiteningConv(3)
+    assert not stem.is_whitened
+    stem.whiten(images, eps=0.0)
+    assert stem.is_whitened
+    with torch.no_grad():
+        answers = F.conv2d(images, stem.weight).transpose(0, 1).flatten(1)
+    # The patches' second moment in the new directions is the identity; the other half are the negations.
+    torch.testing.assert_close(answers[:12] @ answers[:12].T / answers.shape[1], torch.eye(12), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(answers[12:], -answers[:12])
+
+
+def test_a_whitened_stem_is_remembered_with_the_weights():
+    net, other = SpeedNet(widths=[4, 4, 4]), SpeedNet(widths=[4, 4, 4])
+    net.stem.whiten(torch.randn(10, 3, 8, 8))
+    other.load_state_dict(net.state_dict())
+    assert other.stem.is_whitened
+
+
+@pytest.mark.parametrize(
+    ("size", "kwargs", "message"),
+    [(8, {}, "needs 9 pixels"), (32, {"depth": 4}, "depth 4: 2, or 3"), (32, {"widths": []}, "filters of each stage")],
+)
+def test_speednet_refuses_what_it_cannot_be(size, kwargs, message):
+    with pytest.raises(UserError, match=message):
+        build_model("speednet", image_size=size, **kwargs)

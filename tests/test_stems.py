@@ -1,0 +1,143 @@
+"""Stems for small pictures: what is changed, what is left, and which sizes a network takes."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from cifar_lightning.stems import adapt_stem, why_not
+
+
+def make(name, **kwargs):
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):  # regnets compute their widths with tensors
+        return torchvision.models.get_model(name, num_classes=10, **kwargs).to("meta")
+
+
+def strided(network):
+    """Return the kernels and strides of what strides, by name."""
+    return {
+        name: (layer.kernel_size, layer.stride)
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.MaxPool2d) and layer.stride not in (1, (1, 1))
+    }
+
+
+def sides_of_convolutions(network, image_size):
+    sides = []
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda layer, taken, given: sides.append(given.shape[-1]))
+    network.eval()(torch.empty(2, 3, image_size, image_size, device="meta"))
+    return [side for side in sides if side > 1]  # squeeze and excitation convolve a pooled pixel
+
+
+def test_a_resnet_gets_3x3_filters_without_stride_and_loses_its_pool():
+    network, original = make("resnet50"), make("resnet50")
+    assert adapt_stem(network)
+    conv = network.conv1
+    assert (conv.weight.shape, conv.stride, conv.padding) == ((64, 3, 3, 3), (1, 1), (1, 1))
+    assert isinstance(network.maxpool, nn.Identity)
+    # All else is as it was: the shortcuts of the later stages, too.
+    left = {name: layer for name, layer in strided(original).items() if name not in ("conv1", "maxpool")}
+    assert strided(network) == left
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "convnext_tiny",
+        "densenet121",
+        "efficientnet_b0",
+        "mnasnet0_5",
+        "mobilenet_v2",
+        "mobilenet_v3_small",
+        "regnet_x_400mf",
+        "shufflenet_v2_x0_5",
+        "vgg11",
+    ],
+)
+def test_a_total_stride_of_32_becomes_8(name):
+    before, network = make(name), make(name)
+    assert adapt_stem(network)
+    pools = 2 if name == "vgg11" else 1  # its last pool comes after the last convolution
+    assert sides_of_convolutions(before, 64)[-1] == 2 * pools
+    assert sides_of_convolutions(network, 64)[-1] == 8 * pools
+
+
+def test_what_pads_nothing_is_adapted_too():
+    network = make("inception_v3", aux_logits=False, init_weights=False)
+    assert why_not(network, 32)
+    assert adapt_stem(network)
+    assert why_not(network, 32) == ""
+
+
+def test_patches_and_networks_of_one_size_are_left_alone():
+    transformer = make("vit_b_16", image_size=32)
+    patches = nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    for network in (transformer, patches):
+        before = strided(network)
+        assert not adapt_stem(network)
+        assert strided(network) == before
+
+
+def test_a_layer_at_two_places_is_left_alone():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2)
+
+        def forward(self, x):
+            return self.pool(self.pool(self.pool(self.conv(x)))).mean((2, 3))
+
+    network = Twice()
+    assert not adapt_stem(network)
+    assert isinstance(network.pool, nn.MaxPool2d)
+
+
+def test_filters_that_stay_as_large_keep_their_values():
+    network = torchvision.models.mobilenet_v3_small(num_classes=10)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    adapt_stem(network)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_trial_leaves_the_network_and_the_random_numbers_alone():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 10))
+    network[1].eval()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    random_state = torch.get_rng_state()
+    assert why_not(network, 8) == ""
+    assert why_not(network, 9)
+    assert [module.training for module in network] == [True, False, True, True, True]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_what_shapes_alone_cannot_tell_is_tried_with_numbers():
+    class Peeking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3, 10)
+
+        def forward(self, x):
+            if x.sum().item() < 0:  # a shape has no sum
+                raise RuntimeError("never")
+            return self.head(x.mean((2, 3)))
+
+    assert why_not(Peeking(), 8) == ""
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 5), nn.MaxPool2d(4)), "size"),
+        (nn.Conv2d(3, 4, 3, padding=1), r"gives \(2, 4, 4, 4\) and not logits"),
+        (nn.MultiheadAttention(4, 1), "missing"),
+    ],
+)
+def test_why_a_network_does_not_take_pictures(network, reason):
+    import re
+
+    assert re.search(reason, why_not(network, 4))

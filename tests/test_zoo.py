@@ -1,0 +1,120 @@
+"""torchvision's and timm's networks, fitted to classes and pictures."""
+
+import importlib
+import warnings
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from cifar_lightning import zoo
+from cifar_lightning.errors import UserError
+from cifar_lightning.models import build_model
+from cifar_lightning.zoo import torchvision_names, torchvision_network, vision_transformer
+
+
+def make(name, image_size=32, **kwargs):
+    with torch.device("meta"):
+        return build_model(name, 7, image_size, **kwargs)
+
+
+def answer(network, image_size):
+    return network(torch.empty(2, 3, image_size, image_size, device="meta"))
+
+
+def test_torchvisions_names_are_its_classifiers():
+    names = torchvision_names()
+    assert {"resnet101", "vit_b_16", "googlenet"} <= set(names)
+    assert not [name for name in names if "rcnn" in name or "fcn" in name or "quantized" in name or "r3d" in name]
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_heads_are_left_out_while_training_too(name):
+    network = make(f"torchvision/{name}").train()
+    assert answer(network, 32).shape == (2, 7)
+    with pytest.raises(UserError, match="aux_logits is no argument"):
+        make(f"torchvision/{name}", aux_logits=True)
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "squeezenet1_1", "swin_t"])
+def test_other_kinds_take_small_pictures(name):
+    assert answer(make(f"torchvision/{name}"), 32).shape == (2, 7)
+
+
+def test_maxvit_is_made_for_the_size_that_it_is_given():
+    assert answer(make("torchvision/maxvit_t", 224), 224).shape == (2, 7)
+    with pytest.raises(UserError, match=r"image_size 100: maxvit_t .*the next size that works is 221"):
+        torchvision_network("maxvit_t", 7, 100)
+
+
+@pytest.mark.parametrize(("name", "size", "smallest"), [("alexnet", 9, 15), ("vgg11", 4, 8), ("alexnet", 15, None)])
+def test_the_smallest_size_of_a_network_is_found(name, size, smallest):
+    if smallest is None:
+        assert answer(make(f"torchvision/{name}", size), size).shape == (2, 7)
+        return
+    with pytest.raises(UserError, match=rf"image_size {size}: {name} cannot take it .*that works is {smallest}\."):
+        make(f"torchvision/{name}", size)
+    assert answer(make(f"torchvision/{name}", smallest), smallest).shape == (2, 7)
+    with pytest.raises(UserError, match="cannot take it"):
+        make(f"torchvision/{name}", smallest - 1)
+
+
+def test_arguments_that_no_size_mends_are_blamed_themselves():
+    with pytest.raises(ValueError, match="must be divisible"):
+        vision_transformer("mine", 7, 32, patch_size=4, num_layers=1, num_heads=3, hidden_dim=32, mlp_dim=8)
+    with pytest.raises(UserError, match=r"model_kwargs .*groups"):
+        make("resnet18", groups=3)
+
+
+def test_a_real_network_answers_as_torchvisions_own():
+    torch.manual_seed(0)
+    ours = build_model("torchvision/squeezenet1_1", 7, 96).eval()
+    theirs = torchvision.models.squeezenet1_1(num_classes=7).eval()
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, 96, 96)
+    torch.testing.assert_close(ours(images), theirs(images))
+
+
+# -- timm --------------------------------------------------------------------------------------------------------
+
+
+def test_without_timm_its_install_line_is_told(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(UserError, match=r"timm is not there .*pip install -e '\.\[timm\]'"):
+        build_model("timm/resnet18")
+
+
+@pytest.mark.parametrize("name", ["resnet26d", "mobilenetv3_small_050", "tf_mobilenetv3_small_minimal_100.in1k"])
+def test_timms_convolutional_networks_get_the_stem_for_small_pictures(name):
+    timm = pytest.importorskip("timm")
+    network = make(f"timm/{name}")
+    sides = {}
+    for part, each in {"ours": network, "theirs": timm.create_model(name.partition(".")[0]).to("meta")}.items():
+        with torch.no_grad():
+            sides[part] = each.eval().forward_features(torch.empty(2, 3, 64, 64, device="meta")).shape[-1]
+    assert sides == {"ours": 8, "theirs": 2}
+    assert answer(network, 32).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_timms_networks_of_one_size_are_made_for_that_of_the_pictures(name):
+    pytest.importorskip("timm")
+    assert answer(make(f"timm/{name}"), 32).shape == (2, 7)
+
+
+def test_nothing_of_timm_fetches_weights(monkeypatch):
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match="pretrained is no argument to give"):
+        build_model("timm/resnet18", pretrained=True)
+    with pytest.raises(UserError, match="checkpoint_path is no argument to give"):
+        build_model("timm/resnet18", checkpoint_path="x.pth")
+
+
+def test_making_networks_warns_of_nothing(recwarn):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(zoo.torchvision_network("shufflenet_v2_x0_5", 7, 32), nn.Module)
