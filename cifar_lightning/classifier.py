@@ -17,11 +17,11 @@ from cifar_lightning.analysis import accuracy, macro_f1
 from cifar_lightning.averaging import EmaWeights
 from cifar_lightning.errors import UserError
 from cifar_lightning.evaluation import evaluation_metrics, update_evaluation
-from cifar_lightning.guard import LossGuard
+from cifar_lightning.guard import LossGuard, make_guard
 from cifar_lightning.limits import check_limits
 from cifar_lightning.mixing import Mixing
 from cifar_lightning.models import build_model, compile_network
-from cifar_lightning.optim import Muon, OptimizerName, build_optimizer, settings_of
+from cifar_lightning.optim import OptimizerName, build_optimizer, settings_of
 from cifar_lightning.pretrained import load_pretrained
 from cifar_lightning.schedules import ScheduleName, make_schedule, rise_share
 from cifar_lightning.speednet import SpeedNet
@@ -203,16 +203,7 @@ class ImageClassifier(pl.LightningModule):
     def on_train_start(self) -> None:
         """Put this run's settings in force, and a guard over its loss."""
         self._apply_settings()
-        self._guard = self._make_guard()
-
-    def _make_guard(self) -> LossGuard:
-        optimizer = self.trainer.optimizers[0]
-        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # holds updates back itself
-        holds_back = has_scaler or isinstance(optimizer, Muon) or bool(optimizer.defaults.get("fused"))
-        guard = LossGuard(self.device, is_deferred=self.device.type == "cuda" and holds_back)
-        if guard.is_deferred and not has_scaler:
-            optimizer.found_inf = guard.found_inf  # type: ignore[attr-defined]  # as GradScaler does for torch's fused ones
-        return guard
+        self._guard = make_guard(self.trainer)
 
     def _apply_settings(self) -> None:
         """Put this run's settings in force where a checkpoint has restored others over them (Lightning #20310).

@@ -3,10 +3,12 @@
 import math
 from typing import NoReturn
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, distributed
 
 from cifar_lightning.errors import RunError
+from cifar_lightning.optim import Muon
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -70,6 +72,17 @@ class LossGuard:
         if self._num_processes > 1 and distributed.get_rank() > 0:
             raise SystemExit(0)
         raise _diverged(step, epoch)
+
+
+def make_guard(trainer: pl.Trainer) -> LossGuard:
+    """Return a guard for a Trainer that is about to train: deferred where its optimiser can hold an update back."""
+    optimizer, device = trainer.optimizers[0], trainer.strategy.root_device
+    has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None  # holds updates back itself
+    holds_back = has_scaler or isinstance(optimizer, Muon) or bool(optimizer.defaults.get("fused"))
+    guard = LossGuard(device, is_deferred=device.type == "cuda" and holds_back)
+    if guard.is_deferred and not has_scaler:
+        optimizer.found_inf = guard.found_inf  # type: ignore[attr-defined]  # as GradScaler does for torch's fused ones
+    return guard
 
 
 def _num_processes() -> int:

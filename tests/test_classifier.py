@@ -16,6 +16,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.mixing import Mixing
+from cifar_lightning.models import build_model
 from cifar_lightning.speednet import WhiteningConv
 from cifar_lightning.views import view_logits
 
@@ -310,3 +311,38 @@ def test_odd_values_leave_a_checkpoint_that_loads_as_data(tmp_path):
     read = torch.load(tmp_path / "odd.ckpt", weights_only=True)["hyper_parameters"]
     assert (read["lr"], read["path"]) == (0.01, "x")
     assert read["model_kwargs"] == {"widths": [2], "dropout": 0.5}
+
+
+def test_trained_weights_begin_a_run_with_their_normalisation_and_a_new_head(tmp_path):
+    torch.manual_seed(1)
+    trained = ImageClassifier(image_size=16, num_classes=7, model_kwargs=NARROW)
+    torch.save(trained.network.state_dict(), tmp_path / "trained.pt")
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW, pretrained=str(tmp_path / "trained.pt"))
+    head = module.network.head.weight.detach().clone()
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.append({name: value.clone() for name, value in pl_module.network.state_dict().items()})
+
+    data = small_data()
+    trainer(tmp_path, max_epochs=1, limit_train_batches=1, callbacks=[Look()]).fit(module, data)
+    for name, value in trained.network.state_dict().items():
+        if not name.startswith("head"):
+            assert torch.equal(seen[0][name], value)
+    assert torch.equal(seen[0]["head.weight"], head)
+    assert data.mean != (0.485, 0.456, 0.406)  # a file of a network of ours says nothing of its pictures
+
+
+def test_weights_of_torchvision_have_the_pictures_normalised_as_there(tmp_path):
+    trained = build_model("mobilenet_v3_small", num_classes=3, image_size=32)
+    torch.save(trained.state_dict(), tmp_path / "trained.pt")
+    module = ImageClassifier("mobilenet_v3_small", image_size=32, pretrained=str(tmp_path / "trained.pt"))
+    data = ImageDataModule("synthetic", batch_size=64, limit=200)
+    trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=1).fit(module, data)
+    assert data.mean == (0.485, 0.456, 0.406)
+    kept = data.state_dict()
+    again = ImageDataModule("synthetic", batch_size=64, limit=200)
+    again.load_state_dict(kept)
+    again.setup()
+    assert again.mean == data.mean  # what a later test of the run uses
