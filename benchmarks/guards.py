@@ -47,7 +47,7 @@ NUM_SAVES = 20
 def without_guards() -> Iterator[None]:
     """Take away what looks at each step."""
     with (
-        mock.patch.object(ImageClassifier, "_make_guard", return_value=None),
+        mock.patch("cifar_lightning.classifier.make_guard", return_value=None),
         mock.patch.object(LastCheckpoint, "on_train_batch_end", pl.Callback.on_train_batch_end),
     ):
         yield
