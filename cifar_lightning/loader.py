@@ -253,7 +253,7 @@ class _IndexBatches:
     def __init__(self) -> None:
         self.batches: list[np.ndarray] = []
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[Any]:  # arrays, where DataLoader asks for lists and takes any
         return iter(self.batches)
 
     def __len__(self) -> int:
