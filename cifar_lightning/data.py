@@ -14,7 +14,7 @@ from cifar_lightning.augment import Augmentation, CropMode, FlipMode, normalize
 from cifar_lightning.errors import UserError
 from cifar_lightning.limits import LIMITS, check_limits
 from cifar_lightning.loader import EpochSampler, PictureLoader, Rank, ResidentLoader, StreamingLoader
-from cifar_lightning.memory import free_host_bytes
+from cifar_lightning.memory import free_host_bytes, give_back_pages
 from cifar_lightning.policies import Policy
 from cifar_lightning.sources import PictureSet, open_source
 from cifar_lightning.splits import balanced_weights, describe_imbalance, stratified_split, stratified_subset
@@ -22,7 +22,7 @@ from cifar_lightning.splits import balanced_weights, describe_imbalance, stratif
 Part = Literal["train", "val", "test"]
 Balance = Literal["none", "balanced"]
 _NAMED = 12  # class names that are printed
-_CHUNK = 1024  # pictures summed at a time: 25 MB of float64 at 32x32
+_CHUNK = 1024  # pictures of 32x32 summed at a time, 25 MB of float64, and fewer of larger ones
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -338,10 +338,12 @@ def channel_statistics(images: np.ndarray, indices: np.ndarray) -> tuple[tuple[f
     """
     total = np.zeros(images.shape[-1])
     squares = np.zeros(images.shape[-1])
-    for start in range(0, len(indices), _CHUNK):
-        pixels = images[indices[start : start + _CHUNK]].reshape(-1, images.shape[-1]) / 255.0
+    chunk = max(1, min(_CHUNK, _CHUNK * 32 * 32 // (images.shape[1] * images.shape[2])))
+    for start in range(0, len(indices), chunk):
+        pixels = images[indices[start : start + chunk]].reshape(-1, images.shape[-1]) / 255.0
         total += pixels.sum(0)
         squares += (pixels**2).sum(0)
+        give_back_pages(images)
     count = len(indices) * images.shape[1] * images.shape[2]
     mean = total / count
     # A channel without contrast would divide by 0.

@@ -22,6 +22,7 @@ import numpy as np
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_json
+from cifar_lightning.memory import give_back_pages
 from cifar_lightning.pictures import RULES, Unreadable, decode_all, find_image_size
 
 CACHE_FOLDER = ".cifar_lightning_cache"
@@ -320,5 +321,6 @@ def digest(images: np.ndarray, targets: np.ndarray) -> str:
     sha256 = hashlib.sha256()
     for start in range(0, len(images), 4096):
         sha256.update(np.ascontiguousarray(images[start : start + 4096]).data)
+        give_back_pages(images)
     sha256.update(targets.astype("<i8").data)
     return sha256.hexdigest()

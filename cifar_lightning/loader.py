@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cifar_lightning.augment import Augmentation, augment, draw_epoch, normalize, resize, seeded_generator
+from cifar_lightning.memory import give_back_pages
 from cifar_lightning.signals import leave_to_parent
 from cifar_lightning.splits import balanced_order
 
@@ -250,7 +251,8 @@ class StreamingLoader(PictureLoader):
         )
 
     def _gather(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        self._index_batches.batches = [batch.tolist() for batch in batches]
+        # No lists: a set's numbers as Python objects would take five times the memory.
+        self._index_batches.batches = [batch.numpy() for batch in batches]
         for pictures, images, targets in self._workers:
             yield (
                 pictures.to(self.device, non_blocking=True),
@@ -263,9 +265,9 @@ class _IndexBatches:
     """The batch sampler of the workers' DataLoader; an epoch's batches are put in before each iteration."""
 
     def __init__(self) -> None:
-        self.batches: list[list[int]] = []
+        self.batches: list[np.ndarray] = []
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Any]:  # arrays, where DataLoader asks for lists and takes any
         return iter(self.batches)
 
     def __len__(self) -> int:
@@ -281,12 +283,13 @@ class _Rows(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitems__(self, indices: np.ndarray | list[int]) -> tuple[Tensor, Tensor, Tensor]:
         pictures = np.asarray(indices, dtype=np.int64)
         # Sorted reads of a memory-mapped file touch each page once and in order.
         by_place = np.argsort(pictures)
         images = np.empty((len(pictures), *self.images.shape[1:]), np.uint8)
         images[by_place] = self.images[pictures[by_place]]
+        give_back_pages(self.images)  # or a worker would grow by all that it ever read
         return torch.from_numpy(pictures), torch.from_numpy(images), torch.from_numpy(self.targets[pictures])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,8 +1,13 @@
-"""How much memory is free, and what becomes of memory that was freed; imports no torch."""
+"""How much memory is free, keeping what is needed again and giving back what is not; imports no torch."""
 
 import ctypes
+import mmap
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 _MOST_BYTES = 2**31 - 1  # mallopt takes an int
@@ -33,3 +38,15 @@ def keep_freed_memory() -> None:
     libc.mallopt(_MMAP_MAX, 0)
     libc.mallopt(_TRIM_THRESHOLD, _MOST_BYTES)
     libc.mallopt(_TOP_PAD, 64 << 20)  # of each growth, so that there are few
+
+
+def give_back_pages(array: "np.ndarray") -> None:
+    """Let go of the pages that this process has read of a file mapped into memory; other arrays stay as they are.
+
+    They would count as this process's memory, up to the size of the file, until the system runs short. The system's
+    file cache keeps them: reading one again costs a page fault, not the disk.
+    """
+    mapping = getattr(array, "_mmap", None)  # NumPy's memmap alone has it
+    # Only of a read-only mapping: what was written to a private one would be lost.
+    if mapping is not None and getattr(array, "mode", None) == "r" and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        mapping.madvise(mmap.MADV_DONTNEED)

@@ -1,5 +1,7 @@
 """The split, the statistics and the loaders of ImageDataModule, with no Trainer."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,17 @@ def test_statistics_are_those_of_the_chosen_pictures_alone():
     pixels = images[chosen].reshape(-1, 3) / 255
     np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-12)
     np.testing.assert_allclose(std, pixels.std(0), rtol=1e-9)
+
+
+def test_statistics_of_large_pictures_take_as_little_memory_as_those_of_small_ones():
+    images = np.random.default_rng(0).integers(0, 256, (64, 256, 256, 3), np.uint8)
+    tracemalloc.start()
+    mean, std = channel_statistics(images, np.arange(64))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 1024 * 32 * 32 * 3 * 8
+    np.testing.assert_allclose(mean, images.mean((0, 1, 2)) / 255, rtol=1e-12)
+    np.testing.assert_allclose(std, images.std((0, 1, 2)) / 255, rtol=1e-9)
 
 
 def test_names_are_known_before_setup_and_statistics_after_it():

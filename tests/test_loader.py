@@ -1,11 +1,15 @@
 """Order, shares and position of the loaders; resident and streaming give the same batches."""
 
+import pickle
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from cifar_lightning.augment import Augmentation
-from cifar_lightning.loader import EpochSampler, Rank, ResidentLoader, StreamingLoader
+from cifar_lightning.loader import EpochSampler, Rank, ResidentLoader, StreamingLoader, _Rows
 
 COUNT = 50
 IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, 8, 8, 3), np.uint8)
@@ -122,10 +126,6 @@ def test_streaming_starts_the_next_epoch_cleanly_after_a_break():
 
 
 def test_a_memory_mapped_set_travels_to_workers_as_its_path(tmp_path):
-    import pickle
-
-    from cifar_lightning.loader import _Rows
-
     path = tmp_path / "pictures.npy"
     np.save(path, IMAGES)
     mapped = np.load(path, mmap_mode="r")
@@ -133,6 +133,19 @@ def test_a_memory_mapped_set_travels_to_workers_as_its_path(tmp_path):
     assert len(sent) < IMAGES.nbytes / 4
     _, images, _ = pickle.loads(sent).__getitems__([7, 3])
     assert np.array_equal(images.numpy(), IMAGES[[7, 3]])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_reading_a_mapped_set_through_leaves_a_worker_as_small_as_before(tmp_path):
+    path = tmp_path / "pictures.npy"
+    np.save(path, np.zeros((10_000, 32, 32, 3), np.uint8))
+    rows = _Rows(np.load(path, mmap_mode="r"), np.zeros(10_000, np.int64))
+    rows.__getitems__([0])
+    before = int(Path("/proc/self/statm").read_text().split()[1])
+    for start in range(0, 10_000, 100):
+        rows.__getitems__(np.arange(start, start + 100))
+    grown = int(Path("/proc/self/statm").read_text().split()[1]) - before
+    assert grown * 4096 < 5e6, "of 31 MB"
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(50, 2), (50, 3), (49, 3), (17, 2), (25, 3)])

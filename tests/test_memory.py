@@ -1,16 +1,19 @@
-"""Free memory is less than all memory, and notices what is taken; freed memory may be kept."""
+"""Free memory notices what is taken; freed memory may be kept, pages of a mapped file given back."""
 
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cifar_lightning.memory import free_host_bytes
+from cifar_lightning.memory import free_host_bytes, give_back_pages
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+@on_linux
 def test_taking_memory_leaves_less_of_it():
     before = free_host_bytes()
     assert 1e8 < before < 1e14
@@ -41,3 +44,30 @@ print(given_back, new_pages())
     given_back, kept = (int(number) for number in done.stdout.split())
     assert given_back > 100
     assert kept < given_back / 20
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@on_linux
+def test_the_pages_read_of_a_mapped_file_are_given_back_and_its_content_stays(tmp_path):
+    path = tmp_path / "array.npy"
+    np.save(path, np.arange(25_000_000, dtype=np.uint8))
+    before = resident_bytes()
+    mapped = np.load(path, mmap_mode="r")
+    total = int(mapped[::512].sum())
+    assert resident_bytes() > before + 2e7
+    give_back_pages(mapped[5:])
+    assert resident_bytes() < before + 5e6
+    assert int(mapped[::512].sum()) == total
+
+
+def test_an_array_in_memory_and_a_mapping_that_was_written_to_keep_their_content(tmp_path):
+    path = tmp_path / "array.npy"
+    np.save(path, np.zeros(100_000, np.uint8))
+    private = np.load(path, mmap_mode="c")
+    for array in (private, np.zeros(100_000, np.uint8)):
+        array[:] = 7
+        give_back_pages(array)
+        assert (array == 7).all()

@@ -1,0 +1,39 @@
+"""Our data module in a plain PyTorch loop: python examples/plain_pytorch.py [--dataset cifar10 --epochs 10]."""
+
+import argparse
+
+import torch
+from torch import nn
+
+from cifar_lightning import ImageDataModule
+
+
+def main() -> None:
+    """Train a small network and print its test accuracy."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", default="synthetic", help="or cifar10, cifar100, folder")
+    parser.add_argument("--root", default="data", help="where the pictures are, or are downloaded to")
+    parser.add_argument("--epochs", type=int, default=3)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = ImageDataModule(args.dataset, args.root, batch_size=64, device=device)
+    data.prepare_data()
+    data.setup()
+    filters = [(3, 16, 5, 2), (16, 32, 3, 1), (32, 64, 3, 2)]  # channels in and out, size, stride
+    stages = [nn.Sequential(nn.Conv2d(*sizes), nn.BatchNorm2d(sizes[1]), nn.ReLU()) for sizes in filters]
+    model = nn.Sequential(*stages, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, data.num_classes)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    train_loader = data.train_dataloader()  # made once: each pass over it is the next epoch
+    for _ in range(args.epochs):
+        for images, targets in train_loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), targets).backward()
+            optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        correct = sum(int((model(images).argmax(1) == targets).sum()) for images, targets in data.test_dataloader())
+    print("test accuracy", correct / data.num_pictures("test"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""A network of timm trained by our ImageClassifier: python examples/timm_model.py [--model convnext_atto]."""
+
+import argparse
+import sys
+
+import lightning.pytorch as pl
+
+from cifar_lightning import ImageClassifier, ImageDataModule
+
+try:
+    import timm
+except ImportError:
+    sys.exit("timm is missing. In the repository's folder: pip install -e '.[timm]'")
+
+
+def main() -> None:
+    """Train the network from random weights and print its test accuracy."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="resnet10t", help="a name of timm.list_models()")
+    parser.add_argument("--dataset", default="synthetic", help="or cifar10, cifar100, folder")
+    parser.add_argument("--root", default="data", help="where the pictures are, or are downloaded to")
+    parser.add_argument("--epochs", type=int, default=3)
+    args = parser.parse_args()
+    data = ImageDataModule(args.dataset, args.root, batch_size=64)
+    network = timm.create_model(args.model, num_classes=data.num_classes)
+    classifier = ImageClassifier(model=network, num_classes=data.num_classes, lr=2e-3)
+    trainer = pl.Trainer(max_epochs=args.epochs, logger=False, enable_checkpointing=False)
+    trainer.fit(classifier, datamodule=data)
+    print("test accuracy", trainer.test(classifier, datamodule=data, verbose=False)[0]["test/acc"])
+
+
+if __name__ == "__main__":
+    main()

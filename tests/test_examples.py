@@ -1,0 +1,58 @@
+"""The examples are short, and train networks that have learned; the data module is at home in other people's code."""
+
+import ast
+import os
+
+import pytest
+from PIL import Image
+from program import REPO, start
+
+EXAMPLES = REPO / "examples"
+NAMES = ["plain_pytorch", "other_lightning_module", "timm_model"]
+
+
+def accuracy_of(name, *arguments, cwd):
+    done = start(*arguments, cwd=cwd, program=EXAMPLES / f"{name}.py", PYTHONPATH=str(REPO))
+    assert list(cwd.glob("*")) == [cwd / "pictures"] * ("folder" in arguments), "an example leaves nothing behind"
+    return float(done.stdout.splitlines()[-1].removeprefix("test accuracy "))
+
+
+def test_every_example_is_tested_and_shorter_than_40_lines():
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in EXAMPLES.glob("*.py")}
+    assert sorted(texts) == sorted(NAMES)
+    assert [name for name, text in texts.items() if len(text.splitlines()) >= 40] == []
+    assert all(f"python examples/{name}.py" in ast.get_docstring(ast.parse(text)) for name, text in texts.items())
+
+
+@pytest.mark.parametrize("name", ["plain_pytorch", "other_lightning_module"])
+def test_an_example_trains_a_network_that_has_learned(name, tmp_path):
+    assert 0.5 < accuracy_of(name, cwd=tmp_path) <= 1, "ten classes: chance is 0.1"
+
+
+@pytest.mark.slow
+def test_a_network_of_timm_learns_through_our_classifier(tmp_path):
+    pytest.importorskip("timm")
+    assert 0.3 < accuracy_of("timm_model", "--epochs", 1, cwd=tmp_path) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_takes_other_pictures(name, tmp_path):
+    if name == "timm_model":
+        pytest.importorskip("timm")
+    for split in ("train", "test"):
+        for class_name, colour in (("dark", 40), ("light", 200)):
+            folder = tmp_path / "pictures" / split / class_name
+            folder.mkdir(parents=True)
+            for k in range(50):
+                Image.new("RGB", (32, 32), (colour + k % 20,) * 3).save(folder / f"{k}.png")
+    flags = ["--dataset", "folder", "--root", "pictures", "--epochs", 20]
+    assert accuracy_of(name, *flags, cwd=tmp_path) > 0.9
+
+
+def test_without_timm_the_example_says_how_to_install_it(tmp_path):
+    (tmp_path / "timm.py").write_text("raise ImportError\n")
+    path = f"{tmp_path}{os.pathsep}{REPO}"
+    done = start(cwd=tmp_path, program=EXAMPLES / "timm_model.py", check=False, PYTHONPATH=path)
+    assert done.returncode == 1
+    assert done.stderr == "timm is missing. In the repository's folder: pip install -e '.[timm]'\n"

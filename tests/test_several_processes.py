@@ -1,0 +1,129 @@
+"""The real program on several processes that torchrun or SLURM starts: one run folder, every picture counted once."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from program import REPO, TINY, start
+
+from cifar_lightning.runs import RunFolder
+
+NUM_TEST = 1000  # the synthetic set's; 3 does not divide it
+TIMEOUT_S = 300
+TORCHRUN = ["-m", "torch.distributed.run"]
+DDP = ["--trainer.strategy", "ddp"]
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def run_together(*commands, cwd, variables=None):
+    """Run commands at the same time, each with further environment variables; return what each printed on stdout."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    environment.pop("CIFAR_LIGHTNING_RUN_DIR", None)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    processes = []
+    try:
+        for command, further in zip(commands, variables or [{}] * len(commands), strict=True):
+            words = [sys.executable, *map(str, command)]
+            processes.append(subprocess.Popen(words, cwd=cwd, env=environment | further, **pipes))
+        printed = [process.communicate(timeout=TIMEOUT_S) for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()  # torchrun ends its processes, which SIGKILL would leave behind
+                process.communicate(timeout=60)
+    assert [process.returncode for process in processes] == [0] * len(processes), printed
+    return [stdout for stdout, _ in printed]
+
+
+def rows_of(run):
+    return list(csv.DictReader(run.metrics_csv.read_text(encoding="utf-8").splitlines()))
+
+
+def check_run(path, *, num_processes, batch_size, printed):
+    """Everything that must hold of a run of one epoch, whoever started its processes."""
+    run = RunFolder(path)
+    steps = -(-4500 // (batch_size * num_processes))
+    rows = rows_of(run)
+    assert [(row["epoch"], int(row["step"])) for row in rows] == [("0", steps)]
+    writers = {events.name.split(".")[-2] for events in path.glob("events.out.tfevents.*")}
+    assert len(writers) == 1, "the process that wrote a file is in its name"
+    assert json.loads(run.environment.read_text(encoding="utf-8"))["num_devices"] == num_processes
+    for path_of_answers, num_pictures in ((run.predictions, NUM_TEST), (run.predictions_val, 500)):
+        with np.load(path_of_answers) as answers:
+            assert answers["indices"].tolist() == list(range(num_pictures))
+    confusion = torch.load(run.confusion_matrix_pt, weights_only=True)
+    assert confusion.sum(1).tolist() == [NUM_TEST // 10] * 10
+    assert json.loads(run.test_metrics.read_text(encoding="utf-8"))["num_pictures"] == NUM_TEST
+    assert "".join(printed).count("Test accuracy") == 1
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_torchrun_makes_one_run_and_every_test_picture_is_counted_once(num_processes, tmp_path):
+    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node", num_processes, REPO / "train.py"]
+    flags = [*TINY, *DDP, "--trainer.devices", num_processes, "--batch_size", 250, "--epochs", 1, "--run_dir", "run"]
+    printed = run_together([*launcher, "fit", *flags], cwd=tmp_path)
+    check_run(tmp_path / "run", num_processes=num_processes, batch_size=250, printed=printed)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.slow
+def test_two_processes_at_batch_size_32_make_the_steps_of_one_at_64(tmp_path):
+    several = [*DDP, "--trainer.devices", 2, "--batch_size", 32]
+    for name, flags in (("two", several), ("one", ["--batch_size", 64])):
+        done = start("fit", *TINY, *flags, "--epochs", 1, "--run_dir", name, cwd=tmp_path)
+        rows = check_run(
+            tmp_path / name, num_processes=2 if name == "two" else 1, batch_size=int(flags[-1]), printed=[done.stdout]
+        )
+        assert rows[0]["step"] == "71"
+
+
+@pytest.mark.slow
+def test_two_machines_make_one_run_and_a_third_start_goes_on_with_it(tmp_path):
+    # Two agents on one machine: what differs between machines (the network between them) is torchrun's.
+    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_id", "run", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+    launcher = [*TORCHRUN, "--nnodes", 2, "--nproc_per_node", 1, *rendezvous, REPO / "train.py"]
+    two = [*DDP, "--trainer.num_nodes", 2, "--trainer.devices", 1]
+    command = [*launcher, "fit", *TINY, *two, "--batch_size", 250, "--epochs", 1, "--run_dir", "run"]
+    printed = run_together(command, command, cwd=tmp_path)
+    check_run(tmp_path / "run", num_processes=2, batch_size=250, printed=printed)
+    launcher[launcher.index(rendezvous[-1])] = f"127.0.0.1:{free_port()}"
+    again = [*launcher, "fit", "--resume", "run", "--epochs", 2]
+    printed = run_together(again, again, cwd=tmp_path)
+    assert sum("Going on with" in text for text in printed) == 1
+    rows = rows_of(RunFolder(tmp_path / "run"))
+    assert [(row["epoch"], row["step"]) for row in rows] == [("0", "9"), ("1", "18")]
+
+
+@pytest.mark.slow
+def test_the_tasks_of_a_slurm_job_make_one_run(tmp_path):
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
+    job |= {"SLURM_NNODES": "2", "SLURM_NODELIST": "localhost", "SLURM_LOCALID": "0", "MASTER_PORT": str(free_port())}
+    tasks = [job | {"SLURM_PROCID": str(task), "SLURM_NODEID": str(task)} for task in (0, 1)]
+    two = [*DDP, "--trainer.num_nodes", 2, "--trainer.devices", 1]
+    command = [REPO / "train.py", "fit", *TINY, *two, "--batch_size", 250, "--epochs", 1, "--run_dir", "run"]
+    printed = run_together(command, command, cwd=tmp_path, variables=tasks)
+    check_run(tmp_path / "run", num_processes=2, batch_size=250, printed=printed)
+
+
+@pytest.mark.slow
+def test_without_a_run_folder_for_all_torchrun_ends_and_the_reason_is_named(tmp_path):
+    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", str(REPO / "train.py")]
+    words = [sys.executable, *launcher, "fit", *map(str, [*TINY, *DDP, "--trainer.devices", 2, "--epochs", 1])]
+    environment = {name: value for name, value in os.environ.items() if name != "CIFAR_LIGHTNING_RUN_DIR"}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 1  # torchrun's own
+    assert "need one --run_dir for all" in done.stderr
