@@ -204,7 +204,7 @@ def _published_by_timm(own_name: str, architecture: Mapping[str, Any]) -> tuple[
     config = importlib.import_module("timm.models").get_pretrained_cfg(own_name)
     if config is None or not config.has_weights:
         raise UserError(f"--model.pretrained true: timm has no weights of {own_name}; give a file of them.")
-    arguments = {key: value for key, value in architecture.items() if key != "name"}
+    arguments = {key: value for key, value in architecture.items() if key not in ("name", "keep_stem")}
     try:
         # timm reads them as data, and fits position embeddings to the size by itself.
         network = create_timm(own_name, **arguments, pretrained=True)

@@ -35,13 +35,16 @@ def torchvision_names() -> list[str]:
     return names
 
 
-def torchvision_network(name: str, num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
+def torchvision_network(
+    name: str, num_classes: int, image_size: int, *, keep_stem: bool = False, **kwargs: Any
+) -> nn.Module:
     """Make one of torchvision's classification networks; those with auxiliary heads without them.
 
     Args:
         name: As torchvision writes it, such as resnet101.
         num_classes: Length of the logits.
         image_size: Side of the square pictures in pixels.
+        keep_stem: Whether small pictures get ImageNet's stem all the same.
         **kwargs: Of torchvision's function.
 
     Raises:
@@ -58,7 +61,7 @@ def torchvision_network(name: str, num_classes: int, image_size: int, **kwargs: 
         network: nn.Module = models.get_model(name, num_classes=num_classes, **_size_arguments(name, size), **kwargs)
         return network
 
-    return _fitted(name, make, image_size)
+    return _fitted(name, make, image_size, keep_stem)
 
 
 def _size_arguments(name: str, image_size: int) -> dict[str, Any]:
@@ -99,20 +102,21 @@ def timm_names() -> list[str]:
     return names
 
 
-def timm_network(name: str, num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
+def timm_network(name: str, num_classes: int, image_size: int, *, keep_stem: bool = False, **kwargs: Any) -> nn.Module:
     """Make one of timm's networks.
 
     Args:
         name: As timm writes it, such as resnet26d, or with a tag that says which weights are meant.
         num_classes: Length of the logits.
         image_size: Side of the square pictures in pixels.
+        keep_stem: Whether small pictures get ImageNet's stem all the same.
         **kwargs: Of timm's function.
 
     Raises:
         UserError: timm is not installed, or the network takes no pictures of that size.
     """
     _refuse(kwargs)
-    return _fitted(f"timm/{name}", lambda size: create_timm(name, num_classes, size, **kwargs), image_size)
+    return _fitted(f"timm/{name}", lambda size: create_timm(name, num_classes, size, **kwargs), image_size, keep_stem)
 
 
 def create_timm(name: str, num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
@@ -154,33 +158,34 @@ def _refuse(kwargs: Iterable[str]) -> None:
             )
 
 
-def _fitted(name: str, make: Callable[[int], nn.Module], image_size: int) -> nn.Module:
+def _fitted(name: str, make: Callable[[int], nn.Module], image_size: int, keep_stem: bool = False) -> nn.Module:
     """Return a network whose stem suits the size of the pictures, tried with that size.
 
     Args:
         name: What errors call it.
         make: Makes it for a size.
         image_size: Side of the square pictures in pixels.
+        keep_stem: Whether small pictures get no other stem.
 
     Raises:
         UserError: It does not take them; names the next size that it takes.
         ValueError: It cannot be made for any size: other arguments are wrong.
     """
-    network, reason = _try(make, image_size)
+    network, reason = _try(make, image_size, keep_stem)
     if network is not None:
         return network
-    larger = _next_size(make, image_size)
+    larger = _next_size(make, image_size, keep_stem)
     if larger is None:
         raise ValueError(reason)
     reason = clipped(reason, 120)
     raise UserError(f"image_size {image_size}: {name} cannot take it ({reason}); the next size that works is {larger}.")
 
 
-def _try(make: Callable[[int], nn.Module], image_size: int) -> tuple[nn.Module | None, str]:
+def _try(make: Callable[[int], nn.Module], image_size: int, keep_stem: bool) -> tuple[nn.Module | None, str]:
     """Return a network that takes a size, or None and why there is none."""
     try:
         network = make(image_size)
-        if image_size <= SMALL_PX and adapt_stem(network) and why_not(network, image_size):
+        if image_size <= SMALL_PX and not keep_stem and adapt_stem(network) and why_not(network, image_size):
             network = make(image_size)  # as its makers have it
         reason = why_not(network, image_size)
     except (TypeError, UserError):  # other arguments are wrong, or a library is missing
@@ -190,14 +195,14 @@ def _try(make: Callable[[int], nn.Module], image_size: int) -> tuple[nn.Module |
     return (None, reason) if reason else (network, "")
 
 
-def _next_size(make: Callable[[int], nn.Module], image_size: int) -> int | None:
+def _next_size(make: Callable[[int], nn.Module], image_size: int, keep_stem: bool) -> int | None:
     """Return the smallest size above one at which a network can be made and answers; shapes alone are computed."""
 
     def works(size: int) -> bool:
         with torch.device("meta"):
-            network, reason = _try(make, size)
+            network, reason = _try(make, size, keep_stem)
         if "meta tensor" in reason:  # regnets compute their widths with tensors, which so have no values
-            network, _ = _try(make, size)
+            network, _ = _try(make, size, keep_stem)
         return network is not None
 
     multiples = {(image_size // step + 1) * step for step in _MULTIPLES}

@@ -118,3 +118,11 @@ def test_making_networks_warns_of_nothing(recwarn):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert isinstance(zoo.torchvision_network("shufflenet_v2_x0_5", 7, 32), nn.Module)
+
+
+def test_imagenets_stem_can_be_kept_for_small_pictures():
+    with torch.device("meta"):
+        kept = build_model("resnet18", 10, 32, keep_stem=True)
+        adapted = build_model("resnet18", 10, 32)
+    assert (kept.conv1.kernel_size, kept.conv1.stride) == ((7, 7), (2, 2))
+    assert (adapted.conv1.kernel_size, adapted.conv1.stride) == ((3, 3), (1, 1))
