@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py --data ROOT                    SmallNet on 5,000 pictures, every part, seed 0
     python benchmarks/ablations.py --data ROOT --seeds 1,2 --only ema,cutmix
-    python benchmarks/ablations.py --data ROOT --suite stems      ResNet-18 with the stem for small pictures or ImageNet's
+    python benchmarks/ablations.py --data ROOT --suite stems      ResNet-18, stem for small pictures or ImageNet's
 
 Accuracy is that on validation pictures, so that test stays for the runs that are reported; they are as many as a split
 allows, since one picture in a hundred is what is looked for. With --json runs are added to the file and those that are
