@@ -354,7 +354,7 @@ def recipe_name(recipes: Sequence[object], network: str) -> str:
         network: Its name.
     """
     if not recipes:
-        return network
+        return network.replace("/", "_")  # timm/resnet26d: one folder, as of all others
     recipe = Path(str(recipes[-1])).resolve()
     is_of_a_run = recipe.name == "config.yaml" and recipe.parent.name.isdecimal()
     return recipe.parent.parent.name if is_of_a_run else recipe.stem

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.runs import RunFolder, RunLock, create_run, open_run
+from cifar_lightning.runs import RunFolder, RunLock, create_run, open_run, recipe_name
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and fork")
 
@@ -216,3 +216,16 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != run.checkpoints)
     with pytest.raises(UserError, match=r"(?s)checkpoints cannot be written.*copy"):
         run.check_writable()
+
+
+@pytest.mark.parametrize(
+    ("recipes", "network", "name"),
+    [
+        ([], "smallnet", "smallnet"),
+        ([], "timm/resnet26d", "timm_resnet26d"),
+        (["configs/smallnet_cpu.yaml"], "timm/resnet26d", "smallnet_cpu"),
+        (["runs/mine/3/config.yaml"], "smallnet", "mine"),
+    ],
+)
+def test_a_run_is_filed_under_its_recipe_or_its_network(recipes, network, name):
+    assert recipe_name(recipes, network) == name
