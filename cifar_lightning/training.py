@@ -25,7 +25,6 @@ from cifar_lightning.failures import explained, of_settings
 from cifar_lightning.files import MetricsTable, write_text_durably
 from cifar_lightning.findings import find
 from cifar_lightning.memory import keep_freed_memory
-from cifar_lightning.models import build_model
 from cifar_lightning.noise import silence
 from cifar_lightning.parser import TABLE, RunParser, add_own_flags, as_list, check_arguments, config_text, table_text
 from cifar_lightning.precision import settle_precision
@@ -35,6 +34,7 @@ from cifar_lightning.results import Results
 from cifar_lightning.resume import Changes, StopPoint, clear_up, find_changes, locked, other_pictures, stop_point
 from cifar_lightning.runs import RunFolder, create_run, discard_run, is_first_process, open_run, recipe_name
 from cifar_lightning.signals import StopSignals
+from cifar_lightning.stems import why_not
 from cifar_lightning.terminal import print_findings, print_validation
 from cifar_lightning.tune import LrRange, find_lr, write_lr_range
 from cifar_lightning.weights import load_weights, read_checkpoint
@@ -142,7 +142,7 @@ class RunCLI(LightningCLI):
         # Before a folder is made: a mistake should not leave an empty run behind.
         self.datamodule.prepare_data()
         self.datamodule.setup()
-        self._check_sizes(config.model)
+        self._check_sizes()
         monitored = False
         if self.subcommand == "fit":
             monitored = bool(self.datamodule.num_pictures("val")) and config.trainer.limit_val_batches != 0
@@ -170,14 +170,13 @@ class RunCLI(LightningCLI):
                 discard_run(self.run)
             raise
 
-    def _check_sizes(self, model: Namespace) -> None:
-        """Refuse pictures of an epoch that are too small for the network."""
-        smallest = min(self.datamodule.train_sizes)
-        if smallest < self.datamodule.image_size:
-            try:
-                build_model(model.name, self.datamodule.num_classes, smallest, **(model.model_kwargs or {}))
-            except UserError as error:
-                raise UserError(f"--data.train_sizes {list(self.datamodule.train_sizes)}: {error}") from error
+    def _check_sizes(self) -> None:
+        """Refuse pictures of an epoch that the network does not take."""
+        data = self.datamodule
+        for size in sorted({*data.train_sizes} - {data.image_size}):
+            reason = why_not(self.model.network, size)
+            if reason:
+                raise UserError(f"--data.train_sizes {list(data.train_sizes)}: the network takes no {size} ({reason}).")
 
     def _callbacks(self, settings: Namespace, monitored: bool) -> list[pl.Callback]:
         """Return the callbacks that were asked for and those that every run has."""

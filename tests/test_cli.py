@@ -112,7 +112,7 @@ def test_an_epochs_pictures_that_the_network_cannot_take_are_refused_before_a_ru
 ):
     flags = ["--data.dataset", "synthetic", "--model.name", "speednet", "--data.train_sizes", "[8, 32]"]
     said = fail(monkeypatch, capsys, tmp_path, "fit", *flags)
-    assert "--data.train_sizes [8, 32]: image_size 8: speednet with 3 groups needs 9 pixels" in said
+    assert "--data.train_sizes [8, 32]: the network takes no 8 (" in said
     assert not (tmp_path / "runs").exists()
 
 
