@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS, CONFIGS = Path(__file__).parent / "results", Path(__file__).parent.parent / "configs"
 
 
 def summarize(run: Path, note: str) -> dict[str, Any]:
@@ -51,6 +51,13 @@ def summarize(run: Path, note: str) -> dict[str, Any]:
         "test_sha256": split["sha256"]["test"],
         "note": note,
     }
+
+
+def comparable(lines: list[dict[str, Any]], recipe: str) -> list[dict[str, Any]]:
+    """Return the whole runs among a speed recipe's results: those of the recipe as it is now, and its peers'."""
+    settings = yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    runs = [line for line in lines if "accuracy" in line and line["recipe"] == recipe]
+    return [line for line in runs if line["who"] != "ours" or line.get("settings") == settings]
 
 
 def main() -> None:

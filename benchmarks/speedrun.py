@@ -28,6 +28,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from peers import peer_of
+from record import comparable
 from speedrun_peers import PEERS
 
 from cifar_lightning.environment import describe_environment
@@ -49,8 +50,9 @@ def our_run(recipe: str, seed: int, flags: list[str], folder: Path) -> dict[str,
     metrics = json.loads((run / "test_metrics.json").read_text(encoding="utf-8"))
     figures |= {"accuracy": metrics["accuracy"], "accuracy_one_view": metrics.get("accuracy_one_view")}
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    figures |= {"commit": environment["commit"], "dirty": environment["dirty"], "precision": environment["precision"]}
-    return figures
+    figures |= {key: environment[key] for key in ("commit", "dirty", "precision")}
+    # A recipe changes, and only runs of one and the same may be put together.
+    return figures | {"settings": yaml.safe_load(recipe_path(recipe).read_text(encoding="utf-8"))}
 
 
 def peer_run(name: str, checkout: Path, pictures: Path, seed: int, steps: int | None, folder: Path) -> dict[str, Any]:
@@ -160,10 +162,10 @@ def hardware_name() -> str:
 
 
 def summarize(lines: list[dict[str, Any]], peers: dict[str, Path]) -> None:
-    """Print means and spread, and the ratio of times as the last line."""
+    """Print means and spread of this machine's runs, and the ratio of times as the last line."""
     seconds = {}
     for who in ("ours", *peers):
-        own = [line for line in lines if line["who"] == who]
+        own = [line for line in lines if line["who"] == who and line["hardware"] == hardware_name()]
         if not own:
             continue
         accuracies = [100 * line["accuracy"] for line in own]
@@ -212,7 +214,7 @@ def main() -> None:
             print(f"ratio={statistics.median(ratios):.3f}")
             return
         whole_runs(args, peers, folder, lines)
-    summarize(lines, peers)
+    summarize(comparable(lines, args.recipe), peers)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,13 @@ python benchmarks/table.py --write      puts them between the README's markers
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from record import comparable
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -63,9 +68,8 @@ def _speed_rows(what: str, recipe: str, command: str) -> list[str]:
     path = HERE / "results" / f"{recipe}.json"
     lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for line in lines:
-        if "accuracy" in line:
-            groups.setdefault((line["who"], line.get("precision", "32-true"), line["hardware"]), []).append(line)
+    for line in comparable(lines, recipe):
+        groups.setdefault((line["who"], line["precision"], line["hardware"]), []).append(line)
     if not groups:
         return [f"| {what} | not measured | not measured | - | `{command}` |"]
     rows = []

@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+import yaml
+from program import REPO
+from record import comparable
 from speedrun_clock import Clock
 from speedrun_peers import PEERS, load
 from test_classifier import NARROW, small_data, trainer
@@ -49,3 +52,12 @@ def test_the_clocks_windows_hold_each_other(tmp_path):
     assert len(figures["train_s"]) == 2
     assert sum(figures["train_s"]) + figures["evaluate_s"] <= figures["seconds"]
     assert figures["seconds"] - figures["evaluate_s"] <= figures["fit_s"]
+
+
+def test_only_runs_of_a_recipe_as_it_is_now_are_put_together():
+    settings = yaml.safe_load((REPO / "configs" / "speedrun94.yaml").read_text(encoding="utf-8"))
+    ours = {"who": "ours", "recipe": "speedrun94", "accuracy": 0.9, "settings": settings}
+    earlier = {**ours, "settings": {**settings, "trainer": {"max_epochs": 3}}}
+    peer = {"who": "airbench", "recipe": "speedrun94", "accuracy": 0.9}
+    lines = [ours, earlier, peer, {**ours, "recipe": "speedrun95"}, {"who": "epochs in turn"}]
+    assert comparable(lines, "speedrun94") == [ours, peer]
