@@ -31,6 +31,8 @@ from cifar_lightning.environment import describe_environment
 
 HERE = Path(__file__).resolve().parent
 BASE = "base"
+# Student's two-sided 5 % for n seeds.
+_T_QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def verdict(points: list[float], num_pictures: int) -> str:
         told = "cannot tell" if abs(mean) < chance else "one seed alone"
         return f"{mean:+.2f} points (n=1, no spread): {told}"
     spread = statistics.stdev(points)
-    told = "cannot tell" if abs(mean) < 2 * spread / math.sqrt(len(points)) else "more than chance"
+    beyond = _T_QUANTILES[min(len(points), max(_T_QUANTILES))] * spread / math.sqrt(len(points))
+    told = "cannot tell" if abs(mean) < beyond else "more than chance"
     return f"{mean:+.2f} points (± {spread:.2f}, n={len(points)}): {told}"
 
 
@@ -151,26 +154,30 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="add the runs to this file")
     args = parser.parse_args()
     suite = SUITES[args.suite]
-    unknown = sorted(set(args.only or ()) - suite.parts.keys())
+    unknown = sorted(set(args.only or ()) - (suite.parts.keys() - {BASE}))
     if unknown:
         parser.error(f"--only {unknown[0]}: of {args.suite} there are {', '.join(suite.parts)}")
     if args.precision:
         suite.flags.append(f"--trainer.precision={args.precision}")
     every = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else []
-    lines = [line for line in every if line["suite"] == args.suite]
+    lines = [line for line in every if (line["suite"], line["asked_precision"]) == (args.suite, args.precision)]
     wanted = [part for part in suite.parts if not args.only or part == BASE or part in args.only]
     hardware = {key: describe_environment()[key] for key in ("num_usable_cpus", "cpu")}
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
             for part in wanted:
                 is_there = any((line["part"], line["seed"]) == (part, seed) for line in lines)
-                is_needed = part == BASE and any(view in wanted for view in suite.views)
+                is_needed = part == BASE and any(
+                    view in wanted and not any((line["part"], line["seed"]) == (view, seed) for line in lines)
+                    for view in suite.views
+                )
                 if is_there and not is_needed:
                     continue
                 run = Path(folder) / (BASE if part in suite.views else part)
                 figures = measure(suite, part, seed, args.data, run)
                 if not is_there:
                     lines.append({"suite": args.suite, "part": part, "seed": seed, **figures, **hardware})
+                    lines[-1]["asked_precision"] = args.precision
                     every.append(lines[-1])
                 print(
                     f"seed {seed}, {part}: {100 * figures['accuracy']:.2f} % in {figures['seconds']:.0f} s", flush=True

@@ -21,16 +21,23 @@ class EmaWeights(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        def average(averages: list[Tensor], currents: list[Tensor], num_averaged: Tensor | int) -> None:
+        def average(averages: list[Tensor], currents: list[Tensor], _: Tensor | int) -> None:
             if not averages[0].is_floating_point():  # counts and marks; all of a list are of one type
                 torch._foreach_copy_(averages, currents)
                 return
-            count = int(num_averaged)
+            assert self._average_model is not None
+            count = int(self._average_model.n_averaged)
             torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + count) / (10 + count)))
 
         # BatchNorm's statistics are averaged, too: those of the raw weights do not fit the averaged ones.
         super().__init__(use_buffers=True, multi_avg_fn=average)
         self._is_exchanged = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make the average; its counter stays on the CPU, since reading it makes the host wait in each step."""
+        super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:
+            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate the average."""

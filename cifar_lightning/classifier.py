@@ -1,6 +1,5 @@
 """ImageClassifier: a network with its loss, metrics, optimiser and schedule, for the Lightning Trainer."""
 
-import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,10 +22,10 @@ from cifar_lightning.mixing import Mixing
 from cifar_lightning.models import build_model, compile_network
 from cifar_lightning.optim import OptimizerName, build_optimizer, settings_of
 from cifar_lightning.pretrained import load_pretrained
-from cifar_lightning.schedules import ScheduleName, make_schedule, rise_share
+from cifar_lightning.schedules import ScheduleName, follows_plan, make_schedule, rise_share
 from cifar_lightning.speednet import SpeedNet
 from cifar_lightning.steps import count_steps
-from cifar_lightning.totals import TrainTotals
+from cifar_lightning.totals import TrainTotals, means_of
 from cifar_lightning.views import Views, view_logits
 from cifar_lightning.weights import describe_misfits, plain, progress_of
 
@@ -58,14 +57,12 @@ class ImageClassifier(pl.LightningModule):
         cutmix: Strength of pasting a part of one training picture into another; 0 is off, 1 usual.
         schedule: one_cycle, linear (from the peak in a line to 0) or cosine (to 0 along half a cosine).
         pct_start: Share of the steps in which the rate rises; by default 0.3 with one_cycle, 0 with the others.
-        ema_decay: Validate, test and keep a moving average of the weights, of which a step leaves this share, such as
-            0.999; 0 is off.
-        stem_share: Share of the steps in which speednet's stem is trained; with several processes not by one_cycle.
+        ema_decay: Share that a step leaves of a moving average of the weights, which is then tested; 0 is off.
+        stem_share: Share of the steps in which speednet's stem is trained; not by one_cycle on several processes.
         tta: Average the answers to views of a picture in test, validate and predict (not while training): none, mirror
             or six (mirrored and moved by a pixel).
         model_kwargs: More arguments of the network, such as {widths: [16, 32, 64], dropout: 0.2}.
-        pretrained: Begin a new run with trained weights in all layers but the last: true for the library's published
-            ones, or a file. The pictures are then normalised as those weights expect.
+        pretrained: Begin with trained weights in all layers but the last: true for published ones, or a file.
         compile: Compile the network for training with torch.compile, where a compiler is there.
         model: A network of one's own that gives raw logits, instead of `name`; from Python only.
 
@@ -167,38 +164,47 @@ class ImageClassifier(pl.LightningModule):
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:
-        """Take trained weights, and have the pictures normalised for them; a run that goes on has its own.
-
-        Raises:
-            UserError: They cannot be had, or do not fit.
-        """
-        if stage != "fit" or self._pretrained is False or self.trainer.ckpt_path is not None:
-            return
-        expected = load_pretrained(self.network, self._architecture, self._pretrained)
-        data = getattr(self.trainer, "datamodule", None)
-        if expected is not None and data is not None:
-            data.mean, data.std = expected.mean, expected.std
-
     def on_fit_start(self) -> None:
-        """Make the epoch's sums (a run resumed inside an epoch has no start of it) and SpeedNet's filters; compile.
-
-        Raises:
-            UserError: SpeedNet was not whitened, and its pictures are not an `ImageDataModule`'s.
-        """
+        """Make the epoch's sums (a run resumed inside an epoch has no start of it) and what it needs; compile."""
         self.totals = TrainTotals(self.device)
         if self._is_to_compile:
             compile_network(self.network, self.device)
             self._is_to_compile = False
-        data = getattr(self.trainer, "datamodule", None)
+        self.prepare(getattr(self.trainer, "datamodule", None))
+
+    def prepare(self, data: Any) -> None:
+        """Take from the data what training needs: class weights and, unless a checkpoint has them, SpeedNet's filters.
+
+        Raises:
+            UserError: SpeedNet was not whitened, and its pictures are not an `ImageDataModule`'s.
+        """
         weights = getattr(data, "class_weights", None)
         self._class_weights = None if weights is None else torch.tensor(weights, device=self.device)
+        if self._resumed_at is None:
+            self.take_pretrained(data)
         if not isinstance(self.network, SpeedNet) or self.network.stem.is_whitened:
             return
         sample = getattr(data, "sample_of_training", None)
         if sample is None:
             raise UserError("speednet: call network.stem.whiten(images) before `fit`, with normalised pictures.")
         self.network.stem.whiten(sample(_NUM_WHITENING).to(self.device))
+
+    def take_pretrained(self, data: Any) -> None:
+        """Begin with trained weights, once, where they were asked for; have our data normalised as they expect.
+
+        Raises:
+            UserError: They cannot be had, or do not fit.
+        """
+        if self._pretrained is False:
+            return
+        expected = load_pretrained(self.network, self._architecture, self._pretrained)
+        self._pretrained = False
+        if expected is None:
+            return
+        if hasattr(data, "sample_of_training"):
+            data.mean, data.std = expected.mean, expected.std
+        else:
+            print(f"--model.pretrained: normalise the pictures with mean {expected.mean} and std {expected.std}.")
 
     def on_train_start(self) -> None:
         """Put this run's settings in force, and a guard over its loss."""
@@ -214,7 +220,8 @@ class ImageClassifier(pl.LightningModule):
             return
         optimizer, config = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0]
         phases = config.scheduler.state_dict().get("_schedule_phases")
-        if ([settings_of(group) for group in optimizer.param_groups], phases) == self._planned:
+        found = [settings_of(group) for group in optimizer.param_groups]
+        if (found, phases) == self._planned and follows_plan(config.scheduler):
             return
         for group, settings in zip(optimizer.param_groups, self._planned[0], strict=True):
             group.update(settings)
@@ -270,7 +277,7 @@ class ImageClassifier(pl.LightningModule):
         """
         if self._guard is not None and self.trainer.world_size == 1:
             self._guard.check(self.trainer.current_epoch)
-        return self.totals.means()
+        return means_of(self.totals.stacked())
 
     def _check_guard(self) -> None:
         if self._guard is not None:
@@ -285,12 +292,8 @@ class ImageClassifier(pl.LightningModule):
             RunError: The loss was not finite in some step.
         """
         self._check_guard()
-        own = self.totals
-        sums = torch.stack([own.loss_sum, own.num_correct, torch.full_like(own.loss_sum, own.num_pictures)])
-        loss_total, correct, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        loss, acc = (loss_total / count, correct / count) if count else (math.nan, math.nan)
-        return {"train/loss": loss, "train/acc": acc, "lr": float(lr)}
+        sums = self.trainer.strategy.reduce(self.totals.stacked(), reduce_op="sum")
+        return means_of(sums) | {"lr": float(self.trainer.optimizers[0].param_groups[0]["lr"])}
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return the average of the weights, where one is asked for."""

@@ -39,7 +39,8 @@ class ImageDataModule(pl.LightningDataModule):
             its pictures.
         val_fraction: Share of the training pictures held out for validation, stratified by class; 0 trains on all. A
             folder with a val/ has its own validation pictures, and the share is not used.
-        limit: Train on this many pictures, validation's included, every class with its share; by default all.
+        limit: Take this many training pictures, those for validation included where they are split off, and of every
+            class its share; by default all.
         class_weights: balanced lets every class count the same in the loss of ImageClassifier, however few pictures it
             has.
         sampler: balanced shows every class equally often in training, and so repeats pictures of small classes.
@@ -224,6 +225,8 @@ class ImageDataModule(pl.LightningDataModule):
         """Return the classes in words, after `setup()`: how many and the first names; where it is so, how uneven."""
         names = ", ".join(self.class_names[:_NAMED]) + (", ..." if self.num_classes > _NAMED else "")
         imbalance = describe_imbalance(self._class_counts(), self.class_names)
+        if imbalance and not (self.has_class_weights or self.is_balanced):
+            imbalance += "; --data.class_weights balanced or --data.sampler balanced lets them count alike"
         return [f"{self.num_classes}: {names}", *([imbalance] if imbalance else [])]
 
     def _class_counts(self) -> Tensor:

@@ -67,6 +67,8 @@ class EpochSampler:
         self.seed, self.training, self.drop_last, self.balanced_by = seed, training, drop_last, balanced_by
         self.epoch = 0
         self.position = 0  # batches of `epoch` already given
+        self.places: list[Tensor] | None = None
+        """Of each batch that `begin` returned, its pictures' places in the epoch, where a picture may have several."""
         self._resume_at = 0
         self._announced = True  # whether the next iteration is `epoch` itself or the one after
 
@@ -107,8 +109,13 @@ class EpochSampler:
             order = torch.randperm(len(self.indices), generator=generator)
         else:
             order = balanced_order(self.balanced_by, generator)
-        shuffled = self.indices[order]
-        global_batches = torch.split(shuffled, self.batch_size * self.rank.count)[: len(self)]
+        batches = self._dealt(self.indices[order])
+        if self.balanced_by is not None:
+            self.places = self._dealt(torch.arange(len(order)))[self.position :]
+        return batches
+
+    def _dealt(self, of_epoch: Tensor) -> list[Tensor]:
+        global_batches = torch.split(of_epoch, self.batch_size * self.rank.count)[: len(self)]
         return [self._share(batch) for batch in global_batches]
 
     def _share(self, batch: Tensor) -> Tensor:
@@ -168,11 +175,14 @@ class PictureLoader(ABC):
                 epoch=self.sampler.epoch,
                 device=self.device,
             )
+        # A picture that is shown again in an epoch gets draws of its own: those of its place, not of its number.
+        places = None if self.sampler.places is None else iter(_on_device(self.sampler.places, self.device))
         for pictures, images, targets in self._gather(batches):
             if size != self.image_size:
                 images = resize(images, size)
             if self.augmentation is not None and draws is not None:
-                finished = augment(images, draws.of(pictures), self.augmentation, mean=self.mean, std=self.std)
+                rows = pictures if places is None else next(places)
+                finished = augment(images, draws.of(rows), self.augmentation, mean=self.mean, std=self.std)
             else:
                 finished = normalize(images, mean=self.mean, std=self.std)
             # Before the yield: code after the last one does not run, since Lightning stops at the length.
@@ -207,11 +217,7 @@ class ResidentLoader(PictureLoader):
         self.images, self.targets = images, targets
 
     def _gather(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        if not batches:
-            return
-        # One transfer of all indices an epoch: a transfer a batch would make the host wait in every step.
-        on_device = torch.cat(batches).to(self.device)
-        for pictures in torch.split(on_device, [len(batch) for batch in batches]):
+        for pictures in _on_device(batches, self.device):
             yield pictures, self.images.index_select(0, pictures), self.targets.index_select(0, pictures)
 
 
@@ -304,6 +310,11 @@ class _Rows(Dataset[tuple[Tensor, Tensor, Tensor]]):
             path, offset, shape = state["images"]
             state["images"] = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=shape)
         self.__dict__.update(state)
+
+
+def _on_device(batches: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """Move an epoch's batches of indices at once: a transfer a batch would make the host wait in every step."""
+    return torch.split(torch.cat(batches).to(device), [len(batch) for batch in batches]) if batches else ()
 
 
 def _as_it_is(batch: Any) -> Any:

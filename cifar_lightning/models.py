@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.resnets import PreActResNet, WideResNet
-from cifar_lightning.speednet import SpeedNet as SpeedNet
+from cifar_lightning.speednet import SpeedNet
 from cifar_lightning.stems import SMALL_PX
 from cifar_lightning.wording import clipped
 from cifar_lightning.zoo import (

@@ -37,6 +37,12 @@ _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
 # The signatures say str, since a data set or network of one's own is one more line there.
 _NAMES = {"model.name": tuple(MODELS), "data.dataset": DATASETS}
 _PREFIXES = {"model.name": tuple(f"{library}/" for library in LIBRARIES)}  # of further names, a library's
+# Which flags of --model each optimiser looks at, beside --model.lr.
+_READ_BY = {
+    "adamw": {"weight_decay"},
+    "sgd": {"weight_decay", "sgd_momentum"},
+    "muon": {"sgd_lr", "head_lr", "momentum", "sgd_momentum", "sgd_weight_decay"},
+}
 # What `build_model` gets from the data and from --model.name.
 _NOT_OF_A_MODEL = ("name", "num_classes", "image_size", "in_channels")
 _MOST_DEVICES = 1024  # of one machine; a typo would start that many processes
@@ -93,6 +99,23 @@ def check_arguments(command: str, config: Namespace) -> None:
     epochs = config.trainer.max_epochs
     if command == "fit" and (epochs == 0 or (epochs in (None, -1) and config.trainer.max_steps == -1)):
         raise UserError(f"--epochs {epochs}: 1 or more; the schedule needs an end.")
+    if command == "fit":
+        _refuse_what_is_not_read(config)
+
+
+def _refuse_what_is_not_read(config: Namespace) -> None:
+    """Refuse flags that the optimiser or the network does not look at, and pairs of which one would win in silence."""
+    unread = {name for names in _READ_BY.values() for name in names} - _READ_BY[config.model.optimizer]
+    for name in sorted(unread):
+        value = config.get(f"model.{name}")
+        if value != table()[f"model.{name}"]["default"]:
+            raise UserError(f"--model.{name} {value}: {config.model.optimizer} does not use it; leave it out.")
+    if config.model.stem_share != 1 and config.model.name != "speednet":
+        raise UserError(f"--model.stem_share {config.model.stem_share}: {config.model.name} has no stem for it.")
+    if config.init_weights and config.model.pretrained is not False:
+        raise UserError("--init_weights beside --model.pretrained: give one of them.")
+    if config.data.class_weights == config.data.sampler == "balanced":
+        raise UserError("--data.class_weights balanced beside --data.sampler balanced: give one, or both would count.")
 
 
 def _refuse_nothing(config: Namespace) -> None:

@@ -10,6 +10,7 @@ The head is always new: its classes are others. Two things are fitted to another
 """
 
 import importlib
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.models import torchvision_name
+from cifar_lightning.runs import is_first_process
 from cifar_lightning.weights import describe_misfits, read_checkpoint, read_weights, statistics_of, weights_of
 from cifar_lightning.wording import clipped
 from cifar_lightning.zoo import create_timm
@@ -90,7 +92,7 @@ def load_pretrained(
     if misfits:
         raise UserError(f"{origin} do not fit: {misfits}.\nGive those of {name} with the same --model.model_kwargs.")
     network.load_state_dict(theirs)
-    if changes:
+    if changes and is_first_process():
         print(f"--model.pretrained: {'; '.join(changes)}.")
     return normalization
 
@@ -160,11 +162,22 @@ def _side(filters: Tensor) -> str:
 def _of_file(path: Path, name: str) -> tuple[dict[str, Tensor], Normalization | None]:
     """Return a file's weights and the normalisation of its run, or else of its name in torchvision."""
     if path.suffix == ".safetensors":
-        return read_weights(path), _torchvision_normalization(name)
+        return read_weights(path), _exported_normalization(path) or _torchvision_normalization(name)
     checkpoint = read_checkpoint(path)
     statistics = statistics_of(checkpoint)
     normalization = Normalization(*statistics) if statistics else _torchvision_normalization(name)
     return weights_of(checkpoint, path), normalization
+
+
+def _exported_normalization(path: Path) -> Normalization | None:
+    """Return what `export` has written into a file; others have none."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata() or {}
+    if not {"mean", "std"} <= about.keys():
+        return None
+    return Normalization(tuple(json.loads(about["mean"])), tuple(json.loads(about["std"])))
 
 
 def _published(architecture: Mapping[str, Any]) -> tuple[dict[str, Tensor], Normalization | None]:

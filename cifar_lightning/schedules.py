@@ -63,6 +63,15 @@ def make_schedule(
     return LambdaLR(optimizer, factors, last_epoch=last_epoch)
 
 
+def follows_plan(schedule: LRScheduler) -> bool:
+    """Whether the rates that a checkpoint brought are those of this plan; of OneCycle its phases are to be compared."""
+    if not isinstance(schedule, LambdaLR):
+        return True
+    factors = [shape(schedule.last_epoch) for shape in schedule.lr_lambdas]
+    planned = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+    return planned == schedule.get_last_lr()
+
+
 def _one_cycle(optimizer: torch.optim.Optimizer, total_steps: int, share: float, last_epoch: int) -> OneCycleLR:
     peaks = [group["lr"] if last_epoch == -1 else group["max_lr"] for group in optimizer.param_groups]
     if share * total_steps == 1:

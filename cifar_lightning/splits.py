@@ -104,13 +104,13 @@ def balanced_order(targets: Int64[Tensor, " pictures"], generator: torch.Generat
 
 
 def describe_imbalance(counts: Int64[Tensor, " classes"], class_names: tuple[str, ...]) -> str | None:
-    """Return a line on how uneven the classes are, and what may be done; None where they are nearly even."""
+    """Return in words how uneven the classes are; None where they are nearly even."""
     least, most = int(counts.argmin()), int(counts.argmax())
     if counts[most] < _UNEVEN * counts[least]:
         return None
     return (
         f"Uneven classes: {class_names[most]} has {int(counts[most]):,} training pictures, {class_names[least]} "
-        f"{int(counts[least]):,}; --data.class_weights balanced or --data.sampler balanced lets them count alike."
+        f"{int(counts[least]):,}"
     )
 
 

@@ -1,5 +1,7 @@
 """What an epoch's training adds up to so far: loss, correct answers, pictures."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -44,10 +46,9 @@ class TrainTotals:
         """Pictures since this process began the epoch, or went on with it."""
         return self.num_pictures - self._num_restored
 
-    def means(self) -> dict[str, float]:
-        """Return train/loss and train/acc so far; waits for the device."""
-        count = max(1, self.num_pictures)
-        return {"train/loss": self.loss_sum.item() / count, "train/acc": self.num_correct.item() / count}
+    def stacked(self) -> Float[Tensor, "3"]:
+        """Return loss sum, correct answers and pictures, which several processes may add up."""
+        return torch.stack([self.loss_sum, self.num_correct, torch.full_like(self.loss_sum, self.num_pictures)])
 
     def state(self) -> tuple[Tensor, Tensor, int]:
         """Return loss sum, correct answers (both on the CPU) and pictures, for a checkpoint."""
@@ -59,3 +60,11 @@ class TrainTotals:
         self.loss_sum = loss_sum.to(self.loss_sum.device)
         self.num_correct = num_correct.to(self.num_correct.device)
         self._num_restored = self.num_pictures
+
+
+def means_of(sums: Float[Tensor, "3"]) -> dict[str, float]:
+    """Return train/loss and train/acc of loss sum, correct answers and pictures; NaN of none. Waits for the device."""
+    loss_sum, num_correct, num_pictures = sums.tolist()
+    if not num_pictures:
+        return {"train/loss": math.nan, "train/acc": math.nan}
+    return {"train/loss": loss_sum / num_pictures, "train/acc": num_correct / num_pictures}

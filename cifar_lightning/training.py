@@ -220,6 +220,7 @@ class RunCLI(LightningCLI):
             if reason:
                 raise UserError(f"{self.run.path}: {reason}; going on would train on its validation pictures.")
         else:
+            self.model.take_pretrained(self.datamodule)  # before a folder is made: it may fail
             found = self._tune(config) if config.tune_lr else None
             if config.ckpt_path:
                 read_checkpoint(Path(config.ckpt_path))  # a damaged one should not leave an empty run behind
@@ -358,6 +359,7 @@ class TuneCLI(RunCLI):
         config = self.config["fit"]
         self.datamodule.prepare_data()
         self.datamodule.setup()
+        self.model.take_pretrained(self.datamodule)
         found = self._tune(config)
         run = create_run(
             RUNS,

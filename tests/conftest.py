@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # whose judge
 CHECKED = ("augment", "models", "optim", "loader", "classifier", "analysis", "calibration", "figures")
 CHECKED += ("speednet", "resnets", "stems", "pretrained")
 CHECKED += ("weights", "predict", "export", "gallery", "results", "statements", "findings", "comparison")
-CHECKED += ("operations", "policies")
+CHECKED += ("operations", "policies", "mixing", "splits", "totals", "views")
 install_import_hook([f"cifar_lightning.{name}" for name in CHECKED], "beartype.beartype")
 
 

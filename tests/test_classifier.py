@@ -334,6 +334,35 @@ def test_trained_weights_begin_a_run_with_their_normalisation_and_a_new_head(tmp
     assert data.mean != (0.485, 0.456, 0.406)  # a file of a network of ours says nothing of its pictures
 
 
+def test_a_run_that_goes_on_does_not_ask_for_its_trained_weights_again(tmp_path):
+    path = tmp_path / "trained.pt"
+    torch.save(ImageClassifier(image_size=16, model_kwargs=NARROW).network.state_dict(), path)
+    settings = {"image_size": 16, "model_kwargs": NARROW, "pretrained": str(path)}
+    first = trainer(tmp_path, max_epochs=1)
+    first.fit(ImageClassifier(**settings), small_data())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    path.unlink()
+    second, module = trainer(tmp_path, max_epochs=2), ImageClassifier(**settings)
+    second.fit(module, small_data(), ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    assert second.global_step == 18
+
+
+def test_more_epochs_move_a_line_that_is_gone_on_with(tmp_path):
+    settings = {"image_size": 16, "model_kwargs": NARROW, "lr": 0.1, "schedule": "linear"}
+    first = trainer(tmp_path, max_epochs=2)
+    first.fit(ImageClassifier(**settings), small_data())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    rates = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    second = trainer(tmp_path, max_epochs=4, callbacks=[Look()])
+    second.fit(ImageClassifier(**settings), small_data(), ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    assert rates == pytest.approx([0.1 * (1 - step / 36) for step in range(18, 36)])
+
+
 def test_weights_of_torchvision_have_the_pictures_normalised_as_there(tmp_path):
     trained = build_model("mobilenet_v3_small", num_classes=3, image_size=32)
     torch.save(trained.state_dict(), tmp_path / "trained.pt")

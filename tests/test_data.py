@@ -202,6 +202,20 @@ def test_a_balanced_sampler_shows_every_class_equally_often_and_validation_as_it
     assert torch.bincount(torch.cat([targets for _, targets in module.val_dataloader()])).tolist() == [2, 18]
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_picture_that_is_shown_again_is_changed_anew_and_a_resumed_epoch_goes_on_with_the_same(uneven, num_workers):
+    module = ImageDataModule(
+        "folder", str(uneven), batch_size=10, sampler="balanced", val_fraction=0.3, num_workers=num_workers
+    )
+    whole = list(module.train_dataloader())
+    images, targets = (torch.cat(parts) for parts in zip(*whole, strict=True))
+    assert len(images[targets == 0].flatten(1).unique(dim=0)) > 15  # of 23 showings of 4 pictures
+    resumed = module.train_dataloader()
+    resumed.load_state_dict({"epoch": 0, "position": 2})
+    for (left, _), (right, _) in zip(whole[2:], resumed, strict=True):
+        assert torch.equal(left, right)
+
+
 def test_two_ranks_share_a_balanced_epoch(uneven):
     module = ImageDataModule("folder", str(uneven), batch_size=10, sampler="balanced", val_fraction=0)
     module.setup()
@@ -222,7 +236,10 @@ def test_it_says_which_classes_there_are_and_how_uneven(uneven):
     module.setup()
     names, imbalance = module.describe_classes()
     assert names == "2: few, many"
-    assert "many has 54 training pictures, few 5" in imbalance
+    assert "many has 54 training pictures, few 5; --data.class_weights balanced" in imbalance
+    weighted = ImageDataModule("folder", str(uneven), batch_size=10, class_weights="balanced")
+    weighted.setup()
+    assert weighted.describe_classes()[1].endswith("few 5")
     even = synthetic()
     even.setup()
     assert len(even.describe_classes()) == 1

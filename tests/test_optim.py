@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cifar_lightning.models import SmallNet, SpeedNet
+from cifar_lightning.models import SmallNet
 from cifar_lightning.optim import Muon, build_optimizer, orthogonalize
 from cifar_lightning.schedules import make_schedule
+from cifar_lightning.speednet import SpeedNet
 
 
 def reference_orthogonalize(matrix, num_iterations):

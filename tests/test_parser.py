@@ -2,6 +2,7 @@
 
 import pytest
 from jsonargparse import Namespace
+from program import REPO
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.models import MODELS
@@ -110,3 +111,25 @@ def test_what_would_fail_later_is_refused(command, ckpt_path, epochs, expected):
     config = Namespace(ckpt_path=ckpt_path, trainer=Namespace(max_epochs=epochs, max_steps=-1))
     with pytest.raises(UserError, match=expected):
         check_arguments(command, config)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model.sgd_lr=0.2"], r"--model\.sgd_lr 0\.2: adamw does not use it"),
+        (["--model.optimizer=sgd", "--model.momentum=0.5"], r"--model\.momentum 0\.5: sgd does not use it"),
+        (["--model.optimizer=muon", "--model.weight_decay=0.1"], r"--model\.weight_decay 0\.1: muon does not use it"),
+        (["--model.stem_share=0.5"], r"--model\.stem_share 0\.5: smallnet has no stem"),
+        (["--init_weights=a", "--model.pretrained=true"], "--init_weights beside --model.pretrained"),
+        (["--data.class_weights=balanced", "--data.sampler=balanced"], "--data.class_weights balanced beside"),
+    ],
+)
+def test_a_flag_that_would_have_no_effect_is_refused(parser, flags, expected):
+    parsed = parser.parse_args(flags)
+    with pytest.raises(UserError, match=expected):
+        check_arguments("fit", parsed)
+
+
+@pytest.mark.parametrize("recipe", sorted((REPO / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_recipe_has_such_a_flag(parser, recipe):
+    check_arguments("fit", parser.parse_args(["--config", str(recipe)]))

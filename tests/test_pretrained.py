@@ -190,7 +190,7 @@ def test_the_head_is_the_last_layer_of_as_many_classes():
 # -- timm --------------------------------------------------------------------------------------------------------
 
 
-def test_timm_loads_its_own_and_the_stem_is_fitted(monkeypatch, capsys):
+def test_timm_loads_its_own_weights_with_their_normalisation(monkeypatch):
     timm = pytest.importorskip("timm")
     theirs = timm.create_model("resnet10t").state_dict()
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **kwargs: dict(theirs))
@@ -217,3 +217,16 @@ def test_timms_networks_without_weights_and_without_a_connection_say_so(monkeypa
         architecture = {"name": f"timm/{name}", "num_classes": 5, "image_size": 32}
         with pytest.raises(UserError, match=message):
             load_pretrained(build_model(**architecture), architecture, True)
+
+
+def test_an_export_of_a_run_brings_the_normalisation_of_its_pictures(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    network = build_model(**NARROW)
+    about = {"mean": "[0.1, 0.2, 0.3]", "std": "[0.4, 0.5, 0.6]"}
+    for name, metadata, expected in (
+        ("of_a_run", about, Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))),
+        ("plain", None, None),
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        safetensors.save_file(network.state_dict(), path, metadata=metadata)
+        assert load_pretrained(build_model(**NARROW), NARROW, path) == expected

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from cifar_lightning.models import SmallNet, SpeedNet
+from cifar_lightning.models import SmallNet
 from cifar_lightning.optim import build_optimizer
-from cifar_lightning.schedules import make_schedule, rise_share
+from cifar_lightning.schedules import follows_plan, make_schedule, rise_share
+from cifar_lightning.speednet import SpeedNet
 
 
 def rates_of(name, total_steps, **kwargs):
@@ -92,6 +93,22 @@ def test_a_stem_that_is_never_trained_never_has_a_rate():
     optimizer = build_optimizer(SpeedNet(widths=(4, 4, 4)), "muon", lr=0.2, weight_decay=0.0, sgd_lr=5.0)
     make_schedule(optimizer, "linear", total_steps=10, stem_steps=0)
     assert {group["role"]: group["lr"] for group in optimizer.param_groups}["stem"] == 0
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_a_plan_that_a_checkpoint_does_not_follow_is_noticed(name):
+    def made(total_steps):
+        optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+        return optimizer, make_schedule(optimizer, name, total_steps=total_steps, pct_start=0.2)
+
+    optimizer, schedule = made(10)
+    for _ in range(7):
+        optimizer.step()
+        schedule.step()
+    for total_steps, is_same in ((10, True), (20, False)):
+        _, restored = made(total_steps)
+        restored.load_state_dict(schedule.state_dict())
+        assert follows_plan(restored) is is_same
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])

@@ -101,5 +101,4 @@ def test_places_that_do_not_divide_go_to_different_classes():
 def test_imbalance_is_told_from_one_and_a_half_times_on():
     assert describe_imbalance(torch.tensor([140, 100]), ("cat", "dog")) is None
     told = describe_imbalance(torch.tensor([3000, 20]), ("cat", "dog"))
-    assert "cat has 3,000 training pictures, dog 20" in told
-    assert "--data.class_weights balanced" in told
+    assert told == "Uneven classes: cat has 3,000 training pictures, dog 20"

@@ -5,6 +5,7 @@ import torch
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.optim import Muon
+from cifar_lightning.speednet import WhiteningConv
 from cifar_lightning.tune import MAX_LR, MIN_LR, find_lr
 
 CPU = {"accelerator": "cpu"}
@@ -50,6 +51,22 @@ def test_muon_keeps_the_ratios_of_its_rates(data, monkeypatch):
         assert rates["vectors"] == pytest.approx(2 * rates["filters"])
         assert rates["matrices"] == pytest.approx(0.2 * rates["filters"])
     assert (found.sgd_lr, found.head_lr) == pytest.approx((2 * found.suggestion, 0.2 * found.suggestion))
+
+
+def test_it_trains_as_the_run_will_with_class_weights_and_whitened_filters(monkeypatch):
+    whitened, weights, cross_entropy = [], [], torch.nn.functional.cross_entropy
+    monkeypatch.setattr(WhiteningConv, "whiten", lambda self, images: whitened.append(len(images)))
+
+    def watch(*args, **kwargs):
+        weights.append(kwargs["weight"])
+        return cross_entropy(*args, **kwargs)
+
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", watch)
+    settings = {"name": "speednet", "model_kwargs": {"widths": [4, 4]}, "optimizer": "muon", "lr": 0.1}
+    data = ImageDataModule("synthetic", image_size=16, batch_size=100, class_weights="balanced")
+    find_lr(ImageClassifier(image_size=16, **settings), data, **CPU)
+    assert whitened == [4500]
+    assert all(weight is not None for weight in weights)
 
 
 def test_a_loss_that_is_not_a_number_ends_in_words(data, monkeypatch):
