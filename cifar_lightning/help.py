@@ -18,14 +18,22 @@ _WORDS = {
     "resume": ("RUN", "go on with a run in its folder, with its own config; flags beside it change its training"),
     "epochs": ("N", "how often training sees every picture"),
     "batch_size": ("N", "training pictures a step and process"),
-    "lr": ("X", "peak learning rate of OneCycle"),
+    "lr": ("X", "peak learning rate"),
     "seed_everything": ("N", "seed of weights and dropout; --data.seed is that of split, order and augmentation"),
     "trainer.precision": ("P", "16-mixed, bf16-mixed or 32-true; by default 16-mixed on a GPU, else 32-true"),
     "trainer.devices": ("N", "number of processes; by default all GPUs, or one process on the CPU"),
     "ckpt_path": ("FILE", "a checkpoint, instead of a run folder"),
 }
 _OF_FIT: tuple[str, ...] = ("config", "epochs", "batch_size", "lr", "data.dataset", "data.root", "data.val_fraction")
-_OF_FIT += ("model.name", "model.optimizer", "seed_everything", "trainer.precision", "trainer.devices")
+_OF_FIT += (
+    "data.limit",
+    "model.name",
+    "model.pretrained",
+    "model.optimizer",
+    "seed_everything",
+    "trainer.precision",
+    "trainer.devices",
+)
 
 
 @dataclass(frozen=True)
