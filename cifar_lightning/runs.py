@@ -26,6 +26,8 @@ else:
 
 # Past the end of the file: Windows also blocks reading what is locked, and the process id must stay legible.
 _LOCKED_BYTE = 1 << 20
+_RUN_OF_FIRST = "CIFAR_LIGHTNING_RUN_DIR"
+_NEEDS_RUN_DIR = "several processes started from outside (torchrun, SLURM) need one --run_dir for all."
 
 
 class RunLock:
@@ -250,8 +252,10 @@ def create_run(base: Path, recipe: str, run_dir: Path | None = None) -> RunFolde
         run_dir: The folder that was asked for by `--run_dir`.
 
     Raises:
-        UserError: The folder is refused, is in use, or cannot be made.
+        UserError: The folder is refused, is in use, or cannot be made; or others could not know which it is.
     """
+    if run_dir is None and is_started_from_outside():
+        raise UserError(_NEEDS_RUN_DIR)
     chosen = base / recipe if run_dir is None else run_dir
     try:
         make_folder(chosen)
@@ -360,6 +364,29 @@ def recipe_name(recipes: Sequence[object], network: str) -> str:
     return recipe.parent.parent.name if is_of_a_run else recipe.stem
 
 
+def announce_run(run: RunFolder) -> None:
+    """Tell the run to the processes that Lightning's launcher starts, which run the command again and must join it."""
+    os.environ[_RUN_OF_FIRST] = str(run.path)
+
+
+def join_run(known: str | Path | None) -> RunFolder:
+    """Return the run of the first process: the one that it has announced, or the one that all were given.
+
+    Raises:
+        UserError: There is neither.
+    """
+    chosen = os.environ.get(_RUN_OF_FIRST) or known
+    if chosen is None:
+        raise UserError(_NEEDS_RUN_DIR)
+    return RunFolder(Path(chosen))
+
+
 def is_first_process() -> bool:
     """Return whether this process is the first of all, whoever started them: Lightning, torchrun or SLURM."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def is_started_from_outside() -> bool:
+    """Return whether torchrun or SLURM has started several processes, which know nothing of each other yet."""
+    counts = {"TORCHELASTIC_RUN_ID": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}
+    return any(mark in os.environ and int(os.environ.get(count, "1")) > 1 for mark, count in counts.items())

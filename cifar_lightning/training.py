@@ -32,7 +32,16 @@ from cifar_lightning.progress import RunProgress
 from cifar_lightning.report import make_report
 from cifar_lightning.results import Results
 from cifar_lightning.resume import Changes, StopPoint, clear_up, find_changes, locked, other_pictures, stop_point
-from cifar_lightning.runs import RunFolder, create_run, discard_run, is_first_process, open_run, recipe_name
+from cifar_lightning.runs import (
+    RunFolder,
+    announce_run,
+    create_run,
+    discard_run,
+    is_first_process,
+    join_run,
+    open_run,
+    recipe_name,
+)
 from cifar_lightning.signals import StopSignals
 from cifar_lightning.stems import why_not
 from cifar_lightning.terminal import print_findings, print_validation
@@ -41,8 +50,6 @@ from cifar_lightning.weights import load_weights, read_checkpoint
 
 RUNS = Path("runs")
 _EVALUATING = ("validate", "test", "predict")
-# Lightning's launcher runs the command again for each further process, which must join the first one's run.
-_RUN_OF_RANK_0 = "CIFAR_LIGHTNING_RUN_DIR"
 
 
 def run_training(command: str, arguments: Sequence[str], *, resumed: RunFolder | None = None) -> None:
@@ -206,11 +213,7 @@ class RunCLI(LightningCLI):
     def _make_run(self, config: Namespace) -> None:
         """Make the run folder of `fit`, or open the one that it goes on with."""
         if not is_first_process():
-            known = self.resumed.path if self.resumed is not None else config.run_dir
-            chosen = os.environ.get(_RUN_OF_RANK_0) or known
-            if chosen is None:
-                raise UserError("several processes started from outside (torchrun, SLURM) need one --run_dir for all.")
-            self.run = RunFolder(Path(chosen))
+            self.run = join_run(self.resumed.path if self.resumed is not None else config.run_dir)
             return
         if self.resumed is not None:
             self.run = self.resumed
@@ -230,7 +233,7 @@ class RunCLI(LightningCLI):
             write_text_durably(self.run.config, config_text(self._parser("fit"), config))
             if found is not None:
                 write_lr_range(self.run, found)
-        os.environ[_RUN_OF_RANK_0] = str(self.run.path)
+        announce_run(self.run)
 
     @staticmethod
     def _new_folder(config: Namespace, suffix: str = "") -> RunFolder:
@@ -361,11 +364,7 @@ class TuneCLI(RunCLI):
         self.datamodule.setup()
         self.model.take_pretrained(self.datamodule)
         found = self._tune(config)
-        run = create_run(
-            RUNS,
-            f"{recipe_name(config.config, config.model.name)}_tune",
-            Path(config.run_dir) if config.run_dir else None,
-        )
+        run = self._new_folder(config, "_tune")
         write_text_durably(run.config, config_text(self._parser("fit"), config))
         write_lr_range(run, found)
         print(f"Suggested peak: {found.suggestion:.2g}, where the loss fell fastest in {len(found.lrs)} steps.")

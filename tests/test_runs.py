@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.runs import RunFolder, RunLock, create_run, open_run, recipe_name
+from cifar_lightning.runs import (
+    RunFolder,
+    RunLock,
+    announce_run,
+    create_run,
+    is_started_from_outside,
+    join_run,
+    open_run,
+    recipe_name,
+)
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and fork")
 
@@ -229,3 +238,41 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
 )
 def test_a_run_is_filed_under_its_recipe_or_its_network(recipes, network, name):
     assert recipe_name(recipes, network) == name
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, False),
+        ({"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2"}, True),
+        ({"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "1"}, False),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, True),
+        ({"SLURM_NTASKS": "4"}, False),  # a shell of a SLURM job, without srun
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, False),  # Lightning's own launcher
+    ],
+)
+def test_torchrun_and_slurm_are_told_from_lightnings_own_launcher(monkeypatch, variables, expected):
+    for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert is_started_from_outside() is expected
+
+
+def test_further_processes_join_the_run_that_was_announced_before_the_one_that_was_given(monkeypatch, tmp_path):
+    monkeypatch.delenv("CIFAR_LIGHTNING_RUN_DIR", raising=False)
+    with pytest.raises(UserError, match="need one --run_dir"):
+        join_run(None)
+    assert join_run(tmp_path / "given").path == tmp_path / "given"
+    monkeypatch.setenv("CIFAR_LIGHTNING_RUN_DIR", "")  # so that the test's end removes what comes now
+    announce_run(RunFolder(tmp_path / "announced"))
+    assert join_run(tmp_path / "given").path == tmp_path / "announced"
+
+
+def test_the_first_of_several_makes_no_folder_that_the_others_cannot_know(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="need one --run_dir"):
+        create_run(tmp_path, "smallnet")
+    assert list(tmp_path.iterdir()) == []
+    create_run(tmp_path, "smallnet", tmp_path / "mine").lock.release()

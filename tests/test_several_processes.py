@@ -127,3 +127,4 @@ def test_without_a_run_folder_for_all_torchrun_ends_and_the_reason_is_named(tmp_
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 1  # torchrun's own
     assert "need one --run_dir for all" in done.stderr
+    assert not (tmp_path / "runs").exists()
