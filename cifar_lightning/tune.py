@@ -63,6 +63,7 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
     quiet = {"logger": False, "callbacks": [], "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "max_epochs": -1, "limit_val_batches": 0, "max_steps": NUM_STEPS}
     tuned = copy.deepcopy(module)
+    data.setup()
     tuned.prepare(data)  # Lightning's test never calls on_fit_start
     if module.optimizer_name == "muon":
         _keep_ratios(tuned)

@@ -217,7 +217,7 @@ def test_a_picture_that_is_shown_again_is_changed_anew_and_a_resumed_epoch_goes_
 
 
 def test_two_ranks_share_a_balanced_epoch(uneven):
-    module = ImageDataModule("folder", str(uneven), batch_size=10, sampler="balanced", val_fraction=0)
+    module = ImageDataModule("folder", str(uneven), batch_size=10, sampler="balanced", val_fraction=0.0)
     module.setup()
     shares = [module._sampler("train", training=True, rank=Rank(index, 2)).begin() for index in range(2)]
     shown = torch.tensor(module._pictures["train"].targets)[torch.cat([*shares[0], *shares[1]])]
