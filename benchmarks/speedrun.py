@@ -105,7 +105,7 @@ def compare_epochs(args: argparse.Namespace, peers: dict[str, Path], folder: Pat
         theirs = PEER_STEPS * statistics.mean(steps_s)
         ours = {}
         for size in sorted(set(plan)):
-            flags = ["--trainer.max_epochs=1", f"--data.train_sizes=[{size}]", "--model.stem_share=0.0"]
+            flags = ["--trainer.max_epochs=1", f"--data.train_sizes=[{size},{sizes[-1]}]", "--model.stem_share=0.0"]
             flags += ["--model.tta=none", *our_flags(args)]
             ours[size] = our_run(args.recipe, number, flags, folder)["train_s"][0]
         total = sum(ours[size] for size in plan)

@@ -204,7 +204,8 @@ def hyperparameters_of(config: Mapping[str, Any]) -> dict[str, bool | str | floa
     """
     model, data, trainer = (config.get(group) or {} for group in ("model", "data", "trainer"))
     changes = ("crop_padding_px", "flip", "cutout_px", "brightness", "contrast", "policy", "erasing")
-    of_model = ("cutmix", "ema_decay", "label_smoothing", "lr", "mixup", "optimizer", "pct_start", "schedule")
+    of_model = ("label_smoothing", "lr", "optimizer", "pct_start", "schedule", "sgd_lr", "weight_decay")
+    extras = [name for name in ("cutmix", "ema_decay", "mixup") if model.get(name) not in _OFF]
     values = {
         "batch_size": data.get("batch_size"),
         "epochs": trainer.get("max_epochs"),
@@ -213,7 +214,7 @@ def hyperparameters_of(config: Mapping[str, Any]) -> dict[str, bool | str | floa
         "precision": trainer.get("precision"),
         "random_changes": ", ".join(f"{name} {data[name]}" for name in changes if data.get(name) not in _OFF) or None,
         "seed": config.get("seed_everything"),
-        **{name: model.get(name) for name in (*of_model, "sgd_lr", "weight_decay")},
+        **{name: model.get(name) for name in (*of_model, *extras)},
     }
     return {
         name: value if isinstance(value, bool | str | float | int) else str(value)

@@ -48,8 +48,8 @@ class ImageDataModule(pl.LightningDataModule):
             processes; by default 0 where the set fits in memory, else 2.
         seed: Seed of split, order and augmentation.
         eval_batch_size: Pictures a step in validation, test and prediction.
-        train_sizes: Sides in pixels of each epoch's training pictures, such as [24, 24, 28, 32]; the last one stays.
-            Small pictures early cost less time; by default all have image_size.
+        train_sizes: Sides in pixels of each epoch's training pictures, such as [24, 24, 28, 32]; the last one stays,
+            and is image_size. Small pictures early cost less time; by default all have image_size.
         crop_padding_px: Pixels a training picture may move each way; 0 is off.
         crop_mode: What fills a moved picture's border: reflect or zeros.
         flip: Mirror training pictures: random, alternating (each picture every second epoch) or none.
@@ -120,6 +120,11 @@ class ImageDataModule(pl.LightningDataModule):
             crop_padding_px, crop_mode, flip, cutout_px, brightness, contrast, policy=policy, erasing=erasing
         )
         self.train_sizes = tuple(train_sizes or [self.image_size])
+        if self.train_sizes[-1] != self.image_size:
+            raise UserError(
+                f"--data.train_sizes {list(self.train_sizes)}: the last size stays to the end of training and must be "
+                f"that of the test, --data.image_size {self.image_size}."
+            )
         for size in self.train_sizes:
             if not LIMITS["data.image_size"].holds(size):
                 advice = LIMITS["data.image_size"].advice

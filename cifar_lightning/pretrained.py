@@ -92,8 +92,9 @@ def load_pretrained(
     if misfits:
         raise UserError(f"{origin} do not fit: {misfits}.\nGive those of {name} with the same --model.model_kwargs.")
     network.load_state_dict(theirs)
-    if changes and is_first_process():
-        print(f"--model.pretrained: {'; '.join(changes)}.")
+    if is_first_process():
+        told = "" if normalization is None else "; pictures are normalised as they were for them"
+        print(f"{origin}: taken, all but the last layer's{told}{''.join(f'; {change}' for change in changes)}.")
     return normalization
 
 
@@ -161,6 +162,8 @@ def _side(filters: Tensor) -> str:
 
 def _of_file(path: Path, name: str) -> tuple[dict[str, Tensor], Normalization | None]:
     """Return a file's weights and the normalisation of its run, or else of its name in torchvision."""
+    if not path.exists():
+        raise UserError(f"--model.pretrained {path}: no such file; give true, or a file of weights.")
     if path.suffix == ".safetensors":
         return read_weights(path), _exported_normalization(path) or _torchvision_normalization(name)
     checkpoint = read_checkpoint(path)

@@ -216,6 +216,10 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
         ("training", f"{length}, peak lr {module.lr:g}"),
         ("hardware", f"{name}, precision {trainer.precision}"),
     ]
+    last_size = data.train_sizes[min(trainer.max_epochs or 1, len(data.train_sizes)) - 1]
+    if last_size != data.image_size and trainer.max_epochs != -1:
+        told = f"too few epochs for --data.train_sizes: trained at {last_size} pixels to the end, tested at"
+        rows.insert(3, ("", f"{told} {data.image_size}"))
     if held_out == 0:
         rows.insert(2, ("", "nothing held out: no best checkpoint, no early stopping; the final weights are tested"))
     if run is not None:

@@ -28,7 +28,7 @@ class OtherModule(pl.LightningModule):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", default="synthetic", help="or cifar10, cifar100, folder")
+    parser.add_argument("--dataset", default="synthetic", choices=["synthetic", "cifar10", "cifar100", "folder"])
     parser.add_argument("--root", default="data", help="where the pictures are, or are downloaded to")
     parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()

@@ -11,7 +11,7 @@ from cifar_lightning import ImageDataModule
 def main() -> None:
     """Train a small network and print its test accuracy."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", default="synthetic", help="or cifar10, cifar100, folder")
+    parser.add_argument("--dataset", default="synthetic", choices=["synthetic", "cifar10", "cifar100", "folder"])
     parser.add_argument("--root", default="data", help="where the pictures are, or are downloaded to")
     parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()

@@ -17,7 +17,7 @@ def main() -> None:
     """Train the network from random weights and print its test accuracy."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="resnet10t", help="a name of timm.list_models()")
-    parser.add_argument("--dataset", default="synthetic", help="or cifar10, cifar100, folder")
+    parser.add_argument("--dataset", default="synthetic", choices=["synthetic", "cifar10", "cifar100", "folder"])
     parser.add_argument("--root", default="data", help="where the pictures are, or are downloaded to")
     parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()

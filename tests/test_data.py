@@ -168,7 +168,8 @@ def test_a_checkpoint_of_other_classes_is_refused():
         ({"device": "gpu"}, "--data.device gpu"),
         ({"num_workers": -1}, "--data.num_workers -1"),
         ({"crop_padding_px": 40}, "--data.crop_padding_px 40"),
-        ({"train_sizes": [24, 0]}, r"--data.train_sizes \[24, 0\]: each 1 to 4096"),
+        ({"train_sizes": [0, 32]}, r"--data.train_sizes \[0, 32\]: each 1 to 4096"),
+        ({"train_sizes": [24, 28]}, r"--data.train_sizes \[24, 28\]: the last size stays .* --data.image_size 32"),
         ({"train_sizes": [4, 32]}, "--data.crop_padding_px 4: 0 to 3 for 4-pixel pictures"),
     ],
 )

@@ -122,3 +122,10 @@ def test_the_time_left_counts_this_process_batches_and_the_epochs_to_come(monkey
     assert bar._seconds_left(bar._trainer, 50, 20.0) == pytest.approx(2 * 50 + 2 * 100)
     bar._epochs_timed = [90.0]
     assert bar._seconds_left(bar._trainer, 50, 20.0) == pytest.approx(2 * 50 + 90)
+
+
+def test_too_few_epochs_for_the_sizes_of_pictures_are_told(tmp_path):
+    for sizes, is_told in (([8, 12, 12, 16], True), ([12, 16], False)):
+        file = io.StringIO()
+        fit_with(tmp_path, bar_on(file), train_sizes=sizes)  # two epochs
+        assert ("trained at 12 pixels to the end, tested at 16" in " ".join(file.getvalue().split())) is is_told
