@@ -113,7 +113,8 @@ def compare_epochs(args: argparse.Namespace, peers: dict[str, Path], folder: Pat
         rounds.append({"peer_epoch_s": theirs, "our_epoch_s": ours, "ratio": ratio})
         parts = ", ".join(f"{size} px {seconds:.0f} s" for size, seconds in ours.items())
         print(f"round {number + 1}: an epoch of {name} {theirs:.0f} s, ours {parts}; training {ratio:.3f}x", flush=True)
-    return {"peer": name, "plan": plan, "rounds": rounds}
+    about = {key: describe_environment()[key] for key in ("commit", "dirty")}
+    return {"recipe": args.recipe, "peer": name, "plan": plan, "rounds": rounds, "precision": args.precision, **about}
 
 
 def our_flags(args: argparse.Namespace) -> list[str]:
@@ -162,20 +163,22 @@ def hardware_name() -> str:
 
 
 def summarize(lines: list[dict[str, Any]], peers: dict[str, Path]) -> None:
-    """Print means and spread of this machine's runs, and the ratio of times as the last line."""
-    seconds = {}
-    for who in ("ours", *peers):
-        own = [line for line in lines if line["who"] == who and line["hardware"] == hardware_name()]
-        if not own:
-            continue
+    """Print means and spread of this machine's runs by precision, and the ratios of times; the newest run's last."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in reversed(lines):  # the newest first
+        if line["who"] in ("ours", *peers) and line["hardware"] == hardware_name():
+            groups.setdefault((line["who"], line["precision"]), []).append(line)
+    seconds = {group: statistics.median(line["seconds"] for line in own) for group, own in groups.items()}
+    for (who, precision), own in groups.items():
         accuracies = [100 * line["accuracy"] for line in own]
         spread = f"± {statistics.stdev(accuracies):.2f}, n={len(own)}" if len(own) > 1 else "n=1, no spread"
-        seconds[who] = statistics.median(line["seconds"] for line in own)
-        print(f"{who}: {statistics.mean(accuracies):.2f} % ({spread}), {seconds[who]:.0f} s (median)")
-    for who in peers:
-        if "ours" in seconds and who in seconds:
-            print(f"time of ours over {who}'s, whole runs, {hardware_name()}:")
-            print(f"ratio={seconds['ours'] / seconds[who]:.3f}")
+        took_s = seconds[who, precision]
+        print(f"{who}, {precision}: {statistics.mean(accuracies):.2f} % ({spread}), {took_s:.0f} s (median)")
+    for who, precision in reversed([group for group in groups if group[0] == "ours"]):
+        for peer in (group for group in groups if group[0] != "ours"):
+            runs = f"{len(groups[who, precision])} and {len(groups[peer])} whole runs, {hardware_name()}"
+            print(f"time of ours in {precision} over {peer[0]}'s in {peer[1]}, {runs}:")
+            print(f"ratio={seconds[who, precision] / seconds[peer]:.3f}")
 
 
 def main() -> None:

@@ -35,7 +35,6 @@ _COUNT = Limit(1, math.inf, "1 or more")
 _PIXELS = Limit(0, math.inf, "0 (off) or more")
 _SHARE = Limit(0, 1, "0 to below 1")
 _STRENGTH = Limit(0, 1, "0 (off) to 1", through=True)
-
 _MIX = Limit(0, math.inf, "0 (off) or more, such as 0.2")
 
 LIMITS = {

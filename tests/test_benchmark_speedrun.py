@@ -1,8 +1,10 @@
 """What `benchmarks/speedrun.py` relies on: peers that are what is expected, and a clock whose windows fit."""
 
 import json
+from pathlib import Path
 
 import pytest
+import speedrun
 import torch
 import yaml
 from program import REPO
@@ -61,3 +63,18 @@ def test_only_runs_of_a_recipe_as_it_is_now_are_put_together():
     peer = {"who": "airbench", "recipe": "speedrun94", "accuracy": 0.9}
     lines = [ours, earlier, peer, {**ours, "recipe": "speedrun95"}, {"who": "epochs in turn"}]
     assert comparable(lines, "speedrun94") == [ours, peer]
+
+
+def test_times_are_compared_for_each_precision_apart_and_on_this_machine_alone(capsys, monkeypatch):
+    monkeypatch.setattr(speedrun, "hardware_name", lambda: "here")
+
+    def run(who, precision, seconds, hardware="here"):
+        return {"who": who, "precision": precision, "seconds": seconds, "accuracy": 0.94, "hardware": hardware}
+
+    lines = [run("ours", "32-true", 80), run("airbench", "32-true", 100), run("airbench", "32-true", 1, "elsewhere")]
+    lines += [run("ours", "bf16-mixed", 40), run("ours", "bf16-mixed", 60)]
+    speedrun.summarize(lines, {"airbench": Path("checkout")})
+    printed = capsys.readouterr().out.splitlines()
+    assert "ours, bf16-mixed: 94.00 % (± 0.00, n=2), 50 s (median)" in printed
+    assert [line for line in printed if line.startswith("ratio=")] == ["ratio=0.800", "ratio=0.500"]
+    assert printed[-1] == "ratio=0.500"
