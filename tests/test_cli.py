@@ -207,3 +207,8 @@ def test_a_new_user_trains_tests_looks_predicts_exports_and_trains_on(tmp_path):
     assert "epoch 3/3" in done.stdout
     assert [path.name for path in (tmp_path / "runs" / "smallnet").iterdir()] == ["1"]
     assert len(run.metrics_csv.read_text().splitlines()) == 4
+
+
+def test_trained_weights_that_are_not_there_leave_no_run(monkeypatch, capsys, tmp_path):
+    said = fail(monkeypatch, capsys, tmp_path, "fit", *TINY, "--model.pretrained", "nowhere.pt")
+    assert "--model.pretrained nowhere.pt: no such file; give true, or a file of weights." in said

@@ -197,6 +197,22 @@ def test_the_schedule_does_not_change(run):
         find_changes(run, changed(model={"name": "smallnet", "schedule": "linear"}))
 
 
+@pytest.mark.parametrize(
+    ("key", "before", "now"),
+    [
+        ("model.ema_decay", 0.0, 0.999),
+        ("model.pretrained", False, True),
+        ("data.limit", None, 5000),
+        ("data.val_fraction", 0.1, 0.2),
+    ],
+)
+def test_what_the_checkpoint_or_the_split_depends_on_does_not_change(run, key, before, now):
+    group, name = key.split(".")
+    run.config.write_text(changed(**{group: {name: before}}))
+    with pytest.raises(UserError, match=rf"--{re.escape(key)} {now}: .* has {before}, which its checkpoint depends on"):
+        find_changes(run, changed(**{group: {name: now}}))
+
+
 def test_a_damaged_config_is_named(run):
     run.config.write_text("model: [")
     with pytest.raises(UserError, match=r"config\.yaml: damaged"):
