@@ -112,6 +112,7 @@ def recipe_parts(recipe: str) -> Parts:
     names = ("lr", "sgd_lr", "head_lr", "momentum", "sgd_momentum", "sgd_weight_decay")
     optimizer = {name: model[name] for name in names} | {"name": model["optimizer"], "weight_decay": 0.0}
     plain = ["--data.train_sizes=[32]", "--model.tta=none", "--trainer.precision=32-true", "--model.model_kwargs=null"]
+    plain += ["--model.stem_share=1.0"]  # one layer has no stem
     return Parts(
         optimizer,
         lambda optimizer, steps: make_schedule(optimizer, "linear", total_steps=steps),
