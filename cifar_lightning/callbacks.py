@@ -245,7 +245,7 @@ def skip_idle_hooks(callbacks: Sequence[pl.Callback]) -> None:
     """Let Lightning pass over the hooks of a step that a callback does not fill.
 
     It calls each of them, six a step for every callback, but leaves out what is not callable: with this, `fit` adds
-    0.80 of what barebones adds to a step, without it 1.08 (benchmarks/LOG.md).
+    0.80 to 0.90 of what barebones adds to a step, without it 1.08 (benchmarks/LOG.md).
     """
     for callback in callbacks:
         for name in _STEP_HOOKS:

@@ -1,0 +1,14 @@
+"""What `benchmarks/overhead.py --recipe` gives to `fit` is taken by a network without a stem."""
+
+import pytest
+from overhead import recipe_parts
+
+from cifar_lightning.cli import training_arguments
+from cifar_lightning.parser import check_arguments
+from cifar_lightning.training import fit_parser
+
+
+@pytest.mark.parametrize("recipe", ["speedrun94", "speedrun95", "speedrun96"])
+def test_a_recipes_flags_fit_another_network(recipe):
+    flags, _ = training_arguments("fit", [*recipe_parts(recipe).flags, "--model.name=smallnet"])
+    check_arguments("fit", fit_parser().parse_args(flags))
