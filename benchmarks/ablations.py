@@ -86,7 +86,14 @@ SUITES = {
     ),
     "stems": Suite(
         "ResNet-18 with ImageNet's stem, 300 steps of 64 pictures, AdamW; 5,000 validation pictures",
-        ["--trainer.max_steps=300", "--epochs=1", "--batch_size=64", "--lr=0.001", "--model.name=resnet18"],
+        [
+            "--data.limit=24200",  # 300 x 64, and 5,000
+            "--data.val_fraction=0.2066",
+            "--epochs=1",
+            "--batch_size=64",
+            "--lr=0.001",
+            "--model.name=resnet18",
+        ],
         {BASE: ["--model.model_kwargs={keep_stem: true}"], "small stem": []},
     ),
 }
