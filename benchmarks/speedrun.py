@@ -4,11 +4,13 @@
     python benchmarks/speedrun.py --seeds 0,1,2 --json benchmarks/results/speedrun94.json
     python benchmarks/speedrun.py --peer airbench=DIR                         whole runs of both in turn
     python benchmarks/speedrun.py --peer airbench=DIR --epochs --rounds 3     only an epoch of each, in turn
+    python benchmarks/speedrun.py --seeds 2,3,4,5 --jobs 4                    accuracies alone, four runs at a time
 
 Every run is a process of its own; ours is the ordinary `fit`, checkpoints, logging and report included. Two windows are
 given: the records' own (whitening, training and the final evaluation with six views) and the whole `Trainer.fit`. A
 peer runs from its own checkout of its public repository; what a CPU forces is changed in the text that is run, and
-printed. With --json finished runs are added to the file, so that seeds add up.
+printed. On a GPU a peer compiles for a minute first, outside both windows: --block lets that many seeds share a process
+of it. With --json finished runs are added to the file, so that seeds add up.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from cifar_lightning.environment import describe_environment
 from cifar_lightning.sources import open_source
 
 HERE = Path(__file__).resolve().parent
+TIMES = ("seconds", "fit_s", "evaluate_s", "train_s")
 PEER_EPOCHS, PEER_STEPS = 8, 25  # of airbench94_muon: 8 epochs of 25 batches of 2,000
 
 
@@ -55,16 +59,18 @@ def our_run(recipe: str, seed: int, flags: list[str], folder: Path) -> dict[str,
     return figures | {"settings": yaml.safe_load(recipe_path(recipe).read_text(encoding="utf-8"))}
 
 
-def peer_run(name: str, checkout: Path, pictures: Path, seed: int, steps: int | None, folder: Path) -> dict[str, Any]:
-    """Run a peer once; return its figures."""
+def peer_runs(
+    name: str, checkout: Path, pictures: Path, seeds: list[int], steps: int | None, folder: Path
+) -> list[dict[str, Any]]:
+    """Run a peer once for each seed, in one process; return the figures of each."""
     output = folder / "peer.json"
-    command = [sys.executable, str(HERE / "speedrun_peers.py"), name, str(checkout), str(pictures), str(seed)]
-    command += [str(output), *([] if steps is None else ["--steps", str(steps)])]
+    command = [sys.executable, str(HERE / "speedrun_peers.py"), name, str(checkout), str(pictures)]
+    command += [",".join(map(str, seeds)), str(output), *([] if steps is None else ["--steps", str(steps)])]
     execute(command, dict(os.environ))
-    figures: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    runs: list[dict[str, Any]] = json.loads(output.read_text(encoding="utf-8"))
     commit = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
     precision = "as it is" if torch.cuda.is_available() else "32-true"
-    return {**figures, "commit": commit.stdout.strip() or None, "precision": precision}
+    return [{**figures, "commit": commit.stdout.strip() or None, "precision": precision} for figures in runs]
 
 
 def execute(command: list[str], environment: dict[str, str]) -> None:
@@ -101,8 +107,8 @@ def compare_epochs(args: argparse.Namespace, peers: dict[str, Path], folder: Pat
     plan = [sizes[min(epoch, len(sizes) - 1)] for epoch in range(epochs)]
     rounds = []
     for number in range(args.rounds):
-        steps_s = peer_run(name, checkout, folder / "pictures.pt", number, PEER_STEPS - 1, folder)["step_s"]
-        theirs = PEER_STEPS * statistics.mean(steps_s)
+        (found,) = peer_runs(name, checkout, folder / "pictures.pt", [number], PEER_STEPS - 1, folder)
+        theirs = PEER_STEPS * statistics.mean(found["step_s"])
         ours = {}
         for size in sorted(set(plan)):
             flags = ["--trainer.max_epochs=1", f"--data.train_sizes=[{size},{sizes[-1]}]", "--model.stem_share=0.0"]
@@ -124,29 +130,42 @@ def our_flags(args: argparse.Namespace) -> list[str]:
 
 
 def whole_runs(args: argparse.Namespace, peers: dict[str, Path], folder: Path, lines: list[dict[str, Any]]) -> None:
-    """Run ours and the peers in turn for each seed; add a line for each to `lines`, and write them at once."""
+    """Run ours and the peers in turn for each block of seeds; add a line for each to `lines` and write it at once."""
     hardware = hardware_name()
-    for seed in args.seeds:
-        for who in ("ours", *peers):
-            if who == "ours":
-                line = our_run(args.recipe, seed, our_flags(args), folder)
-            else:
-                line = peer_run(who, peers[who], folder / "pictures.pt", seed, None, folder)
-            lines.append(
-                {"who": who, "recipe": args.recipe, "seed": seed, **line, "hardware": hardware, "note": args.note}
-            )
-            print(describe(lines[-1]), flush=True)
-            save(args.json, lines)
+
+    def add(who: str, seed: int, figures: dict[str, Any]) -> None:
+        about = {"who": who, "recipe": args.recipe, "seed": seed}
+        lines.append({**about, **figures, "hardware": hardware, "note": args.note})
+        print(describe(lines[-1]), flush=True)
+        save(args.json, lines)
+
+    def ours(seed: int) -> dict[str, Any]:
+        work = folder / f"seed{seed}"
+        work.mkdir()
+        figures = our_run(args.recipe, seed, our_flags(args), work)
+        # Beside others a run takes longer than it does.
+        return figures if args.jobs == 1 else {**figures, **dict.fromkeys(TIMES)}
+
+    for start in range(0, len(args.seeds), args.block):
+        seeds = args.seeds[start : start + args.block]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for seed, figures in zip(seeds, pool.map(ours, seeds), strict=True):
+                add("ours", seed, figures)
+        for who, checkout in peers.items():
+            found = peer_runs(who, checkout, folder / "pictures.pt", seeds, None, folder)
+            for seed, figures in zip(seeds, found, strict=True):
+                add(who, seed, figures)
 
 
 def describe(line: dict[str, Any]) -> str:
     """Return a run in words."""
-    fit = f", the whole fit {line['fit_s']:.0f} s" if "fit_s" in line else ""
+    fit = f", the whole fit {line['fit_s']:.4g} s" if line.get("fit_s") else ""
     one_view = (
         f"{100 * line['accuracy_one_view']:.2f} % with one view" if line["accuracy_one_view"] else "one view only"
     )
     accuracy = f"{100 * line['accuracy']:.2f} % ({one_view})"
-    return f"{line['who']}, seed {line['seed']}: {accuracy} in {line['seconds']:.0f} s{fit}"
+    took = f" in {line['seconds']:.4g} s{fit}" if line["seconds"] else ""
+    return f"{line['who']}, seed {line['seed']}: {accuracy}{took}"
 
 
 def save(path: Path | None, lines: list[dict[str, Any]]) -> None:
@@ -168,15 +187,16 @@ def summarize(lines: list[dict[str, Any]], peers: dict[str, Path]) -> None:
     for line in reversed(lines):  # the newest first
         if line["who"] in ("ours", *peers) and line["hardware"] == hardware_name():
             groups.setdefault((line["who"], line["precision"]), []).append(line)
-    seconds = {group: statistics.median(line["seconds"] for line in own) for group, own in groups.items()}
-    for (who, precision), own in groups.items():
+    timed = {group: [line["seconds"] for line in own if line["seconds"]] for group, own in groups.items()}
+    seconds = {group: statistics.median(own) for group, own in timed.items() if own}
+    for group, own in groups.items():
         accuracies = [100 * line["accuracy"] for line in own]
         spread = f"± {statistics.stdev(accuracies):.2f}, n={len(own)}" if len(own) > 1 else "n=1, no spread"
-        took_s = seconds[who, precision]
-        print(f"{who}, {precision}: {statistics.mean(accuracies):.2f} % ({spread}), {took_s:.0f} s (median)")
-    for who, precision in reversed([group for group in groups if group[0] == "ours"]):
-        for peer in (group for group in groups if group[0] != "ours"):
-            runs = f"{len(groups[who, precision])} and {len(groups[peer])} whole runs, {hardware_name()}"
+        took = f", {seconds[group]:.4g} s (median of {len(timed[group])})" if group in seconds else ""
+        print(f"{', '.join(group)}: {statistics.mean(accuracies):.2f} % ({spread}){took}")
+    for who, precision in reversed([group for group in seconds if group[0] == "ours"]):
+        for peer in (group for group in seconds if group[0] != "ours"):
+            runs = f"{len(timed[who, precision])} and {len(timed[peer])} whole runs, {hardware_name()}"
             print(f"time of ours in {precision} over {peer[0]}'s in {peer[1]}, {runs}:")
             print(f"ratio={seconds[who, precision] / seconds[peer]:.3f}")
 
@@ -188,6 +208,8 @@ def main() -> None:
     parser.add_argument("--data", help="class folders; without it CIFAR-10 below data/")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     parser.add_argument("--peer", type=peer_of(PEERS), action="append", default=[], metavar="NAME=DIR")
+    parser.add_argument("--block", type=int, default=1, help="seeds of ours, then of a peer, in turn (default 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs of ours at a time; then none is timed (default 1)")
     parser.add_argument("--epochs", action="store_true", help="time an epoch of each in turn instead of whole runs")
     parser.add_argument("--rounds", type=int, default=1, help="of --epochs (default 1)")
     parser.add_argument("--precision", help="of ours, instead of the recipe's: 32-true is what a peer has on a CPU")
@@ -197,6 +219,8 @@ def main() -> None:
     peers = dict(args.peer)
     if args.epochs and "airbench" not in peers:
         parser.error("--epochs needs --peer airbench=DIR")
+    if args.jobs > 1:
+        args.block = max(args.block, args.jobs)
     lines = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

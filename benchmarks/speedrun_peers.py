@@ -1,8 +1,8 @@
 """Public record scripts, run from their own checkouts; on a CPU with the changes that it forces, which are listed.
 
-    python benchmarks/speedrun_peers.py airbench DIR PICTURES.pt SEED OUT.json [--steps N]
+    python benchmarks/speedrun_peers.py airbench DIR PICTURES.pt SEED[,SEED...] OUT.json [--steps N]
 
-`benchmarks/speedrun.py` starts this in a process of its own for each run. PICTURES.pt holds the four uint8 and int64
+`benchmarks/speedrun.py` starts this in a process of its own. PICTURES.pt holds the four uint8 and int64
 tensors of CIFAR-10: train_images (50000, 32, 32, 3), train_labels, test_images, test_labels.
 """
 
@@ -92,10 +92,11 @@ def load(name: str, checkout: Path) -> dict[str, Any]:
     return names
 
 
-def run(name: str, checkout: Path, pictures: Path, seed: int, steps: int | None) -> dict[str, Any]:
-    """Train and evaluate once; with `steps`, only time that many training steps.
+def run(name: str, checkout: Path, pictures: Path, seeds: list[int], steps: int | None) -> list[dict[str, Any]]:
+    """Train and evaluate once for each seed; with `steps`, only time that many training steps of the first.
 
     Returns:
+        Of each run
         `seconds` (the peer's own window: whitening, training, final evaluation with views), `accuracy`,
         `accuracy_one_view`, `train_s` of each epoch; with `steps` only `step_s`, a list.
     """
@@ -117,12 +118,20 @@ def run(name: str, checkout: Path, pictures: Path, seed: int, steps: int | None)
             torch.save(content, f"cifar10/{part}.pt")
         if device.type == "cuda":
             names["main"]("warmup", model)
-        torch.manual_seed(seed)
-        seen.clear()
-        try:
-            names["main"]("run", model)
-        except Enough:
-            return {"step_s": [end - start for start, end in itertools.pairwise(ticks)]}
+        runs = []
+        for seed in seeds:
+            torch.manual_seed(seed)
+            seen.clear()
+            try:
+                names["main"]("run", model)
+            except Enough:
+                return [{"step_s": [end - start for start, end in itertools.pairwise(ticks)]}]
+            runs.append(_figures(seen))
+    return runs
+
+
+def _figures(seen: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a run's own printed rows say."""
     total = seen[-1]
     times = [float(row["time_seconds"]) for row in seen]
     return {
@@ -153,12 +162,12 @@ def main() -> None:
     parser.add_argument("name", choices=sorted(PEERS))
     parser.add_argument("checkout", type=Path)
     parser.add_argument("pictures", type=Path)
-    parser.add_argument("seed", type=int)
+    parser.add_argument("seeds", type=lambda text: [int(seed) for seed in text.split(",")])
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, help="only time that many training steps")
     args = parser.parse_args()
     try:
-        found = run(args.name, args.checkout.resolve(), args.pictures.resolve(), args.seed, args.steps)
+        found = run(args.name, args.checkout.resolve(), args.pictures.resolve(), args.seeds, args.steps)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -58,9 +58,9 @@ def _row(what: str, recipe: str, command: str) -> str:
         return f"| {what} | not measured | not measured | - | `{command}` |"
     runs = json.loads(path.read_text(encoding="utf-8"))
     accuracy = _mean_of([100 * run["test_accuracy"] for run in runs])
-    timed = [run["elapsed_s"] / 60 for run in runs if not run["note"]]
-    minutes = f"{statistics.mean(timed):.1f} min (n={len(timed)})" if timed else f"not measured: {runs[0]['note']}"
-    return f"| {what} | {accuracy} | {minutes} | {runs[-1]['hardware']} | `{command}` |"
+    timed = [run["elapsed_s"] for run in runs if not run["note"]]
+    took = _time_of(timed) if timed else f"not measured: {runs[0]['note']}"
+    return f"| {what} | {accuracy} | {took} | {runs[-1]['hardware']} | `{command}` |"
 
 
 def _speed_rows(what: str, recipe: str, command: str) -> list[str]:
@@ -77,13 +77,20 @@ def _speed_rows(what: str, recipe: str, command: str) -> list[str]:
         name = f"{what}, {precision}" if who == "ours" else f"{who}, a record script, {precision}, beside it"
         accuracy = _mean_of([100 * run["accuracy"] for run in runs])
         accuracy += f"; {_mean_of([100 * run['accuracy_one_view'] for run in runs])} with one view"
-        timed = [run["seconds"] / 60 for run in runs if not run["note"]]
-        minutes = f"{statistics.mean(timed):.1f} min (n={len(timed)})" if timed else f"not measured: {runs[0]['note']}"
-        rows.append(f"| {name} | {accuracy} | {minutes} | {hardware} | `{command if who == 'ours' else SPEEDRUN}` |")
+        timed = [run["seconds"] for run in runs if run["seconds"] and not run["note"]]
+        took = _time_of(timed) if timed else f"not measured: {runs[0]['note']}"
+        rows.append(f"| {name} | {accuracy} | {took} | {hardware} | `{command if who == 'ours' else SPEEDRUN}` |")
     return rows
 
 
 SPEEDRUN = "python benchmarks/speedrun.py --peer airbench=DIR"
+
+
+def _time_of(seconds: list[float]) -> str:
+    """Return a mean time in the unit that suits it."""
+    mean = statistics.mean(seconds)
+    took = f"{mean / 60:.1f} min" if mean >= 60 else f"{mean:.1f} s"
+    return f"{took} (n={len(seconds)})"
 
 
 def _mean_of(percents: list[float]) -> str:

@@ -194,7 +194,8 @@ class AnnealingEarlyStopping(EarlyStopping):
     def _run_early_stopping_check(self, trainer: pl.Trainer) -> None:
         module = trainer.lightning_module
         assert isinstance(module, ImageClassifier)
-        if trainer.global_step >= module.peak_step():
+        # --trainer.max_steps may end an epoch, the first one too, before anything was validated.
+        if trainer.global_step >= module.peak_step() and MONITOR in trainer.callback_metrics:
             super()._run_early_stopping_check(trainer)
 
 

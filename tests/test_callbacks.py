@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from fitting import fit_run
 from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
@@ -84,6 +85,14 @@ def test_early_stopping_lets_a_run_that_improves_in_the_annealing_finish(tmp_pat
     module = scripted(0.9, 0.8, 0.7, 0.5, 0.5, 0.5, 0.5, 0.6, 0.5, 0.5, 0.5, 0.95)
     run = fit(tmp_path, [AnnealingEarlyStopping(patience=1)], epochs=12, module=module)
     assert run.current_epoch == 12
+
+
+def test_a_run_whose_steps_end_before_the_first_validation_is_not_stopped_by_an_error(tmp_path):
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW)
+    _, run_trainer = fit_run(
+        tmp_path, AnnealingEarlyStopping(), module=module, without=[BestCheckpoint], trainer={"max_steps": 3}
+    )
+    assert run_trainer.global_step == 3
 
 
 def test_the_best_epoch_and_the_last_one_are_kept(tmp_path, folder):
