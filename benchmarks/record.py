@@ -53,9 +53,13 @@ def summarize(run: Path, note: str) -> dict[str, Any]:
     }
 
 
-def comparable(lines: list[dict[str, Any]], recipe: str) -> list[dict[str, Any]]:
-    """Return the whole runs among a speed recipe's results: those of the recipe as it is now, and its peers'."""
+def comparable(lines: list[dict[str, Any]], recipe: str, compiled: bool = False) -> list[dict[str, Any]]:
+    """Return the whole runs among a speed recipe's results: those of the recipe as it is now, and its peers'.
+
+    With `compiled` those where --model.compile was given beside it.
+    """
     settings = yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    settings["model"] |= {"compile": True} if compiled else {}
     runs = [line for line in lines if "accuracy" in line and line["recipe"] == recipe]
     return [line for line in runs if line["who"] != "ours" or line.get("settings") == settings]
 

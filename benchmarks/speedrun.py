@@ -4,23 +4,21 @@
     python benchmarks/speedrun.py --seeds 0,1,2 --json benchmarks/results/speedrun94.json
     python benchmarks/speedrun.py --peer airbench=DIR                         whole runs of both in turn
     python benchmarks/speedrun.py --peer airbench=DIR --epochs --rounds 3     only an epoch of each, in turn
-    python benchmarks/speedrun.py --seeds 2,3,4,5 --jobs 4                    accuracies alone, four runs at a time
+    python benchmarks/speedrun.py --seeds 0,1,2,3 --block 4 --peer airbench=DIR     four of ours, then four of it
 
-Every run is a process of its own; ours is the ordinary `fit`, checkpoints, logging and report included. Two windows are
-given: the records' own (whitening, training and the final evaluation with six views) and the whole `Trainer.fit`. A
-peer runs from its own checkout of its public repository; what a CPU forces is changed in the text that is run, and
-printed. On a GPU a peer compiles for a minute first, outside both windows: --block lets that many seeds share a process
-of it. With --json finished runs are added to the file, so that seeds add up.
+Ours is the ordinary `fit`, checkpoints, logging and report included. Two windows are given: the records' own
+(whitening, training and the final evaluation with six views) and the whole `Trainer.fit`. A peer runs from its own
+checkout of its public repository; what a CPU forces is changed in the text that is run, and printed. Each block of
+seeds is a process of its own. On a GPU it begins with a run that is not counted, where compiling and cuDNN's autotune
+take place: the records' scripts do the same. With --json finished runs are added to the file, so that seeds add up.
 """
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +36,40 @@ from cifar_lightning.environment import describe_environment
 from cifar_lightning.sources import open_source
 
 HERE = Path(__file__).resolve().parent
-TIMES = ("seconds", "fit_s", "evaluate_s", "train_s")
+COMPILED = "--model.compile=true"
 PEER_EPOCHS, PEER_STEPS = 8, 25  # of airbench94_muon: 8 epochs of 25 batches of 2,000
 
 
-def our_run(recipe: str, seed: int, flags: list[str], folder: Path) -> dict[str, Any]:
-    """Run `fit` once; return its figures."""
-    run, clock = folder / f"run{len(list(folder.iterdir()))}", folder / "clock.json"
-    command = [sys.executable, str(HERE.parent / "train.py"), "fit", "--config", str(recipe_path(recipe))]
-    command += ["--seed_everything", str(seed), "--data.seed", str(seed), "--run_dir", str(run)]
-    command += ["--trainer.callbacks+=speedrun_clock.Clock", f"--trainer.callbacks.path={clock}", *flags]
-    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    execute(command, {**os.environ, "PYTHONPATH": paths})
-    figures = json.loads(clock.read_text(encoding="utf-8"))
-    metrics = json.loads((run / "test_metrics.json").read_text(encoding="utf-8"))
+def our_runs(recipe: str, seeds: list[int], flags: list[str], folder: Path) -> list[dict[str, Any]]:
+    """Run `fit` once for each seed, in one process; return the figures of each."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        work = Path(name)
+        commands = [_our_command(recipe, seed, flags, work / str(seed)) for seed in seeds]
+        if torch.cuda.is_available():
+            first_steps = ["--trainer.limit_train_batches=4", "--trainer.limit_test_batches=2"]
+            commands.insert(0, _our_command(recipe, 0, [*flags, *first_steps], work / "warmup"))
+        (work / "arguments.json").write_text(json.dumps(commands), encoding="utf-8")
+        execute([sys.executable, str(HERE / "speedrun_ours.py"), str(work / "arguments.json")])
+        return [_our_figures(recipe, flags, work / str(seed)) for seed in seeds]
+
+
+def _our_command(recipe: str, seed: int, flags: list[str], folder: Path) -> list[str]:
+    folder.mkdir()
+    command = ["fit", "--config", str(recipe_path(recipe)), "--seed_everything", str(seed), "--data.seed", str(seed)]
+    clock = ["--trainer.callbacks+=speedrun_clock.Clock", f"--trainer.callbacks.path={folder / 'clock.json'}"]
+    return [*command, "--run_dir", str(folder / "run"), *clock, *flags]
+
+
+def _our_figures(recipe: str, flags: list[str], folder: Path) -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads((folder / "clock.json").read_text(encoding="utf-8"))
+    metrics = json.loads((folder / "run" / "test_metrics.json").read_text(encoding="utf-8"))
     figures |= {"accuracy": metrics["accuracy"], "accuracy_one_view": metrics.get("accuracy_one_view")}
-    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    environment = json.loads((folder / "run" / "environment.json").read_text(encoding="utf-8"))
     figures |= {key: environment[key] for key in ("commit", "dirty", "precision")}
     # A recipe changes, and only runs of one and the same may be put together.
-    return figures | {"settings": yaml.safe_load(recipe_path(recipe).read_text(encoding="utf-8"))}
+    settings = yaml.safe_load(recipe_path(recipe).read_text(encoding="utf-8"))
+    settings["model"] |= {"compile": True} if COMPILED in flags else {}
+    return figures | {"settings": settings}
 
 
 def peer_runs(
@@ -66,16 +79,16 @@ def peer_runs(
     output = folder / "peer.json"
     command = [sys.executable, str(HERE / "speedrun_peers.py"), name, str(checkout), str(pictures)]
     command += [",".join(map(str, seeds)), str(output), *([] if steps is None else ["--steps", str(steps)])]
-    execute(command, dict(os.environ))
+    execute(command)
     runs: list[dict[str, Any]] = json.loads(output.read_text(encoding="utf-8"))
     commit = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
     precision = "as it is" if torch.cuda.is_available() else "32-true"
     return [{**figures, "commit": commit.stdout.strip() or None, "precision": precision} for figures in runs]
 
 
-def execute(command: list[str], environment: dict[str, str]) -> None:
+def execute(command: list[str]) -> None:
     """Run a command quietly; its last lines become the error where it fails."""
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         print("\n".join(done.stderr.strip().splitlines()[-5:]), file=sys.stderr)
         sys.exit(done.returncode)
@@ -113,7 +126,7 @@ def compare_epochs(args: argparse.Namespace, peers: dict[str, Path], folder: Pat
         for size in sorted(set(plan)):
             flags = ["--trainer.max_epochs=1", f"--data.train_sizes=[{size},{sizes[-1]}]", "--model.stem_share=0.0"]
             flags += ["--model.tta=none", *our_flags(args)]
-            ours[size] = our_run(args.recipe, number, flags, folder)["train_s"][0]
+            ours[size] = our_runs(args.recipe, [number], flags, folder)[0]["train_s"][0]
         total = sum(ours[size] for size in plan)
         ratio = total / (PEER_EPOCHS * theirs)
         rounds.append({"peer_epoch_s": theirs, "our_epoch_s": ours, "ratio": ratio})
@@ -124,9 +137,10 @@ def compare_epochs(args: argparse.Namespace, peers: dict[str, Path], folder: Pat
 
 
 def our_flags(args: argparse.Namespace) -> list[str]:
-    """Return the flags of `fit` that name the pictures, and the precision that was asked for."""
-    precision = [f"--trainer.precision={args.precision}"] if args.precision else []
-    return [*precision, f"--data.dataset={'folder' if args.data else 'cifar10'}", f"--data.root={args.data or 'data'}"]
+    """Return the flags of `fit` that name the pictures, and what was asked for instead of the recipe."""
+    asked = [f"--trainer.precision={args.precision}"] if args.precision else []
+    asked += [COMPILED] if args.compile else []
+    return [*asked, f"--data.dataset={'folder' if args.data else 'cifar10'}", f"--data.root={args.data or 'data'}"]
 
 
 def whole_runs(args: argparse.Namespace, peers: dict[str, Path], folder: Path, lines: list[dict[str, Any]]) -> None:
@@ -139,18 +153,10 @@ def whole_runs(args: argparse.Namespace, peers: dict[str, Path], folder: Path, l
         print(describe(lines[-1]), flush=True)
         save(args.json, lines)
 
-    def ours(seed: int) -> dict[str, Any]:
-        work = folder / f"seed{seed}"
-        work.mkdir()
-        figures = our_run(args.recipe, seed, our_flags(args), work)
-        # Beside others a run takes longer than it does.
-        return figures if args.jobs == 1 else {**figures, **dict.fromkeys(TIMES)}
-
     for start in range(0, len(args.seeds), args.block):
         seeds = args.seeds[start : start + args.block]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for seed, figures in zip(seeds, pool.map(ours, seeds), strict=True):
-                add("ours", seed, figures)
+        for seed, figures in zip(seeds, our_runs(args.recipe, seeds, our_flags(args), folder), strict=True):
+            add("ours", seed, figures)
         for who, checkout in peers.items():
             found = peer_runs(who, checkout, folder / "pictures.pt", seeds, None, folder)
             for seed, figures in zip(seeds, found, strict=True):
@@ -159,13 +165,12 @@ def whole_runs(args: argparse.Namespace, peers: dict[str, Path], folder: Path, l
 
 def describe(line: dict[str, Any]) -> str:
     """Return a run in words."""
-    fit = f", the whole fit {line['fit_s']:.4g} s" if line.get("fit_s") else ""
+    fit = f", the whole fit {line['fit_s']:.4g} s" if "fit_s" in line else ""
     one_view = (
         f"{100 * line['accuracy_one_view']:.2f} % with one view" if line["accuracy_one_view"] else "one view only"
     )
     accuracy = f"{100 * line['accuracy']:.2f} % ({one_view})"
-    took = f" in {line['seconds']:.4g} s{fit}" if line["seconds"] else ""
-    return f"{line['who']}, seed {line['seed']}: {accuracy}{took}"
+    return f"{line['who']}, seed {line['seed']}: {accuracy} in {line['seconds']:.4g} s{fit}"
 
 
 def save(path: Path | None, lines: list[dict[str, Any]]) -> None:
@@ -187,16 +192,15 @@ def summarize(lines: list[dict[str, Any]], peers: dict[str, Path]) -> None:
     for line in reversed(lines):  # the newest first
         if line["who"] in ("ours", *peers) and line["hardware"] == hardware_name():
             groups.setdefault((line["who"], line["precision"]), []).append(line)
-    timed = {group: [line["seconds"] for line in own if line["seconds"]] for group, own in groups.items()}
-    seconds = {group: statistics.median(own) for group, own in timed.items() if own}
-    for group, own in groups.items():
+    seconds = {group: statistics.median(line["seconds"] for line in own) for group, own in groups.items()}
+    for (who, precision), own in groups.items():
         accuracies = [100 * line["accuracy"] for line in own]
         spread = f"± {statistics.stdev(accuracies):.2f}, n={len(own)}" if len(own) > 1 else "n=1, no spread"
-        took = f", {seconds[group]:.4g} s (median of {len(timed[group])})" if group in seconds else ""
-        print(f"{', '.join(group)}: {statistics.mean(accuracies):.2f} % ({spread}){took}")
-    for who, precision in reversed([group for group in seconds if group[0] == "ours"]):
-        for peer in (group for group in seconds if group[0] != "ours"):
-            runs = f"{len(timed[who, precision])} and {len(timed[peer])} whole runs, {hardware_name()}"
+        took_s = seconds[who, precision]
+        print(f"{who}, {precision}: {statistics.mean(accuracies):.2f} % ({spread}), {took_s:.4g} s (median)")
+    for who, precision in reversed([group for group in groups if group[0] == "ours"]):
+        for peer in (group for group in groups if group[0] != "ours"):
+            runs = f"{len(groups[who, precision])} and {len(groups[peer])} whole runs, {hardware_name()}"
             print(f"time of ours in {precision} over {peer[0]}'s in {peer[1]}, {runs}:")
             print(f"ratio={seconds[who, precision] / seconds[peer]:.3f}")
 
@@ -209,7 +213,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     parser.add_argument("--peer", type=peer_of(PEERS), action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--block", type=int, default=1, help="seeds of ours, then of a peer, in turn (default 1)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs of ours at a time; then none is timed (default 1)")
+    parser.add_argument("--compile", action="store_true", help="ours compiled, as the records' scripts are on a GPU")
     parser.add_argument("--epochs", action="store_true", help="time an epoch of each in turn instead of whole runs")
     parser.add_argument("--rounds", type=int, default=1, help="of --epochs (default 1)")
     parser.add_argument("--precision", help="of ours, instead of the recipe's: 32-true is what a peer has on a CPU")
@@ -219,8 +223,6 @@ def main() -> None:
     peers = dict(args.peer)
     if args.epochs and "airbench" not in peers:
         parser.error("--epochs needs --peer airbench=DIR")
-    if args.jobs > 1:
-        args.block = max(args.block, args.jobs)
     lines = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -241,7 +243,7 @@ def main() -> None:
             print(f"ratio={statistics.median(ratios):.3f}")
             return
         whole_runs(args, peers, folder, lines)
-    summarize(comparable(lines, args.recipe), peers)
+    summarize(comparable(lines, args.recipe, compiled=args.compile), peers)
 
 
 if __name__ == "__main__":

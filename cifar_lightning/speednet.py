@@ -45,7 +45,7 @@ class SpeedNet(nn.Module):
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return raw logits of normalised pictures."""
         features = self.groups(nn.functional.gelu(self.stem(images)))
-        logits: Tensor = self.head(features.flatten(2).amax(2))
+        logits: Tensor = self.head(features.flatten(2).max(2).values)
         return logits
 
 

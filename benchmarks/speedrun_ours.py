@@ -1,0 +1,26 @@
+"""Several runs of this program in one process, for `benchmarks/speedrun.py`: what a GPU autotunes, later runs have.
+
+    python benchmarks/speedrun_ours.py ARGUMENTS.json
+
+ARGUMENTS.json holds a list of command lines, each a list of arguments as `train.py` takes them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cifar_lightning.cli import run_command
+
+
+def main() -> None:
+    """Run each command line; an error ends all."""
+    for arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        status = run_command(arguments)
+        if status:
+            sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
