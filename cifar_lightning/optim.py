@@ -126,53 +126,66 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        is_held = None if found_inf is None else found_inf > 0
         for group in self.param_groups:
             moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-            before = [] if found_inf is None else self._state_of(moved)
-            directions = self._nesterov(moved, group["momentum"], group["weight_decay"])
+            if not moved:
+                continue
+            directions = self._nesterov(moved, group["momentum"], group["weight_decay"], is_held)
             if group["role"] == "filters":
-                self._step_filters(moved, directions, group)
-            elif moved:
-                torch._foreach_add_(moved, directions, alpha=-group["lr"])
-            if found_inf is not None:
-                for tensor, old in before:  # chosen on the device: the host does not wait
-                    tensor.copy_(torch.where(found_inf > 0, old, tensor))
+                directions = _orthogonalized(directions, group["num_iterations"])
+                _renormalize(moved, is_held)
+            if is_held is not None:
+                torch._foreach_mul_(directions, 1 - is_held.to(directions[0].dtype))
+            torch._foreach_add_(moved, directions, alpha=-group["lr"])
         return loss
 
-    def _state_of(self, parameters: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Return the tensors that a step changes, each with a copy."""
-        tensors = [*parameters, *self._buffers(parameters)]
-        return [(tensor, tensor.clone()) for tensor in tensors]
+    def _nesterov(
+        self, parameters: list[Tensor], momentum: float, weight_decay: float, is_held: Tensor | None
+    ) -> list[Tensor]:
+        """Update the momentum of each parameter; return gradient + momentum * buffer, as torch.optim.SGD does.
 
-    def _buffers(self, parameters: list[Tensor]) -> list[Tensor]:
+        Where `is_held`, a bool scalar, is true, gradients count as 0 and the momentum stays: chosen on the device, so
+        that the host need not wait, and with one short operation a tensor, since launching them is what takes time.
+        """
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        kept: float | Tensor = momentum
+        if weight_decay:
+            gradients = list(torch._foreach_add(gradients, parameters, alpha=weight_decay))
+        if is_held is not None:
+            gradients = [torch.where(is_held, 0.0, gradient) for gradient in gradients]
+            kept = torch.where(is_held, 1.0, momentum).to(gradients[0].dtype)
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-
-    def _nesterov(self, parameters: list[Tensor], momentum: float, weight_decay: float) -> list[Tensor]:
-        """Update the momentum of each parameter; return gradient + momentum * buffer, as torch.optim.SGD does."""
-        if not parameters:
-            return []
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if weight_decay:
-            gradients = list(torch._foreach_add(gradients, parameters, alpha=weight_decay))
-        buffers = self._buffers(parameters)
-        torch._foreach_mul_(buffers, momentum)
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_mul_(buffers, kept)
         torch._foreach_add_(buffers, gradients)
         return list(torch._foreach_add(gradients, buffers, alpha=momentum))
 
-    def _step_filters(self, filters: list[Tensor], directions: list[Tensor], group: dict[str, Any]) -> None:
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for weight, direction in zip(filters, directions, strict=True):
-            by_shape[weight.shape].append((weight, direction))
-        for shape, pairs in by_shape.items():
-            # One batched product for all filters of a shape: ResNets have many alike.
-            matrices = torch.stack([direction.reshape(shape[0], -1) for _, direction in pairs])
-            updates = orthogonalize(matrices, group["num_iterations"])
-            for (weight, _), update in zip(pairs, updates, strict=True):
-                weight.mul_(math.sqrt(shape[0]) / weight.norm())
-                weight.add_(update.view(shape), alpha=-group["lr"])
+
+def _orthogonalized(directions: list[Tensor], num_iterations: int) -> list[Tensor]:
+    """Return the filters' directions made orthogonal, all of a shape by one batched product: ResNets have many."""
+    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+    for index, direction in enumerate(directions):
+        by_shape[direction.shape].append(index)
+    updates = list(directions)
+    for shape, indices in by_shape.items():
+        matrices = torch.stack([directions[index].reshape(shape[0], -1) for index in indices])
+        for index, update in zip(indices, orthogonalize(matrices, num_iterations), strict=True):
+            updates[index] = update.view(shape)
+    return updates
+
+
+def _renormalize(filters: list[Tensor], is_held: Tensor | None) -> None:
+    """Bring each filter bank to the norm sqrt(out_channels), unless `is_held`."""
+    roots = [math.sqrt(len(weight)) for weight in filters]
+    scales = list(torch._foreach_norm(filters))
+    torch._foreach_reciprocal_(scales)
+    torch._foreach_mul_(scales, roots)
+    if is_held is not None:
+        scales = list(torch.where(is_held, 1.0, torch.stack(scales)).unbind())
+    torch._foreach_mul_(filters, scales)
 
 
 def orthogonalize(
@@ -191,5 +204,5 @@ def orthogonalize(
     x: Tensor = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
     for _ in range(num_iterations):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x

@@ -44,7 +44,7 @@ def adamw(parameters):
 
 
 def muon(parameters):
-    return Muon(parameters[:1], [{"params": parameters[1:]}], lr=0.1)
+    return Muon(parameters[:1], [{"params": parameters[1:], "weight_decay": 0.1}], lr=0.1)
 
 
 @pytest.mark.parametrize("make", [adamw, muon])
