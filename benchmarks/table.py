@@ -1,4 +1,4 @@
-"""Print the README's tables of measured results and of faults from `benchmarks/results/*.json`.
+"""Print the README's tables (results, faults, networks, parts of a training) from `benchmarks/results/*.json`.
 
 python benchmarks/table.py              prints them
 python benchmarks/table.py --write      puts them between the README's markers
@@ -13,6 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from ablations import BASE, SUITES, differences, verdict
 from record import comparable
 
 HERE = Path(__file__).parent
@@ -37,7 +38,12 @@ REPLACED = (
 
 def tables() -> dict[str, str]:
     """Return each table as Markdown, by the name of its markers."""
-    return {"results": results_table(), "faults": faults_table()}
+    return {
+        "results": results_table(),
+        "faults": faults_table(),
+        "models": models_table(),
+        "ablations": ablations_table(),
+    }
 
 
 def results_table() -> str:
@@ -142,6 +148,53 @@ def _verdict(result: dict[str, Any]) -> str:
 def _faults(name: str) -> dict[str, Any] | None:
     path = HERE / "results" / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def models_table() -> str:
+    """Return what each named network costs."""
+    path = HERE / "results" / "models.json"
+    if not path.exists():
+        return "What each network costs (`python benchmarks/models.py`): not measured."
+    found = json.loads(path.read_text(encoding="utf-8"))
+    size = found["image_size"]
+    rows = [
+        f"`python benchmarks/models.py`, pictures of {size} pixels, steps of {found['batch_size']} in 32 bits "
+        f"on {found['hardware']} (median of {found['num_steps']} steps, slowest to fastest).",
+        "",
+        "| `--model.name` | parameters | multiply-adds | map before pooling | trained images/s |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for one in found["networks"]:
+        sides = " x ".join(map(str, one["map"]))
+        speed = f"{one['images_per_s']:.3g} ({one['slowest']:.3g} to {one['fastest']:.3g})"
+        costs = f"{one['parameters'] / 1e6:.2f} M | {one['multiply_adds'] / 1e6:,.0f} M"
+        rows.append(f"| `{one['name']}` | {costs} | {sides} | {speed} |")
+    return "\n".join(rows)
+
+
+def ablations_table() -> str:
+    """Return what each part of a training gave alone."""
+    path = HERE / "results" / "ablations.json"
+    every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    rows = []
+    for name, suite in SUITES.items():
+        lines = [line for line in every if line["suite"] == name]
+        if not lines:
+            rows.append(f"{suite.about}: not measured.")
+            continue
+        base = [100 * line["accuracy"] for line in lines if line["part"] == BASE]
+        where = f"{lines[0]['num_usable_cpus']} cores of {lines[0]['cpu']}, {lines[0]['precision']}"
+        asked = f" --precision {lines[0]['asked_precision']}" if lines[0]["asked_precision"] else ""
+        command = f"`python benchmarks/ablations.py --data ROOT --suite {name}{asked}`"
+        rows += [f"{command}, {where}: {suite.about}. Base: {_mean_of(base)}.", ""]
+        rows += ["| part | flags | difference to the base |", "| --- | --- | --- |"]
+        for part, flags in suite.parts.items():
+            points = differences(lines, part)
+            if part != BASE and points:
+                given = " ".join(f"`{flag}`" for flag in flags) or "-"
+                rows.append(f"| {part} | {given} | {verdict(points, lines[0]['num_pictures'])} |")
+        rows.append("")
+    return "\n".join(rows).rstrip()
 
 
 def main() -> None:
