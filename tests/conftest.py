@@ -1,7 +1,12 @@
 """Shapes are checked while the tests run; every test has few threads and starts from the same seed."""
 
+import os
 import sys
 from pathlib import Path
+
+# Before torch is imported, also by the programs that tests start: tests run side by side, and more threads than cores
+# make all of them wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from jaxtyping import install_import_hook

@@ -34,6 +34,7 @@ FOREIGN_FLAGS = {
     "--peer",
     "--recipe",
     "--rounds",
+    "--num",
     "--seeds",
     "--block",
     "--suite",
@@ -193,7 +194,7 @@ def test_ci_runs_the_two_set_up_commands_as_they_stand_here():
     assert done.stdout == "".join(block.text for block in ci)
     install = "python3 -m venv .venv && . .venv/bin/activate && pip install -e "
     assert ci[0].text == f"{install}. && python train.py fit --config configs/quickstart.yaml\n"
-    assert ci[1].text == f"{install}'.[dev]' && python -m pytest\n"
+    assert ci[1].text == f"{install}'.[dev]' && python -m pytest -n auto\n"
 
 
 def test_ci_and_the_readme_name_every_file_of_a_run():
