@@ -73,7 +73,7 @@ def _smallnet(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
     stages = _num_stages(kwargs.get("widths", (64, 128, 256)))
     if image_size < 2 ** (stages - 1):
         raise UserError(
-            f"image_size {image_size}: smallnet with {stages} stages needs {2 ** (stages - 1)} pixels or more."
+            f"--data.image_size {image_size}: smallnet with {stages} stages needs {2 ** (stages - 1)} pixels or more."
         )
     return SmallNet(num_classes, **kwargs)
 
@@ -85,7 +85,9 @@ def _speednet(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
         raise TypeError(f"depth {depth}: 2, or 3 with a shortcut")
     smallest = 2**groups + 1  # the stem takes a pixel away, each group halves
     if image_size < smallest:
-        raise UserError(f"image_size {image_size}: speednet with {groups} groups needs {smallest} pixels or more.")
+        raise UserError(
+            f"--data.image_size {image_size}: speednet with {groups} groups needs {smallest} pixels or more."
+        )
     return SpeedNet(num_classes, **kwargs)
 
 

@@ -112,6 +112,12 @@ def _refuse_what_is_not_read(config: Namespace) -> None:
             raise UserError(f"--model.{name} {value}: {config.model.optimizer} does not use it; leave it out.")
     if config.model.stem_share != 1 and config.model.name != "speednet":
         raise UserError(f"--model.stem_share {config.model.stem_share}: {config.model.name} has no stem for it.")
+    for name in ("mixup", "cutmix"):
+        if config.model[name] and config.data.batch_size == 1:
+            raise UserError(
+                f"--model.{name} {config.model[name]} beside --batch_size 1: the pictures of a batch are mixed; "
+                "give 2 or more."
+            )
     if config.init_weights and config.model.pretrained is not False:
         raise UserError("--init_weights beside --model.pretrained: give one of them.")
     if config.data.class_weights == config.data.sampler == "balanced":

@@ -73,7 +73,7 @@ def load_pretrained(
         origin = f"--model.pretrained true: the weights of {name}"
     else:
         found = _of_file(Path(source), name)
-        origin = f"--model.pretrained {clipped(str(source), 200)}"
+        origin = f"--model.pretrained {clipped(str(source), 200)}: its weights"
     theirs, normalization = found
     ours = network.state_dict()
     head = head_of(network, int(architecture["num_classes"]))
@@ -94,7 +94,7 @@ def load_pretrained(
     network.load_state_dict(theirs)
     if is_first_process():
         told = "" if normalization is None else "; pictures are normalised as they were for them"
-        print(f"{origin}: taken, all but the last layer's{told}{''.join(f'; {change}' for change in changes)}.")
+        print(f"{origin} are taken, all but the last layer's{told}{''.join(f'; {change}' for change in changes)}.")
     return normalization
 
 

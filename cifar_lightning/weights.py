@@ -235,7 +235,7 @@ def describe_misfits(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], n
     """
     wrong = [name for name in {**ours, **theirs} if _shape(theirs, name) != _shape(ours, name)]
     named = [f"{name} is {_shape(theirs, name)} in it and {_shape(ours, name)} here" for name in wrong[:num_named]]
-    others = f" and {len(wrong) - num_named} more do not fit" if len(wrong) > num_named else ""
+    others = f" and {len(wrong) - num_named} more" if len(wrong) > num_named else ""
     return f"{', '.join(named)}{others}"
 
 

@@ -178,7 +178,9 @@ def _fitted(name: str, make: Callable[[int], nn.Module], image_size: int, keep_s
     if larger is None:
         raise ValueError(reason)
     reason = clipped(reason, 120)
-    raise UserError(f"image_size {image_size}: {name} cannot take it ({reason}); the next size that works is {larger}.")
+    raise UserError(
+        f"--data.image_size {image_size}: {name} cannot take it ({reason}); the next size that works is {larger}."
+    )
 
 
 def _try(make: Callable[[int], nn.Module], image_size: int, keep_stem: bool) -> tuple[nn.Module | None, str]:

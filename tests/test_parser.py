@@ -116,6 +116,7 @@ def test_what_would_fail_later_is_refused(command, ckpt_path, epochs, expected):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
+        (["--model.cutmix=1", "--data.batch_size=1"], r"--model\.cutmix 1\.0 beside --batch_size 1: .*give 2 or more"),
         (["--model.sgd_lr=0.2"], r"--model\.sgd_lr 0\.2: adamw does not use it"),
         (["--model.optimizer=sgd", "--model.momentum=0.5"], r"--model\.momentum 0\.5: sgd does not use it"),
         (["--model.optimizer=muon", "--model.weight_decay=0.1"], r"--model\.weight_decay 0\.1: muon does not use it"),

@@ -43,7 +43,7 @@ def test_published_weights_are_taken_but_for_the_head(published, capsys):
     assert torch.equal(network.fc.weight, head)
     body = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in body.items())
-    told = "--model.pretrained true: the weights of torchvision/shufflenet_v2_x0_5: taken, all but the last layer's"
+    told = "--model.pretrained true: the weights of torchvision/shufflenet_v2_x0_5 are taken, all but the last layer's"
     assert capsys.readouterr().out == f"{told}; pictures are normalised as they were for them.\n"
 
 
@@ -154,10 +154,10 @@ def test_layers_that_do_not_fit_are_named_with_both_shapes_and_nothing_is_change
         load_pretrained(network, NARROW, tmp_path / "other.pth")
     told = str(error.value)
     assert told.startswith(
-        f"--model.pretrained {tmp_path / 'other.pth'} do not fit: features.0.weight is 3x3x3x3 in it"
+        f"--model.pretrained {tmp_path / 'other.pth'}: its weights do not fit: features.0.weight is 3x3x3x3 in it"
     )
     assert "and 2x3x3x3 here, features.1.weight is 3 in it and 2 here, features.1.bias" in told
-    assert re.search(r"and \d+ more do not fit\.\nGive those of smallnet", told)
+    assert re.search(r"and \d+ more\.\nGive those of smallnet", told)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
