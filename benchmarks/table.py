@@ -51,26 +51,33 @@ def results_table() -> str:
     rows = [
         "| what | test accuracy | training time | hardware | command |",
         "| --- | --- | --- | --- | --- |",
-        *(_row(what, recipe, command) for what, recipe, command in ROWS),
+        *(row for plain_row in ROWS for row in _rows(*plain_row)),
         *(row for speed_row in SPEED_ROWS for row in _speed_rows(*speed_row)),
         REPLACED,
     ]
     return "\n".join(rows)
 
 
-def _row(what: str, recipe: str, command: str) -> str:
+def _rows(what: str, recipe: str, command: str) -> list[str]:
+    """Return a row for each hardware: times of different machines do not compare."""
     path = HERE / "results" / f"{recipe}.json"
-    if not path.exists():
-        return f"| {what} | not measured | not measured | - | `{command}` |"
-    runs = json.loads(path.read_text(encoding="utf-8"))
-    accuracy = _mean_of([100 * run["test_accuracy"] for run in runs])
-    timed = [run["elapsed_s"] for run in runs if not run["note"]]
-    took = _time_of(timed) if timed else f"not measured: {runs[0]['note']}"
-    return f"| {what} | {accuracy} | {took} | {runs[-1]['hardware']} | `{command}` |"
+    lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault(line["hardware"], []).append(line)
+    if not groups:
+        return [f"| {what} | not measured | not measured | - | `{command}` |"]
+    rows = []
+    for hardware, runs in groups.items():
+        accuracy = _mean_of([100 * run["test_accuracy"] for run in runs])
+        timed = [run["elapsed_s"] for run in runs if not run["note"]]
+        took = _time_of(timed) if timed else f"not measured: {runs[0]['note']}"
+        rows.append(f"| {what} | {accuracy} | {took} | {hardware} | `{command}` |")
+    return rows
 
 
 def _speed_rows(what: str, recipe: str, command: str) -> list[str]:
-    """Return a row for each of ours and the peers, on each hardware: times of different machines do not compare."""
+    """Return a row for each of ours and the peers, on each hardware."""
     path = HERE / "results" / f"{recipe}.json"
     lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}

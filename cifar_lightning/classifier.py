@@ -29,7 +29,7 @@ from cifar_lightning.totals import TrainTotals, means_of
 from cifar_lightning.views import Views, view_logits
 from cifar_lightning.weights import describe_misfits, plain, progress_of
 
-_NUM_WHITENING = 5000  # pictures that speednet's filters are made from: airbench's
+_NUM_WHITENING = 5000  # pictures of 32 pixels that speednet's filters are made from: airbench's; fewer larger ones
 Batch = tuple[Tensor, Tensor] | list[Tensor]
 """Images and targets; PyTorch's own DataLoader makes a list of them."""
 
@@ -128,19 +128,14 @@ class ImageClassifier(pl.LightningModule):
         self._mixing = Mixing(num_classes, mixup=mixup, cutmix=cutmix) if mixup or cutmix else None
         if model is None and name is None:
             raise UserError("this checkpoint is of a network of your own: give model=... again.")
-        self._architecture = {
-            "name": name,
-            "num_classes": num_classes,
-            "image_size": image_size,
-            **(model_kwargs or {}),
-        }
+        own = model_kwargs or {}
+        self._architecture = {"name": name, "num_classes": num_classes, "image_size": image_size, **own}
         self._pretrained = pretrained
         network = build_model(**self._architecture) if model is None else model
         # NHWC: the loaders' batches lie so, and convolutions are faster on both CPU and tensor cores.
         self.network = network.to(memory_format=torch.channels_last)
         self._is_to_compile = compile
-        self.val_metrics = evaluation_metrics(num_classes)
-        self.test_metrics = evaluation_metrics(num_classes)
+        self.val_metrics, self.test_metrics = evaluation_metrics(num_classes), evaluation_metrics(num_classes)
         self.totals = TrainTotals(self.device)
         """Of this process's pictures so far in this epoch."""
         self._guard: LossGuard | None = None
@@ -164,6 +159,11 @@ class ImageClassifier(pl.LightningModule):
 
     # -- training ------------------------------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        """Forget where an earlier checkpoint stood: one that `fit` goes on with is loaded after this."""
+        if stage == "fit":
+            self._resumed_at = None
+
     def on_fit_start(self) -> None:
         """Make the epoch's sums (a run resumed inside an epoch has no start of it) and what it needs; compile."""
         self.totals = TrainTotals(self.device)
@@ -180,14 +180,14 @@ class ImageClassifier(pl.LightningModule):
         """
         weights = getattr(data, "class_weights", None)
         self._class_weights = None if weights is None else torch.tensor(weights, device=self.device)
-        if self._resumed_at is None:
-            self.take_pretrained(data)
+        self.take_pretrained(data)
         if not isinstance(self.network, SpeedNet) or self.network.stem.is_whitened:
             return
         sample = getattr(data, "sample_of_training", None)
         if sample is None:
             raise UserError("speednet: call network.stem.whiten(images) before `fit`, with normalised pictures.")
-        self.network.stem.whiten(sample(_NUM_WHITENING).to(self.device))
+        num_pictures = max(1, _NUM_WHITENING * 32**2 // max(32, data.image_size) ** 2)  # all 5,000 of 128: 9 GB
+        self.network.stem.whiten(sample(num_pictures).to(self.device))
 
     def take_pretrained(self, data: Any) -> None:
         """Begin with trained weights, once, where they were asked for; have our data normalised as they expect.
@@ -261,7 +261,7 @@ class ImageClassifier(pl.LightningModule):
 
     def _freeze_stem(self) -> None:
         """Stop the stem's gradient, which needs that of the first layer's pictures: 4 % of a step's arithmetic."""
-        if isinstance(self.network, SpeedNet) and self.trainer.world_size == 1:  # DDP waits for every gradient
+        if isinstance(self.network, SpeedNet) and self.trainer.model is self:  # DDP waits for every gradient
             self.network.stem.requires_grad_(False)
         self._stem_steps = None
 
@@ -343,7 +343,7 @@ class ImageClassifier(pl.LightningModule):
         Raises:
             UserError: Its weights do not have the names and shapes of this network's.
         """
-        self._resumed_at = progress_of(checkpoint)
+        self._resumed_at, self._pretrained = progress_of(checkpoint), False
         misfits = describe_misfits(checkpoint["state_dict"], self.state_dict())
         if misfits:
             raise UserError(

@@ -11,7 +11,7 @@ memory. Neither is a `DataLoader`, so that order, shares and position are ours a
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -182,7 +182,11 @@ class PictureLoader(ABC):
                 images = resize(images, size)
             if self.augmentation is not None and draws is not None:
                 rows = pictures if places is None else next(places)
-                finished = augment(images, draws.of(rows), self.augmentation, mean=self.mean, std=self.std)
+                drawn = draws.of(rows)
+                if places is not None and self.augmentation.flip == "alternating" and draws.mirrored is not None:
+                    # The one draw that is of the picture: the next epoch shows the other side, wherever it stands.
+                    drawn = replace(drawn, mirrored=draws.mirrored.index_select(0, pictures))
+                finished = augment(images, drawn, self.augmentation, mean=self.mean, std=self.std)
             else:
                 finished = normalize(images, mean=self.mean, std=self.std)
             # Before the yield: code after the last one does not run, since Lightning stops at the length.

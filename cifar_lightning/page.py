@@ -167,14 +167,21 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     sizes, versions = split.get("sizes") or {}, environment.get("versions") or {}
     augmentation = ("train_sizes", "crop_padding_px", "flip", "cutout_px", "brightness", "contrast")
     learning = ("lr", "sgd_lr", "head_lr", "weight_decay", "label_smoothing", "schedule", "tta")
+    # What most runs leave off is named where it is on.
+    of_data = _listed_if_on(data, ("limit", "class_weights", "sampler"))
+    of_pictures = _listed_if_on(data, ("policy", "erasing")) + _listed_if_on(model, ("mixup", "cutmix"))
+    of_model = _listed_if_on(model, ("pct_start", "ema_decay", "pretrained"))
     resumed = environment.get("resumed") or []
     commit = environment.get("commit")
     changed = ", with changes that are not committed" if environment.get("dirty") else ""
     facts: list[tuple[str, Any]] = [
         ("Network", " ".join(str(part) for part in (model.get("name"), model.get("model_kwargs") or "") if part)),
-        ("Optimiser", _named(model, "optimizer", learning)),
-        ("Training", _listed(trainer, ("max_epochs", "precision")) + _listed(data, ("batch_size",), before=", ")),
-        ("Augmentation", _listed(data, augmentation)),
+        ("Optimiser", _named(model, "optimizer", learning) + of_model),
+        (
+            "Training",
+            _listed(trainer, ("max_epochs", "precision")) + _listed(data, ("batch_size",), before=", ") + of_data,
+        ),
+        ("Augmentation", _listed(data, augmentation) + of_pictures),
         ("Seeds", f"training {config.get('seed_everything')}, split {split.get('seed')}" if config else ""),
         ("Pictures", split.get("dataset")),
         ("Split", ", ".join(f"{number:,} {part}" for part, number in sizes.items())),
@@ -202,6 +209,11 @@ def _named(values: Mapping[str, Any], name: str, others: Sequence[str]) -> str:
 def _listed(values: Mapping[str, Any], names: Sequence[str], before: str = "") -> str:
     known = [f"{name} {values[name]}" for name in names if values.get(name) is not None]
     return before + ", ".join(known) if known else ""
+
+
+def _listed_if_on(values: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return what goes behind a list: those of the values that are neither 0 nor false nor "none"."""
+    return "".join(f", {name} {values[name]}" for name in names if values.get(name) not in (None, 0, "none"))
 
 
 def reproduction_of(run: Mapping[str, Any]) -> str:

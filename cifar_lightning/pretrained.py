@@ -162,7 +162,7 @@ def _side(filters: Tensor) -> str:
 
 def _of_file(path: Path, name: str) -> tuple[dict[str, Tensor], Normalization | None]:
     """Return a file's weights and the normalisation of its run, or else of its name in torchvision."""
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"--model.pretrained {path}: no such file; give true, or a file of weights.")
     if path.suffix == ".safetensors":
         return read_weights(path), _exported_normalization(path) or _torchvision_normalization(name)

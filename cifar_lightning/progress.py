@@ -73,7 +73,7 @@ class RunProgress(ProgressBar):
         self._open_training_bar(trainer)
 
     def _open_training_bar(self, trainer: pl.Trainer) -> None:
-        self._open_bar(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", self.total_train_batches)
+        self._open_bar(_epoch_of(trainer), self.total_train_batches)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -89,7 +89,7 @@ class RunProgress(ProgressBar):
             self._bar.update(self._bar.task_ids[0], completed=batch_idx + 1, text=text)
         else:
             share = (batch_idx + 1) / self.total_train_batches
-            self._print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} {share:4.0%}  {text}")
+            self._print(f"{_epoch_of(trainer)} {share:4.0%}  {text}")
         self._next_s = time.monotonic() + (_REFRESH_S if self._bar is not None else _PLAIN_LINE_S)
 
     def _training_text(self, trainer: pl.Trainer, module: ImageClassifier, num_done: int, now_s: float) -> str:
@@ -118,8 +118,7 @@ class RunProgress(ProgressBar):
         self._where = f"after epoch {trainer.current_epoch + 1}"
         if not self._enabled:
             return
-        line = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        line += f"  train loss {train['train/loss']:.3f} acc {percent(train['train/acc'], 2)}"
+        line = f"{_epoch_of(trainer)}  train loss {train['train/loss']:.3f} acc {percent(train['train/acc'], 2)}"
         logged = trainer.callback_metrics
         if self._validated and "val/acc" in logged:
             line += f"  val loss {float(logged['val/loss']):.3f} acc {percent(float(logged['val/acc']), 2)}"
@@ -204,7 +203,9 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
     ranks = f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""
     device = trainer.strategy.root_device
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    length = f"{trainer.max_epochs} epochs, {module.total_steps():,} steps of {data.batch_size} pictures{ranks}"
+    epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs  # else --trainer.max_steps alone ends it
+    length = f"{module.total_steps():,} steps of {data.batch_size} pictures{ranks}"
+    length = length if epochs is None else f"{epochs} epochs, {length}"
     rows = [
         ("pictures", data.source.describe()),
         (
@@ -216,8 +217,8 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
         ("training", f"{length}, peak lr {module.lr:g}"),
         ("hardware", f"{name}, precision {trainer.precision}"),
     ]
-    last_size = data.train_sizes[min(trainer.max_epochs or 1, len(data.train_sizes)) - 1]
-    if last_size != data.image_size and trainer.max_epochs != -1:
+    last_size = data.train_sizes[min(epochs or len(data.train_sizes), len(data.train_sizes)) - 1]
+    if last_size != data.image_size:
         told = f"too few epochs for --data.train_sizes: trained at {last_size} pixels to the end, tested at"
         rows.insert(3, ("", f"{told} {data.image_size}"))
     if held_out == 0:
@@ -225,6 +226,12 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
     if run is not None:
         rows.append(("run", str(run.path)))
     return rows
+
+
+def _epoch_of(trainer: pl.Trainer) -> str:
+    """Return which epoch it is, and of how many where that is known."""
+    total = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+    return f"epoch {trainer.current_epoch + 1}{total}"
 
 
 def sum_batches(num_batches: Any) -> float:

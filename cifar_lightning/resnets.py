@@ -38,6 +38,8 @@ class PreActResNet(nn.Module):
         super().__init__()
         if not widths or len(widths) != len(depths) or not all(type(n) is int and n > 0 for n in (*widths, *depths)):
             raise ValueError(f"widths {widths} and depths {depths}: whole numbers from 1, as many of both")
+        if stem_width is not None and not (type(stem_width) is int and stem_width > 0):
+            raise ValueError(f"stem_width {stem_width}: a whole number from 1")
         if stem_stride not in (1, 4):
             raise ValueError(f"stem_stride {stem_stride}: 1 for small pictures, 4 for large ones")
         channels = widths[0] if stem_width is None else stem_width

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import speedrun
+import speedrun_peers
 import torch
 import yaml
 from program import REPO
@@ -42,6 +44,31 @@ def test_a_peer_is_put_on_the_cpu_by_the_listed_changes_alone(tmp_path, without_
     names = load("airbench", tmp_path)
     assert names["NAME"] == "peer"
     assert torch.cuda.synchronize() is None
+
+
+def test_steps_are_counted_after_warming_up_on_a_gpu(tmp_path, monkeypatch):
+    torch.save(dict.fromkeys(("train_images", "train_labels", "test_images", "test_labels")), tmp_path / "pictures.pt")
+    begun = []
+
+    class Loader:
+        def __iter__(self):
+            return iter(range(8))
+
+    def main(run, model):
+        begun.append(run)
+        assert list(Loader()) == list(range(8))
+
+    network = SimpleNamespace(compile=lambda **_: None)
+    network.to = lambda **_: network
+    names = {"CifarNet": lambda: network, "CifarLoader": Loader, "main": main}
+    monkeypatch.setattr(speedrun_peers, "load", lambda *_: names)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(len(waits)))
+    (found,) = speedrun_peers.run("airbench", tmp_path, tmp_path / "pictures.pt", [0], 5)
+    assert begun == ["warmup", "run"]
+    assert len(found["step_s"]) == 5
+    assert len(waits) == 2, "before the first step that is counted and after the last"
 
 
 def test_the_clocks_windows_hold_each_other(tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -181,6 +182,18 @@ def test_speednet_is_whitened_once_and_its_stem_trained_for_its_share_alone(tmp_
     assert run.optimizers[0].param_groups[0]["lr"] == 0
 
 
+def test_filters_are_made_from_as_many_pixels_of_large_pictures_as_of_small_ones():
+    module, asked = ImageClassifier(image_size=64, **SPEED), []
+
+    def sample(num_pictures):
+        asked.append(num_pictures)
+        return torch.randn(8, 3, 64, 64)
+
+    module.prepare(SimpleNamespace(image_size=64, sample_of_training=sample))
+    assert asked == [1250], "a quarter of the 5,000 of 32 pixels"
+    assert module.network.stem.is_whitened
+
+
 def test_speednet_without_our_data_asks_to_be_whitened(tmp_path):
     loader = DataLoader(TensorDataset(torch.randn(32, 3, 16, 16), torch.randint(0, 4, (32,))), batch_size=8)
     module = ImageClassifier(num_classes=4, image_size=16, **SPEED)
@@ -230,6 +243,32 @@ def test_a_checkpoint_holds_plain_types_and_makes_the_module_again(tmp_path):
     again = ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(again.eval()(images), module.eval()(images))
+
+
+def test_a_module_that_a_checkpoint_was_loaded_into_plans_a_new_run_over_its_own_steps(tmp_path):
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW, lr=0.01)
+    run = trainer(tmp_path, max_epochs=3)
+    run.fit(module, small_data())
+    run.save_checkpoint(tmp_path / "three.ckpt")
+    loaded = ImageClassifier.load_from_checkpoint(tmp_path / "three.ckpt", weights_only=True)
+    trainer(tmp_path).test(module, small_data(), ckpt_path=tmp_path / "three.ckpt", weights_only=True, verbose=False)
+    for again in (loaded, module):
+        run = trainer(tmp_path, max_epochs=1)
+        run.fit(again, small_data())
+        assert again.total_steps() == run.global_step == 9
+        assert run.optimizers[0].param_groups[0]["lr"] < 1e-3, "annealed"
+
+
+def test_a_loaded_checkpoint_is_not_overwritten_by_the_weights_that_its_run_began_with(tmp_path):
+    torch.save(build_model("smallnet", 10, 16, **NARROW).state_dict(), tmp_path / "begin.pt")
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW, lr=0.01, pretrained=str(tmp_path / "begin.pt"))
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, small_data())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    again = ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    again.setup("fit")
+    again.prepare(None)
+    assert torch.equal(again.network.features[0].weight, module.network.features[0].weight)
 
 
 def test_a_checkpoint_of_another_network_is_refused_in_a_line(tmp_path):

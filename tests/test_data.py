@@ -217,6 +217,19 @@ def test_a_picture_that_is_shown_again_is_changed_anew_and_a_resumed_epoch_goes_
         assert torch.equal(left, right)
 
 
+def test_a_balanced_sampler_leaves_the_alternating_flip_to_the_picture(uneven):
+    settings = {"sampler": "balanced", "val_fraction": 0.3, "crop_padding_px": 0, "flip": "alternating"}
+    loader = ImageDataModule("folder", str(uneven), batch_size=10, **settings).train_dataloader()
+    few = []
+    for _ in range(2):
+        shown = [images[targets == 0] for images, targets in loader]  # 4 pictures in 23 places
+        few.append({image.numpy().tobytes() for image in torch.cat(shown)})
+        few.append({image.flip(-1).contiguous().numpy().tobytes() for image in torch.cat(shown)})
+    first, mirrored, second, _ = few
+    assert len(first) == 4, "one side of each in an epoch"
+    assert second == mirrored
+
+
 def test_two_ranks_share_a_balanced_epoch(uneven):
     module = ImageDataModule("folder", str(uneven), batch_size=10, sampler="balanced", val_fraction=0.0)
     module.setup()

@@ -157,6 +157,7 @@ def test_names_of_the_table_and_the_libraries_are_known():
         ({"name": "resnet18", "depth": 3}, "model_kwargs.*depth"),
         ({"name": "resnet18", "weights": "DEFAULT"}, "weights is no argument .*--model.pretrained"),
         ({"name": "wideresnet28_10", "depth": 27}, "depth 27: 6 n"),
+        ({"name": "preact_resnet18", "stem_width": 0}, "stem_width 0: a whole number from 1"),
         ({"name": "vit_tiny", "image_size": 30}, "image_size 30: vit_tiny .*next size that works is 32"),
         ({"name": "smallnet", "widths": []}, "widths .*filters of each stage"),
         ({"name": "smallnet", "widths": [4, 0]}, "widths .*filters of each stage"),

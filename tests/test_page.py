@@ -263,6 +263,24 @@ def test_what_a_run_was_is_said_without_doubled_words():
     assert facts["Device"] == "cpu, num_devices 1"
 
 
+def test_what_most_runs_leave_off_is_named_where_it_is_on():
+    off = {"mixup": 0.0, "cutmix": 0.0, "ema_decay": 0.0, "pretrained": False, "pct_start": None}
+    plain = {"policy": "none", "erasing": 0.0, "limit": None, "class_weights": "none", "sampler": "none"}
+    config = {"model": {"optimizer": "sgd", "lr": 0.1, **off}, "data": {"flip": "random", "batch_size": 32, **plain}}
+    known = {"config": config, "split": {}, "environment": {}}
+    config["trainer"] = {"max_epochs": 3}
+    facts = dict(facts_of(known))
+    assert facts["Optimiser"] == "sgd, lr 0.1"
+    assert facts["Training"] == "max_epochs 3, batch_size 32"
+    assert facts["Augmentation"] == "flip random"
+    config["model"] |= {"cutmix": 1.0, "ema_decay": 0.999, "pretrained": True, "pct_start": 0.05}
+    config["data"] |= {"policy": "trivial", "erasing": 0.25, "limit": 500, "sampler": "balanced"}
+    facts = dict(facts_of(known))
+    assert facts["Optimiser"] == "sgd, lr 0.1, pct_start 0.05, ema_decay 0.999, pretrained True"
+    assert facts["Training"] == "max_epochs 3, batch_size 32, limit 500, sampler balanced"
+    assert facts["Augmentation"] == "flip random, policy trivial, erasing 0.25, cutmix 1.0"
+
+
 def test_names_cannot_become_markup_or_steer_anything(tmp_path):
     names = ("<script>alert(1)</script>", 'a"b', "狗", "a\x1b[31m\n", "caf\udce9", "{{ 7 * 7 }}")
     made = make_run(tmp_path / "run", names=names, n=120)

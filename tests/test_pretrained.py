@@ -131,6 +131,13 @@ def test_a_head_of_another_form_is_left_out(tmp_path):
     assert torch.equal(network.features[0].weight, theirs["features.0.weight"])
 
 
+@pytest.mark.parametrize("name", ["missing.pt", "folder"])
+def test_what_is_no_file_is_refused_with_the_flag(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=rf"--model\.pretrained .*{name}: no such file; give true"):
+        load_pretrained(build_model(**NARROW), NARROW, tmp_path / name)
+
+
 def test_a_runs_checkpoint_brings_its_statistics(tmp_path):
     weights = {f"network.{name}": tensor for name, tensor in build_model(**NARROW).state_dict().items()}
     data = {"class_names": ["a"], "image_size": 16, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}

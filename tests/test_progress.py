@@ -13,10 +13,11 @@ from cifar_lightning.runs import RunFolder
 from cifar_lightning.signals import Stopped
 
 
-def fit_with(tmp_path, bar, *more, **kwargs):
+def fit_with(tmp_path, bar, *more, max_epochs=2, max_steps=-1, **kwargs):
     trainer = pl.Trainer(
         accelerator="cpu",
-        max_epochs=2,
+        max_epochs=max_epochs,
+        max_steps=max_steps,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -122,6 +123,16 @@ def test_the_time_left_counts_this_process_batches_and_the_epochs_to_come(monkey
     assert bar._seconds_left(bar._trainer, 50, 20.0) == pytest.approx(2 * 50 + 2 * 100)
     bar._epochs_timed = [90.0]
     assert bar._seconds_left(bar._trainer, 50, 20.0) == pytest.approx(2 * 50 + 90)
+
+
+def test_a_run_that_steps_alone_end_has_no_number_of_epochs(tmp_path):
+    file = io.StringIO()
+    fit_with(tmp_path, bar_on(file), max_epochs=-1, max_steps=7)
+    printed = file.getvalue()
+    assert "training  7 steps of 900 pictures" in printed
+    assert "epoch 1  train loss" in printed
+    assert "epoch 2  train loss" in printed
+    assert "-1" not in printed
 
 
 def test_too_few_epochs_for_the_sizes_of_pictures_are_told(tmp_path):

@@ -91,6 +91,13 @@ def test_two_processes_at_batch_size_32_make_the_steps_of_one_at_64(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_single_process_under_ddp_trains_on_where_the_stem_is_no_longer_trained(tmp_path):
+    network = ["--model.name", "speednet", "--model.schedule", "linear", "--model.stem_share", 0.4]
+    start("fit", *TINY, *network, *DDP, "--trainer.devices", 1, "--epochs", 1, "--run_dir", "run", cwd=tmp_path)
+    assert rows_of(RunFolder(tmp_path / "run"))[0]["step"] == "9"
+
+
+@pytest.mark.slow
 def test_two_machines_make_one_run_and_a_third_start_goes_on_with_it(tmp_path):
     # Two agents on one machine: what differs between machines (the network between them) is torchrun's.
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_id", "run", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
