@@ -199,7 +199,8 @@ def main() -> None:
             gains[part] = statistics.mean(points)
             print(f"  {part:<17} {verdict(points, lines[0]['num_pictures'])}")
     best = max(gains, key=lambda part: gains[part])
-    base = statistics.mean(100 * line["accuracy"] for line in lines if line["part"] == BASE)
+    paired = {line["seed"] for line in lines if line["part"] == best}
+    base = statistics.mean(100 * line["accuracy"] for line in lines if line["part"] == BASE and line["seed"] in paired)
     print(f"accuracy with {best} over the base's, {len(differences(lines, best))} seeds:")
     print(f"ratio={(base + gains[best]) / base:.3f}")
 

@@ -181,6 +181,7 @@ def _renormalize(filters: list[Tensor], is_held: Tensor | None) -> None:
     """Bring each filter bank to the norm sqrt(out_channels), unless `is_held`."""
     roots = [math.sqrt(len(weight)) for weight in filters]
     scales = list(torch._foreach_norm(filters))
+    torch._foreach_clamp_min_(scales, 1e-12)  # filters that begin at 0 stay there until their first update
     torch._foreach_reciprocal_(scales)
     torch._foreach_mul_(scales, roots)
     if is_held is not None:

@@ -94,6 +94,14 @@ def test_an_optimizer_goes_on_bit_for_bit_from_its_state(name):
     assert not torch.equal(stopped[0].head.weight, resumed[0].head.weight)
 
 
+def test_muon_moves_filters_that_begin_at_zero():
+    weight = torch.zeros(4, 3, 3, 3, requires_grad=True)
+    weight.grad = torch.randn_like(weight)
+    Muon([weight], [], lr=0.1).step()
+    assert weight.isfinite().all()
+    assert weight.norm() > 0
+
+
 def test_muon_calls_the_closure_once_with_gradients_enabled():
     weight = torch.randn(4, 3, 3, 3, requires_grad=True)
     optimizer, calls = Muon([weight], []), []
