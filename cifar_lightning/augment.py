@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from cifar_lightning.errors import UserError
+from cifar_lightning.limits import check_choice
 from cifar_lightning.operations import apply_operations
 from cifar_lightning.policies import Policy, draw_erasing, draw_operations, erase_
 
@@ -45,8 +46,7 @@ class Augmentation:
             )
         if not 0 <= self.cutout_px <= image_size:
             raise UserError(f"--data.cutout_px {self.cutout_px}: 0 (off) to {image_size}, the side of a picture.")
-        if self.policy not in get_args(Policy):
-            raise UserError(f"--data.policy {self.policy}: one of {', '.join(get_args(Policy))}.")
+        check_choice("data.policy", self.policy, get_args(Policy))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cifar_lightning.augment import Augmentation, CropMode, FlipMode, normalize
 from cifar_lightning.errors import UserError
-from cifar_lightning.limits import LIMITS, check_limits
+from cifar_lightning.limits import LIMITS, check_choice, check_limits
 from cifar_lightning.loader import EpochSampler, PictureLoader, Rank, ResidentLoader, StreamingLoader
 from cifar_lightning.memory import free_host_bytes, give_back_pages
 from cifar_lightning.policies import Policy
@@ -130,6 +130,8 @@ class ImageDataModule(pl.LightningDataModule):
                 advice = LIMITS["data.image_size"].advice
                 raise UserError(f"--data.train_sizes {list(self.train_sizes)}: each {advice}.")
             self.augmentation.check(size)
+        for flag, value in (("class_weights", class_weights), ("sampler", sampler)):
+            check_choice(f"data.{flag}", value, get_args(Balance))
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
         self.val_fraction, self.seed, self.num_workers = val_fraction, seed, num_workers
         self.limit, self.has_class_weights, self.is_balanced = limit, class_weights == "balanced", sampler == "balanced"

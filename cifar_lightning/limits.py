@@ -1,6 +1,7 @@
 """Which numbers the flags take: one table for the classes that get them and for the command line without torch."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cifar_lightning.errors import UserError
@@ -69,6 +70,16 @@ LIMITS = {
     "checkpoint.every_n_train_steps": _COUNT,
     "checkpoint.every_n_minutes": Limit(0, math.inf, "a positive number of minutes, such as 10", above=True),
 }
+
+
+def check_choice(flag: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse a word that a flag does not know; the command line does so itself, this is for Python.
+
+    Raises:
+        UserError: Names the flag, the value and the choices.
+    """
+    if value not in choices:
+        raise UserError(f"--{flag} {value}: one of {', '.join(choices)}.")
 
 
 def check_limits(group: str, **values: float | None) -> None:

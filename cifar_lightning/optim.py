@@ -3,11 +3,13 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from cifar_lightning.limits import check_choice
 
 OptimizerName = Literal["adamw", "sgd", "muon"]
 
@@ -45,7 +47,11 @@ def build_optimizer(
         sgd_weight_decay: Share of what Muon does not move that a step at the peak rate takes away, before momentum
             multiplies it.
         fused: Whether AdamW and SGD may run as one kernel; Lightning cannot clip gradients beside it in 16-mixed.
+
+    Raises:
+        UserError: An unknown name.
     """
+    check_choice("model.optimizer", name, get_args(OptimizerName))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name == "muon":
         in_stem = {id(parameter) for parameter in getattr(model, "stem", nn.Module()).parameters()}

@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from cifar_lightning.limits import check_choice
+
 ScheduleName = Literal["one_cycle", "linear", "cosine"]
 _ONE_CYCLE_RISE = 0.3  # PyTorch's default
 
@@ -46,10 +48,9 @@ def make_schedule(
         steps_done: Take up the schedule after this many steps, in an optimiser that has had one before.
 
     Raises:
-        ValueError: An unknown name.
+        UserError: An unknown name.
     """
-    if name not in get_args(ScheduleName):
-        raise ValueError(f"schedule {name}: one of {', '.join(get_args(ScheduleName))}")
+    check_choice("model.schedule", name, get_args(ScheduleName))
     share = rise_share(name, pct_start)
     last_epoch = -1 if steps_done is None else steps_done - 1  # the constructor takes the step itself
     if name == "one_cycle":

@@ -1,13 +1,16 @@
 """Test-time augmentation: a network's answers, averaged over views of a picture."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from cifar_lightning.limits import check_choice
+
 Views = Literal["none", "mirror", "six"]
+_NAMES = get_args(Views)  # here, since exports trace the function below
 
 
 def view_logits(
@@ -20,7 +23,11 @@ def view_logits(
         images: Normalised.
         views: "none"; "mirror", the mean of a picture and its mirror image; "six", airbench's: these two at a quarter
             each, and both moved by a pixel up-left and down-right at an eighth each, reflected at the border.
+
+    Raises:
+        UserError: Another word.
     """
+    check_choice("model.tta", views, _NAMES)
     plain = network(images)
     if views == "none":
         return plain, plain

@@ -162,6 +162,8 @@ def test_a_checkpoint_of_other_classes_is_refused():
         ({"val_fraction": 0.0001}, "--data.val_fraction 0.0001: class .* has 500 training pictures, of which 0"),
         ({"seed": -1}, "--data.seed -1"),
         ({"limit": 0}, "--data.limit 0: 1 or more"),
+        ({"sampler": "even"}, "--data.sampler even: one of none, balanced"),
+        ({"class_weights": "yes"}, "--data.class_weights yes: one of none, balanced"),
         ({"limit": 5}, "--data.limit 5: class .* with 500 of 5,000 pictures would get none"),
         ({"limit": 500, "batch_size": 451}, "--data.batch_size 451: larger than the training split of 450"),
         ({"erasing": 1.5}, "--data.erasing 1.5: 0"),

@@ -2,10 +2,13 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from program import REPO
 from torch import nn
 
 from cifar_lightning.models import SmallNet
@@ -164,6 +167,31 @@ def test_what_muon_does_not_move_decays_as_in_torchs_sgd():
         optimizer.step()
         sgd.step()
     torch.testing.assert_close(weight, reference)
+
+
+UNKNOWN = """
+import torch
+from cifar_lightning.optim import build_optimizer
+from cifar_lightning.views import view_logits
+
+for call in (
+    lambda: build_optimizer(torch.nn.Linear(2, 2), "adam", lr=0.1, weight_decay=0.0, sgd_lr=0.1),
+    lambda: view_logits(torch.nn.Flatten(), torch.zeros(1, 3, 4, 4), "flip"),
+):
+    try:
+        call()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_unknown_names_are_refused_with_those_that_there_are():
+    # A process of its own: the tests' check of types would refuse them before.
+    done = subprocess.run([sys.executable, "-c", UNKNOWN], capture_output=True, text=True, cwd=REPO)
+    assert done.stdout.splitlines() == [
+        "--model.optimizer adam: one of adamw, sgd, muon.",
+        "--model.tta flip: one of none, mirror, six.",
+    ], done.stderr
 
 
 def test_half_a_network_can_be_frozen():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from cifar_lightning.errors import UserError
 from cifar_lightning.models import SmallNet
 from cifar_lightning.optim import build_optimizer
 from cifar_lightning.schedules import follows_plan, make_schedule, rise_share
@@ -70,7 +71,7 @@ def test_only_one_cycle_rises_where_nothing_was_asked_for():
 
 def test_an_unknown_schedule_is_refused_with_the_known_ones():
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
-    with pytest.raises(ValueError, match=r"schedule step: one of one_cycle, linear, cosine"):
+    with pytest.raises(UserError, match=r"--model\.schedule step: one of one_cycle, linear, cosine"):
         make_schedule(optimizer, "step", total_steps=10)
 
 
