@@ -171,6 +171,7 @@ def test_what_muon_does_not_move_decays_as_in_torchs_sgd():
 
 UNKNOWN = """
 import torch
+from cifar_lightning.errors import UserError
 from cifar_lightning.optim import build_optimizer
 from cifar_lightning.views import view_logits
 
