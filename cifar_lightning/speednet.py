@@ -45,6 +45,7 @@ class SpeedNet(nn.Module):
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return raw logits of normalised pictures."""
         features = self.groups(nn.functional.gelu(self.stem(images)))
+        # By its place: the gradient of `amax` looks for it anew, which compiled in half precision finds nothing.
         logits: Tensor = self.head(features.flatten(2).max(2).values)
         return logits
 

@@ -15,7 +15,9 @@ from cifar_lightning.weights import read_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
+    # A resumed run writes where the stopped one did.
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    # torch says so of `set_sync_debug_mode`, which is what these tests look with.
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature"),
 ]
 
