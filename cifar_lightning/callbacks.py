@@ -11,12 +11,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.profilers import PassThroughProfiler
+from torch import Tensor
 
 from cifar_lightning.classifier import ImageClassifier
 from cifar_lightning.data import ImageDataModule
 from cifar_lightning.environment import describe_environment
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import MetricsTable, read_json, write_json, write_text_durably
+from cifar_lightning.limits import check_limits
 from cifar_lightning.runs import RunFolder
 
 MONITOR = "val/acc"
@@ -168,9 +170,13 @@ class AnnealingEarlyStopping(EarlyStopping):
     Args:
         patience: Validations without improvement after the peak; raised to a third of the epochs where it is smaller.
         min_delta: Smallest change of val/acc that counts as an improvement.
+
+    Raises:
+        UserError: A negative value.
     """
 
     def __init__(self, patience: int = 10, min_delta: float = 0.0) -> None:
+        check_limits("early_stopping", patience=patience, min_delta=min_delta)
         super().__init__(monitor=MONITOR, mode="max", patience=patience, min_delta=min_delta)
         self._state_key = super().state_key
 
@@ -180,8 +186,12 @@ class AnnealingEarlyStopping(EarlyStopping):
         return self._state_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the count, but with this run's own patience."""
-        super().load_state_dict({**state_dict, "patience": self.patience})
+        """Take up the count, but with this run's own patience; a run that it had stopped is given all of it again.
+
+        Such a run goes on only because something was changed, and would otherwise be stopped after an epoch.
+        """
+        again = {"wait_count": 0, "stopped_epoch": 0} if state_dict["stopped_epoch"] else {}
+        super().load_state_dict({**state_dict, "patience": self.patience, **again})
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise the patience to a third of the epochs."""
@@ -200,7 +210,10 @@ class AnnealingEarlyStopping(EarlyStopping):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps best.ckpt: the state at the best val/acc, saved where there is a new figure.
+    """Keeps best.ckpt: the state at the best val/acc, and of equal ones at the lowest val/loss.
+
+    A small validation split has few accuracies, so that many epochs share the best one; the first of them need not be
+    any good on other pictures.
 
     Args:
         run: The run's folder.
@@ -211,11 +224,27 @@ class BestCheckpoint(ModelCheckpoint):
             dirpath=run.checkpoints, filename="best", monitor=MONITOR, mode="max", enable_version_counter=False
         )
         self._state_key = super().state_key
+        self._best_loss = math.inf
 
     @property
     def state_key(self) -> str:
         """Return the callback's key in a checkpoint, formatted once: Lightning asks for it seven times a step."""
         return self._state_key
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        """Return whether this epoch is the best so far; the figures are those of all processes."""
+        if current is None:
+            return False
+        loss, best = float(trainer.callback_metrics["val/loss"]), self.best_model_score
+        is_better = super().check_monitor_top_k(trainer, current)
+        is_better = is_better or (best is not None and bool(current == best) and loss < self._best_loss)
+        if is_better:
+            self._best_loss = loss
+        return is_better
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return Lightning's state and the loss of the best epoch."""
+        return super().state_dict() | {"best_loss": self._best_loss}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the best score also where the folder was moved, if its file moved with it.
@@ -230,6 +259,7 @@ class BestCheckpoint(ModelCheckpoint):
             moved["dirpath"] = str(self.dirpath)
             state_dict = {**state_dict, **moved, "best_k_models": {} if score is None else {own: score}}
         super().load_state_dict(state_dict)
+        self._best_loss = state_dict["best_loss"]
 
 
 class NoProfiler(PassThroughProfiler):

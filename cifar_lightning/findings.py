@@ -223,11 +223,15 @@ def galleries_of(test: Answers, available: set[int]) -> list[dict[str, Any]]:
 def training_of(results: Results) -> dict[str, Any]:
     """Return what the tables of the epochs come to; a value that is not in them is None.
 
-    `is_whole` is false where metrics.csv lacks epochs, the best of which may be another one. The time is not summed up
+    `is_whole` is false where metrics.csv lacks epochs, the best of which may be another one. Which is the best is not
+    known where epochs were validated several times: the table has the last of them alone. The time is not summed up
     where that of some epoch is missing or not known.
     """
     validated = [row for row in results.epochs if not math.isnan(row.get("val/acc", math.nan))]
-    best = max(validated, key=lambda row: row["val/acc"], default=None)
+    interval = (results.origin.config.get("trainer") or {}).get("val_check_interval")
+    is_at_end = interval is None or (isinstance(interval, float) and interval == 1)
+    # As best.ckpt is chosen: of equal accuracies the one with the lowest loss, of equal losses the first.
+    best = max(validated if is_at_end else [], key=lambda row: (row["val/acc"], -row["val/loss"]), default=None)
     is_timing_whole = "timing.csv" not in results.cut_tables
     elapsed = [row["elapsed_s"] for row in results.timing if "elapsed_s" in row and is_timing_whole]
     speeds = [row["train_images_per_s"] for row in results.timing if "train_images_per_s" in row]

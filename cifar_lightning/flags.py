@@ -163,9 +163,9 @@ def check_value(name: str, value: str, typed: str) -> None:
         UserError: Says what the flag takes.
     """
     row = table().get(name)
-    if row is None or row.get("open") or row.get("prefixes"):
+    if row is None or row.get("prefixes"):
         return  # a library's names are known to those who import it
-    if not _fits(row, value):
+    if not row.get("open") and not _fits(row, value):
         raise UserError(f"{typed}: {_words(row)}.{suggest(value, row.get('choices', []))}")
     limit = LIMITS.get(name)
     number = _number(value)

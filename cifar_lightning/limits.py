@@ -1,4 +1,4 @@
-"""Which numbers the flags take: one table for the classes that get them and for the command line without torch."""
+"""Which numbers the flags take, and which ones an optimiser reads: for the classes and for what runs without torch."""
 
 import math
 from collections.abc import Sequence
@@ -67,9 +67,24 @@ LIMITS = {
     "data.contrast": _STRENGTH,
     "data.erasing": Limit(0, 1, "0 (off) to 1 (every picture)", through=True),
     "trainer.accumulate_grad_batches": Limit(1, 2**31, "1 or more, below 2^31"),  # a loss is divided by it
+    "trainer.gradient_clip_val": Limit(0, math.inf, "0 (off) or more, such as 1"),
+    "trainer.check_val_every_n_epoch": _COUNT,
+    "trainer.val_check_interval": Limit(
+        0, math.inf, "a share of an epoch, 0.5 for twice in one, or a number of batches", above=True
+    ),
+    "early_stopping.patience": Limit(0, math.inf, "0 or more validations, such as 10"),
+    "early_stopping.min_delta": Limit(0, 1, "0 (any gain counts) to below 1, such as 0.001"),
     "checkpoint.every_n_train_steps": _COUNT,
     "checkpoint.every_n_minutes": Limit(0, math.inf, "a positive number of minutes, such as 10", above=True),
 }
+
+
+READ_BY = {
+    "adamw": ("weight_decay",),
+    "sgd": ("sgd_momentum", "weight_decay"),
+    "muon": ("sgd_lr", "head_lr", "momentum", "sgd_momentum", "sgd_weight_decay"),
+}
+"""Which of the model's numbers each optimiser looks at, beside lr."""
 
 
 def check_choice(flag: str, value: object, choices: Sequence[str]) -> None:
@@ -86,7 +101,7 @@ def check_limits(group: str, **values: float | None) -> None:
     """Refuse numbers that a flag does not take; None, a default that is found out later, is always taken.
 
     Args:
-        group: What the flags begin with: model, data, trainer or checkpoint.
+        group: What the flags begin with: model, data, early_stopping or checkpoint.
         **values: By the flags' last names.
 
     Raises:

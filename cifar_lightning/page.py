@@ -27,6 +27,7 @@ from cifar_lightning.figures import (
     lay_out_like,
     themed,
 )
+from cifar_lightning.limits import READ_BY
 from cifar_lightning.wording import (
     count,
     decimal,
@@ -166,7 +167,8 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     model, data, trainer = (config.get(part) or {} for part in ("model", "data", "trainer"))
     sizes, versions = split.get("sizes") or {}, environment.get("versions") or {}
     augmentation = ("train_sizes", "crop_padding_px", "flip", "cutout_px", "brightness", "contrast")
-    learning = ("lr", "sgd_lr", "head_lr", "weight_decay", "label_smoothing", "schedule", "tta")
+    learning = ("lr", *READ_BY.get(str(model.get("optimizer")), ()), "label_smoothing", "schedule", "tta")
+    lengths = [name for name in ("max_epochs", "max_steps") if trainer.get(name) != -1]
     # What most runs leave off is named where it is on.
     of_data = _listed_if_on(data, ("limit", "class_weights", "sampler"))
     of_pictures = _listed_if_on(data, ("policy", "erasing")) + _listed_if_on(model, ("mixup", "cutmix"))
@@ -179,7 +181,7 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Optimiser", _named(model, "optimizer", learning) + of_model),
         (
             "Training",
-            _listed(trainer, ("max_epochs", "precision")) + _listed(data, ("batch_size",), before=", ") + of_data,
+            _listed(trainer, (*lengths, "precision")) + _listed(data, ("batch_size",), before=", ") + of_data,
         ),
         ("Augmentation", _listed(data, augmentation) + of_pictures),
         ("Seeds", f"training {config.get('seed_everything')}, split {split.get('seed')}" if config else ""),

@@ -16,6 +16,7 @@ from cifar_lightning.callbacks import AnnealingEarlyStopping
 from cifar_lightning.checkpoint import CheckpointSchedule
 from cifar_lightning.errors import UserError
 from cifar_lightning.flags import GROUPS, table
+from cifar_lightning.limits import LIMITS, READ_BY
 from cifar_lightning.models import LIBRARIES, MODELS, check_name
 from cifar_lightning.recipes import checked
 from cifar_lightning.sources import DATASETS
@@ -37,12 +38,6 @@ _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
 # The signatures say str, since a data set or network of one's own is one more line there.
 _NAMES = {"model.name": tuple(MODELS), "data.dataset": DATASETS}
 _PREFIXES = {"model.name": tuple(f"{library}/" for library in LIBRARIES)}  # of further names, a library's
-# Which flags of --model each optimiser looks at, beside --model.lr.
-_READ_BY = {
-    "adamw": {"weight_decay"},
-    "sgd": {"weight_decay", "sgd_momentum"},
-    "muon": {"sgd_lr", "head_lr", "momentum", "sgd_momentum", "sgd_weight_decay"},
-}
 # What `build_model` gets from the data and from --model.name.
 _NOT_OF_A_MODEL = ("name", "num_classes", "image_size", "in_channels")
 _MOST_DEVICES = 1024  # of one machine; a typo would start that many processes
@@ -99,13 +94,19 @@ def check_arguments(command: str, config: Namespace) -> None:
     epochs = config.trainer.max_epochs
     if command == "fit" and (epochs == 0 or (epochs in (None, -1) and config.trainer.max_steps == -1)):
         raise UserError(f"--epochs {epochs}: 1 or more; the schedule needs an end.")
+    if command == "fit" and config.trainer.max_steps == 0:
+        raise UserError("--trainer.max_steps 0: 1 or more, or -1 for as many as the epochs have.")
+    interval = config.trainer.get("val_check_interval")
+    if not isinstance(interval, float | int | None):  # Lightning takes a time, and its EarlyStopping fails on it
+        advice = LIMITS["trainer.val_check_interval"].advice
+        raise UserError(f"--trainer.val_check_interval {interval}: {advice}; a run by the clock could not be repeated.")
     if command == "fit":
         _refuse_what_is_not_read(config)
 
 
 def _refuse_what_is_not_read(config: Namespace) -> None:
     """Refuse flags that the optimiser or the network does not look at, and pairs of which one would win in silence."""
-    unread = {name for names in _READ_BY.values() for name in names} - _READ_BY[config.model.optimizer]
+    unread = {name for names in READ_BY.values() for name in names}.difference(READ_BY[config.model.optimizer])
     for name in sorted(unread):
         value = config.get(f"model.{name}")
         if value != table()[f"model.{name}"]["default"]:

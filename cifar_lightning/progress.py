@@ -15,7 +15,7 @@ from cifar_lightning.callbacks import data_of
 from cifar_lightning.classifier import Batch, ImageClassifier
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.signals import Stopped
-from cifar_lightning.wording import clock, percent, printable
+from cifar_lightning.wording import clock, percent, plural, printable
 
 _REFRESH_S = 0.5  # on a GPU each refresh waits for the device once
 _PLAIN_LINE_S = 60.0  # without a terminal: a sign of life in long epochs
@@ -107,6 +107,13 @@ class RunProgress(ProgressBar):
         this_epoch_s = per_batch_s * (float(self.total_train_batches) - num_done)
         others_s = self._epochs_timed[-1] if self._epochs_timed else per_batch_s * float(self.total_train_batches)
         return this_epoch_s + others_s * max(0, (trainer.max_epochs or 0) - trainer.current_epoch - 1)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say that the run was stopped early, where it was in this process."""
+        stopper = trainer.early_stopping_callback
+        if self._enabled and stopper is not None and stopper.stopped_epoch:
+            told = f"no better {stopper.monitor} in the last {plural(stopper.wait_count, 'validation')}"
+            self._print(f"stopped early: {told} (--early_stopping.patience)")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replace the bar by the epoch's line."""
@@ -204,8 +211,8 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
     device = trainer.strategy.root_device
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs  # else --trainer.max_steps alone ends it
-    length = f"{module.total_steps():,} steps of {data.batch_size} pictures{ranks}"
-    length = length if epochs is None else f"{epochs} epochs, {length}"
+    length = f"{module.total_steps():,} steps of {data.batch_size * trainer.accumulate_grad_batches:,} pictures{ranks}"
+    length = length if epochs is None else f"{plural(epochs, 'epoch')}, {length}"
     rows = [
         ("pictures", data.source.describe()),
         (
@@ -213,7 +220,7 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
             f"{data.num_pictures('train'):,} training, {held_out:,} validation, {data.num_pictures('test'):,} test",
         ),
         *zip(("classes", ""), data.describe_classes(), strict=False),
-        ("network", f"{type(module.network).__name__}, {num_parameters:,} parameters"),
+        ("network", f"{module.hparams['name'] or type(module.network).__name__}, {num_parameters:,} parameters"),
         ("training", f"{length}, peak lr {module.lr:g}"),
         ("hardware", f"{name}, precision {trainer.precision}"),
     ]

@@ -26,6 +26,12 @@ def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) 
         batches = count_batches(trainer.world_size)
         limit = trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        interval = trainer.val_check_interval
+        if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None:
+            raise UserError(
+                f"--trainer.val_check_interval {interval}: an epoch has {batches} batches; give fewer, a share such as "
+                "0.5,\nor --trainer.check_val_every_n_epoch null beside it, which counts on over epochs."
+            )
         per_epoch = -(-batches // trainer.accumulate_grad_batches)
         epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
         total = steps_done + per_epoch * max(0, epochs - epochs_done)

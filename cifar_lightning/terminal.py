@@ -82,6 +82,11 @@ def _print_summary(console: Console, findings: Mapping[str, Any]) -> None:
     line.append(percent(summary["accuracy"], 2), style="bold")
     line.append(f"  (95 % interval {span(summary['accuracy_interval_95'], 2)}; {pictures(summary['num_pictures'])})")
     console.print(line)
+    training = findings["training"]
+    if training["best_epoch"] is not None and training["is_whole"]:
+        epoch = f"epoch {training['best_epoch']} of {training['num_epochs']}"
+        val_acc = percent(training["best_val_acc"], 2)
+        console.print(f"Tested: the weights after {epoch}, the best in validation ({val_acc})")
     if summary["accuracy_one_view"] is not None:
         one_view = percent(summary["accuracy_one_view"], 2)
         console.print(f"Each answer is an average over views of the picture (--model.tta); without: {one_view}")

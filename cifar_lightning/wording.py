@@ -39,9 +39,14 @@ def count(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def plural(number: int, noun: str) -> str:
+    """Return "1 epoch" or "12,345 epochs"."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+
+
 def pictures(number: int) -> str:
     """Return "1 picture" or "12,345 pictures"."""
-    return f"{number:,} picture{'s' if number != 1 else ''}"
+    return plural(number, "picture")
 
 
 def pvalue(p: float | None) -> str:

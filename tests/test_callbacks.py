@@ -58,10 +58,12 @@ class Scripted(ImageClassifier):
     """Reports a chosen validation accuracy an epoch."""
 
     script: tuple[float, ...] = ()
+    losses: tuple[float, ...] = (1.0,) * 12
 
     def on_validation_epoch_end(self):
         self.val_metrics.reset()
         self.log("val/acc", self.script[self.current_epoch])
+        self.log("val/loss", self.losses[self.current_epoch])
 
 
 def last(folder):
@@ -85,6 +87,34 @@ def test_early_stopping_lets_a_run_that_improves_in_the_annealing_finish(tmp_pat
     module = scripted(0.9, 0.8, 0.7, 0.5, 0.5, 0.5, 0.5, 0.6, 0.5, 0.5, 0.5, 0.95)
     run = fit(tmp_path, [AnnealingEarlyStopping(patience=1)], epochs=12, module=module)
     assert run.current_epoch == 12
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_run_that_was_stopped_early_and_goes_on_is_given_all_of_its_patience_again(tmp_path):
+    run, stopped = fit_run(tmp_path, AnnealingEarlyStopping(patience=1), epochs=4, module=scripted(0.5, 0.5, 0.4, 0.4))
+    assert stopped.current_epoch == 4
+    state = stopped.early_stopping_callback.state_dict()
+    assert state["stopped_epoch"] == 3
+    module = scripted(0.5, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4)
+    again = AnnealingEarlyStopping(patience=1)
+    _, trainer = fit_run(tmp_path, again, epochs=8, module=module, ckpt_path=run.last_checkpoint)
+    # A third of 8 epochs is 3: neither stopped in the first new epoch, nor let through to the end.
+    assert (trainer.current_epoch, again.wait_count) == (7, 3)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_of_equal_accuracies_the_lowest_loss_is_the_best_also_over_a_resume(tmp_path):
+    def best_epoch(module, **more):
+        run, _ = fit_run(tmp_path, module=module, **more)
+        return torch.load(run.best_checkpoint, weights_only=True)["epoch"], run
+
+    module = scripted(0.5, 0.5, 0.5)
+    module.losses = (1.0, 0.8, 0.9)
+    epoch, run = best_epoch(module, epochs=3)
+    assert epoch == 1
+    longer = scripted(0.5, 0.5, 0.5, 0.5, 0.4, 0.5)
+    longer.losses = (1.0, 0.8, 0.9, 0.85, 0.1, 0.8)  # none below epoch 1's that is as accurate
+    assert best_epoch(longer, epochs=6, ckpt_path=run.last_checkpoint)[0] == 1
 
 
 def test_a_run_whose_steps_end_before_the_first_validation_is_not_stopped_by_an_error(tmp_path):

@@ -16,7 +16,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from sklearn import metrics as sk
 
-from cifar_lightning.files import write_json
+from cifar_lightning.files import MetricsTable, write_json
 from cifar_lightning.findings import find
 from cifar_lightning.results import read_results
 from cifar_lightning.runs import RunFolder
@@ -211,6 +211,18 @@ def test_training_is_summed_up(tmp_path):
     assert training["best_val_acc"] == pytest.approx(0.9 * 0.8)
     assert training["elapsed_s"] == pytest.approx(52.5)
     assert training["train_images_per_s"] == 1000.0
+
+
+def test_the_best_epoch_is_chosen_as_its_checkpoint_was(tmp_path):
+    run = make_run(tmp_path / "run", epochs=3)
+    rows = MetricsTable(run.metrics_csv).read()
+    run.metrics_csv.unlink()
+    for row, (accuracy, loss) in zip(rows, ((0.5, 1.0), (0.5, 0.8), (0.5, 0.9)), strict=True):
+        MetricsTable(run.metrics_csv).append({**row, "val/acc": accuracy, "val/loss": loss})
+    results = read_results(run)
+    assert find(results)["training"]["best_epoch"] == 2
+    results.origin.config["trainer"] = {"val_check_interval": 0.5}  # best.ckpt may be from an epoch's middle
+    assert find(results)["training"]["best_epoch"] is None
 
 
 def test_what_a_cut_table_cannot_tell_is_not_said(tmp_path):

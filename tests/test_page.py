@@ -273,11 +273,16 @@ def test_what_most_runs_leave_off_is_named_where_it_is_on():
     assert facts["Optimiser"] == "sgd, lr 0.1"
     assert facts["Training"] == "max_epochs 3, batch_size 32"
     assert facts["Augmentation"] == "flip random"
+    config["model"] |= {"sgd_lr": 0.3, "momentum": 0.6, "weight_decay": 0.1}  # the first two are Muon's
+    config["trainer"] = {"max_epochs": -1, "max_steps": 70}
+    facts = dict(facts_of(known))
+    assert facts["Optimiser"] == "sgd, lr 0.1, weight_decay 0.1"
+    assert facts["Training"] == "max_steps 70, batch_size 32"
     config["model"] |= {"cutmix": 1.0, "ema_decay": 0.999, "pretrained": True, "pct_start": 0.05}
     config["data"] |= {"policy": "trivial", "erasing": 0.25, "limit": 500, "sampler": "balanced"}
     facts = dict(facts_of(known))
-    assert facts["Optimiser"] == "sgd, lr 0.1, pct_start 0.05, ema_decay 0.999, pretrained True"
-    assert facts["Training"] == "max_epochs 3, batch_size 32, limit 500, sampler balanced"
+    assert facts["Optimiser"] == "sgd, lr 0.1, weight_decay 0.1, pct_start 0.05, ema_decay 0.999, pretrained True"
+    assert facts["Training"] == "max_steps 70, batch_size 32, limit 500, sampler balanced"
     assert facts["Augmentation"] == "flip random, policy trivial, erasing 0.25, cutmix 1.0"
 
 

@@ -77,6 +77,8 @@ def test_yaml_that_jsonargparse_would_never_end_with_is_refused(parser, flag):
         ),
         (["--model.name=smalnet"], "--model.name smalnet: not a model.* Did you mean smallnet"),
         (["--model.name=torchvision/resnet19"], "Did you mean torchvision/resnet18"),
+        (["--trainer.max_steps=0"], "--trainer.max_steps 0: 1 or more, or -1"),
+        (["--trainer.val_check_interval=00:00:10:00"], "val_check_interval 00:00:10:00: a share .* by the clock"),
         (["--trainer.devices=3.5"], "--trainer.devices 3.5: auto, a number of devices, or a list"),
         (["--trainer.devices="], "--trainer.devices : auto, a number"),
         (["--trainer.devices=99999999999999999999"], "--trainer.devices 99999999999999999999: at most 1024"),

@@ -8,16 +8,18 @@ import pytest
 from rich.console import Console
 
 from cifar_lightning import ImageClassifier, ImageDataModule, progress
+from cifar_lightning.callbacks import AnnealingEarlyStopping
 from cifar_lightning.progress import RunProgress, sum_batches
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.signals import Stopped
 
 
-def fit_with(tmp_path, bar, *more, max_epochs=2, max_steps=-1, **kwargs):
+def fit_with(tmp_path, bar, *more, max_epochs=2, max_steps=-1, accumulate=1, **kwargs):
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=max_epochs,
         max_steps=max_steps,
+        accumulate_grad_batches=accumulate,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -133,6 +135,21 @@ def test_a_run_that_steps_alone_end_has_no_number_of_epochs(tmp_path):
     assert "epoch 1  train loss" in printed
     assert "epoch 2  train loss" in printed
     assert "-1" not in printed
+
+
+def test_a_run_that_is_stopped_early_says_so(tmp_path):
+    out = io.StringIO()
+    # No gain is enough: of 6 epochs, the peak in the second, the patience of 2 is used up by the fourth.
+    fit_with(tmp_path, bar_on(out), AnnealingEarlyStopping(patience=0, min_delta=0.9), max_epochs=6)
+    lines = out.getvalue().splitlines()
+    assert lines[-1] == "stopped early: no better val/acc in the last 2 validations (--early_stopping.patience)"
+    assert lines[-2].startswith("epoch 4/6")
+
+
+def test_a_step_is_told_with_the_pictures_of_all_its_batches(tmp_path):
+    out = io.StringIO()
+    fit_with(tmp_path, bar_on(out), max_epochs=1, accumulate=2)
+    assert "1 epoch, 3 steps of 1,800 pictures" in out.getvalue()
 
 
 def test_too_few_epochs_for_the_sizes_of_pictures_are_told(tmp_path):

@@ -16,6 +16,8 @@ def trainer(**changed):
         "accumulate_grad_batches": 1,
         "max_epochs": 3,
         "max_steps": -1,
+        "val_check_interval": 1.0,
+        "check_val_every_n_epoch": 1,
     }
     return SimpleNamespace(**(settings | changed))
 
@@ -46,6 +48,13 @@ def test_a_resumed_run_counts_what_it_took_before():
 def test_a_run_without_an_end_or_a_step_is_refused(changed, text):
     with pytest.raises(UserError, match=text):
         count_steps(trainer(**changed))
+
+
+def test_a_validation_after_more_batches_than_an_epoch_has_is_refused_unless_it_counts_over_epochs():
+    with pytest.raises(UserError, match=r"val_check_interval 10: an epoch has 9 batches"):
+        count_steps(trainer(val_check_interval=10))
+    assert count_steps(trainer(val_check_interval=9)) == 27
+    assert count_steps(trainer(val_check_interval=10, check_val_every_n_epoch=None)) == 27
 
 
 def test_other_loaders_are_counted_by_lightning():

@@ -53,6 +53,17 @@ def section(text: str, heading: str) -> list[str]:
     return lines[start:end]
 
 
+def test_it_is_said_which_epoch_was_tested():
+    findings = findings_of(matrix(10), CIFAR10)
+    said = {"best_epoch": 3, "num_epochs": 5, "best_val_acc": 0.912, "is_whole": True}
+    for changed, expected in (({}, True), ({"best_epoch": None}, False), ({"is_whole": False}, False)):
+        findings["training"] |= said | changed
+        file = io.StringIO()
+        print_findings(findings, console=Console(file=file, width=80))
+        line = "Tested: the weights after epoch 3 of 5, the best in validation (91.20 %)"
+        assert (line in file.getvalue()) is expected
+
+
 def test_the_summary_says_accuracy_interval_loss_and_calibration():
     text = report(matrix(10), CIFAR10)
     assert text.startswith("Test accuracy 89.93 %  (95 % interval 89.32 to 90.50 %; 10,000 pictures)\n")
