@@ -11,11 +11,13 @@ import csv
 import hashlib
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+_NOT_OF_A_RESULT = ("--config", "--data.dataset", "--data.root", "--run_dir", "--seed_everything", "--data.seed")
 RESULTS, CONFIGS = Path(__file__).parent / "results", Path(__file__).parent.parent / "configs"
 
 
@@ -34,6 +36,7 @@ def summarize(run: Path, note: str) -> dict[str, Any]:
     return {
         "commit": environment["commit"],
         "dirty": environment["dirty"],
+        "flags": flags_beside(environment["command"]),
         "seed": config["seed_everything"],
         "data_seed": config["data"]["seed"],
         "config_sha256": hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest(),
@@ -51,6 +54,23 @@ def summarize(run: Path, note: str) -> dict[str, Any]:
         "test_sha256": split["sha256"]["test"],
         "note": note,
     }
+
+
+def flags_beside(command: list[str]) -> str:
+    """Return the flags that a run had beside its recipe, but not where its pictures lay and where it wrote to."""
+    flags: list[list[str]] = []
+    for word in command[command.index("fit") + 1 :]:
+        if word.startswith("--"):
+            flags.append([word])
+        else:
+            flags[-1].append(word)
+    names = [flag[0].partition("=")[0] for flag in flags]
+    kept = [
+        flag
+        for name, flag in zip(names, flags, strict=True)
+        if name not in _NOT_OF_A_RESULT and not name.startswith("--checkpoint.")
+    ]
+    return shlex.join(word for flag in kept for word in flag)
 
 
 def comparable(lines: list[dict[str, Any]], recipe: str, compiled: bool = False) -> list[dict[str, Any]]:

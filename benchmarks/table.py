@@ -19,17 +19,20 @@ from record import comparable
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 
-# Row: what, recipe (name of its results file), command.
+# Row: what, recipe (name of its results file).
 ROWS = [
-    ("SmallNet on CIFAR-10, 10 epochs", "smallnet_cpu", "python train.py fit --config configs/smallnet_cpu.yaml"),
-    ("SmallNet on CIFAR-10, 100 epochs", "smallnet", "python train.py fit --config configs/smallnet.yaml"),
-    ("SmallNet, narrow, on the synthetic set", "quickstart", "python train.py fit --config configs/quickstart.yaml"),
+    ("SmallNet on CIFAR-10, 10 epochs", "smallnet_cpu"),
+    ("SmallNet on CIFAR-10, 100 epochs", "smallnet"),
+    ("SmallNet at its best on CIFAR-10, 60 epochs", "smallnet_best"),
+    ("ResNet-18 on CIFAR-10, 60 epochs", "resnet18"),
+    ("WideResNet-28-10 on CIFAR-10, 200 epochs", "strong"),
+    ("SmallNet, narrow, on the synthetic set", "quickstart"),
 ]
 # The same of speed recipes, whose results file is of `benchmarks/speedrun.py` and also holds peers.
 SPEED_ROWS = [
-    ("SpeedNet on CIFAR-10, all 50,000 pictures", "speedrun94", "python train.py fit --config configs/speedrun94.yaml"),
-    ("SpeedNet, wider", "speedrun95", "python train.py fit --config configs/speedrun95.yaml"),
-    ("SpeedNet, wide and deep", "speedrun96", "python train.py fit --config configs/speedrun96.yaml"),
+    ("SpeedNet on CIFAR-10, all 50,000 pictures", "speedrun94"),
+    ("SpeedNet, wider", "speedrun95"),
+    ("SpeedNet, wide and deep", "speedrun96"),
 ]
 REPLACED = (
     "| The single script it replaces, CIFAR-10, 100 epochs | 91.86 % (as stated, n=1, no spread) | - | a GPU | - |"
@@ -58,25 +61,30 @@ def results_table() -> str:
     return "\n".join(rows)
 
 
-def _rows(what: str, recipe: str, command: str) -> list[str]:
-    """Return a row for each hardware: times of different machines do not compare."""
+def _command(recipe: str, flags: str = "") -> str:
+    return f"`python train.py fit --config configs/{recipe}.yaml{flags and ' '}{flags}`"
+
+
+def _rows(what: str, recipe: str) -> list[str]:
+    """Return a row for each hardware, whose times do not compare, and each set of flags beside the recipe."""
     path = HERE / "results" / f"{recipe}.json"
     lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
-        groups.setdefault(line["hardware"], []).append(line)
-    if not groups:
-        return [f"| {what} | not measured | not measured | - | `{command}` |"]
+        groups.setdefault((line["flags"], line["hardware"]), []).append(line)
     rows = []
-    for hardware, runs in groups.items():
+    if not any(flags == "" for flags, _ in groups):
+        rows.append(f"| {what} | not measured | not measured | - | {_command(recipe)} |")
+    for (flags, hardware), runs in groups.items():
         accuracy = _mean_of([100 * run["test_accuracy"] for run in runs])
         timed = [run["elapsed_s"] for run in runs if not run["note"]]
         took = _time_of(timed) if timed else f"not measured: {runs[0]['note']}"
-        rows.append(f"| {what} | {accuracy} | {took} | {hardware} | `{command}` |")
+        name = f"The same with `{flags}`" if flags else what
+        rows.append(f"| {name} | {accuracy} | {took} | {hardware} | {_command(recipe, flags)} |")
     return rows
 
 
-def _speed_rows(what: str, recipe: str, command: str) -> list[str]:
+def _speed_rows(what: str, recipe: str) -> list[str]:
     """Return a row for each of ours and the peers, on each hardware."""
     path = HERE / "results" / f"{recipe}.json"
     lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -84,7 +92,7 @@ def _speed_rows(what: str, recipe: str, command: str) -> list[str]:
     for line in comparable(lines, recipe):
         groups.setdefault((line["who"], line["precision"], line["hardware"]), []).append(line)
     if not groups:
-        return [f"| {what} | not measured | not measured | - | `{command}` |"]
+        return [f"| {what} | not measured | not measured | - | {_command(recipe)} |"]
     rows = []
     for (who, precision, hardware), runs in sorted(groups.items(), key=lambda item: item[0][0] != "ours"):
         name = f"{what}, {precision}" if who == "ours" else f"{who}, a record script, {precision}, beside it"
@@ -92,11 +100,13 @@ def _speed_rows(what: str, recipe: str, command: str) -> list[str]:
         accuracy += f"; {_mean_of([100 * run['accuracy_one_view'] for run in runs])} with one view"
         timed = [run["seconds"] for run in runs if not run["note"]]
         took = _time_of(timed) if timed else f"not measured: {runs[0]['note']}"
-        rows.append(f"| {name} | {accuracy} | {took} | {hardware} | `{command if who == 'ours' else SPEEDRUN}` |")
+        rows.append(
+            f"| {name} | {accuracy} | {took} | {hardware} | {_command(recipe) if who == 'ours' else SPEEDRUN} |"
+        )
     return rows
 
 
-SPEEDRUN = "python benchmarks/speedrun.py --peer airbench=DIR"
+SPEEDRUN = "`python benchmarks/speedrun.py --peer airbench=DIR`"
 
 
 def _time_of(seconds: list[float]) -> str:

@@ -2,19 +2,45 @@
 
 import json
 
+import pytest
+import record
 import table
 
 
-def test_runs_of_one_hardware_are_put_together_and_those_of_another_are_a_row_of_their_own(tmp_path, monkeypatch):
-    def run(hardware, accuracy, seconds, note=""):
-        return {"hardware": hardware, "test_accuracy": accuracy, "elapsed_s": seconds, "note": note}
+def test_runs_of_one_hardware_and_one_set_of_flags_are_put_together(tmp_path, monkeypatch):
+    def run(hardware, accuracy, seconds, note="", flags=""):
+        return {"flags": flags, "hardware": hardware, "test_accuracy": accuracy, "elapsed_s": seconds, "note": note}
 
     runs = [run("a CPU", 0.90, 600), run("a GPU", 0.93, 30), run("a CPU", 0.92, 660), run("a GPU", 0.93, 50, "busy")]
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "mine.json").write_text(json.dumps(runs))
+    path = tmp_path / "results" / "mine.json"
+    path.write_text(json.dumps(runs))
     monkeypatch.setattr(table, "HERE", tmp_path)
-    assert table._rows("Mine", "mine", "fit") == [
-        "| Mine | 91.00 % ± 1.41 (n=2, standard deviation) | 10.5 min (n=2) | a CPU | `fit` |",
-        "| Mine | 93.00 % ± 0.00 (n=2, standard deviation) | 30.0 s (n=1) | a GPU | `fit` |",
+    whole = "`python train.py fit --config configs/mine.yaml`"
+    rows = [
+        f"| Mine | 91.00 % ± 1.41 (n=2, standard deviation) | 10.5 min (n=2) | a CPU | {whole} |",
+        f"| Mine | 93.00 % ± 0.00 (n=2, standard deviation) | 30.0 s (n=1) | a GPU | {whole} |",
     ]
-    assert table._rows("Mine", "other", "fit") == ["| Mine | not measured | not measured | - | `fit` |"]
+    assert table._rows("Mine", "mine") == rows
+    # The recipe itself was not measured where all runs had other flags beside it.
+    path.write_text(json.dumps([run("a CPU", 0.85, 60, flags="--epochs 2")]))
+    missing = [f"| Mine | not measured | not measured | - | {whole} |"]
+    short = "`python train.py fit --config configs/mine.yaml --epochs 2`"
+    row = f"| The same with `--epochs 2` | 85.00 % (n=1, no spread) | 1.0 min (n=1) | a CPU | {short} |"
+    assert table._rows("Mine", "mine") == [*missing, row]
+    assert table._rows("Mine", "other") == [missing[0].replace("mine", "other")]
+
+
+@pytest.mark.parametrize(
+    ("beside", "kept"),
+    [
+        ("", ""),
+        ("--data.dataset folder --data.root pictures --checkpoint.every_n_minutes 10", ""),
+        ("--epochs 9 --data.root=pictures --trainer.precision bf16-mixed", "--epochs 9 --trainer.precision bf16-mixed"),
+        ("--model.compile --lr=1", "--model.compile --lr=1"),
+        ("--seed_everything 1 --data.seed 1", ""),
+    ],
+)
+def test_flags_that_change_what_is_measured_are_kept_with_the_result(beside, kept):
+    command = f"python train.py fit --config configs/smallnet.yaml {beside}".split()
+    assert record.flags_beside(command) == kept
