@@ -79,6 +79,8 @@ SUITES = {
             "no smoothing": ["--model.label_smoothing=0"],
             "linear": ["--model.schedule=linear", "--model.pct_start=0.1"],
             "cosine": ["--model.schedule=cosine", "--model.pct_start=0.1"],
+            "half the rate": ["--lr=0.025"],
+            "a quarter of it": ["--lr=0.0125"],
             "sgd": ["--model.optimizer=sgd", "--lr=0.1", "--model.weight_decay=0.0005"],
             "adamw": ["--model.optimizer=adamw", "--lr=0.003"],
         },
