@@ -161,12 +161,10 @@ class ImageDataModule(pl.LightningDataModule):
         indices = {name: torch.arange(len(pictures.targets)) for name, pictures in self._pictures.items()}
         targets = torch.tensor(self._pictures["train"].targets)
         naming: dict[str, Any] = {"seed": self.seed, "class_names": self.class_names}
-        if self.limit is not None:
+        if "val" in indices:
             indices["train"] = stratified_subset(targets, self.limit, **naming)
-        if "val" not in indices:
-            chosen = indices["train"]
-            train, val = stratified_split(targets[chosen], self.val_fraction, **naming)
-            indices["train"], indices["val"] = chosen[train], chosen[val]
+        else:
+            indices["train"], indices["val"] = stratified_split(targets, self.val_fraction, limit=self.limit, **naming)
         if self.batch_size > len(indices["train"]):
             raise UserError(
                 f"--data.batch_size {self.batch_size}: larger than the training split of "
