@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cifar_lightning.augment import Augmentation, CropMode, FlipMode, normalize
+from cifar_lightning.augment import Augmentation, CropMode, FlipMode, normalize, seeded_generator
 from cifar_lightning.errors import UserError
 from cifar_lightning.limits import LIMITS, check_choice, check_limits
 from cifar_lightning.loader import EpochSampler, PictureLoader, Rank, ResidentLoader, StreamingLoader
@@ -21,6 +21,7 @@ from cifar_lightning.splits import balanced_weights, describe_imbalance, stratif
 
 Part = Literal["train", "val", "test"]
 Balance = Literal["none", "balanced"]
+_EVALUATION = 1_000_037  # purpose of a generator, as in splits.py
 _NAMED = 12  # class names that are printed
 _CHUNK = 1024  # pictures of 32x32 summed at a time, 25 MB of float64, and fewer of larger ones
 
@@ -273,16 +274,28 @@ class ImageDataModule(pl.LightningDataModule):
 
     def rank_positions(self, part: Part, rank: Rank) -> np.ndarray:
         """Return the positions in a split that this rank evaluates, in the order in which its loader gives them."""
-        return np.arange(rank.index, self.num_pictures(part), rank.count)
+        return self._evaluation_order(part)[rank.index :: rank.count].numpy()
 
     # -- making loaders ---------------------------------------------------------------------------------------------
 
     def _source_of(self, part: Part) -> Part:
         return part if part in self._pictures else "train"
 
+    def _evaluation_order(self, part: Part) -> Tensor:
+        """Return the positions of a split as they are evaluated: shuffled where the Trainer stops before the end.
+
+        Folders and validation come class after class, and the first batches alone would be of one or two classes.
+        """
+        stages = ("test", "predict") if part == "test" else (part,)
+        limits = [getattr(self.trainer, f"limit_{stage}_batches", 1.0) for stage in stages]
+        if all(isinstance(limit, float) and limit == 1 for limit in limits):  # the whole number 1 is one batch
+            return torch.arange(self.num_pictures(part))
+        return torch.randperm(self.num_pictures(part), generator=seeded_generator(self.seed, 0, _EVALUATION))
+
     def _sampler(self, part: Part, *, training: bool, rank: Rank) -> EpochSampler:
+        indices = self._indices[part]
         return EpochSampler(
-            self._indices[part],
+            indices if training else indices[self._evaluation_order(part)],
             self.batch_size if training else self.eval_batch_size,
             seed=self.seed,
             training=training,
