@@ -124,8 +124,13 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
     for flag in flags:
         if flag.startswith("--config="):
             check_recipe(Path(flag.removeprefix("--config=")))
-    if command in ("validate", "test", "predict") and "ckpt_path" not in names and "print_config" not in names:
-        raise UserError(f"{command} needs a trained network: give a run folder, or --ckpt_path FILE.")
+    if command in ("validate", "test", "predict") and "print_config" not in names:
+        if "ckpt_path" not in names:
+            raise UserError(f"{command} needs a trained network: give a run folder, or --ckpt_path FILE.")
+        checkpoint = Path(flag_value(flags, "ckpt_path") or "")
+        own = RunFolder(checkpoint.parent.parent).config
+        if "config" not in names and checkpoint.parent.name == "checkpoints" and own.is_file():
+            flags = [f"--config={own}", *flags]  # the pictures and the network that the checkpoint is of
     if {"lr", "model.lr"} & set(names) and flag_value(flags, "tune_lr") == "true":
         raise UserError("--tune_lr finds the learning rate that --lr gives; leave one of them out.")
     return flags, None

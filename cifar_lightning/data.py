@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cifar_lightning.augment import Augmentation, CropMode, FlipMode, normalize
+from cifar_lightning.augment import Augmentation, CropMode, FlipMode, normalize, seeded_generator
 from cifar_lightning.errors import UserError
 from cifar_lightning.limits import LIMITS, check_choice, check_limits
 from cifar_lightning.loader import EpochSampler, PictureLoader, Rank, ResidentLoader, StreamingLoader
@@ -21,6 +21,7 @@ from cifar_lightning.splits import balanced_weights, describe_imbalance, stratif
 
 Part = Literal["train", "val", "test"]
 Balance = Literal["none", "balanced"]
+_EVALUATION = 1_000_037  # purpose of a generator, as in splits.py
 _NAMED = 12  # class names that are printed
 _CHUNK = 1024  # pictures of 32x32 summed at a time, 25 MB of float64, and fewer of larger ones
 
@@ -161,12 +162,10 @@ class ImageDataModule(pl.LightningDataModule):
         indices = {name: torch.arange(len(pictures.targets)) for name, pictures in self._pictures.items()}
         targets = torch.tensor(self._pictures["train"].targets)
         naming: dict[str, Any] = {"seed": self.seed, "class_names": self.class_names}
-        if self.limit is not None:
+        if "val" in indices:
             indices["train"] = stratified_subset(targets, self.limit, **naming)
-        if "val" not in indices:
-            chosen = indices["train"]
-            train, val = stratified_split(targets[chosen], self.val_fraction, **naming)
-            indices["train"], indices["val"] = chosen[train], chosen[val]
+        else:
+            indices["train"], indices["val"] = stratified_split(targets, self.val_fraction, limit=self.limit, **naming)
         if self.batch_size > len(indices["train"]):
             raise UserError(
                 f"--data.batch_size {self.batch_size}: larger than the training split of "
@@ -275,16 +274,28 @@ class ImageDataModule(pl.LightningDataModule):
 
     def rank_positions(self, part: Part, rank: Rank) -> np.ndarray:
         """Return the positions in a split that this rank evaluates, in the order in which its loader gives them."""
-        return np.arange(rank.index, self.num_pictures(part), rank.count)
+        return self._evaluation_order(part)[rank.index :: rank.count].numpy()
 
     # -- making loaders ---------------------------------------------------------------------------------------------
 
     def _source_of(self, part: Part) -> Part:
         return part if part in self._pictures else "train"
 
+    def _evaluation_order(self, part: Part) -> Tensor:
+        """Return the positions of a split as they are evaluated: shuffled where the Trainer stops before the end.
+
+        Folders and validation come class after class, and the first batches alone would be of one or two classes.
+        """
+        stages = ("test", "predict") if part == "test" else (part,)
+        limits = [getattr(self.trainer, f"limit_{stage}_batches", 1.0) for stage in stages]
+        if all(isinstance(limit, float) and limit == 1 for limit in limits):  # the whole number 1 is one batch
+            return torch.arange(self.num_pictures(part))
+        return torch.randperm(self.num_pictures(part), generator=seeded_generator(self.seed, 0, _EVALUATION))
+
     def _sampler(self, part: Part, *, training: bool, rank: Rank) -> EpochSampler:
+        indices = self._indices[part]
         return EpochSampler(
-            self._indices[part],
+            indices if training else indices[self._evaluation_order(part)],
             self.batch_size if training else self.eval_batch_size,
             seed=self.seed,
             training=training,

@@ -114,6 +114,7 @@ def _describe(run: RunFolder, trained: TrainedNetwork, path: Path, kind: str, in
     card = {
         "file": path.name,
         "format": kind,
+        "checkpoint_sha256": trained.sha256,
         "class_names": list(trained.class_names),
         "image_size": trained.image_size,
         "epoch": trained.epoch,

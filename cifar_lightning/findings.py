@@ -184,7 +184,7 @@ def statements_of(results: Results, probs: Float[np.ndarray, "n classes"] | None
     if probs is not None and results.test is not None and np.isfinite(probs).all():
         statements.append(confidence_gap(probs.max(axis=1), probs.argmax(axis=1) == results.test.targets))
     if val_cm is not None:
-        statements.append(validation_gap(cm, val_cm))
+        statements.append(validation_gap(cm, val_cm, names))
     return statements
 
 

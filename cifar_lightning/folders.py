@@ -23,11 +23,18 @@ import numpy as np
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_json
 from cifar_lightning.memory import give_back_pages
-from cifar_lightning.pictures import RULES, Unreadable, decode_all, find_image_size
+from cifar_lightning.pictures import RULES, Unreadable, decode_all, find_image_size, is_16_bit
+from cifar_lightning.wording import counted
 
 CACHE_FOLDER = ".cifar_lightning_cache"
 CACHE_VARIABLE = "CIFAR_LIGHTNING_CACHE"
 _LITTER = frozenset({"thumbs.db", "desktop.ini"})  # Windows leaves them in folders; elsewhere such files are hidden
+# Notes and tables that lie beside pictures. Any other suffix, or none, is tried: a picture that Pillow cannot read, as
+# .heic may be, must not go missing quietly.
+_NOTES = {".cfg", ".csv", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".tsv", ".txt", ".xml"}
+_NO_PICTURES = _NOTES | {".aae", ".db", ".lnk", ".pdf", ".py", ".url", ".xls", ".xlsx", ".xmp", ".yaml", ".yml"}
+_SAMPLE = 256  # decoded pictures that are looked at for being nearly black
+_NEARLY_BLACK = 20  # of 255: 12-bit values of 65,535 reach 15, and resizing may add a little
 _STALE_S = 86_400  # a temporary file this old belongs to a process that was killed
 
 
@@ -40,12 +47,14 @@ class Listing:
         names: `<class>/<file>` below it.
         counts: Pictures of each class.
         fingerprint: SHA-256 of names, sizes in bytes and modification times.
+        left_aside: `<class>/<file>` of the files whose suffix says that they are no pictures.
     """
 
     folder: str
     names: tuple[str, ...]
     counts: tuple[int, ...]
     fingerprint: str
+    left_aside: tuple[str, ...] = ()
 
     @property
     def targets(self) -> np.ndarray:
@@ -88,6 +97,26 @@ class ClassFolders:
         """
         for split in self.listings:
             self.load(split)
+        for remark in self._remarks():
+            print(remark, flush=True)
+
+    def _remarks(self) -> Iterator[str]:
+        for listing in self.listings.values():
+            if listing.left_aside:
+                kinds = _some(sorted({Path(name).suffix for name in listing.left_aside}))
+                num = counted(len(listing.left_aside), "file", "files")
+                yield f"{listing.folder}: {num} left aside, not pictures ({kinds})"
+        listing, (images, _) = self.listings["train"], self._found("train")
+        sample = range(0, len(listing.names), -(-len(listing.names) // _SAMPLE))
+        brightest = {listing.paths[index]: int(images[index].max()) for index in sample}
+        if min(brightest.values()) < _NEARLY_BLACK:
+            deep = [value for path, value in brightest.items() if is_16_bit(path)]
+            if deep and max(deep) < _NEARLY_BLACK:
+                yield (
+                    f"warning: {listing.folder}: the {len(deep):,} 16-bit pictures of {len(sample):,} looked at "
+                    "come out nearly black: they use no value above 4,095 or so, and white is 65,535.\n"
+                    "warning: if their values have 10 or 12 bits, multiply them (by 64 or 16) and save them anew."
+                )
 
     def load(self, split: str) -> tuple[np.ndarray, np.ndarray, str] | None:
         """Reads a split, decoding it first if it must.
@@ -98,8 +127,11 @@ class ClassFolders:
         """
         if split not in self.listings:
             return None
-        decoded = self._uncached.get(split) or self._read(split) or self._build(split)
-        return decoded[0], self.listings[split].targets, decoded[1]
+        images, sha256 = self._found(split)
+        return images, self.listings[split].targets, sha256
+
+    def _found(self, split: str) -> tuple[np.ndarray, str]:
+        return self._uncached.get(split) or self._read(split) or self._build(split)
 
     def _about(self, split: str) -> dict[str, Any]:
         """What the cache of a split must agree with."""
@@ -190,13 +222,12 @@ def _some(names: Sequence[str]) -> str:
 
 def _list_split(folder: Path, class_folders: Sequence[str]) -> Listing:
     names: list[str] = []
+    left_aside: list[str] = []
     counts = []
     seen = hashlib.sha256()
     for class_folder in class_folders:
-        entries = _entries(folder / class_folder)
-        if not entries:
-            raise UserError(f"{folder / class_folder} is empty: add pictures, or remove the class from every split")
-        for entry in entries:
+        before = len(names)
+        for entry in _entries(folder / class_folder):
             name = f"{class_folder}/{entry.name}"
             try:
                 stat = entry.stat()
@@ -204,10 +235,16 @@ def _list_split(folder: Path, class_folders: Sequence[str]) -> Listing:
                 raise UserError(f"{folder / name} cannot be read ({error.strerror}): repair or remove it") from error
             if entry.is_dir():
                 raise UserError(f"{folder / name} is a folder inside a class: pictures lie directly in {class_folder}/")
+            if os.path.splitext(entry.name)[1].lower() in _NO_PICTURES:
+                left_aside.append(name)
+                continue
             names.append(name)
             seen.update(os.fsencode(name) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        counts.append(len(entries))
-    return Listing(str(folder), tuple(names), tuple(counts), seen.hexdigest())
+        counts.append(len(names) - before)
+        if not counts[-1]:
+            what = "has no pictures" if left_aside and left_aside[-1].startswith(f"{class_folder}/") else "is empty"
+            raise UserError(f"{folder / class_folder} {what}: add pictures, or remove the class from every split")
+    return Listing(str(folder), tuple(names), tuple(counts), seen.hexdigest(), tuple(left_aside))
 
 
 def refuse(bad: Sequence[Unreadable], listing: Listing, folder: Path | None) -> None:

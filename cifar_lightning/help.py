@@ -22,7 +22,7 @@ _WORDS = {
     "seed_everything": ("N", "seed of weights and dropout; --data.seed is that of split, order and augmentation"),
     "trainer.precision": ("P", "16-mixed, bf16-mixed or 32-true; by default 16-mixed on a GPU, else 32-true"),
     "trainer.devices": ("N", "number of processes; by default all GPUs, or one process on the CPU"),
-    "ckpt_path": ("FILE", "a checkpoint, instead of a run folder"),
+    "ckpt_path": ("FILE", "a checkpoint, instead of a run folder; in a run it brings the run's config"),
 }
 _OF_FIT: tuple[str, ...] = ("config", "epochs", "batch_size", "lr", "data.dataset", "data.root", "data.val_fraction")
 _OF_FIT += (

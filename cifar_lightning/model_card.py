@@ -1,5 +1,7 @@
 """MODEL_CARD.md beside an exported file: what the network is, how good, and what to know before using it."""
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,23 +16,29 @@ from cifar_lightning.runs import RunFolder
 
 NAME = "MODEL_CARD.md"
 _MARKER = "<!-- Made by cifar_lightning; the next export writes it anew. -->"
+_OF_A_FILE = ("file", "format", "images", "outputs")
 
 
 def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> Path | None:
-    """Write the card of a run's network, with the numbers of its report.
+    """Write the card of a run's network, with the numbers of its report and all files of the same weights.
 
     Args:
         run: The run.
-        card: What only the export knows: `file`, `format`, `class_names`, `image_size`, `epoch`, `views`, `images`
-            (what the graph takes; empty for weights alone) and `outputs`.
+        card: What only the export knows: `file`, `format`, `checkpoint_sha256`, `class_names`, `image_size`, `epoch`,
+            `views`, `images` (what the graph takes; empty for weights alone) and `outputs`.
         folder: Where the exported file is.
 
     Returns:
         The card; None where somebody's own is there, which is left alone.
     """
     path = folder / NAME
-    if path.exists() and _MARKER not in path.read_text(encoding="utf-8", errors="replace"):
+    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else _MARKER
+    if _MARKER not in before:
         return None
+    files = [file for file in _files_of(before, card["checkpoint_sha256"]) if (folder / file["file"]).is_file()]
+    files = [file for file in files if file["file"] != card["file"]] + [{key: card[key] for key in _OF_A_FILE}]
+    # For the next export; within a comment nothing may end it.
+    known_files = json.dumps({"checkpoint_sha256": card["checkpoint_sha256"], "files": files}).replace(">", "\\u003e")
     try:
         findings = find(read_results(run))
     except UserError:  # no test yet: the card says so
@@ -39,7 +47,8 @@ def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> P
     about = describe_run(run, known)
     text = render(
         "model_card.md",
-        marker=_MARKER,
+        marker=f"{_MARKER}\n<!-- {known_files} -->",
+        files=files,
         card={**card, **about},
         f=findings,
         facts=facts_of(known),
@@ -47,3 +56,14 @@ def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> P
     )
     write_text_durably(path, text)
     return path
+
+
+def _files_of(text: str, checkpoint_sha256: str) -> list[dict[str, Any]]:
+    """Return the files that an earlier card tells of, where they are of the same weights."""
+    found = re.search(re.escape(_MARKER) + r"\n<!-- (.+) -->", text)
+    try:
+        known = json.loads(found[1]) if found else {}
+        is_same = known.get("checkpoint_sha256") == checkpoint_sha256
+        return [{key: file[key] for key in _OF_A_FILE} for file in known["files"]] if is_same else []
+    except (ValueError, KeyError, TypeError, AttributeError):  # somebody has edited it
+        return []

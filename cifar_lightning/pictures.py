@@ -163,6 +163,18 @@ def _header_size(path: str, formats: tuple[str, ...] | None = None) -> tuple[int
     return None
 
 
+def is_16_bit(path: str) -> bool:
+    """Return whether a picture has 16 bits a channel; False, too, where Pillow does not read its header in Python."""
+    try:
+        _check_file(path)
+        with warnings.catch_warnings(), Image.open(path, formats=_HEADER_IN_PYTHON) as picture:
+            _choose_warnings()
+            # Of 16-bit colours Pillow keeps the high bytes, and only its raw mode ("RGB;16B") tells.
+            return picture.mode.startswith("I") or any(";16" in str(tile[3]) for tile in picture.tile)
+    except Exception:
+        return False
+
+
 def _choose_warnings() -> None:
     """Silence Pillow on odd EXIF, but refuse what it warns of as too large: a picture within a file, for example."""
     warnings.simplefilter("ignore")

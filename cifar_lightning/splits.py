@@ -12,7 +12,12 @@ _UNEVEN = 1.5  # times as many pictures in the largest class as in the smallest,
 
 
 def stratified_split(
-    targets: Int64[Tensor, " pictures"], val_fraction: float, *, seed: int, class_names: tuple[str, ...]
+    targets: Int64[Tensor, " pictures"],
+    val_fraction: float,
+    *,
+    seed: int,
+    class_names: tuple[str, ...],
+    limit: int | None = None,
 ) -> tuple[Int64[Tensor, " train"], Int64[Tensor, " val"]]:
     """Hold out exactly `round(val_fraction * n)` pictures, shared among the classes by largest remainder.
 
@@ -21,51 +26,69 @@ def stratified_split(
         val_fraction: 0 holds out none.
         seed: Which pictures of a class are held out.
         class_names: For the error.
+        limit: Split a `stratified_subset` of so many pictures; None is all.
 
     Returns:
         Sorted indices of training and validation.
 
     Raises:
-        UserError: A class would get no validation or no training picture.
+        UserError: A class would get no validation or no training picture; names a value that works.
     """
+    chosen = stratified_subset(targets, limit, val_fraction, seed=seed, class_names=class_names)
     if val_fraction == 0:
-        return torch.arange(len(targets)), torch.empty(0, dtype=torch.int64)
+        return chosen, chosen[:0]
+    targets = targets[chosen]
     counts = torch.bincount(targets, minlength=len(class_names))
     held_out = _shares(counts, val_fraction)
-    for name, count, val in zip(class_names, counts.tolist(), held_out.tolist(), strict=True):
-        if val < 1 or val >= count:
-            raise UserError(
-                f"--data.val_fraction {val_fraction}: class {name} has {count} training pictures, of which {val} would "
-                "be for validation.\nEvery class needs one of each: change it, add pictures, or 0 to train on all."
-            )
+    if (scarce := _scarcest(counts, _lacking(counts, val_fraction))) is not None:
+        num = int(counts[scarce])
+        near = _working_fraction(counts, val_fraction)
+        way_out = "add pictures, or 0 trains on all" if near is None else f"{near} works, and 0 trains on all"
+        raise UserError(
+            f"--data.val_fraction {val_fraction}: of the {num} training picture{'' if num == 1 else 's'} of class "
+            f"{class_names[scarce]}, {int(held_out[scarce])} would be for validation.\n"
+            f"Every class needs one for training and one for validation: {way_out}."
+        )
     is_val = _picked(targets, held_out, seeded_generator(seed, 0, _SPLIT))
-    return (~is_val).nonzero().flatten(), is_val.nonzero().flatten()
+    return chosen[~is_val], chosen[is_val]
 
 
 def stratified_subset(
-    targets: Int64[Tensor, " pictures"], limit: int, *, seed: int, class_names: tuple[str, ...]
+    targets: Int64[Tensor, " pictures"],
+    limit: int | None,
+    val_fraction: float = 0.0,
+    *,
+    seed: int,
+    class_names: tuple[str, ...],
 ) -> Int64[Tensor, " subset"]:
     """Return the sorted indices of exactly `limit` pictures, shared among the classes by largest remainder.
 
     Args:
         targets: Of all pictures.
-        limit: As many as there are, or more, are all.
+        limit: None, as many as there are, or more, are all.
+        val_fraction: What will be held out of them.
         seed: Which pictures of a class are taken.
         class_names: For the error.
 
     Raises:
-        UserError: A class would get no picture.
+        UserError: A class would get no picture, or too few to hold some out although all pictures would be enough;
+            names a limit that works.
     """
-    if limit >= len(targets):
+    if limit is None or limit >= len(targets):
         return torch.arange(len(targets))
     counts = torch.bincount(targets, minlength=len(class_names))
     taken = _shares(counts, limit / len(targets))
-    for name, count, num in zip(class_names, counts.tolist(), taken.tolist(), strict=True):
-        if num < 1:
-            raise UserError(
-                f"--data.limit {limit}: class {name} with {count} of {len(targets):,} pictures would get none; "
-                "every class needs one: give more."
-            )
+    # Where all pictures are too few to be split, the limit is not to blame.
+    share = 0.0 if _lacking(counts, val_fraction).any() else val_fraction
+    if (scarce := _scarcest(taken, _lacking(taken, share))) is not None:
+        needs = "one picture" + (f" for training and one for --data.val_fraction {val_fraction}" if share else "")
+        near = _working_fraction(taken, share) if share else None
+        other = "" if near is None else f", or --data.val_fraction {near}"
+        raise UserError(
+            f"--data.limit {limit}: too few. Class {class_names[scarce]}, {int(counts[scarce]):,} of {len(targets):,} "
+            f"pictures, would get {int(taken[scarce])}.\n"
+            f"Every class needs {needs}: {_working_limit(counts, limit, share)} is enough{other}."
+        )
     return _picked(targets, taken, seeded_generator(seed, 0, _SUBSET)).nonzero().flatten()
 
 
@@ -122,6 +145,43 @@ def _shares(counts: Tensor, share: float) -> Tensor:
     # Stable: equal remainders go to the first classes, on every machine.
     shares[(quota - shares).argsort(descending=True, stable=True)[:missing]] += 1
     return shares
+
+
+def _lacking(counts: Tensor, val_fraction: float) -> Tensor:
+    """Mark the classes without a picture for training, or for validation where there is one."""
+    if val_fraction == 0:
+        return counts < 1
+    held_out = _shares(counts, val_fraction)
+    return (held_out < 1) | (held_out >= counts)
+
+
+def _scarcest(counts: Tensor, is_lacking: Tensor) -> int | None:
+    """Return the smallest of the marked classes; None where there is none."""
+    return int(counts.where(is_lacking, counts.max() + 1).argmin()) if is_lacking.any() else None
+
+
+def _working_fraction(counts: Tensor, val_fraction: float) -> float | None:
+    """Return the share nearest to `val_fraction`, in as few digits as can be, that gives every class of both."""
+    if counts.min() < 2:
+        return None
+    for steps in (100, 10_000):
+        for fraction in sorted((k / steps for k in range(1, steps)), key=lambda share: abs(share - val_fraction)):
+            if not _lacking(counts, fraction).any():
+                return fraction
+    return None
+
+
+def _working_limit(counts: Tensor, too_few: int, val_fraction: float) -> int:
+    """Return a limit that gives every class enough; all pictures must. Nearly always the smallest one."""
+    total = int(counts.sum())
+    low, high = too_few, total  # `high` always works
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _lacking(_shares(counts, middle / total), val_fraction).any():
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def _picked(targets: Tensor, numbers: Tensor, generator: torch.Generator) -> Tensor:

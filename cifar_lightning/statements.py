@@ -26,6 +26,7 @@ from cifar_lightning.significance import (
 from cifar_lightning.wording import counted, percent, points, points_span, span
 
 ALPHA = 0.05
+_OTHER_SHARE = 0.05  # of all pictures: a class's share in test and validation, from which it is worth a word
 CIFAR10_GROUPS = {
     "animals": ("bird", "cat", "deer", "dog", "frog", "horse"),
     "vehicles": ("airplane", "automobile", "ship", "truck"),
@@ -269,8 +270,8 @@ def confidence_gap(confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, 
     return Statement("confidence", title, "", test, p < ALPHA, [Item(text, p, numbers)])
 
 
-def validation_gap(cm: Matrix, val_cm: Matrix) -> Statement:
-    """Say whether the test is passed as well as the validation, which chose the checkpoint."""
+def validation_gap(cm: Matrix, val_cm: Matrix, names: Sequence[str]) -> Statement:
+    """Say whether the test is passed as well as the validation, which chose it, and where their classes differ."""
     right, total, val_right, val_total = (int(value) for m in (cm, val_cm) for value in (np.trace(m), m.sum()))
     low, high = difference_interval(right, total, val_right, val_total)
     p = fisher_test(right, total, val_right, val_total)
@@ -278,6 +279,13 @@ def validation_gap(cm: Matrix, val_cm: Matrix) -> Statement:
         f"Test {percent(accuracy(cm), 2)}, validation {percent(accuracy(val_cm), 2)}: "
         f"{points(accuracy(cm) - accuracy(val_cm))} points (95 % interval {points_span((low, high))})."
     )
+    shares, val_shares = (m.sum(axis=1) / max(m.sum(), 1) for m in (cm, val_cm))
+    most = int(np.abs(shares - val_shares).argmax())
+    if abs(shares[most] - val_shares[most]) >= _OTHER_SHARE:
+        text += (
+            f" Part of it may be that the classes have other shares: {names[most]} is {percent(shares[most])} of the "
+            f"test and {percent(val_shares[most])} of the validation."
+        )
     title = "No difference beyond chance was found between test and validation"
     if p < ALPHA:
         title = "The test is " + ("harder" if accuracy(cm) < accuracy(val_cm) else "easier") + " than the validation"

@@ -134,6 +134,18 @@ def test_a_run_folder_becomes_its_config_and_best_checkpoint(run, command):
     assert resumed is None
 
 
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+def test_a_checkpoint_in_a_run_folder_brings_the_runs_config_unless_another_is_given(run, command, tmp_path):
+    given = [f"--ckpt_path={run.last_checkpoint}", "--data.eval_batch_size=9"]
+    assert training_arguments(command, given) == ([f"--config={run.config}", *given], None)
+    other = tmp_path / "other.yaml"
+    other.write_text("data: {batch_size: 3}\n", encoding="utf-8")
+    assert training_arguments(command, [f"--config={other}", *given]) == ([f"--config={other}", *given], None)
+    stray = tmp_path / "stray.ckpt"
+    assert training_arguments(command, [f"--ckpt_path={stray}"]) == ([f"--ckpt_path={stray}"], None)
+    assert training_arguments("fit", given) == (given, None)
+
+
 def test_a_run_that_is_resumed_becomes_its_config_and_last_checkpoint(run):
     flags, resumed = training_arguments("fit", ["--resume", str(run.path), "--epochs", "9"])
     assert flags == [f"--config={run.config}", "--trainer.max_epochs=9", f"--ckpt_path={run.last_checkpoint}"]

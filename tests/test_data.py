@@ -1,6 +1,7 @@
 """The split, the statistics and the loaders of ImageDataModule, with no Trainer."""
 
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,6 +143,25 @@ def test_ranks_evaluate_the_positions_they_say():
     assert np.array_equal(together, np.arange(1000))
 
 
+@pytest.mark.parametrize("part", ["val", "test"])
+@pytest.mark.parametrize(("limit", "is_shuffled"), [(1, True), (0.5, True), (1.0, False)])
+def test_a_part_of_a_split_is_of_all_classes_and_its_pictures_keep_their_positions(limit, is_shuffled, part, tmp_path):
+    root = write_folder(tmp_path, {"train": {"a": 90, "b": 90}, "test": {"a": 40, "b": 40}})
+    module = ImageDataModule("folder", str(root), batch_size=10, eval_batch_size=16, val_fraction=0.4)
+    module.trainer = SimpleNamespace(
+        global_rank=0, world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu"))
+    )
+    setattr(module.trainer, f"limit_{part}_batches", limit)
+    images, targets = next(iter(module.val_dataloader() if part == "val" else module.test_dataloader()))
+    assert (len(targets.unique()) == 2) == is_shuffled
+    positions = module.rank_positions(part, Rank(0, 2))[:16]
+    raw = torch.from_numpy(module.pictures(part, positions)).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in (module.mean, module.std))
+    torch.testing.assert_close(images, (raw - mean) / std, rtol=1e-4, atol=1e-4)
+    both = np.concatenate([module.rank_positions(part, Rank(rank, 2)) for rank in range(2)])
+    assert sorted(both) == list(range(module.num_pictures(part)))
+
+
 def test_a_checkpoint_of_other_classes_is_refused():
     module = synthetic()
     module.setup()
@@ -159,12 +179,12 @@ def test_a_checkpoint_of_other_classes_is_refused():
         ({"batch_size": 0}, "--data.batch_size 0"),
         ({"eval_batch_size": 0}, "--data.eval_batch_size 0"),
         ({"val_fraction": 1.0}, "--data.val_fraction 1.0"),
-        ({"val_fraction": 0.0001}, "--data.val_fraction 0.0001: class .* has 500 training pictures, of which 0"),
+        ({"val_fraction": 0.0001}, "--data.val_fraction 0.0001: of the 500 training pictures of class .*, 0"),
         ({"seed": -1}, "--data.seed -1"),
         ({"limit": 0}, "--data.limit 0: 1 or more"),
         ({"sampler": "even"}, "--data.sampler even: one of none, balanced"),
         ({"class_weights": "yes"}, "--data.class_weights yes: one of none, balanced"),
-        ({"limit": 5}, "--data.limit 5: class .* with 500 of 5,000 pictures would get none"),
+        ({"limit": 5}, "--data.limit 5: too few. Class .*, 500 of 5,000 pictures, would get 0"),
         ({"limit": 500, "batch_size": 451}, "--data.batch_size 451: larger than the training split of 450"),
         ({"erasing": 1.5}, "--data.erasing 1.5: 0"),
         ({"device": "gpu"}, "--data.device gpu"),

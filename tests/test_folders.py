@@ -4,9 +4,11 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -305,6 +307,55 @@ def test_hidden_files_and_folders_are_no_classes_and_no_pictures(root):
     assert reds(data.load("train")) == [0, 1, 2, 100, 101, 102]
 
 
+def test_notes_beside_pictures_are_left_aside_and_counted_and_nothing_changes(root, capsys):
+    before = ClassFolders(root).load("train")
+    for name in ("readme.txt", "labels.CSV", "about.json", "photo.xml"):
+        (root / "train" / "bee" / name).write_text("beside the pictures")
+    data = ClassFolders(root)
+    data.prepare()
+    assert f"{root / 'train'}: 4 files left aside, not pictures (.CSV, .json, .txt, .xml)\n" == capsys.readouterr().out
+    assert data.load("train")[2] == before[2]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.heic", "a", "a.unknown"])
+def test_what_may_be_a_picture_and_cannot_be_read_stays_an_alarm(name, root):
+    (root / "train" / "bee" / name).write_text("no picture")
+    with pytest.raises(UserError, match="cannot be read"):
+        ClassFolders(root, 8).prepare()
+
+
+def put_deep(path: Path, most: int, mode: str = "gray") -> None:
+    values = np.linspace(0, most, 64).astype(np.uint16).reshape(8, 8)
+    if mode == "gray":
+        Image.fromarray(values).save(path)
+        return
+    rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in values)
+    data = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        data += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("mode", ["gray", "colour"])
+@pytest.mark.parametrize(("others", "is_warned"), [(4095, True), (1023, True), (40_000, False)])
+def test_16_bit_files_with_values_of_12_bits_are_warned_of_at_each_start(others, is_warned, mode, root, capsys):
+    put_deep(root / "train" / "ant" / "0.png", 4095, mode)  # dark among bright ones is as it should be
+    for path in (root / "train" / "bee").iterdir():
+        put_deep(path, others, mode)
+    for _ in range(2):
+        ClassFolders(root).prepare()
+        out = capsys.readouterr().out
+        assert ("the 4 16-bit pictures of 6 looked at come out nearly black" in out) == is_warned
+        assert ("warning" in out) == is_warned
+
+
+def test_dark_pictures_of_8_bits_are_not_warned_of(root, capsys):
+    Image.new("RGB", (8, 8), (3, 3, 3)).save(root / "train" / "ant" / "0.png")
+    ClassFolders(root).prepare()
+    assert "warning" not in capsys.readouterr().out
+
+
 def rm(*parts: str):
     return lambda root: shutil.rmtree(root.joinpath(*parts))
 
@@ -312,6 +363,11 @@ def rm(*parts: str):
 def empty_class(root: Path) -> None:
     for picture in (root / "test" / "bee").iterdir():
         picture.unlink()
+
+
+def only_a_note(root: Path) -> None:
+    empty_class(root)
+    (root / "test" / "bee" / "readme.txt").write_text("none yet")
 
 
 def no_classes(root: Path) -> None:
@@ -330,6 +386,7 @@ def no_classes(root: Path) -> None:
         (lambda root: put(root / "test" / "cow" / "0.png", 0), ["test adds cow"]),
         (lambda root: put(root / "val" / "ant" / "0.png", 0), ["val lacks bee"]),
         (empty_class, [os.path.join("test", "bee"), "is empty"]),
+        (only_a_note, [os.path.join("test", "bee"), "has no pictures"]),
         (
             lambda root: put(root / "train" / "ant" / "more" / "0.png", 0),
             [os.path.join("ant", "more"), "folder inside"],

@@ -7,7 +7,7 @@ from program import TINY, start
 from cifar_lightning.model_card import NAME, write_model_card
 
 CARD = {"file": "model.onnx", "format": "onnx", "class_names": ["ant", "bee|2"], "image_size": 32, "epoch": 3}
-CARD |= {"views": "none", "images": "RGB, uint8 0-255", "outputs": ["logits", "probs"]}
+CARD |= {"checkpoint_sha256": "c0de", "views": "none", "images": "RGB, uint8 0-255", "outputs": ["logits", "probs"]}
 
 
 @pytest.fixture
@@ -55,6 +55,26 @@ def test_weights_alone_have_no_graph_to_describe(run):
     text = write_model_card(run, {**CARD, "file": "w.safetensors", "images": ""}, run.path).read_text(encoding="utf-8")
     assert "fit --init_weights w.safetensors" in text
     assert "takes `images`" not in text
+
+
+def test_a_card_tells_of_every_file_of_the_same_weights_that_is_still_there(run):
+    def written(name, **more):
+        (run.path / name).touch()
+        write_model_card(run, {**CARD, "file": name, **more}, run.path)
+        return (run.path / NAME).read_text(encoding="utf-8")
+
+    weights = {"format": "safetensors", "images": "", "outputs": ["logits"]}
+    written("a --> b.onnx")
+    for text in (written("w.safetensors", **weights), written("w.safetensors", **weights)):
+        assert "tags: [image-classification, pytorch, onnx, safetensors]" in text
+        assert text.count("- `a --> b.onnx` takes `images`: RGB, uint8 0-255") == 1
+        assert text.count("- `w.safetensors` holds the weights alone") == 1
+    (run.path / "a --> b.onnx").unlink()
+    assert "b.onnx" not in written("w.safetensors", **weights)
+    assert "w.safetensors" not in written("other.onnx", checkpoint_sha256="beef")
+    card = run.path / NAME
+    card.write_text(card.read_text(encoding="utf-8").replace('"files": ', '"files": 1, "x": '), encoding="utf-8")
+    assert "- `third.onnx` takes" in written("third.onnx", checkpoint_sha256="beef")
 
 
 def test_somebodys_own_card_is_left_alone_and_ours_is_written_anew(run):

@@ -1,5 +1,7 @@
 """Splits, subsets and balance: exact numbers of pictures, from every class its share."""
 
+import re
+
 import pytest
 import torch
 
@@ -61,9 +63,51 @@ def test_a_subset_as_large_as_the_set_is_the_set_and_the_seed_decides_which():
     assert not torch.equal(subsets[0], subsets[2])
 
 
-def test_a_subset_that_leaves_a_class_without_pictures_is_refused():
-    with pytest.raises(UserError, match=r"--data\.limit 10: class d with 5 of 400 pictures would get none"):
-        stratified_subset(UNEVEN, 10, seed=0, class_names=NAMES[:4])
+def refused(function, *arguments, **more):
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **{"seed": 0, "class_names": NAMES[:4], **more})
+    assert str(caught.value).count("\n") <= 2
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("fraction", [0.0001, 0.01, 0.95, 0.999])
+def test_a_share_that_leaves_a_class_without_a_picture_names_the_smallest_class_and_a_share_that_works(fraction):
+    message = refused(stratified_split, UNEVEN, fraction)
+    assert message.startswith(f"--data.val_fraction {fraction}: of the 5 training pictures of class d, ")
+    near = float(re.search(r": ([0-9.]+) works, and 0 trains on all", message)[1])
+    _, val = stratified_split(UNEVEN, near, seed=0, class_names=NAMES[:4])
+    assert 1 <= int((UNEVEN[val] == 3).sum()) < 5
+    assert abs(near - 0.5) < abs(fraction - 0.5)
+
+
+def test_of_a_class_with_one_picture_no_share_is_named():
+    targets = torch.repeat_interleave(torch.arange(4), torch.tensor([300, 70, 25, 1]))
+    message = refused(stratified_split, targets, 0.1)
+    assert "of the 1 training picture of class d, 0 would be" in message
+    assert message.endswith("add pictures, or 0 trains on all.")
+
+
+def test_a_limit_that_leaves_a_class_without_pictures_is_refused_and_one_that_is_enough_is_named():
+    message = refused(stratified_subset, UNEVEN, 10)
+    assert message.startswith("--data.limit 10: too few. Class d, 5 of 400 pictures, would get 0.")
+    enough = int(re.search(r"(\d+) is enough", message)[1])
+    assert len(stratified_subset(UNEVEN, enough, seed=0, class_names=NAMES[:4])) == enough < 80
+    assert "would get 0" in refused(stratified_subset, UNEVEN, enough - 1)
+
+
+def test_the_limit_is_blamed_for_a_split_that_all_pictures_would_allow_and_one_that_is_enough_is_named():
+    stratified_split(UNEVEN, 0.2, seed=0, class_names=NAMES[:4])
+    message = refused(stratified_split, UNEVEN, 0.2, limit=150)
+    assert message.startswith("--data.limit 150: too few. Class d, 5 of 400 pictures, would get ")
+    enough, near = re.search(r"(\d+) is enough, or --data.val_fraction (0[.][0-9]+)", message).groups()
+    for limit, fraction in ((int(enough), 0.2), (150, float(near))):
+        train, val = stratified_split(UNEVEN, fraction, limit=limit, seed=0, class_names=NAMES[:4])
+        assert len(train) + len(val) == limit
+        assert all(torch.bincount(UNEVEN[part], minlength=4).min() >= 1 for part in (train, val))
+
+
+def test_a_limit_is_not_blamed_for_what_all_pictures_would_not_allow_either():
+    assert refused(stratified_split, UNEVEN, 0.01, limit=200).startswith("--data.val_fraction 0.01")
 
 
 def test_weights_let_every_class_count_the_same_and_are_1_where_they_do():

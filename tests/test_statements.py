@@ -145,18 +145,26 @@ def test_a_network_that_is_too_sure_or_not_sure_enough_is_called_so():
 
 
 def test_the_gap_between_test_and_validation():
-    statement = statements.validation_gap(even(4, 700, 100), even(4, 910, 30))
+    statement = statements.validation_gap(even(4, 700, 100), even(4, 910, 30), "abcd")
     assert statement.title == "The test is harder than the validation"
     assert statement.is_found
 
 
 def test_a_large_gap_of_few_pictures_is_not_called_agreement():
-    statement = statements.validation_gap(np.diag([35, 35]) + 10 * (1 - np.eye(2, dtype=int)), np.diag([40, 40]) + 5)
+    statement = statements.validation_gap(np.array([[35, 10], [10, 35]]), np.diag([40, 40]) + 5, "ab")
     assert statement.items[0].text.startswith("Test 77.78 %, validation 90.00 %")
-    statement = statements.validation_gap(np.array([[35, 10], [10, 35]]), np.array([[16, 2], [2, 16]]))
+    statement = statements.validation_gap(np.array([[35, 10], [10, 35]]), np.array([[16, 2], [2, 16]]), "ab")
     assert "-11.1 points" in statement.items[0].text
     assert statement.title == "No difference beyond chance was found between test and validation"
     assert not statement.is_found
+
+
+def test_other_shares_of_the_classes_in_validation_and_test_are_named_and_equal_ones_are_not():
+    val_cm, cm = np.diag([60, 30, 10]), np.diag([33, 33, 34])
+    (item,) = statements.validation_gap(cm, val_cm, ["cat", "dog", "ship"]).items
+    assert "other shares: cat is 33.0 % of the test and 60.0 % of the validation." in item.text
+    (item,) = statements.validation_gap(cm, np.diag([11, 11, 12]), ["cat", "dog", "ship"]).items
+    assert "shares" not in item.text
 
 
 @pytest.mark.parametrize(
