@@ -325,7 +325,7 @@ def test_the_reproduction_names_the_commit_and_what_no_commit_holds():
 
 
 def test_a_value_that_the_template_lacks_is_an_error():
-    with pytest.raises(UndefinedError, match="format"):
+    with pytest.raises(UndefinedError, match="files"):
         render("model_card.md", card={})
 
 
