@@ -1,0 +1,71 @@
+"""What a mistake on the command line or in the pictures is answered with, in process."""
+
+import pytest
+from PIL import Image
+from program import fail
+
+from cifar_lightning import download
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--batch_size", "4501"], ["--data.batch_size 4501", "4500"]),
+        (["--data.val_fraction", "0.0001"], ["--data.val_fraction 0.0001", "0 trains on all"]),
+        (["--ckpt_path", "last"], ["--ckpt_path last"]),
+        (["--epochs", "-1"], ["--epochs"]),
+        (["--trainer.accelerator", "foo"], ["foo"]),
+        (["--model.model_kwargs", "{depth: 3}"], ["depth"]),
+    ],
+)
+def test_a_mistake_gets_a_short_answer_and_leaves_no_run(monkeypatch, capsys, tmp_path, arguments, expected):
+    base = [] if "--data.dataset" in arguments else ["--data.dataset", "synthetic"]
+    message = fail(monkeypatch, capsys, tmp_path, "fit", *base, *arguments)
+    for part in expected:
+        assert part in message
+
+
+def test_without_network_and_data_the_message_names_every_way_out(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(download, "_urls", lambda archive: ("http://127.0.0.1:9/cifar-10-python.tar.gz",))
+    message = fail(monkeypatch, capsys, tmp_path, "fit", "--data.root", "pictures")
+    for part in ("cifar-10-python.tar.gz", "pictures", "CIFAR_LIGHTNING_CIFAR10_URL", "--data.dataset synthetic"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        ({"test/a": 1}, "train"),
+        ({"train/a": 2, "train/b": 0, "test/a": 1, "test/b": 1}, "b"),
+        ({"train/a": 2, "train/b": 2, "test/a": 1}, "b"),
+    ],
+)
+def test_class_folders_that_do_not_fit_are_named(monkeypatch, capsys, tmp_path, folders, expected):
+    for name, count in folders.items():
+        folder = tmp_path / "own" / name
+        folder.mkdir(parents=True)
+        for k in range(count):
+            Image.new("RGB", (8, 8)).save(folder / f"{k}.png")
+    message = fail(monkeypatch, capsys, tmp_path, "fit", "--data.dataset", "folder", "--data.root", "own")
+    assert expected in message
+
+
+def test_an_unreadable_picture_is_named(monkeypatch, capsys, tmp_path):
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        folder = tmp_path / "own" / name
+        folder.mkdir(parents=True)
+        for k in range(4):
+            Image.new("RGB", (8, 8)).save(folder / f"{k}.png")
+    (tmp_path / "own" / "train" / "b" / "2.png").write_bytes(b"not a picture")
+    arguments = [
+        "fit",
+        "--data.dataset",
+        "folder",
+        "--data.root",
+        "own",
+        "--batch_size",
+        2,
+        "--data.val_fraction",
+        0.25,
+    ]
+    assert "2.png" in fail(monkeypatch, capsys, tmp_path, *arguments)
