@@ -16,7 +16,7 @@ from cifar_lightning.callbacks import AnnealingEarlyStopping
 from cifar_lightning.checkpoint import CheckpointSchedule
 from cifar_lightning.errors import UserError
 from cifar_lightning.flags import GROUPS, table
-from cifar_lightning.models import LIBRARIES, MODELS, check_name
+from cifar_lightning.models import LIBRARIES, MODELS, check_model_kwargs, check_name
 from cifar_lightning.recipes import checked
 from cifar_lightning.sources import DATASETS
 from cifar_lightning.wording import clipped
@@ -43,8 +43,6 @@ _READ_BY = {
     "sgd": {"weight_decay", "sgd_momentum"},
     "muon": {"sgd_lr", "head_lr", "momentum", "sgd_momentum", "sgd_weight_decay"},
 }
-# What `build_model` gets from the data and from --model.name.
-_NOT_OF_A_MODEL = ("name", "num_classes", "image_size", "in_channels")
 _MOST_DEVICES = 1024  # of one machine; a typo would start that many processes
 # jsonargparse's own reader of YAML ends in a traceback for some values, and never for an alias inside what it names.
 _MODE = "checked_yaml"
@@ -81,7 +79,10 @@ def check_arguments(command: str, config: Namespace) -> None:
         UserError: Names the flag.
     """
     _refuse_nothing(config)
-    _refuse_what_the_data_gives(config.get("model.model_kwargs") or {})
+    model_kwargs = config.get("model.model_kwargs") or {}
+    check_model_kwargs(model_kwargs)
+    if "in_channels" in model_kwargs:  # from Python there may be other pictures
+        raise UserError("--model.model_kwargs: in_channels is no argument to give; pictures are RGB, of 3 channels.")
     if config.get("model.name") is not None:
         check_name(config.model.name)  # before the data is fetched: the network is made after it
     devices = str(config.get("trainer.devices", "auto"))  # Lightning takes a number also as text
@@ -132,15 +133,6 @@ def _refuse_nothing(config: Namespace) -> None:
     for name, row in table().items():
         if name in config and config[name] is None and not row.get("open") and "null" not in row["types"]:
             raise UserError(f"--{name}: needs a value, or leave it out.")
-
-
-def _refuse_what_the_data_gives(model_kwargs: dict[Any, Any]) -> None:
-    for name in model_kwargs:
-        if not isinstance(name, str) or name in _NOT_OF_A_MODEL:
-            raise UserError(
-                f"--model.model_kwargs: {clipped(str(name))} is no argument to give; "
-                "pictures and classes are the data's, the network is --model.name."
-            )
 
 
 def as_list(given: Any) -> list[Any]:
