@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 
+from cifar_lightning.agreement import check_data, check_logits
 from cifar_lightning.analysis import accuracy, macro_f1
 from cifar_lightning.averaging import EmaWeights
 from cifar_lightning.errors import UserError
@@ -19,17 +20,17 @@ from cifar_lightning.evaluation import evaluation_metrics, update_evaluation
 from cifar_lightning.guard import LossGuard, make_guard
 from cifar_lightning.limits import check_limits
 from cifar_lightning.mixing import Mixing
-from cifar_lightning.models import build_model, compile_network
+from cifar_lightning.models import DEFAULT_MODEL, choose_network, compile_network
 from cifar_lightning.optim import OptimizerName, build_optimizer, settings_of
 from cifar_lightning.pretrained import load_pretrained
+from cifar_lightning.runs import is_first_process
 from cifar_lightning.schedules import ScheduleName, follows_plan, make_schedule, rise_share
-from cifar_lightning.speednet import SpeedNet
+from cifar_lightning.speednet import SpeedNet, StemHold
 from cifar_lightning.steps import count_steps
 from cifar_lightning.totals import TrainTotals, means_of
 from cifar_lightning.views import Views, view_logits
 from cifar_lightning.weights import describe_misfits, plain, progress_of
 
-_NUM_WHITENING = 5000  # pictures of 32 pixels that speednet's filters are made from: airbench's; fewer larger ones
 Batch = tuple[Tensor, Tensor] | list[Tensor]
 """Images and targets; PyTorch's own DataLoader makes a list of them."""
 
@@ -58,7 +59,7 @@ class ImageClassifier(pl.LightningModule):
         schedule: one_cycle, linear (from the peak in a line to 0) or cosine (to 0 along half a cosine).
         pct_start: Share of the steps in which the rate rises; by default 0.3 with one_cycle, 0 with the others.
         ema_decay: Share that a step leaves of a moving average of the weights, which is then tested; 0 is off.
-        stem_share: Share of the steps in which speednet's stem is trained; not by one_cycle on several processes.
+        stem_share: Share of the steps in which speednet's stem is trained.
         tta: Average the answers to views of a picture in test, validate and predict (not while training): none, mirror
             or six (mirrored and moved by a pixel).
         model_kwargs: More arguments of the network, such as {widths: [16, 32, 64], dropout: 0.2}.
@@ -72,7 +73,7 @@ class ImageClassifier(pl.LightningModule):
 
     def __init__(
         self,
-        name: str | None = "smallnet",
+        name: str | None = DEFAULT_MODEL,
         num_classes: int = 10,
         image_size: int = 32,
         *,
@@ -126,12 +127,9 @@ class ImageClassifier(pl.LightningModule):
         self.stem_share, self.num_classes, self.tta = plain(stem_share), num_classes, tta
         self.optimizer_name, self.schedule, self.ema_decay = optimizer, schedule, plain(ema_decay)
         self._mixing = Mixing(num_classes, mixup=mixup, cutmix=cutmix) if mixup or cutmix else None
-        if model is None and name is None:
-            raise UserError("this checkpoint is of a network of your own: give model=... again.")
-        own = model_kwargs or {}
-        self._architecture = {"name": name, "num_classes": num_classes, "image_size": image_size, **own}
+        chosen = choose_network(model, name, num_classes, image_size, model_kwargs, pretrained)
+        network, self._architecture = chosen
         self._pretrained = pretrained
-        network = build_model(**self._architecture) if model is None else model
         # NHWC: the loaders' batches lie so, and convolutions are faster on both CPU and tensor cores.
         self.network = network.to(memory_format=torch.channels_last)
         self._is_to_compile = compile
@@ -143,10 +141,12 @@ class ImageClassifier(pl.LightningModule):
         self._planned: tuple[list[dict[str, Any]], Any] = ([], None)
         self._class_weights: Tensor | None = None  # of the loss, from the data
         self._stem_steps: int | None = None  # after which the stem is no longer trained
+        self._stem = StemHold(self.network)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return raw logits of normalised pictures."""
         logits: Tensor = self.network(images)
+        check_logits(logits, len(images), self.num_classes)
         return logits
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -160,13 +160,15 @@ class ImageClassifier(pl.LightningModule):
     # -- training ------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Forget where an earlier checkpoint stood: one that `fit` goes on with is loaded after this."""
+        """Forget where an earlier fit stood; a checkpoint that this one goes on with is loaded after this."""
         if stage == "fit":
             self._resumed_at = None
+            self._stem.release()
 
     def on_fit_start(self) -> None:
         """Make the epoch's sums (a run resumed inside an epoch has no start of it) and what it needs; compile."""
         self.totals = TrainTotals(self.device)
+        check_data(self.trainer, self.network, self.num_classes)
         if self._is_to_compile:
             compile_network(self.network, self.device)
             self._is_to_compile = False
@@ -181,13 +183,8 @@ class ImageClassifier(pl.LightningModule):
         weights = getattr(data, "class_weights", None)
         self._class_weights = None if weights is None else torch.tensor(weights, device=self.device)
         self.take_pretrained(data)
-        if not isinstance(self.network, SpeedNet) or self.network.stem.is_whitened:
-            return
-        sample = getattr(data, "sample_of_training", None)
-        if sample is None:
-            raise UserError("speednet: call network.stem.whiten(images) before `fit`, with normalised pictures.")
-        num_pictures = max(1, _NUM_WHITENING * 32**2 // max(32, data.image_size) ** 2)  # all 5,000 of 128: 9 GB
-        self.network.stem.whiten(sample(num_pictures).to(self.device))
+        if isinstance(self.network, SpeedNet):
+            self.network.stem.whiten_from(data)
 
     def take_pretrained(self, data: Any) -> None:
         """Begin with trained weights, once, where they were asked for; have our data normalised as they expect.
@@ -203,7 +200,7 @@ class ImageClassifier(pl.LightningModule):
             return
         if hasattr(data, "sample_of_training"):
             data.mean, data.std = expected.mean, expected.std
-        else:
+        elif is_first_process():
             print(f"--model.pretrained: normalise the pictures with mean {expected.mean} and std {expected.std}.")
 
     def on_train_start(self) -> None:
@@ -249,7 +246,8 @@ class ImageClassifier(pl.LightningModule):
         """Return the label-smoothed loss of a batch; add it to the epoch's sums without waiting for the device."""
         images, targets = batch
         if self._stem_steps is not None and self.trainer.global_step >= self._stem_steps:
-            self._freeze_stem()
+            self._stem.hold(stop_gradient=self.trainer.model is self)  # DDP waits for every gradient
+            self._stem_steps = None
         if self._mixing is not None:
             images, targets = self._mixing(images, targets)
         logits = self(images)
@@ -259,11 +257,9 @@ class ImageClassifier(pl.LightningModule):
         self.totals.add(loss, logits, targets)
         return loss
 
-    def _freeze_stem(self) -> None:
-        """Stop the stem's gradient, which needs that of the first layer's pictures: 4 % of a step's arithmetic."""
-        if isinstance(self.network, SpeedNet) and self.trainer.model is self:  # DDP waits for every gradient
-            self.network.stem.requires_grad_(False)
-        self._stem_steps = None
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave out a stem that is no longer trained."""
+        self._stem.drop_gradients()
 
     def on_train_epoch_end(self) -> None:
         """Log train/loss, train/acc and lr."""

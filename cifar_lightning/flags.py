@@ -163,6 +163,8 @@ def check_value(name: str, value: str, typed: str) -> None:
         UserError: Says what the flag takes.
     """
     row = table().get(name)
+    if name == "model.model_kwargs":
+        _check_mapping(value, typed)
     if row is None or row.get("prefixes"):
         return  # a library's names are known to those who import it
     if not row.get("open") and not _fits(row, value):
@@ -171,6 +173,13 @@ def check_value(name: str, value: str, typed: str) -> None:
     number = _number(value)
     if limit is not None and number is not None and not limit.holds(number):
         raise UserError(f"{typed}: {limit.advice}.")
+
+
+def _check_mapping(value: str, typed: str) -> None:
+    with contextlib.suppress(yaml.YAMLError):
+        if isinstance(read_recipe(value), dict | None):
+            return
+    raise UserError(f"{typed}: names and values, such as '{{widths: [32, 64, 128]}}'.")
 
 
 def _fits(row: dict[str, Any], value: str) -> bool:
@@ -225,7 +234,7 @@ def check_recipe(path: Path) -> None:
         known = name in table() or name in GROUPS
         if not known and not any(table().get(name[:at], {}).get("open") for at in range(len(name)) if name[at] == "."):
             raise UserError(f"{file}: {clipped(name)} is no setting.{suggest_flag(name).replace('--', '', 1)}")
-        if isinstance(value, str | int | float):
+        if isinstance(value, str | int | float | list):
             text = str(value).lower() if isinstance(value, bool) else str(value)
             check_value(name, text, f"{file}: {name} {clipped(text)}")
         elif value is None:

@@ -1,8 +1,9 @@
 """Networks by name: the table `MODELS`, `build_model` that makes one, and SmallNet. Each returns raw logits."""
 
+import contextlib
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -70,6 +71,7 @@ def _conv_bn_relu(in_channels: int, out_channels: int) -> list[nn.Module]:
 
 
 def _smallnet(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
+    _check_dropout(kwargs)
     stages = _num_stages(kwargs.get("widths", (64, 128, 256)))
     if image_size < 2 ** (stages - 1):
         raise UserError(
@@ -97,11 +99,20 @@ def _num_stages(widths: Any) -> int:
     return len(widths)
 
 
+def _check_dropout(kwargs: Mapping[str, Any]) -> None:
+    """Refuse NaN, too, which torch refuses in the first step and not before."""
+    dropout = kwargs.get("dropout", 0.0)
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout}: 0 to below 1")
+
+
 def _preact_resnet18(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
+    _check_dropout(kwargs)
     return PreActResNet(num_classes, **({"stem_stride": _stem_stride(image_size)} | kwargs))
 
 
 def _wideresnet28_10(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
+    _check_dropout(kwargs)
     return WideResNet(num_classes, **({"stem_stride": _stem_stride(image_size)} | kwargs))
 
 
@@ -126,11 +137,13 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit_tiny": _vit_tiny,
 }
 """Name -> function of (num_classes, image_size, **kwargs). A network of one's own is one more function here."""
+DEFAULT_MODEL = "smallnet"
 
 LIBRARIES: dict[str, Callable[..., nn.Module]] = {"torchvision": torchvision_network, "timm": timm_network}
 """Library -> function of (name, num_classes, image_size, **kwargs), for names such as torchvision/resnet101."""
 
 _NAMES_OF: dict[str, Callable[[], list[str]]] = {"torchvision": torchvision_names, "timm": timm_names}
+_NOT_TO_GIVE = ("name", "num_classes", "image_size")  # what a network gets from elsewhere
 
 
 def build_model(name: str, num_classes: int = 10, image_size: int = 32, **kwargs: Any) -> nn.Module:
@@ -172,6 +185,59 @@ def check_name(name: str) -> None:
     raise UserError(f"--model.name {clipped(name)}: not a model; one of {', '.join(known)}.{_nearest(name)}")
 
 
+def check_model_kwargs(model_kwargs: Any) -> None:
+    """Refuse what is not arguments by name, and those that would silently win over what the network gets elsewhere.
+
+    Raises:
+        UserError: Shows the form, or names the argument.
+    """
+    if not isinstance(model_kwargs, Mapping):
+        raise UserError(
+            f"--model.model_kwargs {clipped(str(model_kwargs))}: names and values, such as '{{widths: [32, 64, 128]}}'."
+        )
+    for name in model_kwargs:
+        if not isinstance(name, str) or name in _NOT_TO_GIVE:
+            raise UserError(
+                f"--model.model_kwargs: {clipped(str(name))} is no argument to give; "
+                "pictures and classes are the data's, the network is --model.name."
+            )
+
+
+def choose_network(
+    model: Any, name: str | None, num_classes: int, image_size: int, model_kwargs: Any, pretrained: bool | str
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a network of one's own, or else the one that a name and its arguments say; and how it is made by name.
+
+    Args:
+        model: The network, or None.
+        name: What `build_model` knows; None where a checkpoint is of a network of one's own.
+        num_classes: Length of the logits.
+        image_size: Side of the square pictures in pixels.
+        model_kwargs: The network's own arguments by name, or None.
+        pretrained: Whether it gets trained weights, or from where.
+
+    Raises:
+        UserError: None of both is given, or both; no network; or what `build_model` refuses.
+    """
+    check_model_kwargs(model_kwargs or {})
+    architecture = {"name": name, "num_classes": num_classes, "image_size": image_size, **(model_kwargs or {})}
+    if model is None:
+        if name is None:
+            raise UserError("this checkpoint is of a network of your own: give model=... again.")
+        return build_model(**architecture), architecture
+    if isinstance(model, type):
+        raise UserError(f"model={model.__name__}: a class; give a network made of it, model={model.__name__}(...).")
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model: a {type(model).__name__} is no network; give an nn.Module that returns raw logits.")
+    for argument, value in (("name", name), ("model_kwargs", model_kwargs), ("pretrained", pretrained)):
+        if value and value != DEFAULT_MODEL:
+            raise UserError(
+                f"{argument}={clipped(repr(value))} beside model=...: a network of your own is taken as it is; "
+                "leave one of them out."
+            )
+    return model, architecture
+
+
 def torchvision_name(name: str) -> str | None:
     """Return what torchvision calls a network, if it is one of its own."""
     library, slash, own_name = name.partition("/")
@@ -184,7 +250,10 @@ def torchvision_name(name: str) -> str | None:
 def _is_of_library(library: str, own_name: str) -> bool:
     # timm writes which of a network's weights are meant behind a point; the network is the same.
     architecture = own_name.partition(".")[0] if library == "timm" else own_name
-    return architecture in _NAMES_OF[library]()
+    try:
+        return architecture in _NAMES_OF[library]()
+    except UserError as error:  # the library is not there
+        raise UserError(f"--model.name {library}/{clipped(own_name)}: {error}") from error
 
 
 def _nearest(name: str) -> str:
@@ -194,8 +263,11 @@ def _nearest(name: str) -> str:
     if slash and library in LIBRARIES:
         known = {other: f"{library}/{other}" for other in _NAMES_OF[library]()}
     else:  # a network that two have is ours first, then torchvision's
-        libraries = ["timm", "torchvision"] if is_timm_there() else ["torchvision"]
-        known = {other: f"{library}/{other}" for library in libraries for other in _NAMES_OF[library]()}
+        known = {}
+        if is_timm_there():
+            with contextlib.suppress(UserError):  # it is there and cannot be imported: nobody asked for it
+                known = {other: f"timm/{other}" for other in timm_names()}
+        known |= {other: f"torchvision/{other}" for other in torchvision_names()}
         known |= {other: other for other in MODELS}
     near = difflib.get_close_matches(sought, known, n=3, cutoff=0.75) or difflib.get_close_matches(sought, known, n=1)
     names = [known[other] for other in near]

@@ -17,7 +17,7 @@ from cifar_lightning.checkpoint import CheckpointSchedule
 from cifar_lightning.errors import UserError
 from cifar_lightning.flags import GROUPS, table
 from cifar_lightning.limits import LIMITS, READ_BY
-from cifar_lightning.models import LIBRARIES, MODELS, check_name
+from cifar_lightning.models import LIBRARIES, MODELS, check_model_kwargs, check_name
 from cifar_lightning.recipes import checked
 from cifar_lightning.sources import DATASETS
 from cifar_lightning.wording import clipped
@@ -38,8 +38,6 @@ _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
 # The signatures say str, since a data set or network of one's own is one more line there.
 _NAMES = {"model.name": tuple(MODELS), "data.dataset": DATASETS}
 _PREFIXES = {"model.name": tuple(f"{library}/" for library in LIBRARIES)}  # of further names, a library's
-# What `build_model` gets from the data and from --model.name.
-_NOT_OF_A_MODEL = ("name", "num_classes", "image_size", "in_channels")
 _MOST_DEVICES = 1024  # of one machine; a typo would start that many processes
 # jsonargparse's own reader of YAML ends in a traceback for some values, and never for an alias inside what it names.
 _MODE = "checked_yaml"
@@ -76,7 +74,10 @@ def check_arguments(command: str, config: Namespace) -> None:
         UserError: Names the flag.
     """
     _refuse_nothing(config)
-    _refuse_what_the_data_gives(config.get("model.model_kwargs") or {})
+    model_kwargs = config.get("model.model_kwargs") or {}
+    check_model_kwargs(model_kwargs)
+    if "in_channels" in model_kwargs:  # from Python there may be other pictures
+        raise UserError("--model.model_kwargs: in_channels is no argument to give; pictures are RGB, of 3 channels.")
     if config.get("model.name") is not None:
         check_name(config.model.name)  # before the data is fetched: the network is made after it
     devices = str(config.get("trainer.devices", "auto"))  # Lightning takes a number also as text
@@ -91,17 +92,21 @@ def check_arguments(command: str, config: Namespace) -> None:
     for name in ("every_n_train_steps", "every_n_minutes"):
         if config.trainer.get("enable_checkpointing") is False and config.get(f"checkpoint.{name}") is not None:
             raise UserError(f"--checkpoint.{name} beside --trainer.enable_checkpointing false: leave one of them out.")
-    epochs = config.trainer.max_epochs
-    if command == "fit" and (epochs == 0 or (epochs in (None, -1) and config.trainer.max_steps == -1)):
+    if command == "fit":
+        _refuse_lengths(config.trainer)
+        _refuse_what_is_not_read(config)
+
+
+def _refuse_lengths(trainer: Namespace) -> None:
+    """Refuse a run without a step or an end, and validations by the clock."""
+    epochs, interval = trainer.max_epochs, trainer.get("val_check_interval")
+    if epochs == 0 or (epochs in (None, -1) and trainer.max_steps == -1):
         raise UserError(f"--epochs {epochs}: 1 or more; the schedule needs an end.")
-    if command == "fit" and config.trainer.max_steps == 0:
+    if trainer.max_steps == 0:
         raise UserError("--trainer.max_steps 0: 1 or more, or -1 for as many as the epochs have.")
-    interval = config.trainer.get("val_check_interval")
     if not isinstance(interval, float | int | None):  # Lightning takes a time, and its EarlyStopping fails on it
         advice = LIMITS["trainer.val_check_interval"].advice
         raise UserError(f"--trainer.val_check_interval {interval}: {advice}; a run by the clock could not be repeated.")
-    if command == "fit":
-        _refuse_what_is_not_read(config)
 
 
 def _refuse_what_is_not_read(config: Namespace) -> None:
@@ -133,15 +138,6 @@ def _refuse_nothing(config: Namespace) -> None:
     for name, row in table().items():
         if name in config and config[name] is None and not row.get("open") and "null" not in row["types"]:
             raise UserError(f"--{name}: needs a value, or leave it out.")
-
-
-def _refuse_what_the_data_gives(model_kwargs: dict[Any, Any]) -> None:
-    for name in model_kwargs:
-        if not isinstance(name, str) or name in _NOT_OF_A_MODEL:
-            raise UserError(
-                f"--model.model_kwargs: {clipped(str(name))} is no argument to give; "
-                "pictures and classes are the data's, the network is --model.name."
-            )
 
 
 def as_list(given: Any) -> list[Any]:

@@ -9,11 +9,13 @@ The head is always new: its classes are others. Two things are fitted to another
 - Position embeddings of torchvision's vision transformers, by torchvision's own interpolation.
 """
 
+import contextlib
 import importlib
 import json
+import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +27,14 @@ from torch import Tensor, nn
 from cifar_lightning.errors import UserError
 from cifar_lightning.models import torchvision_name
 from cifar_lightning.runs import is_first_process
-from cifar_lightning.weights import describe_misfits, read_checkpoint, read_weights, statistics_of, weights_of
+from cifar_lightning.weights import (
+    describe_misfits,
+    read_checkpoint,
+    read_weights,
+    statistics_of,
+    weights_of,
+    without_wrappers,
+)
 from cifar_lightning.wording import clipped
 from cifar_lightning.zoo import create_timm
 
@@ -74,8 +83,8 @@ def load_pretrained(
     else:
         found = _of_file(Path(source), name)
         origin = f"--model.pretrained {clipped(str(source), 200)}: its weights"
-    theirs, normalization = found
     ours = network.state_dict()
+    theirs, normalization = without_wrappers(found[0], ours), found[1]
     head = head_of(network, int(architecture["num_classes"]))
     kept = {key for key in ours if key.startswith(head)}
     theirs = {_OLD_DENSENET.sub(r"\1\2.", key): tensor for key, tensor in theirs.items()}
@@ -221,12 +230,28 @@ def _published_by_timm(own_name: str, architecture: Mapping[str, Any]) -> tuple[
     if config is None or not config.has_weights:
         raise UserError(f"--model.pretrained true: timm has no weights of {own_name}; give a file of them.")
     arguments = {key: value for key, value in architecture.items() if key not in ("name", "keep_stem")}
+    address = config.hf_hub_id or config.url
+    if is_first_process():
+        print(f"--model.pretrained true: timm fetches {address}, unless it has done so before.", flush=True)
     try:
         # timm reads them as data, and fits position embeddings to the size by itself.
-        network = create_timm(own_name, **arguments, pretrained=True)
+        with _retrying_in_silence():
+            network = create_timm(own_name, **arguments, pretrained=True)
     except Exception as error:  # as above
-        raise _cannot_be_had(f"timm/{own_name}", error, config.hf_hub_id or config.url) from error
+        raise _cannot_be_had(f"timm/{own_name}", error, address) from error
     return network.state_dict(), Normalization(tuple(config.mean), tuple(config.std))
+
+
+@contextlib.contextmanager
+def _retrying_in_silence() -> Iterator[None]:
+    """Keep huggingface_hub from saying two lines for each of a dozen trials; what ends them is raised all the same."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _cannot_be_had(name: str, error: Exception, address: str | None) -> UserError:

@@ -2,10 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from cifar_lightning.errors import UserError
+
+_NUM_WHITENING = 5000  # pictures of 32 pixels that the stem's filters are made from: airbench's; fewer larger ones
 
 
 class SpeedNet(nn.Module):
@@ -67,6 +72,20 @@ class WhiteningConv(nn.Conv2d):
         self.weight.requires_grad_(False)
         self.register_buffer("is_whitened", torch.tensor(False))
 
+    def whiten_from(self, data: Any) -> None:
+        """Set the filters from an `ImageDataModule`'s training pictures, unless they have been set.
+
+        Raises:
+            UserError: The data is something else.
+        """
+        if self.is_whitened:
+            return
+        sample = getattr(data, "sample_of_training", None)
+        if sample is None:
+            raise UserError("speednet: call network.stem.whiten(images) before `fit`, with normalised pictures.")
+        num_pictures = max(1, _NUM_WHITENING * 32**2 // max(32, data.image_size) ** 2)  # all 5,000 of 128: 9 GB
+        self.whiten(sample(num_pictures).to(self.weight.device))
+
     @torch.no_grad()
     def whiten(self, images: Float[Tensor, "batch channels height width"], eps: float = 5e-4) -> None:
         """Set the filters from normalised training pictures: eigenvectors of their patches' covariance.
@@ -81,6 +100,42 @@ class WhiteningConv(nn.Conv2d):
         filters = (vectors / (values + eps).sqrt()).T.reshape(size, self.in_channels, 2, 2)
         self.weight.copy_(torch.cat([filters, -filters]))
         self.is_whitened.fill_(True)
+
+
+class StemHold:
+    """Stops the training of a SpeedNet's stem; other networks have none.
+
+    Args:
+        network: Its stem is trained until `hold`.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._stem = network.stem if isinstance(network, SpeedNet) else None
+        self._held: list[nn.Parameter] = []
+
+    def hold(self, *, stop_gradient: bool) -> None:
+        """Train the stem no more.
+
+        Args:
+            stop_gradient: Do not compute its gradient, which needs that of the first layer's pictures: 4 % of a step's
+                arithmetic. Else `drop_gradients` must be called before each step of the optimiser.
+        """
+        if self._stem is None:
+            return
+        self._held = [parameter for parameter in self._stem.parameters() if parameter.requires_grad]
+        if stop_gradient:
+            self._stem.requires_grad_(False)
+
+    def drop_gradients(self) -> None:
+        """Have the optimiser leave out what is held."""
+        for parameter in self._held:
+            parameter.grad = None
+
+    def release(self) -> None:
+        """Train the stem again."""
+        for parameter in self._held:
+            parameter.requires_grad_(True)
+        self._held = []
 
 
 class _SpeedGroup(nn.Module):

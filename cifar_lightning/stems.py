@@ -73,6 +73,22 @@ def why_not(network: nn.Module, image_size: int) -> str:
     return "" if logits.ndim == 2 and len(logits) == 2 else f"it gives {tuple(logits.shape)} and not logits"
 
 
+def needs_several(network: nn.Module, image_size: int) -> bool:
+    """Whether a network in training takes no single picture: what BatchNorm sees of it may be one value a channel.
+
+    Args:
+        network: Gives logits; is the same afterwards.
+        image_size: Side of the square pictures in pixels.
+    """
+    try:
+        _answer_in_shapes(network, image_size, num_pictures=1, training=True)
+    except ValueError as error:
+        return "more than 1 value per channel" in str(error)
+    except Exception:  # a layer whose shapes are not known without numbers; training will show
+        return False
+    return False
+
+
 def _strides(network: nn.Module) -> dict[str, tuple[int, int]]:
     """Return the strided layers by name, each with the total stride of what it takes and of what it gives."""
     seen: dict[str, tuple[int, int]] = {}
@@ -109,26 +125,26 @@ def _shrink_filters(conv: nn.Conv2d) -> None:
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
 
-def _answer_in_shapes(network: nn.Module, image_size: int) -> Any:
+def _answer_in_shapes(network: nn.Module, image_size: int, num_pictures: int = 2, training: bool = False) -> Any:
     """Return what a network gives, computed without numbers: tensors on the meta device have a shape alone."""
     state = [*network.named_parameters(), *network.named_buffers()]
-    images = torch.empty(2, 3, image_size, image_size, device="meta")
+    images = torch.empty(num_pictures, 3, image_size, image_size, device="meta")
     shapes = {name: tensor.to("meta") for name, tensor in state}
-    with _evaluating(network):
+    with _trying(network, training):
         return torch.func.functional_call(network, shapes, (images,))
 
 
 def _answer(network: nn.Module, image_size: int) -> Any:
     device = next(network.parameters()).device
-    with _evaluating(network):
+    with _trying(network):
         return network(torch.zeros(2, 3, image_size, image_size, device=device))
 
 
 @contextlib.contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def _trying(network: nn.Module, training: bool = False) -> Iterator[None]:
     """No gradients, and the network in evaluation mode: no random numbers are drawn, no statistics are changed."""
     modes = [(module, module.training) for module in network.modules()]
-    network.eval()
+    network.train(training)
     try:
         with torch.no_grad():
             yield

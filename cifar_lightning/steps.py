@@ -1,5 +1,7 @@
 """How many optimiser steps a run has, which its schedule must know before the first one."""
 
+from typing import Any
+
 import lightning.pytorch as pl
 
 from cifar_lightning.errors import UserError
@@ -23,9 +25,7 @@ def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) 
     if count_batches is None:
         total = trainer.estimated_stepping_batches
     else:
-        batches = count_batches(trainer.world_size)
-        limit = trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        batches = _limited(count_batches(trainer.world_size), trainer.limit_train_batches)
         interval = trainer.val_check_interval
         if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None:
             raise UserError(
@@ -40,5 +40,25 @@ def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) 
     if total == float("inf"):
         raise UserError("the schedule needs an end: give --epochs N or --trainer.max_steps N.")
     if total < 1:
-        raise UserError("there is no step to train: --epochs, --trainer.limit_train_batches or --data.drop_last.")
+        raise UserError(f"{_cause(trainer)}: leaves no step to train; give more, or leave it out.")
     return int(total)
+
+
+def _limited(batches: int, limit: int | float) -> int:
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def _cause(trainer: pl.Trainer) -> str:
+    """Return the flag for which a run has no step, with its value."""
+    for flag, value in (("epochs", trainer.max_epochs), ("trainer.max_steps", trainer.max_steps)):
+        if value == 0:
+            return f"--{flag} 0"
+    data: Any = getattr(trainer, "datamodule", None)
+    if getattr(data, "drop_last", False) and not data.num_train_batches(trainer.world_size):
+        return f"--data.drop_last true beside --batch_size {data.batch_size} on {trainer.world_size} processes"
+    return f"--trainer.limit_train_batches {trainer.limit_train_batches}"
+
+
+def takes_last_batch(trainer: pl.Trainer, num_batches: int) -> bool:
+    """Whether an epoch goes to its last batch."""
+    return _limited(num_batches, trainer.limit_train_batches) == num_batches

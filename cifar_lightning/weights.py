@@ -5,6 +5,7 @@ A checkpoint holds plain types only and is read with `weights_only=True`: it can
 
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from cifar_lightning.runs import RunFolder
 from cifar_lightning.seal import has_seal, is_intact
 from cifar_lightning.views import Views, view_logits
 
+# What torch.compile, data parallelism and other people's modules put before all of a network's own names.
+_WRAPPERS = ("module.", "model.", "network.", "_orig_mod.")
 _NETWORK = "network."  # what ImageClassifier calls it, and torch.compile's wrapper does not change
 # How torch.save began a file before version 1.6. Most of torchvision's published weights are such files.
 _BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -146,7 +149,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except MemoryError as error:
         raise _unreadable(path, error) from error
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: refused, since it holds more than numbers and could run code.") from error
+        # torch's message names it: "Unsupported global: GLOBAL torchvision.models.resnet.ResNet was not an allowed".
+        kind = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = f" ({kind[1]})" if kind else ""
+        raise UserError(
+            f"{path}: refused, since it holds more than numbers{found} and could run code.\n"
+            "Of a whole model, save the numbers alone where it was made: torch.save(model.state_dict(), FILE)."
+        ) from error
     except Exception as error:  # damaged files make the readers of zip and pickle raise nearly anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if "can't allocate memory" in reason:  # torch's own words for it
@@ -166,6 +175,8 @@ def _unreadable(path: Path, error: Exception) -> UnreadableError:
 
 def _check_zip(data: bytes) -> None:
     with zipfile.ZipFile(BytesIO(data)) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise pickle.UnpicklingError("TorchScript")
         damaged = archive.testzip()  # torch.load does not look at the checksums
     if damaged:
         raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
@@ -216,13 +227,41 @@ def load_weights(network: nn.Module, path: Path, checkpoint: dict[str, Any] | No
     Raises:
         UserError: Names the first tensors that do not fit; the network is then untouched.
     """
-    theirs = read_weights(path) if checkpoint is None else weights_of(checkpoint, path)
-    misfits = describe_misfits(theirs, network.state_dict())
+    ours = network.state_dict()
+    theirs = without_wrappers(read_weights(path) if checkpoint is None else weights_of(checkpoint, path), ours)
+    misfits = describe_misfits(theirs, ours)
+    if misfits and _is_of_other_classes(theirs, ours):
+        raise UserError(
+            f"{path}: of other classes or pictures: {misfits}.\n"
+            f"To begin with all of it but the last layer: --model.pretrained {path}"
+        )
     if misfits:
         raise UserError(
             f"{path}: of another network: {misfits}.\nGive the --model and --data flags that it was trained with."
         )
     network.load_state_dict(theirs)
+
+
+def without_wrappers(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a file's tensors without a prefix that all of their names have and none of the network's."""
+    while theirs:
+        found = [prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in theirs)]
+        if not found or any(name.startswith(found[0]) for name in ours):
+            break
+        theirs = {name.removeprefix(found[0]): tensor for name, tensor in theirs.items()}
+    return theirs
+
+
+def _is_of_other_classes(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> bool:
+    """Whether nothing misfits but one layer's number of answers and the size of the filters that take the pictures."""
+    if theirs.keys() != ours.keys():
+        return False
+    pairs = {
+        name: (theirs[name].shape, ours[name].shape) for name in ours if _shape(theirs, name) != _shape(ours, name)
+    }
+    heads = {name.rpartition(".")[0] for name, (other, own) in pairs.items() if other[1:] == own[1:]}
+    stems = [name for name, (other, own) in pairs.items() if other[:2] == own[:2] and own[1:2] == (3,)]
+    return len(heads) == 1 and all(name.rpartition(".")[0] in heads or name in stems for name in pairs)
 
 
 def describe_misfits(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], num_named: int = 1) -> str:

@@ -96,7 +96,7 @@ def timm_names() -> list[str]:
     """Return timm's networks.
 
     Raises:
-        UserError: timm is not installed.
+        UserError: timm is not installed, or cannot be imported.
     """
     names: list[str] = _timm().list_models()
     return names
@@ -113,7 +113,7 @@ def timm_network(name: str, num_classes: int, image_size: int, *, keep_stem: boo
         **kwargs: Of timm's function.
 
     Raises:
-        UserError: timm is not installed, or the network takes no pictures of that size.
+        UserError: timm is not there, or the network takes no pictures of that size.
     """
     _refuse(kwargs)
     return _fitted(f"timm/{name}", lambda size: create_timm(name, num_classes, size, **kwargs), image_size, keep_stem)
@@ -129,7 +129,7 @@ def create_timm(name: str, num_classes: int, image_size: int, **kwargs: Any) -> 
         **kwargs: Of `timm.create_model`.
 
     Raises:
-        UserError: timm is not installed.
+        UserError: timm is not installed, or cannot be imported.
     """
     create = partial(_timm().create_model, name, num_classes=num_classes, in_chans=3, **kwargs)
     network: nn.Module
@@ -143,14 +143,19 @@ def create_timm(name: str, num_classes: int, image_size: int, **kwargs: Any) -> 
 
 
 def _timm() -> Any:
+    if not is_timm_there():
+        raise UserError("timm is not installed; pip install -e '.[timm]'")
     try:
         return importlib.import_module("timm")
-    except ImportError as error:
-        raise UserError(f"--model.name timm/NAME: timm is not there ({error}): pip install -e '.[timm]'") from error
+    except Exception as error:  # of whatever it needs: another library's version, a file of the system
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"timm is installed and cannot be imported ({clipped(reason, 200)}).") from error
 
 
 def _refuse(kwargs: Iterable[str]) -> None:
     for name in kwargs:
+        if name == "in_chans":
+            raise UserError(f"--model.model_kwargs: {name} is no argument to give; pictures are RGB, of 3 channels.")
         if name in _NOT_TO_GIVE:
             raise UserError(
                 f"--model.model_kwargs: {name} is no argument to give: a network here gives logits alone, and trained "

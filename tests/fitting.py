@@ -10,6 +10,28 @@ from cifar_lightning.runs import RunFolder
 from cifar_lightning.signals import StopSignals
 
 NARROW = {"widths": [2, 2, 2], "dropout": 0.3}
+SPEED = {
+    "name": "speednet",
+    "model_kwargs": {"widths": [4, 8, 8]},
+    "optimizer": "muon",
+    "schedule": "linear",
+    "sgd_lr": 5.0,
+    "head_lr": 0.05,
+    "lr": 0.1,
+}
+
+
+def quiet_trainer(tmp_path, **kwargs):
+    """Return a Trainer on the CPU that writes nothing."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    return pl.Trainer(
+        **{**quiet, "accelerator": "cpu", "enable_checkpointing": False, "default_root_dir": tmp_path, **kwargs}
+    )
+
+
+def small_data(**kwargs):
+    """Return generated pictures of 16 pixels, 9 steps an epoch."""
+    return ImageDataModule("synthetic", **{"batch_size": 500, "image_size": 16, **kwargs})
 
 
 def fit_run(

@@ -9,11 +9,11 @@ import speedrun
 import speedrun_peers
 import torch
 import yaml
+from fitting import NARROW, quiet_trainer, small_data
 from program import REPO
 from record import comparable
 from speedrun_clock import Clock
 from speedrun_peers import PEERS, load
-from test_classifier import NARROW, small_data, trainer
 
 from cifar_lightning import ImageClassifier, UserError
 
@@ -74,7 +74,7 @@ def test_steps_are_counted_after_warming_up_on_a_gpu(tmp_path, monkeypatch):
 def test_the_clocks_windows_hold_each_other(tmp_path):
     clock = Clock(str(tmp_path / "clock.json"))
     module, data = ImageClassifier(image_size=16, lr=0.01, model_kwargs=NARROW), small_data()
-    run = trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0, callbacks=[clock])
+    run = quiet_trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0, callbacks=[clock])
     run.fit(module, data)
     run.test(module, data, verbose=False)
     figures = json.loads((tmp_path / "clock.json").read_text())

@@ -1,49 +1,24 @@
 """ImageClassifier in a real Trainer: loss, sums, metrics, steps, precision of its figures."""
 
 import itertools
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fitting import SPEED, quiet_trainer, small_data
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
 
-from cifar_lightning import ImageClassifier, ImageDataModule, UserError
+from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.mixing import Mixing
-from cifar_lightning.models import build_model
 from cifar_lightning.speednet import WhiteningConv
 from cifar_lightning.views import view_logits
 
 NARROW = {"widths": [4, 8, 8], "dropout": 0.0}
-ADAMW = {"optimizer": "adamw", "lr": 0.01, "model_kwargs": NARROW}
-MUON = {**ADAMW, "optimizer": "muon"}
-SPEED = {
-    "name": "speednet",
-    "model_kwargs": {"widths": [4, 8, 8]},
-    "optimizer": "muon",
-    "schedule": "linear",
-    "sgd_lr": 5.0,
-    "head_lr": 0.05,
-    "lr": 0.1,
-}
-
-
-def trainer(tmp_path, **kwargs):
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    return pl.Trainer(
-        **{**quiet, "accelerator": "cpu", "enable_checkpointing": False, "default_root_dir": tmp_path, **kwargs}
-    )
-
-
-def small_data(**kwargs):
-    return ImageDataModule("synthetic", batch_size=500, image_size=16, **kwargs)
 
 
 def test_the_training_loss_is_label_smoothed_cross_entropy():
@@ -70,7 +45,7 @@ class Losses(pl.Callback):
 def test_class_weights_of_the_data_weigh_the_loss(tmp_path):
     module = ImageClassifier(image_size=16, lr=1e-9, label_smoothing=0.1, model_kwargs=NARROW)
     data, losses = small_data(class_weights="balanced", limit=999), Losses()
-    run = trainer(tmp_path, max_epochs=1, limit_train_batches=1, callbacks=[losses])
+    run = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, callbacks=[losses])
     run.fit(module, data)
     (loss, (images, targets)), weights = losses.seen[0], torch.tensor(data.class_weights)
     assert weights.unique().numel() > 1
@@ -109,7 +84,7 @@ def test_epoch_sums_are_those_of_all_pictures_and_start_anew():
 
 def test_test_metrics_equal_functions_of_all_logits(tmp_path):
     module, data = ImageClassifier(image_size=16, model_kwargs=NARROW), small_data(eval_batch_size=300)
-    run = trainer(tmp_path)
+    run = quiet_trainer(tmp_path)
     logged = run.test(module, data, verbose=False)[0]
     module.eval()
     with torch.no_grad():
@@ -128,7 +103,7 @@ def test_test_metrics_equal_functions_of_all_logits(tmp_path):
 
 def test_fit_steps_one_cycle_to_its_end_and_logs_every_figure(tmp_path):
     module, data = ImageClassifier(image_size=16, lr=0.01, model_kwargs=NARROW), small_data()
-    run = trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0)
+    run = quiet_trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0)
     run.fit(module, data)
     assert run.global_step == 18 == module.total_steps()
     assert run.optimizers[0].param_groups[0]["lr"] < 0.01 / 50
@@ -148,7 +123,7 @@ def test_fit_steps_one_cycle_to_its_end_and_logs_every_figure(tmp_path):
 )
 def test_total_steps_are_those_that_lightning_estimates(tmp_path, settings, expected):
     module, data = ImageClassifier(image_size=16, model_kwargs=NARROW), small_data()
-    run = trainer(tmp_path, **settings)
+    run = quiet_trainer(tmp_path, **settings)
     seen = {}
 
     class Compare(pl.Callback):
@@ -170,7 +145,7 @@ def test_speednet_is_whitened_once_and_its_stem_trained_for_its_share_alone(tmp_
             biases.append(pl_module.network.stem.bias.detach().clone())
             whitened.append(pl_module.network.stem.weight.detach().clone())
 
-    run = trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0)
+    run = quiet_trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0)
     run.callbacks.append(Watch())
     data = small_data()
     run.fit(module, data)
@@ -180,6 +155,11 @@ def test_speednet_is_whitened_once_and_its_stem_trained_for_its_share_alone(tmp_
     expected.whiten(data.sample_of_training(5000))
     assert all(torch.equal(weight, expected.weight) for weight in whitened)
     assert run.optimizers[0].param_groups[0]["lr"] == 0
+    biases.clear()
+    again = quiet_trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0, callbacks=[Watch()])
+    again.fit(module, data)
+    moved = [not torch.equal(before, after) for before, after in itertools.pairwise(biases)]
+    assert moved == [True] * 8 + [False] * 9, "a second training is of the stem, too"
 
 
 def test_filters_are_made_from_as_many_pixels_of_large_pictures_as_of_small_ones():
@@ -198,12 +178,12 @@ def test_speednet_without_our_data_asks_to_be_whitened(tmp_path):
     loader = DataLoader(TensorDataset(torch.randn(32, 3, 16, 16), torch.randint(0, 4, (32,))), batch_size=8)
     module = ImageClassifier(num_classes=4, image_size=16, **SPEED)
     with pytest.raises(UserError, match=r"stem\.whiten"), pytest.warns(PossibleUserWarning):
-        trainer(tmp_path, max_epochs=1).fit(module, loader)
+        quiet_trainer(tmp_path, max_epochs=1).fit(module, loader)
 
 
 def test_views_are_averaged_in_test_and_not_while_training(tmp_path):
     module, data = ImageClassifier(image_size=16, model_kwargs=NARROW, tta="six", lr=0.01), small_data()
-    run = trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0)
+    run = quiet_trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0)
     run.fit(module, data)
     assert "val/acc_one_view" not in run.callback_metrics
     logged = run.test(module, data, verbose=False)[0]
@@ -218,97 +198,23 @@ def test_views_are_averaged_in_test_and_not_while_training(tmp_path):
 
 def test_a_run_without_an_end_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--epochs"):
-        trainer(tmp_path, max_epochs=-1).fit(ImageClassifier(image_size=16, model_kwargs=NARROW), small_data())
+        quiet_trainer(tmp_path, max_epochs=-1).fit(ImageClassifier(image_size=16, model_kwargs=NARROW), small_data())
 
 
 def test_a_network_and_loaders_of_ones_own_train_too(tmp_path):
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
     loader = DataLoader(TensorDataset(torch.randn(32, 3, 8, 8), torch.randint(0, 4, (32,))), batch_size=8)
     before = network[1].weight.detach().clone()
-    run = trainer(tmp_path, max_epochs=1)
+    run = quiet_trainer(tmp_path, max_epochs=1)
     with pytest.warns(PossibleUserWarning):  # no validation, no worker processes: both meant
         run.fit(ImageClassifier(model=network, num_classes=4), loader)
     assert run.global_step == 4
     assert not torch.equal(network[1].weight, before)
 
 
-def test_a_checkpoint_holds_plain_types_and_makes_the_module_again(tmp_path):
-    module = ImageClassifier(image_size=16, model_kwargs=NARROW, optimizer="muon", lr=0.05)
-    run = trainer(tmp_path, max_epochs=1)
-    run.fit(module, small_data())
-    run.save_checkpoint(tmp_path / "one.ckpt")
-    content = torch.load(tmp_path / "one.ckpt", weights_only=True)
-    assert content["hyper_parameters"]["model_kwargs"] == NARROW
-    assert content["ImageDataModule"]["class_names"][0] == "disk"
-    again = ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
-    images = torch.randn(2, 3, 16, 16)
-    assert torch.equal(again.eval()(images), module.eval()(images))
-
-
-def test_a_module_that_a_checkpoint_was_loaded_into_plans_a_new_run_over_its_own_steps(tmp_path):
-    module = ImageClassifier(image_size=16, model_kwargs=NARROW, lr=0.01)
-    run = trainer(tmp_path, max_epochs=3)
-    run.fit(module, small_data())
-    run.save_checkpoint(tmp_path / "three.ckpt")
-    loaded = ImageClassifier.load_from_checkpoint(tmp_path / "three.ckpt", weights_only=True)
-    trainer(tmp_path).test(module, small_data(), ckpt_path=tmp_path / "three.ckpt", weights_only=True, verbose=False)
-    for again in (loaded, module):
-        run = trainer(tmp_path, max_epochs=1)
-        run.fit(again, small_data())
-        assert again.total_steps() == run.global_step == 9
-        assert run.optimizers[0].param_groups[0]["lr"] < 1e-3, "annealed"
-
-
-def test_a_loaded_checkpoint_is_not_overwritten_by_the_weights_that_its_run_began_with(tmp_path):
-    torch.save(build_model("smallnet", 10, 16, **NARROW).state_dict(), tmp_path / "begin.pt")
-    module = ImageClassifier(image_size=16, model_kwargs=NARROW, lr=0.01, pretrained=str(tmp_path / "begin.pt"))
-    run = trainer(tmp_path, max_epochs=1)
-    run.fit(module, small_data())
-    run.save_checkpoint(tmp_path / "one.ckpt")
-    again = ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
-    again.setup("fit")
-    again.prepare(None)
-    assert torch.equal(again.network.features[0].weight, module.network.features[0].weight)
-
-
-def test_a_checkpoint_of_another_network_is_refused_in_a_line(tmp_path):
-    run = trainer(tmp_path, max_epochs=1)
-    run.fit(ImageClassifier(image_size=16, model_kwargs=NARROW), small_data())
-    run.save_checkpoint(tmp_path / "one.ckpt")
-    other = ImageClassifier(image_size=16, model_kwargs={"widths": [4, 8, 6]})
-    with pytest.raises(UserError, match="another network: network"):
-        trainer(tmp_path).test(other, small_data(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
-
-
 def test_steps_that_there_are_none_of_are_refused(tmp_path):
     with pytest.raises(UserError, match="no step to train"):
-        trainer(tmp_path, max_epochs=0).fit(ImageClassifier(image_size=16, model_kwargs=NARROW), small_data())
-
-
-@pytest.mark.parametrize("stop_at", [9, 18, 13], ids=["after epoch 1", "after epoch 2", "inside epoch 2"])
-@pytest.mark.parametrize("settings", [ADAMW, MUON, {**SPEED, "stem_share": 0.4}], ids=["adamw", "muon", "speednet"])
-def test_a_resumed_run_without_dropout_ends_with_the_weights_of_an_unbroken_one(tmp_path, stop_at, settings):
-    class SaveAt(pl.Callback):
-        def on_train_batch_end(self, trainer, *args):
-            if trainer.global_step == stop_at and stop_at % 9:
-                trainer.save_checkpoint(tmp_path / "stopped.ckpt")
-
-        def on_train_epoch_end(self, trainer, pl_module):
-            if trainer.global_step == stop_at:
-                trainer.save_checkpoint(tmp_path / "stopped.ckpt")
-
-    def fresh(*callbacks):
-        torch.manual_seed(0)
-        module = ImageClassifier(image_size=16, **settings)
-        return module, trainer(tmp_path, max_epochs=3, num_sanity_val_steps=0, callbacks=list(callbacks))
-
-    unbroken, run = fresh(SaveAt())
-    run.fit(unbroken, small_data(train_sizes=[12, 16]))
-    resumed, run = fresh()
-    run.fit(resumed, small_data(train_sizes=[12, 16]), ckpt_path=tmp_path / "stopped.ckpt", weights_only=True)
-    assert run.global_step == 27
-    for left, right in zip(unbroken.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(left, right)
+        quiet_trainer(tmp_path, max_epochs=0).fit(ImageClassifier(image_size=16, model_kwargs=NARROW), small_data())
 
 
 @pytest.mark.parametrize(
@@ -324,93 +230,11 @@ def test_a_resumed_run_without_dropout_ends_with_the_weights_of_an_unbroken_one(
         ({"cutmix": float("inf")}, "--model.cutmix inf"),
         ({"ema_decay": 1.0}, "--model.ema_decay 1.0"),
         ({"name": "resnet19"}, "--model.name resnet19"),
+        ({"model_kwargs": {"num_classes": 3}}, "num_classes is no argument to give"),
+        ({"model_kwargs": {"image_size": 3}}, "image_size is no argument to give"),
+        ({"model_kwargs": {"name": "resnet18"}}, "name is no argument to give"),
     ],
 )
 def test_a_value_that_cannot_train_names_its_flag(arguments, message):
     with pytest.raises(UserError, match=message):
         ImageClassifier(**arguments)
-
-
-def test_odd_values_leave_a_checkpoint_that_loads_as_data(tmp_path):
-    odd = {"widths": [2], "dropout": np.float64(0.5)}
-    module = ImageClassifier(image_size=16, lr=np.float64(0.01), weight_decay=np.float64(0), model_kwargs=odd)
-    module.save_hyperparameters({"path": Path("x"), "part": partial(print, 1)})
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        limit_val_batches=0,
-    )
-    trainer.fit(module, ImageDataModule("synthetic", batch_size=900, image_size=16))
-    trainer.save_checkpoint(tmp_path / "odd.ckpt")
-    read = torch.load(tmp_path / "odd.ckpt", weights_only=True)["hyper_parameters"]
-    assert (read["lr"], read["path"]) == (0.01, "x")
-    assert read["model_kwargs"] == {"widths": [2], "dropout": 0.5}
-
-
-def test_trained_weights_begin_a_run_with_their_normalisation_and_a_new_head(tmp_path):
-    torch.manual_seed(1)
-    trained = ImageClassifier(image_size=16, num_classes=7, model_kwargs=NARROW)
-    torch.save(trained.network.state_dict(), tmp_path / "trained.pt")
-    module = ImageClassifier(image_size=16, model_kwargs=NARROW, pretrained=str(tmp_path / "trained.pt"))
-    head = module.network.head.weight.detach().clone()
-    seen = []
-
-    class Look(pl.Callback):
-        def on_train_start(self, trainer, pl_module):
-            seen.append({name: value.clone() for name, value in pl_module.network.state_dict().items()})
-
-    data = small_data()
-    trainer(tmp_path, max_epochs=1, limit_train_batches=1, callbacks=[Look()]).fit(module, data)
-    for name, value in trained.network.state_dict().items():
-        if not name.startswith("head"):
-            assert torch.equal(seen[0][name], value)
-    assert torch.equal(seen[0]["head.weight"], head)
-    assert data.mean != (0.485, 0.456, 0.406)  # a file of a network of ours says nothing of its pictures
-
-
-def test_a_run_that_goes_on_does_not_ask_for_its_trained_weights_again(tmp_path):
-    path = tmp_path / "trained.pt"
-    torch.save(ImageClassifier(image_size=16, model_kwargs=NARROW).network.state_dict(), path)
-    settings = {"image_size": 16, "model_kwargs": NARROW, "pretrained": str(path)}
-    first = trainer(tmp_path, max_epochs=1)
-    first.fit(ImageClassifier(**settings), small_data())
-    first.save_checkpoint(tmp_path / "first.ckpt")
-    path.unlink()
-    second, module = trainer(tmp_path, max_epochs=2), ImageClassifier(**settings)
-    second.fit(module, small_data(), ckpt_path=tmp_path / "first.ckpt", weights_only=True)
-    assert second.global_step == 18
-
-
-def test_more_epochs_move_a_line_that_is_gone_on_with(tmp_path):
-    settings = {"image_size": 16, "model_kwargs": NARROW, "lr": 0.1, "schedule": "linear"}
-    first = trainer(tmp_path, max_epochs=2)
-    first.fit(ImageClassifier(**settings), small_data())
-    first.save_checkpoint(tmp_path / "first.ckpt")
-    rates = []
-
-    class Look(pl.Callback):
-        def on_train_batch_start(self, trainer, *args):
-            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-    second = trainer(tmp_path, max_epochs=4, callbacks=[Look()])
-    second.fit(ImageClassifier(**settings), small_data(), ckpt_path=tmp_path / "first.ckpt", weights_only=True)
-    assert rates == pytest.approx([0.1 * (1 - step / 36) for step in range(18, 36)])
-
-
-def test_weights_of_torchvision_have_the_pictures_normalised_as_there(tmp_path):
-    trained = build_model("mobilenet_v3_small", num_classes=3, image_size=32)
-    torch.save(trained.state_dict(), tmp_path / "trained.pt")
-    module = ImageClassifier("mobilenet_v3_small", image_size=32, pretrained=str(tmp_path / "trained.pt"))
-    data = ImageDataModule("synthetic", batch_size=64, limit=200)
-    trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=1).fit(module, data)
-    assert data.mean == (0.485, 0.456, 0.406)
-    kept = data.state_dict()
-    again = ImageDataModule("synthetic", batch_size=64, limit=200)
-    again.load_state_dict(kept)
-    again.setup()
-    assert again.mean == data.mean  # what a later test of the run uses

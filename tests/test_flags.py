@@ -127,6 +127,8 @@ def test_every_flag_is_its_own_suggestion():
         ("data:\n  batch_size:\n", "data.batch_size has no value; a whole number"),
         ("seed_everything: 4294967296\n", "seed_everything 4294967296: 0 to 4294967295"),
         ("- 1\n", "holds a list"),
+        ("model:\n  model_kwargs: widths=8\n", "model.model_kwargs widths=8: names and values, such as '{widths: "),
+        ("model:\n  model_kwargs: [8]\n", "model.model_kwargs [8]: names and values"),
     ],
 )
 def test_a_mistake_in_a_recipe_names_the_file(tmp_path, text, expected):

@@ -32,6 +32,7 @@ LAYERS = [
         "optim",
         "schedules",
         "steps",
+        "agreement",
         "totals",
         "mixing",
         "averaging",

@@ -1,5 +1,6 @@
 """Weights from elsewhere: what is taken, what is fitted to small pictures, and what is said where they do not fit."""
 
+import logging
 import re
 
 import pytest
@@ -123,6 +124,14 @@ def test_files_of_each_kind_are_read(tmp_path, suffix):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in body.items())
 
 
+def test_a_prefix_of_all_names_is_taken_off(tmp_path):
+    theirs = build_model(**NARROW).state_dict()
+    torch.save({f"module.{name}": tensor for name, tensor in theirs.items()}, tmp_path / "weights.pt")
+    network = build_model(**NARROW)
+    load_pretrained(network, NARROW, tmp_path / "weights.pt")
+    assert torch.equal(network.features[0].weight, theirs["features.0.weight"])
+
+
 def test_a_head_of_another_form_is_left_out(tmp_path):
     theirs = build_model(**NARROW).state_dict()
     torch.save(theirs | {"head.second.weight": torch.ones(3)}, tmp_path / "weights.pt")
@@ -209,10 +218,11 @@ def test_timm_loads_its_own_weights_with_their_normalisation(monkeypatch):
     assert network.fc.weight.shape == (5, 512)
 
 
-def test_timms_networks_without_weights_and_without_a_connection_say_so(monkeypatch):
+def test_timms_networks_without_weights_and_without_a_connection_say_so(monkeypatch, caplog):
     pytest.importorskip("timm")
 
     def fail(*args, **kwargs):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fail)
@@ -223,6 +233,7 @@ def test_timms_networks_without_weights_and_without_a_connection_say_so(monkeypa
         architecture = {"name": f"timm/{name}", "num_classes": 5, "image_size": 32}
         with pytest.raises(UserError, match=message):
             load_pretrained(build_model(**architecture), architecture, True)
+    assert "Retrying" not in caplog.text
 
 
 def test_an_export_of_a_run_brings_the_normalisation_of_its_pictures(tmp_path):

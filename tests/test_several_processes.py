@@ -135,3 +135,29 @@ def test_without_a_run_folder_for_all_torchrun_ends_and_the_reason_is_named(tmp_
     assert done.returncode == 1  # torchrun's own
     assert "need one --run_dir for all" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+STEMS = """
+import lightning.pytorch as pl, torch
+from cifar_lightning import ImageClassifier, ImageDataModule
+
+class Watch(pl.Callback):
+    biases = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.biases.append(pl_module.network.stem.bias.detach().clone())
+
+quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+trainer = pl.Trainer(accelerator="cpu", strategy="ddp", devices=2, max_epochs=1, callbacks=[Watch()], **quiet)
+module = ImageClassifier("speednet", image_size=16, stem_share=0.6, lr=0.01, model_kwargs={"widths": [4, 8, 8]})
+trainer.fit(module, ImageDataModule("synthetic", image_size=16, batch_size=250))
+if trainer.is_global_zero:
+    print("moved", [not torch.equal(*pair) for pair in zip(Watch.biases, Watch.biases[1:])])
+"""
+
+
+@pytest.mark.slow
+def test_one_cycle_on_two_processes_stops_the_stem_at_its_share_too(tmp_path):
+    (tmp_path / "stems.py").write_text(f"import sys\nsys.path.insert(0, {str(REPO)!r})\n{STEMS}", encoding="utf-8")
+    [printed] = run_together([tmp_path / "stems.py"], cwd=tmp_path)
+    assert f"moved {[True] * 4 + [False] * 4}" in printed  # 9 steps, of which 5 train it

@@ -1,11 +1,14 @@
 """Stems for small pictures: what is changed, what is left, and which sizes a network takes."""
 
+import contextlib
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from cifar_lightning.stems import adapt_stem, why_not
+from cifar_lightning.models import build_model
+from cifar_lightning.stems import adapt_stem, needs_several, why_not
 
 
 def make(name, **kwargs):
@@ -141,3 +144,20 @@ def test_why_a_network_does_not_take_pictures(network, reason):
     import re
 
     assert re.search(reason, why_not(network, 4))
+
+
+def test_which_networks_take_no_single_picture_is_known_without_numbers():
+    taken = {}
+    state = torch.get_rng_state()
+    for size, widths in ((8, (2, 2)), (8, (2, 2, 2, 2))):
+        torch.manual_seed(0)
+        network = build_model("smallnet", 10, size, widths=widths, dropout=0.5).eval()
+        before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        state = torch.get_rng_state()
+        taken[widths] = not needs_several(network, size)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not network.training
+        assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+        with contextlib.nullcontext() if taken[widths] else pytest.raises(ValueError, match="more than 1 value"):
+            network.train()(torch.zeros(1, 3, size, size))
+    assert taken == {(2, 2): True, (2, 2, 2, 2): False}

@@ -43,11 +43,24 @@ def test_a_resumed_run_counts_what_it_took_before():
 
 
 @pytest.mark.parametrize(
-    ("changed", "text"), [({"max_epochs": -1}, "needs an end"), ({"limit_train_batches": 0.0}, "no step to train")]
+    ("changed", "text"),
+    [
+        ({"max_epochs": -1}, "needs an end"),
+        ({"limit_train_batches": 0.0}, r"--trainer\.limit_train_batches 0\.0: leaves no step to train"),
+        ({"limit_train_batches": 0.1}, r"--trainer\.limit_train_batches 0\.1: leaves no step"),
+        ({"max_epochs": 0}, r"--epochs 0: leaves no step"),
+        ({"max_steps": 0}, r"--trainer\.max_steps 0: leaves no step"),
+        (
+            {"world_size": 10, "drops": True},
+            r"--data\.drop_last true beside --batch_size 50 on 10 processes: leaves no",
+        ),
+    ],
 )
 def test_a_run_without_an_end_or_a_step_is_refused(changed, text):
+    made = trainer(**changed)
+    made.datamodule.drop_last, made.datamodule.batch_size = "drops" in changed, 50
     with pytest.raises(UserError, match=text):
-        count_steps(trainer(**changed))
+        count_steps(made)
 
 
 def test_a_validation_after_more_batches_than_an_epoch_has_is_refused_unless_it_counts_over_epochs():

@@ -1,13 +1,17 @@
 """What a checkpoint gives back: the same answers, or a message that says what is wrong with it."""
 
 import pickle
+import zipfile
+from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from fault_judge import Payload
+from torch import nn
 
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.models import SmallNet, build_model
@@ -90,6 +94,13 @@ def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(tmp_path):
     torch.save({"state_dict": payload}, tmp_path / "bad.ckpt")
     with pytest.raises(UserError, match="could run code"):
         read_checkpoint(tmp_path / "bad.ckpt")
+    torch.save(SmallNet(widths=(2, 2)), tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:  # what tells TorchScript's files
+        archive.writestr("script/constants.pkl", b"")
+    for name, kind in (("whole", r" \(cifar_lightning\.models\.SmallNet\)"), ("script", "")):
+        advice = r"save the numbers alone .*: torch\.save\(model\.state_dict\(\), FILE"
+        with pytest.raises(UserError, match=rf"more than numbers{kind} and .*\n.*{advice}"):
+            read_checkpoint(tmp_path / f"{name}.pt")
     (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(payload))
     with pytest.raises(UserError, match="damaged checkpoint, or none"):
         read_checkpoint(tmp_path / "plain.ckpt")
@@ -109,12 +120,42 @@ def test_weights_come_from_checkpoints_state_dicts_and_safetensors(run, tmp_path
         assert all(torch.equal(tensor, expected[name]) for name, tensor in network.state_dict().items())
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model.", "network.", "_orig_mod.", "_orig_mod.module."])
+def test_names_that_were_all_given_a_prefix_lose_it(tmp_path, prefix):
+    expected = SmallNet(3, widths=(2, 4, 4)).state_dict()
+    for name, content in (("plain", lambda state: state), ("lightning", lambda state: {"state_dict": state})):
+        torch.save(content({f"{prefix}{key}": tensor for key, tensor in expected.items()}), tmp_path / name)
+        network = SmallNet(3, widths=(2, 4, 4))
+        load_weights(network, tmp_path / name)
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in network.state_dict().items())
+
+
+def test_a_networks_own_name_is_no_prefix(tmp_path):
+    network, other = (nn.Sequential(OrderedDict(model=nn.Linear(2, 2))) for _ in range(2))
+    torch.save(network.state_dict(), tmp_path / "own.pt")
+    load_weights(other, tmp_path / "own.pt")
+    assert torch.equal(other.model.weight, network.model.weight)
+
+
+@pytest.mark.parametrize("image_size", [32, 80])
+def test_weights_of_other_classes_are_better_given_to_begin_with(tmp_path, image_size):
+    torch.save(torchvision.models.squeezenet1_0().state_dict(), tmp_path / "imagenet.pth")
+    network = build_model("torchvision/squeezenet1_0", 10, image_size)
+    with pytest.raises(
+        UserError, match=rf"other classes .*\nTo begin .*: --model\.pretrained {tmp_path}/imagenet\.pth"
+    ):
+        load_weights(network, tmp_path / "imagenet.pth")
+
+
 def test_weights_that_do_not_fit_are_named_and_nothing_is_changed(run, tmp_path):
     save(run)
     network = build_model("smallnet", 4, 16, widths=(2, 4, 4))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    with pytest.raises(UserError, match=r"head\.weight is 3x4 in it and 4x4 here and 1 more"):
+    with pytest.raises(UserError, match=r"other classes .*: head\.weight is 3x4 in it and 4x4 here and 1 more"):
         load_weights(network, run.best_checkpoint)
+    other = build_model("smallnet", 3, 16, widths=(2, 4, 5))
+    with pytest.raises(UserError, match=r"another network: .*\nGive the --model and --data flags"):
+        load_weights(other, run.best_checkpoint)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     torch.save({"a": 1}, tmp_path / "none.pt")
     with pytest.raises(UserError, match="holds no weights"):

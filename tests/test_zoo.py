@@ -1,6 +1,6 @@
 """torchvision's and timm's networks, fitted to classes and pictures."""
 
-import importlib
+import sys
 import warnings
 
 import pytest
@@ -80,12 +80,23 @@ def test_a_real_network_answers_as_torchvisions_own():
 
 
 def test_without_timm_its_install_line_is_told(monkeypatch):
-    def missing(name):
-        raise ModuleNotFoundError(f"No module named '{name}'", name=name)
-
-    monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(UserError, match=r"timm is not there .*pip install -e '\.\[timm\]'"):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"--model\.name timm/resnet18: timm is not installed; pip .*'\.\[timm\]'"):
         build_model("timm/resnet18")
+    with pytest.raises(UserError, match=r"--model\.name resnt18: not a model; .*Did you mean resnet18"):
+        build_model("resnt18")
+
+
+def test_what_keeps_timm_from_being_imported_is_told_where_it_was_asked_for(monkeypatch, tmp_path):
+    (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    with pytest.raises(
+        UserError, match=r"--model\.name timm/resnet18: timm .*cannot be imported \(operator torchvision"
+    ):
+        build_model("timm/resnet18")
+    with pytest.raises(UserError, match=r"--model\.name resnt18: not a model; .*Did you mean resnet18"):
+        build_model("resnt18")
 
 
 @pytest.mark.parametrize("name", ["resnet26d", "mobilenetv3_small_050", "tf_mobilenetv3_small_minimal_100.in1k"])
@@ -104,6 +115,14 @@ def test_timms_convolutional_networks_get_the_stem_for_small_pictures(name):
 def test_timms_networks_of_one_size_are_made_for_that_of_the_pictures(name):
     pytest.importorskip("timm")
     assert answer(make(f"timm/{name}"), 32).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet18"])
+def test_pictures_are_rgb(name):
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    with pytest.raises(UserError, match="in_chans is no argument to give; pictures are RGB"):
+        build_model(name, in_chans=1)
 
 
 def test_nothing_of_timm_fetches_weights(monkeypatch):

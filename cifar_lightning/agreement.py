@@ -1,0 +1,68 @@
+"""Whether a network and its data agree: classes, the form of the answers, batches of one picture."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.stems import needs_several
+from cifar_lightning.steps import takes_last_batch
+
+
+def check_logits(logits: Any, num_pictures: int, num_classes: int) -> None:
+    """Refuse what is not raw logits, (pictures, classes); shapes alone are read, which waits for no device.
+
+    Raises:
+        UserError: Says what the network gives instead.
+    """
+    if not isinstance(logits, Tensor):
+        raise UserError(
+            f"the network gives a {type(logits).__name__} and not a tensor of raw logits; "
+            "wrap it in an nn.Module whose forward returns them alone."
+        )
+    if logits.shape == (num_pictures, num_classes):
+        return
+    if logits.ndim == 2 and len(logits) == num_pictures:
+        raise UserError(
+            f"the network gives {logits.shape[1]} logits a picture, and there are {num_classes} classes; "
+            "its outputs and num_classes=... must both be the data's number of classes."
+        )
+    raise UserError(
+        f"the network gives {tuple(logits.shape)} for {num_pictures} pictures of {num_classes} classes, and not "
+        f"raw logits ({num_pictures}, {num_classes}); its last layer must give one number a class for each picture."
+    )
+
+
+def check_data(trainer: pl.Trainer, network: nn.Module, num_classes: int) -> None:
+    """Refuse before the first step data of other classes, and a batch of one picture that BatchNorm cannot take.
+
+    Args:
+        trainer: Attached to its data, which has been set up; of other data than an `ImageDataModule` little is known.
+        network: Takes pictures (batch, 3, height, width).
+        num_classes: What it is trained for.
+
+    Raises:
+        UserError: Names what mends it.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    of_data = getattr(data, "num_classes", num_classes)
+    if of_data != num_classes:
+        raise UserError(
+            f"num_classes {num_classes}: the data has {of_data} classes; give ImageClassifier(num_classes={of_data})."
+        )
+    if not hasattr(data, "num_train_batches"):
+        return
+    size, num_ranks = data.batch_size, trainer.world_size
+    batches, num_pictures = data.num_train_batches(num_ranks), data.num_pictures("train")
+    in_last = num_pictures - (batches - 1) * size * num_ranks
+    is_single = size == 1 or (in_last < 2 * num_ranks and takes_last_batch(trainer, batches))
+    if not is_single or not needs_several(network, min(data.train_sizes)):
+        return
+    if size == 1:
+        raise UserError("--batch_size 1: this network's BatchNorm cannot be trained with one picture; give 2 or more.")
+    dealt = f", dealt to {num_ranks} processes" if num_ranks > 1 else ""
+    raise UserError(
+        f"--batch_size {size}: of {num_pictures:,} training pictures the last batch has {in_last}{dealt}, and this "
+        "network's BatchNorm cannot be trained with one picture; give --data.drop_last true, or another --batch_size."
+    )

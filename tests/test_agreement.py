@@ -1,0 +1,152 @@
+"""What does not agree between network and data is said before the first step, or in it."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fitting import quiet_trainer, small_data
+from program import REPO
+from torch import nn
+
+from cifar_lightning import ImageClassifier, UserError
+from cifar_lightning.agreement import check_data, check_logits
+from cifar_lightning.models import SmallNet
+
+DEEP = SmallNet(widths=(2,) * 5)  # 16 pixels halved four times: BatchNorm sees one value of each picture
+SHALLOW = SmallNet(widths=(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        (torch.zeros(2, 7), "gives 7 logits a picture, and there are 4 classes"),
+        (torch.zeros(2, 4, 8, 8), r"gives \(2, 4, 8, 8\) for 2 pictures of 4 classes"),
+        (torch.zeros(1, 4), r"gives \(1, 4\) for 2 pictures"),
+        ((torch.zeros(2, 4), None), "gives a tuple and not a tensor"),
+        ({"logits": torch.zeros(2, 4)}, "gives a dict and not a tensor"),
+    ],
+)
+def test_what_is_no_logits_is_described(logits, message):
+    check_logits(torch.zeros(2, 4), 2, 4)
+    with pytest.raises(UserError, match=message):
+        check_logits(logits, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("num_outputs", "num_classes", "message"),
+    [(7, 10, "gives 7 logits a picture, and there are 10 classes"), (4, 4, "num_classes 4: the data has 10 classes")],
+)
+def test_a_network_of_other_outputs_or_classes_ends_in_a_sentence(tmp_path, num_outputs, num_classes, message):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_outputs))
+    module = ImageClassifier(model=network, num_classes=num_classes)
+    with pytest.raises(UserError, match=message):
+        quiet_trainer(tmp_path, max_epochs=1).fit(module, small_data())
+
+
+def trainer(batch_size, num_pictures=101, world_size=1, limit=1.0, drop_last=False):
+    step = batch_size * world_size
+    batches = num_pictures // step if drop_last else -(-num_pictures // step)
+    data = SimpleNamespace(
+        num_classes=10,
+        num_train_batches=lambda num_ranks: batches,
+        num_pictures=lambda part: num_pictures,
+        batch_size=batch_size,
+        train_sizes=(16,),
+    )
+    return SimpleNamespace(datamodule=data, world_size=world_size, limit_train_batches=limit)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 1}, r"--batch_size 1: .*give 2 or more"),
+        ({"batch_size": 25}, r"--batch_size 25: of 101 .* the last batch has 1, .*--data\.drop_last true"),
+        ({"batch_size": 49, "world_size": 2}, "the last batch has 3, dealt to 2 processes"),
+    ],
+)
+def test_a_batch_of_one_picture_is_refused_where_batchnorm_cannot_take_it(settings, message):
+    with pytest.raises(UserError, match=message):
+        check_data(trainer(**settings), DEEP, 10)
+    check_data(trainer(**settings), SHALLOW, 10)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 25, "drop_last": True},
+        {"batch_size": 25, "limit": 4},
+        {"batch_size": 24},
+        {"batch_size": 101},
+        {"batch_size": 97, "world_size": 1},
+        {"batch_size": 48, "world_size": 2},
+    ],
+)
+def test_batches_of_more_are_taken(settings):
+    check_data(trainer(**settings), DEEP, 10)
+
+
+def test_a_last_batch_of_one_picture_ends_no_epoch(tmp_path):
+    """As in the loader: of 101 pictures in batches of 25 the last has one."""
+    data = small_data(limit=112, batch_size=25)
+    with pytest.raises(UserError, match=r"--batch_size 25: of 101 .* last batch has 1"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(ImageClassifier(model=SmallNet(widths=(2,) * 5)), data)
+
+
+GIVEN = """
+from torch import nn
+from cifar_lightning import ImageClassifier, UserError
+
+class Net(nn.Module):
+    def forward(self, images):
+        return images.mean((2, 3)), images
+
+for given in ({"model": Net}, {"model": "resnet18"}, {"model_kwargs": "widths=8"}):
+    try:
+        ImageClassifier(**given)
+    except UserError as error:
+        print(error)
+try:
+    import torch
+    ImageClassifier(model=Net(), num_classes=3)(torch.zeros(2, 3, 4, 4))
+except UserError as error:
+    print(error)
+"""
+
+
+def test_what_is_no_network_is_refused():
+    # A process of its own: the tests' check of types would refuse it before.
+    done = subprocess.run([sys.executable, "-c", GIVEN], capture_output=True, text=True, cwd=REPO)
+    assert done.stdout.splitlines() == [
+        "model=Net: a class; give a network made of it, model=Net(...).",
+        "model: a str is no network; give an nn.Module that returns raw logits.",
+        "--model.model_kwargs widths=8: names and values, such as '{widths: [32, 64, 128]}'.",
+        "the network gives a tuple and not a tensor of raw logits; wrap it in an nn.Module whose forward returns them "
+        "alone.",
+    ], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "resnet18"}, r"name='resnet18' beside model="),
+        ({"pretrained": True}, r"pretrained=True beside model="),
+        ({"model_kwargs": {"depth": 2}}, r"model_kwargs={'depth': 2} beside model="),
+    ],
+)
+def test_nothing_that_makes_a_network_by_name_is_ignored_beside_one_of_ones_own(given, message):
+    with pytest.raises(UserError, match=message):
+        ImageClassifier(model=nn.Flatten(), **given)
+
+
+def test_a_network_of_ones_own_is_given_again_to_its_checkpoint(tmp_path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
+    run = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1)
+    run.fit(ImageClassifier(model=network), small_data())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    other = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
+    ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True, model=other)
+    assert torch.equal(other[1].weight, network[1].weight)
+    with pytest.raises(UserError, match=r"give model=\.\.\. again"):
+        ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)

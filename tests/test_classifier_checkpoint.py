@@ -1,0 +1,187 @@
+"""What ImageClassifier saves and begins with: its checkpoints, runs that go on from one, trained weights."""
+
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from fitting import SPEED, quiet_trainer, small_data
+
+from cifar_lightning import ImageClassifier, ImageDataModule, UserError
+from cifar_lightning.models import build_model
+
+NARROW = {"widths": [4, 8, 8], "dropout": 0.0}
+ADAMW = {"optimizer": "adamw", "lr": 0.01, "model_kwargs": NARROW}
+MUON = {**ADAMW, "optimizer": "muon"}
+
+
+def test_a_checkpoint_holds_plain_types_and_makes_the_module_again(tmp_path):
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW, optimizer="muon", lr=0.05)
+    run = quiet_trainer(tmp_path, max_epochs=1)
+    run.fit(module, small_data())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    content = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert content["hyper_parameters"]["model_kwargs"] == NARROW
+    assert content["ImageDataModule"]["class_names"][0] == "disk"
+    again = ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(again.eval()(images), module.eval()(images))
+
+
+def test_a_module_that_a_checkpoint_was_loaded_into_plans_a_new_run_over_its_own_steps(tmp_path):
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW, lr=0.01)
+    run = quiet_trainer(tmp_path, max_epochs=3)
+    run.fit(module, small_data())
+    run.save_checkpoint(tmp_path / "three.ckpt")
+    loaded = ImageClassifier.load_from_checkpoint(tmp_path / "three.ckpt", weights_only=True)
+    quiet_trainer(tmp_path).test(
+        module, small_data(), ckpt_path=tmp_path / "three.ckpt", weights_only=True, verbose=False
+    )
+    for again in (loaded, module):
+        run = quiet_trainer(tmp_path, max_epochs=1)
+        run.fit(again, small_data())
+        assert again.total_steps() == run.global_step == 9
+        assert run.optimizers[0].param_groups[0]["lr"] < 1e-3, "annealed"
+
+
+def test_a_loaded_checkpoint_is_not_overwritten_by_the_weights_that_its_run_began_with(tmp_path):
+    torch.save(build_model("smallnet", 10, 16, **NARROW).state_dict(), tmp_path / "begin.pt")
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW, lr=0.01, pretrained=str(tmp_path / "begin.pt"))
+    run = quiet_trainer(tmp_path, max_epochs=1)
+    run.fit(module, small_data())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    again = ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    again.setup("fit")
+    again.prepare(None)
+    assert torch.equal(again.network.features[0].weight, module.network.features[0].weight)
+
+
+def test_a_checkpoint_of_another_network_is_refused_in_a_line(tmp_path):
+    run = quiet_trainer(tmp_path, max_epochs=1)
+    run.fit(ImageClassifier(image_size=16, model_kwargs=NARROW), small_data())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    other = ImageClassifier(image_size=16, model_kwargs={"widths": [4, 8, 6]})
+    with pytest.raises(UserError, match="another network: network"):
+        quiet_trainer(tmp_path).test(other, small_data(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("stop_at", [9, 18, 13], ids=["after epoch 1", "after epoch 2", "inside epoch 2"])
+@pytest.mark.parametrize("settings", [ADAMW, MUON, {**SPEED, "stem_share": 0.4}], ids=["adamw", "muon", "speednet"])
+def test_a_resumed_run_without_dropout_ends_with_the_weights_of_an_unbroken_one(tmp_path, stop_at, settings):
+    class SaveAt(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == stop_at and stop_at % 9:
+                trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.global_step == stop_at:
+                trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+
+    def fresh(*callbacks):
+        torch.manual_seed(0)
+        module = ImageClassifier(image_size=16, **settings)
+        return module, quiet_trainer(tmp_path, max_epochs=3, num_sanity_val_steps=0, callbacks=list(callbacks))
+
+    unbroken, run = fresh(SaveAt())
+    run.fit(unbroken, small_data(train_sizes=[12, 16]))
+    resumed, run = fresh()
+    run.fit(resumed, small_data(train_sizes=[12, 16]), ckpt_path=tmp_path / "stopped.ckpt", weights_only=True)
+    assert run.global_step == 27
+    for left, right in zip(unbroken.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_odd_values_leave_a_checkpoint_that_loads_as_data(tmp_path):
+    odd = {"widths": [2], "dropout": np.float64(0.5)}
+    module = ImageClassifier(image_size=16, lr=np.float64(0.01), weight_decay=np.float64(0), model_kwargs=odd)
+    module.save_hyperparameters({"path": Path("x"), "part": partial(print, 1)})
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, ImageDataModule("synthetic", batch_size=900, image_size=16))
+    trainer.save_checkpoint(tmp_path / "odd.ckpt")
+    read = torch.load(tmp_path / "odd.ckpt", weights_only=True)["hyper_parameters"]
+    assert (read["lr"], read["path"]) == (0.01, "x")
+    assert read["model_kwargs"] == {"widths": [2], "dropout": 0.5}
+
+
+def test_trained_weights_begin_a_run_with_their_normalisation_and_a_new_head(tmp_path):
+    torch.manual_seed(1)
+    trained = ImageClassifier(image_size=16, num_classes=7, model_kwargs=NARROW)
+    torch.save(trained.network.state_dict(), tmp_path / "trained.pt")
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW, pretrained=str(tmp_path / "trained.pt"))
+    head = module.network.head.weight.detach().clone()
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.append({name: value.clone() for name, value in pl_module.network.state_dict().items()})
+
+    data = small_data()
+    quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, callbacks=[Look()]).fit(module, data)
+    for name, value in trained.network.state_dict().items():
+        if not name.startswith("head"):
+            assert torch.equal(seen[0][name], value)
+    assert torch.equal(seen[0]["head.weight"], head)
+    assert data.mean != (0.485, 0.456, 0.406)  # a file of a network of ours says nothing of its pictures
+
+
+def test_a_run_that_goes_on_does_not_ask_for_its_trained_weights_again(tmp_path):
+    path = tmp_path / "trained.pt"
+    torch.save(ImageClassifier(image_size=16, model_kwargs=NARROW).network.state_dict(), path)
+    settings = {"image_size": 16, "model_kwargs": NARROW, "pretrained": str(path)}
+    first = quiet_trainer(tmp_path, max_epochs=1)
+    first.fit(ImageClassifier(**settings), small_data())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    path.unlink()
+    second, module = quiet_trainer(tmp_path, max_epochs=2), ImageClassifier(**settings)
+    second.fit(module, small_data(), ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    assert second.global_step == 18
+
+
+def test_more_epochs_move_a_line_that_is_gone_on_with(tmp_path):
+    settings = {"image_size": 16, "model_kwargs": NARROW, "lr": 0.1, "schedule": "linear"}
+    first = quiet_trainer(tmp_path, max_epochs=2)
+    first.fit(ImageClassifier(**settings), small_data())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    rates = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    second = quiet_trainer(tmp_path, max_epochs=4, callbacks=[Look()])
+    second.fit(ImageClassifier(**settings), small_data(), ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    assert rates == pytest.approx([0.1 * (1 - step / 36) for step in range(18, 36)])
+
+
+def test_weights_of_torchvision_have_the_pictures_normalised_as_there(tmp_path):
+    trained = build_model("mobilenet_v3_small", num_classes=3, image_size=32)
+    torch.save(trained.state_dict(), tmp_path / "trained.pt")
+    module = ImageClassifier("mobilenet_v3_small", image_size=32, pretrained=str(tmp_path / "trained.pt"))
+    data = ImageDataModule("synthetic", batch_size=64, limit=200)
+    quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=1).fit(module, data)
+    assert data.mean == (0.485, 0.456, 0.406)
+    kept = data.state_dict()
+    again = ImageDataModule("synthetic", batch_size=64, limit=200)
+    again.load_state_dict(kept)
+    again.setup()
+    assert again.mean == data.mean  # what a later test of the run uses
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_how_pictures_of_ones_own_must_be_normalised_is_told_once(monkeypatch, tmp_path, capsys, rank):
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    torch.save(build_model("mobilenet_v3_small", num_classes=3, image_size=32).state_dict(), tmp_path / "trained.pt")
+    module = ImageClassifier("mobilenet_v3_small", image_size=32, pretrained=str(tmp_path / "trained.pt"))
+    module.take_pretrained(None)
+    assert capsys.readouterr().out.count("normalise the pictures with mean") == 1 - rank
