@@ -1,12 +1,13 @@
 """Whether a network and its data agree: classes, the form of the answers, batches of one picture."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.stems import needs_several
+from cifar_lightning.stems import needs_several, why_not
 from cifar_lightning.steps import takes_last_batch
 
 
@@ -66,3 +67,19 @@ def check_data(trainer: pl.Trainer, network: nn.Module, num_classes: int) -> Non
         f"--batch_size {size}: of {num_pictures:,} training pictures the last batch has {in_last}{dealt}, and this "
         "network's BatchNorm cannot be trained with one picture; give --data.drop_last true, or another --batch_size."
     )
+
+
+def check_sizes(network: nn.Module, train_sizes: Sequence[int]) -> None:
+    """Refuse pictures of an epoch that the network does not take.
+
+    Args:
+        network: Takes square pictures.
+        train_sizes: Their sides in pixels, epoch by epoch; the last is the one that the network was made for.
+
+    Raises:
+        UserError: Names the size and the reason.
+    """
+    for size in sorted({*train_sizes} - {train_sizes[-1]}):
+        reason = why_not(network, size)
+        if reason:
+            raise UserError(f"--data.train_sizes {list(train_sizes)}: the network takes no {size} ({reason}).")

@@ -211,7 +211,8 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
     device = trainer.strategy.root_device
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs  # else --trainer.max_steps alone ends it
-    length = f"{module.total_steps():,} steps of {data.batch_size * trainer.accumulate_grad_batches:,} pictures{ranks}"
+    a_step = plural(data.batch_size * trainer.accumulate_grad_batches, "picture")
+    length = f"{plural(module.total_steps(), 'step')} of {a_step}{ranks}"
     length = length if epochs is None else f"{plural(epochs, 'epoch')}, {length}"
     rows = [
         ("pictures", data.source.describe()),

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from cifar_lightning.agreement import check_sizes
 from cifar_lightning.answers import AnswerKeeper
 from cifar_lightning.callbacks import BestCheckpoint, NoProfiler, RunRecorder, check_monitors
 from cifar_lightning.checkpoint import DurableCheckpointIO, LastCheckpoint
@@ -43,7 +44,6 @@ from cifar_lightning.runs import (
     recipe_name,
 )
 from cifar_lightning.signals import StopSignals
-from cifar_lightning.stems import why_not
 from cifar_lightning.terminal import print_findings, print_validation
 from cifar_lightning.tune import LrRange, find_lr, write_lr_range
 from cifar_lightning.weights import load_weights, read_checkpoint
@@ -149,7 +149,7 @@ class RunCLI(LightningCLI):
         # Before a folder is made: a mistake should not leave an empty run behind.
         self.datamodule.prepare_data()
         self.datamodule.setup()
-        self._check_sizes()
+        check_sizes(self.model.network, self.datamodule.train_sizes)
         monitored = False
         if self.subcommand == "fit":
             monitored = bool(self.datamodule.num_pictures("val")) and config.trainer.limit_val_batches != 0
@@ -173,17 +173,14 @@ class RunCLI(LightningCLI):
             with of_settings():
                 return pl.Trainer(**{**settings, **made})
         except BaseException:
-            if self.subcommand == "fit" and self.run is not None and self.resumed is None and is_first_process():
-                discard_run(self.run)
+            self._discard_unbegun()
             raise
 
-    def _check_sizes(self) -> None:
-        """Refuse pictures of an epoch that the network does not take."""
-        data = self.datamodule
-        for size in sorted({*data.train_sizes} - {data.image_size}):
-            reason = why_not(self.model.network, size)
-            if reason:
-                raise UserError(f"--data.train_sizes {list(data.train_sizes)}: the network takes no {size} ({reason}).")
+    def _discard_unbegun(self) -> None:
+        """Remove the run that `fit` has made, if it holds nothing of a training yet."""
+        run = self.run if self.subcommand == "fit" and self.resumed is None and is_first_process() else None
+        if run is not None and not (run.metrics_csv.exists() or run.resumed_checkpoint.exists()):
+            discard_run(run)
 
     def _callbacks(self, settings: Namespace, monitored: bool) -> list[pl.Callback]:
         """Return the callbacks that were asked for and those that every run has."""
@@ -288,13 +285,17 @@ class RunCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the command; of a run that was trained to its end, only what comes after."""
         trainer = self.config[subcommand].trainer
-        length = (trainer.max_epochs, trainer.max_steps)
-        if self.stopped_at is not None and self.stopped_at.is_end(*length, self.changes):
+        point = self.stopped_at
+        if point is not None and point.is_end(trainer.max_epochs, trainer.max_steps, self.changes):
             goes_on = self._finish
         else:
             goes_on = partial(super()._run_subcommand, subcommand)
         with explained(subcommand, self.run if subcommand == "fit" else None):
-            goes_on()
+            try:
+                goes_on()
+            except UserError:
+                self._discard_unbegun()
+                raise
 
     def _finish(self) -> None:
         """Make what a trained run lacks."""

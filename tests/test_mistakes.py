@@ -16,6 +16,8 @@ from cifar_lightning import download
         (["--epochs", "-1"], ["--epochs"]),
         (["--trainer.accelerator", "foo"], ["foo"]),
         (["--model.model_kwargs", "{depth: 3}"], ["depth"]),
+        # Found when the folder had been made.
+        (["--model.name", "speednet", "--data.image_size", "16", "--batch_size", "1"], ["--batch_size 1", "BatchNorm"]),
     ],
 )
 def test_a_mistake_gets_a_short_answer_and_leaves_no_run(monkeypatch, capsys, tmp_path, arguments, expected):
