@@ -17,13 +17,16 @@ from typing import Any
 
 import yaml
 
-_NOT_OF_A_RESULT = ("--config", "--data.dataset", "--data.root", "--run_dir", "--seed_everything", "--data.seed")
+_NOT_OF_A_RESULT = ("--config", "--data.root", "--run_dir", "--seed_everything", "--data.seed")
+_AS_FOLDERS = "--data.dataset folder"  # a recipe's own pictures, unpacked
 RESULTS, CONFIGS = Path(__file__).parent / "results", Path(__file__).parent.parent / "configs"
 
 
 def summarize(run: Path, note: str) -> dict[str, Any]:
     """Return one run as a line of a results file, from the run's own files."""
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    if any(resumed["changed"] for resumed in environment.get("resumed", [])):
+        raise SystemExit(f"{run}: it was gone on with with other flags, which no one command repeats.")
     metrics = json.loads((run / "test_metrics.json").read_text(encoding="utf-8"))
     split = json.loads((run / "split.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -68,7 +71,7 @@ def flags_beside(command: list[str]) -> str:
     kept = [
         flag
         for name, flag in zip(names, flags, strict=True)
-        if name not in _NOT_OF_A_RESULT and not name.startswith("--checkpoint.")
+        if name not in _NOT_OF_A_RESULT and not name.startswith("--checkpoint.") and " ".join(flag) != _AS_FOLDERS
     ]
     return shlex.join(word for flag in kept for word in flag)
 

@@ -75,7 +75,7 @@ def _rows(what: str, recipe: str) -> list[str]:
     rows = []
     if not any(flags == "" for flags, _ in groups):
         rows.append(f"| {what} | not measured | not measured | - | {_command(recipe)} |")
-    for (flags, hardware), runs in groups.items():
+    for (flags, hardware), runs in sorted(groups.items(), key=lambda item: item[0][0] != ""):
         accuracy = _mean_of([100 * run["test_accuracy"] for run in runs])
         timed = [run["elapsed_s"] for run in runs if not run["note"]]
         took = _time_of(timed) if timed else f"not measured: {runs[0]['note']}"

@@ -190,7 +190,7 @@ class AnnealingEarlyStopping(EarlyStopping):
 
         Such a run goes on only because something was changed, and would otherwise be stopped after an epoch.
         """
-        again = {"wait_count": 0, "stopped_epoch": 0} if state_dict["stopped_epoch"] else {}
+        again = {"wait_count": 0, "stopped_epoch": 0} if has_stopped(state_dict) else {}
         super().load_state_dict({**state_dict, "patience": self.patience, **again})
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -207,6 +207,14 @@ class AnnealingEarlyStopping(EarlyStopping):
         # --trainer.max_steps may end an epoch, the first one too, before anything was validated.
         if trainer.global_step >= module.peak_step() and MONITOR in trainer.callback_metrics:
             super()._run_early_stopping_check(trainer)
+
+
+def has_stopped(state: Mapping[str, Any]) -> bool:
+    """Whether early stopping, with that state in a checkpoint, had ended its run.
+
+    Lightning's `stopped_epoch` does not tell: it counts from 0, which also stands for none.
+    """
+    return bool(state["wait_count"] >= max(1, state["patience"]))
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -239,7 +247,7 @@ class BestCheckpoint(ModelCheckpoint):
         is_better = super().check_monitor_top_k(trainer, current)
         is_better = is_better or (best is not None and bool(current == best) and loss < self._best_loss)
         if is_better:
-            self._best_loss = loss
+            self._best_loss = math.inf if math.isnan(loss) else loss
         return is_better
 
     def state_dict(self) -> dict[str, Any]:
@@ -259,7 +267,7 @@ class BestCheckpoint(ModelCheckpoint):
             moved["dirpath"] = str(self.dirpath)
             state_dict = {**state_dict, **moved, "best_k_models": {} if score is None else {own: score}}
         super().load_state_dict(state_dict)
-        self._best_loss = state_dict["best_loss"]
+        self._best_loss = state_dict.get("best_loss", math.inf)  # of a checkpoint that another program wrote
 
 
 class NoProfiler(PassThroughProfiler):

@@ -121,9 +121,6 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
         _refuse_beside(names, _NOT_WITH_RESUME, f"--resume {resumed}", "a run goes on in its folder with its config")
         flags = [flag for flag in flags if not flag.startswith("--resume=")]
         return _of_run(run, run.resumed_checkpoint, flags), run
-    for flag in flags:
-        if flag.startswith("--config="):
-            check_recipe(Path(flag.removeprefix("--config=")))
     if command in ("validate", "test", "predict") and "print_config" not in names:
         if "ckpt_path" not in names:
             raise UserError(f"{command} needs a trained network: give a run folder, or --ckpt_path FILE.")
@@ -131,6 +128,9 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
         own = RunFolder(checkpoint.parent.parent).config
         if "config" not in names and checkpoint.parent.name == "checkpoints" and own.is_file():
             flags = [f"--config={own}", *flags]  # the pictures and the network that the checkpoint is of
+    for flag in flags:
+        if flag.startswith("--config="):
+            check_recipe(Path(flag.removeprefix("--config=")))
     if {"lr", "model.lr"} & set(names) and flag_value(flags, "tune_lr") == "true":
         raise UserError("--tune_lr finds the learning rate that --lr gives; leave one of them out.")
     return flags, None

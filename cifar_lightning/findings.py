@@ -231,7 +231,8 @@ def training_of(results: Results) -> dict[str, Any]:
     interval = (results.origin.config.get("trainer") or {}).get("val_check_interval")
     is_at_end = interval is None or (isinstance(interval, float) and interval == 1)
     # As best.ckpt is chosen: of equal accuracies the one with the lowest loss, of equal losses the first.
-    best = max(validated if is_at_end else [], key=lambda row: (row["val/acc"], -row["val/loss"]), default=None)
+    candidates = validated if is_at_end else []
+    best = max(candidates, key=lambda row: (row["val/acc"], -row.get("val/loss", math.inf)), default=None)
     is_timing_whole = "timing.csv" not in results.cut_tables
     elapsed = [row["elapsed_s"] for row in results.timing if "elapsed_s" in row and is_timing_whole]
     speeds = [row["train_images_per_s"] for row in results.timing if "train_images_per_s" in row]

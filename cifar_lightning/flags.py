@@ -28,7 +28,7 @@ FRONT_ONLY = ("config", "resume", "print_config")  # not keys of a recipe
 # What people type who come from elsewhere.
 _SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "max_lr": "lr", "bs": "batch_size", "seed": "data.seed"}
 _SYNONYMS |= {"output_dir": "run_dir", "gpus": "trainer.devices", "arch": "model.name", "resume_from": "resume"}
-_INTEGER = re.compile(r"[-+]?(0[xob])?[0-9a-fA-F][0-9a-fA-F_]*")
+_INTEGER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+|[0-9][0-9_]*)")
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 

@@ -24,6 +24,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_json
 from cifar_lightning.memory import give_back_pages
 from cifar_lightning.pictures import RULES, Unreadable, decode_all, find_image_size, is_16_bit
+from cifar_lightning.runs import is_first_process
 from cifar_lightning.wording import counted
 
 CACHE_FOLDER = ".cifar_lightning_cache"
@@ -88,6 +89,7 @@ class ClassFolders:
             raise UserError(f"--data.image_size {image_size}: 1 pixel or more")
         self.image_size = image_size or find_image_size(self.listings["train"].paths)
         self._uncached: dict[str, tuple[np.ndarray, str]] = {}
+        self._is_remarked_on = False
 
     def prepare(self) -> None:
         """Decodes what is not in the cache yet; safe to call again, and from several processes.
@@ -97,8 +99,10 @@ class ClassFolders:
         """
         for split in self.listings:
             self.load(split)
-        for remark in self._remarks():
-            print(remark, flush=True)
+        if not self._is_remarked_on and is_first_process():
+            for remark in self._remarks():
+                print(remark, flush=True)
+        self._is_remarked_on = True  # Lightning prepares the data anew for each of fit, validate and test
 
     def _remarks(self) -> Iterator[str]:
         for listing in self.listings.values():
@@ -107,8 +111,9 @@ class ClassFolders:
                 num = counted(len(listing.left_aside), "file", "files")
                 yield f"{listing.folder}: {num} left aside, not pictures ({kinds})"
         listing, (images, _) = self.listings["train"], self._found("train")
-        sample = range(0, len(listing.names), -(-len(listing.names) // _SAMPLE))
-        brightest = {listing.paths[index]: int(images[index].max()) for index in sample}
+        paths = listing.paths
+        sample = range(0, len(paths), -(-len(paths) // _SAMPLE))
+        brightest = {paths[index]: int(images[index].max()) for index in sample}
         if min(brightest.values()) < _NEARLY_BLACK:
             deep = [value for path, value in brightest.items() if is_16_bit(path)]
             if deep and max(deep) < _NEARLY_BLACK:

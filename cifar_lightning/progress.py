@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from cifar_lightning.callbacks import data_of
+from cifar_lightning.callbacks import AnnealingEarlyStopping, data_of, has_stopped
 from cifar_lightning.classifier import Batch, ImageClassifier
 from cifar_lightning.runs import RunFolder
 from cifar_lightning.signals import Stopped
@@ -110,10 +110,10 @@ class RunProgress(ProgressBar):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say that the run was stopped early, where it was in this process."""
-        stopper = trainer.early_stopping_callback
-        if self._enabled and stopper is not None and stopper.stopped_epoch:
-            told = f"no better {stopper.monitor} in the last {plural(stopper.wait_count, 'validation')}"
-            self._print(f"stopped early: {told} (--early_stopping.patience)")
+        for stopper in trainer.early_stopping_callbacks:
+            if self._enabled and isinstance(stopper, AnnealingEarlyStopping) and has_stopped(stopper.state_dict()):
+                told = f"no better {stopper.monitor} in the last {plural(stopper.wait_count, 'validation')}"
+                self._print(f"stopped early: {told} (--early_stopping.patience)")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replace the bar by the epoch's line."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from cifar_lightning.callbacks import has_stopped
 from cifar_lightning.checkpoint import newest_checkpoint
 from cifar_lightning.data import ImageDataModule
 from cifar_lightning.errors import UserError
@@ -66,6 +67,11 @@ class StopPoint:
         epochs_are_up = max_epochs not in (None, -1) and self.epochs_done >= int(max_epochs or 0)
         steps_are_up = max_steps != -1 and self.steps_done >= max_steps
         return epochs_are_up or steps_are_up or (self.stopped_early and not changes)
+
+    @property
+    def ending(self) -> str:
+        """How a run that has nothing left to train came to its end."""
+        return "stopped early, its patience used up" if self.stopped_early else "trained to its end"
 
     def tell(self, run: RunFolder, changes: Changes, schedule: str = "one_cycle") -> list[str]:
         """Return lines that say where the run goes on, counted as a person does, and what is different from before."""
@@ -130,7 +136,7 @@ def stop_point(run: RunFolder) -> StopPoint:
         checkpoint=path,
         epochs_done=progress_of(checkpoint)[0],
         steps_done=checkpoint["global_step"],
-        stopped_early=any(state["stopped_epoch"] > 0 for state in stopping),
+        stopped_early=any(has_stopped(state) for state in stopping),
         is_inside_epoch=is_inside_epoch(checkpoint),
         damages=tuple(damages),
     )

@@ -34,13 +34,10 @@ def stratified_split(
     Raises:
         UserError: A class would get no validation or no training picture; names a value that works.
     """
-    chosen = stratified_subset(targets, limit, val_fraction, seed=seed, class_names=class_names)
-    if val_fraction == 0:
-        return chosen, chosen[:0]
-    targets = targets[chosen]
     counts = torch.bincount(targets, minlength=len(class_names))
     held_out = _shares(counts, val_fraction)
-    if (scarce := _scarcest(counts, _lacking(counts, val_fraction))) is not None:
+    scarce = _scarcest(counts, _lacking(counts, val_fraction)) if val_fraction else None
+    if scarce is not None:
         num = int(counts[scarce])
         near = _working_fraction(counts, val_fraction)
         way_out = "add pictures, or 0 trains on all" if near is None else f"{near} works, and 0 trains on all"
@@ -49,6 +46,11 @@ def stratified_split(
             f"{class_names[scarce]}, {int(held_out[scarce])} would be for validation.\n"
             f"Every class needs one for training and one for validation: {way_out}."
         )
+    chosen = stratified_subset(targets, limit, val_fraction, seed=seed, class_names=class_names)
+    if val_fraction == 0:
+        return chosen, chosen[:0]
+    targets = targets[chosen]
+    held_out = _shares(torch.bincount(targets, minlength=len(class_names)), val_fraction)
     is_val = _picked(targets, held_out, seeded_generator(seed, 0, _SPLIT))
     return chosen[~is_val], chosen[is_val]
 
@@ -71,23 +73,21 @@ def stratified_subset(
         class_names: For the error.
 
     Raises:
-        UserError: A class would get no picture, or too few to hold some out although all pictures would be enough;
-            names a limit that works.
+        UserError: A class would get no picture, or too few to hold some out; names a limit that works, where all
+            pictures are enough.
     """
     if limit is None or limit >= len(targets):
         return torch.arange(len(targets))
     counts = torch.bincount(targets, minlength=len(class_names))
     taken = _shares(counts, limit / len(targets))
-    # Where all pictures are too few to be split, the limit is not to blame.
-    share = 0.0 if _lacking(counts, val_fraction).any() else val_fraction
-    if (scarce := _scarcest(taken, _lacking(taken, share))) is not None:
-        needs = "one picture" + (f" for training and one for --data.val_fraction {val_fraction}" if share else "")
-        near = _working_fraction(taken, share) if share else None
+    if (scarce := _scarcest(taken, _lacking(taken, val_fraction))) is not None:
+        needs = f"one for training and one for --data.val_fraction {val_fraction}" if val_fraction else "one picture"
+        near = _working_fraction(taken, val_fraction) if val_fraction else None
         other = "" if near is None else f", or --data.val_fraction {near}"
         raise UserError(
             f"--data.limit {limit}: too few. Class {class_names[scarce]}, {int(counts[scarce]):,} of {len(targets):,} "
             f"pictures, would get {int(taken[scarce])}.\n"
-            f"Every class needs {needs}: {_working_limit(counts, limit, share)} is enough{other}."
+            f"Every class needs {needs}: {_working_limit(counts, limit, val_fraction)} is enough{other}."
         )
     return _picked(targets, taken, seeded_generator(seed, 0, _SUBSET)).nonzero().flatten()
 

@@ -281,7 +281,7 @@ def validation_gap(cm: Matrix, val_cm: Matrix, names: Sequence[str]) -> Statemen
     )
     shares, val_shares = (m.sum(axis=1) / max(m.sum(), 1) for m in (cm, val_cm))
     most = int(np.abs(shares - val_shares).argmax())
-    if abs(shares[most] - val_shares[most]) >= _OTHER_SHARE:
+    if p < ALPHA and abs(shares[most] - val_shares[most]) >= _OTHER_SHARE:
         text += (
             f" Part of it may be that the classes have other shares: {names[most]} is {percent(shares[most])} of the "
             f"test and {percent(val_shares[most])} of the validation."

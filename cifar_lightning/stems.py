@@ -7,6 +7,7 @@ or half size. A shortcut strides over the same size as the layers that it goes a
 """
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -77,11 +78,14 @@ def needs_several(network: nn.Module, image_size: int) -> bool:
     """Whether a network in training takes no single picture: what BatchNorm sees of it may be one value a channel.
 
     Args:
-        network: Gives logits; is the same afterwards.
+        network: Gives logits; a copy is tried, since a forward of one's own may keep what it has made.
         image_size: Side of the square pictures in pixels.
     """
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        return False
     try:
-        _answer_in_shapes(network, image_size, num_pictures=1, training=True)
+        with torch.random.fork_rng(devices=[]):
+            _answer_in_shapes(copy.deepcopy(network), image_size, num_pictures=1, training=True)
     except ValueError as error:
         return "more than 1 value per channel" in str(error)
     except Exception:  # a layer whose shapes are not known without numbers; training will show

@@ -5,6 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from cifar_lightning.errors import UserError
+from cifar_lightning.wording import counted
 
 
 def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) -> int:
@@ -29,8 +30,8 @@ def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) 
         interval = trainer.val_check_interval
         if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None:
             raise UserError(
-                f"--trainer.val_check_interval {interval}: an epoch has {batches} batches; give fewer, a share such as "
-                "0.5,\nor --trainer.check_val_every_n_epoch null beside it, which counts on over epochs."
+                f"--trainer.val_check_interval {interval}: an epoch has {batches} batches; give fewer, or a share such "
+                "as 0.5."
             )
         per_epoch = -(-batches // trainer.accumulate_grad_batches)
         epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
@@ -55,10 +56,15 @@ def _cause(trainer: pl.Trainer) -> str:
             return f"--{flag} 0"
     data: Any = getattr(trainer, "datamodule", None)
     if getattr(data, "drop_last", False) and not data.num_train_batches(trainer.world_size):
-        return f"--data.drop_last true beside --batch_size {data.batch_size} on {trainer.world_size} processes"
+        on = counted(trainer.world_size, "process", "processes")
+        return f"--data.drop_last true beside --batch_size {data.batch_size} on {on}"
+    if trainer.limit_train_batches == 1:
+        return "the training loader has no batch, which"
     return f"--trainer.limit_train_batches {trainer.limit_train_batches}"
 
 
 def takes_last_batch(trainer: pl.Trainer, num_batches: int) -> bool:
-    """Whether an epoch goes to its last batch."""
-    return _limited(num_batches, trainer.limit_train_batches) == num_batches
+    """Whether an epoch goes to its last batch, in a run that begins anew."""
+    steps = -(-num_batches // trainer.accumulate_grad_batches)
+    is_long_enough = trainer.max_steps == -1 or trainer.max_steps >= steps
+    return is_long_enough and _limited(num_batches, trainer.limit_train_batches) == num_batches

@@ -47,6 +47,8 @@ def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, co
     console = console or Console(highlight=False)
     names = [printable(row["name"], console.encoding) for row in findings["classes"]]
     _print_summary(console, findings)
+    if run_path is not None and RunFolder(run_path).best_checkpoint.exists():  # else the last weights were tested
+        _print_tested(console, findings["training"])
     _print_classes(console, findings["classes"], names)
     _print_confusions(console, np.array(findings["confusion_matrix"], dtype=np.int64), names)
     _print_pairs(console, findings)
@@ -82,11 +84,6 @@ def _print_summary(console: Console, findings: Mapping[str, Any]) -> None:
     line.append(percent(summary["accuracy"], 2), style="bold")
     line.append(f"  (95 % interval {span(summary['accuracy_interval_95'], 2)}; {pictures(summary['num_pictures'])})")
     console.print(line)
-    training = findings["training"]
-    if training["best_epoch"] is not None and training["is_whole"]:
-        epoch = f"epoch {training['best_epoch']} of {training['num_epochs']}"
-        val_acc = percent(training["best_val_acc"], 2)
-        console.print(f"Tested: the weights after {epoch}, the best in validation ({val_acc})")
     if summary["accuracy_one_view"] is not None:
         one_view = percent(summary["accuracy_one_view"], 2)
         console.print(f"Each answer is an average over views of the picture (--model.tta); without: {one_view}")
@@ -103,6 +100,12 @@ def _print_summary(console: Console, findings: Mapping[str, Any]) -> None:
             f"validation pictures: ECE {percent(calibration['after']['ece'], 2)}, "
             f"loss {decimal(calibration['after']['loss'], 4)}.",
         )
+
+
+def _print_tested(console: Console, training: Mapping[str, Any]) -> None:
+    if training["best_epoch"] is not None and training["is_whole"]:
+        val_acc = percent(training["best_val_acc"], 2)
+        console.print(f"Tested: the weights after epoch {training['best_epoch']}, the best in validation ({val_acc})")
 
 
 def _print_classes(console: Console, classes: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:

@@ -226,6 +226,8 @@ class RunCLI(LightningCLI):
                 read_checkpoint(Path(config.ckpt_path))  # a damaged one should not leave an empty run behind
             if config.init_weights:
                 load_weights(self.model.network, Path(config.init_weights))
+                print(f"Begins with the weights of {config.init_weights}.")
+                print(f"Begins with the weights of {config.init_weights}.")
             self.run = self._new_folder(config)
             write_text_durably(self.run.config, config_text(self._parser("fit"), config))
             if found is not None:
@@ -253,9 +255,7 @@ class RunCLI(LightningCLI):
         """Return the run that a checkpoint lies in, to write its answers into, unless other pictures are asked for."""
         run = RunFolder(checkpoint.parent.parent)
         if self.subcommand == "validate" and not self.datamodule.num_pictures("val"):
-            raise UserError(
-                "validate: nothing was held out (--data.val_fraction 0), so there is nothing to validate on."
-            )
+            raise UserError("validate: nothing was held out (--data.val_fraction 0): there is nothing to validate on.")
         if output:
             return None
         reason = "not in a run folder"
@@ -287,7 +287,7 @@ class RunCLI(LightningCLI):
         trainer = self.config[subcommand].trainer
         point = self.stopped_at
         if point is not None and point.is_end(trainer.max_epochs, trainer.max_steps, self.changes):
-            goes_on = self._finish
+            goes_on = partial(self._finish, point.ending)
         else:
             goes_on = partial(super()._run_subcommand, subcommand)
         with explained(subcommand, self.run if subcommand == "fit" else None):
@@ -297,10 +297,10 @@ class RunCLI(LightningCLI):
                 self._discard_unbegun()
                 raise
 
-    def _finish(self) -> None:
+    def _finish(self, ending: str) -> None:
         """Make what a trained run lacks."""
         assert self.run is not None
-        print(f"{self.run.path}: trained to its end; more --epochs beside --resume train on.")
+        print(f"{self.run.path}: {ending}; more --epochs beside --resume train on.")
         if not (self.run.test_metrics.exists() and self.run.predictions.exists()):
             self.after_fit()
         else:

@@ -243,12 +243,12 @@ def load_weights(network: nn.Module, path: Path, checkpoint: dict[str, Any] | No
 
 
 def without_wrappers(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a file's tensors without a prefix that all of their names have and none of the network's."""
-    while theirs:
-        found = [prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in theirs)]
-        if not found or any(name.startswith(found[0]) for name in ours):
+    """Return a file's tensors without a prefix that all of their names have and not all of the network's."""
+    while theirs and theirs.keys() != ours.keys():
+        prefix = next((prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in theirs)), None)
+        if prefix is None or all(name.startswith(prefix) for name in ours):
             break
-        theirs = {name.removeprefix(found[0]): tensor for name, tensor in theirs.items()}
+        theirs = {name.removeprefix(prefix): tensor for name, tensor in theirs.items()}
     return theirs
 
 
@@ -261,7 +261,7 @@ def _is_of_other_classes(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor
     }
     heads = {name.rpartition(".")[0] for name, (other, own) in pairs.items() if other[1:] == own[1:]}
     stems = [name for name, (other, own) in pairs.items() if other[:2] == own[:2] and own[1:2] == (3,)]
-    return len(heads) == 1 and all(name.rpartition(".")[0] in heads or name in stems for name in pairs)
+    return len(heads) <= 1 and all(name.rpartition(".")[0] in heads or name in stems for name in pairs)
 
 
 def describe_misfits(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], num_named: int = 1) -> str:

@@ -45,7 +45,7 @@ def test_a_network_of_other_outputs_or_classes_ends_in_a_sentence(tmp_path, num_
         quiet_trainer(tmp_path, max_epochs=1).fit(module, small_data())
 
 
-def trainer(batch_size, num_pictures=101, world_size=1, limit=1.0, drop_last=False):
+def trainer(batch_size, num_pictures=101, world_size=1, limit=1.0, drop_last=False, max_steps=-1):
     step = batch_size * world_size
     batches = num_pictures // step if drop_last else -(-num_pictures // step)
     data = SimpleNamespace(
@@ -55,13 +55,20 @@ def trainer(batch_size, num_pictures=101, world_size=1, limit=1.0, drop_last=Fal
         batch_size=batch_size,
         train_sizes=(16,),
     )
-    return SimpleNamespace(datamodule=data, world_size=world_size, limit_train_batches=limit)
+    return SimpleNamespace(
+        datamodule=data,
+        world_size=world_size,
+        limit_train_batches=limit,
+        max_steps=max_steps,
+        accumulate_grad_batches=1,
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"batch_size": 1}, r"--batch_size 1: .*give 2 or more"),
+        ({"batch_size": 25, "max_steps": 5}, "of 101 .* the last batch has 1"),
         ({"batch_size": 25}, r"--batch_size 25: of 101 .* the last batch has 1, .*--data\.drop_last true"),
         ({"batch_size": 49, "world_size": 2}, "the last batch has 3, dealt to 2 processes"),
     ],
@@ -77,6 +84,7 @@ def test_a_batch_of_one_picture_is_refused_where_batchnorm_cannot_take_it(settin
     [
         {"batch_size": 25, "drop_last": True},
         {"batch_size": 25, "limit": 4},
+        {"batch_size": 25, "max_steps": 3},
         {"batch_size": 24},
         {"batch_size": 101},
         {"batch_size": 97, "world_size": 1},

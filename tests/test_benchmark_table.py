@@ -28,6 +28,8 @@ def test_runs_of_one_hardware_and_one_set_of_flags_are_put_together(tmp_path, mo
     short = "`python train.py fit --config configs/mine.yaml --epochs 2`"
     row = f"| The same with `--epochs 2` | 85.00 % (n=1, no spread) | 1.0 min (n=1) | a CPU | {short} |"
     assert table._rows("Mine", "mine") == [*missing, row]
+    path.write_text(json.dumps([run("a CPU", 0.85, 60, flags="--epochs 2"), *runs]))
+    assert table._rows("Mine", "mine") == [*rows, row]
     assert table._rows("Mine", "other") == [missing[0].replace("mine", "other")]
 
 
@@ -38,6 +40,7 @@ def test_runs_of_one_hardware_and_one_set_of_flags_are_put_together(tmp_path, mo
         ("--data.dataset folder --data.root pictures --checkpoint.every_n_minutes 10", ""),
         ("--epochs 9 --data.root=pictures --trainer.precision bf16-mixed", "--epochs 9 --trainer.precision bf16-mixed"),
         ("--model.compile --lr=1", "--model.compile --lr=1"),
+        ("--data.dataset cifar100", "--data.dataset cifar100"),
         ("--seed_everything 1 --data.seed 1", ""),
     ],
 )

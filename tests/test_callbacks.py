@@ -17,6 +17,7 @@ from cifar_lightning.callbacks import (
     RunRecorder,
     check_monitors,
     data_of,
+    has_stopped,
     peak_memory_mb,
     skip_idle_hooks,
 )
@@ -100,6 +101,13 @@ def test_a_run_that_was_stopped_early_and_goes_on_is_given_all_of_its_patience_a
     _, trainer = fit_run(tmp_path, again, epochs=8, module=module, ckpt_path=run.last_checkpoint)
     # A third of 8 epochs is 3: neither stopped in the first new epoch, nor let through to the end.
     assert (trainer.current_epoch, again.wait_count) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("wait_count", "patience", "stopped"), [(0, 0, False), (1, 0, True), (2, 3, False), (3, 3, True), (4, 3, True)]
+)
+def test_whether_a_run_was_stopped_early_does_not_depend_on_the_epoch(wait_count, patience, stopped):
+    assert has_stopped({"wait_count": wait_count, "patience": patience, "stopped_epoch": 0}) is stopped
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")

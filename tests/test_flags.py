@@ -48,6 +48,7 @@ def test_what_people_may_type_is_understood(typed, normalized):
         (["--learning_rate", "1"], "Did you mean --lr?"),
         (["--dropout", "1"], "--help"),
         (["--epochs", "x"], "--epochs x: a whole number."),
+        (["--epochs", "abc"], "--epochs abc: a whole number."),
         (["--epochs", "3.5"], "--epochs 3.5: a whole number."),
         (["--epochs"], "--epochs: needs a value, a whole number."),
         (["--epochs", "--lr", "1"], "--epochs: needs a value"),

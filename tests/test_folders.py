@@ -313,6 +313,7 @@ def test_notes_beside_pictures_are_left_aside_and_counted_and_nothing_changes(ro
         (root / "train" / "bee" / name).write_text("beside the pictures")
     data = ClassFolders(root)
     data.prepare()
+    data.prepare()  # as Lightning does before each of fit, validate and test
     assert f"{root / 'train'}: 4 files left aside, not pictures (.CSV, .json, .txt, .xml)\n" == capsys.readouterr().out
     assert data.load("train")[2] == before[2]
 

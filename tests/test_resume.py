@@ -28,14 +28,17 @@ def run(tmp_path):
     return run
 
 
-def save(path, processed, stopped_epoch=0, steps_inside=0):
+def save(path, processed, wait_count=0, steps_inside=0):
     progress = {"current": {"ready": processed + (steps_inside > 0), "processed": processed}}
     steps = {"optimizer": {"step": {"current": {"completed": steps_inside}}}}
     loop = {"epoch_progress": progress, "epoch_loop.automatic_optimization.optim_progress": steps}
     torch.save(
         {
             "global_step": 10 * processed + steps_inside,
-            "callbacks": {"AnnealingEarlyStopping{...}": {"stopped_epoch": stopped_epoch}, "BestCheckpoint{}": {}},
+            "callbacks": {
+                "AnnealingEarlyStopping{...}": {"wait_count": wait_count, "patience": 2},
+                "BestCheckpoint{}": {},
+            },
             "loops": {"fit_loop": loop},
         },
         path,
@@ -53,7 +56,7 @@ def changed(**group):
 def test_the_stop_point_is_that_of_the_last_checkpoint(run):
     save(run.last_checkpoint, 3)
     assert stop_point(run) == point(checkpoint=run.last_checkpoint)
-    save(run.last_checkpoint, 3, stopped_epoch=2)
+    save(run.last_checkpoint, 3, wait_count=2)
     assert stop_point(run).stopped_early
     save(run.last_checkpoint, 3, steps_inside=4)
     inside = point(checkpoint=run.last_checkpoint, steps_done=34, is_inside_epoch=True)

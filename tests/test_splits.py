@@ -95,6 +95,13 @@ def test_a_limit_that_leaves_a_class_without_pictures_is_refused_and_one_that_is
     assert "would get 0" in refused(stratified_subset, UNEVEN, enough - 1)
 
 
+def test_where_all_pictures_are_too_few_for_a_split_no_limit_is_said_to_be_enough():
+    targets = torch.tensor([0] * 1000 + [1])
+    message = refused(stratified_split, targets, 0.1, limit=50, class_names=NAMES[:2])
+    assert "--data.val_fraction 0.1: of the 1 training picture of class" in message
+    assert "is enough" not in message
+
+
 def test_the_limit_is_blamed_for_a_split_that_all_pictures_would_allow_and_one_that_is_enough_is_named():
     stratified_split(UNEVEN, 0.2, seed=0, class_names=NAMES[:4])
     message = refused(stratified_split, UNEVEN, 0.2, limit=150)

@@ -160,10 +160,13 @@ def test_a_large_gap_of_few_pictures_is_not_called_agreement():
 
 
 def test_other_shares_of_the_classes_in_validation_and_test_are_named_and_equal_ones_are_not():
-    val_cm, cm = np.diag([60, 30, 10]), np.diag([33, 33, 34])
+    val_cm, cm = np.diag([60, 30, 10]), np.array([[23, 5, 5], [0, 33, 0], [0, 0, 34]])
     (item,) = statements.validation_gap(cm, val_cm, ["cat", "dog", "ship"]).items
     assert "other shares: cat is 33.0 % of the test and 60.0 % of the validation." in item.text
-    (item,) = statements.validation_gap(cm, np.diag([11, 11, 12]), ["cat", "dog", "ship"]).items
+    (item,) = statements.validation_gap(cm, np.diag([110, 110, 113]), ["cat", "dog", "ship"]).items
+    assert "shares" not in item.text
+    # Where no gap was found there is nothing to explain.
+    (item,) = statements.validation_gap(np.diag([33, 33, 34]), val_cm, ["cat", "dog", "ship"]).items
     assert "shares" not in item.text
 
 

@@ -161,3 +161,18 @@ def test_which_networks_take_no_single_picture_is_known_without_numbers():
         with contextlib.nullcontext() if taken[widths] else pytest.raises(ValueError, match="more than 1 value"):
             network.train()(torch.zeros(1, 3, size, size))
     assert taken == {(2, 2): True, (2, 2, 2, 2): False}
+
+
+def test_a_network_that_keeps_what_its_first_forward_made_is_not_spoilt():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.scale = nn.BatchNorm2d(3), None
+
+        def forward(self, images):
+            self.scale = torch.ones(3, device=images.device) if self.scale is None else self.scale
+            return self.norm(images).mean((2, 3)) * self.scale
+
+    network = Keeps()
+    assert not needs_several(network, 8)
+    assert network(torch.zeros(2, 3, 8, 8)).shape == (2, 3)

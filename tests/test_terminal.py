@@ -53,15 +53,23 @@ def section(text: str, heading: str) -> list[str]:
     return lines[start:end]
 
 
-def test_it_is_said_which_epoch_was_tested():
+def test_it_is_said_which_epoch_was_tested(tmp_path):
     findings = findings_of(matrix(10), CIFAR10)
-    said = {"best_epoch": 3, "num_epochs": 5, "best_val_acc": 0.912, "is_whole": True}
-    for changed, expected in (({}, True), ({"best_epoch": None}, False), ({"is_whole": False}, False)):
-        findings["training"] |= said | changed
+    best = RunFolder(tmp_path).best_checkpoint
+    best.parent.mkdir()
+    best.touch()
+
+    def is_said(**changed):
+        findings["training"] |= {"best_epoch": 3, "best_val_acc": 0.912, "is_whole": True} | changed
         file = io.StringIO()
-        print_findings(findings, console=Console(file=file, width=80))
-        line = "Tested: the weights after epoch 3 of 5, the best in validation (91.20 %)"
-        assert (line in file.getvalue()) is expected
+        print_findings(findings, tmp_path, Console(file=file, width=80))
+        return "Tested: the weights after epoch 3, the best in validation (91.20 %)" in file.getvalue()
+
+    assert is_said()
+    assert not is_said(best_epoch=None)
+    assert not is_said(is_whole=False)
+    best.unlink()  # the last weights were tested
+    assert not is_said()
 
 
 def test_the_summary_says_accuracy_interval_loss_and_calibration():

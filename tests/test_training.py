@@ -183,6 +183,7 @@ def test_weights_of_another_run_start_a_new_one(finished, tmp_path):
     # BatchNorm's running figures move a little; without the weights a network answers at random, 0.1.
     assert float(row["val/acc"]) == pytest.approx(best, abs=0.05)
     assert done.stderr == ""
+    assert "Begins with the weights of" in done.stdout
 
 
 # -- resume -----------------------------------------------------------------------------------------------------------

@@ -130,6 +130,13 @@ def test_names_that_were_all_given_a_prefix_lose_it(tmp_path, prefix):
         assert all(torch.equal(tensor, expected[key]) for key, tensor in network.state_dict().items())
 
 
+def test_a_prefix_is_taken_off_also_where_a_part_of_the_network_is_called_like_it(tmp_path):
+    network, other = (nn.Sequential(OrderedDict(model=nn.Linear(2, 2), head=nn.Linear(2, 2))) for _ in range(2))
+    torch.save({f"model.{name}": tensor for name, tensor in network.state_dict().items()}, tmp_path / "own.pt")
+    load_weights(other, tmp_path / "own.pt")
+    assert torch.equal(other.head.weight, network.head.weight)
+
+
 def test_a_networks_own_name_is_no_prefix(tmp_path):
     network, other = (nn.Sequential(OrderedDict(model=nn.Linear(2, 2))) for _ in range(2))
     torch.save(network.state_dict(), tmp_path / "own.pt")
