@@ -171,7 +171,7 @@ def is_16_bit(path: str) -> bool:
             _choose_warnings()
             # Of 16-bit colours Pillow keeps the high bytes, and only its raw mode ("RGB;16B") tells.
             return picture.mode.startswith("I") or any(";16" in str(tile[3]) for tile in picture.tile)
-    except Exception:
+    except Exception:  # damaged headers make Pillow raise nearly anything; decoding is where that is told
         return False
 
 

@@ -110,6 +110,8 @@ class RunProgress(ProgressBar):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say that the run was stopped early, where it was in this process."""
+        if trainer.max_epochs not in (None, -1) and trainer.current_epoch >= int(trainer.max_epochs or 0):
+            return  # at its end anyway
         for stopper in trainer.early_stopping_callbacks:
             if self._enabled and isinstance(stopper, AnnealingEarlyStopping) and has_stopped(stopper.state_dict()):
                 told = f"no better {stopper.monitor} in the last {plural(stopper.wait_count, 'validation')}"

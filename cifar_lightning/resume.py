@@ -68,10 +68,10 @@ class StopPoint:
         steps_are_up = max_steps != -1 and self.steps_done >= max_steps
         return epochs_are_up or steps_are_up or (self.stopped_early and not changes)
 
-    @property
-    def ending(self) -> str:
-        """How a run that has nothing left to train came to its end."""
-        return "stopped early, its patience used up" if self.stopped_early else "trained to its end"
+    def ending(self, max_epochs: int | None) -> str:
+        """Return how a run of that length that has nothing left to train came to its end."""
+        is_short = max_epochs in (None, -1) or self.epochs_done < int(max_epochs or 0)
+        return "stopped early, its patience used up" if self.stopped_early and is_short else "trained to its end"
 
     def tell(self, run: RunFolder, changes: Changes, schedule: str = "one_cycle") -> list[str]:
         """Return lines that say where the run goes on, counted as a person does, and what is different from before."""

@@ -287,7 +287,7 @@ class RunCLI(LightningCLI):
         trainer = self.config[subcommand].trainer
         point = self.stopped_at
         if point is not None and point.is_end(trainer.max_epochs, trainer.max_steps, self.changes):
-            goes_on = partial(self._finish, point.ending)
+            goes_on = partial(self._finish, point.ending(trainer.max_epochs))
         else:
             goes_on = partial(super()._run_subcommand, subcommand)
         with explained(subcommand, self.run if subcommand == "fit" else None):

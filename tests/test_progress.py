@@ -144,6 +144,10 @@ def test_a_run_that_is_stopped_early_says_so(tmp_path):
     lines = out.getvalue().splitlines()
     assert lines[-1] == "stopped early: no better val/acc in the last 2 validations (--early_stopping.patience)"
     assert lines[-2].startswith("epoch 4/6")
+    at_its_end = AnnealingEarlyStopping(patience=0, min_delta=0.9)
+    fit_with(tmp_path, bar_on(out := io.StringIO()), at_its_end, max_epochs=4)
+    assert at_its_end.wait_count == at_its_end.patience
+    assert "stopped early" not in out.getvalue()
 
 
 def test_a_step_is_told_with_the_pictures_of_all_its_batches(tmp_path):

@@ -172,6 +172,11 @@ def test_early_stopping_is_an_end_until_something_changes():
     assert not point(stopped_early=True).is_end(9, -1, {"trainer.max_epochs": (4, 9)})
 
 
+def test_how_a_run_came_to_its_end_is_told_apart():
+    assert point(stopped_early=True).ending(9) == "stopped early, its patience used up"
+    assert point(stopped_early=True).ending(3) == point(stopped_early=False).ending(3) == "trained to its end"
+
+
 def test_a_run_is_not_made_shorter_than_it_is():
     point().check_length(3)
     point().check_length(None)
