@@ -35,23 +35,30 @@ def check_logits(logits: Any, num_pictures: int, num_classes: int) -> None:
     )
 
 
-def check_data(trainer: pl.Trainer, network: nn.Module, num_classes: int) -> None:
-    """Refuse before the first step data of other classes, and a batch of one picture that BatchNorm cannot take.
+def check_classes(trainer: pl.Trainer, num_classes: int) -> None:
+    """Refuse data of other classes than a network is trained for.
+
+    Raises:
+        UserError: Says how many there are.
+    """
+    of_data = getattr(getattr(trainer, "datamodule", None), "num_classes", num_classes)
+    if of_data != num_classes:
+        raise UserError(
+            f"num_classes {num_classes}: the data has {of_data} classes; give ImageClassifier(num_classes={of_data})."
+        )
+
+
+def check_batches(trainer: pl.Trainer, network: nn.Module) -> None:
+    """Refuse before the first step a batch of one picture that a network's BatchNorm cannot take.
 
     Args:
-        trainer: Attached to its data, which has been set up; of other data than an `ImageDataModule` little is known.
+        trainer: Attached to its data, which has been set up; of other data than an `ImageDataModule` nothing is known.
         network: Takes pictures (batch, 3, height, width).
-        num_classes: What it is trained for.
 
     Raises:
         UserError: Names what mends it.
     """
     data: Any = getattr(trainer, "datamodule", None)
-    of_data = getattr(data, "num_classes", num_classes)
-    if of_data != num_classes:
-        raise UserError(
-            f"num_classes {num_classes}: the data has {of_data} classes; give ImageClassifier(num_classes={of_data})."
-        )
     if not hasattr(data, "num_train_batches"):
         return
     size, num_ranks = data.batch_size, trainer.world_size

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 
-from cifar_lightning.agreement import check_data, check_logits
+from cifar_lightning.agreement import check_batches, check_classes, check_logits
 from cifar_lightning.analysis import accuracy, macro_f1
 from cifar_lightning.averaging import EmaWeights
 from cifar_lightning.errors import UserError
@@ -168,7 +168,7 @@ class ImageClassifier(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Make the epoch's sums (a run resumed inside an epoch has no start of it) and what it needs; compile."""
         self.totals = TrainTotals(self.device)
-        check_data(self.trainer, self.network, self.num_classes)
+        check_classes(self.trainer, self.num_classes)
         if self._is_to_compile:
             compile_network(self.network, self.device)
             self._is_to_compile = False
@@ -204,7 +204,8 @@ class ImageClassifier(pl.LightningModule):
             print(f"--model.pretrained: normalise the pictures with mean {expected.mean} and std {expected.std}.")
 
     def on_train_start(self) -> None:
-        """Put this run's settings in force, and a guard over its loss."""
+        """Put this run's settings in force, and a guard over its loss; a range test begins here, too."""
+        check_batches(self.trainer, self.network)
         self._apply_settings()
         self._guard = make_guard(self.trainer)
 

@@ -11,7 +11,7 @@ from program import REPO
 from torch import nn
 
 from cifar_lightning import ImageClassifier, UserError
-from cifar_lightning.agreement import check_data, check_logits
+from cifar_lightning.agreement import check_batches, check_logits
 from cifar_lightning.models import SmallNet
 
 DEEP = SmallNet(widths=(2,) * 5)  # 16 pixels halved four times: BatchNorm sees one value of each picture
@@ -49,7 +49,6 @@ def trainer(batch_size, num_pictures=101, world_size=1, limit=1.0, drop_last=Fal
     step = batch_size * world_size
     batches = num_pictures // step if drop_last else -(-num_pictures // step)
     data = SimpleNamespace(
-        num_classes=10,
         num_train_batches=lambda num_ranks: batches,
         num_pictures=lambda part: num_pictures,
         batch_size=batch_size,
@@ -75,8 +74,8 @@ def trainer(batch_size, num_pictures=101, world_size=1, limit=1.0, drop_last=Fal
 )
 def test_a_batch_of_one_picture_is_refused_where_batchnorm_cannot_take_it(settings, message):
     with pytest.raises(UserError, match=message):
-        check_data(trainer(**settings), DEEP, 10)
-    check_data(trainer(**settings), SHALLOW, 10)
+        check_batches(trainer(**settings), DEEP)
+    check_batches(trainer(**settings), SHALLOW)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +91,7 @@ def test_a_batch_of_one_picture_is_refused_where_batchnorm_cannot_take_it(settin
     ],
 )
 def test_batches_of_more_are_taken(settings):
-    check_data(trainer(**settings), DEEP, 10)
+    check_batches(trainer(**settings), DEEP)
 
 
 def test_a_last_batch_of_one_picture_ends_no_epoch(tmp_path):

@@ -80,3 +80,10 @@ def test_a_loss_that_is_not_a_number_ends_in_words(data, monkeypatch):
 def test_several_processes_are_refused(data):
     with pytest.raises(UserError, match="one process"):
         find_lr(module(), data, accelerator="cpu", devices=2, strategy="ddp")
+
+
+def test_a_last_batch_of_one_picture_ends_in_a_sentence():
+    pictures = ImageDataModule("synthetic", image_size=16, limit=112, batch_size=25)  # 101 to train on
+    deep = ImageClassifier(image_size=16, model_kwargs={"widths": [2] * 5})
+    with pytest.raises(UserError, match=r"--batch_size 25: of 101 .* the last batch has 1"):
+        find_lr(deep, pictures, **CPU)
