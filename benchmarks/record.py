@@ -26,7 +26,7 @@ def summarize(run: Path, note: str) -> dict[str, Any]:
     """Return one run as a line of a results file, from the run's own files."""
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     if any(resumed["changed"] for resumed in environment.get("resumed", [])):
-        raise SystemExit(f"{run}: it was gone on with with other flags, which no one command repeats.")
+        raise SystemExit(f"{run}: it was resumed with other flags, which no single command repeats.")
     metrics = json.loads((run / "test_metrics.json").read_text(encoding="utf-8"))
     split = json.loads((run / "split.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))

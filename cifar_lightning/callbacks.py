@@ -267,7 +267,7 @@ class BestCheckpoint(ModelCheckpoint):
             moved["dirpath"] = str(self.dirpath)
             state_dict = {**state_dict, **moved, "best_k_models": {} if score is None else {own: score}}
         super().load_state_dict(state_dict)
-        self._best_loss = state_dict.get("best_loss", math.inf)  # of a checkpoint that another program wrote
+        self._best_loss = state_dict.get("best_loss", math.inf)  # Lightning's own state has none
 
 
 class NoProfiler(PassThroughProfiler):

@@ -127,8 +127,7 @@ class ImageClassifier(pl.LightningModule):
         self.stem_share, self.num_classes, self.tta = plain(stem_share), num_classes, tta
         self.optimizer_name, self.schedule, self.ema_decay = optimizer, schedule, plain(ema_decay)
         self._mixing = Mixing(num_classes, mixup=mixup, cutmix=cutmix) if mixup or cutmix else None
-        made = choose_network(model, name, num_classes, image_size, model_kwargs, pretrained)
-        network, self._architecture = made
+        network, self._architecture = choose_network(model, name, num_classes, image_size, model_kwargs, pretrained)
         self._pretrained = pretrained
         # NHWC: the loaders' batches lie so, and convolutions are faster on both CPU and tensor cores.
         self.network = network.to(memory_format=torch.channels_last)

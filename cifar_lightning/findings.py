@@ -224,14 +224,17 @@ def training_of(results: Results) -> dict[str, Any]:
     """Return what the tables of the epochs come to; a value that is not in them is None.
 
     `is_whole` is false where metrics.csv lacks epochs, the best of which may be another one. Which is the best is not
-    known where epochs were validated several times: the table has the last of them alone. The time is not summed up
+    known where epochs were validated several times, of which the table has the last alone, and there is none where no
+    checkpoint was kept: the last weights were tested. The time is not summed up
     where that of some epoch is missing or not known.
     """
     validated = [row for row in results.epochs if not math.isnan(row.get("val/acc", math.nan))]
-    interval = (results.origin.config.get("trainer") or {}).get("val_check_interval")
+    trainer = results.origin.config.get("trainer") or {}
+    interval = trainer.get("val_check_interval")
     is_at_end = interval is None or (isinstance(interval, float) and interval == 1)
+    is_kept = trainer.get("enable_checkpointing") is not False
     # As best.ckpt is chosen: of equal accuracies the one with the lowest loss, of equal losses the first.
-    candidates = validated if is_at_end else []
+    candidates = validated if is_at_end and is_kept else []
     best = max(candidates, key=lambda row: (row["val/acc"], -row.get("val/loss", math.inf)), default=None)
     is_timing_whole = "timing.csv" not in results.cut_tables
     elapsed = [row["elapsed_s"] for row in results.timing if "elapsed_s" in row and is_timing_whole]

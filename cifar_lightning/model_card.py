@@ -35,8 +35,8 @@ def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> P
     before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else _MARKER
     if _MARKER not in before:
         return None
-    files = [file for file in _files_of(before, card["checkpoint_sha256"]) if (folder / file["file"]).is_file()]
-    files = [file for file in files if file["file"] != card["file"]] + [{key: card[key] for key in _OF_A_FILE}]
+    others = [file for file in _files_of(before, card["checkpoint_sha256"], folder) if file["file"] != card["file"]]
+    files = [*others, {key: card[key] for key in _OF_A_FILE}]
     # For the next export; within a comment nothing may end it.
     known_files = json.dumps({"checkpoint_sha256": card["checkpoint_sha256"], "files": files}).replace(">", "\\u003e")
     try:
@@ -58,12 +58,12 @@ def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> P
     return path
 
 
-def _files_of(text: str, checkpoint_sha256: str) -> list[dict[str, Any]]:
-    """Return the files that an earlier card tells of, where they are of the same weights."""
+def _files_of(text: str, checkpoint_sha256: str, folder: Path) -> list[dict[str, Any]]:
+    """Return the files of the folder that an earlier card tells of, where they are of the same weights."""
     found = re.search(re.escape(_MARKER) + r"\n<!-- (.+) -->", text)
     try:
         known = json.loads(found[1]) if found else {}
-        is_same = known.get("checkpoint_sha256") == checkpoint_sha256
-        return [{key: file[key] for key in _OF_A_FILE} for file in known["files"]] if is_same else []
+        told = known["files"] if known.get("checkpoint_sha256") == checkpoint_sha256 else []
+        return [{key: file[key] for key in _OF_A_FILE} for file in told if (folder / file["file"]).is_file()]
     except (ValueError, KeyError, TypeError, AttributeError):  # somebody has edited it
         return []

@@ -90,7 +90,7 @@ def test_early_stopping_lets_a_run_that_improves_in_the_annealing_finish(tmp_pat
     assert run.current_epoch == 12
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # that of the run that goes on
 def test_a_run_that_was_stopped_early_and_goes_on_is_given_all_of_its_patience_again(tmp_path):
     run, stopped = fit_run(tmp_path, AnnealingEarlyStopping(patience=1), epochs=4, module=scripted(0.5, 0.5, 0.4, 0.4))
     assert stopped.current_epoch == 4
@@ -110,7 +110,7 @@ def test_whether_a_run_was_stopped_early_does_not_depend_on_the_epoch(wait_count
     assert has_stopped({"wait_count": wait_count, "patience": patience, "stopped_epoch": 0}) is stopped
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # that of the run that goes on
 def test_of_equal_accuracies_the_lowest_loss_is_the_best_also_over_a_resume(tmp_path):
     def best_epoch(module, **more):
         run, _ = fit_run(tmp_path, module=module, **more)

@@ -221,6 +221,8 @@ def test_the_best_epoch_is_chosen_as_its_checkpoint_was(tmp_path):
         MetricsTable(run.metrics_csv).append({**row, "val/acc": accuracy, "val/loss": loss})
     results = read_results(run)
     assert find(results)["training"]["best_epoch"] == 2
+    results.origin.config["trainer"] = {"enable_checkpointing": False}  # the last weights were tested
+    assert find(results)["training"]["best_epoch"] is None
     results.origin.config["trainer"] = {"val_check_interval": 0.5}  # best.ckpt may be from an epoch's middle
     assert find(results)["training"]["best_epoch"] is None
 

@@ -98,3 +98,12 @@ def test_export_writes_a_card_beside_its_file(tmp_path):
     text = (tmp_path / "out" / NAME).read_text(encoding="utf-8")
     assert "# smallnet/1" in text
     assert "weights of epoch 1" in text
+
+
+def test_a_card_that_somebody_edited_is_made_anew(run):
+    path = write_model_card(run, CARD, run.path)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"file": "model.onnx"', '"file": 5'), encoding="utf-8")
+    assert write_model_card(run, {**CARD, "file": "other.onnx"}, run.path).read_text(encoding="utf-8") == text.replace(
+        "model.onnx", "other.onnx"
+    )
