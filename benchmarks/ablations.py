@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cifar_lightning.environment import describe_environment
+from cifar_lightning.runs.environment import describe_environment
 
 HERE = Path(__file__).resolve().parent
 BASE = "base"

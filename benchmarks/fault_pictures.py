@@ -12,7 +12,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cifar_lightning.synthetic import CLASS_NAMES, draw
+from cifar_lightning.data.synthetic import CLASS_NAMES, draw
 
 
 def draw_class_folders(root: Path, *, num_train: int, num_test: int, num_classes: int = 10, size: int = 16) -> Path:

@@ -175,7 +175,7 @@ import functools, pathlib, sys
 import lightning.pytorch as pl, numpy as np
 sys.path.insert(0, {folder!r})
 from cifar_lightning import ImageClassifier, ImageDataModule, SmallNet
-from cifar_lightning.checkpoint import DurableCheckpointIO
+from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 data = ImageDataModule("folder", pathlib.Path({data!r}), batch_size=20, num_workers=0)
 model = ImageClassifier(model=SmallNet(3, widths=(4, 4, 4)), num_classes=3, lr=np.float64(0.01))
 model.save_hyperparameters({{"path": pathlib.Path("x"), "size": np.int64(3), "part": functools.partial(print, 1)}})

@@ -75,7 +75,7 @@ def note_updates() -> None:
 
 def without_rng() -> None:
     """Resume without putting the random states back."""
-    import cifar_lightning.exact as exact
+    import cifar_lightning.checkpoints.rng_state as exact
 
     exact.restore_rng = lambda *_: None
 
@@ -92,7 +92,7 @@ def clock(seconds: float) -> Callable[[], None]:
 
 def small_archive() -> None:
     """Let CIFAR-10's archive be another one: the real one is too large to be served here, and its hosts far away."""
-    from cifar_lightning import download
+    from cifar_lightning.data import download
 
     known = json.loads(os.environ[ARCHIVE])
     known["urls"] = tuple(known["urls"])

@@ -33,7 +33,7 @@ import fault_rows_training
 from fault_bench import ROWS, Bench, Row, Skipped, Trial
 from fault_subjects import SUBJECTS
 
-from cifar_lightning.environment import describe_environment
+from cifar_lightning.runs.environment import describe_environment
 
 # Each of them enters its rows into ROWS when it is imported.
 THEMES = (

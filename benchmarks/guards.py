@@ -34,11 +34,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from overhead import SMALL_BATCH, one_layer, our_fit, register, silence, step_us, usual_parts
 
 from cifar_lightning import ImageClassifier, ImageDataModule
-from cifar_lightning.checkpoint import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint
-from cifar_lightning.environment import describe_environment
-from cifar_lightning.guard import LossGuard
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.signals import StopSignals
+from cifar_lightning.checkpoints.durable import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint
+from cifar_lightning.runs.environment import describe_environment
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.nan_guard import LossGuard
+from cifar_lightning.training.signals import StopSignals
 
 NUM_SAVES = 20
 
@@ -47,7 +47,7 @@ NUM_SAVES = 20
 def without_guards() -> Iterator[None]:
     """Take away what looks at each step."""
     with (
-        mock.patch("cifar_lightning.classifier.make_guard", return_value=None),
+        mock.patch("cifar_lightning.training.module.make_guard", return_value=None),
         mock.patch.object(LastCheckpoint, "on_train_batch_end", pl.Callback.on_train_batch_end),
     ):
         yield

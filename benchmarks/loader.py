@@ -39,10 +39,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peers import changed_for_cpu, peer_of, read_peer
 
 from cifar_lightning import ImageDataModule
-from cifar_lightning.environment import describe_environment
+from cifar_lightning.data.datasets import Channels, PictureSet
+from cifar_lightning.data.loaders import ResidentLoader
 from cifar_lightning.errors import UserError
-from cifar_lightning.loader import ResidentLoader
-from cifar_lightning.sources import Channels, PictureSet
+from cifar_lightning.runs.environment import describe_environment
 
 NUM_CORES = 2
 BATCH_SIZE = 500  # the default of airbench's loader

@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cifar_lightning.environment import describe_environment
-from cifar_lightning.models import MODELS, build_model
+from cifar_lightning.models.smallnet import MODELS, build_model
+from cifar_lightning.runs.environment import describe_environment
 
 NUM_CLASSES = 10
 NUM_WARM_UP = 2  # steps; cuDNN chooses its algorithms in the first

@@ -35,13 +35,13 @@ from torch.optim.lr_scheduler import LRScheduler
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cifar_lightning import ImageDataModule, SmallNet
-from cifar_lightning.cli import run_command
-from cifar_lightning.environment import describe_environment
-from cifar_lightning.flags import table
-from cifar_lightning.loader import PictureLoader
-from cifar_lightning.models import MODELS
-from cifar_lightning.optim import build_optimizer
-from cifar_lightning.schedules import make_schedule
+from cifar_lightning.cli.flags import table
+from cifar_lightning.cli.main import run_command
+from cifar_lightning.data.loaders import PictureLoader
+from cifar_lightning.models.smallnet import MODELS
+from cifar_lightning.optim.optimizers import build_optimizer
+from cifar_lightning.optim.schedules import make_schedule
+from cifar_lightning.runs.environment import describe_environment
 
 SMALL_BATCH = 4  # 1,125 steps in an epoch of the synthetic set
 LR = 1e-3

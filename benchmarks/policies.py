@@ -25,9 +25,9 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cifar_lightning.augment import Augmentation, augment, draw_epoch
-from cifar_lightning.environment import describe_environment
-from cifar_lightning.policies import Policy
+from cifar_lightning.runs.environment import describe_environment
+from cifar_lightning.transforms.augmentation import Augmentation, augment, draw_epoch
+from cifar_lightning.transforms.policies import Policy
 
 BATCH_SIZE = 500
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's

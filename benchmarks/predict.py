@@ -27,11 +27,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cifar_lightning import ImageClassifier, predict
-from cifar_lightning.environment import describe_environment
-from cifar_lightning.predict import find_pictures, predict_images
-from cifar_lightning.runs import RunFolder, open_run
-from cifar_lightning.weights import TrainedNetwork, load_network
+from cifar_lightning import ImageClassifier
+from cifar_lightning.checkpoints.loading import TrainedNetwork, load_network
+from cifar_lightning.inference import predict_images as predict
+from cifar_lightning.inference.predict_images import find_pictures, predict_images
+from cifar_lightning.runs.environment import describe_environment
+from cifar_lightning.runs.folder import RunFolder, open_run
 
 PROGRAM = Path(__file__).resolve().parent.parent / "train.py"
 IMAGE_SIZE = 32

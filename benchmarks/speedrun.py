@@ -32,8 +32,8 @@ from peers import peer_of
 from record import comparable
 from speedrun_peers import PEERS
 
-from cifar_lightning.environment import describe_environment
-from cifar_lightning.sources import open_source
+from cifar_lightning.data.datasets import open_source
+from cifar_lightning.runs.environment import describe_environment
 
 HERE = Path(__file__).resolve().parent
 COMPILED = "--model.compile=true"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cifar_lightning.cli import run_command
+from cifar_lightning.cli.main import run_command
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cifar_lightning.environment import describe_environment
+from cifar_lightning.runs.environment import describe_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = """

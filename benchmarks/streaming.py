@@ -41,9 +41,9 @@ from process_memory import IS_KNOWN, Memory, memory_of
 from streaming_pictures import SIDES_PX, make_pictures
 
 from cifar_lightning import ImageDataModule
-from cifar_lightning.environment import describe_environment
+from cifar_lightning.data.image_folder import CACHE_FOLDER
 from cifar_lightning.errors import UserError
-from cifar_lightning.folders import CACHE_FOLDER
+from cifar_lightning.runs.environment import describe_environment
 
 NUM_WORKERS = 2
 PAUSE_S = 2.0

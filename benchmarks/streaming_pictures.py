@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from cifar_lightning import synthetic
+from cifar_lightning.data import synthetic
+from cifar_lightning.data.image_folder import Listing, scan
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_json
-from cifar_lightning.folders import Listing, scan
 
 RECIPE = 1  # raise it when other pictures come out
 SIDES_PX = (32, 64)  # least and largest width and height, drawn for each file

@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cifar_lightning.classifier import ImageClassifier as ImageClassifier
-    from cifar_lightning.data import ImageDataModule as ImageDataModule
+    from cifar_lightning.data.datamodule import ImageDataModule as ImageDataModule
     from cifar_lightning.errors import UserError as UserError
-    from cifar_lightning.models import SmallNet as SmallNet
-    from cifar_lightning.models import build_model as build_model
+    from cifar_lightning.models.smallnet import SmallNet as SmallNet
+    from cifar_lightning.models.smallnet import build_model as build_model
+    from cifar_lightning.training.module import ImageClassifier as ImageClassifier
 
 _HOMES = {
     "ImageClassifier": "classifier",

@@ -14,10 +14,8 @@ from jaxtyping import install_import_hook
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # whose judges are those of the tests, too
 
 # Before the first import of these modules: their jaxtyping annotations are checked at every call.
-CHECKED = ("augment", "models", "optim", "loader", "classifier", "analysis", "calibration", "figures")
-CHECKED += ("speednet", "resnets", "stems", "pretrained")
-CHECKED += ("weights", "predict", "export", "gallery", "results", "statements", "findings", "comparison")
-CHECKED += ("operations", "policies", "mixing", "splits", "totals", "views")
+CHECKED = ("transforms", "models", "optim", "metrics", "report", "inference", "data.loaders", "data.splits")
+CHECKED += ("checkpoints.loading", "training.module", "training.tta", "training.train_metrics")
 install_import_hook([f"cifar_lightning.{name}" for name in CHECKED], "beartype.beartype")
 
 

@@ -3,11 +3,11 @@
 import lightning.pytorch as pl
 
 from cifar_lightning import ImageClassifier, ImageDataModule
-from cifar_lightning.callbacks import BestCheckpoint, RunRecorder
-from cifar_lightning.checkpoint import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint
-from cifar_lightning.exact import ExactState
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.signals import StopSignals
+from cifar_lightning.checkpoints.durable import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint
+from cifar_lightning.checkpoints.rng_state import ExactState
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.callbacks import BestCheckpoint, RunRecorder
+from cifar_lightning.training.signals import StopSignals
 
 NARROW = {"widths": [2, 2, 2], "dropout": 0.3}
 SPEED = {

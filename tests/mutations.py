@@ -7,9 +7,9 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
-from cifar_lightning.cli import QUICK
-from cifar_lightning.flags import ALIASES, table
-from cifar_lightning.help import TRAINING
+from cifar_lightning.cli.flags import ALIASES, table
+from cifar_lightning.cli.help import TRAINING
+from cifar_lightning.cli.main import QUICK
 
 # Never an absolute path or a "..": a mutated --run_dir or --output must stay in the folder of the test.
 _LETTERS = string.ascii_letters + string.digits + "-_=.,:; '\"{}[]&*!%@#<>|~ü\u2028\udcff"

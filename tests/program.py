@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cifar_lightning import cli, pictures
+from cifar_lightning.cli import main as cli
+from cifar_lightning.data import image_decoding as pictures
 
 REPO = Path(__file__).parent.parent
 TINY = ["--data.dataset", "synthetic", "--data.image_size", "16", "--batch_size", "500"]

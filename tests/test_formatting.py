@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar_lightning.wording import (
+from cifar_lightning.formatting import (
     clipped,
     clock,
     count,

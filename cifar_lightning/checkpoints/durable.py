@@ -17,15 +17,15 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from cifar_lightning.callbacks import EPOCH_SO_FAR, RunRecorder
+from cifar_lightning.checkpoints.checksum import seal
+from cifar_lightning.checkpoints.loading import UnreadableError, read_checkpoint
+from cifar_lightning.checkpoints.rng_state import is_inside_epoch
 from cifar_lightning.errors import RunError, UserError
-from cifar_lightning.exact import is_inside_epoch
 from cifar_lightning.files import make_folder, write_bytes_durably
-from cifar_lightning.limits import check_limits
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.seal import seal
-from cifar_lightning.signals import Stopped, StopSignals
-from cifar_lightning.weights import UnreadableError, read_checkpoint
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.settings.limits import check_limits
+from cifar_lightning.training.callbacks import EPOCH_SO_FAR, RunRecorder
+from cifar_lightning.training.signals import Stopped, StopSignals
 
 _MINUTES_ARE_UP = 1  # below every signal's number, so that the highest of all ranks' wishes is the one that counts
 

@@ -18,13 +18,13 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from cifar_lightning.augment import normalize
+from cifar_lightning.checkpoints.checksum import has_seal, is_intact
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256
-from cifar_lightning.models import build_model
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.seal import has_seal, is_intact
-from cifar_lightning.views import Views, view_logits
+from cifar_lightning.models.smallnet import build_model
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.tta import Views, view_logits
+from cifar_lightning.transforms.augmentation import normalize
 
 # What torch.compile, data parallelism and other people's modules put before all of a network's own names.
 _WRAPPERS = ("module.", "model.", "network.", "_orig_mod.")

@@ -10,15 +10,15 @@ from typing import Any
 
 import yaml
 
-from cifar_lightning.callbacks import has_stopped
-from cifar_lightning.checkpoint import newest_checkpoint
-from cifar_lightning.data import ImageDataModule
+from cifar_lightning.checkpoints.durable import newest_checkpoint
+from cifar_lightning.checkpoints.loading import progress_of
+from cifar_lightning.checkpoints.rng_state import is_inside_epoch
+from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError
-from cifar_lightning.exact import is_inside_epoch
 from cifar_lightning.files import read_json
-from cifar_lightning.recipes import read_recipe
-from cifar_lightning.runs import RunFolder, is_first_process, open_run
-from cifar_lightning.weights import progress_of
+from cifar_lightning.runs.folder import RunFolder, is_first_process, open_run
+from cifar_lightning.settings.safe_yaml import read_recipe
+from cifar_lightning.training.callbacks import has_stopped
 
 # What the weights, the states of optimiser and schedule or the split belong to; all else is training, which may change.
 _FIXED = {"model.name", "model.model_kwargs", "model.optimizer", "model.schedule"}

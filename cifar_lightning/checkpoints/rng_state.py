@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from cifar_lightning.classifier import ImageClassifier
+from cifar_lightning.checkpoints.loading import EXACT_STATE, progress_of
 from cifar_lightning.errors import UserError
-from cifar_lightning.weights import EXACT_STATE, progress_of
+from cifar_lightning.training.module import ImageClassifier
 
 
 class ExactState(pl.Callback):

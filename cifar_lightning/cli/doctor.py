@@ -15,9 +15,9 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from cifar_lightning.download import ARCHIVES
-from cifar_lightning.environment import describe_environment
-from cifar_lightning.memory import free_host_bytes
+from cifar_lightning.data.download import ARCHIVES
+from cifar_lightning.data.memory import free_host_bytes
+from cifar_lightning.runs.environment import describe_environment
 
 _SHOWN = ("torch", "torchvision", "lightning", "torchmetrics")
 _NEEDED_BYTES = 1e9  # archive, what it unpacks to, and a few runs

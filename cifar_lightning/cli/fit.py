@@ -13,27 +13,36 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from cifar_lightning.agreement import check_sizes
-from cifar_lightning.answers import AnswerKeeper
-from cifar_lightning.callbacks import BestCheckpoint, NoProfiler, RunRecorder, check_monitors
-from cifar_lightning.checkpoint import DurableCheckpointIO, LastCheckpoint
-from cifar_lightning.classifier import ImageClassifier
-from cifar_lightning.dashboard import Dashboard, board_for
-from cifar_lightning.data import ImageDataModule
+from cifar_lightning.checkpoints.durable import DurableCheckpointIO, LastCheckpoint
+from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint
+from cifar_lightning.checkpoints.resume import (
+    Changes,
+    StopPoint,
+    clear_up,
+    find_changes,
+    locked,
+    other_pictures,
+    stop_point,
+)
+from cifar_lightning.checkpoints.rng_state import ExactState
+from cifar_lightning.cli.parser import (
+    TABLE,
+    RunParser,
+    add_own_flags,
+    as_list,
+    check_arguments,
+    config_text,
+    table_text,
+)
+from cifar_lightning.data.datamodule import ImageDataModule
+from cifar_lightning.data.memory import keep_freed_memory
 from cifar_lightning.errors import UserError
-from cifar_lightning.exact import ExactState
-from cifar_lightning.failures import explained, of_settings
 from cifar_lightning.files import MetricsTable, write_text_durably
-from cifar_lightning.findings import find
-from cifar_lightning.memory import keep_freed_memory
-from cifar_lightning.noise import silence
-from cifar_lightning.parser import TABLE, RunParser, add_own_flags, as_list, check_arguments, config_text, table_text
-from cifar_lightning.precision import settle_precision
-from cifar_lightning.progress import RunProgress
 from cifar_lightning.report import make_report
-from cifar_lightning.results import Results
-from cifar_lightning.resume import Changes, StopPoint, clear_up, find_changes, locked, other_pictures, stop_point
-from cifar_lightning.runs import (
+from cifar_lightning.report.findings import find
+from cifar_lightning.report.results import Results
+from cifar_lightning.report.terminal import print_findings, print_validation
+from cifar_lightning.runs.folder import (
     RunFolder,
     announce_run,
     create_run,
@@ -43,10 +52,17 @@ from cifar_lightning.runs import (
     open_run,
     recipe_name,
 )
-from cifar_lightning.signals import StopSignals
-from cifar_lightning.terminal import print_findings, print_validation
-from cifar_lightning.tune import LrRange, find_lr, write_lr_range
-from cifar_lightning.weights import load_weights, read_checkpoint
+from cifar_lightning.training.callbacks import BestCheckpoint, NoProfiler, RunRecorder, check_monitors
+from cifar_lightning.training.error_messages import explained, of_settings
+from cifar_lightning.training.lr_finder import LrRange, find_lr, write_lr_range
+from cifar_lightning.training.model_checks import check_sizes
+from cifar_lightning.training.module import ImageClassifier
+from cifar_lightning.training.precision import settle_precision
+from cifar_lightning.training.predictions import AnswerKeeper
+from cifar_lightning.training.progress_bar import RunProgress
+from cifar_lightning.training.quiet_lightning import silence
+from cifar_lightning.training.signals import StopSignals
+from cifar_lightning.training.tensorboard import Dashboard, board_for
 
 RUNS = Path("runs")
 _EVALUATING = ("validate", "test", "predict")

@@ -1,6 +1,6 @@
 """The flags of fit, validate, test, predict and tune, without torch: names, types and defaults from a generated table.
 
-`flags.json` is made from the signatures by `python -m cifar_lightning.training` and held equal to them by a test. With
+`flags.json` is made from the signatures by `python -m cifar_lightning.cli.fit` and held equal to them by a test. With
 it a mistake is answered at once; whatever gets past here is still checked by LightningCLI, which knows more.
 """
 
@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.limits import LIMITS
-from cifar_lightning.recipes import read_recipe
-from cifar_lightning.wording import clipped
+from cifar_lightning.formatting import clipped
+from cifar_lightning.settings.limits import LIMITS
+from cifar_lightning.settings.safe_yaml import read_recipe
 
 ALIASES = {"epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "lr": "model.lr"}
 GROUPS = ("trainer", "model", "data", "early_stopping", "checkpoint")  # each also takes a YAML file of its keys

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from cifar_lightning.cli.flags import ALIASES, FRONT_ONLY, table
 from cifar_lightning.errors import UserError
-from cifar_lightning.flags import ALIASES, FRONT_ONLY, table
-from cifar_lightning.wording import clipped
+from cifar_lightning.formatting import clipped
 
 # Words for flags whose own help is Lightning's, or which are no key of a recipe.
 _WORDS = {

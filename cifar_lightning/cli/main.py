@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cifar_lightning.cli.flags import check_recipe, flag_value, normalize_arguments, suggest, table
+from cifar_lightning.cli.help import TRAINING, QuickParser, completion, overview, program, training_help
 from cifar_lightning.errors import RunError, UserError
-from cifar_lightning.flags import check_recipe, flag_value, normalize_arguments, suggest, table
-from cifar_lightning.help import TRAINING, QuickParser, completion, overview, program, training_help
-from cifar_lightning.runs import RunFolder, open_run
-from cifar_lightning.wording import clipped
+from cifar_lightning.formatting import clipped
+from cifar_lightning.runs.folder import RunFolder, open_run
 
 # What `--resume` takes from the run, or what would start a new one.
 _NOT_WITH_RESUME = ("config", "ckpt_path", "run_dir", "init_weights", "tune_lr")
@@ -90,7 +90,7 @@ def _run_training(command: str, arguments: Sequence[str]) -> int:
         rest, run = ["--help"], None
     else:
         rest, run = training_arguments(command, arguments)
-    from cifar_lightning.training import run_training  # imports torch and Lightning, which takes seconds
+    from cifar_lightning.cli.fit import run_training  # imports torch and Lightning, which takes seconds
 
     run_training(command, rest, resumed=run)
     return 0
@@ -207,7 +207,7 @@ def _predict_images_flags(parser: argparse.ArgumentParser) -> None:
 def _predict_images(parsed: argparse.Namespace) -> int:
     run = open_run(parsed.run)
     run.require(run.tested_checkpoint)
-    from cifar_lightning.predict import predict_images  # imports torch
+    from cifar_lightning.inference.predict_images import predict_images  # imports torch
 
     output = None if parsed.output == "-" else Path(parsed.output)
     num_unreadable = predict_images(
@@ -254,7 +254,7 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
 def _export(parsed: argparse.Namespace) -> int:
     run = open_run(parsed.run)
     run.require(run.tested_checkpoint)
-    from cifar_lightning.export import export_run  # imports torch
+    from cifar_lightning.inference.export import export_run  # imports torch
 
     export_run(run, parsed.format, output=parsed.output, input=parsed.input, probs=parsed.probs, force=parsed.force)
     return 0
@@ -272,14 +272,14 @@ def _root_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _download(parsed: argparse.Namespace) -> int:
-    from cifar_lightning.download import download
+    from cifar_lightning.data.download import download
 
     print(f"{parsed.dataset}: in {download(parsed.dataset, parsed.root)}")
     return 0
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
-    from cifar_lightning.doctor import examine
+    from cifar_lightning.cli.doctor import examine
 
     return 1 if examine(parsed.root, batch_size=table()["data.batch_size"]["default"]) else 0
 

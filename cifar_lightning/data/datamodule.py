@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cifar_lightning.augment import Augmentation, CropMode, FlipMode, normalize, seeded_generator
+from cifar_lightning.data.datasets import PictureSet, open_source
+from cifar_lightning.data.loaders import EpochSampler, PictureLoader, Rank, ResidentLoader, StreamingLoader
+from cifar_lightning.data.memory import free_host_bytes, give_back_pages
+from cifar_lightning.data.splits import balanced_weights, describe_imbalance, stratified_split, stratified_subset
 from cifar_lightning.errors import UserError
-from cifar_lightning.limits import LIMITS, check_choice, check_limits
-from cifar_lightning.loader import EpochSampler, PictureLoader, Rank, ResidentLoader, StreamingLoader
-from cifar_lightning.memory import free_host_bytes, give_back_pages
-from cifar_lightning.policies import Policy
-from cifar_lightning.sources import PictureSet, open_source
-from cifar_lightning.splits import balanced_weights, describe_imbalance, stratified_split, stratified_subset
+from cifar_lightning.settings.limits import LIMITS, check_choice, check_limits
+from cifar_lightning.transforms.augmentation import Augmentation, CropMode, FlipMode, normalize, seeded_generator
+from cifar_lightning.transforms.policies import Policy
 
 Part = Literal["train", "val", "test"]
 Balance = Literal["none", "balanced"]

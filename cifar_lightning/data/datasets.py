@@ -16,10 +16,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from cifar_lightning import synthetic
-from cifar_lightning.download import ARCHIVES, download
+from cifar_lightning.data import synthetic
+from cifar_lightning.data.download import ARCHIVES, download
+from cifar_lightning.data.image_folder import ClassFolders, digest
 from cifar_lightning.errors import UserError
-from cifar_lightning.folders import ClassFolders, digest
 
 Split = Literal["train", "val", "test"]
 Channels = tuple[float, float, float]

@@ -19,10 +19,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cifar_lightning.augment import Augmentation, augment, draw_epoch, normalize, resize, seeded_generator
-from cifar_lightning.memory import give_back_pages
-from cifar_lightning.signals import leave_to_parent
-from cifar_lightning.splits import balanced_order
+from cifar_lightning.data.memory import give_back_pages
+from cifar_lightning.data.splits import balanced_order
+from cifar_lightning.training.signals import leave_to_parent
+from cifar_lightning.transforms.augmentation import (
+    Augmentation,
+    augment,
+    draw_epoch,
+    normalize,
+    resize,
+    seeded_generator,
+)
 
 _ORDER = 0  # purpose of the order's generator; augment.py's draws use 1 and up
 

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from cifar_lightning.augment import seeded_generator
 from cifar_lightning.errors import UserError
+from cifar_lightning.transforms.augmentation import seeded_generator
 
 _SPLIT, _SUBSET = 1_000_003, 1_000_033  # purposes of the generators; an epoch's purposes are far below
 _UNEVEN = 1.5  # times as many pictures in the largest class as in the smallest, from which it is worth a word

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cifar_lightning.data.memory import free_host_bytes
 from cifar_lightning.errors import UserError
-from cifar_lightning.memory import free_host_bytes
 
 SHAPES = ("disk", "square", "triangle", "ring", "cross")
 CLASS_NAMES = (*SHAPES, *(f"striped_{shape}" for shape in SHAPES))

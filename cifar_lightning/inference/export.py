@@ -19,14 +19,14 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
+from cifar_lightning.checkpoints.loading import TrainedNetwork, load_network, load_weights
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_output, replacing
-from cifar_lightning.model_card import NAME as CARD
-from cifar_lightning.model_card import write_model_card
-from cifar_lightning.models import build_model
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.views import view_logits
-from cifar_lightning.weights import TrainedNetwork, load_network, load_weights
+from cifar_lightning.models.smallnet import build_model
+from cifar_lightning.report.model_card import NAME as CARD
+from cifar_lightning.report.model_card import write_model_card
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.tta import view_logits
 
 ExportFormat = Literal["onnx", "torch", "safetensors"]
 Pictures = UInt8[Tensor, "batch 3 height width"]

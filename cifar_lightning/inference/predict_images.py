@@ -24,14 +24,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from cifar_lightning import pictures
-from cifar_lightning.augment import normalize
+from cifar_lightning.checkpoints.loading import TrainedNetwork, load_network
+from cifar_lightning.data import image_decoding as pictures
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_output, replacing
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.views import Views, view_logits
-from cifar_lightning.weights import TrainedNetwork, load_network
-from cifar_lightning.wording import printable
+from cifar_lightning.formatting import printable
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.tta import Views, view_logits
+from cifar_lightning.transforms.augmentation import normalize
 
 _STRETCH_BYTES = 1 << 28  # 87,381 pictures of 32 pixels: starting worker processes for each costs nothing
 # Without --batch_size. On two cores SmallNet takes 1.5 ms a picture in batches of 32 or 64 and 2.1 ms in batches of

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64, Int, Int64
 
-from cifar_lightning.calibration import cross_entropy, expected_calibration_error, softmax
-from cifar_lightning.significance import wilson_interval
+from cifar_lightning.metrics.calibration import cross_entropy, expected_calibration_error, softmax
+from cifar_lightning.metrics.significance import wilson_interval
 
 
 def confusion_matrix(

@@ -24,10 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cifar_lightning.errors import UserError
-from cifar_lightning.models import torchvision_name
-from cifar_lightning.runs import is_first_process
-from cifar_lightning.weights import (
+from cifar_lightning.checkpoints.loading import (
     describe_misfits,
     read_checkpoint,
     read_weights,
@@ -35,8 +32,11 @@ from cifar_lightning.weights import (
     weights_of,
     without_wrappers,
 )
-from cifar_lightning.wording import clipped
-from cifar_lightning.zoo import create_timm
+from cifar_lightning.errors import UserError
+from cifar_lightning.formatting import clipped
+from cifar_lightning.models.smallnet import torchvision_name
+from cifar_lightning.models.torchvision_timm import create_timm
+from cifar_lightning.runs.folder import is_first_process
 
 # Of a former torch.nn, in which a module's name could hold a point; densenet's published weights still have them.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.resnets import PreActResNet, WideResNet
-from cifar_lightning.speednet import SpeedNet
-from cifar_lightning.stems import SMALL_PX
-from cifar_lightning.wording import clipped
-from cifar_lightning.zoo import (
+from cifar_lightning.formatting import clipped
+from cifar_lightning.models.resnets import PreActResNet, WideResNet
+from cifar_lightning.models.speednet import SpeedNet
+from cifar_lightning.models.stems import SMALL_PX
+from cifar_lightning.models.torchvision_timm import (
     is_timm_there,
     timm_names,
     timm_network,

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.stems import SMALL_PX, adapt_stem, why_not
-from cifar_lightning.wording import clipped
+from cifar_lightning.formatting import clipped
+from cifar_lightning.models.stems import SMALL_PX, adapt_stem, why_not
 
 # What would fetch or read weights, which has no place where a network is made (it is made anew from the same arguments
 # wherever its run is used), or would give something else than logits.

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cifar_lightning.limits import check_choice
+from cifar_lightning.settings.limits import check_choice
 
 OptimizerName = Literal["adamw", "sgd", "muon"]
 

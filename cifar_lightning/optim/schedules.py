@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from cifar_lightning.limits import check_choice
+from cifar_lightning.settings.limits import check_choice
 
 ScheduleName = Literal["one_cycle", "linear", "cosine"]
 _ONE_CYCLE_RISE = 0.3  # PyTorch's default

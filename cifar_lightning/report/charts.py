@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from cifar_lightning.figures import colour, shorten
-from cifar_lightning.wording import printable
+from cifar_lightning.formatting import printable
+from cifar_lightning.report.figures import colour, shorten
 
 _MAX_BARS = 40  # more classes than that: the lowest stand for all
 _NUM_LOWEST = 30

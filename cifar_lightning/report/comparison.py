@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from cifar_lightning.analysis import accuracy
-from cifar_lightning.calibration import cross_entropy, expected_calibration_error, softmax
 from cifar_lightning.errors import UserError
-from cifar_lightning.results import Answers, Results
-from cifar_lightning.significance import holm, mcnemar_test, paired_difference_interval, wilson_interval
-from cifar_lightning.wording import run_name
+from cifar_lightning.formatting import run_name
+from cifar_lightning.metrics.calibration import cross_entropy, expected_calibration_error, softmax
+from cifar_lightning.metrics.classification import accuracy
+from cifar_lightning.metrics.significance import holm, mcnemar_test, paired_difference_interval, wilson_interval
+from cifar_lightning.report.results import Answers, Results
 
 _NUM_SHOWN = 24  # pictures that changed sides, in each direction
 

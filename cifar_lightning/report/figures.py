@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
-from cifar_lightning.analysis import accuracy, per_class
-from cifar_lightning.wording import printable
+from cifar_lightning.formatting import printable
+from cifar_lightning.metrics.classification import accuracy, per_class
 
 MAX_CLASSES_WITH_NUMBERS = 20
 _MAX_NAME = 24

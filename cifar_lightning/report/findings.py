@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int64
 
-from cifar_lightning.analysis import accuracy, macro_f1, most_confused, per_class
-from cifar_lightning.calibration import Reliability, cross_entropy, fit_temperature, reliability, softmax
-from cifar_lightning.gallery import rank_pictures
-from cifar_lightning.results import Answers, Origin, Results
-from cifar_lightning.significance import wilson_interval
-from cifar_lightning.statements import (
+from cifar_lightning.metrics.calibration import Reliability, cross_entropy, fit_temperature, reliability, softmax
+from cifar_lightning.metrics.classification import accuracy, macro_f1, most_confused, per_class
+from cifar_lightning.metrics.significance import wilson_interval
+from cifar_lightning.report.gallery import rank_pictures
+from cifar_lightning.report.insights import (
     Statement,
     asymmetric_pairs,
     confidence_gap,
@@ -23,6 +22,7 @@ from cifar_lightning.statements import (
     over_predicted,
     validation_gap,
 )
+from cifar_lightning.report.results import Answers, Origin, Results
 
 _NUM_SHOWN = 24  # pictures of a gallery
 _NUM_SHOWN_OF_PAIR = 8

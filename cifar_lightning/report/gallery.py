@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int, Int64
 
-from cifar_lightning.analysis import ConfusedPair, confusion_matrix, most_confused
-from cifar_lightning.calibration import log_softmax, softmax
+from cifar_lightning.metrics.calibration import log_softmax, softmax
+from cifar_lightning.metrics.classification import ConfusedPair, confusion_matrix, most_confused
 
 Positions = Int64[np.ndarray, " _"]  # as many as there are
 

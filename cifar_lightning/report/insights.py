@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int64
 
-from cifar_lightning.analysis import accuracy, per_class
-from cifar_lightning.significance import (
+from cifar_lightning.formatting import counted, percent, points, points_span, span
+from cifar_lightning.metrics.classification import accuracy, per_class
+from cifar_lightning.metrics.significance import (
     Z_95,
     at_least_test,
     binomial_test,
@@ -23,7 +24,6 @@ from cifar_lightning.significance import (
     mean_test,
     wilson_interval,
 )
-from cifar_lightning.wording import counted, percent, points, points_span, span
 
 ALPHA = 0.05
 _OTHER_SHARE = 0.05  # of all pictures: a class's share in test and validation, from which it is worth a word

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from cifar_lightning.comparison import compare
-from cifar_lightning.figures import confusion_figure, figure_to_png, themed
 from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
-from cifar_lightning.findings import find
-from cifar_lightning.page import command_of, render_page
-from cifar_lightning.results import DAMAGED, read_results
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.terminal import print_findings
-from cifar_lightning.wording import run_name
+from cifar_lightning.formatting import run_name
+from cifar_lightning.report.comparison import compare
+from cifar_lightning.report.figures import confusion_figure, figure_to_png, themed
+from cifar_lightning.report.findings import find
+from cifar_lightning.report.page import command_of, render_page
+from cifar_lightning.report.results import DAMAGED, read_results
+from cifar_lightning.report.terminal import print_findings
+from cifar_lightning.runs.folder import RunFolder
 
 _ORDERS = {b"little": "<", b"big": ">"}  # what torch writes beside the numbers
 

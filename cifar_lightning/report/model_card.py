@@ -8,11 +8,11 @@ from typing import Any
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_text_durably
-from cifar_lightning.findings import find, run_of
-from cifar_lightning.page import facts_of, render, reproduction_of
-from cifar_lightning.report import describe_run
-from cifar_lightning.results import read_origin, read_results
-from cifar_lightning.runs import RunFolder
+from cifar_lightning.report.findings import find, run_of
+from cifar_lightning.report.make_report import describe_run
+from cifar_lightning.report.page import facts_of, render, reproduction_of
+from cifar_lightning.report.results import read_origin, read_results
+from cifar_lightning.runs.folder import RunFolder
 
 NAME = "MODEL_CARD.md"
 _MARKER = "<!-- Made by cifar_lightning; the next export writes it anew. -->"

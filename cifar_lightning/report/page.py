@@ -19,16 +19,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cifar_lightning.charts import classes_figure, confidence_figure, curves_figure, reliability_figure
-from cifar_lightning.figures import (
-    MAX_CLASSES_WITH_NUMBERS,
-    confusion_figure,
-    figure_to_array,
-    lay_out_like,
-    themed,
-)
-from cifar_lightning.limits import READ_BY
-from cifar_lightning.wording import (
+from cifar_lightning.formatting import (
     count,
     decimal,
     duration,
@@ -41,6 +32,15 @@ from cifar_lightning.wording import (
     span,
     unbroken,
 )
+from cifar_lightning.report.charts import classes_figure, confidence_figure, curves_figure, reliability_figure
+from cifar_lightning.report.figures import (
+    MAX_CLASSES_WITH_NUMBERS,
+    confusion_figure,
+    figure_to_array,
+    lay_out_like,
+    themed,
+)
+from cifar_lightning.settings.limits import READ_BY
 
 TEMPLATES = Path(__file__).parent
 _DPI = 120.0  # of charts; the page shows them at about half of that, so that they are sharp on fine screens, too

@@ -13,11 +13,11 @@ import numpy as np
 import yaml
 from jaxtyping import Float, Int64, UInt8
 
-from cifar_lightning.analysis import confusion_matrix
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import MetricsTable
-from cifar_lightning.recipes import read_recipe
-from cifar_lightning.runs import RunFolder
+from cifar_lightning.metrics.classification import confusion_matrix
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.settings.safe_yaml import read_recipe
 
 DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)  # of an .npz
 

@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.wording import (
+from cifar_lightning.formatting import (
     count,
     decimal,
     percent,
@@ -29,6 +28,7 @@ from cifar_lightning.wording import (
     span,
     unbroken,
 )
+from cifar_lightning.runs.folder import RunFolder
 
 _MAX_CLASSES = 20  # more than that: the worst classes and the most confused pairs stand for all
 _NUM_WORST = 10

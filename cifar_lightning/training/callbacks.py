@@ -13,13 +13,13 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
 
-from cifar_lightning.classifier import ImageClassifier
-from cifar_lightning.data import ImageDataModule
-from cifar_lightning.environment import describe_environment
+from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import MetricsTable, read_json, write_json, write_text_durably
-from cifar_lightning.limits import check_limits
-from cifar_lightning.runs import RunFolder
+from cifar_lightning.runs.environment import describe_environment
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.settings.limits import check_limits
+from cifar_lightning.training.module import ImageClassifier
 
 MONITOR = "val/acc"
 EPOCH_SO_FAR = "cifar_lightning_epoch"

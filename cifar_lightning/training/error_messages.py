@@ -8,8 +8,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from cifar_lightning.errors import RunError, UserError
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.wording import clipped
+from cifar_lightning.formatting import clipped
+from cifar_lightning.runs.folder import RunFolder
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _LESS_MEMORY = {

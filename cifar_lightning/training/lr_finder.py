@@ -20,12 +20,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.tuner.tuning import Tuner
 
-from cifar_lightning.classifier import ImageClassifier
-from cifar_lightning.data import ImageDataModule
+from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError
-from cifar_lightning.figures import figure_to_png, lr_range_figure
 from cifar_lightning.files import write_bytes_durably, write_json
-from cifar_lightning.runs import RunFolder
+from cifar_lightning.report.figures import figure_to_png, lr_range_figure
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.module import ImageClassifier
 
 MIN_LR, MAX_LR, NUM_STEPS = 1e-5, 1.0, 100
 

@@ -7,8 +7,8 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.stems import needs_several, why_not
-from cifar_lightning.steps import takes_last_batch
+from cifar_lightning.models.stems import needs_several, why_not
+from cifar_lightning.training.step_count import takes_last_batch
 
 
 def check_logits(logits: Any, num_pictures: int, num_classes: int) -> None:

@@ -12,24 +12,24 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 
-from cifar_lightning.agreement import check_batches, check_classes, check_logits
-from cifar_lightning.analysis import accuracy, macro_f1
-from cifar_lightning.averaging import EmaWeights
+from cifar_lightning.checkpoints.loading import describe_misfits, plain, progress_of
 from cifar_lightning.errors import UserError
-from cifar_lightning.evaluation import evaluation_metrics, update_evaluation
-from cifar_lightning.guard import LossGuard, make_guard
-from cifar_lightning.limits import check_limits
-from cifar_lightning.mixing import Mixing
-from cifar_lightning.models import DEFAULT_MODEL, choose_network, compile_network
-from cifar_lightning.optim import OptimizerName, build_optimizer, settings_of
-from cifar_lightning.pretrained import load_pretrained
-from cifar_lightning.runs import is_first_process
-from cifar_lightning.schedules import ScheduleName, follows_plan, make_schedule, rise_share
-from cifar_lightning.speednet import SpeedNet, StemHold
-from cifar_lightning.steps import count_steps
-from cifar_lightning.totals import TrainTotals, means_of
-from cifar_lightning.views import Views, view_logits
-from cifar_lightning.weights import describe_misfits, plain, progress_of
+from cifar_lightning.metrics.classification import accuracy, macro_f1
+from cifar_lightning.models.pretrained import load_pretrained
+from cifar_lightning.models.smallnet import DEFAULT_MODEL, choose_network, compile_network
+from cifar_lightning.models.speednet import SpeedNet, StemHold
+from cifar_lightning.optim.optimizers import OptimizerName, build_optimizer, settings_of
+from cifar_lightning.optim.schedules import ScheduleName, follows_plan, make_schedule, rise_share
+from cifar_lightning.runs.folder import is_first_process
+from cifar_lightning.settings.limits import check_limits
+from cifar_lightning.training.ema import EmaWeights
+from cifar_lightning.training.eval_metrics import evaluation_metrics, update_evaluation
+from cifar_lightning.training.model_checks import check_batches, check_classes, check_logits
+from cifar_lightning.training.nan_guard import LossGuard, make_guard
+from cifar_lightning.training.step_count import count_steps
+from cifar_lightning.training.train_metrics import TrainTotals, means_of
+from cifar_lightning.training.tta import Views, view_logits
+from cifar_lightning.transforms.mixup import Mixing
 
 Batch = tuple[Tensor, Tensor] | list[Tensor]
 """Images and targets; PyTorch's own DataLoader makes a list of them."""

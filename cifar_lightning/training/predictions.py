@@ -10,16 +10,16 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from cifar_lightning.analysis import test_metrics
-from cifar_lightning.callbacks import data_of
-from cifar_lightning.classifier import Batch
-from cifar_lightning.data import Part
+from cifar_lightning.data.datamodule import Part
+from cifar_lightning.data.loaders import Rank
 from cifar_lightning.files import write_bytes_durably, write_json
-from cifar_lightning.gallery import gallery_positions
-from cifar_lightning.loader import Rank
-from cifar_lightning.report import write_confusion_tensor
-from cifar_lightning.results import Answers
-from cifar_lightning.runs import RunFolder
+from cifar_lightning.metrics.classification import test_metrics
+from cifar_lightning.report.gallery import gallery_positions
+from cifar_lightning.report.make_report import write_confusion_tensor
+from cifar_lightning.report.results import Answers
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.callbacks import data_of
+from cifar_lightning.training.module import Batch
 
 
 class AnswerKeeper(pl.Callback):

@@ -11,11 +11,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from cifar_lightning.callbacks import AnnealingEarlyStopping, data_of, has_stopped
-from cifar_lightning.classifier import Batch, ImageClassifier
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.signals import Stopped
-from cifar_lightning.wording import clock, percent, plural, printable
+from cifar_lightning.formatting import clock, percent, plural, printable
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.callbacks import AnnealingEarlyStopping, data_of, has_stopped
+from cifar_lightning.training.module import Batch, ImageClassifier
+from cifar_lightning.training.signals import Stopped
 
 _REFRESH_S = 0.5  # on a GPU each refresh waits for the device once
 _PLAIN_LINE_S = 60.0  # without a terminal: a sign of life in long epochs

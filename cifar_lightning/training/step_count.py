@@ -5,7 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.wording import counted
+from cifar_lightning.formatting import counted
 
 
 def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) -> int:

@@ -13,15 +13,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
-from cifar_lightning.analysis import per_class
-from cifar_lightning.calibration import softmax
-from cifar_lightning.callbacks import data_of
-from cifar_lightning.classifier import Batch
-from cifar_lightning.figures import confusion_figure, figure_to_array, pictures_figure
-from cifar_lightning.gallery import rank_pictures
-from cifar_lightning.loader import Rank
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.wording import percent
+from cifar_lightning.data.loaders import Rank
+from cifar_lightning.formatting import percent
+from cifar_lightning.metrics.calibration import softmax
+from cifar_lightning.metrics.classification import per_class
+from cifar_lightning.report.figures import confusion_figure, figure_to_array, pictures_figure
+from cifar_lightning.report.gallery import rank_pictures
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.callbacks import data_of
+from cifar_lightning.training.module import Batch
 
 MAX_DRAWINGS = 20  # of a run: a drawing takes about a second on a CPU core
 _NUM_KEPT = 10_000  # answers of a validation that is drawn

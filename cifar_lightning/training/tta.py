@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_lightning.limits import check_choice
+from cifar_lightning.settings.limits import check_choice
 
 Views = Literal["none", "mirror", "six"]
 _NAMES = get_args(Views)  # here, since exports trace the function below

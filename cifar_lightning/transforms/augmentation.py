@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.limits import check_choice
-from cifar_lightning.operations import apply_operations
-from cifar_lightning.policies import Policy, draw_erasing, draw_operations, erase_
+from cifar_lightning.settings.limits import check_choice
+from cifar_lightning.transforms.operations import apply_operations
+from cifar_lightning.transforms.policies import Policy, draw_erasing, draw_operations, erase_
 
 CropMode = Literal["reflect", "zeros"]
 FlipMode = Literal["random", "alternating", "none"]

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from cifar_lightning.operations import OPERATIONS, SIGNED
+from cifar_lightning.transforms.operations import OPERATIONS, SIGNED
 
 Policy = Literal["none", "trivial", "rand"]
 

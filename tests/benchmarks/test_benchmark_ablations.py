@@ -3,8 +3,8 @@
 import pytest
 from ablations import BASE, SUITES, differences, verdict
 
-from cifar_lightning.cli import training_arguments
-from cifar_lightning.training import fit_parser
+from cifar_lightning.cli.fit import fit_parser
+from cifar_lightning.cli.main import training_arguments
 
 
 def line(part, seed, accuracy):

@@ -7,7 +7,7 @@ import models
 import pytest
 import torch
 
-from cifar_lightning.models import SmallNet, build_model
+from cifar_lightning.models.smallnet import SmallNet, build_model
 
 
 def test_costs_are_counted_from_the_shapes():

@@ -3,9 +3,9 @@
 import pytest
 from overhead import recipe_parts
 
-from cifar_lightning.cli import training_arguments
-from cifar_lightning.parser import check_arguments
-from cifar_lightning.training import fit_parser
+from cifar_lightning.cli.fit import fit_parser
+from cifar_lightning.cli.main import training_arguments
+from cifar_lightning.cli.parser import check_arguments
 
 
 @pytest.mark.parametrize("recipe", ["speedrun94", "speedrun95", "speedrun96"])

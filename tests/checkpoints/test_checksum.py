@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import torch
 
-from cifar_lightning.seal import has_seal, is_intact, seal
+from cifar_lightning.checkpoints.checksum import has_seal, is_intact, seal
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,18 @@ import torch
 from fitting import NARROW, fit_run
 from lightning.pytorch.trainer.states import TrainerFn
 
-from cifar_lightning import ImageClassifier, SmallNet, UserError, files, runs
-from cifar_lightning.checkpoint import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint, newest_checkpoint
+from cifar_lightning import ImageClassifier, SmallNet, UserError, files
+from cifar_lightning.checkpoints.durable import (
+    CheckpointSchedule,
+    DurableCheckpointIO,
+    LastCheckpoint,
+    newest_checkpoint,
+)
+from cifar_lightning.checkpoints.loading import EXACT_STATE, UnreadableError, read_checkpoint
 from cifar_lightning.errors import RunError
-from cifar_lightning.runs import RunFolder, create_run
-from cifar_lightning.signals import Stopped, StopSignals
-from cifar_lightning.weights import EXACT_STATE, UnreadableError, read_checkpoint
+from cifar_lightning.runs import folder as runs
+from cifar_lightning.runs.folder import RunFolder, create_run
+from cifar_lightning.training.signals import Stopped, StopSignals
 
 
 def checkpoint_of(weight, **more):

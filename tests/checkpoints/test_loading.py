@@ -14,9 +14,9 @@ from fault_judge import Payload
 from torch import nn
 
 from cifar_lightning import ImageClassifier, UserError
-from cifar_lightning.models import SmallNet, build_model
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.weights import load_network, load_weights, plain, read_checkpoint, read_weights
+from cifar_lightning.checkpoints.loading import load_network, load_weights, plain, read_checkpoint, read_weights
+from cifar_lightning.models.smallnet import SmallNet, build_model
+from cifar_lightning.runs.folder import RunFolder
 
 
 @pytest.fixture

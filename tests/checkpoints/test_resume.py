@@ -7,11 +7,11 @@ import pytest
 import torch
 import yaml
 
-from cifar_lightning import resume
+from cifar_lightning.checkpoints import resume
+from cifar_lightning.checkpoints.resume import StopPoint, clear_up, describe_changes, find_changes, locked, stop_point
+from cifar_lightning.cli.flags import table
 from cifar_lightning.errors import UserError
-from cifar_lightning.flags import table
-from cifar_lightning.resume import StopPoint, clear_up, describe_changes, find_changes, locked, stop_point
-from cifar_lightning.runs import RunFolder
+from cifar_lightning.runs.folder import RunFolder
 
 CONFIG = {
     "seed_everything": 0,

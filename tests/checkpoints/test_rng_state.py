@@ -16,14 +16,15 @@ from program import REPO, TINY
 from program import start as run_program
 from test_checkpoint import Signal
 
-from cifar_lightning import ImageClassifier, UserError, callbacks
-from cifar_lightning.callbacks import EPOCH_SO_FAR, RunRecorder
-from cifar_lightning.checkpoint import CheckpointSchedule, DurableCheckpointIO
-from cifar_lightning.exact import ExactState, is_inside_epoch, restore_rng, rng_state
+from cifar_lightning import ImageClassifier, UserError
+from cifar_lightning.checkpoints.durable import CheckpointSchedule, DurableCheckpointIO
+from cifar_lightning.checkpoints.loading import EXACT_STATE, read_checkpoint
+from cifar_lightning.checkpoints.rng_state import ExactState, is_inside_epoch, restore_rng, rng_state
 from cifar_lightning.files import MetricsTable
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.signals import Stopped
-from cifar_lightning.weights import EXACT_STATE, read_checkpoint
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training import callbacks
+from cifar_lightning.training.callbacks import EPOCH_SO_FAR, RunRecorder
+from cifar_lightning.training.signals import Stopped
 
 # Lightning warns where it goes on in the folder of a run.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

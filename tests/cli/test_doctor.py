@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cifar_lightning import doctor
-from cifar_lightning.doctor import Facts, Gpu, choices, describe, problems
-from cifar_lightning.download import ARCHIVES
+from cifar_lightning.cli import doctor
+from cifar_lightning.cli.doctor import Facts, Gpu, choices, describe, problems
+from cifar_lightning.data.download import ARCHIVES
 
 EXTRAS = dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "safetensors", "timm"), "1.0")
 VERSIONS = {"torch": "2.15.0", "torchvision": "0.29.2", "lightning": "2.6.6", "torchmetrics": "1.9.0", **EXTRAS}
@@ -100,7 +100,7 @@ def test_requirements_are_read_from_the_installed_project(monkeypatch):
 
 
 def run_doctor(tmp_path, monkeypatch):
-    code = "from cifar_lightning.doctor import examine; print('problems', examine(batch_size=128))"
+    code = "from cifar_lightning.cli.doctor import examine; print('problems', examine(batch_size=128))"
     return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from program import REPO, TINY, fail, kill_at_line, start
 
 from cifar_lightning import UserError
-from cifar_lightning.runs import RunFolder, open_run
-from cifar_lightning.training import RunCLI
+from cifar_lightning.cli.fit import RunCLI
+from cifar_lightning.runs.folder import RunFolder, open_run
 
 FILES_OF_A_RUN = [
     "config.yaml",
@@ -356,7 +356,7 @@ def test_the_quick_start_learns_what_a_linear_classifier_cannot(tmp_path):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from cifar_lightning.sources import open_source
+    from cifar_lightning.data.datasets import open_source
 
     start("fit", "--config", REPO / "configs" / "quickstart.yaml", "--trainer.accelerator", "cpu", cwd=tmp_path)
     metrics = json.loads((tmp_path / "runs" / "quickstart" / "1" / "test_metrics.json").read_text())

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cifar_lightning.cli.flags import check_recipe, check_value, flag_value, normalize_arguments, suggest_flag, table
 from cifar_lightning.errors import UserError
-from cifar_lightning.flags import check_recipe, check_value, flag_value, normalize_arguments, suggest_flag, table
 
 
 def test_aliases_become_long_names_and_every_flag_one_token():
@@ -165,15 +165,15 @@ def test_a_missing_recipe_suggests_those_that_are_there(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def parser():
-    from cifar_lightning.training import fit_parser
+    from cifar_lightning.cli.fit import fit_parser
 
     return fit_parser()
 
 
 def test_the_table_is_that_of_the_signatures(parser):
-    from cifar_lightning.parser import TABLE, table_text
+    from cifar_lightning.cli.parser import TABLE, table_text
 
-    assert TABLE.read_text(encoding="utf-8") == table_text(parser), "write it anew: python -m cifar_lightning.training"
+    assert TABLE.read_text(encoding="utf-8") == table_text(parser), "write it anew: python -m cifar_lightning.cli.fit"
 
 
 _VALUES = st.one_of(
@@ -194,7 +194,7 @@ def test_no_value_that_the_parser_takes_is_refused(parser, name, value):
         parsed = parser.parse_args([f"--{name}={value}"])[name]
     except UserError:
         return
-    from cifar_lightning.limits import LIMITS
+    from cifar_lightning.settings.limits import LIMITS
 
     if name in LIMITS and parsed is not None and not LIMITS[name].holds(parsed):
         with pytest.raises(UserError):

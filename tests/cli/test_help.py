@@ -7,9 +7,9 @@ import subprocess
 
 import pytest
 
+from cifar_lightning.cli.flags import ALIASES, table
+from cifar_lightning.cli.help import TRAINING, QuickParser, completion, overview, training_help
 from cifar_lightning.errors import UserError
-from cifar_lightning.flags import ALIASES, table
-from cifar_lightning.help import TRAINING, QuickParser, completion, overview, training_help
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from program import REPO, TINY, fail, start
 
-from cifar_lightning.cli import QUICK, run_command, training_arguments
+from cifar_lightning.cli.help import TRAINING
+from cifar_lightning.cli.main import QUICK, run_command, training_arguments
+from cifar_lightning.data.datasets import open_source
 from cifar_lightning.errors import UserError
-from cifar_lightning.help import TRAINING
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.sources import open_source
+from cifar_lightning.runs.folder import RunFolder
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def run(tmp_path):
 
 def test_help_versions_and_mistakes_need_neither_torch_nor_numpy(tmp_path):
     code = (
-        "import sys\nfrom cifar_lightning import cli\n"
+        "import sys\nfrom cifar_lightning.cli import main as cli\n"
         "for line in sys.argv[1:]:\n"
         "    sys.argv = ['train.py', *line.split()]\n"
         "    try:\n        cli.main()\n    except SystemExit:\n        pass\n"

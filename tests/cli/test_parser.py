@@ -4,10 +4,10 @@ import pytest
 from jsonargparse import Namespace
 from program import REPO
 
+from cifar_lightning.cli.fit import fit_parser
+from cifar_lightning.cli.parser import check_arguments, config_text, describe_flags
 from cifar_lightning.errors import UserError
-from cifar_lightning.models import MODELS
-from cifar_lightning.parser import check_arguments, config_text, describe_flags
-from cifar_lightning.training import fit_parser
+from cifar_lightning.models.smallnet import MODELS
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_lightning import data
-from cifar_lightning.data import ImageDataModule, channel_statistics
+from cifar_lightning.data import datamodule as data
+from cifar_lightning.data.datamodule import ImageDataModule, channel_statistics
+from cifar_lightning.data.loaders import Rank, ResidentLoader, StreamingLoader
 from cifar_lightning.errors import UserError
-from cifar_lightning.loader import Rank, ResidentLoader, StreamingLoader
 
 
 def synthetic(**kwargs):

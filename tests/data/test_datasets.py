@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_lightning import sources
+from cifar_lightning.data import datasets as sources
+from cifar_lightning.data.datasets import DATASETS, PictureSet, open_source
 from cifar_lightning.errors import UserError
-from cifar_lightning.sources import DATASETS, PictureSet, open_source
 
 
 def sha256_of(pictures: PictureSet) -> str:
@@ -157,7 +157,7 @@ def test_a_size_that_a_data_set_does_not_have_is_refused(name, size, tmp_path):
 
 
 def test_opening_a_source_does_not_import_torch(tmp_path):
-    code = "import sys; from cifar_lightning.sources import open_source; open_source('cifar10', 'x'); "
+    code = "import sys; from cifar_lightning.data.datasets import open_source; open_source('cifar10', 'x'); "
     code += "sys.exit('torch' in sys.modules or 'torchvision' in sys.modules)"
     root = Path(sources.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

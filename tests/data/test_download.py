@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cifar_lightning import download as module
-from cifar_lightning.download import ARCHIVES, Archive, download
+from cifar_lightning.data import download as module
+from cifar_lightning.data.download import ARCHIVES, Archive, download
 from cifar_lightning.errors import UserError
 
 

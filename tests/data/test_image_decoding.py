@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from program import decode_here
 
-from cifar_lightning import pictures
+from cifar_lightning.data import image_decoding as pictures
+from cifar_lightning.data.image_decoding import decode_all, decode_picture, find_image_size
 from cifar_lightning.errors import UserError
-from cifar_lightning.pictures import decode_all, decode_picture, find_image_size
 
 
 def noise(height: int = 8, width: int = 8, channels: int = 3) -> np.ndarray:

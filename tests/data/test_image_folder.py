@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 from program import decode_here
 
-from cifar_lightning import folders, pictures
+from cifar_lightning.data import image_decoding as pictures
+from cifar_lightning.data import image_folder as folders
+from cifar_lightning.data.image_folder import CACHE_FOLDER, ClassFolders
 from cifar_lightning.errors import UserError
-from cifar_lightning.folders import CACHE_FOLDER, ClassFolders
 
 
 def put(path: Path | bytes, value: int, size: int = 8) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cifar_lightning.augment import Augmentation
-from cifar_lightning.loader import EpochSampler, Rank, ResidentLoader, StreamingLoader, _Rows
+from cifar_lightning.data.loaders import EpochSampler, Rank, ResidentLoader, StreamingLoader, _Rows
+from cifar_lightning.transforms.augmentation import Augmentation
 
 COUNT = 50
 IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, 8, 8, 3), np.uint8)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cifar_lightning.memory import free_host_bytes, give_back_pages
+from cifar_lightning.data.memory import free_host_bytes, give_back_pages
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
 
@@ -27,7 +27,7 @@ def test_memory_that_is_kept_is_used_again_without_the_system():
     program = """
 import resource
 import numpy as np
-from cifar_lightning.memory import keep_freed_memory
+from cifar_lightning.data.memory import keep_freed_memory
 
 def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

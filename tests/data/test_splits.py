@@ -5,15 +5,15 @@ import re
 import pytest
 import torch
 
-from cifar_lightning.augment import seeded_generator
-from cifar_lightning.errors import UserError
-from cifar_lightning.splits import (
+from cifar_lightning.data.splits import (
     balanced_order,
     balanced_weights,
     describe_imbalance,
     stratified_split,
     stratified_subset,
 )
+from cifar_lightning.errors import UserError
+from cifar_lightning.transforms.augmentation import seeded_generator
 
 NAMES = tuple("abcdefghij")
 UNEVEN = torch.repeat_interleave(torch.arange(4), torch.tensor([300, 70, 25, 5]))

@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
+from cifar_lightning.data.synthetic import CLASS_NAMES, draw
 from cifar_lightning.errors import UserError
-from cifar_lightning.synthetic import CLASS_NAMES, draw
 
 
 def test_the_same_arguments_give_the_same_bytes_on_every_machine():

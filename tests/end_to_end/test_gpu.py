@@ -7,11 +7,11 @@ from fitting import fit_run
 from test_checkpoint import Signal
 
 from cifar_lightning import ImageClassifier, ImageDataModule
-from cifar_lightning.augment import Augmentation, augment, draw_epoch
+from cifar_lightning.checkpoints.loading import read_checkpoint
 from cifar_lightning.errors import RunError
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.signals import Stopped
-from cifar_lightning.weights import read_checkpoint
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.signals import Stopped
+from cifar_lightning.transforms.augmentation import Augmentation, augment, draw_epoch
 
 pytestmark = [
     pytest.mark.gpu,

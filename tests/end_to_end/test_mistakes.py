@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 from program import fail
 
-from cifar_lightning import download
+from cifar_lightning.data import download
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,15 @@ from hypothesis import strategies as st
 from mutations import FORMATS, command_lines, encoded, picture_files, recipes
 from program import REPO, TINY, decode_here, start
 
-from cifar_lightning import cli, doctor, download, report, training
+from cifar_lightning.cli import doctor
+from cifar_lightning.cli import fit as training
+from cifar_lightning.cli import main as cli
+from cifar_lightning.data import download
+from cifar_lightning.data.image_decoding import decode_picture
+from cifar_lightning.data.image_folder import CACHE_FOLDER, ClassFolders
 from cifar_lightning.errors import UserError
-from cifar_lightning.folders import CACHE_FOLDER, ClassFolders
-from cifar_lightning.pictures import decode_picture
-from cifar_lightning.runs import RunLock
+from cifar_lightning.report import make_report as report
+from cifar_lightning.runs.folder import RunLock
 
 SAME_EACH_TIME = settings(
     derandomize=True,

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from program import REPO, start
 
-from cifar_lightning.runs import RunFolder
+from cifar_lightning.runs.folder import RunFolder
 
 MODES = ("RGB", "L", "RGBA", "P", "CMYK", "1", "I;16")
 

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cifar_lightning.cli import QUICK, training_arguments
+from cifar_lightning.cli.fit import fit_parser
+from cifar_lightning.cli.flags import ALIASES, FRONT_ONLY, check_recipe, table
+from cifar_lightning.cli.main import QUICK, training_arguments
+from cifar_lightning.cli.parser import config_text
 from cifar_lightning.errors import UserError
-from cifar_lightning.flags import ALIASES, FRONT_ONLY, check_recipe, table
-from cifar_lightning.models import build_model
-from cifar_lightning.parser import config_text
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.training import fit_parser
+from cifar_lightning.models.smallnet import build_model
+from cifar_lightning.runs.folder import RunFolder
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 MARKS = ("run", "parse", "by hand", "ci")

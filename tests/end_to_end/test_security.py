@@ -17,11 +17,12 @@ from fault_judge import Payload
 from packaging.requirements import Requirement
 from program import REPO, TINY, decode_here, fail, start
 
-from cifar_lightning import cli, training
-from cifar_lightning import download as downloads
+from cifar_lightning.checkpoints.loading import read_checkpoint, read_weights
+from cifar_lightning.cli import fit as training
+from cifar_lightning.cli import main as cli
+from cifar_lightning.data import download as downloads
 from cifar_lightning.errors import UserError
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.weights import read_checkpoint, read_weights
+from cifar_lightning.runs.folder import RunFolder
 
 SOURCES = [*sorted((REPO / "cifar_lightning").glob("*.py")), REPO / "train.py"]
 DOCS = [*sorted(REPO.glob("*.md")), *sorted((REPO / "benchmarks").glob("*.md"))]

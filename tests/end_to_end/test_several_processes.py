@@ -12,7 +12,7 @@ import pytest
 import torch
 from program import REPO, TINY, start
 
-from cifar_lightning.runs import RunFolder
+from cifar_lightning.runs.folder import RunFolder
 
 NUM_TEST = 1000  # the synthetic set's; 3 does not divide it
 TIMEOUT_S = 300

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from cifar_lightning import ImageClassifier, UserError, export
-from cifar_lightning.augment import normalize
-from cifar_lightning.export import export_run
-from cifar_lightning.models import build_model
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.sources import open_source
-from cifar_lightning.views import view_logits
-from cifar_lightning.weights import load_network, load_weights
+from cifar_lightning import ImageClassifier, UserError
+from cifar_lightning.checkpoints.loading import load_network, load_weights
+from cifar_lightning.data.datasets import open_source
+from cifar_lightning.inference import export
+from cifar_lightning.inference.export import export_run
+from cifar_lightning.models.smallnet import build_model
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.tta import view_logits
+from cifar_lightning.transforms.augmentation import normalize
 
 CLASSES = [f"class {k}" for k in range(10)]
 

@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from program import decode_here
 
-from cifar_lightning import ImageClassifier, UserError, pictures, predict
-from cifar_lightning.predict import predict_images, top_classes
-from cifar_lightning.runs import RunFolder
+from cifar_lightning import ImageClassifier, UserError
+from cifar_lightning.data import image_decoding as pictures
+from cifar_lightning.inference import predict_images as predict
+from cifar_lightning.inference.predict_images import predict_images, top_classes
+from cifar_lightning.runs.folder import RunFolder
 
 SIZE = 16
 CLASSES = ["Äpfel", "b, c", "d"]
@@ -382,5 +384,5 @@ def test_a_folder_that_takes_no_files_is_named(run, monkeypatch):
 
 
 def test_predicting_imports_no_lightning():
-    code = "import sys, cifar_lightning.predict; sys.exit('lightning' in sys.modules)"
+    code = "import sys, cifar_lightning.inference.predict_images; sys.exit('lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

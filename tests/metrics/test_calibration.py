@@ -8,7 +8,7 @@ from made_run import made_answers
 from scipy.optimize import minimize_scalar
 from torchmetrics.classification import MulticlassCalibrationError
 
-from cifar_lightning.calibration import (
+from cifar_lightning.metrics.calibration import (
     cross_entropy,
     expected_calibration_error,
     fit_temperature,
@@ -113,5 +113,5 @@ def test_where_no_temperature_is_best_there_is_none():
 
 
 def test_calibration_needs_neither_torch_nor_lightning():
-    code = "import sys, cifar_lightning.calibration; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    code = "import sys, cifar_lightning.metrics.calibration; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

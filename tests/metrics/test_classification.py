@@ -11,9 +11,9 @@ from made_run import made_answers
 from sklearn import metrics as sk
 from torchmetrics.classification import MulticlassF1Score
 
-from cifar_lightning import analysis
-from cifar_lightning.calibration import softmax
-from cifar_lightning.significance import wilson_interval
+from cifar_lightning.metrics import classification as analysis
+from cifar_lightning.metrics.calibration import softmax
+from cifar_lightning.metrics.significance import wilson_interval
 
 LOGITS, TARGETS = made_answers(10, 2000, skill=2, sharpness=1)
 PREDS = LOGITS.argmax(axis=1)
@@ -126,5 +126,5 @@ def test_names_that_do_not_fit_the_logits_are_refused():
 
 
 def test_analysis_needs_neither_torch_nor_lightning():
-    code = "import sys, cifar_lightning.analysis; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    code = "import sys, cifar_lightning.metrics.classification; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from cifar_lightning.significance import (
+from cifar_lightning.metrics.significance import (
     at_least_test,
     binomial_test,
     difference_interval,

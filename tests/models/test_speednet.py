@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.models import build_model
-from cifar_lightning.speednet import SpeedNet, WhiteningConv
+from cifar_lightning.models.smallnet import build_model
+from cifar_lightning.models.speednet import SpeedNet, WhiteningConv
 
 
 def airbench_logits(net, images):
@@ -85,7 +85,7 @@ def test_speednet_refuses_what_it_cannot_be(size, kwargs, message):
 COMPARED_COMPILED = """
 import torch
 from torch.nn import functional as F
-from cifar_lightning.speednet import SpeedNet
+from cifar_lightning.models.speednet import SpeedNet
 
 torch.manual_seed(0)
 net = SpeedNet(widths=(8, 16, 16))

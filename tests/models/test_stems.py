@@ -7,8 +7,8 @@ import torch
 import torchvision
 from torch import nn
 
-from cifar_lightning.models import build_model
-from cifar_lightning.stems import adapt_stem, needs_several, why_not
+from cifar_lightning.models.smallnet import build_model
+from cifar_lightning.models.stems import adapt_stem, needs_several, why_not
 
 
 def make(name, **kwargs):

@@ -8,10 +8,10 @@ import torch
 import torchvision
 from torch import nn
 
-from cifar_lightning import zoo
 from cifar_lightning.errors import UserError
-from cifar_lightning.models import build_model
-from cifar_lightning.zoo import torchvision_names, torchvision_network, vision_transformer
+from cifar_lightning.models import torchvision_timm as zoo
+from cifar_lightning.models.smallnet import build_model
+from cifar_lightning.models.torchvision_timm import torchvision_names, torchvision_network, vision_transformer
 
 
 def make(name, image_size=32, **kwargs):

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from program import REPO
 from torch import nn
 
-from cifar_lightning.models import SmallNet
-from cifar_lightning.optim import Muon, build_optimizer, orthogonalize
-from cifar_lightning.schedules import make_schedule
-from cifar_lightning.speednet import SpeedNet
+from cifar_lightning.models.smallnet import SmallNet
+from cifar_lightning.models.speednet import SpeedNet
+from cifar_lightning.optim.optimizers import Muon, build_optimizer, orthogonalize
+from cifar_lightning.optim.schedules import make_schedule
 
 
 def reference_orthogonalize(matrix, num_iterations):
@@ -172,8 +172,8 @@ def test_what_muon_does_not_move_decays_as_in_torchs_sgd():
 UNKNOWN = """
 import torch
 from cifar_lightning.errors import UserError
-from cifar_lightning.optim import build_optimizer
-from cifar_lightning.views import view_logits
+from cifar_lightning.optim.optimizers import build_optimizer
+from cifar_lightning.training.tta import view_logits
 
 for call in (
     lambda: build_optimizer(torch.nn.Linear(2, 2), "adam", lr=0.1, weight_decay=0.0, sgd_lr=0.1),

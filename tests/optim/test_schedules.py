@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.models import SmallNet
-from cifar_lightning.optim import build_optimizer
-from cifar_lightning.schedules import follows_plan, make_schedule, rise_share
-from cifar_lightning.speednet import SpeedNet
+from cifar_lightning.models.smallnet import SmallNet
+from cifar_lightning.models.speednet import SpeedNet
+from cifar_lightning.optim.optimizers import build_optimizer
+from cifar_lightning.optim.schedules import follows_plan, make_schedule, rise_share
 
 
 def rates_of(name, total_steps, **kwargs):

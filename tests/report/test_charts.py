@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from made_run import make_run
 
-from cifar_lightning.charts import classes_figure, confidence_figure, curves_figure, reliability_figure
-from cifar_lightning.figures import figure_to_array, themed
-from cifar_lightning.findings import find
-from cifar_lightning.results import read_results
+from cifar_lightning.report.charts import classes_figure, confidence_figure, curves_figure, reliability_figure
+from cifar_lightning.report.figures import figure_to_array, themed
+from cifar_lightning.report.findings import find
+from cifar_lightning.report.results import read_results
 
 
 @pytest.fixture(scope="module")

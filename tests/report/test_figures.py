@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cifar_lightning.figures import (
+from cifar_lightning.report.figures import (
     confusion_figure,
     figure_to_array,
     figure_to_png,
@@ -134,7 +134,7 @@ def test_an_array_and_a_png_show_the_same():
 
 
 def test_figures_never_load_pyplot():
-    code = "import sys, cifar_lightning.figures; sys.exit('matplotlib.pyplot' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, cifar_lightning.report.figures; sys.exit('matplotlib.pyplot' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

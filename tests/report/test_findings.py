@@ -17,9 +17,9 @@ from scipy.special import log_softmax
 from sklearn import metrics as sk
 
 from cifar_lightning.files import MetricsTable, write_json
-from cifar_lightning.findings import find
-from cifar_lightning.results import read_results
-from cifar_lightning.runs import RunFolder
+from cifar_lightning.report.findings import find
+from cifar_lightning.report.results import read_results
+from cifar_lightning.runs.folder import RunFolder
 
 REAL = os.environ.get("CIFAR_LIGHTNING_RUN")
 

@@ -1,7 +1,7 @@
 import numpy as np
 
-from cifar_lightning.calibration import softmax
-from cifar_lightning.gallery import gallery_positions
+from cifar_lightning.metrics.calibration import softmax
+from cifar_lightning.report.gallery import gallery_positions
 
 
 def test_the_gallery_has_the_worst_mistakes_and_the_least_certain():

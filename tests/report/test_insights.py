@@ -3,8 +3,8 @@ import pytest
 from made_run import CIFAR10, made_answers
 from scipy import stats
 
-from cifar_lightning import statements
-from cifar_lightning.analysis import confusion_matrix
+from cifar_lightning.metrics.classification import confusion_matrix
+from cifar_lightning.report import insights as statements
 
 NAMES = ["ant", "bee", "cow", "elk"]
 

@@ -4,7 +4,7 @@ import pytest
 from made_run import make_run
 from program import TINY, start
 
-from cifar_lightning.model_card import NAME, write_model_card
+from cifar_lightning.report.model_card import NAME, write_model_card
 
 CARD = {"file": "model.onnx", "format": "onnx", "class_names": ["ant", "bee|2"], "image_size": 32, "epoch": 3}
 CARD |= {"checkpoint_sha256": "c0de", "views": "none", "images": "RGB, uint8 0-255", "outputs": ["logits", "probs"]}

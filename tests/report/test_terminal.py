@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cifar_lightning.findings import find
-from cifar_lightning.results import Answers, Results
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.terminal import print_findings
+from cifar_lightning.report.findings import find
+from cifar_lightning.report.results import Answers, Results
+from cifar_lightning.report.terminal import print_findings
+from cifar_lightning.runs.folder import RunFolder
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -221,5 +221,5 @@ def test_colours_change_nothing_but_colours():
 
 
 def test_the_report_never_loads_lightning_or_torch():
-    code = "import sys, cifar_lightning.terminal; sys.exit('lightning' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, cifar_lightning.report.terminal; sys.exit('lightning' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 
-from cifar_lightning.environment import _describe_checkout, describe_environment
 from cifar_lightning.files import read_json, write_json
+from cifar_lightning.runs.environment import _describe_checkout, describe_environment
 
 
 def test_the_environment_names_versions_and_command_and_is_json(tmp_path):

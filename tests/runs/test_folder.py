@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.runs import (
+from cifar_lightning.runs.folder import (
     RunFolder,
     RunLock,
     announce_run,
@@ -50,9 +50,7 @@ def test_a_number_taken_between_looking_and_making_is_skipped(tmp_path, monkeypa
 
 
 def test_starts_at_the_same_time_never_share_a_folder(tmp_path):
-    code = (
-        "import sys; from cifar_lightning.runs import Path, create_run; print(create_run(Path(sys.argv[1]), 'r').path)"
-    )
+    code = "import sys; from cifar_lightning.runs.folder import Path, create_run; print(create_run(Path(sys.argv[1]), 'r').path)"
     processes = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         for _ in range(4)
@@ -151,7 +149,7 @@ def test_the_lock_dies_with_its_process_though_a_forked_child_lives_on(tmp_path)
     # The child waits on a pipe that this test holds, as a loader worker that has not yet seen its parent die.
     code = """
 import os, sys, pathlib
-from cifar_lightning.runs import create_run
+from cifar_lightning.runs.folder import create_run
 run = create_run(pathlib.Path(sys.argv[1]), "r")
 ready, done = os.pipe()
 if os.fork() == 0:
@@ -214,7 +212,7 @@ def test_missing_files_are_named_with_the_command_that_makes_them(tmp_path):
 
 
 def test_run_folders_need_neither_torch_nor_numpy():
-    code = "import sys, cifar_lightning.runs; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, cifar_lightning.runs.folder; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

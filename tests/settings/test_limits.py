@@ -5,7 +5,7 @@ import math
 import pytest
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
-from cifar_lightning.limits import LIMITS, check_limits
+from cifar_lightning.settings.limits import LIMITS, check_limits
 
 
 @pytest.mark.parametrize(

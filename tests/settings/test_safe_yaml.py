@@ -5,7 +5,7 @@ import time
 import pytest
 import yaml
 
-from cifar_lightning.recipes import MAX_DEPTH, MAX_NODES, checked, read_recipe
+from cifar_lightning.settings.safe_yaml import MAX_DEPTH, MAX_NODES, checked, read_recipe
 
 
 @pytest.mark.parametrize("text", ["", "a: 1", "a: &x {b: [1, 2]}\nc: *x", "a: .nan", "- 1", "2024-01-01", "ä: ☃"])

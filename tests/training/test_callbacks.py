@@ -10,7 +10,10 @@ from fitting import fit_run
 from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
-from cifar_lightning.callbacks import (
+from cifar_lightning.checkpoints.durable import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint
+from cifar_lightning.files import MetricsTable
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.callbacks import (
     AnnealingEarlyStopping,
     BestCheckpoint,
     NoProfiler,
@@ -21,10 +24,7 @@ from cifar_lightning.callbacks import (
     peak_memory_mb,
     skip_idle_hooks,
 )
-from cifar_lightning.checkpoint import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint
-from cifar_lightning.files import MetricsTable
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.signals import StopSignals
+from cifar_lightning.training.signals import StopSignals
 
 NARROW = {"widths": [2, 2, 2]}
 

@@ -11,10 +11,10 @@ from test_checkpoint import Signal
 from test_exact import result_of, seed
 
 from cifar_lightning import ImageClassifier
-from cifar_lightning.averaging import EmaWeights
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.signals import Stopped
-from cifar_lightning.weights import read_checkpoint
+from cifar_lightning.checkpoints.loading import read_checkpoint
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.ema import EmaWeights
+from cifar_lightning.training.signals import Stopped
 
 # Lightning warns where it goes on in the folder of a run.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

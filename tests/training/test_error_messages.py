@@ -5,8 +5,8 @@ import torch
 from program import REPO, TINY, start
 
 from cifar_lightning.errors import RunError, UserError
-from cifar_lightning.failures import explain, explained, of_settings
-from cifar_lightning.runs import RunFolder
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.error_messages import explain, explained, of_settings
 
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
@@ -89,7 +89,7 @@ def test_only_what_comes_of_a_setting_is_blamed_on_one():
 
 
 READ_ONLY = """
-from cifar_lightning import callbacks
+from cifar_lightning.training import callbacks
 from cifar_lightning.cli import main
 
 

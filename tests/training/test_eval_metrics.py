@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cifar_lightning.evaluation import evaluation_metrics, update_evaluation
+from cifar_lightning.training.eval_metrics import evaluation_metrics, update_evaluation
 
 
 def test_uneven_batches_count_picture_by_picture():

@@ -11,8 +11,8 @@ from program import REPO
 from torch import nn
 
 from cifar_lightning import ImageClassifier, UserError
-from cifar_lightning.agreement import check_batches, check_logits
-from cifar_lightning.models import SmallNet
+from cifar_lightning.models.smallnet import SmallNet
+from cifar_lightning.training.model_checks import check_batches, check_logits
 
 DEEP = SmallNet(widths=(2,) * 5)  # 16 pixels halved four times: BatchNorm sees one value of each picture
 SHALLOW = SmallNet(widths=(2, 2))

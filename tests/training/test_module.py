@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
 
 from cifar_lightning import ImageClassifier, UserError
-from cifar_lightning.mixing import Mixing
-from cifar_lightning.speednet import WhiteningConv
-from cifar_lightning.views import view_logits
+from cifar_lightning.models.speednet import WhiteningConv
+from cifar_lightning.training.tta import view_logits
+from cifar_lightning.transforms.mixup import Mixing
 
 NARROW = {"widths": [4, 8, 8], "dropout": 0.0}
 

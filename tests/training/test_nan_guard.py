@@ -7,8 +7,8 @@ import torch
 from program import REPO, TINY, start
 
 from cifar_lightning.errors import RunError
-from cifar_lightning.guard import LossGuard
-from cifar_lightning.optim import Muon
+from cifar_lightning.optim.optimizers import Muon
+from cifar_lightning.training.nan_guard import LossGuard
 
 CPU = torch.device("cpu")
 BAD = [float("nan"), float("inf"), float("-inf")]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from jsonargparse import Namespace
 
-from cifar_lightning.precision import settle_precision
+from cifar_lightning.training.precision import settle_precision
 
 
 def settled(precision, monkeypatch, *, has_bf16, deterministic=False):

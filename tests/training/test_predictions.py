@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cifar_lightning import ImageClassifier, ImageDataModule
-from cifar_lightning.answers import AnswerKeeper
-from cifar_lightning.runs import RunFolder
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.predictions import AnswerKeeper
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ import lightning.pytorch as pl
 import pytest
 from rich.console import Console
 
-from cifar_lightning import ImageClassifier, ImageDataModule, progress
-from cifar_lightning.callbacks import AnnealingEarlyStopping
-from cifar_lightning.progress import RunProgress, sum_batches
-from cifar_lightning.runs import RunFolder
-from cifar_lightning.signals import Stopped
+from cifar_lightning import ImageClassifier, ImageDataModule
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training import progress_bar as progress
+from cifar_lightning.training.callbacks import AnnealingEarlyStopping
+from cifar_lightning.training.progress_bar import RunProgress, sum_batches
+from cifar_lightning.training.signals import Stopped
 
 
 def fit_with(tmp_path, bar, *more, max_epochs=2, max_steps=-1, accumulate=1, **kwargs):

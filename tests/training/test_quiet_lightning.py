@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from cifar_lightning.noise import silence
+from cifar_lightning.training.quiet_lightning import silence
 
 
 def test_what_cannot_be_acted_on_is_silent_and_the_rest_is_heard():

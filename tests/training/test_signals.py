@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cifar_lightning.signals import Stopped, StopSignals
+from cifar_lightning.training.signals import Stopped, StopSignals
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
 
@@ -55,7 +55,7 @@ def test_deferring_takes_the_signals_back_from_whoever_took_them(signals):
 def test_a_third_one_ends_the_program_without_clearing_up():
     code = """
 import os, signal
-from cifar_lightning.signals import Stopped, StopSignals
+from cifar_lightning.training.signals import Stopped, StopSignals
 signals = StopSignals()
 signals.defer()
 try:
@@ -78,7 +78,7 @@ def test_processes_that_do_not_speak_for_the_run_end_well():
 def test_a_worker_leaves_the_signals_of_its_group_to_its_parent_and_ends_when_that_says_so():
     code = """
 import os, signal, sys, time
-from cifar_lightning.signals import StopSignals, leave_to_parent
+from cifar_lightning.training.signals import StopSignals, leave_to_parent
 os.setpgrp()
 StopSignals().defer()
 worker = os.fork()

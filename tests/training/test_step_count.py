@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.steps import count_steps
+from cifar_lightning.training.step_count import count_steps
 
 
 def trainer(**changed):

@@ -10,8 +10,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 from cifar_lightning import ImageClassifier, ImageDataModule
-from cifar_lightning.dashboard import MAX_DRAWINGS, Dashboard, RunBoard, board_for, hyperparameters_of, tags_of
-from cifar_lightning.runs import RunFolder
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.tensorboard import (
+    MAX_DRAWINGS,
+    Dashboard,
+    RunBoard,
+    board_for,
+    hyperparameters_of,
+    tags_of,
+)
 
 CONFIG = {"seed_everything": 3, "model": {"name": "smallnet", "lr": 0.01, "sgd_lr": None}, "data": {"flip": "random"}}
 CONFIG |= {"trainer": {"max_epochs": 2, "max_steps": -1}}
@@ -107,11 +114,11 @@ def test_the_mistakes_shown_are_the_most_confident_ones(tmp_path, monkeypatch):
 
     def keep(images, titles):
         shown.append((images, list(titles)))
-        from cifar_lightning.figures import pictures_figure
+        from cifar_lightning.report.figures import pictures_figure
 
         return pictures_figure(images, titles)
 
-    monkeypatch.setattr("cifar_lightning.dashboard.pictures_figure", keep)
+    monkeypatch.setattr("cifar_lightning.training.tensorboard.pictures_figure", keep)
     _, data, answers, _ = fit(tmp_path, epochs=1, test=False)
     logits, targets = answers[0]
     probs = torch.from_numpy(logits).double().softmax(1).numpy()
@@ -133,7 +140,7 @@ def test_a_run_is_drawn_at_most_20_times_evenly_and_at_its_end(num_validations, 
         global_step = 0
 
     dashboard = Dashboard(("a", "b"), {})
-    import cifar_lightning.dashboard as module
+    import cifar_lightning.training.tensorboard as module
 
     drawn = []
     with pytest.MonkeyPatch.context() as patch:

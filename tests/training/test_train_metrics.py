@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from cifar_lightning.totals import TrainTotals, means_of
+from cifar_lightning.training.train_metrics import TrainTotals, means_of
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 3.0, 1.0]])
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cifar_lightning.views import view_logits
+from cifar_lightning.training.tta import view_logits
 
 
 def naive_six_views(network, images):

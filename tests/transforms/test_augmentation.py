@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
-from cifar_lightning.augment import (
+from cifar_lightning.errors import UserError
+from cifar_lightning.transforms.augmentation import (
     Augmentation,
     augment,
     crop_and_mirror,
@@ -22,8 +23,7 @@ from cifar_lightning.augment import (
     resize,
     seeded_generator,
 )
-from cifar_lightning.errors import UserError
-from cifar_lightning.operations import OPERATIONS, apply_operations
+from cifar_lightning.transforms.operations import OPERATIONS, apply_operations
 
 CPU = torch.device("cpu")
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cifar_lightning.mixing import Mixing
+from cifar_lightning.transforms.mixup import Mixing
 
 IMAGES = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 8, 8).contiguous(memory_format=torch.channels_last)
 TARGETS = torch.tensor([0, 1, 2, 3, 4, 5])

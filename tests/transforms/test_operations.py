@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from cifar_lightning.operations import (
+from cifar_lightning.transforms.operations import (
     OPERATIONS,
     SIGNED,
     _apply_everywhere,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from cifar_lightning.operations import OPERATIONS, SIGNED
-from cifar_lightning.policies import NUM_BINS, draw_erasing, draw_operations, erase_, magnitude_table
+from cifar_lightning.transforms.operations import OPERATIONS, SIGNED
+from cifar_lightning.transforms.policies import NUM_BINS, draw_erasing, draw_operations, erase_, magnitude_table
 
 
 def generator(seed):
@@ -92,8 +92,8 @@ def test_the_given_share_of_pictures_is_erased_and_which_ones_does_not_move_thei
 
 
 def test_after_ten_rectangles_as_high_or_wide_as_the_picture_nothing_is_erased(monkeypatch):
-    monkeypatch.setattr("cifar_lightning.policies.ERASED_SHARE", (0.9, 1.0))
-    monkeypatch.setattr("cifar_lightning.policies.ERASED_ASPECT", (0.5, 2.0))
+    monkeypatch.setattr("cifar_lightning.transforms.policies.ERASED_SHARE", (0.9, 1.0))
+    monkeypatch.setattr("cifar_lightning.transforms.policies.ERASED_ASPECT", (0.5, 2.0))
     rectangles = draw_erasing(2_000, 32, 1.0, generator(0))
     erased = rectangles[:, 2] > 0
     assert 0 < erased.sum() < 2_000

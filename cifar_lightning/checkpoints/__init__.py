@@ -1,0 +1,1 @@
+"""Durable checkpoints and what a resume needs."""

@@ -1,0 +1,1 @@
+"""A trained run elsewhere: predict and export."""

@@ -1,0 +1,1 @@
+"""Results of a run as insights, charts, terminal tables and one HTML page."""

@@ -1,0 +1,1 @@
+"""Settings: their limits, YAML as users write it."""

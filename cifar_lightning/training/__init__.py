@@ -1,0 +1,1 @@
+"""ImageClassifier and its callbacks."""
