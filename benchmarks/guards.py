@@ -34,9 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from overhead import SMALL_BATCH, one_layer, our_fit, register, silence, step_us, usual_parts
 
 from cifar_lightning import ImageClassifier, ImageDataModule
-from cifar_lightning.checkpoints.durable import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint
+from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.last_checkpoint import CheckpointSchedule, LastCheckpoint
 from cifar_lightning.training.nan_guard import LossGuard
 from cifar_lightning.training.signals import StopSignals
 

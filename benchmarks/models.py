@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cifar_lightning.models.smallnet import MODELS, build_model
+from cifar_lightning.models.registry import MODELS, build_model
 from cifar_lightning.runs.environment import describe_environment
 
 NUM_CLASSES = 10

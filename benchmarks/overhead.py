@@ -38,7 +38,7 @@ from cifar_lightning import ImageDataModule, SmallNet
 from cifar_lightning.cli.flags import table
 from cifar_lightning.cli.main import run_command
 from cifar_lightning.data.loaders import PictureLoader
-from cifar_lightning.models.smallnet import MODELS
+from cifar_lightning.models.registry import MODELS
 from cifar_lightning.optim.optimizers import build_optimizer
 from cifar_lightning.optim.schedules import make_schedule
 from cifar_lightning.runs.environment import describe_environment

@@ -28,9 +28,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cifar_lightning import ImageClassifier
-from cifar_lightning.checkpoints.loading import TrainedNetwork, load_network
 from cifar_lightning.inference import predict_images as predict
 from cifar_lightning.inference.predict_images import find_pictures, predict_images
+from cifar_lightning.inference.trained_model import TrainedNetwork, load_network
 from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.runs.folder import RunFolder, open_run
 

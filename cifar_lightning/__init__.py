@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cifar_lightning.data.datamodule import ImageDataModule as ImageDataModule
     from cifar_lightning.errors import UserError as UserError
+    from cifar_lightning.models.registry import build_model as build_model
     from cifar_lightning.models.smallnet import SmallNet as SmallNet
-    from cifar_lightning.models.smallnet import build_model as build_model
     from cifar_lightning.training.module import ImageClassifier as ImageClassifier
 
 _HOMES = {
-    "ImageClassifier": "classifier",
-    "ImageDataModule": "data",
-    "SmallNet": "models",
+    "ImageClassifier": "training.module",
+    "ImageDataModule": "data.datamodule",
+    "SmallNet": "models.smallnet",
     "UserError": "errors",
-    "build_model": "models",
+    "build_model": "models.registry",
 }
 __all__ = list(_HOMES)
 

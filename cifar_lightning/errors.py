@@ -1,4 +1,6 @@
-"""The two exceptions that are told in a few lines: what a user can mend before, and what went wrong in a run."""
+"""What users are told: the two exceptions that are reported in a few lines, and remarks, once for all processes."""
+
+import os
 
 
 class UserError(ValueError):
@@ -14,3 +16,14 @@ class RunError(RuntimeError):
     The command line prints it without a traceback and exits with 1. The message is as short as a `UserError`'s and says
     what is kept and how to go on.
     """
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the first of all, whoever started them: Lightning, torchrun or SLURM."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def remark(text: str) -> None:
+    """Print a line, in the first process alone."""
+    if is_first_process():
+        print(text, flush=True)

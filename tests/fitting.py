@@ -3,10 +3,12 @@
 import lightning.pytorch as pl
 
 from cifar_lightning import ImageClassifier, ImageDataModule
-from cifar_lightning.checkpoints.durable import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint
-from cifar_lightning.checkpoints.rng_state import ExactState
+from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.callbacks import BestCheckpoint, RunRecorder
+from cifar_lightning.training.best_checkpoint import BestCheckpoint
+from cifar_lightning.training.callbacks import RunRecorder
+from cifar_lightning.training.last_checkpoint import CheckpointSchedule, LastCheckpoint
+from cifar_lightning.training.resume_state import ExactState
 from cifar_lightning.training.signals import StopSignals
 
 NARROW = {"widths": [2, 2, 2], "dropout": 0.3}

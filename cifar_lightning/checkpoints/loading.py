@@ -8,26 +8,18 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from cifar_lightning.checkpoints.checksum import has_seal, is_intact
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import file_sha256
-from cifar_lightning.models.smallnet import build_model
-from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.tta import Views, view_logits
-from cifar_lightning.transforms.augmentation import normalize
+from cifar_lightning.models.state_dicts import _is_of_other_classes, describe_misfits, without_wrappers
 
-# What torch.compile, data parallelism and other people's modules put before all of a network's own names.
-_WRAPPERS = ("module.", "model.", "network.", "_orig_mod.")
 _NETWORK = "network."  # what ImageClassifier calls it, and torch.compile's wrapper does not change
 # How torch.save began a file before version 1.6. Most of torchvision's published weights are such files.
 _BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -38,78 +30,6 @@ EXACT_STATE = "cifar_lightning"
 
 class UnreadableError(UserError):
     """Raised where the system cannot read a file now, which says nothing against the file: it may be whole."""
-
-
-@dataclass(frozen=True)
-class TrainedNetwork:
-    """A network that was trained, on the CPU in evaluation mode, and how pictures must be treated for it.
-
-    Attributes:
-        network: Takes normalised float pictures (batch, 3, image_size, image_size), gives raw logits (batch, classes).
-        views: Of each picture, whose answers the run's test averages.
-        class_names: In the order of the logits.
-        image_size: Side of the square pictures in pixels.
-        mean: Per channel, of pictures scaled to 0-1.
-        std: Per channel, of pictures scaled to 0-1.
-        architecture: Arguments of `build_model`: name, num_classes, image_size and the network's own.
-        checkpoint: The file that it was read from.
-        sha256: Hash of that file.
-        epoch: The finished epoch that the weights are of, counted from 1.
-    """
-
-    network: nn.Module
-    views: Views
-    class_names: tuple[str, ...]
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    architecture: dict[str, Any]
-    checkpoint: Path
-    sha256: str
-    epoch: int
-
-    def logits(self, images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch classes"]:
-        """Return raw logits of raw pictures, 0-255, square at `image_size`: the mean over the run's views of them."""
-        with torch.inference_mode():
-            normalized = normalize(images, mean=torch.tensor(self.mean), std=torch.tensor(self.std))
-            answer, _ = view_logits(self.network, normalized, self.views)
-        return answer
-
-
-def load_network(run: RunFolder) -> TrainedNetwork:
-    """Read the network of a run, best checkpoint first, from nothing but the run's folder.
-
-    Raises:
-        UserError: No checkpoint, a damaged one, or one of a network that this version cannot make by name.
-    """
-    path = run.tested_checkpoint
-    run.require(path)
-    checkpoint = read_checkpoint(path)
-    hparams, data = checkpoint.get("hyper_parameters", {}), checkpoint.get(_DATA)
-    if data is None:
-        raise UserError(f"{path}: holds no class names and no statistics; it is not from `python train.py fit`.")
-    if not hparams.get("name"):
-        raise UserError(f"{path}: of a network made in Python, which cannot be made again by name; load it there.")
-    architecture = {
-        "name": hparams["name"],
-        "num_classes": len(data["class_names"]),
-        "image_size": data["image_size"],
-        **(hparams.get("model_kwargs") or {}),
-    }
-    network = build_model(**architecture).to(memory_format=torch.channels_last).eval()
-    load_weights(network, path, checkpoint)
-    return TrainedNetwork(
-        network=network,
-        views=hparams.get("tta", "none"),
-        class_names=tuple(data["class_names"]),
-        image_size=data["image_size"],
-        mean=tuple(data["mean"]),
-        std=tuple(data["std"]),
-        architecture=architecture,
-        checkpoint=path,
-        sha256=file_sha256(path),
-        epoch=int(checkpoint["epoch"]) + 1,
-    )
 
 
 def progress_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
@@ -242,50 +162,10 @@ def load_weights(network: nn.Module, path: Path, checkpoint: dict[str, Any] | No
     network.load_state_dict(theirs)
 
 
-def without_wrappers(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a file's tensors without a prefix that all of their names have and not all of the network's."""
-    while theirs and theirs.keys() != ours.keys():
-        prefix = next((prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in theirs)), None)
-        if prefix is None or all(name.startswith(prefix) for name in ours):
-            break
-        theirs = {name.removeprefix(prefix): tensor for name, tensor in theirs.items()}
-    return theirs
-
-
-def _is_of_other_classes(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> bool:
-    """Whether nothing misfits but one layer's number of answers and the size of the filters that take the pictures."""
-    if theirs.keys() != ours.keys():
-        return False
-    pairs = {
-        name: (theirs[name].shape, ours[name].shape) for name in ours if _shape(theirs, name) != _shape(ours, name)
-    }
-    heads = {name.rpartition(".")[0] for name, (other, own) in pairs.items() if other[1:] == own[1:]}
-    stems = [name for name, (other, own) in pairs.items() if other[:2] == own[:2] and own[1:2] == (3,)]
-    return len(heads) <= 1 and all(name.rpartition(".")[0] in heads or name in stems for name in pairs)
-
-
-def describe_misfits(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], num_named: int = 1) -> str:
-    """Return which tensors of a file are not a network's, with both shapes, or nothing where all fit.
-
-    Args:
-        theirs: Of the file.
-        ours: Of the network.
-        num_named: How many are named; of the others the number is told.
-    """
-    wrong = [name for name in {**ours, **theirs} if _shape(theirs, name) != _shape(ours, name)]
-    named = [f"{name} is {_shape(theirs, name)} in it and {_shape(ours, name)} here" for name in wrong[:num_named]]
-    others = f" and {len(wrong) - num_named} more" if len(wrong) > num_named else ""
-    return f"{', '.join(named)}{others}"
-
-
 def statistics_of(checkpoint: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Return mean and std per channel, of pictures scaled to 0-1, that a run's checkpoint was trained with, or None."""
     data = checkpoint.get(_DATA) or {}
     return (tuple(data["mean"]), tuple(data["std"])) if {"mean", "std"} <= data.keys() else None
-
-
-def _shape(state: Mapping[str, Tensor], name: str) -> str:
-    return "x".join(map(str, state[name].shape)) or "a number" if name in state else "missing"
 
 
 def plain(value: Any) -> Any:

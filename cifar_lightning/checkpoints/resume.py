@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,10 @@ from cifar_lightning.checkpoints.durable import newest_checkpoint
 from cifar_lightning.checkpoints.loading import progress_of
 from cifar_lightning.checkpoints.rng_state import is_inside_epoch
 from cifar_lightning.data.datamodule import ImageDataModule
-from cifar_lightning.errors import UserError
+from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import read_json
-from cifar_lightning.runs.folder import RunFolder, is_first_process, open_run
+from cifar_lightning.runs.folder import RunFolder, open_run
 from cifar_lightning.settings.safe_yaml import read_recipe
-from cifar_lightning.training.callbacks import has_stopped
 
 # What the weights, the states of optimiser and schedule or the split belong to; all else is training, which may change.
 _FIXED = {"model.name", "model.model_kwargs", "model.optimizer", "model.schedule"}
@@ -208,3 +207,11 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def has_stopped(state: Mapping[str, Any]) -> bool:
+    """Whether early stopping, with that state in a checkpoint, had ended its run.
+
+    Lightning's `stopped_epoch` does not tell: it counts from 0, which also stands for none.
+    """
+    return bool(state["wait_count"] >= max(1, state["patience"]))

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from cifar_lightning.checkpoints.durable import DurableCheckpointIO, LastCheckpoint
+from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint
 from cifar_lightning.checkpoints.resume import (
     Changes,
@@ -24,7 +24,6 @@ from cifar_lightning.checkpoints.resume import (
     other_pictures,
     stop_point,
 )
-from cifar_lightning.checkpoints.rng_state import ExactState
 from cifar_lightning.cli.parser import (
     TABLE,
     RunParser,
@@ -36,31 +35,27 @@ from cifar_lightning.cli.parser import (
 )
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.memory import keep_freed_memory
-from cifar_lightning.errors import UserError
+from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import MetricsTable, write_text_durably
 from cifar_lightning.report import make_report
 from cifar_lightning.report.findings import find
 from cifar_lightning.report.results import Results
 from cifar_lightning.report.terminal import print_findings, print_validation
-from cifar_lightning.runs.folder import (
-    RunFolder,
-    announce_run,
-    create_run,
-    discard_run,
-    is_first_process,
-    join_run,
-    open_run,
-    recipe_name,
-)
-from cifar_lightning.training.callbacks import BestCheckpoint, NoProfiler, RunRecorder, check_monitors
+from cifar_lightning.runs.folder import RunFolder, create_run, discard_run, open_run, recipe_name
+from cifar_lightning.runs.processes import announce_run, announced_run
+from cifar_lightning.training.best_checkpoint import BestCheckpoint
+from cifar_lightning.training.callbacks import RunRecorder
 from cifar_lightning.training.error_messages import explained, of_settings
+from cifar_lightning.training.last_checkpoint import LastCheckpoint
+from cifar_lightning.training.lightning_patches import NoProfiler
 from cifar_lightning.training.lr_finder import LrRange, find_lr, write_lr_range
-from cifar_lightning.training.model_checks import check_sizes
+from cifar_lightning.training.model_checks import check_monitors, check_sizes
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.precision import settle_precision
 from cifar_lightning.training.predictions import AnswerKeeper
 from cifar_lightning.training.progress_bar import RunProgress
 from cifar_lightning.training.quiet_lightning import silence
+from cifar_lightning.training.resume_state import ExactState
 from cifar_lightning.training.signals import StopSignals
 from cifar_lightning.training.tensorboard import Dashboard, board_for
 
@@ -226,7 +221,7 @@ class RunCLI(LightningCLI):
     def _make_run(self, config: Namespace) -> None:
         """Make the run folder of `fit`, or open the one that it goes on with."""
         if not is_first_process():
-            self.run = join_run(self.resumed.path if self.resumed is not None else config.run_dir)
+            self.run = RunFolder(announced_run(self.resumed.path if self.resumed is not None else config.run_dir))
             return
         if self.resumed is not None:
             self.run = self.resumed
@@ -243,12 +238,11 @@ class RunCLI(LightningCLI):
             if config.init_weights:
                 load_weights(self.model.network, Path(config.init_weights))
                 print(f"Begins with the weights of {config.init_weights}.")
-                print(f"Begins with the weights of {config.init_weights}.")
             self.run = self._new_folder(config)
             write_text_durably(self.run.config, config_text(self._parser("fit"), config))
             if found is not None:
                 write_lr_range(self.run, found)
-        announce_run(self.run)
+        announce_run(self.run.path)
 
     @staticmethod
     def _new_folder(config: Namespace, suffix: str = "") -> RunFolder:

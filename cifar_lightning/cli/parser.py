@@ -12,15 +12,15 @@ import yaml
 from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
-from cifar_lightning.checkpoints.durable import CheckpointSchedule
 from cifar_lightning.cli.flags import GROUPS, table
 from cifar_lightning.data.datasets import DATASETS
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped
-from cifar_lightning.models.smallnet import LIBRARIES, MODELS, check_model_kwargs, check_name
+from cifar_lightning.models.registry import LIBRARIES, MODELS, check_model_kwargs, check_name
 from cifar_lightning.settings.limits import LIMITS, READ_BY
 from cifar_lightning.settings.safe_yaml import checked
-from cifar_lightning.training.callbacks import AnnealingEarlyStopping
+from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
+from cifar_lightning.training.last_checkpoint import CheckpointSchedule
 
 TABLE = Path(__file__).with_name("flags.json")
 # Flags of the project beside those of the Trainer, the model and the data: type, default, help, commands that take it.

@@ -22,10 +22,9 @@ import numpy as np
 
 from cifar_lightning.data.image_decoding import RULES, Unreadable, decode_all, find_image_size, is_16_bit
 from cifar_lightning.data.memory import give_back_pages
-from cifar_lightning.errors import UserError
+from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import write_json
 from cifar_lightning.formatting import counted
-from cifar_lightning.runs.folder import is_first_process
 
 CACHE_FOLDER = ".cifar_lightning_cache"
 CACHE_VARIABLE = "CIFAR_LIGHTNING_CACHE"

@@ -9,6 +9,8 @@ memory. Neither is a `DataLoader`, so that order, shares and position are ours a
 - `state_dict` and `load_state_dict` (Lightning looks for them) hold the epoch and the batches already given.
 """
 
+import os
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +23,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from cifar_lightning.data.memory import give_back_pages
 from cifar_lightning.data.splits import balanced_order
-from cifar_lightning.training.signals import leave_to_parent
 from cifar_lightning.transforms.augmentation import (
     Augmentation,
     augment,
@@ -330,3 +331,14 @@ def _on_device(batches: list[Tensor], device: torch.device) -> tuple[Tensor, ...
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def leave_to_parent(worker_id: int) -> None:
+    """Let a loader's worker process leave the signals of its process group to its parent, which ends it by SIGTERM.
+
+    Ctrl-C, `timeout` and `kill -- -GROUP` reach the whole group, and the parent still needs a batch to stop at its end.
+    """
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker has its parent's handler

@@ -19,10 +19,11 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from cifar_lightning.checkpoints.loading import TrainedNetwork, load_network, load_weights
+from cifar_lightning.checkpoints.loading import load_weights
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_output, replacing
-from cifar_lightning.models.smallnet import build_model
+from cifar_lightning.inference.trained_model import TrainedNetwork, load_network
+from cifar_lightning.models.registry import build_model
 from cifar_lightning.report.model_card import NAME as CARD
 from cifar_lightning.report.model_card import write_model_card
 from cifar_lightning.runs.folder import RunFolder

@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from cifar_lightning.checkpoints.loading import TrainedNetwork, load_network
 from cifar_lightning.data import image_decoding as pictures
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_output, replacing
 from cifar_lightning.formatting import printable
+from cifar_lightning.inference.trained_model import TrainedNetwork, load_network
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.tta import Views, view_logits
 from cifar_lightning.transforms.augmentation import normalize

@@ -11,32 +11,22 @@ The head is always new: its classes are others. Two things are fitted to another
 
 import contextlib
 import importlib
-import json
 import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cifar_lightning.checkpoints.loading import (
-    describe_misfits,
-    read_checkpoint,
-    read_weights,
-    statistics_of,
-    weights_of,
-    without_wrappers,
-)
-from cifar_lightning.errors import UserError
+from cifar_lightning.errors import UserError, remark
 from cifar_lightning.formatting import clipped
-from cifar_lightning.models.smallnet import torchvision_name
+from cifar_lightning.models.registry import torchvision_name
+from cifar_lightning.models.state_dicts import describe_misfits, without_wrappers
 from cifar_lightning.models.torchvision_timm import create_timm
-from cifar_lightning.runs.folder import is_first_process
 
 # Of a former torch.nn, in which a module's name could hold a point; densenet's published weights still have them.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
@@ -59,32 +49,35 @@ class Normalization:
     std: tuple[float, ...]
 
 
-def load_pretrained(
-    network: nn.Module, architecture: Mapping[str, Any], source: Literal[True] | str | Path
-) -> Normalization | None:
+@dataclass(frozen=True)
+class PretrainedWeights:
+    """Weights that were trained elsewhere.
+
+    Attributes:
+        tensors: By the names of their own model.
+        normalization: Of the images that they were trained on; None where that is not known.
+        origin: The flag and the source, for messages.
+    """
+
+    tensors: dict[str, Tensor]
+    normalization: Normalization | None
+    origin: str
+
+
+def load_all_but_head(network: nn.Module, architecture: Mapping[str, Any], weights: PretrainedWeights) -> None:
     """Put trained weights into a network, all but its head's.
 
     Args:
         network: As `build_model(**architecture)` made it; gets the weights.
         architecture: name, num_classes, image_size and the network's own arguments.
-        source: True for the library's best published weights (of timm, those that its name's tag says), which are
-            downloaded once; or a file: a checkpoint of a run, a state_dict or .safetensors.
-
-    Returns:
-        How the pictures must be normalised; None where that is not known: a plain file of a network of ours.
+        weights: See `published_weights`.
 
     Raises:
-        UserError: There are none, they cannot be had or read, or they do not fit; the network is then untouched.
+        UserError: They do not fit; the network is then untouched.
     """
-    name = str(architecture["name"])
-    if source is True:
-        found = _published(architecture)
-        origin = f"--model.pretrained true: the weights of {name}"
-    else:
-        found = _of_file(Path(source), name)
-        origin = f"--model.pretrained {clipped(str(source), 200)}: its weights"
+    name, origin = str(architecture["name"]), weights.origin
     ours = network.state_dict()
-    theirs, normalization = without_wrappers(found[0], ours), found[1]
+    theirs, normalization = without_wrappers(weights.tensors, ours), weights.normalization
     head = head_of(network, int(architecture["num_classes"]))
     kept = {key for key in ours if key.startswith(head)}
     theirs = {_OLD_DENSENET.sub(r"\1\2.", key): tensor for key, tensor in theirs.items()}
@@ -101,10 +94,8 @@ def load_pretrained(
     if misfits:
         raise UserError(f"{origin} do not fit: {misfits}.\nGive those of {name} with the same --model.model_kwargs.")
     network.load_state_dict(theirs)
-    if is_first_process():
-        told = "" if normalization is None else "; pictures are normalised as they were for them"
-        print(f"{origin} are taken, all but the last layer's{told}{''.join(f'; {change}' for change in changes)}.")
-    return normalization
+    told = "" if normalization is None else "; pictures are normalised as they were for them"
+    remark(f"{origin} are taken, all but the last layer's{told}{''.join(f'; {change}' for change in changes)}.")
 
 
 def head_of(network: nn.Module, num_classes: int) -> str:
@@ -169,33 +160,19 @@ def _side(filters: Tensor) -> str:
     return f"{filters.shape[2]}x{filters.shape[3]}"
 
 
-def _of_file(path: Path, name: str) -> tuple[dict[str, Tensor], Normalization | None]:
-    """Return a file's weights and the normalisation of its run, or else of its name in torchvision."""
-    if not path.is_file():
-        raise UserError(f"--model.pretrained {path}: no such file; give true, or a file of weights.")
-    if path.suffix == ".safetensors":
-        return read_weights(path), _exported_normalization(path) or _torchvision_normalization(name)
-    checkpoint = read_checkpoint(path)
-    statistics = statistics_of(checkpoint)
-    normalization = Normalization(*statistics) if statistics else _torchvision_normalization(name)
-    return weights_of(checkpoint, path), normalization
+def published_weights(architecture: Mapping[str, Any]) -> PretrainedWeights:
+    """Return the published weights of a model by name, downloaded unless they have been before.
 
+    Args:
+        architecture: name, num_classes, image_size and the model's own arguments.
 
-def _exported_normalization(path: Path) -> Normalization | None:
-    """Return what `export` has written into a file; others have none."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        about = file.metadata() or {}
-    if not {"mean", "std"} <= about.keys():
-        return None
-    return Normalization(tuple(json.loads(about["mean"])), tuple(json.loads(about["std"])))
-
-
-def _published(architecture: Mapping[str, Any]) -> tuple[dict[str, Tensor], Normalization | None]:
+    Raises:
+        UserError: There are none, or they cannot be had.
+    """
     name = str(architecture["name"])
+    origin = f"--model.pretrained true: the weights of {name}"
     if name.startswith("timm/"):
-        return _published_by_timm(name.partition("/")[2], architecture)
+        return PretrainedWeights(*_published_by_timm(name.partition("/")[2], architecture), origin)
     own_name = torchvision_name(name)
     if own_name is None:
         raise UserError(f"--model.pretrained true: there are no published weights of {name}; give a file of them.")
@@ -209,10 +186,11 @@ def _published(architecture: Mapping[str, Any]) -> tuple[dict[str, Tensor], Norm
         )
     except Exception as error:  # networks and damaged files make it raise nearly anything
         raise _cannot_be_had(name, error, weights.url) from error
-    return state, _torchvision_normalization(name)
+    return PretrainedWeights(state, torchvision_normalization(name), origin)
 
 
-def _torchvision_normalization(name: str) -> Normalization | None:
+def torchvision_normalization(name: str) -> Normalization | None:
+    """Return what torchvision's published weights of a model expect; None where they are not torchvision's."""
     own_name = torchvision_name(name)
     if own_name is None:
         return None
@@ -231,8 +209,7 @@ def _published_by_timm(own_name: str, architecture: Mapping[str, Any]) -> tuple[
         raise UserError(f"--model.pretrained true: timm has no weights of {own_name}; give a file of them.")
     arguments = {key: value for key, value in architecture.items() if key not in ("name", "keep_stem")}
     address = config.hf_hub_id or config.url
-    if is_first_process():
-        print(f"--model.pretrained true: timm fetches {address}, unless it has done so before.", flush=True)
+    remark(f"--model.pretrained true: timm fetches {address}, unless it has done so before.")
     try:
         # timm reads them as data, and fits position embeddings to the size by itself.
         with _retrying_in_silence():

@@ -5,107 +5,16 @@ process dies, however it dies. How its small files are written: `files`.
 """
 
 import contextlib
-import errno
 import os
 import shlex
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import make_folder, sync_folder
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
-
-# Past the end of the file: Windows also blocks reading what is locked, and the process id must stay legible.
-_LOCKED_BYTE = 1 << 20
-_RUN_OF_FIRST = "CIFAR_LIGHTNING_RUN_DIR"
-_NEEDS_RUN_DIR = "several processes started from outside (torchrun, SLURM) need one --run_dir for all."
-
-
-class RunLock:
-    """The sole right to write into a run folder, held until `release` or until the process ends.
-
-    It is a lock of the system on an open file, not the presence of a file: nothing stale is left behind by SIGKILL or a
-    power cut. Forked children (loader workers) close their copy at once, so that one which outlives its parent for a
-    moment does not hold up the next one. The file itself stays: it marks the folder as a run's.
-
-    Raises:
-        UserError: Another holder has the lock, or the file cannot be written.
-    """
-
-    _held: set["RunLock"] = set()  # noqa: RUF012 - shared by design: a forked child closes them all
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UserError(
-                f"run folder {path.parent}: cannot write there ({error.strerror}).\n"
-                "Choose another one with --run_dir, or mend its permissions."
-            ) from error
-        try:
-            self._acquire()
-        except UserError:
-            os.close(self._fd)
-            raise
-        with contextlib.suppress(OSError):  # a full disk: the id is for a message alone, and the next file will fail
-            os.ftruncate(self._fd, 0)
-            os.write(self._fd, f"{os.getpid()}\n".encode())
-        RunLock._held.add(self)
-
-    def _acquire(self) -> None:
-        try:
-            if sys.platform == "win32":
-                os.lseek(self._fd, _LOCKED_BYTE, os.SEEK_SET)
-                msvcrt.locking(self._fd, msvcrt.LK_NBLCK, 1)
-                os.lseek(self._fd, 0, os.SEEK_SET)
-            else:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                warnings.warn(
-                    f"{self.path.parent}: this file system has no locks; two runs into one folder go unnoticed.",
-                    stacklevel=4,
-                )
-                return
-            os.lseek(self._fd, 0, os.SEEK_SET)
-            holder = os.read(self._fd, 32).decode("ascii", "replace").strip() or "unknown"
-            raise UserError(
-                f"run folder {self.path.parent}: process {holder} is writing into it.\n"
-                "Wait until it has ended, or choose another folder with --run_dir."
-            ) from error
-
-    def release(self) -> None:
-        """Let go; calling it again does nothing."""
-        if self in RunLock._held:
-            RunLock._held.discard(self)
-            os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.release()
-
-    @classmethod
-    def _release_in_child(cls) -> None:
-        for lock in tuple(cls._held):
-            lock.release()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=RunLock._release_in_child)
+from cifar_lightning.runs.lock import RunLock
+from cifar_lightning.runs.processes import NEEDS_RUN_DIR, is_started_from_outside
 
 
 class _File:
@@ -255,7 +164,7 @@ def create_run(base: Path, recipe: str, run_dir: Path | None = None) -> RunFolde
         UserError: The folder is refused, is in use, or cannot be made; or others could not know which it is.
     """
     if run_dir is None and is_started_from_outside():
-        raise UserError(_NEEDS_RUN_DIR)
+        raise UserError(NEEDS_RUN_DIR)
     chosen = base / recipe if run_dir is None else run_dir
     try:
         make_folder(chosen)
@@ -362,31 +271,3 @@ def recipe_name(recipes: Sequence[object], network: str) -> str:
     recipe = Path(str(recipes[-1])).resolve()
     is_of_a_run = recipe.name == "config.yaml" and recipe.parent.name.isdecimal()
     return recipe.parent.parent.name if is_of_a_run else recipe.stem
-
-
-def announce_run(run: RunFolder) -> None:
-    """Tell the run to the processes that Lightning's launcher starts, which run the command again and must join it."""
-    os.environ[_RUN_OF_FIRST] = str(run.path)
-
-
-def join_run(known: str | Path | None) -> RunFolder:
-    """Return the run of the first process: the one that it has announced, or the one that all were given.
-
-    Raises:
-        UserError: There is neither.
-    """
-    chosen = os.environ.get(_RUN_OF_FIRST) or known
-    if chosen is None:
-        raise UserError(_NEEDS_RUN_DIR)
-    return RunFolder(Path(chosen))
-
-
-def is_first_process() -> bool:
-    """Return whether this process is the first of all, whoever started them: Lightning, torchrun or SLURM."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
-
-
-def is_started_from_outside() -> bool:
-    """Return whether torchrun or SLURM has started several processes, which know nothing of each other yet."""
-    counts = {"TORCHELASTIC_RUN_ID": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}
-    return any(mark in os.environ and int(os.environ.get(count, "1")) > 1 for mark, count in counts.items())

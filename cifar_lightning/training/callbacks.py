@@ -1,38 +1,25 @@
 """What a run leaves behind: tables and checkpoints; and early stopping that lets OneCycle finish."""
 
-import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.profilers import PassThroughProfiler
-from torch import Tensor
 
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import MetricsTable, read_json, write_json, write_text_durably
 from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.settings.limits import check_limits
+from cifar_lightning.training.lightning_patches import skip_idle_hooks
 from cifar_lightning.training.module import ImageClassifier
 
 MONITOR = "val/acc"
 EPOCH_SO_FAR = "cifar_lightning_epoch"
 """The key under which a checkpoint keeps what the row of an epoch that has not ended needs."""
 _FIGURES = ("val/loss", "val/acc", "val/f1", "val/ece")
-_STEP_HOOKS = (
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-)
 
 
 class RunRecorder(pl.Callback):
@@ -161,137 +148,6 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-class AnnealingEarlyStopping(EarlyStopping):
-    """Stops a run that no longer improves, but never before OneCycle's annealing had its chance.
-
-    The accuracy of OneCycle comes with the annealing: until the learning rate's peak nothing is counted, and after it
-    the patience is at least a third of the epochs, however often an epoch is validated.
-
-    Args:
-        patience: Validations without improvement after the peak; raised to a third of the epochs where it is smaller.
-        min_delta: Smallest change of val/acc that counts as an improvement.
-
-    Raises:
-        UserError: A negative value.
-    """
-
-    def __init__(self, patience: int = 10, min_delta: float = 0.0) -> None:
-        check_limits("early_stopping", patience=patience, min_delta=min_delta)
-        super().__init__(monitor=MONITOR, mode="max", patience=patience, min_delta=min_delta)
-        self._state_key = super().state_key
-
-    @property
-    def state_key(self) -> str:
-        """Return the callback's key in a checkpoint, formatted once, as in `BestCheckpoint`."""
-        return self._state_key
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the count, but with this run's own patience; a run that it had stopped is given all of it again.
-
-        Such a run goes on only because something was changed, and would otherwise be stopped after an epoch.
-        """
-        again = {"wait_count": 0, "stopped_epoch": 0} if has_stopped(state_dict) else {}
-        super().load_state_dict({**state_dict, "patience": self.patience, **again})
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise the patience to a third of the epochs."""
-        if trainer.max_epochs and trainer.max_epochs > 0:
-            per_epoch = 1 / (trainer.check_val_every_n_epoch or 1)
-            if isinstance(trainer.val_check_interval, float):
-                per_epoch /= trainer.val_check_interval
-            self.patience = max(self.patience, math.ceil(trainer.max_epochs * per_epoch / 3))
-
-    def _run_early_stopping_check(self, trainer: pl.Trainer) -> None:
-        module = trainer.lightning_module
-        assert isinstance(module, ImageClassifier)
-        # --trainer.max_steps may end an epoch, the first one too, before anything was validated.
-        if trainer.global_step >= module.peak_step() and MONITOR in trainer.callback_metrics:
-            super()._run_early_stopping_check(trainer)
-
-
-def has_stopped(state: Mapping[str, Any]) -> bool:
-    """Whether early stopping, with that state in a checkpoint, had ended its run.
-
-    Lightning's `stopped_epoch` does not tell: it counts from 0, which also stands for none.
-    """
-    return bool(state["wait_count"] >= max(1, state["patience"]))
-
-
-class BestCheckpoint(ModelCheckpoint):
-    """Keeps best.ckpt: the state at the best val/acc, and of equal ones at the lowest val/loss.
-
-    A small validation split has few accuracies, so that many epochs share the best one; the first of them need not be
-    any good on other pictures.
-
-    Args:
-        run: The run's folder.
-    """
-
-    def __init__(self, run: RunFolder) -> None:
-        super().__init__(
-            dirpath=run.checkpoints, filename="best", monitor=MONITOR, mode="max", enable_version_counter=False
-        )
-        self._state_key = super().state_key
-        self._best_loss = math.inf
-
-    @property
-    def state_key(self) -> str:
-        """Return the callback's key in a checkpoint, formatted once: Lightning asks for it seven times a step."""
-        return self._state_key
-
-    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
-        """Return whether this epoch is the best so far; the figures are those of all processes."""
-        if current is None:
-            return False
-        loss, best = float(trainer.callback_metrics["val/loss"]), self.best_model_score
-        is_better = super().check_monitor_top_k(trainer, current)
-        is_better = is_better or (best is not None and bool(current == best) and loss < self._best_loss)
-        if is_better:
-            self._best_loss = math.inf if math.isnan(loss) else loss
-        return is_better
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return Lightning's state and the loss of the best epoch."""
-        return super().state_dict() | {"best_loss": self._best_loss}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the best score also where the folder was moved, if its file moved with it.
-
-        Lightning forgets the score of another path, and a worse epoch then overwrites the best.
-        """
-        own = f"{self.dirpath}/{self.filename}{self.FILE_EXTENSION}"
-        if state_dict.get("best_model_path") and Path(own).is_file():
-            score = state_dict.get("best_model_score")
-            paths = ("best_model_path", "kth_best_model_path", "last_model_path")
-            moved: dict[str, Any] = {name: own for name in paths if state_dict.get(name)}
-            moved["dirpath"] = str(self.dirpath)
-            state_dict = {**state_dict, **moved, "best_k_models": {} if score is None else {own: score}}
-        super().load_state_dict(state_dict)
-        self._best_loss = state_dict.get("best_loss", math.inf)  # Lightning's own state has none
-
-
-class NoProfiler(PassThroughProfiler):
-    """Lightning's profiler that does nothing, without a generator for each of the fifty hooks of a step."""
-
-    _NOTHING = contextlib.nullcontext()
-
-    def profile(self, action_name: str) -> Any:
-        """Return a context that does nothing."""
-        return self._NOTHING
-
-
-def skip_idle_hooks(callbacks: Sequence[pl.Callback]) -> None:
-    """Let Lightning pass over the hooks of a step that a callback does not fill.
-
-    It calls each of them, six a step for every callback, but leaves out what is not callable: with this, `fit` adds
-    0.80 to 0.90 of what barebones adds to a step, without it 1.08 (benchmarks/LOG.md).
-    """
-    for callback in callbacks:
-        for name in _STEP_HOOKS:
-            if name not in vars(callback) and getattr(type(callback), name) is getattr(pl.Callback, name):
-                setattr(callback, name, None)
-
-
 def data_of(trainer: pl.Trainer) -> ImageDataModule:
     """Return the Trainer's ImageDataModule.
 
@@ -302,18 +158,3 @@ def data_of(trainer: pl.Trainer) -> ImageDataModule:
     if not isinstance(data, ImageDataModule):
         raise UserError("this callback needs trainer.fit(model, datamodule=ImageDataModule(...)).")
     return data
-
-
-def check_monitors(callbacks: Sequence[pl.Callback], validates: bool) -> None:
-    """Refuse callbacks that wait for a figure of the validation where there is none, before anything is trained.
-
-    Raises:
-        UserError: Names the callback and what it watches.
-    """
-    for callback in callbacks:
-        monitor = str(getattr(callback, "monitor", None))
-        if monitor.startswith("val/") and not validates:
-            raise UserError(
-                f"--trainer.callbacks {type(callback).__name__}: watches {monitor}, but nothing is validated.\n"
-                "Hold pictures out (--data.val_fraction 0.1, --trainer.limit_val_batches above 0), or leave it out."
-            )

@@ -90,3 +90,18 @@ def check_sizes(network: nn.Module, train_sizes: Sequence[int]) -> None:
         reason = why_not(network, size)
         if reason:
             raise UserError(f"--data.train_sizes {list(train_sizes)}: the network takes no {size} ({reason}).")
+
+
+def check_monitors(callbacks: Sequence[pl.Callback], validates: bool) -> None:
+    """Refuse callbacks that wait for a figure of the validation where there is none, before anything is trained.
+
+    Raises:
+        UserError: Names the callback and what it watches.
+    """
+    for callback in callbacks:
+        monitor = str(getattr(callback, "monitor", None))
+        if monitor.startswith("val/") and not validates:
+            raise UserError(
+                f"--trainer.callbacks {type(callback).__name__}: watches {monitor}, but nothing is validated.\n"
+                "Hold pictures out (--data.val_fraction 0.1, --trainer.limit_val_batches above 0), or leave it out."
+            )

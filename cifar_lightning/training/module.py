@@ -12,15 +12,16 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 
-from cifar_lightning.checkpoints.loading import describe_misfits, plain, progress_of
-from cifar_lightning.errors import UserError
+from cifar_lightning.checkpoints.loading import plain, progress_of
+from cifar_lightning.checkpoints.pretrained import load_pretrained
+from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.metrics.classification import accuracy, macro_f1
-from cifar_lightning.models.pretrained import load_pretrained
-from cifar_lightning.models.smallnet import DEFAULT_MODEL, choose_network, compile_network
+from cifar_lightning.models.compile import compile_network
+from cifar_lightning.models.registry import DEFAULT_MODEL, choose_network
 from cifar_lightning.models.speednet import SpeedNet, StemHold
+from cifar_lightning.models.state_dicts import describe_misfits
 from cifar_lightning.optim.optimizers import OptimizerName, build_optimizer, settings_of
 from cifar_lightning.optim.schedules import ScheduleName, follows_plan, make_schedule, rise_share
-from cifar_lightning.runs.folder import is_first_process
 from cifar_lightning.settings.limits import check_limits
 from cifar_lightning.training.ema import EmaWeights
 from cifar_lightning.training.eval_metrics import evaluation_metrics, update_evaluation

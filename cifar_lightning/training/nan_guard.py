@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from cifar_lightning.errors import RunError
-from cifar_lightning.optim.optimizers import Muon
+from cifar_lightning.optim.muon import Muon
 
 _NEVER = torch.iinfo(torch.int64).max
 

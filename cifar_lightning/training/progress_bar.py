@@ -11,9 +11,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from cifar_lightning.checkpoints.resume import has_stopped
 from cifar_lightning.formatting import clock, percent, plural, printable
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.callbacks import AnnealingEarlyStopping, data_of, has_stopped
+from cifar_lightning.training.callbacks import data_of
+from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
 from cifar_lightning.training.module import Batch, ImageClassifier
 from cifar_lightning.training.signals import Stopped
 

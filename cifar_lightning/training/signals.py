@@ -60,14 +60,3 @@ class StopSignals:
             self.signum = signum
             return
         raise Stopped(signum)
-
-
-def leave_to_parent(worker_id: int) -> None:
-    """Let a loader's worker process leave the signals of its process group to its parent, which ends it by SIGTERM.
-
-    Ctrl-C, `timeout` and `kill -- -GROUP` reach the whole group, and the parent still needs a batch to stop at its end.
-    """
-    if hasattr(os, "setpgrp"):  # not on Windows
-        os.setpgrp()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker has its parent's handler

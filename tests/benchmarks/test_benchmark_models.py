@@ -7,7 +7,8 @@ import models
 import pytest
 import torch
 
-from cifar_lightning.models.smallnet import SmallNet, build_model
+from cifar_lightning.models.registry import build_model
+from cifar_lightning.models.smallnet import SmallNet
 
 
 def test_costs_are_counted_from_the_shapes():

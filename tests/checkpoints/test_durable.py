@@ -13,16 +13,12 @@ from fitting import NARROW, fit_run
 from lightning.pytorch.trainer.states import TrainerFn
 
 from cifar_lightning import ImageClassifier, SmallNet, UserError, files
-from cifar_lightning.checkpoints.durable import (
-    CheckpointSchedule,
-    DurableCheckpointIO,
-    LastCheckpoint,
-    newest_checkpoint,
-)
+from cifar_lightning.checkpoints.durable import DurableCheckpointIO, newest_checkpoint
 from cifar_lightning.checkpoints.loading import EXACT_STATE, UnreadableError, read_checkpoint
 from cifar_lightning.errors import RunError
 from cifar_lightning.runs import folder as runs
 from cifar_lightning.runs.folder import RunFolder, create_run
+from cifar_lightning.training.last_checkpoint import CheckpointSchedule, LastCheckpoint
 from cifar_lightning.training.signals import Stopped, StopSignals
 
 

@@ -14,8 +14,10 @@ from fault_judge import Payload
 from torch import nn
 
 from cifar_lightning import ImageClassifier, UserError
-from cifar_lightning.checkpoints.loading import load_network, load_weights, plain, read_checkpoint, read_weights
-from cifar_lightning.models.smallnet import SmallNet, build_model
+from cifar_lightning.checkpoints.loading import load_weights, plain, read_checkpoint, read_weights
+from cifar_lightning.inference.trained_model import load_network
+from cifar_lightning.models.registry import build_model
+from cifar_lightning.models.smallnet import SmallNet
 from cifar_lightning.runs.folder import RunFolder
 
 

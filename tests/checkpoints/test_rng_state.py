@@ -17,13 +17,15 @@ from program import start as run_program
 from test_checkpoint import Signal
 
 from cifar_lightning import ImageClassifier, UserError
-from cifar_lightning.checkpoints.durable import CheckpointSchedule, DurableCheckpointIO
+from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.checkpoints.loading import EXACT_STATE, read_checkpoint
-from cifar_lightning.checkpoints.rng_state import ExactState, is_inside_epoch, restore_rng, rng_state
+from cifar_lightning.checkpoints.rng_state import is_inside_epoch, restore_rng, rng_state
 from cifar_lightning.files import MetricsTable
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training import callbacks
 from cifar_lightning.training.callbacks import EPOCH_SO_FAR, RunRecorder
+from cifar_lightning.training.last_checkpoint import CheckpointSchedule
+from cifar_lightning.training.resume_state import ExactState
 from cifar_lightning.training.signals import Stopped
 
 # Lightning warns where it goes on in the folder of a run.

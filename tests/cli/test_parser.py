@@ -7,7 +7,7 @@ from program import REPO
 from cifar_lightning.cli.fit import fit_parser
 from cifar_lightning.cli.parser import check_arguments, config_text, describe_flags
 from cifar_lightning.errors import UserError
-from cifar_lightning.models.smallnet import MODELS
+from cifar_lightning.models.registry import MODELS
 
 
 @pytest.fixture(scope="module")

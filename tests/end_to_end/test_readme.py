@@ -19,7 +19,7 @@ from cifar_lightning.cli.flags import ALIASES, FRONT_ONLY, check_recipe, table
 from cifar_lightning.cli.main import QUICK, training_arguments
 from cifar_lightning.cli.parser import config_text
 from cifar_lightning.errors import UserError
-from cifar_lightning.models.smallnet import build_model
+from cifar_lightning.models.registry import build_model
 from cifar_lightning.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]

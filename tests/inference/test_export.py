@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from cifar_lightning import ImageClassifier, UserError
-from cifar_lightning.checkpoints.loading import load_network, load_weights
+from cifar_lightning.checkpoints.loading import load_weights
 from cifar_lightning.data.datasets import open_source
 from cifar_lightning.inference import export
 from cifar_lightning.inference.export import export_run
-from cifar_lightning.models.smallnet import build_model
+from cifar_lightning.inference.trained_model import load_network
+from cifar_lightning.models.registry import build_model
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.tta import view_logits
 from cifar_lightning.transforms.augmentation import normalize

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torchvision
 
+from cifar_lightning.checkpoints.pretrained import load_pretrained
 from cifar_lightning.errors import UserError
-from cifar_lightning.models.pretrained import Normalization, head_of, load_pretrained, resample_filters
-from cifar_lightning.models.smallnet import build_model
+from cifar_lightning.models.pretrained import Normalization, head_of, resample_filters
+from cifar_lightning.models.registry import build_model
 
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SQUEEZE = {"name": "torchvision/squeezenet1_0", "num_classes": 5, "image_size": 32}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from cifar_lightning.models.registry import build_model
 from cifar_lightning.models.resnets import PreActResNet, WideResNet
-from cifar_lightning.models.smallnet import build_model
 
 
 def norm_relu(norm, x):

@@ -9,7 +9,9 @@ from torch import nn
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.models import smallnet as models
-from cifar_lightning.models.smallnet import MODELS, SmallNet, build_model, check_name, compile_network, torchvision_name
+from cifar_lightning.models.compile import compile_network
+from cifar_lightning.models.registry import MODELS, build_model, check_name, torchvision_name
+from cifar_lightning.models.smallnet import SmallNet
 
 
 def test_smallnet_has_the_published_number_of_parameters():

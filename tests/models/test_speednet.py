@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.models.smallnet import build_model
+from cifar_lightning.models.registry import build_model
 from cifar_lightning.models.speednet import SpeedNet, WhiteningConv
 
 

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from cifar_lightning.models.smallnet import build_model
+from cifar_lightning.models.registry import build_model
 from cifar_lightning.models.stems import adapt_stem, needs_several, why_not
 
 

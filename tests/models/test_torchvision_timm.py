@@ -10,7 +10,7 @@ from torch import nn
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.models import torchvision_timm as zoo
-from cifar_lightning.models.smallnet import build_model
+from cifar_lightning.models.registry import build_model
 from cifar_lightning.models.torchvision_timm import torchvision_names, torchvision_network, vision_transformer
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from cifar_lightning.models.smallnet import SmallNet
 from cifar_lightning.models.speednet import SpeedNet
-from cifar_lightning.optim.optimizers import Muon, build_optimizer, orthogonalize
+from cifar_lightning.optim.muon import Muon, orthogonalize
+from cifar_lightning.optim.optimizers import build_optimizer
 from cifar_lightning.optim.schedules import make_schedule
 
 

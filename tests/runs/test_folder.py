@@ -6,16 +6,9 @@ from pathlib import Path
 import pytest
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.runs.folder import (
-    RunFolder,
-    RunLock,
-    announce_run,
-    create_run,
-    is_started_from_outside,
-    join_run,
-    open_run,
-    recipe_name,
-)
+from cifar_lightning.runs.folder import RunFolder, create_run, open_run, recipe_name
+from cifar_lightning.runs.lock import RunLock
+from cifar_lightning.runs.processes import announce_run, is_started_from_outside, join_run
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and fork")
 

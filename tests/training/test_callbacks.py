@@ -10,20 +10,16 @@ from fitting import fit_run
 from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
-from cifar_lightning.checkpoints.durable import CheckpointSchedule, DurableCheckpointIO, LastCheckpoint
+from cifar_lightning.checkpoints.durable import DurableCheckpointIO
+from cifar_lightning.checkpoints.resume import has_stopped
 from cifar_lightning.files import MetricsTable
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.callbacks import (
-    AnnealingEarlyStopping,
-    BestCheckpoint,
-    NoProfiler,
-    RunRecorder,
-    check_monitors,
-    data_of,
-    has_stopped,
-    peak_memory_mb,
-    skip_idle_hooks,
-)
+from cifar_lightning.training.best_checkpoint import BestCheckpoint
+from cifar_lightning.training.callbacks import RunRecorder, data_of, peak_memory_mb
+from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
+from cifar_lightning.training.last_checkpoint import CheckpointSchedule, LastCheckpoint
+from cifar_lightning.training.lightning_patches import NoProfiler, skip_idle_hooks
+from cifar_lightning.training.model_checks import check_monitors
 from cifar_lightning.training.signals import StopSignals
 
 NARROW = {"widths": [2, 2, 2]}

@@ -5,7 +5,7 @@ import torch
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.models.speednet import WhiteningConv
-from cifar_lightning.optim.optimizers import Muon
+from cifar_lightning.optim.muon import Muon
 from cifar_lightning.training.lr_finder import MAX_LR, MIN_LR, find_lr
 
 CPU = {"accelerator": "cpu"}

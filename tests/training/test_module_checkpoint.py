@@ -10,7 +10,7 @@ import torch
 from fitting import SPEED, quiet_trainer, small_data
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
-from cifar_lightning.models.smallnet import build_model
+from cifar_lightning.models.registry import build_model
 
 NARROW = {"widths": [4, 8, 8], "dropout": 0.0}
 ADAMW = {"optimizer": "adamw", "lr": 0.01, "model_kwargs": NARROW}

@@ -7,7 +7,7 @@ import torch
 from program import REPO, TINY, start
 
 from cifar_lightning.errors import RunError
-from cifar_lightning.optim.optimizers import Muon
+from cifar_lightning.optim.muon import Muon
 from cifar_lightning.training.nan_guard import LossGuard
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from rich.console import Console
 from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training import progress_bar as progress
-from cifar_lightning.training.callbacks import AnnealingEarlyStopping
+from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
 from cifar_lightning.training.progress_bar import RunProgress, sum_batches
 from cifar_lightning.training.signals import Stopped
 

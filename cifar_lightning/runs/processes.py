@@ -1,0 +1,34 @@
+"""The run folder that all processes of a run share."""
+
+import os
+from pathlib import Path
+
+from cifar_lightning.errors import UserError
+
+_RUN_OF_FIRST = "CIFAR_LIGHTNING_RUN_DIR"
+
+
+NEEDS_RUN_DIR = "several processes started from outside (torchrun, SLURM) need one --run_dir for all."
+
+
+def announce_run(path: Path) -> None:
+    """Pass the run folder on to the processes that Lightning's launcher starts, which run the command again."""
+    os.environ[_RUN_OF_FIRST] = str(path)
+
+
+def announced_run(given: str | Path | None) -> Path:
+    """Return the run folder of the first process: the one that it has announced, or the one that all were given.
+
+    Raises:
+        UserError: There is neither.
+    """
+    chosen = os.environ.get(_RUN_OF_FIRST) or given
+    if chosen is None:
+        raise UserError(NEEDS_RUN_DIR)
+    return Path(chosen)
+
+
+def is_started_from_outside() -> bool:
+    """Return whether torchrun or SLURM has started several processes, which know nothing of each other yet."""
+    counts = {"TORCHELASTIC_RUN_ID": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}
+    return any(mark in os.environ and int(os.environ.get(count, "1")) > 1 for mark, count in counts.items())

@@ -1,0 +1,60 @@
+"""Early stopping that lets OneCycle finish."""
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping
+
+from cifar_lightning.checkpoints.resume import has_stopped
+from cifar_lightning.settings.limits import check_limits
+from cifar_lightning.training.callbacks import MONITOR
+from cifar_lightning.training.module import ImageClassifier
+
+
+class AnnealingEarlyStopping(EarlyStopping):
+    """Stops a run that no longer improves, but never before OneCycle's annealing had its chance.
+
+    The accuracy of OneCycle comes with the annealing: until the learning rate's peak nothing is counted, and after it
+    the patience is at least a third of the epochs, however often an epoch is validated.
+
+    Args:
+        patience: Validations without improvement after the peak; raised to a third of the epochs where it is smaller.
+        min_delta: Smallest change of val/acc that counts as an improvement.
+
+    Raises:
+        UserError: A negative value.
+    """
+
+    def __init__(self, patience: int = 10, min_delta: float = 0.0) -> None:
+        check_limits("early_stopping", patience=patience, min_delta=min_delta)
+        super().__init__(monitor=MONITOR, mode="max", patience=patience, min_delta=min_delta)
+        self._state_key = super().state_key
+
+    @property
+    def state_key(self) -> str:
+        """Return the callback's key in a checkpoint, formatted once, as in `BestCheckpoint`."""
+        return self._state_key
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the count, but with this run's own patience; a run that it had stopped is given all of it again.
+
+        Such a run goes on only because something was changed, and would otherwise be stopped after an epoch.
+        """
+        again = {"wait_count": 0, "stopped_epoch": 0} if has_stopped(state_dict) else {}
+        super().load_state_dict({**state_dict, "patience": self.patience, **again})
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise the patience to a third of the epochs."""
+        if trainer.max_epochs and trainer.max_epochs > 0:
+            per_epoch = 1 / (trainer.check_val_every_n_epoch or 1)
+            if isinstance(trainer.val_check_interval, float):
+                per_epoch /= trainer.val_check_interval
+            self.patience = max(self.patience, math.ceil(trainer.max_epochs * per_epoch / 3))
+
+    def _run_early_stopping_check(self, trainer: pl.Trainer) -> None:
+        module = trainer.lightning_module
+        assert isinstance(module, ImageClassifier)
+        # --trainer.max_steps may end an epoch, the first one too, before anything was validated.
+        if trainer.global_step >= module.peak_step() and MONITOR in trainer.callback_metrics:
+            super()._run_early_stopping_check(trainer)
