@@ -14,8 +14,11 @@ from jaxtyping import install_import_hook
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # whose judges are those of the tests, too
 
 # Before the first import of these modules: their jaxtyping annotations are checked at every call.
-CHECKED = ("transforms", "models", "optim", "metrics", "report", "inference", "data.loaders", "data.splits")
-CHECKED += ("checkpoints.loading", "training.module", "training.tta", "training.train_metrics")
+CHECKED = ("transforms.augmentation", "transforms.operations", "transforms.policies", "transforms.mixup")
+CHECKED += ("models", "optim.optimizers", "optim.muon", "data.loaders", "data.splits")
+CHECKED += ("metrics.classification", "metrics.calibration", "report.figures", "report.gallery", "report.results")
+CHECKED += ("report.insights", "report.findings", "report.comparison", "inference", "checkpoints.loading")
+CHECKED += ("checkpoints.pretrained", "training.module", "training.tta", "training.train_metrics")
 install_import_hook([f"cifar_lightning.{name}" for name in CHECKED], "beartype.beartype")
 
 

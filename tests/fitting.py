@@ -1,5 +1,8 @@
 """Short fits in this process, with the callbacks and the checkpoints of a run."""
 
+import os
+import signal
+
 import lightning.pytorch as pl
 
 from cifar_lightning import ImageClassifier, ImageDataModule
@@ -65,3 +68,15 @@ def fit_run(
     pictures = ImageDataModule("synthetic", image_size=16, **{"batch_size": 500, **data})
     trainer.fit(module, pictures, ckpt_path=ckpt_path, weights_only=True)
     return run, trainer
+
+
+class Signal(pl.Callback):
+    """Sends a signal to this process in a hook, at a step."""
+
+    def __init__(self, hook, step, signum=signal.SIGTERM):
+        self.step, self.signum = step, signum
+        setattr(self, hook, self.send)
+
+    def send(self, trainer, *args):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.signum)

@@ -37,8 +37,8 @@ from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.memory import keep_freed_memory
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import MetricsTable, write_text_durably
-from cifar_lightning.report import make_report
 from cifar_lightning.report.findings import find
+from cifar_lightning.report.report import make_report
 from cifar_lightning.report.results import Results
 from cifar_lightning.report.terminal import print_findings, print_validation
 from cifar_lightning.runs.folder import RunFolder, create_run, discard_run, open_run, recipe_name

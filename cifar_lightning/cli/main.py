@@ -231,7 +231,7 @@ def _analyze(parsed: argparse.Namespace) -> int:
     other = open_run(parsed.compare, results=True) if parsed.compare is not None else None
     if other is not None and other.path.resolve() == run.path.resolve():
         raise UserError(f"--compare {parsed.compare}: is the run itself; name another one.")
-    from cifar_lightning.report import make_report  # imports NumPy and matplotlib
+    from cifar_lightning.report.report import make_report  # imports NumPy and matplotlib
 
     make_report(run, other)
     return 0

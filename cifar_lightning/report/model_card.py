@@ -9,8 +9,8 @@ from typing import Any
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_text_durably
 from cifar_lightning.report.findings import find, run_of
-from cifar_lightning.report.make_report import describe_run
 from cifar_lightning.report.page import facts_of, render, reproduction_of
+from cifar_lightning.report.report import describe_run
 from cifar_lightning.report.results import read_origin, read_results
 from cifar_lightning.runs.folder import RunFolder
 

@@ -15,7 +15,7 @@ from cifar_lightning.data.loaders import Rank
 from cifar_lightning.files import write_bytes_durably, write_json
 from cifar_lightning.metrics.classification import test_metrics
 from cifar_lightning.report.gallery import gallery_positions
-from cifar_lightning.report.make_report import write_confusion_tensor
+from cifar_lightning.report.report import write_confusion_tensor
 from cifar_lightning.report.results import Answers
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.callbacks import data_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from fitting import NARROW, fit_run
+from fitting import NARROW, Signal, fit_run
 from lightning.pytorch.trainer.states import TrainerFn
 
 from cifar_lightning import ImageClassifier, SmallNet, UserError, files
@@ -199,18 +199,6 @@ class Saves(pl.Callback):
 
     def on_save_checkpoint(self, trainer, module, checkpoint):
         self.steps.append(trainer.global_step)
-
-
-class Signal(pl.Callback):
-    """Sends a signal to this process in a hook, at a step."""
-
-    def __init__(self, hook, step, signum=signal.SIGTERM):
-        self.step, self.signum = step, signum
-        setattr(self, hook, self.send)
-
-    def send(self, trainer, *args):
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), self.signum)
 
 
 def test_it_is_written_every_n_steps_but_at_the_end_of_an_epoch_only_once(tmp_path):

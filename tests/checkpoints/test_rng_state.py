@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from fault_judge import differences
-from fitting import fit_run
+from fitting import Signal, fit_run
 from lightning.pytorch.trainer.states import TrainerFn
 from program import REPO, TINY
 from program import start as run_program
-from test_checkpoint import Signal
 
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO

@@ -3,8 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from fitting import fit_run
-from test_checkpoint import Signal
+from fitting import Signal, fit_run
 
 from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.checkpoints.loading import read_checkpoint

@@ -25,7 +25,7 @@ from cifar_lightning.data import download
 from cifar_lightning.data.image_decoding import decode_picture
 from cifar_lightning.data.image_folder import CACHE_FOLDER, ClassFolders
 from cifar_lightning.errors import UserError
-from cifar_lightning.report import make_report as report
+from cifar_lightning.report.report import make_report as report
 from cifar_lightning.runs.lock import RunLock
 
 SAME_EACH_TIME = settings(

@@ -154,7 +154,7 @@ def test_without_a_hash_the_pictures_that_both_kept_tell_other_ones(runs):
 
 
 def test_a_run_whose_answers_are_lost_is_refused_with_the_command(runs):
-    from cifar_lightning.report.make_report import write_confusion
+    from cifar_lightning.report.report import write_confusion
 
     results = read_results(runs[1])
     write_confusion(runs[1], results.confusion, results.class_names)

@@ -16,7 +16,7 @@ def run(tmp_path):
 
 
 def test_the_cards_numbers_are_the_reports(run):
-    from cifar_lightning.report import make_report
+    from cifar_lightning.report.report import make_report
 
     make_report(run)
     findings = json.loads(run.findings.read_text(encoding="utf-8"))

@@ -10,8 +10,8 @@ from jinja2 import UndefinedError
 from made_run import CIFAR10, make_run
 
 from cifar_lightning.formatting import count, percent, unbroken
-from cifar_lightning.report import make_report
 from cifar_lightning.report.page import command_of, facts_of, render, reproduction_of
+from cifar_lightning.report.report import make_report
 
 HUNDRED = [f"a_class_{index:02}" for index in range(100)]
 

@@ -101,7 +101,7 @@ def test_half_a_file_of_answers_is_damage(run):
 
 
 def test_without_the_answers_the_matrix_stands_in(run):
-    from cifar_lightning.report.make_report import write_confusion
+    from cifar_lightning.report.report import write_confusion
 
     whole = read_results(run)
     write_confusion(run, whole.confusion, whole.class_names)

@@ -6,8 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from fault_judge import differences
-from fitting import NARROW, fit_run
-from test_checkpoint import Signal
+from fitting import NARROW, Signal, fit_run
 from test_exact import result_of, seed
 
 from cifar_lightning import ImageClassifier

@@ -14,7 +14,7 @@ from made_run import CIFAR10, make_run
 from program import REPO, fail, start
 from rich.console import Console
 
-from cifar_lightning.report.make_report import make_report, write_confusion, write_confusion_tensor
+from cifar_lightning.report.report import make_report, write_confusion, write_confusion_tensor
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_analyze_never_loads_lightning_nor_torch_where_the_tensor_is_there(run):
     code = f"""
 import sys
 from pathlib import Path
-from cifar_lightning.report import make_report
+from cifar_lightning.report.report import make_report
 from cifar_lightning.runs.folder import open_run
 run = open_run(Path({str(run.path)!r}))
 make_report(run)
