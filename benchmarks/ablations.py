@@ -1,11 +1,11 @@
 """What each part of a training gives alone: the same short run with one flag changed, paired by seed.
 
-    python benchmarks/ablations.py --data ROOT                    SmallNet on 5,000 pictures, every part, seed 0
+    python benchmarks/ablations.py --data ROOT                    SmallNet on 5,000 images, every part, seed 0
     python benchmarks/ablations.py --data ROOT --seeds 1,2 --only ema,cutmix
-    python benchmarks/ablations.py --data ROOT --suite stems      ResNet-18, stem for small pictures or ImageNet's
+    python benchmarks/ablations.py --data ROOT --suite stems      ResNet-18, stem for small images or ImageNet's
 
-Accuracy is that on validation pictures, so that test stays for the runs that are reported; they are as many as a split
-allows, since one picture in a hundred is what is looked for. With --json runs are added to the file and those that are
+Accuracy is that on validation images, so that test stays for the runs that are reported; they are as many as a split
+allows, since one image in a hundred is what is looked for. With --json runs are added to the file and those that are
 there already are left out, so that seeds add up. The last line is the best part's accuracy over the base's.
 """
 
@@ -54,7 +54,7 @@ class Suite:
 
 SUITES = {
     "training": Suite(
-        "SmallNet at half width (32, 64, 128) on 5,000 pictures, Muon, 15 epochs; 20,000 validation pictures",
+        "SmallNet at half width (32, 64, 128) on 5,000 images, Muon, 15 epochs; 20,000 validation images",
         [
             "--data.limit=25000",
             "--data.val_fraction=0.8",
@@ -87,7 +87,7 @@ SUITES = {
         ("mirror", "six views"),
     ),
     "stems": Suite(
-        "ResNet-18 with ImageNet's stem, 300 steps of 64 pictures, AdamW; 5,000 validation pictures",
+        "ResNet-18 with ImageNet's stem, 300 steps of 64 images, AdamW; 5,000 validation images",
         [
             "--data.limit=24200",  # 300 x 64, and 5,000
             "--data.val_fraction=0.2066",
@@ -131,19 +131,19 @@ def execute(arguments: list[str]) -> None:
 
 
 def differences(lines: list[dict[str, Any]], part: str) -> list[float]:
-    """Return how much more of the pictures a part has right than the base, in points, seed by seed."""
+    """Return how much more of the images a part has right than the base, in points, seed by seed."""
     by_seed = {
         name: {line["seed"]: 100 * line["accuracy"] for line in lines if line["part"] == name} for name in (BASE, part)
     }
     return [by_seed[part][seed] - by_seed[BASE][seed] for seed in sorted(by_seed[BASE].keys() & by_seed[part].keys())]
 
 
-def verdict(points: list[float], num_pictures: int) -> str:
+def verdict(points: list[float], num_images: int) -> str:
     """Return the mean difference with its spread, and whether it is more than chance makes of such runs."""
     mean = statistics.mean(points)
     if len(points) == 1:
-        # Of the pictures alone, as if the answers were independent: that of the seed is not known from one.
-        chance = 200 * math.sqrt(2 * 0.2 * 0.8 / num_pictures)
+        # Of the images alone, as if the answers were independent: that of the seed is not known from one.
+        chance = 200 * math.sqrt(2 * 0.2 * 0.8 / num_images)
         told = "cannot tell" if abs(mean) < chance else "one seed alone"
         return f"{mean:+.2f} points (n=1, no spread): {told}"
     spread = statistics.stdev(points)

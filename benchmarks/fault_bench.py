@@ -90,11 +90,11 @@ class Trial:
         return self.bench.run(arguments, **{"cwd": self.place, **kwargs})
 
     def fit(self, out: Path, *, acts: str | None = None, env: Any = None, **settings: Any) -> Done:
-        """Train on the pictures that all rows share, into a folder."""
+        """Train on the images that all rows share, into a folder."""
         return self.run(self.bench.fit(out, **settings), acts=acts, env=env)
 
     def resume(self, out: Path, *, acts: str | None = None, env: Any = None, **settings: Any) -> Done:
-        """Go on with a training on the pictures that all rows share."""
+        """Go on with a training on the images that all rows share."""
         return self.run(self.bench.resume(out, **settings), acts=acts, env=env)
 
     def killed(self, out: Path, acts: str = "SIGKILL@train:47", **kwargs: Any) -> Path:
@@ -127,12 +127,12 @@ class Reference:
 
 
 class Bench:
-    """The pictures, the runs and the folder that the rows share.
+    """The images, the runs and the folder that the rows share.
 
     Args:
         folder: Where everything is made.
         subject: The program that is tried.
-        data: Class folders of real pictures for the runs that are compared bit by bit; by default drawn ones.
+        data: Class folders of real images for the runs that are compared bit by bit; by default drawn ones.
         kills: How often row 1 kills.
     """
 
@@ -215,37 +215,37 @@ class Bench:
         """Run the subject in a new process to its end; see `start`."""
         return self.wait(self.start(arguments, **kwargs))
 
-    # -- the pictures and runs that are compared
+    # -- the images and runs that are compared
 
     @functools.cached_property
     def drawn(self) -> Path:
-        """Class folders of drawn pictures: 600 to train on; 101 to test on, which 2 and 3 processes share unevenly."""
-        from fault_pictures import draw_class_folders
+        """Class folders of drawn images: 600 to train on; 101 to test on, which 2 and 3 processes share unevenly."""
+        from fault_images import draw_class_folders
 
         with self._lock:
             return draw_class_folders(self.folder / "drawn", num_train=600, num_test=101)
 
     @functools.cached_property
-    def pictures(self) -> Path:
-        """The pictures of the runs that are compared bit by bit: a copy of `--data`, or the drawn ones."""
+    def images(self) -> Path:
+        """The images of the runs that are compared bit by bit: a copy of `--data`, or the drawn ones."""
         with self._lock:
             if self.data is None:
                 return self.drawn
-            return Path(shutil.copytree(self.data, self.folder / "pictures", dirs_exist_ok=True))
+            return Path(shutil.copytree(self.data, self.folder / "images", dirs_exist_ok=True))
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """What makes 30 steps an epoch of the pictures."""
-        num_train = 600 if self.data is None else sum(1 for _ in (self.pictures / "train").glob("*/*"))
+        """What makes 30 steps an epoch of the images."""
+        num_train = 600 if self.data is None else sum(1 for _ in (self.images / "train").glob("*/*"))
         return {"batch_size": -(-num_train * 9 // 10 // 30), "size": 16 if self.data is None else 32}
 
     def fit(self, out: Any, **settings: Any) -> list[Any]:
-        """Return the arguments of a training on `pictures`."""
-        return self.subject.fit(self.pictures, out, **{**self.settings, **settings})
+        """Return the arguments of a training on `images`."""
+        return self.subject.fit(self.images, out, **{**self.settings, **settings})
 
     def resume(self, out: Any, **settings: Any) -> list[Any]:
         """Return the arguments that go on with it."""
-        return self.subject.resume(self.pictures, out, **{**self.settings, **settings})
+        return self.subject.resume(self.images, out, **{**self.settings, **settings})
 
     @property
     def reference(self) -> Reference:
@@ -267,7 +267,7 @@ class Bench:
 
     @property
     def finished(self) -> Path:
-        """A finished run on the drawn pictures."""
+        """A finished run on the drawn images."""
         if self.data is None:
             return self.reference.out
         with self._lock:

@@ -1,4 +1,4 @@
-"""Pictures for `faults.py`: class folders that are drawn, and files that are damaged, odd or a trap."""
+"""Images for `faults.py`: class folders that are drawn, and files that are damaged, odd or a trap."""
 
 import io
 import struct
@@ -16,7 +16,7 @@ from cifar_lightning.data.synthetic import CLASS_NAMES, draw
 
 
 def draw_class_folders(root: Path, *, num_train: int, num_test: int, num_classes: int = 10, size: int = 16) -> Path:
-    """Write `root/train/<class>/*.png` and `root/test/<class>/*.png` with pictures of shapes; return `root`."""
+    """Write `root/train/<class>/*.png` and `root/test/<class>/*.png` with images of shapes; return `root`."""
     for split, count in (("train", num_train), ("test", num_test)):
         images, targets = draw(split, count, size)
         for number, (image, target) in enumerate(zip(images, targets, strict=True)):
@@ -27,7 +27,7 @@ def draw_class_folders(root: Path, *, num_train: int, num_test: int, num_classes
 
 
 def small_set(root: Path, names: Iterable[str | bytes] = ("ant", "bee", "cat")) -> Path:
-    """Write a set of few pictures for rows that never train long: 20 a class to train on, 5 to test on."""
+    """Write a set of few images for rows that never train long: 20 a class to train on, 5 to test on."""
     import os
 
     for split, count in (("train", 20), ("test", 5)):
@@ -41,30 +41,30 @@ def small_set(root: Path, names: Iterable[str | bytes] = ("ant", "bee", "cat")) 
     return root
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **kwargs: object) -> bytes:
-    """Return a picture as the bytes of a file."""
+def encoded(image: Image.Image, kind: str = "PNG", **kwargs: object) -> bytes:
+    """Return an image as the bytes of a file."""
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **kwargs)
+    image.save(buffer, kind, **kwargs)
     return buffer.getvalue()
 
 
-def damaged_pictures() -> dict[str, bytes]:
-    """Return files that are no whole pictures, by name."""
+def damaged_images() -> dict[str, bytes]:
+    """Return files that are no whole images, by name."""
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     png, jpeg = (encoded(Image.fromarray(noise), kind) for kind in ("PNG", "JPEG"))
     flipped = bytearray(png)
     flipped[len(png) // 2] ^= 0x10
     return {
         "bad_empty.png": b"",
-        "bad_text.png": b"this is no picture\n",
+        "bad_text.png": b"this is no image\n",
         "bad_cut.png": png[: len(png) // 2],
         "bad_cut.jpg": jpeg[: len(jpeg) // 2],
         "bad_flipped.png": bytes(flipped),
     }
 
 
-def odd_pictures() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
-    """Return pictures of one colour in odd modes and sizes, by name, with the RGB that they must become."""
+def odd_images() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
+    """Return images of one colour in odd modes and sizes, by name, with the RGB that they must become."""
     palette = Image.new("P", (16, 16), 1)
     palette.putpalette([0, 0, 0, 10, 200, 30])
     deep = Image.fromarray(np.full((16, 16), 0x8000, np.uint16))

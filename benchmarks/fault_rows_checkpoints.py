@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from fault_bench import Trial, row
+from fault_images import small_set
 from fault_judge import Done, Payload, load
-from fault_pictures import small_set
 from fault_subjects import BENCHMARKS, ROOT
 
 _SEED = 11
@@ -128,7 +128,7 @@ def twice(trial: Trial) -> str:
 
 @row(26, "checkpoint with another class count")
 def other_classes(trial: Trial) -> str:
-    """Ten classes in the checkpoint, three in the pictures."""
+    """Ten classes in the checkpoint, three in the images."""
     data, last = small_set(trial.place / "three"), trial.subject.last(trial.bench.reference.out)
     settings = {"batch_size": 18, "epochs": 4, "workers": 0}
     if trial.subject.is_plain:

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 from fault_bench import Trial, kill_group, row, wait_for
+from fault_images import small_set
 from fault_judge import load
 from fault_mounts import fill, small_disk, without_privileges
-from fault_pictures import small_set
 
 
 @row(4, "disk full where checkpoints go")
@@ -95,7 +95,7 @@ def two_in_one(trial: Trial) -> str:
 
 @row(35, "spaces, umlauts, non-UTF-8 in paths")
 def odd_paths(trial: Trial) -> str:
-    """In the pictures' folder, classes and files, and in the run's folder; against the same with plain paths."""
+    """In the images' folder, classes and files, and in the run's folder; against the same with plain paths."""
     odd_names = ("ant ä", b"bee \xff", "cat 中")
     data = small_set(trial.place / "data")
     odd_place = os.fsencode(trial.place) + b"/M\xfcll \xc3\xa4 \xf0\x9f\x90\x88"
@@ -104,18 +104,18 @@ def odd_paths(trial: Trial) -> str:
     except OSError:  # the file system takes UTF-8 alone
         odd_place = os.fsencode(trial.place / "Müll 🐈")
         odd_data = small_set(Path(os.fsdecode(odd_place + b"/Bilder")), ("ant ä", "bee ö", "cat 中"))
-    odd_picture = next((odd_data / "train").iterdir()) / "00.png"
+    odd_image = next((odd_data / "train").iterdir()) / "00.png"
     settings = {"epochs": 1, "batch_size": 18, "workers": 2, "every": 2}
     out, odd_out = trial.place / "run", Path(os.fsdecode(odd_place + b"/run \xff"))
-    for what, pictures, folder in (("plain paths", data, out), ("odd paths", odd_data, odd_out)):
-        command = [os.fsencode(str(part)) for part in trial.subject.fit(pictures, folder, **settings)]
+    for what, images, folder in (("plain paths", data, out), ("odd paths", odd_data, odd_out)):
+        command = [os.fsencode(str(part)) for part in trial.subject.fit(images, folder, **settings)]
         trial.worked(what, trial.run(command))
     one, other = (load(trial.subject.last(folder))["state_dict"] for folder in (out, odd_out))
     trial.expect(all(one[name].equal(other[name]) for name in one), "the weights differ from those with plain paths")
     if not trial.subject.is_plain:
         run = os.fsencode(odd_out)
         trial.worked("analyze", trial.run(["analyze", run]))
-        trial.worked("predict-images", trial.run(["predict-images", run, os.fsencode(odd_picture), "--output", "-"]))
+        trial.worked("predict-images", trial.run(["predict-images", run, os.fsencode(odd_image), "--output", "-"]))
         trial.worked("resume", trial.run(["fit", "--resume", run, "--epochs", "2"]))
     what = "fit works" if trial.subject.is_plain else "fit, analyze, predict-images and resume work"
     return f"{what}; weights equal those with plain paths"

@@ -20,7 +20,7 @@ from fault_sabotage import ARCHIVE
 
 _NAME = "cifar-10-python.tar.gz"
 _FOLDER = "cifar-10-batches-py"
-_PAYLOAD = hashlib.shake_256(b"pictures").digest(400_000)  # not compressible, so that there is something to cut
+_PAYLOAD = hashlib.shake_256(b"images").digest(400_000)  # not compressible, so that there is something to cut
 
 
 def _tar(members: dict[str, bytes]) -> bytes:

@@ -1,12 +1,12 @@
-"""Rows 22 to 25 and 37: class folders and pictures as people have them, and caches that are out of date."""
+"""Rows 22 to 25 and 37: class folders and images as people have them, and caches that are out of date."""
 
 import shutil
 from pathlib import Path
 
 import numpy as np
 from fault_bench import Trial, row
+from fault_images import bomb, damaged_images, encoded, odd_images, small_set
 from fault_judge import Done, load
-from fault_pictures import bomb, damaged_pictures, encoded, odd_pictures, small_set
 from PIL import Image
 
 _SETTINGS = {"epochs": 1, "batch_size": 18, "workers": 0}
@@ -38,10 +38,10 @@ def class_folders(trial: Trial) -> str:
     return "missing, extra and empty are named, hidden is no class"
 
 
-@row(23, "pictures: zero bytes, text, truncated PNG/JPEG, flipped byte")
+@row(23, "images: zero bytes, text, truncated PNG/JPEG, flipped byte")
 def damaged(trial: Trial) -> str:
     """All at once: one is named, all are counted and listed."""
-    data, bad = small_set(trial.place / "data"), damaged_pictures()
+    data, bad = small_set(trial.place / "data"), damaged_images()
     for name, content in bad.items():
         (data / "train" / "bee" / name).write_bytes(content)
     done = _fit(trial, data)
@@ -54,26 +54,26 @@ def damaged(trial: Trial) -> str:
 @row(24, "gray, RGBA, palette, CMYK, 16-bit, other sizes")
 def odd(trial: Trial) -> str:
     """What is converted must be what is documented; what has no defined white is refused."""
-    data, pictures = small_set(trial.place / "data"), odd_pictures()
-    for name, (content, _) in pictures.items():
+    data, images = small_set(trial.place / "data"), odd_images()
+    for name, (content, _) in images.items():
         (data / "train" / "bee" / name).write_bytes(content)
     if trial.worked("converted", _fit(trial, data)) and not trial.subject.is_plain:
         names = sorted(path.name for path in (data / "train" / "bee").iterdir())
         decoded = np.load(data / _CACHE)[20 : 20 + len(names)].astype(int)
-        for name, (_, rgb) in pictures.items():
+        for name, (_, rgb) in images.items():
             pixels = decoded[names.index(name)]
             trial.expect(np.abs(pixels - rgb).max() <= 3, f"{name} became {pixels[0, 0].tolist()}, not {list(rgb)}")
     if trial.subject.is_plain:
-        _check_as_torchvision_reads(trial, data, pictures)
+        _check_as_torchvision_reads(trial, data, images)
     (data / "train" / "bee" / "odd_float.tif").write_bytes(encoded(Image.new("F", (16, 16), 0.5), "TIFF"))
     trial.refused("floating point", _fit(trial, data, "float"), "odd_float.tif")
-    return f"{len(pictures)} kinds converted as documented, floating point refused"
+    return f"{len(images)} kinds converted as documented, floating point refused"
 
 
-def _check_as_torchvision_reads(trial: Trial, data: Path, pictures: dict) -> None:
+def _check_as_torchvision_reads(trial: Trial, data: Path, images: dict) -> None:
     from torchvision.datasets.folder import default_loader
 
-    for name, (_, rgb) in pictures.items():
+    for name, (_, rgb) in images.items():
         pixels = np.asarray(default_loader(str(data / "train" / "bee" / name))).astype(int)
         if name != "odd_transparent.png":  # what is below transparency is the reader's choice
             trial.expect(np.abs(pixels - rgb).max() <= 3, f"{name} became {pixels[0, 0].tolist()}, not {list(rgb)}")
@@ -88,13 +88,13 @@ def decompression_bomb(trial: Trial) -> str:
     return "refused, by name"
 
 
-@row(37, "cached pictures older than the folder, or cache cut short", plain=False)
+@row(37, "cached images older than the folder, or cache cut short", plain=False)
 def old_cache(trial: Trial) -> str:
     """What is trained on must be what a folder without a cache gives."""
     data = small_set(trial.place / "data")
     trial.worked("first start", _fit(trial, data, "first"))
-    picture = data / "train" / "ant" / "07.png"
-    picture.write_bytes(encoded(Image.new("RGB", (16, 16), (1, 2, 3))))
+    image = data / "train" / "ant" / "07.png"
+    image.write_bytes(encoded(Image.new("RGB", (16, 16), (1, 2, 3))))
     done = _fit(trial, data, "older")
     trial.expect("decoding them again" in done.stdout, "older: nothing says so")
     trial.expect(np.load(data / _CACHE)[7, 0, 0].tolist() == [1, 2, 3], "older: the cache was not rebuilt")

@@ -18,7 +18,7 @@ _GONE_S = 60
 
 @row(16, "2 and 3 ranks, uneven shares")
 def uneven_shares(trial: Trial) -> str:
-    """The test of one run, by 1, 2 and 3 processes: 101 pictures."""
+    """The test of one run, by 1, 2 and 3 processes: 101 images."""
     finished = trial.bench.finished
     if trial.subject.is_plain:
         return _uneven_shares_of_plain(trial, finished)
@@ -35,7 +35,7 @@ def uneven_shares(trial: Trial) -> str:
         for name in ("accuracy", "loss", "ece", "num_pictures"):
             one, several = runs[1][1][name], runs[ranks][1][name]
             trial.expect(abs(one - several) <= 1e-6, f"{ranks} processes: {name} {several} and not {one}")
-    return f"the same confusion matrix of {runs[1][1]['num_pictures']} pictures, means within 1e-6"
+    return f"the same confusion matrix of {runs[1][1]['num_pictures']} images, means within 1e-6"
 
 
 def _uneven_shares_of_plain(trial: Trial, finished: Path) -> str:

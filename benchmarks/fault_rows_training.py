@@ -4,8 +4,8 @@ import json
 
 import yaml
 from fault_bench import Trial, row
+from fault_images import small_set
 from fault_judge import load
-from fault_pictures import small_set
 
 _SETTINGS = {"epochs": 1, "batch_size": 18, "workers": 0}
 
@@ -45,7 +45,7 @@ def large_batch(trial: Trial) -> str:
     return "exit 2, names the flag and the set's size"
 
 
-@row(28, "no validation pictures but a monitor")
+@row(28, "no validation images but a monitor")
 def nothing_to_monitor(trial: Trial) -> str:
     """A callback that watches val/acc, and nothing held out."""
     data = small_set(trial.place / "data")

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fault_rows_checkpoints
 import fault_rows_disk
 import fault_rows_downloads
+import fault_rows_images
 import fault_rows_kills
-import fault_rows_pictures
 import fault_rows_processes
 import fault_rows_training
 from fault_bench import ROWS, Bench, Row, Skipped, Trial
@@ -41,7 +41,7 @@ THEMES = (
     fault_rows_disk,
     fault_rows_downloads,
     fault_rows_kills,
-    fault_rows_pictures,
+    fault_rows_images,
     fault_rows_processes,
     fault_rows_training,
 )
@@ -151,7 +151,7 @@ def write_results(path: Path, args: argparse.Namespace, results: list[Result], e
     """Put rows into a results file, in place of what it has of them; each says at which commit and how it was tried."""
     hardware = f"{environment['num_usable_cpus']} cores of {environment['cpu']}"
     how = {"commit": environment["commit"], "dirty": environment["dirty"], "hardware": hardware}
-    how |= {"kills": args.kills, "pictures": "drawn" if args.data is None else "real"}
+    how |= {"kills": args.kills, "images": "drawn" if args.data is None else "real"}
     known = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
     rows = {row["number"]: row for row in known} | {result.number: asdict(result) | how for result in results}
     ordered = [rows[number] for number in sorted(rows)]
@@ -166,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=parse_rows, default=sorted(ROWS), help="rows, such as 1,7,20 (default: all)")
     parser.add_argument("--subject", choices=tuple(SUBJECTS), default="ours", help="what is tried (default: ours)")
-    parser.add_argument("--data", type=Path, help="class folders of real pictures for the rows that compare bit by bit")
+    parser.add_argument("--data", type=Path, help="class folders of real images for the rows that compare bit by bit")
     parser.add_argument("--kills", type=int, default=5, help="SIGKILLs of row 1 (default 5)")
     parser.add_argument("--jobs", type=int, default=2, help="rows at the same time (default 2)")
     parser.add_argument(

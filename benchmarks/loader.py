@@ -1,13 +1,13 @@
-"""Finished training pictures a second on 2 CPU cores: our resident loader against torchvision's and airbench's ways.
+"""Finished training images a second on 2 CPU cores: our resident loader against torchvision's and airbench's ways.
 
-    python benchmarks/loader.py                         50,000 random 32x32 pictures, against torchvision
+    python benchmarks/loader.py                         50,000 random 32x32 images, against torchvision
     python benchmarks/loader.py --peer airbench=DIR     also against the loader in a checkout of
                                                         github.com/KellerJordan/cifar10-airbench
-    python benchmarks/loader.py --data ROOT             the training pictures of class folders, scaled to 32x32
+    python benchmarks/loader.py --data ROOT             the training images of class folders, scaled to 32x32
 
-Each makes the same of the same uint8 pictures: a crop out of 4 pixels of reflected padding, a random flip, normalised
+Each makes the same of the same uint8 images: a crop out of 4 pixels of reflected padding, a random flip, normalised
 floats, a square of 12 pixels set to 0, in shuffled batches of 500. They run in turn, an epoch each, after one epoch of
-each for warming up, and are compared within a round. torchvision.transforms.v2 works picture by picture in 2 persistent
+each for warming up, and are compared within a round. torchvision.transforms.v2 works image by image in 2 persistent
 workers of a DataLoader; ours and airbench's work on whole batches with 2 threads. The cores must be free: a thread that
 waits for the other one's share makes nothing. The last line is ours over torchvision.
 """
@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peers import changed_for_cpu, peer_of, read_peer
 
 from cifar_lightning import ImageDataModule
-from cifar_lightning.data.datasets import Channels, PictureSet
+from cifar_lightning.data.datasets import Channels, ImageSet
 from cifar_lightning.data.loaders import ResidentLoader
 from cifar_lightning.errors import UserError
 from cifar_lightning.runs.environment import describe_environment
@@ -63,11 +63,11 @@ AIRBENCH_CHANGES = {
 }
 
 Epoch = Callable[[], Iterable[Tensor]]
-"""Begins an epoch; gives each batch's pictures."""
+"""Begins an epoch; gives each batch's images."""
 
 
 @dataclass(frozen=True)
-class RandomPictures:
+class RandomImages:
     """A source of random pixels: it is ready at once, and a loader does not look at what it moves."""
 
     num_train: int
@@ -80,18 +80,18 @@ class RandomPictures:
     def prepare(self) -> None:
         """Nothing to do."""
 
-    def load(self, split: str) -> PictureSet | None:
-        """Draw train, or a test of one picture."""
+    def load(self, split: str) -> ImageSet | None:
+        """Draw train, or a test of one image."""
         if split == "val":
             return None
         count = self.num_train if split == "train" else 1
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (count, IMAGE_SIZE, IMAGE_SIZE, self.in_channels), dtype=np.uint8)
-        return PictureSet(images, rng.integers(0, len(self.class_names), count), sha256="")
+        return ImageSet(images, rng.integers(0, len(self.class_names), count), sha256="")
 
     def describe(self) -> str:
         """One line for the terminal."""
-        return f"{self.num_train:,} random pictures, {IMAGE_SIZE}x{IMAGE_SIZE}"
+        return f"{self.num_train:,} random images, {IMAGE_SIZE}x{IMAGE_SIZE}"
 
 
 def use_cores(num: int) -> None:
@@ -102,20 +102,20 @@ def use_cores(num: int) -> None:
 
 
 def make_data(root: Path | None, num: int) -> ImageDataModule:
-    """Return the data module that a recipe would make of these pictures, all of them for training."""
+    """Return the data module that a recipe would make of these images, all of them for training."""
     dataset = "synthetic" if root is None else "folder"
     settings: dict[str, Any] = {"crop_padding_px": PADDING_PX, "crop_mode": "reflect", "cutout_px": CUTOUT_PX}
     settings |= {"image_size": IMAGE_SIZE, "val_fraction": 0, "num_workers": 0, "drop_last": True, "device": "cpu"}
     data = ImageDataModule(dataset, str(root or "."), BATCH_SIZE, **settings)
     if root is None:
-        data.source = RandomPictures(num)
+        data.source = RandomImages(num)
     data.prepare_data()
     data.setup()
     return data
 
 
-class TransformedPictures(Dataset[tuple[Tensor, int]]):
-    """A set in memory as most projects write it: a picture is transformed when it is asked for."""
+class TransformedImages(Dataset[tuple[Tensor, int]]):
+    """A set in memory as most projects write it: an image is transformed when it is asked for."""
 
     def __init__(self, images: Tensor, targets: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
         self.images, self.targets, self.transform = images.permute(0, 3, 1, 2).contiguous(), targets, transform
@@ -128,7 +128,7 @@ class TransformedPictures(Dataset[tuple[Tensor, int]]):
 
 
 def torchvision_epochs(loader: ResidentLoader, num_workers: int) -> Epoch:
-    """Return what begins an epoch of torchvision's transforms in a DataLoader, over the pictures of ours."""
+    """Return what begins an epoch of torchvision's transforms in a DataLoader, over the images of ours."""
     area = (CUTOUT_PX / IMAGE_SIZE) ** 2
     transform = v2.Compose(
         [
@@ -142,8 +142,8 @@ def torchvision_epochs(loader: ResidentLoader, num_workers: int) -> Epoch:
         ]
     )
     settings: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": True, "drop_last": True}
-    pictures = TransformedPictures(loader.images, loader.targets, transform)
-    batches = DataLoader(pictures, batch_size=BATCH_SIZE, shuffle=True, **settings)
+    raw_images = TransformedImages(loader.images, loader.targets, transform)
+    batches = DataLoader(raw_images, batch_size=BATCH_SIZE, shuffle=True, **settings)
     return lambda: (images for images, _ in batches)
 
 
@@ -161,7 +161,7 @@ def airbench_loader_text(checkout: Path) -> str:
 
 
 def airbench_epochs(loader: ResidentLoader, text: str) -> Epoch:
-    """Return what begins an epoch of airbench's loader over the pictures of ours; its own iterator never ends."""
+    """Return what begins an epoch of airbench's loader over the images of ours; its own iterator never ends."""
     names: dict[str, Any] = {"os": os, "torch": torch, "F": F, "torchvision": torchvision}
     names["T"] = torchvision.transforms
     exec(compile(text, AIRBENCH_FILE, "exec"), names)
@@ -184,7 +184,7 @@ def check(name: str, batches: Iterable[Tensor], num_batches: int) -> None:
     assert first.shape == (BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE), f"{name}: {first.shape}"
     assert first.dtype == torch.float32, f"{name}: {first.dtype}"
     cut_out = (first == 0).all(1).flatten(1).sum(1)
-    assert (cut_out >= CUTOUT_PX**2).all(), f"{name}: a picture without its square"
+    assert (cut_out >= CUTOUT_PX**2).all(), f"{name}: an image without its square"
     assert 1 + sum(1 for _ in iterator) == num_batches, name
 
 
@@ -208,8 +208,8 @@ def main() -> None:
     parser.add_argument(
         "--peer", type=peer_of(["airbench"]), metavar="airbench=DIR", help="also compare with airbench's loader"
     )
-    parser.add_argument("--data", type=Path, metavar="ROOT", help="class folders; by default random pictures")
-    parser.add_argument("--num", type=int, default=50_000, help="random pictures (default 50,000, as CIFAR-10 has)")
+    parser.add_argument("--data", type=Path, metavar="ROOT", help="class folders; by default random images")
+    parser.add_argument("--num", type=int, default=50_000, help="random images (default 50,000, as CIFAR-10 has)")
     parser.add_argument("--rounds", type=int, default=5, help="epochs of every loader (default 5)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
@@ -230,11 +230,11 @@ def main() -> None:
     tell(rates, data.source.describe(), text, args)
 
 
-def tell(rates: dict[str, list[float]], pictures: str, airbench_text: str | None, args: argparse.Namespace) -> None:
+def tell(rates: dict[str, list[float]], images: str, airbench_text: str | None, args: argparse.Namespace) -> None:
     """Print the figures, and write them where `--json` asks for it."""
     environment = describe_environment()
     device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores"
-    print(f"{pictures}; batches of {BATCH_SIZE}, images/s:")
+    print(f"{images}; batches of {BATCH_SIZE}, images/s:")
     for name, values in rates.items():
         print(f"  {name:<12} {statistics.median(values):9,.0f}  ({min(values):,.0f} to {max(values):,.0f})")
     peers = [name for name in rates if name != "ours"]
@@ -248,7 +248,7 @@ def tell(rates: dict[str, list[float]], pictures: str, airbench_text: str | None
             "commit": environment["commit"],
             "hardware": device,
             "versions": environment["versions"],
-            "pictures": pictures,
+            "images": images,
             "batch_size": BATCH_SIZE,
             "images_per_s": rates,
             "ratios": ratios,

@@ -1,12 +1,12 @@
-"""What each network costs on small pictures: parameters, multiply-adds, how large it keeps the picture, images/s.
+"""What each network costs on small images: parameters, multiply-adds, how large it keeps the image, images/s.
 
     python benchmarks/models.py                              every network that has a name, at 32 pixels
     python benchmarks/models.py smallnet timm/resnet26d      these alone
     python benchmarks/models.py --json benchmarks/results/models.json
 
-Multiply-adds are those of convolutions and matrix products for one picture, counted by torch from shapes. The map is
+Multiply-adds are those of convolutions and matrix products for one image, counted by torch from shapes. The map is
 what the last convolution gives (of a vision transformer: its patches). Images/s are of training steps (forward,
-backward, SGD with momentum) in 32 bits on random pictures that lie on the device, channels last as in `fit`. The last
+backward, SGD with momentum) in 32 bits on random images that lie on the device, channels last as in `fit`. The last
 line is how many times as many images a second resnet18 trains as smallnet; without both, the last named as the first.
 """
 
@@ -32,9 +32,9 @@ NUM_CLASSES = 10
 NUM_WARM_UP = 2  # steps; cuDNN chooses its algorithms in the first
 
 
-def costs(network: nn.Module, image_size: int) -> dict[str, Any]:
-    """Return parameters, multiply-adds for a picture and the map before pooling as [rows, columns]."""
-    shapes = copy.deepcopy(network).to("meta").eval()
+def costs(model: nn.Module, image_size: int) -> dict[str, Any]:
+    """Return parameters, multiply-adds for an image and the map before pooling as [rows, columns]."""
+    shapes = copy.deepcopy(model).to("meta").eval()
     maps: list[list[int]] = []
 
     def note(layer: nn.Module, taken: tuple[Tensor], given: Tensor) -> None:
@@ -47,16 +47,16 @@ def costs(network: nn.Module, image_size: int) -> dict[str, Any]:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shapes(torch.empty(1, 3, image_size, image_size, device="meta"))
     return {
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "multiply_adds": counter.get_total_flops() // 2,
         "map": maps[-1] if maps else [1, 1],
     }
 
 
-def step_times_s(network: nn.Module, image_size: int, batch_size: int, steps: int, device: torch.device) -> list[float]:
+def step_times_s(model: nn.Module, image_size: int, batch_size: int, steps: int, device: torch.device) -> list[float]:
     """Return the seconds of some training steps."""
-    network = network.to(device, memory_format=torch.channels_last).train()
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    model = model.to(device, memory_format=torch.channels_last).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
     images = torch.randn(batch_size, 3, image_size, image_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -65,7 +65,7 @@ def step_times_s(network: nn.Module, image_size: int, batch_size: int, steps: in
     for _ in range(NUM_WARM_UP + steps):
         began = time.perf_counter()
         optimizer.zero_grad()
-        nn.functional.cross_entropy(network(images), targets).backward()
+        nn.functional.cross_entropy(model(images), targets).backward()
         optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="networks; by default all that have a name")
     parser.add_argument("--image_size", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=32, help="pictures a step (default 32)")
+    parser.add_argument("--batch", type=int, default=32, help="images a step (default 32)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default 5), after 2 to warm up")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
@@ -102,9 +102,9 @@ def main() -> None:
     rows = {}
     for name in args.names or MODELS:
         torch.manual_seed(0)
-        network = build_model(name, NUM_CLASSES, args.image_size)
-        row = {"name": name, **costs(network, args.image_size)}
-        times_s = step_times_s(network, args.image_size, args.batch, args.steps, device)
+        model = build_model(name, NUM_CLASSES, args.image_size)
+        row = {"name": name, **costs(model, args.image_size)}
+        times_s = step_times_s(model, args.image_size, args.batch, args.steps, device)
         for what, chosen_s in (
             ("images_per_s", statistics.median(times_s)),
             ("slowest", max(times_s)),

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cifar_lightning import ImageDataModule, SmallNet
 from cifar_lightning.cli.flags import table
 from cifar_lightning.cli.main import run_command
-from cifar_lightning.data.loaders import PictureLoader
+from cifar_lightning.data.loaders import ImageLoader
 from cifar_lightning.models.registry import MODELS
 from cifar_lightning.optim.optimizers import build_optimizer
 from cifar_lightning.optim.schedules import make_schedule
@@ -54,15 +54,15 @@ class Clocked(nn.Module):
 
     ticks_s: list[float] = []  # noqa: RUF012 - shared on purpose
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.network = network
+        self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the network's logits."""
         if self.training:
             Clocked.ticks_s.append(time.perf_counter())
-        return self.network(images)
+        return self.model(images)
 
 
 def one_layer(num_classes: int, image_size: int) -> nn.Module:
@@ -75,14 +75,14 @@ def small_net(num_classes: int, image_size: int) -> nn.Module:
     return Clocked(SmallNet(num_classes)).to(memory_format=torch.channels_last)
 
 
-def register(**networks: Callable[[int, int], nn.Module]) -> None:
+def register(**models: Callable[[int, int], nn.Module]) -> None:
     """Let `--model.name` take further networks."""
-    MODELS.update(networks)
-    table()["model.name"]["choices"] += networks
+    MODELS.update(models)
+    table()["model.name"]["choices"] += models
 
 
 @dataclass(frozen=True)
-class Parts:
+class Splits:
     """What every way trains with.
 
     Attributes:
@@ -96,42 +96,42 @@ class Parts:
     flags: list[str]
 
 
-def usual_parts() -> Parts:
+def usual_parts() -> Splits:
     """Return AdamW with OneCycle."""
-    return Parts(
+    return Splits(
         {"name": "adamw", "lr": LR, "weight_decay": 0.05, "sgd_lr": 0.1},
         lambda optimizer, steps: make_schedule(optimizer, "one_cycle", total_steps=steps),
         [f"--lr={LR}"],
     )
 
 
-def recipe_parts(recipe: str) -> Parts:
+def recipe_parts(recipe: str) -> Splits:
     """Return what a recipe with a linear schedule trains with; sizes, views and precision are a plain run's."""
     path = Path(__file__).resolve().parent.parent / "configs" / f"{recipe}.yaml"
     model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
     names = ("lr", "sgd_lr", "head_lr", "momentum", "sgd_momentum", "sgd_weight_decay")
     optimizer = {name: model[name] for name in names} | {"name": model["optimizer"], "weight_decay": 0.0}
     plain = ["--data.train_sizes=[32]", "--model.tta=none", "--trainer.precision=32-true", "--model.model_kwargs=null"]
-    plain += ["--model.stem_share=1.0"]  # one layer has no stem
-    return Parts(
+    plain += ["--model.stem_train_fraction=1.0"]  # one layer has no stem
+    return Splits(
         optimizer,
         lambda optimizer, steps: make_schedule(optimizer, "linear", total_steps=steps),
         [f"--config={path}", *plain],
     )
 
 
-def hand_loop(parts: Parts, name: str, batch_size: int) -> None:
+def hand_loop(parts: Splits, name: str, batch_size: int) -> None:
     """Train one epoch as one would without Lightning."""
     os.environ[NVML_CHECK] = "0"  # as in a process without Lightning
     data = ImageDataModule("synthetic", batch_size=batch_size)
     loader = data.train_dataloader()
-    network = MODELS[name](10, 32)
-    optimizer = build_optimizer(network, **parts.optimizer)
+    model = MODELS[name](10, 32)
+    optimizer = build_optimizer(model, **parts.optimizer)
     schedule = parts.schedule(optimizer, len(loader))
-    network.train()
+    model.train()
     for images, targets in loader:
         optimizer.zero_grad()
-        loss = F.cross_entropy(network(images), targets, label_smoothing=0.1)
+        loss = F.cross_entropy(model(images), targets, label_smoothing=0.1)
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -140,20 +140,20 @@ def hand_loop(parts: Parts, name: str, batch_size: int) -> None:
 class PlainModule(pl.LightningModule):
     """What most projects write."""
 
-    def __init__(self, parts: Parts, name: str, total_steps: int) -> None:
+    def __init__(self, parts: Splits, name: str, total_steps: int) -> None:
         super().__init__()
-        self.parts, self.network, self.total_steps = parts, MODELS[name](10, 32), total_steps
+        self.parts, self.model, self.total_steps = parts, MODELS[name](10, 32), total_steps
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return and log the loss."""
         images, targets = batch
-        loss = F.cross_entropy(self.network(images), targets, label_smoothing=0.1)
+        loss = F.cross_entropy(self.model(images), targets, label_smoothing=0.1)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> dict:
         """Return the same optimiser and schedule as the others."""
-        optimizer = build_optimizer(self.network, **self.parts.optimizer)
+        optimizer = build_optimizer(self.model, **self.parts.optimizer)
         schedule = self.parts.schedule(optimizer, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -165,12 +165,12 @@ class TrainingData(pl.LightningDataModule):
         super().__init__()
         self.inner = ImageDataModule("synthetic", batch_size=batch_size)
 
-    def train_dataloader(self) -> PictureLoader:
+    def train_dataloader(self) -> ImageLoader:
         """Return our loader."""
         return self.inner.train_dataloader()
 
 
-def plain_lightning(parts: Parts, name: str, batch_size: int) -> None:
+def plain_lightning(parts: Splits, name: str, batch_size: int) -> None:
     """Train one epoch with Lightning's defaults."""
     os.environ[NVML_CHECK] = "1"  # as importing Lightning leaves it
     data = TrainingData(batch_size)
@@ -178,7 +178,7 @@ def plain_lightning(parts: Parts, name: str, batch_size: int) -> None:
     pl.Trainer(max_epochs=1, accelerator="cpu", logger=CSVLogger("logs")).fit(module, data)
 
 
-def barebones(parts: Parts, name: str, batch_size: int) -> None:
+def barebones(parts: Splits, name: str, batch_size: int) -> None:
     """Train one epoch with everything that Lightning can switch off switched off."""
     os.environ[NVML_CHECK] = "1"  # as importing Lightning leaves it
     data = TrainingData(batch_size)
@@ -186,7 +186,7 @@ def barebones(parts: Parts, name: str, batch_size: int) -> None:
     pl.Trainer(max_epochs=1, accelerator="cpu", barebones=True).fit(module, data)
 
 
-def our_fit(parts: Parts, name: str, batch_size: int) -> None:
+def our_fit(parts: Splits, name: str, batch_size: int) -> None:
     """Train one epoch with the ordinary `fit` command."""
     flags = {"--data.dataset": "synthetic", "--batch_size": batch_size, "--model.name": name, "--epochs": 1}
     flags_given = [*parts.flags, *(f"{flag}={value}" for flag, value in flags.items())]

@@ -29,23 +29,23 @@ class PlainClassifier(pl.LightningModule):
         for wide_in, wide_out in pairwise(widths):
             layers += [nn.Conv2d(wide_in, wide_out, 3, padding=1), nn.BatchNorm2d(wide_out), nn.ReLU(), nn.MaxPool2d(2)]
         tail = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(16, num_classes)]
-        self.network = nn.Sequential(*layers, *tail)
+        self.model = nn.Sequential(*layers, *tail)
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Return and log the loss."""
         images, targets = batch
-        loss = F.cross_entropy(self.network(images), targets, label_smoothing=0.1)
+        loss = F.cross_entropy(self.model(images), targets, label_smoothing=0.1)
         self.log("train/loss", loss, on_epoch=True)
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Log the accuracy."""
-        self.log("val/acc", self.accuracy(self.network(batch[0]), batch[1]), on_epoch=True, sync_dist=True)
+        self.log("val/acc", self.accuracy(self.model(batch[0]), batch[1]), on_epoch=True, sync_dist=True)
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Log the accuracy."""
-        self.log("test/acc", self.accuracy(self.network(batch[0]), batch[1]), on_epoch=True, sync_dist=True)
+        self.log("test/acc", self.accuracy(self.model(batch[0]), batch[1]), on_epoch=True, sync_dist=True)
 
     def configure_optimizers(self) -> dict:
         """Return AdamW and OneCycle."""

@@ -1,11 +1,11 @@
-"""Finished training pictures a second with TrivialAugmentWide: whole batches against torchvision picture by picture.
+"""Finished training images a second with TrivialAugmentWide: whole batches against torchvision image by image.
 
-    python benchmarks/policies.py                    2,000 random 32x32 pictures, 3 rounds
+    python benchmarks/policies.py                    2,000 random 32x32 images, 3 rounds
     python benchmarks/policies.py --policy rand      RandAugment on both sides
     python benchmarks/policies.py --size 224 --num 200
 
-Both make normalised floats of the same uint8 pictures in this process, with the same threads, in batches of 500: ours
-draws an epoch's tables and augments whole batches; torchvision.transforms.v2 takes each picture as a tensor (planes,
+Both make normalised floats of the same uint8 images in this process, with the same threads, in batches of 500: ours
+draws an epoch's tables and augments whole batches; torchvision.transforms.v2 takes each image as a tensor (planes,
 as it wants them), with its default nearest-neighbour interpolation, and stacks a batch. Who goes first alternates; the
 two are compared within a round, after one round for warming up. The cores must be free. The last line is ours over
 torchvision.
@@ -44,21 +44,21 @@ def our_epochs(images: Tensor, policy: Policy) -> Epoch:
 
     def epoch(number: int) -> Iterable[Tensor]:
         draws = draw_epoch(chosen, seed=0, epoch=number, device=images.device, **shape)
-        for pictures in torch.arange(len(images)).split(BATCH_SIZE):
-            yield augment(images[pictures], draws.of(pictures), chosen, mean=mean, std=std)
+        for raw_images in torch.arange(len(images)).split(BATCH_SIZE):
+            yield augment(images[raw_images], draws.of(raw_images), chosen, mean=mean, std=std)
 
     return epoch
 
 
 def torchvision_epochs(images: Tensor, policy: Policy) -> Epoch:
-    """Return what makes an epoch picture by picture."""
+    """Return what makes an epoch image by image."""
     change = v2.TrivialAugmentWide() if policy == "trivial" else v2.RandAugment()
     transform = v2.Compose([change, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
     planes = images.permute(0, 3, 1, 2).contiguous()
 
     def epoch(_: int) -> Iterable[Tensor]:
-        for pictures in torch.arange(len(planes)).split(BATCH_SIZE):
-            yield torch.stack([transform(planes[k]) for k in pictures.tolist()])
+        for raw_images in torch.arange(len(planes)).split(BATCH_SIZE):
+            yield torch.stack([transform(planes[k]) for k in raw_images.tolist()])
 
     return epoch
 
@@ -83,7 +83,7 @@ def main() -> None:
     """Measure and print; the last line is `ratio=X`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", choices=["trivial", "rand"], default="trivial", help="default trivial")
-    parser.add_argument("--num", type=int, default=2_000, help="random pictures (default 2,000)")
+    parser.add_argument("--num", type=int, default=2_000, help="random images (default 2,000)")
     parser.add_argument("--size", type=int, default=32, help="their side in pixels (default 32)")
     parser.add_argument("--rounds", type=int, default=3, help="epochs of each way (default 3)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each way (default 2)")
@@ -96,7 +96,7 @@ def main() -> None:
     rates = compare(ways, args.num, args.size, args.rounds)
     environment = describe_environment()
     device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores, {args.threads} threads"
-    print(f"{args.num:,} random pictures, {args.size}x{args.size}, policy {args.policy}, images/s:")
+    print(f"{args.num:,} random images, {args.size}x{args.size}, policy {args.policy}, images/s:")
     for name, values in rates.items():
         print(f"  {name:<12} {statistics.median(values):9,.0f}  ({min(values):,.0f} to {max(values):,.0f})")
     ratios = [ours / peer for ours, peer in zip(rates["ours"], rates["torchvision"], strict=True)]

@@ -1,10 +1,10 @@
-"""Pictures classified by `predict_images` against one picture at a time.
+"""Images classified by `predict_images` against one image at a time.
 
     python benchmarks/predict.py                         SmallNet with random weights, 1,000 random 32x32 PNGs
-    python benchmarks/predict.py RUN FOLDER [--num N]    a run's network, the first N pictures of a folder
-    python benchmarks/predict.py --command               also one command a picture, from a few starts; the last line
+    python benchmarks/predict.py RUN FOLDER [--num N]    a run's network, the first N images of a folder
+    python benchmarks/predict.py --command               also one command an image, from a few starts; the last line
 
-The loop opens a picture, makes a tensor and asks the same network, all in this process; both ways run in turn, several
+The loop opens an image, makes a tensor and asks the same network, all in this process; both ways run in turn, several
 rounds, and are compared within a round. Reading the checkpoint is left out of both, since a loop would do it once, too.
 """
 
@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cifar_lightning import ImageClassifier
 from cifar_lightning.inference import predict_images as predict
-from cifar_lightning.inference.predict_images import find_pictures, predict_images
-from cifar_lightning.inference.trained_model import TrainedNetwork, load_network
+from cifar_lightning.inference.predict_images import find_images, predict_images
+from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
 from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.runs.folder import RunFolder, open_run
 
@@ -53,29 +53,29 @@ def make_run(path: Path) -> RunFolder:
     return run
 
 
-def make_pictures(folder: Path, num: int) -> None:
+def make_images(folder: Path, num: int) -> None:
     """Write random PNGs."""
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (num, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    for k, picture in enumerate(pixels):
-        Image.fromarray(picture).save(folder / f"{k:06}.png")
+    for k, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{k:06}.png")
 
 
-def loop(trained: TrainedNetwork, paths: Sequence[Path], output: Path) -> list[int]:
-    """Classify one picture at a time as one would by hand; return the classes. For pictures of the network's size."""
+def loop(trained: TrainedModel, paths: Sequence[Path], output: Path) -> list[int]:
+    """Classify one image at a time as one would by hand; return the classes. For images of the network's size."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = trained.network.to(device)
+    model = trained.model.to(device)
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (trained.mean, trained.std))
     size = trained.image_size
     preds = []
     with torch.inference_mode(), output.open("w", encoding="utf-8") as file:
         for path in paths:
             with Image.open(path) as opened:
-                picture = opened.convert("RGB")
-            if picture.size != (size, size):
-                picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-            image = torch.from_numpy(np.array(picture)).to(device).permute(2, 0, 1).float() / 255
-            probs, classes = network(((image - mean) / std)[None]).softmax(1)[0].topk(3)
+                raw_image = opened.convert("RGB")
+            if raw_image.size != (size, size):
+                raw_image = raw_image.resize((size, size), Image.Resampling.BICUBIC)
+            image = torch.from_numpy(np.array(raw_image)).to(device).permute(2, 0, 1).float() / 255
+            probs, classes = model(((image - mean) / std)[None]).softmax(1)[0].topk(3)
             preds.append(int(classes[0]))
             names = [trained.class_names[k] for k in classes.tolist()]
             file.write(",".join(map(str, (path, *itertools.chain(*zip(names, probs.tolist(), strict=True))))) + "\n")
@@ -83,20 +83,20 @@ def loop(trained: TrainedNetwork, paths: Sequence[Path], output: Path) -> list[i
 
 
 @contextlib.contextmanager
-def loaded(trained: TrainedNetwork) -> Iterator[None]:
+def loaded(trained: TrainedModel) -> Iterator[None]:
     """Let `predict_images` find the network that has been read already."""
-    original = predict.load_network
-    predict.load_network = lambda run: trained
+    original = predict.load_trained_model
+    predict.load_trained_model = lambda run: trained
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        predict.load_network = original
+        predict.load_trained_model = original
 
 
 def compare(run: RunFolder, paths: Sequence[Path], rounds: int) -> dict[str, list[float]]:
     """Run both ways in turn, `rounds` times after one for warming up; return seconds, round by round."""
-    trained = load_network(run)
+    trained = load_trained_model(run)
     times_s: dict[str, list[float]] = {"loop": [], "predict_images": []}
     with tempfile.TemporaryDirectory() as folder, loaded(trained):
         ours, theirs = Path(folder) / "ours.jsonl", Path(folder) / "theirs.csv"
@@ -114,7 +114,7 @@ def compare(run: RunFolder, paths: Sequence[Path], rounds: int) -> dict[str, lis
 
 
 def command_s(run: RunFolder, paths: Sequence[Path], num_starts: int) -> float:
-    """Return the mean seconds of the whole command for these pictures, from the start of Python to its end."""
+    """Return the mean seconds of the whole command for these images, from the start of Python to its end."""
     command = [sys.executable, str(PROGRAM), "predict-images", str(run.path), *map(str, paths), "--output", "-"]
     began = time.perf_counter()
     for _ in range(num_starts):
@@ -128,40 +128,40 @@ def tell(what: str, ratios: Sequence[float], num: int) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {environment['cpu']}"
     cores = f"{environment['num_usable_cpus']} cores, {torch.get_num_threads()} threads of torch"
     spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    print(f"{what}, seconds for {num:,} pictures, {len(ratios)} rounds, {device}, {cores}: {spread}")
+    print(f"{what}, seconds for {num:,} images, {len(ratios)} rounds, {device}, {cores}: {spread}")
 
 
 def main() -> None:
     """Measure and print; the last line is `ratio=X`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, help="a run; by default SmallNet with random weights")
-    parser.add_argument("folder", nargs="?", type=Path, help="a folder of pictures; by default random ones")
-    parser.add_argument("--num", type=int, default=1000, help="pictures (default 1000)")
+    parser.add_argument("folder", nargs="?", type=Path, help="a folder of images; by default random ones")
+    parser.add_argument("--num", type=int, default=1000, help="images (default 1000)")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of both ways (default 5)")
-    parser.add_argument("--command", action="store_true", help="also compare with one command a picture")
+    parser.add_argument("--command", action="store_true", help="also compare with one command an image")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
     if args.run is not None and args.folder is None:
-        parser.error("give RUN and a folder of pictures, or neither")
+        parser.error("give RUN and a folder of images, or neither")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary) / "pictures"
+        folder = args.folder or Path(temporary) / "images"
         if args.folder is None:
-            make_pictures(folder, args.num)
+            make_images(folder, args.num)
         run = open_run(args.run) if args.run else make_run(Path(temporary) / "run")
-        paths = [Path(path) for path in find_pictures([folder])[: args.num]]
+        paths = [Path(path) for path in find_images([folder])[: args.num]]
         times_s = compare(run, paths, args.rounds)
         for way, times in times_s.items():
-            print(f"{way:<16} {1e6 * statistics.median(times) / len(paths):9,.0f} microseconds a picture")
+            print(f"{way:<16} {1e6 * statistics.median(times) / len(paths):9,.0f} microseconds an image")
         ratios = [slow / fast for slow, fast in zip(times_s["loop"], times_s["predict_images"], strict=True)]
-        tell("loop of one picture at a time over predict_images", ratios, len(paths))
+        tell("loop of one image at a time over predict_images", ratios, len(paths))
         if args.command:
-            times_s |= {"command a picture": [], "command for all": []}
+            times_s |= {"command an image": [], "command for all": []}
             for _ in range(args.rounds):
-                times_s["command a picture"].append(len(paths) * command_s(run, paths[:1], NUM_STARTS))
+                times_s["command an image"].append(len(paths) * command_s(run, paths[:1], NUM_STARTS))
                 times_s["command for all"].append(command_s(run, paths, 1))
-            both = zip(times_s["command a picture"], times_s["command for all"], strict=True)
+            both = zip(times_s["command an image"], times_s["command for all"], strict=True)
             ratios = [slow / fast for slow, fast in both]
-            tell(f"one command a picture (from {NUM_STARTS} starts a round) over one for all", ratios, len(paths))
+            tell(f"one command an image (from {NUM_STARTS} starts a round) over one for all", ratios, len(paths))
     if args.json:
         figures = {"commit": describe_environment()["commit"], "num_pictures": len(paths), "seconds": times_s}
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

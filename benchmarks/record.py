@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 _NOT_OF_A_RESULT = ("--config", "--data.root", "--run_dir", "--seed_everything", "--data.seed")
-_AS_FOLDERS = "--data.dataset folder"  # a recipe's own pictures, unpacked
+_AS_FOLDERS = "--data.dataset folder"  # a recipe's own images, unpacked
 RESULTS, CONFIGS = Path(__file__).parent / "results", Path(__file__).parent.parent / "configs"
 
 
@@ -46,7 +46,7 @@ def summarize(run: Path, note: str) -> dict[str, Any]:
         "epochs": len(timing),
         "test_accuracy": metrics["accuracy"],
         "test_accuracy_interval_95": metrics["accuracy_interval_95"],
-        "num_test_pictures": metrics["num_pictures"],
+        "num_test_images": metrics["num_pictures"],
         "elapsed_s": None if math.isnan(elapsed_s) else elapsed_s,
         "train_images_per_s": [round(row["train_images_per_s"], 1) for row in timing],
         "peak_memory_mb": max(row["peak_memory_mb"] for row in timing),
@@ -60,7 +60,7 @@ def summarize(run: Path, note: str) -> dict[str, Any]:
 
 
 def flags_beside(command: list[str]) -> str:
-    """Return the flags that a run had beside its recipe, but not where its pictures lay and where it wrote to."""
+    """Return the flags that a run had beside its recipe, but not where its images lay and where it wrote to."""
     flags: list[list[str]] = []
     for word in command[command.index("fit") + 1 :]:
         if word.startswith("--"):

@@ -63,7 +63,7 @@ def _our_command(recipe: str, seed: int, flags: list[str], folder: Path) -> list
 def _our_figures(recipe: str, flags: list[str], folder: Path) -> dict[str, Any]:
     figures: dict[str, Any] = json.loads((folder / "clock.json").read_text(encoding="utf-8"))
     metrics = json.loads((folder / "run" / "test_metrics.json").read_text(encoding="utf-8"))
-    figures |= {"accuracy": metrics["accuracy"], "accuracy_one_view": metrics.get("accuracy_one_view")}
+    figures |= {"accuracy": metrics["accuracy"], "accuracy_no_tta": metrics.get("accuracy_no_tta")}
     environment = json.loads((folder / "run" / "environment.json").read_text(encoding="utf-8"))
     figures |= {key: environment[key] for key in ("commit", "dirty", "precision")}
     # A recipe changes, and only runs of one and the same may be put together.
@@ -73,11 +73,11 @@ def _our_figures(recipe: str, flags: list[str], folder: Path) -> dict[str, Any]:
 
 
 def peer_runs(
-    name: str, checkout: Path, pictures: Path, seeds: list[int], steps: int | None, folder: Path
+    name: str, checkout: Path, images: Path, seeds: list[int], steps: int | None, folder: Path
 ) -> list[dict[str, Any]]:
     """Run a peer once for each seed, in one process; return the figures of each."""
     output = folder / "peer.json"
-    command = [sys.executable, str(HERE / "speedrun_peers.py"), name, str(checkout), str(pictures)]
+    command = [sys.executable, str(HERE / "speedrun_peers.py"), name, str(checkout), str(images)]
     command += [",".join(map(str, seeds)), str(output), *([] if steps is None else ["--steps", str(steps)])]
     execute(command)
     runs: list[dict[str, Any]] = json.loads(output.read_text(encoding="utf-8"))
@@ -99,32 +99,36 @@ def recipe_path(recipe: str) -> Path:
     return HERE.parent / "configs" / f"{recipe}.yaml"
 
 
-def write_pictures(args: argparse.Namespace, path: Path) -> None:
+def write_images(args: argparse.Namespace, path: Path) -> None:
     """Write CIFAR-10 as the four tensors that a peer's process reads."""
     source = open_source("folder" if args.data else "cifar10", args.data or "data", None)
     source.prepare()
     tensors = {}
     for part in ("train", "test"):
-        pictures = source.load(part)
-        assert pictures is not None
-        tensors[f"{part}_images"] = torch.from_numpy(np.array(pictures.images))
-        tensors[f"{part}_labels"] = torch.from_numpy(np.array(pictures.targets))
+        images = source.load(part)
+        assert images is not None
+        tensors[f"{part}_images"] = torch.from_numpy(np.array(images.images))
+        tensors[f"{part}_labels"] = torch.from_numpy(np.array(images.targets))
     torch.save(tensors, path)
 
 
 def compare_epochs(args: argparse.Namespace, peers: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """Time an epoch of the peer and one of ours at each picture size, in turn; print what whole runs would take."""
+    """Time an epoch of the peer and one of ours at each image size, in turn; print what whole runs would take."""
     config = yaml.safe_load(recipe_path(args.recipe).read_text(encoding="utf-8"))
     (name, checkout), *_ = peers.items()
     sizes, epochs = config["data"].get("train_sizes", [32]), config["trainer"]["max_epochs"]
     plan = [sizes[min(epoch, len(sizes) - 1)] for epoch in range(epochs)]
     rounds = []
     for number in range(args.rounds):
-        (found,) = peer_runs(name, checkout, folder / "pictures.pt", [number], PEER_STEPS - 1, folder)
+        (found,) = peer_runs(name, checkout, folder / "images.pt", [number], PEER_STEPS - 1, folder)
         theirs = PEER_STEPS * statistics.mean(found["step_s"])
         ours = {}
         for size in sorted(set(plan)):
-            flags = ["--trainer.max_epochs=1", f"--data.train_sizes=[{size},{sizes[-1]}]", "--model.stem_share=0.0"]
+            flags = [
+                "--trainer.max_epochs=1",
+                f"--data.train_sizes=[{size},{sizes[-1]}]",
+                "--model.stem_train_fraction=0.0",
+            ]
             flags += ["--model.tta=none", *our_flags(args)]
             ours[size] = our_runs(args.recipe, [number], flags, folder)[0]["train_s"][0]
         total = sum(ours[size] for size in plan)
@@ -137,7 +141,7 @@ def compare_epochs(args: argparse.Namespace, peers: dict[str, Path], folder: Pat
 
 
 def our_flags(args: argparse.Namespace) -> list[str]:
-    """Return the flags of `fit` that name the pictures, and what was asked for instead of the recipe."""
+    """Return the flags of `fit` that name the images, and what was asked for instead of the recipe."""
     asked = [f"--trainer.precision={args.precision}"] if args.precision else []
     asked += [COMPILED] if args.compile else []
     return [*asked, f"--data.dataset={'folder' if args.data else 'cifar10'}", f"--data.root={args.data or 'data'}"]
@@ -158,7 +162,7 @@ def whole_runs(args: argparse.Namespace, peers: dict[str, Path], folder: Path, l
         for seed, figures in zip(seeds, our_runs(args.recipe, seeds, our_flags(args), folder), strict=True):
             add("ours", seed, figures)
         for who, checkout in peers.items():
-            found = peer_runs(who, checkout, folder / "pictures.pt", seeds, None, folder)
+            found = peer_runs(who, checkout, folder / "images.pt", seeds, None, folder)
             for seed, figures in zip(seeds, found, strict=True):
                 add(who, seed, figures)
 
@@ -166,10 +170,8 @@ def whole_runs(args: argparse.Namespace, peers: dict[str, Path], folder: Path, l
 def describe(line: dict[str, Any]) -> str:
     """Return a run in words."""
     fit = f", the whole fit {line['fit_s']:.4g} s" if "fit_s" in line else ""
-    one_view = (
-        f"{100 * line['accuracy_one_view']:.2f} % with one view" if line["accuracy_one_view"] else "one view only"
-    )
-    accuracy = f"{100 * line['accuracy']:.2f} % ({one_view})"
+    no_tta = f"{100 * line['accuracy_no_tta']:.2f} % with one view" if line["accuracy_no_tta"] else "one view only"
+    accuracy = f"{100 * line['accuracy']:.2f} % ({no_tta})"
     return f"{line['who']}, seed {line['seed']}: {accuracy} in {line['seconds']:.4g} s{fit}"
 
 
@@ -227,7 +229,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if peers:
-            write_pictures(args, folder / "pictures.pt")
+            write_images(args, folder / "images.pt")
             for peer in peers:
                 changes = PEERS[peer].on_cpu if not torch.cuda.is_available() else None
                 for old, new in (changes or {}).items():

@@ -1,8 +1,8 @@
 """Public record scripts, run from their own checkouts; on a CPU with the changes that it forces, which are listed.
 
-    python benchmarks/speedrun_peers.py airbench DIR PICTURES.pt SEED[,SEED...] OUT.json [--steps N]
+    python benchmarks/speedrun_peers.py airbench DIR IMAGES.pt SEED[,SEED...] OUT.json [--steps N]
 
-`benchmarks/speedrun.py` starts this in a process of its own. PICTURES.pt holds the four uint8 and int64
+`benchmarks/speedrun.py` starts this in a process of its own. IMAGES.pt holds the four uint8 and int64
 tensors of CIFAR-10: train_images (50000, 32, 32, 3), train_labels, test_images, test_labels.
 """
 
@@ -92,13 +92,13 @@ def load(name: str, checkout: Path) -> dict[str, Any]:
     return names
 
 
-def run(name: str, checkout: Path, pictures: Path, seeds: list[int], steps: int | None) -> list[dict[str, Any]]:
+def run(name: str, checkout: Path, images: Path, seeds: list[int], steps: int | None) -> list[dict[str, Any]]:
     """Train and evaluate once for each seed; with `steps`, only time that many training steps of the first.
 
     Returns:
         Of each run
         `seconds` (the peer's own window: whitening, training, final evaluation with views), `accuracy`,
-        `accuracy_one_view`, `train_s` of each epoch; with `steps` only `step_s`, a list.
+        `accuracy_no_tta`, `train_s` of each epoch; with `steps` only `step_s`, a list.
     """
     names = load(name, checkout)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,7 +110,7 @@ def run(name: str, checkout: Path, pictures: Path, seeds: list[int], steps: int 
     ticks: list[float] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path("cifar10").mkdir()
-        data = torch.load(pictures, weights_only=True)
+        data = torch.load(images, weights_only=True)
         for part in ("train", "test"):
             content = {"images": data[f"{part}_images"], "labels": data[f"{part}_labels"], "classes": []}
             torch.save(content, f"cifar10/{part}.pt")
@@ -137,7 +137,7 @@ def _figures(seen: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "seconds": float(total["time_seconds"]),
         "accuracy": float(total["tta_val_acc"]),
-        "accuracy_one_view": float(total["val_acc"]),
+        "accuracy_no_tta": float(total["val_acc"]),
         "train_s": [end - start for start, end in zip([0.0, *times], times[:-1], strict=False)],
     }
 
@@ -163,13 +163,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=sorted(PEERS))
     parser.add_argument("checkout", type=Path)
-    parser.add_argument("pictures", type=Path)
+    parser.add_argument("images", type=Path)
     parser.add_argument("seeds", type=lambda text: [int(seed) for seed in text.split(",")])
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, help="only time that many training steps")
     args = parser.parse_args()
     try:
-        found = run(args.name, args.checkout.resolve(), args.pictures.resolve(), args.seeds, args.steps)
+        found = run(args.name, args.checkout.resolve(), args.images.resolve(), args.seeds, args.steps)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,10 +1,10 @@
 """A set that is streamed from the disk: our loader against ImageFolder with v2 transforms, and how memory behaves.
 
-    python benchmarks/streaming.py --work DIR                    200,000 generated pictures
+    python benchmarks/streaming.py --work DIR                    200,000 generated images
     python benchmarks/streaming.py --work DIR --data ROOT        of class folders (CIFAR-10's 50,000) in four variants
 
-The pictures are PNG and JPEG files of 32 to 64 pixels a side, written once below DIR and used again. Both sides have 2
-workers, finish batches of 500 on 2 cores and make the same of each picture: its shorter side resized to 32, the middle
+The images are PNG and JPEG files of 32 to 64 pixels a side, written once below DIR and used again. Both sides have 2
+workers, finish batches of 500 on 2 cores and make the same of each image: its shorter side resized to 32, the middle
 cut out, a crop out of 4 pixels of reflected padding, a random flip, normalised floats. ImageFolder decodes each file
 in every epoch. Ours decodes each once, into one file that its workers then read from; the time of that is told apart
 and, since somebody who trains few epochs pays it, also as the number of epochs after which ours is ahead all in all.
@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from loader import NUM_CORES, PADDING_PX, use_cores
 from process_memory import IS_KNOWN, Memory, memory_of
-from streaming_pictures import SIDES_PX, make_pictures
+from streaming_images import SIDES_PX, make_images
 
 from cifar_lightning import ImageDataModule
 from cifar_lightning.data.image_folder import CACHE_FOLDER
@@ -85,7 +85,7 @@ def make_peer(root: Path, data: ImageDataModule, batch_size: int) -> tuple[DataL
     assert data.std is not None
     transform = v2.Compose(
         [
-            # The fastest of six orders for pictures of this size, 0.29 ms each without decoding: on PIL's picture
+            # The fastest of six orders for images of this size, 0.29 ms each without decoding: on PIL's image
             # alone or on tensors alone they take 0.4 to 0.5.
             v2.Resize(data.image_size),
             v2.CenterCrop(data.image_size),
@@ -147,21 +147,19 @@ def compare(
     return rates
 
 
-def epochs_until_ahead(decode_s: float, num_pictures: int, ours: float, peer: float) -> float:
+def epochs_until_ahead(decode_s: float, num_images: int, ours: float, peer: float) -> float:
     """Return the number of epochs from which ours is ahead, its first decoding included; infinite where it never is."""
-    saved_s = num_pictures / peer - num_pictures / ours  # in each epoch
+    saved_s = num_images / peer - num_images / ours  # in each epoch
     return decode_s / saved_s if saved_s > 0 else math.inf
 
 
 def read_arguments() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="where the pictures are written once")
-    parser.add_argument(
-        "--data", type=Path, metavar="ROOT", help="class folders to vary; by default generated pictures"
-    )
-    parser.add_argument("--pictures", type=int, default=200_000, help="training pictures (default 200,000)")
-    parser.add_argument("--image_size", type=int, default=32, help="side of the finished pictures (default 32)")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="where the images are written once")
+    parser.add_argument("--data", type=Path, metavar="ROOT", help="class folders to vary; by default generated images")
+    parser.add_argument("--images", type=int, default=200_000, help="training images (default 200,000)")
+    parser.add_argument("--image_size", type=int, default=32, help="side of the finished images (default 32)")
     parser.add_argument("--batch_size", type=int, default=500, help="(default 500)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each (default 5)")
     parser.add_argument("--seconds", type=float, default=20, help="about so long is a round (default 20)")
@@ -174,7 +172,7 @@ def main() -> None:
     args = read_arguments()
     try:
         use_cores(NUM_CORES)
-        root = make_pictures(args.work, args.data, args.pictures)
+        root = make_images(args.work, args.data, args.images)
         shutil.rmtree(root / CACHE_FOLDER, ignore_errors=True)  # of an earlier run: the first decoding is measured
         _, first_s, decode_s = make_data(root, args.image_size, args.batch_size)
         data, again_s, _ = make_data(root, args.image_size, args.batch_size)
@@ -184,7 +182,7 @@ def main() -> None:
     ours = data.train_dataloader()
     peer, peer_s = make_peer(root, data, args.batch_size)
     shape = (args.batch_size, 3, args.image_size, args.image_size)
-    assert len(ours) == len(peer) == args.pictures // args.batch_size
+    assert len(ours) == len(peer) == args.images // args.batch_size
     ways: dict[str, Way] = {}
     memory: dict[str, list[Memory]] = {}
     num_batches: dict[str, int] = {}
@@ -208,8 +206,8 @@ def tell(
     environment = describe_environment()
     device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores"
     source = "generated" if args.data is None else "class folders in four variants"
-    pictures = f"{args.pictures:,} pictures ({source}), PNG and JPEG of {SIDES_PX[0]} to {SIDES_PX[1]} pixels a side"
-    print(f"{pictures}, as {args.image_size}x{args.image_size}; batches of {args.batch_size}, {NUM_WORKERS} workers")
+    images = f"{args.images:,} images ({source}), PNG and JPEG of {SIDES_PX[0]} to {SIDES_PX[1]} pixels a side"
+    print(f"{images}, as {args.image_size}x{args.image_size}; batches of {args.batch_size}, {NUM_WORKERS} workers")
     print("seconds until a loader is ready:", ", ".join(f"{name} {value:.1f}" for name, value in starts.items()))
     for name, samples in memory.items():
         print(f"  memory of {name:<12} {told_memory(samples)}")
@@ -217,10 +215,10 @@ def tell(
     for name, values in rates.items():
         print(f"  {name:<12} {statistics.median(values):9,.0f}  ({min(values):,.0f} to {max(values):,.0f})")
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    ahead = epochs_until_ahead(decode_s, args.pictures, medians["ours"], medians["torchvision"])
-    with_decoding = args.pictures / (decode_s + args.pictures / medians["ours"])
+    ahead = epochs_until_ahead(decode_s, args.images, medians["ours"], medians["torchvision"])
+    with_decoding = args.images / (decode_s + args.images / medians["ours"])
     print(
-        f"decoding all pictures once takes {decode_s:.1f} s ({args.pictures / decode_s:,.0f} a second); with it the "
+        f"decoding all images once takes {decode_s:.1f} s ({args.images / decode_s:,.0f} a second); with it the "
         f"first epoch makes {with_decoding:,.0f} images/s, and ours is ahead after {ahead:.1f} epochs"
     )
     ratios = [one / other for one, other in zip(rates["ours"], rates["torchvision"], strict=True)]
@@ -229,7 +227,7 @@ def tell(
             "commit": environment["commit"],
             "hardware": device,
             "versions": environment["versions"],
-            "pictures": pictures,
+            "images": images,
             "image_size": args.image_size,
             "batch_size": args.batch_size,
             "num_workers": NUM_WORKERS,

@@ -30,7 +30,7 @@ ROWS = [
 ]
 # The same of speed recipes, whose results file is of `benchmarks/speedrun.py` and also holds peers.
 SPEED_ROWS = [
-    ("SpeedNet on CIFAR-10, all 50,000 pictures", "speedrun94"),
+    ("SpeedNet on CIFAR-10, all 50,000 images", "speedrun94"),
     ("SpeedNet, wider", "speedrun95"),
     ("SpeedNet, wide and deep", "speedrun96"),
 ]
@@ -97,7 +97,7 @@ def _speed_rows(what: str, recipe: str) -> list[str]:
     for (who, precision, hardware), runs in sorted(groups.items(), key=lambda item: item[0][0] != "ours"):
         name = f"{what}, {precision}" if who == "ours" else f"{who}, a record script, {precision}, beside it"
         accuracy = _mean_of([100 * run["accuracy"] for run in runs])
-        accuracy += f"; {_mean_of([100 * run['accuracy_one_view'] for run in runs])} with one view"
+        accuracy += f"; {_mean_of([100 * run['accuracy_no_tta'] for run in runs])} with one view"
         timed = [run["seconds"] for run in runs if not run["note"]]
         took = _time_of(timed) if timed else f"not measured: {runs[0]['note']}"
         rows.append(
@@ -175,7 +175,7 @@ def models_table() -> str:
     found = json.loads(path.read_text(encoding="utf-8"))
     size = found["image_size"]
     rows = [
-        f"`python benchmarks/models.py`, pictures of {size} pixels, steps of {found['batch_size']} in 32 bits "
+        f"`python benchmarks/models.py`, images of {size} pixels, steps of {found['batch_size']} in 32 bits "
         f"on {found['hardware']} (median of {found['num_steps']} steps, slowest to fastest).",
         "",
         "| `--model.name` | parameters | multiply-adds | map before pooling | trained images/s |",

@@ -1,4 +1,4 @@
-"""The picture-classifier trainer to start from: SmallNet on CIFAR-10 through PyTorch Lightning.
+"""The image-classifier trainer to start from: SmallNet on CIFAR-10 through PyTorch Lightning.
 
     from cifar_lightning import ImageClassifier, ImageDataModule, SmallNet, build_model
 

@@ -44,9 +44,9 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
-def pictures(number: int) -> str:
-    """Return "1 picture" or "12,345 pictures"."""
-    return plural(number, "picture")
+def images(number: int) -> str:
+    """Return "1 image" or "12,345 images"."""
+    return plural(number, "image")
 
 
 def pvalue(p: float | None) -> str:

@@ -9,18 +9,18 @@ from cifar_lightning import ImageDataModule
 
 
 class OtherModule(pl.LightningModule):
-    """Stands for any module that takes pictures and targets."""
+    """Stands for any module that takes images and targets."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         filters = [nn.Conv2d(3, 32, 5, 2), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.AdaptiveMaxPool2d(1)]
-        self.network = nn.Sequential(*filters, nn.Flatten(), nn.Linear(64, num_classes))
+        self.model = nn.Sequential(*filters, nn.Flatten(), nn.Linear(64, num_classes))
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
 
     def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        self.log("accuracy", (self.network(batch[0]).argmax(1) == batch[1]).float().mean(), batch_size=len(batch[1]))
+        self.log("accuracy", (self.model(batch[0]).argmax(1) == batch[1]).float().mean(), batch_size=len(batch[1]))
 
     def configure_optimizers(self) -> optim.Optimizer:
         return optim.Adam(self.parameters(), lr=2e-3)
@@ -29,7 +29,7 @@ class OtherModule(pl.LightningModule):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="synthetic", choices=["synthetic", "cifar10", "cifar100", "folder"])
-    parser.add_argument("--root", default="data", help="where the pictures are, or are downloaded to")
+    parser.add_argument("--root", default="data", help="where the images are, or are downloaded to")
     parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()
     data = ImageDataModule(args.dataset, args.root, batch_size=64)

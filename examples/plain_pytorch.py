@@ -12,7 +12,7 @@ def main() -> None:
     """Train a small network and print its test accuracy."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="synthetic", choices=["synthetic", "cifar10", "cifar100", "folder"])
-    parser.add_argument("--root", default="data", help="where the pictures are, or are downloaded to")
+    parser.add_argument("--root", default="data", help="where the images are, or are downloaded to")
     parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +32,7 @@ def main() -> None:
     model.eval()
     with torch.no_grad():
         correct = sum(int((model(images).argmax(1) == targets).sum()) for images, targets in data.test_dataloader())
-    print("test accuracy", correct / data.num_pictures("test"))
+    print("test accuracy", correct / data.num_images("test"))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.best_checkpoint import BestCheckpoint
 from cifar_lightning.training.callbacks import RunRecorder
 from cifar_lightning.training.last_checkpoint import CheckpointSchedule, LastCheckpoint
-from cifar_lightning.training.resume_state import ExactState
+from cifar_lightning.training.resume_state import ResumeState
 from cifar_lightning.training.signals import StopSignals
 
 NARROW = {"widths": [2, 2, 2], "dropout": 0.3}
@@ -35,14 +35,14 @@ def quiet_trainer(tmp_path, **kwargs):
 
 
 def small_data(**kwargs):
-    """Return generated pictures of 16 pixels, 9 steps an epoch."""
+    """Return generated images of 16 pixels, 9 steps an epoch."""
     return ImageDataModule("synthetic", **{"batch_size": 500, "image_size": 16, **kwargs})
 
 
 def fit_run(
     path, *more, schedule=None, signals=None, ckpt_path=None, module=None, epochs=2, without=(), trainer=None, **data
 ):
-    """Train into a run folder, 9 steps an epoch of 500 pictures; return (run, Trainer).
+    """Train into a run folder, 9 steps an epoch of 500 images; return (run, Trainer).
 
     `trainer` has further arguments of the Trainer, `data` of the data module.
     """
@@ -50,7 +50,7 @@ def fit_run(
     run.path.mkdir(exist_ok=True)
     last = LastCheckpoint(run, schedule or CheckpointSchedule(), signals or StopSignals())
     validates = data.get("val_fraction") != 0
-    callbacks = [ExactState(), RunRecorder(run), *more, *([BestCheckpoint(run)] if validates else []), last]
+    callbacks = [ResumeState(), RunRecorder(run), *more, *([BestCheckpoint(run)] if validates else []), last]
     settings = {"accelerator": "cpu", **(trainer or {})}
     trainer = pl.Trainer(
         **settings,
@@ -65,8 +65,8 @@ def fit_run(
         plugins=[DurableCheckpointIO()],
     )
     module = module or ImageClassifier(image_size=16, model_kwargs=NARROW, lr=0.01)
-    pictures = ImageDataModule("synthetic", image_size=16, **{"batch_size": 500, **data})
-    trainer.fit(module, pictures, ckpt_path=ckpt_path, weights_only=True)
+    images = ImageDataModule("synthetic", image_size=16, **{"batch_size": 500, **data})
+    trainer.fit(module, images, ckpt_path=ckpt_path, weights_only=True)
     return run, trainer
 
 

@@ -11,7 +11,7 @@ from cifar_lightning.training.predictions import _write_npz
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def made_answers(num_classes, n, seed=0, skill=2.5, sharpness=0.6):
+def made_predictions(num_classes, n, seed=0, skill=2.5, sharpness=0.6):
     """Return logits (n, classes) that often take a class for its neighbour, and targets, as many of each class.
 
     A `sharpness` below 1 leaves the network less sure of itself than it is right, as label smoothing does.
@@ -29,13 +29,13 @@ def make_run(path, names=CIFAR10, n=2000, seed=0, side=32, epochs=5, **kwargs):
     run = RunFolder(path)
     run.checkpoints.mkdir(parents=True)
     names = tuple(names)
-    logits, targets = made_answers(len(names), n, seed, **kwargs)
-    val_logits, val_targets = made_answers(len(names), n // 2, seed + 1000, **kwargs)
+    logits, targets = made_predictions(len(names), n, seed, **kwargs)
+    val_logits, val_targets = made_predictions(len(names), n // 2, seed + 1000, **kwargs)
     for file, answers in ((run.predictions, (logits, targets)), (run.predictions_val, (val_logits, val_targets))):
         indices = np.arange(len(answers[1]))
         _write_npz(file, logits=answers[0], targets=answers[1], indices=indices, class_names=np.array(names))
     shown = gallery_positions(logits, targets)
-    # A picture is the same in every run that keeps it.
+    # An image is the same in every run that keeps it.
     images = np.stack([np.random.default_rng(i).integers(0, 256, (side, side, 3), dtype=np.uint8) for i in shown])
     _write_npz(run.gallery, images=images, indices=shown, class_names=np.array(names))
     split = {"dataset": "cifar10: made", "sizes": {"train": 9, "val": n // 2, "test": n}, "seed": 0}

@@ -1,4 +1,4 @@
-"""What users get wrong, as hypothesis strategies: command lines, recipes and picture files with mistakes in them."""
+"""What users get wrong, as hypothesis strategies: command lines, recipes and image files with mistakes in them."""
 
 import io
 import string
@@ -40,7 +40,7 @@ ODD_VALUES = (
     *("&a [*a]", "&a {b: *a}", "*a", "!!python/object/apply:os.system ['true']", "!!python/name:os.system", "!!int x"),
     *("!!timestamp x", "2024-99-99", "!!bool x", "!!float x", "%", "@", "`", "? [1]: 2", "a: b: c", "<<: 1", "- 1"),
     *("ä", "☃", "\udcff", "\udcff\udcfe.yaml", "\u2028", "\u202e", "\x1b[31m", "a\nb", "\t", "x" * 70_000, "[" * 3000),
-    *("configs/quickstart.yaml", "configs", "runs", "run", "no such file.yaml", "pictures", "x" * 300, "class_path: x"),
+    *("configs/quickstart.yaml", "configs", "runs", "run", "no such file.yaml", "images", "x" * 300, "class_path: x"),
     *("{class_path: nowhere.Thing}", "{class_path: 3}", "{class_path: Timer, init_args: 3}", "a=b", "=", "%s", "{}{}"),
 )
 _FLAGS = (*ALIASES, *table(), "config", "resume", "print_config", "help", "output", "root", "top_k", "format", "force")
@@ -248,23 +248,23 @@ def _spoil_line(lines, kind, at, what):
         lines[at] = key[:where] + letter + key[where + 1 :] + line[len(key) :]
 
 
-# -- pictures --------------------------------------------------------------------------------------------------------
+# -- images --------------------------------------------------------------------------------------------------------
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "GIF": "gif", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm"}
 
 
 def encoded(kind, mode="RGB", side=24, **options):
-    """Return a picture's bytes."""
+    """Return an image's bytes."""
     shape = (side, side + 3, len(Image.new(mode, (1, 1)).getbands()))
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    picture = Image.fromarray(pixels[..., 0] if shape[2] == 1 else pixels, mode if shape[2] != 1 else "L")
+    image = Image.fromarray(pixels[..., 0] if shape[2] == 1 else pixels, mode if shape[2] != 1 else "L")
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def picture_files():
-    """Draw (suffix, bytes) of a picture of some format with one to four faults in it."""
+def image_files():
+    """Draw (suffix, bytes) of an image of some format with one to four faults in it."""
     whole = [(suffix, encoded(kind)) for kind, suffix in FORMATS.items()]
     whole += [("png", encoded("PNG", "RGBA")), ("jpg", encoded("JPEG", "CMYK")), ("tif", encoded("TIFF", "L"))]
     whole += [("tif", encoded("TIFF", compression=how)) for how in ("tiff_lzw", "tiff_deflate", "jpeg", "packbits")]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cifar_lightning.cli import main as cli
-from cifar_lightning.data import image_decoding as pictures
+from cifar_lightning.data import image_decoding
 
 REPO = Path(__file__).parent.parent
 TINY = ["--data.dataset", "synthetic", "--data.image_size", "16", "--batch_size", "500"]
@@ -58,7 +58,7 @@ def fail(monkeypatch, capsys, tmp_path, *arguments):
 
 
 def decode_here(monkeypatch):
-    """Decode pictures in a thread of this process: starting a worker for each of many small tests takes minutes."""
+    """Decode images in a thread of this process: starting a worker for each of many small tests takes minutes."""
 
     @contextmanager
     def workers(num, prepare=None, *arguments):
@@ -67,4 +67,4 @@ def decode_here(monkeypatch):
         with ThreadPoolExecutor(1) as pool:
             yield pool
 
-    monkeypatch.setattr(pictures, "_workers", workers)
+    monkeypatch.setattr(image_decoding, "_workers", workers)

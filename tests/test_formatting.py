@@ -10,8 +10,8 @@ from cifar_lightning.formatting import (
     counted,
     decimal,
     duration,
+    images,
     percent,
-    pictures,
     points,
     points_span,
     printable,
@@ -67,8 +67,8 @@ def test_seconds_read_as_a_clock(seconds, text):
     assert clock(seconds) == text
 
 
-def test_pictures_are_one_or_several():
-    assert [pictures(number) for number in (0, 1, 1234)] == ["0 pictures", "1 picture", "1,234 pictures"]
+def test_images_are_one_or_several():
+    assert [images(number) for number in (0, 1, 1234)] == ["0 images", "1 image", "1,234 images"]
 
 
 def test_no_line_breaks_between_a_number_and_its_sign():

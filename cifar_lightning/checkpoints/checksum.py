@@ -8,25 +8,25 @@ they leave names, sizes and padding out.
 import hashlib
 
 _TAG = b"sha256:"
-_SEAL_BYTES = len(_TAG) + 64
+_CHECKSUM_BYTES = len(_TAG) + 64
 _END = b"PK\x05\x06"  # of the zip's last record, 22 bytes without a comment; its last two are the comment's length
 _END_BYTES = 22
 
 
-def seal(archive: bytes) -> bytes:
+def add_checksum(archive: bytes) -> bytes:
     """Return a zip archive without a comment, as `torch.save` writes it, with its hash as the comment."""
     assert archive[-_END_BYTES:].startswith(_END), "not a zip archive without a comment"
     announced = bytearray(archive)
-    announced[-2:] = _SEAL_BYTES.to_bytes(2, "little")
+    announced[-2:] = _CHECKSUM_BYTES.to_bytes(2, "little")
     return bytes(announced) + _TAG + hashlib.sha256(announced).hexdigest().encode()
 
 
-def has_seal(data: bytes) -> bool:
-    """Return whether a file's bytes end like sealed ones; those that were cut off do not."""
-    return data[-_SEAL_BYTES:].startswith(_TAG)
+def has_checksum(data: bytes) -> bool:
+    """Return whether a file's bytes end like has_sum ones; those that were cut off do not."""
+    return data[-_CHECKSUM_BYTES:].startswith(_TAG)
 
 
 def is_intact(data: bytes) -> bool:
-    """Return whether a file's bytes are sealed and those that were written."""
-    sealed, written = data[-64:], memoryview(data)[:-_SEAL_BYTES]
-    return has_seal(data) and hashlib.sha256(written).hexdigest().encode() == sealed
+    """Return whether a file's bytes are has_sum and those that were written."""
+    has_sum, written = data[-64:], memoryview(data)[:-_CHECKSUM_BYTES]
+    return has_checksum(data) and hashlib.sha256(written).hexdigest().encode() == has_sum

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
-from cifar_lightning.checkpoints.checksum import seal
+from cifar_lightning.checkpoints.checksum import add_checksum
 from cifar_lightning.checkpoints.loading import UnreadableError, read_checkpoint
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import make_folder, write_bytes_durably
@@ -21,7 +21,7 @@ from cifar_lightning.runs.folder import RunFolder
 
 
 class DurableCheckpointIO(CheckpointIO):
-    """How the Trainer writes and reads checkpoints: durably, sealed, as data alone."""
+    """How the Trainer writes and reads checkpoints: durably, has_sum, as data alone."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -44,7 +44,7 @@ class DurableCheckpointIO(CheckpointIO):
             make_folder(target.parent)
             run = RunFolder(target.parent.parent)
             keep_as = run.previous_checkpoint if target == run.last_checkpoint else None
-            write_bytes_durably(target, seal(buffer.getvalue()), keep_as=keep_as)
+            write_bytes_durably(target, add_checksum(buffer.getvalue()), keep_as=keep_as)
         except OSError as error:
             kept, then = _kept(target)
             raise RunError(

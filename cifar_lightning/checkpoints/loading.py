@@ -1,4 +1,4 @@
-"""Trained weights from files: a run's network with what it needs to look at new pictures; imports no Lightning.
+"""Trained weights from files: a run's network with what it needs to look at new images; imports no Lightning.
 
 A checkpoint holds plain types only and is read with `weights_only=True`: it cannot run code.
 """
@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cifar_lightning.checkpoints.checksum import has_seal, is_intact
+from cifar_lightning.checkpoints.checksum import has_checksum, is_intact
+from cifar_lightning.checkpoints.schema import upgrade_checkpoint
 from cifar_lightning.errors import UserError
 from cifar_lightning.models.state_dicts import _is_of_other_classes, describe_misfits, without_wrappers
 
-_NETWORK = "network."  # what ImageClassifier calls it, and torch.compile's wrapper does not change
+_MODEL = "model."  # what ImageClassifier calls it, and torch.compile's wrapper does not change
 # How torch.save began a file before version 1.6. Most of torchvision's published weights are such files.
 _BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _DATA = "ImageDataModule"  # the key under which Lightning keeps the data module's state
-EXACT_STATE = "cifar_lightning"
+RESUME_STATE = "cifar_lightning"
 """The key under which a run's checkpoint keeps what an exact resume needs beside Lightning's state: see `exact`."""
 
 
@@ -60,10 +61,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except (OSError, MemoryError) as error:
         raise _unreadable(path, error) from error
     try:
-        sealed = has_seal(data)
-        if sealed and not is_intact(data):
+        has_sum = has_checksum(data)
+        if has_sum and not is_intact(data):
             raise zipfile.BadZipFile("its SHA-256 is wrong")
-        if not sealed and not data.startswith(_BEFORE_ZIP):
+        if not has_sum and not data.startswith(_BEFORE_ZIP):
             _check_zip(data)
         checkpoint = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     except MemoryError as error:
@@ -83,9 +84,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: a damaged checkpoint, or none ({reason}).") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__} and not a checkpoint.")
-    if not sealed and EXACT_STATE in checkpoint:
+    if not has_sum and RESUME_STATE in checkpoint:
         raise UserError(f"{path}: a damaged checkpoint (its SHA-256 is cut off or overwritten).")
-    return checkpoint
+    return upgrade_checkpoint(checkpoint)
 
 
 def _unreadable(path: Path, error: Exception) -> UnreadableError:
@@ -128,42 +129,42 @@ def weights_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
         UserError: There are none.
     """
     state = checkpoint.get("state_dict", checkpoint)
-    if any(name.startswith(_NETWORK) for name in state):
-        state = {name.removeprefix(_NETWORK): tensor for name, tensor in state.items() if name.startswith(_NETWORK)}
+    if any(name.startswith(_MODEL) for name in state):
+        state = {name.removeprefix(_MODEL): tensor for name, tensor in state.items() if name.startswith(_MODEL)}
     tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     if not tensors:
         raise UserError(f"{path}: holds no weights.")
     return tensors
 
 
-def load_weights(network: nn.Module, path: Path, checkpoint: dict[str, Any] | None = None) -> None:
+def load_weights(model: nn.Module, path: Path, checkpoint: dict[str, Any] | None = None) -> None:
     """Put the weights of a file into a network.
 
     Args:
-        network: Gets them.
+        model: Gets them.
         path: The file; see `read_weights`.
         checkpoint: What the file holds, where it has been read already.
 
     Raises:
         UserError: Names the first tensors that do not fit; the network is then untouched.
     """
-    ours = network.state_dict()
+    ours = model.state_dict()
     theirs = without_wrappers(read_weights(path) if checkpoint is None else weights_of(checkpoint, path), ours)
     misfits = describe_misfits(theirs, ours)
     if misfits and _is_of_other_classes(theirs, ours):
         raise UserError(
-            f"{path}: of other classes or pictures: {misfits}.\n"
+            f"{path}: of other classes or images: {misfits}.\n"
             f"To begin with all of it but the last layer: --model.pretrained {path}"
         )
     if misfits:
         raise UserError(
             f"{path}: of another network: {misfits}.\nGive the --model and --data flags that it was trained with."
         )
-    network.load_state_dict(theirs)
+    model.load_state_dict(theirs)
 
 
 def statistics_of(checkpoint: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Return mean and std per channel, of pictures scaled to 0-1, that a run's checkpoint was trained with, or None."""
+    """Return mean and std per channel, of images scaled to 0-1, that a run's checkpoint was trained with, or None."""
     data = checkpoint.get(_DATA) or {}
     return (tuple(data["mean"]), tuple(data["std"])) if {"mean", "std"} <= data.keys() else None
 

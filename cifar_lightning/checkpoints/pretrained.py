@@ -20,25 +20,25 @@ from cifar_lightning.models.pretrained import (
 
 
 def load_pretrained(
-    network: nn.Module, architecture: Mapping[str, Any], source: Literal[True] | str | Path
+    model: nn.Module, architecture: Mapping[str, Any], source: Literal[True] | str | Path
 ) -> Normalization | None:
     """Put trained weights into a network, all but its head's.
 
     Args:
-        network: As `build_model(**architecture)` made it; gets the weights.
+        model: As `build_model(**architecture)` made it; gets the weights.
         architecture: name, num_classes, image_size and the network's own arguments.
         source: True for the library's best published weights (of timm, those that its name's tag says), which are
             downloaded once; or a file: a checkpoint of a run, a state_dict or .safetensors.
 
     Returns:
-        How the pictures must be normalised; None where that is not known: a plain file of a network of ours.
+        How the images must be normalised; None where that is not known: a plain file of a network of ours.
 
     Raises:
         UserError: There are none, they cannot be had or read, or they do not fit; the network is then untouched.
     """
     is_published = source is True
     weights = published_weights(architecture) if is_published else _of_file(Path(source), str(architecture["name"]))
-    load_all_but_head(network, architecture, weights)
+    load_all_but_head(model, architecture, weights)
     return weights.normalization
 
 

@@ -17,7 +17,7 @@ from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import read_json
 from cifar_lightning.runs.folder import RunFolder, open_run
-from cifar_lightning.settings.safe_yaml import read_recipe
+from cifar_lightning.settings.safe_yaml import read_yaml
 
 # What the weights, the states of optimiser and schedule or the split belong to; all else is training, which may change.
 _FIXED = {"model.name", "model.model_kwargs", "model.optimizer", "model.schedule"}
@@ -37,7 +37,7 @@ _MAKES_BATCHES |= {"trainer.limit_train_batches", "trainer.overfit_batches", "tr
 # What the learning rates of the steps to come depend on. Momentum and decay are not scheduled: they hold from here on.
 _PLANS_SCHEDULE = {"trainer.max_epochs", "trainer.max_steps", "trainer.devices", "trainer.num_nodes"}
 _PLANS_SCHEDULE |= _MAKES_BATCHES - {"data.train_sizes", "data.sampler"}
-_PLANS_SCHEDULE |= {f"model.{name}" for name in ("lr", "sgd_lr", "head_lr", "pct_start", "stem_share")}
+_PLANS_SCHEDULE |= {f"model.{name}" for name in ("lr", "sgd_lr", "head_lr", "pct_start", "stem_train_fraction")}
 Changes = dict[str, tuple[Any, Any]]
 
 
@@ -156,11 +156,11 @@ def clear_up(run: RunFolder, point: StopPoint) -> None:
         file.unlink()
 
 
-def other_pictures(run: RunFolder, data: ImageDataModule) -> str:
+def other_images(run: RunFolder, data: ImageDataModule) -> str:
     """Return why some data is not what a run was trained on; empty if it is."""
     theirs, ours = read_json(run.split), data.split_summary()
     if any(theirs[key] != ours[key] for key in ("sha256", "train", "val")):
-        return "these are not its pictures or not its split"
+        return "these are not its images or not its split"
     return ""
 
 
@@ -191,7 +191,7 @@ def describe_changes(changes: Changes) -> list[str]:
 
 def _read_yaml(text: str, path: Path) -> dict[str, Any]:
     try:
-        tree = read_recipe(text)
+        tree = read_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())}).") from error
     if not isinstance(tree, dict):

@@ -21,7 +21,7 @@ from cifar_lightning.runs.environment import describe_environment
 
 _SHOWN = ("torch", "torchvision", "lightning", "torchmetrics")
 _NEEDED_BYTES = 1e9  # archive, what it unpacks to, and a few runs
-_CIFAR_BYTES = 185e6  # decoded: 60,000 pictures of 3,072 bytes
+_CIFAR_BYTES = 185e6  # decoded: 60,000 images of 3,072 bytes
 _SHARED_BYTES = 2e8  # batches on their way from two workers
 # https://pytorch.org/get-started: the CUDA builds on offer, newest first.
 _CUDA_BUILDS = ((13, 0), (12, 8), (12, 6))

@@ -21,7 +21,7 @@ from cifar_lightning.checkpoints.resume import (
     clear_up,
     find_changes,
     locked,
-    other_pictures,
+    other_images,
     stop_point,
 )
 from cifar_lightning.cli.parser import (
@@ -52,10 +52,10 @@ from cifar_lightning.training.lr_finder import LrRange, find_lr, write_lr_range
 from cifar_lightning.training.model_checks import check_monitors, check_sizes
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.precision import settle_precision
-from cifar_lightning.training.predictions import AnswerKeeper
+from cifar_lightning.training.predictions import PredictionWriter
 from cifar_lightning.training.progress_bar import RunProgress
 from cifar_lightning.training.quiet_lightning import silence
-from cifar_lightning.training.resume_state import ExactState
+from cifar_lightning.training.resume_state import ResumeState
 from cifar_lightning.training.signals import StopSignals
 from cifar_lightning.training.tensorboard import Dashboard, board_for
 
@@ -106,7 +106,7 @@ class RunCLI(LightningCLI):
         self.changes: Changes = {}
         self._signals = StopSignals()
         self._signals.install()
-        self.answers = AnswerKeeper(None)
+        self.answers = PredictionWriter(None)
         self._arguments = args
         super().__init__(
             ImageClassifier,
@@ -160,10 +160,10 @@ class RunCLI(LightningCLI):
         # Before a folder is made: a mistake should not leave an empty run behind.
         self.datamodule.prepare_data()
         self.datamodule.setup()
-        check_sizes(self.model.network, self.datamodule.train_sizes)
+        check_sizes(self.model.model, self.datamodule.train_sizes)
         monitored = False
         if self.subcommand == "fit":
-            monitored = bool(self.datamodule.num_pictures("val")) and config.trainer.limit_val_batches != 0
+            monitored = bool(self.datamodule.num_images("val")) and config.trainer.limit_val_batches != 0
             check_monitors(as_list(self.config_init["fit"].trainer.callbacks), monitored)
             self._make_run(config)
         elif config.ckpt_path is not None:
@@ -200,12 +200,12 @@ class RunCLI(LightningCLI):
         if settings.enable_progress_bar is not False and not has_bar:
             callbacks.append(RunProgress(self.run if self.subcommand == "fit" else None))
         output = self.config[self.subcommand].output
-        self.answers = AnswerKeeper(self.run, Path(output) if output else None)
+        self.answers = PredictionWriter(self.run, Path(output) if output else None)
         callbacks.append(self.answers)
         if self.subcommand != "fit":
             return callbacks
         assert self.run is not None
-        callbacks.append(ExactState())
+        callbacks.append(ResumeState())
         record = self.stopped_at.record(self.changes) if self.stopped_at else None
         changed = config_text(self._parser("fit"), self.config["fit"]) if self.changes else None
         callbacks.append(RunRecorder(self.run, record, changed))
@@ -227,16 +227,16 @@ class RunCLI(LightningCLI):
             self.run = self.resumed
             assert self.stopped_at is not None
             clear_up(self.run, self.stopped_at)
-            reason = other_pictures(self.run, self.datamodule)
+            reason = other_images(self.run, self.datamodule)
             if reason:
-                raise UserError(f"{self.run.path}: {reason}; going on would train on its validation pictures.")
+                raise UserError(f"{self.run.path}: {reason}; going on would train on its validation images.")
         else:
             self.model.take_pretrained(self.datamodule)  # before a folder is made: it may fail
             found = self._tune(config) if config.tune_lr else None
             if config.ckpt_path:
                 read_checkpoint(Path(config.ckpt_path))  # a damaged one should not leave an empty run behind
             if config.init_weights:
-                load_weights(self.model.network, Path(config.init_weights))
+                load_weights(self.model.model, Path(config.init_weights))
                 print(f"Begins with the weights of {config.init_weights}.")
             self.run = self._new_folder(config)
             write_text_durably(self.run.config, config_text(self._parser("fit"), config))
@@ -262,15 +262,15 @@ class RunCLI(LightningCLI):
         return found
 
     def _run_of_checkpoint(self, checkpoint: Path, output: str | None) -> RunFolder | None:
-        """Return the run that a checkpoint lies in, to write its answers into, unless other pictures are asked for."""
+        """Return the run that a checkpoint lies in, to write its answers into, unless other images are asked for."""
         run = RunFolder(checkpoint.parent.parent)
-        if self.subcommand == "validate" and not self.datamodule.num_pictures("val"):
+        if self.subcommand == "validate" and not self.datamodule.num_images("val"):
             raise UserError("validate: nothing was held out (--data.val_fraction 0): there is nothing to validate on.")
         if output:
             return None
         reason = "not in a run folder"
         if checkpoint.parent == run.checkpoints and run.split.exists():
-            reason = other_pictures(run, self.datamodule)
+            reason = other_images(run, self.datamodule)
             if not reason and checkpoint != run.tested_checkpoint:
                 reason = f"{checkpoint.name} is not the checkpoint that its files are of"
             if not reason:
@@ -287,7 +287,7 @@ class RunCLI(LightningCLI):
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         kwargs["weights_only"] = True  # a checkpoint is data: it must not be able to run code
         if subcommand == "predict":
-            kwargs["return_predictions"] = False  # AnswerKeeper has them
+            kwargs["return_predictions"] = False  # PredictionWriter has them
         elif subcommand != "fit":
             kwargs["verbose"] = False  # our report follows
         return kwargs
@@ -333,7 +333,7 @@ class RunCLI(LightningCLI):
         if not best.exists() and settings.enable_checkpointing is not False and not settings.fast_dev_run:
             raise UserError(f"{self.run.checkpoints}: no checkpoint could be written; is the folder writable?")
         chosen: dict[str, Any] = {"ckpt_path": best, "weights_only": True} if best.exists() else {}
-        if self.datamodule.num_pictures("val") and settings.limit_val_batches != 0:
+        if self.datamodule.num_images("val") and settings.limit_val_batches != 0:
             # For the answers alone: a second point on the curve of val/acc would be that of another epoch.
             loggers, self.trainer.loggers = self.trainer.loggers, []
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False, **chosen)
@@ -359,7 +359,7 @@ class RunCLI(LightningCLI):
     def after_predict(self) -> None:
         """Say where the answers are."""
         if self.trainer.is_global_zero:
-            print(f"Logits and probabilities of {self.answers.num_written:,} test pictures: {self.answers.written_to}")
+            print(f"Logits and probabilities of {self.answers.num_written:,} test images: {self.answers.written_to}")
 
 
 class TuneCLI(RunCLI):

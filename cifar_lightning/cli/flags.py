@@ -19,7 +19,7 @@ import yaml
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped
 from cifar_lightning.settings.limits import LIMITS
-from cifar_lightning.settings.safe_yaml import read_recipe
+from cifar_lightning.settings.safe_yaml import read_yaml
 
 ALIASES = {"epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "lr": "model.lr"}
 GROUPS = ("trainer", "model", "data", "early_stopping", "checkpoint")  # each also takes a YAML file of its keys
@@ -177,7 +177,7 @@ def check_value(name: str, value: str, typed: str) -> None:
 
 def _check_mapping(value: str, typed: str) -> None:
     with contextlib.suppress(yaml.YAMLError):
-        if isinstance(read_recipe(value), dict | None):
+        if isinstance(read_yaml(value), dict | None):
             return
     raise UserError(f"{typed}: names and values, such as '{{widths: [32, 64, 128]}}'.")
 
@@ -212,7 +212,7 @@ def _words(row: dict[str, Any]) -> str:
     return ", or ".join([*choices, *kinds]) or "such as --flag VALUE"
 
 
-def check_recipe(path: Path) -> None:
+def check_config(path: Path) -> None:
     """Check the keys and values of a recipe as those of flags; what it leaves to files of its own is not looked at.
 
     Raises:
@@ -220,9 +220,9 @@ def check_recipe(path: Path) -> None:
     """
     file = f"--config {clipped(str(path), 200)}"
     try:
-        tree = read_recipe(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}).{_suggest_recipe(path)}") from error
+        raise UserError(f"{file}: cannot be read ({error.strerror}).{_suggest_config(path)}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: not YAML ({clipped(reason, 200)}).") from error
@@ -259,7 +259,7 @@ def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield name, value
 
 
-def _suggest_recipe(path: Path) -> str:
+def _suggest_config(path: Path) -> str:
     recipes = {recipe.stem: recipe for recipe in Path("configs").glob("*.yaml")}
     near = difflib.get_close_matches(path.stem, recipes, n=1)
     if near:

@@ -16,8 +16,8 @@ from cifar_lightning.formatting import clipped
 _WORDS = {
     "config": ("FILE", "recipe in YAML, or the config.yaml of a run; flags beside it win"),
     "resume": ("RUN", "go on with a run in its folder, with its own config; flags beside it change its training"),
-    "epochs": ("N", "how often training sees every picture"),
-    "batch_size": ("N", "training pictures a step and process"),
+    "epochs": ("N", "how often training sees every image"),
+    "batch_size": ("N", "training images a step and process"),
     "lr": ("X", "peak learning rate"),
     "seed_everything": ("N", "seed of weights and dropout; --data.seed is that of split, order and augmentation"),
     "trainer.precision": ("P", "16-mixed, bf16-mixed or 32-true; by default 16-mixed on a GPU, else 32-true"),
@@ -62,19 +62,19 @@ TRAINING = {
     ),
     "validate": Command(
         "RUN [flags]",
-        "figures of a run on its validation pictures",
+        "figures of a run on its validation images",
         ("ckpt_path", "config", "data.root", "data.eval_batch_size"),
         "validate runs/smallnet/1",
     ),
     "test": Command(
         "RUN [flags]",
-        "figures of a run on the test pictures, written into it anew",
+        "figures of a run on the test images, written into it anew",
         ("ckpt_path", "config", "data.root", "data.eval_batch_size"),
         "test runs/smallnet/1",
     ),
     "predict": Command(
         "RUN [flags]",
-        "logits and probabilities of the test pictures",
+        "logits and probabilities of the test images",
         ("output", "ckpt_path", "config", "data.root", "data.eval_batch_size"),
         "predict runs/smallnet/1",
     ),
@@ -141,7 +141,7 @@ def overview(quick: dict[str, str]) -> str:
         quick: The other commands and a line for each.
     """
     rows = {name: command.summary for name, command in TRAINING.items()} | quick
-    lines = [f"usage: {program()} COMMAND [flags]", "", "Train picture classifiers and see what they learned.", ""]
+    lines = [f"usage: {program()} COMMAND [flags]", "", "Train image classifiers and see what they learned.", ""]
     lines += [f"  {name:<15} {summary}" for name, summary in rows.items()]
     lines += ["", f"{program()} COMMAND --help shows the flags of a command; --version the version."]
     lines += [f"First try: {program()} fit --config configs/quickstart.yaml"]

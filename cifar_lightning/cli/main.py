@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar_lightning.cli.flags import check_recipe, flag_value, normalize_arguments, suggest, table
+from cifar_lightning.cli.flags import check_config, flag_value, normalize_arguments, suggest, table
 from cifar_lightning.cli.help import TRAINING, QuickParser, completion, overview, program, training_help
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.formatting import clipped
@@ -127,10 +127,10 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
         checkpoint = Path(flag_value(flags, "ckpt_path") or "")
         own = RunFolder(checkpoint.parent.parent).config
         if "config" not in names and checkpoint.parent.name == "checkpoints" and own.is_file():
-            flags = [f"--config={own}", *flags]  # the pictures and the network that the checkpoint is of
+            flags = [f"--config={own}", *flags]  # the images and the network that the checkpoint is of
     for flag in flags:
         if flag.startswith("--config="):
-            check_recipe(Path(flag.removeprefix("--config=")))
+            check_config(Path(flag.removeprefix("--config=")))
     if {"lr", "model.lr"} & set(names) and flag_value(flags, "tune_lr") == "true":
         raise UserError("--tune_lr finds the learning rate that --lr gives; leave one of them out.")
     return flags, None
@@ -188,19 +188,15 @@ def _run_quick(name: str, arguments: Sequence[str]) -> int:
 
 def _predict_images_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run; nothing else is needed")
-    parser.add_argument("paths", metavar="PATH", type=Path, nargs="+", help="pictures, or folders of them")
+    parser.add_argument("paths", metavar="PATH", type=Path, nargs="+", help="images, or folders of them")
     parser.add_argument(
         "--output",
         metavar="FILE",
         default="predictions.csv",
         help="a .csv, or .jsonl for JSON lines; - for JSON lines on stdout (default: predictions.csv)",
     )
-    parser.add_argument(
-        "--top_k", metavar="N", type=int, default=3, help="most probable classes a picture (default: 3)"
-    )
-    parser.add_argument(
-        "--batch_size", metavar="N", type=int, help="pictures at a time (default: 256 on a GPU, else 64)"
-    )
+    parser.add_argument("--top_k", metavar="N", type=int, default=3, help="most probable classes an image (default: 3)")
+    parser.add_argument("--batch_size", metavar="N", type=int, help="images at a time (default: 256 on a GPU, else 64)")
     parser.add_argument("--force", action="store_true", help="overwrite the output")
 
 
@@ -222,7 +218,7 @@ def _analyze_flags(parser: argparse.ArgumentParser) -> None:
         "--compare",
         metavar="RUN",
         type=Path,
-        help="another run, tested on the same pictures: which is better, and where",
+        help="another run, tested on the same images: which is better, and where",
     )
 
 
@@ -286,7 +282,7 @@ def _doctor(parsed: argparse.Namespace) -> int:
 
 QUICK = {
     "predict-images": QuickCommand(
-        "RUN PATH... [flags]", "classes of picture files and folders", _predict_images_flags, _predict_images
+        "RUN PATH... [flags]", "classes of image files and folders", _predict_images_flags, _predict_images
     ),
     "analyze": QuickCommand(
         "RUN [--compare RUN]", "what a run's test found: terminal, report.html", _analyze_flags, _analyze

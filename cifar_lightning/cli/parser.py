@@ -76,8 +76,8 @@ def check_arguments(command: str, config: Namespace) -> None:
     _refuse_nothing(config)
     model_kwargs = config.get("model.model_kwargs") or {}
     check_model_kwargs(model_kwargs)
-    if "in_channels" in model_kwargs:  # from Python there may be other pictures
-        raise UserError("--model.model_kwargs: in_channels is no argument to give; pictures are RGB, of 3 channels.")
+    if "in_channels" in model_kwargs:  # from Python there may be other images
+        raise UserError("--model.model_kwargs: in_channels is no argument to give; images are RGB, of 3 channels.")
     if config.get("model.name") is not None:
         check_name(config.model.name)  # before the data is fetched: the network is made after it
     devices = str(config.get("trainer.devices", "auto"))  # Lightning takes a number also as text
@@ -116,12 +116,14 @@ def _refuse_what_is_not_read(config: Namespace) -> None:
         value = config.get(f"model.{name}")
         if value != table()[f"model.{name}"]["default"]:
             raise UserError(f"--model.{name} {value}: {config.model.optimizer} does not use it; leave it out.")
-    if config.model.stem_share != 1 and config.model.name != "speednet":
-        raise UserError(f"--model.stem_share {config.model.stem_share}: {config.model.name} has no stem for it.")
+    if config.model.stem_train_fraction != 1 and config.model.name != "speednet":
+        raise UserError(
+            f"--model.stem_train_fraction {config.model.stem_train_fraction}: {config.model.name} has no stem for it."
+        )
     for name in ("mixup", "cutmix"):
         if config.model[name] and config.data.batch_size == 1:
             raise UserError(
-                f"--model.{name} {config.model[name]} beside --batch_size 1: the pictures of a batch are mixed; "
+                f"--model.{name} {config.model[name]} beside --batch_size 1: the images of a batch are mixed; "
                 "give 2 or more."
             )
     if config.init_weights and config.model.pretrained is not False:

@@ -1,4 +1,4 @@
-"""ImageDataModule: from a source's pictures to honest splits, statistics and loaders, with or without a Trainer."""
+"""ImageDataModule: from a source's images to honest splits, statistics and loaders, with or without a Trainer."""
 
 import os
 from dataclasses import replace
@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cifar_lightning.data.datasets import PictureSet, open_source
-from cifar_lightning.data.loaders import EpochSampler, PictureLoader, Rank, ResidentLoader, StreamingLoader
+from cifar_lightning.data.datasets import ImageSet, open_source
+from cifar_lightning.data.loaders import EpochSampler, ImageLoader, Rank, ResidentLoader, StreamingLoader
 from cifar_lightning.data.memory import free_host_bytes, give_back_pages
 from cifar_lightning.data.splits import balanced_weights, describe_imbalance, stratified_split, stratified_subset
 from cifar_lightning.errors import UserError
@@ -19,47 +19,47 @@ from cifar_lightning.settings.limits import LIMITS, check_choice, check_limits
 from cifar_lightning.transforms.augmentation import Augmentation, CropMode, FlipMode, normalize, seeded_generator
 from cifar_lightning.transforms.policies import Policy
 
-Part = Literal["train", "val", "test"]
+Split = Literal["train", "val", "test"]
 Balance = Literal["none", "balanced"]
 _EVALUATION = 1_000_037  # purpose of a generator, as in splits.py
 _NAMED = 12  # class names that are printed
-_CHUNK = 1024  # pictures of 32x32 summed at a time, 25 MB of float64, and fewer of larger ones
+_CHUNK = 1024  # images of 32x32 summed at a time, 25 MB of float64, and fewer of larger ones
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Pictures by name, split without a peek at test, as finished batches.
+    """Images by name, split without a peek at test, as finished batches.
 
-    `class_names`, `num_classes` and `image_size` are known at once, `mean` and `std` (per channel, of pictures scaled
+    `class_names`, `num_classes` and `image_size` are known at once, `mean` and `std` (per channel, of images scaled
     to 0-1) after `setup()`. Without a Trainer: `prepare_data()`, `setup()`, then iterate `train_dataloader()`.
 
     Args:
-        dataset: Which pictures: cifar10, cifar100, folder (class folders below root) or synthetic (generated).
-        root: Where the pictures lie, or are downloaded to.
-        batch_size: Training pictures a step and process.
-        image_size: Side of the square pictures in pixels; by default the data set's own, of a folder one that suits
-            its pictures.
-        val_fraction: Share of the training pictures held out for validation, stratified by class; 0 trains on all. A
-            folder with a val/ has its own validation pictures, and the share is not used.
-        limit: Take this many training pictures, those for validation included where they are split off, and of every
+        dataset: Which images: cifar10, cifar100, folder (class folders below root) or synthetic (generated).
+        root: Where the images lie, or are downloaded to.
+        batch_size: Training images a step and process.
+        image_size: Side of the square images in pixels; by default the data set's own, of a folder one that suits
+            its images.
+        val_fraction: Share of the training images held out for validation, stratified by class; 0 trains on all. A
+            folder with a val/ has its own validation images, and the share is not used.
+        limit: Take this many training images, those for validation included where they are split off, and of every
             class its share; by default all.
-        class_weights: balanced lets every class count the same in the loss of ImageClassifier, however few pictures it
+        class_weights: balanced lets every class count the same in the loss of ImageClassifier, however few images it
             has.
-        sampler: balanced shows every class equally often in training, and so repeats pictures of small classes.
-        num_workers: 0 keeps the pictures on the training device, 1 or more streams them with that many worker
+        sampler: balanced shows every class equally often in training, and so repeats images of small classes.
+        num_workers: 0 keeps the images on the training device, 1 or more streams them with that many worker
             processes; by default 0 where the set fits in memory, else 2.
         seed: Seed of split, order and augmentation.
-        eval_batch_size: Pictures a step in validation, test and prediction.
-        train_sizes: Sides in pixels of each epoch's training pictures, such as [24, 24, 28, 32]; the last one stays,
-            and is image_size. Small pictures early cost less time; by default all have image_size.
-        crop_padding_px: Pixels a training picture may move each way; 0 is off.
-        crop_mode: What fills a moved picture's border: reflect or zeros.
-        flip: Mirror training pictures: random, alternating (each picture every second epoch) or none.
+        eval_batch_size: Images a step in validation, test and prediction.
+        train_sizes: Sides in pixels of each epoch's training images, such as [24, 24, 28, 32]; the last one stays,
+            and is image_size. Small images early cost less time; by default all have image_size.
+        crop_padding_px: Pixels a training image may move each way; 0 is off.
+        crop_mode: What fills a moved image's border: reflect or zeros.
+        flip: Mirror training images: random, alternating (each image every second epoch) or none.
         cutout_px: Side of a square set to the mean colour; 0 is off.
         brightness: Brightness is scaled by up to this much either way; 0 is off.
         contrast: Contrast is scaled by up to this much either way; 0 is off.
-        policy: Change each training picture by operations drawn anew, from turning it to its colours: trivial
+        policy: Change each training image by operations drawn anew, from turning it to its colours: trivial
             (TrivialAugmentWide), rand (RandAugment) or none.
-        erasing: Share of the training pictures that lose a rectangle to the mean colour; 0 is off.
+        erasing: Share of the training images that lose a rectangle to the mean colour; 0 is off.
         drop_last: Leave out a last, smaller training batch.
         device: Where batches are finished; by default the Trainer's device, or the CPU without one.
 
@@ -138,9 +138,9 @@ class ImageDataModule(pl.LightningDataModule):
         self.limit, self.has_class_weights, self.is_balanced = limit, class_weights == "balanced", sampler == "balanced"
         self.mean: tuple[float, ...] | None = None
         self.std: tuple[float, ...] | None = None
-        self._pictures: dict[Part, PictureSet] = {}
-        self._indices: dict[Part, Tensor] = {}
-        self._resident: dict[tuple[Part, torch.device], tuple[Tensor, Tensor]] = {}
+        self._images: dict[Split, ImageSet] = {}
+        self._indices: dict[Split, Tensor] = {}
+        self._resident: dict[tuple[Split, torch.device], tuple[Tensor, Tensor]] = {}
 
     # -- what Lightning calls, and people without it ------------------------------------------------------------
 
@@ -149,18 +149,18 @@ class ImageDataModule(pl.LightningDataModule):
         self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the pictures, split them, measure them. Calling it again changes nothing.
+        """Read the images, split them, measure them. Calling it again changes nothing.
 
         Args:
             stage: Lightning's; every stage needs the same, since the split and the statistics come from training.
         """
         if self._indices:
             return
-        parts: tuple[Part, ...] = ("train", "val", "test")
+        parts: tuple[Split, ...] = ("train", "val", "test")
         loaded = {name: self.source.load(name) for name in parts}
-        self._pictures = {name: pictures for name, pictures in loaded.items() if pictures is not None}
-        indices = {name: torch.arange(len(pictures.targets)) for name, pictures in self._pictures.items()}
-        targets = torch.tensor(self._pictures["train"].targets)
+        self._images = {name: images for name, images in loaded.items() if images is not None}
+        indices = {name: torch.arange(len(images.targets)) for name, images in self._images.items()}
+        targets = torch.tensor(self._images["train"].targets)
         naming: dict[str, Any] = {"seed": self.seed, "class_names": self.class_names}
         if "val" in indices:
             indices["train"] = stratified_subset(targets, self.limit, **naming)
@@ -169,33 +169,33 @@ class ImageDataModule(pl.LightningDataModule):
         if self.batch_size > len(indices["train"]):
             raise UserError(
                 f"--data.batch_size {self.batch_size}: larger than the training split of "
-                f"{len(indices['train'])} pictures; give --batch_size of that many or fewer."
+                f"{len(indices['train'])} images; give --batch_size of that many or fewer."
             )
         if self.mean is None or self.std is None:
             self.mean, self.std = self.source.mean, self.source.std
         if self.mean is None or self.std is None:
-            self.mean, self.std = channel_statistics(self._pictures["train"].images, indices["train"].numpy())
+            self.mean, self.std = channel_statistics(self._images["train"].images, indices["train"].numpy())
         self._indices = indices
 
-    def train_dataloader(self) -> PictureLoader:
+    def train_dataloader(self) -> ImageLoader:
         """Return the loader of augmented training batches in a new order each epoch."""
         return self._loader("train", training=True)
 
-    def val_dataloader(self) -> PictureLoader | list[Any]:
+    def val_dataloader(self) -> ImageLoader | list[Any]:
         """Return the loader of validation batches; an empty list (Lightning's "none") where nothing is held out."""
         self.setup()
         return self._loader("val") if len(self._indices["val"]) else []
 
-    def test_dataloader(self) -> PictureLoader:
+    def test_dataloader(self) -> ImageLoader:
         """Return the loader of test batches."""
         return self._loader("test")
 
-    def predict_dataloader(self) -> PictureLoader:
+    def predict_dataloader(self) -> ImageLoader:
         """Return the loader of test batches: the split that `predict` answers for."""
         return self._loader("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs to treat new pictures as the run did."""
+        """Return what a checkpoint needs to treat new images as the run did."""
         return {
             "class_names": list(self.class_names),
             "image_size": self.image_size,
@@ -214,8 +214,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     # -- what others ask ------------------------------------------------------------------------------------------
 
-    def num_pictures(self, part: Part) -> int:
-        """Return how many pictures a split has, after `setup()`."""
+    def num_images(self, part: Split) -> int:
+        """Return how many images a split has, after `setup()`."""
         return len(self._indices[part])
 
     def num_train_batches(self, num_ranks: int = 1) -> int:
@@ -239,49 +239,49 @@ class ImageDataModule(pl.LightningDataModule):
         return torch.bincount(self._train_targets(), minlength=self.num_classes)
 
     def _train_targets(self) -> Tensor:
-        return torch.tensor(self._pictures["train"].targets)[self._indices["train"]]
+        return torch.tensor(self._images["train"].targets)[self._indices["train"]]
 
     def split_summary(self) -> dict[str, Any]:
-        """Return the split as plain types: indices into the source's order, and hashes of the source's pictures.
+        """Return the split as plain types: indices into the source's order, and hashes of the source's images.
 
-        "sha256" hashes the uint8 pictures and int64 targets as the source has them; with the indices it pins a split.
+        "sha256" hashes the uint8 images and int64 targets as the source has them; with the indices it pins a split.
         """
-        has_own_val = "val" in self._pictures
+        has_own_val = "val" in self._images
         return {
             "dataset": self.source.describe(),
             "seed": self.seed,
             "val_fraction": None if has_own_val else self.val_fraction,
             "val_from": "val" if has_own_val else "train",
             **({} if self.limit is None else {"limit": self.limit}),
-            "sizes": {part: self.num_pictures(part) for part in ("train", "val", "test")},
-            "sha256": {name: pictures.sha256 for name, pictures in self._pictures.items()},
+            "sizes": {part: self.num_images(part) for part in ("train", "val", "test")},
+            "sha256": {name: images.sha256 for name, images in self._images.items()},
             "train": self._indices["train"].tolist(),
             "val": self._indices["val"].tolist(),
         }
 
-    def pictures(self, part: Part, positions: np.ndarray) -> np.ndarray:
-        """Return raw uint8 pictures (n, height, width, channels) at some positions of a split."""
-        return np.asarray(self._pictures[self._source_of(part)].images[self._indices[part].numpy()[positions]])
+    def images(self, part: Split, positions: np.ndarray) -> np.ndarray:
+        """Return raw uint8 images (n, height, width, channels) at some positions of a split."""
+        return np.asarray(self._images[self._source_of(part)].images[self._indices[part].numpy()[positions]])
 
-    def sample_of_training(self, num_pictures: int) -> Float[Tensor, "pictures channels height width"]:
-        """Return that many training pictures (fewer where there are fewer), evenly spaced, normalised, on the CPU."""
-        total = self.num_pictures("train")
-        positions = np.linspace(0, total - 1, min(num_pictures, total)).astype(np.int64)
-        images = torch.from_numpy(self.pictures("train", positions))
+    def sample_of_training(self, num_images: int) -> Float[Tensor, "images channels height width"]:
+        """Return that many training images (fewer where there are fewer), evenly spaced, normalised, on the CPU."""
+        total = self.num_images("train")
+        positions = np.linspace(0, total - 1, min(num_images, total)).astype(np.int64)
+        images = torch.from_numpy(self.images("train", positions))
         assert self.mean is not None
         assert self.std is not None
         return normalize(images, mean=torch.tensor(self.mean), std=torch.tensor(self.std))
 
-    def rank_positions(self, part: Part, rank: Rank) -> np.ndarray:
+    def rank_positions(self, part: Split, rank: Rank) -> np.ndarray:
         """Return the positions in a split that this rank evaluates, in the order in which its loader gives them."""
         return self._evaluation_order(part)[rank.index :: rank.count].numpy()
 
     # -- making loaders ---------------------------------------------------------------------------------------------
 
-    def _source_of(self, part: Part) -> Part:
-        return part if part in self._pictures else "train"
+    def _source_of(self, part: Split) -> Split:
+        return part if part in self._images else "train"
 
-    def _evaluation_order(self, part: Part) -> Tensor:
+    def _evaluation_order(self, part: Split) -> Tensor:
         """Return the positions of a split as they are evaluated: shuffled where the Trainer stops before the end.
 
         Folders and validation come class after class, and the first batches alone would be of one or two classes.
@@ -289,10 +289,10 @@ class ImageDataModule(pl.LightningDataModule):
         stages = ("test", "predict") if part == "test" else (part,)
         limits = [getattr(self.trainer, f"limit_{stage}_batches", 1.0) for stage in stages]
         if all(isinstance(limit, float) and limit == 1 for limit in limits):  # the whole number 1 is one batch
-            return torch.arange(self.num_pictures(part))
-        return torch.randperm(self.num_pictures(part), generator=seeded_generator(self.seed, 0, _EVALUATION))
+            return torch.arange(self.num_images(part))
+        return torch.randperm(self.num_images(part), generator=seeded_generator(self.seed, 0, _EVALUATION))
 
-    def _sampler(self, part: Part, *, training: bool, rank: Rank) -> EpochSampler:
+    def _sampler(self, part: Split, *, training: bool, rank: Rank) -> EpochSampler:
         indices = self._indices[part]
         return EpochSampler(
             indices if training else indices[self._evaluation_order(part)],
@@ -304,7 +304,7 @@ class ImageDataModule(pl.LightningDataModule):
             balanced_by=self._train_targets() if training and self.is_balanced else None,
         )
 
-    def _loader(self, part: Part, *, training: bool = False) -> PictureLoader:
+    def _loader(self, part: Split, *, training: bool = False) -> ImageLoader:
         self.setup()
         rank = Rank(self.trainer.global_rank, self.trainer.world_size) if self.trainer else Rank()
         device = self._device()
@@ -319,9 +319,9 @@ class ImageDataModule(pl.LightningDataModule):
         if num_workers == 0:
             images, targets = self._on_device(self._source_of(part), device)
             return ResidentLoader(images, targets, sampler, **finishing)
-        pictures = self._pictures[self._source_of(part)]
+        raw_images = self._images[self._source_of(part)]
         return StreamingLoader(
-            pictures.images, pictures.targets, sampler, num_workers=num_workers, device=device, **finishing
+            raw_images.images, raw_images.targets, sampler, num_workers=num_workers, device=device, **finishing
         )
 
     def _device(self) -> torch.device:
@@ -332,30 +332,30 @@ class ImageDataModule(pl.LightningDataModule):
     def _num_workers(self, device: torch.device) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        needed = sum(pictures.images.nbytes for pictures in self._pictures.values())
+        needed = sum(images.images.nbytes for images in self._images.values())
         # Half of what is free: network, activations and the rest of the machine need the other half.
         return 0 if needed < _free_bytes(device) / 2 else min(2, os.cpu_count() or 1)
 
-    def _on_device(self, name: Part, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return a source's pictures on a device, one copy for all its loaders."""
+    def _on_device(self, name: Split, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return a source's images on a device, one copy for all its loaders."""
         if (name, device) not in self._resident:
-            pictures = self._pictures[name]
-            if not pictures.images.flags.writeable:
+            raw_images = self._images[name]
+            if not raw_images.images.flags.writeable:
                 # A file's mapping is read into memory: page faults in the middle of training would be slow.
-                pictures = replace(pictures, images=pictures.images.copy(), targets=pictures.targets.copy())
+                raw_images = replace(raw_images, images=raw_images.images.copy(), targets=raw_images.targets.copy())
             if device.type == "cpu":
-                self._pictures[name] = pictures  # drops the mapping, whose pages would count twice
-            images, targets = torch.from_numpy(pictures.images), torch.from_numpy(pictures.targets)
+                self._images[name] = raw_images  # drops the mapping, whose pages would count twice
+            images, targets = torch.from_numpy(raw_images.images), torch.from_numpy(raw_images.targets)
             self._resident[name, device] = (images.to(device), targets.to(device))
         return self._resident[name, device]
 
 
 def channel_statistics(images: np.ndarray, indices: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel over some pictures, scaled to 0-1.
+    """Return mean and standard deviation of each channel over some images, scaled to 0-1.
 
     Args:
         images: uint8 (n, height, width, channels), 0-255; may be memory-mapped.
-        indices: int64, the pictures that count.
+        indices: int64, the images that count.
     """
     total = np.zeros(images.shape[-1])
     squares = np.zeros(images.shape[-1])

@@ -1,8 +1,8 @@
-"""Where pictures come from: the table of data sets, all read the same way as uint8 NumPy arrays.
+"""Where images come from: the table of data sets, all read the same way as uint8 NumPy arrays.
 
     source = open_source("cifar10", "data", None)   class names and size are known: nothing downloaded or decoded yet
     source.prepare()                                 downloads, or decodes into a cache; safe to call again
-    source.load("train")                             PictureSet, or None for a split that the source does not have
+    source.load("train")                             ImageSet, or None for a split that the source does not have
 
 To add a data set, write a class with `Source`'s members and give it a line in `open_source`.
 """
@@ -44,8 +44,8 @@ CIFAR100_CLASSES = (
 
 
 @dataclass(frozen=True)
-class PictureSet:
-    """The pictures of one split.
+class ImageSet:
+    """The images of one split.
 
     Args:
         images: uint8 RGB (N, H, W, 3), 0-255; may be mapped from a file, read-only.
@@ -59,7 +59,7 @@ class PictureSet:
 
 
 class Source(Protocol):
-    """What the rest needs of a data set. Everything but the pictures is known without downloading or decoding.
+    """What the rest needs of a data set. Everything but the images is known without downloading or decoding.
 
     (Properties, so that fields of frozen dataclasses fit.)
     """
@@ -78,7 +78,7 @@ class Source(Protocol):
 
     @property
     def mean(self) -> Channels | None:
-        """Published mean of each channel of the training pictures scaled to 0-1, or None: to be measured."""
+        """Published mean of each channel of the training images scaled to 0-1, or None: to be measured."""
 
     @property
     def std(self) -> Channels | None:
@@ -91,7 +91,7 @@ class Source(Protocol):
             UserError: The data cannot be had, or is damaged.
         """
 
-    def load(self, split: Split) -> PictureSet | None:
+    def load(self, split: Split) -> ImageSet | None:
         """Reads a split; None if there is none of that name.
 
         Raises:
@@ -110,7 +110,7 @@ class Cifar:
         name: cifar10 or cifar100.
         root: Folder that holds the archive or what it unpacks to.
         class_names: In the order of the targets.
-        mean: Mean of each channel of the training pictures, 0-1.
+        mean: Mean of each channel of the training images, 0-1.
         std: Standard deviation of the same.
     """
 
@@ -126,8 +126,8 @@ class Cifar:
         """Downloads and unpacks the archive unless it is there."""
         download(self.name, self.root)
 
-    def load(self, split: Split) -> PictureSet | None:
-        """Reads 50,000 pictures of train or 10,000 of test; torchvision checks the MD5 of each file."""
+    def load(self, split: Split) -> ImageSet | None:
+        """Reads 50,000 images of train or 10,000 of test; torchvision checks the MD5 of each file."""
         if split == "val":
             return None
         from torchvision import datasets  # takes seconds to import
@@ -146,20 +146,20 @@ class Cifar:
                 ) from error
         assert tuple(read.classes) == self.class_names
         targets = np.asarray(read.targets, dtype=np.int64)
-        return PictureSet(read.data, targets, digest(read.data, targets))
+        return ImageSet(read.data, targets, digest(read.data, targets))
 
     def describe(self) -> str:
         """One line for the terminal."""
-        return f"{self.name}: 50,000 + 10,000 pictures, {len(self.class_names)} classes, 32x32, in {self.root}"
+        return f"{self.name}: 50,000 + 10,000 images, {len(self.class_names)} classes, 32x32, in {self.root}"
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Somebody's own pictures, as class folders.
+    """Somebody's own images, as class folders.
 
     Args:
         root: Folder with `train/<class>/*`, `test/<class>/*` and perhaps `val/<class>/*`.
-        wanted_size: Side of the squares in pixels; None finds one that suits the pictures.
+        wanted_size: Side of the squares in pixels; None finds one that suits the images.
     """
 
     root: Path
@@ -183,29 +183,29 @@ class Folder:
         return self._folders.image_size
 
     def prepare(self) -> None:
-        """Decodes the pictures into the cache unless they are there."""
+        """Decodes the images into the cache unless they are there."""
         self._folders.prepare()
 
-    def load(self, split: Split) -> PictureSet | None:
+    def load(self, split: Split) -> ImageSet | None:
         """Reads a split from the cache, or decodes it."""
         loaded = self._folders.load(split)
-        return loaded and PictureSet(*loaded)
+        return loaded and ImageSet(*loaded)
 
     def describe(self) -> str:
         """One line for the terminal."""
         counts = {split: len(listing.names) for split, listing in self._folders.listings.items()}
         parts = " + ".join(f"{count:,} {split}" for split, count in counts.items())
         size = f"{self.image_size}x{self.image_size}"
-        return f"folder: {parts} pictures, {len(self.class_names)} classes, {size}, in {self.root}"
+        return f"folder: {parts} images, {len(self.class_names)} classes, {size}, in {self.root}"
 
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Generated pictures of ten classes: for the quick start and for tests.
+    """Generated images of ten classes: for the quick start and for tests.
 
     Args:
-        num_train: Training pictures.
-        num_test: Test pictures.
+        num_train: Training images.
+        num_test: Test images.
         image_size: Height and width in pixels, at least 16.
     """
 
@@ -222,9 +222,9 @@ class Synthetic:
         synthetic.check(self.num_test, self.image_size)
 
     def prepare(self) -> None:
-        """Nothing to do: pictures are drawn in a second."""
+        """Nothing to do: images are drawn in a second."""
 
-    def load(self, split: Split) -> PictureSet | None:
+    def load(self, split: Split) -> ImageSet | None:
         """Draws train or test."""
         if split == "val":
             return None
@@ -234,16 +234,16 @@ class Synthetic:
         """One line for the terminal."""
         size = f"{self.image_size}x{self.image_size}"
         return (
-            f"synthetic: {self.num_train:,} + {self.num_test:,} generated pictures, {len(self.class_names)} classes, "
+            f"synthetic: {self.num_train:,} + {self.num_test:,} generated images, {len(self.class_names)} classes, "
             f"{size} (not a real data set)"
         )
 
 
 @functools.lru_cache(maxsize=2)  # the last train and test: a fit that tests afterwards draws once
-def _drawn(split: str, count: int, image_size: int) -> PictureSet:
+def _drawn(split: str, count: int, image_size: int) -> ImageSet:
     images, targets = synthetic.draw(split, count, image_size)
     images.flags.writeable = targets.flags.writeable = False  # shared by all who ask
-    return PictureSet(images, targets, digest(images, targets))
+    return ImageSet(images, targets, digest(images, targets))
 
 
 def open_source(dataset: str, root: str | Path, image_size: int | None = None) -> Source:
@@ -251,8 +251,8 @@ def open_source(dataset: str, root: str | Path, image_size: int | None = None) -
 
     Args:
         dataset: One of `DATASETS`.
-        root: Where its pictures lie or are downloaded to; synthetic needs none.
-        image_size: Side of the pictures in pixels; None is the data set's own.
+        root: Where its images lie or are downloaded to; synthetic needs none.
+        image_size: Side of the images in pixels; None is the data set's own.
 
     Raises:
         UserError: An unknown name, a size that the data set does not have, or class folders that do not fit.
@@ -263,7 +263,7 @@ def open_source(dataset: str, root: str | Path, image_size: int | None = None) -
             f"--data.image_size {image_size}: {dataset} is 32 pixels, resizing it is not supported; leave the flag out"
         )
     match dataset:
-        case "cifar10":  # mean and std: of the 50,000 training pictures, as published with most CIFAR-10 code
+        case "cifar10":  # mean and std: of the 50,000 training images, as published with most CIFAR-10 code
             return Cifar("cifar10", root, CIFAR10_CLASSES, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
         case "cifar100":
             return Cifar("cifar100", root, CIFAR100_CLASSES, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))

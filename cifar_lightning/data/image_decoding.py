@@ -1,15 +1,15 @@
-"""Picture files as uint8 RGB squares: one, or many in parallel straight into an array or a file.
+"""Image files as uint8 RGB squares: one, or many in parallel straight into an array or a file.
 
-What becomes of a picture (raise `RULES` when this changes: caches depend on it): the first frame; turned as its EXIF
+What becomes of an image (raise `RULES` when this changes: caches depend on it): the first frame; turned as its EXIF
 orientation says; transparency laid on white; CMYK, palette, gray and 1 bit as Pillow converts them to RGB; 16-bit gray
 by its high byte; 32-bit and floating point refused, since what is white there is not defined. Then the shorter side is
 resized to `image_size` (bicubic, antialiased) and the middle square cut out; a square of that size keeps every bit.
 
-Pictures are not trusted. Pillow reads, not torchvision: on damaged files `torchvision.io.decode_image` 0.29 can crash
-the process. Pillow's decoders are C code, too, so that they run in worker processes alone, also for one picture (0.2 s
+Images are not trusted. Pillow reads, not torchvision: on damaged files `torchvision.io.decode_image` 0.29 can crash
+the process. Pillow's decoders are C code, too, so that they run in worker processes alone, also for one image (0.2 s
 until the first worker works, where a command takes seconds to import torch): a crash there ends a worker, not the
-program, and names the picture. The program itself only reads headers, of the kinds whose header Pillow reads in Python.
-Before a pixel is decoded, a picture must be no larger than `MAX_PIXELS`.
+program, and names the image. The program itself only reads headers, of the kinds whose header Pillow reads in Python.
+Before a pixel is decoded, an image must be no larger than `MAX_PIXELS`.
 """
 
 import multiprocessing
@@ -36,42 +36,42 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cifar_lightning.errors import UserError
 
-RULES = 1  # version of what decode_picture does
-MAX_PIXELS = 89_478_485  # of one picture: Pillow's own limit against decompression bombs, 256 MiB as RGB
+RULES = 1  # version of what decode_image does
+MAX_PIXELS = 89_478_485  # of one image: Pillow's own limit against decompression bombs, 256 MiB as RGB
 MAX_BYTES = 1 << 30  # of one file: MAX_PIXELS of 16-bit RGBA, uncompressed, are 0.7 GB
 # Readers that hand the file to another program: EPS is a program for Ghostscript, WMF one for Windows' drawing calls.
 REFUSED_FORMATS = frozenset({"EPS", "WMF"})
 # Formats whose header Pillow reads in Python. For WebP and AVIF it calls C code, and an ICO it decodes at once.
 _HEADER_IN_PYTHON = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "PPM")
-_A_WORKER = 100  # pictures for each worker process: they take as long as it takes to start
-_CHUNK_BYTES = 1 << 26  # of decoded pictures that a worker sends back at once
-_TOLD_FROM = 2_000  # pictures: that many take long enough for a line in a log
-_SAMPLE = 256  # pictures whose headers tell the image size
+_A_WORKER = 100  # images for each worker process: they take as long as it takes to start
+_CHUNK_BYTES = 1 << 26  # of decoded images that a worker sends back at once
+_TOLD_FROM = 2_000  # images: that many take long enough for a line in a log
+_SAMPLE = 256  # images whose headers tell the image size
 
 Decode = Callable[[str, int], np.ndarray]
-Unreadable = tuple[int, str]  # index of a picture, and why it cannot be read
+Unreadable = tuple[int, str]  # index of an image, and why it cannot be read
 
 
-def decode_picture(path: str, image_size: int) -> np.ndarray:
-    """Reads one picture by the rules at the top of this file.
+def decode_image(path: str, image_size: int) -> np.ndarray:
+    """Reads one image by the rules at the top of this file.
 
     Returns:
         uint8 RGB (image_size, image_size, 3), 0-255.
 
     Raises:
-        UserError: The file is damaged, no picture, of an unsupported kind or too large; the message begins with `path`.
+        UserError: The file is damaged, no image, of an unsupported kind or too large; the message begins with `path`.
     """
     try:
         data = _read(path)
-        with Image.open(BytesIO(data)) as picture:
-            _check_header(picture)
-            if picture.format == "PNG":
+        with Image.open(BytesIO(data)) as image:
+            _check_header(image)
+            if image.format == "PNG":
                 _check_png(data)
-            picture.draft(None, (2 * image_size, 2 * image_size))  # large JPEGs: decode at 1/2, 1/4 or 1/8
-            ImageOps.exif_transpose(picture, in_place=True)
-            return np.asarray(_square(_to_rgb(picture), image_size))
+            image.draft(None, (2 * image_size, 2 * image_size))  # large JPEGs: decode at 1/2, 1/4 or 1/8
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(_square(_to_rgb(image), image_size))
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
-        reason = "no picture that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UserError(f"{path} cannot be read ({' '.join(reason.split()) or type(error).__name__})") from error
 
 
@@ -89,16 +89,16 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
-def _check_header(picture: Image.Image) -> None:
-    if picture.format in REFUSED_FORMATS:
-        raise ValueError(f"{picture.format} is a program that draws, not a picture: save it as PNG")
-    if picture.width * picture.height > MAX_PIXELS:
-        raise ValueError(f"{picture.width} x {picture.height} pixels, the limit is {MAX_PIXELS:,}")
+def _check_header(image: Image.Image) -> None:
+    if image.format in REFUSED_FORMATS:
+        raise ValueError(f"{image.format} is a program that draws, not an image: save it as PNG")
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, the limit is {MAX_PIXELS:,}")
 
 
 def _check_png(data: bytes) -> None:
     """Checks each chunk's CRC. Pillow skips those of the pixels and would miss 1 % of flipped bytes; its `verify` takes
-    ten times as long for small pictures.
+    ten times as long for small images.
     """
     at, kind = 8, b""
     while kind != b"IEND" and at < len(data):
@@ -109,30 +109,30 @@ def _check_png(data: bytes) -> None:
         at = end + 4
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         # Pillow's own conversion saturates: all but the darkest 1/256 becomes white.
-        gray = np.asarray(picture)
+        gray = np.asarray(image)
         return Image.fromarray((np.clip(gray, 0, 65_535).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
-    if picture.mode in ("I", "F"):
+    if image.mode in ("I", "F"):
         raise ValueError("32 bits a pixel have no defined white: save it with 8 or 16 bits")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
-def _square(picture: Image.Image, image_size: int) -> Image.Image:
-    scale = image_size / min(picture.size)
-    width, height = (max(image_size, round(side * scale)) for side in picture.size)
-    if (width, height) != picture.size:
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+def _square(image: Image.Image, image_size: int) -> Image.Image:
+    scale = image_size / min(image.size)
+    width, height = (max(image_size, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - image_size) // 2, (height - image_size) // 2
-    return picture.crop((left, top, left + image_size, top + image_size))
+    return image.crop((left, top, left + image_size, top + image_size))
 
 
 def find_image_size(paths: Sequence[str]) -> int:
-    """A size for pictures of unknown sizes, from the headers of a sample; see `ClassFolders`."""
+    """A size for images of unknown sizes, from the headers of a sample; see `ClassFolders`."""
     sample = list(paths[:: -(-len(paths) // _SAMPLE)])
     with warnings.catch_warnings():
         _choose_warnings()
@@ -140,7 +140,7 @@ def find_image_size(paths: Sequence[str]) -> int:
     # Only for what this does not tell is a process started.
     unknown = [path for path in sample if found[path] is None]
     if unknown:
-        with suppress(BrokenProcessPool), _workers(1) as pool:  # reading all pictures names the one that it died of
+        with suppress(BrokenProcessPool), _workers(1) as pool:  # reading all images names the one that it died of
             found |= zip(unknown, pool.map(_header_size, unknown, chunksize=_SAMPLE), strict=True)
     sizes = [size for size in found.values() if size is not None]
     if not sizes:
@@ -152,54 +152,54 @@ def find_image_size(paths: Sequence[str]) -> int:
 
 
 def _header_size(path: str, formats: tuple[str, ...] | None = None) -> tuple[int, int] | None:
-    """Width and height; None for what cannot be read: reading all pictures reports it, with all others."""
+    """Width and height; None for what cannot be read: reading all images reports it, with all others."""
     try:
         _check_file(path)
-        with Image.open(path, formats=formats) as picture:
-            _check_header(picture)
-            return picture.size
+        with Image.open(path, formats=formats) as image:
+            _check_header(image)
+            return image.size
     except Exception:
         pass
     return None
 
 
 def is_16_bit(path: str) -> bool:
-    """Return whether a picture has 16 bits a channel; False, too, where Pillow does not read its header in Python."""
+    """Return whether an image has 16 bits a channel; False, too, where Pillow does not read its header in Python."""
     try:
         _check_file(path)
-        with warnings.catch_warnings(), Image.open(path, formats=_HEADER_IN_PYTHON) as picture:
+        with warnings.catch_warnings(), Image.open(path, formats=_HEADER_IN_PYTHON) as image:
             _choose_warnings()
             # Of 16-bit colours Pillow keeps the high bytes, and only its raw mode ("RGB;16B") tells.
-            return picture.mode.startswith("I") or any(";16" in str(tile[3]) for tile in picture.tile)
+            return image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile)
     except Exception:  # damaged headers make Pillow raise nearly anything; decoding is where that is told
         return False
 
 
 def _choose_warnings() -> None:
-    """Silence Pillow on odd EXIF, but refuse what it warns of as too large: a picture within a file, for example."""
+    """Silence Pillow on odd EXIF, but refuse what it warns of as too large: an image within a file, for example."""
     warnings.simplefilter("ignore")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
-# -- many pictures ------------------------------------------------------------------------------------------------
+# -- many images ------------------------------------------------------------------------------------------------
 
 
 def decode_all(
-    paths: Sequence[str], image_size: int, out: Path | np.ndarray, decode: Decode = decode_picture
+    paths: Sequence[str], image_size: int, out: Path | np.ndarray, decode: Decode = decode_image
 ) -> list[Unreadable]:
-    """Decodes pictures in worker processes into `out`, with a progress bar on a terminal's stderr or a line on stdout.
+    """Decodes images in worker processes into `out`, with a progress bar on a terminal's stderr or a line on stdout.
 
     Args:
-        paths: The pictures.
+        paths: The images.
         image_size: Side of the squares in pixels.
         out: uint8 (len(paths), image_size, image_size, 3): an array, or a `.npy` file that is there already.
-        decode: What reads one picture; must raise `UserError` for one that cannot be read. Workers import it by name.
+        decode: What reads one image; must raise `UserError` for one that cannot be read. Workers import it by name.
 
     Returns:
-        Index and reason for each picture that cannot be read, by index.
+        Index and reason for each image that cannot be read, by index.
 
     Raises:
-        UserError: A worker process died; names the pictures it may have died of.
+        UserError: A worker process died; names the images it may have died of.
     """
     num_workers = max(1, min(_num_cores(), 32, len(paths) // _A_WORKER))
     began = time.monotonic()
@@ -215,11 +215,11 @@ def decode_all(
         except BrokenProcessPool as error:
             suspects = [path for path, state in zip(paths, current, strict=False) if state == 1]
             raise UserError(
-                f"A process died while decoding {' or '.join(suspects[:3]) or 'pictures'}\n"
-                "The picture crashes Pillow, or memory ran out: remove it, or make it smaller."
+                f"A process died while decoding {' or '.join(suspects[:3]) or 'images'}\n"
+                "The image crashes Pillow, or memory ran out: remove it, or make it smaller."
             ) from error
     if len(paths) >= _TOLD_FROM and not sys.stderr.isatty():
-        print(f"Decoded {len(paths):,} pictures in {time.monotonic() - began:.1f} s", flush=True)
+        print(f"Decoded {len(paths):,} images in {time.monotonic() - began:.1f} s", flush=True)
     return sorted(bad)
 
 
@@ -227,24 +227,24 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _chunks(num: int, num_workers: int, picture_bytes: int) -> list[tuple[int, int]]:
-    """Ranges of at most 256 pictures, and at least 8 for each worker so that none waits long for the last."""
-    size = max(1, min(256, num // (8 * num_workers), _CHUNK_BYTES // picture_bytes))
+def _chunks(num: int, num_workers: int, image_bytes: int) -> list[tuple[int, int]]:
+    """Ranges of at most 256 images, and at least 8 for each worker so that none waits long for the last."""
+    size = max(1, min(256, num // (8 * num_workers), _CHUNK_BYTES // image_bytes))
     return [(start, min(start + size, num)) for start in range(0, num, size)]
 
 
-Chunk = tuple[list[Unreadable], np.ndarray | None]  # what cannot be read, and the pictures that no file took
+Chunk = tuple[list[Unreadable], np.ndarray | None]  # what cannot be read, and the images that no file took
 
 
 def _collect(chunks: dict[Future[Chunk], tuple[int, int]], pool: Executor, out: np.ndarray | None) -> list[Unreadable]:
-    """Waits for all chunks, moving the progress bar on by their number of pictures."""
+    """Waits for all chunks, moving the progress bar on by their number of images."""
     # Workers import this file, and need none of it: 0.1 s for each.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     bad: list[Unreadable] = []
     console = Console(stderr=True)
-    columns = (TextColumn("Decoding pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("Decoding images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("", total=sum(stop - start for start, stop in chunks.values()))
@@ -309,7 +309,7 @@ def _take_work(file: str | None, decode: Decode, current: Any) -> None:
 
 
 def _decode_chunk(paths: Sequence[str], start: int, image_size: int) -> Chunk:
-    """Decodes pictures into the file, or gives them back; `current` tells which one is in work (1), or done (2)."""
+    """Decodes images into the file, or gives them back; `current` tells which one is in work (1), or done (2)."""
     images, decode, current = _work
     own = np.zeros((len(paths), image_size, image_size, 3), np.uint8) if images is None else None
     into: Any = own if images is None else images[start : start + len(paths)]

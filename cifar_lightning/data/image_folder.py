@@ -1,6 +1,6 @@
 """Class folders: `ROOT/train/<class>/*`, `ROOT/test/<class>/*` and, if there, `ROOT/val/<class>/*`.
 
-Pictures of any kind and size become uint8 RGB squares once (by the rules in pictures.py) and go straight into a `.npy`
+Images of any kind and size become uint8 RGB squares once (by the rules in images.py) and go straight into a `.npy`
 file that later starts map into memory: a set larger than memory never sits there, and a second start decodes nothing.
 The file belongs to a fingerprint of the folder (names, sizes, modification times), and is made anew when that changes.
 """
@@ -29,25 +29,25 @@ from cifar_lightning.formatting import counted
 CACHE_FOLDER = ".cifar_lightning_cache"
 CACHE_VARIABLE = "CIFAR_LIGHTNING_CACHE"
 _LITTER = frozenset({"thumbs.db", "desktop.ini"})  # Windows leaves them in folders; elsewhere such files are hidden
-# Notes and tables that lie beside pictures. Any other suffix, or none, is tried: a picture that Pillow cannot read, as
+# Notes and tables that lie beside images. Any other suffix, or none, is tried: an image that Pillow cannot read, as
 # .heic may be, must not go missing quietly.
 _NOTES = {".cfg", ".csv", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".tsv", ".txt", ".xml"}
-_NO_PICTURES = _NOTES | {".aae", ".db", ".lnk", ".pdf", ".py", ".url", ".xls", ".xlsx", ".xmp", ".yaml", ".yml"}
-_SAMPLE = 256  # decoded pictures that are looked at for being nearly black
+_NO_IMAGES = _NOTES | {".aae", ".db", ".lnk", ".pdf", ".py", ".url", ".xls", ".xlsx", ".xmp", ".yaml", ".yml"}
+_SAMPLE = 256  # decoded images that are looked at for being nearly black
 _NEARLY_BLACK = 20  # of 255: 12-bit values of 65,535 reach 15, and resizing may add a little
 _STALE_S = 86_400  # a temporary file this old belongs to a process that was killed
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The pictures of one split, class after class, by name within a class.
+    """The images of one split, class after class, by name within a class.
 
     Args:
         folder: `ROOT/train` and so on.
         names: `<class>/<file>` below it.
-        counts: Pictures of each class.
+        counts: Images of each class.
         fingerprint: SHA-256 of names, sizes in bytes and modification times.
-        left_aside: `<class>/<file>` of the files whose suffix says that they are no pictures.
+        left_aside: `<class>/<file>` of the files whose suffix says that they are no images.
     """
 
     folder: str
@@ -68,11 +68,11 @@ class Listing:
 
 
 class ClassFolders:
-    """The pictures below one folder; `class_names` and `image_size` are known at once.
+    """The images below one folder; `class_names` and `image_size` are known at once.
 
     Args:
         root: Folder that holds `train/` and `test/`, and perhaps `val/`.
-        image_size: Side of the squares in pixels; by default the pictures' own where all of a sample are squares of one
+        image_size: Side of the squares in pixels; by default the images' own where all of a sample are squares of one
             size up to 224, otherwise the median of their shorter sides, as a multiple of 32 from 32 to 224.
 
     Raises:
@@ -94,7 +94,7 @@ class ClassFolders:
         """Decodes what is not in the cache yet; safe to call again, and from several processes.
 
         Raises:
-            UserError: Pictures that cannot be read.
+            UserError: Images that cannot be read.
         """
         for split in self.listings:
             self.load(split)
@@ -108,7 +108,7 @@ class ClassFolders:
             if listing.left_aside:
                 kinds = _some(sorted({Path(name).suffix for name in listing.left_aside}))
                 num = counted(len(listing.left_aside), "file", "files")
-                yield f"{listing.folder}: {num} left aside, not pictures ({kinds})"
+                yield f"{listing.folder}: {num} left aside, not images ({kinds})"
         listing, (images, _) = self.listings["train"], self._found("train")
         paths = listing.paths
         sample = range(0, len(paths), -(-len(paths) // _SAMPLE))
@@ -117,7 +117,7 @@ class ClassFolders:
             deep = [value for path, value in brightest.items() if is_16_bit(path)]
             if deep and max(deep) < _NEARLY_BLACK:
                 yield (
-                    f"warning: {listing.folder}: the {len(deep):,} 16-bit pictures of {len(sample):,} looked at "
+                    f"warning: {listing.folder}: the {len(deep):,} 16-bit images of {len(sample):,} looked at "
                     "come out nearly black: they use no value above 4,095 or so, and white is 65,535.\n"
                     "warning: if their values have 10 or 12 bits, multiply them (by 64 or 16) and save them anew."
                 )
@@ -154,7 +154,7 @@ class ClassFolders:
             if found := read_cache(path, self._about(split)):
                 return found
             if path.exists():
-                print(f"{path} is damaged or older than the pictures: decoding them again", flush=True)
+                print(f"{path} is damaged or older than the images: decoding them again", flush=True)
         return None
 
     def _build(self, split: str) -> tuple[np.ndarray, str]:
@@ -165,14 +165,14 @@ class ClassFolders:
                 if temporary is None:
                     continue
                 if folder.parent != self.root:
-                    print(f"{self.root} is read-only or full: decoded pictures are kept in {folder}", flush=True)
+                    print(f"{self.root} is read-only or full: decoded images are kept in {folder}", flush=True)
                 refuse(decode_all(listing.paths, self.image_size, temporary), listing, folder)
                 try:
                     path = folder / f"{split}-{self.image_size}.npy"
                     return publish(temporary, path, self._about(split), listing.targets)
-                except OSError as error:  # on Windows: while another process has the old pictures mapped
-                    print(f"{folder} cannot keep the decoded pictures ({error})", flush=True)
-        print(f"No folder takes decoded pictures (name one by {CACHE_VARIABLE}): decoding at each start", flush=True)
+                except OSError as error:  # on Windows: while another process has the old images mapped
+                    print(f"{folder} cannot keep the decoded images ({error})", flush=True)
+        print(f"No folder takes decoded images (name one by {CACHE_VARIABLE}): decoding at each start", flush=True)
         images = np.empty(shape, np.uint8)
         refuse(decode_all(listing.paths, self.image_size, images), listing, None)
         self._uncached[split] = images, digest(images, listing.targets)
@@ -196,10 +196,10 @@ def scan(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
     splits = [split for split in ("train", "val", "test") if (root / split).is_dir()]
     for split in ("train", "test"):
         if split not in splits:
-            raise UserError(f"--data.root {root} has no folder {split}/: put pictures into {split}/<class>/")
+            raise UserError(f"--data.root {root} has no folder {split}/: put images into {split}/<class>/")
     classes = {split: sorted(entry.name for entry in _entries(root / split) if entry.is_dir()) for split in splits}
     if not classes["train"]:
-        raise UserError(f"{root / 'train'} has no class folders: put each class's pictures into train/<class>/")
+        raise UserError(f"{root / 'train'} has no class folders: put each class's images into train/<class>/")
     for split in splits:
         missing = sorted(set(classes["train"]) - set(classes[split]))
         extra = sorted(set(classes[split]) - set(classes["train"]))
@@ -238,21 +238,21 @@ def _list_split(folder: Path, class_folders: Sequence[str]) -> Listing:
             except OSError as error:
                 raise UserError(f"{folder / name} cannot be read ({error.strerror}): repair or remove it") from error
             if entry.is_dir():
-                raise UserError(f"{folder / name} is a folder inside a class: pictures lie directly in {class_folder}/")
-            if os.path.splitext(entry.name)[1].lower() in _NO_PICTURES:
+                raise UserError(f"{folder / name} is a folder inside a class: images lie directly in {class_folder}/")
+            if os.path.splitext(entry.name)[1].lower() in _NO_IMAGES:
                 left_aside.append(name)
                 continue
             names.append(name)
             seen.update(os.fsencode(name) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         counts.append(len(names) - before)
         if not counts[-1]:
-            what = "has no pictures" if left_aside and left_aside[-1].startswith(f"{class_folder}/") else "is empty"
-            raise UserError(f"{folder / class_folder} {what}: add pictures, or remove the class from every split")
+            what = "has no images" if left_aside and left_aside[-1].startswith(f"{class_folder}/") else "is empty"
+            raise UserError(f"{folder / class_folder} {what}: add images, or remove the class from every split")
     return Listing(str(folder), tuple(names), tuple(counts), seen.hexdigest(), tuple(left_aside))
 
 
 def refuse(bad: Sequence[Unreadable], listing: Listing, folder: Path | None) -> None:
-    """Raises if there are bad pictures: the first one's path, how many there are, and where all are listed."""
+    """Raises if there are bad images: the first one's path, how many there are, and where all are listed."""
     if not bad:
         return
     out = "Repair or remove it."
@@ -264,7 +264,7 @@ def refuse(bad: Sequence[Unreadable], listing: Listing, folder: Path | None) -> 
                 list_path.write_text("".join(f"{reason}\n" for _, reason in bad), "utf-8", "surrogateescape")
                 out = f"Repair or remove them: {list_path} lists all."
     raise UserError(
-        f"{bad[0][1]}; {len(bad):,} of {len(listing.names):,} pictures in {listing.folder} cannot be read\n{out}"
+        f"{bad[0][1]}; {len(bad):,} of {len(listing.names):,} images in {listing.folder} cannot be read\n{out}"
     )
 
 
@@ -272,7 +272,7 @@ def refuse(bad: Sequence[Unreadable], listing: Listing, folder: Path | None) -> 
 
 
 def cache_folders(root: Path) -> tuple[Path, Path]:
-    """Where decoded pictures may lie: beside the data, or in the user's cache under a name of their own."""
+    """Where decoded images may lie: beside the data, or in the user's cache under a name of their own."""
     place = os.path.realpath(root)
     name = f"{Path(place).name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}"
     if chosen := os.environ.get(CACHE_VARIABLE):
@@ -282,10 +282,10 @@ def cache_folders(root: Path) -> tuple[Path, Path]:
 
 
 def read_cache(path: Path, about: dict[str, Any]) -> tuple[np.ndarray, str] | None:
-    """Maps cached pictures into memory, read-only.
+    """Maps cached images into memory, read-only.
 
     Returns:
-        Pictures uint8 (N, S, S, 3) and the SHA-256 of pictures and targets, or None if there is no whole file that
+        Images uint8 (N, S, S, 3) and the SHA-256 of images and targets, or None if there is no whole file that
         agrees with `about`.
     """
     try:
@@ -333,10 +333,10 @@ def _reserve(temporary: Path, name: str, shape: tuple[int, ...]) -> bool:
 
 
 def publish(temporary: Path, path: Path, about: dict[str, Any], targets: np.ndarray) -> tuple[np.ndarray, str]:
-    """Gives finished pictures their name, so that no reader ever sees them half written.
+    """Gives finished images their name, so that no reader ever sees them half written.
 
     Returns:
-        The same as `read_cache`: exactly these pictures, whatever other processes put under that name meanwhile.
+        The same as `read_cache`: exactly these images, whatever other processes put under that name meanwhile.
 
     Raises:
         OSError: The folder takes them no longer.
@@ -348,7 +348,7 @@ def publish(temporary: Path, path: Path, about: dict[str, Any], targets: np.ndar
     with temporary.open("r+b") as file:
         os.fsync(file.fileno())
     note = path.with_suffix(".json")
-    # First the old note goes: a crash before the new one leaves pictures that nobody trusts.
+    # First the old note goes: a crash before the new one leaves images that nobody trusts.
     note.unlink(missing_ok=True)
     os.replace(temporary, path)
     write_json(note, about)
@@ -358,7 +358,7 @@ def publish(temporary: Path, path: Path, about: dict[str, Any], targets: np.ndar
 
 
 def digest(images: np.ndarray, targets: np.ndarray) -> str:
-    """SHA-256 of the pictures' bytes, then of the targets' (int64, little-endian)."""
+    """SHA-256 of the images' bytes, then of the targets' (int64, little-endian)."""
     sha256 = hashlib.sha256()
     for start in range(0, len(images), 4096):
         sha256.update(np.ascontiguousarray(images[start : start + 4096]).data)

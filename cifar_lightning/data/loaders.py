@@ -1,10 +1,10 @@
 """Finished batches: gathered in a seeded order, augmented and normalised on the device, ready for the network.
 
-Two loaders with one interface give the same batches for the same seed. `ResidentLoader` keeps the uint8 pictures on the
+Two loaders with one interface give the same batches for the same seed. `ResidentLoader` keeps the uint8 images on the
 training device and gathers there; `StreamingLoader` has worker processes gather rows of a set that may be larger than
 memory. Neither is a `DataLoader`, so that order, shares and position are ours and survive a stop:
 
-- order = f(seed, epoch), augmentation = g(seed, epoch, picture), nothing depends on an earlier batch;
+- order = f(seed, epoch), augmentation = g(seed, epoch, image), nothing depends on an earlier batch;
 - `sampler.set_epoch` (Lightning calls it) names the next epoch; where nobody calls it, each iteration is the next one;
 - `state_dict` and `load_state_dict` (Lightning looks for them) hold the epoch and the batches already given.
 """
@@ -44,20 +44,20 @@ class Rank:
 
 
 class EpochSampler:
-    """Which pictures each batch of this rank has, and how far the epoch has come.
+    """Which images each batch of this rank has, and how far the epoch has come.
 
     Training deals each global batch (batch_size x ranks) evenly, so that all ranks make the same number of steps; where
-    the last one has fewer pictures than there are ranks, a rank without one repeats one. Evaluation deals every picture
+    the last one has fewer images than there are ranks, a rank without one repeats one. Evaluation deals every image
     exactly once, unpadded; so that all ranks make the same number of steps there too, a last batch may be empty.
 
     Args:
-        indices: int64 (n,), the pictures of this split in its source.
-        batch_size: Pictures a batch and rank.
+        indices: int64 (n,), the images of this split in its source.
+        batch_size: Images a batch and rank.
         seed: Seed of the order.
         training: Whether to shuffle and deal evenly.
         drop_last: Whether to leave out a last, smaller batch of training.
         rank: This process's share.
-        balanced_by: int64 (n,), the classes of the pictures, where training is to show every class equally often.
+        balanced_by: int64 (n,), the classes of the images, where training is to show every class equally often.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class EpochSampler:
         self.epoch = 0
         self.position = 0  # batches of `epoch` already given
         self.places: list[Tensor] | None = None
-        """Of each batch that `begin` returned, its pictures' places in the epoch, where a picture may have several."""
+        """Of each batch that `begin` returned, its images' places in the epoch, where an image may have several."""
         self._resume_at = 0
         self._announced = True  # whether the next iteration is `epoch` itself or the one after
 
@@ -100,7 +100,7 @@ class EpochSampler:
         self._resume_at, self._announced = self.position, True
 
     def begin(self) -> list[Tensor]:
-        """Start an iteration; return the batches of picture indices that it still has to give."""
+        """Start an iteration; return the batches of image indices that it still has to give."""
         if not self._announced or self._resume_at >= len(self) > 0:
             self.epoch += 1
             self._resume_at = 0
@@ -110,7 +110,7 @@ class EpochSampler:
     def _batches(self) -> list[Tensor]:
         if not self.training:
             share = self.indices[self.rank.index :: self.rank.count]
-            # A rank with one picture less may need an empty batch to make as many steps as the others.
+            # A rank with one image less may need an empty batch to make as many steps as the others.
             return [share[k * self.batch_size : (k + 1) * self.batch_size] for k in range(len(self))]
         generator = seeded_generator(self.seed, self.epoch, _ORDER)
         if self.balanced_by is None:
@@ -131,18 +131,18 @@ class EpochSampler:
         return share if len(share) > 0 else batch[:1]
 
 
-class PictureLoader(ABC):
+class ImageLoader(ABC):
     """What both loaders share; `for images, targets in loader` gives one epoch.
 
     `images` is float32 (batch, channels, height, width), normalised, channels_last in memory; `targets` int64 (batch,).
 
     Args:
-        sampler: Which pictures, in which order.
+        sampler: Which images, in which order.
         augmentation: None for evaluation: normalise alone.
-        mean: Per channel, of pictures scaled to 0-1.
-        std: Per channel, of pictures scaled to 0-1.
-        sizes: Sides in pixels of each epoch's pictures; the last one stays.
-        source_size: Pictures and side in pixels of the source that the sampler's indices point into.
+        mean: Per channel, of images scaled to 0-1.
+        std: Per channel, of images scaled to 0-1.
+        sizes: Sides in pixels of each epoch's images; the last one stays.
+        source_size: Images and side in pixels of the source that the sampler's indices point into.
         device: Where batches are finished.
     """
 
@@ -159,7 +159,7 @@ class PictureLoader(ABC):
     ) -> None:
         self.sampler, self.augmentation = sampler, augmentation
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-        self.num_pictures, self.image_size = source_size
+        self.num_images, self.image_size = source_size
         self.sizes = sizes
         self.device = device
 
@@ -177,23 +177,23 @@ class PictureLoader(ABC):
         if self.augmentation is not None:
             draws = draw_epoch(
                 self.augmentation,
-                num_pictures=self.num_pictures,
+                num_images=self.num_images,
                 image_size=size,
                 seed=self.sampler.seed,
                 epoch=self.sampler.epoch,
                 device=self.device,
             )
-        # A picture that is shown again in an epoch gets draws of its own: those of its place, not of its number.
+        # An image that is shown again in an epoch gets draws of its own: those of its place, not of its number.
         places = None if self.sampler.places is None else iter(_on_device(self.sampler.places, self.device))
-        for pictures, images, targets in self._gather(batches):
+        for image_indices, images, targets in self._gather(batches):
             if size != self.image_size:
                 images = resize(images, size)
             if self.augmentation is not None and draws is not None:
-                rows = pictures if places is None else next(places)
+                rows = image_indices if places is None else next(places)
                 drawn = draws.of(rows)
                 if places is not None and self.augmentation.flip == "alternating" and draws.mirrored is not None:
-                    # The one draw that is of the picture: the next epoch shows the other side, wherever it stands.
-                    drawn = replace(drawn, mirrored=draws.mirrored.index_select(0, pictures))
+                    # The one draw that is of the image: the next epoch shows the other side, wherever it stands.
+                    drawn = replace(drawn, mirrored=draws.mirrored.index_select(0, image_indices))
                 finished = augment(images, drawn, self.augmentation, mean=self.mean, std=self.std)
             else:
                 finished = normalize(images, mean=self.mean, std=self.std)
@@ -203,7 +203,7 @@ class PictureLoader(ABC):
 
     @abstractmethod
     def _gather(self, batches: list[Tensor]) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-        """Give (indices, uint8 pictures (batch, height, width, channels), targets) of each batch on the device."""
+        """Give (indices, uint8 images (batch, height, width, channels), targets) of each batch on the device."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, for a checkpoint."""
@@ -214,14 +214,14 @@ class PictureLoader(ABC):
         self.sampler.load_state_dict(state_dict)
 
 
-class ResidentLoader(PictureLoader):
+class ResidentLoader(ImageLoader):
     """Keeps the whole source on the device and gathers there: no workers, no copies between host and device.
 
     Args:
         images: uint8 (n, height, width, channels) on the device, shared by the loaders of a source.
         targets: int64 (n,) on the device.
-        sampler: Which pictures, in which order.
-        **kwargs: See `PictureLoader`.
+        sampler: Which images, in which order.
+        **kwargs: See `ImageLoader`.
     """
 
     def __init__(self, images: Tensor, targets: Tensor, sampler: EpochSampler, **kwargs: Any) -> None:
@@ -229,20 +229,20 @@ class ResidentLoader(PictureLoader):
         self.images, self.targets = images, targets
 
     def _gather(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for pictures in _on_device(batches, self.device):
-            yield pictures, self.images.index_select(0, pictures), self.targets.index_select(0, pictures)
+        for images in _on_device(batches, self.device):
+            yield images, self.images.index_select(0, images), self.targets.index_select(0, images)
 
 
-class StreamingLoader(PictureLoader):
-    """Has persistent worker processes read the pictures, for sets larger than memory.
+class StreamingLoader(ImageLoader):
+    """Has persistent worker processes read the images, for sets larger than memory.
 
     Args:
         images: uint8 (n, height, width, channels), usually a memory-mapped file.
         targets: int64 (n,).
-        sampler: Which pictures, in which order.
+        sampler: Which images, in which order.
         num_workers: Worker processes, 1 or more.
         device: Where batches are finished.
-        **kwargs: See `PictureLoader`.
+        **kwargs: See `ImageLoader`.
     """
 
     def __init__(
@@ -271,9 +271,9 @@ class StreamingLoader(PictureLoader):
     def _gather(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         # No lists: a set's numbers as Python objects would take five times the memory.
         self._index_batches.batches = [batch.numpy() for batch in batches]
-        for pictures, images, targets in self._workers:
+        for image_indices, images, targets in self._workers:
             yield (
-                pictures.to(self.device, non_blocking=True),
+                image_indices.to(self.device, non_blocking=True),
                 images.to(self.device, non_blocking=True),
                 targets.to(self.device, non_blocking=True),
             )
@@ -302,13 +302,13 @@ class _Rows(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return len(self.targets)
 
     def __getitems__(self, indices: np.ndarray | list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        pictures = np.asarray(indices, dtype=np.int64)
+        image_indices = np.asarray(indices, dtype=np.int64)
         # Sorted reads of a memory-mapped file touch each page once and in order.
-        by_place = np.argsort(pictures)
-        images = np.empty((len(pictures), *self.images.shape[1:]), np.uint8)
-        images[by_place] = self.images[pictures[by_place]]
+        by_place = np.argsort(image_indices)
+        images = np.empty((len(image_indices), *self.images.shape[1:]), np.uint8)
+        images[by_place] = self.images[image_indices[by_place]]
         give_back_pages(self.images)  # or a worker would grow by all that it ever read
-        return torch.from_numpy(pictures), torch.from_numpy(images), torch.from_numpy(self.targets[pictures])
+        return torch.from_numpy(image_indices), torch.from_numpy(images), torch.from_numpy(self.targets[image_indices])
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

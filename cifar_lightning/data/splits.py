@@ -1,4 +1,4 @@
-"""Which pictures are for what: a validation split or a subset with every class's share, class weights, imbalance."""
+"""Which images are for what: a validation split or a subset with every class's share, class weights, imbalance."""
 
 import torch
 from jaxtyping import Int64
@@ -8,31 +8,31 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.transforms.augmentation import seeded_generator
 
 _SPLIT, _SUBSET = 1_000_003, 1_000_033  # purposes of the generators; an epoch's purposes are far below
-_UNEVEN = 1.5  # times as many pictures in the largest class as in the smallest, from which it is worth a word
+_UNEVEN = 1.5  # times as many images in the largest class as in the smallest, from which it is worth a word
 
 
 def stratified_split(
-    targets: Int64[Tensor, " pictures"],
+    targets: Int64[Tensor, " images"],
     val_fraction: float,
     *,
     seed: int,
     class_names: tuple[str, ...],
     limit: int | None = None,
 ) -> tuple[Int64[Tensor, " train"], Int64[Tensor, " val"]]:
-    """Hold out exactly `round(val_fraction * n)` pictures, shared among the classes by largest remainder.
+    """Hold out exactly `round(val_fraction * n)` images, shared among the classes by largest remainder.
 
     Args:
-        targets: Of all pictures.
+        targets: Of all images.
         val_fraction: 0 holds out none.
-        seed: Which pictures of a class are held out.
+        seed: Which images of a class are held out.
         class_names: For the error.
-        limit: Split a `stratified_subset` of so many pictures; None is all.
+        limit: Split a `stratified_subset` of so many images; None is all.
 
     Returns:
         Sorted indices of training and validation.
 
     Raises:
-        UserError: A class would get no validation or no training picture; names a value that works.
+        UserError: A class would get no validation or no training image; names a value that works.
     """
     counts = torch.bincount(targets, minlength=len(class_names))
     held_out = _shares(counts, val_fraction)
@@ -40,9 +40,9 @@ def stratified_split(
     if scarce is not None:
         num = int(counts[scarce])
         near = _working_fraction(counts, val_fraction)
-        way_out = "add pictures, or 0 trains on all" if near is None else f"{near} works, and 0 trains on all"
+        way_out = "add images, or 0 trains on all" if near is None else f"{near} works, and 0 trains on all"
         raise UserError(
-            f"--data.val_fraction {val_fraction}: of the {num} training picture{'' if num == 1 else 's'} of class "
+            f"--data.val_fraction {val_fraction}: of the {num} training image{'' if num == 1 else 's'} of class "
             f"{class_names[scarce]}, {int(held_out[scarce])} would be for validation.\n"
             f"Every class needs one for training and one for validation: {way_out}."
         )
@@ -56,25 +56,25 @@ def stratified_split(
 
 
 def stratified_subset(
-    targets: Int64[Tensor, " pictures"],
+    targets: Int64[Tensor, " images"],
     limit: int | None,
     val_fraction: float = 0.0,
     *,
     seed: int,
     class_names: tuple[str, ...],
 ) -> Int64[Tensor, " subset"]:
-    """Return the sorted indices of exactly `limit` pictures, shared among the classes by largest remainder.
+    """Return the sorted indices of exactly `limit` images, shared among the classes by largest remainder.
 
     Args:
-        targets: Of all pictures.
+        targets: Of all images.
         limit: None, as many as there are, or more, are all.
         val_fraction: What will be held out of them.
-        seed: Which pictures of a class are taken.
+        seed: Which images of a class are taken.
         class_names: For the error.
 
     Raises:
-        UserError: A class would get no picture, or too few to hold some out; names a limit that works, where all
-            pictures are enough.
+        UserError: A class would get no image, or too few to hold some out; names a limit that works, where all
+            images are enough.
     """
     if limit is None or limit >= len(targets):
         return torch.arange(len(targets))
@@ -86,7 +86,7 @@ def stratified_subset(
         other = "" if near is None else f", or --data.val_fraction {near}"
         raise UserError(
             f"--data.limit {limit}: too few. Class {class_names[scarce]}, {int(counts[scarce]):,} of {len(targets):,} "
-            f"pictures, would get {int(taken[scarce])}.\n"
+            f"images, would get {int(taken[scarce])}.\n"
             f"Every class needs {needs}: {_working_limit(counts, limit, val_fraction)} is enough{other}."
         )
     return _picked(targets, taken, seeded_generator(seed, 0, _SUBSET)).nonzero().flatten()
@@ -96,21 +96,21 @@ def balanced_weights(counts: Int64[Tensor, " classes"]) -> list[float]:
     """Return each class's weight in the loss: n / (classes * count), so that every class counts the same in all.
 
     Args:
-        counts: Training pictures of each class, 1 or more.
+        counts: Training images of each class, 1 or more.
     """
     weights: list[float] = (counts.sum() / (len(counts) * counts.double())).tolist()
     return weights
 
 
-def balanced_order(targets: Int64[Tensor, " pictures"], generator: torch.Generator) -> Int64[Tensor, " pictures"]:
+def balanced_order(targets: Int64[Tensor, " images"], generator: torch.Generator) -> Int64[Tensor, " images"]:
     """Return an epoch's order in which every class has the same number of places, to within one.
 
-    A class with fewer pictures than places has each of them equally often, to within one; of one with more, some are
+    A class with fewer images than places has each of them equally often, to within one; of one with more, some are
     left out, others each time.
 
     Args:
-        targets: Of the pictures that the order's numbers point at.
-        generator: Which pictures, and their order.
+        targets: Of the images that the order's numbers point at.
+        generator: Which images, and their order.
     """
     classes = torch.unique(targets)
     first, more = divmod(len(targets), len(classes))
@@ -132,13 +132,13 @@ def describe_imbalance(counts: Int64[Tensor, " classes"], class_names: tuple[str
     if counts[most] < _UNEVEN * counts[least]:
         return None
     return (
-        f"Uneven classes: {class_names[most]} has {int(counts[most]):,} training pictures, {class_names[least]} "
+        f"Uneven classes: {class_names[most]} has {int(counts[most]):,} training images, {class_names[least]} "
         f"{int(counts[least]):,}"
     )
 
 
 def _shares(counts: Tensor, share: float) -> Tensor:
-    """Divide a share of all pictures, rounded once, among the classes by largest remainder."""
+    """Divide a share of all images, rounded once, among the classes by largest remainder."""
     quota = counts.double() * share
     shares = quota.floor().long()
     missing = round(share * int(counts.sum())) - int(shares.sum())
@@ -148,7 +148,7 @@ def _shares(counts: Tensor, share: float) -> Tensor:
 
 
 def _lacking(counts: Tensor, val_fraction: float) -> Tensor:
-    """Mark the classes without a picture for training, or for validation where there is one."""
+    """Mark the classes without an image for training, or for validation where there is one."""
     if val_fraction == 0:
         return counts < 1
     held_out = _shares(counts, val_fraction)
@@ -172,7 +172,7 @@ def _working_fraction(counts: Tensor, val_fraction: float) -> float | None:
 
 
 def _working_limit(counts: Tensor, too_few: int, val_fraction: float) -> int:
-    """Return a limit that gives every class enough; all pictures must. Nearly always the smallest one."""
+    """Return a limit that gives every class enough; all images must. Nearly always the smallest one."""
     total = int(counts.sum())
     low, high = too_few, total  # `high` always works
     while high - low > 1:
@@ -185,7 +185,7 @@ def _working_limit(counts: Tensor, too_few: int, val_fraction: float) -> int:
 
 
 def _picked(targets: Tensor, numbers: Tensor, generator: torch.Generator) -> Tensor:
-    """Mark that many pictures of each class, drawn at random."""
+    """Mark that many images of each class, drawn at random."""
     shuffled = torch.randperm(len(targets), generator=generator)
     is_picked = torch.zeros(len(targets), dtype=torch.bool)
     for label, num in enumerate(numbers.tolist()):

@@ -1,10 +1,10 @@
-"""Generated pictures of ten classes that a network must really learn: five shapes, plain or striped.
+"""Generated images of ten classes that a network must really learn: five shapes, plain or striped.
 
-Shape, texture, position, size, rotation, colours, background and noise vary from picture to picture, so that no pixel
+Shape, texture, position, size, rotation, colours, background and noise vary from image to image, so that no pixel
 tells a class by itself: a linear classifier fails, a small convolutional network makes only a few mistakes. It is
 not a real data set and says so wherever it is used.
 
-The pictures are drawn with signed distances (https://iquilezles.org/articles/distfunctions2d/) from NumPy's PCG64.
+The images are drawn with signed distances (https://iquilezles.org/articles/distfunctions2d/) from NumPy's PCG64.
 Every step is an operation that IEEE 754 rounds exactly (+ - * / sqrt, min, max, floor), never sin or exp, whose last
 digit differs between processors: so the same arguments give the same bytes, and the same hash in a run, everywhere.
 """
@@ -23,11 +23,11 @@ CLASS_NAMES = (*SHAPES, *(f"striped_{shape}" for shape in SHAPES))
 MIN_IMAGE_SIZE = 16  # below, stripes are thinner than a pixel
 _SPLITS = {"train": 0, "test": 1}
 _ROOT_SEED = 20_170  # any number; another one is another data set
-_CHUNK = 256  # pictures drawn at once: the temporaries of a chunk fit in the processor's cache
+_CHUNK = 256  # images drawn at once: the temporaries of a chunk fit in the processor's cache
 
 # How hard the set is, found by trial: SmallNet with widths 16, 32, 64 reaches 98 to 99.5 % in six epochs.
-_RADIUS = (0.58, 0.85)  # in half pictures
-_STRIPE_PERIOD = (0.28, 0.44)  # in half pictures: 4.5 to 7 pixels of 32
+_RADIUS = (0.58, 0.85)  # in half images
+_STRIPE_PERIOD = (0.28, 0.44)  # in half images: 4.5 to 7 pixels of 32
 _CONTRAST = (0.40, 0.85)  # least and largest difference of a colour channel between shape and background, of 0-1
 _NOISE = (0.01, 0.07)  # half width of the uniform noise, of 0-1
 
@@ -39,8 +39,8 @@ def draw(split: str, count: int, image_size: int = 32) -> tuple[_Array, _Array]:
     """Draws one split: a pure function of its arguments.
 
     Args:
-        split: "train" or "test"; they share no picture.
-        count: number of pictures; the classes are equally frequent, to one picture.
+        split: "train" or "test"; they share no image.
+        count: number of images; the classes are equally frequent, to one image.
         image_size: height and width in pixels, at least 16.
 
     Returns:
@@ -48,7 +48,7 @@ def draw(split: str, count: int, image_size: int = 32) -> tuple[_Array, _Array]:
         targets: int64 (count,), indices into `CLASS_NAMES`, in random order.
 
     Raises:
-        UserError: the pictures would be too small, or there would be none.
+        UserError: the images would be too small, or there would be none.
     """
     check(count, image_size)
     seeds = np.random.SeedSequence([_ROOT_SEED, _SPLITS[split], count, image_size])
@@ -65,17 +65,17 @@ def check(count: int, image_size: int) -> None:
     if image_size < MIN_IMAGE_SIZE:
         raise UserError(f"--data.image_size {image_size}: the synthetic set needs {MIN_IMAGE_SIZE} pixels or more")
     if count < 1:
-        raise UserError(f"the synthetic set needs 1 picture or more of each split, got {count}")
+        raise UserError(f"the synthetic set needs 1 image or more of each split, got {count}")
     needed = 3.0 * count * image_size**2
     if needed > free_host_bytes():
         raise UserError(
-            f"--data.image_size {image_size}: {count:,} synthetic pictures of that size need {needed / 1e9:,.0f} GB of "
+            f"--data.image_size {image_size}: {count:,} synthetic images of that size need {needed / 1e9:,.0f} GB of "
             "memory, more than is free; give a smaller size"
         )
 
 
 def _draw_chunk(rng: np.random.Generator, targets: _Array, image_size: int) -> _Array:
-    """Draws uint8 pictures (N, S, S, 3) of the given classes."""
+    """Draws uint8 images (N, S, S, 3) of the given classes."""
     num = len(targets)
     radius = _uniform(rng, num, *_RADIUS)
     # The middle stays inside, and large shapes are cut off a little at the border.
@@ -88,16 +88,16 @@ def _draw_chunk(rng: np.random.Generator, targets: _Array, image_size: int) -> _
     stripes = _stripes(x, y, rng, image_size) * (targets >= len(SHAPES))[:, None, None]
     ink = front + (band - front) * stripes[..., None]
     paper = back + (far - back) * _ramp(rng, num, image_size)[..., None]
-    pictures = paper + (ink - paper) * inside
+    images = paper + (ink - paper) * inside
 
-    noise = rng.integers(0, 256, pictures.shape, dtype=np.uint8).astype(np.float32) / 127.5 - 1
-    pictures += noise * _uniform(rng, num, *_NOISE)[..., None]
-    pixels: _Array = (np.clip(pictures, 0, 1) * 255 + 0.5).astype(np.uint8)
+    noise = rng.integers(0, 256, images.shape, dtype=np.uint8).astype(np.float32) / 127.5 - 1
+    images += noise * _uniform(rng, num, *_NOISE)[..., None]
+    pixels: _Array = (np.clip(images, 0, 1) * 255 + 0.5).astype(np.uint8)
     return pixels
 
 
 def _uniform(rng: np.random.Generator, num: int, low: float, high: float) -> _Array:
-    """Uniform numbers float32 (num, 1, 1), one a picture."""
+    """Uniform numbers float32 (num, 1, 1), one an image."""
     unit = rng.random((num, 1, 1), dtype=np.float32)
     return low + (high - low) * unit
 
@@ -164,7 +164,7 @@ def _cross(x: _Array, y: _Array, radius: _Array) -> _Array:
 
 
 def _coverage(distance: _Array, image_size: int) -> _Array:
-    """Part of each pixel that lies inside, 0 to 1: the edge is one pixel wide, so shapes are smooth."""
+    """Split of each pixel that lies inside, 0 to 1: the edge is one pixel wide, so shapes are smooth."""
     return np.clip(0.5 - distance * (image_size / 2), 0, 1)
 
 
@@ -179,7 +179,7 @@ def _stripes(x: _Array, y: _Array, rng: np.random.Generator, image_size: int) ->
 
 
 def _ramp(rng: np.random.Generator, num: int, image_size: int) -> _Array:
-    """A smooth slope from 0 to 1 across the picture in a random direction: float32 (N, S, S)."""
+    """A smooth slope from 0 to 1 across the image in a random direction: float32 (N, S, S)."""
     x, y = _grid(image_size)
     cosine, sine = _direction(rng, num)
     slope: _Array = np.clip(0.5 + 0.4 * (x * cosine + y * sine), 0, 1)

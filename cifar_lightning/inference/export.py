@@ -1,6 +1,6 @@
 """A run's network as a file for elsewhere: ONNX, a torch.export archive, or safetensors; each read back and compared.
 
-The file gets its name only after its answers equal PyTorch's on test pictures. ONNX and the archive take pictures, not
+The file gets its name only after its answers equal PyTorch's on test images. ONNX and the archive take images, not
 normalised tensors: whoever uses them cannot get the statistics wrong. Imports no Lightning.
 """
 
@@ -22,23 +22,23 @@ from torch import Tensor, nn
 from cifar_lightning.checkpoints.loading import load_weights
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_output, replacing
-from cifar_lightning.inference.trained_model import TrainedNetwork, load_network
+from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
 from cifar_lightning.models.registry import build_model
 from cifar_lightning.report.model_card import NAME as CARD
 from cifar_lightning.report.model_card import write_model_card
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.tta import view_logits
+from cifar_lightning.training.tta import tta_logits
 
 ExportFormat = Literal["onnx", "torch", "safetensors"]
-Pictures = UInt8[Tensor, "batch 3 height width"]
+Images = UInt8[Tensor, "batch 3 height width"]
 FILES = {"onnx": "model.onnx", "torch": "model.pt2", "safetensors": "model.safetensors"}
 NUM_CHECKED = 256
 TOLERANCE = 1e-4  # of a probability, between two runtimes in float32
 _EXTRA = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": (), "safetensors": ("safetensors",)}
 
 
-class ExportedNetwork(nn.Module):
-    """A network with the treatment of pictures before it, the views of its run and, if asked for, softmax after it.
+class ExportedModel(nn.Module):
+    """A network with the treatment of images before it, the views of its run and, if asked for, softmax after it.
 
     Args:
         trained: The network and its statistics.
@@ -49,9 +49,9 @@ class ExportedNetwork(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, trained: TrainedNetwork, input: Literal["uint8", "float"], probs: bool) -> None:
+    def __init__(self, trained: TrainedModel, input: Literal["uint8", "float"], probs: bool) -> None:
         super().__init__()
-        self.network, self.views, self.probs = trained.network, trained.views, probs
+        self.model, self.views, self.probs = trained.model, trained.views, probs
         scale = 255 if input == "uint8" else 1
         self.register_buffer("mean", scale * torch.tensor(trained.mean).view(1, 3, 1, 1))
         self.register_buffer("std", scale * torch.tensor(trained.std).view(1, 3, 1, 1))
@@ -62,7 +62,7 @@ class ExportedNetwork(nn.Module):
         Args:
             images: RGB (batch, 3, image_size, image_size), uint8 0-255 or float32 0-1.
         """
-        logits, _ = view_logits(self.network, (images.float() - self.mean) / self.std, self.views)
+        logits, _ = tta_logits(self.model, (images.float() - self.mean) / self.std, self.views)
         return (logits, logits.softmax(1)) if self.probs else (logits,)
 
 
@@ -97,12 +97,12 @@ def export_run(
     _check_extra(kind)
     if kind == "safetensors" and (probs or input != "uint8"):
         raise UserError("--probs and --input are for onnx and torch: safetensors holds weights alone, and no graph.")
-    trained = load_network(run)
-    pictures, origin = pictures_to_check(run, trained.image_size)
-    module = ExportedNetwork(trained, input, probs).eval()
+    trained = load_trained_model(run)
+    images, origin = images_to_check(run, trained.image_size)
+    module = ExportedModel(trained, input, probs).eval()
     with replacing(path) as temporary, _without_noise():
         ask = _WRITERS[kind](module, trained, temporary, input)
-        difference = _compare(trained, pictures, ask, input)
+        difference = _compare(trained, images, ask, input)
     graph = "" if kind == "safetensors" else f", images {input} (batch, 3, {trained.image_size}, {trained.image_size})"
     gives = "" if kind == "safetensors" else f" -> {', '.join(_outputs(probs))} (batch, {len(trained.class_names)})"
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB{graph}{gives}")
@@ -111,7 +111,7 @@ def export_run(
     return path
 
 
-def _describe(run: RunFolder, trained: TrainedNetwork, path: Path, kind: str, input: str, probs: bool) -> None:
+def _describe(run: RunFolder, trained: TrainedModel, path: Path, kind: str, input: str, probs: bool) -> None:
     card = {
         "file": path.name,
         "format": kind,
@@ -131,7 +131,7 @@ def _outputs(probs: bool) -> list[str]:
     return ["logits", "probs"] if probs else ["logits"]
 
 
-def metadata_of(trained: TrainedNetwork, input: str) -> dict[str, str]:
+def metadata_of(trained: TrainedModel, input: str) -> dict[str, str]:
     """Return what a file says of itself, as text; lists and the architecture are JSON."""
     return {
         "class_names": json.dumps(trained.class_names),
@@ -148,10 +148,10 @@ def metadata_of(trained: TrainedNetwork, input: str) -> dict[str, str]:
 
 # -- the three kinds: write a file, return a function that asks it -------------------------------------------------
 
-Ask = Callable[[Tensor], Tensor]  # pictures as the graph takes them -> logits
+Ask = Callable[[Tensor], Tensor]  # images as the graph takes them -> logits
 
 
-def _write_onnx(module: ExportedNetwork, trained: TrainedNetwork, path: Path, input: str) -> Ask:
+def _write_onnx(module: ExportedModel, trained: TrainedModel, path: Path, input: str) -> Ask:
     import onnx
     import onnxruntime
 
@@ -175,7 +175,7 @@ def _write_onnx(module: ExportedNetwork, trained: TrainedNetwork, path: Path, in
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def _write_torch(module: ExportedNetwork, trained: TrainedNetwork, path: Path, input: str) -> Ask:
+def _write_torch(module: ExportedModel, trained: TrainedModel, path: Path, input: str) -> Ask:
     # A batch of one would be taken for a constant.
     shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
     program = torch.export.export(module, (_example(trained, input),), dynamic_shapes=shapes)
@@ -192,14 +192,14 @@ def _write_torch(module: ExportedNetwork, trained: TrainedNetwork, path: Path, i
     return ask
 
 
-def _write_safetensors(module: ExportedNetwork, trained: TrainedNetwork, path: Path, input: str) -> Ask:
+def _write_safetensors(module: ExportedModel, trained: TrainedModel, path: Path, input: str) -> Ask:
     from safetensors.torch import save
 
-    weights = {name: tensor.contiguous() for name, tensor in trained.network.state_dict().items()}
+    weights = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
     path.write_bytes(save(weights, metadata_of(trained, input)))
-    network = build_model(**trained.architecture).eval()
-    load_weights(network, path)
-    read_back = ExportedNetwork(replace(trained, network=network), "uint8", probs=False)
+    model = build_model(**trained.architecture).eval()
+    load_weights(model, path)
+    read_back = ExportedModel(replace(trained, model=model), "uint8", probs=False)
 
     def ask(images: Tensor) -> Tensor:
         logits: Tensor = read_back(images)[0]
@@ -208,14 +208,14 @@ def _write_safetensors(module: ExportedNetwork, trained: TrainedNetwork, path: P
     return ask
 
 
-_WRITERS: dict[str, Callable[[ExportedNetwork, TrainedNetwork, Path, str], Ask]] = {
+_WRITERS: dict[str, Callable[[ExportedModel, TrainedModel, Path, str], Ask]] = {
     "onnx": _write_onnx,
     "torch": _write_torch,
     "safetensors": _write_safetensors,
 }
 
 
-def _example(trained: TrainedNetwork, input: str) -> Tensor:
+def _example(trained: TrainedModel, input: str) -> Tensor:
     size = (2, 3, trained.image_size, trained.image_size)  # two: a batch of one would be taken for a constant
     return torch.zeros(size, dtype=torch.uint8 if input == "uint8" else torch.float32)
 
@@ -223,8 +223,8 @@ def _example(trained: TrainedNetwork, input: str) -> Tensor:
 # -- parity ----------------------------------------------------------------------------------------------------------
 
 
-def pictures_to_check(run: RunFolder, image_size: int) -> tuple[Pictures, str]:
-    """Return `NUM_CHECKED` pictures (NCHW, 0-255) and where they are from: the run's gallery, then random ones."""
+def images_to_check(run: RunFolder, image_size: int) -> tuple[Images, str]:
+    """Return `NUM_CHECKED` images (NCHW, 0-255) and where they are from: the run's gallery, then random ones."""
     kept = np.empty((0, image_size, image_size, 3), np.uint8)
     if run.gallery.is_file():
         try:
@@ -235,18 +235,18 @@ def pictures_to_check(run: RunFolder, image_size: int) -> tuple[Pictures, str]:
     missing = NUM_CHECKED - len(kept)
     shape = (missing, image_size, image_size, 3)
     made = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    parts = [f"{len(kept)} test pictures"] * bool(len(kept)) + [f"{missing} random pictures"] * bool(missing)
+    parts = [f"{len(kept)} test images"] * bool(len(kept)) + [f"{missing} random images"] * bool(missing)
     return torch.from_numpy(np.concatenate([kept, made])).permute(0, 3, 1, 2).contiguous(), " and ".join(parts)
 
 
-def _compare(trained: TrainedNetwork, pictures: Pictures, ask: Ask, input: str) -> float:
+def _compare(trained: TrainedModel, images: Images, ask: Ask, input: str) -> float:
     """Return the largest difference of a probability between a file's answers and PyTorch's.
 
     Raises:
         RuntimeError: It is too large, or changes a class.
     """
-    expected = trained.logits(pictures.permute(0, 2, 3, 1)).softmax(1)
-    given = pictures if input == "uint8" else pictures.float() / 255
+    expected = trained.logits(images.permute(0, 2, 3, 1)).softmax(1)
+    given = images if input == "uint8" else images.float() / 255
     with torch.inference_mode():
         # Several sizes of a batch: one of them may have become a constant of the graph.
         answers = torch.cat([ask(part) for part in torch.split(given, [1, 7, len(given) - 8])]).softmax(1)
@@ -254,7 +254,7 @@ def _compare(trained: TrainedNetwork, pictures: Pictures, ask: Ask, input: str) 
     if not difference <= TOLERANCE:
         raise RuntimeError(f"the file does not answer as PyTorch does: a probability differs by {difference:.1e}.")
     if not torch.equal(answers.argmax(1), expected.argmax(1)):
-        raise RuntimeError("the file does not answer as PyTorch does: the class of a picture differs.")
+        raise RuntimeError("the file does not answer as PyTorch does: the class of an image differs.")
     return difference
 
 

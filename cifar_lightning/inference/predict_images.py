@@ -1,6 +1,6 @@
-"""Classes of picture files and folders, from nothing but a run's folder; imports no Lightning.
+"""Classes of image files and folders, from nothing but a run's folder; imports no Lightning.
 
-Stretches of at most `_STRETCH_BYTES` of decoded pictures go through in turn: all cores decode one, the network answers
+Stretches of at most `_STRETCH_BYTES` of decoded images go through in turn: all cores decode one, the network answers
 it in batches, its rows are written. So memory stays the same for a million files, apart from their names.
 """
 
@@ -24,24 +24,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from cifar_lightning.data import image_decoding as pictures
+from cifar_lightning.data import image_decoding
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_output, replacing
 from cifar_lightning.formatting import printable
-from cifar_lightning.inference.trained_model import TrainedNetwork, load_network
+from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.tta import Views, view_logits
+from cifar_lightning.training.tta import TTA, tta_logits
 from cifar_lightning.transforms.augmentation import normalize
 
-_STRETCH_BYTES = 1 << 28  # 87,381 pictures of 32 pixels: starting worker processes for each costs nothing
-# Without --batch_size. On two cores SmallNet takes 1.5 ms a picture in batches of 32 or 64 and 2.1 ms in batches of
+_STRETCH_BYTES = 1 << 28  # 87,381 images of 32 pixels: starting worker processes for each costs nothing
+# Without --batch_size. On two cores SmallNet takes 1.5 ms an image in batches of 32 or 64 and 2.1 ms in batches of
 # 256, whose layers do not fit into the cache.
 _BATCH_SIZE = {"cuda": 256, "cpu": 64}
-_LISTED = 20  # pictures that cannot be read; the others are counted
+_LISTED = 20  # images that cannot be read; the others are counted
 _MOST_FREQUENT = 5  # classes in the summary
 _DIGITS = 7  # of a probability: what float32 holds
 
-Answer = tuple[str, list[tuple[str, float]]]  # path of a picture; class and probability, the most probable first
+Answer = tuple[str, list[tuple[str, float]]]  # path of an image; class and probability, the most probable first
 Write = Callable[[Answer], None]
 
 
@@ -54,20 +54,20 @@ def predict_images(
     batch_size: int | None = None,
     force: bool = False,
 ) -> int:
-    """Classify picture files and write a row for each, in the order given; see `find_pictures`.
+    """Classify image files and write a row for each, in the order given; see `find_images`.
 
-    Pictures that cannot be read are listed on stderr and get no row.
+    Images that cannot be read are listed on stderr and get no row.
 
     Args:
         run: A run with a checkpoint.
-        paths: Pictures, and folders of them.
+        paths: Images, and folders of them.
         output: A .csv, or a .jsonl or .json for JSON lines; None is JSON lines on stdout, and nothing else there.
-        top_k: Most probable classes of each picture.
-        batch_size: Pictures that the network gets at a time; None is 256 on CUDA and 64 on a CPU.
+        top_k: Most probable classes of each image.
+        batch_size: Images that the network gets at a time; None is 256 on CUDA and 64 on a CPU.
         force: Overwrite `output`.
 
     Returns:
-        The number of pictures that could not be read.
+        The number of images that could not be read.
 
     Raises:
         UserError: An argument is wrong, or the output cannot be written; it is then as it was before.
@@ -75,8 +75,8 @@ def predict_images(
     _check_numbers(top_k, batch_size)
     if output is not None:
         _check_output(output, force)
-    found = find_pictures(paths)
-    trained = load_network(run)
+    found = find_images(paths)
+    trained = load_trained_model(run)
     if top_k > len(trained.class_names):
         raise UserError(f"--top_k {top_k}: the run knows {len(trained.class_names)} classes, give at most as many.")
     began = time.monotonic()
@@ -110,37 +110,39 @@ def _check_output(output: Path, force: bool) -> None:
     check_output(output, force)
 
 
-def find_pictures(paths: Sequence[Path]) -> list[str]:
-    """List picture files: those that are named, and those in folders and the folders below, sorted by path.
+def find_images(paths: Sequence[Path]) -> list[str]:
+    """List image files: those that are named, and those in folders and the folders below, sorted by path.
 
     In folders a file counts whose extension Pillow reads and that is not hidden; hidden folders and links to folders
     are passed over. Files that are named themselves always count, and what is named twice counts twice.
 
     Raises:
-        UserError: A path does not exist, a folder cannot be searched, or there is no picture below it.
+        UserError: A path does not exist, a folder cannot be searched, or there is no image below it.
     """
     found: list[str] = []
     for path in paths:
         if os.path.isdir(path):
-            below = sorted(_pictures_below(path))
+            below = sorted(_images_below(path))
             if not below:
-                raise UserError(f"{path}: no pictures in this folder or below; name files to try them all the same.")
+                raise UserError(f"{path}: no images in this folder or below; name files to try them all the same.")
             found += below
         elif os.path.exists(path):
             found.append(str(path))
         else:
             raise UserError(f"{path}: there is no such file or folder.")
     if not found:
-        raise UserError("PATH: name pictures, or folders of them.")
+        raise UserError("PATH: name images, or folders of them.")
     return found
 
 
-def _pictures_below(top: Path) -> Iterator[str]:
+def _images_below(top: Path) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: this folder cannot be searched ({error.strerror}).") from error
 
     kinds = Image.registered_extensions()
-    extensions = {name for name, kind in kinds.items() if kind in Image.OPEN and kind not in pictures.REFUSED_FORMATS}
+    extensions = {
+        name for name, kind in kinds.items() if kind in Image.OPEN and kind not in image_decoding.REFUSED_FORMATS
+    }
     for folder, subfolders, names in os.walk(top, onerror=refuse):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
@@ -148,18 +150,18 @@ def _pictures_below(top: Path) -> Iterator[str]:
                 yield os.path.join(folder, name)
 
 
-# -- pictures to classes ----------------------------------------------------------------------------------------
+# -- images to classes ----------------------------------------------------------------------------------------
 
 
 class Unreadables:
-    """Counts the pictures that cannot be read and keeps the first few reasons."""
+    """Counts the images that cannot be read and keeps the first few reasons."""
 
     def __init__(self) -> None:
         self.count = 0
         self._reasons: list[str] = []
 
     def add(self, reasons: Sequence[str]) -> None:
-        """Note some pictures' reasons, each of which begins with the path."""
+        """Note some images' reasons, each of which begins with the path."""
         self.count += len(reasons)
         self._reasons += reasons[: _LISTED - len(self._reasons)]
 
@@ -172,32 +174,32 @@ class Unreadables:
 
 
 def top_classes(
-    network: nn.Module,
+    model: nn.Module,
     images: UInt8[Tensor, "batch height width 3"],
     *,
     mean: Float[Tensor, "3"],
     std: Float[Tensor, "3"],
     top_k: int,
-    views: Views = "none",
+    views: TTA = "none",
 ) -> tuple[Float[Tensor, "batch top_k"], Int64[Tensor, "batch top_k"]]:
     """Return probabilities and indices of the most probable classes, the most probable first.
 
     Args:
-        network: In evaluation mode.
+        model: In evaluation mode.
         images: uint8 RGB, 0-255, on the network's device.
-        mean: Of pictures scaled to 0-1.
-        std: Of pictures scaled to 0-1.
+        mean: Of images scaled to 0-1.
+        std: Of images scaled to 0-1.
         top_k: How many classes.
-        views: Of each picture, whose answers are averaged.
+        views: Of each image, whose answers are averaged.
     """
-    logits = view_logits(network, normalize(images, mean=mean, std=std), views)[0].float()
+    logits = tta_logits(model, normalize(images, mean=mean, std=std), views)[0].float()
     # By logits: large ones become equal probabilities. Stable, so that of equal ones the first wins, as in `argmax`.
     classes = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     return logits.softmax(1).gather(1, classes), classes
 
 
 def _answers(
-    trained: TrainedNetwork,
+    trained: TrainedModel,
     paths: Sequence[str],
     unreadable: Unreadables,
     *,
@@ -205,13 +207,13 @@ def _answers(
     batch_size: int | None,
     hide_bar: bool,
 ) -> Generator[Answer, None, None]:
-    """Yield the answer for each picture that can be read, in order.
+    """Yield the answer for each image that can be read, in order.
 
     Raises:
         UserError: The network gives no numbers.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network, size = trained.network.to(device), batch_size or _BATCH_SIZE[device.type]
+    model, size = trained.model.to(device), batch_size or _BATCH_SIZE[device.type]
     mean, std = (torch.tensor(values, device=device) for values in (trained.mean, trained.std))
     stretch = max(1, _STRETCH_BYTES // (3 * trained.image_size**2))
     for start in range(0, len(paths), stretch):
@@ -225,7 +227,7 @@ def _answers(
                 batch = good[at : at + size]
                 with torch.inference_mode():
                     raw = torch.from_numpy(images[batch]).to(device)
-                    probs, classes = top_classes(network, raw, mean=mean, std=std, top_k=top_k, views=trained.views)
+                    probs, classes = top_classes(model, raw, mean=mean, std=std, top_k=top_k, views=trained.views)
                 if not probs.isfinite().all():
                     raise UserError(f"{trained.checkpoint}: this network answers with NaN: its training diverged.")
                 for index, row, ranked in zip(batch.tolist(), probs.tolist(), classes.tolist(), strict=True):
@@ -234,11 +236,11 @@ def _answers(
                 advance(len(batch))
 
 
-def _decoded(paths: Sequence[str], image_size: int) -> tuple[np.ndarray, list[pictures.Unreadable]]:
+def _decoded(paths: Sequence[str], image_size: int) -> tuple[np.ndarray, list[image_decoding.Unreadable]]:
     """Return uint8 (len(paths), image_size, image_size, 3), and index and reason for each that cannot be read."""
     images = np.empty((len(paths), image_size, image_size, 3), np.uint8)
     with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON lines alone
-        return images, pictures.decode_all(paths, image_size, images)
+        return images, image_decoding.decode_all(paths, image_size, images)
 
 
 @contextmanager
@@ -246,7 +248,7 @@ def _bar(total: int, completed: int, *, hidden: bool) -> Iterator[Callable[[int]
     """Show how far the network is on a terminal's stderr; give what moves it on."""
     console = Console(stderr=True)
     hidden = hidden or not console.is_terminal
-    columns = (TextColumn("Classifying pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("Classifying images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=hidden, redirect_stdout=False) as bar:
         task = bar.add_task("", total=total, completed=completed)
         yield lambda num: bar.advance(task, num)
@@ -257,7 +259,7 @@ def _bar(total: int, completed: int, *, hidden: bool) -> Iterator[Callable[[int]
 
 @contextmanager
 def _rows(output: Path | None, top_k: int) -> Iterator[Write]:
-    """Give what writes a picture's row; a file appears whole, under its name, at the end."""
+    """Give what writes an image's row; a file appears whole, under its name, at the end."""
     if output is None:
         yield _json_writer(sys.stdout.write, ensure_ascii=True)  # stdout may have any encoding
         sys.stdout.flush()
@@ -296,7 +298,7 @@ def _json_writer(write_text: Callable[[str], object], *, ensure_ascii: bool) -> 
 def _summarize(output: Path, counts: Counter[str], elapsed_s: float) -> None:
     num = counts.total()
     speed = f"{elapsed_s:.1f} s ({num / max(elapsed_s, 1e-9):,.0f} images/s)"
-    print(f"{num:,} picture{'' if num == 1 else 's'} in {speed}: {printable(str(output))}")
+    print(f"{num:,} image{'' if num == 1 else 's'} in {speed}: {printable(str(output))}")
     if counts:
         shown = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(_MOST_FREQUENT))
         rest = len(counts) - _MOST_FREQUENT

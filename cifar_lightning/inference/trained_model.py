@@ -13,29 +13,29 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256
 from cifar_lightning.models.registry import build_model
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.tta import Views, view_logits
+from cifar_lightning.training.tta import TTA, tta_logits
 from cifar_lightning.transforms.augmentation import normalize
 
 
 @dataclass(frozen=True)
-class TrainedNetwork:
-    """A network that was trained, on the CPU in evaluation mode, and how pictures must be treated for it.
+class TrainedModel:
+    """A network that was trained, on the CPU in evaluation mode, and how images must be treated for it.
 
     Attributes:
-        network: Takes normalised float pictures (batch, 3, image_size, image_size), gives raw logits (batch, classes).
-        views: Of each picture, whose answers the run's test averages.
+        model: Takes normalised float images (batch, 3, image_size, image_size), gives raw logits (batch, classes).
+        views: Of each image, whose answers the run's test averages.
         class_names: In the order of the logits.
-        image_size: Side of the square pictures in pixels.
-        mean: Per channel, of pictures scaled to 0-1.
-        std: Per channel, of pictures scaled to 0-1.
+        image_size: Side of the square images in pixels.
+        mean: Per channel, of images scaled to 0-1.
+        std: Per channel, of images scaled to 0-1.
         architecture: Arguments of `build_model`: name, num_classes, image_size and the network's own.
         checkpoint: The file that it was read from.
         sha256: Hash of that file.
         epoch: The finished epoch that the weights are of, counted from 1.
     """
 
-    network: nn.Module
-    views: Views
+    model: nn.Module
+    views: TTA
     class_names: tuple[str, ...]
     image_size: int
     mean: tuple[float, ...]
@@ -46,14 +46,14 @@ class TrainedNetwork:
     epoch: int
 
     def logits(self, images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch classes"]:
-        """Return raw logits of raw pictures, 0-255, square at `image_size`: the mean over the run's views of them."""
+        """Return raw logits of raw images, 0-255, square at `image_size`: the mean over the run's views of them."""
         with torch.inference_mode():
             normalized = normalize(images, mean=torch.tensor(self.mean), std=torch.tensor(self.std))
-            answer, _ = view_logits(self.network, normalized, self.views)
+            answer, _ = tta_logits(self.model, normalized, self.views)
         return answer
 
 
-def load_network(run: RunFolder) -> TrainedNetwork:
+def load_trained_model(run: RunFolder) -> TrainedModel:
     """Read the network of a run, best checkpoint first, from nothing but the run's folder.
 
     Raises:
@@ -73,10 +73,10 @@ def load_network(run: RunFolder) -> TrainedNetwork:
         "image_size": data["image_size"],
         **(hparams.get("model_kwargs") or {}),
     }
-    network = build_model(**architecture).to(memory_format=torch.channels_last).eval()
-    load_weights(network, path, checkpoint)
-    return TrainedNetwork(
-        network=network,
+    model = build_model(**architecture).to(memory_format=torch.channels_last).eval()
+    load_weights(model, path, checkpoint)
+    return TrainedModel(
+        model=model,
         views=hparams.get("tta", "none"),
         class_names=tuple(data["class_names"]),
         image_size=data["image_size"],

@@ -30,18 +30,18 @@ def cross_entropy(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarra
 
 @dataclass(frozen=True)
 class Reliability:
-    """Pictures binned by the probability of their predicted class, into equal parts (a, b] of 0..1.
+    """Images binned by the probability of their predicted class, into equal parts (a, b] of 0..1.
 
     Attributes:
         edges: Ends of the bins, shape (bins + 1,).
-        num_pictures: Pictures in each bin.
+        num_images: Images in each bin.
         num_right: Those of them whose predicted class is the true one.
         confidence: Mean probability of the predicted class in each bin, 0..1; NaN in an empty one.
         error: Expected calibration error, 0..1; NaN if any probability is.
     """
 
     edges: Float64[np.ndarray, " ends"]
-    num_pictures: Int64[np.ndarray, " bins"]
+    num_images: Int64[np.ndarray, " bins"]
     num_right: Int64[np.ndarray, " bins"]
     confidence: Float64[np.ndarray, " bins"]
     error: float
@@ -61,13 +61,13 @@ def reliability(
     edges = np.linspace(0, 1, bins + 1)
     known = ~np.isnan(confidence)
     places = np.clip(np.digitize(confidence[known], edges, right=True) - 1, 0, bins - 1)
-    num_pictures = np.bincount(places, minlength=bins).astype(np.int64)
+    num_images = np.bincount(places, minlength=bins).astype(np.int64)
     num_right = np.bincount(places, weights=right[known], minlength=bins).astype(np.int64)
     summed = np.bincount(places, weights=confidence[known], minlength=bins)
-    # A bin's |accuracy - mean confidence| times its share of the pictures is |right - summed confidence| / n.
+    # A bin's |accuracy - mean confidence| times its share of the images is |right - summed confidence| / n.
     error = float(np.abs(num_right - summed).sum() / len(right)) if known.all() and len(right) else math.nan
-    mean = np.divide(summed, num_pictures, out=np.full(bins, np.nan), where=num_pictures > 0)
-    return Reliability(edges, num_pictures, num_right, mean, error)
+    mean = np.divide(summed, num_images, out=np.full(bins, np.nan), where=num_images > 0)
+    return Reliability(edges, num_images, num_right, mean, error)
 
 
 def expected_calibration_error(
@@ -85,7 +85,7 @@ def fit_temperature(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndar
     right (the surer the better), the answers are no better than chance, or a logit is not finite.
 
     Args:
-        logits: Of pictures that the network was not trained on and that are not the test's.
+        logits: Of images that the network was not trained on and that are not the test's.
         targets: Their classes.
     """
     if len(targets) == 0 or not np.isfinite(logits).all():

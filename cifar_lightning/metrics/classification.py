@@ -20,7 +20,7 @@ from cifar_lightning.metrics.significance import wilson_interval
 def confusion_matrix(
     targets: Int[np.ndarray, " n"], preds: Int[np.ndarray, " n"], num_classes: int
 ) -> Int64[np.ndarray, "classes classes"]:
-    """Count the pictures of each true class (row) that were taken for each class (column).
+    """Count the images of each true class (row) that were taken for each class (column).
 
     Raises:
         ValueError: A target or prediction is not in 0..num_classes-1, or there are not as many of both.
@@ -36,7 +36,7 @@ def confusion_matrix(
 
 
 def accuracy(cm: Int[np.ndarray, "classes classes"]) -> float:
-    """Return the share of pictures on the diagonal, 0..1; NaN without pictures."""
+    """Return the share of images on the diagonal, 0..1; NaN without images."""
     return float(_ratio(np.trace(cm), cm.sum()))
 
 
@@ -45,11 +45,11 @@ class PerClass:
     """Rates of each class, in class order; each array has shape (classes,).
 
     Attributes:
-        support: Pictures of the class, int64.
-        predicted: Pictures that were taken for the class, int64.
+        support: Images of the class, int64.
+        predicted: Images that were taken for the class, int64.
         precision: Share of `predicted` that is right, 0..1; NaN where the class was never predicted.
-        recall: Share of `support` that is right, 0..1; NaN where the class has no pictures.
-        f1: Harmonic mean of the two as 2 TP / (support + predicted), 0..1: 0.0 for a class with pictures that was never
+        recall: Share of `support` that is right, 0..1; NaN where the class has no images.
+        f1: Harmonic mean of the two as 2 TP / (support + predicted), 0..1: 0.0 for a class with images that was never
             predicted; NaN only for a class that is neither there nor predicted.
     """
 
@@ -88,8 +88,8 @@ class ConfusedPair:
     Attributes:
         true: Index of the true class.
         pred: Index of the class it was taken for.
-        count: Pictures.
-        share: `count` over all pictures of the true class, 0..1.
+        count: Images.
+        share: `count` over all images of the true class, 0..1.
     """
 
     true: int
@@ -117,16 +117,16 @@ def test_metrics(
 ) -> dict[str, Any]:
     """Return the content of `test_metrics.json` in plain Python types.
 
-    Keys: `accuracy`, `accuracy_interval_95` [low, high] (Wilson), `num_pictures`, `loss` (`cross_entropy`), `ece`
+    Keys: `accuracy`, `accuracy_interval_95` [low, high] (Wilson), `num_images`, `loss` (`cross_entropy`), `ece`
     (`expected_calibration_error`, 15 bins), `macro_f1`, `per_class` {name: {support, precision, recall, f1}}, and
     `most_confused` [{true, predicted, count, share}] with class names. What has no value is None.
 
     Raises:
-        ValueError: No pictures, or not one distinct name for each column of the logits.
+        ValueError: No images, or not one distinct name for each column of the logits.
     """
     num_classes = logits.shape[1]
     if len(targets) == 0:
-        raise ValueError("no pictures to measure on")
+        raise ValueError("no images to measure on")
     if len(set(class_names)) != len(class_names) or len(class_names) != num_classes:
         raise ValueError(f"{num_classes} classes need as many distinct names, got {list(class_names)}")
     cm = confusion_matrix(targets, logits.argmax(axis=1), num_classes)

@@ -1,4 +1,4 @@
-"""Counts -> intervals and p-values. Every test is exact: a class may have ten pictures.
+"""Counts -> intervals and p-values. Every test is exact: a class may have ten images.
 
 Sources: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927);
 Q. McNemar, Psychometrika 12 (1947); S. Holm, Scandinavian Journal of Statistics 6 (1979); R. G. Newcombe, "Interval
@@ -23,7 +23,7 @@ def wilson_interval(successes: int, total: int, z: float = Z_95) -> tuple[float,
 
     Args:
         successes: Right answers.
-        total: Answers.
+        total: Predictions.
         z: Quantile of the normal distribution.
 
     Raises:
@@ -53,9 +53,9 @@ def binomial_test(successes: int, trials: int, share: float = 0.5) -> float:
 
 
 def mcnemar_test(only_first: int, only_second: int) -> float:
-    """Return how likely so uneven a split is if both are equally good on the pictures that just one has right.
+    """Return how likely so uneven a split is if both are equally good on the images that just one has right.
 
-    Exact: a fair coin for each of these pictures. The pictures that both have right or wrong say nothing.
+    Exact: a fair coin for each of these images. The images that both have right or wrong say nothing.
     """
     return binomial_test(only_first, only_first + only_second)
 
@@ -121,13 +121,13 @@ def difference_interval(right: int, total: int, other_right: int, other_total: i
 
 
 def paired_difference_interval(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
-    """Return the 95 % interval of first share minus second share, -1..1, where both answered the same pictures.
+    """Return the 95 % interval of first share minus second share, -1..1, where both answered the same images.
 
     Args:
-        both: Pictures that both have right.
-        only_first: Pictures that the first alone has right.
-        only_second: Pictures that the second alone has right.
-        neither: Pictures that both have wrong.
+        both: Images that both have right.
+        only_first: Images that the first alone has right.
+        only_second: Images that the second alone has right.
+        neither: Images that both have wrong.
     """
     total = both + only_first + only_second + neither
     right, other_right = both + only_first, both + only_second

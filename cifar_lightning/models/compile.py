@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def compile_network(network: nn.Module, device: torch.device) -> None:
+def compile_model(model: nn.Module, device: torch.device) -> None:
     """Compile a network in place, or say on stderr that it runs uncompiled, and why."""
     from torch._inductor import cpp_builder  # takes seconds to import
     from torch.utils._triton import has_triton
@@ -20,4 +20,4 @@ def compile_network(network: nn.Module, device: torch.device) -> None:
         reason = str(error).strip().partition("\n")[0]
         print(f"--model.compile: the network runs uncompiled ({reason}).", file=sys.stderr)
         return
-    network.compile()
+    model.compile()

@@ -1,6 +1,6 @@
 """Weights that were trained elsewhere: torchvision's and timm's published ones, or a file; all but the head is taken.
 
-The head is always new: its classes are others. Two things are fitted to another size of pictures, and a line says so:
+The head is always new: its classes are others. Two things are fitted to another size of images, and a line says so:
 
 - Filters of the stem, where ours are 3x3 and theirs larger. They are resampled: each of theirs is shared out to the
   pixels of ours that it covers, so that the sums over a filter, its answers to even areas, stay what the norm after it
@@ -38,11 +38,11 @@ _NUM_NAMED = 3  # layers that do not fit
 
 @dataclass(frozen=True)
 class Normalization:
-    """What weights expect of their pictures.
+    """What weights expect of their images.
 
     Attributes:
-        mean: Per channel, of pictures scaled to 0-1.
-        std: Per channel, of pictures scaled to 0-1.
+        mean: Per channel, of images scaled to 0-1.
+        std: Per channel, of images scaled to 0-1.
     """
 
     mean: tuple[float, ...]
@@ -64,11 +64,11 @@ class PretrainedWeights:
     origin: str
 
 
-def load_all_but_head(network: nn.Module, architecture: Mapping[str, Any], weights: PretrainedWeights) -> None:
+def load_all_but_head(model: nn.Module, architecture: Mapping[str, Any], weights: PretrainedWeights) -> None:
     """Put trained weights into a network, all but its head's.
 
     Args:
-        network: As `build_model(**architecture)` made it; gets the weights.
+        model: As `build_model(**architecture)` made it; gets the weights.
         architecture: name, num_classes, image_size and the network's own arguments.
         weights: See `published_weights`.
 
@@ -76,9 +76,9 @@ def load_all_but_head(network: nn.Module, architecture: Mapping[str, Any], weigh
         UserError: They do not fit; the network is then untouched.
     """
     name, origin = str(architecture["name"]), weights.origin
-    ours = network.state_dict()
+    ours = model.state_dict()
     theirs, normalization = without_wrappers(weights.tensors, ours), weights.normalization
-    head = head_of(network, int(architecture["num_classes"]))
+    head = head_of(model, int(architecture["num_classes"]))
     kept = {key for key in ours if key.startswith(head)}
     theirs = {_OLD_DENSENET.sub(r"\1\2.", key): tensor for key, tensor in theirs.items()}
     theirs = {
@@ -93,12 +93,12 @@ def load_all_but_head(network: nn.Module, architecture: Mapping[str, Any], weigh
     misfits = describe_misfits(theirs, ours, num_named=_NUM_NAMED)
     if misfits:
         raise UserError(f"{origin} do not fit: {misfits}.\nGive those of {name} with the same --model.model_kwargs.")
-    network.load_state_dict(theirs)
-    told = "" if normalization is None else "; pictures are normalised as they were for them"
+    model.load_state_dict(theirs)
+    told = "" if normalization is None else "; images are normalised as they were for them"
     remark(f"{origin} are taken, all but the last layer's{told}{''.join(f'; {change}' for change in changes)}.")
 
 
-def head_of(network: nn.Module, num_classes: int) -> str:
+def head_of(model: nn.Module, num_classes: int) -> str:
     """Return the prefix of the parameters of a network's head, the last layer that gives one number a class.
 
     Raises:
@@ -106,7 +106,7 @@ def head_of(network: nn.Module, num_classes: int) -> str:
     """
     heads = [
         name
-        for name, layer in network.named_modules()
+        for name, layer in model.named_modules()
         if (isinstance(layer, nn.Linear) and layer.out_features == num_classes)
         or (isinstance(layer, nn.Conv2d) and layer.out_channels == num_classes)
     ]
@@ -137,14 +137,14 @@ def _shares(old: int, new: int) -> Float[Tensor, "new old"]:
 
 
 def _fit_to_size(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> list[str]:
-    """Resample in place what belongs to another size of pictures; return a description of each."""
+    """Resample in place what belongs to another size of images; return a description of each."""
     changes = []
     for key, tensor in ours.items():
         other = theirs.get(key)
         if other is None or other.shape == tensor.shape:
             continue
-        is_of_pictures = tensor.ndim == other.ndim == 4 and tensor.shape[:2] == other.shape[:2] and tensor.shape[1] == 3
-        if is_of_pictures:
+        is_of_images = tensor.ndim == other.ndim == 4 and tensor.shape[:2] == other.shape[:2] and tensor.shape[1] == 3
+        if is_of_images:
             theirs[key] = resample_filters(other, (tensor.shape[2], tensor.shape[3]))
             changes.append(f"the filters of {key} resampled from {_side(other)} to {_side(tensor)}")
         elif key == _POSITIONS and tensor.shape[2] == other.shape[2]:
@@ -213,10 +213,10 @@ def _published_by_timm(own_name: str, architecture: Mapping[str, Any]) -> tuple[
     try:
         # timm reads them as data, and fits position embeddings to the size by itself.
         with _retrying_in_silence():
-            network = create_timm(own_name, **arguments, pretrained=True)
+            model = create_timm(own_name, **arguments, pretrained=True)
     except Exception as error:  # as above
         raise _cannot_be_had(f"timm/{own_name}", error, address) from error
-    return network.state_dict(), Normalization(tuple(config.mean), tuple(config.std))
+    return model.state_dict(), Normalization(tuple(config.mean), tuple(config.std))
 
 
 @contextlib.contextmanager

@@ -16,10 +16,10 @@ from cifar_lightning.models.speednet import SpeedNet
 from cifar_lightning.models.stems import SMALL_PX
 from cifar_lightning.models.torchvision_timm import (
     is_timm_there,
+    timm_model,
     timm_names,
-    timm_network,
+    torchvision_model,
     torchvision_names,
-    torchvision_network,
     vision_transformer,
 )
 
@@ -75,7 +75,7 @@ def _stem_stride(image_size: int) -> int:
 
 
 def _vit_tiny(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
-    # A quarter as wide for small pictures, as the total strides of all others: 8 x 8 patches of 32 pixels.
+    # A quarter as wide for small images, as the total strides of all others: 8 x 8 patches of 32 pixels.
     patch_px = 4 if image_size <= SMALL_PX else 16
     tiny = {"patch_size": patch_px, "num_layers": 12, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768}
     return vision_transformer("vit_tiny", num_classes, image_size, **(tiny | kwargs))
@@ -84,10 +84,10 @@ def _vit_tiny(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "smallnet": _smallnet,
     "speednet": _speednet,
-    **{name: partial(torchvision_network, name) for name in ("resnet18", "resnet34", "resnet50")},
+    **{name: partial(torchvision_model, name) for name in ("resnet18", "resnet34", "resnet50")},
     "wideresnet28_10": _wideresnet28_10,
     "preact_resnet18": _preact_resnet18,
-    **{name: partial(torchvision_network, name) for name in ("convnext_tiny", "efficientnet_b0", "mobilenet_v3_small")},
+    **{name: partial(torchvision_model, name) for name in ("convnext_tiny", "efficientnet_b0", "mobilenet_v3_small")},
     "vit_tiny": _vit_tiny,
 }
 """Name -> function of (num_classes, image_size, **kwargs). A network of one's own is one more function here."""
@@ -96,7 +96,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 DEFAULT_MODEL = "smallnet"
 
 
-LIBRARIES: dict[str, Callable[..., nn.Module]] = {"torchvision": torchvision_network, "timm": timm_network}
+LIBRARIES: dict[str, Callable[..., nn.Module]] = {"torchvision": torchvision_model, "timm": timm_model}
 """Library -> function of (name, num_classes, image_size, **kwargs), for names such as torchvision/resnet101."""
 
 
@@ -112,11 +112,11 @@ def build_model(name: str, num_classes: int = 10, image_size: int = 32, **kwargs
     Args:
         name: A key of `MODELS`, torchvision/NAME or timm/NAME.
         num_classes: Length of the logits.
-        image_size: Side of the square pictures in pixels. Up to 64 the stem keeps them large: see `stems`.
+        image_size: Side of the square images in pixels. Up to 64 the stem keeps them large: see `stems`.
         **kwargs: Passed on to the network: `widths` and `dropout` of SmallNet.
 
     Raises:
-        UserError: Unknown name, a keyword that the network does not take, or pictures that it cannot take.
+        UserError: Unknown name, a keyword that the network does not take, or images that it cannot take.
     """
     check_name(name)
     library, _, own_name = name.partition("/")
@@ -159,11 +159,11 @@ def check_model_kwargs(model_kwargs: Any) -> None:
         if not isinstance(name, str) or name in _NOT_TO_GIVE:
             raise UserError(
                 f"--model.model_kwargs: {clipped(str(name))} is no argument to give; "
-                "pictures and classes are the data's, the network is --model.name."
+                "images and classes are the data's, the network is --model.name."
             )
 
 
-def choose_network(
+def choose_model(
     model: Any, name: str | None, num_classes: int, image_size: int, model_kwargs: Any, pretrained: bool | str
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return a network of one's own, or else the one that a name and its arguments say; and how it is made by name.
@@ -172,7 +172,7 @@ def choose_network(
         model: The network, or None.
         name: What `build_model` knows; None where a checkpoint is of a network of one's own.
         num_classes: Length of the logits.
-        image_size: Side of the square pictures in pixels.
+        image_size: Side of the square images in pixels.
         model_kwargs: The network's own arguments by name, or None.
         pretrained: Whether it gets trained weights, or from where.
 
@@ -204,7 +204,7 @@ def torchvision_name(name: str) -> str | None:
     if slash:
         return own_name if library == "torchvision" else None
     make = MODELS.get(name)
-    return str(make.args[0]) if isinstance(make, partial) and make.func is torchvision_network else None
+    return str(make.args[0]) if isinstance(make, partial) and make.func is torchvision_model else None
 
 
 def _is_of_library(library: str, own_name: str) -> bool:

@@ -21,7 +21,7 @@ class PreActResNet(nn.Module):
         widths: Filters of each stage.
         depths: Blocks of each stage.
         stem_width: Filters of the stem; by default the first stage's.
-        stem_stride: 1, or 4: ImageNet's 7x7 filters and max-pool, for pictures larger than 64 pixels.
+        stem_stride: 1, or 4: ImageNet's 7x7 filters and max-pool, for images larger than 64 pixels.
         dropout: Probability of dropping a feature between a block's two convolutions.
     """
 
@@ -41,7 +41,7 @@ class PreActResNet(nn.Module):
         if stem_width is not None and not (type(stem_width) is int and stem_width > 0):
             raise ValueError(f"stem_width {stem_width}: a whole number from 1")
         if stem_stride not in (1, 4):
-            raise ValueError(f"stem_stride {stem_stride}: 1 for small pictures, 4 for large ones")
+            raise ValueError(f"stem_stride {stem_stride}: 1 for small images, 4 for large ones")
         channels = widths[0] if stem_width is None else stem_width
         if stem_stride == 1:
             self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=3, padding=1, bias=False)
@@ -62,7 +62,7 @@ class PreActResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Return raw logits of normalised pictures."""
+        """Return raw logits of normalised images."""
         features = F.relu(self.norm(self.blocks(self.pool(self.conv1(images)))))
         # mean() and not AdaptiveAvgPool2d: see SmallNet.
         logits: Tensor = self.head(features.mean((2, 3)))
@@ -77,7 +77,7 @@ class WideResNet(PreActResNet):
         in_channels: 3 for RGB.
         depth: Convolutions, as the paper counts them: 6 n + 4 for n blocks a stage.
         width: Factor of the widths 16, 32 and 64.
-        stem_stride: 1, or 4 for pictures larger than 64 pixels.
+        stem_stride: 1, or 4 for images larger than 64 pixels.
         dropout: Probability of dropping a feature between a block's two convolutions; the paper's is 0 or 0.3.
     """
 

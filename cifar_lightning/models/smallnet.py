@@ -37,7 +37,7 @@ class SmallNet(nn.Module):
         self.head = nn.Linear(in_channels, num_classes)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Return raw logits of normalised pictures."""
+        """Return raw logits of normalised images."""
         features = self.features(images)
         # mean() and not AdaptiveAvgPool2d, whose backward pass is not deterministic on CUDA.
         logits: Tensor = self.head(self.dropout(features.mean((2, 3))))

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from cifar_lightning.errors import UserError
 
-_NUM_WHITENING = 5000  # pictures of 32 pixels that the stem's filters are made from: airbench's; fewer larger ones
+_NUM_WHITENING = 5000  # images of 32 pixels that the stem's filters are made from: airbench's; fewer larger ones
 
 
 class SpeedNet(nn.Module):
     """The network of the CIFAR-10 speed records: a whitening stem, groups of 3x3 convolutions, one linear layer.
 
     After airbench (arXiv:2404.00498, KellerJordan/cifar10-airbench): 1.97 million parameters with the default widths.
-    Each group halves the picture after its first convolution. Other than there, the last pooling is over whatever is
-    left of the picture (the same at 32 pixels), so that smaller pictures train the same weights; and the head begins
+    Each group halves the image after its first convolution. Other than there, the last pooling is over whatever is
+    left of the image (the same at 32 pixels), so that smaller images train the same weights; and the head begins
     with the standard deviation 1/width, which stands for airbench_muon's logits divided by the width.
 
     Args:
@@ -48,7 +48,7 @@ class SpeedNet(nn.Module):
         nn.init.uniform_(self.head.weight, -bound, bound)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Return raw logits of normalised pictures."""
+        """Return raw logits of normalised images."""
         features = self.groups(nn.functional.gelu(self.stem(images)))
         # By its place: the gradient of `amax` looks for it anew, which compiled in half precision finds nothing.
         logits: Tensor = self.head(features.flatten(2).max(2).values)
@@ -56,7 +56,7 @@ class SpeedNet(nn.Module):
 
 
 class WhiteningConv(nn.Conv2d):
-    """A 2x2 convolution, unpadded, whose frozen filters whiten patches of the training pictures; its bias is trained.
+    """A 2x2 convolution, unpadded, whose frozen filters whiten patches of the training images; its bias is trained.
 
     Until `whiten` was called its filters are random, as of any convolution; a checkpoint remembers that it was.
 
@@ -65,7 +65,7 @@ class WhiteningConv(nn.Conv2d):
     """
 
     is_whitened: Tensor
-    """bool (), whether the filters are of pictures; a buffer, so that loaded weights are not whitened again."""
+    """bool (), whether the filters are of images; a buffer, so that loaded weights are not whitened again."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__(in_channels, 8 * in_channels, kernel_size=2)
@@ -73,7 +73,7 @@ class WhiteningConv(nn.Conv2d):
         self.register_buffer("is_whitened", torch.tensor(False))
 
     def whiten_from(self, data: Any) -> None:
-        """Set the filters from an `ImageDataModule`'s training pictures, unless they have been set.
+        """Set the filters from an `ImageDataModule`'s training images, unless they have been set.
 
         Raises:
             UserError: The data is something else.
@@ -82,13 +82,13 @@ class WhiteningConv(nn.Conv2d):
             return
         sample = getattr(data, "sample_of_training", None)
         if sample is None:
-            raise UserError("speednet: call network.stem.whiten(images) before `fit`, with normalised pictures.")
-        num_pictures = max(1, _NUM_WHITENING * 32**2 // max(32, data.image_size) ** 2)  # all 5,000 of 128: 9 GB
-        self.whiten(sample(num_pictures).to(self.weight.device))
+            raise UserError("speednet: call network.stem.whiten(images) before `fit`, with normalised images.")
+        num_images = max(1, _NUM_WHITENING * 32**2 // max(32, data.image_size) ** 2)  # all 5,000 of 128: 9 GB
+        self.whiten(sample(num_images).to(self.weight.device))
 
     @torch.no_grad()
     def whiten(self, images: Float[Tensor, "batch channels height width"], eps: float = 5e-4) -> None:
-        """Set the filters from normalised training pictures: eigenvectors of their patches' covariance.
+        """Set the filters from normalised training images: eigenvectors of their patches' covariance.
 
         Args:
             images: Some thousands; airbench takes the first 5,000.
@@ -106,18 +106,18 @@ class StemHold:
     """Stops the training of a SpeedNet's stem; other networks have none.
 
     Args:
-        network: Its stem is trained until `hold`.
+        model: Its stem is trained until `hold`.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self._stem = network.stem if isinstance(network, SpeedNet) else None
+    def __init__(self, model: nn.Module) -> None:
+        self._stem = model.stem if isinstance(model, SpeedNet) else None
         self._held: list[nn.Parameter] = []
 
     def hold(self, *, stop_gradient: bool) -> None:
         """Train the stem no more.
 
         Args:
-            stop_gradient: Do not compute its gradient, which needs that of the first layer's pictures: 4 % of a step's
+            stop_gradient: Do not compute its gradient, which needs that of the first layer's images: 4 % of a step's
                 arithmetic. Else `drop_gradients` must be called before each step of the optimiser.
         """
         if self._stem is None:

@@ -37,7 +37,7 @@ def _shape(state: Mapping[str, Tensor], name: str) -> str:
 
 
 def _is_of_other_classes(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> bool:
-    """Whether nothing misfits but one layer's number of answers and the size of the filters that take the pictures."""
+    """Whether nothing misfits but one layer's number of answers and the size of the filters that take the images."""
     if theirs.keys() != ours.keys():
         return False
     pairs = {

@@ -1,7 +1,7 @@
-"""Networks of torchvision and timm, fitted to the classes and the size of the pictures.
+"""Networks of torchvision and timm, fitted to the classes and the size of the images.
 
-Up to 64 pixels the stem keeps the pictures large (see `stems`). That is: the convolutional networks of both libraries,
-and torchvision's Swin. Not changed are networks that are made for one size of pictures: vision transformers, whose
+Up to 64 pixels the stem keeps the images large (see `stems`). That is: the convolutional networks of both libraries,
+and torchvision's Swin. Not changed are networks that are made for one size of images: vision transformers, whose
 patches stay as wide as their names say, maxvit_t (multiples of 224 alone), and timm's attention over fixed windows.
 """
 
@@ -35,7 +35,7 @@ def torchvision_names() -> list[str]:
     return names
 
 
-def torchvision_network(
+def torchvision_model(
     name: str, num_classes: int, image_size: int, *, keep_stem: bool = False, **kwargs: Any
 ) -> nn.Module:
     """Make one of torchvision's classification networks; those with auxiliary heads without them.
@@ -43,12 +43,12 @@ def torchvision_network(
     Args:
         name: As torchvision writes it, such as resnet101.
         num_classes: Length of the logits.
-        image_size: Side of the square pictures in pixels.
-        keep_stem: Whether small pictures get ImageNet's stem all the same.
+        image_size: Side of the square images in pixels.
+        keep_stem: Whether small images get ImageNet's stem all the same.
         **kwargs: Of torchvision's function.
 
     Raises:
-        UserError: Pictures of that size are too small for it.
+        UserError: Images of that size are too small for it.
     """
     from torchvision import models
 
@@ -58,8 +58,8 @@ def torchvision_network(
         kwargs = {"aux_logits": False, "init_weights": True} | kwargs
 
     def make(size: int) -> nn.Module:
-        network: nn.Module = models.get_model(name, num_classes=num_classes, **_size_arguments(name, size), **kwargs)
-        return network
+        model: nn.Module = models.get_model(name, num_classes=num_classes, **_size_arguments(name, size), **kwargs)
+        return model
 
     return _fitted(name, make, image_size, keep_stem)
 
@@ -76,11 +76,11 @@ def vision_transformer(name: str, num_classes: int, image_size: int, **kwargs: A
     Args:
         name: What errors call it.
         num_classes: Length of the logits.
-        image_size: Side of the square pictures in pixels; whole patches must fit in it.
+        image_size: Side of the square images in pixels; whole patches must fit in it.
         **kwargs: Of torchvision's class: patch_size, num_layers, num_heads, hidden_dim, mlp_dim and others.
 
     Raises:
-        UserError: Its patches do not fit in the pictures.
+        UserError: Its patches do not fit in the images.
     """
     from torchvision.models import VisionTransformer
 
@@ -102,18 +102,18 @@ def timm_names() -> list[str]:
     return names
 
 
-def timm_network(name: str, num_classes: int, image_size: int, *, keep_stem: bool = False, **kwargs: Any) -> nn.Module:
+def timm_model(name: str, num_classes: int, image_size: int, *, keep_stem: bool = False, **kwargs: Any) -> nn.Module:
     """Make one of timm's networks.
 
     Args:
         name: As timm writes it, such as resnet26d, or with a tag that says which weights are meant.
         num_classes: Length of the logits.
-        image_size: Side of the square pictures in pixels.
-        keep_stem: Whether small pictures get ImageNet's stem all the same.
+        image_size: Side of the square images in pixels.
+        keep_stem: Whether small images get ImageNet's stem all the same.
         **kwargs: Of timm's function.
 
     Raises:
-        UserError: timm is not there, or the network takes no pictures of that size.
+        UserError: timm is not there, or the network takes no images of that size.
     """
     _refuse(kwargs)
     return _fitted(f"timm/{name}", lambda size: create_timm(name, num_classes, size, **kwargs), image_size, keep_stem)
@@ -125,21 +125,21 @@ def create_timm(name: str, num_classes: int, image_size: int, **kwargs: Any) -> 
     Args:
         name: As timm writes it.
         num_classes: Length of the logits.
-        image_size: Side of the square pictures in pixels, for the networks that are made for one size.
+        image_size: Side of the square images in pixels, for the networks that are made for one size.
         **kwargs: Of `timm.create_model`.
 
     Raises:
         UserError: timm is not installed, or cannot be imported.
     """
     create = partial(_timm().create_model, name, num_classes=num_classes, in_chans=3, **kwargs)
-    network: nn.Module
+    model: nn.Module
     try:
-        network = create(img_size=image_size)
+        model = create(img_size=image_size)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        network = create()  # made for no size
-    return network
+        model = create()  # made for no size
+    return model
 
 
 def _timm() -> Any:
@@ -155,7 +155,7 @@ def _timm() -> Any:
 def _refuse(kwargs: Iterable[str]) -> None:
     for name in kwargs:
         if name == "in_chans":
-            raise UserError(f"--model.model_kwargs: {name} is no argument to give; pictures are RGB, of 3 channels.")
+            raise UserError(f"--model.model_kwargs: {name} is no argument to give; images are RGB, of 3 channels.")
         if name in _NOT_TO_GIVE:
             raise UserError(
                 f"--model.model_kwargs: {name} is no argument to give: a network here gives logits alone, and trained "
@@ -164,21 +164,21 @@ def _refuse(kwargs: Iterable[str]) -> None:
 
 
 def _fitted(name: str, make: Callable[[int], nn.Module], image_size: int, keep_stem: bool = False) -> nn.Module:
-    """Return a network whose stem suits the size of the pictures, tried with that size.
+    """Return a network whose stem suits the size of the images, tried with that size.
 
     Args:
         name: What errors call it.
         make: Makes it for a size.
-        image_size: Side of the square pictures in pixels.
-        keep_stem: Whether small pictures get no other stem.
+        image_size: Side of the square images in pixels.
+        keep_stem: Whether small images get no other stem.
 
     Raises:
         UserError: It does not take them; names the next size that it takes.
         ValueError: It cannot be made for any size: other arguments are wrong.
     """
-    network, reason = _try(make, image_size, keep_stem)
-    if network is not None:
-        return network
+    model, reason = _try(make, image_size, keep_stem)
+    if model is not None:
+        return model
     larger = _next_size(make, image_size, keep_stem)
     if larger is None:
         raise ValueError(reason)
@@ -191,15 +191,15 @@ def _fitted(name: str, make: Callable[[int], nn.Module], image_size: int, keep_s
 def _try(make: Callable[[int], nn.Module], image_size: int, keep_stem: bool) -> tuple[nn.Module | None, str]:
     """Return a network that takes a size, or None and why there is none."""
     try:
-        network = make(image_size)
-        if image_size <= SMALL_PX and not keep_stem and adapt_stem(network) and why_not(network, image_size):
-            network = make(image_size)  # as its makers have it
-        reason = why_not(network, image_size)
+        model = make(image_size)
+        if image_size <= SMALL_PX and not keep_stem and adapt_stem(model) and why_not(model, image_size):
+            model = make(image_size)  # as its makers have it
+        reason = why_not(model, image_size)
     except (TypeError, UserError):  # other arguments are wrong, or a library is missing
         raise
     except Exception as error:  # the libraries raise nearly anything: asserts, indices, divisions by zero
         return None, str(error).strip().partition("\n")[0] or type(error).__name__
-    return (None, reason) if reason else (network, "")
+    return (None, reason) if reason else (model, "")
 
 
 def _next_size(make: Callable[[int], nn.Module], image_size: int, keep_stem: bool) -> int | None:
@@ -207,10 +207,10 @@ def _next_size(make: Callable[[int], nn.Module], image_size: int, keep_stem: boo
 
     def works(size: int) -> bool:
         with torch.device("meta"):
-            network, reason = _try(make, size, keep_stem)
+            model, reason = _try(make, size, keep_stem)
         if "meta tensor" in reason:  # regnets compute their widths with tensors, which so have no values
-            network, _ = _try(make, size, keep_stem)
-        return network is not None
+            model, _ = _try(make, size, keep_stem)
+        return model is not None
 
     multiples = {(image_size // step + 1) * step for step in _MULTIPLES}
     below = image_size

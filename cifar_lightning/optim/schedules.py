@@ -13,7 +13,7 @@ ScheduleName = Literal["one_cycle", "linear", "cosine"]
 _ONE_CYCLE_RISE = 0.3  # PyTorch's default
 
 
-def rise_share(name: ScheduleName, pct_start: float | None) -> float:
+def warmup_fraction(name: ScheduleName, pct_start: float | None) -> float:
     """Return the share of the steps in which the rates rise: what was asked for, or what the schedule is known by."""
     if pct_start is not None:
         return pct_start
@@ -42,7 +42,7 @@ def make_schedule(
         optimizer: Its groups' `lr` are the peaks, or with `steps_done` what the schedule before has noted as such.
         name: Which.
         total_steps: Of the whole run.
-        pct_start: Share of the steps in which the rates rise; None is `rise_share`'s.
+        pct_start: Share of the steps in which the rates rise; None is `warmup_fraction`'s.
         stem_steps: When the group whose `role` is "stem" has arrived at 0 with "linear" or "cosine"; None is
             `total_steps`.
         steps_done: Take up the schedule after this many steps, in an optimiser that has had one before.
@@ -51,7 +51,7 @@ def make_schedule(
         UserError: An unknown name.
     """
     check_choice("model.schedule", name, get_args(ScheduleName))
-    share = rise_share(name, pct_start)
+    share = warmup_fraction(name, pct_start)
     last_epoch = -1 if steps_done is None else steps_done - 1  # the constructor takes the step itself
     if name == "one_cycle":
         return _one_cycle(optimizer, total_steps, share, last_epoch)

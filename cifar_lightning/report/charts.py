@@ -42,7 +42,7 @@ def classes_figure(classes: Sequence[dict[str, Any]]) -> Figure:
         style = {"color": colour("wrong"), "markeredgecolor": ink, "markersize": 5}
         axes.plot(confidence, places, "D", label="mean confidence", **style)
     axes.set_yticks(places, [shorten(printable(row["name"])) for row in rows], parse_math=False)
-    axes.set(xlim=(0, 1), xlabel="share of the class's pictures", title=title)
+    axes.set(xlim=(0, 1), xlabel="share of the class's images", title=title)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.invert_yaxis()
     axes.grid(axis="x")
@@ -93,7 +93,7 @@ def confidence_figure(calibration: dict[str, Any]) -> Figure:
     axes.bar(left, right, width, align="edge", color=colour("right"), label="right")
     # Hatched, so that they are told apart without colours, too.
     axes.bar(left, wrong, width, bottom=right, align="edge", color=colour("wrong"), hatch="////", label="mistakes")
-    axes.set(xlim=(0, 1), xlabel="confidence", ylabel="pictures")
+    axes.set(xlim=(0, 1), xlabel="confidence", ylabel="images")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y")

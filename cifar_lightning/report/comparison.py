@@ -1,4 +1,4 @@
-"""Two runs on the same test pictures -> who is better, where, and whether chance explains it; NumPy only."""
+"""Two runs on the same test images -> who is better, where, and whether chance explains it; NumPy only."""
 
 import math
 from pathlib import Path
@@ -12,9 +12,9 @@ from cifar_lightning.formatting import run_name
 from cifar_lightning.metrics.calibration import cross_entropy, expected_calibration_error, softmax
 from cifar_lightning.metrics.classification import accuracy
 from cifar_lightning.metrics.significance import holm, mcnemar_test, paired_difference_interval, wilson_interval
-from cifar_lightning.report.results import Answers, Results
+from cifar_lightning.report.results import Predictions, Results
 
-_NUM_SHOWN = 24  # pictures that changed sides, in each direction
+_NUM_SHOWN = 24  # images that changed sides, in each direction
 
 
 def compare(path: Path, results: Results, other_path: Path, other: Results) -> dict[str, Any]:
@@ -24,15 +24,15 @@ def compare(path: Path, results: Results, other_path: Path, other: Results) -> d
     `difference_interval_95` (Newcombe, paired), `both_right`, `only_first`, `only_second`, `both_wrong`, `p` (McNemar's
     exact test), `classes` [{name, support, first, second, difference, difference_interval_95, only_first, only_second,
     p (Holm)}], `changed` {won, lost}: of each the number `count` and all `indices` whose answers changed sides, the
-    surest wrong answer first, and of those that the runs kept the first `pictures` [{index, true, first, first_prob,
-    second, second_prob}]; `unchecked`: why it is not known that the pictures are the same, empty where it is.
+    surest wrong answer first, and of those that the runs kept the first `images` [{index, true, first, first_prob,
+    second, second_prob}]; `unchecked`: why it is not known that the images are the same, empty where it is.
 
     Raises:
-        UserError: A run has no answers, or they are not of the same pictures.
+        UserError: A run has no answers, or they are not of the same images.
     """
-    first, second = _answers_of(path, results), _answers_of(other_path, other)
-    _refuse_other_pictures(path, results, other_path, other)
-    available = set(results.pictures) | set(other.pictures)
+    first, second = _predictions_of(path, results), _predictions_of(other_path, other)
+    _refuse_other_images(path, results, other_path, other)
+    available = set(results.images) | set(other.images)
     # Both in the order of the first: the order of answers is not part of a test set.
     order = np.argsort(second.indices)[np.searchsorted(np.sort(second.indices), first.indices)]
     logits = second.logits[order]
@@ -56,7 +56,7 @@ def compare(path: Path, results: Results, other_path: Path, other: Results) -> d
     }
 
 
-def _answers_of(path: Path, results: Results) -> Answers:
+def _predictions_of(path: Path, results: Results) -> Predictions:
     if results.test is None:
         raise UserError(
             f"--compare: the answers of {path} cannot be read ({' '.join(results.problems)})\n"
@@ -65,22 +65,22 @@ def _answers_of(path: Path, results: Results) -> Answers:
     return results.test
 
 
-def _refuse_other_pictures(path: Path, results: Results, other_path: Path, other: Results) -> None:
-    first, second = _answers_of(path, results), _answers_of(other_path, other)
+def _refuse_other_images(path: Path, results: Results, other_path: Path, other: Results) -> None:
+    first, second = _predictions_of(path, results), _predictions_of(other_path, other)
     hashes = [_hash_of(run) for run in (results, other)]
     reason = ""
     if first.class_names != second.class_names:
         reason = f"{len(first.class_names)} and {len(second.class_names)} classes, or other names"
     elif len(first.targets) != len(second.targets):
-        reason = f"{len(first.targets):,} and {len(second.targets):,} pictures"
+        reason = f"{len(first.targets):,} and {len(second.targets):,} images"
     elif (all(hashes) and hashes[0] != hashes[1]) or (not all(hashes) and _kept_others(results, other)):
-        reason = "the pictures themselves differ"
+        reason = "the images themselves differ"
     elif _by_index(first) != _by_index(second):
-        reason = "the pictures have other numbers or classes"
+        reason = "the images have other numbers or classes"
     if reason:
         raise UserError(
-            f"--compare {other_path}: was not tested on the same pictures as {path}: {reason}.\n"
-            "Only answers to the same pictures can be compared one by one."
+            f"--compare {other_path}: was not tested on the same images as {path}: {reason}.\n"
+            "Only answers to the same images can be compared one by one."
         )
 
 
@@ -90,12 +90,12 @@ def _hash_of(results: Results) -> str:
 
 
 def _kept_in_common(results: Results, other: Results) -> list[int]:
-    return sorted(set(results.pictures) & set(other.pictures))
+    return sorted(set(results.images) & set(other.images))
 
 
 def _kept_others(results: Results, other: Results) -> bool:
-    """Return whether a picture that both runs kept differs; in another size it says nothing."""
-    pairs = ((results.pictures[index], other.pictures[index]) for index in _kept_in_common(results, other))
+    """Return whether an image that both runs kept differs; in another size it says nothing."""
+    pairs = ((results.images[index], other.images[index]) for index in _kept_in_common(results, other))
     return any(first.shape == second.shape and (first != second).any() for first, second in pairs)
 
 
@@ -104,16 +104,16 @@ def _unchecked(path: Path, results: Results, other_path: Path, other: Results) -
     if not lacking:
         return ""
     return (
-        "That the pictures are the same could not be checked: there is no hash of them in split.json of "
+        "That the images are the same could not be checked: there is no hash of them in split.json of "
         f"{' and '.join(lacking)}. Their number and classes agree."
     )
 
 
-def _by_index(answers: Answers) -> dict[int, int]:
+def _by_index(answers: Predictions) -> dict[int, int]:
     return dict(zip(answers.indices.tolist(), answers.targets.tolist(), strict=True))
 
 
-def _run(path: Path, answers: Answers) -> dict[str, Any]:
+def _run(path: Path, answers: Predictions) -> dict[str, Any]:
     cm = answers.confusion
     return {
         "name": run_name(path),
@@ -135,7 +135,7 @@ def _counts(right: Bool[np.ndarray, " n"], other_right: Bool[np.ndarray, " n"]) 
 
 
 def _classes(
-    answers: Answers, right: Bool[np.ndarray, " n"], other_right: Bool[np.ndarray, " n"]
+    answers: Predictions, right: Bool[np.ndarray, " n"], other_right: Bool[np.ndarray, " n"]
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for index, name in enumerate(answers.class_names):
@@ -163,9 +163,9 @@ def _classes(
 
 
 def _changed(
-    first: Answers, second_logits: np.ndarray, changed: Bool[np.ndarray, " n"], available: set[int]
+    first: Predictions, second_logits: np.ndarray, changed: Bool[np.ndarray, " n"], available: set[int]
 ) -> dict[str, Any]:
-    """Return the pictures of one direction, the surest wrong answers first."""
+    """Return the images of one direction, the surest wrong answers first."""
     probs, other_probs = softmax(first.logits), softmax(second_logits)
     preds, other_preds = probs.argmax(1), other_probs.argmax(1)
     positions = np.flatnonzero(changed)
@@ -176,7 +176,7 @@ def _changed(
     return {
         "count": len(positions),
         "indices": first.indices[positions].tolist(),
-        "pictures": [
+        "images": [
             {
                 "index": int(first.indices[position]),
                 "true": names[first.targets[position]],

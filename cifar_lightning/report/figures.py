@@ -80,8 +80,8 @@ def confusion_figure(
         scale.set_label(label)
         scale.outline.set_visible(False)
     _label_classes(axes, class_names)
-    num_pictures = int(cm.sum())
-    axes.set_title(f"Accuracy {accuracy(cm):.2%} of {num_pictures:,} pictures" if num_pictures else "No pictures")
+    num_images = int(cm.sum())
+    axes.set_title(f"Accuracy {accuracy(cm):.2%} of {num_images:,} images" if num_images else "No images")
     if num_classes <= MAX_CLASSES_WITH_NUMBERS:
         images = np.where(diagonal[..., None], right.to_rgba(shares), wrong.to_rgba(shares))
         _write_cells(axes, 100 * shares if normalize else cm, images, decimals=1 if normalize else 0)
@@ -122,18 +122,18 @@ def shorten(name: str, length: int = _MAX_NAME) -> str:
     return name if len(name) <= length else name[: length - 2] + ".."
 
 
-def pictures_figure(images: UInt8[np.ndarray, "n height width 3"], titles: Sequence[str]) -> Figure:
-    """Draw pictures in a grid, enlarged without blurring, each under its title.
+def images_figure(images: UInt8[np.ndarray, "n height width 3"], titles: Sequence[str]) -> Figure:
+    """Draw images in a grid, enlarged without blurring, each under its title.
 
     Args:
         images: uint8 RGB, 0-255.
-        titles: One a picture; may have several lines.
+        titles: One an image; may have several lines.
 
     Raises:
-        ValueError: Not one title for each picture.
+        ValueError: Not one title for each image.
     """
     if len(titles) != len(images):
-        raise ValueError(f"{len(images)} pictures but {len(titles)} titles")
+        raise ValueError(f"{len(images)} images but {len(titles)} titles")
     columns = min(max(len(images), 1), max(4, math.ceil(math.sqrt(len(images)))), 10)
     rows = max(math.ceil(len(images) / columns), 1)
     num_lines = max((title.count("\n") + 1 for title in titles), default=1)

@@ -11,9 +11,9 @@ from jaxtyping import Float, Int64
 from cifar_lightning.metrics.calibration import Reliability, cross_entropy, fit_temperature, reliability, softmax
 from cifar_lightning.metrics.classification import accuracy, macro_f1, most_confused, per_class
 from cifar_lightning.metrics.significance import wilson_interval
-from cifar_lightning.report.gallery import rank_pictures
+from cifar_lightning.report.gallery import rank_images
 from cifar_lightning.report.insights import (
-    Statement,
+    Insight,
     asymmetric_pairs,
     confidence_gap,
     group_effects,
@@ -22,9 +22,9 @@ from cifar_lightning.report.insights import (
     over_predicted,
     validation_gap,
 )
-from cifar_lightning.report.results import Answers, Origin, Results
+from cifar_lightning.report.results import Origin, Predictions, Results
 
-_NUM_SHOWN = 24  # pictures of a gallery
+_NUM_SHOWN = 24  # images of a gallery
 _NUM_SHOWN_OF_PAIR = 8
 _NUM_PAIRS = 10
 Matrix = Int64[np.ndarray, "classes classes"]
@@ -34,18 +34,18 @@ def find(results: Results) -> dict[str, Any]:
     """Return everything that the report says, as plain types; what has no value is None or NaN.
 
     Keys: `summary`, `calibration` (None without the test's answers), `classes` (in class order), `confusion_matrix`
-    (rows: true class), `confused_pairs`, `statements`, `galleries`, `epochs`, `training`, `run`, `problems`.
+    (rows: true class), `confused_pairs`, `insights`, `galleries`, `epochs`, `training`, `run`, `problems`.
     """
     cm, test = results.confusion, results.test
     probs = softmax(test.logits) if test is not None else None
     return {
-        "summary": {**summary_of(cm, test), "accuracy_one_view": results.accuracy_one_view},
+        "summary": {**summary_of(cm, test), "accuracy_no_tta": results.accuracy_no_tta},
         "calibration": calibration_of(test, results.val) if test is not None else None,
         "classes": classes_of(cm, results.class_names, probs, test.targets if test is not None else None),
         "confusion_matrix": cm.tolist(),
         "confused_pairs": confused_pairs(cm, results.class_names),
-        "statements": [asdict(statement) for statement in statements_of(results, probs)],
-        "galleries": galleries_of(test, set(results.pictures)) if test is not None else [],
+        "insights": [asdict(insight) for insight in insights_of(results, probs)],
+        "galleries": galleries_of(test, set(results.images)) if test is not None else [],
         "epochs": results.epochs,
         "training": training_of(results),
         "run": run_of(results.origin),
@@ -53,35 +53,35 @@ def find(results: Results) -> dict[str, Any]:
     }
 
 
-def summary_of(cm: Matrix, test: Answers | None) -> dict[str, Any]:
+def summary_of(cm: Matrix, test: Predictions | None) -> dict[str, Any]:
     """Return the numbers that stand for the whole; the loss needs the answers, the rest is the matrix's."""
-    num_right, num_pictures = int(np.trace(cm)), int(cm.sum())
+    num_right, num_images = int(np.trace(cm)), int(cm.sum())
     return {
         "accuracy": accuracy(cm),
-        "accuracy_interval_95": list(wilson_interval(num_right, num_pictures)),
+        "accuracy_interval_95": list(wilson_interval(num_right, num_images)),
         "num_right": num_right,
-        "num_pictures": num_pictures,
+        "num_pictures": num_images,
         "num_classes": len(cm),
         "loss": cross_entropy(test.logits, test.targets) if test is not None else None,
         "macro_f1": macro_f1(cm),
     }
 
 
-def calibration_of(test: Answers, val: Answers | None) -> dict[str, Any]:
+def calibration_of(test: Predictions, val: Predictions | None) -> dict[str, Any]:
     """Return calibration before and after temperature scaling, the temperature fitted on validation alone.
 
-    Keys: `temperature` (None where there is none, and `why_none` says why), `fitted_on` (validation pictures), `before`
-    and `after`, each with `ece`, `loss`, `mean_confidence`, `bins` [{low, high, num_pictures, num_right, accuracy,
+    Keys: `temperature` (None where there is none, and `why_none` says why), `fitted_on` (validation images), `before`
+    and `after`, each with `ece`, `loss`, `mean_confidence`, `bins` [{low, high, num_images, num_right, accuracy,
     accuracy_interval_95, confidence}].
     """
     temperature, why_none = None, ""
     if val is None:
-        why_none = "There are no answers of validation pictures to fit it on."
+        why_none = "There are no answers of validation images to fit it on."
     else:
         temperature = fit_temperature(val.logits, val.targets)
         if temperature is None:
             why_none = (
-                "On the validation pictures no temperature is best: all answers are right, or no better than chance."
+                "On the validation images no temperature is best: all answers are right, or no better than chance."
             )
     return {
         "temperature": temperature,
@@ -92,7 +92,7 @@ def calibration_of(test: Answers, val: Answers | None) -> dict[str, Any]:
     }
 
 
-def _calibration_at(temperature: float, test: Answers) -> dict[str, Any]:
+def _calibration_at(temperature: float, test: Predictions) -> dict[str, Any]:
     logits = test.logits.astype(np.float64) / temperature
     confidence, right = softmax(logits).max(axis=1), test.logits.argmax(axis=1) == test.targets
     binned = reliability(confidence, right)
@@ -100,12 +100,12 @@ def _calibration_at(temperature: float, test: Answers) -> dict[str, Any]:
         "ece": binned.error,
         "loss": cross_entropy(logits, test.targets),
         "mean_confidence": float(confidence.mean()),
-        "bins": [_bin(binned, index) for index in range(len(binned.num_pictures))],
+        "bins": [_bin(binned, index) for index in range(len(binned.num_images))],
     }
 
 
 def _bin(binned: Reliability, index: int) -> dict[str, Any]:
-    number, right = int(binned.num_pictures[index]), int(binned.num_right[index])
+    number, right = int(binned.num_images[index]), int(binned.num_right[index])
     return {
         "low": float(binned.edges[index]),
         "high": float(binned.edges[index + 1]),
@@ -123,7 +123,7 @@ def classes_of(
     probs: Float[np.ndarray, "n classes"] | None,
     targets: Int64[np.ndarray, " n"] | None,
 ) -> list[dict[str, Any]]:
-    """Return the rates of each class; `mean_confidence` is the mean probability of the answers to its pictures."""
+    """Return the rates of each class; `mean_confidence` is the mean probability of the answers to its images."""
     rates = per_class(cm)
     rows = []
     for index, name in enumerate(names):
@@ -150,7 +150,7 @@ def classes_of(
 def confused_pairs(cm: Matrix, names: Sequence[str], top: int = _NUM_PAIRS) -> list[dict[str, Any]]:
     """Return the pairs of classes with the most confusions of both directions together; the more frequent one first.
 
-    Keys: `true`, `predicted`, `count`, `share` (of the pictures of `true`), and `reverse_count`, `reverse_share` of the
+    Keys: `true`, `predicted`, `count`, `share` (of the images of `true`), and `reverse_count`, `reverse_share` of the
     other direction.
     """
     support = per_class(cm).support
@@ -172,31 +172,31 @@ def confused_pairs(cm: Matrix, names: Sequence[str], top: int = _NUM_PAIRS) -> l
     return pairs
 
 
-def statements_of(results: Results, probs: Float[np.ndarray, "n classes"] | None) -> list[Statement]:
+def insights_of(results: Results, probs: Float[np.ndarray, "n classes"] | None) -> list[Insight]:
     """Return the findings in words."""
     cm, names = results.confusion, list(results.class_names)
     val_cm = results.val.confusion if results.val is not None else None
-    statements = [hard_classes(cm, names), over_predicted(cm, names)]
+    insights = [hard_classes(cm, names), over_predicted(cm, names)]
     groups = groups_of(names, val_cm)
     if groups is not None:
-        statements.append(group_effects(cm, names, *groups))
-    statements.append(asymmetric_pairs(cm, names))
+        insights.append(group_effects(cm, names, *groups))
+    insights.append(asymmetric_pairs(cm, names))
     if probs is not None and results.test is not None and np.isfinite(probs).all():
-        statements.append(confidence_gap(probs.max(axis=1), probs.argmax(axis=1) == results.test.targets))
+        insights.append(confidence_gap(probs.max(axis=1), probs.argmax(axis=1) == results.test.targets))
     if val_cm is not None:
-        statements.append(validation_gap(cm, val_cm, names))
-    return statements
+        insights.append(validation_gap(cm, val_cm, names))
+    return insights
 
 
-def galleries_of(test: Answers, available: set[int]) -> list[dict[str, Any]]:
-    """Return which pictures the page shows, of those that the run kept.
+def galleries_of(test: Predictions, available: set[int]) -> list[dict[str, Any]]:
+    """Return which images the page shows, of those that the run kept.
 
-    Keys of each: `kind`, `title`, `pictures` [{index, true, predicted, prob, prob_of_true}].
+    Keys of each: `kind`, `title`, `images` [{index, true, predicted, prob, prob_of_true}].
     """
-    ranked = rank_pictures(test.logits, test.targets)
+    ranked = rank_images(test.logits, test.targets)
     probs, preds = softmax(test.logits), test.logits.argmax(axis=1)
 
-    def pictures(order: Int64[np.ndarray, " positions"], limit: int) -> list[dict[str, Any]]:
+    def images(order: Int64[np.ndarray, " positions"], limit: int) -> list[dict[str, Any]]:
         kept = [position for position in order.tolist() if int(test.indices[position]) in available][:limit]
         return [
             {
@@ -210,14 +210,14 @@ def galleries_of(test: Answers, available: set[int]) -> list[dict[str, Any]]:
         ]
 
     galleries = [
-        {"kind": "mistakes", "title": "Most confident mistakes", "pictures": pictures(ranked.mistakes, _NUM_SHOWN)},
-        {"kind": "losses", "title": "Highest losses", "pictures": pictures(ranked.losses, _NUM_SHOWN)},
-        {"kind": "uncertain", "title": "Least certain", "pictures": pictures(ranked.uncertain, _NUM_SHOWN)},
+        {"kind": "mistakes", "title": "Most confident mistakes", "images": images(ranked.mistakes, _NUM_SHOWN)},
+        {"kind": "losses", "title": "Highest losses", "images": images(ranked.losses, _NUM_SHOWN)},
+        {"kind": "uncertain", "title": "Least certain", "images": images(ranked.uncertain, _NUM_SHOWN)},
     ]
     for pair, order in ranked.pairs:
         title = f"{test.class_names[pair.true]} taken for {test.class_names[pair.pred]}"
-        galleries.append({"kind": "pair", "title": title, "pictures": pictures(order, _NUM_SHOWN_OF_PAIR)})
-    return [gallery for gallery in galleries if gallery["pictures"]]
+        galleries.append({"kind": "pair", "title": title, "images": images(order, _NUM_SHOWN_OF_PAIR)})
+    return [gallery for gallery in galleries if gallery["images"]]
 
 
 def training_of(results: Results) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def training_of(results: Results) -> dict[str, Any]:
 
 
 def run_of(origin: Origin) -> dict[str, Any]:
-    """Return what the run was: its values, data, environment; without the lists of pictures."""
+    """Return what the run was: its values, data, environment; without the lists of images."""
     lists = ("train", "val")
     return {
         "config": origin.config,

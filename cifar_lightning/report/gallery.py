@@ -1,4 +1,4 @@
-"""Which pictures are worth looking at; NumPy only."""
+"""Which images are worth looking at; NumPy only."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,12 @@ Positions = Int64[np.ndarray, " _"]  # as many as there are
 
 @dataclass(frozen=True)
 class Rankings:
-    """Positions of the pictures in the answers, the most telling first.
+    """Positions of the images in the answers, the most telling first.
 
     Attributes:
         mistakes: All mistakes, the most confident first.
-        losses: All pictures, the highest loss first.
-        uncertain: All pictures, the smallest gap between the two most probable classes first.
+        losses: All images, the highest loss first.
+        uncertain: All images, the smallest gap between the two most probable classes first.
         pairs: The most confused pairs, each with its mistakes, the most confident first.
     """
 
@@ -28,8 +28,8 @@ class Rankings:
     pairs: list[tuple[ConfusedPair, Positions]]
 
 
-def rank_pictures(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"]) -> Rankings:
-    """Put the pictures in order, from each point of view; equal ones stay in the order of the answers."""
+def rank_images(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"]) -> Rankings:
+    """Put the images in order, from each point of view; equal ones stay in the order of the answers."""
     probs = softmax(logits)
     preds = logits.argmax(axis=1)
     confidence = probs.max(axis=1)
@@ -49,13 +49,13 @@ def rank_pictures(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarra
 def gallery_positions(
     logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"], limit: int = 500
 ) -> Positions:
-    """Return which pictures a run keeps for its page, each once, at most `limit`, in ascending order.
+    """Return which images a run keeps for its page, each once, at most `limit`, in ascending order.
 
     A quarter each: the most confident mistakes, the highest losses, the least certain, and the clearest mistakes of
-    each of the most confused pairs. Where few mistakes leave fewer than three fifths of `limit`, pictures at even
+    each of the most confused pairs. Where few mistakes leave fewer than three fifths of `limit`, images at even
     distances join them, for the parity check of exports.
     """
-    ranked = rank_pictures(logits, targets)
+    ranked = rank_images(logits, targets)
     quarter = limit // 4
     chosen = [order[:quarter] for order in (ranked.mistakes, ranked.losses, ranked.uncertain)]
     of_pairs = [order[: limit // 40] for _, order in ranked.pairs]

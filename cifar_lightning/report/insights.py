@@ -1,7 +1,7 @@
 """Findings in words, each with its numbers and the test behind it: nothing is said that chance explains as well.
 
 A finding is listed where its p-value, adjusted for all tests of its kind (Holm), is below `ALPHA`. That nothing was
-found is said, too: it was looked for. It never reads as if nothing were there: with few pictures little is found.
+found is said, too: it was looked for. It never reads as if nothing were there: with few images little is found.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from cifar_lightning.metrics.significance import (
 )
 
 ALPHA = 0.05
-_OTHER_SHARE = 0.05  # of all pictures: a class's share in test and validation, from which it is worth a word
+_OTHER_SHARE = 0.05  # of all images: a class's share in test and validation, from which it is worth a word
 CIFAR10_GROUPS = {
     "animals": ("bird", "cat", "deer", "dog", "frog", "horse"),
     "vehicles": ("airplane", "automobile", "ship", "truck"),
@@ -50,7 +50,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Statement:
+class Insight:
     """What was looked for and what was found.
 
     Attributes:
@@ -72,7 +72,7 @@ class Statement:
     groups: dict[str, list[str]] = field(default_factory=dict)
 
 
-def hard_classes(cm: Matrix, names: Sequence[str]) -> Statement:
+def hard_classes(cm: Matrix, names: Sequence[str]) -> Insight:
     """Say which classes are found less often than the others."""
     rates = per_class(cm)
     right, total = np.diag(cm), int(cm.sum())
@@ -96,7 +96,7 @@ def hard_classes(cm: Matrix, names: Sequence[str]) -> Statement:
             )
             numbers = {"class": names[index], "right": own, "support": support, "interval_95": [low, high]}
             items.append(Item(text, p, {**numbers, "others": others}))
-    return Statement(
+    return Insight(
         "hard_classes",
         f"{counted(len(items), 'class is', 'classes are')} harder than the rest"
         if items
@@ -110,7 +110,7 @@ def hard_classes(cm: Matrix, names: Sequence[str]) -> Statement:
     )
 
 
-def over_predicted(cm: Matrix, names: Sequence[str]) -> Statement:
+def over_predicted(cm: Matrix, names: Sequence[str]) -> Insight:
     """Say which classes are predicted more or less often than they are there."""
     rates = per_class(cm)
     right = np.diag(cm)
@@ -127,7 +127,7 @@ def over_predicted(cm: Matrix, names: Sequence[str]) -> Statement:
             )
             numbers = {"class": names[index], "support": support, "predicted": predicted}
             items.append(Item(text, p, {**numbers, "false_alarms": int(false[index]), "missed": int(missed[index])}))
-    return Statement(
+    return Insight(
         "over_predicted",
         f"{counted(len(items), 'class is', 'classes are')} predicted too often or too rarely"
         if items
@@ -135,20 +135,20 @@ def over_predicted(cm: Matrix, names: Sequence[str]) -> Statement:
         "How often a class is predicted differs from how often it is there."
         if items
         else "No difference beyond chance was found between how often a class is predicted and how often it is there.",
-        f"McNemar's exact test of false alarms against missed pictures, Holm's correction for {len(names)} tests",
+        f"McNemar's exact test of false alarms against missed images, Holm's correction for {len(names)} tests",
         bool(items),
         _surest_first(items),
     )
 
 
-def asymmetric_pairs(cm: Matrix, names: Sequence[str]) -> Statement:
+def asymmetric_pairs(cm: Matrix, names: Sequence[str]) -> Insight:
     """Say which two classes are taken for each other more often in one direction."""
     support = per_class(cm).support
     rows, columns = np.nonzero(np.triu(cm + cm.T, 1))
     pairs = [(int(i), int(j)) for i, j in zip(rows, columns, strict=True)]
     p_values = holm(
         [
-            # If both were mistaken at the same rate, the mistakes would fall as the numbers of pictures do.
+            # If both were mistaken at the same rate, the mistakes would fall as the numbers of images do.
             binomial_test(int(cm[i, j]), int(cm[i, j] + cm[j, i]), float(support[i] / (support[i] + support[j])))
             for i, j in pairs
         ]
@@ -161,7 +161,7 @@ def asymmetric_pairs(cm: Matrix, names: Sequence[str]) -> Statement:
             text = f"{_taken(cm, support, names, i, j)}, but {_taken(cm, support, names, j, i)}."
             numbers = {"true": names[i], "predicted": names[j], "count": int(cm[i, j]), "reverse": int(cm[j, i])}
             items.append(Item(text, p, numbers))
-    return Statement(
+    return Insight(
         "asymmetric_pairs",
         f"{counted(len(items), 'confusion goes', 'confusions go')} one way"
         if items
@@ -178,8 +178,8 @@ def asymmetric_pairs(cm: Matrix, names: Sequence[str]) -> Statement:
 def groups_of(names: Sequence[str], val_cm: Matrix | None) -> tuple[dict[str, list[int]], str] | None:
     """Return groups of classes and where they are from; None where there are none.
 
-    CIFAR-10's names have two: animals and vehicles. Others are found in the confusions of the validation pictures, so
-    that the test pictures can confirm them: a test on the pictures that they were found in would always agree.
+    CIFAR-10's names have two: animals and vehicles. Others are found in the confusions of the validation images, so
+    that the test images can confirm them: a test on the images that they were found in would always agree.
     """
     if set(names) == {name for group in CIFAR10_GROUPS.values() for name in group}:
         groups = {group: sorted(names.index(name) for name in of) for group, of in CIFAR10_GROUPS.items()}
@@ -221,7 +221,7 @@ def find_clusters(cm: Int[np.ndarray, "classes classes"]) -> list[list[int]]:
     return sorted(clusters, key=lambda cluster: (-len(cluster), cluster))
 
 
-def group_effects(cm: Matrix, names: Sequence[str], groups: dict[str, list[int]], origin: str) -> Statement:
+def group_effects(cm: Matrix, names: Sequence[str], groups: dict[str, list[int]], origin: str) -> Insight:
     """Say whether mistakes stay within groups, and how well each group is found."""
     num_classes = len(cm)
     mistakes = cm - np.diag(np.diag(cm))
@@ -238,7 +238,7 @@ def group_effects(cm: Matrix, names: Sequence[str], groups: dict[str, list[int]]
         tests.append(_group_item(cm, name, members, others, list(groups)[1] if mirrored else "all other classes"))
     adjusted = holm([item.p if item.p is not None else 1.0 for item in tests])
     items = [Item(item.text, p, item.numbers) for item, p in zip(tests, adjusted, strict=True) if p < ALPHA]
-    return Statement(
+    return Insight(
         "groups",
         "Mistakes stay within groups" if items and "within" in items[0].numbers else "Groups of classes",
         f"{len(groups)} group{'s' if len(groups) > 1 else ''} of classes, {origin}."
@@ -251,7 +251,7 @@ def group_effects(cm: Matrix, names: Sequence[str], groups: dict[str, list[int]]
     )
 
 
-def confidence_gap(confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, " n"]) -> Statement:
+def confidence_gap(confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, " n"]) -> Insight:
     """Say whether the network is surer, or less sure, of its answers than it is right."""
     gaps = confidence - right
     mean, deviation = float(gaps.mean()), float(gaps.std(ddof=1)) if len(gaps) > 1 else 0.0
@@ -267,10 +267,10 @@ def confidence_gap(confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, 
     )
     numbers = {"gap": mean, "interval_95": [mean - margin, mean + margin]}
     test = "z-test of the mean difference between confidence and right (1) or wrong (0)"
-    return Statement("confidence", title, "", test, p < ALPHA, [Item(text, p, numbers)])
+    return Insight("confidence", title, "", test, p < ALPHA, [Item(text, p, numbers)])
 
 
-def validation_gap(cm: Matrix, val_cm: Matrix, names: Sequence[str]) -> Statement:
+def validation_gap(cm: Matrix, val_cm: Matrix, names: Sequence[str]) -> Insight:
     """Say whether the test is passed as well as the validation, which chose it, and where their classes differ."""
     right, total, val_right, val_total = (int(value) for m in (cm, val_cm) for value in (np.trace(m), m.sum()))
     low, high = difference_interval(right, total, val_right, val_total)
@@ -283,14 +283,14 @@ def validation_gap(cm: Matrix, val_cm: Matrix, names: Sequence[str]) -> Statemen
     most = int(np.abs(shares - val_shares).argmax())
     if p < ALPHA and abs(shares[most] - val_shares[most]) >= _OTHER_SHARE:
         text += (
-            f" Part of it may be that the classes have other shares: {names[most]} is {percent(shares[most])} of the "
+            f" Split of it may be that the classes have other shares: {names[most]} is {percent(shares[most])} of the "
             f"test and {percent(val_shares[most])} of the validation."
         )
     title = "No difference beyond chance was found between test and validation"
     if p < ALPHA:
         title = "The test is " + ("harder" if accuracy(cm) < accuracy(val_cm) else "easier") + " than the validation"
     numbers = {"test": accuracy(cm), "validation": accuracy(val_cm), "interval_95": [low, high]}
-    return Statement("validation_gap", title, "", "Fisher's exact test", p < ALPHA, [Item(text, p, numbers)])
+    return Insight("validation_gap", title, "", "Fisher's exact test", p < ALPHA, [Item(text, p, numbers)])
 
 
 def _surest_first(items: list[Item]) -> list[Item]:

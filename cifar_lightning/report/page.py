@@ -1,6 +1,6 @@
-"""Findings, figures and pictures -> one self-contained HTML page; imports neither torch nor Lightning.
+"""Findings, figures and images -> one self-contained HTML page; imports neither torch nor Lightning.
 
-The page fetches nothing: styles, script and pictures are in it, and its content security policy forbids the rest. Names
+The page fetches nothing: styles, script and images are in it, and its content security policy forbids the rest. Names
 of classes and folders are escaped by Jinja.
 """
 
@@ -23,8 +23,8 @@ from cifar_lightning.formatting import (
     count,
     decimal,
     duration,
+    images,
     percent,
-    pictures,
     points,
     points_span,
     printable,
@@ -47,7 +47,7 @@ _DPI = 120.0  # of charts; the page shows them at about half of that, so that th
 _LARGE_INCHES = 10.0  # a matrix of 100 classes is 14 wide: its names are legible where it is enlarged
 _DPI_OF_LARGE = 150.0
 _MAX_GROUPED = 12  # more classes in groups than that are folded away
-_CRISP_PX = 64  # a picture up to this side is shown pixel by pixel; a larger one is reduced to `_REDUCED_PX`
+_CRISP_PX = 64  # an image up to this side is shown pixel by pixel; a larger one is reduced to `_REDUCED_PX`
 _REDUCED_PX = 144  # sharp on fine screens, too, where it is shown 96 wide
 
 
@@ -56,18 +56,18 @@ def render_page(findings: Mapping[str, Any], kept: Mapping[int, UInt8[np.ndarray
 
     Args:
         findings: What `findings.find` returned, with `run.name`, `run.network`, `run.data` and `run.command`.
-        kept: Test pictures by their index, uint8 RGB, 0-255.
+        kept: Test images by their index, uint8 RGB, 0-255.
     """
     found = [row for row in findings["classes"] if row["support"]]
-    sides = [max(picture.shape[:2]) for picture in kept.values()]
+    sides = [max(image.shape[:2]) for image in kept.values()]
     return render(
         "page.html",
         f=findings,
         css=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
         script=(TEMPLATES / "page.js").read_text(encoding="utf-8"),
         figures=draw_figures(findings),
-        uris=_picture_uris(findings, kept),
-        kind_of_picture="crisp" if max(sides, default=0) <= _CRISP_PX else "smooth",
+        uris=_image_uris(findings, kept),
+        kind_of_image="crisp" if max(sides, default=0) <= _CRISP_PX else "smooth",
         hardest=min(found, key=lambda row: row["recall"], default=None) if len(found) > 1 else None,
         never=[row["name"] for row in found if not row["predicted"]],
         groups_open=_MAX_GROUPED,
@@ -88,7 +88,7 @@ def render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
         finalize=_shown if template.endswith(".html") else _cleaned,
     )
-    filters = (percent, span, points, points_span, decimal, count, pictures, pvalue, duration)
+    filters = (percent, span, points, points_span, decimal, count, images, pvalue, duration)
     environment.filters["verbatim"] = lambda text: escape(_clean(text))  # to be copied: spaces stay what they are
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")  # of a Markdown table
     environment.filters.update({function.__name__: function for function in filters})
@@ -103,10 +103,10 @@ def draw_figures(findings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     names = [row["name"] for row in findings["classes"]]
     calibration, epochs = findings["calibration"], findings["epochs"]
     makers: dict[str, tuple[str, Any]] = {
-        "confusion": ("confusion matrix, pictures", lambda: confusion_figure(cm, names)),
+        "confusion": ("confusion matrix, images", lambda: confusion_figure(cm, names)),
         "classes": ("share of each class that is found", lambda: classes_figure(findings["classes"])),
     }
-    if len(names) <= MAX_CLASSES_WITH_NUMBERS:  # without numbers both are the same picture
+    if len(names) <= MAX_CLASSES_WITH_NUMBERS:  # without numbers both are the same image
         alt = "confusion matrix, per cent of each row"
         makers["confusion_normalized"] = (alt, lambda: confusion_figure(cm, names, normalize=True))
     if calibration is not None:
@@ -138,16 +138,16 @@ def _chart_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> Markup:
     return _data_uri("image/png", buffer.getvalue())
 
 
-def _picture_uris(
+def _image_uris(
     findings: Mapping[str, Any], kept: Mapping[int, UInt8[np.ndarray, "height width 3"]]
 ) -> dict[int, Markup]:
-    galleries = [gallery["pictures"] for gallery in findings["galleries"]]
+    galleries = [gallery["images"] for gallery in findings["galleries"]]
     if findings.get("comparison"):
-        galleries += [changed["pictures"] for changed in findings["comparison"]["changed"].values()]
-    return {index: _picture_uri(kept[index]) for index in {item["index"] for shown in galleries for item in shown}}
+        galleries += [changed["images"] for changed in findings["comparison"]["changed"].values()]
+    return {index: _image_uri(kept[index]) for index in {item["index"] for shown in galleries for item in shown}}
 
 
-def _picture_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> Markup:
+def _image_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> Markup:
     image, buffer = Image.fromarray(pixels), io.BytesIO()
     if max(image.size) <= _CRISP_PX:
         image.save(buffer, "png", optimize=True)
@@ -171,7 +171,7 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     lengths = [name for name in ("max_epochs", "max_steps") if trainer.get(name) != -1]
     # What most runs leave off is named where it is on.
     of_data = _listed_if_on(data, ("limit", "class_weights", "sampler"))
-    of_pictures = _listed_if_on(data, ("policy", "erasing")) + _listed_if_on(model, ("mixup", "cutmix"))
+    of_images = _listed_if_on(data, ("policy", "erasing")) + _listed_if_on(model, ("mixup", "cutmix"))
     of_model = _listed_if_on(model, ("pct_start", "ema_decay", "pretrained"))
     resumed = environment.get("resumed") or []
     commit = environment.get("commit")
@@ -183,12 +183,12 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
             "Training",
             _listed(trainer, (*lengths, "precision")) + _listed(data, ("batch_size",), before=", ") + of_data,
         ),
-        ("Augmentation", _listed(data, augmentation) + of_pictures),
+        ("Augmentation", _listed(data, augmentation) + of_images),
         ("Seeds", f"training {config.get('seed_everything')}, split {split.get('seed')}" if config else ""),
-        ("Pictures", split.get("dataset")),
+        ("Images", split.get("dataset")),
         ("Split", ", ".join(f"{number:,} {part}" for part, number in sizes.items())),
         ("Held out", _held_out(split)),
-        ("SHA-256 of the test pictures", (split.get("sha256") or {}).get("test")),
+        ("SHA-256 of the test images", (split.get("sha256") or {}).get("test")),
         ("Device", _named(environment, "device", ("num_devices", "precision", "num_threads"))),
         ("Machine", ", ".join(str(environment[key]) for key in ("cpu", "platform") if environment.get(key))),
         ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items() if number)),
@@ -200,7 +200,7 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _held_out(split: Mapping[str, Any]) -> str:
     if split.get("val_from") == "train":
-        return f"{percent(split.get('val_fraction'), 0)} of the training pictures, the same share of each class"
+        return f"{percent(split.get('val_fraction'), 0)} of the training images, the same share of each class"
     return str(split.get("val_from") or "")
 
 

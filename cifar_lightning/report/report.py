@@ -27,7 +27,7 @@ def make_report(run: RunFolder, other: RunFolder | None = None, console: Console
 
     Args:
         run: The run, whose files are written.
-        other: A run to compare with, tested on the same pictures; its files stay as they are.
+        other: A run to compare with, tested on the same images; its files stay as they are.
         console: Where to print; the terminal without one.
 
     Raises:
@@ -36,17 +36,17 @@ def make_report(run: RunFolder, other: RunFolder | None = None, console: Console
     results = read_results(run)
     findings = find(results)
     findings["run"] |= describe_run(run, findings["run"])
-    pictures = results.pictures
+    images = results.images
     if other is not None:
         others = read_results(other)
         findings["comparison"] = compare(run.path, results, other.path, others)
         findings["problems"] += [f"{other.path}: {problem}" for problem in others.problems]
-        pictures = others.pictures | pictures
+        images = others.images | images
     else:
         findings["comparison"] = None
     findings["problems"] += write_confusion(run, results.confusion, results.class_names)
     write_json(run.findings, findings)
-    write_text_durably(run.report, render_page(findings, pictures))
+    write_text_durably(run.report, render_page(findings, images))
     print_findings(findings, run.path, console)
 
 

@@ -17,19 +17,19 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.files import MetricsTable
 from cifar_lightning.metrics.classification import confusion_matrix
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.settings.safe_yaml import read_recipe
+from cifar_lightning.settings.safe_yaml import read_yaml
 
 DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)  # of an .npz
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What the network said of each picture of a split.
+class Predictions:
+    """What the network said of each image of a split.
 
     Attributes:
         logits: Raw logits.
         targets: True classes.
-        indices: Positions of the pictures in their split's file.
+        indices: Positions of the images in their split's file.
         class_names: In class order.
     """
 
@@ -65,28 +65,28 @@ class Results:
 
     Attributes:
         class_names: In class order.
-        confusion: Of the test pictures; rows: true class.
-        test: Answers of the test split; None where they are lost and only the matrix is left.
-        val: Answers of the validation split; None where nothing was held out or they are lost.
-        pictures: Test pictures by their index, uint8 RGB (height, width, 3), 0-255.
+        confusion: Of the test images; rows: true class.
+        test: Predictions of the test split; None where they are lost and only the matrix is left.
+        val: Predictions of the validation split; None where nothing was held out or they are lost.
+        images: Test images by their index, uint8 RGB (height, width, 3), 0-255.
         epochs: Rows of metrics.csv.
         timing: Rows of timing.csv.
         cut_tables: Names of those two files that lack epochs, as far as can be told.
         origin: What the run was.
-        accuracy_one_view: Of the test without the views that its answers are averages of; None where there are none.
+        accuracy_no_tta: Of the test without the views that its answers are averages of; None where there are none.
         problems: A sentence for each file that is missing or damaged.
     """
 
     class_names: tuple[str, ...]
     confusion: Int64[np.ndarray, "classes classes"]
-    test: Answers | None = None
-    val: Answers | None = None
-    pictures: dict[int, UInt8[np.ndarray, "height width 3"]] = field(default_factory=dict)
+    test: Predictions | None = None
+    val: Predictions | None = None
+    images: dict[int, UInt8[np.ndarray, "height width 3"]] = field(default_factory=dict)
     epochs: list[dict[str, float]] = field(default_factory=list)
     timing: list[dict[str, float]] = field(default_factory=list)
     cut_tables: tuple[str, ...] = ()
     origin: Origin = field(default_factory=Origin)
-    accuracy_one_view: float | None = None
+    accuracy_no_tta: float | None = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -100,35 +100,35 @@ def read_results(run: RunFolder) -> Results:
     remedy = f"python train.py test {run.path}"
     if not (run.predictions.exists() or run.confusion_matrix_csv.exists()):
         run.require(run.predictions)
-    test = _try(read_answers, run.predictions, problems)
+    test = _try(read_predictions, run.predictions, problems)
     names, confusion = (test.class_names, test.confusion) if test else _matrix_alone(run, problems, remedy)
     origin = read_origin(run, problems)
     was_held_out = origin.split.get("sizes", {}).get("val", 0) > 0
     val = None
     if was_held_out or run.predictions_val.exists():
-        val = _try(read_answers, run.predictions_val, problems)
+        val = _try(read_predictions, run.predictions_val, problems)
         if val is not None and val.class_names != names:
             problems.append(f"{run.predictions_val.name}: has other classes than {run.predictions.name}.")
             val = None
     for path, answers in ((run.predictions, test), (run.predictions_val, val)):
         problems += _name_no_numbers(path, answers)
-    pictures = _try(_read_gallery, run.gallery, problems) or {}
+    images = _try(_read_gallery, run.gallery, problems) or {}
     tables = {path: _try(_read_table, path, problems) for path in (run.metrics_csv, run.timing_csv)}
     cut = _name_cut_tables(tables)
-    one_view = None
+    no_tta = None
     if origin.config.get("model", {}).get("tta", "none") != "none":
-        one_view = (_try(_read_object, run.test_metrics, problems) or {}).get("accuracy_one_view")
+        no_tta = (_try(_read_object, run.test_metrics, problems) or {}).get("accuracy_no_tta")
     return Results(
         class_names=names,
         confusion=confusion,
         test=test,
         val=val,
-        pictures=pictures,
+        images=images,
         epochs=tables[run.metrics_csv] or [],
         timing=tables[run.timing_csv] or [],
         cut_tables=tuple(cut),
         origin=origin,
-        accuracy_one_view=one_view,
+        accuracy_no_tta=no_tta,
         problems=[*problems, *cut.values()],
     )
 
@@ -142,7 +142,7 @@ def read_origin(run: RunFolder, problems: list[str]) -> Origin:
     )
 
 
-def read_answers(path: Path) -> Answers:
+def read_predictions(path: Path) -> Predictions:
     """Read predictions.npz or predictions_val.npz.
 
     Raises:
@@ -155,12 +155,12 @@ def read_answers(path: Path) -> Answers:
     if logits.shape != (len(targets), len(class_names)) or len(indices) != len(targets):
         raise ValueError("its arrays have different lengths")
     if not len(targets):
-        raise ValueError("it holds no picture")
+        raise ValueError("it holds no image")
     if not ((targets >= 0) & (targets < len(class_names))).all():
         raise ValueError(f"a class is not in 0..{len(class_names) - 1}")
     if len(np.unique(indices)) != len(indices):
-        raise ValueError("it answers a picture twice")
-    return Answers(logits.astype(np.float32), targets.astype(np.int64), indices.astype(np.int64), class_names)
+        raise ValueError("it answers an image twice")
+    return Predictions(logits.astype(np.float32), targets.astype(np.int64), indices.astype(np.int64), class_names)
 
 
 def read_confusion(path: Path) -> tuple[tuple[str, ...], Int64[np.ndarray, "classes classes"]]:
@@ -198,7 +198,7 @@ def _try(read: Any, path: Path, problems: list[str]) -> Any:
         return None
 
 
-def _name_no_numbers(path: Path, answers: Answers | None) -> list[str]:
+def _name_no_numbers(path: Path, answers: Predictions | None) -> list[str]:
     if answers is None or np.isfinite(answers.logits).all():
         return []
     num_lost = int((~np.isfinite(answers.logits)).any(axis=1).sum())
@@ -233,7 +233,7 @@ def _read_gallery(path: Path) -> dict[int, UInt8[np.ndarray, "height width 3"]]:
     with path.open("rb") as file, np.load(file) as arrays:
         images, indices = arrays["images"], arrays["indices"]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) != len(indices):
-        raise ValueError("it holds no RGB pictures")
+        raise ValueError("it holds no RGB images")
     return dict(zip(indices.tolist(), images, strict=True))
 
 
@@ -252,7 +252,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = read_recipe(path.read_text(encoding="utf-8"))
+    config = read_yaml(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise ValueError("it is no table of values")
     return config

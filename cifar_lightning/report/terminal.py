@@ -19,8 +19,8 @@ from rich.text import Text
 from cifar_lightning.formatting import (
     count,
     decimal,
+    images,
     percent,
-    pictures,
     points,
     points_span,
     printable,
@@ -52,7 +52,7 @@ def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, co
     _print_classes(console, findings["classes"], names)
     _print_confusions(console, np.array(findings["confusion_matrix"], dtype=np.int64), names)
     _print_pairs(console, findings)
-    _print_statements(console, findings["statements"])
+    _print_insights(console, findings["insights"])
     if findings.get("comparison"):
         _print_comparison(console, findings["comparison"])
     if findings["problems"]:
@@ -82,11 +82,11 @@ def _print_summary(console: Console, findings: Mapping[str, Any]) -> None:
     summary, calibration = findings["summary"], findings["calibration"]
     line = Text("Test accuracy ")
     line.append(percent(summary["accuracy"], 2), style="bold")
-    line.append(f"  (95 % interval {span(summary['accuracy_interval_95'], 2)}; {pictures(summary['num_pictures'])})")
+    line.append(f"  (95 % interval {span(summary['accuracy_interval_95'], 2)}; {images(summary['num_pictures'])})")
     console.print(line)
-    if summary["accuracy_one_view"] is not None:
-        one_view = percent(summary["accuracy_one_view"], 2)
-        console.print(f"Each answer is an average over views of the picture (--model.tta); without: {one_view}")
+    if summary["accuracy_no_tta"] is not None:
+        no_tta = percent(summary["accuracy_no_tta"], 2)
+        console.print(f"Each answer is an average over views of the image (--model.tta); without: {no_tta}")
     macro_f1 = f"macro F1 {percent(summary['macro_f1'], 2)}"
     if calibration is None:
         console.print(macro_f1)
@@ -97,7 +97,7 @@ def _print_summary(console: Console, findings: Mapping[str, Any]) -> None:
         _print_words(
             console,
             f"Temperature {decimal(calibration['temperature'], 3)}, fitted on {count(calibration['fitted_on'])} "
-            f"validation pictures: ECE {percent(calibration['after']['ece'], 2)}, "
+            f"validation images: ECE {percent(calibration['after']['ece'], 2)}, "
             f"loss {decimal(calibration['after']['loss'], 4)}.",
         )
 
@@ -117,7 +117,7 @@ def _print_classes(console: Console, classes: Sequence[Mapping[str, Any]], names
     _print_heading(console, title)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("class", no_wrap=True)
-    for column in ("pictures", "precision", "recall", "F1", "confidence"):
+    for column in ("images", "precision", "recall", "F1", "confidence"):
         table.add_column(column, justify="right", no_wrap=True)
     for index in shown:
         row = classes[index]
@@ -174,26 +174,26 @@ def _matrix_lines(cm: Int[np.ndarray, "classes classes"], names: Sequence[str], 
 def _print_pairs(console: Console, findings: Mapping[str, Any]) -> None:
     _print_heading(console, "Most confused, in both directions")
     if not findings["confused_pairs"]:
-        console.print("No picture was taken for another class.")
+        console.print("No image was taken for another class.")
     for pair in findings["confused_pairs"]:
         there = f"{count(pair['count'])} ({percent(pair['share'], 1)})"
         back = f"{count(pair['reverse_count'])} ({percent(pair['reverse_share'], 1)})"
         _print_words(console, f"{pair['true']} taken for {pair['predicted']}: {there}; the other way: {back}")
 
 
-def _print_statements(console: Console, statements: Sequence[Mapping[str, Any]]) -> None:
+def _print_insights(console: Console, insights: Sequence[Mapping[str, Any]]) -> None:
     _print_heading(console, "Findings (p allows for all tests of a kind; the tests are named in report.html)")
-    for statement in statements:
-        _print_words(console, f"* {statement['title']}.")
-        for item in statement["items"][:_MAX_ITEMS]:
+    for insight in insights:
+        _print_words(console, f"* {insight['title']}.")
+        for item in insight["items"][:_MAX_ITEMS]:
             _print_words(console, f"{item['text']} {pvalue(item['p'])}", indent=2)
-        if len(statement["items"]) > _MAX_ITEMS:
-            console.print(f"  {len(statement['items']) - _MAX_ITEMS} more in findings.json.")
+        if len(insight["items"]) > _MAX_ITEMS:
+            console.print(f"  {len(insight['items']) - _MAX_ITEMS} more in findings.json.")
 
 
 def _print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
     first, second = comparison["runs"]
-    _print_heading(console, "Compared on the same test pictures")
+    _print_heading(console, "Compared on the same test images")
     for which, run in (("this run ", first), ("the other", second)):
         interval = f"95 % interval {span(run['accuracy_interval_95'], 2)}"
         _print_whole(
@@ -227,17 +227,17 @@ def _print_files(console: Console, run: RunFolder) -> None:
         (run.best_checkpoint, "the weights with the best validation accuracy"),
         (run.last_checkpoint, "the state at the end of training"),
         (run.config, "every value of the run"),
-        (run.split, "which pictures were for training, which for validation"),
+        (run.split, "which images were for training, which for validation"),
         (run.environment, "versions, device, precision, commit"),
         (run.metrics_csv, "losses, accuracies, learning rate of each epoch"),
-        (run.timing_csv, "seconds, pictures per second, memory of each epoch"),
+        (run.timing_csv, "seconds, images per second, memory of each epoch"),
         (run.report, "all of this and more as one page: open it in a browser"),
         (run.findings, "every number of the page"),
         (run.test_metrics, "accuracy, loss and the rates of each class"),
         (run.confusion_matrix_png, "the confusion matrix; also as .csv and .pt"),
-        (run.predictions, "logits and true class of every test picture"),
-        (run.predictions_val, "the same of the validation pictures"),
-        (run.gallery, "some test pictures"),
+        (run.predictions, "logits and true class of every test image"),
+        (run.predictions_val, "the same of the validation images"),
+        (run.gallery, "some test images"),
     )
     for file, words in contents:
         if file.exists():
@@ -249,7 +249,7 @@ def _print_files(console: Console, run: RunFolder) -> None:
     path = shlex.quote(str(run.path))
     for command in (
         f"analyze {path} --compare OTHER_RUN",
-        f"predict-images {path} MY_PICTURES",
+        f"predict-images {path} MY_IMAGES",
         f"export {path} --format onnx",
     ):
         _print_whole(console, f"  python train.py {command}")

@@ -40,7 +40,7 @@ class RunFolder:
     lock: RunLock | None = field(default=None, compare=False, repr=False)
 
     config = _File("config.yaml")  # every value of the run, without the run's own path
-    split = _File("split.json")  # indices of the split, hashes of the pictures of all splits
+    split = _File("split.json")  # indices of the split, hashes of the images of all splits
     environment = _File("environment.json")  # versions, device, precision, commit
     metrics_csv = _File("metrics.csv")  # a row an epoch: losses, accuracies, lr; nothing that depends on the clock
     timing_csv = _File("timing.csv")  # a row an epoch: seconds, images/s, memory
@@ -56,7 +56,7 @@ class RunFolder:
     predictions_val = _File("predictions_val.npz")  # the same of the validation split
     lr_range = _File("lr_range.json")  # what the range test of `tune` or `fit --tune_lr` found
     lr_range_png = _File("lr_range.png")
-    gallery = _File("gallery.npz")  # at most 500 uint8 pictures for the page, so that a copied run needs no data set
+    gallery = _File("gallery.npz")  # at most 500 uint8 images for the page, so that a copied run needs no data set
     findings = _File("findings.json")  # every number of the page
     report = _File("report.html")  # one self-contained page
     lock_file = _File(".lock")  # locked by whoever writes the run; being there says that a run made this folder
@@ -259,15 +259,15 @@ def _suggest_run(path: Path) -> str:
     return "Give the folder that fit named at its end, for example runs/smallnet/1."
 
 
-def recipe_name(recipes: Sequence[object], network: str) -> str:
+def recipe_name(recipes: Sequence[object], model: str) -> str:
     """Return what a run is filed under: its recipe, that of the run whose config.yaml it repeats, or its network.
 
     Args:
         recipes: The YAML files that it is made from, the last one counts; may be empty.
-        network: Its name.
+        model: Its name.
     """
     if not recipes:
-        return network.replace("/", "_")  # timm/resnet26d: one folder, as of all others
+        return model.replace("/", "_")  # timm/resnet26d: one folder, as of all others
     recipe = Path(str(recipes[-1])).resolve()
     is_of_a_run = recipe.name == "config.yaml" and recipe.parent.name.isdecimal()
     return recipe.parent.parent.name if is_of_a_run else recipe.stem

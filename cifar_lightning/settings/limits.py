@@ -52,10 +52,10 @@ LIMITS = {
     "model.cutmix": _MIX,
     "model.pct_start": _SHARE,
     "model.ema_decay": Limit(0, 1, "0 (off) to below 1, such as 0.999"),
-    "model.stem_share": Limit(0, 1, "0 (never) to 1 (always)", through=True),
+    "model.stem_train_fraction": Limit(0, 1, "0 (never) to 1 (always)", through=True),
     "data.batch_size": _COUNT,
     "data.eval_batch_size": _COUNT,
-    # 50 MB a picture; far beyond what these networks are for, and a typo must not fill the disk.
+    # 50 MB an image; far beyond what these networks are for, and a typo must not fill the disk.
     "data.image_size": Limit(1, 4096, "1 to 4096 pixels", through=True),
     "data.val_fraction": Limit(0, 1, "0 (train on all) to below 1, such as 0.1"),
     "data.limit": _COUNT,
@@ -65,7 +65,7 @@ LIMITS = {
     "data.cutout_px": _PIXELS,
     "data.brightness": _STRENGTH,
     "data.contrast": _STRENGTH,
-    "data.erasing": Limit(0, 1, "0 (off) to 1 (every picture)", through=True),
+    "data.erasing": Limit(0, 1, "0 (off) to 1 (every image)", through=True),
     "trainer.accumulate_grad_batches": Limit(1, 2**31, "1 or more, below 2^31"),  # a loss is divided by it
     "trainer.gradient_clip_val": Limit(0, math.inf, "0 (off) or more, such as 1"),
     "trainer.check_val_every_n_epoch": _COUNT,

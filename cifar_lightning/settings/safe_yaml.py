@@ -13,7 +13,7 @@ MAX_DEPTH = 40  # lists and dicts within each other; the deepest of our own reci
 MAX_NODES = 100_000  # with every alias written out: some ten short lines of aliases can stand for 10^9 values
 
 
-def read_recipe(text: str) -> Any:
+def read_yaml(text: str) -> Any:
     """Read YAML as plain data.
 
     Raises:

@@ -16,7 +16,7 @@ class BestCheckpoint(ModelCheckpoint):
     """Keeps best.ckpt: the state at the best val/acc, and of equal ones at the lowest val/loss.
 
     A small validation split has few accuracies, so that many epochs share the best one; the first of them need not be
-    any good on other pictures.
+    any good on other images.
 
     Args:
         run: The run's folder.

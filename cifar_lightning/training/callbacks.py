@@ -26,7 +26,7 @@ class RunRecorder(pl.Callback):
     """Writes split.json and environment.json at the start and a row of metrics.csv and timing.csv each epoch.
 
     An epoch that is resumed in its middle counts the seconds up to its checkpoint, not those of work that was lost;
-    they are nan where the checkpoint does not know them. Its pictures per second are of this process alone.
+    they are nan where the checkpoint does not know them. Its images per second are of this process alone.
 
     Args:
         run: The run's folder.
@@ -118,10 +118,10 @@ class RunRecorder(pl.Callback):
         assert isinstance(pl_module, ImageClassifier)
         clock, own_s = self.clock(), time.perf_counter() - self._started_s - self._validation_s
         train = pl_module.epoch_metrics()  # collective: all ranks
-        if not trainer.is_global_zero or pl_module.totals.num_pictures == 0:  # resumed at the epoch's very end
+        if not trainer.is_global_zero or pl_module.totals.num_images == 0:  # resumed at the epoch's very end
             return
         row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step, **train}
-        if data_of(trainer).num_pictures("val"):
+        if data_of(trainer).num_images("val"):
             row |= {name: self._figures.get(name, math.nan) for name in _FIGURES}
         self.metrics.append(row)
         self.timing.append(
@@ -152,7 +152,7 @@ def data_of(trainer: pl.Trainer) -> ImageDataModule:
     """Return the Trainer's ImageDataModule.
 
     Raises:
-        UserError: The Trainer was given other data; these callbacks need names, splits and raw pictures.
+        UserError: The Trainer was given other data; these callbacks need names, splits and raw images.
     """
     data = getattr(trainer, "datamodule", None)
     if not isinstance(data, ImageDataModule):

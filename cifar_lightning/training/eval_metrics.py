@@ -10,14 +10,14 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassCo
 def evaluation_metrics(num_classes: int) -> MetricCollection:
     """Return loss, calibration error (15 bins), the confusion matrix, from which all else is read, and plain accuracy.
 
-    "acc_one_view" is the share of right answers to the pictures as they are, where views are averaged.
+    "acc_no_tta" is the share of right answers to the images as they are, where views are averaged.
     """
     return MetricCollection(
         {
             "loss": MeanMetric(),
             "ece": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False),
             "confusion": MulticlassConfusionMatrix(num_classes, validate_args=False),
-            "acc_one_view": MeanMetric(),
+            "acc_no_tta": MeanMetric(),
         },
         compute_groups=False,
     )
@@ -34,10 +34,10 @@ def update_evaluation(
     Args:
         metrics: Of `evaluation_metrics`.
         logits: The answers that count.
-        plain: Those to the pictures as they are.
+        plain: Those to the images as they are.
         targets: The true classes.
     """
     metrics["loss"].update(F.cross_entropy(logits, targets), weight=len(targets))
     metrics["ece"].update(logits.softmax(1), targets)
     metrics["confusion"].update(logits.argmax(1), targets)
-    metrics["acc_one_view"].update((plain.argmax(1) == targets).float())
+    metrics["acc_no_tta"].update((plain.argmax(1) == targets).float())

@@ -16,20 +16,20 @@ from cifar_lightning.checkpoints.loading import plain, progress_of
 from cifar_lightning.checkpoints.pretrained import load_pretrained
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.metrics.classification import accuracy, macro_f1
-from cifar_lightning.models.compile import compile_network
-from cifar_lightning.models.registry import DEFAULT_MODEL, choose_network
+from cifar_lightning.models.compile import compile_model
+from cifar_lightning.models.registry import DEFAULT_MODEL, choose_model
 from cifar_lightning.models.speednet import SpeedNet, StemHold
 from cifar_lightning.models.state_dicts import describe_misfits
 from cifar_lightning.optim.optimizers import OptimizerName, build_optimizer, settings_of
-from cifar_lightning.optim.schedules import ScheduleName, follows_plan, make_schedule, rise_share
+from cifar_lightning.optim.schedules import ScheduleName, follows_plan, make_schedule, warmup_fraction
 from cifar_lightning.settings.limits import check_limits
 from cifar_lightning.training.ema import EmaWeights
 from cifar_lightning.training.eval_metrics import evaluation_metrics, update_evaluation
 from cifar_lightning.training.model_checks import check_batches, check_classes, check_logits
-from cifar_lightning.training.nan_guard import LossGuard, make_guard
+from cifar_lightning.training.nan_guard import NanGuard, make_nan_guard
 from cifar_lightning.training.step_count import count_steps
-from cifar_lightning.training.train_metrics import TrainTotals, means_of
-from cifar_lightning.training.tta import Views, view_logits
+from cifar_lightning.training.train_metrics import TrainMetrics, means_of
+from cifar_lightning.training.tta import TTA, tta_logits
 from cifar_lightning.transforms.mixup import Mixing
 
 Batch = tuple[Tensor, Tensor] | list[Tensor]
@@ -45,7 +45,7 @@ class ImageClassifier(pl.LightningModule):
     Args:
         name: The network, a name that `build_model` knows.
         num_classes: Number of classes; on the command line the data's.
-        image_size: Side of the square pictures in pixels; on the command line the data's.
+        image_size: Side of the square images in pixels; on the command line the data's.
         lr: Peak learning rate: 3e-3 is the original's with adamw; with muon take about 0.05.
         optimizer: adamw, sgd (Nesterov), or muon (orthogonalised momentum) for the filters with sgd for all else.
         sgd_lr: Peak learning rate of what muon does not move.
@@ -55,13 +55,13 @@ class ImageClassifier(pl.LightningModule):
         weight_decay: Decay of filters and matrices by adamw or sgd; norms and biases have none.
         sgd_weight_decay: Share of what muon does not move that a step at the peak rate takes away.
         label_smoothing: Share of the target spread evenly over all classes.
-        mixup: Strength of blending pairs of training pictures, and their targets; 0 is off, 0.2 usual.
-        cutmix: Strength of pasting a part of one training picture into another; 0 is off, 1 usual.
+        mixup: Strength of blending pairs of training images, and their targets; 0 is off, 0.2 usual.
+        cutmix: Strength of pasting a part of one training image into another; 0 is off, 1 usual.
         schedule: one_cycle, linear (from the peak in a line to 0) or cosine (to 0 along half a cosine).
         pct_start: Share of the steps in which the rate rises; by default 0.3 with one_cycle, 0 with the others.
         ema_decay: Share that a step leaves of a moving average of the weights, which is then tested; 0 is off.
-        stem_share: Share of the steps in which speednet's stem is trained.
-        tta: Average the answers to views of a picture in test, validate and predict (not while training): none, mirror
+        stem_train_fraction: Share of the steps in which speednet's stem is trained.
+        tta: Average the answers to views of an image in test, validate and predict (not while training): none, mirror
             or six (mirrored and moved by a pixel).
         model_kwargs: More arguments of the network, such as {widths: [16, 32, 64], dropout: 0.2}.
         pretrained: Begin with trained weights in all layers but the last: true for published ones, or a file.
@@ -92,8 +92,8 @@ class ImageClassifier(pl.LightningModule):
         schedule: ScheduleName = "one_cycle",
         pct_start: float | None = None,
         ema_decay: float = 0.0,
-        stem_share: float = 1.0,
-        tta: Views = "none",
+        stem_train_fraction: float = 1.0,
+        tta: TTA = "none",
         model_kwargs: dict[str, Any] | None = None,
         pretrained: bool | str = False,
         compile: bool = False,
@@ -114,7 +114,7 @@ class ImageClassifier(pl.LightningModule):
             cutmix=cutmix,
             pct_start=pct_start,
             ema_decay=ema_decay,
-            stem_share=stem_share,
+            stem_train_fraction=stem_train_fraction,
         )
         # logger=False: the run's config.yaml holds these and more.
         self.save_hyperparameters(ignore=["model"], logger=False)
@@ -125,27 +125,27 @@ class ImageClassifier(pl.LightningModule):
         self.momentum, self.sgd_momentum = plain(momentum), plain(sgd_momentum)
         self.weight_decay, self.sgd_weight_decay = plain(weight_decay), plain(sgd_weight_decay)
         self.label_smoothing, self.pct_start = plain(label_smoothing), plain(pct_start)
-        self.stem_share, self.num_classes, self.tta = plain(stem_share), num_classes, tta
+        self.stem_train_fraction, self.num_classes, self.tta = plain(stem_train_fraction), num_classes, tta
         self.optimizer_name, self.schedule, self.ema_decay = optimizer, schedule, plain(ema_decay)
         self._mixing = Mixing(num_classes, mixup=mixup, cutmix=cutmix) if mixup or cutmix else None
-        network, self._architecture = choose_network(model, name, num_classes, image_size, model_kwargs, pretrained)
+        built, self._architecture = choose_model(model, name, num_classes, image_size, model_kwargs, pretrained)
         self._pretrained = pretrained
         # NHWC: the loaders' batches lie so, and convolutions are faster on both CPU and tensor cores.
-        self.network = network.to(memory_format=torch.channels_last)
+        self.model = built.to(memory_format=torch.channels_last)
         self._is_to_compile = compile
         self.val_metrics, self.test_metrics = evaluation_metrics(num_classes), evaluation_metrics(num_classes)
-        self.totals = TrainTotals(self.device)
-        """Of this process's pictures so far in this epoch."""
-        self._guard: LossGuard | None = None
+        self.totals = TrainMetrics(self.device)
+        """Of this process's images so far in this epoch."""
+        self._guard: NanGuard | None = None
         self._resumed_at: tuple[int, int] | None = None  # epochs finished and steps taken in them, of a checkpoint
         self._planned: tuple[list[dict[str, Any]], Any] = ([], None)
         self._class_weights: Tensor | None = None  # of the loss, from the data
         self._stem_steps: int | None = None  # after which the stem is no longer trained
-        self._stem = StemHold(self.network)
+        self._stem = StemHold(self.model)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Return raw logits of normalised pictures."""
-        logits: Tensor = self.network(images)
+        """Return raw logits of normalised images."""
+        logits: Tensor = self.model(images)
         check_logits(logits, len(images), self.num_classes)
         return logits
 
@@ -167,10 +167,10 @@ class ImageClassifier(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Make the epoch's sums (a run resumed inside an epoch has no start of it) and what it needs; compile."""
-        self.totals = TrainTotals(self.device)
+        self.totals = TrainMetrics(self.device)
         check_classes(self.trainer, self.num_classes)
         if self._is_to_compile:
-            compile_network(self.network, self.device)
+            compile_model(self.model, self.device)
             self._is_to_compile = False
         self.prepare(getattr(self.trainer, "datamodule", None))
 
@@ -178,13 +178,13 @@ class ImageClassifier(pl.LightningModule):
         """Take from the data what training needs: class weights and, unless a checkpoint has them, SpeedNet's filters.
 
         Raises:
-            UserError: SpeedNet was not whitened, and its pictures are not an `ImageDataModule`'s.
+            UserError: SpeedNet was not whitened, and its images are not an `ImageDataModule`'s.
         """
         weights = getattr(data, "class_weights", None)
         self._class_weights = None if weights is None else torch.tensor(weights, device=self.device)
         self.take_pretrained(data)
-        if isinstance(self.network, SpeedNet):
-            self.network.stem.whiten_from(data)
+        if isinstance(self.model, SpeedNet):
+            self.model.stem.whiten_from(data)
 
     def take_pretrained(self, data: Any) -> None:
         """Begin with trained weights, once, where they were asked for; have our data normalised as they expect.
@@ -194,20 +194,20 @@ class ImageClassifier(pl.LightningModule):
         """
         if self._pretrained is False:
             return
-        expected = load_pretrained(self.network, self._architecture, self._pretrained)
+        expected = load_pretrained(self.model, self._architecture, self._pretrained)
         self._pretrained = False
         if expected is None:
             return
         if hasattr(data, "sample_of_training"):
             data.mean, data.std = expected.mean, expected.std
         elif is_first_process():
-            print(f"--model.pretrained: normalise the pictures with mean {expected.mean} and std {expected.std}.")
+            print(f"--model.pretrained: normalise the images with mean {expected.mean} and std {expected.std}.")
 
     def on_train_start(self) -> None:
         """Put this run's settings in force, and a guard over its loss; a range test begins here, too."""
-        check_batches(self.trainer, self.network)
+        check_batches(self.trainer, self.model)
         self._apply_settings()
-        self._guard = make_guard(self.trainer)
+        self._guard = make_nan_guard(self.trainer)
 
     def _apply_settings(self) -> None:
         """Put this run's settings in force where a checkpoint has restored others over them (Lightning #20310).
@@ -227,7 +227,7 @@ class ImageClassifier(pl.LightningModule):
 
     def peak_step(self) -> float:
         """Return the step from which the learning rate only falls."""
-        return rise_share(self.schedule, self.pct_start) * self.total_steps()
+        return warmup_fraction(self.schedule, self.pct_start) * self.total_steps()
 
     def _make_schedule(self, optimizer: torch.optim.Optimizer, steps_done: int | None = None) -> LRScheduler:
         return make_schedule(
@@ -241,7 +241,7 @@ class ImageClassifier(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Forget the last epoch's sums."""
-        self.totals = TrainTotals(self.device)
+        self.totals = TrainMetrics(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the label-smoothed loss of a batch; add it to the epoch's sums without waiting for the device."""
@@ -267,7 +267,7 @@ class ImageClassifier(pl.LightningModule):
         self.log_dict(self.epoch_metrics())
 
     def train_metrics(self) -> dict[str, float]:
-        """Return train/loss and train/acc of this rank's pictures so far in this epoch; waits for the device.
+        """Return train/loss and train/acc of this rank's images so far in this epoch; waits for the device.
 
         Raises:
             RunError: The loss was not finite in some step; several processes are told at the epoch's end, together.
@@ -281,7 +281,7 @@ class ImageClassifier(pl.LightningModule):
             self._guard.check(self.trainer.current_epoch)
 
     def epoch_metrics(self) -> dict[str, float]:
-        """Return train/loss, train/acc of all ranks' pictures and the learning rate now; every rank must call it.
+        """Return train/loss, train/acc of all ranks' images and the learning rate now; every rank must call it.
 
         Both are NaN in an epoch of which nothing was left to train, as after a resume at its end.
 
@@ -299,7 +299,7 @@ class ImageClassifier(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimiser and its schedule over all steps of the run."""
         optimizer = build_optimizer(
-            self.network,
+            self.model,
             self.optimizer_name,
             lr=self.lr,
             weight_decay=self.weight_decay,
@@ -310,7 +310,7 @@ class ImageClassifier(pl.LightningModule):
             sgd_weight_decay=self.sgd_weight_decay,
             fused=not self.trainer.gradient_clip_val,
         )
-        self._stem_steps = round(self.stem_share * self.total_steps())
+        self._stem_steps = round(self.stem_train_fraction * self.total_steps())
         schedule = self._make_schedule(optimizer)
         phases = schedule.state_dict().get("_schedule_phases")
         self._planned = ([settings_of(group) for group in optimizer.param_groups], phases)
@@ -359,13 +359,13 @@ class ImageClassifier(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the logits of a batch."""
-        return view_logits(self, batch[0], self.tta)[0].float()
+        return tta_logits(self, batch[0], self.tta)[0].float()
 
     def _evaluate(self, metrics: MetricCollection, batch: Batch) -> Float[Tensor, "batch classes"]:
         images, targets = batch
         views = "none" if self.trainer.state.fn == TrainerFn.FITTING else self.tta
         # In 32 bits: NumPy has no bfloat16.
-        logits, plain_logits = (answers.float() for answers in view_logits(self, images, views))
+        logits, plain_logits = (answers.float() for answers in tta_logits(self, images, views))
         if len(targets) > 0:  # a rank whose share has run out gets an empty batch
             update_evaluation(metrics, logits, plain_logits, targets)
         return logits
@@ -384,8 +384,8 @@ class ImageClassifier(pl.LightningModule):
         matrix = confusion.numpy()
         figures = {"loss": values["loss"], "acc": accuracy(matrix), "f1": macro_f1(matrix), "ece": values["ece"]}
         if self.tta != "none" and self.trainer.state.fn != TrainerFn.FITTING:
-            figures["acc_one_view"] = values["acc_one_view"]
-        # The sums over ranks are done by torchmetrics, picture by picture: sync_dist would average ranks instead.
+            figures["acc_no_tta"] = values["acc_no_tta"]
+        # The sums over ranks are done by torchmetrics, image by image: sync_dist would average ranks instead.
         self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, sync_dist=False)
         setattr(self, f"{stage}_confusion", confusion)
         metrics.reset()

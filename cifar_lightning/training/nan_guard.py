@@ -13,7 +13,7 @@ from cifar_lightning.optim.muon import Muon
 _NEVER = torch.iinfo(torch.int64).max
 
 
-class LossGuard:
+class NanGuard:
     """Looks at each step's loss; NaN and infinity stop the run.
 
     On the CPU the loss is read in each step and nothing is updated. On a GPU reading would make the host wait, so the
@@ -74,12 +74,12 @@ class LossGuard:
         raise _diverged(step, epoch)
 
 
-def make_guard(trainer: pl.Trainer) -> LossGuard:
+def make_nan_guard(trainer: pl.Trainer) -> NanGuard:
     """Return a guard for a Trainer that is about to train: deferred where its optimiser can hold an update back."""
     optimizer, device = trainer.optimizers[0], trainer.strategy.root_device
     has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None  # holds updates back itself
     holds_back = has_scaler or isinstance(optimizer, Muon) or bool(optimizer.defaults.get("fused"))
-    guard = LossGuard(device, is_deferred=device.type == "cuda" and holds_back)
+    guard = NanGuard(device, is_deferred=device.type == "cuda" and holds_back)
     if guard.is_deferred and not has_scaler:
         optimizer.found_inf = guard.found_inf  # type: ignore[attr-defined]  # as GradScaler does for torch's fused ones
     return guard

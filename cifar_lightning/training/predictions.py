@@ -1,4 +1,4 @@
-"""The answers of a test: logits of every picture from all ranks, and the files of a run that are made of them."""
+"""The answers of a test: logits of every image from all ranks, and the files of a run that are made of them."""
 
 import io
 from pathlib import Path
@@ -10,19 +10,19 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from cifar_lightning.data.datamodule import Part
+from cifar_lightning.data.datamodule import Split
 from cifar_lightning.data.loaders import Rank
 from cifar_lightning.files import write_bytes_durably, write_json
 from cifar_lightning.metrics.classification import test_metrics
 from cifar_lightning.report.gallery import gallery_positions
 from cifar_lightning.report.report import write_confusion_tensor
-from cifar_lightning.report.results import Answers
+from cifar_lightning.report.results import Predictions
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.callbacks import data_of
 from cifar_lightning.training.module import Batch
 
 
-class AnswerKeeper(pl.Callback):
+class PredictionWriter(pl.Callback):
     """Keeps the logits of `trainer.test`, `validate` and `predict`, from all ranks, and writes them into the run.
 
     Args:
@@ -32,14 +32,14 @@ class AnswerKeeper(pl.Callback):
     Attributes:
         test: The answers of the last test.
         is_test_written: Whether the run holds them.
-        num_written: Pictures whose answers `predict` wrote.
+        num_written: Images whose answers `predict` wrote.
         written_to: Where it did.
     """
 
     def __init__(self, run: RunFolder | None, output: Path | None = None) -> None:
         self.run, self.output = run, output
         self.num_written, self.written_to = 0, Path()
-        self.test: Answers | None = None
+        self.test: Predictions | None = None
         self.is_test_written = False
         self._logits: list[Tensor] = []
         self._targets: list[Tensor] = []
@@ -74,7 +74,7 @@ class AnswerKeeper(pl.Callback):
         answers = self._gather(trainer, "val")
         if answers is not None and self._is_to_write(trainer, "val", answers):
             assert self.run is not None
-            _write_answers(self.run.predictions_val, answers)
+            _write_predictions(self.run.predictions_val, answers)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write predictions.npz, or the file that was asked for."""
@@ -83,7 +83,7 @@ class AnswerKeeper(pl.Callback):
             return
         self.written_to = self.output or (self.run.predictions if self.run is not None else Path("predictions.npz"))
         self.num_written = len(answers["targets"])
-        _write_answers(self.written_to, answers)
+        _write_predictions(self.written_to, answers)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write predictions.npz, test_metrics.json, the confusion matrix's tensor and the gallery."""
@@ -92,30 +92,28 @@ class AnswerKeeper(pl.Callback):
             return
         data = data_of(trainer)
         logits, targets, indices = (answers[name] for name in ("logits", "targets", "indices"))
-        self.test = Answers(logits, targets, indices, data.class_names)
+        self.test = Predictions(logits, targets, indices, data.class_names)
         self.is_test_written = self._is_to_write(trainer, "test", answers)
         if not self.is_test_written:
             return
         assert self.run is not None
-        _write_answers(self.run.predictions, answers)
+        _write_predictions(self.run.predictions, answers)
         metrics = test_metrics(logits, targets, data.class_names)
-        if "test/acc_one_view" in trainer.callback_metrics:
-            metrics["accuracy_one_view"] = trainer.callback_metrics["test/acc_one_view"].item()
+        if "test/acc_no_tta" in trainer.callback_metrics:
+            metrics["accuracy_no_tta"] = trainer.callback_metrics["test/acc_no_tta"].item()
         write_json(self.run.test_metrics, metrics)
         write_confusion_tensor(self.run.confusion_matrix_pt, self.test.confusion)
         shown = indices[gallery_positions(logits, targets)]
-        pictures = data.pictures("test", shown)
-        _write_npz(self.run.gallery, images=pictures, indices=shown, class_names=answers["class_names"])
+        images = data.images("test", shown)
+        _write_npz(self.run.gallery, images=images, indices=shown, class_names=answers["class_names"])
 
-    def _is_to_write(self, trainer: pl.Trainer, part: Part, answers: dict[str, np.ndarray]) -> bool:
-        num_answers, num_pictures = len(answers["targets"]), data_of(trainer).num_pictures(part)
-        if self.run is not None and num_answers < num_pictures:
-            print(
-                f"Only {num_answers:,} of {num_pictures:,} {part} pictures were asked for: no file is written of them."
-            )
-        return self.run is not None and num_answers == num_pictures
+    def _is_to_write(self, trainer: pl.Trainer, part: Split, answers: dict[str, np.ndarray]) -> bool:
+        num_answers, num_images = len(answers["targets"]), data_of(trainer).num_images(part)
+        if self.run is not None and num_answers < num_images:
+            print(f"Only {num_answers:,} of {num_images:,} {part} images were asked for: no file is written of them.")
+        return self.run is not None and num_answers == num_images
 
-    def _gather(self, trainer: pl.Trainer, part: Part) -> dict[str, np.ndarray] | None:
+    def _gather(self, trainer: pl.Trainer, part: Split) -> dict[str, np.ndarray] | None:
         """Return all ranks' answers in the split's order on rank 0, None elsewhere; every rank must call it."""
         own = (torch.cat(self._logits).numpy(), torch.cat(self._targets).numpy())
         self._logits, self._targets = [], []
@@ -140,7 +138,7 @@ class AnswerKeeper(pl.Callback):
         }
 
 
-def _write_answers(path: Path, answers: dict[str, np.ndarray]) -> None:
+def _write_predictions(path: Path, answers: dict[str, np.ndarray]) -> None:
     probs = torch.from_numpy(answers["logits"]).softmax(1).numpy()
     _write_npz(path, **answers, probs=probs)
 

@@ -207,22 +207,22 @@ class RunProgress(ProgressBar):
 
 
 def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | None) -> list[tuple[str, str]]:
-    """Return (label, text) of what a run is made of: pictures, split, network, training, folder."""
+    """Return (label, text) of what a run is made of: images, split, network, training, folder."""
     data = data_of(trainer)
-    held_out = data.num_pictures("val")
-    num_parameters = sum(parameter.numel() for parameter in module.network.parameters())
+    held_out = data.num_images("val")
+    num_parameters = sum(parameter.numel() for parameter in module.model.parameters())
     ranks = f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""
     device = trainer.strategy.root_device
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs  # else --trainer.max_steps alone ends it
-    a_step = plural(data.batch_size * trainer.accumulate_grad_batches, "picture")
+    a_step = plural(data.batch_size * trainer.accumulate_grad_batches, "image")
     length = f"{plural(module.total_steps(), 'step')} of {a_step}{ranks}"
     length = length if epochs is None else f"{plural(epochs, 'epoch')}, {length}"
     rows = [
-        ("pictures", data.source.describe()),
+        ("images", data.source.describe()),
         (
             "split",
-            f"{data.num_pictures('train'):,} training, {held_out:,} validation, {data.num_pictures('test'):,} test",
+            f"{data.num_images('train'):,} training, {held_out:,} validation, {data.num_images('test'):,} test",
         ),
         *zip(("classes", ""), data.describe_classes(), strict=False),
         ("network", f"{module.hparams['name'] or type(module.network).__name__}, {num_parameters:,} parameters"),

@@ -6,13 +6,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from cifar_lightning.checkpoints.loading import EXACT_STATE
+from cifar_lightning.checkpoints.loading import RESUME_STATE
 from cifar_lightning.checkpoints.rng_state import is_inside_epoch, restore_rng, rng_state
+from cifar_lightning.checkpoints.schema import SCHEMA_KEY, SCHEMA_VERSION
 from cifar_lightning.errors import UserError
 from cifar_lightning.training.module import ImageClassifier
 
 
-class ExactState(pl.Callback):
+class ResumeState(pl.Callback):
     """Keeps random states and the epoch's sums of every rank in checkpoints; puts them back when training starts."""
 
     def __init__(self) -> None:
@@ -28,7 +29,8 @@ class ExactState(pl.Callback):
         if trainer.world_size > 1:
             ranks = [None] * trainer.world_size
             torch.distributed.all_gather_object(ranks, own)
-        checkpoint[EXACT_STATE] = {"ranks": ranks}
+        checkpoint[RESUME_STATE] = {"ranks": ranks}
+        checkpoint[SCHEMA_KEY] = SCHEMA_VERSION
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -40,7 +42,7 @@ class ExactState(pl.Callback):
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._loaded = checkpoint.get(EXACT_STATE)
+        self._loaded = checkpoint.get(RESUME_STATE)
         if self._loaded is None:
             return
         num_ranks = len(self._loaded["ranks"])
@@ -61,7 +63,7 @@ class ExactState(pl.Callback):
         ranks, self._loaded = self._loaded["ranks"], None
         if trainer.global_rank >= len(ranks):
             # More processes than before, at an epoch's start: this one goes on with what all were seeded with alike,
-            # as in a new run, where every process draws the same dropout masks for pictures of its own.
+            # as in a new run, where every process draws the same dropout masks for images of its own.
             return
         own = ranks[trainer.global_rank]
         restore_rng(own["rng"], trainer.strategy.root_device)

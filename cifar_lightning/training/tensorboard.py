@@ -17,16 +17,16 @@ from cifar_lightning.data.loaders import Rank
 from cifar_lightning.formatting import percent
 from cifar_lightning.metrics.calibration import softmax
 from cifar_lightning.metrics.classification import per_class
-from cifar_lightning.report.figures import confusion_figure, figure_to_array, pictures_figure
-from cifar_lightning.report.gallery import rank_pictures
+from cifar_lightning.report.figures import confusion_figure, figure_to_array, images_figure
+from cifar_lightning.report.gallery import rank_images
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.callbacks import data_of
 from cifar_lightning.training.module import Batch
 
 MAX_DRAWINGS = 20  # of a run: a drawing takes about a second on a CPU core
 _NUM_KEPT = 10_000  # answers of a validation that is drawn
-_BATCH_SHOWN = 32  # pictures of the first batch
-_OFF = (None, 0, "none")  # what a setting that changes no picture has
+_BATCH_SHOWN = 32  # images of the first batch
+_OFF = (None, 0, "none")  # what a setting that changes no image has
 _MISTAKES_SHOWN = 16
 _CURVES_SHOWN = 20  # PR curves: of the first classes where there are more
 
@@ -65,18 +65,18 @@ class Dashboard(pl.Callback):
         if board is None or not trainer.is_global_zero:
             return
         if step == 1:
-            board.add_image("train/batch_as_trained_on", self._picture_of(trainer, batch), 0, dataformats="HWC")
+            board.add_image("train/batch_as_trained_on", self._image_of(trainer, batch), 0, dataformats="HWC")
         board.add_scalar("step/train_loss", float(outputs["loss"]) * trainer.accumulate_grad_batches, step)
         board.add_scalar("step/lr", trainer.optimizers[0].param_groups[0]["lr"], step)
 
-    def _picture_of(self, trainer: pl.Trainer, batch: Batch) -> np.ndarray:
+    def _image_of(self, trainer: pl.Trainer, batch: Batch) -> np.ndarray:
         images, targets = (part[:_BATCH_SHOWN].cpu() for part in batch)
         data = data_of(trainer)
         assert data.mean is not None
         assert data.std is not None
         pixels = images.float().permute(0, 2, 3, 1) * torch.tensor(data.std) + torch.tensor(data.mean)
         shown = (pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
-        return figure_to_array(pictures_figure(shown, [self.class_names[target] for target in targets.tolist()]))
+        return figure_to_array(images_figure(shown, [self.class_names[target] for target in targets.tolist()]))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count drawings from here, also where a run goes on."""
@@ -113,9 +113,9 @@ class Dashboard(pl.Callback):
         if self._is_drawing:
             image = figure_to_array(confusion_figure(matrix, self.class_names))
             board.add_image("val/confusion_matrix", image, trainer.global_step, dataformats="HWC")
-            self._draw_answers(trainer, board)
+            self._draw_predictions(trainer, board)
 
-    def _draw_answers(self, trainer: pl.Trainer, board: Any) -> None:
+    def _draw_predictions(self, trainer: pl.Trainer, board: Any) -> None:
         logits, targets = (torch.cat(parts).cpu().numpy() for parts in zip(*self._answers, strict=True))
         self._answers = []
         logits, step = logits.astype(np.float32), trainer.global_step
@@ -124,16 +124,16 @@ class Dashboard(pl.Callback):
         probs = softmax(logits)
         for index, tag in enumerate(self._tags[:_CURVES_SHOWN]):
             board.add_pr_curve(f"pr_of_class/{tag}", targets == index, probs[:, index], step)
-        worst = rank_pictures(logits, targets).mistakes[:_MISTAKES_SHOWN]
+        worst = rank_images(logits, targets).mistakes[:_MISTAKES_SHOWN]
         if not len(worst):
             return
         data = data_of(trainer)
-        pictures = data.pictures("val", data.rank_positions("val", Rank(0, trainer.world_size))[worst])
+        images = data.images("val", data.rank_positions("val", Rank(0, trainer.world_size))[worst])
         names = [(self.class_names[targets[p]], self.class_names[probs[p].argmax()]) for p in worst]
         titles = [
             f"{true}\nas {pred} {percent(probs[p].max(), 0)}" for p, (true, pred) in zip(worst, names, strict=True)
         ]
-        image = figure_to_array(pictures_figure(pictures, titles))
+        image = figure_to_array(images_figure(images, titles))
         board.add_image("val/most_confident_mistakes", image, step, dataformats="HWC")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -210,7 +210,7 @@ def hyperparameters_of(config: Mapping[str, Any]) -> dict[str, bool | str | floa
         "batch_size": data.get("batch_size"),
         "epochs": trainer.get("max_epochs"),
         "network": model.get("name"),
-        "pictures": data.get("dataset"),
+        "images": data.get("dataset"),
         "precision": trainer.get("precision"),
         "random_changes": ", ".join(f"{name} {data[name]}" for name in changes if data.get(name) not in _OFF) or None,
         "seed": config.get("seed_everything"),

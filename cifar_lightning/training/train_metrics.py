@@ -1,4 +1,4 @@
-"""What an epoch's training adds up to so far: loss, correct answers, pictures."""
+"""What an epoch's training adds up to so far: loss, correct answers, images."""
 
 import math
 
@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-class TrainTotals:
+class TrainMetrics:
     """Sums of this process's share of an epoch, kept on the device: adding to them does not wait for it.
 
     They stand for `self.log`, which reads back from the device and costs more host time than a small step.
@@ -18,7 +18,7 @@ class TrainTotals:
 
     def __init__(self, device: torch.device) -> None:
         self.loss_sum, self.num_correct = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.num_pictures = 0
+        self.num_images = 0
         self._num_restored = 0  # trained on before this process
 
     @torch.no_grad()
@@ -33,38 +33,38 @@ class TrainTotals:
         Args:
             loss: Mean over the batch.
             logits: Its answers.
-            targets: int64 (batch,), or the shares of all classes (batch, classes) of mixed pictures, of which the
+            targets: int64 (batch,), or the shares of all classes (batch, classes) of mixed images, of which the
                 largest is the right answer.
         """
         labels = targets if targets.ndim == 1 else targets.argmax(1)
         self.loss_sum += loss.detach() * len(targets)
         self.num_correct += (logits.argmax(1) == labels).sum()
-        self.num_pictures += len(targets)
+        self.num_images += len(targets)
 
     @property
     def num_trained(self) -> int:
-        """Pictures since this process began the epoch, or went on with it."""
-        return self.num_pictures - self._num_restored
+        """Images since this process began the epoch, or went on with it."""
+        return self.num_images - self._num_restored
 
     def stacked(self) -> Float[Tensor, "3"]:
-        """Return loss sum, correct answers and pictures, which several processes may add up."""
-        return torch.stack([self.loss_sum, self.num_correct, torch.full_like(self.loss_sum, self.num_pictures)])
+        """Return loss sum, correct answers and images, which several processes may add up."""
+        return torch.stack([self.loss_sum, self.num_correct, torch.full_like(self.loss_sum, self.num_images)])
 
     def state(self) -> tuple[Tensor, Tensor, int]:
-        """Return loss sum, correct answers (both on the CPU) and pictures, for a checkpoint."""
-        return self.loss_sum.cpu(), self.num_correct.cpu(), self.num_pictures
+        """Return loss sum, correct answers (both on the CPU) and images, for a checkpoint."""
+        return self.loss_sum.cpu(), self.num_correct.cpu(), self.num_images
 
     def restore(self, state: tuple[Tensor, Tensor, int]) -> None:
         """Take up the sums of an epoch that is gone on with in its middle."""
-        loss_sum, num_correct, self.num_pictures = state
+        loss_sum, num_correct, self.num_images = state
         self.loss_sum = loss_sum.to(self.loss_sum.device)
         self.num_correct = num_correct.to(self.num_correct.device)
-        self._num_restored = self.num_pictures
+        self._num_restored = self.num_images
 
 
 def means_of(sums: Float[Tensor, "3"]) -> dict[str, float]:
-    """Return train/loss and train/acc of loss sum, correct answers and pictures; NaN of none. Waits for the device."""
-    loss_sum, num_correct, num_pictures = sums.tolist()
-    if not num_pictures:
+    """Return train/loss and train/acc of loss sum, correct answers and images; NaN of none. Waits for the device."""
+    loss_sum, num_correct, num_images = sums.tolist()
+    if not num_images:
         return {"train/loss": math.nan, "train/acc": math.nan}
-    return {"train/loss": loss_sum / num_pictures, "train/acc": num_correct / num_pictures}
+    return {"train/loss": loss_sum / num_images, "train/acc": num_correct / num_images}

@@ -1,9 +1,9 @@
-"""Batched augmentation: every picture of a batch gets its own draw, on the device, from uint8 to finished floats.
+"""Batched augmentation: every image of a batch gets its own draw, on the device, from uint8 to finished floats.
 
-A draw is a row of small tables that depend on (seed, epoch) and are indexed by picture, so that a batch does not depend
-on the batches before it: a run that was stopped goes on with the same pictures, on any loader and any device.
+A draw is a row of small tables that depend on (seed, epoch) and are indexed by image, so that a batch does not depend
+on the batches before it: a run that was stopped goes on with the same images, on any loader and any device.
 
-Pictures come in as uint8 RGB, 0-255, `(batch, height, width, channels)`, as they lie in memory, and leave as float32
+Images come in as uint8 RGB, 0-255, `(batch, height, width, channels)`, as they lie in memory, and leave as float32
 `(batch, channels, height, width)` whose memory is still NHWC: PyTorch calls that channels_last.
 """
 
@@ -27,7 +27,7 @@ FlipMode = Literal["random", "alternating", "none"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a training picture; the fields are documented as flags in `ImageDataModule`."""
+    """What is done to a training image; the fields are documented as flags in `ImageDataModule`."""
 
     crop_padding_px: int = 4
     crop_mode: CropMode = "reflect"
@@ -39,35 +39,35 @@ class Augmentation:
     erasing: float = 0.0
 
     def check(self, image_size: int) -> None:
-        """Raise `UserError` where a value does not fit pictures of `image_size` pixels."""
+        """Raise `UserError` where a value does not fit images of `image_size` pixels."""
         if not 0 <= self.crop_padding_px < image_size:
             raise UserError(
-                f"--data.crop_padding_px {self.crop_padding_px}: 0 to {image_size - 1} for {image_size}-pixel pictures."
+                f"--data.crop_padding_px {self.crop_padding_px}: 0 to {image_size - 1} for {image_size}-pixel images."
             )
         if not 0 <= self.cutout_px <= image_size:
-            raise UserError(f"--data.cutout_px {self.cutout_px}: 0 (off) to {image_size}, the side of a picture.")
+            raise UserError(f"--data.cutout_px {self.cutout_px}: 0 (off) to {image_size}, the side of an image.")
         check_choice("data.policy", self.policy, get_args(Policy))
 
 
 @dataclass(frozen=True)
 class EpochDraws:
-    """One epoch's draws, a row for each picture of the training source; None where the operation is off."""
+    """One epoch's draws, a row for each image of the training source; None where the operation is off."""
 
-    shift_y: Int64[Tensor, " pictures"] | None
-    shift_x: Int64[Tensor, " pictures"] | None
-    mirrored: Bool[Tensor, " pictures"] | None
-    cutout_y: Int64[Tensor, " pictures"] | None
-    cutout_x: Int64[Tensor, " pictures"] | None
-    brightness: Float[Tensor, " pictures"] | None
-    contrast: Float[Tensor, " pictures"] | None
-    operations: Int64[Tensor, "pictures num_ops"] | None
-    magnitudes: Float[Tensor, "pictures num_ops"] | None
-    erased: Int64[Tensor, "pictures 4"] | None
+    shift_y: Int64[Tensor, " images"] | None
+    shift_x: Int64[Tensor, " images"] | None
+    mirrored: Bool[Tensor, " images"] | None
+    cutout_y: Int64[Tensor, " images"] | None
+    cutout_x: Int64[Tensor, " images"] | None
+    brightness: Float[Tensor, " images"] | None
+    contrast: Float[Tensor, " images"] | None
+    operations: Int64[Tensor, "images num_ops"] | None
+    magnitudes: Float[Tensor, "images num_ops"] | None
+    erased: Int64[Tensor, "images 4"] | None
 
-    def of(self, pictures: Int64[Tensor, " batch"]) -> "EpochDraws":
-        """Return the rows of some pictures."""
+    def of(self, images: Int64[Tensor, " batch"]) -> "EpochDraws":
+        """Return the rows of some images."""
         tables = (getattr(self, field.name) for field in fields(self))
-        return EpochDraws(*(None if table is None else table.index_select(0, pictures) for table in tables))
+        return EpochDraws(*(None if table is None else table.index_select(0, images) for table in tables))
 
 
 def seeded_generator(*key: int) -> torch.Generator:
@@ -77,7 +77,7 @@ def seeded_generator(*key: int) -> torch.Generator:
 
 
 def draw_epoch(
-    augmentation: Augmentation, *, num_pictures: int, image_size: int, seed: int, epoch: int, device: torch.device
+    augmentation: Augmentation, *, num_images: int, image_size: int, seed: int, epoch: int, device: torch.device
 ) -> EpochDraws:
     """Draw one epoch's tables, a pure function of the arguments.
 
@@ -87,25 +87,25 @@ def draw_epoch(
 
     def integers(purpose: int, low: int, high: int) -> Tensor:
         generator = seeded_generator(seed, epoch, purpose)
-        return torch.randint(low, high + 1, (num_pictures,), generator=generator).to(device)
+        return torch.randint(low, high + 1, (num_images,), generator=generator).to(device)
 
     def factors(purpose: int, strength: float) -> Tensor:
         generator = seeded_generator(seed, epoch, purpose)
-        return (1 + strength * (2 * torch.rand(num_pictures, generator=generator) - 1)).to(device)
+        return (1 + strength * (2 * torch.rand(num_images, generator=generator) - 1)).to(device)
 
     pad, inside = augmentation.crop_padding_px, image_size - augmentation.cutout_px
     operations, magnitudes, erased = None, None, None
     if augmentation.policy != "none":
         kinds, strengths = seeded_generator(seed, epoch, 8), seeded_generator(seed, epoch, 9)
-        drawn = draw_operations(augmentation.policy, num_pictures, image_size, kinds=kinds, strengths=strengths)
+        drawn = draw_operations(augmentation.policy, num_images, image_size, kinds=kinds, strengths=strengths)
         operations, magnitudes = (table.to(device) for table in drawn)
     if augmentation.erasing:
         generator = seeded_generator(seed, epoch, 10)
-        erased = draw_erasing(num_pictures, image_size, augmentation.erasing, generator).to(device)
+        erased = draw_erasing(num_images, image_size, augmentation.erasing, generator).to(device)
     return EpochDraws(
         shift_y=integers(1, -pad, pad) if pad else None,
         shift_x=integers(2, -pad, pad) if pad else None,
-        mirrored=_draw_mirrored(augmentation.flip, num_pictures, seed, epoch, device),
+        mirrored=_draw_mirrored(augmentation.flip, num_images, seed, epoch, device),
         cutout_y=integers(4, 0, inside) if augmentation.cutout_px else None,
         cutout_x=integers(5, 0, inside) if augmentation.cutout_px else None,
         brightness=factors(6, augmentation.brightness) if augmentation.brightness else None,
@@ -116,16 +116,16 @@ def draw_epoch(
     )
 
 
-def _draw_mirrored(flip: FlipMode, num_pictures: int, seed: int, epoch: int, device: torch.device) -> Tensor | None:
-    """Draw which pictures are mirrored.
+def _draw_mirrored(flip: FlipMode, num_images: int, seed: int, epoch: int, device: torch.device) -> Tensor | None:
+    """Draw which images are mirrored.
 
-    "alternating" mirrors a random half in epoch 0 and from then on every picture each second epoch, so that two epochs
+    "alternating" mirrors a random half in epoch 0 and from then on every image each second epoch, so that two epochs
     in a row always show both sides of it (airbench, arXiv:2404.00498, section 3.6).
     """
     if flip == "none":
         return None
     drawn_in = 0 if flip == "alternating" else epoch
-    mirrored = torch.rand(num_pictures, generator=seeded_generator(seed, drawn_in, 3)) < 0.5
+    mirrored = torch.rand(num_images, generator=seeded_generator(seed, drawn_in, 3)) < 0.5
     if flip == "alternating" and epoch % 2 == 1:
         mirrored = ~mirrored
     return mirrored.to(device)
@@ -139,14 +139,14 @@ def augment(
     mean: Float[Tensor, " channels"],
     std: Float[Tensor, " channels"],
 ) -> Float[Tensor, "batch channels height width"]:
-    """Crop, mirror, apply the policy, jitter, normalise, cut out, erase; `draws` holds one row for each picture.
+    """Crop, mirror, apply the policy, jitter, normalise, cut out, erase; `draws` holds one row for each image.
 
     Args:
         images: uint8 RGB, 0-255.
         draws: This batch's rows.
         augmentation: The operations that the draws were made for.
-        mean: Of pictures scaled to 0-1, on their device.
-        std: Of pictures scaled to 0-1, on their device.
+        mean: Of images scaled to 0-1, on their device.
+        std: Of images scaled to 0-1, on their device.
     """
     images = crop_and_mirror(
         images,
@@ -174,7 +174,7 @@ def augment(
 def resize(
     images: UInt8[Tensor, "batch height width channels"], size: int
 ) -> UInt8[Tensor, "batch size size channels"]:
-    """Scale pictures to `size` pixels a side, bilinear with antialiasing.
+    """Scale images to `size` pixels a side, bilinear with antialiasing.
 
     Args:
         images: uint8 RGB, 0-255.
@@ -198,11 +198,11 @@ def crop_and_mirror(
     padding_px: int,
     crop_mode: CropMode,
 ) -> UInt8[Tensor, "batch height width channels"]:
-    """Move each picture by its own shift (what comes in from outside is padding), then mirror it left to right.
+    """Move each image by its own shift (what comes in from outside is padding), then mirror it left to right.
 
     The same as padding, cropping at `(padding_px + shift_y, padding_px + shift_x)` and flipping. Each finished row is
     one piece of a padded row or of its mirror image, copied as a whole: looking up pixel by pixel, 3 bytes at a time
-    by indices of 8, takes 1.5 times as long, and with "zeros" 2.5 times (500 pictures of 32 pixels, 2 cores).
+    by indices of 8, takes 1.5 times as long, and with "zeros" 2.5 times (500 images of 32 pixels, 2 cores).
 
     Args:
         images: uint8 RGB, 0-255.
@@ -210,7 +210,7 @@ def crop_and_mirror(
         shift_x: Columns, at most `padding_px` either way; None is no shift.
         mirrored: None mirrors none.
         padding_px: At most width - 1 and height - 1.
-        crop_mode: "reflect" mirrors the picture at its edge (the edge itself not repeated), "zeros" is black.
+        crop_mode: "reflect" mirrors the image at its edge (the edge itself not repeated), "zeros" is black.
     """
     if shift_y is None and shift_x is None and mirrored is None:
         return images
@@ -257,12 +257,12 @@ def jitter(
     brightness: Float[Tensor, " batch"] | None,
     contrast: Float[Tensor, " batch"] | None,
 ) -> Float[Tensor, "batch height width 3"]:
-    """Scale brightness, then contrast, of each picture by its own factor, as torchvision's ColorJitter defines them.
+    """Scale brightness, then contrast, of each image by its own factor, as torchvision's ColorJitter defines them.
 
     Args:
         images: RGB, 0-1.
         brightness: Factors of the pixel values, 1 leaves them; the result is clamped to 0-1.
-        contrast: Factors of the distance from the picture's mean grey (ITU-R 601), clamped likewise.
+        contrast: Factors of the distance from the image's mean grey (ITU-R 601), clamped likewise.
     """
     if brightness is not None:
         images = (images * brightness[:, None, None, None]).clamp(0, 1)
@@ -280,10 +280,10 @@ def cutout_(
     left: Int64[Tensor, " batch"],
     size_px: int,
 ) -> Float[Tensor, "batch channels height width"]:
-    """Set a square of each normalised picture to 0, the mean colour, in place.
+    """Set a square of each normalised image to 0, the mean colour, in place.
 
-    The square lies wholly inside the picture, as in airbench; the paper (arXiv:1708.04552) lets it stick out. Only the
-    square's own pixels are touched: a mask over whole pictures takes 5 times as long (12 of 32 pixels, 2 cores).
+    The square lies wholly inside the image, as in airbench; the paper (arXiv:1708.04552) lets it stick out. Only the
+    square's own pixels are touched: a mask over whole images takes 5 times as long (12 of 32 pixels, 2 cores).
 
     Args:
         images: channels_last in memory.
@@ -305,12 +305,12 @@ def normalize(
     mean: Float[Tensor, " channels"],
     std: Float[Tensor, " channels"],
 ) -> Float[Tensor, "batch channels height width"]:
-    """Scale uint8 pictures (0-255) to zero mean and unit variance, as an NCHW view of NHWC memory (channels_last).
+    """Scale uint8 images (0-255) to zero mean and unit variance, as an NCHW view of NHWC memory (channels_last).
 
     Args:
         images: uint8 RGB, 0-255.
-        mean: Of pictures scaled to 0-1, on their device: making it from numbers here would stop the host each time.
-        std: Of pictures scaled to 0-1, on their device.
+        mean: Of images scaled to 0-1, on their device: making it from numbers here would stop the host each time.
+        std: Of images scaled to 0-1, on their device.
     """
     return _standardize_(images.to(torch.float32, memory_format=torch.contiguous_format), 255 * mean, 255 * std)
 

@@ -8,7 +8,7 @@ Mixed = tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch
 
 
 class Mixing:
-    """Mixes each picture of a batch with its neighbour, and their targets in the same shares.
+    """Mixes each image of a batch with its neighbour, and their targets in the same shares.
 
     The share is drawn once a batch, from Beta(strength, strength), by torch's global generator, whose state checkpoints
     keep. With both strengths above 0 a coin decides for each batch.
@@ -26,7 +26,7 @@ class Mixing:
         self._ways = [kind(alpha=strength, num_classes=num_classes) for kind, strength in kinds if strength > 0]
 
     def __call__(self, images: Float[Tensor, "batch channels height width"], targets: Int64[Tensor, " batch"]) -> Mixed:
-        """Return mixed pictures and their targets as shares of the classes, which add up to 1."""
+        """Return mixed images and their targets as shares of the classes, which add up to 1."""
         way = self._ways[0]
         if len(self._ways) > 1 and torch.rand(()).item() < 0.5:  # on the CPU: nothing waits for a device
             way = self._ways[1]

@@ -1,7 +1,7 @@
-"""The operations of augmentation policies, for whole uint8 batches: each picture at its own strength.
+"""The operations of augmentation policies, for whole uint8 batches: each image at its own strength.
 
 Operations, their order and their results are those of torchvision.transforms.v2 on uint8 tensors, value for value on a
-CPU; `apply_operation` says where they may differ. Pictures are uint8 RGB, 0-255, `(batch, height, width, 3)`.
+CPU; `apply_operation` says where they may differ. Images are uint8 RGB, 0-255, `(batch, height, width, 3)`.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-Pictures = UInt8[Tensor, "batch height width 3"]
+Images = UInt8[Tensor, "batch height width 3"]
 Magnitudes = Float[Tensor, " batch"]
 
 OPERATIONS = (
@@ -38,15 +38,15 @@ _GROUPS = (_MOVES, *(range(k, k + 1) for k in range(6, len(OPERATIONS))))
 
 
 def apply_operations(
-    images: Pictures,
+    images: Images,
     operations: Int64[Tensor, "batch num_ops"],
     magnitudes: Float[Tensor, "batch num_ops"],
-) -> Pictures:
-    """Change each picture by its own operations, one after the other.
+) -> Images:
+    """Change each image by its own operations, one after the other.
 
-    On a CPU the pictures are sorted by operation and each kernel gets its share; the sizes of the shares are read by
+    On a CPU the images are sorted by operation and each kernel gets its share; the sizes of the shares are read by
     the host, once for each of `num_ops`. Elsewhere such a read would make the host wait, so every kernel gets the whole
-    batch and each picture keeps the result of its own: 9 times the work, little for a GPU. Both give the same values.
+    batch and each image keeps the result of its own: 9 times the work, little for a GPU. Both give the same values.
 
     Args:
         images: uint8 RGB, 0-255; left as they are.
@@ -60,29 +60,29 @@ def apply_operations(
 
 
 def _apply_sorted(
-    images: Pictures,
+    images: Images,
     operations: Int64[Tensor, " batch"],
     magnitudes: Magnitudes,
-) -> Pictures:
-    """Give each kernel the pictures that are its own."""
+) -> Images:
+    """Give each kernel the images that are its own."""
     order = operations.argsort()
     sizes = torch.bincount(operations, minlength=len(OPERATIONS))
     ends = [0, *sizes.cumsum(0).tolist()]
-    pictures = images.index_select(0, order)
+    raw_images = images.index_select(0, order)
     operations, magnitudes = operations.index_select(0, order), magnitudes.index_select(0, order)
     for group in _GROUPS:
         share = slice(ends[group.start], ends[group.stop])
         if share.start < share.stop:
-            pictures[share] = _apply_group(group, pictures[share], operations[share], magnitudes[share])
-    return pictures.index_select(0, order.argsort())  # back in place: 0.04 ms where index_copy_ takes 1.2
+            raw_images[share] = _apply_group(group, raw_images[share], operations[share], magnitudes[share])
+    return raw_images.index_select(0, order.argsort())  # back in place: 0.04 ms where index_copy_ takes 1.2
 
 
 def _apply_everywhere(
-    images: Pictures,
+    images: Images,
     operations: Int64[Tensor, " batch"],
     magnitudes: Magnitudes,
-) -> Pictures:
-    """Give each kernel every picture; keep the result where it was asked for. The host waits for nothing."""
+) -> Images:
+    """Give each kernel every image; keep the result where it was asked for. The host waits for nothing."""
     changed = images
     for group in _GROUPS:
         own = (operations >= group.start) & (operations < group.stop)
@@ -91,13 +91,13 @@ def _apply_everywhere(
     return changed
 
 
-def apply_operation(images: Pictures, operation: str, magnitudes: Magnitudes) -> Pictures:
-    """Apply one of `OPERATIONS` to all pictures, each at its own strength.
+def apply_operation(images: Images, operation: str, magnitudes: Magnitudes) -> Images:
+    """Apply one of `OPERATIONS` to all images, each at its own strength.
 
     The values are those of torchvision.transforms.v2 on uint8 tensors (nearest neighbour, black outside); on a CPU no
     difference was found. Where a device rounds float32 otherwise, a pixel whose source lies within 1e-4 of the middle
     between two pixels may take either. Without float64 (MPS) blended colours may differ by 1, and so may the contrast
-    of pictures of more than 65,793 pixels, whose sum float32 does not hold.
+    of images of more than 65,793 pixels, whose sum float32 does not hold.
 
     Args:
         images: uint8 RGB, 0-255; left as they are.
@@ -123,14 +123,14 @@ def _exact(device: torch.device) -> torch.dtype:
 
 
 def _move(
-    images: Pictures,
+    images: Images,
     operations: Int64[Tensor, " batch"],
     magnitudes: Magnitudes,
-) -> Pictures:
-    """Shear, shift or rotate: each pixel comes from the nearest one of its source, black outside the picture.
+) -> Images:
+    """Shear, shift or rotate: each pixel comes from the nearest one of its source, black outside the image.
 
     Pixels of 3 bytes are looked up as they lie: `grid_sample` takes 0.3 ms where this takes 0.6, but 0.7 more to have
-    planes of floats and bytes again (180 pictures of 32 pixels, 1 core).
+    planes of floats and bytes again (180 images of 32 pixels, 1 core).
     """
     batch, height, width, channels = images.shape
     (xx, xy, x0), (yx, yy, y0) = _source_of(operations, magnitudes, height, width)
@@ -156,7 +156,7 @@ def _source_of(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return what gives each pixel's source: for its column, then for its row, (batch, 1) factors of x, y and 1.
 
-    All are measured from the middle, the source in halves of the picture, so that it is within -1 to 1. Shears leave
+    All are measured from the middle, the source in halves of the image, so that it is within -1 to 1. Shears leave
     the upper left corner where it is, as in AutoAugment; shifts are whole pixels.
     """
 
@@ -173,19 +173,19 @@ def _source_of(
     return [factor.float() / half_width for factor in column], [factor.float() / half_height for factor in row]
 
 
-def _brightness(images: Pictures, magnitudes: Magnitudes) -> Pictures:
+def _brightness(images: Images, magnitudes: Magnitudes) -> Images:
     return _bytes(images.float() * (1 + magnitudes)[:, None, None, None])
 
 
-def _color(images: Pictures, magnitudes: Magnitudes) -> Pictures:
-    """Blend with the grey picture."""
+def _color(images: Images, magnitudes: Magnitudes) -> Images:
+    """Blend with the grey image."""
     # As planes: with the channels last, the innermost loop over one grey and three colours has 3 steps.
     planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return _blend(planes, _grey(planes), magnitudes).permute(0, 2, 3, 1)
 
 
-def _contrast(images: Pictures, magnitudes: Magnitudes) -> Pictures:
-    """Blend with the mean of the grey picture."""
+def _contrast(images: Images, magnitudes: Magnitudes) -> Images:
+    """Blend with the mean of the grey image."""
     planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     grey = _grey(planes)
     mean = grey.sum((1, 2, 3), keepdim=True) / grey.new_full((), grey[0].numel())  # as in _source_of
@@ -215,8 +215,8 @@ def _bytes(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     return images.clamp_(0, 255).to(torch.uint8)
 
 
-def _sharpness(images: Pictures, magnitudes: Magnitudes) -> Pictures:
-    """Blend with a picture that is smoothed by [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13; pixels at the edge stay."""
+def _sharpness(images: Images, magnitudes: Magnitudes) -> Images:
+    """Blend with an image that is smoothed by [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13; pixels at the edge stay."""
     batch, height, width, channels = images.shape
     rows = images.reshape(batch, height, width * channels).float()
     middle = rows[:, 1:-1, channels:-channels]
@@ -230,20 +230,20 @@ def _sharpness(images: Pictures, magnitudes: Magnitudes) -> Pictures:
     return sharpened.view(images.shape)
 
 
-def _posterize(images: Pictures, magnitudes: Magnitudes) -> Pictures:
+def _posterize(images: Images, magnitudes: Magnitudes) -> Images:
     """Keep the upper bits of each value."""
     lost = 8 - magnitudes.to(torch.int32)
     return images & ((255 >> lost) << lost).to(torch.uint8)[:, None, None, None]
 
 
-def _solarize(images: Pictures, magnitudes: Magnitudes) -> Pictures:
+def _solarize(images: Images, magnitudes: Magnitudes) -> Images:
     """Invert each value from a threshold on."""
     threshold = (255 * magnitudes).ceil().clamp(0, 255).to(torch.uint8)  # for whole values the same as its fraction
     inverted = images >= threshold[:, None, None, None]
     return images ^ (inverted.to(torch.uint8) * 255)
 
 
-def _autocontrast(images: Pictures) -> Pictures:
+def _autocontrast(images: Images) -> Images:
     """Stretch each channel to 0-255; one of a single value stays."""
     batch, height, width, channels = images.shape
     rows = images.reshape(batch, height, width * channels)
@@ -256,7 +256,7 @@ def _autocontrast(images: Pictures) -> Pictures:
     return _bytes(stretched).view(images.shape)
 
 
-def _equalize(images: Pictures) -> Pictures:
+def _equalize(images: Images) -> Images:
     """Spread each channel's values evenly over 0-255, in Pillow's whole numbers; one of a few values stays."""
     batch, height, width, channels = images.shape
     first = 256 * torch.arange(batch * channels, dtype=torch.int32, device=images.device).view(batch, channels)

@@ -1,9 +1,9 @@
-"""Augmentation policies: which operations each picture gets, how strong, and which part of it is erased.
+"""Augmentation policies: which operations each image gets, how strong, and which part of it is erased.
 
-TrivialAugmentWide (arXiv:2103.10158) draws one of 14 operations and one of 31 strengths for each picture; RandAugment
+TrivialAugmentWide (arXiv:2103.10158) draws one of 14 operations and one of 31 strengths for each image; RandAugment
 (arXiv:1909.13719) draws two operations at one strength. Operations, their order and their ranges are those of
 torchvision.transforms.v2; `operations.py` applies them. Random erasing (arXiv:1708.04896) clears a rectangle of a
-finished picture. What is drawn are tables with a row for each picture.
+finished image. What is drawn are tables with a row for each image.
 """
 
 import math
@@ -22,9 +22,9 @@ NUM_BINS = 31
 RAND_NUM_OPS = 2
 RAND_BIN = 9  # with RAND_NUM_OPS the defaults of torchvision's RandAugment
 
-ERASED_SHARE = (0.02, 0.33)  # of the picture's area; these two ranges are the paper's, as torchvision has them
+ERASED_SHARE = (0.02, 0.33)  # of the image's area; these two ranges are the paper's, as torchvision has them
 ERASED_ASPECT = (0.3, 3.3)
-_ERASING_TRIES = 10  # of torchvision: a rectangle as high or as wide as the picture is drawn again
+_ERASING_TRIES = 10  # of torchvision: a rectangle as high or as wide as the image is drawn again
 
 
 def magnitude_table(policy: Policy, image_size: int) -> Float[Tensor, "operations bins"]:
@@ -49,18 +49,18 @@ def magnitude_table(policy: Policy, image_size: int) -> Float[Tensor, "operation
 
 
 def draw_operations(
-    policy: Policy, num_pictures: int, image_size: int, *, kinds: torch.Generator, strengths: torch.Generator
-) -> tuple[Int64[Tensor, "pictures num_ops"], Float[Tensor, "pictures num_ops"]]:
-    """Draw indices into `OPERATIONS` and signed magnitudes for each picture, on the CPU.
+    policy: Policy, num_images: int, image_size: int, *, kinds: torch.Generator, strengths: torch.Generator
+) -> tuple[Int64[Tensor, "images num_ops"], Float[Tensor, "images num_ops"]]:
+    """Draw indices into `OPERATIONS` and signed magnitudes for each image, on the CPU.
 
     Args:
         policy: "trivial": one operation and any strength; "rand": two operations, both at bin 9 of 31.
-        num_pictures: Rows of the tables.
+        num_images: Rows of the tables.
         image_size: Side in pixels.
         kinds: Generator of the operations.
         strengths: Generator of magnitudes and signs.
     """
-    shape = (num_pictures, 1 if policy == "trivial" else RAND_NUM_OPS)
+    shape = (num_images, 1 if policy == "trivial" else RAND_NUM_OPS)
     operations = torch.randint(len(OPERATIONS), shape, generator=kinds)
     bins = torch.randint(NUM_BINS, shape, generator=strengths) if policy == "trivial" else torch.tensor(RAND_BIN)
     negative = torch.rand(shape, generator=strengths) < 0.5
@@ -70,16 +70,16 @@ def draw_operations(
 
 
 def draw_erasing(
-    num_pictures: int, image_size: int, probability: float, generator: torch.Generator
-) -> Int64[Tensor, "pictures 4"]:
-    """Draw a rectangle for each picture as torchvision's RandomErasing does: top, left, height and width.
+    num_images: int, image_size: int, probability: float, generator: torch.Generator
+) -> Int64[Tensor, "images 4"]:
+    """Draw a rectangle for each image as torchvision's RandomErasing does: top, left, height and width.
 
     Height and width are 0 where nothing is erased: with `1 - probability`, or after 10 rectangles that did not fit.
 
     Args:
-        num_pictures: Rows of the table.
+        num_images: Rows of the table.
         image_size: Side in pixels.
-        probability: Share of the pictures that lose a rectangle.
+        probability: Share of the images that lose a rectangle.
         generator: On the CPU.
     """
 
@@ -87,10 +87,10 @@ def draw_erasing(
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
     def between(low: float, high: float) -> Tensor:
-        return low + (high - low) * uniform(num_pictures)
+        return low + (high - low) * uniform(num_images)
 
-    chosen, corners = uniform(num_pictures) < probability, uniform(num_pictures, 2)
-    sides = torch.full((num_pictures, 2), image_size)
+    chosen, corners = uniform(num_images) < probability, uniform(num_images, 2)
+    sides = torch.full((num_images, 2), image_size)
     for _ in range(_ERASING_TRIES):
         too_long = (sides >= image_size).any(1)
         if not too_long.any():
@@ -106,7 +106,7 @@ def draw_erasing(
 def erase_(
     images: Float[Tensor, "batch channels height width"], rectangles: Int64[Tensor, "batch 4"]
 ) -> Float[Tensor, "batch channels height width"]:
-    """Set a rectangle of each normalised picture to 0, the mean colour, in place.
+    """Set a rectangle of each normalised image to 0, the mean colour, in place.
 
     Args:
         images: channels_last in memory.

@@ -26,14 +26,14 @@ def test_resnet18_has_the_published_multiply_adds_and_pooled_layers_are_no_map()
 
 
 def test_the_table_ends_with_the_ratio_of_what_was_measured(monkeypatch, capsys, tmp_path):
-    networks = {"small": 4, "large": 8}
-    for name, width in networks.items():
+    models = {"small": 4, "large": 8}
+    for name, width in models.items():
         monkeypatch.setitem(
             models.MODELS, name, lambda num_classes, image_size, width=width: SmallNet(num_classes, widths=(width,))
         )
     path = tmp_path / "models.json"
     options = ["--image_size", "8", "--batch", "2", "--steps", "3", "--json", str(path)]
-    monkeypatch.setattr(sys, "argv", ["models.py", *networks, *options])
+    monkeypatch.setattr(sys, "argv", ["models.py", *models, *options])
     models.main()
     figures = json.loads(path.read_text())
     small, large = figures["networks"]
@@ -45,8 +45,8 @@ def test_the_table_ends_with_the_ratio_of_what_was_measured(monkeypatch, capsys,
 
 def test_a_step_moves_the_weights():
     torch.manual_seed(0)
-    network = SmallNet(widths=(2,))
-    before = [parameter.clone() for parameter in network.parameters()]
-    times_s = models.step_times_s(network, 8, 4, 2, torch.device("cpu"))
+    model = SmallNet(widths=(2,))
+    before = [parameter.clone() for parameter in model.parameters()]
+    times_s = models.step_times_s(model, 8, 4, 2, torch.device("cpu"))
     assert len(times_s) == 2
-    assert not any(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

@@ -47,7 +47,7 @@ def test_a_peer_is_put_on_the_cpu_by_the_listed_changes_alone(tmp_path, without_
 
 
 def test_steps_are_counted_after_warming_up_on_a_gpu(tmp_path, monkeypatch):
-    torch.save(dict.fromkeys(("train_images", "train_labels", "test_images", "test_labels")), tmp_path / "pictures.pt")
+    torch.save(dict.fromkeys(("train_images", "train_labels", "test_images", "test_labels")), tmp_path / "images.pt")
     begun = []
 
     class Loader:
@@ -58,14 +58,14 @@ def test_steps_are_counted_after_warming_up_on_a_gpu(tmp_path, monkeypatch):
         begun.append(run)
         assert list(Loader()) == list(range(8))
 
-    network = SimpleNamespace(compile=lambda **_: None)
-    network.to = lambda **_: network
-    names = {"CifarNet": lambda: network, "CifarLoader": Loader, "main": main}
+    inner = SimpleNamespace(compile=lambda **_: None)
+    inner.to = lambda **_: inner
+    names = {"CifarNet": lambda: inner, "CifarLoader": Loader, "main": main}
     monkeypatch.setattr(speedrun_peers, "load", lambda *_: names)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(len(waits)))
-    (found,) = speedrun_peers.run("airbench", tmp_path, tmp_path / "pictures.pt", [0], 5)
+    (found,) = speedrun_peers.run("airbench", tmp_path, tmp_path / "images.pt", [0], 5)
     assert begun == ["warmup", "run"]
     assert len(found["step_s"]) == 5
     assert len(waits) == 2, "before the first step that is counted and after the last"

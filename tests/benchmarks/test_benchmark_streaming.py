@@ -1,4 +1,4 @@
-"""The streaming benchmark varies pictures as it says, compares finished batches, and counts shared memory once."""
+"""The streaming benchmark varies images as it says, compares finished batches, and counts shared memory once."""
 
 import json
 import mmap
@@ -12,14 +12,14 @@ from PIL import Image
 from process_memory import IS_KNOWN, memory_of
 from program import REPO
 from streaming import Way, compare, epochs_until_ahead
-from streaming_pictures import NUM_VARIANTS, SIDES_PX, _vary, make_pictures
+from streaming_images import NUM_VARIANTS, SIDES_PX, _vary, make_images
 
 from cifar_lightning.errors import UserError
 
 needs_proc = pytest.mark.skipif(not IS_KNOWN, reason="memory is read from Linux's /proc")
 
 
-def test_the_variants_of_a_picture_are_itself_its_mirror_a_brighter_and_a_shifted_one():
+def test_the_variants_of_a_image_are_itself_its_mirror_a_brighter_and_a_shifted_one():
     pixels = np.random.default_rng(0).integers(20, 180, (32, 32, 3), dtype=np.uint8)
     kinds = range(NUM_VARIANTS)
     same, mirrored, brighter, shifted = (
@@ -36,12 +36,12 @@ def test_the_variants_of_a_picture_are_itself_its_mirror_a_brighter_and_a_shifte
 
 
 def size_of(path):
-    with Image.open(path) as picture:
-        return picture.size
+    with Image.open(path) as image:
+        return image.size
 
 
-def test_pictures_are_written_once_and_another_set_is_never_mixed_into_them(tmp_path):
-    root = make_pictures(tmp_path / "work", None, 40)
+def test_images_are_written_once_and_another_set_is_never_mixed_into_them(tmp_path):
+    root = make_images(tmp_path / "work", None, 40)
     files = sorted((root / "train").rglob("*.*"))
     assert len(files) == 40
     assert {path.suffix for path in files} == {".png", ".jpg"}
@@ -50,11 +50,11 @@ def test_pictures_are_written_once_and_another_set_is_never_mixed_into_them(tmp_
     assert len(sides) > 10
     assert all(len(list(folder.iterdir())) == 4 for folder in (root / "test").iterdir())
     written = [path.stat().st_mtime_ns for path in files]
-    assert make_pictures(tmp_path / "work", None, 40) == root
+    assert make_images(tmp_path / "work", None, 40) == root
     assert [path.stat().st_mtime_ns for path in files] == written
-    with pytest.raises(UserError, match="other pictures"):
-        make_pictures(tmp_path / "work", None, 80)
-    of_files = make_pictures(tmp_path / "of_files", root, 80)
+    with pytest.raises(UserError, match="other images"):
+        make_images(tmp_path / "work", None, 80)
+    of_files = make_images(tmp_path / "of_files", root, 80)
     assert len(list((of_files / "train").rglob("*.*"))) == 80
     assert sorted(path.name for path in (of_files / "train").iterdir()) == sorted(
         path.name for path in (root / "train").iterdir()
@@ -62,19 +62,19 @@ def test_pictures_are_written_once_and_another_set_is_never_mixed_into_them(tmp_
 
 
 def test_a_writing_that_was_cut_off_is_done_again(tmp_path):
-    root = make_pictures(tmp_path, None, 40)
-    note = tmp_path / "pictures.json"
+    root = make_images(tmp_path, None, 40)
+    note = tmp_path / "images.json"
     note.write_text(note.read_text().replace("true", "false"))
     lost = next((root / "train").rglob("*.png"))
     lost.unlink()
-    make_pictures(tmp_path, None, 40)
+    make_images(tmp_path, None, 40)
     assert lost.is_file()
 
 
 @pytest.mark.parametrize(("num", "named"), [(42, "multiple of 4"), (36, "40 or more"), (0, "40 or more")])
 def test_a_number_that_makes_no_set_is_refused(num, named, tmp_path):
     with pytest.raises(UserError, match=named):
-        make_pictures(tmp_path, None, num)
+        make_images(tmp_path, None, num)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -114,7 +114,7 @@ def test_memory_counts_a_files_pages_apart_and_pages_of_two_processes_once(tmp_p
 @pytest.mark.slow
 def test_the_last_line_is_the_ratio_of_the_json(tmp_path):
     command = [sys.executable, REPO / "benchmarks" / "streaming.py", "--work", tmp_path / "work"]
-    command += ["--pictures", 400, "--batch_size", 50, "--rounds", 2, "--seconds", 0.2, "--json", tmp_path / "figures"]
+    command += ["--images", 400, "--batch_size", 50, "--rounds", 2, "--seconds", 0.2, "--json", tmp_path / "figures"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=os.environ)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures").read_text(encoding="utf-8"))

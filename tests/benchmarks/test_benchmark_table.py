@@ -37,8 +37,8 @@ def test_runs_of_one_hardware_and_one_set_of_flags_are_put_together(tmp_path, mo
     ("beside", "kept"),
     [
         ("", ""),
-        ("--data.dataset folder --data.root pictures --checkpoint.every_n_minutes 10", ""),
-        ("--epochs 9 --data.root=pictures --trainer.precision bf16-mixed", "--epochs 9 --trainer.precision bf16-mixed"),
+        ("--data.dataset folder --data.root images --checkpoint.every_n_minutes 10", ""),
+        ("--epochs 9 --data.root=images --trainer.precision bf16-mixed", "--epochs 9 --trainer.precision bf16-mixed"),
         ("--model.compile --lr=1", "--model.compile --lr=1"),
         ("--data.dataset cifar100", "--data.dataset cifar100"),
         ("--seed_everything 1 --data.seed 1", ""),

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from cifar_lightning import ImageClassifier, SmallNet, UserError, files
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO, newest_checkpoint
-from cifar_lightning.checkpoints.loading import EXACT_STATE, UnreadableError, read_checkpoint
+from cifar_lightning.checkpoints.loading import RESUME_STATE, UnreadableError, read_checkpoint
 from cifar_lightning.errors import RunError
 from cifar_lightning.runs import folder as runs
 from cifar_lightning.runs.folder import RunFolder, create_run
@@ -23,7 +23,7 @@ from cifar_lightning.training.signals import Stopped, StopSignals
 
 
 def checkpoint_of(weight, **more):
-    return {"state_dict": {"weight": weight}, "global_step": 7, EXACT_STATE: {}, **more}
+    return {"state_dict": {"weight": weight}, "global_step": 7, RESUME_STATE: {}, **more}
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_a_save_that_fails_leaves_both_generations(path, monkeypatch, place):
 def test_each_of_200_damages_of_a_smallnet_is_refused(tmp_path):
     path = tmp_path / "last.ckpt"
     DurableCheckpointIO().save_checkpoint(
-        {"state_dict": SmallNet().state_dict(), "global_step": 1, EXACT_STATE: {}}, path
+        {"state_dict": SmallNet().state_dict(), "global_step": 1, RESUME_STATE: {}}, path
     )
     whole, rng = path.read_bytes(), random.Random(0)
     for number in range(200):

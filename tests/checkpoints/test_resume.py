@@ -137,7 +137,7 @@ def test_inside_an_epoch_its_batches_stay_as_they_are(key, before, now):
         point(is_inside_epoch=True).check_changes(changes)
 
 
-PLANNED = [("model.lr", True), ("model.sgd_lr", True), ("model.head_lr", True), ("model.stem_share", True)]
+PLANNED = [("model.lr", True), ("model.sgd_lr", True), ("model.head_lr", True), ("model.stem_train_fraction", True)]
 PLANNED += [("trainer.devices", True), ("data.drop_last", True), ("trainer.limit_train_batches", True)]
 PLANNED += [("trainer.accumulate_grad_batches", True), ("data.train_sizes", False), ("model.momentum", False)]
 PLANNED += [("model.sgd_momentum", False), ("model.weight_decay", False), ("model.sgd_weight_decay", False)]

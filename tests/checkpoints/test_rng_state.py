@@ -17,14 +17,14 @@ from program import start as run_program
 
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
-from cifar_lightning.checkpoints.loading import EXACT_STATE, read_checkpoint
+from cifar_lightning.checkpoints.loading import RESUME_STATE, read_checkpoint
 from cifar_lightning.checkpoints.rng_state import is_inside_epoch, restore_rng, rng_state
 from cifar_lightning.files import MetricsTable
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training import callbacks
 from cifar_lightning.training.callbacks import EPOCH_SO_FAR, RunRecorder
 from cifar_lightning.training.last_checkpoint import CheckpointSchedule
-from cifar_lightning.training.resume_state import ExactState
+from cifar_lightning.training.resume_state import ResumeState
 from cifar_lightning.training.signals import Stopped
 
 # Lightning warns where it goes on in the folder of a run.
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 def result_of(run):
     checkpoint = read_checkpoint(run.last_checkpoint)
-    for rank in checkpoint.get(EXACT_STATE, {"ranks": []})["ranks"]:
+    for rank in checkpoint.get(RESUME_STATE, {"ranks": []})["ranks"]:
         del rank["rng"]["python"]  # the tests' type checks draw from it: beartype looks at items at random
     return {"last.ckpt": checkpoint, "metrics.csv": run.metrics_csv.read_bytes()}
 
@@ -187,7 +187,7 @@ def test_where_they_are_not_known_it_says_nothing(tmp_path):
 
 
 def test_without_the_random_states_it_does_not(tmp_path, unbroken):
-    broken = stop_and_go_on(tmp_path / "run", "on_train_batch_start", 4, without=[ExactState])
+    broken = stop_and_go_on(tmp_path / "run", "on_train_batch_start", 4, without=[ResumeState])
     assert any(name.startswith(".last.ckpt.state_dict.") for name in differences(result_of(broken), unbroken))
 
 
@@ -222,13 +222,13 @@ def test_inside_an_epoch_another_number_of_processes_is_refused(tmp_path):
     assert is_inside_epoch(checkpoint)
     two = type("Trainer", (), {"world_size": 2, "state": type("State", (), {"fn": TrainerFn.FITTING})})
     with pytest.raises(UserError, match=r"inside an epoch on 1 process\(es\), not on 2"):
-        ExactState().on_load_checkpoint(two, ImageClassifier(), checkpoint)
+        ResumeState().on_load_checkpoint(two, ImageClassifier(), checkpoint)
     testing = type("Trainer", (), {"world_size": 2, "state": type("State", (), {"fn": TrainerFn.TESTING})})
-    ExactState().on_load_checkpoint(testing, ImageClassifier(), checkpoint)  # the test after a fit: any number
+    ResumeState().on_load_checkpoint(testing, ImageClassifier(), checkpoint)  # the test after a fit: any number
     checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] = 1
-    state = ExactState()
+    state = ResumeState()
     state.on_load_checkpoint(two, ImageClassifier(), checkpoint)
-    assert checkpoint[EXACT_STATE]["ranks"][0]["epoch_sums"] is None
+    assert checkpoint[RESUME_STATE]["ranks"][0]["epoch_sums"] is None
 
 
 @pytest.mark.slow
@@ -247,6 +247,6 @@ def test_two_processes_that_were_killed_inside_an_epoch_end_as_two_that_were_not
     done = run_program("fit", "--resume", broken.path, cwd=tmp_path)
     assert "in epoch 2 after step 14" in done.stdout
     ends = [read_checkpoint(run.last_checkpoint) for run in (whole, broken)]
-    assert len(ends[0][EXACT_STATE]["ranks"]) == 2
+    assert len(ends[0][RESUME_STATE]["ranks"]) == 2
     assert differences(*ends) == []
     assert whole.metrics_csv.read_bytes() == broken.metrics_csv.read_bytes()

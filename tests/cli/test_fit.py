@@ -116,7 +116,7 @@ def test_aliases_are_saved_under_their_long_names(finished):
     assert str(run) not in (run / "config.yaml").read_text()
 
 
-def test_tensorboard_has_scalars_classes_and_pictures(finished):
+def test_tensorboard_has_scalars_classes_and_images(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run, _ = finished
@@ -163,11 +163,11 @@ def test_the_saved_config_repeats_the_run_digit_for_digit(finished):
     assert (run.parent / "again" / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
 
 
-def test_predict_writes_logits_and_probabilities_of_the_test_pictures(finished, tmp_path):
+def test_predict_writes_logits_and_probabilities_of_the_test_images(finished, tmp_path):
     run, _ = finished
     before = dict(np.load(run / "predictions.npz"))
     done = start("predict", run, "--output", tmp_path / "answers.npz", cwd=run.parent)
-    assert "1,000 test pictures" in done.stdout
+    assert "1,000 test images" in done.stdout
     answers = np.load(tmp_path / "answers.npz")
     assert all(np.array_equal(answers[name], before[name]) for name in before)
     np.testing.assert_allclose(answers["probs"].sum(1), 1, atol=1e-5)
@@ -252,7 +252,7 @@ def test_of_a_finished_run_only_what_is_missing_is_made(finished, tmp_path):
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
-def test_a_run_is_not_gone_on_with_on_other_pictures(tmp_path, monkeypatch, capsys):
+def test_a_run_is_not_gone_on_with_on_other_images(tmp_path, monkeypatch, capsys):
     folders = [tmp_path / "own" / part / name for part in ("train", "test") for name in ("a", "b")]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -262,7 +262,7 @@ def test_a_run_is_not_gone_on_with_on_other_pictures(tmp_path, monkeypatch, caps
     start("fit", *flags, "--model.model_kwargs", "{widths: [2]}", "--epochs", 1, "--run_dir", "run", cwd=tmp_path)
     Image.new("RGB", (16, 16)).save(folders[0] / "new.png")
     message = fail(monkeypatch, capsys, tmp_path, "fit", "--resume", "run", "--epochs", 2)
-    assert "these are not its pictures or not its split" in message
+    assert "these are not its images or not its split" in message
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_tune_saves_a_rate_and_fit_takes_it_as_if_it_had_been_given(tmp_path):
 
 
 @pytest.mark.slow
-def test_three_processes_evaluate_every_picture_once_and_count_as_one_does(finished):
+def test_three_processes_evaluate_every_image_once_and_count_as_one_does(finished):
     run, _ = finished
     one = torch.load(run / "confusion_matrix.pt", weights_only=True)
     (run / "confusion_matrix.pt").unlink()
@@ -345,7 +345,7 @@ def test_two_processes_train_into_one_run_folder(tmp_path):
     assert [path.name for path in (tmp_path / "runs" / "smallnet").iterdir()] == ["1"]
     run = tmp_path / "runs" / "smallnet" / "1"
     assert [name for name in FILES_OF_A_RUN if not (run / name).is_file()] == []
-    # 501 pictures do not divide by 2; every one is there once.
+    # 501 images do not divide by 2; every one is there once.
     assert np.load(run / "predictions_val.npz")["indices"].tolist() == list(range(501))
     assert json.loads((run / "test_metrics.json").read_text())["num_pictures"] == 1000
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cifar_lightning.cli.flags import check_recipe, check_value, flag_value, normalize_arguments, suggest_flag, table
+from cifar_lightning.cli.flags import check_config, check_value, flag_value, normalize_arguments, suggest_flag, table
 from cifar_lightning.errors import UserError
 
 
@@ -136,7 +136,7 @@ def test_a_mistake_in_a_recipe_names_the_file(tmp_path, text, expected):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(text)
     with pytest.raises(UserError) as error:
-        check_recipe(recipe)
+        check_config(recipe)
     assert f"--config {recipe}: " in str(error.value)
     assert expected in str(error.value)
 
@@ -147,9 +147,9 @@ def test_a_recipe_may_leave_things_to_files_lists_and_classes(tmp_path):
         "data: data.yaml\nmodel:\n  model_kwargs: {widths: [4, 8]}\n  name: null\ntrainer:\n  deterministic: true\n"
         "  callbacks:\n  - class_path: Timer\n    init_args: {duration: '1:00'}\n  devices: [0, 1]\n"
     )
-    check_recipe(recipe)
+    check_config(recipe)
     (tmp_path / "empty.yaml").write_text("")
-    check_recipe(tmp_path / "empty.yaml")
+    check_config(tmp_path / "empty.yaml")
 
 
 def test_a_missing_recipe_suggests_those_that_are_there(tmp_path, monkeypatch):
@@ -157,7 +157,7 @@ def test_a_missing_recipe_suggests_those_that_are_there(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "smallnet_cpu.yaml").touch()
     with pytest.raises(UserError, match=r"Did you mean configs/smallnet_cpu\.yaml"):
-        check_recipe(tmp_path / "smallnet_gpu.yaml")
+        check_config(tmp_path / "smallnet_gpu.yaml")
 
 
 # -- against the real parser ------------------------------------------------------------------------------------------

@@ -107,9 +107,7 @@ def test_a_mistake_gets_a_short_answer(monkeypatch, capsys, tmp_path, arguments,
     assert expected in fail(monkeypatch, capsys, tmp_path, *arguments)
 
 
-def test_an_epochs_pictures_that_the_network_cannot_take_are_refused_before_a_run_is_made(
-    monkeypatch, capsys, tmp_path
-):
+def test_an_epochs_images_that_the_network_cannot_take_are_refused_before_a_run_is_made(monkeypatch, capsys, tmp_path):
     flags = ["--data.dataset", "synthetic", "--model.name", "speednet", "--data.train_sizes", "[8, 32]"]
     said = fail(monkeypatch, capsys, tmp_path, "fit", *flags)
     assert "--data.train_sizes [8, 32]: the network takes no 8 (" in said
@@ -194,10 +192,10 @@ def test_a_new_user_trains_tests_looks_predicts_exports_and_trains_on(tmp_path):
     assert told in start("test", run.path, cwd=tmp_path).stdout
     assert told in start("analyze", run.path, cwd=tmp_path).stdout
 
-    pictures = open_source("synthetic", "data", 16).load("test")
+    images = open_source("synthetic", "data", 16).load("test")
     for k in range(60):
-        Image.fromarray(pictures.images[k]).save(tmp_path / f"picture {k:02}.png")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+        Image.fromarray(images.images[k]).save(tmp_path / f"image {k:02}.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     names = sorted(path.name for path in tmp_path.glob("*.png"))
     done = start("predict-images", run.path, *names, cwd=tmp_path, check=False)
     assert done.returncode == 1

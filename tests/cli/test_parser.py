@@ -71,7 +71,7 @@ def test_yaml_that_jsonargparse_would_never_end_with_is_refused(parser, flag):
         (["--data={crop_padding_px: null}"], "--data.crop_padding_px: needs a value"),
         (["--model.model_kwargs={num_classes: 3}"], "num_classes is no argument to give"),
         (["--model.model_kwargs={1: 2}"], "1 is no argument to give"),
-        (["--model.model_kwargs={in_channels: 1}"], "in_channels is no argument to give; pictures are RGB"),
+        (["--model.model_kwargs={in_channels: 1}"], "in_channels is no argument to give; images are RGB"),
         (
             ["--trainer.enable_checkpointing=false", "--checkpoint.every_n_minutes=5"],
             "--checkpoint.every_n_minutes beside --trainer.enable_checkpointing false",
@@ -123,7 +123,7 @@ def test_what_would_fail_later_is_refused(command, ckpt_path, epochs, expected):
         (["--model.sgd_lr=0.2"], r"--model\.sgd_lr 0\.2: adamw does not use it"),
         (["--model.optimizer=sgd", "--model.momentum=0.5"], r"--model\.momentum 0\.5: sgd does not use it"),
         (["--model.optimizer=muon", "--model.weight_decay=0.1"], r"--model\.weight_decay 0\.1: muon does not use it"),
-        (["--model.stem_share=0.5"], r"--model\.stem_share 0\.5: smallnet has no stem"),
+        (["--model.stem_train_fraction=0.5"], r"--model\.stem_train_fraction 0\.5: smallnet has no stem"),
         (["--init_weights=a", "--model.pretrained=true"], "--init_weights beside --model.pretrained"),
         (["--data.class_weights=balanced", "--data.sampler=balanced"], "--data.class_weights balanced beside"),
     ],

@@ -29,7 +29,7 @@ def write_folder(root, counts, size=8):
     return root
 
 
-def test_statistics_are_those_of_the_chosen_pictures_alone():
+def test_statistics_are_those_of_the_chosen_images_alone():
     images = np.random.default_rng(0).integers(0, 256, (9000, 4, 4, 3), np.uint8)
     chosen = np.arange(0, 9000, 2)
     mean, std = channel_statistics(images, chosen)
@@ -38,7 +38,7 @@ def test_statistics_are_those_of_the_chosen_pictures_alone():
     np.testing.assert_allclose(std, pixels.std(0), rtol=1e-9)
 
 
-def test_statistics_of_large_pictures_take_as_little_memory_as_those_of_small_ones():
+def test_statistics_of_large_images_take_as_little_memory_as_those_of_small_ones():
     images = np.random.default_rng(0).integers(0, 256, (64, 256, 256, 3), np.uint8)
     tracemalloc.start()
     mean, std = channel_statistics(images, np.arange(64))
@@ -54,7 +54,7 @@ def test_names_are_known_before_setup_and_statistics_after_it():
     assert (module.num_classes, len(module.class_names), module.image_size) == (10, 10, 32)
     assert module.mean is None
     module.setup()
-    mean, std = channel_statistics(module._pictures["train"].images, module._indices["train"].numpy())
+    mean, std = channel_statistics(module._images["train"].images, module._indices["train"].numpy())
     assert (module.mean, module.std) == (mean, std)
 
 
@@ -67,25 +67,25 @@ def test_setup_again_changes_nothing():
     assert module.mean == mean
 
 
-def test_an_epoch_without_a_trainer_has_every_training_picture_and_moves_on_by_itself():
+def test_an_epoch_without_a_trainer_has_every_training_image_and_moves_on_by_itself():
     module = synthetic(batch_size=512, crop_padding_px=0, flip="none")
     loader = module.train_dataloader()
     first, second = (torch.cat([images for images, _ in loader]) for _ in range(2))
-    assert len(first) == 4500 == module.num_pictures("train")
+    assert len(first) == 4500 == module.num_images("train")
     assert not torch.equal(first, second)
-    # The same pictures in another order.
+    # The same images in another order.
     assert torch.equal(first.flatten(1).sum(1).sort().values, second.flatten(1).sum(1).sort().values)
 
 
-def test_validation_and_test_count_every_picture_once_unaugmented():
+def test_validation_and_test_count_every_image_once_unaugmented():
     module = synthetic(eval_batch_size=300)
     for part, loader in (("val", module.val_dataloader()), ("test", module.test_dataloader())):
         images = torch.cat([images for images, _ in loader])
-        raw = torch.from_numpy(module.pictures(part, np.arange(len(images)))).permute(0, 3, 1, 2) / 255
+        raw = torch.from_numpy(module.images(part, np.arange(len(images)))).permute(0, 3, 1, 2) / 255
         mean, std = torch.tensor(module.mean), torch.tensor(module.std)
         expected = (raw - mean[:, None, None]) / std[:, None, None]
         torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
-        assert len(images) == module.num_pictures(part)
+        assert len(images) == module.num_images(part)
 
 
 def test_resident_and_streaming_give_the_same_batches():
@@ -106,7 +106,7 @@ def test_a_set_larger_than_half_the_free_memory_is_streamed(monkeypatch):
     assert isinstance(synthetic().val_dataloader(), ResidentLoader)
 
 
-def test_loaders_of_one_source_share_its_pictures_in_memory():
+def test_loaders_of_one_source_share_its_images_in_memory():
     module = synthetic()
     train, val = module.train_dataloader(), module.val_dataloader()
     assert train.images.data_ptr() == val.images.data_ptr()
@@ -117,16 +117,16 @@ def test_a_val_folder_is_used_and_nothing_is_split_off(tmp_path):
     module = ImageDataModule("folder", str(write_folder(tmp_path, counts)), batch_size=4)
     module.prepare_data()
     module.setup()
-    assert [module.num_pictures(part) for part in ("train", "val", "test")] == [9, 3, 2]
+    assert [module.num_images(part) for part in ("train", "val", "test")] == [9, 3, 2]
     assert module.split_summary()["val_from"] == "val"
-    raw = module.pictures("val", np.arange(3))
+    raw = module.images("val", np.arange(3))
     assert np.array_equal(raw[0], np.asarray(Image.open(tmp_path / "val" / "a" / "0.png")))
 
 
 def test_training_on_everything_leaves_no_validation():
     module = synthetic(val_fraction=0.0)
     assert module.val_dataloader() == []
-    assert module.num_pictures("train") == 5000
+    assert module.num_images("train") == 5000
 
 
 def test_the_number_of_steps_is_known_without_a_loader():
@@ -145,7 +145,7 @@ def test_ranks_evaluate_the_positions_they_say():
 
 @pytest.mark.parametrize("part", ["val", "test"])
 @pytest.mark.parametrize(("limit", "is_shuffled"), [(1, True), (0.5, True), (1.0, False)])
-def test_a_part_of_a_split_is_of_all_classes_and_its_pictures_keep_their_positions(limit, is_shuffled, part, tmp_path):
+def test_a_part_of_a_split_is_of_all_classes_and_its_images_keep_their_positions(limit, is_shuffled, part, tmp_path):
     root = write_folder(tmp_path, {"train": {"a": 90, "b": 90}, "test": {"a": 40, "b": 40}})
     module = ImageDataModule("folder", str(root), batch_size=10, eval_batch_size=16, val_fraction=0.4)
     module.trainer = SimpleNamespace(
@@ -155,11 +155,11 @@ def test_a_part_of_a_split_is_of_all_classes_and_its_pictures_keep_their_positio
     images, targets = next(iter(module.val_dataloader() if part == "val" else module.test_dataloader()))
     assert (len(targets.unique()) == 2) == is_shuffled
     positions = module.rank_positions(part, Rank(0, 2))[:16]
-    raw = torch.from_numpy(module.pictures(part, positions)).permute(0, 3, 1, 2) / 255
+    raw = torch.from_numpy(module.images(part, positions)).permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (module.mean, module.std))
     torch.testing.assert_close(images, (raw - mean) / std, rtol=1e-4, atol=1e-4)
     both = np.concatenate([module.rank_positions(part, Rank(rank, 2)) for rank in range(2)])
-    assert sorted(both) == list(range(module.num_pictures(part)))
+    assert sorted(both) == list(range(module.num_images(part)))
 
 
 def test_a_checkpoint_of_other_classes_is_refused():
@@ -179,12 +179,12 @@ def test_a_checkpoint_of_other_classes_is_refused():
         ({"batch_size": 0}, "--data.batch_size 0"),
         ({"eval_batch_size": 0}, "--data.eval_batch_size 0"),
         ({"val_fraction": 1.0}, "--data.val_fraction 1.0"),
-        ({"val_fraction": 0.0001}, "--data.val_fraction 0.0001: of the 500 training pictures of class .*, 0"),
+        ({"val_fraction": 0.0001}, "--data.val_fraction 0.0001: of the 500 training images of class .*, 0"),
         ({"seed": -1}, "--data.seed -1"),
         ({"limit": 0}, "--data.limit 0: 1 or more"),
         ({"sampler": "even"}, "--data.sampler even: one of none, balanced"),
         ({"class_weights": "yes"}, "--data.class_weights yes: one of none, balanced"),
-        ({"limit": 5}, "--data.limit 5: too few. Class .*, 500 of 5,000 pictures, would get 0"),
+        ({"limit": 5}, "--data.limit 5: too few. Class .*, 500 of 5,000 images, would get 0"),
         ({"limit": 500, "batch_size": 451}, "--data.batch_size 451: larger than the training split of 450"),
         ({"erasing": 1.5}, "--data.erasing 1.5: 0"),
         ({"device": "gpu"}, "--data.device gpu"),
@@ -192,7 +192,7 @@ def test_a_checkpoint_of_other_classes_is_refused():
         ({"crop_padding_px": 40}, "--data.crop_padding_px 40"),
         ({"train_sizes": [0, 32]}, r"--data.train_sizes \[0, 32\]: each 1 to 4096"),
         ({"train_sizes": [24, 28]}, r"--data.train_sizes \[24, 28\]: the last size stays .* --data.image_size 32"),
-        ({"train_sizes": [4, 32]}, "--data.crop_padding_px 4: 0 to 3 for 4-pixel pictures"),
+        ({"train_sizes": [4, 32]}, "--data.crop_padding_px 4: 0 to 3 for 4-pixel images"),
     ],
 )
 def test_a_value_that_does_not_fit_names_its_flag(arguments, message):
@@ -203,14 +203,14 @@ def test_a_value_that_does_not_fit_names_its_flag(arguments, message):
 def test_a_limit_is_of_training_and_validation_together_and_leaves_test_alone():
     module = synthetic(limit=1000, batch_size=64)
     module.setup()
-    assert [module.num_pictures(part) for part in ("train", "val", "test")] == [900, 100, 1000]
+    assert [module.num_images(part) for part in ("train", "val", "test")] == [900, 100, 1000]
     summary = module.split_summary()
     assert summary["limit"] == 1000
     assert len(set(summary["train"]) | set(summary["val"])) == 1000
     everything = synthetic(batch_size=64)
     everything.setup()
     assert "limit" not in everything.split_summary()
-    assert module.mean != everything.mean  # measured on the pictures that are trained on
+    assert module.mean != everything.mean  # measured on the images that are trained on
 
 
 @pytest.fixture
@@ -226,25 +226,25 @@ def test_a_balanced_sampler_shows_every_class_equally_often_and_validation_as_it
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_picture_that_is_shown_again_is_changed_anew_and_a_resumed_epoch_goes_on_with_the_same(uneven, num_workers):
+def test_a_image_that_is_shown_again_is_changed_anew_and_a_resumed_epoch_goes_on_with_the_same(uneven, num_workers):
     module = ImageDataModule(
         "folder", str(uneven), batch_size=10, sampler="balanced", val_fraction=0.3, num_workers=num_workers
     )
     whole = list(module.train_dataloader())
     images, targets = (torch.cat(parts) for parts in zip(*whole, strict=True))
-    assert len(images[targets == 0].flatten(1).unique(dim=0)) > 15  # of 23 showings of 4 pictures
+    assert len(images[targets == 0].flatten(1).unique(dim=0)) > 15  # of 23 showings of 4 images
     resumed = module.train_dataloader()
     resumed.load_state_dict({"epoch": 0, "position": 2})
     for (left, _), (right, _) in zip(whole[2:], resumed, strict=True):
         assert torch.equal(left, right)
 
 
-def test_a_balanced_sampler_leaves_the_alternating_flip_to_the_picture(uneven):
+def test_a_balanced_sampler_leaves_the_alternating_flip_to_the_image(uneven):
     settings = {"sampler": "balanced", "val_fraction": 0.3, "crop_padding_px": 0, "flip": "alternating"}
     loader = ImageDataModule("folder", str(uneven), batch_size=10, **settings).train_dataloader()
     few = []
     for _ in range(2):
-        shown = [images[targets == 0] for images, targets in loader]  # 4 pictures in 23 places
+        shown = [images[targets == 0] for images, targets in loader]  # 4 images in 23 places
         few.append({image.numpy().tobytes() for image in torch.cat(shown)})
         few.append({image.flip(-1).contiguous().numpy().tobytes() for image in torch.cat(shown)})
     first, mirrored, second, _ = few
@@ -256,7 +256,7 @@ def test_two_ranks_share_a_balanced_epoch(uneven):
     module = ImageDataModule("folder", str(uneven), batch_size=10, sampler="balanced", val_fraction=0.0)
     module.setup()
     shares = [module._sampler("train", training=True, rank=Rank(index, 2)).begin() for index in range(2)]
-    shown = torch.tensor(module._pictures["train"].targets)[torch.cat([*shares[0], *shares[1]])]
+    shown = torch.tensor(module._images["train"].targets)[torch.cat([*shares[0], *shares[1]])]
     assert torch.bincount(shown).tolist() == [33, 33]
 
 
@@ -272,7 +272,7 @@ def test_it_says_which_classes_there_are_and_how_uneven(uneven):
     module.setup()
     names, imbalance = module.describe_classes()
     assert names == "2: few, many"
-    assert "many has 54 training pictures, few 5; --data.class_weights balanced" in imbalance
+    assert "many has 54 training images, few 5; --data.class_weights balanced" in imbalance
     weighted = ImageDataModule("folder", str(uneven), batch_size=10, class_weights="balanced")
     weighted.setup()
     assert weighted.describe_classes()[1].endswith("few 5")
@@ -285,7 +285,7 @@ def test_a_sample_of_training_is_spread_over_it_and_normalised():
     module = synthetic(image_size=16)
     module.setup()
     sample = module.sample_of_training(3)
-    raw = module.pictures("train", np.array([0, 2249, 4499]))
+    raw = module.images("train", np.array([0, 2249, 4499]))
     expected = (torch.from_numpy(raw) / 255 - torch.tensor(module.mean)) / torch.tensor(module.std)
     torch.testing.assert_close(sample, expected.permute(0, 3, 1, 2))
     assert len(module.sample_of_training(5000)) == 4500

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from cifar_lightning.data import datasets as sources
-from cifar_lightning.data.datasets import DATASETS, PictureSet, open_source
+from cifar_lightning.data.datasets import DATASETS, ImageSet, open_source
 from cifar_lightning.errors import UserError
 
 
-def sha256_of(pictures: PictureSet) -> str:
-    return hashlib.sha256(pictures.images.tobytes() + pictures.targets.astype("<i8").tobytes()).hexdigest()
+def sha256_of(images: ImageSet) -> str:
+    return hashlib.sha256(images.images.tobytes() + images.targets.astype("<i8").tobytes()).hexdigest()
 
 
 def write_folders(root: Path, splits: tuple[str, ...] = ("train", "test")) -> None:
@@ -24,8 +24,8 @@ def write_folders(root: Path, splits: tuple[str, ...] = ("train", "test")) -> No
         for value, name in enumerate(("ant", "bee")):
             (root / split / name).mkdir(parents=True)
             for number in range(2):
-                picture = np.full((32, 32, 3), 100 * value + number, np.uint8)
-                Image.fromarray(picture).save(root / split / name / f"{number}.png")
+                image = np.full((32, 32, 3), 100 * value + number, np.uint8)
+                Image.fromarray(image).save(root / split / name / f"{number}.png")
 
 
 def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> dict[str, tuple[np.ndarray, list[int]]]:
@@ -64,17 +64,17 @@ def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> dict[
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_is_read_as_pictures_with_channels_last(name, tmp_path, monkeypatch):
+def test_cifar_is_read_as_images_with_channels_last(name, tmp_path, monkeypatch):
     truth = write_cifar(tmp_path, monkeypatch, name)
     source = open_source(name, tmp_path)
     source.prepare()
     for split, (images, labels) in truth.items():
-        pictures = source.load(split)
-        assert np.array_equal(pictures.images, images)
-        assert pictures.images.dtype == np.uint8
-        assert pictures.targets.tolist() == labels
-        assert pictures.targets.dtype == np.int64
-        assert pictures.sha256 == sha256_of(pictures)
+        raw_images = source.load(split)
+        assert np.array_equal(raw_images.images, images)
+        assert raw_images.images.dtype == np.uint8
+        assert raw_images.targets.tolist() == labels
+        assert raw_images.targets.dtype == np.int64
+        assert raw_images.sha256 == sha256_of(raw_images)
     assert source.load("val") is None
 
 
@@ -115,12 +115,12 @@ def test_every_source_loads_what_the_protocol_promises(tmp_path, monkeypatch):
     for name in DATASETS:
         source = open_source(name, tmp_path)
         source.prepare()
-        pictures = source.load("test")
+        images = source.load("test")
         size = source.image_size
-        assert pictures.images.shape == (len(pictures.targets), size, size, source.in_channels)
-        assert pictures.images.dtype == np.uint8
-        assert pictures.targets.dtype == np.int64
-        assert pictures.sha256 == sha256_of(pictures)
+        assert images.images.shape == (len(images.targets), size, size, source.in_channels)
+        assert images.images.dtype == np.uint8
+        assert images.targets.dtype == np.int64
+        assert images.sha256 == sha256_of(images)
         assert (source.mean is None) == (source.std is None)
         assert source.describe().startswith(f"{name}: ")
         assert "\n" not in source.describe()
@@ -135,7 +135,7 @@ def test_class_folders_may_bring_their_own_validation_split(tmp_path):
 
 def test_the_synthetic_set_says_that_it_is_not_real():
     source = open_source("synthetic", "anywhere")
-    assert source.describe() == ("synthetic: 5,000 + 1,000 generated pictures, 10 classes, 32x32 (not a real data set)")
+    assert source.describe() == ("synthetic: 5,000 + 1,000 generated images, 10 classes, 32x32 (not a real data set)")
     small = sources.Synthetic(num_train=20, num_test=10, image_size=16)
     assert small.load("train").images.shape == (20, 16, 16, 3)
     assert small.load("test").images.shape == (10, 16, 16, 3)

@@ -1,4 +1,4 @@
-"""Any picture file becomes a uint8 RGB square by the documented rules, or is refused by name."""
+"""Any image file becomes a uint8 RGB square by the documented rules, or is refused by name."""
 
 import importlib
 import io
@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from program import decode_here
 
-from cifar_lightning.data import image_decoding as pictures
-from cifar_lightning.data.image_decoding import decode_all, decode_picture, find_image_size
+from cifar_lightning.data import image_decoding
+from cifar_lightning.data.image_decoding import decode_all, decode_image, find_image_size
 from cifar_lightning.errors import UserError
 
 
@@ -23,13 +23,13 @@ def noise(height: int = 8, width: int = 8, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
-def saved(picture: Image.Image, path: Path, **options: object) -> str:
-    picture.save(path, **options)
+def saved(image: Image.Image, path: Path, **options: object) -> str:
+    image.save(path, **options)
     return str(path)
 
 
-def test_a_picture_of_the_right_size_keeps_every_bit(tmp_path):
-    assert np.array_equal(decode_picture(saved(Image.fromarray(noise()), tmp_path / "a.png"), 8), noise())
+def test_a_image_of_the_right_size_keeps_every_bit(tmp_path):
+    assert np.array_equal(decode_image(saved(Image.fromarray(noise()), tmp_path / "a.png"), 8), noise())
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 40), (9, 100), (4, 6)])
@@ -39,7 +39,7 @@ def test_the_shorter_side_is_resized_and_the_middle_cut_out(height, width, tmp_p
     resized = source.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
     left, top = (resized.width - 8) // 2, (resized.height - 8) // 2
     expected = np.asarray(resized)[top : top + 8, left : left + 8]
-    assert np.array_equal(decode_picture(saved(source, tmp_path / "a.png"), 8), expected)
+    assert np.array_equal(decode_image(saved(source, tmp_path / "a.png"), 8), expected)
 
 
 def gray(values: np.ndarray) -> np.ndarray:
@@ -49,22 +49,22 @@ def gray(values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
 def test_16_bit_gray_is_its_high_byte_and_does_not_saturate(suffix, tmp_path):
     values = (np.arange(64, dtype=np.uint16) * 1023).reshape(8, 8)
-    decoded = decode_picture(saved(Image.fromarray(values), tmp_path / f"a.{suffix}"), 8)
+    decoded = decode_image(saved(Image.fromarray(values), tmp_path / f"a.{suffix}"), 8)
     assert np.array_equal(decoded, gray((values >> 8).astype(np.uint8)))
 
 
 @pytest.mark.parametrize("values", [np.ones((8, 8), np.float32), np.ones((8, 8), np.int32)])
-def test_32_bit_pictures_are_refused(values, tmp_path):
+def test_32_bit_images_are_refused(values, tmp_path):
     with pytest.raises(UserError, match="32 bits a pixel"):
-        decode_picture(saved(Image.fromarray(values), tmp_path / "a.tif"), 8)
+        decode_image(saved(Image.fromarray(values), tmp_path / "a.tif"), 8)
 
 
 def test_gray_and_1_bit_become_three_equal_channels(tmp_path):
     values = noise()[..., 0]
-    assert np.array_equal(decode_picture(saved(Image.fromarray(values), tmp_path / "l.png"), 8), gray(values))
+    assert np.array_equal(decode_image(saved(Image.fromarray(values), tmp_path / "l.png"), 8), gray(values))
     bits = Image.fromarray((values > 127).astype(np.uint8) * 255).convert("1")
     assert np.array_equal(
-        decode_picture(saved(bits, tmp_path / "1.png"), 8), gray(np.where(values > 127, 255, 0).astype(np.uint8))
+        decode_image(saved(bits, tmp_path / "1.png"), 8), gray(np.where(values > 127, 255, 0).astype(np.uint8))
     )
 
 
@@ -72,34 +72,34 @@ def test_gray_and_1_bit_become_three_equal_channels(tmp_path):
 def test_transparency_is_laid_on_white(mode, tmp_path):
     rgba = noise(channels=4)
     rgba[0, 0, 3], rgba[1, 1, 3] = 0, 255
-    picture = Image.fromarray(rgba).convert(mode)
-    decoded = decode_picture(saved(picture, tmp_path / "a.png"), 8)
-    colour, alpha = np.asarray(picture.convert("RGBA"), np.float64)[..., :3], rgba[..., 3:] / 255
+    image = Image.fromarray(rgba).convert(mode)
+    decoded = decode_image(saved(image, tmp_path / "a.png"), 8)
+    colour, alpha = np.asarray(image.convert("RGBA"), np.float64)[..., :3], rgba[..., 3:] / 255
     assert np.abs(decoded - (colour * alpha + 255 * (1 - alpha))).max() <= 1
     assert decoded[0, 0].tolist() == [255, 255, 255]
 
 
 def test_a_transparent_palette_colour_is_white_and_others_keep_theirs(tmp_path):
-    picture = Image.new("P", (8, 8), 0)
-    picture.paste(1, (0, 4, 8, 8))
-    picture.putpalette([10, 20, 30, 40, 50, 60])
-    plain = decode_picture(saved(picture, tmp_path / "plain.png"), 8)
+    image = Image.new("P", (8, 8), 0)
+    image.paste(1, (0, 4, 8, 8))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    plain = decode_image(saved(image, tmp_path / "plain.png"), 8)
     assert plain[0, 0].tolist() == [10, 20, 30]
-    clear = decode_picture(saved(picture, tmp_path / "clear.png", transparency=0), 8)
+    clear = decode_image(saved(image, tmp_path / "clear.png", transparency=0), 8)
     assert clear[0, 0].tolist() == [255, 255, 255]
     assert clear[7, 7].tolist() == [40, 50, 60]
 
 
 def test_cmyk_becomes_rgb(tmp_path):
-    picture = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
-    decoded = decode_picture(saved(picture, tmp_path / "a.tif"), 8)
+    image = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    decoded = decode_image(saved(image, tmp_path / "a.tif"), 8)
     assert np.array_equal(decoded, np.full((8, 8, 3), (0, 255, 255), np.uint8))
 
 
-def test_exif_orientation_turns_the_picture(tmp_path):
+def test_exif_orientation_turns_the_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    decoded = decode_picture(saved(Image.fromarray(noise()), tmp_path / "a.png", exif=exif), 8)
+    decoded = decode_image(saved(Image.fromarray(noise()), tmp_path / "a.png", exif=exif), 8)
     assert np.array_equal(decoded, np.rot90(noise(), -1))
 
 
@@ -117,14 +117,14 @@ def jpeg_bytes() -> bytes:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"not a picture", png_bytes()[:900], jpeg_bytes()[:900], png_bytes()[:30]],
+    [b"", b"not an image", png_bytes()[:900], jpeg_bytes()[:900], png_bytes()[:30]],
     ids=["empty", "text", "cut png", "cut jpeg", "head of a png"],
 )
-def test_a_file_that_is_no_whole_picture_is_refused_by_path(data, tmp_path):
+def test_a_file_that_is_no_whole_image_is_refused_by_path(data, tmp_path):
     path = tmp_path / "broken.png"
     path.write_bytes(data)
     with pytest.raises(UserError) as caught:
-        decode_picture(str(path), 8)
+        decode_image(str(path), 8)
     assert str(caught.value).startswith(f"{path} cannot be read (")
     assert "\n" not in str(caught.value)
 
@@ -137,17 +137,17 @@ def test_each_flipped_bit_of_a_png_is_noticed(tmp_path):
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
         with pytest.raises(UserError):
-            decode_picture(str(path), 32)
+            decode_image(str(path), 32)
 
 
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
     path = saved(Image.new("1", (2000, 1000)), tmp_path / "bomb.png")
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 1_999_999)
+    monkeypatch.setattr(image_decoding, "MAX_PIXELS", 1_999_999)
     with pytest.raises(UserError, match=r"bomb\.png cannot be read \(2000 x 1000 pixels"):
-        decode_picture(path, 8)
+        decode_image(path, 8)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)  # from twice that Pillow raises
     with pytest.raises(UserError, match=r"bomb\.png"):
-        decode_picture(path, 8)
+        decode_image(path, 8)
 
 
 @pytest.mark.parametrize("size", [(10_000, 9_000), (20_000, 20_000)], ids=["Pillow warns", "Pillow raises"])
@@ -164,7 +164,7 @@ def test_the_size_in_the_header_is_enough_to_refuse_a_bomb(size, tmp_path):
     assert "pixels" in bad[0][1]
 
 
-def test_a_bomb_within_a_picture_of_many_sizes_is_refused(tmp_path):
+def test_a_bomb_within_a_image_of_many_sizes_is_refused(tmp_path):
     icon = io.BytesIO()
     Image.new("L", (32, 32)).save(icon, "ICO", sizes=[(32, 32)], bitmap_format="png")
     inner = io.BytesIO()
@@ -186,22 +186,22 @@ def test_what_another_program_would_have_to_draw_is_refused(suffix, tmp_path):
             struct.pack("<IHhhhhHIHHHHIHIH", 0x9AC6CDD7, 0, 0, 0, 99, 99, 96, 0, 0, 1, 9, 768, 12, 0, 3, 0)
         )
     with pytest.raises(UserError, match="is a program that draws"):
-        decode_picture(str(path), 8)
+        decode_image(str(path), 8)
 
 
 def test_what_may_never_end_is_not_read(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(UserError, match="no regular file"):
-        decode_picture(str(tmp_path / "pipe.png"), 8)
+        decode_image(str(tmp_path / "pipe.png"), 8)
     assert find_image_size([str(tmp_path / "pipe.png")]) == 32
-    monkeypatch.setattr(pictures, "MAX_BYTES", 9)
+    monkeypatch.setattr(image_decoding, "MAX_BYTES", 9)
     path = saved(Image.fromarray(noise()), tmp_path / "a.png")
     with pytest.raises(UserError, match=r"the limit is 9\)"):
-        decode_picture(path, 8)
+        decode_image(path, 8)
     decode_here(monkeypatch)  # where the limit is the same
     own_size = saved(Image.new("L", (48, 48)), tmp_path / "b.png")
     assert find_image_size([own_size]) == 32
-    monkeypatch.setattr(pictures, "MAX_BYTES", 1 << 30)
+    monkeypatch.setattr(image_decoding, "MAX_BYTES", 1 << 30)
     assert find_image_size([own_size]) == 48
 
 
@@ -210,7 +210,7 @@ def test_a_large_jpeg_is_shrunk_close_to_full_decoding(tmp_path):
     path = saved(smooth, tmp_path / "a.jpg", quality=95)
     with Image.open(path) as whole:
         expected = np.asarray(whole.resize((43, 32), Image.Resampling.BICUBIC))[:, 5:37]
-    difference = decode_picture(path, 32).astype(int) - expected
+    difference = decode_image(path, 32).astype(int) - expected
     assert np.abs(difference).mean() < 2
 
 
@@ -225,12 +225,12 @@ def test_a_large_jpeg_is_shrunk_close_to_full_decoding(tmp_path):
         ([(512, 512)] * 3, 224),
     ],
 )
-def test_the_image_size_is_the_pictures_own_or_a_sensible_one(sizes, expected, tmp_path):
+def test_the_image_size_is_the_images_own_or_a_sensible_one(sizes, expected, tmp_path):
     paths = [saved(Image.new("L", size), tmp_path / f"{number}.png") for number, size in enumerate(sizes)]
     assert find_image_size(paths) == expected
 
 
-def test_the_image_size_passes_over_unreadable_pictures(tmp_path):
+def test_the_image_size_passes_over_unreadable_images(tmp_path):
     (tmp_path / "a.png").write_text("text")
     paths = [str(tmp_path / "a.png"), saved(Image.new("L", (48, 48)), tmp_path / "b.png")]
     assert find_image_size(paths) == 48
@@ -243,7 +243,7 @@ def test_the_image_size_is_also_that_of_formats_whose_header_is_read_in_c(tmp_pa
 
 @pytest.fixture
 def twenty(tmp_path):
-    """Twenty pictures, each of one shade of gray: its number."""
+    """Twenty images, each of one shade of gray: its number."""
     return [saved(Image.new("L", (4, 4), number), tmp_path / f"{number}.png") for number in range(20)]
 
 
@@ -254,9 +254,9 @@ def empty_npy(path: Path, num: int) -> Path:
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 @pytest.mark.parametrize("into", ["an array", "a file"])
-def test_pictures_are_decoded_in_their_order_and_bad_ones_reported(into, num_workers, twenty, tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "_num_cores", lambda: num_workers)
-    monkeypatch.setattr(pictures, "_A_WORKER", 1)
+def test_images_are_decoded_in_their_order_and_bad_ones_reported(into, num_workers, twenty, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_decoding, "_num_cores", lambda: num_workers)
+    monkeypatch.setattr(image_decoding, "_A_WORKER", 1)
     for number in (3, 17):
         Path(twenty[number]).write_text("text")
     out = empty_npy(tmp_path / "out.npy", 20) if into == "a file" else np.empty((20, 4, 4, 3), np.uint8)
@@ -268,9 +268,9 @@ def test_pictures_are_decoded_in_their_order_and_bad_ones_reported(into, num_wor
 
 
 @pytest.mark.parametrize("num", [1, 20])
-def test_a_crash_in_a_picture_names_it_and_leaves_the_program_alive(num, twenty, tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "_num_cores", lambda: 2)
-    monkeypatch.setattr(pictures, "_A_WORKER", 1)
+def test_a_crash_in_a_image_names_it_and_leaves_the_program_alive(num, twenty, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_decoding, "_num_cores", lambda: 2)
+    monkeypatch.setattr(image_decoding, "_A_WORKER", 1)
     (tmp_path / "crashing.py").write_text(
         "import ctypes, numpy\n"
         "def decode(path, image_size):\n"
@@ -296,17 +296,17 @@ def test_no_more_workers_start_than_pay_off(monkeypatch):
         started.append(num)
         raise Stop
 
-    monkeypatch.setattr(pictures, "_workers", start)
-    monkeypatch.setattr(pictures, "_num_cores", lambda: 8)
+    monkeypatch.setattr(image_decoding, "_workers", start)
+    monkeypatch.setattr(image_decoding, "_num_cores", lambda: 8)
     for num in (1, 199, 200, 10_000):
         with pytest.raises(Stop):
             decode_all(["a"] * num, 4, np.empty((num, 4, 4, 3), np.uint8))
     assert started == [1, 1, 2, 8]
 
 
-def test_large_pictures_are_sent_back_a_few_at_a_time():
-    assert max(stop - start for start, stop in pictures._chunks(100_000, 2, 3 * 32**2)) == 256
-    assert max(stop - start for start, stop in pictures._chunks(100_000, 2, 3 * 4096**2)) == 1
+def test_large_images_are_sent_back_a_few_at_a_time():
+    assert max(stop - start for start, stop in image_decoding._chunks(100_000, 2, 3 * 32**2)) == 256
+    assert max(stop - start for start, stop in image_decoding._chunks(100_000, 2, 3 * 4096**2)) == 1
 
 
 def test_decoding_turns_no_warning_filter_loose(twenty):

@@ -16,8 +16,7 @@ import pytest
 from PIL import Image
 from program import decode_here
 
-from cifar_lightning.data import image_decoding as pictures
-from cifar_lightning.data import image_folder as folders
+from cifar_lightning.data import image_decoding, image_folder
 from cifar_lightning.data.image_folder import CACHE_FOLDER, ClassFolders
 from cifar_lightning.errors import UserError
 
@@ -44,7 +43,7 @@ def user_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def root(tmp_path):
-    """Two classes, three pictures of each in train and two in test; each of one colour."""
+    """Two classes, three images of each in train and two in test; each of one colour."""
     root = tmp_path / "data"
     for split, count in (("train", 3), ("test", 2)):
         for offset, name in ((0, "ant"), (100, "bee")):
@@ -55,14 +54,14 @@ def root(tmp_path):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Lists the sets of pictures that are decoded."""
+    """Lists the sets of images that are decoded."""
     seen = []
 
     def spy(paths, image_size, out):
         seen.append(len(paths))
-        return pictures.decode_all(paths, image_size, out)
+        return image_decoding.decode_all(paths, image_size, out)
 
-    monkeypatch.setattr(folders, "decode_all", spy)
+    monkeypatch.setattr(image_folder, "decode_all", spy)
     return seen
 
 
@@ -70,7 +69,7 @@ def reds(found: tuple[np.ndarray, np.ndarray, str]) -> list[int]:
     return found[0][:, 0, 0, 0].tolist()
 
 
-def test_pictures_come_in_class_order_with_their_targets(root):
+def test_images_come_in_class_order_with_their_targets(root):
     data = ClassFolders(root)
     assert data.class_names == ("ant", "bee")
     assert data.image_size == 8
@@ -181,12 +180,12 @@ def test_a_damaged_cache_is_noticed_and_made_again(damage, name, root, decoded):
 
 def test_a_cache_of_other_rules_is_made_again(root, decoded, monkeypatch):
     ClassFolders(root).prepare()
-    monkeypatch.setattr(folders, "RULES", folders.RULES + 1)
+    monkeypatch.setattr(image_folder, "RULES", image_folder.RULES + 1)
     ClassFolders(root).load("train")
     assert decoded == [6, 4, 6]
 
 
-def test_a_crash_between_pictures_and_note_leaves_nothing_that_is_trusted(root, decoded, monkeypatch):
+def test_a_crash_between_images_and_note_leaves_nothing_that_is_trusted(root, decoded, monkeypatch):
     ClassFolders(root).prepare()
     before = {path: path.stat().st_mtime_ns for path in sorted((root / "train").rglob("*.png"))}
     repaint(root)
@@ -195,7 +194,7 @@ def test_a_crash_between_pictures_and_note_leaves_nothing_that_is_trusted(root, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "write_json", crash)
+        patch.setattr(image_folder, "write_json", crash)
         with pytest.raises(KeyboardInterrupt):
             ClassFolders(root).load("train")
     put(root / "train" / "ant" / "0.png", 0)  # the folder goes back to what it was, to the nanosecond
@@ -273,11 +272,11 @@ def test_what_a_killed_process_left_is_cleared_away(root):
     assert not stale.exists()
 
 
-def test_several_workers_give_the_same_pictures_as_one(root, monkeypatch):
-    monkeypatch.setattr(pictures, "_num_cores", lambda: 2)
+def test_several_workers_give_the_same_images_as_one(root, monkeypatch):
+    monkeypatch.setattr(image_decoding, "_num_cores", lambda: 2)
     by_one = ClassFolders(root).load("train")
     shutil.rmtree(root / CACHE_FOLDER)
-    monkeypatch.setattr(pictures, "_A_WORKER", 1)
+    monkeypatch.setattr(image_decoding, "_A_WORKER", 1)
     by_two = ClassFolders(root).load("train")
     assert np.array_equal(by_one[0], by_two[0])
     assert by_one[2] == by_two[2]
@@ -286,11 +285,11 @@ def test_several_workers_give_the_same_pictures_as_one(root, monkeypatch):
 def test_a_script_without_main_guard_is_not_run_again_by_workers(root, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(folders.__file__).parents[1])!r})\n"
+        f"import sys; sys.path.insert(0, {str(Path(image_folder.__file__).parents[1])!r})\n"
         "print('started')\n"
-        "from cifar_lightning import folders, pictures\n"
-        "pictures._A_WORKER, pictures._num_cores = 1, lambda: 2\n"
-        f"print(len(folders.ClassFolders({str(root)!r}).load('train')[1]))\n"
+        "from cifar_lightning import folders, images\n"
+        "images._A_WORKER, image_decoding._num_cores = 1, lambda: 2\n"
+        f"print(len(image_folder.ClassFolders({str(root)!r}).load('train')[1]))\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     assert done.stdout.count("started") == 1
@@ -298,7 +297,7 @@ def test_a_script_without_main_guard_is_not_run_again_by_workers(root, tmp_path)
     assert done.stderr == ""
 
 
-def test_hidden_files_and_folders_are_no_classes_and_no_pictures(root):
+def test_hidden_files_and_folders_are_no_classes_and_no_images(root):
     put(root / "train" / ".ipynb_checkpoints" / "a.png", 50)
     put(root / "train" / "ant" / ".hidden.png", 50)
     (root / "train" / "ant" / "Thumbs.db").write_bytes(b"windows")
@@ -308,20 +307,20 @@ def test_hidden_files_and_folders_are_no_classes_and_no_pictures(root):
     assert reds(data.load("train")) == [0, 1, 2, 100, 101, 102]
 
 
-def test_notes_beside_pictures_are_left_aside_and_counted_and_nothing_changes(root, capsys):
+def test_notes_beside_images_are_left_aside_and_counted_and_nothing_changes(root, capsys):
     before = ClassFolders(root).load("train")
     for name in ("readme.txt", "labels.CSV", "about.json", "photo.xml"):
-        (root / "train" / "bee" / name).write_text("beside the pictures")
+        (root / "train" / "bee" / name).write_text("beside the images")
     data = ClassFolders(root)
     data.prepare()
     data.prepare()  # as Lightning does before each of fit, validate and test
-    assert f"{root / 'train'}: 4 files left aside, not pictures (.CSV, .json, .txt, .xml)\n" == capsys.readouterr().out
+    assert f"{root / 'train'}: 4 files left aside, not images (.CSV, .json, .txt, .xml)\n" == capsys.readouterr().out
     assert data.load("train")[2] == before[2]
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.heic", "a", "a.unknown"])
-def test_what_may_be_a_picture_and_cannot_be_read_stays_an_alarm(name, root):
-    (root / "train" / "bee" / name).write_text("no picture")
+def test_what_may_be_a_image_and_cannot_be_read_stays_an_alarm(name, root):
+    (root / "train" / "bee" / name).write_text("no image")
     with pytest.raises(UserError, match="cannot be read"):
         ClassFolders(root, 8).prepare()
 
@@ -348,11 +347,11 @@ def test_16_bit_files_with_values_of_12_bits_are_warned_of_at_each_start(others,
     for _ in range(2):
         ClassFolders(root).prepare()
         out = capsys.readouterr().out
-        assert ("the 4 16-bit pictures of 6 looked at come out nearly black" in out) == is_warned
+        assert ("the 4 16-bit images of 6 looked at come out nearly black" in out) == is_warned
         assert ("warning" in out) == is_warned
 
 
-def test_dark_pictures_of_8_bits_are_not_warned_of(root, capsys):
+def test_dark_images_of_8_bits_are_not_warned_of(root, capsys):
     Image.new("RGB", (8, 8), (3, 3, 3)).save(root / "train" / "ant" / "0.png")
     ClassFolders(root).prepare()
     assert "warning" not in capsys.readouterr().out
@@ -363,8 +362,8 @@ def rm(*parts: str):
 
 
 def empty_class(root: Path) -> None:
-    for picture in (root / "test" / "bee").iterdir():
-        picture.unlink()
+    for image in (root / "test" / "bee").iterdir():
+        image.unlink()
 
 
 def only_a_note(root: Path) -> None:
@@ -388,7 +387,7 @@ def no_classes(root: Path) -> None:
         (lambda root: put(root / "test" / "cow" / "0.png", 0), ["test adds cow"]),
         (lambda root: put(root / "val" / "ant" / "0.png", 0), ["val lacks bee"]),
         (empty_class, [os.path.join("test", "bee"), "is empty"]),
-        (only_a_note, [os.path.join("test", "bee"), "has no pictures"]),
+        (only_a_note, [os.path.join("test", "bee"), "has no images"]),
         (
             lambda root: put(root / "train" / "ant" / "more" / "0.png", 0),
             [os.path.join("ant", "more"), "folder inside"],
@@ -404,7 +403,7 @@ def test_folders_that_do_not_fit_are_refused_with_the_difference(spoil, named, r
     assert str(caught.value).count("\n") <= 1
 
 
-def test_unreadable_pictures_are_named_counted_and_listed(root):
+def test_unreadable_images_are_named_counted_and_listed(root):
     bad = [root / "train" / "ant" / "1.png", root / "train" / "bee" / "2.png"]
     for path in bad:
         path.write_text("text")
@@ -412,7 +411,7 @@ def test_unreadable_pictures_are_named_counted_and_listed(root):
         ClassFolders(root).prepare()
     message = str(caught.value)
     assert message.startswith(str(bad[0]))
-    assert f"2 of 6 pictures in {root / 'train'}" in message
+    assert f"2 of 6 images in {root / 'train'}" in message
     assert message.count("\n") == 1
     listed = (root / CACHE_FOLDER / "unreadable-train.txt").read_text()
     assert all(str(path) in listed for path in bad)

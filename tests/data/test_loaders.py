@@ -49,7 +49,7 @@ def assert_same(left, right):
         assert torch.equal(targets, other_targets)
 
 
-def test_an_epoch_has_every_picture_once_and_the_next_another_order():
+def test_an_epoch_has_every_image_once_and_the_next_another_order():
     order = sampler()
     first, second = torch.cat(order.begin()), torch.cat(order.begin())
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(COUNT))
@@ -126,7 +126,7 @@ def test_streaming_starts_the_next_epoch_cleanly_after_a_break():
 
 
 def test_a_memory_mapped_set_travels_to_workers_as_its_path(tmp_path):
-    path = tmp_path / "pictures.npy"
+    path = tmp_path / "images.npy"
     np.save(path, IMAGES)
     mapped = np.load(path, mmap_mode="r")
     sent = pickle.dumps(_Rows(mapped, TARGETS))
@@ -137,7 +137,7 @@ def test_a_memory_mapped_set_travels_to_workers_as_its_path(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_reading_a_mapped_set_through_leaves_a_worker_as_small_as_before(tmp_path):
-    path = tmp_path / "pictures.npy"
+    path = tmp_path / "images.npy"
     np.save(path, np.zeros((10_000, 32, 32, 3), np.uint8))
     rows = _Rows(np.load(path, mmap_mode="r"), np.zeros(10_000, np.int64))
     rows.__getitems__([0])
@@ -160,14 +160,14 @@ def test_ranks_deal_each_global_batch_evenly_and_make_as_many_steps(count, ranks
         assert set(torch.cat(dealt).tolist()) == set(batch.tolist())
 
 
-def test_a_rank_without_a_picture_of_the_last_batch_repeats_one():
+def test_a_rank_without_a_image_of_the_last_batch_repeats_one():
     shares = [sampler(25, rank=Rank(r, 3)).begin() for r in range(3)]
     assert [len(share[-1]) for share in shares] == [1, 1, 1]
     assert shares[0][-1].tolist() == shares[1][-1].tolist() == shares[2][-1].tolist()
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(50, 1), (50, 2), (50, 3), (17, 2), (16, 3), (5, 2)])
-def test_evaluation_deals_every_picture_exactly_once_in_equal_steps(count, ranks):
+def test_evaluation_deals_every_image_exactly_once_in_equal_steps(count, ranks):
     shares = [sampler(count, training=False, rank=Rank(r, ranks)).begin() for r in range(ranks)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(torch.cat([torch.cat(share) for share in shares]).tolist()) == list(range(count))

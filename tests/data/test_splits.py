@@ -1,4 +1,4 @@
-"""Splits, subsets and balance: exact numbers of pictures, from every class its share."""
+"""Splits, subsets and balance: exact numbers of images, from every class its share."""
 
 import re
 
@@ -47,7 +47,7 @@ def test_the_split_depends_on_the_seed_and_on_nothing_else():
     assert not torch.equal(first, other)
 
 
-def test_a_subset_has_exactly_the_pictures_asked_for_and_every_class_its_share():
+def test_a_subset_has_exactly_the_images_asked_for_and_every_class_its_share():
     for limit in (60, 100, 399):
         subset = stratified_subset(UNEVEN, limit, seed=0, class_names=NAMES[:4])
         counts = torch.bincount(UNEVEN[subset], minlength=4)
@@ -71,41 +71,41 @@ def refused(function, *arguments, **more):
 
 
 @pytest.mark.parametrize("fraction", [0.0001, 0.01, 0.95, 0.999])
-def test_a_share_that_leaves_a_class_without_a_picture_names_the_smallest_class_and_a_share_that_works(fraction):
+def test_a_share_that_leaves_a_class_without_a_image_names_the_smallest_class_and_a_share_that_works(fraction):
     message = refused(stratified_split, UNEVEN, fraction)
-    assert message.startswith(f"--data.val_fraction {fraction}: of the 5 training pictures of class d, ")
+    assert message.startswith(f"--data.val_fraction {fraction}: of the 5 training images of class d, ")
     near = float(re.search(r": ([0-9.]+) works, and 0 trains on all", message)[1])
     _, val = stratified_split(UNEVEN, near, seed=0, class_names=NAMES[:4])
     assert 1 <= int((UNEVEN[val] == 3).sum()) < 5
     assert abs(near - 0.5) < abs(fraction - 0.5)
 
 
-def test_of_a_class_with_one_picture_no_share_is_named():
+def test_of_a_class_with_one_image_no_share_is_named():
     targets = torch.repeat_interleave(torch.arange(4), torch.tensor([300, 70, 25, 1]))
     message = refused(stratified_split, targets, 0.1)
-    assert "of the 1 training picture of class d, 0 would be" in message
-    assert message.endswith("add pictures, or 0 trains on all.")
+    assert "of the 1 training image of class d, 0 would be" in message
+    assert message.endswith("add images, or 0 trains on all.")
 
 
-def test_a_limit_that_leaves_a_class_without_pictures_is_refused_and_one_that_is_enough_is_named():
+def test_a_limit_that_leaves_a_class_without_images_is_refused_and_one_that_is_enough_is_named():
     message = refused(stratified_subset, UNEVEN, 10)
-    assert message.startswith("--data.limit 10: too few. Class d, 5 of 400 pictures, would get 0.")
+    assert message.startswith("--data.limit 10: too few. Class d, 5 of 400 images, would get 0.")
     enough = int(re.search(r"(\d+) is enough", message)[1])
     assert len(stratified_subset(UNEVEN, enough, seed=0, class_names=NAMES[:4])) == enough < 80
     assert "would get 0" in refused(stratified_subset, UNEVEN, enough - 1)
 
 
-def test_where_all_pictures_are_too_few_for_a_split_no_limit_is_said_to_be_enough():
+def test_where_all_images_are_too_few_for_a_split_no_limit_is_said_to_be_enough():
     targets = torch.tensor([0] * 1000 + [1])
     message = refused(stratified_split, targets, 0.1, limit=50, class_names=NAMES[:2])
-    assert "--data.val_fraction 0.1: of the 1 training picture of class" in message
+    assert "--data.val_fraction 0.1: of the 1 training image of class" in message
     assert "is enough" not in message
 
 
-def test_the_limit_is_blamed_for_a_split_that_all_pictures_would_allow_and_one_that_is_enough_is_named():
+def test_the_limit_is_blamed_for_a_split_that_all_images_would_allow_and_one_that_is_enough_is_named():
     stratified_split(UNEVEN, 0.2, seed=0, class_names=NAMES[:4])
     message = refused(stratified_split, UNEVEN, 0.2, limit=150)
-    assert message.startswith("--data.limit 150: too few. Class d, 5 of 400 pictures, would get ")
+    assert message.startswith("--data.limit 150: too few. Class d, 5 of 400 images, would get ")
     enough, near = re.search(r"(\d+) is enough, or --data.val_fraction (0[.][0-9]+)", message).groups()
     for limit, fraction in ((int(enough), 0.2), (150, float(near))):
         train, val = stratified_split(UNEVEN, fraction, limit=limit, seed=0, class_names=NAMES[:4])
@@ -113,7 +113,7 @@ def test_the_limit_is_blamed_for_a_split_that_all_pictures_would_allow_and_one_t
         assert all(torch.bincount(UNEVEN[part], minlength=4).min() >= 1 for part in (train, val))
 
 
-def test_a_limit_is_not_blamed_for_what_all_pictures_would_not_allow_either():
+def test_a_limit_is_not_blamed_for_what_all_images_would_not_allow_either():
     assert refused(stratified_split, UNEVEN, 0.01, limit=200).startswith("--data.val_fraction 0.01")
 
 
@@ -124,7 +124,7 @@ def test_weights_let_every_class_count_the_same_and_are_1_where_they_do():
     assert balanced_weights(torch.tensor([7, 7])) == [1.0, 1.0]
 
 
-def test_a_balanced_order_shows_classes_equally_often_and_pictures_of_a_class_too():
+def test_a_balanced_order_shows_classes_equally_often_and_images_of_a_class_too():
     order = balanced_order(UNEVEN, seeded_generator(0, 0, 0))
     assert len(order) == 400
     assert torch.bincount(UNEVEN[order]).tolist() == [100] * 4
@@ -152,4 +152,4 @@ def test_places_that_do_not_divide_go_to_different_classes():
 def test_imbalance_is_told_from_one_and_a_half_times_on():
     assert describe_imbalance(torch.tensor([140, 100]), ("cat", "dog")) is None
     told = describe_imbalance(torch.tensor([3000, 20]), ("cat", "dog"))
-    assert told == "Uneven classes: cat has 3,000 training pictures, dog 20"
+    assert told == "Uneven classes: cat has 3,000 training images, dog 20"

@@ -15,7 +15,7 @@ def test_the_same_arguments_give_the_same_bytes_on_every_machine():
     assert sha256 == "ea10c777145e9a0d72f5930e453caeef1b6119b3de55dd72c4261d16c6e74781"
 
 
-def test_pictures_are_uint8_rgb_and_targets_int64():
+def test_images_are_uint8_rgb_and_targets_int64():
     images, targets = draw("test", 30, image_size=24)
     assert images.shape == (30, 24, 24, 3)
     assert images.dtype == np.uint8
@@ -29,9 +29,9 @@ def test_classes_are_equally_frequent_and_in_random_order():
     assert (np.diff(targets) == 1).mean() < 0.3
 
 
-def test_train_and_test_share_no_picture_and_none_comes_twice():
-    pictures = [picture.tobytes() for split in ("train", "test") for picture in draw(split, 500)[0]]
-    assert len(set(pictures)) == 1000
+def test_train_and_test_share_no_image_and_none_comes_twice():
+    images = [image.tobytes() for split in ("train", "test") for image in draw(split, 500)[0]]
+    assert len(set(images)) == 1000
 
 
 def test_neither_brightness_nor_colour_tells_a_class():

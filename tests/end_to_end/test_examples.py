@@ -13,7 +13,7 @@ NAMES = ["plain_pytorch", "other_lightning_module", "timm_model"]
 
 def accuracy_of(name, *arguments, cwd):
     done = start(*arguments, cwd=cwd, program=EXAMPLES / f"{name}.py", PYTHONPATH=str(REPO))
-    assert list(cwd.glob("*")) == [cwd / "pictures"] * ("folder" in arguments), "an example leaves nothing behind"
+    assert list(cwd.glob("*")) == [cwd / "images"] * ("folder" in arguments), "an example leaves nothing behind"
     return float(done.stdout.splitlines()[-1].removeprefix("test accuracy "))
 
 
@@ -37,16 +37,16 @@ def test_a_network_of_timm_learns_through_our_classifier(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_an_example_takes_other_pictures(name, tmp_path):
+def test_an_example_takes_other_images(name, tmp_path):
     if name == "timm_model":
         pytest.importorskip("timm")
     for split in ("train", "test"):
         for class_name, colour in (("dark", 40), ("light", 200)):
-            folder = tmp_path / "pictures" / split / class_name
+            folder = tmp_path / "images" / split / class_name
             folder.mkdir(parents=True)
             for k in range(50):
                 Image.new("RGB", (32, 32), (colour + k % 20,) * 3).save(folder / f"{k}.png")
-    flags = ["--dataset", "folder", "--root", "pictures", "--epochs", 20]
+    flags = ["--dataset", "folder", "--root", "images", "--epochs", 20]
     assert accuracy_of(name, *flags, cwd=tmp_path) > 0.9
 
 

@@ -46,14 +46,14 @@ def test_a_resident_epoch_makes_the_host_wait_for_nothing():
 
 
 @pytest.mark.parametrize("policy", ["trivial", "rand"])
-def test_a_policy_on_the_gpu_gives_the_pictures_of_the_cpu_and_makes_the_host_wait_for_nothing(policy):
+def test_a_policy_on_the_gpu_gives_the_images_of_the_cpu_and_makes_the_host_wait_for_nothing(policy):
     torch.use_deterministic_algorithms(True)
     chosen = Augmentation(policy=policy, erasing=0.5)
     images = torch.randint(0, 256, (512, 24, 24, 3), dtype=torch.uint8)
     mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
     finished = {}
     for device in ("cpu", "cuda"):
-        draws = draw_epoch(chosen, num_pictures=512, image_size=24, seed=0, epoch=0, device=torch.device(device))
+        draws = draw_epoch(chosen, num_images=512, image_size=24, seed=0, epoch=0, device=torch.device(device))
         batch, statistics = images.to(device), {"mean": mean.to(device), "std": std.to(device)}
         torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
         try:
@@ -88,7 +88,7 @@ def test_mixed_precision_trains(tmp_path, optimizer):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_bad_loss_on_the_gpu_holds_the_update_back_and_stops_at_the_epochs_end(tmp_path, optimizer, precision):
     class Spoiled(ImageClassifier):
-        """Gets a picture of infinities at step 4; notes its weights before and after it."""
+        """Gets an image of infinities at step 4; notes its weights before and after it."""
 
         def on_train_batch_start(self, batch, batch_idx):
             if batch_idx == 4:

@@ -1,4 +1,4 @@
-"""What a mistake on the command line or in the pictures is answered with, in process."""
+"""What a mistake on the command line or in the images is answered with, in process."""
 
 import pytest
 from PIL import Image
@@ -29,8 +29,8 @@ def test_a_mistake_gets_a_short_answer_and_leaves_no_run(monkeypatch, capsys, tm
 
 def test_without_network_and_data_the_message_names_every_way_out(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(download, "_urls", lambda archive: ("http://127.0.0.1:9/cifar-10-python.tar.gz",))
-    message = fail(monkeypatch, capsys, tmp_path, "fit", "--data.root", "pictures")
-    for part in ("cifar-10-python.tar.gz", "pictures", "CIFAR_LIGHTNING_CIFAR10_URL", "--data.dataset synthetic"):
+    message = fail(monkeypatch, capsys, tmp_path, "fit", "--data.root", "images")
+    for part in ("cifar-10-python.tar.gz", "images", "CIFAR_LIGHTNING_CIFAR10_URL", "--data.dataset synthetic"):
         assert part in message
 
 
@@ -52,13 +52,13 @@ def test_class_folders_that_do_not_fit_are_named(monkeypatch, capsys, tmp_path, 
     assert expected in message
 
 
-def test_an_unreadable_picture_is_named(monkeypatch, capsys, tmp_path):
+def test_an_unreadable_image_is_named(monkeypatch, capsys, tmp_path):
     for name in ("train/a", "train/b", "test/a", "test/b"):
         folder = tmp_path / "own" / name
         folder.mkdir(parents=True)
         for k in range(4):
             Image.new("RGB", (8, 8)).save(folder / f"{k}.png")
-    (tmp_path / "own" / "train" / "b" / "2.png").write_bytes(b"not a picture")
+    (tmp_path / "own" / "train" / "b" / "2.png").write_bytes(b"not an image")
     arguments = [
         "fit",
         "--data.dataset",

@@ -1,4 +1,4 @@
-"""Whatever is typed, written into a recipe or done to a picture: a short answer, the right exit status, no traceback.
+"""Whatever is typed, written into a recipe or done to an image: a short answer, the right exit status, no traceback.
 
 The mutations are in mutations.py, the same ones at every start. Everything is real up to the first step of training.
 """
@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from mutations import FORMATS, command_lines, encoded, picture_files, recipes
+from mutations import FORMATS, command_lines, encoded, image_files, recipes
 from program import REPO, TINY, decode_here, start
 
 from cifar_lightning.cli import doctor
 from cifar_lightning.cli import fit as training
 from cifar_lightning.cli import main as cli
 from cifar_lightning.data import download
-from cifar_lightning.data.image_decoding import decode_picture
+from cifar_lightning.data.image_decoding import decode_image
 from cifar_lightning.data.image_folder import CACHE_FOLDER, ClassFolders
 from cifar_lightning.errors import UserError
 from cifar_lightning.report.report import make_report as report
@@ -47,7 +47,7 @@ LINES = [
     ["test", "run", "--data.eval_batch_size", "9"],
     ["predict", "run", "--output", "x.npz"],
     ["test", "--config", "run/config.yaml", "--ckpt_path", "run/checkpoints/best.ckpt"],
-    ["predict-images", "run", "pictures", "pictures/0.png", "--output", "p.csv", "--top_k", "3", "--force"],
+    ["predict-images", "run", "images", "images/0.png", "--output", "p.csv", "--top_k", "3", "--force"],
     ["analyze", "run", "--compare", "other"],
     ["export", "run", "--format", "safetensors", "--output", "m.safetensors", "--input", "uint8", "--force"],
     ["download", "--dataset", "cifar10", "--root", "data"],
@@ -59,7 +59,7 @@ LINES = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with two runs, a few pictures and the recipes, as somebody has it who uses the program."""
+    """A folder with two runs, a few images and the recipes, as somebody has it who uses the program."""
     place = tmp_path_factory.mktemp("place")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -70,9 +70,9 @@ def place(tmp_path_factory):
     release_locks()
     shutil.copytree(place / "run", place / "other")
     shutil.copytree(REPO / "configs", place / "configs")
-    (place / "pictures").mkdir()
+    (place / "images").mkdir()
     for number in range(3):
-        (place / "pictures" / f"{number}.png").write_bytes(encoded("PNG"))
+        (place / "images" / f"{number}.png").write_bytes(encoded("PNG"))
     return place
 
 
@@ -180,17 +180,17 @@ def test_the_lines_and_recipes_are_valid_before_they_are_mutated(place, quick):
         status, err = answer(place, arguments)
         assert (status, err) == (0, "") or (arguments[0] == "download" and "no network" in err)
     for path in sorted((REPO / "configs").glob("*.yaml")):
-        other_pictures = [*TINY[:6], "--data.train_sizes", "null"]
-        assert answer(place, ["fit", "--config", str(path), *other_pictures, "--run_dir", "out"]) == (0, "")
+        other_images = [*TINY[:6], "--data.train_sizes", "null"]
+        assert answer(place, ["fit", "--config", str(path), *other_images, "--run_dir", "out"]) == (0, "")
 
 
 @settings(SAME_EACH_TIME, max_examples=400)
-@given(picture_files(), st.sampled_from([1, 24, 60]))
-def test_any_picture_file_is_decoded_or_refused_by_name(tmp_path_factory, drawn, image_size):
+@given(image_files(), st.sampled_from([1, 24, 60]))
+def test_any_image_file_is_decoded_or_refused_by_name(tmp_path_factory, drawn, image_size):
     suffix, data = drawn
     path = tmp_path_factory.getbasetemp() / f"mutated.{suffix}"
     path.write_bytes(data)
-    decoded, refusal = tried(decode_picture, str(path), image_size)
+    decoded, refusal = tried(decode_image, str(path), image_size)
     if refusal:
         assert refusal.startswith(f"{path} cannot be read (")
         assert "\n" not in refusal
@@ -206,7 +206,7 @@ def tried(function, *arguments):
         return None, str(error)
 
 
-def test_any_folder_of_damaged_pictures_is_decoded_or_refused_with_their_number(tmp_path, monkeypatch):
+def test_any_folder_of_damaged_images_is_decoded_or_refused_with_their_number(tmp_path, monkeypatch):
     decode_here(monkeypatch)
     for split in ("train", "test"):
         for name in ("ant", "bee"):
@@ -214,14 +214,14 @@ def test_any_folder_of_damaged_pictures_is_decoded_or_refused_with_their_number(
             (tmp_path / split / name / "good.png").write_bytes(encoded("PNG"))
 
     @settings(SAME_EACH_TIME, max_examples=40)
-    @given(st.lists(picture_files(), min_size=1, max_size=5))
+    @given(st.lists(image_files(), min_size=1, max_size=5))
     def mutated(files):
         for number, (suffix, data) in enumerate(files):
             (tmp_path / "train" / "ant" / f"bad{number}.{suffix}").write_bytes(data)
         loaded, refusal = tried(lambda: ClassFolders(tmp_path).load("train"))
         if refusal:
             assert len(refusal.splitlines()) == 2
-            assert f"of {len(files) + 2} pictures in {tmp_path / 'train'}" in refusal
+            assert f"of {len(files) + 2} images in {tmp_path / 'train'}" in refusal
         else:
             assert len(loaded[0]) == len(loaded[1]) == len(files) + 2
         for path in [*(tmp_path / "train" / "ant").glob("bad*"), *(tmp_path / CACHE_FOLDER).glob("*")]:
@@ -230,9 +230,9 @@ def test_any_folder_of_damaged_pictures_is_decoded_or_refused_with_their_number(
     mutated()
 
 
-def test_any_damaged_pictures_get_a_row_or_a_line_each(place, quick):
+def test_any_damaged_images_get_a_row_or_a_line_each(place, quick):
     @settings(SAME_EACH_TIME, max_examples=15)
-    @given(st.lists(picture_files(), min_size=1, max_size=8))
+    @given(st.lists(image_files(), min_size=1, max_size=8))
     def mutated(files):
         folder = place / "damaged"
         folder.mkdir()
@@ -259,8 +259,8 @@ def test_in_real_processes_the_answer_is_as_short(place, tmp_path):
     rng = random.Random(0)
     lines = command_lines(LINES[:2] + LINES[5:11])
     statuses = []
-    files = picture_files()
-    kinds = (("line", lines, 12), ("recipe", recipes(RECIPES), 4), ("class folder", files, 2), ("picture", files, 2))
+    files = image_files()
+    kinds = (("line", lines, 12), ("recipe", recipes(RECIPES), 4), ("class folder", files, 2), ("image", files, 2))
     for kind, strategy, num in kinds:
         for data in drawn(strategy, num, rng):
             status, err = in_a_process(kind, data, tmp_path)
@@ -291,7 +291,7 @@ def in_a_process(kind, data, cwd):
     elif kind == "recipe":
         (cwd / "mine.yaml").write_bytes(data)
         arguments = ["fit", "--config", "mine.yaml", *TINY, *short]
-    elif kind == "picture":
+    elif kind == "image":
         (cwd / f"bad.{data[0]}").write_bytes(data[1])
         arguments = ["predict-images", "run", f"bad.{data[0]}", "--output", "p.csv", "--force"]
     else:
@@ -312,4 +312,4 @@ def in_a_process(kind, data, cwd):
 def test_the_formats_of_the_mutations_can_be_read(tmp_path):
     for kind, suffix in FORMATS.items():
         (tmp_path / f"a.{suffix}").write_bytes(encoded(kind))
-        assert decode_picture(str(tmp_path / f"a.{suffix}"), 8).shape == (8, 8, 3)
+        assert decode_image(str(tmp_path / f"a.{suffix}"), 8).shape == (8, 8, 3)

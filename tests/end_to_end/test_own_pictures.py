@@ -1,4 +1,4 @@
-"""Pictures of one's own through the whole program: sizes and modes mixed, few and many classes, uneven numbers."""
+"""Images of one's own through the whole program: sizes and modes mixed, few and many classes, uneven numbers."""
 
 import colorsys
 import json
@@ -13,8 +13,8 @@ from cifar_lightning.runs.folder import RunFolder
 MODES = ("RGB", "L", "RGBA", "P", "CMYK", "1", "I;16")
 
 
-def picture(rng, number, num_classes, mode):
-    """Return a picture of a class: its colour or, in modes without one, its brightness, under noise."""
+def image(rng, number, num_classes, mode):
+    """Return an image of a class: its colour or, in modes without one, its brightness, under noise."""
     height, width = rng.integers(18, 70, 2)
     hue = colorsys.hsv_to_rgb(number / num_classes, 0.9, 0.3 + 0.6 * number / num_classes)
     pixels = np.clip(255 * np.array(hue) + rng.normal(0, 25, (height, width, 3)), 0, 255).astype(np.uint8)
@@ -25,7 +25,7 @@ def picture(rng, number, num_classes, mode):
 
 
 def write_folders(root, num_classes, counts):
-    """Write class folders; `counts` gives each class's pictures by its number."""
+    """Write class folders; `counts` gives each class's images by its number."""
     rng = np.random.default_rng(0)
     for split, share in (("train", 1.0), ("test", 0.25)):
         for number in range(num_classes):
@@ -34,7 +34,7 @@ def write_folders(root, num_classes, counts):
             for k in range(max(1, round(share * counts(number)))):
                 mode = MODES[k % len(MODES)]
                 ending = "tif" if mode == "CMYK" else "png"
-                picture(rng, number, num_classes, mode).save(folder / f"{k}.{ending}")
+                image(rng, number, num_classes, mode).save(folder / f"{k}.{ending}")
     return root
 
 
@@ -45,11 +45,11 @@ def write_folders(root, num_classes, counts):
     [(3, lambda number: (70, 50, 30)[number], 8, 0.6), (200, lambda number: 14 if number % 2 else 6, 4, 0.015)],
     ids=["3 classes", "200 classes"],
 )
-def test_mixed_and_uneven_pictures_are_trained_on_tested_predicted_and_reported(
+def test_mixed_and_uneven_images_are_trained_on_tested_predicted_and_reported(
     tmp_path, num_classes, counts, epochs, least
 ):
-    root = write_folders(tmp_path / "my_pictures", num_classes, counts)
-    recipe = ["--config", REPO / "configs" / "own_pictures.yaml", "--data.root", root, "--epochs", epochs]
+    root = write_folders(tmp_path / "my_images", num_classes, counts)
+    recipe = ["--config", REPO / "configs" / "own_images.yaml", "--data.root", root, "--epochs", epochs]
     small = ["--data.image_size", 32, "--model.name", "smallnet", "--model.model_kwargs", "{widths: [16, 32, 64]}"]
     trained = start("fit", *recipe, *small, "--lr", 0.005, "--run_dir", "run", cwd=tmp_path)
     assert "Uneven classes: " in trained.stdout

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from cifar_lightning.cli.fit import fit_parser
-from cifar_lightning.cli.flags import ALIASES, FRONT_ONLY, check_recipe, table
+from cifar_lightning.cli.flags import ALIASES, FRONT_ONLY, check_config, table
 from cifar_lightning.cli.main import QUICK, training_arguments
 from cifar_lightning.cli.parser import config_text
 from cifar_lightning.errors import UserError
@@ -216,7 +216,7 @@ def test_ci_and_the_readme_name_every_file_of_a_run():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_fits_the_signatures_and_names_its_command(path, parser):
-    check_recipe(path)
+    check_config(path)
     parsed = parser.parse_args(["--config", str(path)])
     values = dict(leaves(parsed.as_dict()))
     assert {name: values[name] for name, _ in stated_by(path)} == dict(stated_by(path))
@@ -231,8 +231,8 @@ def test_a_recipe_fits_the_signatures_and_names_its_command(path, parser):
 def test_a_recipe_states_only_what_differs(path, parser):
     defaults = dict(leaves(parser.get_defaults().as_dict()))
     stated_name = dict(stated_by(path)).get("model.name", "smallnet")
-    network = type(build_model(stated_name))
-    for name, parameter in inspect.signature(network).parameters.items():
+    model = type(build_model(stated_name))
+    for name, parameter in inspect.signature(model).parameters.items():
         defaults[f"model.model_kwargs.{name}"] = parameter.default
     stated = stated_by(path)
     assert stated

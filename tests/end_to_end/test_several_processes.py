@@ -1,4 +1,4 @@
-"""The real program on several processes that torchrun or SLURM starts: one run folder, every picture counted once."""
+"""The real program on several processes that torchrun or SLURM starts: one run folder, every image counted once."""
 
 import csv
 import json
@@ -59,9 +59,9 @@ def check_run(path, *, num_processes, batch_size, printed):
     writers = {events.name.split(".")[-2] for events in path.glob("events.out.tfevents.*")}
     assert len(writers) == 1, "the process that wrote a file is in its name"
     assert json.loads(run.environment.read_text(encoding="utf-8"))["num_devices"] == num_processes
-    for path_of_answers, num_pictures in ((run.predictions, NUM_TEST), (run.predictions_val, 500)):
-        with np.load(path_of_answers) as answers:
-            assert answers["indices"].tolist() == list(range(num_pictures))
+    for predictions_path, num_images in ((run.predictions, NUM_TEST), (run.predictions_val, 500)):
+        with np.load(predictions_path) as answers:
+            assert answers["indices"].tolist() == list(range(num_images))
     confusion = torch.load(run.confusion_matrix_pt, weights_only=True)
     assert confusion.sum(1).tolist() == [NUM_TEST // 10] * 10
     assert json.loads(run.test_metrics.read_text(encoding="utf-8"))["num_pictures"] == NUM_TEST
@@ -71,7 +71,7 @@ def check_run(path, *, num_processes, batch_size, printed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [2, 3])
-def test_torchrun_makes_one_run_and_every_test_picture_is_counted_once(num_processes, tmp_path):
+def test_torchrun_makes_one_run_and_every_test_image_is_counted_once(num_processes, tmp_path):
     launcher = [*TORCHRUN, "--standalone", "--nproc_per_node", num_processes, REPO / "train.py"]
     flags = [*TINY, *DDP, "--trainer.devices", num_processes, "--batch_size", 250, "--epochs", 1, "--run_dir", "run"]
     printed = run_together([*launcher, "fit", *flags], cwd=tmp_path)
@@ -92,8 +92,8 @@ def test_two_processes_at_batch_size_32_make_the_steps_of_one_at_64(tmp_path):
 
 @pytest.mark.slow
 def test_a_single_process_under_ddp_trains_on_where_the_stem_is_no_longer_trained(tmp_path):
-    network = ["--model.name", "speednet", "--model.schedule", "linear", "--model.stem_share", 0.4]
-    start("fit", *TINY, *network, *DDP, "--trainer.devices", 1, "--epochs", 1, "--run_dir", "run", cwd=tmp_path)
+    model = ["--model.name", "speednet", "--model.schedule", "linear", "--model.stem_train_fraction", 0.4]
+    start("fit", *TINY, *model, *DDP, "--trainer.devices", 1, "--epochs", 1, "--run_dir", "run", cwd=tmp_path)
     assert rows_of(RunFolder(tmp_path / "run"))[0]["step"] == "9"
 
 
@@ -149,7 +149,7 @@ class Watch(pl.Callback):
 
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 trainer = pl.Trainer(accelerator="cpu", strategy="ddp", devices=2, max_epochs=1, callbacks=[Watch()], **quiet)
-module = ImageClassifier("speednet", image_size=16, stem_share=0.6, lr=0.01, model_kwargs={"widths": [4, 8, 8]})
+module = ImageClassifier("speednet", image_size=16, stem_train_fraction=0.6, lr=0.01, model_kwargs={"widths": [4, 8, 8]})
 trainer.fit(module, ImageDataModule("synthetic", image_size=16, batch_size=250))
 if trainer.is_global_zero:
     print("moved", [not torch.equal(*pair) for pair in zip(Watch.biases, Watch.biases[1:])])

@@ -57,7 +57,7 @@ def loaded(url):
     return len(tags) == 3 and all("best/val_acc" in of_run for of_run in tags.values())
 
 
-def test_the_server_has_scalars_pictures_curves_and_hyperparameters_of_each_run(address):
+def test_the_server_has_scalars_images_curves_and_hyperparameters_of_each_run(address):
     scalars = answer(address, "plugin/scalars/tags")
     assert sorted(scalars) == ["smallnet/1", "smallnet/2", "smallnet/3"]
     for tags in scalars.values():

@@ -15,10 +15,10 @@ from cifar_lightning.checkpoints.loading import load_weights
 from cifar_lightning.data.datasets import open_source
 from cifar_lightning.inference import export
 from cifar_lightning.inference.export import export_run
-from cifar_lightning.inference.trained_model import load_network
+from cifar_lightning.inference.trained_model import load_trained_model
 from cifar_lightning.models.registry import build_model
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.tta import view_logits
+from cifar_lightning.training.tta import tta_logits
 from cifar_lightning.transforms.augmentation import normalize
 
 CLASSES = [f"class {k}" for k in range(10)]
@@ -30,7 +30,7 @@ def make_run(path, name="smallnet", tta="none", **model_kwargs):
     run.checkpoints.mkdir(parents=True)
     torch.manual_seed(1)
     module = ImageClassifier(name, 10, 32, tta=tta, model_kwargs=model_kwargs)
-    for layer in module.network.modules():
+    for layer in module.model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.normal_(layer.running_mean, std=0.2)
             nn.init.uniform_(layer.weight, 0.8, 1.6)
@@ -38,9 +38,9 @@ def make_run(path, name="smallnet", tta="none", **model_kwargs):
         elif isinstance(layer, nn.Linear):
             head = layer
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
-    images = normalize(torch.from_numpy(test_pictures(256).copy()), mean=torch.tensor(mean), std=torch.tensor(std))
+    images = normalize(torch.from_numpy(test_images(256).copy()), mean=torch.tensor(mean), std=torch.tensor(std))
     with torch.no_grad():  # logits as a trained network's: no class is the answer to everything, none saturates
-        logits = module.network.eval()(images)
+        logits = module.model.eval()(images)
         head.bias.sub_(logits.mean(0))
         scale = 2 / (logits - logits.mean(0)).std()
         head.bias.mul_(scale)
@@ -48,16 +48,16 @@ def make_run(path, name="smallnet", tta="none", **model_kwargs):
     data = {"class_names": CLASSES, "image_size": 32, "mean": mean, "std": std}
     checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "epoch": 2}
     torch.save(checkpoint | {"ImageDataModule": data}, run.best_checkpoint)
-    np.savez(run.gallery, images=test_pictures(300))
+    np.savez(run.gallery, images=test_images(300))
     return run
 
 
-def test_pictures(num):
-    """Pictures of the synthetic test set, NHWC."""
+def test_images(num):
+    """Images of the synthetic test set, NHWC."""
     return open_source("synthetic", "data", None).load("test").images[:num]
 
 
-test_pictures.__test__ = False
+test_images.__test__ = False
 
 
 @pytest.fixture(scope="module")
@@ -72,23 +72,23 @@ def ask_onnx(path, images, output="logits"):
     )
 
 
-def assert_onnx_answers_as_pytorch(run, path, pictures, sizes):
-    trained = load_network(run)
-    parts = torch.from_numpy(pictures.copy()).split(256)
+def assert_onnx_answers_as_pytorch(run, path, images, sizes):
+    trained = load_trained_model(run)
+    parts = torch.from_numpy(images.copy()).split(256)
     expected = torch.cat([trained.logits(part) for part in parts]).softmax(1).numpy()
     assert len(set(expected.argmax(1).tolist())) >= 3
-    ask = ask_onnx(path, np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)), "probs")
+    ask = ask_onnx(path, np.ascontiguousarray(images.transpose(0, 3, 1, 2)), "probs")
     for size in sizes:
         probs = ask(size)
         assert np.abs(probs - expected).max() < 1e-4
         assert (probs.argmax(1) == expected.argmax(1)).all()
 
 
-def test_onnx_takes_raw_pictures_in_batches_of_any_size(run, tmp_path, capsys):
+def test_onnx_takes_raw_images_in_batches_of_any_size(run, tmp_path, capsys):
     path = export_run(run, "onnx", output=tmp_path / "net.onnx", probs=True)
-    assert_onnx_answers_as_pytorch(run, path, test_pictures(64), (1, 7, 64))
+    assert_onnx_answers_as_pytorch(run, path, test_images(64), (1, 7, 64))
     out = capsys.readouterr()
-    assert "256 test pictures: largest difference of a probability" in out.out
+    assert "256 test images: largest difference of a probability" in out.out
     assert out.err == ""
     assert sorted(file.name for file in tmp_path.iterdir()) == ["MODEL_CARD.md", "net.onnx"]  # one file, and its card
 
@@ -103,13 +103,13 @@ def test_the_graph_has_the_promised_names_and_metadata(run, tmp_path):
     assert [dim.dim_value for dim in images.type.tensor_type.shape.dim][1:] == [3, 32, 32]
     told = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(told["class_names"]) == CLASSES
-    assert told["checkpoint_sha256"] == load_network(run).sha256
+    assert told["checkpoint_sha256"] == load_trained_model(run).sha256
     assert (told["image_size"], told["epoch"]) == ("32", "3")
     assert told["cifar_lightning"] == importlib.metadata.version("cifar-lightning")
 
 
 def test_float_input_and_uint8_input_give_the_same_answers(run, tmp_path):
-    images = np.ascontiguousarray(test_pictures(20).transpose(0, 3, 1, 2))
+    images = np.ascontiguousarray(test_images(20).transpose(0, 3, 1, 2))
     raw = ask_onnx(export_run(run, "onnx", output=tmp_path / "raw.onnx"), images)(20)
     path = export_run(run, "onnx", output=tmp_path / "float.onnx", input="float")
     np.testing.assert_allclose(ask_onnx(path, images.astype(np.float32) / 255)(20), raw, atol=1e-4)
@@ -121,8 +121,8 @@ def test_the_torch_archive_runs_at_any_batch_size_and_holds_its_metadata(run, tm
     extra = {"metadata.json": ""}
     module = torch.export.load(path, extra_files=extra).module()
     assert json.loads(json.loads(extra["metadata.json"])["class_names"]) == CLASSES
-    images = torch.from_numpy(test_pictures(9).copy())
-    expected = load_network(run).logits(images)
+    images = torch.from_numpy(test_images(9).copy())
+    expected = load_trained_model(run).logits(images)
     for size in (1, 2, 9):
         logits, probs = module(images[:size].permute(0, 3, 1, 2))
         torch.testing.assert_close(logits, expected[:size], atol=1e-4, rtol=0)
@@ -135,48 +135,48 @@ def test_safetensors_hold_the_weights_and_how_to_build_the_network(run, tmp_path
     path = export_run(run, "safetensors", output=tmp_path / "net.safetensors")
     with safe_open(path, "pt") as file:
         told = file.metadata()
-    network = build_model(**json.loads(told["architecture"]))
-    load_weights(network, path)
-    expected = load_network(run).network.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in network.state_dict().items())
+    model = build_model(**json.loads(told["architecture"]))
+    load_weights(model, path)
+    expected = load_trained_model(run).model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert json.loads(told["mean"]) == pytest.approx([0.4, 0.5, 0.6])
 
 
 def test_the_graph_averages_the_views_that_the_test_did(tmp_path):
     run = make_run(tmp_path / "run", tta="six", widths=[4, 8])
     path = export_run(run, "onnx", output=None)
-    pictures = torch.from_numpy(test_pictures(20).copy())
-    trained = load_network(run)
-    images = normalize(pictures, mean=torch.tensor(trained.mean), std=torch.tensor(trained.std))
+    raw_images = torch.from_numpy(test_images(20).copy())
+    trained = load_trained_model(run)
+    images = normalize(raw_images, mean=torch.tensor(trained.mean), std=torch.tensor(trained.std))
     with torch.no_grad():
-        expected, plain = view_logits(trained.network, images, "six")
-    answers = ask_onnx(path, pictures.permute(0, 3, 1, 2).numpy())(7)
+        expected, plain = tta_logits(trained.model, images, "six")
+    answers = ask_onnx(path, raw_images.permute(0, 3, 1, 2).numpy())(7)
     np.testing.assert_allclose(answers, expected.numpy(), atol=1e-4)
     assert not np.allclose(answers, plain.numpy(), atol=1e-2)
     assert "--model.tta six" in (run.path / "MODEL_CARD.md").read_text()
 
 
-def test_without_test_pictures_random_ones_are_checked_and_named(tmp_path, capsys):
+def test_without_test_images_random_ones_are_checked_and_named(tmp_path, capsys):
     run = make_run(tmp_path / "run", widths=[4])
     run.gallery.unlink()
     export_run(run, "safetensors")
-    assert "Parity on 256 random pictures" in capsys.readouterr().out
+    assert "Parity on 256 random images" in capsys.readouterr().out
     assert (run.path / "model.safetensors").exists()
 
 
 def test_a_file_that_answers_otherwise_is_not_kept(run, tmp_path, monkeypatch):
-    class Wrong(export.ExportedNetwork):
+    class Wrong(export.ExportedModel):
         def forward(self, images):
             return (super().forward(images)[0] + torch.arange(10.0) / 100,)
 
-    monkeypatch.setattr(export, "ExportedNetwork", Wrong)
+    monkeypatch.setattr(export, "ExportedModel", Wrong)
     with pytest.raises(RuntimeError, match="does not answer as PyTorch does"):
         export_run(run, "torch", output=tmp_path / "net.pt2")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_in_the_way_is_named_before_any_work(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "load_network", None)
+    monkeypatch.setattr(export, "load_trained_model", None)
     there = tmp_path / "net.onnx"
     there.touch()
     for output, message in (
@@ -212,7 +212,7 @@ def test_force_overwrites(run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smallnet", "resnet18"])
-def test_onnx_agrees_on_1000_test_pictures_in_batches_from_1_to_512(tmp_path, name):
+def test_onnx_agrees_on_1000_test_images_in_batches_from_1_to_512(tmp_path, name):
     run = make_run(tmp_path / "run", name)
     path = export_run(run, "onnx", probs=True)
-    assert_onnx_answers_as_pytorch(run, path, test_pictures(1000), (1, 7, 256, 512))
+    assert_onnx_answers_as_pytorch(run, path, test_images(1000), (1, 7, 256, 512))

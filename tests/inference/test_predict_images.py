@@ -1,4 +1,4 @@
-"""The classes of picture files: the same as one picture at a time, in order, whole files or none, short messages."""
+"""The classes of image files: the same as one image at a time, in order, whole files or none, short messages."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from PIL import Image
 from program import decode_here
 
 from cifar_lightning import ImageClassifier, UserError
-from cifar_lightning.data import image_decoding as pictures
+from cifar_lightning.data import image_decoding
 from cifar_lightning.inference import predict_images as predict
 from cifar_lightning.inference.predict_images import predict_images, top_classes
 from cifar_lightning.runs.folder import RunFolder
@@ -47,8 +47,8 @@ def save(run, **changes):
     with torch.no_grad():
         for _ in range(20):
             module(colours)
-        module.network.head.weight.mul_(10)
-        module.network.head.bias.sub_(module.eval()(colours).mean(0))  # so that no class wins always
+        module.model.head.weight.mul_(10)
+        module.model.head.bias.sub_(module.eval()(colours).mean(0))  # so that no class wins always
     weights = module.state_dict() | changes
     data = {"class_names": CLASSES, "image_size": SIZE, "mean": list(MEAN), "std": list(STD)}
     checkpoint = {"state_dict": weights, "hyper_parameters": dict(module.hparams), "ImageDataModule": data, "epoch": 0}
@@ -59,7 +59,7 @@ def noise(seed, height=SIZE, width=SIZE):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def save_pictures(num, folder=Path("pictures")):
+def save_images(num, folder=Path("images")):
     """Write noise on different backgrounds, so that the classes differ; return the paths in order."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{k:03}.png" for k in range(num)]
@@ -69,21 +69,21 @@ def save_pictures(num, folder=Path("pictures")):
 
 
 def naive_probs(run, path):
-    """One picture at a time, by hand: RGB, the shorter side to 16, the middle square, normalised, softmax."""
+    """One image at a time, by hand: RGB, the shorter side to 16, the middle square, normalised, softmax."""
     module = ImageClassifier("smallnet", len(CLASSES), SIZE, model_kwargs={"widths": [4, 4, 8]}).eval()
     module.load_state_dict(torch.load(run.best_checkpoint, weights_only=True)["state_dict"])
-    with Image.open(path) as picture:
-        picture.load()
-    if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
-    if picture.mode in ("RGBA", "LA"):
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    picture = picture.convert("RGB")
-    scale = SIZE / min(picture.size)
-    picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
-    left, top = (picture.width - SIZE) // 2, (picture.height - SIZE) // 2
-    pixels = np.asarray(picture)[top : top + SIZE, left : left + SIZE].astype(np.float64) / 255
+    with Image.open(path) as image:
+        image.load()
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode in ("RGBA", "LA"):
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    image = image.convert("RGB")
+    scale = SIZE / min(image.size)
+    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = (image.width - SIZE) // 2, (image.height - SIZE) // 2
+    pixels = np.asarray(image)[top : top + SIZE, left : left + SIZE].astype(np.float64) / 255
     normalized = torch.from_numpy((pixels - MEAN) / STD).float().permute(2, 0, 1)[None]
     with torch.no_grad():
         return module(normalized).softmax(1)[0].tolist()
@@ -107,15 +107,15 @@ def assert_as_naive(run, rows):
         assert [prob for _, prob in ranked(row)] == pytest.approx([probs[k] for k in order], abs=1e-6)
 
 
-def test_rows_equal_one_picture_at_a_time_in_sorted_order(run, capsys):
-    paths = save_pictures(40)
-    assert predict_images(run, [Path("pictures")], output=Path("out.csv")) == 0
+def test_rows_equal_one_image_at_a_time_in_sorted_order(run, capsys):
+    paths = save_images(40)
+    assert predict_images(run, [Path("images")], output=Path("out.csv")) == 0
     rows = read_csv()
     assert [row["path"] for row in rows] == [str(path) for path in paths]
     assert_as_naive(run, rows)
     assert len({row["class"] for row in rows}) > 1, "a test that any answer passes"
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("40 pictures in ")
+    assert first.startswith("40 images in ")
     assert first.endswith(" images/s): out.csv")
     counted = {name: sum(row["class"] == name for row in rows) for name in CLASSES}
     assert f"{max(counted, key=counted.get)} {max(counted.values())}" in second
@@ -136,8 +136,8 @@ def test_any_mode_size_and_format_is_seen_as_in_training(run):
         "photo.jpg": Image.fromarray(noise(9, 17, 19)),
         "cmyk.tif": Image.fromarray(noise(10)).convert("CMYK"),
     }
-    for name, picture in made.items():
-        picture.save(name)
+    for name, image in made.items():
+        image.save(name)
     assert predict_images(run, [Path(name) for name in made], output=Path("out.csv")) == 0
     rows = read_csv()
     assert [row["path"] for row in rows] == list(made)
@@ -146,7 +146,7 @@ def test_any_mode_size_and_format_is_seen_as_in_training(run):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 40])
 def test_the_batch_size_changes_nothing(run, batch_size):
-    paths = save_pictures(40)
+    paths = save_images(40)
     predict_images(run, paths, output=Path("a.csv"), batch_size=256)
     predict_images(run, paths, output=Path("b.csv"), batch_size=batch_size)
     for one, other in zip(read_csv("a.csv"), read_csv("b.csv"), strict=True):
@@ -155,14 +155,14 @@ def test_the_batch_size_changes_nothing(run, batch_size):
 
 
 def test_many_stretches_and_worker_processes_change_nothing(run, monkeypatch, capfd):
-    paths = save_pictures(23)
+    paths = save_images(23)
     paths[5].write_bytes(b"broken")
     paths[22].write_bytes(b"broken")
     assert predict_images(run, paths, output=Path("a.jsonl")) == 2
     monkeypatch.setattr(predict, "_STRETCH_BYTES", 11 * 3 * SIZE**2)
-    monkeypatch.setattr(pictures, "_A_WORKER", 5)
-    monkeypatch.setattr(pictures, "_num_cores", lambda: 2)
-    monkeypatch.setattr(pictures, "_TOLD_FROM", 11)
+    monkeypatch.setattr(image_decoding, "_A_WORKER", 5)
+    monkeypatch.setattr(image_decoding, "_num_cores", lambda: 2)
+    monkeypatch.setattr(image_decoding, "_TOLD_FROM", 11)
     capfd.readouterr()
     assert predict_images(run, paths, output=None) == 2
     captured = capfd.readouterr()
@@ -174,39 +174,39 @@ def test_many_stretches_and_worker_processes_change_nothing(run, monkeypatch, ca
             [one["probability"] for one in other["top"]], abs=1e-6
         )
     assert captured.err.count("cannot be read") == 2
-    assert "Decoded 11 pictures" in captured.err
+    assert "Decoded 11 images" in captured.err
 
 
 def test_equal_logits_give_the_first_class_as_argmax_does():
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 1000))
-    torch.nn.init.zeros_(network[1].weight)
-    network[1].bias.data = torch.tensor([1.0, 3.0] * 500)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 1000))
+    torch.nn.init.zeros_(model[1].weight)
+    model[1].bias.data = torch.tensor([1.0, 3.0] * 500)
     images = torch.zeros(2, 1, 1, 3, dtype=torch.uint8)
     with torch.inference_mode():
-        probs, classes = top_classes(network, images, mean=torch.zeros(3), std=torch.ones(3), top_k=501)
+        probs, classes = top_classes(model, images, mean=torch.zeros(3), std=torch.ones(3), top_k=501)
     assert classes.tolist() == [[*range(1, 1000, 2), 0]] * 2
-    lower, higher = network[1].bias.softmax(0)[:2].tolist()
+    lower, higher = model[1].bias.softmax(0)[:2].tolist()
     assert probs.tolist() == [pytest.approx([*[higher] * 500, lower])] * 2
 
 
 def test_a_network_that_diverged_is_an_error_and_leaves_no_file(run):
-    save(run, **{"network.head.bias": torch.full((3,), torch.nan)})
+    save(run, **{"model.head.bias": torch.full((3,), torch.nan)})
     with pytest.raises(UserError, match="answers with NaN"):
-        predict_images(run, save_pictures(2), output=Path("out.csv"))
-    assert os.listdir() == ["pictures"]
+        predict_images(run, save_images(2), output=Path("out.csv"))
+    assert os.listdir() == ["images"]
 
 
-# -- pictures that cannot be read -------------------------------------------------------------------------------
+# -- images that cannot be read -------------------------------------------------------------------------------
 
 
-def test_unreadable_pictures_are_listed_and_all_others_answered(run, capsys):
-    paths = save_pictures(8)
+def test_unreadable_images_are_listed_and_all_others_answered(run, capsys):
+    paths = save_images(8)
     whole = paths[2].read_bytes()
     paths[0].write_bytes(whole[: len(whole) // 2])
     paths[3].write_bytes(b"")
-    paths[4].write_bytes(b"no picture")
+    paths[4].write_bytes(b"no image")
     paths[7].write_bytes(whole[:60] + bytes([whole[60] ^ 1]) + whole[61:])
-    assert predict_images(run, [Path("pictures")], output=Path("out.csv"), batch_size=2) == 4
+    assert predict_images(run, [Path("images")], output=Path("out.csv"), batch_size=2) == 4
     rows = read_csv()
     assert [row["path"] for row in rows] == [str(paths[k]) for k in (1, 2, 5, 6)]
     assert_as_naive(run, rows)
@@ -215,22 +215,22 @@ def test_unreadable_pictures_are_listed_and_all_others_answered(run, capsys):
     assert all("cannot be read (" in line for line in told)
 
 
-def test_an_unreadable_picture_takes_one_line_whatever_its_name(run, capsys):
-    Path("a\nb.png").write_bytes(b"no picture")
+def test_an_unreadable_image_takes_one_line_whatever_its_name(run, capsys):
+    Path("a\nb.png").write_bytes(b"no image")
     assert predict_images(run, [Path("a\nb.png")], output=None) == 1
-    assert capsys.readouterr().err == "a\\nb.png cannot be read (no picture that Pillow knows)\n"
+    assert capsys.readouterr().err == "a\\nb.png cannot be read (no image that Pillow knows)\n"
 
 
-def test_at_most_20_unreadable_pictures_are_listed_and_a_file_with_a_header_remains(run, capsys):
+def test_at_most_20_unreadable_images_are_listed_and_a_file_with_a_header_remains(run, capsys):
     paths = [Path(f"{k:02}.png") for k in range(23)]
     for path in paths:
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"no image")
     assert predict_images(run, paths, output=Path("out.csv"), top_k=2) == 23
     assert Path("out.csv").read_bytes() == b"path,class,probability,class_2,probability_2\n"
     captured = capsys.readouterr()
     assert captured.err.splitlines()[19].startswith("19.png cannot")
     assert captured.err.splitlines()[20:] == ["and 3 more"]
-    assert captured.out.startswith("0 pictures in ")
+    assert captured.out.startswith("0 images in ")
     assert predict_images(run, paths, output=None) == 23
     assert capsys.readouterr().out == ""
 
@@ -238,26 +238,26 @@ def test_at_most_20_unreadable_pictures_are_listed_and_a_file_with_a_header_rema
 # -- finding ----------------------------------------------------------------------------------------------------
 
 
-def test_folders_are_searched_for_visible_pictures_and_named_files_always_tried(run):
-    (shown,) = save_pictures(1, Path("top/b"))
-    picture = shown.read_bytes()
+def test_folders_are_searched_for_visible_images_and_named_files_always_tried(run):
+    (shown,) = save_images(1, Path("top/b"))
+    image = shown.read_bytes()
     for name in ("top/z.PNG", "top/a.jpeg", "top/b-/x.png", "top/.hidden.png", "top/.git/x.png", "top/notes.txt", "x"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_bytes(picture)
+        Path(name).write_bytes(image)
     predict_images(run, [Path("x"), Path("top"), Path("top/.hidden.png")], output=Path("out.csv"))
     expected = ["x", "top/a.jpeg", "top/b-/x.png", "top/b/000.png", "top/z.PNG", "top/.hidden.png"]
     assert [row["path"] for row in read_csv()] == [str(Path(name)) for name in expected]
 
 
 def test_absolute_paths_stay_absolute(run):
-    path = save_pictures(1)[0].resolve()
+    path = save_images(1)[0].resolve()
     predict_images(run, [path, path.parent], output=Path("out.csv"))
     assert [row["path"] for row in read_csv()] == [str(path), str(path)]
 
 
 @pytest.mark.parametrize("name", ["Grüße, „x“.png", "two words.png", "new\nline.png", 'quo"te.png'])
 def test_odd_names_come_back_from_csv_json_and_stdout(run, name, capsys):
-    save_pictures(1)[0].rename(name)
+    save_images(1)[0].rename(name)
     predict_images(run, [Path(name)], output=Path("out.csv"))
     predict_images(run, [Path(name)], output=Path("out.json"))
     capsys.readouterr()
@@ -272,8 +272,8 @@ def test_odd_names_come_back_from_csv_json_and_stdout(run, name, capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has file names that are not UTF-8")
 def test_names_that_are_not_utf8_are_written_escaped(run, capsys):
     name = os.fsdecode(b"caf\xe9.png")
-    save_pictures(1)[0].rename(name)
-    Path(os.fsdecode(b"bad\xe9.png")).write_bytes(b"no picture")
+    save_images(1)[0].rename(name)
+    Path(os.fsdecode(b"bad\xe9.png")).write_bytes(b"no image")
     out = Path(os.fsdecode(b"out\xe9.csv"))
     assert predict_images(run, [Path(name), Path(os.fsdecode(b"bad\xe9.png"))], output=out) == 1
     assert read_csv(out)[0]["path"] == "caf\\udce9.png"
@@ -286,7 +286,7 @@ def test_names_that_are_not_utf8_are_written_escaped(run, capsys):
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_csv_and_json_hold_the_same_top_k(run, top_k):
-    paths = save_pictures(3)
+    paths = save_images(3)
     predict_images(run, paths, output=Path("out.csv"), top_k=top_k)
     predict_images(run, paths, output=Path("out.JSONL"), top_k=top_k)
     rows = read_csv()
@@ -300,8 +300,8 @@ def test_csv_and_json_hold_the_same_top_k(run, top_k):
 
 
 def test_stdout_gets_json_lines_alone(run, capsys):
-    paths = save_pictures(4)
-    paths[1].write_bytes(b"no picture")
+    paths = save_images(4)
+    paths[1].write_bytes(b"no image")
     assert predict_images(run, paths, output=None) == 1
     captured = capsys.readouterr()
     assert [json.loads(line)["path"] for line in captured.out.splitlines()] == [str(paths[k]) for k in (0, 2, 3)]
@@ -309,10 +309,10 @@ def test_stdout_gets_json_lines_alone(run, capsys):
 
 
 def test_an_existing_output_is_kept_without_force_and_replaced_with_it(run, monkeypatch):
-    paths = save_pictures(2)
+    paths = save_images(2)
     Path("out.csv").write_text("old")
     with monkeypatch.context() as patch:
-        patch.setattr(predict, "load_network", lambda run: pytest.fail("work was done"))
+        patch.setattr(predict, "load_trained_model", lambda run: pytest.fail("work was done"))
         with pytest.raises(UserError, match=r"--output out\.csv: exists; .* --force"):
             predict_images(run, paths, output=Path("out.csv"))
     assert Path("out.csv").read_text() == "old"
@@ -328,7 +328,7 @@ def test_an_existing_output_is_kept_without_force_and_replaced_with_it(run, monk
     ],
 )
 def test_output_is_whole_or_as_before(run, monkeypatch, error, seen):
-    paths = save_pictures(2)
+    paths = save_images(2)
     Path("out.csv").write_text("old")
 
     def fail(descriptor):
@@ -338,7 +338,7 @@ def test_output_is_whole_or_as_before(run, monkeypatch, error, seen):
     with pytest.raises((UserError, KeyboardInterrupt), match=seen):
         predict_images(run, paths, output=Path("out.csv"), force=True)
     assert Path("out.csv").read_text() == "old"
-    assert sorted(os.listdir()) == ["out.csv", "pictures"]
+    assert sorted(os.listdir()) == ["out.csv", "images"]
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------
@@ -348,8 +348,8 @@ def test_output_is_whole_or_as_before(run, monkeypatch, error, seen):
     ("arguments", "message"),
     [
         ({"paths": ["absent.png"]}, r"absent\.png: there is no such file or folder"),
-        ({"paths": ["pictures", "empty"]}, "empty: no pictures in this folder or below"),
-        ({"paths": []}, "PATH: name pictures"),
+        ({"paths": ["images", "empty"]}, "empty: no images in this folder or below"),
+        ({"paths": []}, "PATH: name images"),
         ({"top_k": 0}, "--top_k 0: 1 or more"),
         ({"top_k": 4}, "--top_k 4: the run knows 3 classes"),
         ({"batch_size": 0}, "--batch_size 0: 1 or more"),
@@ -359,16 +359,16 @@ def test_output_is_whole_or_as_before(run, monkeypatch, error, seen):
         ({"output": "folder.csv", "force": True}, r"--output folder\.csv: is a folder"),
     ],
 )
-def test_mistakes_are_named_in_one_line_before_any_picture_is_read(run, monkeypatch, arguments, message):
-    save_pictures(1)
+def test_mistakes_are_named_in_one_line_before_any_image_is_read(run, monkeypatch, arguments, message):
+    save_images(1)
     for folder in ("empty", "folder.csv"):
         Path(folder).mkdir()
     Path("empty/notes.txt").write_text("none")
-    monkeypatch.setattr(pictures, "decode_all", lambda *arguments: pytest.fail("a picture was read"))
+    monkeypatch.setattr(image_decoding, "decode_all", lambda *arguments: pytest.fail("an image was read"))
     if "top_k" not in arguments:
-        monkeypatch.setattr(predict, "load_network", lambda run: pytest.fail("the network was loaded"))
+        monkeypatch.setattr(predict, "load_trained_model", lambda run: pytest.fail("the network was loaded"))
     before = sorted(os.listdir())
-    paths = [Path(path) for path in arguments.pop("paths", ["pictures"])]
+    paths = [Path(path) for path in arguments.pop("paths", ["images"])]
     output = Path(arguments.pop("output", "out.csv"))
     with pytest.raises(UserError, match=message) as raised:
         predict_images(run, paths, output=output, **arguments)
@@ -377,10 +377,10 @@ def test_mistakes_are_named_in_one_line_before_any_picture_is_read(run, monkeypa
 
 
 def test_a_folder_that_takes_no_files_is_named(run, monkeypatch):
-    save_pictures(1)
+    save_images(1)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match=r"--output out\.csv: the folder \. cannot be written"):
-        predict_images(run, [Path("pictures")], output=Path("out.csv"))
+        predict_images(run, [Path("images")], output=Path("out.csv"))
 
 
 def test_predicting_imports_no_lightning():

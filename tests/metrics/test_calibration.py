@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from made_run import made_answers
+from made_run import made_predictions
 from scipy.optimize import minimize_scalar
 from torchmetrics.classification import MulticlassCalibrationError
 
@@ -16,7 +16,7 @@ from cifar_lightning.metrics.calibration import (
     softmax,
 )
 
-LOGITS, TARGETS = made_answers(10, 2000, skill=2, sharpness=1)
+LOGITS, TARGETS = made_predictions(10, 2000, skill=2, sharpness=1)
 
 
 def test_softmax_and_loss_equal_torchs():
@@ -41,7 +41,7 @@ def test_the_calibration_error_equals_torchmetrics(bins, sharpness):
     assert expected_calibration_error(probs.numpy(), TARGETS, bins) == pytest.approx(theirs, abs=1e-5)
 
 
-def test_the_calibration_error_of_four_pictures_equals_the_sum_by_hand():
+def test_the_calibration_error_of_four_images_equals_the_sum_by_hand():
     probs = np.array([[0.9, 0.1], [0.92, 0.08], [0.6, 0.4], [0.3, 0.7]])
     targets = np.array([0, 1, 0, 0])
     # 15 bins: 0.9 and 0.92 share [13/15, 14/15); 0.6 and 0.7 are alone. |1 - 1.82| + |1 - 0.6| + |0 - 0.7|, over 4
@@ -62,7 +62,7 @@ def test_bins_and_error_equal_a_loop_over_the_bins_as_published(sharpness):
     error = 0.0
     for index, (low, high) in enumerate(zip(binned.edges[:-1], binned.edges[1:], strict=True)):
         inside = (confidence > low) & (confidence <= high)
-        assert binned.num_pictures[index] == inside.sum()
+        assert binned.num_images[index] == inside.sum()
         if inside.any():
             assert binned.num_right[index] == right[inside].sum()
             assert binned.confidence[index] == pytest.approx(confidence[inside].mean())
@@ -70,14 +70,14 @@ def test_bins_and_error_equal_a_loop_over_the_bins_as_published(sharpness):
         else:
             assert np.isnan(binned.confidence[index])
     assert binned.error == pytest.approx(error)
-    assert len(binned.num_pictures) == 15
-    assert binned.num_pictures.sum() == 2000
+    assert len(binned.num_images) == 15
+    assert binned.num_images.sum() == 2000
 
 
 def test_an_unknown_confidence_makes_the_error_unknown_without_a_warning():
     binned = reliability(np.array([np.nan, 0.5]), np.array([False, True]))
     assert np.isnan(binned.error)
-    assert binned.num_pictures.sum() == 1
+    assert binned.num_images.sum() == 1
 
 
 @pytest.mark.parametrize("sharpness", [0.2, 1.0, 5.0, 40.0])
@@ -95,7 +95,7 @@ def test_the_temperature_of_sharpened_logits_is_sharper_by_as_much():
 
 @pytest.mark.parametrize("sharpness", [0.4, 4.0])  # as label smoothing and as overfitting leave them
 def test_temperature_lowers_the_error_and_changes_no_answer(sharpness):
-    val_logits, val_targets = made_answers(10, 2000, seed=1, skill=2, sharpness=1)
+    val_logits, val_targets = made_predictions(10, 2000, seed=1, skill=2, sharpness=1)
     temperature = fit_temperature(val_logits * sharpness, val_targets)
     before, after = LOGITS * sharpness, LOGITS * sharpness / temperature
     assert (

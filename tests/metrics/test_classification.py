@@ -7,21 +7,21 @@ import numpy as np
 import pytest
 import torch
 from jaxtyping import TypeCheckError
-from made_run import made_answers
+from made_run import made_predictions
 from sklearn import metrics as sk
 from torchmetrics.classification import MulticlassF1Score
 
-from cifar_lightning.metrics import classification as analysis
+from cifar_lightning.metrics import classification
 from cifar_lightning.metrics.calibration import softmax
 from cifar_lightning.metrics.significance import wilson_interval
 
-LOGITS, TARGETS = made_answers(10, 2000, skill=2, sharpness=1)
+LOGITS, TARGETS = made_predictions(10, 2000, skill=2, sharpness=1)
 PREDS = LOGITS.argmax(axis=1)
-CM = analysis.confusion_matrix(TARGETS, PREDS, 10)
+CM = classification.confusion_matrix(TARGETS, PREDS, 10)
 
 
 def test_the_confusion_matrix_has_true_classes_on_its_rows():
-    cm = analysis.confusion_matrix(np.array([0, 0, 2]), np.array([0, 1, 1]), 3)
+    cm = classification.confusion_matrix(np.array([0, 0, 2]), np.array([0, 1, 1]), 3)
     assert cm.tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 0]]
     assert cm.dtype == np.int64
     assert (sk.confusion_matrix(TARGETS, PREDS) == CM).all()
@@ -30,24 +30,24 @@ def test_the_confusion_matrix_has_true_classes_on_its_rows():
 def test_a_class_outside_the_range_is_refused_and_not_counted_elsewhere():
     for targets, preds in (([0, 3], [0, 0]), ([0, 0], [0, 3]), ([0, -1], [0, 0])):
         with pytest.raises(ValueError, match="not in 0"):
-            analysis.confusion_matrix(np.array(targets), np.array(preds), 3)
+            classification.confusion_matrix(np.array(targets), np.array(preds), 3)
     with pytest.raises((ValueError, TypeCheckError)):
-        analysis.confusion_matrix(np.array([0, 1]), np.array([0]), 3)
+        classification.confusion_matrix(np.array([0, 1]), np.array([0]), 3)
 
 
 def test_rates_equal_scikit_learns():
     precision, recall, f1, support = sk.precision_recall_fscore_support(TARGETS, PREDS)
-    rates = analysis.per_class(CM)
+    rates = classification.per_class(CM)
     np.testing.assert_allclose(rates.precision, precision, rtol=1e-12)
     np.testing.assert_allclose(rates.recall, recall, rtol=1e-12)
     np.testing.assert_allclose(rates.f1, f1, rtol=1e-12)
     np.testing.assert_array_equal(rates.support, support)
     np.testing.assert_array_equal(rates.predicted, np.bincount(PREDS, minlength=10))
-    assert analysis.accuracy(CM) == sk.accuracy_score(TARGETS, PREDS)
+    assert classification.accuracy(CM) == sk.accuracy_score(TARGETS, PREDS)
 
 
 def test_a_class_never_predicted_has_no_precision_and_an_f1_of_zero():
-    rates = analysis.per_class(np.array([[3, 1, 0, 0], [0, 2, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]))
+    rates = classification.per_class(np.array([[3, 1, 0, 0], [0, 2, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]))
     assert np.isnan(rates.precision).tolist() == [False, False, True, True]
     assert np.isnan(rates.recall).tolist() == [False, False, False, True]
     assert rates.recall[2] == rates.f1[2] == 0.0
@@ -56,36 +56,36 @@ def test_a_class_never_predicted_has_no_precision_and_an_f1_of_zero():
 
 def test_nothing_at_all_gives_nan_without_a_warning():
     empty = np.zeros((3, 3), dtype=np.int64)
-    assert math.isnan(analysis.accuracy(empty))
-    assert math.isnan(analysis.macro_f1(empty))
-    assert analysis.most_confused(empty) == []
+    assert math.isnan(classification.accuracy(empty))
+    assert math.isnan(classification.macro_f1(empty))
+    assert classification.most_confused(empty) == []
 
 
 @pytest.mark.parametrize("absent", [False, True])
 def test_macro_f1_equals_scikit_learn_and_torchmetrics_also_with_an_absent_class(absent):
     num_classes = 12 if absent else 10  # nobody is of class 10 or 11
-    cm = analysis.confusion_matrix(TARGETS, PREDS, num_classes)
+    cm = classification.confusion_matrix(TARGETS, PREDS, num_classes)
     theirs = MulticlassF1Score(num_classes, average="macro")(torch.tensor(PREDS), torch.tensor(TARGETS)).item()
-    assert analysis.macro_f1(cm) == pytest.approx(sk.f1_score(TARGETS, PREDS, average="macro"), rel=1e-12)
-    assert analysis.macro_f1(cm) == pytest.approx(theirs, rel=1e-6)
+    assert classification.macro_f1(cm) == pytest.approx(sk.f1_score(TARGETS, PREDS, average="macro"), rel=1e-12)
+    assert classification.macro_f1(cm) == pytest.approx(theirs, rel=1e-6)
 
 
 def test_most_confused_counts_mistakes_alone_the_largest_first_and_ties_in_class_order():
     cm = np.array([[90, 2, 8], [0, 0, 0], [8, 0, 12]])
     before = cm.copy()
-    pairs = analysis.most_confused(cm)
+    pairs = classification.most_confused(cm)
     assert [(pair.true, pair.pred, pair.count, pair.share) for pair in pairs] == [
         (0, 2, 8, 0.08),
         (2, 0, 8, 0.4),
         (0, 1, 2, 0.02),
     ]
-    assert len(analysis.most_confused(cm, top=1)) == 1
+    assert len(classification.most_confused(cm, top=1)) == 1
     assert (cm == before).all()
 
 
 def test_test_metrics_agree_with_references_and_are_plain_types():
     names = [f"class {index}" for index in range(10)]
-    metrics = analysis.test_metrics(LOGITS, TARGETS, names)
+    metrics = classification.test_metrics(LOGITS, TARGETS, names)
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
     report = sk.classification_report(TARGETS, PREDS, target_names=names, output_dict=True)
     assert metrics["accuracy"] == report["accuracy"]
@@ -109,20 +109,20 @@ def test_test_metrics_agree_with_references_and_are_plain_types():
 
 def test_what_has_no_value_is_none_and_a_diverged_network_is_measured_without_warnings():
     logits = np.full((4, 3), np.nan, dtype=np.float32)
-    metrics = analysis.test_metrics(logits, np.array([0, 0, 1, 1]), ["a", "b", "c"])
+    metrics = classification.test_metrics(logits, np.array([0, 0, 1, 1]), ["a", "b", "c"])
     assert metrics["loss"] is None
     assert metrics["ece"] is None
     assert metrics["per_class"]["b"]["precision"] is None
     assert metrics["per_class"]["c"] == {"support": 0, "precision": None, "recall": None, "f1": None}
-    assert analysis.test_metrics(np.array([[np.inf, 0.0]]), np.array([0]), ["a", "b"])["loss"] is None
+    assert classification.test_metrics(np.array([[np.inf, 0.0]]), np.array([0]), ["a", "b"])["loss"] is None
 
 
 def test_names_that_do_not_fit_the_logits_are_refused():
     for names in (["a"] * 10, ["a", "b"]):
         with pytest.raises(ValueError, match="distinct names"):
-            analysis.test_metrics(LOGITS, TARGETS, names)
-    with pytest.raises(ValueError, match="no pictures"):
-        analysis.test_metrics(LOGITS[:0], TARGETS[:0], [str(index) for index in range(10)])
+            classification.test_metrics(LOGITS, TARGETS, names)
+    with pytest.raises(ValueError, match="no images"):
+        classification.test_metrics(LOGITS[:0], TARGETS[:0], [str(index) for index in range(10)])
 
 
 def test_analysis_needs_neither_torch_nor_lightning():

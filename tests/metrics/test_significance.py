@@ -45,7 +45,7 @@ def test_the_binomial_test_equals_scipys(successes, failures, share):
     assert binomial_test(successes, successes + failures, share) == pytest.approx(theirs, rel=1e-7, abs=1e-300)
 
 
-def test_mcnemar_is_a_fair_coin_on_the_pictures_that_one_alone_has_right():
+def test_mcnemar_is_a_fair_coin_on_the_images_that_one_alone_has_right():
     # By hand: 2 * (1 + 9 + 36) / 2**9, both tails of nine tosses with two heads or fewer.
     assert mcnemar_test(2, 7) == mcnemar_test(7, 2) == pytest.approx(2 * (1 + 9 + 36) / 512)
     assert mcnemar_test(0, 0) == mcnemar_test(5, 5) == 1.0
@@ -58,7 +58,7 @@ def test_fishers_test_equals_scipys(right, wrong, other_right, other_wrong):
     assert fisher_test(right, right + wrong, other_right, other_right + other_wrong) == pytest.approx(theirs, rel=1e-6)
 
 
-def test_fishers_test_also_works_on_ten_thousand_pictures():
+def test_fishers_test_also_works_on_ten_thousand_images():
     theirs = stats.fisher_exact([[681, 319], [7631, 1369]]).pvalue
     assert fisher_test(681, 1000, 7631, 9000) == pytest.approx(theirs, rel=1e-6)
 
@@ -110,6 +110,6 @@ def test_the_paired_interval_is_antisymmetric_and_narrower_than_the_unpaired_one
     assert low < 0.03 < high
 
 
-def test_without_pictures_every_difference_is_possible():
+def test_without_images_every_difference_is_possible():
     assert paired_difference_interval(0, 0, 0, 0) == pytest.approx((-math.sqrt(0.5), math.sqrt(0.5)))
     assert difference_interval(0, 0, 0, 0)[0] < -0.5

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: what is taken, what is fitted to small pictures, and what is said where they do not fit."""
+"""Weights from elsewhere: what is taken, what is fitted to small images, and what is said where they do not fit."""
 
 import logging
 import re
@@ -39,36 +39,36 @@ def test_published_weights_are_taken_but_for_the_head(published, capsys):
     theirs = torchvision.models.shufflenet_v2_x0_5().state_dict()
     published.append({name: tensor for name, tensor in theirs.items() if "num_batches_tracked" not in name})
     architecture = {"name": "torchvision/shufflenet_v2_x0_5", "num_classes": 5, "image_size": 32}
-    network = build_model(**architecture)
-    head = network.fc.weight.detach().clone()
-    assert load_pretrained(network, architecture, True) == IMAGENET
-    assert torch.equal(network.fc.weight, head)
-    body = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
+    model = build_model(**architecture)
+    head = model.fc.weight.detach().clone()
+    assert load_pretrained(model, architecture, True) == IMAGENET
+    assert torch.equal(model.fc.weight, head)
+    body = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("fc.")}
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in body.items())
     told = "--model.pretrained true: the weights of torchvision/shufflenet_v2_x0_5 are taken, all but the last layer's"
-    assert capsys.readouterr().out == f"{told}; pictures are normalised as they were for them.\n"
+    assert capsys.readouterr().out == f"{told}; images are normalised as they were for them.\n"
 
 
 def test_a_head_of_as_many_classes_is_new_too(published):
     theirs = torchvision.models.squeezenet1_0(num_classes=5).state_dict()
     published.append(theirs)
-    network = build_model(**(SQUEEZE | {"image_size": 96}))
-    load_pretrained(network, SQUEEZE, True)
-    assert not torch.equal(network.classifier[1].weight, theirs["classifier.1.weight"])
-    assert torch.equal(network.features[0].weight, theirs["features.0.weight"])
+    model = build_model(**(SQUEEZE | {"image_size": 96}))
+    load_pretrained(model, SQUEEZE, True)
+    assert not torch.equal(model.classifier[1].weight, theirs["classifier.1.weight"])
+    assert torch.equal(model.features[0].weight, theirs["features.0.weight"])
 
 
 def test_larger_filters_of_the_stem_are_resampled_and_a_line_says_so(published, capsys):
     theirs = torchvision.models.squeezenet1_0().state_dict()
     published.append(theirs)
-    network = build_model(**SQUEEZE)
-    load_pretrained(network, SQUEEZE, True)
+    model = build_model(**SQUEEZE)
+    load_pretrained(model, SQUEEZE, True)
     expected = resample_filters(theirs["features.0.weight"], (3, 3))
-    torch.testing.assert_close(network.features[0].weight.detach(), expected)
+    torch.testing.assert_close(model.features[0].weight.detach(), expected)
     assert capsys.readouterr().out.endswith("; the filters of features.0.weight resampled from 7x7 to 3x3.\n")
 
 
-def test_resampled_filters_answer_to_a_picture_as_the_larger_ones_to_a_larger_picture():
+def test_resampled_filters_answer_to_a_image_as_the_larger_ones_to_a_larger_image():
     torch.manual_seed(0)
     filters = torch.randn(4, 3, 6, 6)
     small = torch.randn(2, 3, 9, 9)
@@ -83,26 +83,26 @@ def test_resampled_filters_answer_to_a_picture_as_the_larger_ones_to_a_larger_pi
 def test_weights_of_former_names_and_of_auxiliary_heads_are_taken(published):
     with torch.device("meta"):
         theirs = torchvision.models.densenet121().state_dict()
-        network = build_model("torchvision/densenet121", 5, 96)
+        model = build_model("torchvision/densenet121", 5, 96)
     old = re.compile(r"(denselayer\d+\.(?:norm|conv))([12])")
     published.append({old.sub(r"\1.\2", name): tensor for name, tensor in theirs.items()})
     assert "features.denseblock1.denselayer1.norm.1.weight" in published[-1]
-    load_pretrained(network, {"name": "torchvision/densenet121", "num_classes": 5, "image_size": 96}, True)
+    load_pretrained(model, {"name": "torchvision/densenet121", "num_classes": 5, "image_size": 96}, True)
     with torch.device("meta"):
         published.append(torchvision.models.googlenet(init_weights=False).state_dict())
-        network = build_model("torchvision/googlenet", 5, 96)
+        model = build_model("torchvision/googlenet", 5, 96)
     architecture = {"name": "torchvision/googlenet", "num_classes": 5, "image_size": 96}
-    # torchvision's transform_input, (x * std + mean - 0.5) / 0.5, of a picture normalised as ImageNet's.
-    assert load_pretrained(network, architecture, True) == Normalization((0.5,) * 3, (0.5,) * 3)
+    # torchvision's transform_input, (x * std + mean - 0.5) / 0.5, of an image normalised as ImageNet's.
+    assert load_pretrained(model, architecture, True) == Normalization((0.5,) * 3, (0.5,) * 3)
 
 
 def test_positions_are_interpolated(tmp_path, capsys):
     architecture = {"name": "vit_tiny", "num_classes": 5, "image_size": 16, **FEW}
     theirs = build_model(**(architecture | {"image_size": 24, "num_classes": 9}))
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
-    network = build_model(**architecture)
-    assert load_pretrained(network, architecture, tmp_path / "weights.pth") is None
-    theirs_at, ours_at = (each.encoder.pos_embedding.detach() for each in (theirs, network))
+    model = build_model(**architecture)
+    assert load_pretrained(model, architecture, tmp_path / "weights.pth") is None
+    theirs_at, ours_at = (each.encoder.pos_embedding.detach() for each in (theirs, model))
     assert torch.equal(ours_at[:, 0], theirs_at[:, 0])  # of the class token
     corners = ours_at[0, 1:].reshape(4, 4, 8)[::3, ::3], theirs_at[0, 1:].reshape(6, 6, 8)[::5, ::5]
     torch.testing.assert_close(*corners)
@@ -119,26 +119,26 @@ def test_files_of_each_kind_are_read(tmp_path, suffix):
         save_file(theirs, path)
     else:  # .pth as published files are: torch's format from before 1.6
         torch.save(theirs, path, _use_new_zipfile_serialization=suffix == ".pt")
-    network = build_model(**NARROW)
-    assert load_pretrained(network, NARROW, str(path)) is None
-    body = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("head.")}
+    model = build_model(**NARROW)
+    assert load_pretrained(model, NARROW, str(path)) is None
+    body = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in body.items())
 
 
 def test_a_prefix_of_all_names_is_taken_off(tmp_path):
     theirs = build_model(**NARROW).state_dict()
     torch.save({f"module.{name}": tensor for name, tensor in theirs.items()}, tmp_path / "weights.pt")
-    network = build_model(**NARROW)
-    load_pretrained(network, NARROW, tmp_path / "weights.pt")
-    assert torch.equal(network.features[0].weight, theirs["features.0.weight"])
+    model = build_model(**NARROW)
+    load_pretrained(model, NARROW, tmp_path / "weights.pt")
+    assert torch.equal(model.features[0].weight, theirs["features.0.weight"])
 
 
 def test_a_head_of_another_form_is_left_out(tmp_path):
     theirs = build_model(**NARROW).state_dict()
     torch.save(theirs | {"head.second.weight": torch.ones(3)}, tmp_path / "weights.pt")
-    network = build_model(**NARROW)
-    load_pretrained(network, NARROW, tmp_path / "weights.pt")
-    assert torch.equal(network.features[0].weight, theirs["features.0.weight"])
+    model = build_model(**NARROW)
+    load_pretrained(model, NARROW, tmp_path / "weights.pt")
+    assert torch.equal(model.features[0].weight, theirs["features.0.weight"])
 
 
 @pytest.mark.parametrize("name", ["missing.pt", "folder"])
@@ -149,7 +149,7 @@ def test_what_is_no_file_is_refused_with_the_flag(tmp_path, name):
 
 
 def test_a_runs_checkpoint_brings_its_statistics(tmp_path):
-    weights = {f"network.{name}": tensor for name, tensor in build_model(**NARROW).state_dict().items()}
+    weights = {f"model.{name}": tensor for name, tensor in build_model(**NARROW).state_dict().items()}
     data = {"class_names": ["a"], "image_size": 16, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     torch.save({"state_dict": weights, "ImageDataModule": data}, tmp_path / "best.ckpt")
     expected = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
@@ -165,25 +165,25 @@ def test_a_file_for_a_network_of_torchvision_is_normalised_as_the_published_ones
 def test_layers_that_do_not_fit_are_named_with_both_shapes_and_nothing_is_changed(tmp_path):
     theirs = build_model(**(NARROW | {"widths": [3, 4]})).state_dict()
     torch.save(theirs, tmp_path / "other.pth")
-    network = build_model(**NARROW)
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    model = build_model(**NARROW)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UserError) as error:
-        load_pretrained(network, NARROW, tmp_path / "other.pth")
+        load_pretrained(model, NARROW, tmp_path / "other.pth")
     told = str(error.value)
     assert told.startswith(
         f"--model.pretrained {tmp_path / 'other.pth'}: its weights do not fit: features.0.weight is 3x3x3x3 in it"
     )
     assert "and 2x3x3x3 here, features.1.weight is 3 in it and 2 here, features.1.bias" in told
     assert re.search(r"and \d+ more\.\nGive those of smallnet", told)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["smallnet", "wideresnet28_10", "vit_tiny"])
 def test_networks_without_published_weights_say_so(name):
     with torch.device("meta"):
-        network = build_model(name)
+        model = build_model(name)
     with pytest.raises(UserError, match=f"no published weights of {name}; give a file"):
-        load_pretrained(network, {"name": name, "num_classes": 10, "image_size": 32}, True)
+        load_pretrained(model, {"name": name, "num_classes": 10, "image_size": 32}, True)
 
 
 def test_without_a_connection_the_address_is_told(published):
@@ -211,12 +211,12 @@ def test_timm_loads_its_own_weights_with_their_normalisation(monkeypatch):
     theirs = timm.create_model("resnet10t").state_dict()
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **kwargs: dict(theirs))
     architecture = {"name": "timm/resnet10t", "num_classes": 5, "image_size": 32}
-    network = build_model(**architecture)
-    normalization = load_pretrained(network, architecture, True)
-    assert normalization == Normalization(*(tuple(network.pretrained_cfg[key]) for key in ("mean", "std")))
-    body = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
+    model = build_model(**architecture)
+    normalization = load_pretrained(model, architecture, True)
+    assert normalization == Normalization(*(tuple(model.pretrained_cfg[key]) for key in ("mean", "std")))
+    body = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("fc.")}
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in body.items())
-    assert network.fc.weight.shape == (5, 512)
+    assert model.fc.weight.shape == (5, 512)
 
 
 def test_timms_networks_without_weights_and_without_a_connection_say_so(monkeypatch, caplog):
@@ -237,14 +237,14 @@ def test_timms_networks_without_weights_and_without_a_connection_say_so(monkeypa
     assert "Retrying" not in caplog.text
 
 
-def test_an_export_of_a_run_brings_the_normalisation_of_its_pictures(tmp_path):
+def test_an_export_of_a_run_brings_the_normalisation_of_its_images(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    network = build_model(**NARROW)
+    model = build_model(**NARROW)
     about = {"mean": "[0.1, 0.2, 0.3]", "std": "[0.4, 0.5, 0.6]"}
     for name, metadata, expected in (
         ("of_a_run", about, Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))),
         ("plain", None, None),
     ):
         path = tmp_path / f"{name}.safetensors"
-        safetensors.save_file(network.state_dict(), path, metadata=metadata)
+        safetensors.save_file(model.state_dict(), path, metadata=metadata)
         assert load_pretrained(build_model(**NARROW), NARROW, path) == expected

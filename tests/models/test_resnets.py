@@ -14,13 +14,13 @@ def norm_relu(norm, x):
 
 def test_a_block_is_the_papers():
     torch.manual_seed(0)
-    network = PreActResNet(num_classes=5, widths=(4, 8), depths=(1, 1), dropout=0.5).eval()
-    for norm in [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]:
+    model = PreActResNet(num_classes=5, widths=(4, 8), depths=(1, 1), dropout=0.5).eval()
+    for norm in [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]:
         norm.running_mean.normal_()
         norm.weight.data.normal_()
     images = torch.randn(2, 3, 8, 8)
-    x = F.conv2d(images, network.conv1.weight, padding=1)
-    first, second = network.blocks
+    x = F.conv2d(images, model.conv1.weight, padding=1)
+    first, second = model.blocks
     # Figure 4 (e) of arXiv:1603.05027: the identity goes around everything.
     out = F.conv2d(norm_relu(first.norm1, x), first.conv1.weight, padding=1)
     x = x + F.conv2d(norm_relu(first.norm2, out), first.conv2.weight, padding=1)
@@ -29,30 +29,30 @@ def test_a_block_is_the_papers():
     out = F.conv2d(activated, second.conv1.weight, stride=2, padding=1)
     out = F.conv2d(norm_relu(second.norm2, out), second.conv2.weight, padding=1)
     x = out + F.conv2d(activated, second.shortcut.weight, stride=2)
-    expected = F.linear(norm_relu(network.norm, x).mean((2, 3)), network.head.weight, network.head.bias)
-    torch.testing.assert_close(network(images), expected)
+    expected = F.linear(norm_relu(model.norm, x).mean((2, 3)), model.head.weight, model.head.bias)
+    torch.testing.assert_close(model(images), expected)
 
 
 def test_dropout_is_between_the_convolutions():
-    network = WideResNet(depth=10, width=1, dropout=0.3)
-    assert [block.dropout.p for block in network.blocks] == [0.3] * 3
+    model = WideResNet(depth=10, width=1, dropout=0.3)
+    assert [block.dropout.p for block in model.blocks] == [0.3] * 3
     images = torch.randn(2, 3, 8, 8)
-    assert not torch.equal(network(images), network(images))
+    assert not torch.equal(model(images), model(images))
 
 
 def test_wideresnet_counts_depth_and_width_as_its_paper_does():
-    network = WideResNet(depth=16, width=4)
-    convs = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
+    model = WideResNet(depth=16, width=4)
+    convs = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
     assert len(convs) == 16  # two in each of six blocks, the stem and the three shortcuts
-    assert [block.conv2.out_channels for block in network.blocks] == [64, 64, 128, 128, 256, 256]
-    assert network.conv1.out_channels == 16
+    assert [block.conv2.out_channels for block in model.blocks] == [64, 64, 128, 128, 256, 256]
+    assert model.conv1.out_channels == 16
 
 
 @pytest.mark.parametrize(("image_size", "side"), [(32, 4), (96, 3), (224, 7)])
-def test_small_pictures_keep_their_size_in_the_stem(image_size, side):
+def test_small_images_keep_their_size_in_the_stem(image_size, side):
     with torch.device("meta"):
-        network = build_model("preact_resnet18", image_size=image_size)
-    features = network.blocks(network.pool(network.conv1(torch.empty(2, 3, image_size, image_size, device="meta"))))
+        model = build_model("preact_resnet18", image_size=image_size)
+    features = model.blocks(model.pool(model.conv1(torch.empty(2, 3, image_size, image_size, device="meta"))))
     assert features.shape == (2, 512, side, side)
 
 

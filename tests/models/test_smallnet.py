@@ -8,8 +8,8 @@ import torchvision
 from torch import nn
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.models import smallnet as models
-from cifar_lightning.models.compile import compile_network
+from cifar_lightning.models import registry as models
+from cifar_lightning.models.compile import compile_model
 from cifar_lightning.models.registry import MODELS, build_model, check_name, torchvision_name
 from cifar_lightning.models.smallnet import SmallNet
 
@@ -21,29 +21,29 @@ def test_smallnet_has_the_published_number_of_parameters():
 
 
 def test_smallnet_gives_raw_logits_of_any_square_size():
-    network = SmallNet(num_classes=7, widths=(4, 8, 16)).eval()
+    model = SmallNet(num_classes=7, widths=(4, 8, 16)).eval()
     for size in (8, 32, 48):
-        logits = network(torch.randn(2, 3, size, size))
+        logits = model(torch.randn(2, 3, size, size))
         assert logits.shape == (2, 7)
         assert not torch.allclose(logits.sum(1), torch.ones(2))
 
 
-def test_smallnet_halves_the_picture_between_stages_and_averages_by_mean():
-    network = SmallNet(widths=(4, 8, 16), dropout=0.0).eval()
+def test_smallnet_halves_the_image_between_stages_and_averages_by_mean():
+    model = SmallNet(widths=(4, 8, 16), dropout=0.0).eval()
     images = torch.randn(2, 3, 32, 32)
-    features = network.features(images)
+    features = model.features(images)
     assert features.shape == (2, 16, 8, 8)
-    expected = nn.functional.linear(features.mean((2, 3)), network.head.weight, network.head.bias)
-    torch.testing.assert_close(network(images), expected)
+    expected = nn.functional.linear(features.mean((2, 3)), model.head.weight, model.head.bias)
+    torch.testing.assert_close(model(images), expected)
 
 
 def test_dropout_works_in_training_alone():
-    network = SmallNet(widths=(4, 8, 16), dropout=0.5)
+    model = SmallNet(widths=(4, 8, 16), dropout=0.5)
     images = torch.randn(2, 3, 16, 16)
-    assert torch.equal(network.eval()(images), network(images))
-    network.features.eval()
-    network.dropout.train()
-    assert not torch.equal(network(images), network(images))
+    assert torch.equal(model.eval()(images), model(images))
+    model.features.eval()
+    model.dropout.train()
+    assert not torch.equal(model(images), model(images))
 
 
 def test_a_network_of_ones_own_is_one_function(monkeypatch):
@@ -74,14 +74,14 @@ PARAMETERS = {
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_each_network_has_the_published_number_of_parameters(name):
     with torch.device("meta"):
-        network = build_model(name, num_classes=10, image_size=32)
-    assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[name]
+        model = build_model(name, num_classes=10, image_size=32)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize(
     "name", ["resnet18", "resnet34", "resnet50", "convnext_tiny", "efficientnet_b0", "mobilenet_v3_small"]
 )
-def test_large_pictures_get_torchvisions_own_network(name):
+def test_large_images_get_torchvisions_own_network(name):
     with torch.device("meta"):
         ours = build_model(name, num_classes=1000, image_size=65)
     theirs = torchvision.models.get_model_weights(name).DEFAULT
@@ -89,21 +89,21 @@ def test_large_pictures_get_torchvisions_own_network(name):
 
 
 @pytest.mark.parametrize(("image_size", "patch_px"), [(32, 4), (64, 4), (80, 16)])
-def test_vit_tinys_patches_suit_the_pictures(image_size, patch_px):
+def test_vit_tinys_patches_suit_the_images(image_size, patch_px):
     with torch.device("meta"):
-        network = build_model("vit_tiny", image_size=image_size)
-    assert network.conv_proj.stride == (patch_px, patch_px)
-    assert network.encoder.pos_embedding.shape == (1, (image_size // patch_px) ** 2 + 1, 192)
+        model = build_model("vit_tiny", image_size=image_size)
+    assert model.conv_proj.stride == (patch_px, patch_px)
+    assert model.encoder.pos_embedding.shape == (1, (image_size // patch_px) ** 2 + 1, 192)
 
 
 @pytest.mark.parametrize("name", ["smallnet", "mobilenet_v3_small", "vit_tiny"])
-def test_a_network_learns_from_small_pictures_and_gives_logits(name):
+def test_a_network_learns_from_small_images_and_gives_logits(name):
     torch.manual_seed(0)
-    network = build_model(name, num_classes=3, image_size=16)
-    logits = network(torch.randn(2, 3, 16, 16))
+    model = build_model(name, num_classes=3, image_size=16)
+    logits = model(torch.randn(2, 3, 16, 16))
     assert logits.shape == (2, 3)
     nn.functional.cross_entropy(logits, torch.tensor([0, 2])).backward()
-    head = [parameter for parameter in network.parameters() if parameter.shape == (3,)][-1]
+    head = [parameter for parameter in model.parameters() if parameter.shape == (3,)][-1]
     assert head.grad.abs().sum() > 0
 
 
@@ -183,9 +183,9 @@ def test_without_a_compiler_the_network_runs_uncompiled_and_says_so(monkeypatch,
         raise RuntimeError("No working C++ compiler found")
 
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", find_none)
-    network = SmallNet(widths=[2, 2])
-    compile_network(network, torch.device("cpu"))
+    model = SmallNet(widths=[2, 2])
+    compile_model(model, torch.device("cpu"))
     assert capsys.readouterr().err == (
         "--model.compile: the network runs uncompiled (No working C++ compiler found).\n"
     )
-    assert network(torch.randn(2, 3, 4, 4)).shape == (2, 10)
+    assert model(torch.randn(2, 3, 4, 4)).shape == (2, 10)

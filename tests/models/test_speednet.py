@@ -46,7 +46,7 @@ def test_speednets_first_filters_pass_their_input_through():
 
 
 @pytest.mark.parametrize(("depth", "size"), [(2, 24), (2, 9), (3, 32)])
-def test_speednet_takes_pictures_of_other_sizes_and_a_third_convolution(depth, size):
+def test_speednet_takes_images_of_other_sizes_and_a_third_convolution(depth, size):
     net = build_model("speednet", num_classes=7, image_size=size, widths=[8, 16, 16], depth=depth)
     assert net(torch.randn(4, 3, size, size)).shape == (4, 7)
     assert sum(isinstance(module, nn.Conv2d) for module in net.modules()) == 1 + 3 * depth
@@ -54,7 +54,7 @@ def test_speednet_takes_pictures_of_other_sizes_and_a_third_convolution(depth, s
 
 def test_the_stem_whitens_patches():
     torch.manual_seed(0)
-    images = torch.randn(64, 3, 10, 10).cumsum(2).cumsum(3)  # neighbours alike, as in pictures
+    images = torch.randn(64, 3, 10, 10).cumsum(2).cumsum(3)  # neighbours alike, as in images
     stem = WhiteningConv(3)
     assert not stem.is_whitened
     stem.whiten(images, eps=0.0)
@@ -104,7 +104,7 @@ print(float((plain - compiled).norm() / plain.norm()))
 
 @pytest.mark.slow  # compiling takes half a minute
 def test_compiled_in_half_precision_the_gradients_are_those_of_the_network_as_it_is():
-    """With `amax`, whose gradient looks for the maximum among pictures computed anew, rounding made them NaN."""
+    """With `amax`, whose gradient looks for the maximum among images computed anew, rounding made them NaN."""
     # A process of its own: the tests' check of types cannot be compiled.
     done = subprocess.run([sys.executable, "-c", COMPARED_COMPILED], capture_output=True, text=True, cwd=REPO)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Stems for small pictures: what is changed, what is left, and which sizes a network takes."""
+"""Stems for small images: what is changed, what is left, and which sizes a network takes."""
 
 import contextlib
 
@@ -16,33 +16,33 @@ def make(name, **kwargs):
         return torchvision.models.get_model(name, num_classes=10, **kwargs).to("meta")
 
 
-def strided(network):
+def strided(model):
     """Return the kernels and strides of what strides, by name."""
     return {
         name: (layer.kernel_size, layer.stride)
-        for name, layer in network.named_modules()
+        for name, layer in model.named_modules()
         if isinstance(layer, nn.Conv2d | nn.MaxPool2d) and layer.stride not in (1, (1, 1))
     }
 
 
-def sides_of_convolutions(network, image_size):
+def sides_of_convolutions(model, image_size):
     sides = []
-    for layer in network.modules():
+    for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_hook(lambda layer, taken, given: sides.append(given.shape[-1]))
-    network.eval()(torch.empty(2, 3, image_size, image_size, device="meta"))
+    model.eval()(torch.empty(2, 3, image_size, image_size, device="meta"))
     return [side for side in sides if side > 1]  # squeeze and excitation convolve a pooled pixel
 
 
 def test_a_resnet_gets_3x3_filters_without_stride_and_loses_its_pool():
-    network, original = make("resnet50"), make("resnet50")
-    assert adapt_stem(network)
-    conv = network.conv1
+    model, original = make("resnet50"), make("resnet50")
+    assert adapt_stem(model)
+    conv = model.conv1
     assert (conv.weight.shape, conv.stride, conv.padding) == ((64, 3, 3, 3), (1, 1), (1, 1))
-    assert isinstance(network.maxpool, nn.Identity)
+    assert isinstance(model.maxpool, nn.Identity)
     # All else is as it was: the shortcuts of the later stages, too.
     left = {name: layer for name, layer in strided(original).items() if name not in ("conv1", "maxpool")}
-    assert strided(network) == left
+    assert strided(model) == left
 
 
 @pytest.mark.parametrize(
@@ -61,27 +61,27 @@ def test_a_resnet_gets_3x3_filters_without_stride_and_loses_its_pool():
     ],
 )
 def test_a_total_stride_of_32_becomes_8(name):
-    before, network = make(name), make(name)
-    assert adapt_stem(network)
+    before, model = make(name), make(name)
+    assert adapt_stem(model)
     pools = 2 if name == "vgg11" else 1  # its last pool comes after the last convolution
     assert sides_of_convolutions(before, 64)[-1] == 2 * pools
-    assert sides_of_convolutions(network, 64)[-1] == 8 * pools
+    assert sides_of_convolutions(model, 64)[-1] == 8 * pools
 
 
 def test_what_pads_nothing_is_adapted_too():
-    network = make("inception_v3", aux_logits=False, init_weights=False)
-    assert why_not(network, 32)
-    assert adapt_stem(network)
-    assert why_not(network, 32) == ""
+    model = make("inception_v3", aux_logits=False, init_weights=False)
+    assert why_not(model, 32)
+    assert adapt_stem(model)
+    assert why_not(model, 32) == ""
 
 
 def test_patches_and_networks_of_one_size_are_left_alone():
     transformer = make("vit_b_16", image_size=32)
     patches = nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
-    for network in (transformer, patches):
-        before = strided(network)
-        assert not adapt_stem(network)
-        assert strided(network) == before
+    for model in (transformer, patches):
+        before = strided(model)
+        assert not adapt_stem(model)
+        assert strided(model) == before
 
 
 def test_a_layer_at_two_places_is_left_alone():
@@ -93,28 +93,28 @@ def test_a_layer_at_two_places_is_left_alone():
         def forward(self, x):
             return self.pool(self.pool(self.pool(self.conv(x)))).mean((2, 3))
 
-    network = Twice()
-    assert not adapt_stem(network)
-    assert isinstance(network.pool, nn.MaxPool2d)
+    model = Twice()
+    assert not adapt_stem(model)
+    assert isinstance(model.pool, nn.MaxPool2d)
 
 
 def test_filters_that_stay_as_large_keep_their_values():
-    network = torchvision.models.mobilenet_v3_small(num_classes=10)
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    adapt_stem(network)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    model = torchvision.models.mobilenet_v3_small(num_classes=10)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapt_stem(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_trial_leaves_the_network_and_the_random_numbers_alone():
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 10))
-    network[1].eval()
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 10))
+    model[1].eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random_state = torch.get_rng_state()
-    assert why_not(network, 8) == ""
-    assert why_not(network, 9)
-    assert [module.training for module in network] == [True, False, True, True, True]
-    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert why_not(model, 8) == ""
+    assert why_not(model, 9)
+    assert [module.training for module in model] == [True, False, True, True, True]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
@@ -140,26 +140,26 @@ def test_what_shapes_alone_cannot_tell_is_tried_with_numbers():
         (nn.MultiheadAttention(4, 1), "missing"),
     ],
 )
-def test_why_a_network_does_not_take_pictures(network, reason):
+def test_why_a_network_does_not_take_images(model, reason):
     import re
 
-    assert re.search(reason, why_not(network, 4))
+    assert re.search(reason, why_not(model, 4))
 
 
-def test_which_networks_take_no_single_picture_is_known_without_numbers():
+def test_which_networks_take_no_single_image_is_known_without_numbers():
     taken = {}
     state = torch.get_rng_state()
     for size, widths in ((8, (2, 2)), (8, (2, 2, 2, 2))):
         torch.manual_seed(0)
-        network = build_model("smallnet", 10, size, widths=widths, dropout=0.5).eval()
-        before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        model = build_model("smallnet", 10, size, widths=widths, dropout=0.5).eval()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         state = torch.get_rng_state()
-        taken[widths] = not needs_several(network, size)
+        taken[widths] = not needs_several(model, size)
         assert torch.equal(torch.get_rng_state(), state)
-        assert not network.training
-        assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+        assert not model.training
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         with contextlib.nullcontext() if taken[widths] else pytest.raises(ValueError, match="more than 1 value"):
-            network.train()(torch.zeros(1, 3, size, size))
+            model.train()(torch.zeros(1, 3, size, size))
     assert taken == {(2, 2): True, (2, 2, 2, 2): False}
 
 
@@ -173,6 +173,6 @@ def test_a_network_that_keeps_what_its_first_forward_made_is_not_spoilt():
             self.scale = torch.ones(3, device=images.device) if self.scale is None else self.scale
             return self.norm(images).mean((2, 3)) * self.scale
 
-    network = Keeps()
-    assert not needs_several(network, 8)
-    assert network(torch.zeros(2, 3, 8, 8)).shape == (2, 3)
+    model = Keeps()
+    assert not needs_several(model, 8)
+    assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 3)

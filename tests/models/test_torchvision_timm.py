@@ -1,4 +1,4 @@
-"""torchvision's and timm's networks, fitted to classes and pictures."""
+"""torchvision's and timm's networks, fitted to classes and images."""
 
 import sys
 import warnings
@@ -9,9 +9,9 @@ import torchvision
 from torch import nn
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.models import torchvision_timm as zoo
+from cifar_lightning.models import torchvision_timm
 from cifar_lightning.models.registry import build_model
-from cifar_lightning.models.torchvision_timm import torchvision_names, torchvision_network, vision_transformer
+from cifar_lightning.models.torchvision_timm import torchvision_model, torchvision_names, vision_transformer
 
 
 def make(name, image_size=32, **kwargs):
@@ -19,8 +19,8 @@ def make(name, image_size=32, **kwargs):
         return build_model(name, 7, image_size, **kwargs)
 
 
-def answer(network, image_size):
-    return network(torch.empty(2, 3, image_size, image_size, device="meta"))
+def answer(model, image_size):
+    return model(torch.empty(2, 3, image_size, image_size, device="meta"))
 
 
 def test_torchvisions_names_are_its_classifiers():
@@ -31,21 +31,21 @@ def test_torchvisions_names_are_its_classifiers():
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_auxiliary_heads_are_left_out_while_training_too(name):
-    network = make(f"torchvision/{name}").train()
-    assert answer(network, 32).shape == (2, 7)
+    model = make(f"torchvision/{name}").train()
+    assert answer(model, 32).shape == (2, 7)
     with pytest.raises(UserError, match="aux_logits is no argument"):
         make(f"torchvision/{name}", aux_logits=True)
 
 
 @pytest.mark.parametrize("name", ["vit_b_16", "squeezenet1_1", "swin_t"])
-def test_other_kinds_take_small_pictures(name):
+def test_other_kinds_take_small_images(name):
     assert answer(make(f"torchvision/{name}"), 32).shape == (2, 7)
 
 
 def test_maxvit_is_made_for_the_size_that_it_is_given():
     assert answer(make("torchvision/maxvit_t", 224), 224).shape == (2, 7)
     with pytest.raises(UserError, match=r"image_size 100: maxvit_t .*the next size that works is 221"):
-        torchvision_network("maxvit_t", 7, 100)
+        torchvision_model("maxvit_t", 7, 100)
 
 
 @pytest.mark.parametrize(("name", "size", "smallest"), [("alexnet", 9, 15), ("vgg11", 4, 8), ("alexnet", 15, None)])
@@ -100,28 +100,28 @@ def test_what_keeps_timm_from_being_imported_is_told_where_it_was_asked_for(monk
 
 
 @pytest.mark.parametrize("name", ["resnet26d", "mobilenetv3_small_050", "tf_mobilenetv3_small_minimal_100.in1k"])
-def test_timms_convolutional_networks_get_the_stem_for_small_pictures(name):
+def test_timms_convolutional_networks_get_the_stem_for_small_images(name):
     timm = pytest.importorskip("timm")
-    network = make(f"timm/{name}")
+    model = make(f"timm/{name}")
     sides = {}
-    for part, each in {"ours": network, "theirs": timm.create_model(name.partition(".")[0]).to("meta")}.items():
+    for part, each in {"ours": model, "theirs": timm.create_model(name.partition(".")[0]).to("meta")}.items():
         with torch.no_grad():
             sides[part] = each.eval().forward_features(torch.empty(2, 3, 64, 64, device="meta")).shape[-1]
     assert sides == {"ours": 8, "theirs": 2}
-    assert answer(network, 32).shape == (2, 7)
+    assert answer(model, 32).shape == (2, 7)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
-def test_timms_networks_of_one_size_are_made_for_that_of_the_pictures(name):
+def test_timms_networks_of_one_size_are_made_for_that_of_the_images(name):
     pytest.importorskip("timm")
     assert answer(make(f"timm/{name}"), 32).shape == (2, 7)
 
 
 @pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet18"])
-def test_pictures_are_rgb(name):
+def test_images_are_rgb(name):
     if name.startswith("timm"):
         pytest.importorskip("timm")
-    with pytest.raises(UserError, match="in_chans is no argument to give; pictures are RGB"):
+    with pytest.raises(UserError, match="in_chans is no argument to give; images are RGB"):
         build_model(name, in_chans=1)
 
 
@@ -136,10 +136,10 @@ def test_nothing_of_timm_fetches_weights(monkeypatch):
 def test_making_networks_warns_of_nothing(recwarn):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert isinstance(zoo.torchvision_network("shufflenet_v2_x0_5", 7, 32), nn.Module)
+        assert isinstance(torchvision_timm.torchvision_model("shufflenet_v2_x0_5", 7, 32), nn.Module)
 
 
-def test_imagenets_stem_can_be_kept_for_small_pictures():
+def test_imagenets_stem_can_be_kept_for_small_images():
     with torch.device("meta"):
         kept = build_model("resnet18", 10, 32, keep_stem=True)
         adapted = build_model("resnet18", 10, 32)

@@ -68,13 +68,13 @@ def test_muon_steps_equal_a_plain_reference_filter_by_filter():
     torch.testing.assert_close(bias, plain)
 
 
-def train(network, optimizer, schedule, steps):
+def train(model, optimizer, schedule, steps):
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         images = torch.randn(8, 3, 8, 8, generator=generator)
         targets = torch.randint(0, 10, (8,), generator=generator)
         optimizer.zero_grad()
-        F.cross_entropy(network(images), targets).backward()
+        F.cross_entropy(model(images), targets).backward()
         optimizer.step()
         schedule.step()
 
@@ -83,9 +83,9 @@ def train(network, optimizer, schedule, steps):
 def test_an_optimizer_goes_on_bit_for_bit_from_its_state(name):
     def fresh():
         torch.manual_seed(0)
-        network = SmallNet(widths=(4, 4, 8), dropout=0.0)
-        optimizer = build_optimizer(network, name, lr=0.02, weight_decay=0.1, sgd_lr=0.1)
-        return network, optimizer, make_schedule(optimizer, "one_cycle", total_steps=8, pct_start=0.25)
+        model = SmallNet(widths=(4, 4, 8), dropout=0.0)
+        optimizer = build_optimizer(model, name, lr=0.02, weight_decay=0.1, sgd_lr=0.1)
+        return model, optimizer, make_schedule(optimizer, "one_cycle", total_steps=8, pct_start=0.25)
 
     unbroken, stopped, resumed = fresh(), fresh(), fresh()
     train(*unbroken, range(6))
@@ -122,35 +122,35 @@ def test_muon_calls_the_closure_once_with_gradients_enabled():
 
 def test_sgd_is_torchs_with_nesterov_momentum_and_decay_of_matrices_alone():
     torch.manual_seed(0)
-    network = nn.Linear(4, 3)
-    reference = copy.deepcopy(network)
-    ours = build_optimizer(network, "sgd", lr=0.1, weight_decay=0.05, sgd_lr=9.0, sgd_momentum=0.8, momentum=0.1)
+    model = nn.Linear(4, 3)
+    reference = copy.deepcopy(model)
+    ours = build_optimizer(model, "sgd", lr=0.1, weight_decay=0.05, sgd_lr=9.0, sgd_momentum=0.8, momentum=0.1)
     matrix, vector = {"params": [reference.weight], "weight_decay": 0.05}, {"params": [reference.bias]}
     theirs = torch.optim.SGD([matrix, vector], lr=0.1, momentum=0.8, nesterov=True)
     for _ in range(3):
-        for left, right in zip(network.parameters(), reference.parameters(), strict=True):
+        for left, right in zip(model.parameters(), reference.parameters(), strict=True):
             left.grad = torch.randn_like(left)
             right.grad = left.grad.clone()
         ours.step()
         theirs.step()
-    for left, right in zip(network.parameters(), reference.parameters(), strict=True):
+    for left, right in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(left, right)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_norms_and_biases_do_not_decay(name):
-    network = SmallNet(widths=(4, 4, 8))
-    optimizer = build_optimizer(network, name, lr=1e-3, weight_decay=0.05, sgd_lr=0.1)
+    model = SmallNet(widths=(4, 4, 8))
+    optimizer = build_optimizer(model, name, lr=1e-3, weight_decay=0.05, sgd_lr=0.1)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    for parameter in network.parameters():
+    for parameter in model.parameters():
         assert decays[id(parameter)] == (0.05 if parameter.ndim > 1 else 0.0)
 
 
 def test_what_muon_does_not_move_decays_as_in_torchs_sgd():
     torch.manual_seed(0)
-    network = SpeedNet(widths=(4, 4, 4))
+    model = SpeedNet(widths=(4, 4, 4))
     rates = {"sgd_lr": 5.0, "head_lr": 0.02, "sgd_momentum": 0.85, "sgd_weight_decay": 0.01}
-    optimizer = build_optimizer(network, "muon", lr=0.1, weight_decay=0.0, **rates)
+    optimizer = build_optimizer(model, "muon", lr=0.1, weight_decay=0.0, **rates)
     by_role = {group["role"]: group for group in optimizer.param_groups}
     assert {role: group["lr"] for role, group in by_role.items()} == {
         "filters": 0.1,
@@ -158,8 +158,8 @@ def test_what_muon_does_not_move_decays_as_in_torchs_sgd():
         "vectors": 5.0,
         "matrices": 0.02,
     }
-    assert by_role["stem"]["params"] == [network.stem.bias]
-    weight = network.head.weight
+    assert by_role["stem"]["params"] == [model.stem.bias]
+    weight = model.head.weight
     reference = weight.detach().clone().requires_grad_()
     sgd = torch.optim.SGD([reference], lr=0.02, momentum=0.85, nesterov=True, weight_decay=0.01 / 0.02)
     for _ in range(3):
@@ -174,11 +174,11 @@ UNKNOWN = """
 import torch
 from cifar_lightning.errors import UserError
 from cifar_lightning.optim.optimizers import build_optimizer
-from cifar_lightning.training.tta import view_logits
+from cifar_lightning.training.tta import tta_logits
 
 for call in (
     lambda: build_optimizer(torch.nn.Linear(2, 2), "adam", lr=0.1, weight_decay=0.0, sgd_lr=0.1),
-    lambda: view_logits(torch.nn.Flatten(), torch.zeros(1, 3, 4, 4), "flip"),
+    lambda: tta_logits(torch.nn.Flatten(), torch.zeros(1, 3, 4, 4), "flip"),
 ):
     try:
         call()
@@ -197,8 +197,8 @@ def test_unknown_names_are_refused_with_those_that_there_are():
 
 
 def test_half_a_network_can_be_frozen():
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    network[0].requires_grad_(False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[0].requires_grad_(False)
     for name in ("adamw", "muon"):
-        optimizer = build_optimizer(network, name, lr=0.01, weight_decay=0.05, sgd_lr=0.1)
+        optimizer = build_optimizer(model, name, lr=0.01, weight_decay=0.05, sgd_lr=0.1)
         assert sum(len(group["params"]) for group in optimizer.param_groups) == 2

@@ -11,7 +11,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.models.smallnet import SmallNet
 from cifar_lightning.models.speednet import SpeedNet
 from cifar_lightning.optim.optimizers import build_optimizer
-from cifar_lightning.optim.schedules import follows_plan, make_schedule, rise_share
+from cifar_lightning.optim.schedules import follows_plan, make_schedule, warmup_fraction
 
 
 def rates_of(name, total_steps, **kwargs):
@@ -27,9 +27,9 @@ def rates_of(name, total_steps, **kwargs):
 
 
 def test_one_cycle_peaks_at_each_groups_lr_and_ends_near_zero():
-    network = SmallNet(widths=(4, 4, 8))
+    model = SmallNet(widths=(4, 4, 8))
     for name, peaks in (("adamw", [0.01, 0.01]), ("sgd", [0.01, 0.01]), ("muon", [0.01, 0.1, 0.1])):
-        optimizer = build_optimizer(network, name, lr=0.01, weight_decay=0.05, sgd_lr=0.1)
+        optimizer = build_optimizer(model, name, lr=0.01, weight_decay=0.05, sgd_lr=0.1)
         schedule = make_schedule(optimizer, "one_cycle", total_steps=100)
         seen = []
         for _ in range(100):
@@ -65,8 +65,8 @@ def test_a_warm_up_rises_in_a_line_from_above_0_and_the_fall_begins_at_the_peak(
 
 
 def test_only_one_cycle_rises_where_nothing_was_asked_for():
-    assert [rise_share(name, None) for name in ("one_cycle", "linear", "cosine")] == [0.3, 0, 0]
-    assert rise_share("one_cycle", 0.0) == 0
+    assert [warmup_fraction(name, None) for name in ("one_cycle", "linear", "cosine")] == [0.3, 0, 0]
+    assert warmup_fraction("one_cycle", 0.0) == 0
 
 
 def test_an_unknown_schedule_is_refused_with_the_known_ones():
@@ -76,8 +76,8 @@ def test_an_unknown_schedule_is_refused_with_the_known_ones():
 
 
 def test_the_linear_schedule_is_a_line_to_zero_and_the_stems_is_shorter():
-    network = SpeedNet(widths=(4, 4, 4))
-    optimizer = build_optimizer(network, "muon", lr=0.2, weight_decay=0.0, sgd_lr=5.0, head_lr=0.02)
+    model = SpeedNet(widths=(4, 4, 4))
+    optimizer = build_optimizer(model, "muon", lr=0.2, weight_decay=0.0, sgd_lr=5.0, head_lr=0.02)
     schedule = make_schedule(optimizer, "linear", total_steps=10, stem_steps=4)
     seen = []
     for _ in range(10):

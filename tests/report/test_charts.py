@@ -76,7 +76,7 @@ def test_the_histogram_stacks_mistakes_on_right_answers(findings):
     assert [bar.get_y() for bar in wrong] == [part["num_right"] for part in bins]
 
 
-def test_the_histogram_of_few_pictures_counts_whole_ones(findings):
+def test_the_histogram_of_few_images_counts_whole_ones(findings):
     bins = [{**part, "num_pictures": 1, "num_right": 1} for part in findings["calibration"]["before"]["bins"]]
     axes = confidence_figure({"before": {"bins": bins}}).axes[0]
     assert all(float(tick).is_integer() for tick in axes.get_yticks())

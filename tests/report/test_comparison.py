@@ -69,7 +69,7 @@ def test_a_run_against_its_copy_differs_in_nothing(runs, tmp_path):
     result = compared(runs[0], make_run(tmp_path / "copy"))
     assert result["difference"] == 0
     assert result["p"] == 1
-    assert result["changed"]["won"] == {"count": 0, "indices": [], "pictures": []}
+    assert result["changed"]["won"] == {"count": 0, "indices": [], "images": []}
 
 
 def test_the_order_of_the_answers_does_not_matter(runs):
@@ -83,16 +83,16 @@ def test_the_order_of_the_answers_does_not_matter(runs):
     assert after["changed"] == before["changed"]
 
 
-def test_pictures_that_changed_sides_are_shown_with_both_answers(runs):
+def test_images_that_changed_sides_are_shown_with_both_answers(runs):
     result = compared(*runs)
     arrays = [np.load(run.predictions) for run in runs]
     names = arrays[0]["class_names"]
-    for picture in result["changed"]["won"]["pictures"]:
-        index = picture["index"]
-        assert picture["true"] == picture["first"] == names[arrays[0]["targets"][index]]
-        assert picture["second"] == names[arrays[1]["logits"][index].argmax()]
-        assert picture["second"] != picture["true"]
-    assert result["changed"]["lost"]["pictures"]
+    for image in result["changed"]["won"]["images"]:
+        index = image["index"]
+        assert image["true"] == image["first"] == names[arrays[0]["targets"][index]]
+        assert image["second"] == names[arrays[1]["logits"][index].argmax()]
+        assert image["second"] != image["true"]
+    assert result["changed"]["lost"]["images"]
 
 
 def test_all_that_changed_sides_are_numbered_also_those_that_no_run_kept(runs):
@@ -103,7 +103,7 @@ def test_all_that_changed_sides_are_numbered_also_those_that_no_run_kept(runs):
         indices = result["changed"][key]["indices"]
         assert sorted(indices) == np.flatnonzero(changed).tolist()
         assert set(indices) - kept
-        shown = [picture["index"] for picture in result["changed"][key]["pictures"]]
+        shown = [image["index"] for image in result["changed"][key]["images"]]
         assert shown == [index for index in indices if index in kept][:24]
 
 
@@ -112,20 +112,20 @@ def test_runs_are_called_by_their_number_and_recipe(tmp_path):
     assert [run["name"] for run in compared(one, two)["runs"]] == ["made/1", "chosen"]
 
 
-def test_other_test_pictures_are_refused(runs, tmp_path):
+def test_other_test_images_are_refused(runs, tmp_path):
     for other in (
         make_run(tmp_path / "fewer", n=1000),
         make_run(tmp_path / "classes", names=("ant", "bee")),
         make_run(tmp_path / "names", names=[f"class_{index}" for index in range(10)]),
     ):
-        with pytest.raises(UserError, match=r"--compare .*not tested on the same pictures.*\nOnly answers"):
+        with pytest.raises(UserError, match=r"--compare .*not tested on the same images.*\nOnly answers"):
             compared(runs[0], other)
 
 
-def test_the_same_number_of_other_pictures_is_refused_by_their_hash_or_numbers(runs):
+def test_the_same_number_of_other_images_is_refused_by_their_hash_or_numbers(runs):
     for run, digest in zip(runs, ("aa", "bb"), strict=True):
         write_json(run.split, {"sizes": {"val": 1}, "sha256": {"test": digest}})
-    with pytest.raises(UserError, match="the pictures themselves differ"):
+    with pytest.raises(UserError, match="the images themselves differ"):
         compared(*runs)
     for run in runs:
         write_json(run.split, {"sizes": {"val": 1}})
@@ -136,20 +136,20 @@ def test_the_same_number_of_other_pictures_is_refused_by_their_hash_or_numbers(r
         compared(*runs)
 
 
-def test_where_a_hash_is_lost_it_is_said_that_the_pictures_could_not_be_checked(runs):
+def test_where_a_hash_is_lost_it_is_said_that_the_images_could_not_be_checked(runs):
     assert compared(*runs)["unchecked"] == ""
     runs[1].split.write_text('{"sizes": {"va')
     said = compared(*runs)["unchecked"]
-    assert said.startswith("That the pictures are the same could not be checked")
+    assert said.startswith("That the images are the same could not be checked")
     assert str(runs[1].path) in said
     assert str(runs[0].path) not in said
 
 
-def test_without_a_hash_the_pictures_that_both_kept_tell_other_ones(runs):
+def test_without_a_hash_the_images_that_both_kept_tell_other_ones(runs):
     runs[1].split.unlink()
     arrays = dict(np.load(runs[1].gallery))
     np.savez(runs[1].gallery, **{**arrays, "images": arrays["images"] ^ 1})
-    with pytest.raises(UserError, match="the pictures themselves differ"):
+    with pytest.raises(UserError, match="the images themselves differ"):
         compared(*runs)
 
 

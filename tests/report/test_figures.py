@@ -11,8 +11,8 @@ from cifar_lightning.report.figures import (
     confusion_figure,
     figure_to_array,
     figure_to_png,
+    images_figure,
     lay_out_like,
-    pictures_figure,
 )
 
 CM = np.array([[1200, 0, 34], [5, 90, 5], [0, 0, 0]])
@@ -40,7 +40,7 @@ def test_counts_stand_at_row_true_and_column_predicted_and_empty_cells_stay_empt
     assert [label.get_text() for label in axes.get_yticklabels()] == NAMES
     assert [label.get_text() for label in axes.get_xticklabels()] == NAMES
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("true class", "predicted class")
-    assert axes.get_title() == "Accuracy 96.70% of 1,334 pictures"
+    assert axes.get_title() == "Accuracy 96.70% of 1,334 images"
 
 
 def test_normalized_cells_are_per_cent_of_the_true_class():
@@ -48,7 +48,7 @@ def test_normalized_cells_are_per_cent_of_the_true_class():
     assert texts[0, 0] == "97.2"
     assert texts[0, 2] == "2.8"
     assert texts[1, 1] == "90.0"
-    assert texts[2, 2] == "0.0"  # no pictures, and no warning
+    assert texts[2, 2] == "0.0"  # no images, and no warning
 
 
 def test_a_mistake_is_orange_and_a_right_answer_blue():
@@ -95,14 +95,14 @@ def test_any_folder_name_can_be_drawn():
     assert len(shown[4]) < 30
 
 
-def test_no_pictures_make_a_figure_and_no_warning():
+def test_no_images_make_a_figure_and_no_warning():
     assert figure_to_array(confusion_figure(np.zeros((3, 3), dtype=np.int64), NAMES)).size
 
 
-def test_pictures_keep_their_pixels_crisp():
+def test_images_keep_their_pixels_crisp():
     image = np.zeros((2, 2, 3), dtype=np.uint8)
     image[0, 0] = image[1, 1] = (200, 10, 30)
-    pixels = figure_to_array(pictures_figure(image[None], ["title\nof two lines"]))
+    pixels = figure_to_array(images_figure(image[None], ["title\nof two lines"]))
     red = (pixels == (200, 10, 30)).all(axis=2)
     black = (pixels == 0).all(axis=2)
     assert red.sum() > 2000
@@ -112,18 +112,18 @@ def test_pictures_keep_their_pixels_crisp():
     assert black.sum() > 2000
 
 
-def test_each_picture_stands_under_its_title_and_the_rest_of_the_grid_is_empty():
+def test_each_image_stands_under_its_title_and_the_rest_of_the_grid_is_empty():
     images = np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), dtype=np.uint8)
-    figure = pictures_figure(images, [f"number {index}" for index in range(7)])
+    figure = images_figure(images, [f"number {index}" for index in range(7)])
     filled = [axes for axes in figure.axes if axes.images]
     assert [axes.get_title() for axes in filled] == [f"number {index}" for index in range(7)]
     assert [int(np.asarray(axes.images[0].get_array())[0, 0, 0]) for axes in filled] == list(range(7))
 
 
-def test_titles_must_fit_the_pictures_and_none_of_both_is_a_blank_page():
-    with pytest.raises(ValueError, match="2 pictures but 1 titles"):
-        pictures_figure(np.zeros((2, 4, 4, 3), dtype=np.uint8), ["one"])
-    assert figure_to_array(pictures_figure(np.zeros((0, 4, 4, 3), dtype=np.uint8), [])).size
+def test_titles_must_fit_the_images_and_none_of_both_is_a_blank_page():
+    with pytest.raises(ValueError, match="2 images but 1 titles"):
+        images_figure(np.zeros((2, 4, 4, 3), dtype=np.uint8), ["one"])
+    assert figure_to_array(images_figure(np.zeros((0, 4, 4, 3), dtype=np.uint8), [])).size
 
 
 def test_an_array_and_a_png_show_the_same():

@@ -31,7 +31,7 @@ def found(request, tmp_path_factory):
     if request.param == "made":
         make_run(path)
     elif REAL is None:
-        pytest.skip("CIFAR_LIGHTNING_RUN names no run of real pictures")
+        pytest.skip("CIFAR_LIGHTNING_RUN names no run of real images")
     else:
         shutil.copytree(REAL, path)
     run = RunFolder(path)
@@ -139,7 +139,7 @@ def test_the_confused_pairs_count_both_directions(found):
 def test_the_statements_tests_are_scipys(found):
     findings, test, val = found
     preds, targets = test["logits"].argmax(1), test["targets"]
-    by_kind = {statement["kind"]: statement for statement in findings["statements"]}
+    by_kind = {insight["kind"]: insight for insight in findings["insights"]}
     right = preds == targets
     for item in by_kind["hard_classes"]["items"]:
         own = targets == list(test["class_names"]).index(item["numbers"]["class"])
@@ -162,21 +162,21 @@ def test_the_galleries_show_what_they_say(found):
     log_probs = log_softmax(test["logits"].astype(np.float64), axis=1)
     probs, targets, names = np.exp(log_probs), test["targets"], list(test["class_names"])
     position = {int(index): place for place, index in enumerate(test["indices"])}
-    galleries = {gallery["title"]: gallery["pictures"] for gallery in findings["galleries"]}
+    galleries = {gallery["title"]: gallery["images"] for gallery in findings["galleries"]}
     wrong = probs.argmax(1) != targets
     mistakes = [position[item["index"]] for item in galleries["Most confident mistakes"]]
     assert mistakes == [p for p in np.argsort(-probs.max(1), kind="stable") if wrong[p]][:24]
     losses = [position[item["index"]] for item in galleries["Highest losses"]]
     assert losses == np.argsort(log_probs[np.arange(len(targets)), targets], kind="stable")[:24].tolist()
     for gallery in findings["galleries"]:
-        for item in gallery["pictures"]:
+        for item in gallery["images"]:
             place = position[item["index"]]
             assert item["true"] == names[targets[place]]
             assert item["predicted"] == names[probs[place].argmax()]
             assert item["prob"] == pytest.approx(probs[place].max())
             assert item["prob_of_true"] == pytest.approx(probs[place, targets[place]])
     pair = next(gallery for gallery in findings["galleries"] if gallery["kind"] == "pair")
-    assert {f"{item['true']} taken for {item['predicted']}" for item in pair["pictures"]} == {pair["title"]}
+    assert {f"{item['true']} taken for {item['predicted']}" for item in pair["images"]} == {pair["title"]}
 
 
 def test_a_class_that_is_never_predicted_or_not_there_raises_no_warning(tmp_path):
@@ -202,7 +202,7 @@ def test_a_diverged_network_has_findings_without_numbers_of_calibration(tmp_path
     np.savez(run.predictions, **{**arrays, "logits": np.full_like(arrays["logits"], np.nan)})
     findings = find(read_results(run))
     assert math.isnan(findings["calibration"]["before"]["ece"])
-    assert "confidence" not in {statement["kind"] for statement in findings["statements"]}
+    assert "confidence" not in {insight["kind"] for insight in findings["insights"]}
 
 
 def test_training_is_summed_up(tmp_path):
@@ -249,7 +249,7 @@ def test_the_time_is_not_summed_up_where_that_of_an_epoch_is_not_known(tmp_path)
 def test_the_members_of_many_groups_are_all_there(tmp_path):
     names = [f"class_{index:02}" for index in range(20)]  # pairs that are taken for each other
     findings = find(read_results(make_run(tmp_path / "run", names=names, n=4000, skill=4)))
-    (groups,) = (statement["groups"] for statement in findings["statements"] if statement["kind"] == "groups")
+    (groups,) = (insight["groups"] for insight in findings["insights"] if insight["kind"] == "groups")
     assert len(groups) > 4
     assert {name for members in groups.values() for name in members} <= set(names)
     assert all(len(members) > 1 for members in groups.values())

@@ -20,6 +20,6 @@ def test_the_gallery_has_the_worst_mistakes_and_the_least_certain():
     assert set(np.argsort(probs[np.arange(2000), targets])[:50]) <= set(shown)
 
 
-def test_a_gallery_without_any_mistake_still_has_pictures():
+def test_a_gallery_without_any_mistake_still_has_images():
     logits = 10 * np.eye(4, dtype=np.float32)
     assert gallery_positions(logits, np.arange(4)).tolist() == [0, 1, 2, 3]

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
-from made_run import CIFAR10, made_answers
+from made_run import CIFAR10, made_predictions
 from scipy import stats
 
 from cifar_lightning.metrics.classification import confusion_matrix
-from cifar_lightning.report import insights as statements
+from cifar_lightning.report import insights
 
 NAMES = ["ant", "bee", "cow", "elk"]
 
@@ -15,25 +15,25 @@ def even(num_classes=4, right=900, wrong=33):
 
 
 def test_where_all_classes_are_alike_nothing_is_found():
-    for statement in (
-        statements.hard_classes(even(), NAMES),
-        statements.over_predicted(even(), NAMES),
-        statements.asymmetric_pairs(even(), NAMES),
+    for insight in (
+        insights.hard_classes(even(), NAMES),
+        insights.over_predicted(even(), NAMES),
+        insights.asymmetric_pairs(even(), NAMES),
     ):
-        assert statement.items == []
-        assert not statement.is_found
-        assert statement.title.startswith("No ")
-        assert " was found to " in statement.title
-        # Said of the search, not of the classes: too few pictures look the same.
-        assert statement.text.startswith("No difference beyond chance was found")
+        assert insight.items == []
+        assert not insight.is_found
+        assert insight.title.startswith("No ")
+        assert " was found to " in insight.title
+        # Said of the search, not of the classes: too few images look the same.
+        assert insight.text.startswith("No difference beyond chance was found")
 
 
 def test_a_hard_class_is_named_with_its_numbers_and_fishers_test():
     cm = even()
     cm[2] = (60, 60, 819, 60)
-    statement = statements.hard_classes(cm, NAMES)
-    assert statement.title == "One class is harder than the rest"
-    (item,) = statement.items
+    insight = insights.hard_classes(cm, NAMES)
+    assert insight.title == "One class is harder than the rest"
+    (item,) = insight.items
     assert item.text.startswith(
         "cow: 819 of 999 found (82.0 %, 95 % interval 79.5 to 84.2 %); of all other classes 90.1"
     )
@@ -45,15 +45,15 @@ def test_a_hard_class_is_named_with_its_numbers_and_fishers_test():
 def test_an_easy_class_is_not_a_hard_one():
     cm = even()
     cm[0] = (999, 0, 0, 0)
-    assert "ant" not in str([item.text for item in statements.hard_classes(cm, NAMES).items])
+    assert "ant" not in str([item.text for item in insights.hard_classes(cm, NAMES).items])
 
 
 def test_a_favoured_answer_is_found_by_mcnemars_test():
     cm = even()
     cm[0, 1], cm[0, 0] = 133, 800
-    statement = statements.over_predicted(cm, NAMES)
-    assert [item.numbers["class"] for item in statement.items] == ["ant", "bee"]
-    ant, bee = statement.items
+    insight = insights.over_predicted(cm, NAMES)
+    assert [item.numbers["class"] for item in insight.items] == ["ant", "bee"]
+    ant, bee = insight.items
     assert "ant is predicted too rarely: 899 times, and is there 999 times (99 false alarms, 199 missed)" in ant.text
     assert "bee is predicted too often: 1,099 times" in bee.text
     assert ant.p == pytest.approx(4 * stats.binomtest(99, 298).pvalue, rel=1e-6)
@@ -62,7 +62,7 @@ def test_a_favoured_answer_is_found_by_mcnemars_test():
 def test_a_one_way_confusion_is_found_and_the_larger_direction_named_first():
     cm = even()
     cm[3, 1], cm[3, 3] = 90, 843
-    (item,) = statements.asymmetric_pairs(cm, NAMES).items
+    (item,) = insights.asymmetric_pairs(cm, NAMES).items
     assert (
         item.text == "elk is taken for bee 90 of 999 times (9.0 %), but bee is taken for elk 33 of 999 times (3.3 %)."
     )
@@ -72,35 +72,35 @@ def test_a_one_way_confusion_is_found_and_the_larger_direction_named_first():
 def test_a_rare_class_with_the_same_rate_of_mistakes_is_not_called_one_way():
     cm = np.array([[9000, 1000], [90, 10]])
     cm[1] = (10, 90)  # both a tenth: 1,000 mistakes of the large class and 10 of the small one
-    assert statements.asymmetric_pairs(cm, ["large", "small"]).items == []
+    assert insights.asymmetric_pairs(cm, ["large", "small"]).items == []
 
 
 def test_cifar_10_has_its_known_groups_and_other_names_have_none_without_validation():
-    groups, origin = statements.groups_of(CIFAR10, None)
+    groups, origin = insights.groups_of(CIFAR10, None)
     assert groups == {"animals": [2, 3, 4, 5, 6, 7], "vehicles": [0, 1, 8, 9]}
     assert "CIFAR-10" in origin
-    assert statements.groups_of(NAMES, None) is None
+    assert insights.groups_of(NAMES, None) is None
 
 
 def test_mistakes_within_groups_are_tested_exactly():
     cm = even(4, 900, 10)
     cm[0, 1] = cm[1, 0] = cm[2, 3] = cm[3, 2] = 60
-    statement = statements.group_effects(cm, NAMES, {"small": [0, 1], "large": [2, 3]}, "made")
-    item = statement.items[0]
+    insight = insights.group_effects(cm, NAMES, {"small": [0, 1], "large": [2, 3]}, "made")
+    item = insight.items[0]
     # Each mistake is within its group one time in three, if drawn at random.
     assert item.p == pytest.approx(2 * stats.binom.sf(239, 320, 1 / 3), rel=1e-6)
     assert item.text.startswith("Of 320 mistakes, 240 (75.0 %) are within a group; a wrong class drawn at random would")
     assert "33.3 %" in item.text
-    assert statement.title == "Mistakes stay within groups"
-    assert statement.is_found
+    assert insight.title == "Mistakes stay within groups"
+    assert insight.is_found
 
 
 def test_every_group_is_there_with_all_its_classes_however_many_there_are():
     names = [f"class_{index:02}" for index in range(30)]
     groups = {f"group_{number}": list(range(6 * number, 6 * number + 6)) for number in range(5)}
-    statement = statements.group_effects(even(30, 900, 3), names, groups, "made")
-    assert statement.groups == {group: [names[index] for index in members] for group, members in groups.items()}
-    assert statement.text.startswith("5 groups of classes, made.")
+    insight = insights.group_effects(even(30, 900, 3), names, groups, "made")
+    assert insight.groups == {group: [names[index] for index in members] for group, members in groups.items()}
+    assert insight.text.startswith("5 groups of classes, made.")
 
 
 def test_clusters_are_the_blocks_of_the_matrix():
@@ -110,63 +110,63 @@ def test_clusters_are_the_blocks_of_the_matrix():
             for j in block:
                 cm[i, j] += 20 * (i != j)
     cm += 1
-    assert statements.find_clusters(cm) == [[3, 5, 6, 8], [0, 4, 7], [1, 2]]
+    assert insights.find_clusters(cm) == [[3, 5, 6, 8], [0, 4, 7], [1, 2]]
 
 
 def test_without_mistakes_each_class_stays_alone():
-    assert statements.find_clusters(np.eye(3, dtype=np.int64)) == [[0], [1], [2]]
+    assert insights.find_clusters(np.eye(3, dtype=np.int64)) == [[0], [1], [2]]
 
 
 def test_clusters_of_the_validation_are_confirmed_on_the_test():
     names = [f"class_{index}" for index in range(20)]
     val, test = (
         confusion_matrix(targets, logits.argmax(1), 20)
-        for logits, targets in (made_answers(20, 2000, seed) for seed in (0, 1))
+        for logits, targets in (made_predictions(20, 2000, seed) for seed in (0, 1))
     )
-    groups, origin = statements.groups_of(names, val)
+    groups, origin = insights.groups_of(names, val)
     assert "validation" in origin
     assert all(len(members) > 1 for members in groups.values())
-    item = statements.group_effects(test, names, groups, origin).items[0]
+    item = insights.group_effects(test, names, groups, origin).items[0]
     assert item.p < 1e-3
 
 
 def test_a_network_that_is_too_sure_or_not_sure_enough_is_called_so():
     right = np.arange(1000) % 10 != 0  # 90 %
     noise = np.random.default_rng(0).normal(0, 0.01, 1000)
-    gaps = [statements.confidence_gap(level + noise, right) for level in (0.99, 0.9, 0.7)]
+    gaps = [insights.confidence_gap(level + noise, right) for level in (0.99, 0.9, 0.7)]
     assert [gap.is_found for gap in gaps] == [True, False, True]
     assert [gap.title for gap in gaps] == [
         "The network is too sure of itself",
         "No difference beyond chance was found between confidence and accuracy",
         "The network is not sure enough of itself",
     ]
-    item = statements.confidence_gap(np.full(1000, 0.7), right).items[0]
+    item = insights.confidence_gap(np.full(1000, 0.7), right).items[0]
     assert "70.0 % and is right in 90.0 %: -20.0 points" in item.text
 
 
 def test_the_gap_between_test_and_validation():
-    statement = statements.validation_gap(even(4, 700, 100), even(4, 910, 30), "abcd")
-    assert statement.title == "The test is harder than the validation"
-    assert statement.is_found
+    insight = insights.validation_gap(even(4, 700, 100), even(4, 910, 30), "abcd")
+    assert insight.title == "The test is harder than the validation"
+    assert insight.is_found
 
 
-def test_a_large_gap_of_few_pictures_is_not_called_agreement():
-    statement = statements.validation_gap(np.array([[35, 10], [10, 35]]), np.diag([40, 40]) + 5, "ab")
-    assert statement.items[0].text.startswith("Test 77.78 %, validation 90.00 %")
-    statement = statements.validation_gap(np.array([[35, 10], [10, 35]]), np.array([[16, 2], [2, 16]]), "ab")
-    assert "-11.1 points" in statement.items[0].text
-    assert statement.title == "No difference beyond chance was found between test and validation"
-    assert not statement.is_found
+def test_a_large_gap_of_few_images_is_not_called_agreement():
+    insight = insights.validation_gap(np.array([[35, 10], [10, 35]]), np.diag([40, 40]) + 5, "ab")
+    assert insight.items[0].text.startswith("Test 77.78 %, validation 90.00 %")
+    insight = insights.validation_gap(np.array([[35, 10], [10, 35]]), np.array([[16, 2], [2, 16]]), "ab")
+    assert "-11.1 points" in insight.items[0].text
+    assert insight.title == "No difference beyond chance was found between test and validation"
+    assert not insight.is_found
 
 
 def test_other_shares_of_the_classes_in_validation_and_test_are_named_and_equal_ones_are_not():
     val_cm, cm = np.diag([60, 30, 10]), np.array([[23, 5, 5], [0, 33, 0], [0, 0, 34]])
-    (item,) = statements.validation_gap(cm, val_cm, ["cat", "dog", "ship"]).items
+    (item,) = insights.validation_gap(cm, val_cm, ["cat", "dog", "ship"]).items
     assert "other shares: cat is 33.0 % of the test and 60.0 % of the validation." in item.text
-    (item,) = statements.validation_gap(cm, np.diag([110, 110, 113]), ["cat", "dog", "ship"]).items
+    (item,) = insights.validation_gap(cm, np.diag([110, 110, 113]), ["cat", "dog", "ship"]).items
     assert "shares" not in item.text
     # Where no gap was found there is nothing to explain.
-    (item,) = statements.validation_gap(np.diag([33, 33, 34]), val_cm, ["cat", "dog", "ship"]).items
+    (item,) = insights.validation_gap(np.diag([33, 33, 34]), val_cm, ["cat", "dog", "ship"]).items
     assert "shares" not in item.text
 
 
@@ -176,6 +176,6 @@ def test_other_shares_of_the_classes_in_validation_and_test_are_named_and_equal_
 )
 def test_empty_and_one_sided_matrices_raise_no_warning(cm):
     names = [str(index) for index in range(len(cm))]
-    for find in (statements.hard_classes, statements.over_predicted, statements.asymmetric_pairs):
+    for find in (insights.hard_classes, insights.over_predicted, insights.asymmetric_pairs):
         assert find(cm, names).test
-    assert statements.groups_of(names, cm) is None or len(cm) > 1
+    assert insights.groups_of(names, cm) is None or len(cm) > 1

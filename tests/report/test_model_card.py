@@ -27,8 +27,8 @@ def test_the_cards_numbers_are_the_reports(run):
     assert f"{100 * findings['calibration']['after']['ece']:.2f} %" in text
     row = findings["classes"][1]
     assert f"| bee\\|2 | {row['support']} | {100 * row['precision']:.1f} % | {100 * row['recall']:.1f} % |" in text
-    for statement in findings["statements"]:
-        for item in statement["items"]:
+    for insight in findings["insights"]:
+        for item in insight["items"]:
             assert item["text"] in text
     assert "`model.onnx` takes `images`: RGB, uint8 0-255, shape (batch, 3, 32, 32)" in text
     assert "gives logits and probs, shape (batch, 2)" in text
@@ -36,7 +36,7 @@ def test_the_cards_numbers_are_the_reports(run):
     assert "&" not in text  # Markdown, not HTML
 
 
-def test_the_card_does_not_call_a_gap_agreement_that_few_pictures_leave_open(tmp_path):
+def test_the_card_does_not_call_a_gap_agreement_that_few_images_leave_open(tmp_path):
     run = make_run(tmp_path / "run", names=("ant", "bee"), n=40)
     text = write_model_card(run, CARD, run.path).read_text(encoding="utf-8")
     assert "**No difference beyond chance was found between test and validation.** Test " in text

@@ -91,12 +91,12 @@ def test_a_click_on_a_heading_sorts_and_a_second_one_turns_it_round(run):
         assert driver.execute_script(read) == sorted(CIFAR10)
 
 
-def test_small_pictures_are_scaled_up_pixel_by_pixel(run):
-    style = "return getComputedStyle(document.querySelector('.picture img')).imageRendering"
+def test_small_images_are_scaled_up_pixel_by_pixel(run):
+    style = "return getComputedStyle(document.querySelector('.image img')).imageRendering"
     with browser() as driver:
         opened(driver, run.report)
         assert driver.execute_script(style) == "pixelated"
-        size = "const i = document.querySelector('.picture img'); return [i.width, i.naturalWidth]"
+        size = "const i = document.querySelector('.image img'); return [i.width, i.naturalWidth]"
         assert driver.execute_script(size) == [96, 32]
 
 
@@ -129,7 +129,7 @@ def test_the_bars_stay_legible_beside_long_names(tmp_path):
 def test_a_matrix_of_many_classes_is_enlarged_by_a_click_and_its_groups_are_named(tmp_path):
     made = make_run(tmp_path / "run", names=HUNDRED, n=4000, skill=4)
     make_report(made)
-    groups = next(s["groups"] for s in json.loads(made.findings.read_text())["statements"] if s["kind"] == "groups")
+    groups = next(s["groups"] for s in json.loads(made.findings.read_text())["insights"] if s["kind"] == "groups")
     width = "return document.querySelector('#confusions .chart').width"
     with browser() as driver:
         opened(driver, made.report)
@@ -208,7 +208,7 @@ def test_the_tiles_and_the_calibration_say_what_findings_do(run, page):
         percent(calibration["before"]["ece"], 2),
         percent(calibration["after"]["ece"], 2),
         f"{calibration['temperature']:.3f}",
-        *(item["text"].replace("'", "&#39;") for statement in findings["statements"] for item in statement["items"]),
+        *(item["text"].replace("'", "&#39;") for insight in findings["insights"] for item in insight["items"]),
     ):
         assert unbroken(said) in page
 
@@ -232,11 +232,11 @@ def test_both_runs_are_called_the_same_throughout(run, page):
     assert "<span>the other: " in section
 
 
-def test_the_pictures_that_changed_sides_are_called_a_choice(run, page):
+def test_the_images_that_changed_sides_are_called_a_choice(run, page):
     changed = json.loads(run.findings.read_text(encoding="utf-8"))["comparison"]["changed"]["won"]
-    assert f"wrong in the other: {changed['count']} pictures</h3>" in page
-    assert f"{len(changed['pictures'])} of {changed['count']} are shown, the surest wrong answers of those" in page
-    assert len(changed["indices"]) == changed["count"] > len(changed["pictures"])
+    assert f"wrong in the other: {changed['count']} images</h3>" in page
+    assert f"{len(changed['images'])} of {changed['count']} are shown, the surest wrong answers of those" in page
+    assert len(changed["indices"]) == changed["count"] > len(changed["images"])
 
 
 def test_p_is_not_repeated_in_its_column_and_no_two_columns_are_called_the_same(page):
@@ -251,9 +251,9 @@ def test_the_mark_is_grey_where_nothing_was_found_also_where_there_are_numbers(r
     findings = json.loads(run.findings.read_text(encoding="utf-8"))
     marked = re.findall(r"<article( class=\"nothing\")?>\s*<h3>(.*?)</h3>", page)
     assert [(not mark, title) for mark, title in marked] == [
-        (statement["is_found"], statement["title"]) for statement in findings["statements"]
+        (insight["is_found"], insight["title"]) for insight in findings["insights"]
     ]
-    assert any(statement["items"] and not statement["is_found"] for statement in findings["statements"])
+    assert any(insight["items"] and not insight["is_found"] for insight in findings["insights"])
 
 
 def test_what_a_run_was_is_said_without_doubled_words():
@@ -329,7 +329,7 @@ def test_a_value_that_the_template_lacks_is_an_error():
         render("model_card.md", card={})
 
 
-def test_pictures_above_the_crisp_size_are_reduced(tmp_path):
+def test_images_above_the_crisp_size_are_reduced(tmp_path):
     made = make_run(tmp_path / "run", names=("ant", "bee"), n=60, side=224)
     make_report(made)
     page = made.report.read_text(encoding="utf-8")

@@ -81,7 +81,7 @@ def test_a_run_copied_elsewhere_has_the_same_findings(run, tmp_path):
 def test_compare_adds_the_other_run_and_leaves_its_files_alone(run, tmp_path):
     other = make_run(tmp_path / "runs" / "made" / "2", seed=1)
     printed = start("analyze", run.path, "--compare", other.path, cwd=tmp_path).stdout
-    assert "Compared on the same test pictures" in printed
+    assert "Compared on the same test images" in printed
     assert "McNemar's exact test" in printed
     assert json.loads(run.findings.read_text(encoding="utf-8"))["comparison"]["runs"][1]["path"] == str(other.path)
     assert "Compared with" in run.report.read_text(encoding="utf-8")
@@ -94,7 +94,7 @@ def test_what_analyze_refuses(run, tmp_path, monkeypatch, capsys):
     work = tmp_path / "work"
     work.mkdir()
     fewer = make_run(tmp_path / "fewer", n=100)
-    assert "same pictures" in fail(monkeypatch, capsys, work, "analyze", run.path, "--compare", fewer.path)
+    assert "same images" in fail(monkeypatch, capsys, work, "analyze", run.path, "--compare", fewer.path)
     assert "is the run itself" in fail(monkeypatch, capsys, work, "analyze", run.path, "--compare", run.path)
     run.predictions.unlink()
     assert f"python train.py test {run.path}" in fail(monkeypatch, capsys, work, "analyze", run.path)
@@ -110,10 +110,10 @@ def test_damaged_files_are_named_on_terminal_and_page_and_the_rest_is_shown(run,
     for said in (printed, page):
         for name in ("gallery.npz is damaged", "metrics.csv is missing", "predictions_val.npz is damaged"):
             assert name in said
-        assert "no answers of validation pictures" in page
+        assert "no answers of validation images" in page
     assert "Test accuracy" in printed
     assert 'id="training"' not in page
-    assert 'id="pictures"' not in page
+    assert 'id="images"' not in page
 
 
 def test_without_config_the_report_names_it_and_shows_the_rest(run, tmp_path):
@@ -146,7 +146,7 @@ def test_the_other_runs_damage_is_named_with_its_folder(run, tmp_path, console):
     assert problem.startswith(f"{other.path}: split.json is damaged: ")
     for said in (printed, page):
         assert f"{other.path}: split.json is damaged: " in said
-        assert "That the pictures are the same could not be checked" in said
+        assert "That the images are the same could not be checked" in said
 
 
 @pytest.mark.parametrize("damage", ["half", "text", "turned bit", "other counts"])

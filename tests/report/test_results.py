@@ -21,7 +21,7 @@ def test_a_whole_run_is_read_back_without_problems(run):
     assert len(results.val.targets) == 100
     assert len(results.epochs) == len(results.timing) == 5
     assert results.origin.config["model"]["name"] == "smallnet"
-    assert all(picture.shape == (32, 32, 3) for picture in results.pictures.values())
+    assert all(image.shape == (32, 32, 3) for image in results.images.values())
 
 
 FILES = ["predictions_val", "gallery", "metrics_csv", "timing_csv", "config", "environment", "split"]
@@ -134,9 +134,9 @@ def test_nothing_that_can_be_read_names_both_files_and_the_command(run):
         ({"targets": np.array([0, 7])}, r"a class is not in 0..2"),
         ({"targets": np.array([0])}, "different lengths"),
         ({"indices": np.array([0])}, "different lengths"),
-        ({"indices": np.array([3, 3])}, "a picture twice"),
+        ({"indices": np.array([3, 3])}, "an image twice"),
         ({"logits": np.zeros((2, 4))}, "different lengths"),
-        ({"logits": np.zeros((0, 3)), "targets": np.array([], int), "indices": np.array([], int)}, "no picture"),
+        ({"logits": np.zeros((0, 3)), "targets": np.array([], int), "indices": np.array([], int)}, "no image"),
         ({"class_names": np.array(["a", object()], dtype=object)}, "allow_pickle=False"),
     ],
 )
@@ -147,7 +147,7 @@ def test_answers_that_do_not_belong_together_are_damage(run, changed, reason):
     assert reason in problem.replace("0..2", "0..2")
 
 
-def test_a_run_without_held_out_pictures_misses_nothing(run):
+def test_a_run_without_held_out_images_misses_nothing(run):
     from cifar_lightning.files import write_json
 
     write_json(run.split, {"sizes": {"train": 9, "val": 0, "test": 200}})

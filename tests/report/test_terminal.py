@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from cifar_lightning.report.findings import find
-from cifar_lightning.report.results import Answers, Results
+from cifar_lightning.report.results import Predictions, Results
 from cifar_lightning.report.terminal import print_findings
 from cifar_lightning.runs.folder import RunFolder
 
@@ -31,7 +31,7 @@ def findings_of(cm: np.ndarray, names: list[str]) -> dict:
     """Finds what answers with this confusion matrix say; as read back from findings.json."""
     targets, preds = (np.repeat(indices.ravel(), cm.ravel()) for indices in np.indices(cm.shape))
     logits = np.eye(len(names), dtype=np.float32)[preds] * 3
-    answers = Answers(logits, targets, np.arange(len(targets)), tuple(names))
+    answers = Predictions(logits, targets, np.arange(len(targets)), tuple(names))
     return json.loads(json.dumps(find(Results(answers.class_names, answers.confusion, test=answers))))
 
 
@@ -74,7 +74,7 @@ def test_it_is_said_which_epoch_was_tested(tmp_path):
 
 def test_the_summary_says_accuracy_interval_loss_and_calibration():
     text = report(matrix(10), CIFAR10)
-    assert text.startswith("Test accuracy 89.93 %  (95 % interval 89.32 to 90.50 %; 10,000 pictures)\n")
+    assert text.startswith("Test accuracy 89.93 %  (95 % interval 89.32 to 90.50 %; 10,000 images)\n")
     assert re.search(r"^Loss \d\.\d{4}, calibration error \(ECE\) \d+\.\d\d %, macro F1 89\.93 %$", text, re.MULTILINE)
 
 
@@ -118,7 +118,7 @@ def test_the_most_confused_pair_is_said_in_words_first():
 
 def test_a_network_without_mistakes_is_reported():
     assert section(report(np.eye(3, dtype=np.int64), ["a", "b", "c"]), "Most confused") == [
-        "No picture was taken for another class."
+        "No image was taken for another class."
     ]
 
 
@@ -192,7 +192,7 @@ def test_the_next_commands_can_be_copied_also_with_spaces_in_the_path():
     assert section(text, "What next") == [
         "  tensorboard --logdir 'my place/runs'",
         "  python train.py analyze 'my place/runs/smallnet/3' --compare OTHER_RUN",
-        "  python train.py predict-images 'my place/runs/smallnet/3' MY_PICTURES",
+        "  python train.py predict-images 'my place/runs/smallnet/3' MY_IMAGES",
         "  python train.py export 'my place/runs/smallnet/3' --format onnx",
     ]
 
@@ -205,8 +205,8 @@ def test_tensorboard_is_never_sent_above_the_folder_of_the_runs(run, folder):
     assert section(text, "What next")[0] == f"  tensorboard --logdir {folder}"
 
 
-def test_one_picture_is_one_picture():
-    assert "; 1 picture)" in report(np.array([[1, 0], [0, 0]]), ["a", "b"])
+def test_one_image_is_one_image():
+    assert "; 1 image)" in report(np.array([[1, 0], [0, 0]]), ["a", "b"])
 
 
 def test_colours_change_nothing_but_colours():

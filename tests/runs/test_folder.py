@@ -8,7 +8,7 @@ import pytest
 from cifar_lightning.errors import UserError
 from cifar_lightning.runs.folder import RunFolder, create_run, open_run, recipe_name
 from cifar_lightning.runs.lock import RunLock
-from cifar_lightning.runs.processes import announce_run, is_started_from_outside, join_run
+from cifar_lightning.runs.processes import announce_run, is_started_from_outside, announced_run
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and fork")
 
@@ -227,8 +227,8 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
         (["runs/mine/3/config.yaml"], "smallnet", "mine"),
     ],
 )
-def test_a_run_is_filed_under_its_recipe_or_its_network(recipes, network, name):
-    assert recipe_name(recipes, network) == name
+def test_a_run_is_filed_under_its_recipe_or_its_network(recipes, model, name):
+    assert recipe_name(recipes, model) == name
 
 
 @pytest.mark.parametrize(
@@ -253,11 +253,11 @@ def test_torchrun_and_slurm_are_told_from_lightnings_own_launcher(monkeypatch, v
 def test_further_processes_join_the_run_that_was_announced_before_the_one_that_was_given(monkeypatch, tmp_path):
     monkeypatch.delenv("CIFAR_LIGHTNING_RUN_DIR", raising=False)
     with pytest.raises(UserError, match="need one --run_dir"):
-        join_run(None)
-    assert join_run(tmp_path / "given").path == tmp_path / "given"
+        announced_run(None)
+    assert announced_run(tmp_path / "given").path == tmp_path / "given"
     monkeypatch.setenv("CIFAR_LIGHTNING_RUN_DIR", "")  # so that the test's end removes what comes now
     announce_run(RunFolder(tmp_path / "announced"))
-    assert join_run(tmp_path / "given").path == tmp_path / "announced"
+    assert announced_run(tmp_path / "given").path == tmp_path / "announced"
 
 
 def test_the_first_of_several_makes_no_folder_that_the_others_cannot_know(monkeypatch, tmp_path):

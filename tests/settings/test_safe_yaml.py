@@ -5,12 +5,12 @@ import time
 import pytest
 import yaml
 
-from cifar_lightning.settings.safe_yaml import MAX_DEPTH, MAX_NODES, checked, read_recipe
+from cifar_lightning.settings.safe_yaml import MAX_DEPTH, MAX_NODES, checked, read_yaml
 
 
 @pytest.mark.parametrize("text", ["", "a: 1", "a: &x {b: [1, 2]}\nc: *x", "a: .nan", "- 1", "2024-01-01", "ä: ☃"])
 def test_plain_data_is_what_pyyaml_reads(text):
-    assert repr(read_recipe(text)) == repr(yaml.safe_load(text))
+    assert repr(read_yaml(text)) == repr(yaml.safe_load(text))
 
 
 WRONG = ["2024-99-99", "!!int x", "!!int ''", "!!float x", "!!bool x", "!!timestamp x", "9" * 5000, "[1", "? [1]: 2"]
@@ -18,7 +18,7 @@ WRONG += ["!!python/object/apply:os.system ['true']", "!!python/name:os.system",
 
 
 @pytest.mark.parametrize("text", WRONG)
-@pytest.mark.parametrize("read", [read_recipe, checked(yaml.safe_load)], ids=["ours", "PyYAML's own"])
+@pytest.mark.parametrize("read", [read_yaml, checked(yaml.safe_load)], ids=["ours", "PyYAML's own"])
 def test_whatever_is_wrong_is_a_yaml_error(text, read):
     with pytest.raises(yaml.YAMLError):
         read(text)
@@ -27,7 +27,7 @@ def test_whatever_is_wrong_is_a_yaml_error(text, read):
 @pytest.mark.parametrize("text", ["&a [*a]", "&a {b: *a}", "a: &a\n  b: {c: [*a]}"])
 def test_an_alias_inside_what_it_names_is_refused(text):
     with pytest.raises(yaml.YAMLError, match="an alias inside what it names"):
-        read_recipe(text)
+        read_yaml(text)
 
 
 def test_aliases_of_aliases_are_counted_as_written_out_and_refused_at_once():
@@ -35,17 +35,17 @@ def test_aliases_of_aliases_are_counted_as_written_out_and_refused_at_once():
     lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]" for k in range(1, 30)]
     began = time.monotonic()
     with pytest.raises(yaml.YAMLError, match=f"more than {MAX_NODES:,} values"):
-        read_recipe("\n".join(lines))
+        read_yaml("\n".join(lines))
     assert time.monotonic() - began < 5  # 10^30 values would take longer than the universe is old
 
 
 def test_depth_is_allowed_to_its_limit_and_not_beyond():
-    assert read_recipe("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1))
+    assert read_yaml("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1))
     with pytest.raises(yaml.YAMLError, match="nested deeper"):
-        read_recipe("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1))
+        read_yaml("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1))
 
 
 def test_names_of_files_that_are_not_utf_8_come_back():
     names = {"root": "a \udcfc\udc80", "list": ["\udcff"], "plain": "caf\u00e9"}
-    assert read_recipe(yaml.safe_dump(names)) == names
+    assert read_yaml(yaml.safe_dump(names)) == names
     assert checked(yaml.safe_load)(yaml.safe_dump(names)) == names

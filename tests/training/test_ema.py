@@ -27,10 +27,10 @@ class Watch(pl.Callback):
         self.raw, self.validated = [], []
 
     def on_train_batch_end(self, trainer, pl_module, *args):
-        self.raw.append(pl_module.network.head.weight.detach().clone())
+        self.raw.append(pl_module.model.head.weight.detach().clone())
 
     def on_validation_batch_start(self, trainer, pl_module, *args):
-        self.validated.append(pl_module.network.head.weight.detach().clone())
+        self.validated.append(pl_module.model.head.weight.detach().clone())
 
 
 def module(**kwargs):
@@ -57,15 +57,15 @@ def test_the_average_is_that_of_all_steps_with_a_decay_that_rises(tmp_path):
         decay = min(DECAY, (1 + count) / (10 + count))
         expected = decay * expected + (1 - decay) * weights
     checkpoint = read_checkpoint(run.last_checkpoint)
-    torch.testing.assert_close(checkpoint["state_dict"]["network.head.weight"], expected)
-    torch.testing.assert_close(checkpoint["current_model_state"]["network.head.weight"], watch.raw[-1])
+    torch.testing.assert_close(checkpoint["state_dict"]["model.head.weight"], expected)
+    torch.testing.assert_close(checkpoint["current_model_state"]["model.head.weight"], watch.raw[-1])
 
 
 def test_a_validation_sees_the_average_and_training_goes_on_with_the_raw_weights(tmp_path):
     watch = Watch()
     run = start(tmp_path / "run", watch)
     best = read_checkpoint(run.tested_checkpoint)
-    seen = [weights for weights in watch.validated if torch.equal(weights, best["state_dict"]["network.head.weight"])]
+    seen = [weights for weights in watch.validated if torch.equal(weights, best["state_dict"]["model.head.weight"])]
     assert seen  # what was measured is what is kept
     assert not any(torch.equal(weights, raw) for weights in watch.validated for raw in watch.raw)
 
@@ -85,10 +85,10 @@ def test_a_run_stopped_anywhere_ends_as_an_unbroken_one(tmp_path, unbroken, hook
 def test_a_test_after_training_uses_the_average_without_a_warning(tmp_path):
     made = module()
     run, trainer = fit_run(tmp_path / "run", module=made, eval_batch_size=250)
-    made.network.head.weight.data.zero_()
+    made.model.head.weight.data.zero_()
     trainer.test(made, trainer.datamodule, ckpt_path=run.last_checkpoint, weights_only=True, verbose=False)
-    average = read_checkpoint(run.last_checkpoint)["state_dict"]["network.head.weight"]
-    assert torch.equal(made.network.head.weight, average)
+    average = read_checkpoint(run.last_checkpoint)["state_dict"]["model.head.weight"]
+    assert torch.equal(made.model.head.weight, average)
 
 
 def test_without_a_decay_there_is_no_average():

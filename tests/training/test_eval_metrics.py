@@ -1,4 +1,4 @@
-"""The metrics of a stage against plain arithmetic over all pictures at once."""
+"""The metrics of a stage against plain arithmetic over all images at once."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from cifar_lightning.training.eval_metrics import evaluation_metrics, update_evaluation
 
 
-def test_uneven_batches_count_picture_by_picture():
+def test_uneven_batches_count_image_by_image():
     torch.manual_seed(0)
     logits, plain, targets = torch.randn(50, 4), torch.randn(50, 4), torch.randint(0, 4, (50,))
     metrics = evaluation_metrics(4)
@@ -15,7 +15,7 @@ def test_uneven_batches_count_picture_by_picture():
         update_evaluation(metrics, logits[part], plain[part], targets[part])
     values = metrics.compute()
     assert values["loss"].item() == pytest.approx(F.cross_entropy(logits, targets).item(), abs=1e-6)
-    assert values["acc_one_view"].item() == pytest.approx((plain.argmax(1) == targets).float().mean().item(), abs=1e-6)
+    assert values["acc_no_tta"].item() == pytest.approx((plain.argmax(1) == targets).float().mean().item(), abs=1e-6)
     expected = torch.zeros(4, 4, dtype=torch.int64)
     for target, pred in zip(targets, logits.argmax(1), strict=True):
         expected[target, pred] += 1

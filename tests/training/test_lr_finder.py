@@ -82,8 +82,8 @@ def test_several_processes_are_refused(data):
         find_lr(module(), data, accelerator="cpu", devices=2, strategy="ddp")
 
 
-def test_a_last_batch_of_one_picture_ends_in_a_sentence():
-    pictures = ImageDataModule("synthetic", image_size=16, limit=112, batch_size=25)  # 101 to train on
+def test_a_last_batch_of_one_image_ends_in_a_sentence():
+    images = ImageDataModule("synthetic", image_size=16, limit=112, batch_size=25)  # 101 to train on
     deep = ImageClassifier(image_size=16, model_kwargs={"widths": [2] * 5})
     with pytest.raises(UserError, match=r"--batch_size 25: of 101 .* the last batch has 1"):
-        find_lr(deep, pictures, **CPU)
+        find_lr(deep, images, **CPU)

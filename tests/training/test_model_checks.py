@@ -14,16 +14,16 @@ from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.models.smallnet import SmallNet
 from cifar_lightning.training.model_checks import check_batches, check_logits
 
-DEEP = SmallNet(widths=(2,) * 5)  # 16 pixels halved four times: BatchNorm sees one value of each picture
+DEEP = SmallNet(widths=(2,) * 5)  # 16 pixels halved four times: BatchNorm sees one value of each image
 SHALLOW = SmallNet(widths=(2, 2))
 
 
 @pytest.mark.parametrize(
     ("logits", "message"),
     [
-        (torch.zeros(2, 7), "gives 7 logits a picture, and there are 4 classes"),
-        (torch.zeros(2, 4, 8, 8), r"gives \(2, 4, 8, 8\) for 2 pictures of 4 classes"),
-        (torch.zeros(1, 4), r"gives \(1, 4\) for 2 pictures"),
+        (torch.zeros(2, 7), "gives 7 logits an image, and there are 4 classes"),
+        (torch.zeros(2, 4, 8, 8), r"gives \(2, 4, 8, 8\) for 2 images of 4 classes"),
+        (torch.zeros(1, 4), r"gives \(1, 4\) for 2 images"),
         ((torch.zeros(2, 4), None), "gives a tuple and not a tensor"),
         ({"logits": torch.zeros(2, 4)}, "gives a dict and not a tensor"),
     ],
@@ -36,21 +36,21 @@ def test_what_is_no_logits_is_described(logits, message):
 
 @pytest.mark.parametrize(
     ("num_outputs", "num_classes", "message"),
-    [(7, 10, "gives 7 logits a picture, and there are 10 classes"), (4, 4, "num_classes 4: the data has 10 classes")],
+    [(7, 10, "gives 7 logits an image, and there are 10 classes"), (4, 4, "num_classes 4: the data has 10 classes")],
 )
 def test_a_network_of_other_outputs_or_classes_ends_in_a_sentence(tmp_path, num_outputs, num_classes, message):
-    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_outputs))
-    module = ImageClassifier(model=network, num_classes=num_classes)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_outputs))
+    module = ImageClassifier(model=model, num_classes=num_classes)
     with pytest.raises(UserError, match=message):
         quiet_trainer(tmp_path, max_epochs=1).fit(module, small_data())
 
 
-def trainer(batch_size, num_pictures=101, world_size=1, limit=1.0, drop_last=False, max_steps=-1):
+def trainer(batch_size, num_images=101, world_size=1, limit=1.0, drop_last=False, max_steps=-1):
     step = batch_size * world_size
-    batches = num_pictures // step if drop_last else -(-num_pictures // step)
+    batches = num_images // step if drop_last else -(-num_images // step)
     data = SimpleNamespace(
         num_train_batches=lambda num_ranks: batches,
-        num_pictures=lambda part: num_pictures,
+        num_images=lambda part: num_images,
         batch_size=batch_size,
         train_sizes=(16,),
     )
@@ -72,7 +72,7 @@ def trainer(batch_size, num_pictures=101, world_size=1, limit=1.0, drop_last=Fal
         ({"batch_size": 49, "world_size": 2}, "the last batch has 3, dealt to 2 processes"),
     ],
 )
-def test_a_batch_of_one_picture_is_refused_where_batchnorm_cannot_take_it(settings, message):
+def test_a_batch_of_one_image_is_refused_where_batchnorm_cannot_take_it(settings, message):
     with pytest.raises(UserError, match=message):
         check_batches(trainer(**settings), DEEP)
     check_batches(trainer(**settings), SHALLOW)
@@ -94,8 +94,8 @@ def test_batches_of_more_are_taken(settings):
     check_batches(trainer(**settings), DEEP)
 
 
-def test_a_last_batch_of_one_picture_ends_no_epoch(tmp_path):
-    """As in the loader: of 101 pictures in batches of 25 the last has one."""
+def test_a_last_batch_of_one_image_ends_no_epoch(tmp_path):
+    """As in the loader: of 101 images in batches of 25 the last has one."""
     data = small_data(limit=112, batch_size=25)
     with pytest.raises(UserError, match=r"--batch_size 25: of 101 .* last batch has 1"):
         quiet_trainer(tmp_path, max_epochs=1).fit(ImageClassifier(model=SmallNet(widths=(2,) * 5)), data)
@@ -148,12 +148,12 @@ def test_nothing_that_makes_a_network_by_name_is_ignored_beside_one_of_ones_own(
 
 
 def test_a_network_of_ones_own_is_given_again_to_its_checkpoint(tmp_path):
-    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
     run = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1)
-    run.fit(ImageClassifier(model=network), small_data())
+    run.fit(ImageClassifier(model=model), small_data())
     run.save_checkpoint(tmp_path / "one.ckpt")
     other = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
     ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True, model=other)
-    assert torch.equal(other[1].weight, network[1].weight)
+    assert torch.equal(other[1].weight, model[1].weight)
     with pytest.raises(UserError, match=r"give model=\.\.\. again"):
         ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)

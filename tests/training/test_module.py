@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.models.speednet import WhiteningConv
-from cifar_lightning.training.tta import view_logits
+from cifar_lightning.training.tta import tta_logits
 from cifar_lightning.transforms.mixup import Mixing
 
 NARROW = {"widths": [4, 8, 8], "dropout": 0.0}
@@ -54,7 +54,7 @@ def test_class_weights_of_the_data_weigh_the_loss(tmp_path):
     assert loss == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_mixed_pictures_are_trained_on_with_smoothed_shares():
+def test_mixed_images_are_trained_on_with_smoothed_shares():
     torch.manual_seed(0)
     module = ImageClassifier(label_smoothing=0.2, mixup=1.0, model_kwargs=NARROW).eval()
     images, targets = torch.randn(8, 3, 16, 16), torch.randint(0, 10, (8,))
@@ -67,7 +67,7 @@ def test_mixed_pictures_are_trained_on_with_smoothed_shares():
     torch.testing.assert_close(got, -(smoothed * module(mixed).log_softmax(1)).sum(1).mean())
 
 
-def test_epoch_sums_are_those_of_all_pictures_and_start_anew():
+def test_epoch_sums_are_those_of_all_images_and_start_anew():
     module = ImageClassifier(label_smoothing=0.0, model_kwargs=NARROW).eval()
     batches = [(torch.randn(n, 3, 16, 16), torch.randint(0, 10, (n,))) for n in (8, 3)]
     for _ in range(2):
@@ -137,13 +137,13 @@ def test_total_steps_are_those_that_lightning_estimates(tmp_path, settings, expe
 
 
 def test_speednet_is_whitened_once_and_its_stem_trained_for_its_share_alone(tmp_path):
-    module = ImageClassifier(image_size=16, stem_share=0.5, **SPEED)
+    module = ImageClassifier(image_size=16, stem_train_fraction=0.5, **SPEED)
     biases, whitened = [], []
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
-            biases.append(pl_module.network.stem.bias.detach().clone())
-            whitened.append(pl_module.network.stem.weight.detach().clone())
+            biases.append(pl_module.model.stem.bias.detach().clone())
+            whitened.append(pl_module.model.stem.weight.detach().clone())
 
     run = quiet_trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0)
     run.callbacks.append(Watch())
@@ -162,16 +162,16 @@ def test_speednet_is_whitened_once_and_its_stem_trained_for_its_share_alone(tmp_
     assert moved == [True] * 8 + [False] * 9, "a second training is of the stem, too"
 
 
-def test_filters_are_made_from_as_many_pixels_of_large_pictures_as_of_small_ones():
+def test_filters_are_made_from_as_many_pixels_of_large_images_as_of_small_ones():
     module, asked = ImageClassifier(image_size=64, **SPEED), []
 
-    def sample(num_pictures):
-        asked.append(num_pictures)
+    def sample(num_images):
+        asked.append(num_images)
         return torch.randn(8, 3, 64, 64)
 
     module.prepare(SimpleNamespace(image_size=64, sample_of_training=sample))
     assert asked == [1250], "a quarter of the 5,000 of 32 pixels"
-    assert module.network.stem.is_whitened
+    assert module.model.stem.is_whitened
 
 
 def test_speednet_without_our_data_asks_to_be_whitened(tmp_path):
@@ -185,14 +185,14 @@ def test_views_are_averaged_in_test_and_not_while_training(tmp_path):
     module, data = ImageClassifier(image_size=16, model_kwargs=NARROW, tta="six", lr=0.01), small_data()
     run = quiet_trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0)
     run.fit(module, data)
-    assert "val/acc_one_view" not in run.callback_metrics
+    assert "val/acc_no_tta" not in run.callback_metrics
     logged = run.test(module, data, verbose=False)[0]
     module.eval()
     with torch.no_grad():
-        parts = [(*view_logits(module.network, images, "six"), targets) for images, targets in data.test_dataloader()]
+        parts = [(*tta_logits(module.model, images, "six"), targets) for images, targets in data.test_dataloader()]
     logits, plain, targets = (torch.cat([part[k] for part in parts]) for k in range(3))
     assert logged["test/acc"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
-    assert logged["test/acc_one_view"] == pytest.approx((plain.argmax(1) == targets).float().mean().item())
+    assert logged["test/acc_no_tta"] == pytest.approx((plain.argmax(1) == targets).float().mean().item())
     assert logged["test/loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
 
 
@@ -202,14 +202,14 @@ def test_a_run_without_an_end_is_refused(tmp_path):
 
 
 def test_a_network_and_loaders_of_ones_own_train_too(tmp_path):
-    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
     loader = DataLoader(TensorDataset(torch.randn(32, 3, 8, 8), torch.randint(0, 4, (32,))), batch_size=8)
-    before = network[1].weight.detach().clone()
+    before = model[1].weight.detach().clone()
     run = quiet_trainer(tmp_path, max_epochs=1)
     with pytest.warns(PossibleUserWarning):  # no validation, no worker processes: both meant
-        run.fit(ImageClassifier(model=network, num_classes=4), loader)
+        run.fit(ImageClassifier(model=model, num_classes=4), loader)
     assert run.global_step == 4
-    assert not torch.equal(network[1].weight, before)
+    assert not torch.equal(model[1].weight, before)
 
 
 def test_steps_that_there_are_none_of_are_refused(tmp_path):

@@ -55,7 +55,7 @@ def test_a_loaded_checkpoint_is_not_overwritten_by_the_weights_that_its_run_bega
     again = ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
     again.setup("fit")
     again.prepare(None)
-    assert torch.equal(again.network.features[0].weight, module.network.features[0].weight)
+    assert torch.equal(again.model.features[0].weight, module.model.features[0].weight)
 
 
 def test_a_checkpoint_of_another_network_is_refused_in_a_line(tmp_path):
@@ -68,7 +68,9 @@ def test_a_checkpoint_of_another_network_is_refused_in_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("stop_at", [9, 18, 13], ids=["after epoch 1", "after epoch 2", "inside epoch 2"])
-@pytest.mark.parametrize("settings", [ADAMW, MUON, {**SPEED, "stem_share": 0.4}], ids=["adamw", "muon", "speednet"])
+@pytest.mark.parametrize(
+    "settings", [ADAMW, MUON, {**SPEED, "stem_train_fraction": 0.4}], ids=["adamw", "muon", "speednet"]
+)
 def test_a_resumed_run_without_dropout_ends_with_the_weights_of_an_unbroken_one(tmp_path, stop_at, settings):
     class SaveAt(pl.Callback):
         def on_train_batch_end(self, trainer, *args):
@@ -117,27 +119,27 @@ def test_odd_values_leave_a_checkpoint_that_loads_as_data(tmp_path):
 def test_trained_weights_begin_a_run_with_their_normalisation_and_a_new_head(tmp_path):
     torch.manual_seed(1)
     trained = ImageClassifier(image_size=16, num_classes=7, model_kwargs=NARROW)
-    torch.save(trained.network.state_dict(), tmp_path / "trained.pt")
+    torch.save(trained.model.state_dict(), tmp_path / "trained.pt")
     module = ImageClassifier(image_size=16, model_kwargs=NARROW, pretrained=str(tmp_path / "trained.pt"))
-    head = module.network.head.weight.detach().clone()
+    head = module.model.head.weight.detach().clone()
     seen = []
 
     class Look(pl.Callback):
         def on_train_start(self, trainer, pl_module):
-            seen.append({name: value.clone() for name, value in pl_module.network.state_dict().items()})
+            seen.append({name: value.clone() for name, value in pl_module.model.state_dict().items()})
 
     data = small_data()
     quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, callbacks=[Look()]).fit(module, data)
-    for name, value in trained.network.state_dict().items():
+    for name, value in trained.model.state_dict().items():
         if not name.startswith("head"):
             assert torch.equal(seen[0][name], value)
     assert torch.equal(seen[0]["head.weight"], head)
-    assert data.mean != (0.485, 0.456, 0.406)  # a file of a network of ours says nothing of its pictures
+    assert data.mean != (0.485, 0.456, 0.406)  # a file of a network of ours says nothing of its images
 
 
 def test_a_run_that_goes_on_does_not_ask_for_its_trained_weights_again(tmp_path):
     path = tmp_path / "trained.pt"
-    torch.save(ImageClassifier(image_size=16, model_kwargs=NARROW).network.state_dict(), path)
+    torch.save(ImageClassifier(image_size=16, model_kwargs=NARROW).model.state_dict(), path)
     settings = {"image_size": 16, "model_kwargs": NARROW, "pretrained": str(path)}
     first = quiet_trainer(tmp_path, max_epochs=1)
     first.fit(ImageClassifier(**settings), small_data())
@@ -164,7 +166,7 @@ def test_more_epochs_move_a_line_that_is_gone_on_with(tmp_path):
     assert rates == pytest.approx([0.1 * (1 - step / 36) for step in range(18, 36)])
 
 
-def test_weights_of_torchvision_have_the_pictures_normalised_as_there(tmp_path):
+def test_weights_of_torchvision_have_the_images_normalised_as_there(tmp_path):
     trained = build_model("mobilenet_v3_small", num_classes=3, image_size=32)
     torch.save(trained.state_dict(), tmp_path / "trained.pt")
     module = ImageClassifier("mobilenet_v3_small", image_size=32, pretrained=str(tmp_path / "trained.pt"))
@@ -179,9 +181,9 @@ def test_weights_of_torchvision_have_the_pictures_normalised_as_there(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_how_pictures_of_ones_own_must_be_normalised_is_told_once(monkeypatch, tmp_path, capsys, rank):
+def test_how_images_of_ones_own_must_be_normalised_is_told_once(monkeypatch, tmp_path, capsys, rank):
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     torch.save(build_model("mobilenet_v3_small", num_classes=3, image_size=32).state_dict(), tmp_path / "trained.pt")
     module = ImageClassifier("mobilenet_v3_small", image_size=32, pretrained=str(tmp_path / "trained.pt"))
     module.take_pretrained(None)
-    assert capsys.readouterr().out.count("normalise the pictures with mean") == 1 - rank
+    assert capsys.readouterr().out.count("normalise the images with mean") == 1 - rank

@@ -7,7 +7,7 @@ import torch
 
 from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.predictions import AnswerKeeper
+from cifar_lightning.training.predictions import PredictionWriter
 
 
 @pytest.fixture
@@ -38,26 +38,26 @@ def make_parts():
 
 
 def test_answers_are_kept_in_the_order_of_the_split(tmp_path, folder):
-    keeper = AnswerKeeper(folder)
+    keeper = PredictionWriter(folder)
     run = make_trainer(tmp_path, keeper)
     run.fit(*make_parts())
     assert not folder.predictions_val.exists()  # validations within fit are not answers
     run.test(run.lightning_module, run.datamodule, verbose=False)
     answers = np.load(folder.predictions)
-    targets = run.datamodule._pictures["test"].targets
+    targets = run.datamodule._images["test"].targets
     assert np.array_equal(answers["targets"], targets)
     run.lightning_module.eval()
     with torch.no_grad():
         logits = torch.cat([run.lightning_module(images) for images, _ in run.datamodule.test_dataloader()])
     assert np.array_equal(answers["logits"], logits.numpy())
     shown = np.load(folder.gallery)
-    assert np.array_equal(shown["images"], run.datamodule._pictures["test"].images[shown["indices"]])
+    assert np.array_equal(shown["images"], run.datamodule._images["test"].images[shown["indices"]])
     assert keeper.is_test_written
     assert keeper.test.confusion.sum() == 1000
 
 
-def test_answers_of_some_pictures_alone_are_not_written(tmp_path, folder, capsys):
-    keeper = AnswerKeeper(folder)
+def test_answers_of_some_images_alone_are_not_written(tmp_path, folder, capsys):
+    keeper = PredictionWriter(folder)
     make_trainer(tmp_path, keeper, limit_test_batches=2).test(*make_parts(), verbose=False)
     assert len(keeper.test.targets) == 512
     assert not keeper.is_test_written

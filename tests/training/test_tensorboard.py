@@ -114,18 +114,18 @@ def test_the_mistakes_shown_are_the_most_confident_ones(tmp_path, monkeypatch):
 
     def keep(images, titles):
         shown.append((images, list(titles)))
-        from cifar_lightning.report.figures import pictures_figure
+        from cifar_lightning.report.figures import images_figure
 
-        return pictures_figure(images, titles)
+        return images_figure(images, titles)
 
-    monkeypatch.setattr("cifar_lightning.training.tensorboard.pictures_figure", keep)
+    monkeypatch.setattr("cifar_lightning.training.tensorboard.images_figure", keep)
     _, data, answers, _ = fit(tmp_path, epochs=1, test=False)
     logits, targets = answers[0]
     probs = torch.from_numpy(logits).double().softmax(1).numpy()
     wrong = np.flatnonzero(probs.argmax(1) != targets)
     worst = wrong[np.argsort(-probs[wrong].max(1), kind="stable")][:16]
     images, titles = shown[-1]
-    assert (images == data.pictures("val", worst)).all()
+    assert (images == data.images("val", worst)).all()
     names = data.class_names
     first = f"{names[targets[worst[0]]]}\nas {names[probs[worst[0]].argmax()]} {100 * probs[worst[0]].max():.0f} %"
     assert titles[0] == first

@@ -1,4 +1,4 @@
-"""Batched augmentation against naive slicing and against torchvision, picture by picture."""
+"""Batched augmentation against naive slicing and against torchvision, image by image."""
 
 import dataclasses
 import hashlib
@@ -29,12 +29,12 @@ CPU = torch.device("cpu")
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
 
 
-def random_pictures(count=16, height=32, width=32):
+def random_images(count=16, height=32, width=32):
     return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
 
 
 def naive_crop_and_mirror(image, shift_y, shift_x, mirrored, padding, mode):
-    """Pad one picture (H, W, C), slice it, flip it: the obvious way."""
+    """Pad one image (H, W, C), slice it, flip it: the obvious way."""
     height, width, _ = image.shape
     chw = image.permute(2, 0, 1).float()[None]
     padded = F.pad(chw, (padding,) * 4, mode="reflect") if mode == "reflect" else F.pad(chw, (padding,) * 4)
@@ -47,8 +47,8 @@ def naive_crop_and_mirror(image, shift_y, shift_x, mirrored, padding, mode):
 
 @pytest.mark.parametrize("mode", ["reflect", "zeros"])
 @pytest.mark.parametrize(("height", "width", "padding"), [(32, 32, 4), (24, 40, 5), (8, 8, 7)])
-def test_crop_and_mirror_equals_padding_slicing_and_flipping_each_picture(mode, height, width, padding):
-    images = random_pictures(256, height, width)
+def test_crop_and_mirror_equals_padding_slicing_and_flipping_each_image(mode, height, width, padding):
+    images = random_images(256, height, width)
     shift_y, shift_x = torch.randint(-padding, padding + 1, (2, 256))
     mirrored = torch.rand(256) < 0.5
     got = crop_and_mirror(images, shift_y, shift_x, mirrored, padding_px=padding, crop_mode=mode)
@@ -58,8 +58,8 @@ def test_crop_and_mirror_equals_padding_slicing_and_flipping_each_picture(mode, 
 
 
 @pytest.mark.parametrize("mode", ["reflect", "zeros"])
-def test_mirror_alone_gives_the_picture_or_its_mirror_image(mode):
-    images = random_pictures(8)
+def test_mirror_alone_gives_the_image_or_its_mirror_image(mode):
+    images = random_images(8)
     mirrored = torch.tensor([True, False] * 4)
     got = crop_and_mirror(images, None, None, mirrored, padding_px=0, crop_mode=mode)
     assert torch.equal(got[0::2], images[0::2].flip(2))
@@ -68,7 +68,7 @@ def test_mirror_alone_gives_the_picture_or_its_mirror_image(mode):
 
 @pytest.mark.parametrize("mode", ["reflect", "zeros"])
 def test_a_shift_along_one_side_leaves_the_other(mode):
-    images = random_pictures(1)
+    images = random_images(1)
     down = crop_and_mirror(images, torch.tensor([3]), None, None, padding_px=4, crop_mode=mode)
     right = crop_and_mirror(images, None, torch.tensor([-2]), None, padding_px=4, crop_mode=mode)
     assert torch.equal(down[0], naive_crop_and_mirror(images[0], 3, 0, False, 4, mode))
@@ -76,17 +76,17 @@ def test_a_shift_along_one_side_leaves_the_other(mode):
 
 
 def test_normalize_equals_torchvision_and_leaves_channels_last_memory():
-    images = random_pictures()
+    images = random_images()
     reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN.tolist(), STD.tolist())])
     got = normalize(images, mean=MEAN, std=STD)
     torch.testing.assert_close(got, reference(images.permute(0, 3, 1, 2)))
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_finished_picture_is_the_crop_normalised_by_torchvision_and_cut_out_by_slicing():
+def test_a_finished_image_is_the_crop_normalised_by_torchvision_and_cut_out_by_slicing():
     chosen = Augmentation(crop_padding_px=3, cutout_px=10)
-    images = random_pictures(64, 24, 24)
-    draws = draw_epoch(chosen, num_pictures=64, image_size=24, seed=0, epoch=0, device=CPU)
+    images = random_images(64, 24, 24)
+    draws = draw_epoch(chosen, num_images=64, image_size=24, seed=0, epoch=0, device=CPU)
     reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN.tolist(), STD.tolist())])
     got = augment(images, draws, chosen, mean=MEAN, std=STD)
     for k in range(64):
@@ -99,11 +99,11 @@ def test_a_finished_picture_is_the_crop_normalised_by_torchvision_and_cut_out_by
 
 
 @pytest.mark.parametrize("contrast", [0.0, 0.3])
-def test_pictures_in_any_memory_layout_come_out_alike_and_are_left_as_they_were(contrast):
+def test_images_in_any_memory_layout_come_out_alike_and_are_left_as_they_were(contrast):
     chosen = Augmentation(cutout_px=6, contrast=contrast, policy="trivial", erasing=0.5)
-    images = random_pictures()
+    images = random_images()
     planes_first = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    draws = draw_epoch(chosen, num_pictures=16, image_size=32, seed=0, epoch=0, device=CPU)
+    draws = draw_epoch(chosen, num_images=16, image_size=32, seed=0, epoch=0, device=CPU)
     for some in (draws, dataclasses.replace(draws, shift_y=None, shift_x=None, mirrored=None)):
         before = images.clone()
         got = augment(images, some, chosen, mean=MEAN, std=STD)
@@ -113,8 +113,8 @@ def test_pictures_in_any_memory_layout_come_out_alike_and_are_left_as_they_were(
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
-def test_jitter_equals_torchvision_picture_by_picture(factor):
-    images = random_pictures(4).float() / 255
+def test_jitter_equals_torchvision_image_by_image(factor):
+    images = random_images(4).float() / 255
     chw = images.permute(0, 3, 1, 2)
     factors = torch.full((4,), factor)
     brighter = jitter(images, factors, None).permute(0, 3, 1, 2)
@@ -123,7 +123,7 @@ def test_jitter_equals_torchvision_picture_by_picture(factor):
     torch.testing.assert_close(contrasted, v2.functional.adjust_contrast(chw, factor))
 
 
-def test_cutout_clears_exactly_the_square_of_each_picture_in_place():
+def test_cutout_clears_exactly_the_square_of_each_image_in_place():
     images = torch.ones(3, 3, 8, 9).contiguous(memory_format=torch.channels_last)
     got = cutout_(images, torch.tensor([0, 2, 5]), torch.tensor([0, 4, 6]), 3)
     assert got is images
@@ -137,7 +137,7 @@ def test_draws_are_a_function_of_seed_and_epoch_and_cover_their_range():
     chosen = Augmentation(crop_padding_px=3, cutout_px=8, brightness=0.2, contrast=0.1, policy="trivial", erasing=0.5)
 
     def drawn(seed, epoch):
-        return draw_epoch(chosen, num_pictures=5000, image_size=32, seed=seed, epoch=epoch, device=CPU)
+        return draw_epoch(chosen, num_images=5000, image_size=32, seed=seed, epoch=epoch, device=CPU)
 
     first, again, other_epoch, other_seed = drawn(1, 0), drawn(1, 0), drawn(1, 1), drawn(2, 0)
     for field in dataclasses.fields(first):
@@ -156,7 +156,7 @@ def test_draws_are_a_function_of_seed_and_epoch_and_cover_their_range():
 
 def test_one_operation_more_leaves_the_draws_of_the_others():
     def drawn(chosen):
-        return draw_epoch(chosen, num_pictures=100, image_size=32, seed=0, epoch=0, device=CPU)
+        return draw_epoch(chosen, num_images=100, image_size=32, seed=0, epoch=0, device=CPU)
 
     plain, with_cutout = drawn(Augmentation()), drawn(Augmentation(cutout_px=8, contrast=0.5))
     assert torch.equal(plain.shift_x, with_cutout.shift_x)
@@ -169,7 +169,7 @@ def test_one_operation_more_leaves_the_draws_of_the_others():
 def test_draws_are_those_of_runs_made_before():
     """A run that is gone on with needs the tables of the version that it was begun with."""
     chosen = Augmentation(cutout_px=8, brightness=0.2, contrast=0.1, policy="trivial", erasing=0.5)
-    draws = draw_epoch(chosen, num_pictures=100, image_size=32, seed=3, epoch=2, device=CPU)
+    draws = draw_epoch(chosen, num_images=100, image_size=32, seed=3, epoch=2, device=CPU)
     tables = {field.name: getattr(draws, field.name).numpy() for field in dataclasses.fields(draws)}
     tables["magnitudes"] = tables["magnitudes"] < 0  # the last bits of their values are linspace's
     found = {name: hashlib.sha256(table.tobytes()).hexdigest()[:12] for name, table in tables.items()}
@@ -188,45 +188,45 @@ def test_draws_are_those_of_runs_made_before():
 
 
 @pytest.mark.parametrize("policy", ["trivial", "rand"])
-def test_a_policy_changes_the_cropped_bytes_and_erasing_the_finished_picture(policy):
+def test_a_policy_changes_the_cropped_bytes_and_erasing_the_finished_image(policy):
     chosen = Augmentation(crop_padding_px=3, policy=policy, erasing=0.5)
-    images = random_pictures(64)
-    draws = draw_epoch(chosen, num_pictures=64, image_size=32, seed=0, epoch=0, device=CPU)
+    images = random_images(64)
+    draws = draw_epoch(chosen, num_images=64, image_size=32, seed=0, epoch=0, device=CPU)
     got = augment(images, draws, chosen, mean=MEAN, std=STD)
     cropped = crop_and_mirror(images, draws.shift_y, draws.shift_x, draws.mirrored, padding_px=3, crop_mode="reflect")
     expected = normalize(apply_operations(cropped, draws.operations, draws.magnitudes), mean=MEAN, std=STD)
-    for picture, (top, left, height, width) in zip(expected, draws.erased.tolist(), strict=True):
-        picture[:, top : top + height, left : left + width] = 0
+    for image, (top, left, height, width) in zip(expected, draws.erased.tolist(), strict=True):
+        image[:, top : top + height, left : left + width] = 0
     assert torch.equal(got, expected)
     assert 20 < (draws.erased[:, 2] > 0).sum() < 44
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_alternating_flip_shows_both_sides_of_every_picture_in_two_epochs():
+def test_alternating_flip_shows_both_sides_of_every_image_in_two_epochs():
     chosen = Augmentation(flip="alternating")
-    epochs = [draw_epoch(chosen, num_pictures=1000, image_size=32, seed=0, epoch=e, device=CPU) for e in range(4)]
+    epochs = [draw_epoch(chosen, num_images=1000, image_size=32, seed=0, epoch=e, device=CPU) for e in range(4)]
     for first, second in itertools.pairwise(epochs):
         assert torch.equal(first.mirrored, ~second.mirrored)
     assert 400 < int(epochs[0].mirrored.sum()) < 600
 
 
 @pytest.mark.parametrize("policy", ["none", "trivial", "rand"])
-def test_a_picture_is_augmented_alike_in_any_batch(policy):
+def test_a_image_is_augmented_alike_in_any_batch(policy):
     chosen = Augmentation(cutout_px=6, brightness=0.3, contrast=0.3, policy=policy, erasing=0.5)
-    images = random_pictures(32)
-    draws = draw_epoch(chosen, num_pictures=32, image_size=32, seed=0, epoch=3, device=CPU)
+    images = random_images(32)
+    draws = draw_epoch(chosen, num_images=32, image_size=32, seed=0, epoch=3, device=CPU)
     everything = torch.arange(32)
     together = augment(images, draws.of(everything), chosen, mean=MEAN, std=STD)
     order = torch.randperm(32, generator=seeded_generator(9))
-    for pictures in order.split(5):
-        alone = augment(images[pictures], draws.of(pictures), chosen, mean=MEAN, std=STD)
-        assert torch.equal(alone, together[pictures])
+    for raw_images in order.split(5):
+        alone = augment(images[raw_images], draws.of(raw_images), chosen, mean=MEAN, std=STD)
+        assert torch.equal(alone, together[raw_images])
 
 
 def test_cutout_is_the_mean_colour_even_with_jitter():
     chosen = Augmentation(crop_padding_px=0, flip="none", cutout_px=32, brightness=0.9, contrast=0.9)
-    draws = draw_epoch(chosen, num_pictures=4, image_size=32, seed=0, epoch=0, device=CPU)
-    assert augment(random_pictures(4), draws, chosen, mean=MEAN, std=STD).count_nonzero() == 0
+    draws = draw_epoch(chosen, num_images=4, image_size=32, seed=0, epoch=0, device=CPU)
+    assert augment(random_images(4), draws, chosen, mean=MEAN, std=STD).count_nonzero() == 0
 
 
 @pytest.mark.parametrize(
@@ -253,6 +253,6 @@ def test_resize_equals_pillows_bilinear_filter():
     images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
     scaled = resize(images, 24)
     assert scaled.shape == (3, 24, 24, 3)
-    for picture, small in zip(images, scaled, strict=True):
-        expected = np.asarray(Image.fromarray(picture.numpy()).resize((24, 24), Image.Resampling.BILINEAR))
+    for image, small in zip(images, scaled, strict=True):
+        expected = np.asarray(Image.fromarray(image.numpy()).resize((24, 24), Image.Resampling.BILINEAR))
         assert np.abs(small.numpy().astype(int) - expected.astype(int)).max() <= 1

@@ -14,10 +14,10 @@ def mixed(seed=0, **strengths):
     return Mixing(6, **strengths)(IMAGES, TARGETS)
 
 
-def test_mixup_blends_pictures_and_targets_in_one_share():
+def test_mixup_blends_images_and_targets_in_one_share():
     images, shares = mixed(mixup=1.0)
     torch.testing.assert_close(shares.sum(1), torch.ones(6))
-    # A picture's value is its class, so blended values are the targets' means.
+    # An image's value is its class, so blended values are the targets' means.
     torch.testing.assert_close(images, (shares @ TARGETS.float()).view(6, 1, 1, 1).expand_as(images))
     assert ((shares > 0).sum(1) == 2).all()
 
@@ -38,7 +38,7 @@ def test_the_global_generator_decides_which_checkpoints_keep():
     assert not torch.equal(mixed(3, mixup=0.4)[0], mixed(4, mixup=0.4)[0])
 
 
-def test_pictures_stay_channels_last():
+def test_images_stay_channels_last():
     for strengths in ({"mixup": 1.0}, {"cutmix": 1.0}):
         assert mixed(**strengths)[0].is_contiguous(memory_format=torch.channels_last)
 

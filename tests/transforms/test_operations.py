@@ -1,4 +1,4 @@
-"""The operations of augmentation policies against torchvision, picture by picture."""
+"""The operations of augmentation policies against torchvision, image by image."""
 
 import math
 
@@ -19,12 +19,12 @@ from cifar_lightning.transforms.operations import (
 STRONGEST = dict(zip(SIGNED, [0.99, 0.99, 32.0, 32.0, 135.0, 0.99, 0.99, 0.99, 0.99], strict=True))
 
 
-def random_pictures(count=16, height=32, width=32):
+def random_images(count=16, height=32, width=32):
     return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
 
 
-def odd_pictures():
-    """Pictures at the edge of what the operations tell apart: flat, grey, of two values, of few values, smooth."""
+def odd_images():
+    """Images at the edge of what the operations tell apart: flat, grey, of two values, of few values, smooth."""
     flat = torch.full((1, 32, 32, 3), 77)
     grey = torch.randint(0, 256, (4, 32, 32, 1)).expand(-1, -1, -1, 3)
     two = torch.randint(0, 2, (1, 32, 32, 3)) * 9 + 100
@@ -45,7 +45,7 @@ def strengths_of(operation):
 
 
 def by_torchvision(image, operation, magnitude):
-    """One picture (H, W, 3) as TrivialAugmentWide of torchvision changes it."""
+    """One image (H, W, 3) as TrivialAugmentWide of torchvision changes it."""
     chw = image.permute(2, 0, 1).contiguous()
     degrees = math.degrees(math.atan(magnitude))
     still = {"angle": 0.0, "scale": 1.0}
@@ -78,16 +78,16 @@ def assert_equal_to_torchvision(images, operation, magnitudes):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_each_operation_equals_torchvisions_value_for_value(operation):
     strengths = strengths_of(operation)
-    pictures = torch.cat([random_pictures(3), odd_pictures()])
-    images = pictures.repeat_interleave(len(strengths), 0)
-    assert_equal_to_torchvision(images, operation, strengths.repeat(len(pictures)))
+    raw_images = torch.cat([random_images(3), odd_images()])
+    images = raw_images.repeat_interleave(len(strengths), 0)
+    assert_equal_to_torchvision(images, operation, strengths.repeat(len(raw_images)))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("size", [(28, 28), (24, 40), (47, 31), (2, 7), (1, 1)])
-def test_pictures_of_any_size_are_changed_as_torchvision_does(operation, size):
+def test_images_of_any_size_are_changed_as_torchvision_does(operation, size):
     strengths = strengths_of(operation)[::3]
-    assert_equal_to_torchvision(random_pictures(len(strengths), *size), operation, strengths)
+    assert_equal_to_torchvision(random_images(len(strengths), *size), operation, strengths)
 
 
 @pytest.mark.parametrize("operation", ["ShearX", "ShearY", "Rotate"])
@@ -95,7 +95,7 @@ def test_moved_pixels_come_from_the_nearest_one_but_for_ties(operation):
     """Against float64: what differs must lie within 1e-4 of the middle between two pixels."""
     size, count = 40, 60
     magnitudes = (torch.rand(count) * 2 - 1) * STRONGEST[operation]
-    images = random_pictures(count, size, size)
+    images = random_images(count, size, size)
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     for image, magnitude, got in zip(
         images, magnitudes.tolist(), apply_operation(images, operation, magnitudes), strict=True
@@ -125,11 +125,11 @@ def mixed_batch(count=280, num_ops=1, size=32):
         strengths = strengths_of(name)
         chosen = operations == index
         magnitudes[chosen] = strengths[torch.randint(len(strengths), (int(chosen.sum()),))]
-    return random_pictures(count, size, size), operations, magnitudes
+    return random_images(count, size, size), operations, magnitudes
 
 
 @pytest.mark.parametrize("num_ops", [1, 2])
-def test_a_batch_of_mixed_operations_equals_each_picture_done_alone(num_ops):
+def test_a_batch_of_mixed_operations_equals_each_image_done_alone(num_ops):
     images, operations, magnitudes = mixed_batch(num_ops=num_ops)
     assert set(operations.flatten().tolist()) == set(range(14))
     got = apply_operations(images, operations, magnitudes)
@@ -146,8 +146,8 @@ def test_every_kernel_over_the_whole_batch_gives_the_same_as_over_sorted_shares(
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_pictures_are_left_as_they_were_in_any_memory_layout(operation):
-    images = random_pictures(4)
+def test_images_are_left_as_they_were_in_any_memory_layout(operation):
+    images = random_images(4)
     magnitudes = strengths_of(operation)[1:2].expand(4)
     planes_first = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     before = images.clone()

@@ -83,7 +83,7 @@ def test_rectangles_lie_inside_and_are_distributed_as_torchvisions():
         assert abs(mine.std() - peer.std()) < 0.1 * peer.std()
 
 
-def test_the_given_share_of_pictures_is_erased_and_which_ones_does_not_move_their_rectangles():
+def test_the_given_share_of_images_is_erased_and_which_ones_does_not_move_their_rectangles():
     few, all_of_them = draw_erasing(10_000, 32, 0.25, generator(3)), draw_erasing(10_000, 32, 1.0, generator(3))
     erased = few[:, 2] > 0
     assert 0.23 < erased.float().mean() < 0.27
@@ -91,7 +91,7 @@ def test_the_given_share_of_pictures_is_erased_and_which_ones_does_not_move_thei
     assert (few[~erased] == 0).all()
 
 
-def test_after_ten_rectangles_as_high_or_wide_as_the_picture_nothing_is_erased(monkeypatch):
+def test_after_ten_rectangles_as_high_or_wide_as_the_image_nothing_is_erased(monkeypatch):
     monkeypatch.setattr("cifar_lightning.transforms.policies.ERASED_SHARE", (0.9, 1.0))
     monkeypatch.setattr("cifar_lightning.transforms.policies.ERASED_ASPECT", (0.5, 2.0))
     rectangles = draw_erasing(2_000, 32, 1.0, generator(0))
@@ -103,7 +103,7 @@ def test_after_ten_rectangles_as_high_or_wide_as_the_picture_nothing_is_erased(m
 
 
 @pytest.mark.parametrize("size", [(16, 16), (12, 20)])
-def test_erasing_clears_exactly_the_rectangle_of_each_picture_in_place(size):
+def test_erasing_clears_exactly_the_rectangle_of_each_image_in_place(size):
     images = torch.randn(40, 3, *size).add_(9).contiguous(memory_format=torch.channels_last)
     rectangles = draw_erasing(40, 12, 0.6, generator(1))
     expected = images.clone()
