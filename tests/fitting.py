@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 
@@ -9,9 +10,10 @@ from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.best_checkpoint import BestCheckpoint
-from cifar_lightning.training.callbacks import RunRecorder
+from cifar_lightning.training.data_protocol import TrainingData
 from cifar_lightning.training.last_checkpoint import CheckpointSchedule, LastCheckpoint
 from cifar_lightning.training.resume_state import ResumeState
+from cifar_lightning.training.run_recorder import RunRecorder
 from cifar_lightning.training.signals import StopSignals
 
 NARROW = {"widths": [2, 2, 2], "dropout": 0.3}
@@ -37,6 +39,14 @@ def quiet_trainer(tmp_path, **kwargs):
 def small_data(**kwargs):
     """Return generated images of 16 pixels, 9 steps an epoch."""
     return ImageDataModule("synthetic", **{"batch_size": 500, "image_size": 16, **kwargs})
+
+
+def fake_data(**members):
+    """Return an object of the TrainingData protocol with these members; the others are empty."""
+    names = {*TrainingData.__annotations__, *vars(TrainingData)}
+    data = SimpleNamespace(**{**{name: () for name in names if not name.startswith("_")}, **members})
+    assert isinstance(data, TrainingData)
+    return data
 
 
 def fit_run(

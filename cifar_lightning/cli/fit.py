@@ -44,7 +44,6 @@ from cifar_lightning.report.terminal import print_findings, print_validation
 from cifar_lightning.runs.folder import RunFolder, create_run, discard_run, open_run, recipe_name
 from cifar_lightning.runs.processes import announce_run, announced_run
 from cifar_lightning.training.best_checkpoint import BestCheckpoint
-from cifar_lightning.training.callbacks import RunRecorder
 from cifar_lightning.training.error_messages import explained, of_settings
 from cifar_lightning.training.last_checkpoint import LastCheckpoint
 from cifar_lightning.training.lightning_patches import NoProfiler
@@ -56,6 +55,7 @@ from cifar_lightning.training.predictions import PredictionWriter
 from cifar_lightning.training.progress_bar import RunProgress
 from cifar_lightning.training.quiet_lightning import silence
 from cifar_lightning.training.resume_state import ResumeState
+from cifar_lightning.training.run_recorder import RunRecorder
 from cifar_lightning.training.signals import StopSignals
 from cifar_lightning.training.tensorboard import Dashboard, board_for
 

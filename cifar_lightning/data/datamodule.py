@@ -227,6 +227,10 @@ class ImageDataModule(pl.LightningDataModule):
         """Each class's weight in the loss, after `setup()`; None where they count as they come."""
         return balanced_weights(self._class_counts()) if self.has_class_weights else None
 
+    def use_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Normalize images with this mean and std of each channel instead of the training images' own."""
+        self.mean, self.std = mean, std
+
     def describe_classes(self) -> list[str]:
         """Return the classes in words, after `setup()`: how many and the first names; where it is so, how uneven."""
         names = ", ".join(self.class_names[:_NAMED]) + (", ..." if self.num_classes > _NAMED else "")

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.callbacks import MONITOR
+from cifar_lightning.training.run_recorder import MONITOR
 
 
 class BestCheckpoint(ModelCheckpoint):

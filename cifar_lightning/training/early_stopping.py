@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from cifar_lightning.checkpoints.resume import has_stopped
 from cifar_lightning.settings.limits import check_limits
-from cifar_lightning.training.callbacks import MONITOR
 from cifar_lightning.training.module import ImageClassifier
+from cifar_lightning.training.run_recorder import MONITOR
 
 
 class AnnealingEarlyStopping(EarlyStopping):

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from cifar_lightning.checkpoints.rng_state import is_inside_epoch
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.settings.limits import check_limits
-from cifar_lightning.training.callbacks import EPOCH_SO_FAR, RunRecorder
+from cifar_lightning.training.run_recorder import EPOCH_SO_FAR, RunRecorder
 from cifar_lightning.training.signals import Stopped, StopSignals
 
 _MINUTES_ARE_UP = 1  # below every signal's number, so that the highest of all ranks' wishes is the one that counts

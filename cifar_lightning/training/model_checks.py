@@ -1,4 +1,4 @@
-"""Whether a network and its data agree: classes, the form of the answers, batches of one image."""
+"""Checks that model and data agree: number of classes, shape of the logits, batch and image sizes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,58 +8,60 @@ from torch import Tensor, nn
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.models.stems import needs_several, why_not
+from cifar_lightning.training.data_protocol import training_data
 from cifar_lightning.training.step_count import takes_last_batch
 
 
 def check_logits(logits: Any, num_images: int, num_classes: int) -> None:
-    """Refuse what is not raw logits, (images, classes); shapes alone are read, which waits for no device.
+    """Raise unless a model's output is a tensor of logits (images, classes); reads shapes alone, without a sync.
 
     Raises:
-        UserError: Says what the network gives instead.
+        UserError: Describes the output.
     """
     if not isinstance(logits, Tensor):
         raise UserError(
-            f"the network gives a {type(logits).__name__} and not a tensor of raw logits; "
-            "wrap it in an nn.Module whose forward returns them alone."
+            f"the model returns a {type(logits).__name__}, not a tensor of raw logits; "
+            "wrap it in an nn.Module whose forward returns the logits alone."
         )
     if logits.shape == (num_images, num_classes):
         return
     if logits.ndim == 2 and len(logits) == num_images:
         raise UserError(
-            f"the network gives {logits.shape[1]} logits an image, and there are {num_classes} classes; "
-            "its outputs and num_classes=... must both be the data's number of classes."
+            f"the model returns {logits.shape[1]} logits per image, but there are {num_classes} classes; "
+            "its outputs and num_classes=... must both equal the data's number of classes."
         )
     raise UserError(
-        f"the network gives {tuple(logits.shape)} for {num_images} images of {num_classes} classes, and not "
-        f"raw logits ({num_images}, {num_classes}); its last layer must give one number a class for each image."
+        f"the model returns {tuple(logits.shape)} for {num_images} images of {num_classes} classes, not "
+        f"raw logits ({num_images}, {num_classes}); its last layer must return one logit per class and image."
     )
 
 
 def check_classes(trainer: pl.Trainer, num_classes: int) -> None:
-    """Refuse data of other classes than a network is trained for.
+    """Raise if the data has another number of classes than the model.
 
     Raises:
-        UserError: Says how many there are.
+        UserError: Names both numbers.
     """
-    of_data = getattr(getattr(trainer, "datamodule", None), "num_classes", num_classes)
-    if of_data != num_classes:
+    data = training_data(trainer)
+    if data is not None and data.num_classes != num_classes:
         raise UserError(
-            f"num_classes {num_classes}: the data has {of_data} classes; give ImageClassifier(num_classes={of_data})."
+            f"num_classes {num_classes}: the data has {data.num_classes} classes; "
+            f"give ImageClassifier(num_classes={data.num_classes})."
         )
 
 
 def check_batches(trainer: pl.Trainer, model: nn.Module) -> None:
-    """Refuse before the first step a batch of one image that a network's BatchNorm cannot take.
+    """Raise before the first step if the model's BatchNorm would get a training batch of one image.
 
     Args:
-        trainer: Attached to its data, which has been set up; of other data than an `ImageDataModule` nothing is known.
+        trainer: Attached to its data after `setup()`. Data that is not a `TrainingData` is not checked.
         model: Takes images (batch, 3, height, width).
 
     Raises:
-        UserError: Names what mends it.
+        UserError: Names the flags that change it.
     """
-    data: Any = getattr(trainer, "datamodule", None)
-    if not hasattr(data, "num_train_batches"):
+    data = training_data(trainer)
+    if data is None:
         return
     size, num_ranks = data.batch_size, trainer.world_size
     batches, num_images = data.num_train_batches(num_ranks), data.num_images("train")
@@ -68,20 +70,20 @@ def check_batches(trainer: pl.Trainer, model: nn.Module) -> None:
     if not is_single or not needs_several(model, min(data.train_sizes)):
         return
     if size == 1:
-        raise UserError("--batch_size 1: this network's BatchNorm cannot be trained with one image; give 2 or more.")
-    dealt = f", dealt to {num_ranks} processes" if num_ranks > 1 else ""
+        raise UserError("--batch_size 1: this model's BatchNorm cannot be trained with one image; give 2 or more.")
+    spread = f" over {num_ranks} processes" if num_ranks > 1 else ""
     raise UserError(
-        f"--batch_size {size}: of {num_images:,} training images the last batch has {in_last}{dealt}, and this "
-        "network's BatchNorm cannot be trained with one image; give --data.drop_last true, or another --batch_size."
+        f"--batch_size {size}: of {num_images:,} training images the last batch has {in_last}{spread}, and this "
+        "model's BatchNorm cannot be trained with one image; give --data.drop_last true, or another --batch_size."
     )
 
 
 def check_sizes(model: nn.Module, train_sizes: Sequence[int]) -> None:
-    """Refuse images of an epoch that the network does not take.
+    """Raise if the model cannot take the images of an epoch.
 
     Args:
         model: Takes square images.
-        train_sizes: Their sides in pixels, epoch by epoch; the last is the one that the network was made for.
+        train_sizes: Image size of each epoch; the model was built for the last one.
 
     Raises:
         UserError: Names the size and the reason.
@@ -89,19 +91,21 @@ def check_sizes(model: nn.Module, train_sizes: Sequence[int]) -> None:
     for size in sorted({*train_sizes} - {train_sizes[-1]}):
         reason = why_not(model, size)
         if reason:
-            raise UserError(f"--data.train_sizes {list(train_sizes)}: the network takes no {size} ({reason}).")
+            raise UserError(
+                f"--data.train_sizes {list(train_sizes)}: the model cannot take images of {size} pixels ({reason})."
+            )
 
 
 def check_monitors(callbacks: Sequence[pl.Callback], validates: bool) -> None:
-    """Refuse callbacks that wait for a figure of the validation where there is none, before anything is trained.
+    """Raise if a callback monitors a validation metric in a run without validation.
 
     Raises:
-        UserError: Names the callback and what it watches.
+        UserError: Names the callback and its metric.
     """
     for callback in callbacks:
         monitor = str(getattr(callback, "monitor", None))
         if monitor.startswith("val/") and not validates:
             raise UserError(
-                f"--trainer.callbacks {type(callback).__name__}: watches {monitor}, but nothing is validated.\n"
-                "Hold images out (--data.val_fraction 0.1, --trainer.limit_val_batches above 0), or leave it out."
+                f"--trainer.callbacks {type(callback).__name__}: monitors {monitor}, but this run does not validate.\n"
+                "Hold images out (--data.val_fraction 0.1, --trainer.limit_val_batches above 0), or remove it."
             )

@@ -23,6 +23,7 @@ from cifar_lightning.models.state_dicts import describe_misfits
 from cifar_lightning.optim.optimizers import OptimizerName, build_optimizer, settings_of
 from cifar_lightning.optim.schedules import ScheduleName, follows_plan, make_schedule, warmup_fraction
 from cifar_lightning.settings.limits import check_limits
+from cifar_lightning.training.data_protocol import training_data
 from cifar_lightning.training.ema import EmaWeights
 from cifar_lightning.training.eval_metrics import evaluation_metrics, update_evaluation
 from cifar_lightning.training.model_checks import check_batches, check_classes, check_logits
@@ -172,7 +173,7 @@ class ImageClassifier(pl.LightningModule):
         if self._is_to_compile:
             compile_model(self.model, self.device)
             self._is_to_compile = False
-        self.prepare(getattr(self.trainer, "datamodule", None))
+        self.prepare(training_data(self.trainer))
 
     def prepare(self, data: Any) -> None:
         """Take from the data what training needs: class weights and, unless a checkpoint has them, SpeedNet's filters.
@@ -198,8 +199,8 @@ class ImageClassifier(pl.LightningModule):
         self._pretrained = False
         if expected is None:
             return
-        if hasattr(data, "sample_of_training"):
-            data.mean, data.std = expected.mean, expected.std
+        if data is not None:
+            data.use_normalization(expected.mean, expected.std)
         elif is_first_process():
             print(f"--model.pretrained: normalise the images with mean {expected.mean} and std {expected.std}.")
 

@@ -18,7 +18,7 @@ from cifar_lightning.report.gallery import gallery_positions
 from cifar_lightning.report.report import write_confusion_tensor
 from cifar_lightning.report.results import Predictions
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.callbacks import data_of
+from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.module import Batch
 
 
@@ -90,7 +90,7 @@ class PredictionWriter(pl.Callback):
         answers = self._gather(trainer, "test")
         if answers is None:
             return
-        data = data_of(trainer)
+        data = require_training_data(trainer)
         logits, targets, indices = (answers[name] for name in ("logits", "targets", "indices"))
         self.test = Predictions(logits, targets, indices, data.class_names)
         self.is_test_written = self._is_to_write(trainer, "test", answers)
@@ -108,7 +108,7 @@ class PredictionWriter(pl.Callback):
         _write_npz(self.run.gallery, images=images, indices=shown, class_names=answers["class_names"])
 
     def _is_to_write(self, trainer: pl.Trainer, part: Split, answers: dict[str, np.ndarray]) -> bool:
-        num_answers, num_images = len(answers["targets"]), data_of(trainer).num_images(part)
+        num_answers, num_images = len(answers["targets"]), require_training_data(trainer).num_images(part)
         if self.run is not None and num_answers < num_images:
             print(f"Only {num_answers:,} of {num_images:,} {part} images were asked for: no file is written of them.")
         return self.run is not None and num_answers == num_images
@@ -124,7 +124,7 @@ class PredictionWriter(pl.Callback):
             shares = gathered or []
         if not trainer.is_global_zero:
             return None
-        data = data_of(trainer)
+        data = require_training_data(trainer)
         positions = [
             data.rank_positions(part, Rank(rank, trainer.world_size))[: len(targets)]
             for rank, (_, targets) in enumerate(shares)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from cifar_lightning.checkpoints.resume import has_stopped
 from cifar_lightning.formatting import clock, percent, plural, printable
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.callbacks import data_of
+from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
 from cifar_lightning.training.module import Batch, ImageClassifier
 from cifar_lightning.training.signals import Stopped
@@ -208,7 +208,7 @@ class RunProgress(ProgressBar):
 
 def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | None) -> list[tuple[str, str]]:
     """Return (label, text) of what a run is made of: images, split, network, training, folder."""
-    data = data_of(trainer)
+    data = require_training_data(trainer)
     held_out = data.num_images("val")
     num_parameters = sum(parameter.numel() for parameter in module.model.parameters())
     ranks = f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""

@@ -20,7 +20,7 @@ from cifar_lightning.metrics.classification import per_class
 from cifar_lightning.report.figures import confusion_figure, figure_to_array, images_figure
 from cifar_lightning.report.gallery import rank_images
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.callbacks import data_of
+from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.module import Batch
 
 MAX_DRAWINGS = 20  # of a run: a drawing takes about a second on a CPU core
@@ -71,7 +71,7 @@ class Dashboard(pl.Callback):
 
     def _image_of(self, trainer: pl.Trainer, batch: Batch) -> np.ndarray:
         images, targets = (part[:_BATCH_SHOWN].cpu() for part in batch)
-        data = data_of(trainer)
+        data = require_training_data(trainer)
         assert data.mean is not None
         assert data.std is not None
         pixels = images.float().permute(0, 2, 3, 1) * torch.tensor(data.std) + torch.tensor(data.mean)
@@ -127,7 +127,7 @@ class Dashboard(pl.Callback):
         worst = rank_images(logits, targets).mistakes[:_MISTAKES_SHOWN]
         if not len(worst):
             return
-        data = data_of(trainer)
+        data = require_training_data(trainer)
         images = data.images("val", data.rank_positions("val", Rank(0, trainer.world_size))[worst])
         names = [(self.class_names[targets[p]], self.class_names[probs[p].argmax()]) for p in worst]
         titles = [

@@ -22,9 +22,9 @@ from cifar_lightning.checkpoints.rng_state import is_inside_epoch, restore_rng, 
 from cifar_lightning.files import MetricsTable
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training import callbacks
-from cifar_lightning.training.callbacks import EPOCH_SO_FAR, RunRecorder
 from cifar_lightning.training.last_checkpoint import CheckpointSchedule
 from cifar_lightning.training.resume_state import ResumeState
+from cifar_lightning.training.run_recorder import EPOCH_SO_FAR, RunRecorder
 from cifar_lightning.training.signals import Stopped
 
 # Lightning warns where it goes on in the folder of a run.

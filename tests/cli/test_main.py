@@ -110,7 +110,7 @@ def test_a_mistake_gets_a_short_answer(monkeypatch, capsys, tmp_path, arguments,
 def test_an_epochs_images_that_the_network_cannot_take_are_refused_before_a_run_is_made(monkeypatch, capsys, tmp_path):
     flags = ["--data.dataset", "synthetic", "--model.name", "speednet", "--data.train_sizes", "[8, 32]"]
     said = fail(monkeypatch, capsys, tmp_path, "fit", *flags)
-    assert "--data.train_sizes [8, 32]: the network takes no 8 (" in said
+    assert "--data.train_sizes [8, 32]: the model cannot take images of 8 pixels (" in said
     assert not (tmp_path / "runs").exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 from cifar_lightning.errors import UserError
 from cifar_lightning.runs.folder import RunFolder, create_run, open_run, recipe_name
 from cifar_lightning.runs.lock import RunLock
-from cifar_lightning.runs.processes import announce_run, is_started_from_outside, announced_run
+from cifar_lightning.runs.processes import announce_run, announced_run, is_started_from_outside
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and fork")
 

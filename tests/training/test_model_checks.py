@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fitting import quiet_trainer, small_data
+from fitting import fake_data, quiet_trainer, small_data
 from program import REPO
 from torch import nn
 
@@ -21,11 +21,11 @@ SHALLOW = SmallNet(widths=(2, 2))
 @pytest.mark.parametrize(
     ("logits", "message"),
     [
-        (torch.zeros(2, 7), "gives 7 logits an image, and there are 4 classes"),
-        (torch.zeros(2, 4, 8, 8), r"gives \(2, 4, 8, 8\) for 2 images of 4 classes"),
-        (torch.zeros(1, 4), r"gives \(1, 4\) for 2 images"),
-        ((torch.zeros(2, 4), None), "gives a tuple and not a tensor"),
-        ({"logits": torch.zeros(2, 4)}, "gives a dict and not a tensor"),
+        (torch.zeros(2, 7), "7 logits per image, .* 4 classes"),
+        (torch.zeros(2, 4, 8, 8), r"returns \(2, 4, 8, 8\) for 2 images of 4 classes"),
+        (torch.zeros(1, 4), r"returns \(1, 4\) for 2 images"),
+        ((torch.zeros(2, 4), None), "returns a tuple, not a tensor"),
+        ({"logits": torch.zeros(2, 4)}, "returns a dict, not a tensor"),
     ],
 )
 def test_what_is_no_logits_is_described(logits, message):
@@ -36,7 +36,7 @@ def test_what_is_no_logits_is_described(logits, message):
 
 @pytest.mark.parametrize(
     ("num_outputs", "num_classes", "message"),
-    [(7, 10, "gives 7 logits an image, and there are 10 classes"), (4, 4, "num_classes 4: the data has 10 classes")],
+    [(7, 10, "7 logits per image, .* 10 classes"), (4, 4, "num_classes 4: the data has 10 classes")],
 )
 def test_a_network_of_other_outputs_or_classes_ends_in_a_sentence(tmp_path, num_outputs, num_classes, message):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_outputs))
@@ -48,7 +48,7 @@ def test_a_network_of_other_outputs_or_classes_ends_in_a_sentence(tmp_path, num_
 def trainer(batch_size, num_images=101, world_size=1, limit=1.0, drop_last=False, max_steps=-1):
     step = batch_size * world_size
     batches = num_images // step if drop_last else -(-num_images // step)
-    data = SimpleNamespace(
+    data = fake_data(
         num_train_batches=lambda num_ranks: batches,
         num_images=lambda part: num_images,
         batch_size=batch_size,
@@ -69,7 +69,7 @@ def trainer(batch_size, num_images=101, world_size=1, limit=1.0, drop_last=False
         ({"batch_size": 1}, r"--batch_size 1: .*give 2 or more"),
         ({"batch_size": 25, "max_steps": 5}, "of 101 .* the last batch has 1"),
         ({"batch_size": 25}, r"--batch_size 25: of 101 .* the last batch has 1, .*--data\.drop_last true"),
-        ({"batch_size": 49, "world_size": 2}, "the last batch has 3, dealt to 2 processes"),
+        ({"batch_size": 49, "world_size": 2}, "the last batch has 3 over 2 processes"),
     ],
 )
 def test_a_batch_of_one_image_is_refused_where_batchnorm_cannot_take_it(settings, message):
@@ -129,8 +129,8 @@ def test_what_is_no_network_is_refused():
         "model=Net: a class; give a network made of it, model=Net(...).",
         "model: a str is no network; give an nn.Module that returns raw logits.",
         "--model.model_kwargs widths=8: names and values, such as '{widths: [32, 64, 128]}'.",
-        "the network gives a tuple and not a tensor of raw logits; wrap it in an nn.Module whose forward returns them "
-        "alone.",
+        "the model returns a tuple, not a tensor of raw logits; wrap it in an nn.Module whose forward returns the "
+        "logits alone.",
     ], done.stderr
 
 

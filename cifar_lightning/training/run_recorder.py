@@ -8,11 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from cifar_lightning.data.datamodule import ImageDataModule
-from cifar_lightning.errors import UserError
 from cifar_lightning.files import MetricsTable, read_json, write_json, write_text_durably
 from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.lightning_patches import skip_idle_hooks
 from cifar_lightning.training.module import ImageClassifier
 
@@ -75,7 +74,7 @@ class RunRecorder(pl.Callback):
             return
         if self.config is not None:
             write_text_durably(self.run.config, self.config)
-        write_json(self.run.split, data_of(trainer).split_summary())
+        write_json(self.run.split, require_training_data(trainer).split_summary())
         device = trainer.strategy.root_device
         environment = describe_environment() | {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -121,7 +120,7 @@ class RunRecorder(pl.Callback):
         if not trainer.is_global_zero or pl_module.totals.num_images == 0:  # resumed at the epoch's very end
             return
         row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step, **train}
-        if data_of(trainer).num_images("val"):
+        if require_training_data(trainer).num_images("val"):
             row |= {name: self._figures.get(name, math.nan) for name in _FIGURES}
         self.metrics.append(row)
         self.timing.append(
@@ -146,15 +145,3 @@ def peak_memory_mb(device: torch.device) -> float:
         return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
-
-
-def data_of(trainer: pl.Trainer) -> ImageDataModule:
-    """Return the Trainer's ImageDataModule.
-
-    Raises:
-        UserError: The Trainer was given other data; these callbacks need names, splits and raw images.
-    """
-    data = getattr(trainer, "datamodule", None)
-    if not isinstance(data, ImageDataModule):
-        raise UserError("this callback needs trainer.fit(model, datamodule=ImageDataModule(...)).")
-    return data

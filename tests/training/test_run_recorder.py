@@ -15,11 +15,12 @@ from cifar_lightning.checkpoints.resume import has_stopped
 from cifar_lightning.files import MetricsTable
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.best_checkpoint import BestCheckpoint
-from cifar_lightning.training.callbacks import RunRecorder, data_of, peak_memory_mb
+from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
 from cifar_lightning.training.last_checkpoint import CheckpointSchedule, LastCheckpoint
 from cifar_lightning.training.lightning_patches import NoProfiler, skip_idle_hooks
 from cifar_lightning.training.model_checks import check_monitors
+from cifar_lightning.training.run_recorder import RunRecorder, peak_memory_mb
 from cifar_lightning.training.signals import StopSignals
 
 NARROW = {"widths": [2, 2, 2]}
@@ -182,7 +183,7 @@ def test_the_recorder_leaves_validation_out_where_nothing_is_held_out(tmp_path, 
 
 def test_these_callbacks_say_which_data_they_need():
     with pytest.raises(UserError, match="ImageDataModule"):
-        data_of(pl.Trainer(logger=False, enable_checkpointing=False))
+        require_training_data(pl.Trainer(logger=False, enable_checkpointing=False))
 
 
 def test_the_profiler_does_nothing_in_one_shared_context():
@@ -200,7 +201,7 @@ def test_who_waits_for_a_validation_that_never_comes_is_refused():
     watching = [AnnealingEarlyStopping()]
     check_monitors(watching, validates=True)
     check_monitors([RunRecorder(RunFolder(Path("run")))], validates=False)
-    with pytest.raises(UserError, match=r"AnnealingEarlyStopping: watches val/acc.*\n.*--data.val_fraction"):
+    with pytest.raises(UserError, match=r"AnnealingEarlyStopping: monitors val/acc.*\n.*--data.val_fraction"):
         check_monitors(watching, validates=False)
 
 
