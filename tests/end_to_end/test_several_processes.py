@@ -149,7 +149,8 @@ class Watch(pl.Callback):
 
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 trainer = pl.Trainer(accelerator="cpu", strategy="ddp", devices=2, max_epochs=1, callbacks=[Watch()], **quiet)
-module = ImageClassifier("speednet", image_size=16, stem_train_fraction=0.6, lr=0.01, model_kwargs={"widths": [4, 8, 8]})
+widths = {"widths": [4, 8, 8]}
+module = ImageClassifier("speednet", image_size=16, stem_train_fraction=0.6, lr=0.01, model_kwargs=widths)
 trainer.fit(module, ImageDataModule("synthetic", image_size=16, batch_size=250))
 if trainer.is_global_zero:
     print("moved", [not torch.equal(*pair) for pair in zip(Watch.biases, Watch.biases[1:])])

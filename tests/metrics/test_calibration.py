@@ -113,5 +113,6 @@ def test_where_no_temperature_is_best_there_is_none():
 
 
 def test_calibration_needs_neither_torch_nor_lightning():
-    code = "import sys, cifar_lightning.metrics.calibration; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    code = "import sys, cifar_lightning.metrics.calibration\n"
+    code += "sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

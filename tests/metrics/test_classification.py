@@ -126,5 +126,6 @@ def test_names_that_do_not_fit_the_logits_are_refused():
 
 
 def test_analysis_needs_neither_torch_nor_lightning():
-    code = "import sys, cifar_lightning.metrics.classification; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    code = "import sys, cifar_lightning.metrics.classification\n"
+    code += "sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -134,7 +134,8 @@ def test_an_array_and_a_png_show_the_same():
 
 
 def test_figures_never_load_pyplot():
-    code = "import sys, cifar_lightning.report.figures; sys.exit('matplotlib.pyplot' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, cifar_lightning.report.figures\n"
+    code += "sys.exit('matplotlib.pyplot' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

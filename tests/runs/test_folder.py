@@ -43,7 +43,8 @@ def test_a_number_taken_between_looking_and_making_is_skipped(tmp_path, monkeypa
 
 
 def test_starts_at_the_same_time_never_share_a_folder(tmp_path):
-    code = "import sys; from cifar_lightning.runs.folder import Path, create_run; print(create_run(Path(sys.argv[1]), 'r').path)"
+    code = "import sys; from cifar_lightning.runs.folder import Path, create_run\n"
+    code += "print(create_run(Path(sys.argv[1]), 'r').path)"
     processes = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         for _ in range(4)
