@@ -145,7 +145,7 @@ class Watch(pl.Callback):
     biases = []
 
     def on_train_batch_end(self, trainer, pl_module, *args):
-        self.biases.append(pl_module.network.stem.bias.detach().clone())
+        self.biases.append(pl_module.model.stem.bias.detach().clone())
 
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 trainer = pl.Trainer(accelerator="cpu", strategy="ddp", devices=2, max_epochs=1, callbacks=[Watch()], **quiet)

@@ -338,7 +338,7 @@ def test_output_is_whole_or_as_before(run, monkeypatch, error, seen):
     with pytest.raises((UserError, KeyboardInterrupt), match=seen):
         predict_images(run, paths, output=Path("out.csv"), force=True)
     assert Path("out.csv").read_text() == "old"
-    assert sorted(os.listdir()) == ["out.csv", "images"]
+    assert sorted(os.listdir()) == ["images", "out.csv"]
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------

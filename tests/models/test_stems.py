@@ -133,7 +133,7 @@ def test_what_shapes_alone_cannot_tell_is_tried_with_numbers():
 
 
 @pytest.mark.parametrize(
-    ("network", "reason"),
+    ("model", "reason"),
     [
         (nn.Sequential(nn.Conv2d(3, 4, 5), nn.MaxPool2d(4)), "size"),
         (nn.Conv2d(3, 4, 3, padding=1), r"gives \(2, 4, 4, 4\) and not logits"),

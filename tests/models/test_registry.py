@@ -1,0 +1,144 @@
+"""Models by name: what is built, what is refused, what is suggested."""
+
+import re
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.models import registry
+from cifar_lightning.models.registry import MODELS, build_model, check_name, torchvision_name
+
+
+def test_a_network_of_ones_own_is_one_function(monkeypatch):
+    def linear(num_classes, image_size):
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))
+
+    monkeypatch.setitem(MODELS, "linear", linear)
+    assert build_model("linear", num_classes=4, image_size=8)(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
+
+
+# From the papers, and from the networks for CIFAR that others count alike; with 10 classes.
+PARAMETERS = {
+    "smallnet": 1_148_874,
+    "resnet18": 11_173_962,
+    "resnet34": 21_282_122,
+    "resnet50": 23_520_842,
+    "wideresnet28_10": 36_479_194,
+    "preact_resnet18": 11_172_170,
+    # ImageNet's counts with their 1,000 classes less 990 of the last layer's, and less the stem's larger filters.
+    "convnext_tiny": 28_589_128 - 990 * 769 - 96 * 3 * (16 - 9),
+    "efficientnet_b0": 5_288_548 - 990 * 1281,
+    "mobilenet_v3_small": 2_542_856 - 990 * 1025,
+    # DeiT-Ti's 5.7 million, with 4-pixel patches: less filters, 64 positions for 196.
+    "vit_tiny": 5_717_416 - 990 * 193 - 192 * 3 * (256 - 16) - 192 * (196 - 64),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_each_network_has_the_published_number_of_parameters(name):
+    with torch.device("meta"):
+        model = build_model(name, num_classes=10, image_size=32)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet34", "resnet50", "convnext_tiny", "efficientnet_b0", "mobilenet_v3_small"]
+)
+def test_large_images_get_torchvisions_own_network(name):
+    with torch.device("meta"):
+        ours = build_model(name, num_classes=1000, image_size=65)
+    theirs = torchvision.models.get_model_weights(name).DEFAULT
+    assert sum(parameter.numel() for parameter in ours.parameters()) == theirs.meta["num_params"]
+
+
+@pytest.mark.parametrize(("image_size", "patch_px"), [(32, 4), (64, 4), (80, 16)])
+def test_vit_tinys_patches_suit_the_images(image_size, patch_px):
+    with torch.device("meta"):
+        model = build_model("vit_tiny", image_size=image_size)
+    assert model.conv_proj.stride == (patch_px, patch_px)
+    assert model.encoder.pos_embedding.shape == (1, (image_size // patch_px) ** 2 + 1, 192)
+
+
+@pytest.mark.parametrize("name", ["smallnet", "mobilenet_v3_small", "vit_tiny"])
+def test_a_network_learns_from_small_images_and_gives_logits(name):
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=3, image_size=16)
+    logits = model(torch.randn(2, 3, 16, 16))
+    assert logits.shape == (2, 3)
+    nn.functional.cross_entropy(logits, torch.tensor([0, 2])).backward()
+    head = [parameter for parameter in model.parameters() if parameter.shape == (3,)][-1]
+    assert head.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("resnet19", "resnet18"),
+        ("ResNet-18", "resnet18"),
+        ("efficientnet_b1", "torchvision/efficientnet_b1"),
+        ("torchvision/resnet19", "torchvision/resnet18"),
+        ("torchvision/faster_rcnn", ""),  # detects; only classifiers are known
+        ("keras/mobilenet_v2", "torchvision/mobilenet_v2"),
+        ("qqqq", ""),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(monkeypatch, name, nearest):
+    monkeypatch.setattr(registry, "is_timm_there", lambda: False)
+    with pytest.raises(UserError) as error:
+        check_name(name)
+    told = str(error.value)
+    assert told.startswith(f"--model.name {name}: not a model; one of smallnet, speednet, resnet18")
+    assert "vit_tiny, torchvision/NAME, timm/NAME." in told
+    suggested = re.search(r"Did you mean ([^\s,?]+)", told)
+    assert (suggested[1] if suggested else "") == nearest
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("timm/resnet18x", "timm/resnet18"), ("resnet26d", "timm/resnet26d"), ("timm/hf-hub:a/b", "")],
+)
+def test_timms_names_are_suggested_too(name, nearest):
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match=f"Did you mean .*{nearest}" if nearest else "not a model"):
+        check_name(name)
+
+
+def test_names_of_the_table_and_the_libraries_are_known():
+    for name in (*MODELS, "torchvision/resnet101"):
+        check_name(name)
+    assert [torchvision_name(name) for name in ("resnet34", "torchvision/vgg11", "timm/resnet18", "smallnet")] == [
+        "resnet34",
+        "vgg11",
+        None,
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "smalnet"}, "--model.name smalnet: not a model.*Did you mean smallnet"),
+        ({"name": "smallnet", "depth": 3}, "model_kwargs.*depth"),
+        ({"name": "resnet18", "depth": 3}, "model_kwargs.*depth"),
+        ({"name": "resnet18", "weights": "DEFAULT"}, "weights is no argument .*--model.pretrained"),
+        ({"name": "wideresnet28_10", "depth": 27}, "depth 27: 6 n"),
+        ({"name": "smallnet", "dropout": float("nan")}, r"smallnet does not take them \(dropout nan: 0 to below 1"),
+        ({"name": "smallnet", "dropout": "0.1"}, "dropout 0.1: 0 to below 1"),
+        ({"name": "preact_resnet18", "dropout": 2}, "dropout 2: 0 to below 1"),
+        ({"name": "wideresnet28_10", "dropout": float("nan")}, "dropout nan: 0 to below 1"),
+        ({"name": "vit_tiny", "dropout": float("nan")}, "dropout probability has to be between 0 and 1"),
+        ({"name": "preact_resnet18", "stem_width": 0}, "stem_width 0: a whole number from 1"),
+        ({"name": "vit_tiny", "image_size": 30}, "image_size 30: vit_tiny .*next size that works is 32"),
+        ({"name": "smallnet", "widths": []}, "widths .*filters of each stage"),
+        ({"name": "smallnet", "widths": [4, 0]}, "widths .*filters of each stage"),
+        ({"name": "smallnet", "widths": 64}, "widths .*filters of each stage"),
+        ({"name": "smallnet", "widths": [1 << 40]}, "model_kwargs"),
+        ({"name": "smallnet", "image_size": 2}, "image_size 2: smallnet with 3 stages needs 4 pixels"),
+    ],
+)
+def test_what_cannot_be_built_says_why(arguments, message):
+    with pytest.raises(UserError, match=message):
+        build_model(**arguments)
