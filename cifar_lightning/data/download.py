@@ -1,8 +1,9 @@
-"""Download of the CIFAR archives: mirrors, resumed transfers, pinned hashes, nothing half done.
+"""Download of the CIFAR archives: several mirrors, resumed transfers, pinned hashes.
 
-CIFAR's own host is slow (pytorch/vision issue 9536), so a transfer must survive being cut, and another host must be
-able to finish it. An archive gets its name only after size, MD5 and SHA-256 are right, and is unpacked beside its final
-place and moved there at the end: whatever has its final name is whole. Reading the unpacked files is torchvision's.
+CIFAR's own host is slow (pytorch/vision issue 9536), so an interrupted transfer is resumed, from another host if
+necessary. An archive is renamed to its final name only after its size, MD5 and SHA-256 have been checked, and is
+unpacked in a temporary folder that is then renamed, so that a file or folder with its final name is complete.
+torchvision reads the unpacked files.
 """
 
 import contextlib
@@ -20,29 +21,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
 
 TIMEOUT_S = 30.0  # without a byte; the slow host delivers 50 kB/s, but steadily
-MAX_CUTS = 20  # transfers of one address that may be cut off before the next address is tried
+MAX_INTERRUPTIONS = 20  # transfers from one URL, each resumed, before the next URL is tried
 _BLOCK = 1 << 16
-_SCHEMES = ("https", "http", "file")  # whatever brings the bytes, the hash decides
+_SCHEMES = ("https", "http", "file")  # the hash is checked whatever the source
 
 
 @dataclass(frozen=True)
 class Archive:
-    """One archive with its pinned figures.
+    """One archive with its size, hashes and mirrors.
 
     Args:
-        filename: Its name, also the name to put it by hand under.
+        filename: Its name on the mirrors and on disk.
         size_bytes: Its exact size.
-        md5: Hexadecimal MD5, the one torchvision lists.
+        md5: Hexadecimal MD5, the one that torchvision checks.
         sha256: Hexadecimal SHA-256.
-        folder: The folder it unpacks to.
-        variable: Environment variable with an address to try first.
-        urls: Where it lies, tried in this order.
+        folder: The folder that it unpacks to.
+        variable: Environment variable with a URL to try first.
+        urls: Mirrors, tried in this order.
     """
 
     filename: str
@@ -54,7 +56,7 @@ class Archive:
     urls: tuple[str, ...]
 
 
-# Figures and mirrors as several public projects list them; MD5 as in torchvision.datasets.
+# Hashes and mirrors as several public projects list them; MD5 as in torchvision.datasets.
 ARCHIVES: dict[str, Archive] = {
     "cifar10": Archive(
         filename="cifar-10-python.tar.gz",
@@ -86,25 +88,25 @@ ARCHIVES: dict[str, Archive] = {
 
 
 class _Failed(Exception):
-    """One address did not give the archive; the message says why, and the next address is tried."""
+    """One URL did not deliver the archive; the message says why."""
 
 
-def download(name: str, root: str | Path = "data", progress: bool = True) -> Path:
-    """Makes sure that a data set lies unpacked below `root`, with as little work as possible.
+def download(name: str, root: str | Path = "data", show_progress: bool = True) -> Path:
+    """Download and unpack a data set below `root`, unless it is there.
 
-    An unpacked folder is taken as it is (torchvision checks each file's MD5 on reading); an archive with the right
-    hash is unpacked; otherwise it is downloaded, going on from `<filename>.part` where there is one.
+    An unpacked folder is not checked (torchvision checks each file's MD5 on reading). An archive with the right hash is
+    unpacked. A partial download `<filename>.part` is resumed.
 
     Args:
         name: A key of `ARCHIVES`.
         root: Folder for the archive and what it unpacks to; made if missing.
-        progress: Say how far it is: a bar on a terminal's stderr, lines on stdout otherwise.
+        show_progress: Show a bar on a terminal's stderr, otherwise print lines on stdout.
 
     Returns:
         The unpacked folder.
 
     Raises:
-        UserError: No address gave the right bytes, the archive is unsafe, or `root` cannot be written.
+        UserError: No mirror delivered the archive, it is unsafe to unpack, or `root` cannot be written.
     """
     archive, root = ARCHIVES[name], Path(root)
     folder = root / archive.folder
@@ -112,13 +114,13 @@ def download(name: str, root: str | Path = "data", progress: bool = True) -> Pat
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _only_one(root / f".{archive.filename}.lock"):
+        with _locked(root / f".{archive.filename}.lock"):
             if not folder.is_dir():  # another process may have made it while this one waited
                 path = root / archive.filename
                 if not _is_whole(path, archive):
-                    _download_archive(archive, path, progress)
+                    _download_archive(archive, path, show_progress)
                 _unpack(archive, path, folder)
-    except OSError as error:  # of the disk: those of the network never get here
+    except OSError as error:  # of the disk; those of the network are handled in `_transfer`
         raise UserError(
             f"{archive.filename} cannot be written below {root}: {error}\n"
             "Make room or choose another folder with --data.root."
@@ -127,34 +129,34 @@ def download(name: str, root: str | Path = "data", progress: bool = True) -> Pat
 
 
 @contextlib.contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
-    """Lets one process of a machine in at a time; the lock dies with its process."""
-    with lock.open("ab") as file:
+def _locked(path: Path) -> Iterator[None]:
+    """Let one process of a machine in at a time; the lock is released when its process ends."""
+    lock = FileLock(path, fallback_to_soft=False)
+    # A network file system may have no locks: the hash still keeps bad files out.
+    with contextlib.suppress(OSError, NotImplementedError):
         try:
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"Waiting for another process that gets the same archive ({lock})", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass  # Windows, or a network file system without locks: the hash still keeps bad files out
+            lock.acquire(blocking=False)
+        except Timeout:
+            print(f"Waiting for another process that downloads the same archive ({path})", flush=True)
+            lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _is_whole(path: Path, archive: Archive) -> bool:
-    """Whether the archive is there with the right hash; says so if it is there with a wrong one."""
+    """Return whether the archive exists with the right hash; print why an existing file is not used."""
     if not path.is_file():
         return False
     fault = _fault(path, archive)
     if fault:
-        print(f"{path} is not the archive ({fault}): downloading it", flush=True)
+        print(f"{path} is not the expected archive ({fault}): downloading it again", flush=True)
     return not fault
 
 
 def _fault(path: Path, archive: Archive) -> str:
-    """What is wrong with the file's size, MD5 or SHA-256, expected and actual; empty if nothing."""
+    """Return what is wrong with the file's size, MD5 or SHA-256; empty if nothing is."""
     size_bytes = path.stat().st_size
     if size_bytes != archive.size_bytes:
         return f"{size_bytes:,} bytes instead of {archive.size_bytes:,}"
@@ -170,58 +172,58 @@ def _fault(path: Path, archive: Archive) -> str:
     return ""
 
 
-def _download_archive(archive: Archive, path: Path, progress: bool) -> None:
-    """Tries one address after the other until the archive is whole and has its name."""
+def _download_archive(archive: Archive, path: Path, show_progress: bool) -> None:
+    """Try one URL after the other until one delivers the archive."""
     part = path.with_name(archive.filename + ".part")
     failures = []
     for url in _urls(archive):
         host = urlsplit(url).hostname or url
-        if progress:
+        if show_progress:
             print(f"Downloading {archive.filename} ({archive.size_bytes / 1e6:.0f} MB) from {host}", flush=True)
         try:
-            with _reporter(archive, part, progress) as report:
+            with _reporter(archive, _size(part), show_progress) as report:
                 _fetch_whole(url, part, archive, report)
         except _Failed as error:
             failures.append(f"{host}: {error}")
-            if progress:
+            if show_progress:
                 print(failures[-1], flush=True)
             continue
         os.replace(part, path)
         return
     raise UserError(
         f"{archive.filename} could not be downloaded: {'; '.join(failures)}\n"
-        f"Put it at {path} by hand, set {archive.variable} to an address that has it, "
+        f"Put it at {path} by hand, set {archive.variable} to a URL that has it, "
         "or use --data.dataset synthetic, which needs no download."
     )
 
 
 def _urls(archive: Archive) -> tuple[str, ...]:
-    """The addresses to try: the environment's first, then the pinned ones."""
+    """Return the URLs to try: first that of the environment variable, then the mirrors."""
     chosen = os.environ.get(archive.variable)
     if not chosen:
         return archive.urls
     if urlsplit(chosen).scheme not in _SCHEMES:
-        raise UserError(f"{archive.variable}={chosen}: an address that begins with https://, http:// or file://")
+        raise UserError(f"{archive.variable}={chosen}: must be a URL that begins with https://, http:// or file://")
     return chosen, *archive.urls
 
 
 def _fetch_whole(url: str, part: Path, archive: Archive, report: Callable[[int], None]) -> None:
-    """Gets all bytes of one address into `part`, going on where a transfer was cut, and checks them."""
+    """Download one URL to `part`, resuming interrupted transfers, and check the result."""
     while True:
         resumed = _size(part) > 0
         _fetch_rest(url, part, archive, report)
         fault = _fault(part, archive)
         if not fault:
             return
-        # Nothing can be mended in a wrong file. If its start came from elsewhere, this address deserves a whole try.
+        # A wrong file is deleted. If its start came from another mirror, try the whole file from this one.
         part.unlink()
         if not resumed:
             raise _Failed(fault)
 
 
 def _fetch_rest(url: str, part: Path, archive: Archive, report: Callable[[int], None]) -> None:
-    """Transfers until all bytes are there, as long as each try brings some and the cuts are not too many."""
-    for _ in range(MAX_CUTS):
+    """Transfer until the file has its size; give up after too many interruptions or one that brought no bytes."""
+    for _ in range(MAX_INTERRUPTIONS):
         before = _size(part)
         if before >= archive.size_bytes:
             return
@@ -234,7 +236,7 @@ def _fetch_rest(url: str, part: Path, archive: Archive, report: Callable[[int], 
 
 
 def _transfer(url: str, part: Path, start: int, size_bytes: int, report: Callable[[int], None]) -> str:
-    """One request, appended to `part` from byte `start` on.
+    """Make one request and append to `part` from byte `start` on.
 
     Returns:
         Why bytes are still missing; empty if none are.
@@ -247,10 +249,10 @@ def _transfer(url: str, part: Path, start: int, size_bytes: int, report: Callabl
     except (OSError, http.client.HTTPException, ValueError) as error:
         return _reason(error)
     with response:
-        # 206 and the right first byte mean that the server goes on; anything else is the whole file again.
-        goes_on = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-        done = start if goes_on else 0
-        with part.open("ab" if goes_on else "wb") as file:
+        # 206 and the right first byte: the rest of the file. Anything else: the whole file.
+        is_rest = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        done = start if is_rest else 0
+        with part.open("ab" if is_rest else "wb") as file:
             while done <= size_bytes:
                 try:
                     block = response.read(_BLOCK)
@@ -267,13 +269,13 @@ def _transfer(url: str, part: Path, start: int, size_bytes: int, report: Callabl
 
 
 def _reason(error: Exception) -> str:
-    """A network error in a few words, on one line."""
+    """Return a network error as one short line."""
     if isinstance(error, urllib.error.HTTPError):
-        error.close()  # it is the open response, too
+        error.close()  # it holds the open response
         return f"HTTP {error.code} {error.reason}"
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(reason, TimeoutError):
-        return f"no answer for {TIMEOUT_S:.0f} s"
+        return f"no response for {TIMEOUT_S:.0f} s"
     return " ".join(str(reason).split()) or type(error).__name__
 
 
@@ -282,37 +284,34 @@ def _size(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _reporter(archive: Archive, part: Path, progress: bool) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the number of bytes that are there."""
-    console = Console(stderr=True)
-    if not progress:
+def _reporter(archive: Archive, start: int, show_progress: bool) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with the number of bytes downloaded so far."""
+    if not show_progress:
         yield lambda done: None
-    elif console.is_terminal:
-        columns = (TextColumn(archive.filename), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-            task = bar.add_task("", total=archive.size_bytes, completed=_size(part))
-            yield lambda done: bar.update(task, completed=done)
+    elif Console(stderr=True).is_terminal:
+        with progress(archive.size_bytes, archive.filename, completed=start, in_bytes=True) as show:
+            yield show
     else:
-        yield _line_printer(archive, _size(part))
+        yield _line_printer(archive, start)
 
 
 def _line_printer(archive: Archive, start: int) -> Callable[[int], None]:
-    """Prints a line for each tenth of the archive: for logs, where a bar is noise."""
+    """Return a function that prints a line for each tenth of the archive, for logs."""
     began, last = time.monotonic(), 10 * start // archive.size_bytes
 
     def report(done: int) -> None:
         nonlocal last
         tenths = 10 * done // archive.size_bytes
         if tenths > last:
-            rate = (done - start) / 1e6 / max(time.monotonic() - began, 1e-3)
-            print(f"  {10 * tenths} % of {archive.size_bytes / 1e6:.0f} MB, {rate:.1f} MB/s", flush=True)
+            speed = (done - start) / 1e6 / max(time.monotonic() - began, 1e-3)
+            print(f"  {10 * tenths} % of {archive.size_bytes / 1e6:.0f} MB, {speed:.1f} MB/s", flush=True)
         last = tenths
 
     return report
 
 
 def _unpack(archive: Archive, path: Path, folder: Path) -> None:
-    """Unpacks into a temporary folder beside the final one and moves it there."""
+    """Unpack into a temporary folder next to the final one and rename it."""
     if not hasattr(tarfile, "data_filter"):
         raise UserError(f"Python {sys.version.split()[0]} cannot unpack archives safely: 3.11.4 or newer is needed")
     with tempfile.TemporaryDirectory(prefix=f".{archive.folder}.", dir=folder.parent) as temporary:
@@ -323,7 +322,7 @@ def _unpack(archive: Archive, path: Path, folder: Path) -> None:
         except tarfile.TarError as error:  # a member outside the folder is one, a device or link to outside another
             raise UserError(f"{path} is not safe to unpack or not an archive: {error}\nDelete it.") from error
         except FileNotFoundError as error:
-            raise UserError(f"{path} holds no folder {archive.folder}: delete it") from error
+            raise UserError(f"{path} has no folder {archive.folder}: delete it") from error
         except OSError:
-            if not folder.is_dir():  # otherwise another process was first, with the same bytes
+            if not folder.is_dir():  # otherwise another process was first, with the same files
                 raise

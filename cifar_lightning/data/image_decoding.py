@@ -1,15 +1,18 @@
-"""Image files as uint8 RGB squares: one, or many in parallel straight into an array or a file.
+"""Decode image files to uint8 RGB squares: one file, or many in parallel into an array or a file.
 
-What becomes of an image (raise `RULES` when this changes: caches depend on it): the first frame; turned as its EXIF
-orientation says; transparency laid on white; CMYK, palette, gray and 1 bit as Pillow converts them to RGB; 16-bit gray
-by its high byte; 32-bit and floating point refused, since what is white there is not defined. Then the shorter side is
-resized to `image_size` (bicubic, antialiased) and the middle square cut out; a square of that size keeps every bit.
+The rules (raise `RULES` when they change: caches depend on it):
 
-Images are not trusted. Pillow reads, not torchvision: on damaged files `torchvision.io.decode_image` 0.29 can crash
-the process. Pillow's decoders are C code, too, so that they run in worker processes alone, also for one image (0.2 s
-until the first worker works, where a command takes seconds to import torch): a crash there ends a worker, not the
-program, and names the image. The program itself only reads headers, of the kinds whose header Pillow reads in Python.
-Before a pixel is decoded, an image must be no larger than `MAX_PIXELS`.
+- the first frame of a file is used, rotated as its EXIF orientation says;
+- transparency is composited on white; CMYK, palette, gray and 1-bit images are converted to RGB by Pillow;
+- 16-bit gray keeps its high byte; 32-bit and floating-point images are refused, since their white is not defined;
+- the shorter side is resized to `image_size` (bicubic, antialiased) and the centre square cropped. A square image of
+  that size keeps every bit.
+
+Image files are untrusted. Pillow decodes them and not torchvision: `torchvision.io.decode_image` 0.29 can crash the
+process on damaged files. Pillow's decoders are C code, too, so they only run in worker processes, also for one image
+(0.2 s until the first worker is ready, in commands that take seconds to import torch): a crash ends a worker, not the
+program, and the error names the image. The main process only reads headers, and only of formats whose header Pillow
+reads in Python. Images of more than `MAX_PIXELS` are refused before a pixel is decoded.
 """
 
 import multiprocessing
@@ -34,32 +37,34 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cifar_lightning.data.memory import usable_cpus
+from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
 
 RULES = 1  # version of what decode_image does
 MAX_PIXELS = 89_478_485  # of one image: Pillow's own limit against decompression bombs, 256 MiB as RGB
 MAX_BYTES = 1 << 30  # of one file: MAX_PIXELS of 16-bit RGBA, uncompressed, are 0.7 GB
-# Readers that hand the file to another program: EPS is a program for Ghostscript, WMF one for Windows' drawing calls.
+# Pillow passes these files to other programs: EPS to Ghostscript, WMF to the drawing calls of Windows.
 REFUSED_FORMATS = frozenset({"EPS", "WMF"})
 # Formats whose header Pillow reads in Python. For WebP and AVIF it calls C code, and an ICO it decodes at once.
 _HEADER_IN_PYTHON = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "PPM")
-_A_WORKER = 100  # images for each worker process: they take as long as it takes to start
-_CHUNK_BYTES = 1 << 26  # of decoded images that a worker sends back at once
-_TOLD_FROM = 2_000  # images: that many take long enough for a line in a log
-_SAMPLE = 256  # images whose headers tell the image size
+_IMAGES_PER_WORKER = 100  # at least: decoding them takes as long as starting a worker
+_CHUNK_BYTES = 1 << 26  # of decoded images, the most that a worker sends back at once
+_LOGGED_FROM = 2_000  # images: fewer are not worth a line in a log
+_SAMPLE = 256  # images whose headers decide the image size
 
 Decode = Callable[[str, int], np.ndarray]
 Unreadable = tuple[int, str]  # index of an image, and why it cannot be read
 
 
 def decode_image(path: str, image_size: int) -> np.ndarray:
-    """Reads one image by the rules at the top of this file.
+    """Decode one image by the rules at the top of this file.
 
     Returns:
         uint8 RGB (image_size, image_size, 3), 0-255.
 
     Raises:
-        UserError: The file is damaged, no image, of an unsupported kind or too large; the message begins with `path`.
+        UserError: The file is damaged, not an image, unsupported or too large; the message starts with `path`.
     """
     try:
         data = _read(path)
@@ -71,14 +76,14 @@ def decode_image(path: str, image_size: int) -> np.ndarray:
             ImageOps.exif_transpose(image, in_place=True)
             return np.asarray(_square(_to_rgb(image), image_size))
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
-        reason = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = "not an image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UserError(f"{path} cannot be read ({' '.join(reason.split()) or type(error).__name__})") from error
 
 
 def _check_file(path: str) -> None:
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):  # a pipe or a device may never end
-        raise ValueError("no regular file")
+        raise ValueError("not a regular file")
     if about.st_size > MAX_BYTES:
         raise ValueError(f"{about.st_size:,} bytes, the limit is {MAX_BYTES:,}")
 
@@ -97,8 +102,10 @@ def _check_header(image: Image.Image) -> None:
 
 
 def _check_png(data: bytes) -> None:
-    """Checks each chunk's CRC. Pillow skips those of the pixels and would miss 1 % of flipped bytes; its `verify` takes
-    ten times as long for small images.
+    """Check the CRC of each chunk.
+
+    Pillow does not check those of the pixels and misses 1 % of flipped bytes; its `verify` takes ten times as long for
+    small images.
     """
     at, kind = 8, b""
     while kind != b"IEND" and at < len(data):
@@ -115,7 +122,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         gray = np.asarray(image)
         return Image.fromarray((np.clip(gray, 0, 65_535).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError("32 bits a pixel have no defined white: save it with 8 or 16 bits")
+        raise ValueError("32 bits per pixel have no defined white: save it with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -132,51 +139,48 @@ def _square(image: Image.Image, image_size: int) -> Image.Image:
 
 
 def find_image_size(paths: Sequence[str]) -> int:
-    """A size for images of unknown sizes, from the headers of a sample; see `ClassFolders`."""
+    """Return an `image_size` that suits the images, from the headers of a sample; `ClassFolders` states the rule."""
     sample = list(paths[:: -(-len(paths) // _SAMPLE)])
     with warnings.catch_warnings():
-        _choose_warnings()
-        found = {path: _header_size(path, _HEADER_IN_PYTHON) for path in sample}
-    # Only for what this does not tell is a process started.
-    unknown = [path for path in sample if found[path] is None]
+        _set_pillow_warnings()
+        sizes = {path: _header_size(path, _HEADER_IN_PYTHON) for path in sample}
+    unknown = [path for path in sample if sizes[path] is None]
     if unknown:
-        with suppress(BrokenProcessPool), _workers(1) as pool:  # reading all images names the one that it died of
-            found |= zip(unknown, pool.map(_header_size, unknown, chunksize=_SAMPLE), strict=True)
-    sizes = [size for size in found.values() if size is not None]
-    if not sizes:
+        with suppress(BrokenProcessPool), _workers(1) as pool:  # decoding all images will name the one that crashes it
+            sizes |= zip(unknown, pool.map(_header_size, unknown, chunksize=_SAMPLE), strict=True)
+    known = [size for size in sizes.values() if size is not None]
+    if not known:
         return 32
-    if len(set(sizes)) == 1 and sizes[0][0] == sizes[0][1] <= 224:
-        return sizes[0][0]
-    side = statistics.median_low([min(size) for size in sizes])
+    if len(set(known)) == 1 and known[0][0] == known[0][1] <= 224:
+        return known[0][0]
+    side = statistics.median_low([min(size) for size in known])
     return min(max(round(side / 32) * 32, 32), 224)
 
 
 def _header_size(path: str, formats: tuple[str, ...] | None = None) -> tuple[int, int] | None:
-    """Width and height; None for what cannot be read: reading all images reports it, with all others."""
-    try:
+    """Return width and height; None for a file that cannot be read, which `decode_all` reports."""
+    with suppress(Exception):
         _check_file(path)
         with Image.open(path, formats=formats) as image:
             _check_header(image)
             return image.size
-    except Exception:
-        pass
     return None
 
 
 def is_16_bit(path: str) -> bool:
-    """Return whether an image has 16 bits a channel; False, too, where Pillow does not read its header in Python."""
+    """Return whether an image has 16 bits per channel; False also where Pillow does not read its header in Python."""
     try:
         _check_file(path)
         with warnings.catch_warnings(), Image.open(path, formats=_HEADER_IN_PYTHON) as image:
-            _choose_warnings()
-            # Of 16-bit colours Pillow keeps the high bytes, and only its raw mode ("RGB;16B") tells.
+            _set_pillow_warnings()
+            # Pillow keeps the high bytes of 16-bit colours; only its raw mode ("RGB;16B") shows them.
             return image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile)
-    except Exception:  # damaged headers make Pillow raise nearly anything; decoding is where that is told
+    except Exception:  # damaged headers make Pillow raise nearly anything; decoding reports them
         return False
 
 
-def _choose_warnings() -> None:
-    """Silence Pillow on odd EXIF, but refuse what it warns of as too large: an image within a file, for example."""
+def _set_pillow_warnings() -> None:
+    """Ignore Pillow's warnings, of odd EXIF data for example, but turn those of decompression bombs into errors."""
     warnings.simplefilter("ignore")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
 
@@ -187,25 +191,25 @@ def _choose_warnings() -> None:
 def decode_all(
     paths: Sequence[str], image_size: int, out: Path | np.ndarray, decode: Decode = decode_image
 ) -> list[Unreadable]:
-    """Decodes images in worker processes into `out`, with a progress bar on a terminal's stderr or a line on stdout.
+    """Decode images in worker processes into `out`, with a progress bar on a terminal's stderr or a line on stdout.
 
     Args:
-        paths: The images.
-        image_size: Side of the squares in pixels.
-        out: uint8 (len(paths), image_size, image_size, 3): an array, or a `.npy` file that is there already.
-        decode: What reads one image; must raise `UserError` for one that cannot be read. Workers import it by name.
+        paths: Files to decode.
+        image_size: Height and width in pixels.
+        out: uint8 (len(paths), image_size, image_size, 3): an array, or an existing `.npy` file.
+        decode: Decodes one image, or raises `UserError` if it cannot. Workers import it by name.
 
     Returns:
-        Index and reason for each image that cannot be read, by index.
+        Index and reason for each image that cannot be read, sorted by index.
 
     Raises:
-        UserError: A worker process died; names the images it may have died of.
+        UserError: A worker process died. The message names the images that it was decoding.
     """
-    num_workers = max(1, min(_num_cores(), 32, len(paths) // _A_WORKER))
+    num_workers = max(1, min(usable_cpus(), 32, len(paths) // _IMAGES_PER_WORKER))
     began = time.monotonic()
-    current = multiprocessing.RawArray("b", max(1, len(paths)))
+    states = multiprocessing.RawArray("b", max(1, len(paths)))
     file = str(out) if isinstance(out, Path) else None
-    with _workers(num_workers, _take_work, file, decode, current) as pool:
+    with _workers(num_workers, _set_work, file, decode, states) as pool:
         chunks = {
             pool.submit(_decode_chunk, paths[start:stop], start, image_size): (start, stop)
             for start, stop in _chunks(len(paths), num_workers, 3 * image_size**2)
@@ -213,47 +217,38 @@ def decode_all(
         try:
             bad = _collect(chunks, pool, None if isinstance(out, Path) else out)
         except BrokenProcessPool as error:
-            suspects = [path for path, state in zip(paths, current, strict=False) if state == 1]
+            suspects = [path for path, state in zip(paths, states, strict=False) if state == 1]
             raise UserError(
                 f"A process died while decoding {' or '.join(suspects[:3]) or 'images'}\n"
                 "The image crashes Pillow, or memory ran out: remove it, or make it smaller."
             ) from error
-    if len(paths) >= _TOLD_FROM and not sys.stderr.isatty():
+    if len(paths) >= _LOGGED_FROM and not sys.stderr.isatty():
         print(f"Decoded {len(paths):,} images in {time.monotonic() - began:.1f} s", flush=True)
     return sorted(bad)
 
 
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _chunks(num: int, num_workers: int, image_bytes: int) -> list[tuple[int, int]]:
-    """Ranges of at most 256 images, and at least 8 for each worker so that none waits long for the last."""
+    """Return ranges of at most 256 images, and at least 8 ranges per worker so that none waits long for the last."""
     size = max(1, min(256, num // (8 * num_workers), _CHUNK_BYTES // image_bytes))
     return [(start, min(start + size, num)) for start in range(0, num, size)]
 
 
-Chunk = tuple[list[Unreadable], np.ndarray | None]  # what cannot be read, and the images that no file took
+Chunk = tuple[list[Unreadable], np.ndarray | None]  # the unreadable images; the decoded ones unless in a file
 
 
 def _collect(chunks: dict[Future[Chunk], tuple[int, int]], pool: Executor, out: np.ndarray | None) -> list[Unreadable]:
-    """Waits for all chunks, moving the progress bar on by their number of images."""
-    # Workers import this file, and need none of it: 0.1 s for each.
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    """Wait for all chunks; return the unreadable images."""
     bad: list[Unreadable] = []
-    console = Console(stderr=True)
-    columns = (TextColumn("Decoding images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    done = 0
     try:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=sum(stop - start for start, stop in chunks.values()))
+        with progress(sum(stop - start for start, stop in chunks.values()), "Decoding images") as show:
             for chunk in as_completed(chunks):
                 (start, stop), (unreadable, images) = chunks[chunk], chunk.result()
                 bad += unreadable
                 if out is not None:
                     out[start:stop] = images
-                bar.advance(task, stop - start)
+                done += stop - start
+                show(done)
     except BaseException:
         pool.shutdown(cancel_futures=True)  # do not decode on after Ctrl-C
         raise
@@ -265,7 +260,7 @@ def _collect(chunks: dict[Future[Chunk], tuple[int, int]], pool: Executor, out: 
 
 @contextmanager
 def _workers(num: int, prepare: Callable[..., None] | None = None, *arguments: Any) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes that die with this one and that Ctrl-C leaves to it."""
+    """Start a pool of processes that end with this one and ignore Ctrl-C."""
     context = multiprocessing.get_context("spawn")  # forking a process that has torch's threads can hang
     with _without_main(), ProcessPoolExecutor(num, context, _start_worker, (prepare, arguments)) as pool:
         yield pool
@@ -273,9 +268,9 @@ def _workers(num: int, prepare: Callable[..., None] | None = None, *arguments: A
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """Starts workers without importing the main script again, as joblib does, too.
+    """Start workers without importing the main script again, as joblib does.
 
-    A script that has no `if __name__ == "__main__":` would begin to train in each worker.
+    A script without `if __name__ == "__main__":` would start training in each worker.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -286,8 +281,8 @@ def _without_main() -> Iterator[None]:
 
 
 def _start_worker(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C, too, and ends the workers in order
-    _choose_warnings()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives Ctrl-C as well and shuts the workers down
+    _set_pillow_warnings()
     parent = multiprocessing.parent_process()
     if parent is not None:  # a worker must not outlive a parent that was killed
 
@@ -300,25 +295,25 @@ def _start_worker(prepare: Callable[..., None] | None, arguments: tuple[Any, ...
         prepare(*arguments)
 
 
-_work: tuple[np.ndarray | None, Decode, Any]  # what a worker writes to and reads with, and what it tells
+_work: tuple[np.ndarray | None, Decode, Any]  # of a worker: the array to write to, the decoder, the shared states
 
 
-def _take_work(file: str | None, decode: Decode, current: Any) -> None:
+def _set_work(file: str | None, decode: Decode, states: Any) -> None:
     global _work
-    _work = None if file is None else np.load(file, mmap_mode="r+"), decode, current
+    _work = None if file is None else np.load(file, mmap_mode="r+"), decode, states
 
 
 def _decode_chunk(paths: Sequence[str], start: int, image_size: int) -> Chunk:
-    """Decodes images into the file, or gives them back; `current` tells which one is in work (1), or done (2)."""
-    images, decode, current = _work
+    """Decode images into the file or return them; set the state of each: 1 is in progress, 2 is done."""
+    images, decode, states = _work
     own = np.zeros((len(paths), image_size, image_size, 3), np.uint8) if images is None else None
     into: Any = own if images is None else images[start : start + len(paths)]
     bad = []
     for at, path in enumerate(paths):
-        current[start + at] = 1
+        states[start + at] = 1
         try:
             into[at] = decode(path, image_size)
         except UserError as error:
             bad.append((start + at, str(error)))
-        current[start + at] = 2
+        states[start + at] = 2
     return bad, own

@@ -1,23 +1,51 @@
-"""How much memory is free, keeping what is needed again and giving back what is not; imports no torch."""
+"""Memory and CPUs of this machine, and how many worker processes they suggest. Imports no torch."""
 
 import ctypes
 import mmap
+import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 _MOST_BYTES = 2**31 - 1  # mallopt takes an int
 
 
+def usable_cpus() -> int:
+    """Return the number of CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_num_workers(num_bytes: float, free_bytes: float) -> int:
+    """Return the default of `--data.num_workers`: 0 where the images fit in half of the free memory, otherwise 2.
+
+    The other half is for the model, its activations and other programs. On a machine with one CPU, 2 becomes 1.
+
+    Args:
+        num_bytes: Size of all decoded images.
+        free_bytes: Free memory of the device that batches are made on.
+    """
+    return 0 if num_bytes < free_bytes / 2 else min(2, usable_cpus())
+
+
+def free_device_bytes(device: "torch.device") -> float:
+    """Return the free memory of a CUDA device; for other devices that of the host."""
+    if device.type != "cuda":
+        return free_host_bytes()
+    import torch
+
+    return float(torch.cuda.mem_get_info(device)[0])
+
+
 def free_host_bytes() -> float:
-    """Return the bytes of memory that a program may still take; 8e9 where the system does not tell."""
+    """Return the free memory of the machine or container in bytes; 8e9 on systems other than Linux."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
-        return 8e9  # the standard library does not tell outside Linux: a small laptop's memory
+        return 8e9  # the standard library does not know it outside Linux: a small laptop's memory
     free = next(1024.0 * int(line.split()[1]) for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and limit.read_text().strip() != "max":  # a container may have less than its machine
@@ -26,11 +54,11 @@ def free_host_bytes() -> float:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees for its next step, instead of giving it back to the system.
+    """Tell glibc's malloc to keep freed memory in the process instead of returning it to the system.
 
-    glibc maps an array of 32 MB or more anew each time, and the kernel zeroes its pages: of a training step on a CPU,
-    whose activations are that large, up to 40 % of the time. The memory at its peak is up to 15 % more. Other C
-    libraries and systems stay as they are. (SpeedNet, batch 1,000, 2 cores: benchmarks/LOG.md.)
+    By default glibc maps arrays of 32 MB or more again each time and the kernel zeroes their pages, which takes up to
+    40 % of a training step on a CPU, whose activations are that large (SpeedNet, batch 1,000, 2 cores:
+    benchmarks/LOG.md). Peak memory grows by up to 15 %. Does nothing with other C libraries.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -41,12 +69,12 @@ def keep_freed_memory() -> None:
 
 
 def give_back_pages(array: "np.ndarray") -> None:
-    """Let go of the pages that this process has read of a file mapped into memory; other arrays stay as they are.
+    """Release the pages that this process has read of a memory-mapped file; do nothing for other arrays.
 
-    They would count as this process's memory, up to the size of the file, until the system runs short. The system's
-    file cache keeps them: reading one again costs a page fault, not the disk.
+    They would count as this process's memory, up to the size of the file, until the system runs short. They stay in
+    the system's file cache: reading one again costs a page fault, not a disk access.
     """
-    mapping = getattr(array, "_mmap", None)  # NumPy's memmap alone has it
-    # Only of a read-only mapping: what was written to a private one would be lost.
+    mapping = getattr(array, "_mmap", None)  # only np.memmap has it
+    # Read-only mappings alone: what was written to a private one would be lost.
     if mapping is not None and getattr(array, "mode", None) == "r" and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
         mapping.madvise(mmap.MADV_DONTNEED)

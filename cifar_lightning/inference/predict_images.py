@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from cifar_lightning.data import image_decoding
+from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_output, replacing
 from cifar_lightning.formatting import printable
@@ -220,7 +219,8 @@ def _answers(
         part = paths[start : start + stretch]
         with contextlib.ExitStack() as stack:
             images, bad = _decoded(part, trained.image_size)
-            advance = stack.enter_context(_bar(len(paths), start + len(bad), hidden=hide_bar))
+            done = start + len(bad)
+            show = stack.enter_context(progress(len(paths), "Classifying images", completed=done, hidden=hide_bar))
             unreadable.add([reason for _, reason in bad])
             good = np.delete(np.arange(len(part)), [index for index, _ in bad])
             for at in range(0, len(good), size):
@@ -233,7 +233,8 @@ def _answers(
                 for index, row, ranked in zip(batch.tolist(), probs.tolist(), classes.tolist(), strict=True):
                     pairs = zip(ranked, row, strict=True)
                     yield part[index], [(trained.class_names[k], float(f"{prob:.{_DIGITS}g}")) for k, prob in pairs]
-                advance(len(batch))
+                done += len(batch)
+                show(done)
 
 
 def _decoded(paths: Sequence[str], image_size: int) -> tuple[np.ndarray, list[image_decoding.Unreadable]]:
@@ -241,17 +242,6 @@ def _decoded(paths: Sequence[str], image_size: int) -> tuple[np.ndarray, list[im
     images = np.empty((len(paths), image_size, image_size, 3), np.uint8)
     with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON lines alone
         return images, image_decoding.decode_all(paths, image_size, images)
-
-
-@contextmanager
-def _bar(total: int, completed: int, *, hidden: bool) -> Iterator[Callable[[int], None]]:
-    """Show how far the network is on a terminal's stderr; give what moves it on."""
-    console = Console(stderr=True)
-    hidden = hidden or not console.is_terminal
-    columns = (TextColumn("Classifying images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=hidden, redirect_stdout=False) as bar:
-        task = bar.add_task("", total=total, completed=completed)
-        yield lambda num: bar.advance(task, num)
 
 
 # -- output -----------------------------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ def test_without_network_the_error_names_archive_place_override_and_synthetic(se
     assert message.count("\n") == 1
 
 
-def test_the_environment_s_address_comes_first(server, use, tmp_path, monkeypatch):
+def test_the_url_of_the_environment_comes_first(server, use, tmp_path, monkeypatch):
     server.files["good"] = GOOD
     use(GOOD, "http://127.0.0.1:9/nobody")
     monkeypatch.setenv("TINY_URL", server.url("good"))
@@ -224,14 +224,14 @@ def test_the_environment_s_address_comes_first(server, use, tmp_path, monkeypatc
     assert server.requests == [("good", None)]
 
 
-def test_a_file_address_works(use, tmp_path, monkeypatch):
+def test_a_file_url_works(use, tmp_path, monkeypatch):
     use(GOOD, "http://127.0.0.1:9/nobody")
     (tmp_path / "elsewhere.tar.gz").write_bytes(GOOD)
     monkeypatch.setenv("TINY_URL", (tmp_path / "elsewhere.tar.gz").as_uri())
     assert_unpacked(download("tiny", tmp_path / "data"))
 
 
-def test_an_address_that_is_none_is_refused_by_name(use, tmp_path, monkeypatch):
+def test_a_variable_that_holds_no_url_is_refused_by_name(use, tmp_path, monkeypatch):
     use(GOOD)
     monkeypatch.setenv("TINY_URL", "/mnt/tiny.tar.gz")
     with pytest.raises(UserError, match=r"TINY_URL=/mnt/tiny\.tar\.gz"):
@@ -284,7 +284,7 @@ def test_silence_is_an_error_after_the_timeout(use, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "TIMEOUT_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         use(GOOD, f"http://127.0.0.1:{silent.getsockname()[1]}/")
-        with pytest.raises(UserError, match="no answer"):
+        with pytest.raises(UserError, match="no response"):
             download("tiny", tmp_path)
 
 

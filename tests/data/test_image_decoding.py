@@ -55,7 +55,7 @@ def test_16_bit_gray_is_its_high_byte_and_does_not_saturate(suffix, tmp_path):
 
 @pytest.mark.parametrize("values", [np.ones((8, 8), np.float32), np.ones((8, 8), np.int32)])
 def test_32_bit_images_are_refused(values, tmp_path):
-    with pytest.raises(UserError, match="32 bits a pixel"):
+    with pytest.raises(UserError, match="32 bits per pixel"):
         decode_image(saved(Image.fromarray(values), tmp_path / "a.tif"), 8)
 
 
@@ -191,7 +191,7 @@ def test_what_another_program_would_have_to_draw_is_refused(suffix, tmp_path):
 
 def test_what_may_never_end_is_not_read(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         decode_image(str(tmp_path / "pipe.png"), 8)
     assert find_image_size([str(tmp_path / "pipe.png")]) == 32
     monkeypatch.setattr(image_decoding, "MAX_BYTES", 9)
@@ -255,8 +255,8 @@ def empty_npy(path: Path, num: int) -> Path:
 @pytest.mark.parametrize("num_workers", [1, 3])
 @pytest.mark.parametrize("into", ["an array", "a file"])
 def test_images_are_decoded_in_their_order_and_bad_ones_reported(into, num_workers, twenty, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_decoding, "_num_cores", lambda: num_workers)
-    monkeypatch.setattr(image_decoding, "_A_WORKER", 1)
+    monkeypatch.setattr(image_decoding, "usable_cpus", lambda: num_workers)
+    monkeypatch.setattr(image_decoding, "_IMAGES_PER_WORKER", 1)
     for number in (3, 17):
         Path(twenty[number]).write_text("text")
     out = empty_npy(tmp_path / "out.npy", 20) if into == "a file" else np.empty((20, 4, 4, 3), np.uint8)
@@ -269,8 +269,8 @@ def test_images_are_decoded_in_their_order_and_bad_ones_reported(into, num_worke
 
 @pytest.mark.parametrize("num", [1, 20])
 def test_a_crash_in_a_image_names_it_and_leaves_the_program_alive(num, twenty, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_decoding, "_num_cores", lambda: 2)
-    monkeypatch.setattr(image_decoding, "_A_WORKER", 1)
+    monkeypatch.setattr(image_decoding, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(image_decoding, "_IMAGES_PER_WORKER", 1)
     (tmp_path / "crashing.py").write_text(
         "import ctypes, numpy\n"
         "def decode(path, image_size):\n"
@@ -297,7 +297,7 @@ def test_no_more_workers_start_than_pay_off(monkeypatch):
         raise Stop
 
     monkeypatch.setattr(image_decoding, "_workers", start)
-    monkeypatch.setattr(image_decoding, "_num_cores", lambda: 8)
+    monkeypatch.setattr(image_decoding, "usable_cpus", lambda: 8)
     for num in (1, 199, 200, 10_000):
         with pytest.raises(Stop):
             decode_all(["a"] * num, 4, np.empty((num, 4, 4, 3), np.uint8))

@@ -273,10 +273,10 @@ def test_what_a_killed_process_left_is_cleared_away(root):
 
 
 def test_several_workers_give_the_same_images_as_one(root, monkeypatch):
-    monkeypatch.setattr(image_decoding, "_num_cores", lambda: 2)
+    monkeypatch.setattr(image_decoding, "usable_cpus", lambda: 2)
     by_one = ClassFolders(root).load("train")
     shutil.rmtree(root / CACHE_FOLDER)
-    monkeypatch.setattr(image_decoding, "_A_WORKER", 1)
+    monkeypatch.setattr(image_decoding, "_IMAGES_PER_WORKER", 1)
     by_two = ClassFolders(root).load("train")
     assert np.array_equal(by_one[0], by_two[0])
     assert by_one[2] == by_two[2]
@@ -285,10 +285,10 @@ def test_several_workers_give_the_same_images_as_one(root, monkeypatch):
 def test_a_script_without_main_guard_is_not_run_again_by_workers(root, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(image_folder.__file__).parents[1])!r})\n"
+        f"import sys; sys.path.insert(0, {str(Path(image_folder.__file__).parents[2])!r})\n"
         "print('started')\n"
-        "from cifar_lightning import folders, images\n"
-        "images._A_WORKER, image_decoding._num_cores = 1, lambda: 2\n"
+        "from cifar_lightning.data import image_decoding, image_folder\n"
+        "image_decoding._IMAGES_PER_WORKER, image_decoding.usable_cpus = 1, lambda: 2\n"
         f"print(len(image_folder.ClassFolders({str(root)!r}).load('train')[1]))\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)

@@ -160,9 +160,9 @@ def test_many_stretches_and_worker_processes_change_nothing(run, monkeypatch, ca
     paths[22].write_bytes(b"broken")
     assert predict_images(run, paths, output=Path("a.jsonl")) == 2
     monkeypatch.setattr(predict, "_STRETCH_BYTES", 11 * 3 * SIZE**2)
-    monkeypatch.setattr(image_decoding, "_A_WORKER", 5)
-    monkeypatch.setattr(image_decoding, "_num_cores", lambda: 2)
-    monkeypatch.setattr(image_decoding, "_TOLD_FROM", 11)
+    monkeypatch.setattr(image_decoding, "_IMAGES_PER_WORKER", 5)
+    monkeypatch.setattr(image_decoding, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(image_decoding, "_LOGGED_FROM", 11)
     capfd.readouterr()
     assert predict_images(run, paths, output=None) == 2
     captured = capfd.readouterr()
@@ -218,7 +218,7 @@ def test_unreadable_images_are_listed_and_all_others_answered(run, capsys):
 def test_an_unreadable_image_takes_one_line_whatever_its_name(run, capsys):
     Path("a\nb.png").write_bytes(b"no image")
     assert predict_images(run, [Path("a\nb.png")], output=None) == 1
-    assert capsys.readouterr().err == "a\\nb.png cannot be read (no image that Pillow knows)\n"
+    assert capsys.readouterr().err == "a\\nb.png cannot be read (not an image format that Pillow knows)\n"
 
 
 def test_at_most_20_unreadable_images_are_listed_and_a_file_with_a_header_remains(run, capsys):
