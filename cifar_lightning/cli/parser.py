@@ -36,7 +36,7 @@ _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
     "output": (str | None, None, "File for the answers (.npz); default: RUN/predictions.npz.", ("predict",)),
 }
 # The signatures say str, since a data set or network of one's own is one more line there.
-_NAMES = {"model.name": tuple(MODELS), "data.dataset": DATASETS}
+_NAMES = {"model.name": tuple(MODELS), "data.dataset": tuple(DATASETS)}
 _PREFIXES = {"model.name": tuple(f"{library}/" for library in LIBRARIES)}  # of further names, a library's
 _MOST_DEVICES = 1024  # of one machine; a typo would start that many processes
 # jsonargparse's own reader of YAML ends in a traceback for some values, and never for an alias inside what it names.

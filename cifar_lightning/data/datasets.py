@@ -1,15 +1,17 @@
-"""Where images come from: the table of data sets, all read the same way as uint8 NumPy arrays.
+"""The table of data sets: cifar10, cifar100, folder and synthetic, all read as uint8 NumPy arrays.
 
-    source = open_source("cifar10", "data", None)   class names and size are known: nothing downloaded or decoded yet
+To add a data set: write a class with the members of `Source` and give it a line in `DATASETS` at the end of this file.
+Its key is a value of `--data.dataset`; nothing else has to change. How a source is used:
+
+    source = open_source("cifar10", "data", None)   class names and image size are known, nothing is downloaded yet
     source.prepare()                                 downloads, or decodes into a cache; safe to call again
     source.load("train")                             ImageSet, or None for a split that the source does not have
-
-To add a data set, write a class with `Source`'s members and give it a line in `open_source`.
 """
 
 import difflib
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -22,9 +24,8 @@ from cifar_lightning.data.image_folder import ClassFolders, digest
 from cifar_lightning.errors import UserError
 
 Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Channels = tuple[float, float, float]
-
-DATASETS = ("cifar10", "cifar100", "folder", "synthetic")
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # fmt: off
@@ -50,7 +51,7 @@ class ImageSet:
     Args:
         images: uint8 RGB (N, H, W, 3), 0-255; may be mapped from a file, read-only.
         targets: int64 (N,), indices into the source's class names.
-        sha256: of the bytes of `images`, then of `targets`.
+        sha256: Hash of the bytes of `images`, then of `targets`.
     """
 
     images: np.ndarray
@@ -59,7 +60,7 @@ class ImageSet:
 
 
 class Source(Protocol):
-    """What the rest needs of a data set. Everything but the images is known without downloading or decoding.
+    """A data set. Everything but the images is known without downloading or decoding.
 
     (Properties, so that fields of frozen dataclasses fit.)
     """
@@ -73,33 +74,29 @@ class Source(Protocol):
         """Height and width in pixels."""
 
     @property
-    def in_channels(self) -> int:
-        """Colour channels: 3."""
-
-    @property
     def mean(self) -> Channels | None:
-        """Published mean of each channel of the training images scaled to 0-1, or None: to be measured."""
+        """Published mean of each channel of the training images, scaled to 0-1; None to measure it."""
 
     @property
     def std(self) -> Channels | None:
-        """The same of the standard deviation."""
+        """Published standard deviation of each channel; None to measure it."""
 
     def prepare(self) -> None:
-        """Downloads, or decodes into a cache, once; safe to call again and from several processes.
+        """Download, or decode into a cache, once; safe to call again and from several processes.
 
         Raises:
-            UserError: The data cannot be had, or is damaged.
+            UserError: The data is not available, or is damaged.
         """
 
     def load(self, split: Split) -> ImageSet | None:
-        """Reads a split; None if there is none of that name.
+        """Read a split; return None if the source does not have it.
 
         Raises:
             UserError: The data is missing or damaged.
         """
 
     def describe(self) -> str:
-        """One line for the terminal."""
+        """Return one line for the terminal."""
 
 
 @dataclass(frozen=True)
@@ -109,25 +106,33 @@ class Cifar:
     Args:
         name: cifar10 or cifar100.
         root: Folder that holds the archive or what it unpacks to.
-        class_names: In the order of the targets.
-        mean: Mean of each channel of the training images, 0-1.
-        std: Standard deviation of the same.
+        wanted_size: None or 32, the size of the images.
+        class_names: Names in the order of the targets.
+        mean: Mean of each channel of the 50,000 training images, scaled to 0-1, as published with most CIFAR code.
+        std: Standard deviation of each channel.
     """
 
     name: Literal["cifar10", "cifar100"]
     root: Path
+    wanted_size: int | None
     class_names: tuple[str, ...]
     mean: Channels
     std: Channels
     image_size: int = 32
-    in_channels: int = 3
+
+    def __post_init__(self) -> None:
+        if self.wanted_size not in (None, self.image_size):
+            raise UserError(
+                f"--data.image_size {self.wanted_size}: {self.name} has 32-pixel images and they are not resized; "
+                "leave the flag out"
+            )
 
     def prepare(self) -> None:
-        """Downloads and unpacks the archive unless it is there."""
+        """Download and unpack the archive unless it is there."""
         download(self.name, self.root)
 
     def load(self, split: Split) -> ImageSet | None:
-        """Reads 50,000 images of train or 10,000 of test; torchvision checks the MD5 of each file."""
+        """Read the 50,000 training or 10,000 test images; torchvision checks the MD5 of each file."""
         if split == "val":
             return None
         from torchvision import datasets  # takes seconds to import
@@ -142,31 +147,30 @@ class Cifar:
             except (RuntimeError, OSError, EOFError) as error:
                 raise UserError(
                     f"{folder} is incomplete or damaged: {' '.join(str(error).split())}\n"
-                    f"Delete it and start again: it is made from {ARCHIVES[self.name].filename}, or downloaded."
+                    f"Delete it and start again: it is unpacked from {ARCHIVES[self.name].filename}, or downloaded."
                 ) from error
         assert tuple(read.classes) == self.class_names
         targets = np.asarray(read.targets, dtype=np.int64)
         return ImageSet(read.data, targets, digest(read.data, targets))
 
     def describe(self) -> str:
-        """One line for the terminal."""
+        """Return one line for the terminal."""
         return f"{self.name}: 50,000 + 10,000 images, {len(self.class_names)} classes, 32x32, in {self.root}"
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Somebody's own images, as class folders.
+    """Your own images in class folders.
 
     Args:
         root: Folder with `train/<class>/*`, `test/<class>/*` and perhaps `val/<class>/*`.
-        wanted_size: Side of the squares in pixels; None finds one that suits the images.
+        wanted_size: Height and width in pixels; None chooses a size that suits the images.
     """
 
     root: Path
     wanted_size: int | None = None
     mean: None = None
     std: None = None
-    in_channels: int = 3
     _folders: ClassFolders = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -174,34 +178,34 @@ class Folder:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the folders, sorted."""
+        """Folder names, sorted."""
         return self._folders.class_names
 
     @property
     def image_size(self) -> int:
-        """Side of the squares in pixels."""
+        """Height and width in pixels."""
         return self._folders.image_size
 
     def prepare(self) -> None:
-        """Decodes the images into the cache unless they are there."""
+        """Decode the images into the cache unless they are there."""
         self._folders.prepare()
 
     def load(self, split: Split) -> ImageSet | None:
-        """Reads a split from the cache, or decodes it."""
+        """Read a split from the cache, or decode it."""
         loaded = self._folders.load(split)
         return loaded and ImageSet(*loaded)
 
     def describe(self) -> str:
-        """One line for the terminal."""
+        """Return one line for the terminal."""
         counts = {split: len(listing.names) for split, listing in self._folders.listings.items()}
-        parts = " + ".join(f"{count:,} {split}" for split, count in counts.items())
+        splits = " + ".join(f"{count:,} {split}" for split, count in counts.items())
         size = f"{self.image_size}x{self.image_size}"
-        return f"folder: {parts} images, {len(self.class_names)} classes, {size}, in {self.root}"
+        return f"folder: {splits} images, {len(self.class_names)} classes, {size}, in {self.root}"
 
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Generated images of ten classes: for the quick start and for tests.
+    """Generated images of ten classes, for the quick start and for tests.
 
     Args:
         num_train: Training images.
@@ -215,23 +219,22 @@ class Synthetic:
     class_names: tuple[str, ...] = synthetic.CLASS_NAMES
     mean: None = None
     std: None = None
-    in_channels: int = 3
 
     def __post_init__(self) -> None:
         synthetic.check(self.num_train, self.image_size)
         synthetic.check(self.num_test, self.image_size)
 
     def prepare(self) -> None:
-        """Nothing to do: images are drawn in a second."""
+        """Do nothing: images are drawn in a second."""
 
     def load(self, split: Split) -> ImageSet | None:
-        """Draws train or test."""
+        """Draw the training or test images."""
         if split == "val":
             return None
         return _drawn(split, self.num_train if split == "train" else self.num_test, self.image_size)
 
     def describe(self) -> str:
-        """One line for the terminal."""
+        """Return one line for the terminal."""
         size = f"{self.image_size}x{self.image_size}"
         return (
             f"synthetic: {self.num_train:,} + {self.num_test:,} generated images, {len(self.class_names)} classes, "
@@ -239,38 +242,39 @@ class Synthetic:
         )
 
 
-@functools.lru_cache(maxsize=2)  # the last train and test: a fit that tests afterwards draws once
+@functools.lru_cache(maxsize=2)  # the last train and test: a fit with its test draws each once
 def _drawn(split: str, count: int, image_size: int) -> ImageSet:
     images, targets = synthetic.draw(split, count, image_size)
-    images.flags.writeable = targets.flags.writeable = False  # shared by all who ask
+    images.flags.writeable = targets.flags.writeable = False  # shared by all callers
     return ImageSet(images, targets, digest(images, targets))
 
 
+DATASETS: dict[str, Callable[[Path, int | None], Source]] = {
+    "cifar10": lambda root, image_size: Cifar(
+        "cifar10", root, image_size, CIFAR10_CLASSES, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    ),
+    "cifar100": lambda root, image_size: Cifar(
+        "cifar100", root, image_size, CIFAR100_CLASSES, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    ),
+    "folder": Folder,
+    "synthetic": lambda root, image_size: Synthetic(image_size=32 if image_size is None else image_size),
+}
+"""Makes a source of (root, image_size or None) by the name that `--data.dataset` takes."""
+
+
 def open_source(dataset: str, root: str | Path, image_size: int | None = None) -> Source:
-    """Finds a data set by name, without downloading or decoding.
+    """Return a data set by name, without downloading or decoding.
 
     Args:
-        dataset: One of `DATASETS`.
-        root: Where its images lie or are downloaded to; synthetic needs none.
-        image_size: Side of the images in pixels; None is the data set's own.
+        dataset: A key of `DATASETS`.
+        root: Folder of its images, or to download them to; synthetic needs none.
+        image_size: Height and width of the images in pixels; None is the data set's own.
 
     Raises:
-        UserError: An unknown name, a size that the data set does not have, or class folders that do not fit.
+        UserError: An unknown name, a size that the data set does not have, or invalid class folders.
     """
-    root = Path(root)
-    if dataset in ("cifar10", "cifar100") and image_size not in (None, 32):
-        raise UserError(
-            f"--data.image_size {image_size}: {dataset} is 32 pixels, resizing it is not supported; leave the flag out"
-        )
-    match dataset:
-        case "cifar10":  # mean and std: of the 50,000 training images, as published with most CIFAR-10 code
-            return Cifar("cifar10", root, CIFAR10_CLASSES, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-        case "cifar100":
-            return Cifar("cifar100", root, CIFAR100_CLASSES, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
-        case "folder":
-            return Folder(root, image_size)
-        case "synthetic":
-            return Synthetic(image_size=32 if image_size is None else image_size)
+    if dataset in DATASETS:
+        return DATASETS[dataset](Path(root), image_size)
     near = difflib.get_close_matches(str(dataset), DATASETS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"--data.dataset {dataset}: unknown, choose one of {', '.join(DATASETS)}{hint}")

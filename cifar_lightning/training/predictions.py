@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from cifar_lightning.data.datamodule import Split
-from cifar_lightning.data.loaders import Rank
+from cifar_lightning.data.datasets import Split
+from cifar_lightning.data.sampler import Rank
 from cifar_lightning.files import write_bytes_durably, write_json
 from cifar_lightning.metrics.classification import test_metrics
 from cifar_lightning.report.gallery import gallery_positions

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
-from cifar_lightning.data.loaders import Rank
+from cifar_lightning.data.sampler import Rank
 from cifar_lightning.formatting import percent
 from cifar_lightning.metrics.calibration import softmax
 from cifar_lightning.metrics.classification import per_class

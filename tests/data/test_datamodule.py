@@ -1,6 +1,5 @@
 """The split, the statistics and the loaders of ImageDataModule, with no Trainer."""
 
-import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_lightning.data import datamodule as data
-from cifar_lightning.data.datamodule import ImageDataModule, channel_statistics
-from cifar_lightning.data.loaders import Rank, ResidentLoader, StreamingLoader
+from cifar_lightning.data import loaders
+from cifar_lightning.data.datamodule import ImageDataModule
+from cifar_lightning.data.loaders import ResidentLoader, StreamingLoader
+from cifar_lightning.data.sampler import Rank
+from cifar_lightning.data.statistics import channel_statistics
 from cifar_lightning.errors import UserError
 
 
@@ -29,32 +30,12 @@ def write_folder(root, counts, size=8):
     return root
 
 
-def test_statistics_are_those_of_the_chosen_images_alone():
-    images = np.random.default_rng(0).integers(0, 256, (9000, 4, 4, 3), np.uint8)
-    chosen = np.arange(0, 9000, 2)
-    mean, std = channel_statistics(images, chosen)
-    pixels = images[chosen].reshape(-1, 3) / 255
-    np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(std, pixels.std(0), rtol=1e-9)
-
-
-def test_statistics_of_large_images_take_as_little_memory_as_those_of_small_ones():
-    images = np.random.default_rng(0).integers(0, 256, (64, 256, 256, 3), np.uint8)
-    tracemalloc.start()
-    mean, std = channel_statistics(images, np.arange(64))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 4 * 1024 * 32 * 32 * 3 * 8
-    np.testing.assert_allclose(mean, images.mean((0, 1, 2)) / 255, rtol=1e-12)
-    np.testing.assert_allclose(std, images.std((0, 1, 2)) / 255, rtol=1e-9)
-
-
 def test_names_are_known_before_setup_and_statistics_after_it():
     module = synthetic()
     assert (module.num_classes, len(module.class_names), module.image_size) == (10, 10, 32)
     assert module.mean is None
     module.setup()
-    mean, std = channel_statistics(module._images["train"].images, module._indices["train"].numpy())
+    mean, std = channel_statistics(module._images["train"].images, module._splits.train.numpy())
     assert (module.mean, module.std) == (mean, std)
 
 
@@ -100,9 +81,9 @@ def test_resident_and_streaming_give_the_same_batches():
 
 
 def test_a_set_larger_than_half_the_free_memory_is_streamed(monkeypatch):
-    monkeypatch.setattr(data, "_free_bytes", lambda device: 1e7)
+    monkeypatch.setattr(loaders, "free_device_bytes", lambda device: 1e7)
     assert isinstance(synthetic().val_dataloader(), StreamingLoader)
-    monkeypatch.setattr(data, "_free_bytes", lambda device: 1e9)
+    monkeypatch.setattr(loaders, "free_device_bytes", lambda device: 1e9)
     assert isinstance(synthetic().val_dataloader(), ResidentLoader)
 
 
@@ -191,7 +172,7 @@ def test_a_checkpoint_of_other_classes_is_refused():
         ({"num_workers": -1}, "--data.num_workers -1"),
         ({"crop_padding_px": 40}, "--data.crop_padding_px 40"),
         ({"train_sizes": [0, 32]}, r"--data.train_sizes \[0, 32\]: each 1 to 4096"),
-        ({"train_sizes": [24, 28]}, r"--data.train_sizes \[24, 28\]: the last size stays .* --data.image_size 32"),
+        ({"train_sizes": [24, 28]}, r"--data.train_sizes \[24, 28\]: the last size .* --data.image_size 32"),
         ({"train_sizes": [4, 32]}, "--data.crop_padding_px 4: 0 to 3 for 4-pixel images"),
     ],
 )

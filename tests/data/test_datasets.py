@@ -117,7 +117,7 @@ def test_every_source_loads_what_the_protocol_promises(tmp_path, monkeypatch):
         source.prepare()
         images = source.load("test")
         size = source.image_size
-        assert images.images.shape == (len(images.targets), size, size, source.in_channels)
+        assert images.images.shape == (len(images.targets), size, size, 3)
         assert images.images.dtype == np.uint8
         assert images.targets.dtype == np.int64
         assert images.sha256 == sha256_of(images)

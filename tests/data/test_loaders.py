@@ -1,4 +1,4 @@
-"""Order, shares and position of the loaders; resident and streaming give the same batches."""
+"""Batches and position of the loaders; resident and streaming give the same batches."""
 
 import pickle
 import sys
@@ -8,28 +8,27 @@ import numpy as np
 import pytest
 import torch
 
-from cifar_lightning.data.loaders import EpochSampler, Rank, ResidentLoader, StreamingLoader, _Rows
+from cifar_lightning.data.loaders import BatchTransform, ResidentLoader, StreamingLoader, _Rows
+from cifar_lightning.data.sampler import EpochSampler, Rank
 from cifar_lightning.transforms.augmentation import Augmentation
 
 COUNT = 50
 IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, 8, 8, 3), np.uint8)
 TARGETS = np.arange(COUNT) % 7
-FINISHING = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "sizes": (6, 8)}
+TRANSFORM = BatchTransform((0.5,) * 3, (0.2,) * 3, (6, 8), Augmentation(crop_padding_px=2, cutout_px=3))
 
 
-def sampler(count=COUNT, batch_size=8, training=True, rank=None, **kwargs):
-    return EpochSampler(torch.arange(count), batch_size, seed=3, training=training, rank=rank or Rank(), **kwargs)
+def sampler(**kwargs):
+    return EpochSampler(torch.arange(COUNT), 8, seed=3, training=True, rank=Rank(), **kwargs)
 
 
 def resident(**kwargs):
-    finishing = {**FINISHING, "augmentation": Augmentation(crop_padding_px=2, cutout_px=3)}
-    return ResidentLoader(torch.from_numpy(IMAGES), torch.from_numpy(TARGETS), sampler(**kwargs), **finishing)
+    return ResidentLoader(torch.from_numpy(IMAGES), torch.from_numpy(TARGETS), sampler(**kwargs), TRANSFORM)
 
 
 def streaming(images=IMAGES, num_workers=2, **kwargs):
-    finishing = {**FINISHING, "augmentation": Augmentation(crop_padding_px=2, cutout_px=3)}
     cpu = torch.device("cpu")
-    return StreamingLoader(images, TARGETS, sampler(**kwargs), num_workers=num_workers, device=cpu, **finishing)
+    return StreamingLoader(images, TARGETS, sampler(**kwargs), TRANSFORM, num_workers=num_workers, device=cpu)
 
 
 def test_each_epoch_has_its_size_and_the_last_one_stays():
@@ -47,13 +46,6 @@ def assert_same(left, right):
     for (images, targets), (other_images, other_targets) in zip(left, right, strict=True):
         assert torch.equal(images, other_images)
         assert torch.equal(targets, other_targets)
-
-
-def test_an_epoch_has_every_image_once_and_the_next_another_order():
-    order = sampler()
-    first, second = torch.cat(order.begin()), torch.cat(order.begin())
-    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(COUNT))
-    assert not torch.equal(first, second)
 
 
 def test_set_epoch_repeats_that_epochs_batches():
@@ -146,37 +138,6 @@ def test_reading_a_mapped_set_through_leaves_a_worker_as_small_as_before(tmp_pat
         rows.__getitems__(np.arange(start, start + 100))
     grown = int(Path("/proc/self/statm").read_text().split()[1]) - before
     assert grown * 4096 < 5e6, "of 31 MB"
-
-
-@pytest.mark.parametrize(("count", "ranks"), [(50, 2), (50, 3), (49, 3), (17, 2), (25, 3)])
-def test_ranks_deal_each_global_batch_evenly_and_make_as_many_steps(count, ranks):
-    shares = [sampler(count, rank=Rank(r, ranks)).begin() for r in range(ranks)]
-    assert len({len(share) for share in shares}) == 1
-    whole = sampler(count, batch_size=8 * ranks).begin()
-    for step, batch in enumerate(whole):
-        dealt = [share[step] for share in shares]
-        sizes = [len(part) for part in dealt]
-        assert max(sizes) - min(sizes) <= 1
-        assert set(torch.cat(dealt).tolist()) == set(batch.tolist())
-
-
-def test_a_rank_without_a_image_of_the_last_batch_repeats_one():
-    shares = [sampler(25, rank=Rank(r, 3)).begin() for r in range(3)]
-    assert [len(share[-1]) for share in shares] == [1, 1, 1]
-    assert shares[0][-1].tolist() == shares[1][-1].tolist() == shares[2][-1].tolist()
-
-
-@pytest.mark.parametrize(("count", "ranks"), [(50, 1), (50, 2), (50, 3), (17, 2), (16, 3), (5, 2)])
-def test_evaluation_deals_every_image_exactly_once_in_equal_steps(count, ranks):
-    shares = [sampler(count, training=False, rank=Rank(r, ranks)).begin() for r in range(ranks)]
-    assert len({len(share) for share in shares}) == 1
-    assert sorted(torch.cat([torch.cat(share) for share in shares]).tolist()) == list(range(count))
-
-
-def test_drop_last_leaves_out_the_smaller_batch_alone():
-    assert [len(batch) for batch in sampler(drop_last=True).begin()] == [8] * 6
-    assert [len(batch) for batch in sampler().begin()] == [8] * 6 + [2]
-    assert len(sampler(drop_last=True)) == 6
 
 
 def test_batches_are_normalised_channels_last_floats():

@@ -1,19 +1,13 @@
-"""Splits, subsets and balance: exact numbers of images, from every class its share."""
+"""Splits and subsets: exact numbers of images, from every class its fraction."""
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
-from cifar_lightning.data.splits import (
-    balanced_order,
-    balanced_weights,
-    describe_imbalance,
-    stratified_split,
-    stratified_subset,
-)
+from cifar_lightning.data.splits import SplitSettings, make_splits, stratified_split, stratified_subset
 from cifar_lightning.errors import UserError
-from cifar_lightning.transforms.augmentation import seeded_generator
 
 NAMES = tuple("abcdefghij")
 UNEVEN = torch.repeat_interleave(torch.arange(4), torch.tensor([300, 70, 25, 5]))
@@ -28,7 +22,7 @@ def test_cifar10_would_be_split_into_45000_and_5000_with_500_of_each_class():
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.137, 0.333, 0.5])
-def test_a_split_holds_out_exactly_the_rounded_share_by_largest_remainder(fraction):
+def test_a_split_holds_out_exactly_the_rounded_fraction_by_largest_remainder(fraction):
     counts = [11, 23, 37, 101, 64]
     targets = torch.repeat_interleave(torch.arange(5), torch.tensor(counts))
     _, val = stratified_split(targets, fraction, seed=0, class_names=NAMES[:5])
@@ -47,7 +41,7 @@ def test_the_split_depends_on_the_seed_and_on_nothing_else():
     assert not torch.equal(first, other)
 
 
-def test_a_subset_has_exactly_the_images_asked_for_and_every_class_its_share():
+def test_a_subset_has_exactly_the_images_asked_for_and_every_class_its_fraction():
     for limit in (60, 100, 399):
         subset = stratified_subset(UNEVEN, limit, seed=0, class_names=NAMES[:4])
         counts = torch.bincount(UNEVEN[subset], minlength=4)
@@ -71,16 +65,26 @@ def refused(function, *arguments, **more):
 
 
 @pytest.mark.parametrize("fraction", [0.0001, 0.01, 0.95, 0.999])
-def test_a_share_that_leaves_a_class_without_a_image_names_the_smallest_class_and_a_share_that_works(fraction):
+def test_a_fraction_that_leaves_a_class_without_an_image_names_the_smallest_class_and_fractions_that_work(fraction):
     message = refused(stratified_split, UNEVEN, fraction)
     assert message.startswith(f"--data.val_fraction {fraction}: of the 5 training images of class d, ")
-    near = float(re.search(r": ([0-9.]+) works, and 0 trains on all", message)[1])
-    _, val = stratified_split(UNEVEN, near, seed=0, class_names=NAMES[:4])
-    assert 1 <= int((UNEVEN[val] == 3).sum()) < 5
-    assert abs(near - 0.5) < abs(fraction - 0.5)
+    bounds = re.search(r": ([0-9.]+) to ([0-9.]+) works, and 0 trains on all", message).groups()
+    for works in map(float, bounds):
+        _, val = stratified_split(UNEVEN, works, seed=0, class_names=NAMES[:4])
+        assert 1 <= int((UNEVEN[val] == 3).sum()) < 5
+        assert abs(works - 0.5) < abs(fraction - 0.5)
 
 
-def test_of_a_class_with_one_image_no_share_is_named():
+@pytest.mark.parametrize("counts", [(2, 9), (3, 7, 11), (6, 100, 1000)])
+def test_the_fractions_that_are_said_to_work_do(counts):
+    targets = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    message = refused(stratified_split, targets, 0.001, class_names=NAMES[: len(counts)])
+    for works in map(float, re.search(r": ([0-9.]+) to ([0-9.]+) works", message).groups()):
+        for part in stratified_split(targets, works, seed=0, class_names=NAMES[: len(counts)]):
+            assert torch.bincount(targets[part], minlength=len(counts)).min() >= 1
+
+
+def test_of_a_class_with_one_image_no_fraction_is_named():
     targets = torch.repeat_interleave(torch.arange(4), torch.tensor([300, 70, 25, 1]))
     message = refused(stratified_split, targets, 0.1)
     assert "of the 1 training image of class d, 0 would be" in message
@@ -91,8 +95,9 @@ def test_a_limit_that_leaves_a_class_without_images_is_refused_and_one_that_is_e
     message = refused(stratified_subset, UNEVEN, 10)
     assert message.startswith("--data.limit 10: too few. Class d, 5 of 400 images, would get 0.")
     enough = int(re.search(r"(\d+) is enough", message)[1])
-    assert len(stratified_subset(UNEVEN, enough, seed=0, class_names=NAMES[:4])) == enough < 80
-    assert "would get 0" in refused(stratified_subset, UNEVEN, enough - 1)
+    subset = stratified_subset(UNEVEN, enough, seed=0, class_names=NAMES[:4])
+    assert len(subset) == enough <= 80
+    assert torch.bincount(UNEVEN[subset], minlength=4).min() >= 1
 
 
 def test_where_all_images_are_too_few_for_a_split_no_limit_is_said_to_be_enough():
@@ -106,50 +111,22 @@ def test_the_limit_is_blamed_for_a_split_that_all_images_would_allow_and_one_tha
     stratified_split(UNEVEN, 0.2, seed=0, class_names=NAMES[:4])
     message = refused(stratified_split, UNEVEN, 0.2, limit=150)
     assert message.startswith("--data.limit 150: too few. Class d, 5 of 400 images, would get ")
-    enough, near = re.search(r"(\d+) is enough, or --data.val_fraction (0[.][0-9]+)", message).groups()
-    for limit, fraction in ((int(enough), 0.2), (150, float(near))):
-        train, val = stratified_split(UNEVEN, fraction, limit=limit, seed=0, class_names=NAMES[:4])
-        assert len(train) + len(val) == limit
-        assert all(torch.bincount(UNEVEN[part], minlength=4).min() >= 1 for part in (train, val))
+    enough = int(re.search(r"(\d+) is enough", message)[1])
+    train, val = stratified_split(UNEVEN, 0.2, limit=enough, seed=0, class_names=NAMES[:4])
+    assert len(train) + len(val) == enough
+    assert all(torch.bincount(UNEVEN[part], minlength=4).min() >= 1 for part in (train, val))
 
 
 def test_a_limit_is_not_blamed_for_what_all_images_would_not_allow_either():
     assert refused(stratified_split, UNEVEN, 0.01, limit=200).startswith("--data.val_fraction 0.01")
 
 
-def test_weights_let_every_class_count_the_same_and_are_1_where_they_do():
-    counts = torch.tensor([300, 70, 25, 5])
-    weighted = counts * torch.tensor(balanced_weights(counts))
-    torch.testing.assert_close(weighted, torch.full((4,), 100.0), check_dtype=False)
-    assert balanced_weights(torch.tensor([7, 7])) == [1.0, 1.0]
-
-
-def test_a_balanced_order_shows_classes_equally_often_and_images_of_a_class_too():
-    order = balanced_order(UNEVEN, seeded_generator(0, 0, 0))
-    assert len(order) == 400
-    assert torch.bincount(UNEVEN[order]).tolist() == [100] * 4
-    shown = torch.bincount(order, minlength=400)
-    assert shown[:300].max() == 1
-    assert set(shown[300:370].tolist()) == {1, 2}
-    assert set(shown[395:].tolist()) == {20}
-
-
-def test_a_balanced_order_leaves_out_others_each_epoch_and_is_mixed():
-    first, again, other = (balanced_order(UNEVEN, seeded_generator(0, epoch, 0)) for epoch in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert set(first.tolist()) != set(other.tolist())
-    assert UNEVEN[first[:100]].unique().tolist() == [0, 1, 2, 3]
-
-
-def test_places_that_do_not_divide_go_to_different_classes():
-    targets = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 2])
-    counts = {
-        tuple(torch.bincount(targets[balanced_order(targets, seeded_generator(0, e, 0))]).tolist()) for e in range(20)
-    }
-    assert counts == {(4, 3, 3), (3, 4, 3), (3, 3, 4)}
-
-
-def test_imbalance_is_told_from_one_and_a_half_times_on():
-    assert describe_imbalance(torch.tensor([140, 100]), ("cat", "dog")) is None
-    told = describe_imbalance(torch.tensor([3000, 20]), ("cat", "dog"))
-    assert told == "Uneven classes: cat has 3,000 training images, dog 20"
+def test_a_source_with_its_own_validation_images_keeps_them_and_all_training_images():
+    targets = {"train": UNEVEN.numpy(), "val": np.array([0, 1, 2, 3]), "test": np.array([0, 1])}
+    splits = make_splits(targets, SplitSettings(val_fraction=0.5), NAMES[:4])
+    assert [len(splits.of(split)) for split in ("train", "val", "test")] == [400, 4, 2]
+    assert [splits.source_of(split) for split in ("train", "val", "test")] == ["train", "val", "test"]
+    del targets["val"]
+    splits = make_splits(targets, SplitSettings(val_fraction=0.5, seed=1), NAMES[:4])
+    assert sorted([*splits.train.tolist(), *splits.val.tolist()]) == list(range(400))
+    assert splits.source_of("val") == "train"

@@ -78,13 +78,13 @@ def test_processes_that_do_not_speak_for_the_run_end_well():
 def test_a_worker_leaves_the_signals_of_its_group_to_its_parent_and_ends_when_that_says_so():
     code = """
 import os, signal, sys, time
-from cifar_lightning.data.loaders import leave_to_parent
+from cifar_lightning.data.loaders import leave_signals_to_parent
 from cifar_lightning.training.signals import StopSignals
 os.setpgrp()
 StopSignals().defer()
 worker = os.fork()
 if worker == 0:
-    leave_to_parent(0)
+    leave_signals_to_parent(0)
     print("ready", flush=True)
     time.sleep(60)
 sys.stdin.readline()

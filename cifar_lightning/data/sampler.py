@@ -1,0 +1,148 @@
+"""Order of images: a function of (seed, epoch), dealt to the ranks, with a position that a checkpoint can hold."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from cifar_lightning.transforms.augmentation import seeded_generator
+
+_ORDER = 0  # purpose of the order's generator; the draws of transforms/augmentation.py use 1 and up
+_EVALUATION = 1_000_037  # purpose of the generator of a shuffled evaluation; see splits.py for its neighbours
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Index of this process and the number of processes."""
+
+    index: int = 0
+    count: int = 1
+
+
+class EpochSampler:
+    """Batches of image indices of this rank, and the position within the epoch.
+
+    Each iteration is an epoch: the one named by `set_epoch` (Lightning calls it), otherwise the one after the last.
+
+    Training deals each global batch (batch_size x ranks) evenly, so that all ranks make the same number of steps. If
+    the last batch has fewer images than there are ranks, a rank without one repeats one. Evaluation deals every image
+    exactly once, unpadded; the last batch of a rank may be empty, so that all ranks make the same number of steps.
+
+    Args:
+        indices: int64 (n,), indices of the split's images in their source.
+        batch_size: Images per batch and rank.
+        seed: Seed of the order.
+        training: Whether to shuffle and deal evenly.
+        drop_last: Whether to leave out a last, smaller training batch.
+        rank: This process.
+        balanced_by: int64 (n,), the class of each image, to show every class equally often in training.
+    """
+
+    def __init__(
+        self,
+        indices: Tensor,
+        batch_size: int,
+        *,
+        seed: int,
+        training: bool,
+        drop_last: bool = False,
+        rank: Rank,
+        balanced_by: Tensor | None = None,
+    ) -> None:
+        self.indices, self.batch_size, self.rank = indices, batch_size, rank
+        self.seed, self.training, self.drop_last, self.balanced_by = seed, training, drop_last, balanced_by
+        self.epoch = 0
+        self.position = 0  # batches of `epoch` already given
+        self.places: list[Tensor] | None = None
+        """Where an image may be shown several times: the places in the epoch of each image of each batch."""
+        self._resume_at = 0
+        self._is_epoch_named = True  # whether the next iteration is `epoch` itself or the one after
+
+    def __len__(self) -> int:
+        per_step = self.batch_size * self.rank.count
+        return len(self.indices) // per_step if self.drop_last else -(-len(self.indices) // per_step)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next iteration."""
+        if epoch != self.epoch:
+            self._resume_at = 0
+        self.epoch, self._is_epoch_named = epoch, True
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and the number of its batches already given."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where `state` was taken."""
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._resume_at, self._is_epoch_named = self.position, True
+
+    def begin(self) -> list[Tensor]:
+        """Start an iteration; return its remaining batches of image indices."""
+        if not self._is_epoch_named or self._resume_at >= len(self) > 0:
+            self.epoch += 1
+            self._resume_at = 0
+        self.position, self._resume_at, self._is_epoch_named = self._resume_at, 0, False
+        return self._batches()[self.position :]
+
+    def _batches(self) -> list[Tensor]:
+        if not self.training:
+            own = self.indices[self.rank.index :: self.rank.count]
+            # A rank with one image less may need an empty batch to make as many steps as the others.
+            return [own[k * self.batch_size : (k + 1) * self.batch_size] for k in range(len(self))]
+        generator = seeded_generator(self.seed, self.epoch, _ORDER)
+        if self.balanced_by is None:
+            order = torch.randperm(len(self.indices), generator=generator)
+        else:
+            order = balanced_order(self.balanced_by, generator)
+        batches = self._deal(self.indices[order])
+        if self.balanced_by is not None:
+            self.places = self._deal(torch.arange(len(order)))[self.position :]
+        return batches
+
+    def _deal(self, of_epoch: Tensor) -> list[Tensor]:
+        """Split an epoch into global batches and return this rank's images of each."""
+        batches = []
+        for batch in torch.split(of_epoch, self.batch_size * self.rank.count)[: len(self)]:
+            own = batch[self.rank.index :: self.rank.count]
+            batches.append(own if len(own) > 0 else batch[:1])
+        return batches
+
+
+def balanced_order(targets: Int64[Tensor, " images"], generator: torch.Generator) -> Int64[Tensor, " images"]:
+    """Return the order of an epoch in which every class has the same number of places, to within one.
+
+    Images of a class with fewer images than places are repeated equally often, to within one. Of a class with more,
+    some are left out, others in each epoch.
+
+    Args:
+        targets: Class of each image.
+        generator: Chooses the images and their order.
+    """
+    classes = torch.unique(targets)
+    first, more = divmod(len(targets), len(classes))
+    lucky = torch.randperm(len(classes), generator=generator)[:more]
+    places = torch.full((len(classes),), first)
+    places[lucky] += 1
+    chosen = []
+    for label, num in zip(classes, places.tolist(), strict=True):
+        own = (targets == label).nonzero().flatten()
+        rounds = [own[torch.randperm(len(own), generator=generator)] for _ in range(-(-num // len(own)))]
+        chosen.append(torch.cat(rounds)[:num] if rounds else own[:0])
+    together = torch.cat(chosen)
+    return together[torch.randperm(len(together), generator=generator)]
+
+
+def evaluation_order(num_images: int, *, seed: int, shuffled: bool) -> Int64[Tensor, " images"]:
+    """Return the positions of a split in the order of evaluation.
+
+    Args:
+        num_images: Images of the split.
+        seed: Seed of a shuffled order.
+        shuffled: For an evaluation that stops early: images are stored class by class, and the first batches alone
+            would show one or two classes.
+    """
+    if not shuffled:
+        return torch.arange(num_images)
+    return torch.randperm(num_images, generator=seeded_generator(seed, 0, _EVALUATION))

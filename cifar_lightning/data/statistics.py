@@ -1,0 +1,58 @@
+"""Statistics of the training split: mean and std of each channel, weights and balance of the classes."""
+
+import numpy as np
+from jaxtyping import Int64
+from torch import Tensor
+
+from cifar_lightning.data.memory import give_back_pages
+
+_CHUNK = 1024  # images of 32x32 summed at a time, 25 MB of float64; fewer of larger ones
+_UNEVEN = 1.5  # ratio of the largest to the smallest class from which it is mentioned
+
+
+def channel_statistics(images: np.ndarray, indices: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel, of images scaled to 0-1.
+
+    Args:
+        images: uint8 (n, height, width, channels), 0-255; may be memory-mapped.
+        indices: int64, the images to measure.
+    """
+    total = np.zeros(images.shape[-1])
+    squares = np.zeros(images.shape[-1])
+    chunk = max(1, min(_CHUNK, _CHUNK * 32 * 32 // (images.shape[1] * images.shape[2])))
+    for start in range(0, len(indices), chunk):
+        pixels = images[indices[start : start + chunk]].reshape(-1, images.shape[-1]) / 255.0
+        total += pixels.sum(0)
+        squares += (pixels**2).sum(0)
+        give_back_pages(images)
+    count = len(indices) * images.shape[1] * images.shape[2]
+    mean = total / count
+    # At least 1e-3: normalizing a constant channel would divide by 0.
+    std = np.sqrt(np.maximum(squares / count - mean**2, 1e-6))
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def evenly_spaced(num_images: int, num_wanted: int) -> np.ndarray:
+    """Return int64 positions of `num_wanted` images (all, if there are fewer), evenly spaced over a split."""
+    return np.linspace(0, num_images - 1, min(num_wanted, num_images)).astype(np.int64)
+
+
+def balanced_weights(counts: Int64[Tensor, " classes"]) -> list[float]:
+    """Return the weight of each class in the loss, n / (classes * count): all classes count the same in total.
+
+    Args:
+        counts: Training images of each class, 1 or more.
+    """
+    weights: list[float] = (counts.sum() / (len(counts) * counts.double())).tolist()
+    return weights
+
+
+def describe_imbalance(counts: Int64[Tensor, " classes"], class_names: tuple[str, ...]) -> str | None:
+    """Return a sentence about the largest and the smallest class; None if they are nearly even."""
+    least, most = int(counts.argmin()), int(counts.argmax())
+    if counts[most] < _UNEVEN * counts[least]:
+        return None
+    return (
+        f"Uneven classes: {class_names[most]} has {int(counts[most]):,} training images, {class_names[least]} "
+        f"{int(counts[least]):,}"
+    )
