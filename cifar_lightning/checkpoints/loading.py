@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cifar_lightning.checkpoints.checksum import has_checksum, is_intact
 from cifar_lightning.checkpoints.schema import upgrade_checkpoint
 from cifar_lightning.errors import UserError
-from cifar_lightning.models.state_dicts import _is_of_other_classes, describe_misfits, without_wrappers
+from cifar_lightning.models.state_dicts import describe_misfits, has_other_classes, without_wrappers
 
 _MODEL = "model."  # what ImageClassifier calls it, and torch.compile's wrapper does not change
 # How torch.save began a file before version 1.6. Most of torchvision's published weights are such files.
@@ -151,7 +151,7 @@ def load_weights(model: nn.Module, path: Path, checkpoint: dict[str, Any] | None
     ours = model.state_dict()
     theirs = without_wrappers(read_weights(path) if checkpoint is None else weights_of(checkpoint, path), ours)
     misfits = describe_misfits(theirs, ours)
-    if misfits and _is_of_other_classes(theirs, ours):
+    if misfits and has_other_classes(theirs, ours):
         raise UserError(
             f"{path}: of other classes or images: {misfits}.\n"
             f"To begin with all of it but the last layer: --model.pretrained {path}"

@@ -77,7 +77,7 @@ def check_arguments(command: str, config: Namespace) -> None:
     model_kwargs = config.get("model.model_kwargs") or {}
     check_model_kwargs(model_kwargs)
     if "in_channels" in model_kwargs:  # from Python there may be other images
-        raise UserError("--model.model_kwargs: in_channels is no argument to give; images are RGB, of 3 channels.")
+        raise UserError("--model.model_kwargs: in_channels cannot be set; images are RGB with 3 channels.")
     if config.get("model.name") is not None:
         check_name(config.model.name)  # before the data is fetched: the network is made after it
     devices = str(config.get("trainer.devices", "auto"))  # Lightning takes a number also as text

@@ -1,4 +1,4 @@
-"""torch.compile, or the reason why a model runs uncompiled."""
+"""torch.compile, with a message where it cannot run."""
 
 import sys
 
@@ -7,17 +7,17 @@ from torch import nn
 
 
 def compile_model(model: nn.Module, device: torch.device) -> None:
-    """Compile a network in place, or say on stderr that it runs uncompiled, and why."""
+    """Compile a model in place; without a working compiler, leave it uncompiled and print the reason to stderr."""
     from torch._inductor import cpp_builder  # takes seconds to import
     from torch.utils._triton import has_triton
 
     try:
         if device.type == "cpu":
-            cpp_builder.get_cpp_compiler()  # without this, the first step would fail
+            cpp_builder.get_cpp_compiler()  # raises here rather than in the first step
         elif not has_triton():
-            raise RuntimeError("Triton is not there for this GPU")
+            raise RuntimeError("Triton is not available for this GPU")
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        print(f"--model.compile: the network runs uncompiled ({reason}).", file=sys.stderr)
+        print(f"--model.compile: the model runs uncompiled ({reason}).", file=sys.stderr)
         return
     model.compile()

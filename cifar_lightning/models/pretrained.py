@@ -1,12 +1,11 @@
-"""Weights that were trained elsewhere: torchvision's and timm's published ones, or a file; all but the head is taken.
+"""Pretrained weights of torchvision, timm or a file, loaded into all layers but the head.
 
-The head is always new: its classes are others. Two things are fitted to another size of images, and a line says so:
+Two kinds of weights are fitted to another image size, with a printed line:
 
-- Filters of the stem, where ours are 3x3 and theirs larger. They are resampled: each of theirs is shared out to the
-  pixels of ours that it covers, so that the sums over a filter, its answers to even areas, stay what the norm after it
-  expects. A crop would keep no such sum (an edge's two sides would weigh unequally), and new filters would feed noise
-  to all the trained layers behind them. How much each of these costs was not measured.
-- Position embeddings of torchvision's vision transformers, by torchvision's own interpolation.
+- Filters of the stem that are larger than ours of 3x3 are resampled by area, so that the sum over a filter, its
+  response to a constant area, stays what the norm after it expects. A crop would not keep the sum, and new filters
+  would feed noise to the trained layers behind them. How much each of these costs was not measured.
+- Position embeddings of torchvision's vision transformers are interpolated by torchvision's own function.
 """
 
 import contextlib
@@ -28,21 +27,21 @@ from cifar_lightning.models.registry import torchvision_name
 from cifar_lightning.models.state_dicts import describe_misfits, without_wrappers
 from cifar_lightning.models.torchvision_timm import create_timm
 
-# Of a former torch.nn, in which a module's name could hold a point; densenet's published weights still have them.
+# densenet's published weights are from an old torch.nn, in which names of modules could contain a point.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
-_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inception_v3, which our networks do not have
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inception_v3 that our models lack
 _POSITIONS = "encoder.pos_embedding"
 _TORCHVISION_INCEPTIONS = ("googlenet", "inception_v3")
-_NUM_NAMED = 3  # layers that do not fit
+_NUM_NAMED = 3  # tensors that do not fit, in a message
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """What weights expect of their images.
+    """Mean and standard deviation per channel that pretrained weights expect images to be normalised with.
 
     Attributes:
-        mean: Per channel, of images scaled to 0-1.
-        std: Per channel, of images scaled to 0-1.
+        mean: Of images scaled to 0-1.
+        std: Of images scaled to 0-1.
     """
 
     mean: tuple[float, ...]
@@ -51,12 +50,12 @@ class Normalization:
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """Weights that were trained elsewhere.
+    """Pretrained weights and where they are from.
 
     Attributes:
-        tensors: By the names of their own model.
-        normalization: Of the images that they were trained on; None where that is not known.
-        origin: The flag and the source, for messages.
+        tensors: Tensors by name.
+        normalization: Normalization of the images they were trained on; None if unknown.
+        origin: Flag and source, for messages.
     """
 
     tensors: dict[str, Tensor]
@@ -65,19 +64,19 @@ class PretrainedWeights:
 
 
 def load_all_but_head(model: nn.Module, architecture: Mapping[str, Any], weights: PretrainedWeights) -> None:
-    """Put trained weights into a network, all but its head's.
+    """Load pretrained weights into all layers of a model but its head.
 
     Args:
-        model: As `build_model(**architecture)` made it; gets the weights.
-        architecture: name, num_classes, image_size and the network's own arguments.
-        weights: See `published_weights`.
+        model: Built by `build_model(**architecture)`; changed in place.
+        architecture: name, num_classes, image_size and further arguments of the model.
+        weights: Such as from `published_weights`.
 
     Raises:
-        UserError: They do not fit; the network is then untouched.
+        UserError: They do not fit; the model is unchanged.
     """
     name, origin = str(architecture["name"]), weights.origin
     ours = model.state_dict()
-    theirs, normalization = without_wrappers(weights.tensors, ours), weights.normalization
+    theirs = without_wrappers(weights.tensors, ours)
     head = head_of(model, int(architecture["num_classes"]))
     kept = {key for key in ours if key.startswith(head)}
     theirs = {_OLD_DENSENET.sub(r"\1\2.", key): tensor for key, tensor in theirs.items()}
@@ -86,20 +85,20 @@ def load_all_but_head(model: nn.Module, architecture: Mapping[str, Any], weights
         for key, tensor in theirs.items()
         if not key.startswith(head) and (key in ours or not key.startswith(_AUXILIARY))
     }
-    # Counters of batches, which no norm with a fixed momentum reads, are missing in weights from before torch 0.4.1.
+    # Weights from before torch 0.4.1 lack num_batches_tracked, which no norm with a fixed momentum reads.
     kept |= {key for key in ours if key.endswith("num_batches_tracked") and key not in theirs}
     theirs |= {key: ours[key] for key in kept}
     changes = _fit_to_size(theirs, ours)
     misfits = describe_misfits(theirs, ours, num_named=_NUM_NAMED)
     if misfits:
-        raise UserError(f"{origin} do not fit: {misfits}.\nGive those of {name} with the same --model.model_kwargs.")
+        raise UserError(f"{origin} do not fit: {misfits}.\nGive weights of {name} with the same --model.model_kwargs.")
     model.load_state_dict(theirs)
-    told = "" if normalization is None else "; images are normalised as they were for them"
-    remark(f"{origin} are taken, all but the last layer's{told}{''.join(f'; {change}' for change in changes)}.")
+    notes = changes if weights.normalization is None else ["images are normalised as in their training", *changes]
+    remark("; ".join([f"{origin} are loaded, except the head", *notes]) + ".")
 
 
 def head_of(model: nn.Module, num_classes: int) -> str:
-    """Return the prefix of the parameters of a network's head, the last layer that gives one number a class.
+    """Return the parameter prefix of a model's head: the last layer with one output per class.
 
     Raises:
         UserError: There is none.
@@ -111,25 +110,25 @@ def head_of(model: nn.Module, num_classes: int) -> str:
         or (isinstance(layer, nn.Conv2d) and layer.out_channels == num_classes)
     ]
     if not heads:
-        raise UserError(f"--model.pretrained: the network has no layer of {num_classes} classes to begin anew.")
+        raise UserError(f"--model.pretrained: the model has no layer with {num_classes} outputs to use as head.")
     return f"{heads[-1]}."
 
 
 def resample_filters(
     filters: Float[Tensor, "out in rows columns"], size: tuple[int, int]
 ) -> Float[Tensor, "out in less_rows less_columns"]:
-    """Return filters of another size: each weight is shared out to the pixels it covers, so that sums are the same.
+    """Resample convolution filters by area, so that the sum over each filter stays the same.
 
     Args:
-        filters: Of a convolution.
-        size: Rows and columns of the new ones.
+        filters: Weights of a convolution.
+        size: New rows and columns.
     """
-    rows, columns = (_shares(old, new).to(filters) for old, new in zip(filters.shape[2:], size, strict=True))
+    rows, columns = (_overlaps(old, new).to(filters) for old, new in zip(filters.shape[2:], size, strict=True))
     return rows @ filters @ columns.T
 
 
-def _shares(old: int, new: int) -> Float[Tensor, "new old"]:
-    """Return which share of each of `old` cells lies in each of `new` ones on the same length."""
+def _overlaps(old: int, new: int) -> Float[Tensor, "new old"]:
+    """Return the fraction of each of `old` cells that lies in each of `new` cells over the same length."""
     bounds = torch.arange(new + 1, dtype=torch.float64) * old / new
     cells = torch.arange(old, dtype=torch.float64)
     overlaps = torch.minimum(bounds[1:, None], cells + 1) - torch.maximum(bounds[:-1, None], cells)
@@ -137,16 +136,16 @@ def _shares(old: int, new: int) -> Float[Tensor, "new old"]:
 
 
 def _fit_to_size(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> list[str]:
-    """Resample in place what belongs to another size of images; return a description of each."""
+    """Fit weights to another image size, in place; return a description of each change."""
     changes = []
     for key, tensor in ours.items():
         other = theirs.get(key)
         if other is None or other.shape == tensor.shape:
             continue
-        is_of_images = tensor.ndim == other.ndim == 4 and tensor.shape[:2] == other.shape[:2] and tensor.shape[1] == 3
-        if is_of_images:
+        is_stem = tensor.ndim == other.ndim == 4 and tensor.shape[:2] == other.shape[:2] and tensor.shape[1] == 3
+        if is_stem:
             theirs[key] = resample_filters(other, (tensor.shape[2], tensor.shape[3]))
-            changes.append(f"the filters of {key} resampled from {_side(other)} to {_side(tensor)}")
+            changes.append(f"{key} resampled from {_rows_by_columns(other)} to {_rows_by_columns(tensor)}")
         elif key == _POSITIONS and tensor.shape[2] == other.shape[2]:
             from torchvision.models.vision_transformer import interpolate_embeddings
 
@@ -156,18 +155,18 @@ def _fit_to_size(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> list[
     return changes
 
 
-def _side(filters: Tensor) -> str:
+def _rows_by_columns(filters: Tensor) -> str:
     return f"{filters.shape[2]}x{filters.shape[3]}"
 
 
 def published_weights(architecture: Mapping[str, Any]) -> PretrainedWeights:
-    """Return the published weights of a model by name, downloaded unless they have been before.
+    """Return the published weights of a model, downloaded if not in the cache.
 
     Args:
-        architecture: name, num_classes, image_size and the model's own arguments.
+        architecture: name, num_classes, image_size and further arguments of the model.
 
     Raises:
-        UserError: There are none, or they cannot be had.
+        UserError: There are none, or the download fails.
     """
     name = str(architecture["name"])
     origin = f"--model.pretrained true: the weights of {name}"
@@ -175,27 +174,27 @@ def published_weights(architecture: Mapping[str, Any]) -> PretrainedWeights:
         return PretrainedWeights(*_published_by_timm(name.partition("/")[2], architecture), origin)
     own_name = torchvision_name(name)
     if own_name is None:
-        raise UserError(f"--model.pretrained true: there are no published weights of {name}; give a file of them.")
+        raise UserError(f"--model.pretrained true: {name} has no published weights; give a file.")
     from torchvision.models import get_model_weights
 
     weights = get_model_weights(own_name).DEFAULT
     try:
-        # weights_only: read as data. check_hash: the file's name holds the beginning of its SHA-256.
+        # check_hash: the file name contains the beginning of its SHA-256.
         state = weights.get_state_dict(
             progress=sys.stderr.isatty(), check_hash=True, map_location="cpu", weights_only=True
         )
-    except Exception as error:  # networks and damaged files make it raise nearly anything
-        raise _cannot_be_had(name, error, weights.url) from error
+    except Exception as error:  # connections and damaged files raise nearly anything
+        raise _download_error(name, error, weights.url) from error
     return PretrainedWeights(state, torchvision_normalization(name), origin)
 
 
 def torchvision_normalization(name: str) -> Normalization | None:
-    """Return what torchvision's published weights of a model expect; None where they are not torchvision's."""
+    """Return the normalization of torchvision's published weights of a model; None if it is not torchvision's."""
     own_name = torchvision_name(name)
     if own_name is None:
         return None
     if own_name in _TORCHVISION_INCEPTIONS:
-        # Their published weights are used with transform_input, which makes this of ImageNet's mean and std.
+        # Their published weights are used with transform_input, which turns ImageNet's mean and std into these.
         return Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     from torchvision.models import get_model_weights
 
@@ -206,22 +205,22 @@ def torchvision_normalization(name: str) -> Normalization | None:
 def _published_by_timm(own_name: str, architecture: Mapping[str, Any]) -> tuple[dict[str, Tensor], Normalization]:
     config = importlib.import_module("timm.models").get_pretrained_cfg(own_name)
     if config is None or not config.has_weights:
-        raise UserError(f"--model.pretrained true: timm has no weights of {own_name}; give a file of them.")
+        raise UserError(f"--model.pretrained true: timm has no weights of {own_name}; give a file.")
     arguments = {key: value for key, value in architecture.items() if key not in ("name", "keep_stem")}
     address = config.hf_hub_id or config.url
-    remark(f"--model.pretrained true: timm fetches {address}, unless it has done so before.")
+    remark(f"--model.pretrained true: timm downloads {address} unless it is cached.")
     try:
-        # timm reads them as data, and fits position embeddings to the size by itself.
-        with _retrying_in_silence():
+        # timm itself interpolates position embeddings.
+        with _without_retry_warnings():
             model = create_timm(own_name, **arguments, pretrained=True)
-    except Exception as error:  # as above
-        raise _cannot_be_had(f"timm/{own_name}", error, address) from error
+    except Exception as error:  # as in published_weights
+        raise _download_error(f"timm/{own_name}", error, address) from error
     return model.state_dict(), Normalization(tuple(config.mean), tuple(config.std))
 
 
 @contextlib.contextmanager
-def _retrying_in_silence() -> Iterator[None]:
-    """Keep huggingface_hub from saying two lines for each of a dozen trials; what ends them is raised all the same."""
+def _without_retry_warnings() -> Iterator[None]:
+    """Silence huggingface_hub's two lines per retry; the final error is still raised."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -231,9 +230,9 @@ def _retrying_in_silence() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _cannot_be_had(name: str, error: Exception, address: str | None) -> UserError:
+def _download_error(name: str, error: Exception, address: str | None) -> UserError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return UserError(
-        f"--model.pretrained true: the weights of {name} cannot be had ({clipped(reason, 200)}).\n"
-        f"Fetch {address} by other means, and give --model.pretrained FILE."
+        f"--model.pretrained true: the weights of {name} cannot be downloaded ({clipped(reason, 200)}).\n"
+        f"Download {address} another way and give --model.pretrained FILE."
     )

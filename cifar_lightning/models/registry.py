@@ -1,4 +1,4 @@
-"""Models by name: the table `MODELS`, and `build_model` that makes one. Each returns raw logits."""
+"""Models by name: the table `MODELS`, and `build_model`. Every model returns raw logits."""
 
 import contextlib
 import difflib
@@ -15,7 +15,7 @@ from cifar_lightning.models.smallnet import SmallNet
 from cifar_lightning.models.speednet import SpeedNet
 from cifar_lightning.models.stems import SMALL_PX
 from cifar_lightning.models.torchvision_timm import (
-    is_timm_there,
+    is_timm_installed,
     timm_model,
     timm_names,
     torchvision_model,
@@ -27,10 +27,7 @@ from cifar_lightning.models.torchvision_timm import (
 def _smallnet(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
     _check_dropout(kwargs)
     stages = _num_stages(kwargs.get("widths", (64, 128, 256)))
-    if image_size < 2 ** (stages - 1):
-        raise UserError(
-            f"--data.image_size {image_size}: smallnet with {stages} stages needs {2 ** (stages - 1)} pixels or more."
-        )
+    _check_size(image_size, 2 ** (stages - 1), f"{stages} stages")
     return SmallNet(num_classes, **kwargs)
 
 
@@ -38,23 +35,24 @@ def _speednet(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
     groups = _num_stages(kwargs.get("widths", (64, 256, 256)))
     depth = kwargs.get("depth", 2)
     if depth not in (2, 3):
-        raise TypeError(f"depth {depth}: 2, or 3 with a shortcut")
-    smallest = 2**groups + 1  # the stem takes a pixel away, each group halves
-    if image_size < smallest:
-        raise UserError(
-            f"--data.image_size {image_size}: speednet with {groups} groups needs {smallest} pixels or more."
-        )
+        raise TypeError(f"depth {depth}: 2 or 3")
+    _check_size(image_size, 2**groups + 1, f"{groups} groups")  # the stem removes one pixel, each group halves
     return SpeedNet(num_classes, **kwargs)
+
+
+def _check_size(image_size: int, smallest: int, what: str) -> None:
+    if image_size < smallest:
+        raise ValueError(f"{what} need images of at least {smallest} pixels")
 
 
 def _num_stages(widths: Any) -> int:
     if not (isinstance(widths, list | tuple) and widths and all(type(width) is int and width > 0 for width in widths)):
-        raise TypeError(f"widths {widths}: filters of each stage, 1 or more, such as [64, 128, 256]")
+        raise TypeError(f"widths {widths}: a list of positive integers, such as [64, 128, 256]")
     return len(widths)
 
 
 def _check_dropout(kwargs: Mapping[str, Any]) -> None:
-    """Refuse NaN, too, which torch refuses in the first step and not before."""
+    # NaN, too, which torch refuses only in the first step.
     dropout = kwargs.get("dropout", 0.0)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout}: 0 to below 1")
@@ -75,10 +73,10 @@ def _stem_stride(image_size: int) -> int:
 
 
 def _vit_tiny(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
-    # A quarter as wide for small images, as the total strides of all others: 8 x 8 patches of 32 pixels.
+    # Patches a quarter as wide for small images, as the total strides of all other models: 8 x 8 patches of 32 pixels.
     patch_px = 4 if image_size <= SMALL_PX else 16
     tiny = {"patch_size": patch_px, "num_layers": 12, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768}
-    return vision_transformer("vit_tiny", num_classes, image_size, **(tiny | kwargs))
+    return vision_transformer(num_classes, image_size, **(tiny | kwargs))
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -90,7 +88,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(torchvision_model, name) for name in ("convnext_tiny", "efficientnet_b0", "mobilenet_v3_small")},
     "vit_tiny": _vit_tiny,
 }
-"""Name -> function of (num_classes, image_size, **kwargs). A network of one's own is one more function here."""
+"""Name -> function of (num_classes, image_size, **kwargs). Add your own model as one more function."""
 
 
 DEFAULT_MODEL = "smallnet"
@@ -103,20 +101,17 @@ LIBRARIES: dict[str, Callable[..., nn.Module]] = {"torchvision": torchvision_mod
 _NAMES_OF: dict[str, Callable[[], list[str]]] = {"torchvision": torchvision_names, "timm": timm_names}
 
 
-_NOT_TO_GIVE = ("name", "num_classes", "image_size")  # what a network gets from elsewhere
-
-
 def build_model(name: str, num_classes: int = 10, image_size: int = 32, **kwargs: Any) -> nn.Module:
-    """Make a network by name, with weights that are not trained.
+    """Build an untrained model by name.
 
     Args:
         name: A key of `MODELS`, torchvision/NAME or timm/NAME.
-        num_classes: Length of the logits.
-        image_size: Side of the square images in pixels. Up to 64 the stem keeps them large: see `stems`.
-        **kwargs: Passed on to the network: `widths` and `dropout` of SmallNet.
+        num_classes: Number of logits.
+        image_size: Height and width in pixels. Up to 64 the stem keeps the resolution: see `stems`.
+        **kwargs: Arguments of the model, such as `widths` and `dropout` of SmallNet.
 
     Raises:
-        UserError: Unknown name, a keyword that the network does not take, or images that it cannot take.
+        UserError: Unknown name, or an argument or image size that the model does not take.
     """
     check_name(name)
     library, _, own_name = name.partition("/")
@@ -126,80 +121,78 @@ def build_model(name: str, num_classes: int = 10, image_size: int = 32, **kwargs
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
-        reason = clipped(str(error).partition("\n")[0], 200)  # torch writes its C++ stack behind it
+        reason = clipped(str(error).partition("\n")[0], 200)  # torch appends its C++ stack
         if not kwargs:
-            raise UserError(f"--model.name {name}: cannot be made for image_size {image_size} ({reason}).") from error
-        raise UserError(f"--model.model_kwargs {kwargs}: {name} does not take them ({reason}).") from error
+            raise UserError(f"--data.image_size {image_size}: {name} does not take it ({reason}).") from error
+        size = "" if isinstance(error, TypeError) else f" at --data.image_size {image_size}"
+        raise UserError(f"--model.model_kwargs {kwargs}: {name} does not take them{size} ({reason}).") from error
 
 
 def check_name(name: str) -> None:
-    """Refuse the name of a network that there is not.
+    """Raise if there is no model of a name.
 
     Raises:
-        UserError: With the nearest names, also of torchvision and timm; or timm is asked for and is not installed.
+        UserError: Suggests the nearest names, also of torchvision and timm; or timm is not installed.
     """
     library, slash, own_name = name.partition("/")
     if name in MODELS or (slash and library in LIBRARIES and _is_of_library(library, own_name)):
         return
     known = [*MODELS, *(f"{library}/NAME" for library in LIBRARIES)]
-    raise UserError(f"--model.name {clipped(name)}: not a model; one of {', '.join(known)}.{_nearest(name)}")
+    raise UserError(f"--model.name {clipped(name)}: not a model; one of {', '.join(known)}.{_suggestion(name)}")
 
 
 def check_model_kwargs(model_kwargs: Any) -> None:
-    """Refuse what is not arguments by name, and those that would silently win over what the network gets elsewhere.
+    """Raise unless `model_kwargs` are arguments by name, without those that the model gets from elsewhere.
 
     Raises:
-        UserError: Shows the form, or names the argument.
+        UserError: Shows the expected form, or names the argument.
     """
     if not isinstance(model_kwargs, Mapping):
         raise UserError(
             f"--model.model_kwargs {clipped(str(model_kwargs))}: names and values, such as '{{widths: [32, 64, 128]}}'."
         )
     for name in model_kwargs:
-        if not isinstance(name, str) or name in _NOT_TO_GIVE:
+        if not isinstance(name, str) or name in ("name", "num_classes", "image_size"):
             raise UserError(
-                f"--model.model_kwargs: {clipped(str(name))} is no argument to give; "
-                "images and classes are the data's, the network is --model.name."
+                f"--model.model_kwargs: {clipped(str(name))} cannot be set here; "
+                "set the model with --model.name, and classes and image size with the data."
             )
 
 
 def choose_model(
     model: Any, name: str | None, num_classes: int, image_size: int, model_kwargs: Any, pretrained: bool | str
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a network of one's own, or else the one that a name and its arguments say; and how it is made by name.
+    """Return the given model or else the one built by name, and the arguments of `build_model`.
 
     Args:
-        model: The network, or None.
-        name: What `build_model` knows; None where a checkpoint is of a network of one's own.
-        num_classes: Length of the logits.
-        image_size: Side of the square images in pixels.
-        model_kwargs: The network's own arguments by name, or None.
-        pretrained: Whether it gets trained weights, or from where.
+        model: A model made in Python, or None.
+        name: A name that `build_model` knows; None in a checkpoint of a model made in Python.
+        num_classes: Number of logits.
+        image_size: Height and width in pixels.
+        model_kwargs: Arguments of the model by name, or None.
+        pretrained: Whether to load pretrained weights, or the file to load.
 
     Raises:
-        UserError: None of both is given, or both; no network; or what `build_model` refuses.
+        UserError: Neither a model nor a name is given, or both are; or `build_model` raises.
     """
     check_model_kwargs(model_kwargs or {})
     architecture = {"name": name, "num_classes": num_classes, "image_size": image_size, **(model_kwargs or {})}
     if model is None:
         if name is None:
-            raise UserError("this checkpoint is of a network of your own: give model=... again.")
+            raise UserError("this checkpoint is of a model made in Python: give model=... again.")
         return build_model(**architecture), architecture
     if isinstance(model, type):
-        raise UserError(f"model={model.__name__}: a class; give a network made of it, model={model.__name__}(...).")
+        raise UserError(f"model={model.__name__}: a class; give an instance, model={model.__name__}(...).")
     if not isinstance(model, nn.Module):
-        raise UserError(f"model: a {type(model).__name__} is no network; give an nn.Module that returns raw logits.")
+        raise UserError(f"model: a {type(model).__name__}; give an nn.Module that returns raw logits.")
     for argument, value in (("name", name), ("model_kwargs", model_kwargs), ("pretrained", pretrained)):
         if value and value != DEFAULT_MODEL:
-            raise UserError(
-                f"{argument}={clipped(repr(value))} beside model=...: a network of your own is taken as it is; "
-                "leave one of them out."
-            )
+            raise UserError(f"{argument}={clipped(repr(value))}: cannot be combined with model=...; leave one out.")
     return model, architecture
 
 
 def torchvision_name(name: str) -> str | None:
-    """Return what torchvision calls a network, if it is one of its own."""
+    """Return a model's name in torchvision; None if it is not torchvision's."""
     library, slash, own_name = name.partition("/")
     if slash:
         return own_name if library == "torchvision" else None
@@ -208,27 +201,26 @@ def torchvision_name(name: str) -> str | None:
 
 
 def _is_of_library(library: str, own_name: str) -> bool:
-    # timm writes which of a network's weights are meant behind a point; the network is the same.
+    # timm appends a tag of pretrained weights after a point.
     architecture = own_name.partition(".")[0] if library == "timm" else own_name
     try:
         return architecture in _NAMES_OF[library]()
-    except UserError as error:  # the library is not there
+    except UserError as error:  # not installed
         raise UserError(f"--model.name {library}/{clipped(own_name)}: {error}") from error
 
 
-def _nearest(name: str) -> str:
-    """Return " Did you mean X, Y or Z?" for the nearest names, of the named library alone, or nothing."""
+def _suggestion(name: str) -> str:
+    """Return " Did you mean X, Y or Z?" with the nearest names, of the named library if there is one; or nothing."""
     library, slash, own_name = name.lower().replace("-", "_").partition("/")
-    sought = own_name if slash else library
-    if slash and library in LIBRARIES:
-        known = {other: f"{library}/{other}" for other in _NAMES_OF[library]()}
-    else:  # a network that two have is ours first, then torchvision's
-        known = {}
-        if is_timm_there():
-            with contextlib.suppress(UserError):  # it is there and cannot be imported: nobody asked for it
-                known = {other: f"timm/{other}" for other in timm_names()}
-        known |= {other: f"torchvision/{other}" for other in torchvision_names()}
+    is_of_library = slash and library in LIBRARIES
+    known: dict[str, str] = {}  # of equal names ours wins, then torchvision's
+    for each in [library] if is_of_library else ["timm", "torchvision"]:
+        if each != "timm" or is_timm_installed():
+            with contextlib.suppress(UserError):  # timm cannot be imported
+                known |= {other: f"{each}/{other}" for other in _NAMES_OF[each]()}
+    if not is_of_library:
         known |= {other: other for other in MODELS}
+    sought = own_name if slash else library
     near = difflib.get_close_matches(sought, known, n=3, cutoff=0.75) or difflib.get_close_matches(sought, known, n=1)
     names = [known[other] for other in near]
     return f" Did you mean {' or '.join([', '.join(names[:-1]), names[-1]] if names[1:] else names)}?" if names else ""

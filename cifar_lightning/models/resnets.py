@@ -1,7 +1,4 @@
-"""Residual networks that torchvision lacks: pre-activation (arXiv:1603.05027) and wide ones (arXiv:1605.07146).
-
-Both are made of one block, in which norm and ReLU come before each convolution, and end in a norm and a ReLU.
-"""
+"""Pre-activation ResNet (arXiv:1603.05027) and Wide ResNet (arXiv:1605.07146), which torchvision lacks."""
 
 from collections.abc import Sequence
 
@@ -11,18 +8,18 @@ from torch.nn import functional as F
 
 
 class PreActResNet(nn.Module):
-    """A 3x3 stem, stages of pre-activation blocks, each but the first at half the size before, mean, linear.
+    """A 3x3 stem, stages of pre-activation blocks, norm, ReLU, global average pool, linear.
 
-    PreActResNet-18, 11.17 million parameters, with the default widths and depths.
+    Each stage after the first halves the resolution. The defaults give PreActResNet-18, 11.17 million parameters.
 
     Args:
-        num_classes: Length of the logits.
+        num_classes: Number of logits.
         in_channels: 3 for RGB.
         widths: Filters of each stage.
         depths: Blocks of each stage.
-        stem_width: Filters of the stem; by default the first stage's.
-        stem_stride: 1, or 4: ImageNet's 7x7 filters and max-pool, for images larger than 64 pixels.
-        dropout: Probability of dropping a feature between a block's two convolutions.
+        stem_width: Filters of the stem. Default: those of the first stage.
+        stem_stride: 1, or 4 for images larger than 64 pixels: ImageNet's 7x7 filters and max-pool.
+        dropout: Dropout probability between the two convolutions of a block.
     """
 
     def __init__(
@@ -37,11 +34,11 @@ class PreActResNet(nn.Module):
     ) -> None:
         super().__init__()
         if not widths or len(widths) != len(depths) or not all(type(n) is int and n > 0 for n in (*widths, *depths)):
-            raise ValueError(f"widths {widths} and depths {depths}: whole numbers from 1, as many of both")
+            raise ValueError(f"widths {widths} and depths {depths}: positive integers, as many of both")
         if stem_width is not None and not (type(stem_width) is int and stem_width > 0):
-            raise ValueError(f"stem_width {stem_width}: a whole number from 1")
+            raise ValueError(f"stem_width {stem_width}: a positive integer")
         if stem_stride not in (1, 4):
-            raise ValueError(f"stem_stride {stem_stride}: 1 for small images, 4 for large ones")
+            raise ValueError(f"stem_stride {stem_stride}: 1 or 4")
         channels = widths[0] if stem_width is None else stem_width
         if stem_stride == 1:
             self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=3, padding=1, bias=False)
@@ -64,21 +61,21 @@ class PreActResNet(nn.Module):
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return raw logits of normalised images."""
         features = F.relu(self.norm(self.blocks(self.pool(self.conv1(images)))))
-        # mean() and not AdaptiveAvgPool2d: see SmallNet.
+        # mean() instead of AdaptiveAvgPool2d: see SmallNet.
         logits: Tensor = self.head(features.mean((2, 3)))
         return logits
 
 
 class WideResNet(PreActResNet):
-    """Three stages of pre-activation blocks, many times as wide as ResNet's; 36.5 million parameters by default.
+    """Three stages of wide pre-activation blocks; WRN-28-10 by default, 36.5 million parameters.
 
     Args:
-        num_classes: Length of the logits.
+        num_classes: Number of logits.
         in_channels: 3 for RGB.
-        depth: Convolutions, as the paper counts them: 6 n + 4 for n blocks a stage.
-        width: Factor of the widths 16, 32 and 64.
+        depth: Number of convolutions as the paper counts them: 6 n + 4 for n blocks per stage.
+        width: Multiplier of the widths 16, 32 and 64.
         stem_stride: 1, or 4 for images larger than 64 pixels.
-        dropout: Probability of dropping a feature between a block's two convolutions; the paper's is 0 or 0.3.
+        dropout: Dropout probability between the two convolutions of a block; 0 or 0.3 in the paper.
     """
 
     def __init__(
@@ -90,8 +87,8 @@ class WideResNet(PreActResNet):
         stem_stride: int = 1,
         dropout: float = 0.0,
     ) -> None:
-        num_blocks, left = divmod(depth - 4, 6)
-        if left or num_blocks < 1:
+        num_blocks, remainder = divmod(depth - 4, 6)
+        if remainder or num_blocks < 1:
             raise ValueError(f"depth {depth}: 6 n + 4, such as 10, 16, 28 or 40")
         super().__init__(
             num_classes,
@@ -105,7 +102,7 @@ class WideResNet(PreActResNet):
 
 
 class _PreActBlock(nn.Module):
-    """Norm, ReLU, conv, norm, ReLU, dropout, conv, and a shortcut around them: 1x1 filters where shapes change."""
+    """Norm, ReLU, conv, norm, ReLU, dropout, conv, and a shortcut: a 1x1 convolution where the shape changes."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, dropout: float) -> None:
         super().__init__()

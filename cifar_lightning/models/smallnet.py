@@ -1,4 +1,4 @@
-"""Networks by name: the table `MODELS`, `build_model` that makes one, and SmallNet. Each returns raw logits."""
+"""SmallNet, the default model: a small VGG-like convolutional network with batch normalization."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,10 @@ class SmallNet(nn.Module):
     1.15 million parameters with the default widths.
 
     Args:
-        num_classes: Length of the logits.
+        num_classes: Number of logits.
         in_channels: 3 for RGB.
         widths: Filters of each stage.
-        dropout: Probability of dropping a feature before the linear layer.
+        dropout: Dropout probability before the linear layer.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class SmallNet(nn.Module):
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return raw logits of normalised images."""
         features = self.features(images)
-        # mean() and not AdaptiveAvgPool2d, whose backward pass is not deterministic on CUDA.
+        # mean() instead of AdaptiveAvgPool2d, whose backward pass is not deterministic on CUDA.
         logits: Tensor = self.head(self.dropout(features.mean((2, 3))))
         return logits
 
 
 def _conv_bn_relu(in_channels: int, out_channels: int) -> list[nn.Module]:
-    # The BatchNorm after it has a bias, so the convolution needs none.
+    # No bias: the BatchNorm that follows has one.
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
     return [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]

@@ -1,4 +1,4 @@
-"""SpeedNet, the network of the CIFAR-10 speed records, and the whitening convolution that it begins with."""
+"""SpeedNet, the model of the CIFAR-10 speed records, and its whitening convolution."""
 
 import math
 from collections.abc import Sequence
@@ -10,22 +10,22 @@ from torch import Tensor, nn
 
 from cifar_lightning.errors import UserError
 
-_NUM_WHITENING = 5000  # images of 32 pixels that the stem's filters are made from: airbench's; fewer larger ones
+_NUM_WHITENING = 5000  # at up to 32 pixels, as airbench
 
 
 class SpeedNet(nn.Module):
-    """The network of the CIFAR-10 speed records: a whitening stem, groups of 3x3 convolutions, one linear layer.
+    """A whitening stem, groups of 3x3 convolutions with GELU, global max-pool, linear.
 
     After airbench (arXiv:2404.00498, KellerJordan/cifar10-airbench): 1.97 million parameters with the default widths.
-    Each group halves the image after its first convolution. Other than there, the last pooling is over whatever is
-    left of the image (the same at 32 pixels), so that smaller images train the same weights; and the head begins
-    with the standard deviation 1/width, which stands for airbench_muon's logits divided by the width.
+    Each group halves the resolution after its first convolution. Two deviations from airbench: the last pooling is
+    global (the same at 32 pixels), so that smaller images train the same weights; and the head is initialised with
+    standard deviation 1/width, where airbench_muon divides the logits by the width.
 
     Args:
-        num_classes: Length of the logits.
+        num_classes: Number of logits.
         in_channels: 3 for RGB.
         widths: Filters of each group: [64, 256, 256] for 94 %, [128, 384, 384] for 95 %, [128, 384, 512] for 96 %.
-        depth: Convolutions of a group; 3 adds a shortcut over the last two, as for 96 %.
+        depth: Convolutions per group, 2 or 3; 3 adds a shortcut around the last two, as for 96 %.
     """
 
     def __init__(
@@ -50,22 +50,23 @@ class SpeedNet(nn.Module):
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return raw logits of normalised images."""
         features = self.groups(nn.functional.gelu(self.stem(images)))
-        # By its place: the gradient of `amax` looks for it anew, which compiled in half precision finds nothing.
+        # max().values instead of amax(): the gradient of amax compares with recomputed features, of which none is equal
+        # when compiled in half precision.
         logits: Tensor = self.head(features.flatten(2).max(2).values)
         return logits
 
 
 class WhiteningConv(nn.Conv2d):
-    """A 2x2 convolution, unpadded, whose frozen filters whiten patches of the training images; its bias is trained.
+    """An unpadded 2x2 convolution whose frozen filters whiten patches of the training images; its bias is trained.
 
-    Until `whiten` was called its filters are random, as of any convolution; a checkpoint remembers that it was.
+    The filters are random until `whiten` sets them.
 
     Args:
-        in_channels: 3 for RGB; there are 8 filters for each, the whitening directions and their negations.
+        in_channels: 3 for RGB. There are 8 filters per channel: the whitening directions and their negations.
     """
 
     is_whitened: Tensor
-    """bool (), whether the filters are of images; a buffer, so that loaded weights are not whitened again."""
+    """bool (), whether `whiten` was called; a buffer, so that loaded weights are not whitened again."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__(in_channels, 8 * in_channels, kernel_size=2)
@@ -82,17 +83,16 @@ class WhiteningConv(nn.Conv2d):
             return
         sample = getattr(data, "sample_of_training", None)
         if sample is None:
-            raise UserError("speednet: call network.stem.whiten(images) before `fit`, with normalised images.")
-        num_images = max(1, _NUM_WHITENING * 32**2 // max(32, data.image_size) ** 2)  # all 5,000 of 128: 9 GB
-        self.whiten(sample(num_images).to(self.weight.device))
+            raise UserError("speednet: call model.stem.whiten(images) before `fit`, with normalised images.")
+        self.whiten(sample(num_whitening_images(data.image_size)).to(self.weight.device))
 
     @torch.no_grad()
     def whiten(self, images: Float[Tensor, "batch channels height width"], eps: float = 5e-4) -> None:
-        """Set the filters from normalised training images: eigenvectors of their patches' covariance.
+        """Set the filters to the scaled eigenvectors of the second moment of image patches.
 
         Args:
-            images: Some thousands; airbench takes the first 5,000.
-            eps: Added to each eigenvalue before its root divides the eigenvector; airbench's.
+            images: Normalised training images; see `num_whitening_images`.
+            eps: Added to each eigenvalue before its root divides the eigenvector; airbench's value.
         """
         size = self.in_channels * 4
         patches = nn.functional.unfold(images.float(), kernel_size=2).transpose(1, 2).reshape(-1, size)
@@ -138,8 +138,13 @@ class StemHold:
         self._held = []
 
 
+def num_whitening_images(image_size: int) -> int:
+    """Return how many images `whiten` needs: the same number of pixels at each size (5,000 of 128 would take 9 GB)."""
+    return max(1, _NUM_WHITENING * 32**2 // max(32, image_size) ** 2)
+
+
 class _SpeedGroup(nn.Module):
-    """Conv, max-pool, BatchNorm, GELU, then one or two Conv-BatchNorm-GELU; two have a shortcut around them."""
+    """Conv, max-pool, BatchNorm, GELU, then one or two Conv-BatchNorm-GELU, with a shortcut around two."""
 
     def __init__(self, in_channels: int, out_channels: int, depth: int) -> None:
         super().__init__()
@@ -157,7 +162,7 @@ class _SpeedGroup(nn.Module):
 
 
 class _BiasedNorm(nn.BatchNorm2d):
-    """BatchNorm with its scale fixed at 1 and fast statistics, both airbench's, for runs of a few epochs."""
+    """BatchNorm with a fixed scale of 1 and fast running statistics, as airbench, for runs of a few epochs."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__(num_features, eps=1e-12, momentum=0.4)
@@ -165,10 +170,10 @@ class _BiasedNorm(nn.BatchNorm2d):
 
 
 def _identity_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """Return a 3x3 convolution whose first filters pass their input through, as far as there are inputs."""
+    """Return a 3x3 convolution whose first filters are the identity, one per input channel."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
-    passed = torch.arange(min(in_channels, out_channels))
-    with torch.no_grad():  # all at once: nn.init.dirac_ writes filter by filter
-        conv.weight[: len(passed)] = 0
-        conv.weight[passed, passed, 1, 1] = 1
+    channels = torch.arange(min(in_channels, out_channels))
+    with torch.no_grad():  # faster than nn.init.dirac_, which loops over filters
+        conv.weight[: len(channels)] = 0
+        conv.weight[channels, channels, 1, 1] = 1
     return conv

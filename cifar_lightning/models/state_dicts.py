@@ -1,15 +1,15 @@
-"""State dicts by name and shape: wrappers' prefixes, and what does not fit a model."""
+"""Comparison of state dicts: prefixes of wrappers, and tensors that do not fit a model."""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
-# What torch.compile, data parallelism and other people's modules put before all of a network's own names.
+# Prepended to all names by torch.compile, data parallelism and other LightningModules.
 _WRAPPERS = ("module.", "model.", "network.", "_orig_mod.")
 
 
 def without_wrappers(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a file's tensors without a prefix that all of their names have and not all of the network's."""
+    """Return a file's tensors without wrapper prefixes, which all names of the file have and not all of the model's."""
     while theirs and theirs.keys() != ours.keys():
         prefix = next((prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in theirs)), None)
         if prefix is None or all(name.startswith(prefix) for name in ours):
@@ -19,12 +19,12 @@ def without_wrappers(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> d
 
 
 def describe_misfits(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], num_named: int = 1) -> str:
-    """Return which tensors of a file are not a network's, with both shapes, or nothing where all fit.
+    """Return the tensors of a file that do not fit a model, with both shapes; empty if all fit.
 
     Args:
-        theirs: Of the file.
-        ours: Of the network.
-        num_named: How many are named; of the others the number is told.
+        theirs: Tensors of the file.
+        ours: Tensors of the model.
+        num_named: Number of tensors to name; the others are counted.
     """
     wrong = [name for name in {**ours, **theirs} if _shape(theirs, name) != _shape(ours, name)]
     named = [f"{name} is {_shape(theirs, name)} in it and {_shape(ours, name)} here" for name in wrong[:num_named]]
@@ -36,13 +36,11 @@ def _shape(state: Mapping[str, Tensor], name: str) -> str:
     return "x".join(map(str, state[name].shape)) or "a number" if name in state else "missing"
 
 
-def _is_of_other_classes(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> bool:
-    """Whether nothing misfits but one layer's number of answers and the size of the filters that take the images."""
+def has_other_classes(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> bool:
+    """Whether only the number of classes of one layer and the filter size of the first convolution differ."""
     if theirs.keys() != ours.keys():
         return False
-    pairs = {
-        name: (theirs[name].shape, ours[name].shape) for name in ours if _shape(theirs, name) != _shape(ours, name)
-    }
+    pairs = {name: (theirs[name].shape, ours[name].shape) for name in ours if theirs[name].shape != ours[name].shape}
     heads = {name.rpartition(".")[0] for name, (other, own) in pairs.items() if other[1:] == own[1:]}
     stems = [name for name, (other, own) in pairs.items() if other[:2] == own[:2] and own[1:2] == (3,)]
     return len(heads) <= 1 and all(name.rpartition(".")[0] in heads or name in stems for name in pairs)

@@ -1,9 +1,9 @@
-"""Stems for small images, and whether a network takes images of a size at all.
+"""Stems for small images, and checks of the image size that a model takes.
 
-Networks for ImageNet halve the image five times before they pool: 32 pixels become one. For images of at most 64
-pixels the first two halvings are taken away, as section 4.2 of arXiv:1512.03385 does, so that a total stride of 32
-becomes 8. Which layers these are is not a table but is seen in a trial: whatever strides over the image at its full
-or half size. A shortcut strides over the same size as the layers that it goes around, so both change, and still match.
+ImageNet models halve the resolution five times before they pool: 32 pixels become one. For images of at most 64 pixels
+the first two halvings are removed, as in section 4.2 of arXiv:1512.03385, so that a total stride of 32 becomes 8. The
+layers are not listed by name but found in a trial forward pass: every layer that strides at full or half resolution. A
+shortcut strides at the same resolution as the layers that it bypasses, so both change and their shapes still match.
 """
 
 import contextlib
@@ -17,29 +17,29 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 SMALL_PX = 64
-"""Images up to this size get the stem for small ones."""
+"""Largest image size that gets a stem for small images."""
 
-_SHRINK = 4  # by which total strides become smaller: the first two halvings
-_TRIAL_PX = 256  # large enough that what unpadded layers cut off does not hide how often the image was halved
+_REMOVED_STRIDE = 4  # the first two halvings
+_TRIAL_PX = 256  # large enough to tell the strides of unpadded layers, which also crop
 
 
 def adapt_stem(model: nn.Module) -> bool:
-    """Take away a network's first two halvings of the image; return whether anything was changed.
+    """Remove a model's first two halvings of the resolution; return whether anything was changed.
 
-    A convolution keeps its filters and strides less. The one that takes the images gets new ones of 3x3 where they
-    were larger, for the pixels that large ones were made for are not there. Pools that would not shrink are left out.
-    Networks that cut the image into patches wider than 4 pixels, or take one size alone, stay as they are.
+    Convolutions keep their filters and get a smaller stride, except that an input convolution with filters larger than
+    3x3 gets new ones of 3x3. Pools that would no longer shrink the image are removed. Models that cut the image into
+    patches wider than 4 pixels or take a single size are left alone.
 
     Args:
-        model: Untrained: filters that change their size begin anew.
+        model: Untrained; filters that change size are initialised again.
     """
     strides = _strides(model)
-    if any(given > taken * _SHRINK for taken, given in strides.values()):
+    if any(after > before * _REMOVED_STRIDE for before, after in strides.values()):
         return False
     changed = False
-    for name, (taken, given) in strides.items():
-        stride = max(1, given // _SHRINK) // max(1, taken // _SHRINK)
-        if stride == given // taken:
+    for name, (before, after) in strides.items():
+        stride = max(1, after // _REMOVED_STRIDE) // max(1, before // _REMOVED_STRIDE)
+        if stride == after // before:
             continue
         changed = True
         layer = model.get_submodule(name)
@@ -52,65 +52,66 @@ def adapt_stem(model: nn.Module) -> bool:
     return changed
 
 
-def why_not(model: nn.Module, image_size: int) -> str:
-    """Return why a network does not take images of a size, or nothing where it does.
+def input_error(model: nn.Module, image_size: int) -> str:
+    """Return why a model does not give logits for images of a size; empty if it does.
 
-    Tried with shapes alone, which takes about as long as making the network; and only where they do not fit (or their
-    rules are not known for a layer) with numbers. The network is the same afterwards.
+    The forward pass runs on the meta device, in about the time that making the model takes. Only if that fails (a layer
+    may lack a meta kernel) does it run on real tensors. The model is not changed.
 
     Args:
-        model: Gives logits.
-        image_size: Side of the square images in pixels.
+        model: An image classifier.
+        image_size: Height and width in pixels.
     """
     try:
-        logits = _answer_in_shapes(model, image_size)
+        logits = _forward_on_meta(model, image_size)
     except Exception:  # layers of other libraries raise nearly anything
         try:
-            logits = _answer(model, image_size)
+            with _inference(model):
+                logits = model(torch.zeros(2, 3, image_size, image_size, device=next(model.parameters()).device))
         except Exception as error:
             return str(error).strip().partition("\n")[0] or type(error).__name__
     if not isinstance(logits, Tensor):
-        return f"it gives a {type(logits).__name__} and not logits"
-    return "" if logits.ndim == 2 and len(logits) == 2 else f"it gives {tuple(logits.shape)} and not logits"
+        return f"it returns a {type(logits).__name__} and not logits"
+    return "" if logits.ndim == 2 and len(logits) == 2 else f"it returns {tuple(logits.shape)} and not logits"
 
 
-def needs_several(model: nn.Module, image_size: int) -> bool:
-    """Whether a network in training takes no single image: what BatchNorm sees of it may be one value a channel.
+def fails_on_single_image(model: nn.Module, image_size: int) -> bool:
+    """Whether training on a batch of one image fails: some BatchNorm gets a single value per channel.
 
     Args:
-        model: Gives logits; a copy is tried, since a forward of one's own may keep what it has made.
-        image_size: Side of the square images in pixels.
+        model: An image classifier. A copy is tried, as a forward pass of another library may store tensors.
+        image_size: Height and width in pixels.
     """
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return False
     try:
         with torch.random.fork_rng(devices=[]):
-            _answer_in_shapes(copy.deepcopy(model), image_size, num_images=1, training=True)
+            _forward_on_meta(copy.deepcopy(model), image_size, num_images=1, training=True)
     except ValueError as error:
         return "more than 1 value per channel" in str(error)
-    except Exception:  # a layer whose shapes are not known without numbers; training will show
+    except Exception:  # a layer without a meta kernel; training will show
         return False
     return False
 
 
 def _strides(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the strided layers by name, each with the total stride of what it takes and of what it gives."""
+    """Return the strided layers by name, each with the total stride before and after it."""
     seen: dict[str, tuple[int, int]] = {}
     ambiguous = set[str]()
 
-    def note(name: str, taken: Tensor, given: Tensor) -> None:
-        strides = (_total_stride(taken), _total_stride(given))
+    def note(name: str, before: Tensor, after: Tensor) -> None:
+        strides = (_total_stride(before), _total_stride(after))
         if seen.setdefault(name, strides) != strides:
-            ambiguous.add(name)  # one layer at two places
+            ambiguous.add(name)  # one layer used at two resolutions
 
     hooks = []
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and layer.stride not in (1, (1, 1)):
-            hook = layer.register_forward_hook(lambda _, args, given, name=name: note(name, args[0], given))
+            hook = layer.register_forward_hook(lambda _, args, out, name=name: note(name, args[0], out))
             hooks.append(hook)
     try:
-        _answer_in_shapes(model, _TRIAL_PX)
-    except Exception:  # it takes another size alone
+        _forward_on_meta(model, _TRIAL_PX)
+    except Exception:  # it takes a single size
         return {}
     finally:
         for hook in hooks:
@@ -125,28 +126,21 @@ def _total_stride(features: Float[Tensor, "batch channels height width"]) -> int
 def _shrink_filters(conv: nn.Conv2d) -> None:
     conv.kernel_size, conv.padding = (3, 3), (1, 1)
     conv.weight = nn.Parameter(conv.weight.new_empty(*conv.weight.shape[:2], 3, 3))
-    # ResNet's own (arXiv:1502.01852); where a norm follows, as nearly everywhere, the scale makes no difference.
+    # ResNet's initialisation (arXiv:1502.01852); the scale does not matter where a norm follows, as nearly everywhere.
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
 
-def _answer_in_shapes(model: nn.Module, image_size: int, num_images: int = 2, training: bool = False) -> Any:
-    """Return what a network gives, computed without numbers: tensors on the meta device have a shape alone."""
+def _forward_on_meta(model: nn.Module, image_size: int, num_images: int = 2, training: bool = False) -> Any:
     state = [*model.named_parameters(), *model.named_buffers()]
     images = torch.empty(num_images, 3, image_size, image_size, device="meta")
     shapes = {name: tensor.to("meta") for name, tensor in state}
-    with _trying(model, training):
+    with _inference(model, training):
         return torch.func.functional_call(model, shapes, (images,))
 
 
-def _answer(model: nn.Module, image_size: int) -> Any:
-    device = next(model.parameters()).device
-    with _trying(model):
-        return model(torch.zeros(2, 3, image_size, image_size, device=device))
-
-
 @contextlib.contextmanager
-def _trying(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """No gradients, and the network in evaluation mode: no random numbers are drawn, no statistics are changed."""
+def _inference(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Disable gradients and set the mode of all modules; in eval mode no RNG is drawn and no statistics change."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:

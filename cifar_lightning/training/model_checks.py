@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.models.stems import needs_several, why_not
+from cifar_lightning.models.stems import fails_on_single_image, input_error
 from cifar_lightning.training.data_protocol import training_data
 from cifar_lightning.training.step_count import takes_last_batch
 
@@ -67,7 +67,7 @@ def check_batches(trainer: pl.Trainer, model: nn.Module) -> None:
     batches, num_images = data.num_train_batches(num_ranks), data.num_images("train")
     in_last = num_images - (batches - 1) * size * num_ranks
     is_single = size == 1 or (in_last < 2 * num_ranks and takes_last_batch(trainer, batches))
-    if not is_single or not needs_several(model, min(data.train_sizes)):
+    if not is_single or not fails_on_single_image(model, min(data.train_sizes)):
         return
     if size == 1:
         raise UserError("--batch_size 1: this model's BatchNorm cannot be trained with one image; give 2 or more.")
@@ -89,7 +89,7 @@ def check_sizes(model: nn.Module, train_sizes: Sequence[int]) -> None:
         UserError: Names the size and the reason.
     """
     for size in sorted({*train_sizes} - {train_sizes[-1]}):
-        reason = why_not(model, size)
+        reason = input_error(model, size)
         if reason:
             raise UserError(
                 f"--data.train_sizes {list(train_sizes)}: the model cannot take images of {size} pixels ({reason})."

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: what is taken, what is fitted to small images, and what is said where they do not fit."""
+"""Pretrained weights: loaded into all layers but the head, fitted to the image size, or refused."""
 
 import logging
 import re
@@ -21,17 +21,17 @@ FEW = {"num_layers": 1, "num_heads": 1, "hidden_dim": 8, "mlp_dim": 8}
 @pytest.fixture
 def published(monkeypatch):
     """Stand in for the server: whatever is asked for is what the test puts here."""
-    answers = []
+    responses = []
 
     def fetch(url, **kwargs):
         assert kwargs["weights_only"] is True
         assert kwargs["check_hash"] is True
-        if isinstance(answers[-1], Exception):
-            raise answers[-1]
-        return dict(answers[-1])
+        if isinstance(responses[-1], Exception):
+            raise responses[-1]
+        return dict(responses[-1])
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
-    return answers
+    return responses
 
 
 def test_published_weights_are_taken_but_for_the_head(published, capsys):
@@ -45,8 +45,9 @@ def test_published_weights_are_taken_but_for_the_head(published, capsys):
     assert torch.equal(model.fc.weight, head)
     body = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("fc.")}
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in body.items())
-    told = "--model.pretrained true: the weights of torchvision/shufflenet_v2_x0_5 are taken, all but the last layer's"
-    assert capsys.readouterr().out == f"{told}; images are normalised as they were for them.\n"
+    message = capsys.readouterr().out
+    assert message.startswith("--model.pretrained true: the weights of torchvision/shufflenet_v2_x0_5 are loaded")
+    assert message.count("\n") == 1
 
 
 def test_a_head_of_as_many_classes_is_new_too(published):
@@ -65,17 +66,17 @@ def test_larger_filters_of_the_stem_are_resampled_and_a_line_says_so(published, 
     load_pretrained(model, SQUEEZE, True)
     expected = resample_filters(theirs["features.0.weight"], (3, 3))
     torch.testing.assert_close(model.features[0].weight.detach(), expected)
-    assert capsys.readouterr().out.endswith("; the filters of features.0.weight resampled from 7x7 to 3x3.\n")
+    assert capsys.readouterr().out.endswith("; features.0.weight resampled from 7x7 to 3x3.\n")
 
 
-def test_resampled_filters_answer_to_a_image_as_the_larger_ones_to_a_larger_image():
+def test_resampled_filters_respond_as_the_larger_ones_to_a_larger_image():
     torch.manual_seed(0)
     filters = torch.randn(4, 3, 6, 6)
     small = torch.randn(2, 3, 9, 9)
     large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    answers = torch.nn.functional.conv2d(large, filters, stride=2)
-    torch.testing.assert_close(torch.nn.functional.conv2d(small, resample_filters(filters, (3, 3))), answers)
-    # Cells that lie across a border are shared: 7 in 3 are 2 1/3 each.
+    expected = torch.nn.functional.conv2d(large, filters, stride=2)
+    torch.testing.assert_close(torch.nn.functional.conv2d(small, resample_filters(filters, (3, 3))), expected)
+    # Cells across a border are split: 7 into 3 are 2 1/3 each.
     line = resample_filters(torch.arange(7.0).reshape(1, 1, 1, 7).expand(1, 1, 3, 7), (3, 3))[0, 0, 0]
     torch.testing.assert_close(line, torch.tensor([0 + 1 + 2 / 3, 2 * 2 / 3 + 3 + 4 * 2 / 3, 4 / 3 + 5 + 6]))
 
@@ -156,40 +157,40 @@ def test_a_runs_checkpoint_brings_its_statistics(tmp_path):
     assert load_pretrained(build_model(**NARROW), NARROW, tmp_path / "best.ckpt") == expected
 
 
-def test_a_file_for_a_network_of_torchvision_is_normalised_as_the_published_ones(tmp_path):
+def test_a_file_for_a_model_of_torchvision_is_normalised_as_the_published_ones(tmp_path):
     theirs = torchvision.models.squeezenet1_0(num_classes=3).state_dict()
     torch.save(theirs, tmp_path / "weights.pth")
     assert load_pretrained(build_model(**SQUEEZE), SQUEEZE, tmp_path / "weights.pth") == IMAGENET
 
 
-def test_layers_that_do_not_fit_are_named_with_both_shapes_and_nothing_is_changed(tmp_path):
+def test_tensors_that_do_not_fit_are_named_with_both_shapes_and_nothing_is_changed(tmp_path):
     theirs = build_model(**(NARROW | {"widths": [3, 4]})).state_dict()
     torch.save(theirs, tmp_path / "other.pth")
     model = build_model(**NARROW)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UserError) as error:
         load_pretrained(model, NARROW, tmp_path / "other.pth")
-    told = str(error.value)
-    assert told.startswith(
+    message = str(error.value)
+    assert message.startswith(
         f"--model.pretrained {tmp_path / 'other.pth'}: its weights do not fit: features.0.weight is 3x3x3x3 in it"
     )
-    assert "and 2x3x3x3 here, features.1.weight is 3 in it and 2 here, features.1.bias" in told
-    assert re.search(r"and \d+ more\.\nGive those of smallnet", told)
+    assert "and 2x3x3x3 here, features.1.weight is 3 in it and 2 here, features.1.bias" in message
+    assert re.search(r"and \d+ more\.\nGive weights of smallnet", message)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["smallnet", "wideresnet28_10", "vit_tiny"])
-def test_networks_without_published_weights_say_so(name):
+def test_models_without_published_weights_say_so(name):
     with torch.device("meta"):
         model = build_model(name)
-    with pytest.raises(UserError, match=f"no published weights of {name}; give a file"):
+    with pytest.raises(UserError, match=f"{name} has no published weights; give a file"):
         load_pretrained(model, {"name": name, "num_classes": 10, "image_size": 32}, True)
 
 
-def test_without_a_connection_the_address_is_told(published):
+def test_without_a_connection_the_address_is_named(published):
     published.append(OSError("no route to host"))
     with pytest.raises(
-        UserError, match=r"cannot be had \(no route to host\)\.\nFetch https://download.pytorch.org/.*pth"
+        UserError, match=r"cannot be downloaded \(no route to host\)\.\nDownload https://download.pytorch.org/.*pth"
     ):
         load_pretrained(build_model(**SQUEEZE), SQUEEZE, True)
 
@@ -199,7 +200,7 @@ def test_the_head_is_the_last_layer_of_as_many_classes():
         heads = {name: head_of(build_model(name, 64), 64) for name in ("smallnet", "resnet18", "vit_tiny")}
         heads["squeezenet"] = head_of(build_model("torchvision/squeezenet1_0", 64), 64)
     assert heads == {"smallnet": "head.", "resnet18": "fc.", "vit_tiny": "heads.head.", "squeezenet": "classifier.1."}
-    with pytest.raises(UserError, match="no layer of 9 classes"):
+    with pytest.raises(UserError, match="no layer with 9 outputs"):
         head_of(build_model("smallnet", 10), 9)
 
 
@@ -219,7 +220,7 @@ def test_timm_loads_its_own_weights_with_their_normalisation(monkeypatch):
     assert model.fc.weight.shape == (5, 512)
 
 
-def test_timms_networks_without_weights_and_without_a_connection_say_so(monkeypatch, caplog):
+def test_timms_models_without_weights_and_without_a_connection_say_so(monkeypatch, caplog):
     pytest.importorskip("timm")
 
     def fail(*args, **kwargs):
@@ -228,7 +229,7 @@ def test_timms_networks_without_weights_and_without_a_connection_say_so(monkeypa
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fail)
     for name, message in (
-        ("resnet10t", "cannot be had .*no route to host"),
+        ("resnet10t", "cannot be downloaded .*no route to host"),
         ("mobilenetv2_035", "timm has no weights of mobilenetv2_035"),
     ):
         architecture = {"name": f"timm/{name}", "num_classes": 5, "image_size": 32}

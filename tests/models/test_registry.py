@@ -12,7 +12,7 @@ from cifar_lightning.models import registry
 from cifar_lightning.models.registry import MODELS, build_model, check_name, torchvision_name
 
 
-def test_a_network_of_ones_own_is_one_function(monkeypatch):
+def test_your_own_model_is_one_function(monkeypatch):
     def linear(num_classes, image_size):
         return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))
 
@@ -20,7 +20,7 @@ def test_a_network_of_ones_own_is_one_function(monkeypatch):
     assert build_model("linear", num_classes=4, image_size=8)(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
 
 
-# From the papers, and from the networks for CIFAR that others count alike; with 10 classes.
+# From the papers and from other implementations for CIFAR; with 10 classes.
 PARAMETERS = {
     "smallnet": 1_148_874,
     "resnet18": 11_173_962,
@@ -38,7 +38,7 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_each_network_has_the_published_number_of_parameters(name):
+def test_each_model_has_the_published_number_of_parameters(name):
     with torch.device("meta"):
         model = build_model(name, num_classes=10, image_size=32)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
@@ -47,7 +47,7 @@ def test_each_network_has_the_published_number_of_parameters(name):
 @pytest.mark.parametrize(
     "name", ["resnet18", "resnet34", "resnet50", "convnext_tiny", "efficientnet_b0", "mobilenet_v3_small"]
 )
-def test_large_images_get_torchvisions_own_network(name):
+def test_large_images_get_torchvisions_own_model(name):
     with torch.device("meta"):
         ours = build_model(name, num_classes=1000, image_size=65)
     theirs = torchvision.models.get_model_weights(name).DEFAULT
@@ -63,7 +63,7 @@ def test_vit_tinys_patches_suit_the_images(image_size, patch_px):
 
 
 @pytest.mark.parametrize("name", ["smallnet", "mobilenet_v3_small", "vit_tiny"])
-def test_a_network_learns_from_small_images_and_gives_logits(name):
+def test_a_model_learns_from_small_images_and_gives_logits(name):
     torch.manual_seed(0)
     model = build_model(name, num_classes=3, image_size=16)
     logits = model(torch.randn(2, 3, 16, 16))
@@ -85,14 +85,14 @@ def test_a_network_learns_from_small_images_and_gives_logits(name):
         ("qqqq", ""),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_nearest(monkeypatch, name, nearest):
-    monkeypatch.setattr(registry, "is_timm_there", lambda: False)
+def test_an_unknown_name_suggests_the_nearest(monkeypatch, name, nearest):
+    monkeypatch.setattr(registry, "is_timm_installed", lambda: False)
     with pytest.raises(UserError) as error:
         check_name(name)
-    told = str(error.value)
-    assert told.startswith(f"--model.name {name}: not a model; one of smallnet, speednet, resnet18")
-    assert "vit_tiny, torchvision/NAME, timm/NAME." in told
-    suggested = re.search(r"Did you mean ([^\s,?]+)", told)
+    message = str(error.value)
+    assert message.startswith(f"--model.name {name}: not a model; one of smallnet, speednet, resnet18")
+    assert "vit_tiny, torchvision/NAME, timm/NAME." in message
+    suggested = re.search(r"Did you mean ([^\s,?]+)", message)
     assert (suggested[1] if suggested else "") == nearest
 
 
@@ -123,20 +123,20 @@ def test_names_of_the_table_and_the_libraries_are_known():
         ({"name": "smalnet"}, "--model.name smalnet: not a model.*Did you mean smallnet"),
         ({"name": "smallnet", "depth": 3}, "model_kwargs.*depth"),
         ({"name": "resnet18", "depth": 3}, "model_kwargs.*depth"),
-        ({"name": "resnet18", "weights": "DEFAULT"}, "weights is no argument .*--model.pretrained"),
+        ({"name": "resnet18", "weights": "DEFAULT"}, "weights cannot be set.*--model.pretrained"),
         ({"name": "wideresnet28_10", "depth": 27}, "depth 27: 6 n"),
-        ({"name": "smallnet", "dropout": float("nan")}, r"smallnet does not take them \(dropout nan: 0 to below 1"),
+        ({"name": "smallnet", "dropout": float("nan")}, r"smallnet .*\(dropout nan: 0 to below 1"),
         ({"name": "smallnet", "dropout": "0.1"}, "dropout 0.1: 0 to below 1"),
         ({"name": "preact_resnet18", "dropout": 2}, "dropout 2: 0 to below 1"),
         ({"name": "wideresnet28_10", "dropout": float("nan")}, "dropout nan: 0 to below 1"),
         ({"name": "vit_tiny", "dropout": float("nan")}, "dropout probability has to be between 0 and 1"),
-        ({"name": "preact_resnet18", "stem_width": 0}, "stem_width 0: a whole number from 1"),
-        ({"name": "vit_tiny", "image_size": 30}, "image_size 30: vit_tiny .*next size that works is 32"),
-        ({"name": "smallnet", "widths": []}, "widths .*filters of each stage"),
-        ({"name": "smallnet", "widths": [4, 0]}, "widths .*filters of each stage"),
-        ({"name": "smallnet", "widths": 64}, "widths .*filters of each stage"),
+        ({"name": "preact_resnet18", "stem_width": 0}, "stem_width 0: a positive integer"),
+        ({"name": "vit_tiny", "image_size": 30}, "--data.image_size 30: vit_tiny .*patch size"),
+        ({"name": "smallnet", "widths": []}, "widths .*positive integers"),
+        ({"name": "smallnet", "widths": [4, 0]}, "widths .*positive integers"),
+        ({"name": "smallnet", "widths": 64}, "widths .*positive integers"),
         ({"name": "smallnet", "widths": [1 << 40]}, "model_kwargs"),
-        ({"name": "smallnet", "image_size": 2}, "image_size 2: smallnet with 3 stages needs 4 pixels"),
+        ({"name": "smallnet", "image_size": 2}, "--data.image_size 2: smallnet .*at least 4 pixels"),
     ],
 )
 def test_what_cannot_be_built_says_why(arguments, message):

@@ -48,24 +48,24 @@ def test_wideresnet_counts_depth_and_width_as_its_paper_does():
     assert model.conv1.out_channels == 16
 
 
-@pytest.mark.parametrize(("image_size", "side"), [(32, 4), (96, 3), (224, 7)])
-def test_small_images_keep_their_size_in_the_stem(image_size, side):
+@pytest.mark.parametrize(("image_size", "resolution"), [(32, 4), (96, 3), (224, 7)])
+def test_small_images_keep_their_size_in_the_stem(image_size, resolution):
     with torch.device("meta"):
         model = build_model("preact_resnet18", image_size=image_size)
     features = model.blocks(model.pool(model.conv1(torch.empty(2, 3, image_size, image_size, device="meta"))))
-    assert features.shape == (2, 512, side, side)
+    assert features.shape == (2, 512, resolution, resolution)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"widths": [4, 4], "depths": [1]}, "widths .* as many of both"),
-        ({"widths": [4, 0], "depths": [1, 1]}, "whole numbers from 1"),
-        ({"widths": [], "depths": []}, "whole numbers from 1"),
-        ({"stem_stride": 2}, "stem_stride 2: 1 for small"),
+        ({"widths": [4, 0], "depths": [1, 1]}, "positive integers"),
+        ({"widths": [], "depths": []}, "positive integers"),
+        ({"stem_stride": 2}, "stem_stride 2: 1 or 4"),
     ],
 )
-def test_what_is_no_network_is_refused(arguments, message):
+def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         PreActResNet(**arguments)
 

@@ -1,4 +1,4 @@
-"""SmallNet, and networks by name."""
+"""SmallNet: parameters, shapes, dropout."""
 
 import torch
 from torch import nn

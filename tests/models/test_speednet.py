@@ -15,7 +15,7 @@ from cifar_lightning.models.speednet import SpeedNet, WhiteningConv
 
 
 def airbench_logits(net, images):
-    """The forward pass of airbench94_muon (KellerJordan/cifar10-airbench), written out, with this network's weights."""
+    """The forward pass of airbench94_muon (KellerJordan/cifar10-airbench) with the weights of this model."""
     x = F.gelu(F.conv2d(images, net.stem.weight, net.stem.bias))
     for group in net.groups:
         x = F.max_pool2d(F.conv2d(x, group.convs[0].weight, padding="same"), 2)
@@ -26,7 +26,7 @@ def airbench_logits(net, images):
     return F.linear(x, net.head.weight * x.size(-1)) / x.size(-1)
 
 
-def test_speednet_is_airbenchs_network():
+def test_speednet_is_airbenchs_model():
     torch.manual_seed(0)
     net = SpeedNet().train()
     images = torch.randn(8, 3, 32, 32)
@@ -60,10 +60,10 @@ def test_the_stem_whitens_patches():
     stem.whiten(images, eps=0.0)
     assert stem.is_whitened
     with torch.no_grad():
-        answers = F.conv2d(images, stem.weight).transpose(0, 1).flatten(1)
+        whitened = F.conv2d(images, stem.weight).transpose(0, 1).flatten(1)
     # The patches' second moment in the new directions is the identity; the other half are the negations.
-    torch.testing.assert_close(answers[:12] @ answers[:12].T / answers.shape[1], torch.eye(12), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(answers[12:], -answers[:12])
+    torch.testing.assert_close(whitened[:12] @ whitened[:12].T / whitened.shape[1], torch.eye(12), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(whitened[12:], -whitened[:12])
 
 
 def test_a_whitened_stem_is_remembered_with_the_weights():
@@ -75,7 +75,7 @@ def test_a_whitened_stem_is_remembered_with_the_weights():
 
 @pytest.mark.parametrize(
     ("size", "kwargs", "message"),
-    [(8, {}, "needs 9 pixels"), (32, {"depth": 4}, "depth 4: 2, or 3"), (32, {"widths": []}, "filters of each stage")],
+    [(8, {}, "at least 9 pixels"), (32, {"depth": 4}, "depth 4: 2 or 3"), (32, {"widths": []}, "positive integers")],
 )
 def test_speednet_refuses_what_it_cannot_be(size, kwargs, message):
     with pytest.raises(UserError, match=message):
@@ -91,9 +91,9 @@ torch.manual_seed(0)
 net = SpeedNet(widths=(8, 16, 16))
 images, targets = torch.randn(32, 3, 24, 24), torch.randint(10, (32,))
 gradients = []
-for network in (net, torch.compile(net)):
+for model in (net, torch.compile(net)):
     with torch.autocast("cpu", torch.bfloat16):
-        logits = network(images)
+        logits = model(images)
     net.zero_grad()
     F.cross_entropy(logits.float(), targets).backward()
     gradients.append(net.groups[0].convs[0].weight.grad.clone())
@@ -103,8 +103,8 @@ print(float((plain - compiled).norm() / plain.norm()))
 
 
 @pytest.mark.slow  # compiling takes half a minute
-def test_compiled_in_half_precision_the_gradients_are_those_of_the_network_as_it_is():
-    """With `amax`, whose gradient looks for the maximum among images computed anew, rounding made them NaN."""
+def test_compiled_in_half_precision_the_gradients_are_those_of_the_uncompiled_model():
+    """With `amax`, whose gradient looks for the maximum among features computed again, rounding made them NaN."""
     # A process of its own: the tests' check of types cannot be compiled.
     done = subprocess.run([sys.executable, "-c", COMPARED_COMPILED], capture_output=True, text=True, cwd=REPO)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Stems for small images: what is changed, what is left, and which sizes a network takes."""
+"""Stems for small images, and checks of the image size that a model takes."""
 
 import contextlib
 
@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from cifar_lightning.models.registry import build_model
-from cifar_lightning.models.stems import adapt_stem, needs_several, why_not
+from cifar_lightning.models.stems import adapt_stem, fails_on_single_image, input_error
 
 
 def make(name, **kwargs):
@@ -25,13 +25,13 @@ def strided(model):
     }
 
 
-def sides_of_convolutions(model, image_size):
-    sides = []
+def resolutions_of_convolutions(model, image_size):
+    resolutions = []
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
-            layer.register_forward_hook(lambda layer, taken, given: sides.append(given.shape[-1]))
+            layer.register_forward_hook(lambda layer, args, out: resolutions.append(out.shape[-1]))
     model.eval()(torch.empty(2, 3, image_size, image_size, device="meta"))
-    return [side for side in sides if side > 1]  # squeeze and excitation convolve a pooled pixel
+    return [size for size in resolutions if size > 1]  # squeeze and excitation convolve a pooled pixel
 
 
 def test_a_resnet_gets_3x3_filters_without_stride_and_loses_its_pool():
@@ -64,18 +64,18 @@ def test_a_total_stride_of_32_becomes_8(name):
     before, model = make(name), make(name)
     assert adapt_stem(model)
     pools = 2 if name == "vgg11" else 1  # its last pool comes after the last convolution
-    assert sides_of_convolutions(before, 64)[-1] == 2 * pools
-    assert sides_of_convolutions(model, 64)[-1] == 8 * pools
+    assert resolutions_of_convolutions(before, 64)[-1] == 2 * pools
+    assert resolutions_of_convolutions(model, 64)[-1] == 8 * pools
 
 
 def test_what_pads_nothing_is_adapted_too():
     model = make("inception_v3", aux_logits=False, init_weights=False)
-    assert why_not(model, 32)
+    assert input_error(model, 32)
     assert adapt_stem(model)
-    assert why_not(model, 32) == ""
+    assert input_error(model, 32) == ""
 
 
-def test_patches_and_networks_of_one_size_are_left_alone():
+def test_patches_and_models_of_one_size_are_left_alone():
     transformer = make("vit_b_16", image_size=32)
     patches = nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
     for model in (transformer, patches):
@@ -105,48 +105,48 @@ def test_filters_that_stay_as_large_keep_their_values():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_trial_leaves_the_network_and_the_random_numbers_alone():
+def test_a_trial_leaves_the_model_and_the_random_numbers_alone():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 10))
     model[1].eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random_state = torch.get_rng_state()
-    assert why_not(model, 8) == ""
-    assert why_not(model, 9)
+    assert input_error(model, 8) == ""
+    assert input_error(model, 9)
     assert [module.training for module in model] == [True, False, True, True, True]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_what_shapes_alone_cannot_tell_is_tried_with_numbers():
+def test_a_model_that_reads_values_is_tried_on_real_tensors():
     class Peeking(nn.Module):
         def __init__(self):
             super().__init__()
             self.head = nn.Linear(3, 10)
 
         def forward(self, x):
-            if x.sum().item() < 0:  # a shape has no sum
+            if x.sum().item() < 0:  # the meta device has no values
                 raise RuntimeError("never")
             return self.head(x.mean((2, 3)))
 
-    assert why_not(Peeking(), 8) == ""
+    assert input_error(Peeking(), 8) == ""
 
 
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
         (nn.Sequential(nn.Conv2d(3, 4, 5), nn.MaxPool2d(4)), "size"),
-        (nn.Conv2d(3, 4, 3, padding=1), r"gives \(2, 4, 4, 4\) and not logits"),
+        (nn.Conv2d(3, 4, 3, padding=1), r"returns \(2, 4, 4, 4\) and not logits"),
         (nn.MultiheadAttention(4, 1), "missing"),
     ],
 )
-def test_why_a_network_does_not_take_images(model, reason):
+def test_input_error_says_why_a_model_does_not_take_images(model, reason):
     import re
 
-    assert re.search(reason, why_not(model, 4))
+    assert re.search(reason, input_error(model, 4))
 
 
-def test_which_networks_take_no_single_image_is_known_without_numbers():
+def test_models_that_fail_on_a_single_image_are_known_from_shapes():
     taken = {}
     state = torch.get_rng_state()
     for size, widths in ((8, (2, 2)), (8, (2, 2, 2, 2))):
@@ -154,7 +154,7 @@ def test_which_networks_take_no_single_image_is_known_without_numbers():
         model = build_model("smallnet", 10, size, widths=widths, dropout=0.5).eval()
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         state = torch.get_rng_state()
-        taken[widths] = not needs_several(model, size)
+        taken[widths] = not fails_on_single_image(model, size)
         assert torch.equal(torch.get_rng_state(), state)
         assert not model.training
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -163,7 +163,7 @@ def test_which_networks_take_no_single_image_is_known_without_numbers():
     assert taken == {(2, 2): True, (2, 2, 2, 2): False}
 
 
-def test_a_network_that_keeps_what_its_first_forward_made_is_not_spoilt():
+def test_the_trial_forward_pass_leaves_no_tensors_in_the_model():
     class Keeps(nn.Module):
         def __init__(self):
             super().__init__()
@@ -174,5 +174,5 @@ def test_a_network_that_keeps_what_its_first_forward_made_is_not_spoilt():
             return self.norm(images).mean((2, 3)) * self.scale
 
     model = Keeps()
-    assert not needs_several(model, 8)
+    assert not fails_on_single_image(model, 8)
     assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 3)

@@ -230,9 +230,9 @@ def test_steps_that_there_are_none_of_are_refused(tmp_path):
         ({"cutmix": float("inf")}, "--model.cutmix inf"),
         ({"ema_decay": 1.0}, "--model.ema_decay 1.0"),
         ({"name": "resnet19"}, "--model.name resnet19"),
-        ({"model_kwargs": {"num_classes": 3}}, "num_classes is no argument to give"),
-        ({"model_kwargs": {"image_size": 3}}, "image_size is no argument to give"),
-        ({"model_kwargs": {"name": "resnet18"}}, "name is no argument to give"),
+        ({"model_kwargs": {"num_classes": 3}}, "num_classes cannot be set"),
+        ({"model_kwargs": {"image_size": 3}}, "image_size cannot be set"),
+        ({"model_kwargs": {"name": "resnet18"}}, "name cannot be set"),
     ],
 )
 def test_a_value_that_cannot_train_names_its_flag(arguments, message):
