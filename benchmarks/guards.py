@@ -48,7 +48,7 @@ NUM_SAVES = 20
 def without_guards() -> Iterator[None]:
     """Take away what looks at each step."""
     with (
-        mock.patch("cifar_lightning.training.module.make_nan_guard", return_value=None),
+        mock.patch.object(NanGuard, "on_before_backward", pl.Callback.on_before_backward),
         mock.patch.object(LastCheckpoint, "on_train_batch_end", pl.Callback.on_train_batch_end),
     ):
         yield
@@ -69,7 +69,7 @@ def call_cost_us() -> float:
     """Return the least microseconds of one step's calls alone: robust on a machine where other programs run."""
     with silence(), tempfile.TemporaryDirectory() as folder:
         trainer = trained(DurableCheckpointIO())
-        guard = NanGuard(torch.device("cpu"), is_deferred=False)
+        guard = NanGuard()
         last = LastCheckpoint(RunFolder(Path(folder)), CheckpointSchedule(every_n_train_steps=1000), StopSignals())
         loss = torch.tensor(1.0, requires_grad=True) * 2
 

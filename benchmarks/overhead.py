@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -39,8 +38,8 @@ from cifar_lightning.cli.flags import table
 from cifar_lightning.cli.main import run_command
 from cifar_lightning.data.loaders import ImageLoader
 from cifar_lightning.models.registry import MODELS
-from cifar_lightning.optim.optimizers import build_optimizer
-from cifar_lightning.optim.schedules import make_schedule
+from cifar_lightning.optim.optimizers import OptimizerSettings, build_optimizer
+from cifar_lightning.optim.schedules import ScheduleSettings, make_schedule
 from cifar_lightning.runs.environment import describe_environment
 
 SMALL_BATCH = 4  # 1,125 steps in an epoch of the synthetic set
@@ -86,12 +85,12 @@ class Splits:
     """What every way trains with.
 
     Attributes:
-        optimizer: Arguments of `build_optimizer`.
+        optimizer: Settings of the optimizer.
         schedule: Makes the schedule of an optimiser for a number of steps.
         flags: Of `fit`, for the same.
     """
 
-    optimizer: dict[str, Any]
+    optimizer: OptimizerSettings
     schedule: Callable[[torch.optim.Optimizer, int], LRScheduler]
     flags: list[str]
 
@@ -99,8 +98,8 @@ class Splits:
 def usual_parts() -> Splits:
     """Return AdamW with OneCycle."""
     return Splits(
-        {"name": "adamw", "lr": LR, "weight_decay": 0.05, "sgd_lr": 0.1},
-        lambda optimizer, steps: make_schedule(optimizer, "one_cycle", total_steps=steps),
+        OptimizerSettings("adamw", LR, 0.1, None, 0.9, 0.9, 0.05, 0.0),
+        lambda optimizer, steps: make_schedule(optimizer, ScheduleSettings("one_cycle", None, 1.0), total_steps=steps),
         [f"--lr={LR}"],
     )
 
@@ -110,12 +109,12 @@ def recipe_parts(recipe: str) -> Splits:
     path = Path(__file__).resolve().parent.parent / "configs" / f"{recipe}.yaml"
     model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
     names = ("lr", "sgd_lr", "head_lr", "momentum", "sgd_momentum", "sgd_weight_decay")
-    optimizer = {name: model[name] for name in names} | {"name": model["optimizer"], "weight_decay": 0.0}
+    optimizer = OptimizerSettings(model["optimizer"], weight_decay=0.0, **{name: model[name] for name in names})
     plain = ["--data.train_sizes=[32]", "--model.tta=none", "--trainer.precision=32-true", "--model.model_kwargs=null"]
     plain += ["--model.stem_train_fraction=1.0"]  # one layer has no stem
     return Splits(
         optimizer,
-        lambda optimizer, steps: make_schedule(optimizer, "linear", total_steps=steps),
+        lambda optimizer, steps: make_schedule(optimizer, ScheduleSettings("linear", None, 1.0), total_steps=steps),
         [f"--config={path}", *plain],
     )
 
@@ -126,7 +125,7 @@ def hand_loop(parts: Splits, name: str, batch_size: int) -> None:
     data = ImageDataModule("synthetic", batch_size=batch_size)
     loader = data.train_dataloader()
     model = MODELS[name](10, 32)
-    optimizer = build_optimizer(model, **parts.optimizer)
+    optimizer = build_optimizer(model, parts.optimizer)
     schedule = parts.schedule(optimizer, len(loader))
     model.train()
     for images, targets in loader:
@@ -153,7 +152,7 @@ class PlainModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict:
         """Return the same optimiser and schedule as the others."""
-        optimizer = build_optimizer(self.model, **self.parts.optimizer)
+        optimizer = build_optimizer(self.model, self.parts.optimizer)
         schedule = self.parts.schedule(optimizer, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 
 from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
+from cifar_lightning.optim.optimizers import OptimizerSettings
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.best_checkpoint import BestCheckpoint
 from cifar_lightning.training.data_protocol import TrainingData
@@ -39,6 +40,12 @@ def quiet_trainer(tmp_path, **kwargs):
 def small_data(**kwargs):
     """Return generated images of 16 pixels, 9 steps an epoch."""
     return ImageDataModule("synthetic", **{"batch_size": 500, "image_size": 16, **kwargs})
+
+
+def optimizer_settings(name="adamw", **changed):
+    """Return settings of an optimizer."""
+    usual = {"lr": 0.01, "sgd_lr": 0.1, "head_lr": None, "momentum": 0.9, "sgd_momentum": 0.9, "sgd_weight_decay": 0.0}
+    return OptimizerSettings(**{"name": name, **usual, "weight_decay": 0.05, **changed})
 
 
 def fake_data(**members):

@@ -1,13 +1,11 @@
 """fit, validate, test, predict and tune: LightningCLI over ImageClassifier and ImageDataModule; runs are folders."""
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
@@ -46,7 +44,7 @@ from cifar_lightning.runs.processes import announce_run, announced_run
 from cifar_lightning.training.best_checkpoint import BestCheckpoint
 from cifar_lightning.training.error_messages import explained, of_settings
 from cifar_lightning.training.last_checkpoint import LastCheckpoint
-from cifar_lightning.training.lightning_patches import NoProfiler
+from cifar_lightning.training.lightning_patches import NoProfiler, check_cuda_once
 from cifar_lightning.training.lr_finder import LrRange, find_lr, write_lr_range
 from cifar_lightning.training.model_checks import check_monitors, check_sizes
 from cifar_lightning.training.module import ImageClassifier
@@ -76,10 +74,7 @@ def run_training(command: str, arguments: Sequence[str], *, resumed: RunFolder |
     """
     silence()
     keep_freed_memory()
-    if not torch.cuda.is_available():
-        # Lightning switches on a check for CUDA that looks for the driver's library anew each time, and torch's
-        # optimisers ask in every step: 0.1 ms of each step on a machine without a GPU.
-        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+    check_cuda_once()
     try:
         with explained(command):
             if command == "tune":
@@ -231,7 +226,7 @@ class RunCLI(LightningCLI):
             if reason:
                 raise UserError(f"{self.run.path}: {reason}; going on would train on its validation images.")
         else:
-            self.model.take_pretrained(self.datamodule)  # before a folder is made: it may fail
+            self.model.prepare(self.datamodule)  # before a folder is made: pretrained weights may be missing
             found = self._tune(config) if config.tune_lr else None
             if config.ckpt_path:
                 read_checkpoint(Path(config.ckpt_path))  # a damaged one should not leave an empty run behind
@@ -254,11 +249,9 @@ class RunCLI(LightningCLI):
         print("Range test: raising the learning rate for a few steps.")
         found = find_lr(self.model, self.datamodule, **self.config_init["fit"].trainer)
         config.tune_lr = False  # config.yaml repeats the run, not the test
-        self.model.lr = self.model.hparams["lr"] = config.model.lr = found.suggestion
-        for name in ("sgd_lr", "head_lr"):
-            if (rate := getattr(found, name)) is not None:
-                setattr(self.model, name, rate)
-                self.model.hparams[name] = config.model[name] = rate
+        self.model.optimizer_settings = found.with_peaks(self.model.optimizer_settings)
+        for name in ("lr", "sgd_lr", "head_lr"):
+            self.model.hparams[name] = config.model[name] = getattr(self.model.optimizer_settings, name)
         return found
 
     def _run_of_checkpoint(self, checkpoint: Path, output: str | None) -> RunFolder | None:
@@ -323,7 +316,7 @@ class RunCLI(LightningCLI):
         for path in (self.run.metrics_csv, self.run.timing_csv):
             MetricsTable(path).cut_after(self.stopped_at.epochs_done - 1)  # they count from 0
         self.run.discard_results()  # of the weights before
-        print("\n".join(self.stopped_at.tell(self.run, self.changes, self.model.schedule)))
+        print("\n".join(self.stopped_at.tell(self.run, self.changes, self.model.schedule_settings.name)))
 
     def after_fit(self) -> None:
         """Test the best checkpoint once, write the answers and make the report."""
@@ -373,7 +366,7 @@ class TuneCLI(RunCLI):
         config = self.config["fit"]
         self.datamodule.prepare_data()
         self.datamodule.setup()
-        self.model.take_pretrained(self.datamodule)
+        self.model.prepare(self.datamodule)
         found = self._tune(config)
         run = self._new_folder(config, "_tune")
         write_text_durably(run.config, config_text(self._parser("fit"), config))

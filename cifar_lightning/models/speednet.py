@@ -2,13 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-
-from cifar_lightning.errors import UserError
 
 _NUM_WHITENING = 5000  # at up to 32 pixels, as airbench
 
@@ -73,19 +70,6 @@ class WhiteningConv(nn.Conv2d):
         self.weight.requires_grad_(False)
         self.register_buffer("is_whitened", torch.tensor(False))
 
-    def whiten_from(self, data: Any) -> None:
-        """Set the filters from an `ImageDataModule`'s training images, unless they have been set.
-
-        Raises:
-            UserError: The data is something else.
-        """
-        if self.is_whitened:
-            return
-        sample = getattr(data, "sample_of_training", None)
-        if sample is None:
-            raise UserError("speednet: call model.stem.whiten(images) before `fit`, with normalised images.")
-        self.whiten(sample(num_whitening_images(data.image_size)).to(self.weight.device))
-
     @torch.no_grad()
     def whiten(self, images: Float[Tensor, "batch channels height width"], eps: float = 5e-4) -> None:
         """Set the filters to the scaled eigenvectors of the second moment of image patches.
@@ -100,42 +84,6 @@ class WhiteningConv(nn.Conv2d):
         filters = (vectors / (values + eps).sqrt()).T.reshape(size, self.in_channels, 2, 2)
         self.weight.copy_(torch.cat([filters, -filters]))
         self.is_whitened.fill_(True)
-
-
-class StemHold:
-    """Stops the training of a SpeedNet's stem; other networks have none.
-
-    Args:
-        model: Its stem is trained until `hold`.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._stem = model.stem if isinstance(model, SpeedNet) else None
-        self._held: list[nn.Parameter] = []
-
-    def hold(self, *, stop_gradient: bool) -> None:
-        """Train the stem no more.
-
-        Args:
-            stop_gradient: Do not compute its gradient, which needs that of the first layer's images: 4 % of a step's
-                arithmetic. Else `drop_gradients` must be called before each step of the optimiser.
-        """
-        if self._stem is None:
-            return
-        self._held = [parameter for parameter in self._stem.parameters() if parameter.requires_grad]
-        if stop_gradient:
-            self._stem.requires_grad_(False)
-
-    def drop_gradients(self) -> None:
-        """Have the optimiser leave out what is held."""
-        for parameter in self._held:
-            parameter.grad = None
-
-    def release(self) -> None:
-        """Train the stem again."""
-        for parameter in self._held:
-            parameter.requires_grad_(True)
-        self._held = []
 
 
 def num_whitening_images(image_size: int) -> int:

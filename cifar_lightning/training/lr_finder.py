@@ -13,7 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,9 +23,11 @@ from lightning.pytorch.tuner.tuning import Tuner
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_bytes_durably, write_json
+from cifar_lightning.optim.optimizers import OptimizerSettings
 from cifar_lightning.report.figures import figure_to_png, lr_range_figure
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.module import ImageClassifier
+from cifar_lightning.training.whitening_stem import whiten, whitening_stem_of
 
 MIN_LR, MAX_LR, NUM_STEPS = 1e-5, 1.0, 100
 
@@ -48,6 +50,13 @@ class LrRange:
     sgd_lr: float | None
     head_lr: float | None
 
+    def with_peaks(self, settings: OptimizerSettings) -> OptimizerSettings:
+        """Return optimizer settings with the suggested learning rates."""
+        found = replace(settings, lr=self.suggestion)
+        if self.sgd_lr is not None:
+            found = replace(found, sgd_lr=self.sgd_lr)
+        return found if self.head_lr is None else replace(found, head_lr=self.head_lr)
+
 
 def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: Any) -> LrRange:
     """Run the test; neither the module nor the random numbers after it are touched.
@@ -62,10 +71,14 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
     """
     quiet = {"logger": False, "callbacks": [], "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "max_epochs": -1, "limit_val_batches": 0, "max_steps": NUM_STEPS}
-    tuned = copy.deepcopy(module)
+    settings, tuned = module.optimizer_settings, copy.deepcopy(module)
     data.setup()
-    tuned.prepare(data)  # Lightning's test never calls on_fit_start
-    if module.optimizer_name == "muon":
+    # Lightning's finder calls neither on_fit_start nor callbacks.
+    tuned.prepare(data)
+    stem = whitening_stem_of(tuned.model)
+    if stem is not None:
+        whiten(stem, data)
+    if settings.name == "muon":
         _keep_ratios(tuned)
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder, _without_noise():
         trainer = pl.Trainer(**{**trainer_settings, **quiet, "default_root_dir": folder})
@@ -80,8 +93,8 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
     if found is None or suggestion is None or not math.isfinite(suggestion):
         raise UserError("tune: at no learning rate did the loss fall; look at the data, or give --lr yourself.")
     lrs, losses = [float(lr) for lr in found.results["lr"]], [float(loss) for loss in found.results["loss"]]
-    followers = (module.sgd_lr, module.head_lr) if module.optimizer_name == "muon" else (None, None)
-    sgd_lr, head_lr = (None if rate is None else rate * float(suggestion) / module.lr for rate in followers)
+    others = (settings.sgd_lr, settings.head_lr) if settings.name == "muon" else (None, None)
+    sgd_lr, head_lr = (None if lr is None else lr * float(suggestion) / settings.lr for lr in others)
     return LrRange(lrs, losses, float(suggestion), sgd_lr, head_lr)
 
 

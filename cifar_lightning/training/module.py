@@ -17,27 +17,30 @@ from cifar_lightning.checkpoints.pretrained import load_pretrained
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.metrics.classification import accuracy, macro_f1
 from cifar_lightning.models.compile import compile_model
+from cifar_lightning.models.pretrained import Normalization
 from cifar_lightning.models.registry import DEFAULT_MODEL, choose_model
-from cifar_lightning.models.speednet import SpeedNet, StemHold
 from cifar_lightning.models.state_dicts import describe_misfits
-from cifar_lightning.optim.optimizers import OptimizerName, build_optimizer, settings_of
-from cifar_lightning.optim.schedules import ScheduleName, follows_plan, make_schedule, warmup_fraction
+from cifar_lightning.optim.optimizers import OptimizerName, OptimizerSettings, build_optimizer
+from cifar_lightning.optim.schedules import ScheduleName, ScheduleSettings, make_schedule
 from cifar_lightning.settings.limits import check_limits
-from cifar_lightning.training.data_protocol import training_data
+from cifar_lightning.training.data_protocol import TrainingData, training_data
 from cifar_lightning.training.ema import EmaWeights
 from cifar_lightning.training.eval_metrics import evaluation_metrics, update_evaluation
+from cifar_lightning.training.lightning_patches import PlainHookNames
 from cifar_lightning.training.model_checks import check_batches, check_classes, check_logits
-from cifar_lightning.training.nan_guard import NanGuard, make_nan_guard
+from cifar_lightning.training.nan_guard import NanGuard
+from cifar_lightning.training.resumed_settings import ResumedSettings
 from cifar_lightning.training.step_count import count_steps
 from cifar_lightning.training.train_metrics import TrainMetrics, means_of
 from cifar_lightning.training.tta import TTA, tta_logits
+from cifar_lightning.training.whitening_stem import WhiteningStem, whitening_stem_of
 from cifar_lightning.transforms.mixup import Mixing
 
 Batch = tuple[Tensor, Tensor] | list[Tensor]
 """Images and targets; PyTorch's own DataLoader makes a list of them."""
 
 
-class ImageClassifier(pl.LightningModule):
+class ImageClassifier(PlainHookNames, pl.LightningModule):
     """Trains a network with label-smoothed cross entropy and OneCycle, and measures it.
 
     Logged once an epoch: train/loss, train/acc, lr; val/loss, val/acc, val/f1, val/ece; the same four for test. Losses
@@ -121,13 +124,12 @@ class ImageClassifier(pl.LightningModule):
         self.save_hyperparameters(ignore=["model"], logger=False)
         if model is not None:
             self.hparams["name"] = None  # load_from_checkpoint needs model=... again
-        # Plain, since the optimiser's state holds them: NumPy's numbers could be saved and never be read as data.
-        self.lr, self.sgd_lr, self.head_lr = plain(lr), plain(sgd_lr), plain(head_lr)
-        self.momentum, self.sgd_momentum = plain(momentum), plain(sgd_momentum)
-        self.weight_decay, self.sgd_weight_decay = plain(weight_decay), plain(sgd_weight_decay)
-        self.label_smoothing, self.pct_start = plain(label_smoothing), plain(pct_start)
-        self.stem_train_fraction, self.num_classes, self.tta = plain(stem_train_fraction), num_classes, tta
-        self.optimizer_name, self.schedule, self.ema_decay = optimizer, schedule, plain(ema_decay)
+        # Plain types, since the optimizer's state holds them: a checkpoint with NumPy's does not load as data.
+        values = (lr, sgd_lr, head_lr, momentum, sgd_momentum, weight_decay, sgd_weight_decay)
+        self.optimizer_settings = OptimizerSettings(optimizer, *map(plain, values))
+        self.schedule_settings = ScheduleSettings(schedule, plain(pct_start), plain(stem_train_fraction))
+        self.label_smoothing, self.ema_decay, self.tta = plain(label_smoothing), plain(ema_decay), tta
+        self.num_classes = num_classes
         self._mixing = Mixing(num_classes, mixup=mixup, cutmix=cutmix) if mixup or cutmix else None
         built, self._architecture = choose_model(model, name, num_classes, image_size, model_kwargs, pretrained)
         self._pretrained = pretrained
@@ -136,13 +138,9 @@ class ImageClassifier(pl.LightningModule):
         self._is_to_compile = compile
         self.val_metrics, self.test_metrics = evaluation_metrics(num_classes), evaluation_metrics(num_classes)
         self.totals = TrainMetrics(self.device)
-        """Of this process's images so far in this epoch."""
-        self._guard: NanGuard | None = None
-        self._resumed_at: tuple[int, int] | None = None  # epochs finished and steps taken in them, of a checkpoint
-        self._planned: tuple[list[dict[str, Any]], Any] = ([], None)
+        """Sums over this process's images of the epoch so far."""
+        self._resumed_from: tuple[int, int] | None = None  # finished epochs and their steps, of a checkpoint
         self._class_weights: Tensor | None = None  # of the loss, from the data
-        self._stem_steps: int | None = None  # after which the stem is no longer trained
-        self._stem = StemHold(self.model)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return raw logits of normalised images."""
@@ -150,202 +148,130 @@ class ImageClassifier(pl.LightningModule):
         check_logits(logits, len(images), self.num_classes)
         return logits
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning writes the running hook's name into the module some fifty times a step, each time through
-        # nn.Module's checks for parameters and modules, which a string needs none of (benchmarks/LOG.md).
-        if name == "_current_fx_name":
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
-
     # -- training ------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Forget where an earlier fit stood; a checkpoint that this one goes on with is loaded after this."""
+        """Forget an earlier resume; a checkpoint to resume from is loaded after this."""
         if stage == "fit":
-            self._resumed_at = None
-            self._stem.release()
+            self._resumed_from = None
 
     def on_fit_start(self) -> None:
-        """Make the epoch's sums (a run resumed inside an epoch has no start of it) and what it needs; compile."""
-        self.totals = TrainMetrics(self.device)
+        """Check the data, compile, and take from the data what training needs."""
+        self.totals = TrainMetrics(self.device)  # a run resumed inside an epoch has no start of it
         check_classes(self.trainer, self.num_classes)
         if self._is_to_compile:
             compile_model(self.model, self.device)
             self._is_to_compile = False
         self.prepare(training_data(self.trainer))
 
-    def prepare(self, data: Any) -> None:
-        """Take from the data what training needs: class weights and, unless a checkpoint has them, SpeedNet's filters.
+    def prepare(self, data: TrainingData | None) -> None:
+        """Take class weights from the data; load pretrained weights, once, and have images normalized for them.
 
         Raises:
-            UserError: SpeedNet was not whitened, and its images are not an `ImageDataModule`'s.
+            UserError: The pretrained weights cannot be loaded, or do not fit.
         """
-        weights = getattr(data, "class_weights", None)
+        weights = None if data is None else data.class_weights
         self._class_weights = None if weights is None else torch.tensor(weights, device=self.device)
-        self.take_pretrained(data)
-        if isinstance(self.model, SpeedNet):
-            self.model.stem.whiten_from(data)
-
-    def take_pretrained(self, data: Any) -> None:
-        """Begin with trained weights, once, where they were asked for; have our data normalised as they expect.
-
-        Raises:
-            UserError: They cannot be had, or do not fit.
-        """
-        if self._pretrained is False:
-            return
-        expected = load_pretrained(self.model, self._architecture, self._pretrained)
-        self._pretrained = False
+        expected = self._load_pretrained()
         if expected is None:
             return
         if data is not None:
             data.use_normalization(expected.mean, expected.std)
         elif is_first_process():
-            print(f"--model.pretrained: normalise the images with mean {expected.mean} and std {expected.std}.")
+            print(f"--model.pretrained: normalize the images with mean {expected.mean} and std {expected.std}.")
+
+    def _load_pretrained(self) -> Normalization | None:
+        """Load pretrained weights, once; return the normalization that they expect, None if unknown."""
+        if self._pretrained is False:
+            return None
+        expected = load_pretrained(self.model, self._architecture, self._pretrained)
+        self._pretrained = False
+        return expected
 
     def on_train_start(self) -> None:
-        """Put this run's settings in force, and a guard over its loss; a range test begins here, too."""
+        """Check the batch size against BatchNorm; the LR finder gets here, too, but not to on_fit_start."""
         check_batches(self.trainer, self.model)
-        self._apply_settings()
-        self._guard = make_nan_guard(self.trainer)
-
-    def _apply_settings(self) -> None:
-        """Put this run's settings in force where a checkpoint has restored others over them (Lightning #20310).
-
-        Nothing is touched where they are the same, so that a resumed run stays equal bit for bit.
-        """
-        if self._resumed_at is None:
-            return
-        optimizer, config = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0]
-        phases = config.scheduler.state_dict().get("_schedule_phases")
-        found = [settings_of(group) for group in optimizer.param_groups]
-        if (found, phases) == self._planned and follows_plan(config.scheduler):
-            return
-        for group, settings in zip(optimizer.param_groups, self._planned[0], strict=True):
-            group.update(settings)
-        config.scheduler = self._make_schedule(optimizer, steps_done=self.trainer.global_step)
-
-    def peak_step(self) -> float:
-        """Return the step from which the learning rate only falls."""
-        return warmup_fraction(self.schedule, self.pct_start) * self.total_steps()
-
-    def _make_schedule(self, optimizer: torch.optim.Optimizer, steps_done: int | None = None) -> LRScheduler:
-        return make_schedule(
-            optimizer,
-            self.schedule,
-            total_steps=self.total_steps(),
-            pct_start=self.pct_start,
-            stem_steps=self._stem_steps,
-            steps_done=steps_done,
-        )
 
     def on_train_epoch_start(self) -> None:
-        """Forget the last epoch's sums."""
+        """Start new sums."""
         self.totals = TrainMetrics(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the label-smoothed loss of a batch; add it to the epoch's sums without waiting for the device."""
         images, targets = batch
-        if self._stem_steps is not None and self.trainer.global_step >= self._stem_steps:
-            self._stem.hold(stop_gradient=self.trainer.model is self)  # DDP waits for every gradient
-            self._stem_steps = None
         if self._mixing is not None:
             images, targets = self._mixing(images, targets)
         logits = self(images)
         loss = F.cross_entropy(logits, targets, weight=self._class_weights, label_smoothing=self.label_smoothing)
-        if self._guard is not None:
-            self._guard.watch(loss, self.trainer.global_step, self.trainer.current_epoch)
         self.totals.add(loss, logits, targets)
         return loss
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Leave out a stem that is no longer trained."""
-        self._stem.drop_gradients()
 
     def on_train_epoch_end(self) -> None:
         """Log train/loss, train/acc and lr."""
         self.log_dict(self.epoch_metrics())
 
     def train_metrics(self) -> dict[str, float]:
-        """Return train/loss and train/acc of this rank's images so far in this epoch; waits for the device.
-
-        Raises:
-            RunError: The loss was not finite in some step; several processes are told at the epoch's end, together.
-        """
-        if self._guard is not None and self.trainer.world_size == 1:
-            self._guard.check(self.trainer.current_epoch)
+        """Return train/loss and train/acc of this rank's images so far in this epoch; waits for the device."""
         return means_of(self.totals.stacked())
 
-    def _check_guard(self) -> None:
-        if self._guard is not None:
-            self._guard.check(self.trainer.current_epoch)
-
     def epoch_metrics(self) -> dict[str, float]:
-        """Return train/loss, train/acc of all ranks' images and the learning rate now; every rank must call it.
+        """Return train/loss and train/acc of all ranks' images, and the lr now; every rank must call it.
 
-        Both are NaN in an epoch of which nothing was left to train, as after a resume at its end.
-
-        Raises:
-            RunError: The loss was not finite in some step.
+        Loss and accuracy are NaN in an epoch with nothing left to train, as after a resume at its end.
         """
-        self._check_guard()
         sums = self.trainer.strategy.reduce(self.totals.stacked(), reduce_op="sum")
         return means_of(sums) | {"lr": float(self.trainer.optimizers[0].param_groups[0]["lr"])}
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Return the average of the weights, where one is asked for."""
-        return [EmaWeights(self.ema_decay)] if self.ema_decay else []
+        """Return EMA, where it is on, and for `fit` the callbacks that every training needs."""
+        callbacks: list[pl.Callback] = [EmaWeights(self.ema_decay)] if self.ema_decay else []
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            callbacks += [NanGuard(), ResumedSettings(self.make_schedule)]
+            stem = whitening_stem_of(self.model)
+            if stem is not None:
+                callbacks.append(WhiteningStem(stem, self.schedule_settings, self.total_steps))
+        return callbacks
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return the optimiser and its schedule over all steps of the run."""
-        optimizer = build_optimizer(
-            self.model,
-            self.optimizer_name,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            sgd_lr=self.sgd_lr,
-            head_lr=self.head_lr,
-            momentum=self.momentum,
-            sgd_momentum=self.sgd_momentum,
-            sgd_weight_decay=self.sgd_weight_decay,
-            fused=not self.trainer.gradient_clip_val,
-        )
-        self._stem_steps = round(self.stem_train_fraction * self.total_steps())
-        schedule = self._make_schedule(optimizer)
-        phases = schedule.state_dict().get("_schedule_phases")
-        self._planned = ([settings_of(group) for group in optimizer.param_groups], phases)
+        """Return the optimizer and its schedule over all steps of the run."""
+        fused = not self.trainer.gradient_clip_val
+        optimizer = build_optimizer(self.model, self.optimizer_settings, fused=fused)
+        schedule = self.make_schedule(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def make_schedule(self, optimizer: torch.optim.Optimizer, steps_done: int | None = None) -> LRScheduler:
+        """Return the schedule of an optimizer, of a resumed one after `steps_done` steps."""
+        total_steps = self.total_steps()
+        return make_schedule(optimizer, self.schedule_settings, total_steps=total_steps, steps_done=steps_done)
+
+    def peak_step(self) -> float:
+        """Return the step at which the learning rate is highest."""
+        return self.schedule_settings.warmup_fraction * self.total_steps()
+
     def total_steps(self) -> int:
-        """Return the optimiser steps of the whole run, also of one that is gone on with.
+        """Return the optimizer steps of the whole run, also of a resumed one.
 
         Raises:
-            UserError: It has no end, or no step.
+            UserError: The run has no end, or no step.
         """
-        return count_steps(self.trainer, *(self._resumed_at or (0, 0)))
+        return count_steps(self.trainer, *(self._resumed_from or (0, 0)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save nothing after a bad step, and hyperparameters as what loads as data, whatever a subclass has added.
-
-        Raises:
-            RunError: The loss was not finite in some step.
-        """
-        self._check_guard()
+        """Save hyperparameters as types that load as data, also those that a subclass has added."""
         if self.CHECKPOINT_HYPER_PARAMS_KEY in checkpoint:
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = plain(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in a line where a checkpoint is of another network.
+        """Check that the weights fit, and note where the checkpoint's run stood.
 
         Raises:
-            UserError: Its weights do not have the names and shapes of this network's.
+            UserError: The weights do not have the names and shapes of this model's.
         """
-        self._resumed_at, self._pretrained = progress_of(checkpoint), False
+        self._resumed_from, self._pretrained = progress_of(checkpoint), False
         misfits = describe_misfits(checkpoint["state_dict"], self.state_dict())
         if misfits:
             raise UserError(
-                f"the checkpoint is of another network: {misfits}.\nGive the --model and --data flags of its run."
+                f"the checkpoint is of another model: {misfits}.\nGive the --model and --data flags of its run."
             )
 
     # -- evaluation ----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Stops a run whose loss is no longer a number, before it can spoil the weights."""
+"""NanGuard: stops a run when its loss is NaN or infinite, before the weights are updated."""
 
 import math
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -13,32 +13,60 @@ from cifar_lightning.optim.muon import Muon
 _NEVER = torch.iinfo(torch.int64).max
 
 
-class NanGuard:
-    """Looks at each step's loss; NaN and infinity stop the run.
+class NanGuard(pl.Callback):
+    """Reads the loss of each step and stops the run with a `RunError` at the first one that is NaN or infinite.
 
     On the CPU the loss is read in each step and nothing is updated. On a GPU reading would make the host wait, so the
-    device keeps a flag, and the first bad step, which `check` reads where the host waits anyway. An optimiser that was
-    given the flag as `found_inf` (torch's fused ones and Muon know it) makes neither this update nor a later one. In
-    16-mixed it is not given: there GradScaler leaves out each update whose gradients are not finite, and only those.
+    device keeps a flag and the first bad step, which `check` reads where the host waits anyway. An optimizer that was
+    given the flag as `found_inf` (torch's fused ones and Muon know it) skips this update and all later ones. In
+    16-mixed it is not given: there GradScaler skips exactly the updates whose gradients are not finite.
 
-    Several processes share their gradients, so the bad loss of one is that of all, and all of them stop in that step.
-
-    Args:
-        device: Where the losses are.
-        is_deferred: Whether to keep the flag on the device; without it each loss is read.
+    Several processes share their gradients, so a bad loss of one stops all of them in that step.
     """
 
-    def __init__(self, device: torch.device, is_deferred: bool) -> None:
+    def __init__(self) -> None:
+        self.start(torch.device("cpu"), is_deferred=False)
+
+    def start(self, device: torch.device, *, is_deferred: bool) -> None:
+        """Forget earlier losses.
+
+        Args:
+            device: Device of the losses.
+            is_deferred: Keep the flag on the device; otherwise read each loss.
+        """
         self.is_deferred = is_deferred
         self._num_processes = _num_processes()
         self.found_inf = torch.zeros((), device=device)
         self._first_bad_step = torch.full((), _NEVER, device=device)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Defer the check where the optimizer can skip an update."""
+        optimizer, device = trainer.optimizers[0], trainer.strategy.root_device
+        has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None  # skips updates itself
+        can_skip = has_scaler or isinstance(optimizer, Muon) or bool(optimizer.defaults.get("fused"))
+        self.start(device, is_deferred=device.type == "cuda" and can_skip)
+        if self.is_deferred and not has_scaler:
+            optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]  # GradScaler sets it likewise
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Watch the loss of a batch."""
+        self.watch(loss, trainer.global_step, trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the losses of the epoch."""
+        self.check(trainer.current_epoch)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save nothing after a bad step."""
+        self.check(trainer.current_epoch)
+
     def watch(self, loss: Tensor, step: int, epoch: int) -> None:
-        """Look at a loss, a scalar; step and epoch count from 0. Every process must call it in every step.
+        """Test a loss, a scalar; step and epoch count from 0. Every process must call it in every step.
 
         Raises:
-            RunError: It is not finite and was read at once.
+            RunError: The loss was read at once and is not finite.
         """
         if not self.is_deferred and self._num_processes == 1:
             if not math.isfinite(loss.item()):
@@ -47,11 +75,11 @@ class NanGuard:
         is_bad = ~torch.isfinite(loss.detach())
         if self._num_processes > 1:
             is_bad = is_bad.float()
-            # Not the strategy's reduce, whose barrier would make the host wait for the device.
+            # The strategy's reduce has a barrier that would make the host wait for the device.
             distributed.all_reduce(is_bad, distributed.ReduceOp.MAX)
             is_bad = is_bad > 0
         if self.is_deferred:
-            # In place: the optimiser holds the same tensor.
+            # In place: the optimizer holds the same tensor.
             torch.maximum(self.found_inf, is_bad.float(), out=self.found_inf)
             bad_step = torch.where(is_bad, step, _NEVER)
             torch.minimum(self._first_bad_step, bad_step, out=self._first_bad_step)
@@ -59,30 +87,30 @@ class NanGuard:
             self._stop(step, epoch)
 
     def check(self, epoch: int) -> None:
-        """Read what the device has kept in this epoch; waits for it. Every process must call it.
+        """Read the device's flag; waits for the device. Every process must call it.
 
         Raises:
-            RunError: There was a bad step.
+            RunError: A step's loss was not finite.
         """
         if self.is_deferred and self.found_inf.item():
             self._stop(int(self._first_bad_step.item()), epoch)
 
     def _stop(self, step: int, epoch: int) -> NoReturn:
-        # The first process speaks for all. Lightning's launcher kills it where another one ends with an error.
+        # The first process reports for all. Lightning's launcher kills it where another one ends with an error.
         if self._num_processes > 1 and distributed.get_rank() > 0:
             raise SystemExit(0)
         raise _diverged(step, epoch)
 
 
-def make_nan_guard(trainer: pl.Trainer) -> NanGuard:
-    """Return a guard for a Trainer that is about to train: deferred where its optimiser can hold an update back."""
-    optimizer, device = trainer.optimizers[0], trainer.strategy.root_device
-    has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None  # holds updates back itself
-    holds_back = has_scaler or isinstance(optimizer, Muon) or bool(optimizer.defaults.get("fused"))
-    guard = NanGuard(device, is_deferred=device.type == "cuda" and holds_back)
-    if guard.is_deferred and not has_scaler:
-        optimizer.found_inf = guard.found_inf  # type: ignore[attr-defined]  # as GradScaler does for torch's fused ones
-    return guard
+def check_losses(trainer: pl.Trainer) -> None:
+    """Check a Trainer's NanGuard, before metrics are read in other callbacks. Every process must call it.
+
+    Raises:
+        RunError: A step's loss was not finite.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+        if isinstance(callback, NanGuard):
+            callback.check(trainer.current_epoch)
 
 
 def _num_processes() -> int:
@@ -92,5 +120,5 @@ def _num_processes() -> int:
 def _diverged(step: int, epoch: int) -> RunError:
     return RunError(
         f"the loss became NaN or infinite in epoch {epoch + 1}, step {step + 1}; the weights were not updated by it.\n"
-        "Lower --lr, or clip with --trainer.gradient_clip_val 1. Checkpoints of before are kept."
+        "Lower --lr, or clip with --trainer.gradient_clip_val 1. Earlier checkpoints are kept."
     )

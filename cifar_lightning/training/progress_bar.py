@@ -17,6 +17,7 @@ from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
 from cifar_lightning.training.module import Batch, ImageClassifier
+from cifar_lightning.training.nan_guard import check_losses
 from cifar_lightning.training.signals import Stopped
 
 _REFRESH_S = 0.5  # on a GPU each refresh waits for the device once
@@ -95,6 +96,8 @@ class RunProgress(ProgressBar):
         self._next_s = time.monotonic() + (_REFRESH_S if self._bar is not None else _PLAIN_LINE_S)
 
     def _training_text(self, trainer: pl.Trainer, module: ImageClassifier, num_done: int, now_s: float) -> str:
+        if trainer.world_size == 1:  # several processes check together at the epoch's end
+            check_losses(trainer)
         metrics = module.train_metrics()
         elapsed_s = now_s - self._epoch_start_s
         rate = module.totals.num_trained * trainer.world_size / elapsed_s
@@ -122,6 +125,7 @@ class RunProgress(ProgressBar):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replace the bar by the epoch's line."""
         assert isinstance(pl_module, ImageClassifier)
+        check_losses(trainer)
         train = pl_module.epoch_metrics()  # collective: all ranks
         self._close_bar()
         elapsed_s = time.monotonic() - self._epoch_start_s
@@ -225,8 +229,8 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
             f"{data.num_images('train'):,} training, {held_out:,} validation, {data.num_images('test'):,} test",
         ),
         *zip(("classes", ""), data.describe_classes(), strict=False),
-        ("network", f"{module.hparams['name'] or type(module.network).__name__}, {num_parameters:,} parameters"),
-        ("training", f"{length}, peak lr {module.lr:g}"),
+        ("network", f"{module.hparams['name'] or type(module.model).__name__}, {num_parameters:,} parameters"),
+        ("training", f"{length}, peak lr {module.optimizer_settings.lr:g}"),
         ("hardware", f"{name}, precision {trainer.precision}"),
     ]
     last_size = data.train_sizes[min(epochs or len(data.train_sizes), len(data.train_sizes)) - 1]

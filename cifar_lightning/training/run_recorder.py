@@ -14,6 +14,7 @@ from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.lightning_patches import skip_idle_hooks
 from cifar_lightning.training.module import ImageClassifier
+from cifar_lightning.training.nan_guard import check_losses
 
 MONITOR = "val/acc"
 EPOCH_SO_FAR = "cifar_lightning_epoch"
@@ -116,6 +117,7 @@ class RunRecorder(pl.Callback):
         """Write the epoch's rows, before the checkpoint that holds the epoch."""
         assert isinstance(pl_module, ImageClassifier)
         clock, own_s = self.clock(), time.perf_counter() - self._started_s - self._validation_s
+        check_losses(trainer)
         train = pl_module.epoch_metrics()  # collective: all ranks
         if not trainer.is_global_zero or pl_module.totals.num_images == 0:  # resumed at the epoch's very end
             return

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from fitting import optimizer_settings
 from program import REPO
 from torch import nn
 
@@ -15,7 +16,7 @@ from cifar_lightning.models.smallnet import SmallNet
 from cifar_lightning.models.speednet import SpeedNet
 from cifar_lightning.optim.muon import Muon, orthogonalize
 from cifar_lightning.optim.optimizers import build_optimizer
-from cifar_lightning.optim.schedules import make_schedule
+from cifar_lightning.optim.schedules import ScheduleSettings, make_schedule
 
 
 def reference_orthogonalize(matrix, num_iterations):
@@ -84,8 +85,8 @@ def test_an_optimizer_goes_on_bit_for_bit_from_its_state(name):
     def fresh():
         torch.manual_seed(0)
         model = SmallNet(widths=(4, 4, 8), dropout=0.0)
-        optimizer = build_optimizer(model, name, lr=0.02, weight_decay=0.1, sgd_lr=0.1)
-        return model, optimizer, make_schedule(optimizer, "one_cycle", total_steps=8, pct_start=0.25)
+        optimizer = build_optimizer(model, optimizer_settings(name, lr=0.02, weight_decay=0.1, sgd_lr=0.1))
+        return model, optimizer, make_schedule(optimizer, ScheduleSettings("one_cycle", 0.25, 1.0), total_steps=8)
 
     unbroken, stopped, resumed = fresh(), fresh(), fresh()
     train(*unbroken, range(6))
@@ -124,7 +125,9 @@ def test_sgd_is_torchs_with_nesterov_momentum_and_decay_of_matrices_alone():
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
     reference = copy.deepcopy(model)
-    ours = build_optimizer(model, "sgd", lr=0.1, weight_decay=0.05, sgd_lr=9.0, sgd_momentum=0.8, momentum=0.1)
+    ours = build_optimizer(
+        model, optimizer_settings("sgd", lr=0.1, weight_decay=0.05, sgd_lr=9.0, sgd_momentum=0.8, momentum=0.1)
+    )
     matrix, vector = {"params": [reference.weight], "weight_decay": 0.05}, {"params": [reference.bias]}
     theirs = torch.optim.SGD([matrix, vector], lr=0.1, momentum=0.8, nesterov=True)
     for _ in range(3):
@@ -140,7 +143,7 @@ def test_sgd_is_torchs_with_nesterov_momentum_and_decay_of_matrices_alone():
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_norms_and_biases_do_not_decay(name):
     model = SmallNet(widths=(4, 4, 8))
-    optimizer = build_optimizer(model, name, lr=1e-3, weight_decay=0.05, sgd_lr=0.1)
+    optimizer = build_optimizer(model, optimizer_settings(name, lr=1e-3, weight_decay=0.05, sgd_lr=0.1))
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for parameter in model.parameters():
         assert decays[id(parameter)] == (0.05 if parameter.ndim > 1 else 0.0)
@@ -150,7 +153,7 @@ def test_what_muon_does_not_move_decays_as_in_torchs_sgd():
     torch.manual_seed(0)
     model = SpeedNet(widths=(4, 4, 4))
     rates = {"sgd_lr": 5.0, "head_lr": 0.02, "sgd_momentum": 0.85, "sgd_weight_decay": 0.01}
-    optimizer = build_optimizer(model, "muon", lr=0.1, weight_decay=0.0, **rates)
+    optimizer = build_optimizer(model, optimizer_settings("muon", lr=0.1, weight_decay=0.0, **rates))
     by_role = {group["role"]: group for group in optimizer.param_groups}
     assert {role: group["lr"] for role, group in by_role.items()} == {
         "filters": 0.1,
@@ -173,11 +176,11 @@ def test_what_muon_does_not_move_decays_as_in_torchs_sgd():
 UNKNOWN = """
 import torch
 from cifar_lightning.errors import UserError
-from cifar_lightning.optim.optimizers import build_optimizer
+from cifar_lightning.optim.optimizers import OptimizerSettings, build_optimizer
 from cifar_lightning.training.tta import tta_logits
 
 for call in (
-    lambda: build_optimizer(torch.nn.Linear(2, 2), "adam", lr=0.1, weight_decay=0.0, sgd_lr=0.1),
+    lambda: build_optimizer(torch.nn.Linear(2, 2), OptimizerSettings("adam", 0.1, 0.1, None, 0.9, 0.9, 0.0, 0.0)),
     lambda: tta_logits(torch.nn.Flatten(), torch.zeros(1, 3, 4, 4), "flip"),
 ):
     try:
@@ -200,5 +203,5 @@ def test_half_a_network_can_be_frozen():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     model[0].requires_grad_(False)
     for name in ("adamw", "muon"):
-        optimizer = build_optimizer(model, name, lr=0.01, weight_decay=0.05, sgd_lr=0.1)
+        optimizer = build_optimizer(model, optimizer_settings(name, lr=0.01, weight_decay=0.05, sgd_lr=0.1))
         assert sum(len(group["params"]) for group in optimizer.param_groups) == 2

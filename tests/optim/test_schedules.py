@@ -5,19 +5,25 @@ import math
 
 import pytest
 import torch
+from fitting import optimizer_settings
 from torch import nn
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.models.smallnet import SmallNet
 from cifar_lightning.models.speednet import SpeedNet
 from cifar_lightning.optim.optimizers import build_optimizer
-from cifar_lightning.optim.schedules import follows_plan, make_schedule, warmup_fraction
+from cifar_lightning.optim.resume import PlannedSettings, has_planned_lrs
+from cifar_lightning.optim.schedules import ScheduleSettings, make_schedule
+
+
+def settings(name, pct_start=None, stem_train_fraction=1.0):
+    return ScheduleSettings(name, pct_start, stem_train_fraction)
 
 
 def rates_of(name, total_steps, **kwargs):
     """Return the rate of each step of a peak of 1."""
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
-    schedule = make_schedule(optimizer, name, total_steps=total_steps, **kwargs)
+    schedule = make_schedule(optimizer, settings(name, **kwargs), total_steps=total_steps)
     seen = []
     for _ in range(total_steps):
         seen.append(optimizer.param_groups[0]["lr"])
@@ -29,8 +35,8 @@ def rates_of(name, total_steps, **kwargs):
 def test_one_cycle_peaks_at_each_groups_lr_and_ends_near_zero():
     model = SmallNet(widths=(4, 4, 8))
     for name, peaks in (("adamw", [0.01, 0.01]), ("sgd", [0.01, 0.01]), ("muon", [0.01, 0.1, 0.1])):
-        optimizer = build_optimizer(model, name, lr=0.01, weight_decay=0.05, sgd_lr=0.1)
-        schedule = make_schedule(optimizer, "one_cycle", total_steps=100)
+        optimizer = build_optimizer(model, optimizer_settings(name, lr=0.01, weight_decay=0.05, sgd_lr=0.1))
+        schedule = make_schedule(optimizer, settings("one_cycle"), total_steps=100)
         seen = []
         for _ in range(100):
             seen.append([group["lr"] for group in optimizer.param_groups])
@@ -65,20 +71,20 @@ def test_a_warm_up_rises_in_a_line_from_above_0_and_the_fall_begins_at_the_peak(
 
 
 def test_only_one_cycle_rises_where_nothing_was_asked_for():
-    assert [warmup_fraction(name, None) for name in ("one_cycle", "linear", "cosine")] == [0.3, 0, 0]
-    assert warmup_fraction("one_cycle", 0.0) == 0
+    assert [settings(name).warmup_fraction for name in ("one_cycle", "linear", "cosine")] == [0.3, 0, 0]
+    assert settings("one_cycle", 0.0).warmup_fraction == 0
 
 
 def test_an_unknown_schedule_is_refused_with_the_known_ones():
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
     with pytest.raises(UserError, match=r"--model\.schedule step: one of one_cycle, linear, cosine"):
-        make_schedule(optimizer, "step", total_steps=10)
+        make_schedule(optimizer, settings("step"), total_steps=10)
 
 
 def test_the_linear_schedule_is_a_line_to_zero_and_the_stems_is_shorter():
     model = SpeedNet(widths=(4, 4, 4))
-    optimizer = build_optimizer(model, "muon", lr=0.2, weight_decay=0.0, sgd_lr=5.0, head_lr=0.02)
-    schedule = make_schedule(optimizer, "linear", total_steps=10, stem_steps=4)
+    optimizer = build_optimizer(model, optimizer_settings("muon", lr=0.2, weight_decay=0.0, sgd_lr=5.0, head_lr=0.02))
+    schedule = make_schedule(optimizer, settings("linear", stem_train_fraction=0.4), total_steps=10)
     seen = []
     for _ in range(10):
         seen.append({group["role"]: group["lr"] for group in optimizer.param_groups})
@@ -91,8 +97,10 @@ def test_the_linear_schedule_is_a_line_to_zero_and_the_stems_is_shorter():
 
 
 def test_a_stem_that_is_never_trained_never_has_a_rate():
-    optimizer = build_optimizer(SpeedNet(widths=(4, 4, 4)), "muon", lr=0.2, weight_decay=0.0, sgd_lr=5.0)
-    make_schedule(optimizer, "linear", total_steps=10, stem_steps=0)
+    optimizer = build_optimizer(
+        SpeedNet(widths=(4, 4, 4)), optimizer_settings("muon", lr=0.2, weight_decay=0.0, sgd_lr=5.0)
+    )
+    make_schedule(optimizer, settings("linear", stem_train_fraction=0.0), total_steps=10)
     assert {group["role"]: group["lr"] for group in optimizer.param_groups}["stem"] == 0
 
 
@@ -100,7 +108,7 @@ def test_a_stem_that_is_never_trained_never_has_a_rate():
 def test_a_plan_that_a_checkpoint_does_not_follow_is_noticed(name):
     def made(total_steps):
         optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
-        return optimizer, make_schedule(optimizer, name, total_steps=total_steps, pct_start=0.2)
+        return optimizer, make_schedule(optimizer, settings(name, 0.2), total_steps=total_steps)
 
     optimizer, schedule = made(10)
     for _ in range(7):
@@ -109,20 +117,39 @@ def test_a_plan_that_a_checkpoint_does_not_follow_is_noticed(name):
     for total_steps, is_same in ((10, True), (20, False)):
         _, restored = made(total_steps)
         restored.load_state_dict(schedule.state_dict())
-        assert follows_plan(restored) is is_same
+        assert has_planned_lrs(restored) is is_same
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_a_schedule_is_taken_up_where_it_was(name):
     def rates(steps, steps_done=None):
-        optimizer = build_optimizer(SpeedNet(widths=(4, 4, 4)), "muon", lr=0.2, weight_decay=0.0, sgd_lr=5.0)
+        optimizer = build_optimizer(
+            SpeedNet(widths=(4, 4, 4)), optimizer_settings("muon", lr=0.2, weight_decay=0.0, sgd_lr=5.0)
+        )
         if steps_done is not None:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
-        schedule = make_schedule(optimizer, name, total_steps=10, pct_start=0.2, stem_steps=4, steps_done=steps_done)
+        schedule = make_schedule(optimizer, settings(name, 0.2, 0.4), total_steps=10, steps_done=steps_done)
         for _ in range(steps):
             optimizer.step()
             schedule.step()
         return [group["lr"] for group in optimizer.param_groups]
 
     assert rates(7) == rates(0, steps_done=7)
+
+
+@pytest.mark.parametrize("name", ["one_cycle", "linear"])
+def test_planned_settings_replace_those_that_a_checkpoint_brings(name):
+    def made(total_steps, momentum):
+        optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0, momentum=momentum)
+        return optimizer, make_schedule(optimizer, settings(name), total_steps=total_steps)
+
+    stopped = made(10, momentum=0.9)
+    for total_steps, momentum, is_same in ((10, 0.9, True), (20, 0.9, False), (10, 0.8, False)):
+        resumed = made(total_steps, momentum)
+        planned = PlannedSettings.of(*resumed)
+        for source, target in zip(stopped, resumed, strict=True):
+            target.load_state_dict(source.state_dict())
+        assert planned.are_in_force(*resumed) is is_same or (name == "linear" and momentum == 0.9)
+        planned.apply_to(resumed[0])
+        assert resumed[0].param_groups[0]["momentum"] == momentum

@@ -1,13 +1,12 @@
 """ImageClassifier in a real Trainer: loss, sums, metrics, steps, precision of its figures."""
 
 import itertools
-from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from fitting import SPEED, quiet_trainer, small_data
+from fitting import SPEED, fake_data, quiet_trainer, small_data
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,6 +15,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.models.speednet import WhiteningConv
 from cifar_lightning.training.tta import tta_logits
+from cifar_lightning.training.whitening_stem import whiten
 from cifar_lightning.transforms.mixup import Mixing
 
 NARROW = {"widths": [4, 8, 8], "dropout": 0.0}
@@ -169,7 +169,7 @@ def test_filters_are_made_from_as_many_pixels_of_large_images_as_of_small_ones()
         asked.append(num_images)
         return torch.randn(8, 3, 64, 64)
 
-    module.prepare(SimpleNamespace(image_size=64, sample_of_training=sample))
+    whiten(module.model.stem, fake_data(image_size=64, sample_of_training=sample))
     assert asked == [1250], "a quarter of the 5,000 of 32 pixels"
     assert module.model.stem.is_whitened
 

@@ -63,7 +63,7 @@ def test_a_checkpoint_of_another_network_is_refused_in_a_line(tmp_path):
     run.fit(ImageClassifier(image_size=16, model_kwargs=NARROW), small_data())
     run.save_checkpoint(tmp_path / "one.ckpt")
     other = ImageClassifier(image_size=16, model_kwargs={"widths": [4, 8, 6]})
-    with pytest.raises(UserError, match="another network: network"):
+    with pytest.raises(UserError, match="another model: "):
         quiet_trainer(tmp_path).test(other, small_data(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
 
 
@@ -185,5 +185,5 @@ def test_how_images_of_ones_own_must_be_normalised_is_told_once(monkeypatch, tmp
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     torch.save(build_model("mobilenet_v3_small", num_classes=3, image_size=32).state_dict(), tmp_path / "trained.pt")
     module = ImageClassifier("mobilenet_v3_small", image_size=32, pretrained=str(tmp_path / "trained.pt"))
-    module.take_pretrained(None)
-    assert capsys.readouterr().out.count("normalise the images with mean") == 1 - rank
+    module.prepare(None)
+    assert capsys.readouterr().out.count("normalize the images with mean") == 1 - rank

@@ -14,9 +14,15 @@ CPU = torch.device("cpu")
 BAD = [float("nan"), float("inf"), float("-inf")]
 
 
+def started(is_deferred):
+    guard = NanGuard()
+    guard.start(CPU, is_deferred=is_deferred)
+    return guard
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_loss_stops_at_once_where_it_can_be_read(bad):
-    guard = NanGuard(CPU, is_deferred=False)
+    guard = started(is_deferred=False)
     guard.watch(torch.tensor(1e30), 0, 0)
     with pytest.raises(RunError, match="in epoch 1, step 2"):
         guard.watch(torch.tensor(bad), 1, 0)
@@ -24,7 +30,7 @@ def test_a_bad_loss_stops_at_once_where_it_can_be_read(bad):
 
 @pytest.mark.parametrize("bad", BAD)
 def test_the_first_bad_step_is_kept_on_the_device_until_it_is_read(bad):
-    guard = NanGuard(CPU, is_deferred=True)
+    guard = started(is_deferred=True)
     for step, loss in enumerate([1.0, 2.0, bad, 1.0, bad]):
         guard.watch(torch.tensor(loss), step, 0)
         assert guard.found_inf.item() == (step >= 2)  # it stays: nothing more is updated
@@ -34,7 +40,7 @@ def test_the_first_bad_step_is_kept_on_the_device_until_it_is_read(bad):
 
 def test_good_losses_pass():
     for is_deferred in (False, True):
-        guard = NanGuard(CPU, is_deferred)
+        guard = started(is_deferred)
         guard.watch(torch.tensor(0.5), 7, 0)
         guard.check(0)
 
@@ -53,7 +59,7 @@ def test_the_flag_holds_an_update_back_and_changes_no_other(make):
     start = [torch.randn(4, 3, 3, 3), torch.randn(5)]
     ours, reference = ([torch.nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
     optimizer, plain = make(ours), make(reference)
-    guard = NanGuard(CPU, is_deferred=True)
+    guard = started(is_deferred=True)
     optimizer.found_inf = guard.found_inf
     for step in range(3):
         guard.watch(torch.tensor(1.0), step, 0)
@@ -84,7 +90,7 @@ def test_a_bad_loss_of_another_process_stops_this_one_and_the_first_one_speaks(m
     two = {"is_initialized": lambda: True, "get_world_size": lambda: 2, "get_rank": lambda: rank}
     for name, answer in {**two, "all_reduce": lambda own, op: own.copy_(torch.maximum(own, others))}.items():
         monkeypatch.setattr(torch.distributed, name, answer)
-    guard = NanGuard(CPU, is_deferred)
+    guard = started(is_deferred)
     guard.watch(torch.tensor(1.0), 3, 0)
     others.fill_(1)
     if is_deferred:
