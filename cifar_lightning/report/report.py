@@ -2,7 +2,6 @@
 
 import csv
 import io
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,9 @@ from cifar_lightning.report.comparison import compare
 from cifar_lightning.report.figures import confusion_figure, figure_to_png, themed
 from cifar_lightning.report.findings import find
 from cifar_lightning.report.page import command_of, render_page
-from cifar_lightning.report.results import DAMAGED, read_results
+from cifar_lightning.report.results import read_results
 from cifar_lightning.report.terminal import print_findings
 from cifar_lightning.runs.folder import RunFolder
-
-_ORDERS = {b"little": "<", b"big": ">"}  # what torch writes beside the numbers
 
 
 def make_report(run: RunFolder, other: RunFolder | None = None, console: Console | None = None) -> None:
@@ -44,7 +41,7 @@ def make_report(run: RunFolder, other: RunFolder | None = None, console: Console
         images = others.images | images
     else:
         findings["comparison"] = None
-    findings["problems"] += write_confusion(run, results.confusion, results.class_names)
+    write_confusion(run, results.confusion, results.class_names)
     write_json(run.findings, findings)
     write_text_durably(run.report, render_page(findings, images))
     print_findings(findings, run.path, console)
@@ -65,14 +62,8 @@ def describe_run(run: RunFolder, known: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def write_confusion(run: RunFolder, confusion: np.ndarray, class_names: tuple[str, ...]) -> list[str]:
-    """Write confusion_matrix.csv, .png and .pt; rows: true class, columns: predicted class.
-
-    A .pt that holds the matrix already is left alone: it takes torch to write one.
-
-    Returns:
-        A sentence where a .pt was there that did not hold it.
-    """
+def write_confusion(run: RunFolder, confusion: np.ndarray, class_names: tuple[str, ...]) -> None:
+    """Write confusion_matrix.csv and confusion_matrix.png; rows: true class, columns: predicted class."""
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["true \\ predicted", *class_names])
@@ -80,33 +71,3 @@ def write_confusion(run: RunFolder, confusion: np.ndarray, class_names: tuple[st
     write_text_durably(run.confusion_matrix_csv, table.getvalue())
     with themed():
         write_bytes_durably(run.confusion_matrix_png, figure_to_png(confusion_figure(confusion, class_names)))
-    path, problems = run.confusion_matrix_pt, []
-    if path.is_file():
-        if _holds_matrix(path, confusion):
-            return []
-        problems.append(f"{path.name} was damaged or of other answers, and is written anew.")
-    write_confusion_tensor(path, confusion)
-    return problems
-
-
-def _holds_matrix(path: Path, confusion: np.ndarray) -> bool:
-    """Return whether a file that `write_confusion_tensor` wrote is whole and holds this matrix; without torch.
-
-    It is a zip file with a checksum of each part; the numbers are in ARCHIVE/data/0 as they lie in memory.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            parts = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}  # checks each checksum
-    except DAMAGED:
-        return False
-    numbers = np.ascontiguousarray(confusion, dtype=np.dtype(f"{_ORDERS.get(parts.get('byteorder', b''), '=')}i8"))
-    return "data.pkl" in parts and parts.get("data/0") == numbers.tobytes()
-
-
-def write_confusion_tensor(path: Path, confusion: np.ndarray) -> None:
-    """Write the matrix as an int64 tensor; imports torch."""
-    import torch
-
-    buffer = io.BytesIO()
-    torch.save(torch.from_numpy(confusion), buffer)
-    write_bytes_durably(path, buffer.getvalue())

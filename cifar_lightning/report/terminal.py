@@ -234,7 +234,7 @@ def _print_files(console: Console, run: RunFolder) -> None:
         (run.report, "all of this and more as one page: open it in a browser"),
         (run.findings, "every number of the page"),
         (run.test_metrics, "accuracy, loss and the rates of each class"),
-        (run.confusion_matrix_png, "the confusion matrix; also as .csv and .pt"),
+        (run.confusion_matrix_png, "confusion matrix; also as .csv and .pt"),
         (run.predictions, "logits and true class of every test image"),
         (run.predictions_val, "the same of the validation images"),
         (run.gallery, "some test images"),

@@ -15,7 +15,6 @@ from cifar_lightning.data.sampler import Rank
 from cifar_lightning.files import write_bytes_durably, write_json
 from cifar_lightning.metrics.classification import test_metrics
 from cifar_lightning.report.gallery import gallery_positions
-from cifar_lightning.report.report import write_confusion_tensor
 from cifar_lightning.report.results import Predictions
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.data_protocol import require_training_data
@@ -102,7 +101,7 @@ class PredictionWriter(pl.Callback):
         if "test/acc_no_tta" in trainer.callback_metrics:
             metrics["accuracy_no_tta"] = trainer.callback_metrics["test/acc_no_tta"].item()
         write_json(self.run.test_metrics, metrics)
-        write_confusion_tensor(self.run.confusion_matrix_pt, self.test.confusion)
+        _write_tensor(self.run.confusion_matrix_pt, torch.from_numpy(self.test.confusion))
         shown = indices[gallery_positions(logits, targets)]
         images = data.images("test", shown)
         _write_npz(self.run.gallery, images=images, indices=shown, class_names=answers["class_names"])
@@ -146,4 +145,10 @@ def _write_predictions(path: Path, answers: dict[str, np.ndarray]) -> None:
 def _write_npz(path: Path, **arrays: Any) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
+    write_bytes_durably(path, buffer.getvalue())
+
+
+def _write_tensor(path: Path, tensor: Tensor) -> None:
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
     write_bytes_durably(path, buffer.getvalue())
