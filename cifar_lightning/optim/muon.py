@@ -1,4 +1,4 @@
-"""Muon: convolutions step along the orthogonalized momentum, all else by Nesterov SGD."""
+"""Muon for convolution weights, Nesterov SGD for all other parameters."""
 
 import math
 from collections import defaultdict
@@ -15,23 +15,23 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
-    """Moves filters along the nearest orthogonal matrix of their momentum, all else by Nesterov SGD, as one optimiser.
+    """Steps filters along the orthogonalized Nesterov momentum, all other parameters by Nesterov SGD.
 
-    Filters are taken as matrices (out_channels, in_channels * height * width) and kept at the norm sqrt(out_channels),
-    which makes `lr` the relative size of a step; a BatchNorm must follow them, since it makes their scale free.
-    After airbench94_muon (KellerJordan/cifar10-airbench), which orthogonalises in half precision; here in the filters'.
-    Where `found_inf`, a float tensor that a guard sets as an attribute, is 1, a step changes nothing. GradScaler sets
-    none here, as it does for torch's fused optimisers: it reads its own flag on the host and leaves the step out.
+    Filters are matrices (out_channels, in_channels * height * width), kept at the norm sqrt(out_channels), which makes
+    `lr` the relative size of a step. They need a BatchNorm after them, which makes their scale free. After
+    airbench94_muon (KellerJordan/cifar10-airbench), which orthogonalizes in half precision; here in the filters' dtype.
+
+    Where the attribute `found_inf`, a float tensor that NanGuard sets, is 1, a step changes nothing. GradScaler does
+    not set it, as it does for torch's fused optimizers: it reads its own flag on the host and skips the step.
 
     Args:
         filters: Convolution weights.
-        others: Groups of the parameters that SGD moves, as torch's optimisers take them: `params`, and where they
-            differ `lr`, `momentum` and `weight_decay`.
+        others: Parameter groups for SGD: `params`, and where they differ `lr`, `momentum` and `weight_decay`.
         lr: Peak learning rate of the filters.
-        sgd_lr: Peak learning rate of the others.
-        momentum: Of the filters, Nesterov.
-        sgd_momentum: Of the others, Nesterov.
-        num_iterations: Newton-Schulz steps.
+        sgd_lr: Peak learning rate of the other parameters.
+        momentum: Nesterov momentum of the filters.
+        sgd_momentum: Nesterov momentum of the other parameters.
+        num_iterations: Number of Newton-Schulz iterations.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; `closure` recomputes the gradients and returns the loss."""
+        """Take a step; `closure` recomputes the gradients and returns the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -80,8 +80,8 @@ class Muon(torch.optim.Optimizer):
     ) -> list[Tensor]:
         """Update the momentum of each parameter; return gradient + momentum * buffer, as torch.optim.SGD does.
 
-        Where `is_held`, a bool scalar, is true, gradients count as 0 and the momentum stays: chosen on the device, so
-        that the host need not wait, and with one short operation a tensor, since launching them is what takes time.
+        Where `is_held`, a bool scalar, is true, gradients count as 0 and the momentum stays. This is chosen on the
+        device, without a sync, and with one operation a tensor, since launches are what takes time.
         """
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         kept: float | Tensor = momentum
@@ -100,7 +100,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonalized(directions: list[Tensor], num_iterations: int) -> list[Tensor]:
-    """Return the filters' directions made orthogonal, all of a shape by one batched product: ResNets have many."""
+    """Orthogonalize the directions of filters, all of one shape in one batch: ResNets have many."""
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for index, direction in enumerate(directions):
         by_shape[direction.shape].append(index)
@@ -113,10 +113,10 @@ def _orthogonalized(directions: list[Tensor], num_iterations: int) -> list[Tenso
 
 
 def _renormalize(filters: list[Tensor], is_held: Tensor | None) -> None:
-    """Bring each filter bank to the norm sqrt(out_channels), unless `is_held`."""
+    """Scale each filter bank to the norm sqrt(out_channels), unless `is_held`."""
     roots = [math.sqrt(len(weight)) for weight in filters]
     scales = list(torch._foreach_norm(filters))
-    torch._foreach_clamp_min_(scales, 1e-12)  # filters that begin at 0 stay there until their first update
+    torch._foreach_clamp_min_(scales, 1e-12)  # filters of zeros stay zero until their first update
     torch._foreach_reciprocal_(scales)
     torch._foreach_mul_(scales, roots)
     if is_held is not None:
@@ -130,8 +130,8 @@ def orthogonalize(
     """Return matrices with the same singular vectors and singular values near 1, by Newton-Schulz iteration.
 
     Args:
-        matrices: Of full rank; a zero matrix stays zero.
-        num_iterations: 3 are enough for an optimiser; 5 bring well-conditioned input to about 0.7 to 1.2.
+        matrices: Full-rank matrices; a zero matrix stays zero.
+        num_iterations: 3 are enough for an optimizer; 5 bring well-conditioned input to about 0.7 to 1.2.
     """
     a, b, c = _NEWTON_SCHULZ
     is_tall = matrices.shape[1] > matrices.shape[2]

@@ -1,4 +1,4 @@
-"""best.ckpt: the state at the best val/acc."""
+"""BestCheckpoint: saves best.ckpt at the best val/acc."""
 
 import math
 from pathlib import Path
@@ -13,10 +13,9 @@ from cifar_lightning.training.run_recorder import MONITOR
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps best.ckpt: the state at the best val/acc, and of equal ones at the lowest val/loss.
+    """Saves best.ckpt at the best val/acc, among equal ones at the lowest val/loss.
 
-    A small validation split has few accuracies, so that many epochs share the best one; the first of them need not be
-    any good on other images.
+    A small validation split has few distinct accuracies, so that many epochs tie for the best.
 
     Args:
         run: The run's folder.
@@ -31,11 +30,11 @@ class BestCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """Return the callback's key in a checkpoint, formatted once: Lightning asks for it seven times a step."""
+        """Key in a checkpoint, formatted once: Lightning reads it seven times a step."""
         return self._state_key
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
-        """Return whether this epoch is the best so far; the figures are those of all processes."""
+        """Whether this epoch is the best so far, by the metrics of all processes."""
         if current is None:
             return False
         loss, best = float(trainer.callback_metrics["val/loss"]), self.best_model_score
@@ -50,9 +49,9 @@ class BestCheckpoint(ModelCheckpoint):
         return super().state_dict() | {"best_loss": self._best_loss}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the best score also where the folder was moved, if its file moved with it.
+        """Load the best score also after the folder was moved, if best.ckpt moved with it.
 
-        Lightning forgets the score of another path, and a worse epoch then overwrites the best.
+        Lightning forgets the score of another path, so that a worse epoch would overwrite the best.
         """
         own = f"{self.dirpath}/{self.filename}{self.FILE_EXTENSION}"
         if state_dict.get("best_model_path") and Path(own).is_file():
@@ -62,4 +61,4 @@ class BestCheckpoint(ModelCheckpoint):
             moved["dirpath"] = str(self.dirpath)
             state_dict = {**state_dict, **moved, "best_k_models": {} if score is None else {own: score}}
         super().load_state_dict(state_dict)
-        self._best_loss = state_dict.get("best_loss", math.inf)  # Lightning's own state has none
+        self._best_loss = state_dict.get("best_loss", math.inf)  # absent in Lightning's own state

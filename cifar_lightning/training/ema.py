@@ -1,4 +1,4 @@
-"""EMA: validation, test and checkpoints use a moving average of the weights; Lightning's callback, made exact."""
+"""EMA of the weights, used in validation, test and checkpoints; Lightning's callback with two fixes."""
 
 from typing import Any
 
@@ -10,49 +10,50 @@ from torch import Tensor
 
 
 class EmaWeights(WeightAveraging):
-    """Averages the weights after each step; a checkpoint's `state_dict` is the average, the raw weights lie beside it.
+    """Averages the weights after each step; a checkpoint's `state_dict` is the average.
 
-    The average of a run's first steps would be of random weights: as in TensorFlow's `ExponentialMovingAverage`, the
-    decay rises to its value as min(decay, (1 + n) / (10 + n)) after n steps. Of Lightning 2.6.6's `EMAWeightAveraging`,
-    which this is after, a checkpoint that is saved inside a validation has average and raw weights exchanged.
+    `current_model_state` of a checkpoint is the raw weights. So that the first steps' random weights count little, the
+    decay after n steps is min(decay, (1 + n) / (10 + n)), as in TensorFlow's `ExponentialMovingAverage`. Lightning
+    2.6.6's `EMAWeightAveraging` exchanges the two in a checkpoint that is saved inside a validation; this callback does
+    not.
 
     Args:
-        decay: Share of the average that a step leaves, 0 to below 1.
+        decay: Decay per step, 0 to below 1.
     """
 
     def __init__(self, decay: float) -> None:
         def average(averages: list[Tensor], currents: list[Tensor], _: Tensor | int) -> None:
-            if not averages[0].is_floating_point():  # counts and marks; all of a list are of one type
+            if not averages[0].is_floating_point():  # counters and flags; a list has one dtype
                 torch._foreach_copy_(averages, currents)
                 return
             assert self._average_model is not None
             count = int(self._average_model.n_averaged)
             torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + count) / (10 + count)))
 
-        # BatchNorm's statistics are averaged, too: those of the raw weights do not fit the averaged ones.
+        # BatchNorm's statistics are averaged, too: those of the raw weights do not fit the average.
         super().__init__(use_buffers=True, multi_avg_fn=average)
         self._is_exchanged = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Make the average; its counter stays on the CPU, since reading it makes the host wait in each step."""
+        """Make the average; its counter stays on the CPU, since reading it from the device would sync in each step."""
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Validate the average."""
+        """Load the average into the model."""
         super().on_validation_epoch_start(trainer, pl_module)
         self._is_exchanged = self._average_model is not None
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Train the raw weights on."""
+        """Load the raw weights into the model."""
         super().on_validation_epoch_end(trainer, pl_module)
         self._is_exchanged = False
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Put the average into `state_dict`, the raw weights beside it, also where a validation has exchanged them."""
+        """Save both, also inside a validation, which has exchanged them."""
         if self._average_model is None:
             return
         validated = checkpoint["state_dict"]
@@ -64,6 +65,6 @@ class EmaWeights(WeightAveraging):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take up both where training goes on; a test needs the average alone, which Lightning has loaded."""
+        """Load both to resume training; a test needs only the average, which Lightning has loaded."""
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)

@@ -1,4 +1,4 @@
-"""How a network's answers are marked: the metrics of a stage."""
+"""Validation and test metrics."""
 
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -8,9 +8,9 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassCo
 
 
 def evaluation_metrics(num_classes: int) -> MetricCollection:
-    """Return loss, calibration error (15 bins), the confusion matrix, from which all else is read, and plain accuracy.
+    """Return loss, calibration error (15 bins), confusion matrix, and accuracy without TTA.
 
-    "acc_no_tta" is the share of right answers to the images as they are, where views are averaged.
+    Accuracy and F1 are computed from the confusion matrix.
     """
     return MetricCollection(
         {
@@ -26,18 +26,18 @@ def evaluation_metrics(num_classes: int) -> MetricCollection:
 def update_evaluation(
     metrics: MetricCollection,
     logits: Float[Tensor, "batch classes"],
-    plain: Float[Tensor, "batch classes"],
+    plain_logits: Float[Tensor, "batch classes"],
     targets: Int64[Tensor, " batch"],
 ) -> None:
-    """Add one batch's answers to the metrics of a stage.
+    """Update the metrics with a batch.
 
     Args:
-        metrics: Of `evaluation_metrics`.
-        logits: The answers that count.
-        plain: Those to the images as they are.
-        targets: The true classes.
+        metrics: Made by `evaluation_metrics`.
+        logits: Logits, averaged where TTA is on.
+        plain_logits: Logits without TTA.
+        targets: True classes.
     """
     metrics["loss"].update(F.cross_entropy(logits, targets), weight=len(targets))
     metrics["ece"].update(logits.softmax(1), targets)
     metrics["confusion"].update(logits.argmax(1), targets)
-    metrics["acc_no_tta"].update((plain.argmax(1) == targets).float())
+    metrics["acc_no_tta"].update((plain_logits.argmax(1) == targets).float())

@@ -1,4 +1,4 @@
-"""How many bits a run computes with: what its device is good at."""
+"""The default precision of a run, by its device."""
 
 import sys
 
@@ -7,17 +7,17 @@ from jsonargparse import Namespace
 
 
 def settle_precision(trainer: Namespace) -> None:
-    """Choose by device what was left open: precision, and cuDNN's autotune where runs need not be deterministic.
+    """Set precision and cuDNN's benchmark mode by device where they are not given.
 
-    A precision that the device has no instructions for is replaced, and a line on stderr says so: on a CPU without them
-    half precision is emulated and 90 times slower.
+    A precision without hardware support is replaced by 32-true, with a line on stderr: on a CPU half precision is
+    emulated then, 90 times slower.
 
     Args:
         trainer: The Trainer's arguments; `precision` and `benchmark` are set.
     """
     on_cuda = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
     if on_cuda:
-        torch.set_float32_matmul_precision("high")  # TF32 where a product is in 32 bits
+        torch.set_float32_matmul_precision("high")  # TF32 for float32 matmuls
     if trainer.precision is None:
         trainer.precision = "16-mixed" if on_cuda else "32-true"
     elif not on_cuda and (needed := _needed_for(str(trainer.precision))):
@@ -28,10 +28,10 @@ def settle_precision(trainer: Namespace) -> None:
 
 
 def _needed_for(precision: str) -> str:
-    """Return what this CPU lacks for a precision; empty where it lacks nothing."""
+    """Return the hardware that this CPU lacks for a precision, empty if none."""
     if precision in ("16", "16-mixed", "16-true"):
         return "a GPU"
-    # What torch itself asks where a kernel depends on it; there is no public name for it in torch 2.11.
+    # torch's own tests for its kernels; torch 2.11 has no public names for them.
     if precision.startswith("bf16") and not (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     ):

@@ -1,4 +1,4 @@
-"""The answers of a test: logits of every image from all ranks, and the files of a run that are made of them."""
+"""PredictionWriter: collects the logits of an evaluation from all ranks and writes the run's files of them."""
 
 import io
 from pathlib import Path
@@ -22,17 +22,17 @@ from cifar_lightning.training.module import Batch
 
 
 class PredictionWriter(pl.Callback):
-    """Keeps the logits of `trainer.test`, `validate` and `predict`, from all ranks, and writes them into the run.
+    """Collects the logits of `trainer.test`, `validate` and `predict` and writes them into the run.
 
     Args:
-        run: The run's folder; None keeps them in `test` alone.
-        output: Where `predict` writes instead.
+        run: The run's folder; None writes nothing.
+        output: The file that `predict` writes instead of predictions.npz.
 
     Attributes:
-        test: The answers of the last test.
+        test: Predictions of the last test.
         is_test_written: Whether the run holds them.
-        num_written: Images whose answers `predict` wrote.
-        written_to: Where it did.
+        num_written: Number of images that `predict` wrote predictions of.
+        written_to: The file that `predict` wrote.
     """
 
     def __init__(self, run: RunFolder | None, output: Path | None = None) -> None:
@@ -46,23 +46,23 @@ class PredictionWriter(pl.Callback):
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
-        """Keep a batch's answers."""
-        self._keep(outputs, batch)
+        """Collect a batch."""
+        self._collect(outputs, batch)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
-        """Keep a batch's answers, but not those of the validations within `fit`."""
+        """Collect a batch of `trainer.validate`, not of the validations within `fit`."""
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._keep(outputs, batch)
+            self._collect(outputs, batch)
 
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
-        """Keep a batch's answers."""
-        self._keep(outputs, batch)
+        """Collect a batch."""
+        self._collect(outputs, batch)
 
-    def _keep(self, logits: Tensor, batch: Batch) -> None:
+    def _collect(self, logits: Tensor, batch: Batch) -> None:
         self._logits.append(logits.float().cpu())
         self._targets.append(batch[1].cpu())
 
@@ -70,33 +70,33 @@ class PredictionWriter(pl.Callback):
         """Write predictions_val.npz."""
         if trainer.state.fn != TrainerFn.VALIDATING:
             return
-        answers = self._gather(trainer, "val")
-        if answers is not None and self._is_to_write(trainer, "val", answers):
+        arrays = self._gather(trainer, "val")
+        if arrays is not None and self._is_complete(trainer, "val", arrays):
             assert self.run is not None
-            _write_predictions(self.run.predictions_val, answers)
+            _write_predictions(self.run.predictions_val, arrays)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write predictions.npz, or the file that was asked for."""
-        answers = self._gather(trainer, "test")
-        if answers is None:
+        """Write predictions.npz, or `output`."""
+        arrays = self._gather(trainer, "test")
+        if arrays is None:
             return
         self.written_to = self.output or (self.run.predictions if self.run is not None else Path("predictions.npz"))
-        self.num_written = len(answers["targets"])
-        _write_predictions(self.written_to, answers)
+        self.num_written = len(arrays["targets"])
+        _write_predictions(self.written_to, arrays)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write predictions.npz, test_metrics.json, the confusion matrix's tensor and the gallery."""
-        answers = self._gather(trainer, "test")
-        if answers is None:
+        """Write predictions.npz, test_metrics.json, confusion_matrix.pt and gallery.npz."""
+        arrays = self._gather(trainer, "test")
+        if arrays is None:
             return
         data = require_training_data(trainer)
-        logits, targets, indices = (answers[name] for name in ("logits", "targets", "indices"))
+        logits, targets, indices = (arrays[name] for name in ("logits", "targets", "indices"))
         self.test = Predictions(logits, targets, indices, data.class_names)
-        self.is_test_written = self._is_to_write(trainer, "test", answers)
+        self.is_test_written = self._is_complete(trainer, "test", arrays)
         if not self.is_test_written:
             return
         assert self.run is not None
-        _write_predictions(self.run.predictions, answers)
+        _write_predictions(self.run.predictions, arrays)
         metrics = test_metrics(logits, targets, data.class_names)
         if "test/acc_no_tta" in trainer.callback_metrics:
             metrics["accuracy_no_tta"] = trainer.callback_metrics["test/acc_no_tta"].item()
@@ -104,42 +104,43 @@ class PredictionWriter(pl.Callback):
         _write_tensor(self.run.confusion_matrix_pt, torch.from_numpy(self.test.confusion))
         shown = indices[gallery_positions(logits, targets)]
         images = data.images("test", shown)
-        _write_npz(self.run.gallery, images=images, indices=shown, class_names=answers["class_names"])
+        _write_npz(self.run.gallery, images=images, indices=shown, class_names=arrays["class_names"])
 
-    def _is_to_write(self, trainer: pl.Trainer, part: Split, answers: dict[str, np.ndarray]) -> bool:
-        num_answers, num_images = len(answers["targets"]), require_training_data(trainer).num_images(part)
-        if self.run is not None and num_answers < num_images:
-            print(f"Only {num_answers:,} of {num_images:,} {part} images were asked for: no file is written of them.")
-        return self.run is not None and num_answers == num_images
+    def _is_complete(self, trainer: pl.Trainer, split: Split, arrays: dict[str, np.ndarray]) -> bool:
+        """Whether the run gets files: they are written only of a whole split."""
+        num_predictions, num_images = len(arrays["targets"]), require_training_data(trainer).num_images(split)
+        if self.run is not None and num_predictions < num_images:
+            print(f"Only {num_predictions:,} of {num_images:,} {split} images were evaluated: no file is written.")
+        return self.run is not None and num_predictions == num_images
 
-    def _gather(self, trainer: pl.Trainer, part: Split) -> dict[str, np.ndarray] | None:
-        """Return all ranks' answers in the split's order on rank 0, None elsewhere; every rank must call it."""
+    def _gather(self, trainer: pl.Trainer, split: Split) -> dict[str, np.ndarray] | None:
+        """Return all ranks' arrays in the split's order on rank 0, None elsewhere; every rank must call it."""
         own = (torch.cat(self._logits).numpy(), torch.cat(self._targets).numpy())
         self._logits, self._targets = [], []
-        shares = [own]
+        of_ranks = [own]
         if trainer.world_size > 1:
             gathered: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
             torch.distributed.gather_object(own, gathered)
-            shares = gathered or []
+            of_ranks = gathered or []
         if not trainer.is_global_zero:
             return None
         data = require_training_data(trainer)
         positions = [
-            data.rank_positions(part, Rank(rank, trainer.world_size))[: len(targets)]
-            for rank, (_, targets) in enumerate(shares)
+            data.rank_positions(split, Rank(rank, trainer.world_size))[: len(targets)]
+            for rank, (_, targets) in enumerate(of_ranks)
         ]
         order = np.argsort(np.concatenate(positions))
         return {
-            "logits": np.concatenate([logits for logits, _ in shares])[order],
-            "targets": np.concatenate([targets for _, targets in shares])[order],
+            "logits": np.concatenate([logits for logits, _ in of_ranks])[order],
+            "targets": np.concatenate([targets for _, targets in of_ranks])[order],
             "indices": np.concatenate(positions)[order],
             "class_names": np.array(data.class_names),
         }
 
 
-def _write_predictions(path: Path, answers: dict[str, np.ndarray]) -> None:
-    probs = torch.from_numpy(answers["logits"]).softmax(1).numpy()
-    _write_npz(path, **answers, probs=probs)
+def _write_predictions(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    probs = torch.from_numpy(arrays["logits"]).softmax(1).numpy()
+    _write_npz(path, **arrays, probs=probs)
 
 
 def _write_npz(path: Path, **arrays: Any) -> None:

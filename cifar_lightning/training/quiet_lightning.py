@@ -1,4 +1,4 @@
-"""What Lightning says that nobody at this command line can act on, silenced message by message, with the reason."""
+"""Silences messages of Lightning that a user of the command line cannot act on, each with the reason."""
 
 import logging
 import warnings
@@ -10,7 +10,7 @@ _SILENCED = (
     ".*is smaller than the logging interval.*",
     # Lightning 2.6 asks torch's pytree in a way that torch has deprecated.
     ".*LeafSpec.*is deprecated.*",
-    # `test` needs no callback of `fit`; a run that goes on elsewhere begins with a best of its own.
+    # `test` needs no callback of `fit`; a run resumed in another folder starts with a best checkpoint of its own.
     "Be aware that when using `ckpt_path`.*",
     "The dirpath has changed from .*",
     # --trainer.max_steps ended the run before its first validation: there is no best, and the last weights are tested.
@@ -21,7 +21,7 @@ _SILENCED = (
 
 
 def silence() -> None:
-    """Silence adverts, the list of absent accelerators, the seed's line, and the warnings above."""
+    """Silence tips, the list of absent accelerators, the line about the seed, and the warnings above."""
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     for message in _SILENCED:

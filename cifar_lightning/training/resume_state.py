@@ -1,4 +1,4 @@
-"""Random states and the epoch's sums of every rank in checkpoints, so that a run resumes bit for bit."""
+"""ResumeState: random states and training metrics of every rank in checkpoints, for a bit-identical resume."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from cifar_lightning.training.module import ImageClassifier
 
 
 class ResumeState(pl.Callback):
-    """Keeps random states and the epoch's sums of every rank in checkpoints; puts them back when training starts."""
+    """Saves random states and the epoch's training metrics of every rank; restores them when training starts."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None
@@ -22,7 +22,7 @@ class ResumeState(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Collect the states; every rank takes part."""
+        """Gather the states of all ranks; collective."""
         assert isinstance(pl_module, ImageClassifier)
         own = {"rng": rng_state(trainer.strategy.root_device), "epoch_sums": pl_module.totals.state()}
         ranks: list[Any] = [own]
@@ -35,10 +35,10 @@ class ResumeState(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep a checkpoint's states until the Trainer is ready; validation and test, which get here too, need none.
+        """Keep the states until training starts; validation and test need none.
 
         Raises:
-            UserError: It was saved inside an epoch by another number of processes, whose batches were others.
+            UserError: The checkpoint was saved inside an epoch by another number of processes, with other batches.
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -49,21 +49,21 @@ class ResumeState(pl.Callback):
         if is_inside_epoch(checkpoint) and num_ranks != trainer.world_size:
             raise UserError(
                 f"--trainer.devices: the checkpoint was saved inside an epoch on {num_ranks} process(es), not on "
-                f"{trainer.world_size}.\nGo on with as many, at least to the epoch's end."
+                f"{trainer.world_size}.\nResume with as many, at least to the end of the epoch."
             )
         if not is_inside_epoch(checkpoint):
             for rank in self._loaded["ranks"]:
                 rank["epoch_sums"] = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the states back, last of all that may draw random numbers before the first batch."""
+        """Restore the states; nothing may draw random numbers between this and the first batch."""
         assert isinstance(pl_module, ImageClassifier)
         if self._loaded is None:
             return
         ranks, self._loaded = self._loaded["ranks"], None
         if trainer.global_rank >= len(ranks):
-            # More processes than before, at an epoch's start: this one goes on with what all were seeded with alike,
-            # as in a new run, where every process draws the same dropout masks for images of its own.
+            # More processes than before, at the start of an epoch: this one keeps the seed that all share, as in a new
+            # run, where every process draws the same dropout masks for its own images.
             return
         own = ranks[trainer.global_rank]
         restore_rng(own["rng"], trainer.strategy.root_device)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: inside training they wait for the next batch boundary, elsewhere they end the program at once.
+"""SIGTERM and Ctrl-C: training stops at the next batch boundary, anything else at once.
 
 SLURM's requeue signal stays Lightning's.
 """
@@ -16,8 +16,8 @@ class Stopped(SystemExit):
 
     Args:
         signum: The signal.
-        is_reporting: Whether this process speaks for the run. The others exit with 0: Lightning's launcher kills a
-            first process whose children have failed, which would then have another status.
+        is_reporting: Whether this process reports for the run. The others exit with 0: Lightning's launcher kills the
+            first process when a child fails, which would change its status.
     """
 
     def __init__(self, signum: int, is_reporting: bool = True) -> None:
@@ -26,10 +26,10 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """What was asked of this process by signals.
+    """Handlers of SIGTERM and Ctrl-C.
 
-    `install` once; between `defer` and `release` the first signal is only noted, in `signum`, and whoever trains ends
-    at the next batch boundary. A second one ends the program there and then, a third one without any clearing up.
+    Call `install` once. Between `defer` and `release` the first signal is only stored in `signum`, and training stops
+    at the next batch boundary. A second signal ends the program at once, a third one without cleanup.
     """
 
     def __init__(self) -> None:
@@ -38,18 +38,18 @@ class StopSignals:
         self._is_deferring = False
 
     def install(self) -> None:
-        """Take the signals over; does nothing outside the main thread, where Python delivers them."""
+        """Install the handlers; does nothing outside the main thread, where Python delivers signals."""
         if threading.current_thread() is threading.main_thread():
             for signum in _HANDLED:
                 signal.signal(signum, self._receive)
 
     def defer(self) -> None:
-        """Note the next signal instead of ending the program."""
+        """Store the next signal instead of ending the program."""
         self._is_deferring = True
-        self.install()  # the Trainer has put a handler of its own before ours
+        self.install()  # the Trainer has installed a handler of its own
 
     def release(self) -> None:
-        """End the program at a signal again."""
+        """End the program at the next signal."""
         self._is_deferring = False
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""What an epoch's training adds up to so far: loss, correct answers, images."""
+"""Training loss and accuracy, summed over the epoch so far."""
 
 import math
 
@@ -8,18 +8,18 @@ from torch import Tensor
 
 
 class TrainMetrics:
-    """Sums of this process's share of an epoch, kept on the device: adding to them does not wait for it.
+    """Sums of loss, correct predictions and images of this process, kept on the device so that adding does not sync.
 
-    They stand for `self.log`, which reads back from the device and costs more host time than a small step.
+    `self.log` reads from the device and costs more host time than a small step.
 
     Args:
-        device: Where the sums lie.
+        device: Device of the sums.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.loss_sum, self.num_correct = torch.zeros((), device=device), torch.zeros((), device=device)
         self.num_images = 0
-        self._num_restored = 0  # trained on before this process
+        self._num_restored = 0  # of earlier processes
 
     @torch.no_grad()
     def add(
@@ -32,9 +32,8 @@ class TrainMetrics:
 
         Args:
             loss: Mean over the batch.
-            logits: Its answers.
-            targets: int64 (batch,), or the shares of all classes (batch, classes) of mixed images, of which the
-                largest is the right answer.
+            logits: Logits of the batch.
+            targets: int64 (batch,), or class weights (batch, classes) of mixed images, whose largest is the target.
         """
         labels = targets if targets.ndim == 1 else targets.argmax(1)
         self.loss_sum += loss.detach() * len(targets)
@@ -43,19 +42,19 @@ class TrainMetrics:
 
     @property
     def num_trained(self) -> int:
-        """Images since this process began the epoch, or went on with it."""
+        """Images since this process started or resumed the epoch."""
         return self.num_images - self._num_restored
 
     def stacked(self) -> Float[Tensor, "3"]:
-        """Return loss sum, correct answers and images, which several processes may add up."""
+        """Return loss sum, correct predictions and images, to be summed over processes."""
         return torch.stack([self.loss_sum, self.num_correct, torch.full_like(self.loss_sum, self.num_images)])
 
     def state(self) -> tuple[Tensor, Tensor, int]:
-        """Return loss sum, correct answers (both on the CPU) and images, for a checkpoint."""
+        """Return loss sum, correct predictions (both on the CPU) and images, for a checkpoint."""
         return self.loss_sum.cpu(), self.num_correct.cpu(), self.num_images
 
     def restore(self, state: tuple[Tensor, Tensor, int]) -> None:
-        """Take up the sums of an epoch that is gone on with in its middle."""
+        """Load the sums of an epoch that is resumed in its middle."""
         loss_sum, num_correct, self.num_images = state
         self.loss_sum = loss_sum.to(self.loss_sum.device)
         self.num_correct = num_correct.to(self.num_correct.device)
@@ -63,7 +62,7 @@ class TrainMetrics:
 
 
 def means_of(sums: Float[Tensor, "3"]) -> dict[str, float]:
-    """Return train/loss and train/acc of loss sum, correct answers and images; NaN of none. Waits for the device."""
+    """Return train/loss and train/acc of loss sum, correct predictions and images; NaN of no image. Syncs."""
     loss_sum, num_correct, num_images = sums.tolist()
     if not num_images:
         return {"train/loss": math.nan, "train/acc": math.nan}

@@ -1,4 +1,4 @@
-"""Test-time augmentation: a network's answers, averaged over views of an image."""
+"""Test-time augmentation: logits averaged over views of an image."""
 
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -10,34 +10,34 @@ from torch.nn import functional as F
 from cifar_lightning.settings.limits import check_choice
 
 TTA = Literal["none", "mirror", "six"]
-_NAMES = get_args(TTA)  # here, since exports trace the function below
+_NAMES = get_args(TTA)  # at import, since exports trace `tta_logits`
 
 
 def tta_logits(
-    model: Callable[[Tensor], Tensor], images: Float[Tensor, "batch channels height width"], views: TTA
+    model: Callable[[Tensor], Tensor], images: Float[Tensor, "batch channels height width"], tta: TTA
 ) -> tuple[Float[Tensor, "batch classes"], Float[Tensor, "batch classes"]]:
-    """Return a network's logits averaged over views of each image, and those of the image as it is.
+    """Return a model's logits averaged over views of each image, and its logits without TTA.
 
     Args:
-        model: Takes images, gives logits.
-        images: Normalised.
-        views: "none"; "mirror", the mean of an image and its mirror image; "six", airbench's: these two at a quarter
-            each, and both moved by a pixel up-left and down-right at an eighth each, reflected at the border.
+        model: Takes images, returns logits.
+        images: Normalized images.
+        tta: "none"; "mirror", the mean of an image and its mirror image; "six", as in airbench: these two with weight
+            1/4 each, and both shifted by a pixel up-left and down-right with weight 1/8 each, reflected at the border.
 
     Raises:
-        UserError: Another word.
+        UserError: Another value.
     """
-    check_choice("model.tta", views, _NAMES)
+    check_choice("model.tta", tta, _NAMES)
     plain = model(images)
-    if views == "none":
+    if tta == "none":
         return plain, plain
     averaged = 0.5 * plain + 0.5 * model(images.flip(-1))
-    if views == "mirror":
+    if tta == "mirror":
         return averaged, plain
     averaged = 0.5 * averaged
     height, width = images.shape[2:]
     padded = F.pad(images, (1, 1, 1, 1), "reflect")
     for offset in (0, 2):
-        moved = padded[:, :, offset : offset + height, offset : offset + width]
-        averaged = averaged + 0.125 * model(moved) + 0.125 * model(moved.flip(-1))
+        shifted = padded[:, :, offset : offset + height, offset : offset + width]
+        averaged = averaged + 0.125 * model(shifted) + 0.125 * model(shifted.flip(-1))
     return averaged, plain
