@@ -1,8 +1,8 @@
-"""Class folders: `ROOT/train/<class>/*`, `ROOT/test/<class>/*` and, if there, `ROOT/val/<class>/*`.
+"""Class folders: `ROOT/train/<class>/*`, `ROOT/test/<class>/*` and optionally `ROOT/val/<class>/*`.
 
-Images of any kind and size become uint8 RGB squares once (by the rules in images.py) and go straight into a `.npy`
-file that later starts map into memory: a set larger than memory never sits there, and a second start decodes nothing.
-The file belongs to a fingerprint of the folder (names, sizes, modification times), and is made anew when that changes.
+Images of any format and size are decoded once to uint8 RGB squares (rules: image_decoding.py) in a `.npy` file that
+later starts map into memory: a set larger than memory is never held there, and a second start decodes nothing. The
+file is valid for a fingerprint of the folder (names, sizes, modification times) and rebuilt when that changes.
 """
 
 import errno
@@ -28,33 +28,33 @@ from cifar_lightning.formatting import counted
 
 CACHE_FOLDER = ".cifar_lightning_cache"
 CACHE_VARIABLE = "CIFAR_LIGHTNING_CACHE"
-_LITTER = frozenset({"thumbs.db", "desktop.ini"})  # Windows leaves them in folders; elsewhere such files are hidden
-# Notes and tables that lie beside images. Any other suffix, or none, is tried: an image that Pillow cannot read, as
-# .heic may be, must not go missing quietly.
+_LITTER = frozenset({"thumbs.db", "desktop.ini"})  # written by Windows; such files of other systems are hidden
+# Notes and tables next to images are ignored. A file with any other suffix, or none, must be an image: one that Pillow
+# cannot read, such as .heic, must not be left out silently.
 _NOTES = {".cfg", ".csv", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".tsv", ".txt", ".xml"}
-_NO_IMAGES = _NOTES | {".aae", ".db", ".lnk", ".pdf", ".py", ".url", ".xls", ".xlsx", ".xmp", ".yaml", ".yml"}
-_SAMPLE = 256  # decoded images that are looked at for being nearly black
+_IGNORED = _NOTES | {".aae", ".db", ".lnk", ".pdf", ".py", ".url", ".xls", ".xlsx", ".xmp", ".yaml", ".yml"}
+_SAMPLE = 256  # decoded images that are checked for being nearly black
 _NEARLY_BLACK = 20  # of 255: 12-bit values of 65,535 reach 15, and resizing may add a little
 _STALE_S = 86_400  # a temporary file this old belongs to a process that was killed
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of one split, class after class, by name within a class.
+    """The image files of one split, sorted by class and name.
 
     Args:
-        folder: `ROOT/train` and so on.
+        folder: `ROOT/train`, for example.
         names: `<class>/<file>` below it.
-        counts: Images of each class.
+        counts: Number of images of each class.
         fingerprint: SHA-256 of names, sizes in bytes and modification times.
-        left_aside: `<class>/<file>` of the files whose suffix says that they are no images.
+        ignored: `<class>/<file>` of the files whose suffix is not that of an image.
     """
 
     folder: str
     names: tuple[str, ...]
     counts: tuple[int, ...]
     fingerprint: str
-    left_aside: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     @property
     def targets(self) -> np.ndarray:
@@ -63,20 +63,20 @@ class Listing:
 
     @property
     def paths(self) -> list[str]:
-        """Paths that open."""
+        """Paths of the images."""
         return [os.path.join(self.folder, name) for name in self.names]
 
 
 class ClassFolders:
-    """The images below one folder; `class_names` and `image_size` are known at once.
+    """The images of a folder, decoded on demand; `class_names` and `image_size` are known at once.
 
     Args:
-        root: Folder that holds `train/` and `test/`, and perhaps `val/`.
-        image_size: Side of the squares in pixels; by default the images' own where all of a sample are squares of one
-            size up to 224, otherwise the median of their shorter sides, as a multiple of 32 from 32 to 224.
+        root: Folder that holds `train/` and `test/`, and optionally `val/`.
+        image_size: Height and width in pixels. By default that of the images if all of a sample are squares of one size
+            up to 224, otherwise the median of their shorter sides, rounded to a multiple of 32 from 32 to 224.
 
     Raises:
-        UserError: A folder is missing, a class is empty or not in every split.
+        UserError: A folder is missing, or a class is empty or not in every split.
     """
 
     def __init__(self, root: str | Path, image_size: int | None = None) -> None:
@@ -88,28 +88,29 @@ class ClassFolders:
             raise UserError(f"--data.image_size {image_size}: 1 pixel or more")
         self.image_size = image_size or find_image_size(self.listings["train"].paths)
         self._uncached: dict[str, tuple[np.ndarray, str]] = {}
-        self._is_remarked_on = False
+        self._has_remarked = False
 
     def prepare(self) -> None:
-        """Decodes what is not in the cache yet; safe to call again, and from several processes.
+        """Decode what is not in the cache yet; safe to call again and from several processes.
 
         Raises:
             UserError: Images that cannot be read.
         """
         for split in self.listings:
             self.load(split)
-        if not self._is_remarked_on and is_first_process():
+        if not self._has_remarked and is_first_process():
             for remark in self._remarks():
                 print(remark, flush=True)
-        self._is_remarked_on = True  # Lightning prepares the data anew for each of fit, validate and test
+        self._has_remarked = True  # Lightning calls this for each of fit, validate and test
 
     def _remarks(self) -> Iterator[str]:
+        """Yield lines about ignored files and about 16-bit images that use the low part of their range only."""
         for listing in self.listings.values():
-            if listing.left_aside:
-                kinds = _some(sorted({Path(name).suffix for name in listing.left_aside}))
-                num = counted(len(listing.left_aside), "file", "files")
-                yield f"{listing.folder}: {num} left aside, not images ({kinds})"
-        listing, (images, _) = self.listings["train"], self._found("train")
+            if listing.ignored:
+                kinds = _some(sorted({Path(name).suffix for name in listing.ignored}))
+                num = counted(len(listing.ignored), "file", "files")
+                yield f"{listing.folder}: {num} ignored, not images ({kinds})"
+        listing, (images, _) = self.listings["train"], self._decoded("train")
         paths = listing.paths
         sample = range(0, len(paths), -(-len(paths) // _SAMPLE))
         brightest = {paths[index]: int(images[index].max()) for index in sample}
@@ -117,28 +118,28 @@ class ClassFolders:
             deep = [value for path, value in brightest.items() if is_16_bit(path)]
             if deep and max(deep) < _NEARLY_BLACK:
                 yield (
-                    f"warning: {listing.folder}: the {len(deep):,} 16-bit images of {len(sample):,} looked at "
-                    "come out nearly black: they use no value above 4,095 or so, and white is 65,535.\n"
-                    "warning: if their values have 10 or 12 bits, multiply them (by 64 or 16) and save them anew."
+                    f"warning: {listing.folder}: the {len(deep):,} 16-bit images in a sample of {len(sample):,} "
+                    "are nearly black: no value is above about 4,095, and white is 65,535.\n"
+                    "warning: if their values have 10 or 12 bits, multiply them (by 64 or 16) and save them again."
                 )
 
     def load(self, split: str) -> tuple[np.ndarray, np.ndarray, str] | None:
-        """Reads a split, decoding it first if it must.
+        """Read a split; decode it if it is not in the cache.
 
         Returns:
-            images uint8 (N, S, S, 3), read-only and mapped into memory if there is a cache; targets int64 (N,); SHA-256
-            of the bytes of both. None if there is no such split.
+            Images uint8 (N, S, S, 3), mapped into memory read-only if there is a cache; targets int64 (N,); SHA-256 of
+            the bytes of both. None if there is no such split.
         """
         if split not in self.listings:
             return None
-        images, sha256 = self._found(split)
+        images, sha256 = self._decoded(split)
         return images, self.listings[split].targets, sha256
 
-    def _found(self, split: str) -> tuple[np.ndarray, str]:
+    def _decoded(self, split: str) -> tuple[np.ndarray, str]:
         return self._uncached.get(split) or self._read(split) or self._build(split)
 
     def _about(self, split: str) -> dict[str, Any]:
-        """What the cache of a split must agree with."""
+        """Return what the cache of a split must agree with."""
         listing = self.listings[split]
         return {
             "rules": RULES,
@@ -161,20 +162,20 @@ class ClassFolders:
         listing = self.listings[split]
         shape = (len(listing.names), self.image_size, self.image_size, 3)
         for folder in cache_folders(self.root):
-            with reserved(folder, f"{split}-{self.image_size}.npy", shape) as temporary:
+            with allocated(folder, f"{split}-{self.image_size}.npy", shape) as temporary:
                 if temporary is None:
                     continue
                 if folder.parent != self.root:
-                    print(f"{self.root} is read-only or full: decoded images are kept in {folder}", flush=True)
-                refuse(decode_all(listing.paths, self.image_size, temporary), listing, folder)
+                    print(f"{self.root} is read-only or full: decoded images are cached in {folder}", flush=True)
+                raise_unreadable(decode_all(listing.paths, self.image_size, temporary), listing, folder)
                 try:
                     path = folder / f"{split}-{self.image_size}.npy"
                     return publish(temporary, path, self._about(split), listing.targets)
                 except OSError as error:  # on Windows: while another process has the old images mapped
-                    print(f"{folder} cannot keep the decoded images ({error})", flush=True)
-        print(f"No folder takes decoded images (name one by {CACHE_VARIABLE}): decoding at each start", flush=True)
+                    print(f"{folder}: decoded images cannot be cached ({error})", flush=True)
+        print(f"No folder for decoded images is writable (set {CACHE_VARIABLE}): decoding at each start", flush=True)
         images = np.empty(shape, np.uint8)
-        refuse(decode_all(listing.paths, self.image_size, images), listing, None)
+        raise_unreadable(decode_all(listing.paths, self.image_size, images), listing, None)
         self._uncached[split] = images, digest(images, listing.targets)
         return self._uncached[split]
 
@@ -183,13 +184,13 @@ class ClassFolders:
 
 
 def scan(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
-    """Lists all splits.
+    """List the files of all splits.
 
     Returns:
-        The classes' folder names, sorted, and the listing of each split that is there.
+        The class folders' names, sorted, and the listing of each split.
 
     Raises:
-        UserError: A folder is missing, a class is empty or not in every split.
+        UserError: A folder is missing, or a class is empty or not in every split.
     """
     if not root.is_dir():
         raise UserError(f"--data.root {root}: no such folder; it must hold train/<class>/* and test/<class>/*")
@@ -199,7 +200,7 @@ def scan(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
             raise UserError(f"--data.root {root} has no folder {split}/: put images into {split}/<class>/")
     classes = {split: sorted(entry.name for entry in _entries(root / split) if entry.is_dir()) for split in splits}
     if not classes["train"]:
-        raise UserError(f"{root / 'train'} has no class folders: put each class's images into train/<class>/")
+        raise UserError(f"{root / 'train'} has no class folders: put the images of each class into train/<class>/")
     for split in splits:
         missing = sorted(set(classes["train"]) - set(classes[split]))
         extra = sorted(set(classes[split]) - set(classes["train"]))
@@ -214,7 +215,7 @@ def scan(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """What lies in a folder, without hidden entries such as .ipynb_checkpoints or .DS_Store, and by name."""
+    """Return the entries of a folder by name, without hidden ones such as .ipynb_checkpoints or .DS_Store."""
     with os.scandir(folder) as entries:
         visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in _LITTER]
     return sorted(visible, key=lambda entry: entry.name)
@@ -226,7 +227,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _list_split(folder: Path, class_folders: Sequence[str]) -> Listing:
     names: list[str] = []
-    left_aside: list[str] = []
+    ignored: list[str] = []
     counts = []
     seen = hashlib.sha256()
     for class_folder in class_folders:
@@ -238,28 +239,28 @@ def _list_split(folder: Path, class_folders: Sequence[str]) -> Listing:
             except OSError as error:
                 raise UserError(f"{folder / name} cannot be read ({error.strerror}): repair or remove it") from error
             if entry.is_dir():
-                raise UserError(f"{folder / name} is a folder inside a class: images lie directly in {class_folder}/")
-            if os.path.splitext(entry.name)[1].lower() in _NO_IMAGES:
-                left_aside.append(name)
+                raise UserError(f"{folder / name} is a folder inside a class: put images directly into {class_folder}/")
+            if os.path.splitext(entry.name)[1].lower() in _IGNORED:
+                ignored.append(name)
                 continue
             names.append(name)
             seen.update(os.fsencode(name) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         counts.append(len(names) - before)
         if not counts[-1]:
-            what = "has no images" if left_aside and left_aside[-1].startswith(f"{class_folder}/") else "is empty"
+            what = "has no images" if ignored and ignored[-1].startswith(f"{class_folder}/") else "is empty"
             raise UserError(f"{folder / class_folder} {what}: add images, or remove the class from every split")
-    return Listing(str(folder), tuple(names), tuple(counts), seen.hexdigest(), tuple(left_aside))
+    return Listing(str(folder), tuple(names), tuple(counts), seen.hexdigest(), tuple(ignored))
 
 
-def refuse(bad: Sequence[Unreadable], listing: Listing, folder: Path | None) -> None:
-    """Raises if there are bad images: the first one's path, how many there are, and where all are listed."""
+def raise_unreadable(bad: Sequence[Unreadable], listing: Listing, folder: Path | None) -> None:
+    """Raise `UserError` if there are unreadable images: with the first one, their number and a file that lists all."""
     if not bad:
         return
     out = "Repair or remove it."
     if len(bad) > 1:
         out = "Repair or remove them."
         if folder is not None:
-            with suppress(OSError):  # the list is a help, and must not hide the error itself
+            with suppress(OSError):  # a list that cannot be written must not hide the error
                 list_path = folder / f"unreadable-{Path(listing.folder).name}.txt"
                 list_path.write_text("".join(f"{reason}\n" for _, reason in bad), "utf-8", "surrogateescape")
                 out = f"Repair or remove them: {list_path} lists all."
@@ -272,7 +273,7 @@ def refuse(bad: Sequence[Unreadable], listing: Listing, folder: Path | None) -> 
 
 
 def cache_folders(root: Path) -> tuple[Path, Path]:
-    """Where decoded images may lie: beside the data, or in the user's cache under a name of their own."""
+    """Return the folders for decoded images: next to the data, and in the user's cache by a name of its own."""
     place = os.path.realpath(root)
     name = f"{Path(place).name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}"
     if chosen := os.environ.get(CACHE_VARIABLE):
@@ -282,11 +283,10 @@ def cache_folders(root: Path) -> tuple[Path, Path]:
 
 
 def read_cache(path: Path, about: dict[str, Any]) -> tuple[np.ndarray, str] | None:
-    """Maps cached images into memory, read-only.
+    """Map cached images into memory, read-only.
 
     Returns:
-        Images uint8 (N, S, S, 3) and the SHA-256 of images and targets, or None if there is no whole file that
-        agrees with `about`.
+        Images uint8 (N, S, S, 3) and the SHA-256 of images and targets; None if no complete file agrees with `about`.
     """
     try:
         found = json.loads(path.with_suffix(".json").read_text("utf-8"))
@@ -302,21 +302,21 @@ def read_cache(path: Path, about: dict[str, Any]) -> tuple[np.ndarray, str] | No
 
 
 @contextmanager
-def reserved(folder: Path, name: str, shape: tuple[int, ...]) -> Iterator[Path | None]:
-    """A temporary `.npy` file of uint8 zeros for this process alone, with its room on the disk taken; gone afterwards.
+def allocated(folder: Path, name: str, shape: tuple[int, ...]) -> Iterator[Path | None]:
+    """Yield a temporary `.npy` file of uint8 zeros with its disk space allocated; remove it afterwards.
 
-    Gives None if the folder cannot be written or has no room: found out here, because a full disk under a mapped file
-    kills the process.
+    Yields None if the folder is not writable or the disk is full: a disk that fills up under a mapped file would kill
+    the process.
     """
     temporary = folder / f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
     try:
-        yield temporary if _reserve(temporary, name, shape) else None
+        yield temporary if _allocate(temporary, name, shape) else None
     finally:
-        with suppress(OSError):  # Windows cannot remove what is still mapped: _reserve does so a day later
+        with suppress(OSError):  # Windows cannot remove what is still mapped: _allocate does so a day later
             temporary.unlink()
 
 
-def _reserve(temporary: Path, name: str, shape: tuple[int, ...]) -> bool:
+def _allocate(temporary: Path, name: str, shape: tuple[int, ...]) -> bool:
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         for stale in temporary.parent.glob(f".{name}.*.tmp"):
@@ -328,27 +328,27 @@ def _reserve(temporary: Path, name: str, shape: tuple[int, ...]) -> bool:
             with temporary.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
     except OSError as error:
-        return error.errno in (errno.EOPNOTSUPP, errno.EINVAL)  # a file system that cannot reserve may have room
+        return error.errno in (errno.EOPNOTSUPP, errno.EINVAL)  # a file system that cannot allocate may have room
     return True
 
 
 def publish(temporary: Path, path: Path, about: dict[str, Any], targets: np.ndarray) -> tuple[np.ndarray, str]:
-    """Gives finished images their name, so that no reader ever sees them half written.
+    """Rename finished images to their final name, so that no reader sees a partial file.
 
     Returns:
-        The same as `read_cache`: exactly these images, whatever other processes put under that name meanwhile.
+        The same as `read_cache`, of exactly these images, whatever another process has put there since.
 
     Raises:
-        OSError: The folder takes them no longer.
+        OSError: The folder is no longer writable.
     """
     images = np.load(temporary, mmap_mode="r")
     about = about | {"sha256": digest(images, targets), "size_bytes": temporary.stat().st_size}
-    if sys.platform == "win32":  # cannot rename what is mapped
+    if sys.platform == "win32":  # a mapped file cannot be renamed
         del images
     with temporary.open("r+b") as file:
         os.fsync(file.fileno())
     note = path.with_suffix(".json")
-    # First the old note goes: a crash before the new one leaves images that nobody trusts.
+    # Without its note an image file is not trusted: a crash before the new note leaves no wrong cache.
     note.unlink(missing_ok=True)
     os.replace(temporary, path)
     write_json(note, about)
@@ -358,7 +358,7 @@ def publish(temporary: Path, path: Path, about: dict[str, Any], targets: np.ndar
 
 
 def digest(images: np.ndarray, targets: np.ndarray) -> str:
-    """SHA-256 of the images' bytes, then of the targets' (int64, little-endian)."""
+    """Return the SHA-256 of the images' bytes, then the targets' (int64, little-endian)."""
     sha256 = hashlib.sha256()
     for start in range(0, len(images), 4096):
         sha256.update(np.ascontiguousarray(images[start : start + 4096]).data)

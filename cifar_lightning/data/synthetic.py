@@ -1,12 +1,12 @@
-"""Generated images of ten classes that a network must really learn: five shapes, plain or striped.
+"""A synthetic data set of ten classes: five shapes, plain or striped.
 
-Shape, texture, position, size, rotation, colours, background and noise vary from image to image, so that no pixel
-tells a class by itself: a linear classifier fails, a small convolutional network makes only a few mistakes. It is
-not a real data set and says so wherever it is used.
+Position, size, rotation, colours, background and noise vary from image to image, so that no single pixel predicts the
+class: a linear classifier fails, a small convolutional network makes few mistakes. Output that mentions the set says
+that it is not a real one.
 
-The images are drawn with signed distances (https://iquilezles.org/articles/distfunctions2d/) from NumPy's PCG64.
-Every step is an operation that IEEE 754 rounds exactly (+ - * / sqrt, min, max, floor), never sin or exp, whose last
-digit differs between processors: so the same arguments give the same bytes, and the same hash in a run, everywhere.
+The images are drawn with signed distances (https://iquilezles.org/articles/distfunctions2d/) from NumPy's PCG64. Only
+operations that IEEE 754 rounds exactly are used (+ - * / sqrt, min, max, floor), no sin or exp, whose last digit
+differs between processors: the same arguments give the same bytes on every machine.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ SHAPES = ("disk", "square", "triangle", "ring", "cross")
 CLASS_NAMES = (*SHAPES, *(f"striped_{shape}" for shape in SHAPES))
 MIN_IMAGE_SIZE = 16  # below, stripes are thinner than a pixel
 _SPLITS = {"train": 0, "test": 1}
-_ROOT_SEED = 20_170  # any number; another one is another data set
-_CHUNK = 256  # images drawn at once: the temporaries of a chunk fit in the processor's cache
+_ROOT_SEED = 20_170  # arbitrary; another number gives another data set
+_CHUNK = 256  # images drawn at once: their temporaries fit in the CPU cache
 
-# How hard the set is, found by trial: SmallNet with widths 16, 32, 64 reaches 98 to 99.5 % in six epochs.
+# Difficulty, chosen by experiment: SmallNet with widths 16, 32, 64 reaches 98 to 99.5 % in six epochs.
 _RADIUS = (0.58, 0.85)  # in half images
 _STRIPE_PERIOD = (0.28, 0.44)  # in half images: 4.5 to 7 pixels of 32
 _CONTRAST = (0.40, 0.85)  # least and largest difference of a colour channel between shape and background, of 0-1
@@ -36,19 +36,19 @@ _ROOT3_2 = 0.75**0.5
 
 
 def draw(split: str, count: int, image_size: int = 32) -> tuple[_Array, _Array]:
-    """Draws one split: a pure function of its arguments.
+    """Draw one split, a pure function of the arguments.
 
     Args:
         split: "train" or "test"; they share no image.
-        count: number of images; the classes are equally frequent, to one image.
-        image_size: height and width in pixels, at least 16.
+        count: Number of images; classes are equally frequent, to within one image.
+        image_size: Height and width in pixels, at least 16.
 
     Returns:
-        images: uint8 RGB (count, image_size, image_size, 3), 0-255.
-        targets: int64 (count,), indices into `CLASS_NAMES`, in random order.
+        Images uint8 RGB (count, image_size, image_size, 3), 0-255.
+        Targets int64 (count,), indices into `CLASS_NAMES`, in random order.
 
     Raises:
-        UserError: the images would be too small, or there would be none.
+        UserError: Too small images, none, or too many for the memory.
     """
     check(count, image_size)
     seeds = np.random.SeedSequence([_ROOT_SEED, _SPLITS[split], count, image_size])
@@ -61,7 +61,7 @@ def draw(split: str, count: int, image_size: int = 32) -> tuple[_Array, _Array]:
 
 
 def check(count: int, image_size: int) -> None:
-    """Raises `UserError` for arguments that `draw` does not take."""
+    """Raise `UserError` for arguments that `draw` refuses."""
     if image_size < MIN_IMAGE_SIZE:
         raise UserError(f"--data.image_size {image_size}: the synthetic set needs {MIN_IMAGE_SIZE} pixels or more")
     if count < 1:
@@ -75,10 +75,10 @@ def check(count: int, image_size: int) -> None:
 
 
 def _draw_chunk(rng: np.random.Generator, targets: _Array, image_size: int) -> _Array:
-    """Draws uint8 images (N, S, S, 3) of the given classes."""
+    """Draw uint8 images (N, S, S, 3) of the given classes."""
     num = len(targets)
     radius = _uniform(rng, num, *_RADIUS)
-    # The middle stays inside, and large shapes are cut off a little at the border.
+    # The centre lies inside the image; large shapes are cut off a little at the border.
     free = 1.1 - radius
     x, y = _rotated_grid(_uniform(rng, num, -1, 1) * free, _uniform(rng, num, -1, 1) * free, rng, image_size)
     distance = _distances(x, y, radius, targets % len(SHAPES))
@@ -97,13 +97,13 @@ def _draw_chunk(rng: np.random.Generator, targets: _Array, image_size: int) -> _
 
 
 def _uniform(rng: np.random.Generator, num: int, low: float, high: float) -> _Array:
-    """Uniform numbers float32 (num, 1, 1), one an image."""
+    """Return uniform numbers float32 (num, 1, 1), one per image."""
     unit = rng.random((num, 1, 1), dtype=np.float32)
     return low + (high - low) * unit
 
 
 def _direction(rng: np.random.Generator, num: int) -> tuple[_Array, _Array]:
-    """Random unit vectors as (cosine, sine), each float32 (num, 1, 1), without calling cos or sin."""
+    """Return random unit vectors as (cosine, sine), each float32 (num, 1, 1), without calling cos or sin."""
     t = _uniform(rng, num, -1, 1)
     cosine, sine = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)  # the right half of the circle
     quarter = rng.integers(0, 4, (num, 1, 1))
@@ -114,13 +114,13 @@ def _direction(rng: np.random.Generator, num: int) -> tuple[_Array, _Array]:
 
 
 def _grid(image_size: int) -> tuple[_Array, _Array]:
-    """Pixel centres from -1 to 1: x float32 (1, 1, S) and y float32 (1, S, 1)."""
+    """Return pixel centres from -1 to 1: x float32 (1, 1, S) and y float32 (1, S, 1)."""
     centres = (np.arange(image_size, dtype=np.float32) * 2 + 1) / image_size - 1
     return centres[None, None, :], centres[None, :, None]
 
 
 def _rotated_grid(x0: _Array, y0: _Array, rng: np.random.Generator, image_size: int) -> tuple[_Array, _Array]:
-    """Each pixel's place as seen from a shape at (x0, y0), turned by a random angle: two float32 (N, S, S)."""
+    """Return pixel coordinates relative to (x0, y0), rotated by a random angle: two float32 (N, S, S)."""
     x, y = _grid(image_size)
     cosine, sine = _direction(rng, len(x0))
     x, y = x - x0, y - y0
@@ -128,7 +128,7 @@ def _rotated_grid(x0: _Array, y0: _Array, rng: np.random.Generator, image_size: 
 
 
 def _distances(x: _Array, y: _Array, radius: _Array, shape: _Array) -> _Array:
-    """Signed distances float32 (N, S, S) to the outlines of shapes int64 (N,), negative inside."""
+    """Return signed distances float32 (N, S, S) to the outlines of shapes int64 (N,), negative inside."""
     outlines: tuple[Callable[[_Array, _Array, _Array], _Array], ...] = (_disk, _square, _triangle, _ring, _cross)
     distance = np.empty_like(x)
     for index, outline in enumerate(outlines):
@@ -164,12 +164,12 @@ def _cross(x: _Array, y: _Array, radius: _Array) -> _Array:
 
 
 def _coverage(distance: _Array, image_size: int) -> _Array:
-    """Split of each pixel that lies inside, 0 to 1: the edge is one pixel wide, so shapes are smooth."""
+    """Return the fraction of each pixel that lies inside, 0 to 1: edges are one pixel wide and smooth."""
     return np.clip(0.5 - distance * (image_size / 2), 0, 1)
 
 
 def _stripes(x: _Array, y: _Array, rng: np.random.Generator, image_size: int) -> _Array:
-    """Straight stripes in a direction of their own, 0 or 1 with smooth edges: float32 (N, S, S)."""
+    """Return straight stripes in a random direction, 0 or 1 with smooth edges: float32 (N, S, S)."""
     num = len(x)
     cosine, sine = _direction(rng, num)
     period = _uniform(rng, num, *_STRIPE_PERIOD)
@@ -179,7 +179,7 @@ def _stripes(x: _Array, y: _Array, rng: np.random.Generator, image_size: int) ->
 
 
 def _ramp(rng: np.random.Generator, num: int, image_size: int) -> _Array:
-    """A smooth slope from 0 to 1 across the image in a random direction: float32 (N, S, S)."""
+    """Return a smooth gradient from 0 to 1 in a random direction: float32 (N, S, S)."""
     x, y = _grid(image_size)
     cosine, sine = _direction(rng, num)
     slope: _Array = np.clip(0.5 + 0.4 * (x * cosine + y * sine), 0, 1)
@@ -187,17 +187,17 @@ def _ramp(rng: np.random.Generator, num: int, image_size: int) -> _Array:
 
 
 def _colours(rng: np.random.Generator, num: int) -> tuple[_Array, _Array, _Array, _Array]:
-    """Four colours float32 (num, 1, 1, 3) of 0-1: shape, background, the shape's stripes, background's far side.
+    """Return colours float32 (num, 1, 1, 3) of 0-1: shape, background, stripes, far side of the background.
 
-    Shape and stripes differ from the background in each channel, to the same side (lighter or darker), and the
-    stripes lie between the two: the outline stays visible, and neither brightness nor hue tells a class.
+    Shape and stripes are both lighter or both darker than the background in each channel, and stripes lie between the
+    two: outlines stay visible, and neither brightness nor hue predicts a class.
     """
     back = rng.random((num, 1, 1, 3), dtype=np.float32)
     contrast = _uniform(rng, num, *_CONTRAST)[..., None]
     tint = 0.55 + 0.45 * rng.random((num, 1, 1, 3), dtype=np.float32)
     lighter = rng.integers(0, 2, (num, 1, 1, 1)).astype(np.float32)
     step = contrast * tint
-    # The background makes room for the shape's colour, so that nothing saturates.
+    # Scale the background so that the colour of the shape does not saturate.
     back = back * (1 - step) + step * (1 - lighter)
     front = back + step * (2 * lighter - 1)
     band = front + (back - front) * _uniform(rng, num, 0.45, 0.75)[..., None]

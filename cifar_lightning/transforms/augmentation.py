@@ -1,10 +1,14 @@
-"""Batched augmentation: every image of a batch gets its own draw, on the device, from uint8 to finished floats.
+"""Batched augmentation on the device, with separate random draws for each image.
 
-A draw is a row of small tables that depend on (seed, epoch) and are indexed by image, so that a batch does not depend
-on the batches before it: a run that was stopped goes on with the same images, on any loader and any device.
+The draws of an epoch are small tables, a function of (seed, epoch) and indexed by image. No batch depends on the
+batches before it, so a resumed run sees the same images, with any loader and on any device.
 
-Images come in as uint8 RGB, 0-255, `(batch, height, width, channels)`, as they lie in memory, and leave as float32
-`(batch, channels, height, width)` whose memory is still NHWC: PyTorch calls that channels_last.
+To add an augmentation: give `Augmentation` a field whose default turns it off, give `EpochDraws` a table, fill it in
+`draw_epoch` from `seeded_generator(seed, epoch, N)` with an N that no other draw uses, and apply it in `augment`. The
+flag is an argument of the same name in `ImageDataModule`. A new operation of the policies belongs in operations.py.
+
+Input is uint8 RGB, 0-255, `(batch, height, width, channels)`; output is float32 `(batch, channels, height, width)` in
+NHWC memory, which PyTorch calls channels_last.
 """
 
 from dataclasses import dataclass, fields
@@ -27,7 +31,7 @@ FlipMode = Literal["random", "alternating", "none"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a training image; the fields are documented as flags in `ImageDataModule`."""
+    """Augmentation settings; the fields are documented as flags in `ImageDataModule`."""
 
     crop_padding_px: int = 4
     crop_mode: CropMode = "reflect"
@@ -39,19 +43,19 @@ class Augmentation:
     erasing: float = 0.0
 
     def check(self, image_size: int) -> None:
-        """Raise `UserError` where a value does not fit images of `image_size` pixels."""
+        """Raise `UserError` for a value that is invalid for images of `image_size` pixels."""
         if not 0 <= self.crop_padding_px < image_size:
             raise UserError(
                 f"--data.crop_padding_px {self.crop_padding_px}: 0 to {image_size - 1} for {image_size}-pixel images."
             )
         if not 0 <= self.cutout_px <= image_size:
-            raise UserError(f"--data.cutout_px {self.cutout_px}: 0 (off) to {image_size}, the side of an image.")
+            raise UserError(f"--data.cutout_px {self.cutout_px}: 0 (off) to {image_size}, the image size.")
         check_choice("data.policy", self.policy, get_args(Policy))
 
 
 @dataclass(frozen=True)
 class EpochDraws:
-    """One epoch's draws, a row for each image of the training source; None where the operation is off."""
+    """Tables of one epoch with a row per image of the training source; None if the operation is off."""
 
     shift_y: Int64[Tensor, " images"] | None
     shift_x: Int64[Tensor, " images"] | None
@@ -65,13 +69,13 @@ class EpochDraws:
     erased: Int64[Tensor, "images 4"] | None
 
     def of(self, images: Int64[Tensor, " batch"]) -> "EpochDraws":
-        """Return the rows of some images."""
+        """Return the rows of a batch."""
         tables = (getattr(self, field.name) for field in fields(self))
         return EpochDraws(*(None if table is None else table.index_select(0, images) for table in tables))
 
 
 def seeded_generator(*key: int) -> torch.Generator:
-    """Return a CPU generator that is a function of the non-negative integers `key`: (seed, epoch, purpose)."""
+    """Return a CPU generator seeded by the non-negative integers `key`: (seed, epoch, purpose)."""
     state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(state >> 1)  # manual_seed takes 63 bits
 
@@ -79,10 +83,10 @@ def seeded_generator(*key: int) -> torch.Generator:
 def draw_epoch(
     augmentation: Augmentation, *, num_images: int, image_size: int, seed: int, epoch: int, device: torch.device
 ) -> EpochDraws:
-    """Draw one epoch's tables, a pure function of the arguments.
+    """Draw the tables of one epoch, a pure function of the arguments.
 
-    Each operation has a generator of its own, so that switching one on leaves the draws of the others as they are.
-    The draws are made on the CPU and moved: the generators of devices differ, and the same run must be the same run.
+    Each operation has its own generator, so enabling one does not change the draws of the others. The draws are made on
+    the CPU and moved, since generators of other devices give other numbers.
     """
 
     def integers(purpose: int, low: int, high: int) -> Tensor:
@@ -119,8 +123,8 @@ def draw_epoch(
 def _draw_mirrored(flip: FlipMode, num_images: int, seed: int, epoch: int, device: torch.device) -> Tensor | None:
     """Draw which images are mirrored.
 
-    "alternating" mirrors a random half in epoch 0 and from then on every image each second epoch, so that two epochs
-    in a row always show both sides of it (airbench, arXiv:2404.00498, section 3.6).
+    "alternating" mirrors a random half in epoch 0, and from then on each image in every second epoch, so that two
+    consecutive epochs show both sides of it (airbench, arXiv:2404.00498, section 3.6).
     """
     if flip == "none":
         return None
@@ -139,14 +143,14 @@ def augment(
     mean: Float[Tensor, " channels"],
     std: Float[Tensor, " channels"],
 ) -> Float[Tensor, "batch channels height width"]:
-    """Crop, mirror, apply the policy, jitter, normalise, cut out, erase; `draws` holds one row for each image.
+    """Crop, mirror, apply the policy, jitter, normalize, cut out and erase.
 
     Args:
         images: uint8 RGB, 0-255.
-        draws: This batch's rows.
-        augmentation: The operations that the draws were made for.
-        mean: Of images scaled to 0-1, on their device.
-        std: Of images scaled to 0-1, on their device.
+        draws: One row per image.
+        augmentation: The settings that the draws were made with.
+        mean: Per channel, of images scaled to 0-1, on their device.
+        std: Per channel, of images scaled to 0-1, on their device.
     """
     images = crop_and_mirror(
         images,
@@ -164,7 +168,7 @@ def augment(
         unit = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
         finished = _standardize_(jitter(unit, draws.brightness, draws.contrast), mean, std)
     if draws.cutout_y is not None and draws.cutout_x is not None:
-        # The mean colour is 0 by now; cutting out earlier would let the jitter shift it.
+        # After normalization the mean colour is 0; earlier, the jitter would shift it.
         cutout_(finished, draws.cutout_y, draws.cutout_x, augmentation.cutout_px)
     if draws.erased is not None:
         erase_(finished, draws.erased)
@@ -174,14 +178,14 @@ def augment(
 def resize(
     images: UInt8[Tensor, "batch height width channels"], size: int
 ) -> UInt8[Tensor, "batch size size channels"]:
-    """Scale images to `size` pixels a side, bilinear with antialiasing.
+    """Resize images to `size` x `size` pixels, bilinear with antialiasing.
 
     Args:
         images: uint8 RGB, 0-255.
-        size: New side in pixels.
+        size: New height and width.
     """
     planes = images.permute(0, 3, 1, 2)
-    if images.device.type != "cpu":  # CUDA has no kernel for bytes
+    if images.device.type != "cpu":  # CUDA has no uint8 kernel
         planes = planes.float()
     scaled = interpolate(planes, (size, size), mode="bilinear", antialias=True)
     if scaled.is_floating_point():
@@ -198,19 +202,19 @@ def crop_and_mirror(
     padding_px: int,
     crop_mode: CropMode,
 ) -> UInt8[Tensor, "batch height width channels"]:
-    """Move each image by its own shift (what comes in from outside is padding), then mirror it left to right.
+    """Shift each image by its own offset, filling with padding, then mirror it horizontally.
 
-    The same as padding, cropping at `(padding_px + shift_y, padding_px + shift_x)` and flipping. Each finished row is
-    one piece of a padded row or of its mirror image, copied as a whole: looking up pixel by pixel, 3 bytes at a time
-    by indices of 8, takes 1.5 times as long, and with "zeros" 2.5 times (500 images of 32 pixels, 2 cores).
+    Equivalent to padding, cropping at `(padding_px + shift_y, padding_px + shift_x)` and flipping. Each output row is a
+    contiguous piece of a padded row or of its mirror image and copied as a whole: gathering single pixels of 3 bytes by
+    8-byte indices takes 1.5 times as long, with "zeros" 2.5 times (500 images of 32 pixels, 2 cores).
 
     Args:
         images: uint8 RGB, 0-255.
-        shift_y: Rows, at most `padding_px` either way; None is no shift.
-        shift_x: Columns, at most `padding_px` either way; None is no shift.
-        mirrored: None mirrors none.
+        shift_y: Rows, -padding_px to padding_px; None is no shift.
+        shift_x: Columns, -padding_px to padding_px; None is no shift.
+        mirrored: Which images to mirror; None mirrors none.
         padding_px: At most width - 1 and height - 1.
-        crop_mode: "reflect" mirrors the image at its edge (the edge itself not repeated), "zeros" is black.
+        crop_mode: "reflect" mirrors the image at its edge without repeating the edge pixel; "zeros" is black.
     """
     if shift_y is None and shift_x is None and mirrored is None:
         return images
@@ -227,7 +231,7 @@ def crop_and_mirror(
         rows = rows + shift_y[:, None]
     first = torch.arange(batch, device=images.device)[:, None] * height
     starts = (first + _reflect(rows, height)) * strip_px + left[:, None]  # (B, H), in pixels of all strips
-    # Overlapping: the piece that begins at each pixel. Nothing is copied but what is selected.
+    # Overlapping views, one per starting pixel; only the selected ones are copied.
     pieces = strips.as_strided((num_strips * strip_px - width + 1, width * channels), (channels, 1))
     moved = pieces.index_select(0, starts.flatten()).view(batch, height, width, channels)
     if crop_mode == "zeros":
@@ -238,12 +242,12 @@ def crop_and_mirror(
 def _strips(
     rows: UInt8[Tensor, "rows width channels"], padding_px: int, crop_mode: CropMode
 ) -> UInt8[Tensor, "rows strip_px channels"]:
-    """Pad each row and let it go on into its mirror image, so that the whole is the same from both ends."""
+    """Pad each row and append its mirror image, so that the strip reads the same from both ends."""
     backwards = rows.flip(1)
     if crop_mode == "zeros":
         edge = rows.new_zeros(rows.shape[0], padding_px, rows.shape[2])
         return torch.cat([edge, rows, edge, backwards, edge], 1)
-    # Reflected padding is the mirror image itself, without the pixel at the edge.
+    # Reflected padding is a piece of the mirror image, without the edge pixel.
     return torch.cat([backwards[:, -1 - padding_px : -1], rows, backwards[:, 1:], rows[:, 1 : 1 + padding_px]], 1)
 
 
@@ -257,12 +261,12 @@ def jitter(
     brightness: Float[Tensor, " batch"] | None,
     contrast: Float[Tensor, " batch"] | None,
 ) -> Float[Tensor, "batch height width 3"]:
-    """Scale brightness, then contrast, of each image by its own factor, as torchvision's ColorJitter defines them.
+    """Scale the brightness, then the contrast, of each image by its own factor, as torchvision's ColorJitter does.
 
     Args:
         images: RGB, 0-1.
-        brightness: Factors of the pixel values, 1 leaves them; the result is clamped to 0-1.
-        contrast: Factors of the distance from the image's mean grey (ITU-R 601), clamped likewise.
+        brightness: Factors of the pixel values; the result is clamped to 0-1.
+        contrast: Factors of the distance from the mean grey of the image (ITU-R 601); the result is clamped to 0-1.
     """
     if brightness is not None:
         images = (images * brightness[:, None, None, None]).clamp(0, 1)
@@ -282,14 +286,14 @@ def cutout_(
 ) -> Float[Tensor, "batch channels height width"]:
     """Set a square of each normalised image to 0, the mean colour, in place.
 
-    The square lies wholly inside the image, as in airbench; the paper (arXiv:1708.04552) lets it stick out. Only the
-    square's own pixels are touched: a mask over whole images takes 5 times as long (12 of 32 pixels, 2 cores).
+    The square lies inside the image, as in airbench; in the paper (arXiv:1708.04552) it may extend beyond it. Only the
+    pixels of the square are written: a mask over whole images takes 5 times as long (12 of 32 pixels, 2 cores).
 
     Args:
         images: channels_last in memory.
         top: First row of the square.
         left: First column of the square.
-        size_px: Its side.
+        size_px: Height and width of the square.
     """
     batch, channels, height, width = images.shape
     side = torch.arange(size_px, device=images.device)
@@ -309,8 +313,8 @@ def normalize(
 
     Args:
         images: uint8 RGB, 0-255.
-        mean: Of images scaled to 0-1, on their device: making it from numbers here would stop the host each time.
-        std: Of images scaled to 0-1, on their device.
+        mean: Per channel, of images scaled to 0-1. A tensor on their device: making one here would block the host.
+        std: Per channel, of images scaled to 0-1, on their device.
     """
     return _standardize_(images.to(torch.float32, memory_format=torch.contiguous_format), 255 * mean, 255 * std)
 
@@ -322,8 +326,8 @@ def _standardize_(
 ) -> Float[Tensor, "batch channels height width"]:
     """Subtract and divide in place; return the NCHW view.
 
-    Floats alone, a whole row at a time: taken channel by channel, and from bytes, it takes 20 times as long on a
-    CPU, since the innermost loop then has 3 steps.
+    Works on whole rows of floats: by channel and from uint8 it takes 20 times as long on a CPU, since the innermost
+    loop then has 3 steps.
     """
     batch, height, width, channels = images.shape
     rows = images.view(batch, height, width * channels)

@@ -1,4 +1,4 @@
-"""MixUp (arXiv:1710.09412) and CutMix (arXiv:1905.04899) of whole batches: torchvision's, chosen by two strengths."""
+"""MixUp (arXiv:1710.09412) and CutMix (arXiv:1905.04899) of batches, by torchvision."""
 
 import torch
 from jaxtyping import Float, Int64
@@ -8,27 +8,27 @@ Mixed = tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch
 
 
 class Mixing:
-    """Mixes each image of a batch with its neighbour, and their targets in the same shares.
+    """Mixes each image of a batch with its neighbour, and their targets in the same proportion.
 
-    The share is drawn once a batch, from Beta(strength, strength), by torch's global generator, whose state checkpoints
-    keep. With both strengths above 0 a coin decides for each batch.
+    The proportion is drawn once per batch from Beta(alpha, alpha) by torch's global generator, whose state checkpoints
+    hold. With both alphas above 0 one of the two is chosen at random for each batch.
 
     Args:
         num_classes: Length of the mixed targets.
-        mixup: Strength of blending; 0 is off, 0.2 usual.
-        cutmix: Strength of pasting a rectangle; 0 is off, 1 usual.
+        mixup: Alpha of MixUp, usually 0.2; 0 disables it.
+        cutmix: Alpha of CutMix, usually 1; 0 disables it.
     """
 
     def __init__(self, num_classes: int, *, mixup: float = 0.0, cutmix: float = 0.0) -> None:
         from torchvision.transforms import v2  # takes seconds to import
 
         kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
-        self._ways = [kind(alpha=strength, num_classes=num_classes) for kind, strength in kinds if strength > 0]
+        self._transforms = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
 
     def __call__(self, images: Float[Tensor, "batch channels height width"], targets: Int64[Tensor, " batch"]) -> Mixed:
-        """Return mixed images and their targets as shares of the classes, which add up to 1."""
-        way = self._ways[0]
-        if len(self._ways) > 1 and torch.rand(()).item() < 0.5:  # on the CPU: nothing waits for a device
-            way = self._ways[1]
-        mixed: Mixed = way(images, targets)
+        """Return mixed images and their targets as class probabilities."""
+        transform = self._transforms[0]
+        if len(self._transforms) > 1 and torch.rand(()).item() < 0.5:  # on the CPU: no device is waited for
+            transform = self._transforms[1]
+        mixed: Mixed = transform(images, targets)
         return mixed

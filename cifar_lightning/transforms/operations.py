@@ -1,7 +1,7 @@
-"""The operations of augmentation policies, for whole uint8 batches: each image at its own strength.
+"""Operations of augmentation policies on uint8 batches, with a magnitude per image.
 
-Operations, their order and their results are those of torchvision.transforms.v2 on uint8 tensors, value for value on a
-CPU; `apply_operation` says where they may differ. Images are uint8 RGB, 0-255, `(batch, height, width, 3)`.
+The operations, their order and their results are those of torchvision.transforms.v2 on uint8 tensors, value for value
+on a CPU; `apply_operation` states where they may differ. Images are uint8 RGB, 0-255, `(batch, height, width, 3)`.
 """
 
 from collections.abc import Callable
@@ -30,9 +30,9 @@ OPERATIONS = (
     "Equalize",
 )
 SIGNED = OPERATIONS[1:10]
-"""Operations that go either way: half of the draws are made negative."""
+"""Operations with a signed magnitude: half of the draws are negative."""
 
-# One kernel moves the pixels of all five geometric operations, so that a batch is cut into fewer, larger groups.
+# One kernel computes all five geometric operations, so that a batch is divided into fewer, larger groups.
 _MOVES = range(1, 6)
 _GROUPS = (_MOVES, *(range(k, k + 1) for k in range(6, len(OPERATIONS))))
 
@@ -42,16 +42,16 @@ def apply_operations(
     operations: Int64[Tensor, "batch num_ops"],
     magnitudes: Float[Tensor, "batch num_ops"],
 ) -> Images:
-    """Change each image by its own operations, one after the other.
+    """Apply its own operations to each image, one after the other.
 
-    On a CPU the images are sorted by operation and each kernel gets its share; the sizes of the shares are read by
-    the host, once for each of `num_ops`. Elsewhere such a read would make the host wait, so every kernel gets the whole
-    batch and each image keeps the result of its own: 9 times the work, little for a GPU. Both give the same values.
+    On a CPU the images are sorted by operation and each kernel gets its group; the host reads the group sizes once for
+    each of `num_ops`. On other devices that read would block the host, so every kernel gets the whole batch and the
+    results are selected: 9 times the work, little for a GPU. Both give the same values.
 
     Args:
-        images: uint8 RGB, 0-255; left as they are.
+        images: uint8 RGB, 0-255; not modified.
         operations: Indices into `OPERATIONS`.
-        magnitudes: Signed, as `magnitude_table` says.
+        magnitudes: Signed, in the units of `magnitude_table`.
     """
     apply = _apply_sorted if images.device.type == "cpu" else _apply_everywhere
     for some, strengths in zip(operations.unbind(1), magnitudes.unbind(1), strict=True):
@@ -64,17 +64,17 @@ def _apply_sorted(
     operations: Int64[Tensor, " batch"],
     magnitudes: Magnitudes,
 ) -> Images:
-    """Give each kernel the images that are its own."""
+    """Apply each kernel to its own images."""
     order = operations.argsort()
     sizes = torch.bincount(operations, minlength=len(OPERATIONS))
     ends = [0, *sizes.cumsum(0).tolist()]
-    raw_images = images.index_select(0, order)
+    sorted_images = images.index_select(0, order)
     operations, magnitudes = operations.index_select(0, order), magnitudes.index_select(0, order)
     for group in _GROUPS:
-        share = slice(ends[group.start], ends[group.stop])
-        if share.start < share.stop:
-            raw_images[share] = _apply_group(group, raw_images[share], operations[share], magnitudes[share])
-    return raw_images.index_select(0, order.argsort())  # back in place: 0.04 ms where index_copy_ takes 1.2
+        own = slice(ends[group.start], ends[group.stop])
+        if own.start < own.stop:
+            sorted_images[own] = _apply_group(group, sorted_images[own], operations[own], magnitudes[own])
+    return sorted_images.index_select(0, order.argsort())  # 0.04 ms; index_copy_ takes 1.2
 
 
 def _apply_everywhere(
@@ -82,7 +82,7 @@ def _apply_everywhere(
     operations: Int64[Tensor, " batch"],
     magnitudes: Magnitudes,
 ) -> Images:
-    """Give each kernel every image; keep the result where it was asked for. The host waits for nothing."""
+    """Apply each kernel to every image and select; the host is not blocked."""
     changed = images
     for group in _GROUPS:
         own = (operations >= group.start) & (operations < group.stop)
@@ -92,17 +92,17 @@ def _apply_everywhere(
 
 
 def apply_operation(images: Images, operation: str, magnitudes: Magnitudes) -> Images:
-    """Apply one of `OPERATIONS` to all images, each at its own strength.
+    """Apply one of `OPERATIONS` to all images, each with its own magnitude.
 
-    The values are those of torchvision.transforms.v2 on uint8 tensors (nearest neighbour, black outside); on a CPU no
-    difference was found. Where a device rounds float32 otherwise, a pixel whose source lies within 1e-4 of the middle
-    between two pixels may take either. Without float64 (MPS) blended colours may differ by 1, and so may the contrast
-    of images of more than 65,793 pixels, whose sum float32 does not hold.
+    The values are those of torchvision.transforms.v2 on uint8 tensors (nearest neighbour, black outside); no difference
+    was found on a CPU. On a device that rounds float32 differently, a pixel whose source is within 1e-4 of the midpoint
+    of two pixels may take either. Without float64 (MPS) blended colours may differ by 1, and so may the contrast of
+    images of more than 65,793 pixels, whose sum exceeds float32.
 
     Args:
-        images: uint8 RGB, 0-255; left as they are.
+        images: uint8 RGB, 0-255; not modified.
         operation: One of `OPERATIONS`.
-        magnitudes: Signed, as `magnitude_table` says; "Identity", "AutoContrast" and "Equalize" look at none.
+        magnitudes: Signed, in the units of `magnitude_table`; not used by "Identity", "AutoContrast" and "Equalize".
     """
     index = OPERATIONS.index(operation)
     if operation == "Identity":
@@ -118,7 +118,7 @@ def _apply_group(group: range, images: Tensor, operations: Tensor, magnitudes: T
 
 
 def _exact(device: torch.device) -> torch.dtype:
-    """Return the widest floats of a device."""
+    """Return the widest floating-point type of a device."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -127,25 +127,25 @@ def _move(
     operations: Int64[Tensor, " batch"],
     magnitudes: Magnitudes,
 ) -> Images:
-    """Shear, shift or rotate: each pixel comes from the nearest one of its source, black outside the image.
+    """Shear, shift or rotate by nearest neighbour; pixels from outside the image are black.
 
-    Pixels of 3 bytes are looked up as they lie: `grid_sample` takes 0.3 ms where this takes 0.6, but 0.7 more to have
-    planes of floats and bytes again (180 images of 32 pixels, 1 core).
+    Gathers 3-byte pixels in NHWC memory in 0.6 ms. `grid_sample` takes 0.3 ms, but needs 0.7 ms more for conversions to
+    float planes and back (180 images of 32 pixels, 1 core).
     """
     batch, height, width, channels = images.shape
     (xx, xy, x0), (yx, yy, y0) = _source_of(operations, magnitudes, height, width)
-    # Steps and their order are those of torchvision's affine grid, so that ties are decided alike.
+    # The same steps in the same order as torchvision's affine grid, so that ties are rounded alike.
     x = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=images.device)
     y = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=images.device)
     columns = (xx * x)[:, None, :] + (xy * y)[:, :, None] + x0[:, :, None]  # (B, H, W), -1 to 1 inside
     rows = (yx * x)[:, None, :] + (yy * y)[:, :, None] + y0[:, :, None]
-    # Outside pixels fall on a black border of 1 pixel: cheaper than asking which they are.
+    # Outside pixels are clamped to a black border of 1 pixel, which is cheaper than a mask.
     columns = columns.add_(1).mul_(width / 2).sub_(0.5).round_().clamp_(-1, width)
     rows = rows.add_(1).mul_(height / 2).sub_(0.5).round_().clamp_(-1, height)
     bordered = images.new_zeros(batch, height + 2, (width + 2) * channels)
     bordered[:, 1:-1, channels:-channels] = images.reshape(batch, height, width * channels)
     inside = rows.mul_(width + 2).add_(columns).to(torch.int32)  # whole numbers, exact below 2 ** 24
-    # In int32 as well, enough for 2 ** 31 pixels a batch: a sum of int32 and int64 takes 1 ms where this takes 0.01.
+    # int32, enough for 2 ** 31 pixels a batch: adding int32 and int64 takes 1 ms, this 0.01 ms.
     first = torch.arange(batch, dtype=torch.int32, device=images.device) * ((height + 2) * (width + 2)) + width + 3
     index = inside.add_(first[:, None, None]).flatten()
     return bordered.view(-1, channels).index_select(0, index).view(images.shape)
@@ -154,10 +154,10 @@ def _move(
 def _source_of(
     operations: Int64[Tensor, " batch"], magnitudes: Magnitudes, height: int, width: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return what gives each pixel's source: for its column, then for its row, (batch, 1) factors of x, y and 1.
+    """Return the affine map to source coordinates: for column and row, (batch, 1) factors of x, y and 1.
 
-    All are measured from the middle, the source in halves of the image, so that it is within -1 to 1. Shears leave
-    the upper left corner where it is, as in AutoAugment; shifts are whole pixels.
+    Coordinates are relative to the centre; those of the source are scaled to -1 to 1. Shears keep the upper left corner
+    in place, as in AutoAugment; shifts are whole pixels.
     """
 
     def of(operation: str) -> Tensor:
@@ -168,7 +168,7 @@ def _source_of(
     cosine, sine = angle.cos(), angle.sin()
     column = (cosine, shear_x - sine, shear_x * (height / 2) - of("TranslateX").trunc())
     row = (shear_y + sine, cosine, shear_y * (width / 2) - of("TranslateY").trunc())
-    # By tensors: by numbers, a GPU multiplies by the rounded reciprocal.
+    # Divide by tensors: for Python numbers a GPU multiplies by the rounded reciprocal.
     half_width, half_height = magnitudes.new_full((), width / 2), magnitudes.new_full((), height / 2)
     return [factor.float() / half_width for factor in column], [factor.float() / half_height for factor in row]
 
@@ -179,7 +179,7 @@ def _brightness(images: Images, magnitudes: Magnitudes) -> Images:
 
 def _color(images: Images, magnitudes: Magnitudes) -> Images:
     """Blend with the grey image."""
-    # As planes: with the channels last, the innermost loop over one grey and three colours has 3 steps.
+    # In NCHW memory: with the channels last, the innermost loop of the blend has 3 steps.
     planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return _blend(planes, _grey(planes), magnitudes).permute(0, 2, 3, 1)
 
@@ -203,8 +203,8 @@ def _blend(
 ) -> UInt8[Tensor, "batch a b c"]:
     """Return `(1 + magnitude) * images - magnitude * other`, rounded down.
 
-    torchvision's second product and the sum are one step of float32, which rounds the sum alone; rounding the product
-    as well would darken grey pixels by 1. float64 holds the sum exactly.
+    torchvision computes the second product and the sum as one float32 operation, which rounds once; rounding the
+    product as well would darken grey pixels by 1. float64 represents the sum exactly.
     """
     by = magnitudes[:, None, None, None]
     exact = _exact(images.device)
@@ -216,13 +216,13 @@ def _bytes(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
 
 
 def _sharpness(images: Images, magnitudes: Magnitudes) -> Images:
-    """Blend with an image that is smoothed by [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13; pixels at the edge stay."""
+    """Blend with the image smoothed by [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13; edge pixels are not changed."""
     batch, height, width, channels = images.shape
     rows = images.reshape(batch, height, width * channels).float()
     middle = rows[:, 1:-1, channels:-channels]
-    beside = rows[:, :, : -2 * channels] + rows[:, :, channels:-channels] + rows[:, :, 2 * channels :]
-    sums = (beside[:, :-2] + beside[:, 1:-1] + beside[:, 2:]).add_(middle, alpha=4)
-    change = sums.div_(13).round_().sub_(middle)  # whole numbers: a 13th is never a half
+    sideways = rows[:, :, : -2 * channels] + rows[:, :, channels:-channels] + rows[:, :, 2 * channels :]
+    sums = (sideways[:, :-2] + sideways[:, 1:-1] + sideways[:, 2:]).add_(middle, alpha=4)
+    change = sums.div_(13).round_().sub_(middle)  # integers: a multiple of 1/13 is never a tie
     exact = _exact(images.device)
     by = magnitudes.to(exact)[:, None, None]
     sharpened = images.reshape(rows.shape).clone()
@@ -231,20 +231,20 @@ def _sharpness(images: Images, magnitudes: Magnitudes) -> Images:
 
 
 def _posterize(images: Images, magnitudes: Magnitudes) -> Images:
-    """Keep the upper bits of each value."""
+    """Keep the `magnitude` upper bits of each value."""
     lost = 8 - magnitudes.to(torch.int32)
     return images & ((255 >> lost) << lost).to(torch.uint8)[:, None, None, None]
 
 
 def _solarize(images: Images, magnitudes: Magnitudes) -> Images:
-    """Invert each value from a threshold on."""
-    threshold = (255 * magnitudes).ceil().clamp(0, 255).to(torch.uint8)  # for whole values the same as its fraction
+    """Invert values from a threshold on."""
+    threshold = (255 * magnitudes).ceil().clamp(0, 255).to(torch.uint8)  # equivalent for integer values
     inverted = images >= threshold[:, None, None, None]
     return images ^ (inverted.to(torch.uint8) * 255)
 
 
 def _autocontrast(images: Images) -> Images:
-    """Stretch each channel to 0-255; one of a single value stays."""
+    """Stretch each channel to 0-255; a constant channel is not changed."""
     batch, height, width, channels = images.shape
     rows = images.reshape(batch, height, width * channels)
     low = rows.amin(1).view(batch, width, channels).amin(1).float()
@@ -257,7 +257,7 @@ def _autocontrast(images: Images) -> Images:
 
 
 def _equalize(images: Images) -> Images:
-    """Spread each channel's values evenly over 0-255, in Pillow's whole numbers; one of a few values stays."""
+    """Equalize the histogram of each channel in Pillow's integer arithmetic; a channel of few values is not changed."""
     batch, height, width, channels = images.shape
     first = 256 * torch.arange(batch * channels, dtype=torch.int32, device=images.device).view(batch, channels)
     values = images.reshape(batch, height, width * channels).to(torch.int32)
@@ -266,7 +266,7 @@ def _equalize(images: Images) -> Images:
     counts.index_add_(0, values, counts.new_ones(1).expand(len(values)))
     counts = counts.view(-1, 256)
     upto = counts.cumsum(1, dtype=torch.int32)
-    brightest = counts.gather(1, upto.argmax(1, keepdim=True))  # the first with all counts: the highest value's own
+    brightest = counts.gather(1, upto.argmax(1, keepdim=True))  # count of the highest value that occurs
     step = (height * width - brightest) // 255
     below = upto - counts
     table = ((below + step // 2) // step.clamp(min=1)).clamp_(0, 255)

@@ -1,9 +1,9 @@
-"""Augmentation policies: which operations each image gets, how strong, and which part of it is erased.
+"""Augmentation policies and random erasing: what is drawn for each image.
 
-TrivialAugmentWide (arXiv:2103.10158) draws one of 14 operations and one of 31 strengths for each image; RandAugment
-(arXiv:1909.13719) draws two operations at one strength. Operations, their order and their ranges are those of
-torchvision.transforms.v2; `operations.py` applies them. Random erasing (arXiv:1708.04896) clears a rectangle of a
-finished image. What is drawn are tables with a row for each image.
+TrivialAugmentWide (arXiv:2103.10158) draws one of 14 operations and one of 31 magnitudes per image, RandAugment
+(arXiv:1909.13719) two operations at a fixed magnitude. The operations, their order and ranges are those of
+torchvision.transforms.v2; operations.py applies them. Random erasing (arXiv:1708.04896) sets a rectangle of a
+normalized image to the mean colour. All draws are tables with a row per image.
 """
 
 import math
@@ -18,24 +18,24 @@ from cifar_lightning.transforms.operations import OPERATIONS, SIGNED
 Policy = Literal["none", "trivial", "rand"]
 
 NUM_BINS = 31
-"""Strengths of an operation, from none to the strongest; both papers have 31."""
+"""Magnitudes of an operation, from none to the largest; both papers have 31."""
 RAND_NUM_OPS = 2
 RAND_BIN = 9  # with RAND_NUM_OPS the defaults of torchvision's RandAugment
 
-ERASED_SHARE = (0.02, 0.33)  # of the image's area; these two ranges are the paper's, as torchvision has them
+ERASED_FRACTION = (0.02, 0.33)  # of the image area; these two ranges are the paper's and torchvision's
 ERASED_ASPECT = (0.3, 3.3)
-_ERASING_TRIES = 10  # of torchvision: a rectangle as high or as wide as the image is drawn again
+_ERASING_TRIES = 10  # as torchvision: a rectangle as high or as wide as the image is redrawn
 
 
 def magnitude_table(policy: Policy, image_size: int) -> Float[Tensor, "operations bins"]:
-    """Return what each strength of each operation means, without a sign; 0 where an operation has no strength.
+    """Return the unsigned magnitude of each operation and bin; 0 for operations without a magnitude.
 
-    Shears are in pixels a pixel, shifts in pixels, rotations in degrees; colours are blended by 1 + magnitude;
-    "Posterize" is the number of bits that are kept and "Solarize" the share of 255 from which values are inverted.
+    Shears are in pixels per pixel, shifts in pixels, rotations in degrees; colours are blended by 1 + magnitude;
+    "Posterize" is the number of bits to keep and "Solarize" the fraction of 255 from which values are inverted.
 
     Args:
         policy: "trivial" has the wide ranges, "rand" the narrower ones.
-        image_size: Side in pixels; shifts of "rand" are a share of it.
+        image_size: In pixels; shifts of "rand" are proportional to it.
     """
     wide = policy == "trivial"
     shear, degrees, blend = (0.99, 135.0, 0.99) if wide else (0.3, 30.0, 0.9)
@@ -54,9 +54,9 @@ def draw_operations(
     """Draw indices into `OPERATIONS` and signed magnitudes for each image, on the CPU.
 
     Args:
-        policy: "trivial": one operation and any strength; "rand": two operations, both at bin 9 of 31.
+        policy: "trivial": one operation, any bin; "rand": two operations, both at bin 9 of 31.
         num_images: Rows of the tables.
-        image_size: Side in pixels.
+        image_size: In pixels.
         kinds: Generator of the operations.
         strengths: Generator of magnitudes and signs.
     """
@@ -74,12 +74,12 @@ def draw_erasing(
 ) -> Int64[Tensor, "images 4"]:
     """Draw a rectangle for each image as torchvision's RandomErasing does: top, left, height and width.
 
-    Height and width are 0 where nothing is erased: with `1 - probability`, or after 10 rectangles that did not fit.
+    Height and width are 0 if nothing is erased: with probability `1 - probability`, or if 10 rectangles did not fit.
 
     Args:
         num_images: Rows of the table.
-        image_size: Side in pixels.
-        probability: Share of the images that lose a rectangle.
+        image_size: In pixels.
+        probability: Probability that an image is erased.
         generator: On the CPU.
     """
 
@@ -90,17 +90,17 @@ def draw_erasing(
         return low + (high - low) * uniform(num_images)
 
     chosen, corners = uniform(num_images) < probability, uniform(num_images, 2)
-    sides = torch.full((num_images, 2), image_size)
+    size = torch.full((num_images, 2), image_size)  # height and width
     for _ in range(_ERASING_TRIES):
-        too_long = (sides >= image_size).any(1)
-        if not too_long.any():
+        too_large = (size >= image_size).any(1)
+        if not too_large.any():
             break
-        area = image_size**2 * between(*ERASED_SHARE)
+        area = image_size**2 * between(*ERASED_FRACTION)
         aspect = between(math.log(ERASED_ASPECT[0]), math.log(ERASED_ASPECT[1])).exp()
         tried = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], 1).round().long()
-        sides = torch.where(too_long[:, None], tried, sides)
-    erased = chosen & (sides < image_size).all(1)
-    return torch.cat([(corners * (image_size - sides + 1)).long(), sides], 1) * erased[:, None]
+        size = torch.where(too_large[:, None], tried, size)
+    erased = chosen & (size < image_size).all(1)
+    return torch.cat([(corners * (image_size - size + 1)).long(), size], 1) * erased[:, None]
 
 
 def erase_(
@@ -110,15 +110,14 @@ def erase_(
 
     Args:
         images: channels_last in memory.
-        rectangles: Top, left, height and width; of no height where nothing is erased.
+        rectangles: Top, left, height and width; a height of 0 erases nothing.
     """
     batch, channels, height, width = images.shape
     pixels = images.permute(0, 2, 3, 1)
     if images.device.type != "cpu":
         pixels.masked_fill_(_inside(rectangles, height, width)[:, :, :, None], 0.0)
         return images
-    # Only what is erased is touched: half the time of a mask over everything. Elsewhere the host would have to wait for
-    # how much that is.
+    # Writing only the erased pixels takes half the time of a mask; on other devices it would block the host.
     some = rectangles[:, 2].nonzero()
     index = some * (height * width) + torch.arange(height * width)
     erased = index.view(-1, height, width).masked_select(_inside(rectangles[some[:, 0]], height, width))

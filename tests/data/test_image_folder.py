@@ -301,25 +301,25 @@ def test_hidden_files_and_folders_are_no_classes_and_no_images(root):
     put(root / "train" / ".ipynb_checkpoints" / "a.png", 50)
     put(root / "train" / "ant" / ".hidden.png", 50)
     (root / "train" / "ant" / "Thumbs.db").write_bytes(b"windows")
-    (root / "train" / "labels.csv").write_text("beside the classes")
+    (root / "train" / "labels.csv").write_text("next to the classes")
     data = ClassFolders(root)
     assert data.class_names == ("ant", "bee")
     assert reds(data.load("train")) == [0, 1, 2, 100, 101, 102]
 
 
-def test_notes_beside_images_are_left_aside_and_counted_and_nothing_changes(root, capsys):
+def test_notes_next_to_images_are_ignored_and_counted_and_nothing_changes(root, capsys):
     before = ClassFolders(root).load("train")
     for name in ("readme.txt", "labels.CSV", "about.json", "photo.xml"):
-        (root / "train" / "bee" / name).write_text("beside the images")
+        (root / "train" / "bee" / name).write_text("next to the images")
     data = ClassFolders(root)
     data.prepare()
     data.prepare()  # as Lightning does before each of fit, validate and test
-    assert f"{root / 'train'}: 4 files left aside, not images (.CSV, .json, .txt, .xml)\n" == capsys.readouterr().out
+    assert f"{root / 'train'}: 4 files ignored, not images (.CSV, .json, .txt, .xml)\n" == capsys.readouterr().out
     assert data.load("train")[2] == before[2]
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.heic", "a", "a.unknown"])
-def test_what_may_be_a_image_and_cannot_be_read_stays_an_alarm(name, root):
+def test_what_may_be_an_image_and_cannot_be_read_is_an_error(name, root):
     (root / "train" / "bee" / name).write_text("no image")
     with pytest.raises(UserError, match="cannot be read"):
         ClassFolders(root, 8).prepare()
@@ -347,7 +347,7 @@ def test_16_bit_files_with_values_of_12_bits_are_warned_of_at_each_start(others,
     for _ in range(2):
         ClassFolders(root).prepare()
         out = capsys.readouterr().out
-        assert ("the 4 16-bit images of 6 looked at come out nearly black" in out) == is_warned
+        assert ("the 4 16-bit images in a sample of 6 are nearly black" in out) == is_warned
         assert ("warning" in out) == is_warned
 
 

@@ -92,7 +92,7 @@ def test_the_given_share_of_images_is_erased_and_which_ones_does_not_move_their_
 
 
 def test_after_ten_rectangles_as_high_or_wide_as_the_image_nothing_is_erased(monkeypatch):
-    monkeypatch.setattr("cifar_lightning.transforms.policies.ERASED_SHARE", (0.9, 1.0))
+    monkeypatch.setattr("cifar_lightning.transforms.policies.ERASED_FRACTION", (0.9, 1.0))
     monkeypatch.setattr("cifar_lightning.transforms.policies.ERASED_ASPECT", (0.5, 2.0))
     rectangles = draw_erasing(2_000, 32, 1.0, generator(0))
     erased = rectangles[:, 2] > 0
