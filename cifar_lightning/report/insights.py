@@ -1,11 +1,11 @@
-"""Findings in words, each with its numbers and the test behind it: nothing is said that chance explains as well.
+"""Insights: what the test shows, in words, each with its numbers and the hypothesis test behind it.
 
-A finding is listed where its p-value, adjusted for all tests of its kind (Holm), is below `ALPHA`. That nothing was
-found is said, too: it was looked for. It never reads as if nothing were there: with few images little is found.
+An insight lists only what has a p-value below `ALPHA` after Holm's correction for all tests of its kind. An insight
+that lists nothing still says what was tested, and never that there is no difference: few images show little.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ from cifar_lightning.metrics.significance import (
 )
 
 ALPHA = 0.05
-_OTHER_SHARE = 0.05  # of all images: a class's share in test and validation, from which it is worth a word
+_MIN_BALANCE_GAP = 0.05  # of all images: difference in a class's fraction of test and validation that is mentioned
+_NO_DIFFERENCE = "No difference beyond chance was found between"
 CIFAR10_GROUPS = {
     "animals": ("bird", "cat", "deer", "dog", "frog", "horse"),
     "vehicles": ("airplane", "automobile", "ship", "truck"),
@@ -36,31 +37,31 @@ Matrix = Int64[np.ndarray, "classes classes"]
 
 @dataclass(frozen=True)
 class Item:
-    """One finding.
+    """One tested statement.
 
     Attributes:
         text: A sentence with its numbers.
-        p: p-value after the adjustment; None where nothing was tested.
-        numbers: What the sentence is made of, by name.
+        p: p-value, adjusted for all tests of its kind in what an `Insight` lists.
+        numbers: The values in the sentence, by name.
     """
 
     text: str
-    p: float | None
+    p: float
     numbers: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Insight:
-    """What was looked for and what was found.
+    """One question about the test and its outcome.
 
     Attributes:
-        kind: A word for programs.
-        title: What was found, in a few words.
-        text: What this is about, also where nothing was found; empty where one item says it.
-        test: The test that was used, and how it was adjusted.
-        is_found: Whether anything was, beyond chance.
-        items: The findings, the surest first; a single comparison has its numbers also where nothing was found.
-        groups: Classes of each group that this is about.
+        kind: Identifier for programs.
+        title: The outcome in a few words.
+        text: Explanation of the title; empty where the items say it.
+        test: The hypothesis test and its correction.
+        is_found: Whether a difference beyond chance was found.
+        items: Significant items, smallest p-value first. A single comparison is listed in any case.
+        groups: Names of the classes of each group that was tested.
     """
 
     kind: str
@@ -73,142 +74,116 @@ class Insight:
 
 
 def hard_classes(cm: Matrix, names: Sequence[str]) -> Insight:
-    """Say which classes are found less often than the others."""
-    rates = per_class(cm)
-    right, total = np.diag(cm), int(cm.sum())
-    all_right = int(right.sum())
-    classes = [index for index in range(len(names)) if 0 < rates.support[index] < total]
-    p_values = holm(
-        [
-            fisher_test(int(right[i]), int(rates.support[i]), all_right - int(right[i]), total - int(rates.support[i]))
-            for i in classes
-        ]
-    )
-    items = []
-    for index, p in zip(classes, p_values, strict=True):
-        own, support = int(right[index]), int(rates.support[index])
-        others = (all_right - own) / (total - support)
-        if p < ALPHA and own / support < others:
-            low, high = wilson_interval(own, support)
-            text = (
-                f"{names[index]}: {own:,} of {support:,} found ({percent(own / support)}, 95 % interval "
-                f"{span((low, high))}); of all other classes {percent(others)}."
-            )
-            numbers = {"class": names[index], "right": own, "support": support, "interval_95": [low, high]}
-            items.append(Item(text, p, {**numbers, "others": others}))
-    return Insight(
-        "hard_classes",
-        f"{counted(len(items), 'class is', 'classes are')} harder than the rest"
-        if items
-        else "No class was found to be harder than the rest",
-        "Found less often than all other classes together."
-        if items
-        else "No difference beyond chance was found between a class and all others.",
-        f"Fisher's exact test of each class against all others, Holm's correction for {len(classes)} tests",
-        bool(items),
-        _surest_first(items),
-    )
+    """Find classes with a lower recall than the others."""
+    support, correct = per_class(cm).support, np.diag(cm)
+    total, all_correct = int(cm.sum()), int(correct.sum())
+    tests = []
+    for name, own, size in zip(names, correct.tolist(), support.tolist(), strict=True):
+        if not 0 < size < total:
+            continue
+        others = (all_correct - own) / (total - size)
+        low, high = wilson_interval(own, size)
+        text = (
+            f"{name}: recall {percent(own / size)} ({own:,} of {size:,}, 95 % interval {span((low, high))}); "
+            f"all other classes {percent(others)}."
+        )
+        p = fisher_test(own, size, all_correct - own, total - size)
+        numbers = {"class": name, "right": own, "support": size, "interval_95": [low, high], "others": others}
+        tests.append(Item(text, p, numbers))
+    items = [
+        item for item in _significant(tests) if item.numbers["right"] / item.numbers["support"] < item.numbers["others"]
+    ]
+    test = f"Fisher's exact test of each class against all others, Holm's correction for {len(tests)} tests"
+    return _insight("hard_classes", items, "class", "classes", "with a lower recall than the rest", test)
 
 
 def over_predicted(cm: Matrix, names: Sequence[str]) -> Insight:
-    """Say which classes are predicted more or less often than they are there."""
-    rates = per_class(cm)
-    right = np.diag(cm)
-    missed, false = rates.support - right, rates.predicted - right
-    p_values = holm([mcnemar_test(int(m), int(f)) for m, f in zip(missed, false, strict=True)])
-    items = []
-    for index, p in enumerate(p_values):
-        if p < ALPHA:
-            more = false[index] > missed[index]
-            support, predicted = int(rates.support[index]), int(rates.predicted[index])
-            text = (
-                f"{names[index]} is predicted too {'often' if more else 'rarely'}: {predicted:,} times, and is there "
-                f"{support:,} times ({int(false[index]):,} false alarms, {int(missed[index]):,} missed)."
-            )
-            numbers = {"class": names[index], "support": support, "predicted": predicted}
-            items.append(Item(text, p, {**numbers, "false_alarms": int(false[index]), "missed": int(missed[index])}))
-    return Insight(
-        "over_predicted",
-        f"{counted(len(items), 'class is', 'classes are')} predicted too often or too rarely"
-        if items
-        else "No class was found to be predicted too often or too rarely",
-        "How often a class is predicted differs from how often it is there."
-        if items
-        else "No difference beyond chance was found between how often a class is predicted and how often it is there.",
-        f"McNemar's exact test of false alarms against missed images, Holm's correction for {len(names)} tests",
-        bool(items),
-        _surest_first(items),
-    )
+    """Find classes that are predicted more or less often than they occur."""
+    rates, correct = per_class(cm), np.diag(cm)
+    tests = []
+    for name, own, support, predicted in zip(
+        names, correct.tolist(), rates.support.tolist(), rates.predicted.tolist(), strict=True
+    ):
+        missed, false = support - own, predicted - own
+        text = (
+            f"{name} is {'over' if false > missed else 'under'}-predicted: {predicted:,} predictions, {support:,} "
+            f"images ({false:,} false positives, {missed:,} false negatives)."
+        )
+        numbers = {"class": name, "support": support, "predicted": predicted, "false_alarms": false, "missed": missed}
+        tests.append(Item(text, mcnemar_test(missed, false), numbers))
+    test = f"McNemar's exact test of false positives and false negatives, Holm's correction for {len(tests)} tests"
+    return _insight("over_predicted", _significant(tests), "class", "classes", "over- or under-predicted", test)
 
 
 def asymmetric_pairs(cm: Matrix, names: Sequence[str]) -> Insight:
-    """Say which two classes are taken for each other more often in one direction."""
-    support = per_class(cm).support
-    rows, columns = np.nonzero(np.triu(cm + cm.T, 1))
-    pairs = [(int(i), int(j)) for i, j in zip(rows, columns, strict=True)]
-    p_values = holm(
-        [
-            # If both were mistaken at the same rate, the mistakes would fall as the numbers of images do.
-            binomial_test(int(cm[i, j]), int(cm[i, j] + cm[j, i]), float(support[i] / (support[i] + support[j])))
-            for i, j in pairs
-        ]
-    )
-    items = []
-    for (first, second), p in zip(pairs, p_values, strict=True):
-        if p < ALPHA:
-            shares = [cm[i, j] / max(support[i], 1) for i, j in ((first, second), (second, first))]
-            i, j = (first, second) if shares[0] >= shares[1] else (second, first)
-            text = f"{_taken(cm, support, names, i, j)}, but {_taken(cm, support, names, j, i)}."
-            numbers = {"true": names[i], "predicted": names[j], "count": int(cm[i, j]), "reverse": int(cm[j, i])}
-            items.append(Item(text, p, numbers))
-    return Insight(
-        "asymmetric_pairs",
-        f"{counted(len(items), 'confusion goes', 'confusions go')} one way"
-        if items
-        else "No confusion was found to go one way",
-        "Two classes are taken for each other, but much more often in one direction."
-        if items
-        else "No difference beyond chance was found between the two directions in which classes are confused.",
-        f"Exact binomial test of both directions, Holm's correction for {len(pairs)} pairs",
-        bool(items),
-        _surest_first(items),
-    )
+    """Find pairs of classes that are confused more often in one direction than in the other."""
+    support = per_class(cm).support.tolist()
+
+    def direction(i: int, j: int) -> str:
+        fraction = f" ({percent(cm[i, j] / support[i])})" if support[i] else ""
+        return f"{names[i]} is predicted as {names[j]} in {int(cm[i, j]):,} of {support[i]:,} images{fraction}"
+
+    tests = []
+    for first, second in np.argwhere(np.triu(cm + cm.T, 1)).tolist():
+        fractions = [cm[i, j] / max(support[i], 1) for i, j in ((first, second), (second, first))]
+        i, j = (first, second) if fractions[0] >= fractions[1] else (second, first)
+        # Equal error rates split the confusions in proportion to the numbers of images.
+        expected = support[first] / (support[first] + support[second])
+        p = binomial_test(int(cm[first, second]), int(cm[first, second] + cm[second, first]), expected)
+        numbers = {"true": names[i], "predicted": names[j], "count": int(cm[i, j]), "reverse": int(cm[j, i])}
+        tests.append(Item(f"{direction(i, j)}, but {direction(j, i)}.", p, numbers))
+    test = f"Exact binomial test of both directions, Holm's correction for {len(tests)} pairs"
+    return _insight("asymmetric_pairs", _significant(tests), "pair", "pairs", "confused mostly in one direction", test)
+
+
+def _significant(tests: Sequence[Item]) -> list[Item]:
+    """Return the items below `ALPHA` after Holm's correction for all of `tests`, in their order, with adjusted p."""
+    adjusted = holm([item.p for item in tests])
+    return [replace(item, p=p) for item, p in zip(tests, adjusted, strict=True) if p < ALPHA]
+
+
+def _insight(kind: str, items: list[Item], noun: str, plural: str, phrase: str, test: str) -> Insight:
+    title = counted(len(items), f"{noun} {phrase}", f"{plural} {phrase}") if items else f"No {noun} found {phrase}"
+    text = "" if items else "No difference beyond chance was found."
+    return Insight(kind, title, text, test, bool(items), sorted(items, key=lambda item: item.p))
 
 
 def groups_of(names: Sequence[str], val_cm: Matrix | None) -> tuple[dict[str, list[int]], str] | None:
-    """Return groups of classes and where they are from; None where there are none.
+    """Return groups of classes and their origin; None where there are none.
 
-    CIFAR-10's names have two: animals and vehicles. Others are found in the confusions of the validation images, so
-    that the test images can confirm them: a test on the images that they were found in would always agree.
+    CIFAR-10 has two known groups: animals and vehicles. Groups of other classes are clusters in the confusions of the
+    validation images, tested on the test images: on the images that formed them, the test would always be significant.
     """
     if set(names) == {name for group in CIFAR10_GROUPS.values() for name in group}:
-        groups = {group: sorted(names.index(name) for name in of) for group, of in CIFAR10_GROUPS.items()}
+        groups = {group: sorted(names.index(name) for name in members) for group, members in CIFAR10_GROUPS.items()}
         return groups, "known for CIFAR-10"
     if val_cm is None:
         return None
     clusters = [cluster for cluster in find_clusters(val_cm) if len(cluster) > 1]
     if not clusters or len(clusters[0]) == len(names):
         return None
-    return {_cluster_name(cluster, names): cluster for cluster in clusters}, "found in the validation's confusions"
+    return {
+        _cluster_name(cluster, names): cluster for cluster in clusters
+    }, "found in the confusions of the validation images"
 
 
 def find_clusters(cm: Int[np.ndarray, "classes classes"]) -> list[list[int]]:
-    """Return classes that are mostly confused among themselves, the largest cluster first; each class is in one.
+    """Partition the classes into clusters that are mostly confused among themselves, the largest cluster first.
 
-    Two clusters are merged as long as that raises the modularity of the graph whose edges are the rates of confusion in
-    both directions: A. Clauset, M. Newman, C. Moore, "Finding community structure in very large networks", Phys. Rev. E
-    70 (2004).
+    Clusters are merged greedily while that raises the modularity of the graph whose edges weigh the confusion rates of
+    both directions added: A. Clauset, M. Newman, C. Moore, "Finding community structure in very large networks", Phys.
+    Rev. E 70 (2004).
     """
     rates = cm / np.maximum(cm.sum(axis=1, keepdims=True), 1)
     weights = rates + rates.T
     np.fill_diagonal(weights, 0)
     if not weights.sum():
         return [[index] for index in range(len(cm))]
-    between = weights / weights.sum()  # between two clusters, and twice within one on the diagonal
+    between = weights / weights.sum()  # off the diagonal between two clusters; on it, twice within one
     clusters = [[index] for index in range(len(cm))]
     while len(clusters) > 1:
-        share = between.sum(axis=1)
-        gain = 2 * (between - np.outer(share, share))
+        degree = between.sum(axis=1)
+        gain = 2 * (between - np.outer(degree, degree))
         np.fill_diagonal(gain, -np.inf)
         best = int(gain.argmax())
         first, second = sorted(divmod(best, len(clusters)))
@@ -222,28 +197,46 @@ def find_clusters(cm: Int[np.ndarray, "classes classes"]) -> list[list[int]]:
 
 
 def group_effects(cm: Matrix, names: Sequence[str], groups: dict[str, list[int]], origin: str) -> Insight:
-    """Say whether mistakes stay within groups, and how well each group is found."""
+    """Test whether mistakes stay within groups of classes, and the recall of each group."""
     num_classes = len(cm)
     mistakes = cm - np.diag(np.diag(cm))
     within = sum(int(mistakes[np.ix_(members, members)].sum()) for members in groups.values())
     of_groups = [int(mistakes[members].sum()) for members in groups.values()]
     chances = [(len(members) - 1) / (num_classes - 1) for members in groups.values()]
     total = sum(of_groups)
-    expected = sum(number * chance for number, chance in zip(of_groups, chances, strict=True))
-    tests = [_within_item(within, total, expected, at_least_test(within, of_groups, chances))] if total else []
-    # Of two groups that are all classes, each is the other's "all other classes".
+    tests = []
+    if total:
+        expected = sum(number * chance for number, chance in zip(of_groups, chances, strict=True))
+        text = (
+            f"Of {total:,} mistakes, {within:,} ({percent(within / total)}) are within a group; with wrong classes "
+            f"drawn at random, {percent(expected / total)} would be."
+        )
+        numbers: dict[str, Any] = {"within": within, "mistakes": total, "expected": expected}
+        tests.append(Item(text, at_least_test(within, of_groups, chances), numbers))
+    # Two groups of all classes are each other's "all other classes": one test is enough.
     mirrored = len(groups) == 2 and sum(map(len, groups.values())) == num_classes
     for name, members in list(groups.items())[: 1 if mirrored else None]:
         others = [index for index in range(num_classes) if index not in members]
-        tests.append(_group_item(cm, name, members, others, list(groups)[1] if mirrored else "all other classes"))
-    adjusted = holm([item.p if item.p is not None else 1.0 for item in tests])
-    items = [Item(item.text, p, item.numbers) for item, p in zip(tests, adjusted, strict=True) if p < ALPHA]
+        correct, other_correct = (int(cm[rows, rows].sum()) for rows in (members, others))
+        size, other_size = int(cm[members].sum()), int(cm[others].sum())
+        low, high = difference_interval(correct, size, other_correct, other_size)
+        recall, other = (
+            part / whole if whole else 0.0 for part, whole in ((correct, size), (other_correct, other_size))
+        )
+        other_name = list(groups)[1] if mirrored else "all other classes"
+        text = (
+            f"{name}: recall {percent(recall)}, {other_name} {percent(other)}: "
+            f"{points(recall - other)} points (95 % interval {points_span((low, high))})."
+        )
+        numbers = {"group": name, "accuracy": recall, "others": other, "interval_95": [low, high]}
+        tests.append(Item(text, fisher_test(correct, size, other_correct, other_size), numbers))
+    items = _significant(tests)
     return Insight(
         "groups",
         "Mistakes stay within groups" if items and "within" in items[0].numbers else "Groups of classes",
         f"{len(groups)} group{'s' if len(groups) > 1 else ''} of classes, {origin}."
         + ("" if items else " No difference beyond chance was found."),
-        "Exact test of mistakes within a group against a wrong class drawn at random; Fisher's exact test of each "
+        "Exact test of mistakes within a group against wrong classes drawn at random; Fisher's exact test of each "
         f"group against all other classes; Holm's correction for {len(tests)} tests",
         bool(items),
         items,
@@ -251,76 +244,47 @@ def group_effects(cm: Matrix, names: Sequence[str], groups: dict[str, list[int]]
     )
 
 
-def confidence_gap(confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, " n"]) -> Insight:
-    """Say whether the network is surer, or less sure, of its answers than it is right."""
-    gaps = confidence - right
+def confidence_gap(confidence: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"]) -> Insight:
+    """Test whether the mean confidence differs from the accuracy."""
+    gaps = confidence - correct
     mean, deviation = float(gaps.mean()), float(gaps.std(ddof=1)) if len(gaps) > 1 else 0.0
     margin = Z_95 * deviation / len(gaps) ** 0.5
     p = mean_test(mean, deviation, len(gaps))
-    title = "No difference beyond chance was found between confidence and accuracy"
-    if p < ALPHA:
-        title = "The network is too sure of itself" if mean > 0 else "The network is not sure enough of itself"
-    text = (
-        f"On average it gives its answers a probability of {percent(float(confidence.mean()))} and is right in "
-        f"{percent(float(right.mean()))}: {points(mean)} points (95 % interval {points(mean - margin)} to "
-        f"{points(mean + margin)})."
-    )
-    numbers = {"gap": mean, "interval_95": [mean - margin, mean + margin]}
-    test = "z-test of the mean difference between confidence and right (1) or wrong (0)"
-    return Insight("confidence", title, "", test, p < ALPHA, [Item(text, p, numbers)])
+    levels = f"mean confidence {percent(float(confidence.mean()))}, accuracy {percent(float(correct.mean()))}"
+    title = f"{'Over' if mean > 0 else 'Under'}confident: {levels}"
+    if p >= ALPHA:
+        title = f"{_NO_DIFFERENCE} confidence and accuracy"
+    interval = [mean - margin, mean + margin]
+    text = f"M{levels[1:]}: {points(mean)} points (95 % interval {points_span(interval)})."
+    test = "z-test of the mean of confidence minus correctness (1 or 0)"
+    return Insight("confidence", title, "", test, p < ALPHA, [Item(text, p, {"gap": mean, "interval_95": interval})])
 
 
 def validation_gap(cm: Matrix, val_cm: Matrix, names: Sequence[str]) -> Insight:
-    """Say whether the test is passed as well as the validation, which chose it, and where their classes differ."""
-    right, total, val_right, val_total = (int(value) for m in (cm, val_cm) for value in (np.trace(m), m.sum()))
-    low, high = difference_interval(right, total, val_right, val_total)
-    p = fisher_test(right, total, val_right, val_total)
+    """Test whether test accuracy differs from validation accuracy, and compare their class frequencies.
+
+    The validation images chose the checkpoint, so their accuracy is the optimistic one.
+    """
+    correct, total, val_correct, val_total = (int(value) for m in (cm, val_cm) for value in (np.trace(m), m.sum()))
+    low, high = difference_interval(correct, total, val_correct, val_total)
+    p = fisher_test(correct, total, val_correct, val_total)
+    test_acc, val_acc = accuracy(cm), accuracy(val_cm)
     text = (
-        f"Test {percent(accuracy(cm), 2)}, validation {percent(accuracy(val_cm), 2)}: "
-        f"{points(accuracy(cm) - accuracy(val_cm))} points (95 % interval {points_span((low, high))})."
+        f"Test {percent(test_acc, 2)}, validation {percent(val_acc, 2)}: "
+        f"{points(test_acc - val_acc)} points (95 % interval {points_span((low, high))})."
     )
-    shares, val_shares = (m.sum(axis=1) / max(m.sum(), 1) for m in (cm, val_cm))
-    most = int(np.abs(shares - val_shares).argmax())
-    if p < ALPHA and abs(shares[most] - val_shares[most]) >= _OTHER_SHARE:
+    fractions, val_fractions = (m.sum(axis=1) / max(m.sum(), 1) for m in (cm, val_cm))
+    most = int(np.abs(fractions - val_fractions).argmax())
+    if p < ALPHA and abs(fractions[most] - val_fractions[most]) >= _MIN_BALANCE_GAP:
         text += (
-            f" Split of it may be that the classes have other shares: {names[most]} is {percent(shares[most])} of the "
-            f"test and {percent(val_shares[most])} of the validation."
+            f" Different class frequencies may be a reason: {names[most]} is {percent(fractions[most])} of the test "
+            f"images and {percent(val_fractions[most])} of the validation images."
         )
-    title = "No difference beyond chance was found between test and validation"
+    title = f"{_NO_DIFFERENCE} test and validation accuracy"
     if p < ALPHA:
-        title = "The test is " + ("harder" if accuracy(cm) < accuracy(val_cm) else "easier") + " than the validation"
-    numbers = {"test": accuracy(cm), "validation": accuracy(val_cm), "interval_95": [low, high]}
+        title = f"Test accuracy is {'below' if test_acc < val_acc else 'above'} validation accuracy"
+    numbers = {"test": test_acc, "validation": val_acc, "interval_95": [low, high]}
     return Insight("validation_gap", title, "", "Fisher's exact test", p < ALPHA, [Item(text, p, numbers)])
-
-
-def _surest_first(items: list[Item]) -> list[Item]:
-    return sorted(items, key=lambda item: item.p if item.p is not None else 1.0)
-
-
-def _taken(cm: Matrix, support: Int64[np.ndarray, " classes"], names: Sequence[str], i: int, j: int) -> str:
-    share = f" ({percent(cm[i, j] / support[i])})" if support[i] else ""
-    return f"{names[i]} is taken for {names[j]} {int(cm[i, j]):,} of {int(support[i]):,} times{share}"
-
-
-def _within_item(within: int, total: int, expected: float, p: float) -> Item:
-    text = (
-        f"Of {total:,} mistakes, {within:,} ({percent(within / total)}) are within a group; a wrong class drawn at "
-        f"random would be {percent(expected / total)} of the time."
-    )
-    return Item(text, p, {"within": within, "mistakes": total, "expected": expected})
-
-
-def _group_item(cm: Matrix, name: str, members: list[int], others: list[int], other_name: str) -> Item:
-    right, other_right = (int(cm[rows, rows].sum()) for rows in (members, others))
-    total, other_total = (int(cm[rows].sum()) for rows in (members, others))
-    low, high = difference_interval(right, total, other_right, other_total)
-    share, other = (part / whole if whole else 0.0 for part, whole in ((right, total), (other_right, other_total)))
-    text = (
-        f"{name}: {percent(share)} found, {other_name} {percent(other)}: {points(share - other)} points "
-        f"(95 % interval {points_span((low, high))})."
-    )
-    numbers = {"group": name, "accuracy": share, "others": other, "interval_95": [low, high]}
-    return Item(text, fisher_test(right, total, other_right, other_total), numbers)
 
 
 def _cluster_name(cluster: Sequence[int], names: Sequence[str]) -> str:

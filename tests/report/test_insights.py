@@ -23,8 +23,8 @@ def test_where_all_classes_are_alike_nothing_is_found():
         assert insight.items == []
         assert not insight.is_found
         assert insight.title.startswith("No ")
-        assert " was found to " in insight.title
-        # Said of the search, not of the classes: too few images look the same.
+        assert " found " in insight.title
+        # The text is about the search, not the classes: with too few images the outcome is the same.
         assert insight.text.startswith("No difference beyond chance was found")
 
 
@@ -32,10 +32,10 @@ def test_a_hard_class_is_named_with_its_numbers_and_fishers_test():
     cm = even()
     cm[2] = (60, 60, 819, 60)
     insight = insights.hard_classes(cm, NAMES)
-    assert insight.title == "One class is harder than the rest"
+    assert insight.title == "One class with a lower recall than the rest"
     (item,) = insight.items
     assert item.text.startswith(
-        "cow: 819 of 999 found (82.0 %, 95 % interval 79.5 to 84.2 %); of all other classes 90.1"
+        "cow: recall 82.0 % (819 of 999, 95 % interval 79.5 to 84.2 %); all other classes 90.1 %."
     )
     theirs = stats.fisher_exact([[819, 180], [2700, 297]]).pvalue
     assert item.p == pytest.approx(4 * theirs, rel=1e-6)  # Holm: the smallest of four tests
@@ -48,14 +48,14 @@ def test_an_easy_class_is_not_a_hard_one():
     assert "ant" not in str([item.text for item in insights.hard_classes(cm, NAMES).items])
 
 
-def test_a_favoured_answer_is_found_by_mcnemars_test():
+def test_an_over_predicted_class_is_found_by_mcnemars_test():
     cm = even()
     cm[0, 1], cm[0, 0] = 133, 800
     insight = insights.over_predicted(cm, NAMES)
     assert [item.numbers["class"] for item in insight.items] == ["ant", "bee"]
     ant, bee = insight.items
-    assert "ant is predicted too rarely: 899 times, and is there 999 times (99 false alarms, 199 missed)" in ant.text
-    assert "bee is predicted too often: 1,099 times" in bee.text
+    assert "ant is under-predicted: 899 predictions, 999 images (99 false positives, 199 false negatives)" in ant.text
+    assert "bee is over-predicted: 1,099 predictions, 999 images" in bee.text
     assert ant.p == pytest.approx(4 * stats.binomtest(99, 298).pvalue, rel=1e-6)
 
 
@@ -63,8 +63,8 @@ def test_a_one_way_confusion_is_found_and_the_larger_direction_named_first():
     cm = even()
     cm[3, 1], cm[3, 3] = 90, 843
     (item,) = insights.asymmetric_pairs(cm, NAMES).items
-    assert (
-        item.text == "elk is taken for bee 90 of 999 times (9.0 %), but bee is taken for elk 33 of 999 times (3.3 %)."
+    assert item.text == (
+        "elk is predicted as bee in 90 of 999 images (9.0 %), but bee is predicted as elk in 33 of 999 images (3.3 %)."
     )
     assert item.p == pytest.approx(6 * stats.binomtest(33, 123).pvalue, rel=1e-6)
 
@@ -89,7 +89,9 @@ def test_mistakes_within_groups_are_tested_exactly():
     item = insight.items[0]
     # Each mistake is within its group one time in three, if drawn at random.
     assert item.p == pytest.approx(2 * stats.binom.sf(239, 320, 1 / 3), rel=1e-6)
-    assert item.text.startswith("Of 320 mistakes, 240 (75.0 %) are within a group; a wrong class drawn at random would")
+    assert item.text.startswith(
+        "Of 320 mistakes, 240 (75.0 %) are within a group; with wrong classes drawn at random, "
+    )
     assert "33.3 %" in item.text
     assert insight.title == "Mistakes stay within groups"
     assert insight.is_found
@@ -130,23 +132,23 @@ def test_clusters_of_the_validation_are_confirmed_on_the_test():
     assert item.p < 1e-3
 
 
-def test_a_network_that_is_too_sure_or_not_sure_enough_is_called_so():
+def test_an_over_or_underconfident_model_is_called_so():
     right = np.arange(1000) % 10 != 0  # 90 %
     noise = np.random.default_rng(0).normal(0, 0.01, 1000)
     gaps = [insights.confidence_gap(level + noise, right) for level in (0.99, 0.9, 0.7)]
     assert [gap.is_found for gap in gaps] == [True, False, True]
     assert [gap.title for gap in gaps] == [
-        "The network is too sure of itself",
+        "Overconfident: mean confidence 99.0 %, accuracy 90.0 %",
         "No difference beyond chance was found between confidence and accuracy",
-        "The network is not sure enough of itself",
+        "Underconfident: mean confidence 70.0 %, accuracy 90.0 %",
     ]
     item = insights.confidence_gap(np.full(1000, 0.7), right).items[0]
-    assert "70.0 % and is right in 90.0 %: -20.0 points" in item.text
+    assert "confidence 70.0 %, accuracy 90.0 %: -20.0 points" in item.text
 
 
 def test_the_gap_between_test_and_validation():
     insight = insights.validation_gap(even(4, 700, 100), even(4, 910, 30), "abcd")
-    assert insight.title == "The test is harder than the validation"
+    assert insight.title == "Test accuracy is below validation accuracy"
     assert insight.is_found
 
 
@@ -155,19 +157,22 @@ def test_a_large_gap_of_few_images_is_not_called_agreement():
     assert insight.items[0].text.startswith("Test 77.78 %, validation 90.00 %")
     insight = insights.validation_gap(np.array([[35, 10], [10, 35]]), np.array([[16, 2], [2, 16]]), "ab")
     assert "-11.1 points" in insight.items[0].text
-    assert insight.title == "No difference beyond chance was found between test and validation"
+    assert insight.title == "No difference beyond chance was found between test and validation accuracy"
     assert not insight.is_found
 
 
-def test_other_shares_of_the_classes_in_validation_and_test_are_named_and_equal_ones_are_not():
+def test_different_class_frequencies_in_validation_and_test_are_named_and_equal_ones_are_not():
     val_cm, cm = np.diag([60, 30, 10]), np.array([[23, 5, 5], [0, 33, 0], [0, 0, 34]])
     (item,) = insights.validation_gap(cm, val_cm, ["cat", "dog", "ship"]).items
-    assert "other shares: cat is 33.0 % of the test and 60.0 % of the validation." in item.text
+    assert (
+        "class frequencies may be a reason: cat is 33.0 % of the test images and 60.0 % of the validation images."
+        in item.text
+    )
     (item,) = insights.validation_gap(cm, np.diag([110, 110, 113]), ["cat", "dog", "ship"]).items
-    assert "shares" not in item.text
+    assert "frequencies" not in item.text
     # Where no gap was found there is nothing to explain.
     (item,) = insights.validation_gap(np.diag([33, 33, 34]), val_cm, ["cat", "dog", "ship"]).items
-    assert "shares" not in item.text
+    assert "frequencies" not in item.text
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_the_cards_numbers_are_the_reports(run):
 def test_the_card_does_not_call_a_gap_agreement_that_few_images_leave_open(tmp_path):
     run = make_run(tmp_path / "run", names=("ant", "bee"), n=40)
     text = write_model_card(run, CARD, run.path).read_text(encoding="utf-8")
-    assert "**No difference beyond chance was found between test and validation.** Test " in text
+    assert "**No difference beyond chance was found between test and validation accuracy.** Test " in text
     assert "agree" not in text
 
 

@@ -30,7 +30,7 @@ def test_analyze_writes_what_it_says_and_prints_it(run, tmp_path):
     printed = start("analyze", run.path, cwd=tmp_path).stdout
     findings = json.loads(run.findings.read_text(encoding="utf-8"))
     assert printed.startswith(f"Test accuracy {100 * findings['summary']['accuracy']:.2f} %")
-    for text in ("Temperature ", "Most confused, in both directions", "Findings (", "not sure enough of itself"):
+    for text in ("Temperature ", "Most confused, in both directions", "Findings (", "Underconfident: mean confidence "):
         assert text in printed
     for file in (run.report, run.confusion_matrix_png, run.confusion_matrix_csv):
         assert file.stat().st_size > 0
