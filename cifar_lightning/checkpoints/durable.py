@@ -1,7 +1,7 @@
-"""Checkpoints that outlast a power cut, and last.ckpt: when it is written, and how a signal ends a run.
+"""Checkpoints that survive a crash or power cut: `DurableCheckpointIO`, and the newest intact one of a run.
 
-A checkpoint is written beside its target, put on the disk, renamed, and the folder put on the disk: whatever happens,
-under its name lies either the old one or the new one, whole. The one before stays as previous.ckpt.
+A checkpoint is written to a temporary file in the same folder, synced, renamed, and the folder synced: its name always
+refers to either the whole old file or the whole new one. The one before is kept as previous.ckpt.
 """
 
 import os
@@ -21,21 +21,21 @@ from cifar_lightning.runs.folder import RunFolder
 
 
 class DurableCheckpointIO(CheckpointIO):
-    """How the Trainer writes and reads checkpoints: durably, has_sum, as data alone."""
+    """Lightning plugin that writes checkpoints durably and with a checksum, and loads them with `weights_only=True`."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Write a checkpoint whole or not at all. What was last.ckpt is previous.ckpt then.
+        """Write a checkpoint, or leave the old file; a replaced last.ckpt becomes previous.ckpt.
 
         Raises:
-            RunError: It cannot be written, or its weights are not finite; what lay there before is intact.
+            RunError: The file cannot be written, or weights are not finite; the old file is intact.
         """
         target = Path(path)
-        broken = next((name for name, value in checkpoint["state_dict"].items() if not _is_finite(value)), None)
-        if broken is not None:
+        not_finite = next((name for name, value in checkpoint["state_dict"].items() if not _is_finite(value)), None)
+        if not_finite is not None:
             raise RunError(
-                f"{target}: not written, since {broken} holds NaN or infinity after step {checkpoint['global_step']}"
+                f"{target}: not written, as {not_finite} has NaN or infinity after step {checkpoint['global_step']}"
                 f"{_kept(target)[0]}.\nLower --lr, or clip with --trainer.gradient_clip_val 1."
             )
         buffer = BytesIO()
@@ -48,26 +48,26 @@ class DurableCheckpointIO(CheckpointIO):
         except OSError as error:
             kept, then = _kept(target)
             raise RunError(
-                f"{target}: cannot be written ({error.strerror}){kept}.\nMake room or mend the permissions{then}"
+                f"{target}: cannot be written ({error.strerror}){kept}.\nFree disk space or fix the permissions{then}"
             ) from error
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint onto the CPU, checked; see `read_checkpoint`."""
+        """Read a checkpoint onto the CPU; see `read_checkpoint`."""
         return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Remove a checkpoint that the Trainer no longer keeps."""
+        """Delete a checkpoint."""
         Path(path).unlink(missing_ok=True)
 
 
 def _kept(target: Path) -> tuple[str, str]:
-    """Return what is left where a checkpoint could not be written, and how to go on from it, as ends of sentences."""
+    """Return which checkpoint remains after a failed write, and how to resume from it, as ends of sentences."""
     run = RunFolder(target.parent.parent)
     if target.parent == run.checkpoints and run.resumed_checkpoint.exists():
-        return "; the checkpoint before is kept", f", then: {run.resume_command}"
-    return ("; what lay there before is kept" if target.exists() else ""), "."
+        return "; the previous checkpoint is kept", f", then: {run.resume_command}"
+    return ("; the old file is kept" if target.exists() else ""), "."
 
 
 def _is_finite(value: Any) -> bool:
@@ -75,10 +75,10 @@ def _is_finite(value: Any) -> bool:
 
 
 def newest_checkpoint(run: RunFolder) -> tuple[Path, dict[str, Any], list[tuple[Path, str]]]:
-    """Read the newest undamaged checkpoint of a run: the last, the one before, or the best.
+    """Read the newest intact checkpoint of a run: last.ckpt, previous.ckpt or best.ckpt.
 
     Returns:
-        Its path, what it holds, and what is wrong with each newer one: damaged, or the last one missing.
+        Path and content, and path and error of each newer one that is damaged or missing.
 
     Raises:
         UserError: There is none, or the newest cannot be read now.
@@ -88,15 +88,15 @@ def newest_checkpoint(run: RunFolder) -> tuple[Path, dict[str, Any], list[tuple[
         if not path.exists():
             continue
         try:
-            found = read_checkpoint(path)
-        except UnreadableError:  # it may be whole: an older one must not take its place
+            checkpoint = read_checkpoint(path)
+        except UnreadableError:  # it may be intact, so an older one must not replace it
             raise
         except UserError as error:
             damages.append((path, str(error)))
         else:
             if not run.last_checkpoint.exists():
                 damages.insert(0, (run.last_checkpoint, f"{run.last_checkpoint} is missing."))
-            return path, found, damages
+            return path, checkpoint, damages
     if not damages:
         run.require(run.last_checkpoint)
-    raise UserError(f"{damages[0][1]}\nNo other checkpoint in {run.checkpoints} can be read: train again.")
+    raise UserError(f"{damages[0][1]}\nNo other checkpoint in {run.checkpoints} can be read; start a new run.")

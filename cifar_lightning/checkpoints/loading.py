@@ -1,6 +1,6 @@
-"""Trained weights from files: a run's network with what it needs to look at new images; imports no Lightning.
+"""Reading checkpoints and weights from files. Imports no Lightning.
 
-A checkpoint holds plain types only and is read with `weights_only=True`: it cannot run code.
+A checkpoint holds plain types only and is loaded with `weights_only=True`, so that it cannot run code.
 """
 
 import os
@@ -21,20 +21,21 @@ from cifar_lightning.checkpoints.schema import upgrade_checkpoint
 from cifar_lightning.errors import UserError
 from cifar_lightning.models.state_dicts import describe_misfits, has_other_classes, without_wrappers
 
-_MODEL = "model."  # what ImageClassifier calls it, and torch.compile's wrapper does not change
-# How torch.save began a file before version 1.6. Most of torchvision's published weights are such files.
-_BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_DATA = "ImageDataModule"  # the key under which Lightning keeps the data module's state
+_MODEL = "model."  # `ImageClassifier.model`
+# First bytes of a file of torch.save before 1.6, as most of torchvision's published weights are.
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+DATA_STATE = "ImageDataModule"
+"""The key of the data module's state, from Lightning."""
 RESUME_STATE = "cifar_lightning"
-"""The key under which a run's checkpoint keeps what an exact resume needs beside Lightning's state: see `exact`."""
+"""The key of the states of each rank for an exact resume: see `training.resume_state`."""
 
 
 class UnreadableError(UserError):
-    """Raised where the system cannot read a file now, which says nothing against the file: it may be whole."""
+    """Raised if the system cannot read a file, which itself may be intact."""
 
 
 def progress_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
-    """Return the epochs that a checkpoint's run has finished, and the optimiser steps up to the end of the last one."""
+    """Return the number of finished epochs of a checkpoint, and of optimizer steps in them."""
     loop = checkpoint.get("loops", {}).get("fit_loop")
     if loop is None:
         return 0, 0
@@ -44,54 +45,60 @@ def progress_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
     return int(epochs["processed"]), steps
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, as data, after its hash was found right.
+def is_inside_epoch(checkpoint: dict[str, Any]) -> bool:
+    """Return whether a checkpoint was saved inside an epoch."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    return bool(progress["ready"] > progress["processed"])
 
-    A file that no run here wrote has no hash; of it the zip format's own checksums must be right. The format that torch
-    wrote before 1.6 has none of either.
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Verify a checkpoint's checksum and load it onto the CPU, upgraded to the current schema.
+
+    Files of other programs have no checksum; of these the checksums of the zip format are verified. The format of torch
+    before 1.6 has neither.
 
     Raises:
-        UnreadableError: The disk, the permissions or too little memory are in the way.
+        UnreadableError: The disk, permissions or memory prevent reading it.
         UserError: It is missing, damaged, or holds more than plain types and tensors.
     """
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; give a checkpoint, such as RUN/checkpoints/best.ckpt.") from error
+        raise UserError(f"{path}: no such file; give a checkpoint such as RUN/checkpoints/best.ckpt.") from error
     except (OSError, MemoryError) as error:
         raise _unreadable(path, error) from error
     try:
         has_sum = has_checksum(data)
         if has_sum and not is_intact(data):
             raise zipfile.BadZipFile("its SHA-256 is wrong")
-        if not has_sum and not data.startswith(_BEFORE_ZIP):
+        if not has_sum and not data.startswith(_LEGACY_MAGIC):
             _check_zip(data)
         checkpoint = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     except MemoryError as error:
         raise _unreadable(path, error) from error
     except pickle.UnpicklingError as error:
-        # torch's message names it: "Unsupported global: GLOBAL torchvision.models.resnet.ResNet was not an allowed".
+        # torch's message: "Unsupported global: GLOBAL torchvision.models.resnet.ResNet was not an allowed".
         kind = re.search(r"GLOBAL ([\w.]+)", str(error))
-        found = f" ({kind[1]})" if kind else ""
+        name = f" ({kind[1]})" if kind else ""
         raise UserError(
-            f"{path}: refused, since it holds more than numbers{found} and could run code.\n"
-            "Of a whole model, save the numbers alone where it was made: torch.save(model.state_dict(), FILE)."
+            f"{path}: refused, as it holds more than tensors{name} and could run code.\n"
+            "Save only the tensors of a whole model: torch.save(model.state_dict(), FILE)."
         ) from error
-    except Exception as error:  # damaged files make the readers of zip and pickle raise nearly anything
+    except Exception as error:  # on damaged files zip and pickle raise nearly anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        if "can't allocate memory" in reason:  # torch's own words for it
+        if "can't allocate memory" in reason:  # torch raises a RuntimeError
             raise _unreadable(path, error) from error
-        raise UserError(f"{path}: a damaged checkpoint, or none ({reason}).") from error
+        raise UserError(f"{path}: a damaged checkpoint, or not a checkpoint ({reason}).") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__} and not a checkpoint.")
     if not has_sum and RESUME_STATE in checkpoint:
-        raise UserError(f"{path}: a damaged checkpoint (its SHA-256 is cut off or overwritten).")
+        raise UserError(f"{path}: a damaged checkpoint (its SHA-256 is missing).")
     return upgrade_checkpoint(checkpoint)
 
 
 def _unreadable(path: Path, error: Exception) -> UnreadableError:
     reason = error.strerror if isinstance(error, OSError) else "not enough memory"
-    return UnreadableError(f"{path}: cannot be read ({reason}); nothing was changed. Mend that and try again.")
+    return UnreadableError(f"{path}: cannot be read ({reason}); nothing was changed. Fix this and try again.")
 
 
 def _check_zip(data: bytes) -> None:
@@ -104,10 +111,10 @@ def _check_zip(data: bytes) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint, of a plain `state_dict` file or of a .safetensors file, by name.
+    """Return the tensors by name of a checkpoint, a saved state_dict or a .safetensors file.
 
     Raises:
-        UserError: It cannot be read as one of these.
+        UserError: It is none of these, or damaged.
     """
     if path.suffix == ".safetensors":
         try:
@@ -123,7 +130,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def weights_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors under the network's own names.
+    """Return the tensors of a checkpoint by their names in the model.
 
     Raises:
         UserError: There are none.
@@ -138,40 +145,38 @@ def weights_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: Path, checkpoint: dict[str, Any] | None = None) -> None:
-    """Put the weights of a file into a network.
+    """Load the weights of a file into a model.
 
     Args:
-        model: Gets them.
+        model: Changed in place.
         path: The file; see `read_weights`.
-        checkpoint: What the file holds, where it has been read already.
+        checkpoint: Content of the file, if it was read before.
 
     Raises:
-        UserError: Names the first tensors that do not fit; the network is then untouched.
+        UserError: A tensor does not fit; the model is unchanged.
     """
     ours = model.state_dict()
     theirs = without_wrappers(read_weights(path) if checkpoint is None else weights_of(checkpoint, path), ours)
     misfits = describe_misfits(theirs, ours)
     if misfits and has_other_classes(theirs, ours):
         raise UserError(
-            f"{path}: of other classes or images: {misfits}.\n"
-            f"To begin with all of it but the last layer: --model.pretrained {path}"
+            f"{path}: weights for other classes or another image size: {misfits}.\n"
+            f"To load all layers but the head: --model.pretrained {path}"
         )
     if misfits:
-        raise UserError(
-            f"{path}: of another network: {misfits}.\nGive the --model and --data flags that it was trained with."
-        )
+        raise UserError(f"{path}: weights of another model: {misfits}.\nGive the --model and --data flags of its run.")
     model.load_state_dict(theirs)
 
 
 def statistics_of(checkpoint: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Return mean and std per channel, of images scaled to 0-1, that a run's checkpoint was trained with, or None."""
-    data = checkpoint.get(_DATA) or {}
+    """Return mean and std per channel (of images scaled to 0-1) of a run's training images; None if not a run."""
+    data = checkpoint.get(DATA_STATE) or {}
     return (tuple(data["mean"]), tuple(data["std"])) if {"mean", "std"} <= data.keys() else None
 
 
 def plain(value: Any) -> Any:
-    """Return a value as types that load with `weights_only=True`; what has no such form becomes its description."""
-    if isinstance(value, np.generic | np.ndarray):  # first: np.float64 is a float, too
+    """Return a value as types that load with `weights_only=True`; other objects become their `repr`."""
+    if isinstance(value, np.generic | np.ndarray):  # first, as np.float64 is also a float
         return value.tolist()
     if value is None or isinstance(value, str | bool | int | float | Tensor | torch.dtype):
         return value

@@ -1,4 +1,4 @@
-"""Pretrained weights for a model: published ones, or those of a file."""
+"""Pretrained weights for a model, published or from a file."""
 
 import json
 from collections.abc import Mapping
@@ -22,19 +22,19 @@ from cifar_lightning.models.pretrained import (
 def load_pretrained(
     model: nn.Module, architecture: Mapping[str, Any], source: Literal[True] | str | Path
 ) -> Normalization | None:
-    """Put trained weights into a network, all but its head's.
+    """Load pretrained weights into all layers of a model but its head.
 
     Args:
-        model: As `build_model(**architecture)` made it; gets the weights.
-        architecture: name, num_classes, image_size and the network's own arguments.
-        source: True for the library's best published weights (of timm, those that its name's tag says), which are
-            downloaded once; or a file: a checkpoint of a run, a state_dict or .safetensors.
+        model: Built by `build_model(**architecture)`; changed in place.
+        architecture: name, num_classes, image_size and further arguments of the model.
+        source: True for the library's best published weights (of timm, those of the tag in the name), downloaded once;
+            or a file: a checkpoint of a run, a state_dict or .safetensors.
 
     Returns:
-        How the images must be normalised; None where that is not known: a plain file of a network of ours.
+        Normalization that the weights expect; None if unknown, as for a state_dict of our own models.
 
     Raises:
-        UserError: There are none, they cannot be had or read, or they do not fit; the network is then untouched.
+        UserError: There are none, they cannot be downloaded or read, or they do not fit; the model is unchanged.
     """
     is_published = source is True
     weights = published_weights(architecture) if is_published else _of_file(Path(source), str(architecture["name"]))
@@ -43,9 +43,9 @@ def load_pretrained(
 
 
 def _of_file(path: Path, name: str) -> PretrainedWeights:
-    """Return a file's weights and the normalisation of its run, or else of its name in torchvision."""
+    """Return the weights of a file with the normalization of its run, or else of torchvision's model of that name."""
     if not path.is_file():
-        raise UserError(f"--model.pretrained {path}: no such file; give true, or a file of weights.")
+        raise UserError(f"--model.pretrained {path}: no such file; give true or a file of weights.")
     origin = f"--model.pretrained {clipped(str(path), 200)}: its weights"
     if path.suffix == ".safetensors":
         normalization = _exported_normalization(path) or torchvision_normalization(name)
@@ -57,7 +57,7 @@ def _of_file(path: Path, name: str) -> PretrainedWeights:
 
 
 def _exported_normalization(path: Path) -> Normalization | None:
-    """Return what `export` has written into a file; others have none."""
+    """Return the normalization in the metadata that `export` writes; None without it."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:

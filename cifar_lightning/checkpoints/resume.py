@@ -11,8 +11,7 @@ from typing import Any
 import yaml
 
 from cifar_lightning.checkpoints.durable import newest_checkpoint
-from cifar_lightning.checkpoints.loading import progress_of
-from cifar_lightning.checkpoints.rng_state import is_inside_epoch
+from cifar_lightning.checkpoints.loading import is_inside_epoch, progress_of
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import read_json

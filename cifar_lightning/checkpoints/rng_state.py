@@ -1,7 +1,7 @@
-"""What a checkpoint needs beside Lightning's state so that a run goes on bit for bit, for each rank.
+"""States of the random number generators of a process, for a checkpoint.
 
-Lightning keeps weights, optimiser, schedule, loops, callbacks and the loader's position, but no random state and none
-of the sums of an epoch that has not ended. Order and augmentation are functions of seed and epoch and need nothing.
+Lightning saves weights, optimizer, schedule, loops, callbacks and the position of the loader, but no RNG state. Order
+and augmentation are functions of seed and epoch and need none; dropout and MixUp do.
 """
 
 import random
@@ -10,17 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cifar_lightning.checkpoints.loading import progress_of
-
-
-def is_inside_epoch(checkpoint: dict[str, Any]) -> bool:
-    """Return whether a checkpoint was saved before the end of an epoch that had begun."""
-    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
-    return bool(progress["ready"] > progress_of(checkpoint)[0])
-
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """Return the states of Python's, NumPy's, torch's and the device's generators as plain types and tensors."""
+    """Return the RNG states of Python, NumPy, torch and the device as plain types and tensors."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -31,7 +23,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what `rng_state` returned; the device's only where it is of the same kind."""
+    """Restore the states of `rng_state`; CUDA's only on a CUDA device."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

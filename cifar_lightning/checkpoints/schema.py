@@ -1,29 +1,29 @@
-"""The form of a checkpoint: its schema version, and the one place that reads older forms."""
+"""The schema version of a checkpoint, and the upgrade of older ones."""
 
 from typing import Any
 
 SCHEMA_VERSION = 2
-"""1, without a version in the file: parameters are called `network.*`. 2: `model.*`, as `self.model` of the module."""
+"""1, without a version in the file: parameters are named `network.*`. 2: `model.*`."""
 SCHEMA_KEY = "cifar_lightning_schema"
 _RENAMED_HPARAMS = {"stem_share": "stem_train_fraction"}
 
 
 def upgrade_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's checkpoint in the form of today; what is not of a run is returned as it is.
+    """Return a Lightning checkpoint in the current schema; other files are returned as they are.
 
     Args:
-        checkpoint: As it was saved; stays as it is.
+        checkpoint: Content of the file; not changed.
     """
-    if checkpoint.get(SCHEMA_KEY, 1) >= SCHEMA_VERSION or "cifar_lightning" not in checkpoint:
+    if SCHEMA_KEY in checkpoint or "pytorch-lightning_version" not in checkpoint:
         return checkpoint
     upgraded = {**checkpoint, SCHEMA_KEY: SCHEMA_VERSION}
-    for states in ("state_dict", "current_model_state"):
-        if isinstance(checkpoint.get(states), dict):
-            upgraded[states] = {
-                f"model.{name.removeprefix('network.')}" if name.startswith("network.") else name: value
-                for name, value in checkpoint[states].items()
-            }
-    hparams = checkpoint.get("hyper_parameters")
-    if isinstance(hparams, dict):
+    for key in ("state_dict", "current_model_state"):  # the latter: raw weights of a run with EMA
+        if isinstance(checkpoint.get(key), dict):
+            upgraded[key] = {_renamed(name): value for name, value in checkpoint[key].items()}
+    if isinstance(hparams := checkpoint.get("hyper_parameters"), dict):
         upgraded["hyper_parameters"] = {_RENAMED_HPARAMS.get(name, name): value for name, value in hparams.items()}
     return upgraded
+
+
+def _renamed(name: str) -> str:
+    return f"model.{name.removeprefix('network.')}" if name.startswith("network.") else name

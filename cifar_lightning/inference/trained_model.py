@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from cifar_lightning.checkpoints.loading import _DATA, load_weights, read_checkpoint
+from cifar_lightning.checkpoints.loading import DATA_STATE, load_weights, read_checkpoint
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256
 from cifar_lightning.models.registry import build_model
@@ -62,7 +62,7 @@ def load_trained_model(run: RunFolder) -> TrainedModel:
     path = run.tested_checkpoint
     run.require(path)
     checkpoint = read_checkpoint(path)
-    hparams, data = checkpoint.get("hyper_parameters", {}), checkpoint.get(_DATA)
+    hparams, data = checkpoint.get("hyper_parameters", {}), checkpoint.get(DATA_STATE)
     if data is None:
         raise UserError(f"{path}: holds no class names and no statistics; it is not from `python train.py fit`.")
     if not hparams.get("name"):

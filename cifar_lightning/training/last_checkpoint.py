@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from cifar_lightning.checkpoints.rng_state import is_inside_epoch
+from cifar_lightning.checkpoints.loading import is_inside_epoch
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.settings.limits import check_limits
 from cifar_lightning.training.run_recorder import EPOCH_SO_FAR, RunRecorder

@@ -14,6 +14,7 @@ from torchmetrics import MetricCollection
 
 from cifar_lightning.checkpoints.loading import plain, progress_of
 from cifar_lightning.checkpoints.pretrained import load_pretrained
+from cifar_lightning.checkpoints.schema import SCHEMA_KEY, SCHEMA_VERSION, upgrade_checkpoint
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.metrics.classification import accuracy, macro_f1
 from cifar_lightning.models.compile import compile_model
@@ -257,7 +258,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         return count_steps(self.trainer, *(self._resumed_from or (0, 0)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save hyperparameters as types that load as data, also those that a subclass has added."""
+        """Save the schema version, and hyperparameters as types that load as data, also those of a subclass."""
+        checkpoint[SCHEMA_KEY] = SCHEMA_VERSION
         if self.CHECKPOINT_HYPER_PARAMS_KEY in checkpoint:
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = plain(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY])
 
@@ -267,6 +269,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         Raises:
             UserError: The weights do not have the names and shapes of this model's.
         """
+        checkpoint.update(upgrade_checkpoint(checkpoint))  # Lightning's own loading does not upgrade
         self._resumed_from, self._pretrained = progress_of(checkpoint), False
         misfits = describe_misfits(checkpoint["state_dict"], self.state_dict())
         if misfits:

@@ -6,9 +6,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from cifar_lightning.checkpoints.loading import RESUME_STATE
-from cifar_lightning.checkpoints.rng_state import is_inside_epoch, restore_rng, rng_state
-from cifar_lightning.checkpoints.schema import SCHEMA_KEY, SCHEMA_VERSION
+from cifar_lightning.checkpoints.loading import RESUME_STATE, is_inside_epoch
+from cifar_lightning.checkpoints.rng_state import restore_rng, rng_state
 from cifar_lightning.errors import UserError
 from cifar_lightning.training.module import ImageClassifier
 
@@ -30,7 +29,6 @@ class ResumeState(pl.Callback):
             ranks = [None] * trainer.world_size
             torch.distributed.all_gather_object(ranks, own)
         checkpoint[RESUME_STATE] = {"ranks": ranks}
-        checkpoint[SCHEMA_KEY] = SCHEMA_VERSION
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The hash that a checkpoint carries."""
+"""The checksum in a checkpoint."""
 
 import hashlib
 import io
@@ -12,28 +12,28 @@ from cifar_lightning.checkpoints.checksum import add_checksum, has_checksum, is_
 
 
 @pytest.fixture(scope="module")
-def has_sum():
+def archive():
     buffer = io.BytesIO()
     torch.save({"weight": torch.arange(1000.0), "name": "x"}, buffer)
     return add_checksum(buffer.getvalue())
 
 
-def test_a_sealed_file_is_still_a_zip_archive_that_torch_reads(has_sum, tmp_path):
-    path = tmp_path / "has_sum.ckpt"
-    path.write_bytes(has_sum)
+def test_a_file_with_a_checksum_is_still_a_zip_archive_that_torch_reads(archive, tmp_path):
+    path = tmp_path / "archive.ckpt"
+    path.write_bytes(archive)
     for mmap in (False, True):
         read = torch.load(path, weights_only=True, mmap=mmap)
         assert read["weight"].tolist() == list(range(1000))
-    with zipfile.ZipFile(path) as archive:
-        assert archive.testzip() is None
-        assert archive.comment == b"sha256:" + hashlib.sha256(has_sum[: -len(archive.comment)]).hexdigest().encode()
+    with zipfile.ZipFile(path) as file:
+        assert file.testzip() is None
+        assert file.comment == b"sha256:" + hashlib.sha256(archive[: -len(file.comment)]).hexdigest().encode()
 
 
-def test_each_of_many_damages_is_noticed(has_sum):
-    assert is_intact(has_sum)
+def test_each_of_500_damages_is_detected(archive):
+    assert is_intact(archive)
     rng = random.Random(0)
     for _ in range(500):
-        damaged = bytearray(has_sum)
+        damaged = bytearray(archive)
         if rng.random() < 0.3:
             del damaged[rng.randrange(len(damaged)) :]
         else:
@@ -41,12 +41,12 @@ def test_each_of_many_damages_is_noticed(has_sum):
         assert not is_intact(bytes(damaged))
 
 
-def test_a_file_of_others_has_no_seal(has_sum):
+def test_other_files_have_no_checksum(archive):
     assert not has_checksum(b"")
-    assert not has_checksum(has_sum[:-1])
-    assert not is_intact(has_sum[:-71])
+    assert not has_checksum(archive[:-1])
+    assert not is_intact(archive[:-71])
 
 
-def test_only_an_archive_without_a_comment_is_sealed(has_sum):
+def test_only_an_archive_without_a_comment_gets_a_checksum(archive):
     with pytest.raises(AssertionError):
-        add_checksum(has_sum)
+        add_checksum(archive)

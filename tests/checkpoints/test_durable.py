@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, never of broken weights, checked before use; and when last.ckpt is written."""
+"""Durable checkpoints: written whole or not at all, never with NaN, verified when read."""
 
 import os
 import random
@@ -27,7 +27,7 @@ def path(tmp_path):
     return path
 
 
-def test_what_was_written_is_read_and_nothing_else_lies_there(path):
+def test_a_checkpoint_is_read_back_and_no_temporary_file_is_left(path):
     assert DurableCheckpointIO().load_checkpoint(path)["state_dict"]["weight"].tolist() == [1, 1, 1]
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
@@ -46,7 +46,7 @@ def test_a_failing_disk_is_reported_and_the_old_file_stays(path, monkeypatch, pl
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_where_nothing_lay_before_nothing_is_said_to_be_kept(tmp_path, monkeypatch):
+def test_a_failed_first_write_does_not_claim_that_a_file_is_kept(tmp_path, monkeypatch):
     path = tmp_path / "my run" / "checkpoints" / "last.ckpt"
     io, nan = DurableCheckpointIO(), torch.tensor(float("nan"))
     monkeypatch.setattr(files.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -62,9 +62,9 @@ def test_where_nothing_lay_before_nothing_is_said_to_be_kept(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_broken_weights_are_not_written_over_good_ones(path, bad):
+def test_weights_with_nan_or_infinity_do_not_replace_a_checkpoint(path, bad):
     before = path.read_bytes()
-    with pytest.raises(RunError, match="weight holds NaN or infinity after step 7"):
+    with pytest.raises(RunError, match="weight has NaN or infinity after step 7"):
         DurableCheckpointIO().save_checkpoint(checkpoint_of(torch.tensor([1.0, bad])), path)
     assert path.read_bytes() == before
 
@@ -79,12 +79,12 @@ def calls_while_writing(path, monkeypatch):
     return [f"{name} {Path(args[-1]).name.lstrip('.')[:8]}" if name != "fsync" else name for name, args in done]
 
 
-def test_it_is_synced_before_it_gets_its_name_and_its_folder_after(path, monkeypatch):
+def test_the_file_is_synced_before_the_rename_and_the_folder_after(path, monkeypatch):
     best = path.with_name("best.ckpt")
     assert calls_while_writing(best, monkeypatch) == ["fsync", "replace best.ckp", "fsync"]
 
 
-def test_the_one_before_is_kept_only_once_the_new_one_is_on_the_disk(path, monkeypatch):
+def test_the_previous_checkpoint_is_replaced_only_after_the_new_one_is_synced(path, monkeypatch):
     expected = ["fsync", "link previous", "replace previous", "replace last.ckp", "fsync"]
     assert calls_while_writing(path, monkeypatch) == expected
 
@@ -118,13 +118,13 @@ def test_each_of_200_damages_of_a_smallnet_is_refused(tmp_path):
             read_checkpoint(path)
 
 
-def test_the_newest_whole_one_is_found(path):
+def test_the_newest_intact_checkpoint_is_read(path):
     run = RunFolder(path.parent.parent)
     shutil.copy(path, run.previous_checkpoint)
     assert newest_checkpoint(run)[0] == run.last_checkpoint
     path.write_bytes(path.read_bytes()[:-1])
-    found, _, damages = newest_checkpoint(run)
-    assert found == run.previous_checkpoint
+    newest, _, damages = newest_checkpoint(run)
+    assert newest == run.previous_checkpoint
     assert [damaged for damaged, _ in damages] == [run.last_checkpoint]
     path.unlink()
     assert newest_checkpoint(run)[2] == [(run.last_checkpoint, f"{run.last_checkpoint} is missing.")]
@@ -139,7 +139,7 @@ def test_the_newest_whole_one_is_found(path):
         (MemoryError(), "not enough memory"),
     ],
 )
-def test_one_that_cannot_be_read_now_is_not_called_damaged_nor_passed_over(path, monkeypatch, error, reason):
+def test_an_unreadable_checkpoint_is_not_reported_as_damaged_nor_skipped(path, monkeypatch, error, reason):
     run = RunFolder(path.parent.parent)
     shutil.copy(path, run.previous_checkpoint)
     read = Path.read_bytes
@@ -154,7 +154,7 @@ def test_one_that_cannot_be_read_now_is_not_called_damaged_nor_passed_over(path,
         newest_checkpoint(run)
 
 
-def test_too_little_memory_for_a_whole_one_is_not_called_a_damage(path, monkeypatch):
+def test_too_little_memory_is_not_reported_as_damage(path, monkeypatch):
     def load(*args, **kwargs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory")
 

@@ -1,4 +1,4 @@
-"""What a checkpoint gives back: the same answers, or a message that says what is wrong with it."""
+"""Checkpoints and weights read from files, or refused with the reason."""
 
 import pickle
 import zipfile
@@ -33,11 +33,11 @@ def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(tmp_path):
     with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:  # what tells TorchScript's files
         archive.writestr("script/constants.pkl", b"")
     for name, kind in (("whole", r" \(cifar_lightning\.models\.smallnet\.SmallNet\)"), ("script", "")):
-        advice = r"save the numbers alone .*: torch\.save\(model\.state_dict\(\), FILE"
-        with pytest.raises(UserError, match=rf"more than numbers{kind} and .*\n.*{advice}"):
+        advice = r"Save only the tensors .*: torch\.save\(model\.state_dict\(\), FILE"
+        with pytest.raises(UserError, match=rf"more than tensors{kind} and .*\n.*{advice}"):
             read_checkpoint(tmp_path / f"{name}.pt")
     (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(payload))
-    with pytest.raises(UserError, match="damaged checkpoint, or none"):
+    with pytest.raises(UserError, match="damaged checkpoint, or not a"):
         read_checkpoint(tmp_path / "plain.ckpt")
     assert not (tmp_path / "ran").exists()
 
@@ -55,12 +55,10 @@ def test_weights_come_from_checkpoints_state_dicts_and_safetensors(tmp_path):
 
 
 @pytest.mark.parametrize("image_size", [32, 80])
-def test_weights_of_other_classes_are_better_given_to_begin_with(tmp_path, image_size):
+def test_weights_for_other_classes_suggest_pretrained(tmp_path, image_size):
     torch.save(torchvision.models.squeezenet1_0().state_dict(), tmp_path / "imagenet.pth")
     model = build_model("torchvision/squeezenet1_0", 10, image_size)
-    with pytest.raises(
-        UserError, match=rf"other classes .*\nTo begin .*: --model\.pretrained {tmp_path}/imagenet\.pth"
-    ):
+    with pytest.raises(UserError, match=rf"other classes .*\nTo load .*: --model\.pretrained {tmp_path}/imagenet\.pth"):
         load_weights(model, tmp_path / "imagenet.pth")
 
 
@@ -71,7 +69,7 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_changed(tmp_path):
     with pytest.raises(UserError, match=r"other classes .*: head\.weight is 3x4 in it and 4x4 here and 1 more"):
         load_weights(model, tmp_path / "best.ckpt")
     other = build_model("smallnet", 3, 16, widths=(2, 4, 5))
-    with pytest.raises(UserError, match=r"another network: .*\nGive the --model and --data flags"):
+    with pytest.raises(UserError, match=r"another model: .*\nGive the --model and --data flags"):
         load_weights(other, tmp_path / "best.ckpt")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     torch.save({"a": 1}, tmp_path / "none.pt")

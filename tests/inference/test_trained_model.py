@@ -52,7 +52,7 @@ def test_without_a_best_checkpoint_the_last_is_taken(run):
     [
         ({"ImageDataModule": None}, "no class names"),
         ({"hyper_parameters": {"name": None}}, "made in Python"),
-        ({"hyper_parameters": {"name": "smallnet"}}, "of another network: features.0.weight is 2x3x3x3 in it and 64x"),
+        ({"hyper_parameters": {"name": "smallnet"}}, "of another model: features.0.weight is 2x3x3x3 in it and 64x"),
     ],
 )
 def test_what_is_no_run_of_ours_is_named(run, changes, message):

@@ -17,8 +17,7 @@ from program import start as run_program
 
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
-from cifar_lightning.checkpoints.loading import RESUME_STATE, read_checkpoint
-from cifar_lightning.checkpoints.rng_state import is_inside_epoch
+from cifar_lightning.checkpoints.loading import RESUME_STATE, is_inside_epoch, read_checkpoint
 from cifar_lightning.files import MetricsTable
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training import run_recorder

@@ -1,0 +1,106 @@
+"""Checkpoints of older versions: what is renamed, and that they are loaded and resumed as new ones."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from fault_judge import differences
+from fitting import NARROW, Signal, fit_run, quiet_trainer, small_data
+
+from cifar_lightning import ImageClassifier
+from cifar_lightning.checkpoints.durable import DurableCheckpointIO
+from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint
+from cifar_lightning.checkpoints.schema import SCHEMA_KEY, SCHEMA_VERSION, upgrade_checkpoint
+from cifar_lightning.inference.trained_model import load_trained_model
+from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.ema import EmaWeights
+from cifar_lightning.training.signals import Stopped
+
+# Lightning warns when resuming in the folder of a run.
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+
+def downgraded(checkpoint):
+    """Return a checkpoint as version 1 wrote it."""
+    old = {key: value for key, value in checkpoint.items() if key != SCHEMA_KEY}
+    for key in {"state_dict", "current_model_state"} & old.keys():
+        old[key] = {name.replace("model.", "network.", 1): tensor for name, tensor in old[key].items()}
+    hparams = dict(old["hyper_parameters"])
+    old["hyper_parameters"] = {"stem_share": hparams.pop("stem_train_fraction"), **hparams}
+    return old
+
+
+def save_downgraded(path):
+    old = downgraded(read_checkpoint(path))
+    assert any(name.startswith("network.") for name in old["state_dict"])
+    DurableCheckpointIO().save_checkpoint(old, path)
+
+
+def fit(path, *more, **kwargs):
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW, stem_train_fraction=0.5, lr=0.01)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
+    return fit_run(path, *more, epochs=2, eval_batch_size=100, module=module, **kwargs)[0]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("schema") / "run", EmaWeights(0.9))
+
+
+def test_an_old_checkpoint_is_upgraded_to_the_current_one(run):
+    for path in (run.best_checkpoint, run.last_checkpoint):
+        current = torch.load(path, weights_only=True)
+        assert current[SCHEMA_KEY] == SCHEMA_VERSION
+        assert "model.head.weight" in current["current_model_state"]
+        assert current["hyper_parameters"]["stem_train_fraction"] == 0.5
+        old = downgraded(current)
+        kept = dict(old)
+        assert differences(upgrade_checkpoint(old), current) == []
+        assert old == kept, "the argument is not changed"
+        assert upgrade_checkpoint(current) is current
+
+
+def test_files_of_other_programs_are_left_alone():
+    plain = {"network.weight": torch.ones(1)}
+    assert upgrade_checkpoint(plain) is plain
+    assert upgrade_checkpoint({"pytorch-lightning_version": "2", "state_dict": 3})["state_dict"] == 3
+
+
+def test_a_checkpoint_of_a_plain_trainer_has_a_version_and_an_old_one_is_loaded(tmp_path):
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW, lr=0.01)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    trainer.fit(module, small_data())
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    current = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert current[SCHEMA_KEY] == SCHEMA_VERSION
+    old = downgraded(current)
+    del old["hyper_parameters"]["stem_share"]  # Lightning ignores it, but not with the type checks of these tests
+    torch.save(old, tmp_path / "old.ckpt")
+    loaded = ImageClassifier.load_from_checkpoint(tmp_path / "old.ckpt", weights_only=True)
+    assert torch.equal(loaded.model.head.weight, module.model.head.weight)
+    load_weights(loaded.model, tmp_path / "old.ckpt")
+
+
+def test_an_old_run_predicts_as_before(run, tmp_path):
+    old = RunFolder(tmp_path / "old")
+    old.checkpoints.mkdir(parents=True)
+    old.best_checkpoint.write_bytes(run.best_checkpoint.read_bytes())
+    save_downgraded(old.best_checkpoint)
+    images = torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8)
+    assert torch.equal(load_trained_model(old).logits(images), load_trained_model(run).logits(images))
+
+
+def test_an_old_run_with_ema_resumes_bit_for_bit(run, tmp_path):
+    with pytest.raises(Stopped):
+        fit(tmp_path / "run", Signal("on_train_batch_start", 12), EmaWeights(0.9))
+    old = RunFolder(tmp_path / "run")
+    save_downgraded(old.last_checkpoint)
+    fit(old.path, EmaWeights(0.9), ckpt_path=old.last_checkpoint)
+    ends = [read_checkpoint(each.last_checkpoint) for each in (run, old)]
+    for end in ends:
+        for rank in end["cifar_lightning"]["ranks"]:
+            del rank["rng"]["python"]  # the tests' type checks draw from it: beartype looks at items at random
+    assert differences(*ends) == []
+    assert old.metrics_csv.read_bytes() == run.metrics_csv.read_bytes()
