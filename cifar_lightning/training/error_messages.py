@@ -1,4 +1,4 @@
-"""What errors of torch and of the system mean to the person whose run they ended."""
+"""Messages for known errors of torch and the system: disk full, out of memory, dead workers."""
 
 import contextlib
 import errno
@@ -13,19 +13,19 @@ from cifar_lightning.runs.folder import RunFolder
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _LESS_MEMORY = {
-    "fit": "halve --batch_size and give --trainer.accumulate_grad_batches 2, which trains alike; "
+    "fit": "halve --batch_size and give --trainer.accumulate_grad_batches 2, which trains the same; "
     "--data.eval_batch_size for validation and test",
     "tune": "halve --batch_size",
 }
 
 
-# What the Trainer raises for an unknown accelerator or strategy, a value of the wrong kind, a package that is missing.
+# What the Trainer raises for an unknown accelerator or strategy, a wrong type, a missing package.
 _OF_SETTINGS = (ValueError, TypeError, ImportError, MisconfigurationException)
 
 
 @contextlib.contextmanager
 def explained(command: str, run: RunFolder | None = None) -> Iterator[None]:
-    """Raise what is known of the errors inside as `RunError`; see `explain`."""
+    """Raise known errors as `RunError`; see `explain`."""
     try:
         yield
     except (RuntimeError, OSError) as error:
@@ -37,7 +37,7 @@ def explained(command: str, run: RunFolder | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def of_settings() -> Iterator[None]:
-    """Raise errors of making the Trainer that come of a setting as `UserError`; others, mistakes here, stay."""
+    """Raise the Trainer's errors about a setting as `UserError`."""
     try:
         yield
     except UserError:
@@ -48,25 +48,25 @@ def of_settings() -> Iterator[None]:
 
 
 def explain(error: RuntimeError | OSError, command: str, run: RunFolder | None = None) -> RunError | None:
-    """Return the error in a person's words, with a way out; None for one that is not known, such as a mistake here.
+    """Return a known error as a message with a way out, None for any other.
 
     Args:
-        error: What ended the command.
+        error: The error that ended the command.
         command: fit, validate, test, predict or tune.
-        run: The run that `fit` had begun, which from then on may be gone on with.
+        run: The run that `fit` has started.
     """
     text = " ".join(str(error).split())
-    if isinstance(error, RunError):  # in words already
+    if isinstance(error, RunError):
         return None
     if isinstance(error, OSError):
         if error.errno in _FULL:
             where = error.filename or ("a file of the run" if run else "a file")
             return RunError(f"{where}: cannot be written ({error.strerror}).\nMake room. {_way_on(run)}")
-        # Of files that a user named, or of no file at all, `main` knows more; the run's own were in order at its start.
+        # `main` reports files that a user named.
         return RunError(f"{error.filename}: {error.strerror}.\n{_way_on(run)}") if run and error.filename else None
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         less = _LESS_MEMORY.get(command, "lower --data.eval_batch_size")
-        inside = "; with another --batch_size only from an epoch's end" if _is_resumable(run) else ""
+        inside = "; with another --batch_size only from the end of an epoch" if _is_resumable(run) else ""
         return RunError(f"out of memory: {less}.\n{_way_on(run, inside)}")
     if "DataLoader worker" in text:
         return RunError(
@@ -82,5 +82,5 @@ def _is_resumable(run: RunFolder | None) -> bool:
 
 def _way_on(run: RunFolder | None, provided: str = "") -> str:
     if run is not None and _is_resumable(run):
-        return f"Checkpoints are kept: {run.resume_command} goes on{provided}."
+        return f"Checkpoints are kept: {run.resume_command} resumes{provided}."
     return "No checkpoint was written yet: start again." if run else "Then start again."

@@ -1,7 +1,7 @@
-"""The learning-rate range test (arXiv:1506.01186): some steps with a rising rate; where does the loss fall fastest?
+"""LR finder (arXiv:1506.01186): raises the learning rate over some steps and suggests where the loss falls fastest.
 
-Lightning's `Tuner.lr_find` does it, on a copy of the network and with a Trainer of its own, so that the run that
-follows starts as if there had been no test.
+Lightning's `Tuner.lr_find` runs on a copy of the model with a Trainer of its own, so that the run that follows does not
+depend on it.
 """
 
 import contextlib
@@ -34,14 +34,14 @@ MIN_LR, MAX_LR, NUM_STEPS = 1e-5, 1.0, 100
 
 @dataclass(frozen=True)
 class LrRange:
-    """What a range test found.
+    """Result of the LR finder.
 
     Attributes:
-        lrs: Rate of each step.
+        lrs: Learning rate of each step.
         losses: Smoothed training loss after each step.
-        suggestion: Where the loss falls fastest.
-        sgd_lr: With muon, what `sgd_lr` becomes so that the rates keep their ratio; else None.
-        head_lr: The same of `head_lr`; None where it was not given.
+        suggestion: Learning rate at which the loss falls fastest.
+        sgd_lr: With muon, the `sgd_lr` that keeps its ratio to `lr`; else None.
+        head_lr: The same for `head_lr`; None if it was not given.
     """
 
     lrs: list[float]
@@ -59,15 +59,15 @@ class LrRange:
 
 
 def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: Any) -> LrRange:
-    """Run the test; neither the module nor the random numbers after it are touched.
+    """Run the LR finder; the module and the random state are left as they were.
 
     Args:
-        module: Its copy is trained for `NUM_STEPS` steps, or until the loss has grown fourfold.
-        data: Gives the training batches.
-        **trainer_settings: Arguments of the Trainer: precision, accelerator and the like.
+        module: A copy of it is trained for `NUM_STEPS` steps, or until the loss has grown fourfold.
+        data: The training batches.
+        **trainer_settings: Arguments of the Trainer, such as precision and accelerator.
 
     Raises:
-        UserError: More than one process, or no rate at which the loss falls.
+        UserError: More than one process, or the loss falls at no learning rate.
     """
     quiet = {"logger": False, "callbacks": [], "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "max_epochs": -1, "limit_val_batches": 0, "max_steps": NUM_STEPS}
@@ -80,18 +80,18 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
         whiten(stem, data)
     if settings.name == "muon":
         _keep_ratios(tuned)
-    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder, _without_noise():
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder, _quiet():
         trainer = pl.Trainer(**{**trainer_settings, **quiet, "default_root_dir": folder})
         if trainer.world_size > 1:
-            raise UserError("the range test runs in one process: tune with --trainer.devices 1, then give --lr.")
-        # The fine end of the default range, 1e-8, would spend a third of the steps where nothing moves.
+            raise UserError("the LR finder runs in one process: tune with --trainer.devices 1, then give --lr.")
+        # Lightning's default minimum, 1e-8, spends a third of the steps where nothing changes.
         found = Tuner(trainer).lr_find(
             tuned, datamodule=data, min_lr=MIN_LR, max_lr=MAX_LR, num_training=NUM_STEPS, update_attr=False
         )
     data.trainer = None
     suggestion = found.suggestion() if found is not None else None
     if found is None or suggestion is None or not math.isfinite(suggestion):
-        raise UserError("tune: at no learning rate did the loss fall; look at the data, or give --lr yourself.")
+        raise UserError("tune: the loss fell at no learning rate; check the data, or give --lr.")
     lrs, losses = [float(lr) for lr in found.results["lr"]], [float(loss) for loss in found.results["loss"]]
     others = (settings.sgd_lr, settings.head_lr) if settings.name == "muon" else (None, None)
     sgd_lr, head_lr = (None if lr is None else lr * float(suggestion) / settings.lr for lr in others)
@@ -105,7 +105,7 @@ def write_lr_range(run: RunFolder, found: LrRange) -> None:
 
 
 def _keep_ratios(module: ImageClassifier) -> None:
-    """Let SGD's rates follow Muon's: Lightning's test moves all groups to one rate."""
+    """Keep the ratios of the groups' learning rates; Lightning sets one lr for all groups."""
     configure = module.configure_optimizers
 
     def configured() -> Any:
@@ -124,8 +124,8 @@ def _keep_ratios(module: ImageClassifier) -> None:
 
 
 @contextlib.contextmanager
-def _without_noise() -> Iterator[None]:
-    """Silence Lightning's lines on a restored checkpoint, and its bar where there is no terminal."""
+def _quiet() -> Iterator[None]:
+    """Silence Lightning's messages about a restored checkpoint, and its bar without a terminal."""
     library = logging.getLogger("lightning.pytorch")
     level = library.level
     library.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What a terminal shows of a run: what it starts from, one bar an epoch, one line for each finished epoch."""
+"""RunProgress: a summary of the run, one progress bar and one line per epoch on the terminal."""
 
 import sys
 import time
@@ -21,14 +21,14 @@ from cifar_lightning.training.nan_guard import check_losses
 from cifar_lightning.training.signals import Stopped
 
 _REFRESH_S = 0.5  # on a GPU each refresh waits for the device once
-_PLAIN_LINE_S = 60.0  # without a terminal: a sign of life in long epochs
+_PLAIN_LINE_S = 60.0  # without a terminal, in long epochs
 
 
 class RunProgress(ProgressBar):
-    """One bar an epoch with loss, accuracy, images/s and the time left; plain lines where there is no terminal.
+    """A bar per epoch with loss, accuracy, images/s and time left; plain lines without a terminal.
 
     Args:
-        run: The run's folder, named at the start; None in test and validate.
+        run: The run's folder; None in test and validate.
     """
 
     def __init__(self, run: RunFolder | None = None) -> None:
@@ -42,20 +42,20 @@ class RunProgress(ProgressBar):
         self._epochs_timed: list[float] = []
         self._validated = False
         self._batches_done = 0
-        self._where = ""  # training is, in words; empty before its first epoch
+        self._where = ""  # such as "in epoch 3"; empty before the first epoch
 
     def disable(self) -> None:
-        """Say nothing: Lightning calls it on all ranks but the first."""
+        """Print nothing; Lightning calls it on all ranks but the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Speak again."""
+        """Print again."""
         self._enabled = True
 
     # -- training --------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say what the run is made of."""
+        """Print the summary of the run."""
         if not self._enabled:
             return
         assert isinstance(pl_module, ImageClassifier)
@@ -67,12 +67,12 @@ class RunProgress(ProgressBar):
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the epoch's bar."""
+        """Open the bar of the epoch."""
         self._where = f"in epoch {trainer.current_epoch + 1}"
         self._validated = False
         self._epoch_start_s = time.monotonic()
         self._next_s = self._epoch_start_s + (_REFRESH_S if self._has_bar() else _PLAIN_LINE_S)
-        self._batches_done = 0  # since this process began the epoch: a resumed one begins in its middle
+        self._batches_done = 0  # since this process started or resumed the epoch
         self._open_training_bar(trainer)
 
     def _open_training_bar(self, trainer: pl.Trainer) -> None:
@@ -81,7 +81,7 @@ class RunProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Move the bar, twice a second at most."""
+        """Update the bar, at most twice a second."""
         self._batches_done += 1
         now_s = time.monotonic()
         if not self._enabled or now_s < self._next_s:
@@ -91,8 +91,8 @@ class RunProgress(ProgressBar):
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=batch_idx + 1, text=text)
         else:
-            share = (batch_idx + 1) / self.total_train_batches
-            self._print(f"{_epoch_of(trainer)} {share:4.0%}  {text}")
+            fraction = (batch_idx + 1) / self.total_train_batches
+            self._print(f"{_epoch_of(trainer)} {fraction:4.0%}  {text}")
         self._next_s = time.monotonic() + (_REFRESH_S if self._bar is not None else _PLAIN_LINE_S)
 
     def _training_text(self, trainer: pl.Trainer, module: ImageClassifier, num_done: int, now_s: float) -> str:
@@ -100,30 +100,30 @@ class RunProgress(ProgressBar):
             check_losses(trainer)
         metrics = module.train_metrics()
         elapsed_s = now_s - self._epoch_start_s
-        rate = module.totals.num_trained * trainer.world_size / elapsed_s
+        images_per_s = module.totals.num_trained * trainer.world_size / elapsed_s
         return (
-            f"loss {metrics['train/loss']:.3f}  acc {percent(metrics['train/acc'], 2)}  {rate:,.0f} images/s  "
+            f"loss {metrics['train/loss']:.3f}  acc {percent(metrics['train/acc'], 2)}  {images_per_s:,.0f} images/s  "
             f"{clock(self._seconds_left(trainer, num_done, elapsed_s))} left"
         )
 
     def _seconds_left(self, trainer: pl.Trainer, num_done: int, elapsed_s: float) -> float:
-        """Estimate the rest of `fit`: this epoch at its own speed, the others at the last epoch's, with validation."""
+        """Estimate the time left: this epoch at its own speed, the others at the last epoch's, with validation."""
         per_batch_s = elapsed_s / self._batches_done
         this_epoch_s = per_batch_s * (float(self.total_train_batches) - num_done)
         others_s = self._epochs_timed[-1] if self._epochs_timed else per_batch_s * float(self.total_train_batches)
         return this_epoch_s + others_s * max(0, (trainer.max_epochs or 0) - trainer.current_epoch - 1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say that the run was stopped early, where it was in this process."""
+        """Report early stopping in this process."""
         if trainer.max_epochs not in (None, -1) and trainer.current_epoch >= int(trainer.max_epochs or 0):
             return  # at its end anyway
         for stopper in trainer.early_stopping_callbacks:
             if self._enabled and isinstance(stopper, AnnealingEarlyStopping) and has_stopped(stopper.state_dict()):
-                told = f"no better {stopper.monitor} in the last {plural(stopper.wait_count, 'validation')}"
-                self._print(f"stopped early: {told} (--early_stopping.patience)")
+                reason = f"no better {stopper.monitor} in the last {plural(stopper.wait_count, 'validation')}"
+                self._print(f"stopped early: {reason} (--early_stopping.patience)")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Replace the bar by the epoch's line."""
+        """Replace the bar by a line."""
         assert isinstance(pl_module, ImageClassifier)
         check_losses(trainer)
         train = pl_module.epoch_metrics()  # collective: all ranks
@@ -142,26 +142,26 @@ class RunProgress(ProgressBar):
     # -- evaluation ------------------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open a bar for the validation."""
+        """Open a bar."""
         self._open_bar("validation", sum_batches(trainer.num_val_batches))
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Move the bar."""
+        """Update the bar."""
         self._advance()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the bar; go on with training's where the epoch goes on."""
+        """Close the bar; reopen the bar of the epoch."""
         self._close_bar()
         self._validated = True
         if trainer.state.fn == TrainerFn.FITTING:
             self._open_training_bar(trainer)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open a bar for the test."""
+        """Open a bar."""
         self._open_bar("test", sum_batches(trainer.num_test_batches))
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Move the bar."""
+        """Update the bar."""
         self._advance()
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -169,13 +169,13 @@ class RunProgress(ProgressBar):
         self._close_bar()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the terminal back before an error is shown; name what a signal leaves."""
+        """Close the bar before an error is shown; after a signal print how to resume."""
         self._close_bar()
         if isinstance(exception, Stopped) and self._enabled and self.run is not None:
             has_checkpoint = self.run.last_checkpoint.exists()
-            goes_on = f"{self.run.resume_command} goes on from the last checkpoint"
-            kept = goes_on if has_checkpoint else "nothing was saved yet"
-            # Not the Trainer's epoch, which at the end of training is already the next one.
+            way_on = f"{self.run.resume_command} resumes from the last checkpoint"
+            kept = way_on if has_checkpoint else "no checkpoint was saved yet"
+            # The Trainer's epoch is already the next one at the end of training.
             where = f" {self._where} at step {trainer.global_step:,}" if self._where else ""
             self._print(f"stopped{where}: {kept}")
 
@@ -211,14 +211,14 @@ class RunProgress(ProgressBar):
 
 
 def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | None) -> list[tuple[str, str]]:
-    """Return (label, text) of what a run is made of: images, split, network, training, folder."""
+    """Return the summary of a run as (label, text): images, split, classes, model, training, hardware, folder."""
     data = require_training_data(trainer)
     held_out = data.num_images("val")
     num_parameters = sum(parameter.numel() for parameter in module.model.parameters())
     ranks = f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""
     device = trainer.strategy.root_device
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs  # else --trainer.max_steps alone ends it
+    epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
     a_step = plural(data.batch_size * trainer.accumulate_grad_batches, "image")
     length = f"{plural(module.total_steps(), 'step')} of {a_step}{ranks}"
     length = length if epochs is None else f"{plural(epochs, 'epoch')}, {length}"
@@ -229,23 +229,23 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
             f"{data.num_images('train'):,} training, {held_out:,} validation, {data.num_images('test'):,} test",
         ),
         *zip(("classes", ""), data.describe_classes(), strict=False),
-        ("network", f"{module.hparams['name'] or type(module.model).__name__}, {num_parameters:,} parameters"),
+        ("model", f"{module.hparams['name'] or type(module.model).__name__}, {num_parameters:,} parameters"),
         ("training", f"{length}, peak lr {module.optimizer_settings.lr:g}"),
         ("hardware", f"{name}, precision {trainer.precision}"),
     ]
     last_size = data.train_sizes[min(epochs or len(data.train_sizes), len(data.train_sizes)) - 1]
     if last_size != data.image_size:
-        told = f"too few epochs for --data.train_sizes: trained at {last_size} pixels to the end, tested at"
-        rows.insert(3, ("", f"{told} {data.image_size}"))
+        sizes = f"trains at up to {last_size} pixels, tests at {data.image_size}"
+        rows.insert(3, ("", f"too few epochs for --data.train_sizes: {sizes}"))
     if held_out == 0:
-        rows.insert(2, ("", "nothing held out: no best checkpoint, no early stopping; the final weights are tested"))
+        rows.insert(2, ("", "no validation: no best checkpoint, no early stopping; the final weights are tested"))
     if run is not None:
         rows.append(("run", str(run.path)))
     return rows
 
 
 def _epoch_of(trainer: pl.Trainer) -> str:
-    """Return which epoch it is, and of how many where that is known."""
+    """Return the number of the epoch, and of how many if that is known."""
     total = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
     return f"epoch {trainer.current_epoch + 1}{total}"
 

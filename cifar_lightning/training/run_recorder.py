@@ -1,4 +1,4 @@
-"""What a run leaves behind: tables and checkpoints; and early stopping that lets OneCycle finish."""
+"""RunRecorder: writes split.json, environment.json, metrics.csv and timing.csv of a run."""
 
 import math
 import time
@@ -18,21 +18,21 @@ from cifar_lightning.training.nan_guard import check_losses
 
 MONITOR = "val/acc"
 EPOCH_SO_FAR = "cifar_lightning_epoch"
-"""The key under which a checkpoint keeps what the row of an epoch that has not ended needs."""
-_FIGURES = ("val/loss", "val/acc", "val/f1", "val/ece")
+"""Key of a checkpoint for what the row of an unfinished epoch needs."""
+_VAL_METRICS = ("val/loss", "val/acc", "val/f1", "val/ece")
 
 
 class RunRecorder(pl.Callback):
     """Writes split.json and environment.json at the start and a row of metrics.csv and timing.csv each epoch.
 
-    An epoch that is resumed in its middle counts the seconds up to its checkpoint, not those of work that was lost;
-    they are nan where the checkpoint does not know them. Its images per second are of this process alone.
+    An epoch that is resumed in its middle counts the seconds up to its checkpoint, nan if the checkpoint does not have
+    them. Its images per second are of this process alone.
 
     Args:
         run: The run's folder.
-        resumed: Where and with which changes an earlier run is gone on with; environment.json lists them.
-        config: What config.yaml holds from now on, where it changes. It is written once all processes have begun, which
-            must all have found the same changes.
+        resumed: Where a run is resumed, and with which changes; added to environment.json.
+        config: New text of config.yaml. It is written after all processes have started, since each of them compares the
+            flags with the old text.
     """
 
     def __init__(self, run: RunFolder, resumed: dict[str, Any] | None = None, config: str | None = None) -> None:
@@ -45,10 +45,10 @@ class RunRecorder(pl.Callback):
         self._before = before or {"elapsed_s": 0.0, "validation_s": 0.0}  # of this epoch, in earlier processes
         self._started_s, self._validation_s = time.perf_counter(), 0.0
         self._validation_start_s: float | None = None  # while one runs
-        self._figures: dict[str, float] = {}  # of the epoch's last validation
+        self._val_metrics: dict[str, float] = {}  # of the epoch's last validation
 
     def clock(self) -> dict[str, float]:
-        """Return the seconds of the epoch so far: all, and of validation."""
+        """Return the seconds of the epoch so far, total and of validation."""
         now_s = time.perf_counter()
         validation_s = self._validation_s + (now_s - (self._validation_start_s or now_s))
         return {
@@ -59,17 +59,17 @@ class RunRecorder(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the figures of the epoch's last validation; the clock is kept by last.ckpt alone."""
-        checkpoint[EPOCH_SO_FAR] = {"figures": self._figures}
+        """Save the metrics of the epoch's last validation; the clock is saved in last.ckpt alone."""
+        checkpoint[EPOCH_SO_FAR] = {"figures": self._val_metrics}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take them up when training starts."""
+        """Keep them until training starts."""
         self._loaded = checkpoint.get(EPOCH_SO_FAR, {})
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write what the run starts from."""
+        """Write split.json and environment.json."""
         skip_idle_hooks(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
         if not trainer.is_global_zero:
             return
@@ -91,11 +91,11 @@ class RunRecorder(pl.Callback):
         write_json(self.run.environment, environment)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take up an epoch that is resumed in its middle; another one's start comes after this."""
+        """Restore the clock of an epoch that is resumed in its middle; otherwise the epoch's start resets it."""
         if self._loaded is None:
             return
         self._start_clock(self._loaded.get("clock", {"elapsed_s": math.nan, "validation_s": math.nan}))
-        self._figures, self._loaded = self._loaded.get("figures", {}), None
+        self._val_metrics, self._loaded = self._loaded.get("figures", {}), None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
@@ -106,15 +106,15 @@ class RunRecorder(pl.Callback):
         self._validation_start_s = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the clock of training go on."""
+        """Restart the clock of training; keep the metrics."""
         assert self._validation_start_s is not None
         self._validation_s += time.perf_counter() - self._validation_start_s
         self._validation_start_s = None
         logged = trainer.callback_metrics
-        self._figures = {name: float(logged[name]) for name in _FIGURES if name in logged}
+        self._val_metrics = {name: float(logged[name]) for name in _VAL_METRICS if name in logged}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the epoch's rows, before the checkpoint that holds the epoch."""
+        """Write the epoch's rows, before the checkpoint of the epoch."""
         assert isinstance(pl_module, ImageClassifier)
         clock, own_s = self.clock(), time.perf_counter() - self._started_s - self._validation_s
         check_losses(trainer)
@@ -123,7 +123,7 @@ class RunRecorder(pl.Callback):
             return
         row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step, **train}
         if require_training_data(trainer).num_images("val"):
-            row |= {name: self._figures.get(name, math.nan) for name in _FIGURES}
+            row |= {name: self._val_metrics.get(name, math.nan) for name in _VAL_METRICS}
         self.metrics.append(row)
         self.timing.append(
             {
@@ -137,7 +137,7 @@ class RunRecorder(pl.Callback):
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Return the most memory used so far in 10^6 bytes: of the GPU, or of this process without one; nan on Windows."""
+    """Return the peak memory in 10^6 bytes, of the GPU or else of this process; nan on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     try:

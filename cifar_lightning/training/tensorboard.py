@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run: batches, curves of each class, confusions, mistakes, PR curves, hyperparameters."""
+"""TensorBoard: the first batch, per-class accuracy, confusion matrix, mistakes, PR curves and hyperparameters."""
 
 import re
 from collections import Counter
@@ -23,24 +23,24 @@ from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.module import Batch
 
-MAX_DRAWINGS = 20  # of a run: a drawing takes about a second on a CPU core
-_NUM_KEPT = 10_000  # answers of a validation that is drawn
+MAX_DRAWINGS = 20  # per run; one takes about a second on a CPU core
+_NUM_KEPT = 10_000  # predictions of a validation that is drawn
 _BATCH_SHOWN = 32  # images of the first batch
-_OFF = (None, 0, "none")  # what a setting that changes no image has
+_OFF = (None, 0, "none")  # values that switch a setting off
 _MISTAKES_SHOWN = 16
-_CURVES_SHOWN = 20  # PR curves: of the first classes where there are more
+_CURVES_SHOWN = 20  # PR curves, of the first classes
 
 
 class Dashboard(pl.Callback):
-    """Fills TensorBoard beyond the scalars that are logged.
+    """Adds images, per-class scalars and hyperparameters to the scalars that Lightning logs.
 
-    Scalars of each class come with each validation. Figures, mistakes and PR curves come with each validation, too, but
-    at most `MAX_DRAWINGS` times a run, evenly spread and at its end. Of several processes the first one draws, its own
-    share of the mistakes and the PR curves, and the confusions of all.
+    Scalars of each class are written in each validation; images and PR curves at most `MAX_DRAWINGS` times a run,
+    evenly spread and at its end. Of several processes the first one draws: the confusion matrix of all, mistakes and PR
+    curves of its own images.
 
     Args:
         class_names: Names of the classes.
-        config: Every value of the run; the important ones become columns of the HPARAMS tab.
+        config: The config of the run; the important values become columns of the HPARAMS tab.
     """
 
     def __init__(self, class_names: tuple[str, ...], config: Mapping[str, Any]) -> None:
@@ -49,13 +49,13 @@ class Dashboard(pl.Callback):
         self._last_step = 0
         self._drawn_at_step = 0
         self._is_drawing = False
-        self._answers: list[tuple[Tensor, Tensor]] = []
+        self._predictions: list[tuple[Tensor, Tensor]] = []
         self._best: dict[str, float] = {}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Show the run's first batch; log loss and learning rate every `log_every_n_steps`."""
+        """Draw the run's first batch; log loss and learning rate every `log_every_n_steps`."""
         step = trainer.global_step
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it from outside the class
         if step == self._last_step or (step != 1 and (not every or step % every)):  # the same step: accumulating
@@ -65,12 +65,12 @@ class Dashboard(pl.Callback):
         if board is None or not trainer.is_global_zero:
             return
         if step == 1:
-            board.add_image("train/batch_as_trained_on", self._image_of(trainer, batch), 0, dataformats="HWC")
+            board.add_image("train/batch_as_trained_on", self._draw_batch(trainer, batch), 0, dataformats="HWC")
         board.add_scalar("step/train_loss", float(outputs["loss"]) * trainer.accumulate_grad_batches, step)
         board.add_scalar("step/lr", trainer.optimizers[0].param_groups[0]["lr"], step)
 
-    def _image_of(self, trainer: pl.Trainer, batch: Batch) -> np.ndarray:
-        images, targets = (part[:_BATCH_SHOWN].cpu() for part in batch)
+    def _draw_batch(self, trainer: pl.Trainer, batch: Batch) -> np.ndarray:
+        images, targets = (tensor[:_BATCH_SHOWN].cpu() for tensor in batch)
         data = require_training_data(trainer)
         assert data.mean is not None
         assert data.std is not None
@@ -79,27 +79,27 @@ class Dashboard(pl.Callback):
         return figure_to_array(images_figure(shown, [self.class_names[target] for target in targets.tolist()]))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count drawings from here, also where a run goes on."""
+        """Count drawings from here, also in a resumed run."""
         self._drawn_at_step = trainer.global_step
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Decide whether this validation is drawn: one in each of `MAX_DRAWINGS` equal parts of the run."""
-        self._answers = []
+        """Draw one validation in each of `MAX_DRAWINGS` equal intervals of the run."""
+        self._predictions = []
         total, step = trainer.estimated_stepping_batches, trainer.global_step
-        parts = [int(MAX_DRAWINGS * number / total) for number in (step, self._drawn_at_step)]
-        self._is_drawing = board_of(trainer) is not None and trainer.is_global_zero and parts[0] > parts[1]
+        interval, last_drawn = (int(MAX_DRAWINGS * number / total) for number in (step, self._drawn_at_step))
+        self._is_drawing = board_of(trainer) is not None and trainer.is_global_zero and interval > last_drawn
         if self._is_drawing:
             self._drawn_at_step = step
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
-        """Keep the answers where they are, for a validation that is drawn."""
-        if self._is_drawing and sum(len(targets) for _, targets in self._answers) < _NUM_KEPT:
-            self._answers.append((outputs, batch[1]))
+        """Keep the predictions of a validation that is drawn, on the device."""
+        if self._is_drawing and sum(len(targets) for _, targets in self._predictions) < _NUM_KEPT:
+            self._predictions.append((outputs, batch[1]))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log each class's accuracy and draw; of the validation after training, keep the best checkpoint's figures."""
+        """Log each class's accuracy and draw; of the validation after training keep the best checkpoint's metrics."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._best = {name: float(value) for name, value in trainer.callback_metrics.items()}
             return
@@ -116,10 +116,10 @@ class Dashboard(pl.Callback):
             self._draw_predictions(trainer, board)
 
     def _draw_predictions(self, trainer: pl.Trainer, board: Any) -> None:
-        logits, targets = (torch.cat(parts).cpu().numpy() for parts in zip(*self._answers, strict=True))
-        self._answers = []
+        logits, targets = (torch.cat(tensors).cpu().numpy() for tensors in zip(*self._predictions, strict=True))
+        self._predictions = []
         logits, step = logits.astype(np.float32), trainer.global_step
-        if not np.isfinite(logits).all():  # diverged: there is nothing to see
+        if not np.isfinite(logits).all():  # diverged
             return
         probs = softmax(logits)
         for index, tag in enumerate(self._tags[:_CURVES_SHOWN]):
@@ -137,38 +137,38 @@ class Dashboard(pl.Callback):
         board.add_image("val/most_confident_mistakes", image, step, dataformats="HWC")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the run its line in the HPARAMS tab: the test, and the validation that chose the weights."""
+        """Write the run's row of the HPARAMS tab: test metrics, and val/acc of the best checkpoint."""
         board = board_of(trainer)
         if board is None or not trainer.is_global_zero:
             return
         metrics: dict[str, float] = {}
-        if "val/acc" in self._best:  # first: what runs are chosen by
+        if "val/acc" in self._best:  # the first column
             metrics["best/val_acc"] = self._best["val/acc"]
             board.add_scalar("best/val_acc", metrics["best/val_acc"], trainer.global_step)
         logged = trainer.callback_metrics
         metrics |= {name: float(logged[name]) for name in ("test/acc", "test/loss") if name in logged}
-        # As `SummaryWriter.add_hparams` writes it, but into the run itself and not into a folder below it.
+        # `SummaryWriter.add_hparams` writes the same into a folder below the run.
         for summary in hparams(hyperparameters_of(self.config), metrics):  # type: ignore[no-untyped-call]
             board.file_writer.add_summary(summary)
         board.flush()
 
 
 def board_for(run: RunFolder, steps_done: int | None) -> "RunBoard | Literal[False]":
-    """Return the logger of a run, or none where TensorBoard cannot write: it takes names in UTF-8 alone."""
+    """Return the logger of a run; False where TensorBoard cannot write, since it takes only UTF-8 names."""
     try:
         str(run.path).encode()
     except UnicodeEncodeError:
-        print("TensorBoard cannot write into a folder whose name is not UTF-8: this run has no dashboard.")
+        print("TensorBoard cannot write into a folder whose name is not UTF-8; it is off in this run.")
         return False
     return RunBoard(run, steps_done)
 
 
 class RunBoard(TensorBoardLogger):
-    """TensorBoard events right in the run's folder, without the hparams.yaml that repeats config.yaml.
+    """Writes TensorBoard events into the run's folder, without hparams.yaml, which would repeat config.yaml.
 
     Args:
         run: The run's folder.
-        steps_done: Where a run goes on: what was logged of later steps is hidden.
+        steps_done: Step that the run is resumed at; TensorBoard then hides what was logged of later steps.
     """
 
     def __init__(self, run: RunFolder, steps_done: int | None = None) -> None:
@@ -176,11 +176,11 @@ class RunBoard(TensorBoardLogger):
         super().__init__(save_dir=run.path, name="", version="", default_hp_metric=False, **hidden)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Leave out what says nothing (Lightning's own epoch) or is there as a finer curve (the learning rate)."""
+        """Log all but Lightning's epoch and the lr, which is logged by step."""
         super().log_metrics({name: value for name, value in metrics.items() if name not in ("epoch", "lr")}, step)
 
     def save(self) -> None:
-        """Flush the events alone."""
+        """Flush the events; write no hparams.yaml."""
         self.experiment.flush()
 
 
@@ -191,28 +191,29 @@ def board_of(trainer: pl.Trainer) -> Any:
 
 
 def tags_of(class_names: Sequence[str]) -> list[str]:
-    """Return a tag for each class: letters, digits, dots and dashes, which is all that TensorBoard takes; each once."""
+    """Return a unique tag for each class, of the characters that TensorBoard takes: letters, digits, dots, dashes."""
     tags = [re.sub(r"[^-\w.]", "_", name) for name in class_names]
     times = Counter(tags)
     return [f"{index}_{tag}" if times[tag] > 1 else tag for index, tag in enumerate(tags)]
 
 
 def hyperparameters_of(config: Mapping[str, Any]) -> dict[str, bool | str | float | int]:
-    """Return the values that runs are compared by; what is not set is left out.
+    """Return the values that runs are compared by; unset ones are left out.
 
-    TensorBoard sorts them by name and shows the first five: batch size, epochs, label smoothing, rate and network.
+    TensorBoard sorts them by name and shows the first five.
     """
     model, data, trainer = (config.get(group) or {} for group in ("model", "data", "trainer"))
-    changes = ("crop_padding_px", "flip", "cutout_px", "brightness", "contrast", "policy", "erasing")
+    names = ("crop_padding_px", "flip", "cutout_px", "brightness", "contrast", "policy", "erasing")
+    augmentations = [f"{name} {data[name]}" for name in names if data.get(name) not in _OFF]
     of_model = ("label_smoothing", "lr", "optimizer", "pct_start", "schedule", "sgd_lr", "weight_decay")
     extras = [name for name in ("cutmix", "ema_decay", "mixup") if model.get(name) not in _OFF]
     values = {
         "batch_size": data.get("batch_size"),
         "epochs": trainer.get("max_epochs"),
-        "network": model.get("name"),
-        "images": data.get("dataset"),
+        "model": model.get("name"),
+        "dataset": data.get("dataset"),
         "precision": trainer.get("precision"),
-        "random_changes": ", ".join(f"{name} {data[name]}" for name in changes if data.get(name) not in _OFF) or None,
+        "random_augmentation": ", ".join(augmentations) or None,
         "seed": config.get("seed_everything"),
         **{name: model.get(name) for name in (*of_model, *extras)},
     }

@@ -68,7 +68,7 @@ def test_the_server_has_scalars_images_curves_and_hyperparameters_of_each_run(ad
     curves = answer(address, "plugin/pr_curves/tags")
     assert all(len(tags) == 10 for tags in curves.values())
     experiment = answer(address, "plugin/hparams/experiment", {"experimentName": ""})
-    assert {info["name"] for info in experiment["hparamInfos"]} >= {"lr", "network", "batch_size", "epochs"}
+    assert {info["name"] for info in experiment["hparamInfos"]} >= {"lr", "model", "batch_size", "epochs"}
     wanted = {"best/val_acc", "test/acc", "test/loss"}
     assert {info["name"]["tag"] for info in experiment["metricInfos"]} == wanted
     columns = [{"metric": name} for name in sorted(wanted)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fault_judge import differences
 from fitting import NARROW, Signal, fit_run
-from test_exact import result_of, seed
+from test_resume_state import result_of, seed
 
 from cifar_lightning import ImageClassifier
 from cifar_lightning.checkpoints.loading import read_checkpoint

@@ -27,7 +27,7 @@ def run(tmp_path):
 def test_a_run_with_a_checkpoint_is_gone_on_with_by_a_command_that_can_be_pasted(run, error):
     run.last_checkpoint.touch()
     told = str(explain(error, "fit", run))
-    assert f"Checkpoints are kept: python train.py fit --resume '{run.path}' goes on" in told
+    assert f"Checkpoints are kept: python train.py fit --resume '{run.path}' resumes" in told
     assert len(told.splitlines()) <= 2
 
 

@@ -1,4 +1,4 @@
-"""The range test finds a rate that trains, and leaves no trace on the run that follows."""
+"""The LR finder suggests a learning rate that trains, and leaves no trace on the run that follows."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_it_trains_as_the_run_will_with_class_weights_and_whitened_filters(monke
 def test_a_loss_that_is_not_a_number_ends_in_words(data, monkeypatch):
     tuned = module()
     monkeypatch.setattr(type(tuned), "training_step", lambda self, batch, index: self(batch[0]).sum() * float("nan"))
-    with pytest.raises(UserError, match="at no learning rate did the loss fall"):
+    with pytest.raises(UserError, match="fell at no learning rate"):
         find_lr(tuned, data, **CPU)
 
 

@@ -65,7 +65,7 @@ def test_where_a_signal_stopped_it_counts_epochs_as_a_person_does(tmp_path, hook
     bar.run = RunFolder(tmp_path / "run")
     with pytest.raises(Stopped):
         fit_with(tmp_path, bar, stops)
-    assert out.getvalue().splitlines()[-1] == f"stopped {where}: nothing was saved yet"
+    assert out.getvalue().splitlines()[-1] == f"stopped {where}: no checkpoint was saved yet"
 
 
 def test_before_the_first_epoch_no_epoch_is_named(tmp_path):
@@ -75,7 +75,7 @@ def test_before_the_first_epoch_no_epoch_is_named(tmp_path):
     bar.run.checkpoints.mkdir(parents=True)
     bar.run.last_checkpoint.touch()
     bar.on_exception(SimpleNamespace(global_step=0, current_epoch=0), None, Stopped(2))
-    told = f"python train.py fit --resume {bar.run.path} goes on from the last checkpoint"
+    told = f"python train.py fit --resume {bar.run.path} resumes from the last checkpoint"
     assert out.getvalue() == f"stopped: {told}\n"
 
 
@@ -107,7 +107,7 @@ def test_a_terminal_gets_a_bar_with_loss_accuracy_speed_and_time_left(tmp_path, 
 def test_a_run_without_validation_says_so(tmp_path):
     out = io.StringIO()
     fit_with(tmp_path, bar_on(out), val_fraction=0.0)
-    assert "nothing held out" in out.getvalue()
+    assert "no validation: " in out.getvalue()
     assert "val loss" not in out.getvalue()
 
 

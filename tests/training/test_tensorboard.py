@@ -177,7 +177,7 @@ def test_the_run_has_its_line_in_the_hparams_tab_with_real_metrics(trained):
     assert events.Scalars("test/acc")[0].value == pytest.approx(float(trainer.callback_metrics["test/acc"]))
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     values = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
-    assert values["network"].string_value == "smallnet"
+    assert values["model"].string_value == "smallnet"
     assert values["lr"].number_value == 0.01
     assert values["seed"].number_value == 3
     assert "sgd_lr" not in values
@@ -199,9 +199,9 @@ def test_tags_hold_what_tensorboard_takes_and_each_class_has_its_own():
 def test_hyperparameters_are_plain_and_leave_out_what_is_not_set():
     assert hyperparameters_of(CONFIG) == {
         "seed": 3,
-        "network": "smallnet",
+        "model": "smallnet",
         "lr": 0.01,
-        "random_changes": "flip random",
+        "random_augmentation": "flip random",
         "epochs": 2,
     }
     assert hyperparameters_of({}) == {}
