@@ -1,8 +1,6 @@
 """Shapes are checked while the tests run; every test has few threads and starts from the same seed."""
 
 import os
-import sys
-from pathlib import Path
 
 # Before torch is imported, also by the programs that tests start: tests run side by side, and more threads than cores
 # make all of them wait.
@@ -10,8 +8,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from jaxtyping import install_import_hook
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # whose judges are those of the tests, too
 
 # Before the first import of these modules: their jaxtyping annotations are checked at every call.
 CHECKED = ("transforms.augmentation", "transforms.operations", "transforms.policies", "transforms.mixup")

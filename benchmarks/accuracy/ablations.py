@@ -1,12 +1,12 @@
-"""What each part of a training gives alone: the same short run with one flag changed, paired by seed.
+"""Ablations: the same short run with one setting changed, paired by seed.
 
-    python benchmarks/ablations.py --data ROOT                    SmallNet on 5,000 images, every part, seed 0
-    python benchmarks/ablations.py --data ROOT --seeds 1,2 --only ema,cutmix
-    python benchmarks/ablations.py --data ROOT --suite stems      ResNet-18, stem for small images or ImageNet's
+    python -m benchmarks.accuracy.ablations --data ROOT                  SmallNet on 5,000 images, every setting, seed 0
+    python -m benchmarks.accuracy.ablations --data ROOT --seeds 1,2 --only ema,cutmix
+    python -m benchmarks.accuracy.ablations --data ROOT --suite stems    ResNet-18 with a stem for small images
 
-Accuracy is that on validation images, so that test stays for the runs that are reported; they are as many as a split
-allows, since one image in a hundred is what is looked for. With --json runs are added to the file and those that are
-there already are left out, so that seeds add up. The last line is the best part's accuracy over the base's.
+Accuracy is measured on validation images, so that the test set stays for the runs that are reported. The validation
+split is large, because differences are about 1 point. With --json runs are added to the file, and runs that it already
+holds are skipped. The last line is the best setting's accuracy over the base's.
 """
 
 import argparse
@@ -25,11 +25,9 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from benchmarks import ROOT
 from cifar_lightning.runs.environment import describe_environment
 
-HERE = Path(__file__).resolve().parent
 BASE = "base"
 # Student's two-sided 5 % for n seeds.
 _T_QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
@@ -37,19 +35,19 @@ _T_QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 
 
 @dataclass(frozen=True)
 class Suite:
-    """Runs that are compared.
+    """A base run and the settings that are compared with it.
 
     Attributes:
-        about: What the base is, in words.
-        flags: Of every run.
-        parts: Name -> flags that are added; those of `views` are given to `validate` on the base's run instead.
-        views: The parts that change no training.
+        about: Description of the base.
+        flags: Flags of every run.
+        settings: Name of a setting -> its flags, added to those of the base.
+        tta: Names of the settings that change the evaluation alone: `validate` gets their flags, on the base's run.
     """
 
     about: str
     flags: list[str]
-    parts: Mapping[str, list[str]]
-    views: tuple[str, ...] = ()
+    settings: Mapping[str, list[str]]
+    tta: tuple[str, ...] = ()
 
 
 SUITES = {
@@ -66,8 +64,8 @@ SUITES = {
         ],
         {
             BASE: [],
-            "mirror": ["--model.tta=mirror"],
-            "six views": ["--model.tta=six"],
+            "mirror TTA": ["--model.tta=mirror"],
+            "six-name TTA": ["--model.tta=six"],
             "ema": ["--model.ema_decay=0.99"],
             "mixup": ["--model.mixup=0.2"],
             "cutmix": ["--model.cutmix=1"],
@@ -79,12 +77,12 @@ SUITES = {
             "no smoothing": ["--model.label_smoothing=0"],
             "linear": ["--model.schedule=linear", "--model.pct_start=0.1"],
             "cosine": ["--model.schedule=cosine", "--model.pct_start=0.1"],
-            "half the rate": ["--lr=0.025"],
-            "a quarter of it": ["--lr=0.0125"],
+            "half the lr": ["--lr=0.025"],
+            "a quarter of the lr": ["--lr=0.0125"],
             "sgd": ["--model.optimizer=sgd", "--lr=0.1", "--model.weight_decay=0.0005"],
             "adamw": ["--model.optimizer=adamw", "--lr=0.003"],
         },
-        ("mirror", "six views"),
+        ("mirror TTA", "six-name TTA"),
     ),
     "stems": Suite(
         "ResNet-18 with ImageNet's stem, 300 steps of 64 images, AdamW; 5,000 validation images",
@@ -101,20 +99,26 @@ SUITES = {
 }
 
 
-def measure(suite: Suite, part: str, seed: int, data: str, run: Path) -> dict[str, Any]:
-    """Run a part once, or its views on the base's run; return its figures."""
+def measure(suite: Suite, setting: str, seed: int, data: str, run: Path) -> dict[str, Any]:
+    """Train with a setting, or validate the base's run with it; return the results."""
     started_s = time.perf_counter()
-    if part in suite.views:
-        execute(["validate", str(run), *suite.parts[part]])
+    if setting in suite.tta:
+        execute(["validate", str(run), *suite.settings[setting]])
     else:
-        flags = [*suite.flags, *suite.parts[part], "--data.dataset=folder", f"--data.root={data}", f"--run_dir={run}"]
+        flags = [
+            *suite.flags,
+            *suite.settings[setting],
+            "--data.dataset=folder",
+            f"--data.root={data}",
+            f"--run_dir={run}",
+        ]
         flags += [f"--seed_everything={seed}", f"--data.seed={seed}", "--trainer.limit_test_batches=1"]
         execute(["fit", *flags])
-    answers = np.load(run / "predictions_val.npz")
+    predictions = np.load(run / "predictions_val.npz")
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     return {
-        "accuracy": float((answers["logits"].argmax(1) == answers["targets"]).mean()),
-        "num_pictures": len(answers["targets"]),
+        "accuracy": float((predictions["logits"].argmax(1) == predictions["targets"]).mean()),
+        "num_images": len(predictions["targets"]),
         "seconds": time.perf_counter() - started_s,
         "precision": environment["precision"],
         "commit": environment["commit"],
@@ -123,33 +127,36 @@ def measure(suite: Suite, part: str, seed: int, data: str, run: Path) -> dict[st
 
 
 def execute(arguments: list[str]) -> None:
-    """Run the program quietly; its last lines become the error where it fails."""
-    command = [sys.executable, str(HERE.parent / "train.py"), *arguments]
+    """Run the program without its output; exit with its last three lines if it fails."""
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=dict(os.environ))
     if done.returncode != 0:
         sys.exit("\n".join(done.stderr.strip().splitlines()[-3:]))
 
 
-def differences(lines: list[dict[str, Any]], part: str) -> list[float]:
-    """Return how much more of the images a part has right than the base, in points, seed by seed."""
+def differences(lines: list[dict[str, Any]], setting: str) -> list[float]:
+    """Return the accuracy of a setting minus that of the base, in points, for each seed that both have."""
     by_seed = {
-        name: {line["seed"]: 100 * line["accuracy"] for line in lines if line["part"] == name} for name in (BASE, part)
+        name: {line["seed"]: 100 * line["accuracy"] for line in lines if line["setting"] == name}
+        for name in (BASE, setting)
     }
-    return [by_seed[part][seed] - by_seed[BASE][seed] for seed in sorted(by_seed[BASE].keys() & by_seed[part].keys())]
+    return [
+        by_seed[setting][seed] - by_seed[BASE][seed] for seed in sorted(by_seed[BASE].keys() & by_seed[setting].keys())
+    ]
 
 
 def verdict(points: list[float], num_images: int) -> str:
-    """Return the mean difference with its spread, and whether it is more than chance makes of such runs."""
+    """Return the mean difference with its spread, and whether a t-test at 5 % tells it from 0."""
     mean = statistics.mean(points)
     if len(points) == 1:
-        # Of the images alone, as if the answers were independent: that of the seed is not known from one.
+        # Standard error over the images for independent predictions; one seed says nothing about the spread of seeds.
         chance = 200 * math.sqrt(2 * 0.2 * 0.8 / num_images)
-        told = "cannot tell" if abs(mean) < chance else "one seed alone"
-        return f"{mean:+.2f} points (n=1, no spread): {told}"
+        claim = "cannot tell" if abs(mean) < chance else "one seed alone"
+        return f"{mean:+.2f} points (n=1, no spread): {claim}"
     spread = statistics.stdev(points)
     beyond = _T_QUANTILES[min(len(points), max(_T_QUANTILES))] * spread / math.sqrt(len(points))
-    told = "cannot tell" if abs(mean) < beyond else "more than chance"
-    return f"{mean:+.2f} points (± {spread:.2f}, n={len(points)}): {told}"
+    claim = "cannot tell" if abs(mean) < beyond else "more than chance"
+    return f"{mean:+.2f} points (± {spread:.2f}, n={len(points)}): {claim}"
 
 
 def main() -> None:
@@ -158,51 +165,54 @@ def main() -> None:
     parser.add_argument("--suite", choices=SUITES, default="training")
     parser.add_argument("--data", required=True, help="class folders of CIFAR-10")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
-    parser.add_argument("--only", type=lambda text: text.split(","), help="these parts beside the base")
-    parser.add_argument("--precision", help="of all runs, such as bf16-mixed")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="these settings and the base")
+    parser.add_argument("--precision", help="precision of all runs, such as bf16-mixed")
     parser.add_argument("--json", type=Path, help="add the runs to this file")
     args = parser.parse_args()
     suite = SUITES[args.suite]
-    unknown = sorted(set(args.only or ()) - (suite.parts.keys() - {BASE}))
+    unknown = sorted(set(args.only or ()) - (suite.settings.keys() - {BASE}))
     if unknown:
-        parser.error(f"--only {unknown[0]}: of {args.suite} there are {', '.join(suite.parts)}")
+        parser.error(f"--only {unknown[0]}: of {args.suite} there are {', '.join(suite.settings)}")
     if args.precision:
         suite.flags.append(f"--trainer.precision={args.precision}")
     every = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else []
     lines = [line for line in every if (line["suite"], line["asked_precision"]) == (args.suite, args.precision)]
-    wanted = [part for part in suite.parts if not args.only or part == BASE or part in args.only]
+    wanted = [setting for setting in suite.settings if not args.only or setting == BASE or setting in args.only]
     hardware = {key: describe_environment()[key] for key in ("num_usable_cpus", "cpu")}
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            for part in wanted:
-                is_there = any((line["part"], line["seed"]) == (part, seed) for line in lines)
-                is_needed = part == BASE and any(
-                    view in wanted and not any((line["part"], line["seed"]) == (view, seed) for line in lines)
-                    for view in suite.views
+            for setting in wanted:
+                is_there = any((line["setting"], line["seed"]) == (setting, seed) for line in lines)
+                is_needed = setting == BASE and any(
+                    name in wanted and not any((line["setting"], line["seed"]) == (name, seed) for line in lines)
+                    for name in suite.tta
                 )
                 if is_there and not is_needed:
                     continue
-                run = Path(folder) / (BASE if part in suite.views else part)
-                figures = measure(suite, part, seed, args.data, run)
+                run = Path(folder) / (BASE if setting in suite.tta else setting)
+                figures = measure(suite, setting, seed, args.data, run)
                 if not is_there:
-                    lines.append({"suite": args.suite, "part": part, "seed": seed, **figures, **hardware})
+                    lines.append({"suite": args.suite, "setting": setting, "seed": seed, **figures, **hardware})
                     lines[-1]["asked_precision"] = args.precision
                     every.append(lines[-1])
                 print(
-                    f"seed {seed}, {part}: {100 * figures['accuracy']:.2f} % in {figures['seconds']:.0f} s", flush=True
+                    f"seed {seed}, {setting}: {100 * figures['accuracy']:.2f} % in {figures['seconds']:.0f} s",
+                    flush=True,
                 )
                 if args.json:
                     args.json.write_text(json.dumps(every, indent=2) + "\n", encoding="utf-8")
     print(f"{suite.about}; difference to it, paired by seed, {hardware['num_usable_cpus']} cores of {hardware['cpu']}:")
     gains = {}
-    for part in suite.parts:
-        points = differences(lines, part)
-        if part != BASE and points:
-            gains[part] = statistics.mean(points)
-            print(f"  {part:<17} {verdict(points, lines[0]['num_pictures'])}")
-    best = max(gains, key=lambda part: gains[part])
-    paired = {line["seed"] for line in lines if line["part"] == best}
-    base = statistics.mean(100 * line["accuracy"] for line in lines if line["part"] == BASE and line["seed"] in paired)
+    for setting in suite.settings:
+        points = differences(lines, setting)
+        if setting != BASE and points:
+            gains[setting] = statistics.mean(points)
+            print(f"  {setting:<17} {verdict(points, lines[0]['num_images'])}")
+    best = max(gains, key=lambda setting: gains[setting])
+    paired = {line["seed"] for line in lines if line["setting"] == best}
+    base = statistics.mean(
+        100 * line["accuracy"] for line in lines if line["setting"] == BASE and line["seed"] in paired
+    )
     print(f"accuracy with {best} over the base's, {len(differences(lines, best))} seeds:")
     print(f"ratio={(base + gains[best]) / base:.3f}")
 

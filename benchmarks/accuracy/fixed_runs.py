@@ -1,8 +1,8 @@
 """Four short runs with fixed seeds: what a change of the code's structure must leave equal.
 
-    python benchmarks/fixed_runs.py record FILE                    write down what they give with this checkout
-    python benchmarks/fixed_runs.py compare FILE                   run them again and compare
-    python benchmarks/fixed_runs.py compare FILE --program ../old/train.py
+    python -m benchmarks.accuracy.fixed_runs record FILE                    write down what they give with this checkout
+    python -m benchmarks.accuracy.fixed_runs compare FILE                   run them again and compare
+    python -m benchmarks.accuracy.fixed_runs compare FILE --program ../old/train.py
 
 The runs: the default recipe; SpeedNet with Muon, progressive image sizes and six views; MixUp with a policy, erasing,
 EMA and two workers; class folders with balanced weights and accumulated gradients. All are of generated images, on the
@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+
+from benchmarks import ROOT
 
 SYNTHETIC = ["--data.dataset", "synthetic", "--data.limit", "600", "--batch_size", "60", "--data.image_size", "16"]
 NARROW = ["--model.model_kwargs", "{widths: [8, 16, 16]}"]
@@ -130,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("record", "compare"))
     parser.add_argument("file", type=Path, help="JSON file of a record")
-    parser.add_argument("--program", type=Path, default=Path(__file__).parent.parent / "train.py", help="train.py")
+    parser.add_argument("--program", type=Path, default=ROOT / "train.py", help="train.py")
     args = parser.parse_args()
     found = run_all(args.program.resolve())
     if args.action == "record":

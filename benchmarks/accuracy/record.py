@@ -1,7 +1,7 @@
-"""Add finished runs to a results file: what was measured, by which command, on what, at which commit.
+"""Add finished runs to a results file: the measurements with their command, hardware and commit.
 
-    python benchmarks/record.py smallnet_cpu runs/smallnet_cpu/1       adds it to benchmarks/results/smallnet_cpu.json
-    python benchmarks/record.py smallnet_cpu runs/smallnet_cpu/1 --note "other programs were running"
+    python -m benchmarks.accuracy.record smallnet_cpu runs/smallnet_cpu/1    benchmarks/results/smallnet_cpu.json
+    python -m benchmarks.accuracy.record smallnet_cpu runs/smallnet_cpu/1 --note "other programs were running"
 
 A run of a commit and a config (seeds included) that is there already is not added twice, so that only seeds add up.
 """
@@ -17,9 +17,10 @@ from typing import Any
 
 import yaml
 
+from benchmarks import CONFIGS, RESULTS
+
 _NOT_OF_A_RESULT = ("--config", "--data.root", "--run_dir", "--seed_everything", "--data.seed")
 _AS_FOLDERS = "--data.dataset folder"  # a recipe's own images, unpacked
-RESULTS, CONFIGS = Path(__file__).parent / "results", Path(__file__).parent.parent / "configs"
 
 
 def summarize(run: Path, note: str) -> dict[str, Any]:

@@ -1,25 +1,27 @@
-"""Print the README's tables (results, faults, networks, parts of a training) from `benchmarks/results/*.json`.
+"""Tables of README and docs (results, faults, models, ablations), made from `benchmarks/results/*.json`.
 
-python benchmarks/table.py              prints them
-python benchmarks/table.py --write      puts them between the README's markers
+python -m benchmarks.accuracy.table            print them
+python -m benchmarks.accuracy.table --write    write them between the markers of the pages
 """
 
 import argparse
 import json
 import statistics
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from benchmarks import RESULTS, ROOT
+from benchmarks.accuracy.ablations import BASE, SUITES, differences, verdict
+from benchmarks.accuracy.record import comparable
 
-from ablations import BASE, SUITES, differences, verdict
-from record import comparable
+# Table: the page that holds it, between two comments with its name.
+PAGES_OF = {
+    "results": ROOT / "README.md",
+    "faults": ROOT / "docs" / "faults.md",
+    "models": ROOT / "docs" / "models.md",
+    "ablations": ROOT / "docs" / "training.md",
+}
 
-HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
-
-# Row: what, recipe (name of its results file).
+# Row: model and data, config (and name of its results file).
 ROWS = [
     ("SmallNet on CIFAR-10, 10 epochs", "smallnet_cpu"),
     ("SmallNet on CIFAR-10, 100 epochs", "smallnet"),
@@ -28,7 +30,7 @@ ROWS = [
     ("WideResNet-28-10 on CIFAR-10, 200 epochs", "strong"),
     ("SmallNet, narrow, on the synthetic set", "quickstart"),
 ]
-# The same of speed recipes, whose results file is of `benchmarks/speedrun.py` and also holds peers.
+# The same for speed configs: `benchmarks.speed.speedrun` writes their results, which include peers.
 SPEED_ROWS = [
     ("SpeedNet on CIFAR-10, all 50,000 images", "speedrun94"),
     ("SpeedNet, wider", "speedrun95"),
@@ -40,7 +42,7 @@ REPLACED = (
 
 
 def tables() -> dict[str, str]:
-    """Return each table as Markdown, by the name of its markers."""
+    """Return each table as Markdown, by name."""
     return {
         "results": results_table(),
         "faults": faults_table(),
@@ -50,7 +52,7 @@ def tables() -> dict[str, str]:
 
 
 def results_table() -> str:
-    """Return what runs reached."""
+    """Return the test accuracies that were measured; a config without a measurement has no row."""
     rows = [
         "| what | test accuracy | training time | hardware | command |",
         "| --- | --- | --- | --- | --- |",
@@ -66,38 +68,34 @@ def _command(recipe: str, flags: str = "") -> str:
 
 
 def _rows(what: str, recipe: str) -> list[str]:
-    """Return a row for each hardware, whose times do not compare, and each set of flags beside the recipe."""
-    path = HERE / "results" / f"{recipe}.json"
+    """Return a row for each kind of hardware and each set of flags that was added to the config."""
+    path = RESULTS / f"{recipe}.json"
     lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
         groups.setdefault((line["flags"], line["hardware"]), []).append(line)
     rows = []
-    if not any(flags == "" for flags, _ in groups):
-        rows.append(f"| {what} | not measured | not measured | - | {_command(recipe)} |")
     for (flags, hardware), runs in sorted(groups.items(), key=lambda item: item[0][0] != ""):
         accuracy = _mean_of([100 * run["test_accuracy"] for run in runs])
         timed = [run["elapsed_s"] for run in runs if not run["note"]]
         took = _time_of(timed) if timed else f"not measured: {runs[0]['note']}"
-        name = f"The same with `{flags}`" if flags else what
+        name = f"{what}, with `{flags}`" if flags else what
         rows.append(f"| {name} | {accuracy} | {took} | {hardware} | {_command(recipe, flags)} |")
     return rows
 
 
 def _speed_rows(what: str, recipe: str) -> list[str]:
-    """Return a row for each of ours and the peers, on each hardware."""
-    path = HERE / "results" / f"{recipe}.json"
+    """Return a row for our runs and for each peer, on each kind of hardware."""
+    path = RESULTS / f"{recipe}.json"
     lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for line in comparable(lines, recipe):
         groups.setdefault((line["who"], line["precision"], line["hardware"]), []).append(line)
-    if not groups:
-        return [f"| {what} | not measured | not measured | - | {_command(recipe)} |"]
     rows = []
     for (who, precision, hardware), runs in sorted(groups.items(), key=lambda item: item[0][0] != "ours"):
-        name = f"{what}, {precision}" if who == "ours" else f"{who}, a record script, {precision}, beside it"
+        name = f"{what}, {precision}" if who == "ours" else f"{who}, a record script, {precision}"
         accuracy = _mean_of([100 * run["accuracy"] for run in runs])
-        accuracy += f"; {_mean_of([100 * run['accuracy_no_tta'] for run in runs])} with one view"
+        accuracy += f"; {_mean_of([100 * run['accuracy_no_tta'] for run in runs])} without TTA"
         timed = [run["seconds"] for run in runs if not run["note"]]
         took = _time_of(timed) if timed else f"not measured: {runs[0]['note']}"
         rows.append(
@@ -106,18 +104,18 @@ def _speed_rows(what: str, recipe: str) -> list[str]:
     return rows
 
 
-SPEEDRUN = "`python benchmarks/speedrun.py --peer airbench=DIR`"
+SPEEDRUN = "`python -m benchmarks.speed.speedrun --peer airbench=DIR`"
 
 
 def _time_of(seconds: list[float]) -> str:
-    """Return a mean time in the unit that suits it."""
+    """Return a mean time in minutes or seconds."""
     mean = statistics.mean(seconds)
     took = f"{mean / 60:.1f} min" if mean >= 60 else f"{mean:.1f} s"
     return f"{took} (n={len(seconds)})"
 
 
 def _mean_of(percents: list[float]) -> str:
-    """Return a mean with its spread, or that there is none."""
+    """Return a mean with its standard deviation and the number of seeds."""
     if len(percents) == 1:
         return f"{percents[0]:.2f} % (n=1, no spread)"
     return (
@@ -126,27 +124,27 @@ def _mean_of(percents: list[float]) -> str:
 
 
 def faults_table() -> str:
-    """Return what becomes of each fault, here and in a plain Lightning script."""
+    """Return the verdict on each fault, for this program and for a plain Lightning script."""
     ours, plain = _faults("faults"), _faults("faults_plain")
     if ours is None:
-        return "What becomes of each of 38 faults (`python benchmarks/faults.py`): not measured."
+        return "`python -m benchmarks.faults.run`: not measured."
     simulated = [
         str(result["number"]) for result in ours["results"] if result["verdict"] == "handled" and _is_simulated(result)
     ]
     handled = f" handled ({len(simulated)} of them simulated: {', '.join(simulated)})" if simulated else " handled"
     summary = ours["summary"].replace(" handled", handled, 1)
-    rows = [f"`python benchmarks/faults.py` on {ours['hardware']}: {summary}."]
+    rows = [f"`python -m benchmarks.faults.run` on {ours['hardware']}: {summary}."]
     commits = {result["commit"] for result in ours["results"]}
     if len(commits) > 1:
-        rows[0] += f" Not one run: rows were tried again after mends, and stand at {len(commits)} commits."
+        rows[0] += f" Some rows were repeated after a fix, so the results are from {len(commits)} commits."
     verdicts: dict[int, str] = {}
     if plain is not None:
         verdicts = {result["number"]: _verdict(result) for result in plain["results"]}
         rows[0] += (
-            " The same done to [a plain Lightning script](benchmarks/plain.py) (`--subject plain`): "
+            " A plain Lightning script, `benchmarks/faults/plain.py` (`--subject plain`): "
             f"{plain['summary'].partition(',')[0]}."
         )
-    rows += ["", "| fault | here | plain Lightning |", "| --- | --- | --- |"]
+    rows += ["", "| fault | this program | plain Lightning |", "| --- | --- | --- |"]
     for result in ours["results"]:
         number = result["number"]
         rows.append(f"| {number}. {result['what']} | {_verdict(result)} | {verdicts.get(number, 'not measured')} |")
@@ -154,7 +152,7 @@ def faults_table() -> str:
 
 
 def _is_simulated(result: dict[str, Any]) -> bool:
-    """Whether the fault was not real, since the machine lacked what it is about; the row's reason says so."""
+    """Whether the fault was simulated because the machine cannot produce it."""
     return result["reason"].endswith("(simulated)")
 
 
@@ -163,25 +161,25 @@ def _verdict(result: dict[str, Any]) -> str:
 
 
 def _faults(name: str) -> dict[str, Any] | None:
-    path = HERE / "results" / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def models_table() -> str:
-    """Return what each named network costs."""
-    path = HERE / "results" / "models.json"
+    """Return parameters, multiply-adds and speed of each named model."""
+    path = RESULTS / "models.json"
     if not path.exists():
-        return "What each network costs (`python benchmarks/models.py`): not measured."
+        return "`python -m benchmarks.speed.models`: not measured."
     found = json.loads(path.read_text(encoding="utf-8"))
     size = found["image_size"]
     rows = [
-        f"`python benchmarks/models.py`, images of {size} pixels, steps of {found['batch_size']} in 32 bits "
-        f"on {found['hardware']} (median of {found['num_steps']} steps, slowest to fastest).",
+        f"`python -m benchmarks.speed.models`, {size}x{size} images, batch size {found['batch_size']}, 32 bits, "
+        f"{found['hardware']} (median of {found['num_steps']} steps, slowest to fastest).",
         "",
-        "| `--model.name` | parameters | multiply-adds | map before pooling | trained images/s |",
+        "| `--model.name` | parameters | multiply-adds | feature map before pooling | trained images/s |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for one in found["networks"]:
+    for one in found["models"]:
         sides = " x ".join(map(str, one["map"]))
         speed = f"{one['images_per_s']:.3g} ({one['slowest']:.3g} to {one['fastest']:.3g})"
         costs = f"{one['parameters'] / 1e6:.2f} M | {one['multiply_adds'] / 1e6:,.0f} M"
@@ -190,44 +188,42 @@ def models_table() -> str:
 
 
 def ablations_table() -> str:
-    """Return what each part of a training gave alone."""
-    path = HERE / "results" / "ablations.json"
+    """Return the difference in validation accuracy that each setting makes alone."""
+    path = RESULTS / "ablations.json"
     every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     rows = []
     for name, suite in SUITES.items():
         lines = [line for line in every if line["suite"] == name]
         if not lines:
-            rows.append(f"{suite.about}: not measured.")
             continue
-        base = [100 * line["accuracy"] for line in lines if line["part"] == BASE]
+        base = [100 * line["accuracy"] for line in lines if line["setting"] == BASE]
         where = f"{lines[0]['num_usable_cpus']} cores of {lines[0]['cpu']}, {lines[0]['precision']}"
         asked = f" --precision {lines[0]['asked_precision']}" if lines[0]["asked_precision"] else ""
-        command = f"`python benchmarks/ablations.py --data ROOT --suite {name}{asked}`"
+        command = f"`python -m benchmarks.accuracy.ablations --data ROOT --suite {name}{asked}`"
         rows += [f"{command}, {where}: {suite.about}. Base: {_mean_of(base)}.", ""]
-        rows += ["| part | flags | difference to the base |", "| --- | --- | --- |"]
-        for part, flags in suite.parts.items():
-            points = differences(lines, part)
-            if part != BASE and points:
+        rows += ["| setting | flags | difference to the base |", "| --- | --- | --- |"]
+        for setting, flags in suite.settings.items():
+            points = differences(lines, setting)
+            if setting != BASE and points:
                 given = " ".join(f"`{flag}`" for flag in flags) or "-"
-                rows.append(f"| {part} | {given} | {verdict(points, lines[0]['num_pictures'])} |")
+                rows.append(f"| {setting} | {given} | {verdict(points, lines[0]['num_images'])} |")
         rows.append("")
     return "\n".join(rows).rstrip()
 
 
 def main() -> None:
-    """Print the tables, or put them into the README."""
+    """Print the tables, or write them into README and docs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="replace the README's tables")
+    parser.add_argument("--write", action="store_true", help="replace the tables of README and docs")
     args = parser.parse_args()
     if not args.write:
         print("\n\n".join(tables().values()))
         return
-    text = README.read_text(encoding="utf-8")
     for name, table in tables().items():
+        text = PAGES_OF[name].read_text(encoding="utf-8")
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, rest = text.split(start)
-        text = f"{before}{start}\n{table}\n{end}{rest.partition(end)[2]}"
-    README.write_text(text, encoding="utf-8")
+        PAGES_OF[name].write_text(f"{before}{start}\n{table}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

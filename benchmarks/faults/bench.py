@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fault_judge import Done, differences, load, unclear
-from fault_sabotage import NOTES
-from fault_subjects import BENCHMARKS, Subject
+from benchmarks import python_path
+from benchmarks.faults.judge import Done, differences, load, unclear
+from benchmarks.faults.sabotage import NOTES
+from benchmarks.faults.subjects import Subject
 
 TIMEOUT_S = 240
 _POLL_S = 0.005
-SABOTAGE = BENCHMARKS / "fault_sabotage.py"
 
 
 class Skipped(Exception):
@@ -159,14 +159,20 @@ class Bench:
         Args:
             arguments: Its arguments.
             cwd: Its folder; made where it is missing.
-            acts: What is done to it, as `fault_sabotage.py` reads it.
+            acts: What is done to it, as `sabotage.py` reads it.
             env: More environment variables.
             prefix: What comes before the command.
             program: A Python file; the subject's by default.
         """
-        before = [SABOTAGE, acts] if acts else []
+        before = ["-m", "benchmarks.faults.sabotage", acts] if acts else []
         command = [*prefix, sys.executable, *before, program or self.subject.program, *arguments]
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"}
+        variables = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONIOENCODING": "utf-8",
+            "PYTHONPATH": python_path(),
+            "PYTHONUNBUFFERED": "1",
+        }
         variables |= {"CIFAR_LIGHTNING_CACHE": str(self.folder / "user_cache"), NOTES: str(cwd), **(env or {})}
         variables.pop("CIFAR_LIGHTNING_RUN_DIR", None)
         cwd.mkdir(parents=True, exist_ok=True)
@@ -220,7 +226,7 @@ class Bench:
     @functools.cached_property
     def drawn(self) -> Path:
         """Class folders of drawn images: 600 to train on; 101 to test on, which 2 and 3 processes share unevenly."""
-        from fault_images import draw_class_folders
+        from benchmarks.faults.images import draw_class_folders
 
         with self._lock:
             return draw_class_folders(self.folder / "drawn", num_train=600, num_test=101)

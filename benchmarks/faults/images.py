@@ -2,15 +2,12 @@
 
 import io
 import struct
-import sys
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cifar_lightning.data.synthetic import CLASS_NAMES, draw
 

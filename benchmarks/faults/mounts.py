@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fault_bench import Skipped
+from benchmarks.faults.bench import Skipped
 
 
 @contextlib.contextmanager

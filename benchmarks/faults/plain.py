@@ -1,6 +1,6 @@
 """Plain Lightning as its documentation shows it, over class folders: the peer that `faults.py --subject plain` tries.
 
-python benchmarks/plain.py --data DIR --out DIR [--epochs N] [--ckpt_path FILE]
+python -m benchmarks.faults.plain --data DIR --out DIR [--epochs N] [--ckpt_path FILE]
 """
 
 import argparse

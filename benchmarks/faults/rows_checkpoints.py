@@ -7,10 +7,9 @@ import shutil
 import time
 from pathlib import Path
 
-from fault_bench import Trial, row
-from fault_images import small_set
-from fault_judge import Done, Payload, load
-from fault_subjects import BENCHMARKS, ROOT
+from benchmarks.faults.bench import Trial, row
+from benchmarks.faults.images import small_set
+from benchmarks.faults.judge import Done, Payload, load
 
 _SEED = 11
 
@@ -171,9 +170,8 @@ def other_epochs(trial: Trial) -> str:
 
 
 _ODD_HPARAMS = """
-import functools, pathlib, sys
+import functools, pathlib
 import lightning.pytorch as pl, numpy as np
-sys.path.insert(0, {folder!r})
 from cifar_lightning import ImageClassifier, ImageDataModule, SmallNet
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 data = ImageDataModule("folder", pathlib.Path({data!r}), batch_size=20, num_workers=0)
@@ -185,10 +183,9 @@ trainer.fit(model, datamodule=data)
 trainer.save_checkpoint("odd.ckpt", weights_only=False)
 """
 _ODD_HPARAMS_PLAIN = """
-import functools, pathlib, sys
+import functools, pathlib
 import lightning.pytorch as pl, numpy as np, torch
-sys.path.insert(0, {folder!r})
-from plain import PlainClassifier
+from benchmarks.faults.plain import PlainClassifier
 from torch.utils.data import DataLoader, TensorDataset
 model = PlainClassifier(3, np.float64(0.01))
 model.save_hyperparameters({{"path": pathlib.Path("x"), "size": np.int64(3), "part": functools.partial(print, 1)}})
@@ -205,7 +202,7 @@ def odd_hparams(trial: Trial) -> str:
     is_plain, data = trial.subject.is_plain, small_set(trial.place / "few")
     script = trial.place / "odd.py"
     text = _ODD_HPARAMS_PLAIN if is_plain else _ODD_HPARAMS
-    script.write_text(text.format(folder=str(BENCHMARKS if is_plain else ROOT), data=str(data)), encoding="utf-8")
+    script.write_text(text.format(data=str(data)), encoding="utf-8")
     done = trial.run([], program=script)
     if trial.worked("from Python", done):
         _loads(trial, "from Python", trial.place / "odd.ckpt")

@@ -4,10 +4,10 @@ import os
 import shutil
 from pathlib import Path
 
-from fault_bench import Trial, kill_group, row, wait_for
-from fault_images import small_set
-from fault_judge import load
-from fault_mounts import fill, small_disk, without_privileges
+from benchmarks.faults.bench import Trial, kill_group, row, wait_for
+from benchmarks.faults.images import small_set
+from benchmarks.faults.judge import load
+from benchmarks.faults.mounts import fill, small_disk, without_privileges
 
 
 @row(4, "disk full where checkpoints go")

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from fault_bench import Trial, row
-from fault_judge import Done
-from fault_sabotage import ARCHIVE
+from benchmarks.faults.bench import Trial, row
+from benchmarks.faults.judge import Done
+from benchmarks.faults.sabotage import ARCHIVE
 
 _NAME = "cifar-10-python.tar.gz"
 _FOLDER = "cifar-10-batches-py"

@@ -4,10 +4,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from fault_bench import Trial, row
-from fault_images import bomb, damaged_images, encoded, odd_images, small_set
-from fault_judge import Done, load
 from PIL import Image
+
+from benchmarks.faults.bench import Trial, row
+from benchmarks.faults.images import bomb, damaged_images, encoded, odd_images, small_set
+from benchmarks.faults.judge import Done, load
 
 _SETTINGS = {"epochs": 1, "batch_size": 18, "workers": 0}
 _CACHE = Path(".cifar_lightning_cache", "train-16.npy")

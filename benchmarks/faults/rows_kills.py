@@ -6,9 +6,9 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from fault_bench import Trial, kill_group, row, wait_for
-from fault_judge import load
-from fault_mounts import other_file_system
+from benchmarks.faults.bench import Trial, kill_group, row, wait_for
+from benchmarks.faults.judge import load
+from benchmarks.faults.mounts import other_file_system
 
 _SEED = 5
 # Where a process is killed while it writes a checkpoint; the numbers put all of them into the second epoch.

@@ -10,8 +10,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from fault_bench import Trial, kill_group, row, wait_for
-from fault_judge import load
+from benchmarks.faults.bench import Trial, kill_group, row, wait_for
+from benchmarks.faults.judge import load
 
 _GONE_S = 60
 

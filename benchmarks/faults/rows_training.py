@@ -3,9 +3,10 @@
 import json
 
 import yaml
-from fault_bench import Trial, row
-from fault_images import small_set
-from fault_judge import load
+
+from benchmarks.faults.bench import Trial, row
+from benchmarks.faults.images import small_set
+from benchmarks.faults.judge import load
 
 _SETTINGS = {"epochs": 1, "batch_size": 18, "workers": 0}
 

@@ -1,8 +1,8 @@
 """Does every fault of a table to the trainer, for real, in new processes, and says what its user sees.
 
-    python benchmarks/faults.py                      all rows
-    python benchmarks/faults.py --only 1,7,20        some of them
-    python benchmarks/faults.py --subject plain      the rows that make sense, done to benchmarks/plain.py
+    python -m benchmarks.faults.run                      all rows
+    python -m benchmarks.faults.run --only 1,7,20        some of them
+    python -m benchmarks.faults.run --subject plain      the rows that make sense, done to benchmarks/faults/plain.py
 
 A row is handled where what must happen happens: values are compared, not only exit statuses. The last lines count them;
 row 14, the control, is reported apart: it shows that row 1 can fail. Rows that need root, small file systems or
@@ -21,29 +21,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import fault_rows_checkpoints
-import fault_rows_disk
-import fault_rows_downloads
-import fault_rows_images
-import fault_rows_kills
-import fault_rows_processes
-import fault_rows_training
-from fault_bench import ROWS, Bench, Row, Skipped, Trial
-from fault_subjects import SUBJECTS
-
+from benchmarks.faults import (
+    rows_checkpoints,
+    rows_disk,
+    rows_downloads,
+    rows_images,
+    rows_kills,
+    rows_processes,
+    rows_training,
+)
+from benchmarks.faults.bench import ROWS, Bench, Row, Skipped, Trial
+from benchmarks.faults.subjects import SUBJECTS
 from cifar_lightning.runs.environment import describe_environment
 
 # Each of them enters its rows into ROWS when it is imported.
 THEMES = (
-    fault_rows_checkpoints,
-    fault_rows_disk,
-    fault_rows_downloads,
-    fault_rows_kills,
-    fault_rows_images,
-    fault_rows_processes,
-    fault_rows_training,
+    rows_checkpoints,
+    rows_disk,
+    rows_downloads,
+    rows_kills,
+    rows_images,
+    rows_processes,
+    rows_training,
 )
 NUM_ROWS = 38
 CONTROL = 14

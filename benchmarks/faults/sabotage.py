@@ -1,7 +1,7 @@
 """Runs a Python program and does something to it at a chosen moment, in its own process, so that the moment is exact.
 
-    python benchmarks/fault_sabotage.py SIGKILL@train:47 train.py fit --epochs 3
-    python benchmarks/fault_sabotage.py nan@batch:22,note@train:0 train.py fit --epochs 3
+    python -m benchmarks.faults.sabotage SIGKILL@train:47 train.py fit --epochs 3
+    python -m benchmarks.faults.sabotage nan@batch:22,note@train:0 train.py fit --epochs 3
 
 An act is `WHAT@WHERE:N`, N counted from 0 in this process; several are separated by commas. WHERE is
 
@@ -210,11 +210,11 @@ def _end_inside_the_next(size_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes // 2, size_bytes // 2))
 
 
-def sabotage_the_children_too(command: list[str]) -> None:
+def sabotage_the_children_too() -> None:
     """Have Lightning start the processes of further ranks by the same command."""
     from lightning.pytorch.strategies.launchers import subprocess_script
 
-    subprocess_script._basic_subprocess_cmd = lambda: [sys.executable, *command]
+    subprocess_script._basic_subprocess_cmd = lambda: [sys.executable, *sys.orig_argv[1:]]
 
 
 def main() -> None:
@@ -227,11 +227,10 @@ def main() -> None:
     places = {where for where, _ in _acts}
     if places & {"batch", "train", "val", "epoch"}:
         watch_training()
-        sabotage_the_children_too(list(command))
+        sabotage_the_children_too()
     if places & {"write", "fsync", "replace", "replaced"}:
         watch_files()
     sys.argv = command[2:]
-    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     reach("start")
     runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = Path(__file__).resolve().parent
-ROOT = BENCHMARKS.parent
+from benchmarks import ROOT
 
 
 @dataclass(frozen=True)
@@ -63,5 +62,5 @@ class Subject:
 
 SUBJECTS = {
     "ours": Subject("ours", ROOT / "train.py"),
-    "plain": Subject("plain", BENCHMARKS / "plain.py"),
+    "plain": Subject("plain", Path(__file__).with_name("plain.py")),
 }

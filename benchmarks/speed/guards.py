@@ -1,7 +1,7 @@
 """What safety costs: host time a step of the guards, and milliseconds of a durable checkpoint.
 
-    python benchmarks/guards.py            5 rounds
-    python benchmarks/guards.py --json benchmarks/results/guards.json
+    python -m benchmarks.speed.guards            5 rounds
+    python -m benchmarks.speed.guards --json benchmarks/results/guards.json
 
 The ordinary `fit` of a one-layer network runs in turn with and without what looks at each step: the guard over the loss
 and the callback that waits for signals and schedules. Then the Trainer writes SmallNet's whole state (AdamW's moments
@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 import timeit
@@ -29,10 +28,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from overhead import SMALL_BATCH, one_layer, our_fit, register, silence, step_us, usual_parts
-
+from benchmarks.speed.overhead import SMALL_BATCH, one_layer, our_fit, register, silence, step_us, usual_parts
 from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.runs.environment import describe_environment

@@ -1,9 +1,9 @@
 """Finished training images a second on 2 CPU cores: our resident loader against torchvision's and airbench's ways.
 
-    python benchmarks/loader.py                         50,000 random 32x32 images, against torchvision
-    python benchmarks/loader.py --peer airbench=DIR     also against the loader in a checkout of
+    python -m benchmarks.speed.loader                         50,000 random 32x32 images, against torchvision
+    python -m benchmarks.speed.loader --peer airbench=DIR     also against the loader in a checkout of
                                                         github.com/KellerJordan/cifar10-airbench
-    python benchmarks/loader.py --data ROOT             the training images of class folders, scaled to 32x32
+    python -m benchmarks.speed.loader --data ROOT             the training images of class folders, scaled to 32x32
 
 Each makes the same of the same uint8 images: a crop out of 4 pixels of reflected padding, a random flip, normalised
 floats, a square of 12 pixels set to 0, in shuffled batches of 500. They run in turn, an epoch each, after one epoch of
@@ -34,10 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from peers import changed_for_cpu, peer_of, read_peer
-
+from benchmarks.speed.peers import changed_for_cpu, peer_of, read_peer
 from cifar_lightning import ImageDataModule
 from cifar_lightning.data.datasets import Channels, ImageSet
 from cifar_lightning.data.loaders import ResidentLoader

@@ -1,8 +1,8 @@
 """What each network costs on small images: parameters, multiply-adds, how large it keeps the image, images/s.
 
-    python benchmarks/models.py                              every network that has a name, at 32 pixels
-    python benchmarks/models.py smallnet timm/resnet26d      these alone
-    python benchmarks/models.py --json benchmarks/results/models.json
+    python -m benchmarks.speed.models                              every network that has a name, at 32 pixels
+    python -m benchmarks.speed.models smallnet timm/resnet26d      these alone
+    python -m benchmarks.speed.models --json benchmarks/results/models.json
 
 Multiply-adds are those of convolutions and matrix products for one image, counted by torch from shapes. The map is
 what the last convolution gives (of a vision transformer: its patches). Images/s are of training steps (forward,
@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cifar_lightning.models.registry import MODELS, build_model
 from cifar_lightning.runs.environment import describe_environment
@@ -125,7 +122,7 @@ def main() -> None:
             "image_size": args.image_size,
             "batch_size": args.batch,
             "num_steps": args.steps,
-            "networks": list(rows.values()),
+            "models": list(rows.values()),
             "over": [one, other],
             "ratio": ratio,
         }

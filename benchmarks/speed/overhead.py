@@ -1,9 +1,9 @@
 """Host time a training step that `Trainer.fit` adds to a hand-written loop over the same loader, network and optimiser.
 
-    python benchmarks/overhead.py            one-layer network, then SmallNet at batch 128; the last line is SmallNet's
-    python benchmarks/overhead.py --quick    the one-layer network alone, 1 round
-    python benchmarks/overhead.py --recipe speedrun94    the one-layer network with a recipe's optimiser, schedule and
-                                             flags; the last line is what fit adds over what barebones adds
+    python -m benchmarks.speed.overhead                        a one-layer model, then SmallNet at batch 128
+    python -m benchmarks.speed.overhead --quick                the one-layer model alone, 1 round
+    python -m benchmarks.speed.overhead --recipe speedrun94    the one-layer model with a config's optimizer, schedule
+                                                               and flags, compared with barebones
 
 Four ways of training run in turn, several rounds, in one process: a hand-written loop; plain Lightning (bar, CSV
 logger, `self.log(prog_bar=True)`, its checkpoint callback); its barebones; our ordinary `fit` (bar, TensorBoard,
@@ -16,7 +16,6 @@ import functools
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,8 +30,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from benchmarks import CONFIGS
 from cifar_lightning import ImageDataModule, SmallNet
 from cifar_lightning.cli.flags import table
 from cifar_lightning.cli.main import run_command
@@ -106,7 +104,7 @@ def usual_parts() -> Splits:
 
 def recipe_parts(recipe: str) -> Splits:
     """Return what a recipe with a linear schedule trains with; sizes, views and precision are a plain run's."""
-    path = Path(__file__).resolve().parent.parent / "configs" / f"{recipe}.yaml"
+    path = CONFIGS / f"{recipe}.yaml"
     model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
     names = ("lr", "sgd_lr", "head_lr", "momentum", "sgd_momentum", "sgd_weight_decay")
     optimizer = OptimizerSettings(model["optimizer"], weight_decay=0.0, **{name: model[name] for name in names})

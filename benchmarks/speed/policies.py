@@ -1,8 +1,8 @@
 """Finished training images a second with TrivialAugmentWide: whole batches against torchvision image by image.
 
-    python benchmarks/policies.py                    2,000 random 32x32 images, 3 rounds
-    python benchmarks/policies.py --policy rand      RandAugment on both sides
-    python benchmarks/policies.py --size 224 --num 200
+    python -m benchmarks.speed.policies                    2,000 random 32x32 images, 3 rounds
+    python -m benchmarks.speed.policies --policy rand      RandAugment on both sides
+    python -m benchmarks.speed.policies --size 224 --num 200
 
 Both make normalised floats of the same uint8 images in this process, with the same threads, in batches of 500: ours
 draws an epoch's tables and augments whole batches; torchvision.transforms.v2 takes each image as a tensor (planes,
@@ -14,7 +14,6 @@ torchvision.
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,8 +21,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.transforms.augmentation import Augmentation, augment, draw_epoch
@@ -40,7 +37,7 @@ def our_epochs(images: Tensor, policy: Policy) -> Epoch:
     """Return what makes an epoch of whole batches."""
     chosen = Augmentation(crop_padding_px=0, flip="none", policy=policy)
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
-    shape = {"num_pictures": len(images), "image_size": images.shape[1]}
+    shape = {"num_images": len(images), "image_size": images.shape[1]}
 
     def epoch(number: int) -> Iterable[Tensor]:
         draws = draw_epoch(chosen, seed=0, epoch=number, device=images.device, **shape)

@@ -1,8 +1,8 @@
 """Images classified by `predict_images` against one image at a time.
 
-    python benchmarks/predict.py                         SmallNet with random weights, 1,000 random 32x32 PNGs
-    python benchmarks/predict.py RUN FOLDER [--num N]    a run's network, the first N images of a folder
-    python benchmarks/predict.py --command               also one command an image, from a few starts; the last line
+    python -m benchmarks.speed.predict                         SmallNet with random weights, 1,000 random 32x32 PNGs
+    python -m benchmarks.speed.predict RUN FOLDER [--num N]    a run's network, the first N images of a folder
+    python -m benchmarks.speed.predict --command               also one command for each image
 
 The loop opens an image, makes a tensor and asks the same network, all in this process; both ways run in turn, several
 rounds, and are compared within a round. Reading the checkpoint is left out of both, since a loop would do it once, too.
@@ -25,8 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from benchmarks import ROOT
 from cifar_lightning import ImageClassifier
 from cifar_lightning.inference import predict_images as predict
 from cifar_lightning.inference.predict_images import find_images, predict_images
@@ -34,7 +33,7 @@ from cifar_lightning.inference.trained_model import TrainedModel, load_trained_m
 from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.runs.folder import RunFolder, open_run
 
-PROGRAM = Path(__file__).resolve().parent.parent / "train.py"
+PROGRAM = ROOT / "train.py"
 IMAGE_SIZE = 32
 NUM_STARTS = 3  # of the command, each round
 
@@ -163,7 +162,7 @@ def main() -> None:
             ratios = [slow / fast for slow, fast in both]
             tell(f"one command an image (from {NUM_STARTS} starts a round) over one for all", ratios, len(paths))
     if args.json:
-        figures = {"commit": describe_environment()["commit"], "num_pictures": len(paths), "seconds": times_s}
+        figures = {"commit": describe_environment()["commit"], "num_images": len(paths), "seconds": times_s}
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
     print(f"ratio={statistics.median(ratios):.3f}")
 

@@ -1,10 +1,10 @@
 """Speed recipes against public record scripts: accuracy and time of whole runs, and epochs timed in turn.
 
-    python benchmarks/speedrun.py                                             speedrun94, seed 0, from data/
-    python benchmarks/speedrun.py --seeds 0,1,2 --json benchmarks/results/speedrun94.json
-    python benchmarks/speedrun.py --peer airbench=DIR                         whole runs of both in turn
-    python benchmarks/speedrun.py --peer airbench=DIR --epochs --rounds 3     only an epoch of each, in turn
-    python benchmarks/speedrun.py --seeds 0,1,2,3 --block 4 --peer airbench=DIR     four of ours, then four of it
+    python -m benchmarks.speed.speedrun                                             speedrun94, seed 0, from data/
+    python -m benchmarks.speed.speedrun --seeds 0,1,2 --json benchmarks/results/speedrun94.json
+    python -m benchmarks.speed.speedrun --peer airbench=DIR                         whole runs of both in turn
+    python -m benchmarks.speed.speedrun --peer airbench=DIR --epochs --rounds 3     only an epoch of each, in turn
+    python -m benchmarks.speed.speedrun --seeds 0,1,2,3 --block 4 --peer airbench=DIR     four of ours, then four of it
 
 Ours is the ordinary `fit`, checkpoints, logging and report included. Two windows are given: the records' own
 (whitening, training and the final evaluation with six views) and the whole `Trainer.fit`. A peer runs from its own
@@ -15,6 +15,7 @@ take place: the records' scripts do the same. With --json finished runs are adde
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -26,16 +27,13 @@ import numpy as np
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from peers import peer_of
-from record import comparable
-from speedrun_peers import PEERS
-
+from benchmarks import CONFIGS, python_path
+from benchmarks.accuracy.record import comparable
+from benchmarks.speed.peers import peer_of
+from benchmarks.speed.speedrun_peers import PEERS
 from cifar_lightning.data.datasets import open_source
 from cifar_lightning.runs.environment import describe_environment
 
-HERE = Path(__file__).resolve().parent
 COMPILED = "--model.compile=true"
 PEER_EPOCHS, PEER_STEPS = 8, 25  # of airbench94_muon: 8 epochs of 25 batches of 2,000
 
@@ -49,14 +47,17 @@ def our_runs(recipe: str, seeds: list[int], flags: list[str], folder: Path) -> l
             first_steps = ["--trainer.limit_train_batches=4", "--trainer.limit_test_batches=2"]
             commands.insert(0, _our_command(recipe, 0, [*flags, *first_steps], work / "warmup"))
         (work / "arguments.json").write_text(json.dumps(commands), encoding="utf-8")
-        execute([sys.executable, str(HERE / "speedrun_ours.py"), str(work / "arguments.json")])
+        execute([sys.executable, "-m", "benchmarks.speed.speedrun_ours", str(work / "arguments.json")])
         return [_our_figures(recipe, flags, work / str(seed)) for seed in seeds]
 
 
 def _our_command(recipe: str, seed: int, flags: list[str], folder: Path) -> list[str]:
     folder.mkdir()
     command = ["fit", "--config", str(recipe_path(recipe)), "--seed_everything", str(seed), "--data.seed", str(seed)]
-    clock = ["--trainer.callbacks+=speedrun_clock.Clock", f"--trainer.callbacks.path={folder / 'clock.json'}"]
+    clock = [
+        "--trainer.callbacks+=benchmarks.speed.speedrun_clock.Clock",
+        f"--trainer.callbacks.path={folder / 'clock.json'}",
+    ]
     return [*command, "--run_dir", str(folder / "run"), *clock, *flags]
 
 
@@ -77,7 +78,7 @@ def peer_runs(
 ) -> list[dict[str, Any]]:
     """Run a peer once for each seed, in one process; return the figures of each."""
     output = folder / "peer.json"
-    command = [sys.executable, str(HERE / "speedrun_peers.py"), name, str(checkout), str(images)]
+    command = [sys.executable, "-m", "benchmarks.speed.speedrun_peers", name, str(checkout), str(images)]
     command += [",".join(map(str, seeds)), str(output), *([] if steps is None else ["--steps", str(steps)])]
     execute(command)
     runs: list[dict[str, Any]] = json.loads(output.read_text(encoding="utf-8"))
@@ -88,7 +89,13 @@ def peer_runs(
 
 def execute(command: list[str]) -> None:
     """Run a command quietly; its last lines become the error where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": python_path()},
+    )
     if done.returncode != 0:
         print("\n".join(done.stderr.strip().splitlines()[-5:]), file=sys.stderr)
         sys.exit(done.returncode)
@@ -96,7 +103,7 @@ def execute(command: list[str]) -> None:
 
 def recipe_path(recipe: str) -> Path:
     """Return a recipe's file."""
-    return HERE.parent / "configs" / f"{recipe}.yaml"
+    return CONFIGS / f"{recipe}.yaml"
 
 
 def write_images(args: argparse.Namespace, path: Path) -> None:

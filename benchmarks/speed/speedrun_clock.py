@@ -1,4 +1,4 @@
-"""The stopwatch of `benchmarks/speedrun.py`: a callback for `fit`, which writes when things happened."""
+"""The stopwatch of `benchmarks/speed/speedrun.py`: a callback for `fit`, which writes when things happened."""
 
 import json
 import time

@@ -1,6 +1,6 @@
-"""Several runs of this program in one process, for `benchmarks/speedrun.py`: what a GPU autotunes, later runs have.
+"""Several `fit` runs in one process, for `speedrun.py`: later runs reuse what the GPU autotuned in the first.
 
-    python benchmarks/speedrun_ours.py ARGUMENTS.json
+    python -m benchmarks.speed.speedrun_ours ARGUMENTS.json
 
 ARGUMENTS.json holds a list of command lines, each a list of arguments as `train.py` takes them.
 """
@@ -8,8 +8,6 @@ ARGUMENTS.json holds a list of command lines, each a list of arguments as `train
 import json
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cifar_lightning.cli.main import run_command
 

@@ -1,8 +1,8 @@
 """Public record scripts, run from their own checkouts; on a CPU with the changes that it forces, which are listed.
 
-    python benchmarks/speedrun_peers.py airbench DIR IMAGES.pt SEED[,SEED...] OUT.json [--steps N]
+    python -m benchmarks.speed.speedrun_peers airbench DIR IMAGES.pt SEED[,SEED...] OUT.json [--steps N]
 
-`benchmarks/speedrun.py` starts this in a process of its own. IMAGES.pt holds the four uint8 and int64
+`benchmarks/speed/speedrun.py` starts this in a process of its own. IMAGES.pt holds the four uint8 and int64
 tensors of CIFAR-10: train_images (50000, 32, 32, 3), train_labels, test_images, test_labels.
 """
 
@@ -19,10 +19,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from peers import changed_for_cpu, read_peer
-
+from benchmarks.speed.peers import changed_for_cpu, read_peer
 from cifar_lightning.errors import UserError
 
 

@@ -1,6 +1,6 @@
 """How fast the command line answers `--help`, `fit --help` and a typo, against plain LightningCLI over its classes.
 
-    python benchmarks/startup.py [--rounds 5] [--output benchmarks/results/startup.json]
+    python -m benchmarks.speed.startup [--rounds 5] [--output benchmarks/results/startup.json]
 
 Each answer is a new process; both programs run in turn, and are compared within a round. The last line is the smallest
 of the three median ratios, plain over ours.
@@ -8,6 +8,7 @@ of the three median ratios, plain over ours.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -15,11 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from benchmarks import ROOT, python_path
 from cifar_lightning.runs.environment import describe_environment
 
-ROOT = Path(__file__).resolve().parent.parent
 PLAIN = """
 from lightning.pytorch.cli import LightningCLI
 from cifar_lightning import ImageClassifier, ImageDataModule
@@ -31,7 +30,14 @@ ASKED = {"--help": ["--help"], "fit --help": ["fit", "--help"], "a typo": ["fit"
 def answer(program: Path, arguments: list[str]) -> tuple[float, int]:
     """Start a program; return the seconds until it has ended, and its lines on both outputs."""
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, program, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": python_path()},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     elapsed_s = time.perf_counter() - began
     assert "Traceback" not in done.stderr, done.stderr
     return elapsed_s, len((done.stdout + done.stderr).splitlines())

@@ -1,7 +1,7 @@
 """A set that is streamed from the disk: our loader against ImageFolder with v2 transforms, and how memory behaves.
 
-    python benchmarks/streaming.py --work DIR                    200,000 generated images
-    python benchmarks/streaming.py --work DIR --data ROOT        of class folders (CIFAR-10's 50,000) in four variants
+    python -m benchmarks.speed.streaming --work DIR                    200,000 generated images
+    python -m benchmarks.speed.streaming --work DIR --data ROOT        class folders (CIFAR-10's) in four variants
 
 The images are PNG and JPEG files of 32 to 64 pixels a side, written once below DIR and used again. Both sides have 2
 workers, finish batches of 500 on 2 cores and make the same of each image: its shorter side resized to 32, the middle
@@ -34,12 +34,9 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from loader import NUM_CORES, PADDING_PX, use_cores
-from process_memory import IS_KNOWN, Memory, memory_of
-from streaming_images import SIDES_PX, make_images
-
+from benchmarks.speed.loader import NUM_CORES, PADDING_PX, use_cores
+from benchmarks.speed.process_memory import IS_KNOWN, Memory, memory_of
+from benchmarks.speed.streaming_images import SIDES_PX, make_images
 from cifar_lightning import ImageDataModule
 from cifar_lightning.data.image_folder import CACHE_FOLDER
 from cifar_lightning.errors import UserError

@@ -1,14 +1,14 @@
-"""The ablations pair runs by seed, say what chance explains, and every part is made of flags that exist."""
+"""The ablations pair runs by seed, say what chance explains, and every setting is made of flags that exist."""
 
 import pytest
-from ablations import BASE, SUITES, differences, verdict
 
+from benchmarks.accuracy.ablations import BASE, SUITES, differences, verdict
 from cifar_lightning.cli.fit import fit_parser
 from cifar_lightning.cli.main import training_arguments
 
 
-def line(part, seed, accuracy):
-    return {"part": part, "seed": seed, "accuracy": accuracy}
+def line(setting, seed, accuracy):
+    return {"setting": setting, "seed": seed, "accuracy": accuracy}
 
 
 def test_differences_are_of_the_seeds_that_both_have():
@@ -34,7 +34,7 @@ def test_a_verdict_claims_no_more_than_the_seeds_say(points, told):
 @pytest.mark.parametrize("name", SUITES)
 def test_every_part_is_made_of_flags_that_exist(name):
     parser, suite = fit_parser(), SUITES[name]
-    for flags in suite.parts.values():
+    for flags in suite.settings.values():
         arguments, _ = training_arguments("fit", [*suite.flags, *flags])
         parser.parse_args(arguments)
-    assert set(suite.views) < suite.parts.keys()
+    assert set(suite.tta) < suite.settings.keys()

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
-from loader import (
+from program import REPO
+
+from benchmarks.speed.loader import (
     AIRBENCH_BEGIN,
     AIRBENCH_CHANGES,
     AIRBENCH_END,
@@ -17,9 +19,7 @@ from loader import (
     check,
     compare,
 )
-from peers import peer_of
-from program import REPO
-
+from benchmarks.speed.peers import peer_of
 from cifar_lightning.errors import UserError
 
 # What the benchmark looks for in a checkout, without the rest.
@@ -52,8 +52,8 @@ def test_another_version_of_the_peer_is_refused(tmp_path, loader, begin):
 
 
 def test_a_missing_peer_is_one_line_and_exit_status_2(tmp_path):
-    command = [sys.executable, REPO / "benchmarks" / "loader.py", "--peer", f"airbench={tmp_path / 'nowhere'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "benchmarks.speed.loader", "--peer", f"airbench={tmp_path / 'nowhere'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPO)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
@@ -81,8 +81,10 @@ def test_an_epoch_that_lacks_a_batch_or_a_square_is_not_compared():
 
 @pytest.mark.slow
 def test_the_last_line_is_the_ratio_of_the_json(tmp_path):
-    command = [sys.executable, REPO / "benchmarks" / "loader.py", "--num", "1000", "--rounds", "1"]
-    done = subprocess.run([*command, "--json", tmp_path / "figures.json"], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "benchmarks.speed.loader", "--num", "1000", "--rounds", "1"]
+    done = subprocess.run(
+        [*command, "--json", tmp_path / "figures.json"], capture_output=True, text=True, timeout=300, cwd=REPO
+    )
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     ours, peer = (figures["images_per_s"][name][0] for name in ("ours", "torchvision"))

@@ -1,12 +1,12 @@
-"""What `benchmarks/models.py` counts."""
+"""What `benchmarks/speed/models.py` counts."""
 
 import json
 import sys
 
-import models
 import pytest
 import torch
 
+from benchmarks.speed import models
 from cifar_lightning.models.registry import build_model
 from cifar_lightning.models.smallnet import SmallNet
 
@@ -26,17 +26,17 @@ def test_resnet18_has_the_published_multiply_adds_and_pooled_layers_are_no_map()
 
 
 def test_the_table_ends_with_the_ratio_of_what_was_measured(monkeypatch, capsys, tmp_path):
-    models = {"small": 4, "large": 8}
-    for name, width in models.items():
+    widths = {"small": 4, "large": 8}
+    for name, width in widths.items():
         monkeypatch.setitem(
             models.MODELS, name, lambda num_classes, image_size, width=width: SmallNet(num_classes, widths=(width,))
         )
     path = tmp_path / "models.json"
     options = ["--image_size", "8", "--batch", "2", "--steps", "3", "--json", str(path)]
-    monkeypatch.setattr(sys, "argv", ["models.py", *models, *options])
+    monkeypatch.setattr(sys, "argv", ["models.py", *widths, *options])
     models.main()
     figures = json.loads(path.read_text())
-    small, large = figures["networks"]
+    small, large = figures["models"]
     assert figures["ratio"] == large["images_per_s"] / small["images_per_s"]
     assert large["slowest"] <= large["images_per_s"] <= large["fastest"]
     last = capsys.readouterr().out.splitlines()[-1]

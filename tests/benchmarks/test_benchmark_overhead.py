@@ -1,8 +1,8 @@
-"""What `benchmarks/overhead.py --recipe` gives to `fit` is taken by a network without a stem."""
+"""What `benchmarks/speed/overhead.py --recipe` gives to `fit` is taken by a network without a stem."""
 
 import pytest
-from overhead import recipe_parts
 
+from benchmarks.speed.overhead import recipe_parts
 from cifar_lightning.cli.fit import fit_parser
 from cifar_lightning.cli.main import training_arguments
 from cifar_lightning.cli.parser import check_arguments

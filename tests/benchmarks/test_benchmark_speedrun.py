@@ -1,20 +1,19 @@
-"""What `benchmarks/speedrun.py` relies on: peers that are what is expected, and a clock whose windows fit."""
+"""What `benchmarks/speed/speedrun.py` relies on: peers that are what is expected, and a clock whose windows fit."""
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import speedrun
-import speedrun_peers
 import torch
 import yaml
 from fitting import NARROW, quiet_trainer, small_data
 from program import REPO
-from record import comparable
-from speedrun_clock import Clock
-from speedrun_peers import PEERS, load
 
+from benchmarks.accuracy.record import comparable
+from benchmarks.speed import speedrun, speedrun_peers
+from benchmarks.speed.speedrun_clock import Clock
+from benchmarks.speed.speedrun_peers import PEERS, load
 from cifar_lightning import ImageClassifier, UserError
 
 

@@ -2,18 +2,17 @@
 
 import json
 import mmap
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
-from process_memory import IS_KNOWN, memory_of
 from program import REPO
-from streaming import Way, compare, epochs_until_ahead
-from streaming_images import NUM_VARIANTS, SIDES_PX, _vary, make_images
 
+from benchmarks.speed.process_memory import IS_KNOWN, memory_of
+from benchmarks.speed.streaming import Way, compare, epochs_until_ahead
+from benchmarks.speed.streaming_images import NUM_VARIANTS, SIDES_PX, _vary, make_images
 from cifar_lightning.errors import UserError
 
 needs_proc = pytest.mark.skipif(not IS_KNOWN, reason="memory is read from Linux's /proc")
@@ -113,9 +112,9 @@ def test_memory_counts_a_files_pages_apart_and_pages_of_two_processes_once(tmp_p
 
 @pytest.mark.slow
 def test_the_last_line_is_the_ratio_of_the_json(tmp_path):
-    command = [sys.executable, REPO / "benchmarks" / "streaming.py", "--work", tmp_path / "work"]
+    command = [sys.executable, "-m", "benchmarks.speed.streaming", "--work", tmp_path / "work"]
     command += ["--images", 400, "--batch_size", 50, "--rounds", 2, "--seconds", 0.2, "--json", tmp_path / "figures"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=os.environ)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=REPO)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures").read_text(encoding="utf-8"))
     ours, peer = (figures["images_per_s"][name] for name in ("ours", "torchvision"))

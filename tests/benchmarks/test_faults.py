@@ -3,15 +3,16 @@
 import argparse
 import json
 
-import faults
 import pytest
-import table
 import torch
-from fault_bench import ROWS, Bench, Row, Skipped, Trial
-from fault_judge import Done, differences, unclear
-from fault_mounts import small_disk
-from fault_subjects import SUBJECTS
-from faults import CONTROL, NUM_ROWS, Result, parse_rows, perform, summary
+
+from benchmarks.accuracy import table
+from benchmarks.faults import run
+from benchmarks.faults.bench import ROWS, Bench, Row, Skipped, Trial
+from benchmarks.faults.judge import Done, differences, unclear
+from benchmarks.faults.mounts import small_disk
+from benchmarks.faults.run import CONTROL, NUM_ROWS, Result, parse_rows, perform, summary
+from benchmarks.faults.subjects import SUBJECTS
 
 OURS, PLAIN = SUBJECTS["ours"], SUBJECTS["plain"]
 
@@ -115,7 +116,7 @@ def test_mounting_without_root_is_a_reason_to_skip(tmp_path, monkeypatch):
 
 def test_every_theme_has_rows():
     modules = {row.perform.__module__ for row in ROWS.values()}
-    assert modules == {theme.__name__ for theme in faults.THEMES}
+    assert modules == {theme.__name__ for theme in run.THEMES}
 
 
 @pytest.mark.parametrize("number", [19, 20, 21, 29])
@@ -136,9 +137,8 @@ def test_the_readmes_table_says_which_row_was_simulated(monkeypatch, tmp_path):
     rows = [Result(1, "a kill", "handled", "well"), Result(34, "no memory", "handled", "checkpoints kept (simulated)")]
     results = [vars(result) | {"commit": "c"} for result in rows]
     about = {"hardware": "2 cores", "summary": summary(rows)[-2], "results": results}
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "faults.json").write_text(json.dumps(about))
-    monkeypatch.setattr(table, "HERE", tmp_path)
+    (tmp_path / "faults.json").write_text(json.dumps(about))
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
     text = table.faults_table()
     assert "2 of 2 handled (1 of them simulated: 34), 0 skipped: none." in text
     assert "| 1. a kill | handled | not measured |" in text

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from fault_judge import Payload
 
+from benchmarks.faults.judge import Payload
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.loading import load_weights, plain, read_checkpoint, read_weights
 from cifar_lightning.models.registry import build_model

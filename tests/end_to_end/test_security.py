@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_judge import Payload
 from packaging.requirements import Requirement
 from program import REPO, TINY, decode_here, fail, start
 
+from benchmarks.faults.judge import Payload
 from cifar_lightning.checkpoints.loading import read_checkpoint, read_weights
 from cifar_lightning.cli import fit as training
 from cifar_lightning.cli import main as cli

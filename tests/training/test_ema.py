@@ -5,10 +5,10 @@ import signal
 import lightning.pytorch as pl
 import pytest
 import torch
-from fault_judge import differences
 from fitting import NARROW, Signal, fit_run
 from test_resume_state import result_of, seed
 
+from benchmarks.faults.judge import differences
 from cifar_lightning import ImageClassifier
 from cifar_lightning.checkpoints.loading import read_checkpoint
 from cifar_lightning.runs.folder import RunFolder

@@ -9,12 +9,12 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from fault_judge import differences
 from fitting import Signal, fit_run
 from lightning.pytorch.trainer.states import TrainerFn
 from program import REPO, TINY
 from program import start as run_program
 
+from benchmarks.faults.judge import differences
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.checkpoints.loading import RESUME_STATE, is_inside_epoch, read_checkpoint
@@ -217,9 +217,10 @@ def test_two_processes_that_were_killed_inside_an_epoch_end_as_two_that_were_not
     settings += ["--epochs", 3, "--checkpoint.every_n_train_steps", 2, "--trainer.logger", "false"]
     settings += ["--trainer.strategy", "ddp", "--trainer.devices", 2]
     run_program("fit", *settings, "--run_dir", "whole", cwd=tmp_path)
-    sabotage = REPO / "benchmarks" / "fault_sabotage.py"
+    sabotage = REPO / "benchmarks" / "faults" / "sabotage.py"
     killed = ["SIGKILL@train:14", REPO / "train.py", "fit", *settings, "--run_dir", "broken"]
-    assert run_program(*killed, cwd=tmp_path, program=sabotage, check=False).returncode == -signal.SIGKILL
+    done = run_program(*killed, cwd=tmp_path, program=sabotage, check=False, PYTHONPATH=str(REPO))
+    assert done.returncode == -signal.SIGKILL
     whole, broken = (RunFolder(tmp_path / name) for name in ("whole", "broken"))
     before = read_checkpoint(broken.last_checkpoint)
     assert (before["global_step"], is_inside_epoch(before)) == (14, True)
