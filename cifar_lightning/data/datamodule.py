@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cifar_lightning.data.datasets import SPLITS, ImageSet, Split, open_source
+from cifar_lightning.data.datasets import open_source
+from cifar_lightning.data.image_set import SPLITS, ImageSet, Split
 from cifar_lightning.data.loaders import BatchTransform, ImageLoader, LoaderFactory, batch_device
 from cifar_lightning.data.sampler import EpochSampler, Rank, evaluation_order
 from cifar_lightning.data.splits import SplitIndices, SplitSettings, make_splits

@@ -12,7 +12,7 @@ import difflib
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -20,11 +20,10 @@ import numpy as np
 
 from cifar_lightning.data import synthetic
 from cifar_lightning.data.download import ARCHIVES, download
-from cifar_lightning.data.image_folder import ClassFolders, digest
+from cifar_lightning.data.image_folder import ClassFolders
+from cifar_lightning.data.image_set import ImageSet, Split, digest
 from cifar_lightning.errors import UserError
 
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Channels = tuple[float, float, float]
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -42,21 +41,6 @@ CIFAR100_CLASSES = (
     "woman", "worm",
 )
 # fmt: on
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """The images of one split.
-
-    Args:
-        images: uint8 RGB (N, H, W, 3), 0-255; may be mapped from a file, read-only.
-        targets: int64 (N,), indices into the source's class names.
-        sha256: Hash of the bytes of `images`, then of `targets`.
-    """
-
-    images: np.ndarray
-    targets: np.ndarray
-    sha256: str
 
 
 class Source(Protocol):
@@ -159,51 +143,6 @@ class Cifar:
 
 
 @dataclass(frozen=True)
-class Folder:
-    """Your own images in class folders.
-
-    Args:
-        root: Folder with `train/<class>/*`, `test/<class>/*` and perhaps `val/<class>/*`.
-        wanted_size: Height and width in pixels; None chooses a size that suits the images.
-    """
-
-    root: Path
-    wanted_size: int | None = None
-    mean: None = None
-    std: None = None
-    _folders: ClassFolders = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_folders", ClassFolders(self.root, self.wanted_size))
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Folder names, sorted."""
-        return self._folders.class_names
-
-    @property
-    def image_size(self) -> int:
-        """Height and width in pixels."""
-        return self._folders.image_size
-
-    def prepare(self) -> None:
-        """Decode the images into the cache unless they are there."""
-        self._folders.prepare()
-
-    def load(self, split: Split) -> ImageSet | None:
-        """Read a split from the cache, or decode it."""
-        loaded = self._folders.load(split)
-        return loaded and ImageSet(*loaded)
-
-    def describe(self) -> str:
-        """Return one line for the terminal."""
-        counts = {split: len(listing.names) for split, listing in self._folders.listings.items()}
-        splits = " + ".join(f"{count:,} {split}" for split, count in counts.items())
-        size = f"{self.image_size}x{self.image_size}"
-        return f"folder: {splits} images, {len(self.class_names)} classes, {size}, in {self.root}"
-
-
-@dataclass(frozen=True)
 class Synthetic:
     """Generated images of ten classes, for the quick start and for tests.
 
@@ -256,7 +195,7 @@ DATASETS: dict[str, Callable[[Path, int | None], Source]] = {
     "cifar100": lambda root, image_size: Cifar(
         "cifar100", root, image_size, CIFAR100_CLASSES, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     ),
-    "folder": Folder,
+    "folder": ClassFolders,
     "synthetic": lambda root, image_size: Synthetic(image_size=32 if image_size is None else image_size),
 }
 """Makes a source of (root, image_size or None) by the name that `--data.dataset` takes."""

@@ -91,8 +91,8 @@ class _Failed(Exception):
     """One URL did not deliver the archive; the message says why."""
 
 
-def download(name: str, root: str | Path = "data", show_progress: bool = True) -> Path:
-    """Download and unpack a data set below `root`, unless it is there.
+def download(name: str, root: str | Path = "data") -> Path:
+    """Download and unpack a data set below `root`, unless it is there, with a progress bar or lines in a log.
 
     An unpacked folder is not checked (torchvision checks each file's MD5 on reading). An archive with the right hash is
     unpacked. A partial download `<filename>.part` is resumed.
@@ -100,7 +100,6 @@ def download(name: str, root: str | Path = "data", show_progress: bool = True) -
     Args:
         name: A key of `ARCHIVES`.
         root: Folder for the archive and what it unpacks to; made if missing.
-        show_progress: Show a bar on a terminal's stderr, otherwise print lines on stdout.
 
     Returns:
         The unpacked folder.
@@ -118,7 +117,7 @@ def download(name: str, root: str | Path = "data", show_progress: bool = True) -
             if not folder.is_dir():  # another process may have made it while this one waited
                 path = root / archive.filename
                 if not _is_whole(path, archive):
-                    _download_archive(archive, path, show_progress)
+                    _download_archive(archive, path)
                 _unpack(archive, path, folder)
     except OSError as error:  # of the disk; those of the network are handled in `_transfer`
         raise UserError(
@@ -172,21 +171,19 @@ def _fault(path: Path, archive: Archive) -> str:
     return ""
 
 
-def _download_archive(archive: Archive, path: Path, show_progress: bool) -> None:
+def _download_archive(archive: Archive, path: Path) -> None:
     """Try one URL after the other until one delivers the archive."""
     part = path.with_name(archive.filename + ".part")
     failures = []
     for url in _urls(archive):
         host = urlsplit(url).hostname or url
-        if show_progress:
-            print(f"Downloading {archive.filename} ({archive.size_bytes / 1e6:.0f} MB) from {host}", flush=True)
+        print(f"Downloading {archive.filename} ({archive.size_bytes / 1e6:.0f} MB) from {host}", flush=True)
         try:
-            with _reporter(archive, _size(part), show_progress) as report:
+            with _reporter(archive, _size(part)) as report:
                 _fetch_whole(url, part, archive, report)
         except _Failed as error:
             failures.append(f"{host}: {error}")
-            if show_progress:
-                print(failures[-1], flush=True)
+            print(failures[-1], flush=True)
             continue
         os.replace(part, path)
         return
@@ -284,11 +281,9 @@ def _size(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _reporter(archive: Archive, start: int, show_progress: bool) -> Iterator[Callable[[int], None]]:
+def _reporter(archive: Archive, start: int) -> Iterator[Callable[[int], None]]:
     """Yield a function to call with the number of bytes downloaded so far."""
-    if not show_progress:
-        yield lambda done: None
-    elif Console(stderr=True).is_terminal:
+    if Console(stderr=True).is_terminal:
         with progress(archive.size_bytes, archive.filename, completed=start, in_bytes=True) as show:
             yield show
     else:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from cifar_lightning.data.image_decoding import RULES, Unreadable, decode_all, find_image_size, is_16_bit
-from cifar_lightning.data.memory import give_back_pages
+from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, digest
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import write_json
 from cifar_lightning.formatting import counted
@@ -68,7 +68,7 @@ class Listing:
 
 
 class ClassFolders:
-    """The images of a folder, decoded on demand; `class_names` and `image_size` are known at once.
+    """The data set "folder": your own images in class folders, decoded once.
 
     Args:
         root: Folder that holds `train/` and `test/`, and optionally `val/`.
@@ -79,6 +79,9 @@ class ClassFolders:
         UserError: A folder is missing, or a class is empty or not in every split.
     """
 
+    mean: None = None
+    std: None = None
+
     def __init__(self, root: str | Path, image_size: int | None = None) -> None:
         self.root = Path(root)
         self._folder_names, self.listings = scan(self.root)
@@ -87,7 +90,7 @@ class ClassFolders:
         if image_size is not None and image_size < 1:
             raise UserError(f"--data.image_size {image_size}: 1 pixel or more")
         self.image_size = image_size or find_image_size(self.listings["train"].paths)
-        self._uncached: dict[str, tuple[np.ndarray, str]] = {}
+        self._uncached: dict[Split, tuple[np.ndarray, str]] = {}
         self._has_remarked = False
 
     def prepare(self) -> None:
@@ -123,22 +126,23 @@ class ClassFolders:
                     "warning: if their values have 10 or 12 bits, multiply them (by 64 or 16) and save them again."
                 )
 
-    def load(self, split: str) -> tuple[np.ndarray, np.ndarray, str] | None:
-        """Read a split; decode it if it is not in the cache.
-
-        Returns:
-            Images uint8 (N, S, S, 3), mapped into memory read-only if there is a cache; targets int64 (N,); SHA-256 of
-            the bytes of both. None if there is no such split.
-        """
+    def load(self, split: Split) -> ImageSet | None:
+        """Read a split, its images mapped into memory if there is a cache; decode them first if needed."""
         if split not in self.listings:
             return None
         images, sha256 = self._decoded(split)
-        return images, self.listings[split].targets, sha256
+        return ImageSet(images, self.listings[split].targets, sha256)
 
-    def _decoded(self, split: str) -> tuple[np.ndarray, str]:
+    def describe(self) -> str:
+        """Return one line for the terminal."""
+        counts = " + ".join(f"{len(listing.names):,} {split}" for split, listing in self.listings.items())
+        size = f"{self.image_size}x{self.image_size}"
+        return f"folder: {counts} images, {len(self.class_names)} classes, {size}, in {self.root}"
+
+    def _decoded(self, split: Split) -> tuple[np.ndarray, str]:
         return self._uncached.get(split) or self._read(split) or self._build(split)
 
-    def _about(self, split: str) -> dict[str, Any]:
+    def _about(self, split: Split) -> dict[str, Any]:
         """Return what the cache of a split must agree with."""
         listing = self.listings[split]
         return {
@@ -149,7 +153,7 @@ class ClassFolders:
             "fingerprint": listing.fingerprint,
         }
 
-    def _read(self, split: str) -> tuple[np.ndarray, str] | None:
+    def _read(self, split: Split) -> tuple[np.ndarray, str] | None:
         for folder in cache_folders(self.root):
             path = folder / f"{split}-{self.image_size}.npy"
             if found := read_cache(path, self._about(split)):
@@ -158,7 +162,7 @@ class ClassFolders:
                 print(f"{path} is damaged or older than the images: decoding them again", flush=True)
         return None
 
-    def _build(self, split: str) -> tuple[np.ndarray, str]:
+    def _build(self, split: Split) -> tuple[np.ndarray, str]:
         listing = self.listings[split]
         shape = (len(listing.names), self.image_size, self.image_size, 3)
         for folder in cache_folders(self.root):
@@ -183,7 +187,7 @@ class ClassFolders:
 # -- the folder -------------------------------------------------------------------------------------------------
 
 
-def scan(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
+def scan(root: Path) -> tuple[tuple[str, ...], dict[Split, Listing]]:
     """List the files of all splits.
 
     Returns:
@@ -194,7 +198,7 @@ def scan(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
     """
     if not root.is_dir():
         raise UserError(f"--data.root {root}: no such folder; it must hold train/<class>/* and test/<class>/*")
-    splits = [split for split in ("train", "val", "test") if (root / split).is_dir()]
+    splits = [split for split in SPLITS if (root / split).is_dir()]
     for split in ("train", "test"):
         if split not in splits:
             raise UserError(f"--data.root {root} has no folder {split}/: put images into {split}/<class>/")
@@ -355,13 +359,3 @@ def publish(temporary: Path, path: Path, about: dict[str, Any], targets: np.ndar
     if sys.platform == "win32":
         images = np.load(path, mmap_mode="r")
     return images, about["sha256"]
-
-
-def digest(images: np.ndarray, targets: np.ndarray) -> str:
-    """Return the SHA-256 of the images' bytes, then the targets' (int64, little-endian)."""
-    sha256 = hashlib.sha256()
-    for start in range(0, len(images), 4096):
-        sha256.update(np.ascontiguousarray(images[start : start + 4096]).data)
-        give_back_pages(images)
-    sha256.update(targets.astype("<i8").data)
-    return sha256.hexdigest()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cifar_lightning.data.datasets import ImageSet, Split
+from cifar_lightning.data.image_set import ImageSet, Split
 from cifar_lightning.data.memory import choose_num_workers, free_device_bytes, give_back_pages
 from cifar_lightning.data.sampler import EpochSampler
 from cifar_lightning.transforms.augmentation import Augmentation, augment, draw_epoch, normalize, resize
@@ -216,7 +216,7 @@ class LoaderFactory:
             raw = self.images[source]
             if not raw.images.flags.writeable:
                 # Read a memory-mapped file into memory: page faults during training would be slow.
-                raw = replace(raw, images=raw.images.copy(), targets=raw.targets.copy())
+                raw = raw._replace(images=raw.images.copy(), targets=raw.targets.copy())
             if device.type == "cpu":
                 self.images[source] = raw  # drops the mapping, whose pages would count twice
             images, targets = torch.from_numpy(raw.images), torch.from_numpy(raw.targets)

@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from cifar_lightning.data.datasets import Source, Split
+from cifar_lightning.data.datasets import Source
+from cifar_lightning.data.image_set import Split
 from cifar_lightning.data.sampler import Rank
 from cifar_lightning.errors import UserError
 

@@ -262,7 +262,7 @@ def test_an_archive_put_by_hand_with_a_wrong_hash_is_said_and_replaced(server, u
 def test_processes_that_come_at_the_same_time_download_once(server, use, tmp_path):
     server.files["good"] = GOOD
     use(GOOD, server.url("good"))
-    threads = [threading.Thread(target=download, args=("tiny", tmp_path, False)) for _ in range(4)]
+    threads = [threading.Thread(target=download, args=("tiny", tmp_path)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

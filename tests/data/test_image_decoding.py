@@ -28,7 +28,7 @@ def saved(image: Image.Image, path: Path, **options: object) -> str:
     return str(path)
 
 
-def test_a_image_of_the_right_size_keeps_every_bit(tmp_path):
+def test_an_image_of_the_right_size_keeps_every_bit(tmp_path):
     assert np.array_equal(decode_image(saved(Image.fromarray(noise()), tmp_path / "a.png"), 8), noise())
 
 
@@ -164,7 +164,7 @@ def test_the_size_in_the_header_is_enough_to_refuse_a_bomb(size, tmp_path):
     assert "pixels" in bad[0][1]
 
 
-def test_a_bomb_within_a_image_of_many_sizes_is_refused(tmp_path):
+def test_a_bomb_within_an_image_of_many_sizes_is_refused(tmp_path):
     icon = io.BytesIO()
     Image.new("L", (32, 32)).save(icon, "ICO", sizes=[(32, 32)], bitmap_format="png")
     inner = io.BytesIO()
@@ -268,7 +268,7 @@ def test_images_are_decoded_in_their_order_and_bad_ones_reported(into, num_worke
 
 
 @pytest.mark.parametrize("num", [1, 20])
-def test_a_crash_in_a_image_names_it_and_leaves_the_program_alive(num, twenty, tmp_path, monkeypatch):
+def test_a_crash_in_an_image_names_it_and_leaves_the_program_alive(num, twenty, tmp_path, monkeypatch):
     monkeypatch.setattr(image_decoding, "usable_cpus", lambda: 2)
     monkeypatch.setattr(image_decoding, "_IMAGES_PER_WORKER", 1)
     (tmp_path / "crashing.py").write_text(

@@ -33,7 +33,7 @@ def test_ranks_deal_each_global_batch_evenly_and_make_as_many_steps(count, ranks
         assert set(torch.cat(dealt).tolist()) == set(batch.tolist())
 
 
-def test_a_rank_without_a_image_of_the_last_batch_repeats_one():
+def test_a_rank_without_an_image_of_the_last_batch_repeats_one():
     shares = [sampler(25, rank=Rank(r, 3)).begin() for r in range(3)]
     assert [len(share[-1]) for share in shares] == [1, 1, 1]
     assert shares[0][-1].tolist() == shares[1][-1].tolist() == shares[2][-1].tolist()

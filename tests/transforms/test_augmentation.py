@@ -211,7 +211,7 @@ def test_alternating_flip_shows_both_sides_of_every_image_in_two_epochs():
 
 
 @pytest.mark.parametrize("policy", ["none", "trivial", "rand"])
-def test_a_image_is_augmented_alike_in_any_batch(policy):
+def test_an_image_is_augmented_alike_in_any_batch(policy):
     chosen = Augmentation(cutout_px=6, brightness=0.3, contrast=0.3, policy=policy, erasing=0.5)
     images = random_images(32)
     draws = draw_epoch(chosen, num_images=32, image_size=32, seed=0, epoch=3, device=CPU)
