@@ -10,6 +10,7 @@ import math
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -159,6 +160,19 @@ def read_json(path: Path) -> Any:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"damaged: {error}"
         raise UserError(f"{path}: cannot be read ({reason}).") from error
+
+
+def check_is_only_link(fd: int) -> None:
+    """Refuse an open file that is not a regular one with a single name: writing to it would change another file.
+
+    Raises:
+        OSError: It is a FIFO, a device or a folder, or has further hard links.
+    """
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    if status.st_nlink > 1:
+        raise OSError(errno.EMLINK, "it has another hard link")
 
 
 def file_sha256(path: Path) -> str:

@@ -26,6 +26,7 @@ from rich.console import Console
 
 from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
+from cifar_lightning.files import check_is_only_link
 
 TIMEOUT_S = 30.0  # without a byte; the slow host delivers 50 kB/s, but steadily
 MAX_INTERRUPTIONS = 20  # transfers from one URL, each resumed, before the next URL is tried
@@ -130,7 +131,7 @@ def download(name: str, root: str | Path = "data") -> Path:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Let one process of a machine in at a time; the lock is released when its process ends."""
-    lock = FileLock(path, fallback_to_soft=False)
+    lock = FileLock(path, fallback_to_soft=False, on_acquired=check_is_only_link)
     # A network file system may have no locks: the hash still keeps bad files out.
     with contextlib.suppress(OSError, NotImplementedError):
         try:

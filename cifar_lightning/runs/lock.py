@@ -1,4 +1,4 @@
-"""The lock of a run folder, which the system drops when the process dies."""
+"""The lock of a run folder, released by the operating system when the process ends."""
 
 import contextlib
 import errno
@@ -10,75 +10,45 @@ from types import TracebackType
 from typing import Self
 
 from cifar_lightning.errors import UserError
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
-
-# Past the end of the file: Windows also blocks reading what is locked, and the process id must stay legible.
-_LOCKED_BYTE = 1 << 20
+from cifar_lightning.files import check_is_only_link
 
 
 class RunLock:
-    """The sole right to write into a run folder, held until `release` or until the process ends.
+    """The exclusive right to write into a run folder, held until `release` or the end of the process.
 
-    It is a lock of the system on an open file, not the presence of a file: nothing stale is left behind by SIGKILL or a
-    power cut. Forked children (loader workers) close their copy at once, so that one which outlives its parent for a
-    moment does not hold up the next one. The file itself stays: it marks the folder as a run's.
+    It is a lock on an open file, so SIGKILL or a power cut leaves nothing stale behind. Forked children (loader
+    workers) do not hold it. The file holds the process id of its last holder and stays: it marks the folder as a run's.
 
     Raises:
-        UserError: Another holder has the lock, or the file cannot be written.
+        UserError: Another process holds the lock, or the file cannot be written or is a link, a FIFO or a folder.
     """
 
-    _held: set["RunLock"] = set()  # noqa: RUF012 - shared by design: a forked child closes them all
-
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UserError(
-                f"run folder {path.parent}: cannot write there ({error.strerror}).\n"
-                "Choose another one with --run_dir, or mend its permissions."
-            ) from error
-        try:
-            self._acquire()
-        except UserError:
-            os.close(self._fd)
-            raise
-        with contextlib.suppress(OSError):  # a full disk: the id is for a message alone, and the next file will fail
-            os.ftruncate(self._fd, 0)
-            os.write(self._fd, f"{os.getpid()}\n".encode())
-        RunLock._held.add(self)
+        from filelock import FileLock, Timeout  # takes 30 ms, which `--help` does not wait for
 
-    def _acquire(self) -> None:
+        self._lock = FileLock(
+            path, timeout=0, thread_local=False, preserve_lock_file=True, on_acquired=_check_and_write_process_id
+        )
         try:
-            if sys.platform == "win32":
-                os.lseek(self._fd, _LOCKED_BYTE, os.SEEK_SET)
-                msvcrt.locking(self._fd, msvcrt.LK_NBLCK, 1)
-                os.lseek(self._fd, 0, os.SEEK_SET)
-            else:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                warnings.warn(
-                    f"{self.path.parent}: this file system has no locks; two runs into one folder go unnoticed.",
-                    stacklevel=4,
-                )
-                return
-            os.lseek(self._fd, 0, os.SEEK_SET)
-            holder = os.read(self._fd, 32).decode("ascii", "replace").strip() or "unknown"
+            self._lock.acquire()
+        except Timeout as error:
             raise UserError(
-                f"run folder {self.path.parent}: process {holder} is writing into it.\n"
+                f"run folder {path.parent}: process {_read_process_id(path)} is writing into it.\n"
                 "Wait until it has ended, or choose another folder with --run_dir."
             ) from error
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise UserError(
+                    f"run folder {path.parent}: cannot write {path.name} ({error.strerror}).\n"
+                    "Choose another folder with --run_dir, or fix the permissions of this one."
+                ) from error
+            warnings.warn(
+                f"{path.parent}: this file system has no locks; two runs into one folder go unnoticed.", stacklevel=3
+            )
 
     def release(self) -> None:
-        """Let go; calling it again does nothing."""
-        if self in RunLock._held:
-            RunLock._held.discard(self)
-            os.close(self._fd)
+        """Release the lock; calling it again does nothing."""
+        self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -88,11 +58,16 @@ class RunLock:
     ) -> None:
         self.release()
 
-    @classmethod
-    def _release_in_child(cls) -> None:
-        for lock in tuple(cls._held):
-            lock.release()
+
+def _check_and_write_process_id(fd: int) -> None:
+    check_is_only_link(fd)
+    with contextlib.suppress(OSError):  # disk full: the id only serves a message, and the next file will fail
+        os.ftruncate(fd, 0)
+        os.write(fd, f" {os.getpid()}\n".encode())
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=RunLock._release_in_child)
+def _read_process_id(path: Path) -> str:
+    with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+        file.seek(1 if sys.platform == "win32" else 0)  # Windows lets nobody read the first byte, which is locked
+        return file.read(32).decode("ascii", "replace").strip() or "unknown"
+    return "unknown"

@@ -220,7 +220,7 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("recipes", "network", "name"),
+    ("recipes", "model", "name"),
     [
         ([], "smallnet", "smallnet"),
         ([], "timm/resnet26d", "timm_resnet26d"),
@@ -228,7 +228,7 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
         (["runs/mine/3/config.yaml"], "smallnet", "mine"),
     ],
 )
-def test_a_run_is_filed_under_its_recipe_or_its_network(recipes, model, name):
+def test_a_run_is_filed_under_its_config_or_its_model(recipes, model, name):
     assert recipe_name(recipes, model) == name
 
 
@@ -255,10 +255,10 @@ def test_further_processes_join_the_run_that_was_announced_before_the_one_that_w
     monkeypatch.delenv("CIFAR_LIGHTNING_RUN_DIR", raising=False)
     with pytest.raises(UserError, match="need one --run_dir"):
         announced_run(None)
-    assert announced_run(tmp_path / "given").path == tmp_path / "given"
+    assert announced_run(tmp_path / "given") == tmp_path / "given"
     monkeypatch.setenv("CIFAR_LIGHTNING_RUN_DIR", "")  # so that the test's end removes what comes now
-    announce_run(RunFolder(tmp_path / "announced"))
-    assert announced_run(tmp_path / "given").path == tmp_path / "announced"
+    announce_run(tmp_path / "announced")
+    assert announced_run(tmp_path / "given") == tmp_path / "announced"
 
 
 def test_the_first_of_several_makes_no_folder_that_the_others_cannot_know(monkeypatch, tmp_path):
