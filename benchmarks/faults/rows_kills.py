@@ -53,11 +53,11 @@ def _kill_after(trial: Trial, out: Path, moment_s: float) -> None:
 
 
 def _where_it_went_on(stdout: str) -> str:
-    if "trained to its end" in stdout:
+    if "fully trained" in stdout:
         return "after its end"
-    if "Going on with" not in stdout:
+    if "Resuming" not in stdout:
         return "from the beginning"
-    return "inside an epoch" if "in epoch" in stdout.split("Going on with")[1].splitlines()[0] else "between epochs"
+    return "inside an epoch" if "in epoch" in stdout.split("Resuming")[1].splitlines()[0] else "between epochs"
 
 
 @row(2, "SIGKILL while a checkpoint is written")

@@ -75,7 +75,7 @@ def one_rank_killed(trial: Trial) -> str:
         if victim == 1 and not trial.subject.is_plain:
             done = trial.run(["fit", "--resume", out, "--epochs", _epochs_left(out)])
             trial.worked("resume on two processes", done)
-            trial.kept("Going on with" in done.stdout, "resume does not go on")
+            trial.kept("Resuming" in done.stdout, "resume does not go on")
     return f"both gone after {seconds[0]:.0f} and {seconds[1]:.0f} s; resume works"
 
 

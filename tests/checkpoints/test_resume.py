@@ -1,4 +1,4 @@
-"""What a stopped run is gone on with, read from its files."""
+"""Resuming a run: where it stopped, and which settings may change."""
 
 import re
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_the_stop_point_is_that_of_the_last_checkpoint(run):
     save(run.last_checkpoint, 3, steps_inside=4)
     inside = point(checkpoint=run.last_checkpoint, steps_done=34, is_inside_epoch=True)
     assert stop_point(run) == inside
-    assert inside.tell(run, {}) == [f"Going on with {run.path} in epoch 4 after step 34."]
+    assert inside.tell(run, {}) == [f"Resuming {run.path} in epoch 4 after step 34."]
     run.last_checkpoint.unlink()
     with pytest.raises(UserError, match=r"last\.ckpt is missing"):
         stop_point(run)
@@ -97,7 +97,7 @@ def test_only_what_is_damaged_is_set_aside(run):
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["best.ckpt", "previous.ckpt.damaged"]
 
 
-def test_the_first_process_alone_locks_a_run_that_is_gone_on_with(run, monkeypatch):
+def test_only_the_first_process_locks_a_resumed_run(run, monkeypatch):
     with locked(run) as held:
         assert held.lock is not None
         with pytest.raises(UserError, match="is writing into it"), locked(run):
@@ -110,7 +110,7 @@ def test_the_first_process_alone_locks_a_run_that_is_gone_on_with(run, monkeypat
         pass
 
 
-def test_what_a_killed_write_left_is_removed(run):
+def test_temporary_files_of_killed_writes_are_deleted(run):
     save(run.last_checkpoint, 1)
     left = [run.checkpoints / ".last.ckpt.0a1b2c3d.tmp", run.path / ".metrics.csv.0a1b2c3d.tmp"]
     for file in left:
@@ -144,19 +144,19 @@ PLANNED += [("model.sgd_momentum", False), ("model.weight_decay", False), ("mode
 
 
 @pytest.mark.parametrize(("key", "is_planned"), PLANNED)
-def test_it_says_where_a_change_moves_the_schedule(run, key, is_planned):
-    told = "\n".join(point().tell(run, {key: (1, 2)}))
-    assert ("OneCycle is planned anew" in told) is is_planned
+def test_changes_that_move_the_schedule_are_reported(run, key, is_planned):
+    text = "\n".join(point().tell(run, {key: (1, 2)}))
+    assert ("OneCycle is computed again" in text) is is_planned
 
 
-def test_it_names_the_schedule_that_the_run_has(run):
-    told = "\n".join(point().tell(run, {"model.lr": (0.1, 0.2)}, "linear"))
-    assert "OneCycle" not in told
-    assert "The linear schedule is planned anew" in told
+def test_the_schedule_of_the_run_is_named(run):
+    text = "\n".join(point().tell(run, {"model.lr": (0.1, 0.2)}, "linear"))
+    assert "OneCycle" not in text
+    assert "The linear schedule is computed again" in text
 
 
-def test_the_keys_that_it_knows_are_flags():
-    known = resume._FIXED | resume._MAKES_BATCHES | resume._PLANS_SCHEDULE
+def test_all_listed_settings_are_flags():
+    known = resume._FIXED | resume._BATCHES | resume._SCHEDULE
     assert not known - table().keys()
 
 
@@ -173,16 +173,16 @@ def test_early_stopping_is_an_end_until_something_changes():
 
 
 def test_how_a_run_came_to_its_end_is_told_apart():
-    assert point(stopped_early=True).ending(9) == "stopped early, its patience used up"
-    assert point(stopped_early=True).ending(3) == point(stopped_early=False).ending(3) == "trained to its end"
+    assert point(stopped_early=True).ending(9) == "stopped early"
+    assert point(stopped_early=True).ending(3) == point(stopped_early=False).ending(3) == "fully trained"
 
 
 def test_a_run_is_not_made_shorter_than_it_is():
     point().check_length(3)
     point().check_length(None)
-    with pytest.raises(UserError, match="--epochs 2: the run has begun 3"):
+    with pytest.raises(UserError, match="--epochs 2: the run has begun epoch 3"):
         point().check_length(2)
-    with pytest.raises(UserError, match="--epochs 3: the run has begun 4"):
+    with pytest.raises(UserError, match="--epochs 3: the run has begun epoch 4"):
         point(is_inside_epoch=True).check_length(3)
 
 
@@ -201,7 +201,7 @@ def test_the_architecture_does_not_change(run):
 
 def test_the_schedule_does_not_change(run):
     run.config.write_text(changed(model={"name": "smallnet", "schedule": "one_cycle"}))
-    with pytest.raises(UserError, match=r"--model\.schedule linear: .*has one_cycle"):
+    with pytest.raises(UserError, match=r"--model\.schedule linear: .*depends on one_cycle"):
         find_changes(run, changed(model={"name": "smallnet", "schedule": "linear"}))
 
 
@@ -217,7 +217,7 @@ def test_the_schedule_does_not_change(run):
 def test_what_the_checkpoint_or_the_split_depends_on_does_not_change(run, key, before, now):
     group, name = key.split(".")
     run.config.write_text(changed(**{group: {name: before}}))
-    with pytest.raises(UserError, match=rf"--{re.escape(key)} {now}: .* has {before}, which its checkpoint depends on"):
+    with pytest.raises(UserError, match=rf"--{re.escape(key)} {now}: the checkpoint .*depends on {before}"):
         find_changes(run, changed(**{group: {name: now}}))
 
 

@@ -38,9 +38,9 @@ def save_downgraded(path):
 
 
 def fit(path, *more, **kwargs):
-    module = ImageClassifier(image_size=16, model_kwargs=NARROW, stem_train_fraction=0.5, lr=0.01)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(0)
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW, stem_train_fraction=0.5, lr=0.01)
     return fit_run(path, *more, epochs=2, eval_batch_size=100, module=module, **kwargs)[0]
 
 

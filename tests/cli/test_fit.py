@@ -207,7 +207,7 @@ def killed(tmp_path_factory):
 def test_a_killed_run_goes_on_to_the_same_end(killed):
     whole, run = killed
     done = start("fit", "--resume", run, cwd=run.parent)
-    assert f"Going on with {run} " in done.stdout
+    assert f"Resuming {run} " in done.stdout
     assert "instead of" not in done.stdout
     assert (run / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
     one, other = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (whole, run))
@@ -246,7 +246,7 @@ def test_of_a_finished_run_only_what_is_missing_is_made(finished, tmp_path):
     (run / "test_metrics.json").unlink()
     before = (run / "checkpoints" / "last.ckpt").read_bytes()
     done = start("fit", "--resume", run, cwd=tmp_path)
-    assert "trained to its end" in done.stdout
+    assert "fully trained" in done.stdout
     assert "epoch 2/2" not in done.stdout
     assert (run / "test_metrics.json").read_bytes() == (finished[0] / "test_metrics.json").read_bytes()
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
@@ -262,7 +262,7 @@ def test_a_run_is_not_gone_on_with_on_other_images(tmp_path, monkeypatch, capsys
     start("fit", *flags, "--model.model_kwargs", "{widths: [2]}", "--epochs", 1, "--run_dir", "run", cwd=tmp_path)
     Image.new("RGB", (16, 16)).save(folders[0] / "new.png")
     message = fail(monkeypatch, capsys, tmp_path, "fit", "--resume", "run", "--epochs", 2)
-    assert "these are not its images or not its split" in message
+    assert "these are not the images or not the split" in message
 
 
 @pytest.mark.parametrize(

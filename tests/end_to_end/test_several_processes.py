@@ -109,7 +109,7 @@ def test_two_machines_make_one_run_and_a_third_start_goes_on_with_it(tmp_path):
     launcher[launcher.index(rendezvous[-1])] = f"127.0.0.1:{free_port()}"
     again = [*launcher, "fit", "--resume", "run", "--epochs", 2]
     printed = run_together(again, again, cwd=tmp_path)
-    assert sum("Going on with" in text for text in printed) == 1
+    assert sum("Resuming" in text for text in printed) == 1
     rows = rows_of(RunFolder(tmp_path / "run"))
     assert [(row["epoch"], row["step"]) for row in rows] == [("0", "9"), ("1", "18")]
 
