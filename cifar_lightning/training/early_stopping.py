@@ -1,4 +1,4 @@
-"""Early stopping that lets OneCycle finish."""
+"""AnnealingEarlyStopping: early stopping that waits for the learning rate to fall."""
 
 import math
 from typing import Any
@@ -13,14 +13,14 @@ from cifar_lightning.training.run_recorder import MONITOR
 
 
 class AnnealingEarlyStopping(EarlyStopping):
-    """Stops a run that no longer improves, but never before OneCycle's annealing had its chance.
+    """Stops a run when val/acc no longer improves after the peak of the learning rate.
 
-    The accuracy of OneCycle comes with the annealing: until the learning rate's peak nothing is counted, and after it
+    With OneCycle accuracy improves most while the learning rate falls. Validations before the peak are not counted, and
     the patience is at least a third of the epochs, however often an epoch is validated.
 
     Args:
-        patience: Validations without improvement after the peak; raised to a third of the epochs where it is smaller.
-        min_delta: Smallest change of val/acc that counts as an improvement.
+        patience: Validations without improvement after the peak of the learning rate; at least a third of the epochs.
+        min_delta: Smallest increase of val/acc that counts as an improvement.
 
     Raises:
         UserError: A negative value.
@@ -33,13 +33,13 @@ class AnnealingEarlyStopping(EarlyStopping):
 
     @property
     def state_key(self) -> str:
-        """Return the callback's key in a checkpoint, formatted once, as in `BestCheckpoint`."""
+        """Key in a checkpoint, formatted once, as in `BestCheckpoint`."""
         return self._state_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the count, but with this run's own patience; a run that it had stopped is given all of it again.
+        """Load the count, with this run's patience; a run that was stopped starts to count again.
 
-        Such a run goes on only because something was changed, and would otherwise be stopped after an epoch.
+        Such a run is resumed only with changed settings, and would otherwise be stopped after an epoch.
         """
         again = {"wait_count": 0, "stopped_epoch": 0} if has_stopped(state_dict) else {}
         super().load_state_dict({**state_dict, "patience": self.patience, **again})

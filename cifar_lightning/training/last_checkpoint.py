@@ -1,4 +1,4 @@
-"""last.ckpt: when it is written, and how a signal ends a run."""
+"""LastCheckpoint: saves last.ckpt, and stops a run at a signal."""
 
 import time
 from typing import Any
@@ -11,18 +11,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from cifar_lightning.checkpoints.loading import is_inside_epoch
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.settings.limits import check_limits
+from cifar_lightning.training.lightning_patches import mark_validation_interrupted, start_validation_again
 from cifar_lightning.training.run_recorder import EPOCH_SO_FAR, RunRecorder
 from cifar_lightning.training.signals import Stopped, StopSignals
 
-_MINUTES_ARE_UP = 1  # below every signal's number, so that the highest of all ranks' wishes is the one that counts
+_MINUTES_ARE_UP = 1  # below every signal's number, so that the maximum over ranks is the request that counts
 
 
 class CheckpointSchedule:
-    """When last.ckpt is written beside the end of each epoch.
+    """When last.ckpt is saved, in addition to the end of each epoch.
 
     Args:
-        every_n_train_steps: Also after this many optimiser steps.
-        every_n_minutes: Also when this much time has passed since the last one.
+        every_n_train_steps: Also save last.ckpt every this many optimizer steps.
+        every_n_minutes: Also save last.ckpt every this many minutes.
 
     Raises:
         UserError: A value of 0 or below.
@@ -34,16 +35,16 @@ class CheckpointSchedule:
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes last.ckpt at the end of each epoch, as scheduled, and when a signal asks the run to stop.
+    """Saves last.ckpt at the end of each epoch, on schedule, and when a signal asks the run to stop.
 
-    Lightning's ModelCheckpoint is not used for it: with `save_last=True` it saves "last" only beside a new best, and a
-    checkpoint of a batch that a validation follows makes the resumed run skip it (Lightning 2.6.6). Such a batch is
-    saved after the validation, and inside a validation with the mark that it is to be run from its start.
+    Lightning's ModelCheckpoint with `save_last=True` saves "last" only with a new best. A checkpoint between a batch
+    and its validation makes the resumed run skip the validation (Lightning 2.6.6), so it is saved after the validation;
+    inside a validation it is saved so that the validation is run again from its start.
 
     Args:
         run: The run's folder.
-        schedule: When it is written inside epochs.
-        signals: What may ask the run to stop.
+        schedule: When it is saved inside epochs.
+        signals: Signals that stop the run.
     """
 
     def __init__(self, run: RunFolder, schedule: CheckpointSchedule, signals: StopSignals) -> None:
@@ -51,26 +52,23 @@ class LastCheckpoint(Checkpoint):
         self._saved_at_step, self._saved_at_s = 0, 0.0
         self._is_validating = False
         self._is_writing = False
-        self._is_due = False  # at the end of the validation that is next
+        self._is_due = False  # at the end of the next validation
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on a signal waits for the next batch boundary."""
-        validation = trainer.fit_loop.epoch_loop.val_loop
-        if validation.restarted_mid_evaluation:  # the mark has been seen: it counts from its start
-            validation.batch_progress.current.reset()
-            validation.batch_progress.total.reset_on_restart()
+        """Defer signals to the next batch boundary."""
+        start_validation_again(trainer)
         self._note_saved(trainer)
         self.signals.defer()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Signals end the program again, also one that came after the last epoch's end."""
+        """Stop deferring signals; stop at one that came after the end of the last epoch."""
         self.signals.release()
         self._stop(trainer, highest_of_ranks(trainer, self.signals.signum))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Write it if that is due; stop where a signal asked for it."""
-        wish = highest_of_ranks(trainer, self.signals.signum or self._minutes_are_up())
-        if not (wish or self._steps_are_up(trainer)):
+        """Save if it is due; stop at a signal."""
+        request = highest_of_ranks(trainer, self.signals.signum or self._minutes_are_up())
+        if not (request or self._steps_are_up(trainer)):
             return
         loop = trainer.fit_loop.epoch_loop
         if loop._should_accumulate() or loop._num_ready_batches_reached():
@@ -80,45 +78,42 @@ class LastCheckpoint(Checkpoint):
             self._is_due = True
             return
         self._save(trainer)
-        self._stop(trainer, wish)
+        self._stop(trainer, request)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Stop inside a validation where a signal asked for it."""
+        """Save and stop inside a validation at a signal."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.fit_loop.epoch_loop._should_accumulate():
             return
-        wish = highest_of_ranks(trainer, self.signals.signum)
-        if wish:
+        request = highest_of_ranks(trainer, self.signals.signum)
+        if request:
             self._is_validating = True
             self._save(trainer)
-        self._stop(trainer, wish)
+        self._stop(trainer, request)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write what was due before a validation inside an epoch."""
+        """Save what was due before a validation inside an epoch."""
         if self._is_due:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write it after the epoch's row and the best checkpoint; stop where a signal asked for it."""
+        """Save after the epoch's row and the best checkpoint; stop at a signal."""
         self._save(trainer)
         self._stop(trainer, highest_of_ranks(trainer, self.signals.signum))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Mark a validation that was cut short as one that has to begin anew: its sums are not kept.
+        """Mark an interrupted validation to be run again, since its metrics are not saved.
 
-        Inside an epoch last.ckpt also keeps the epoch's clock. best.ckpt, which may be written there, has nothing that
-        differs between two equal runs, and neither has last.ckpt at the end of an epoch.
+        Inside an epoch last.ckpt also has the epoch's clock. best.ckpt, and last.ckpt at the end of an epoch, are equal
+        in equal runs.
         """
         if self._is_writing and is_inside_epoch(checkpoint):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
                 if isinstance(callback, RunRecorder):
                     checkpoint[EPOCH_SO_FAR]["clock"] = callback.clock()
         if self._is_validating:
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-            done = {"current": 0, "total": progress["total"]["ready"] - progress["current"]["ready"]}
-            for name, count in done.items():  # of this validation, and of all in this epoch
-                progress[name] |= {"ready": count + 1, "started": count + 1, "processed": count, "completed": count}
+            mark_validation_interrupted(checkpoint)
 
     def _steps_are_up(self, trainer: pl.Trainer) -> bool:
         every = self.schedule.every_n_train_steps
@@ -138,15 +133,15 @@ class LastCheckpoint(Checkpoint):
         self._saved_at_step, self._saved_at_s, self._is_due = trainer.global_step, time.monotonic(), False
 
     @staticmethod
-    def _stop(trainer: pl.Trainer, wish: int) -> None:
-        if wish > _MINUTES_ARE_UP:
-            raise Stopped(wish, is_reporting=trainer.is_global_zero)
+    def _stop(trainer: pl.Trainer, request: int) -> None:
+        if request > _MINUTES_ARE_UP:
+            raise Stopped(request, is_reporting=trainer.is_global_zero)
 
 
 def highest_of_ranks(trainer: pl.Trainer, value: int) -> int:
-    """Return the highest of all ranks' values; every rank must call it.
+    """Return the maximum over all ranks; every rank must call it.
 
-    One process answers at once. Several wait for each other, as they do in Lightning's own broadcast in each step.
+    Several processes wait for each other, as they do in Lightning's own broadcast in each step.
     """
     if trainer.world_size == 1:
         return value

@@ -1,4 +1,4 @@
-"""Where Lightning is bent: each patch with its reason and its measured gain (benchmarks/LOG.md)."""
+"""Patches of Lightning, each with its reason and, for speed, its measured gain (benchmarks/LOG.md)."""
 
 import contextlib
 import os
@@ -64,3 +64,22 @@ def check_cuda_once() -> None:
     """
     if not torch.cuda.is_available():
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+
+
+def mark_validation_interrupted(checkpoint: dict[str, Any]) -> None:
+    """Have a run resumed from a checkpoint that was saved inside a validation run the validation again.
+
+    Lightning 2.6.6 would skip it, or resume it in its middle without the metrics of its first batches.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    done = {"current": 0, "total": progress["total"]["ready"] - progress["current"]["ready"]}
+    for name, count in done.items():  # batches of this validation, and of all validations in this epoch
+        progress[name] |= {"ready": count + 1, "started": count + 1, "processed": count, "completed": count}
+
+
+def start_validation_again(trainer: pl.Trainer) -> None:
+    """Set the loop of a validation that `mark_validation_interrupted` has marked to its first batch."""
+    validation = trainer.fit_loop.epoch_loop.val_loop
+    if validation.restarted_mid_evaluation:
+        validation.batch_progress.current.reset()
+        validation.batch_progress.total.reset_on_restart()

@@ -1,4 +1,4 @@
-"""ImageClassifier: a network with its loss, metrics, optimiser and schedule, for the Lightning Trainer."""
+"""ImageClassifier: a model with its loss, metrics, optimizer and schedule, for the Lightning Trainer."""
 
 from typing import Any
 
@@ -38,43 +38,43 @@ from cifar_lightning.training.whitening_stem import WhiteningStem, whitening_ste
 from cifar_lightning.transforms.mixup import Mixing
 
 Batch = tuple[Tensor, Tensor] | list[Tensor]
-"""Images and targets; PyTorch's own DataLoader makes a list of them."""
+"""Images and targets; a list from PyTorch's DataLoader."""
 
 
 class ImageClassifier(PlainHookNames, pl.LightningModule):
-    """Trains a network with label-smoothed cross entropy and OneCycle, and measures it.
+    """Trains a model with label-smoothed cross entropy, by default AdamW with OneCycle, and evaluates it.
 
-    Logged once an epoch: train/loss, train/acc, lr; val/loss, val/acc, val/f1, val/ece; the same four for test. Losses
-    of validation and test are plain cross entropy, so that they compare between runs with other smoothing.
+    Logged once an epoch: train/loss, train/acc, lr; val/loss, val/acc, val/f1, val/ece; the same four for test. The
+    loss of validation and test is cross entropy without smoothing, comparable between runs.
 
     Args:
-        name: The network, a name that `build_model` knows.
-        num_classes: Number of classes; on the command line the data's.
-        image_size: Side of the square images in pixels; on the command line the data's.
-        lr: Peak learning rate: 3e-3 is the original's with adamw; with muon take about 0.05.
-        optimizer: adamw, sgd (Nesterov), or muon (orthogonalised momentum) for the filters with sgd for all else.
-        sgd_lr: Peak learning rate of what muon does not move.
-        head_lr: Peak learning rate of the linear layers beside muon; by default sgd_lr.
-        momentum: Muon's, of the filters.
-        sgd_momentum: Of sgd, alone or beside muon.
-        weight_decay: Decay of filters and matrices by adamw or sgd; norms and biases have none.
-        sgd_weight_decay: Share of what muon does not move that a step at the peak rate takes away.
-        label_smoothing: Share of the target spread evenly over all classes.
-        mixup: Strength of blending pairs of training images, and their targets; 0 is off, 0.2 usual.
-        cutmix: Strength of pasting a part of one training image into another; 0 is off, 1 usual.
-        schedule: one_cycle, linear (from the peak in a line to 0) or cosine (to 0 along half a cosine).
-        pct_start: Share of the steps in which the rate rises; by default 0.3 with one_cycle, 0 with the others.
-        ema_decay: Share that a step leaves of a moving average of the weights, which is then tested; 0 is off.
-        stem_train_fraction: Share of the steps in which speednet's stem is trained.
-        tta: Average the answers to views of an image in test, validate and predict (not while training): none, mirror
-            or six (mirrored and moved by a pixel).
-        model_kwargs: More arguments of the network, such as {widths: [16, 32, 64], dropout: 0.2}.
-        pretrained: Begin with trained weights in all layers but the last: true for published ones, or a file.
-        compile: Compile the network for training with torch.compile, where a compiler is there.
-        model: A network of one's own that gives raw logits, instead of `name`; from Python only.
+        name: Name of the model, as `build_model` knows it.
+        num_classes: Number of classes; on the command line taken from the data.
+        image_size: Height and width of the images in pixels; on the command line taken from the data.
+        lr: Peak learning rate; 3e-3 suits adamw, about 0.05 muon.
+        optimizer: adamw, sgd (Nesterov), or muon (orthogonalized momentum) for convolutions with sgd for the rest.
+        sgd_lr: With muon, peak learning rate of the parameters that sgd trains.
+        head_lr: With muon, peak learning rate of linear layers; default sgd_lr.
+        momentum: Momentum of muon.
+        sgd_momentum: Momentum of sgd, alone or with muon.
+        weight_decay: Weight decay of adamw and sgd; none for norms and biases.
+        sgd_weight_decay: With muon, fraction of sgd's parameters that a step at the peak learning rate subtracts.
+        label_smoothing: Fraction of the target spread evenly over all classes.
+        mixup: Alpha of MixUp; 0 disables it, 0.2 is usual.
+        cutmix: Alpha of CutMix; 0 disables it, 1 is usual.
+        schedule: Learning rate schedule: one_cycle, linear (a line to 0) or cosine (half a cosine to 0).
+        pct_start: Fraction of the steps in which the learning rate rises; default 0.3 with one_cycle, else 0.
+        ema_decay: EMA decay per step; EMA weights are evaluated and saved. 0 disables EMA.
+        stem_train_fraction: Fraction of the steps in which speednet's stem is trained.
+        tta: Test-time augmentation in test, validate and predict: none, mirror (average with the mirror image) or six
+            (mirrored and shifted by a pixel).
+        model_kwargs: Further arguments of the model, such as {widths: [16, 32, 64], dropout: 0.2}.
+        pretrained: Load pretrained weights into all layers but the last: true for published ones, or a file.
+        compile: Compile the model for training with torch.compile, if a compiler is installed.
+        model: Your own nn.Module that returns raw logits, instead of `name`; from Python only.
 
     Raises:
-        UserError: An unknown network or a value outside its range.
+        UserError: An unknown model or a value outside its range.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self._mixing = Mixing(num_classes, mixup=mixup, cutmix=cutmix) if mixup or cutmix else None
         built, self._architecture = choose_model(model, name, num_classes, image_size, model_kwargs, pretrained)
         self._pretrained = pretrained
-        # NHWC: the loaders' batches lie so, and convolutions are faster on both CPU and tensor cores.
+        # NHWC, as the loaders' batches: convolutions are faster on CPU and tensor cores.
         self.model = built.to(memory_format=torch.channels_last)
         self._is_to_compile = compile
         self.val_metrics, self.test_metrics = evaluation_metrics(num_classes), evaluation_metrics(num_classes)
@@ -144,7 +144,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self._class_weights: Tensor | None = None  # of the loss, from the data
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Return raw logits of normalised images."""
+        """Return raw logits of normalized images."""
         logits: Tensor = self.model(images)
         check_logits(logits, len(images), self.num_classes)
         return logits
@@ -198,7 +198,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self.totals = TrainMetrics(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the label-smoothed loss of a batch; add it to the epoch's sums without waiting for the device."""
+        """Return the label-smoothed loss of a batch; add it to the epoch's sums, without a sync."""
         images, targets = batch
         if self._mixing is not None:
             images, targets = self._mixing(images, targets)
@@ -280,11 +280,11 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     # -- evaluation ----------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Count a batch; return its logits for callbacks."""
+        """Update the metrics; return the logits for callbacks."""
         return self._evaluate(self.val_metrics, batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Count a batch; return its logits for callbacks."""
+        """Update the metrics; return the logits for callbacks."""
         return self._evaluate(self.test_metrics, batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -293,10 +293,10 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
 
     def _evaluate(self, metrics: MetricCollection, batch: Batch) -> Float[Tensor, "batch classes"]:
         images, targets = batch
-        views = "none" if self.trainer.state.fn == TrainerFn.FITTING else self.tta
-        # In 32 bits: NumPy has no bfloat16.
-        logits, plain_logits = (answers.float() for answers in tta_logits(self, images, views))
-        if len(targets) > 0:  # a rank whose share has run out gets an empty batch
+        tta = "none" if self.trainer.state.fn == TrainerFn.FITTING else self.tta
+        # float32, since NumPy has no bfloat16.
+        logits, plain_logits = (tensor.float() for tensor in tta_logits(self, images, tta))
+        if len(targets) > 0:  # a rank without further images gets an empty batch
             update_evaluation(metrics, logits, plain_logits, targets)
         return logits
 
@@ -312,11 +312,11 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         values = metrics.compute()
         confusion = values["confusion"].cpu()
         matrix = confusion.numpy()
-        figures = {"loss": values["loss"], "acc": accuracy(matrix), "f1": macro_f1(matrix), "ece": values["ece"]}
+        logged = {"loss": values["loss"], "acc": accuracy(matrix), "f1": macro_f1(matrix), "ece": values["ece"]}
         if self.tta != "none" and self.trainer.state.fn != TrainerFn.FITTING:
-            figures["acc_no_tta"] = values["acc_no_tta"]
-        # The sums over ranks are done by torchmetrics, image by image: sync_dist would average ranks instead.
-        self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, sync_dist=False)
+            logged["acc_no_tta"] = values["acc_no_tta"]
+        # torchmetrics has summed over ranks, image by image; sync_dist would average ranks.
+        self.log_dict({f"{stage}/{name}": value for name, value in logged.items()}, sync_dist=False)
         setattr(self, f"{stage}_confusion", confusion)
         metrics.reset()
 

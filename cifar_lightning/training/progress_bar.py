@@ -235,7 +235,7 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
     ]
     last_size = data.train_sizes[min(epochs or len(data.train_sizes), len(data.train_sizes)) - 1]
     if last_size != data.image_size:
-        sizes = f"trains at up to {last_size} pixels, tests at {data.image_size}"
+        sizes = f"the last epoch trains at {last_size} pixels, tests run at {data.image_size}"
         rows.insert(3, ("", f"too few epochs for --data.train_sizes: {sizes}"))
     if held_out == 0:
         rows.insert(2, ("", "no validation: no best checkpoint, no early stopping; the final weights are tested"))

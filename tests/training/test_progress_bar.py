@@ -161,4 +161,4 @@ def test_too_few_epochs_for_the_sizes_of_images_are_told(tmp_path):
     for sizes, is_told in (([8, 12, 12, 16], True), ([12, 16], False)):
         file = io.StringIO()
         fit_with(tmp_path, bar_on(file), train_sizes=sizes)  # two epochs
-        assert ("trained at 12 pixels to the end, tested at 16" in " ".join(file.getvalue().split())) is is_told
+        assert ("trains at 12 pixels, tests run at 16" in " ".join(file.getvalue().split())) is is_told

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from fitting import fit_run
-from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
+from lightning.pytorch.callbacks import Checkpoint
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
@@ -18,7 +18,6 @@ from cifar_lightning.training.best_checkpoint import BestCheckpoint
 from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
 from cifar_lightning.training.last_checkpoint import CheckpointSchedule, LastCheckpoint
-from cifar_lightning.training.lightning_patches import NoProfiler, skip_idle_hooks
 from cifar_lightning.training.model_checks import check_monitors
 from cifar_lightning.training.run_recorder import RunRecorder, peak_memory_mb
 from cifar_lightning.training.signals import StopSignals
@@ -186,13 +185,6 @@ def test_these_callbacks_say_which_data_they_need():
         require_training_data(pl.Trainer(logger=False, enable_checkpointing=False))
 
 
-def test_the_profiler_does_nothing_in_one_shared_context():
-    profiler = NoProfiler()
-    with profiler.profile("outer"), profiler.profile("inner"):
-        pass
-    assert profiler.profile("a") is profiler.profile("b")
-
-
 def test_peak_memory_is_this_process_in_megabytes():
     assert 50 < peak_memory_mb(torch.device("cpu")) < 50_000
 
@@ -203,19 +195,3 @@ def test_who_waits_for_a_validation_that_never_comes_is_refused():
     check_monitors([RunRecorder(RunFolder(Path("run")))], validates=False)
     with pytest.raises(UserError, match=r"AnnealingEarlyStopping: monitors val/acc.*\n.*--data.val_fraction"):
         check_monitors(watching, validates=False)
-
-
-def test_hooks_that_do_nothing_are_passed_over_and_all_others_are_called(tmp_path, folder):
-    called = []
-
-    class Filled(pl.Callback):
-        def on_train_batch_start(self, *args):
-            called.append("class")
-
-    made = LambdaCallback(on_train_batch_end=lambda *args: called.append("instance"))
-    empty = pl.Callback()
-    skip_idle_hooks([made, empty])
-    assert empty.on_before_backward is None
-    assert callable(empty.on_train_epoch_start)  # not in every step
-    fit(tmp_path, [Filled(), made, RunRecorder(folder)], epochs=1)
-    assert called == ["class", "instance"] * 5
