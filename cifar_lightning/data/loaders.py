@@ -125,8 +125,6 @@ class ResidentLoader(ImageLoader):
     Args:
         images: uint8 (n, height, width, channels) on the device, shared by the loaders of a source.
         targets: int64 (n,) on the device.
-        sampler: Batches of image indices.
-        transform: What is done to a batch.
     """
 
     def __init__(self, images: Tensor, targets: Tensor, sampler: EpochSampler, transform: BatchTransform) -> None:
@@ -144,10 +142,7 @@ class StreamingLoader(ImageLoader):
     Args:
         images: uint8 (n, height, width, channels), usually a memory-mapped file.
         targets: int64 (n,).
-        sampler: Batches of image indices.
-        transform: What is done to a batch.
         num_workers: Worker processes, 1 or more.
-        device: Where batches are transformed.
     """
 
     def __init__(

@@ -23,7 +23,8 @@ def usable_cpus() -> int:
 def choose_num_workers(num_bytes: float, free_bytes: float) -> int:
     """Return the default of `--data.num_workers`: 0 where the images fit in half of the free memory, otherwise 2.
 
-    The other half is for the model, its activations and other programs. On a machine with one CPU, 2 becomes 1.
+    The other half is for the model, its activations and other programs. With one CPU, 1 worker instead of 2. `doctor`
+    reports this choice.
 
     Args:
         num_bytes: Size of all decoded images.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -66,33 +66,26 @@ def make_splits(
     Raises:
         UserError: A class would have no image in a split.
     """
-    train_targets = torch.tensor(targets["train"])
-    if "val" in targets:
-        train = stratified_subset(train_targets, settings.limit, seed=settings.seed, class_names=class_names)
+    val_source: Split = "val" if "val" in targets else "train"
+    if val_source == "val":
+        settings = replace(settings, val_fraction=0.0)
+    train, val = stratified_split(torch.tensor(targets["train"]), settings, class_names)
+    if val_source == "val":
         val = torch.arange(len(targets["val"]))
-    else:
-        train, val = stratified_split(
-            train_targets, settings.val_fraction, limit=settings.limit, seed=settings.seed, class_names=class_names
-        )
-    return SplitIndices(train, val, torch.arange(len(targets["test"])), "val" if "val" in targets else "train")
+    return SplitIndices(train, val, torch.arange(len(targets["test"])), val_source)
 
 
 def stratified_split(
-    targets: Int64[Tensor, " images"],
-    val_fraction: float,
-    *,
-    seed: int,
-    class_names: tuple[str, ...],
-    limit: int | None = None,
+    targets: Int64[Tensor, " images"], settings: SplitSettings, class_names: tuple[str, ...]
 ) -> tuple[Int64[Tensor, " train"], Int64[Tensor, " val"]]:
-    """Hold out exactly `round(val_fraction * n)` images, divided among the classes by largest remainder.
+    """Take exactly `limit` images and hold out exactly `round(val_fraction * n)` of them.
+
+    Both numbers are divided among the classes by largest remainder; the seed decides which images of a class are taken.
 
     Args:
         targets: Classes of all images.
-        val_fraction: 0 holds out none.
-        seed: Decides which images of a class are held out.
+        settings: Fraction (0 holds out none), limit (None, or at least all, takes all) and seed.
         class_names: For error messages.
-        limit: Split a `stratified_subset` of this many images; None takes all.
 
     Returns:
         Sorted indices of training and validation images.
@@ -100,6 +93,7 @@ def stratified_split(
     Raises:
         UserError: A class would have no validation or no training image.
     """
+    val_fraction = settings.val_fraction
     counts = torch.bincount(targets, minlength=len(class_names))
     if val_fraction and (scarce := _scarcest(counts, val_fraction)) is not None:
         num = int(counts[scarce])
@@ -111,49 +105,31 @@ def stratified_split(
             f"{class_names[scarce]}, {int(_stratified_counts(counts, val_fraction)[scarce])} would be for validation.\n"
             f"Every class needs one for training and one for validation: {advice} 0 trains on all."
         )
-    chosen = stratified_subset(targets, limit, val_fraction, seed=seed, class_names=class_names)
+    chosen = _subset(targets, counts, settings, class_names)
     if val_fraction == 0:
         return chosen, chosen[:0]
     targets = targets[chosen]
     held_out = _stratified_counts(torch.bincount(targets, minlength=len(class_names)), val_fraction)
-    is_val = _pick(targets, held_out, seeded_generator(seed, 0, _SPLIT))
+    is_val = _pick(targets, held_out, seeded_generator(settings.seed, 0, _SPLIT))
     return chosen[~is_val], chosen[is_val]
 
 
-def stratified_subset(
-    targets: Int64[Tensor, " images"],
-    limit: int | None,
-    val_fraction: float = 0.0,
-    *,
-    seed: int,
-    class_names: tuple[str, ...],
-) -> Int64[Tensor, " subset"]:
-    """Return the sorted indices of exactly `limit` images, divided among the classes by largest remainder.
-
-    Args:
-        targets: Classes of all images.
-        limit: None, or a number that is at least that of the images, takes all.
-        val_fraction: Fraction of the subset that will be held out.
-        seed: Decides which images of a class are taken.
-        class_names: For error messages.
-
-    Raises:
-        UserError: A class would have no image, or too few to hold some out.
-    """
-    if limit is None or limit >= len(targets):
-        return torch.arange(len(targets))
-    counts = torch.bincount(targets, minlength=len(class_names))
-    taken = _stratified_counts(counts, limit / len(targets))
+def _subset(targets: Tensor, counts: Tensor, settings: SplitSettings, class_names: tuple[str, ...]) -> Tensor:
+    """Return the sorted indices of `limit` images, of which every class has enough to split."""
+    limit, val_fraction, total = settings.limit, settings.val_fraction, len(targets)
+    if limit is None or limit >= total:
+        return torch.arange(total)
+    taken = _stratified_counts(counts, limit / total)
     if (scarce := _scarcest(taken, val_fraction)) is not None:
         needs = f"one for training and one for --data.val_fraction {val_fraction}" if val_fraction else "one image"
         of_class = math.ceil(max(1 / val_fraction, 1 / (1 - val_fraction))) if val_fraction else 1
-        enough = min(len(targets), -(-of_class * len(targets) // max(1, int(counts.min()))))
+        enough = min(total, -(-of_class * total // max(1, int(counts.min()))))
         raise UserError(
-            f"--data.limit {limit}: too few. Class {class_names[scarce]}, {int(counts[scarce]):,} of {len(targets):,} "
+            f"--data.limit {limit}: too few. Class {class_names[scarce]}, {int(counts[scarce]):,} of {total:,} "
             f"images, would get {int(taken[scarce])}.\n"
             f"Every class needs {needs}: {enough} is enough."
         )
-    return _pick(targets, taken, seeded_generator(seed, 0, _SUBSET)).nonzero().flatten()
+    return _pick(targets, taken, seeded_generator(settings.seed, 0, _SUBSET)).nonzero().flatten()
 
 
 def _stratified_counts(counts: Tensor, fraction: float) -> Tensor:

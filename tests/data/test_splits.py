@@ -6,11 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from cifar_lightning.data.splits import SplitSettings, make_splits, stratified_split, stratified_subset
+from cifar_lightning.data.splits import SplitSettings, make_splits
+from cifar_lightning.data.splits import stratified_split as split_by_settings
 from cifar_lightning.errors import UserError
 
 NAMES = tuple("abcdefghij")
 UNEVEN = torch.repeat_interleave(torch.arange(4), torch.tensor([300, 70, 25, 5]))
+
+
+def stratified_split(targets, val_fraction, *, seed, class_names, limit=None):
+    return split_by_settings(targets, SplitSettings(val_fraction, limit, seed), class_names)
+
+
+def stratified_subset(targets, limit, *, seed, class_names):
+    return stratified_split(targets, 0.0, seed=seed, class_names=class_names, limit=limit)[0]
 
 
 def test_cifar10_would_be_split_into_45000_and_5000_with_500_of_each_class():
