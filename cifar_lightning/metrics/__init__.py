@@ -1,1 +1,1 @@
-"""Numbers from predictions: rates, calibration, intervals and tests."""
+"""Metrics computed from predictions: accuracy, calibration, confidence intervals and significance tests."""

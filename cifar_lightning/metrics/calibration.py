@@ -1,4 +1,4 @@
-"""Logits -> probabilities, and how far they can be trusted: reliability, calibration error, temperature; NumPy only."""
+"""Probabilities from logits and their calibration: reliability, expected calibration error, temperature."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ NUM_BINS = 15  # as in Guo et al., "On Calibration of Modern Neural Networks", I
 
 
 def log_softmax(logits: Float[np.ndarray, "n classes"]) -> Float64[np.ndarray, "n classes"]:
-    """Return log-probabilities; in float64, so that large logits neither overflow nor saturate; NaN where infinite."""
+    """Return log-probabilities, in float64 so that large logits do not overflow; NaN where a logit is infinite."""
     with np.errstate(invalid="ignore"):  # inf - inf
         shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
         log_probs: Float64[np.ndarray, "n classes"] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -24,37 +24,37 @@ def softmax(logits: Float[np.ndarray, "n classes"]) -> Float64[np.ndarray, "n cl
 
 
 def cross_entropy(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"]) -> float:
-    """Return the mean of minus the log-probability of the true class, in nats, without label smoothing."""
+    """Return the mean cross-entropy in nats, without label smoothing."""
     return float(-log_softmax(logits)[np.arange(len(targets)), targets].mean())
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Images binned by the probability of their predicted class, into equal parts (a, b] of 0..1.
+    """Images binned by the probability of their predicted class, into bins (a, b] of equal width over 0..1.
 
     Attributes:
-        edges: Ends of the bins, shape (bins + 1,).
+        edges: Edges of the bins, shape (bins + 1,).
         num_images: Images in each bin.
-        num_right: Those of them whose predicted class is the true one.
+        num_correct: Correctly classified images in each bin.
         confidence: Mean probability of the predicted class in each bin, 0..1; NaN in an empty one.
         error: Expected calibration error, 0..1; NaN if any probability is.
     """
 
     edges: Float64[np.ndarray, " ends"]
     num_images: Int64[np.ndarray, " bins"]
-    num_right: Int64[np.ndarray, " bins"]
+    num_correct: Int64[np.ndarray, " bins"]
     confidence: Float64[np.ndarray, " bins"]
     error: float
 
 
 def reliability(
-    confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, " n"], bins: int = NUM_BINS
+    confidence: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"], bins: int = NUM_BINS
 ) -> Reliability:
-    """Compare confidence and accuracy, bin by bin, as Guo et al. do.
+    """Compare confidence and accuracy in each bin, as Guo et al. (2017).
 
     Args:
         confidence: Probability of the predicted class, 0..1.
-        right: Whether it is the true class.
+        correct: Whether the predicted class is the true one.
         bins: Number of bins.
     """
     confidence = confidence.astype(np.float64)
@@ -62,51 +62,46 @@ def reliability(
     known = ~np.isnan(confidence)
     places = np.clip(np.digitize(confidence[known], edges, right=True) - 1, 0, bins - 1)
     num_images = np.bincount(places, minlength=bins).astype(np.int64)
-    num_right = np.bincount(places, weights=right[known], minlength=bins).astype(np.int64)
+    num_correct = np.bincount(places, weights=correct[known], minlength=bins).astype(np.int64)
     summed = np.bincount(places, weights=confidence[known], minlength=bins)
-    # A bin's |accuracy - mean confidence| times its share of the images is |right - summed confidence| / n.
-    error = float(np.abs(num_right - summed).sum() / len(right)) if known.all() and len(right) else math.nan
+    # |accuracy - mean confidence| of a bin times its fraction of the images is |correct - summed confidence| / n.
+    error = float(np.abs(num_correct - summed).sum() / len(correct)) if known.all() and len(correct) else math.nan
     mean = np.divide(summed, num_images, out=np.full(bins, np.nan), where=num_images > 0)
-    return Reliability(edges, num_images, num_right, mean, error)
+    return Reliability(edges, num_images, num_correct, mean, error)
 
 
 def expected_calibration_error(
     probs: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"], bins: int = NUM_BINS
 ) -> float:
-    """Return how far confidence and accuracy are apart on average, 0..1; NaN if any probability is."""
+    """Return the mean absolute difference of confidence and accuracy over the bins, 0..1; NaN if a probability is."""
     return reliability(probs.max(axis=1), probs.argmax(axis=1) == targets, bins).error
 
 
 def fit_temperature(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"]) -> float | None:
-    """Return the T that makes softmax(logits / T) most likely, by Newton's method on 1 / T.
+    """Return the temperature T that minimizes the cross-entropy of softmax(logits / T).
 
-    Above 1 the network was too sure of itself, below 1 not sure enough. One number for all classes keeps the order of
-    the classes, so no answer changes. Guo et al. (2017), section 4.2. None where there is no best one: every answer is
-    right (the surer the better), the answers are no better than chance, or a logit is not finite.
+    A temperature above 1 means the model was overconfident, below 1 underconfident. It is the same for all classes, so
+    no prediction changes. Guo et al. (2017), section 4.2. None if there is no minimum: every prediction is correct, the
+    predictions are no better than chance, or a logit is not finite.
 
     Args:
-        logits: Of images that the network was not trained on and that are not the test's.
+        logits: Of images that are neither in the training nor in the test split.
         targets: Their classes.
     """
+    from scipy.optimize import brentq
+
     if len(targets) == 0 or not np.isfinite(logits).all():
         return None
     logits = logits.astype(np.float64)
     margins = logits - logits[np.arange(len(targets)), targets][:, None]
-    # The loss is convex in b = 1 / T; its slope is negative at 0 and positive far out exactly if there is a minimum.
+    # The loss is convex in 1 / T. Its slope is negative at 0 and positive for large values exactly if it has a minimum.
     if margins.mean() >= 0 or margins.max() <= 0:
         return None
-    low, high, scale = 0.0, math.inf, 1.0
-    for _ in range(200):
-        probs = softmax(margins * scale)
-        mean = (probs * margins).sum(axis=1)
-        slope = mean.mean()
-        curvature = ((probs * margins**2).sum(axis=1) - mean**2).mean()
-        low, high = (low, scale) if slope > 0 else (scale, high)
-        step = slope / curvature if curvature > 0 else math.inf
-        following = scale - step
-        if not low < following < high:  # Newton left the bracket
-            following = (low + high) / 2 if high < math.inf else 2 * scale
-        if abs(following - scale) <= 1e-12 * scale:
-            return 1 / following
-        scale = following
-    return 1 / scale
+
+    def slope(inverse: float) -> float:
+        return float((softmax(margins * inverse) * margins).sum(axis=1).mean())
+
+    high = 1.0
+    while slope(high) <= 0:
+        high *= 2
+    return 1 / float(brentq(slope, 0.0, high, xtol=1e-300, rtol=1e-12, maxiter=1000))

@@ -1,8 +1,7 @@
-"""A run's answers -> numbers: confusion matrix, per-class rates, most confused pairs; NumPy only.
+"""Classification metrics with NumPy: confusion matrix, accuracy, per-class precision and recall, most confused pairs.
 
-Every function is pure. A confusion matrix is int64 with rows for the true class and columns for the predicted one; all
-per-class numbers are read from it, so they cannot contradict each other. What has no value (the precision of a class
-that was never predicted) is NaN, and nothing here warns about it.
+A confusion matrix is int64 with rows for the true class and columns for the predicted class. All per-class metrics are
+computed from it. An undefined metric (the precision of a class that is never predicted) is NaN, without a warning.
 """
 
 import math
@@ -20,10 +19,10 @@ from cifar_lightning.metrics.significance import wilson_interval
 def confusion_matrix(
     targets: Int[np.ndarray, " n"], preds: Int[np.ndarray, " n"], num_classes: int
 ) -> Int64[np.ndarray, "classes classes"]:
-    """Count the images of each true class (row) that were taken for each class (column).
+    """Count the images of each true class (row) that are predicted as each class (column).
 
     Raises:
-        ValueError: A target or prediction is not in 0..num_classes-1, or there are not as many of both.
+        ValueError: A target or prediction is not in 0..num_classes-1, or their numbers differ.
     """
     if len(targets) != len(preds):
         raise ValueError(f"{len(targets)} targets but {len(preds)} predictions")
@@ -36,21 +35,21 @@ def confusion_matrix(
 
 
 def accuracy(cm: Int[np.ndarray, "classes classes"]) -> float:
-    """Return the share of images on the diagonal, 0..1; NaN without images."""
+    """Return the fraction of images that are classified correctly, 0..1; NaN without images."""
     return float(_ratio(np.trace(cm), cm.sum()))
 
 
 @dataclass(frozen=True)
 class PerClass:
-    """Rates of each class, in class order; each array has shape (classes,).
+    """Metrics of each class, in class order; each array has shape (classes,).
 
     Attributes:
         support: Images of the class, int64.
-        predicted: Images that were taken for the class, int64.
-        precision: Share of `predicted` that is right, 0..1; NaN where the class was never predicted.
-        recall: Share of `support` that is right, 0..1; NaN where the class has no images.
-        f1: Harmonic mean of the two as 2 TP / (support + predicted), 0..1: 0.0 for a class with images that was never
-            predicted; NaN only for a class that is neither there nor predicted.
+        predicted: Images that are predicted as the class, int64.
+        precision: Fraction of `predicted` that is correct, 0..1; NaN where the class is never predicted.
+        recall: Fraction of `support` that is correct, 0..1; NaN where the class has no images.
+        f1: Harmonic mean of the two as 2 TP / (support + predicted), 0..1. 0.0 for a class with images that is never
+            predicted; NaN only for a class that has no images and is never predicted.
     """
 
     support: Int64[np.ndarray, " classes"]
@@ -61,21 +60,21 @@ class PerClass:
 
 
 def per_class(cm: Int[np.ndarray, "classes classes"]) -> PerClass:
-    """Read the rates of each class from the confusion matrix."""
-    right = np.diag(cm).astype(np.int64)
+    """Return the metrics of each class."""
+    correct = np.diag(cm).astype(np.int64)
     support = cm.sum(axis=1, dtype=np.int64)
     predicted = cm.sum(axis=0, dtype=np.int64)
     return PerClass(
         support=support,
         predicted=predicted,
-        precision=_ratio(right, predicted),
-        recall=_ratio(right, support),
-        f1=_ratio(2 * right, support + predicted),
+        precision=_ratio(correct, predicted),
+        recall=_ratio(correct, support),
+        f1=_ratio(2 * correct, support + predicted),
     )
 
 
 def macro_f1(cm: Int[np.ndarray, "classes classes"]) -> float:
-    """Return the mean F1 of the classes that are there or were predicted, as scikit-learn and torchmetrics do."""
+    """Return the mean F1 of the classes that have images or are predicted, as scikit-learn and torchmetrics do."""
     f1 = per_class(cm).f1
     f1 = f1[~np.isnan(f1)]
     return float(f1.mean()) if len(f1) else math.nan
@@ -83,23 +82,23 @@ def macro_f1(cm: Int[np.ndarray, "classes classes"]) -> float:
 
 @dataclass(frozen=True)
 class ConfusedPair:
-    """One cell off the diagonal.
+    """An off-diagonal cell of the confusion matrix.
 
     Attributes:
         true: Index of the true class.
-        pred: Index of the class it was taken for.
+        pred: Index of the predicted class.
         count: Images.
-        share: `count` over all images of the true class, 0..1.
+        fraction: `count` over all images of the true class, 0..1.
     """
 
     true: int
     pred: int
     count: int
-    share: float
+    fraction: float
 
 
 def most_confused(cm: Int[np.ndarray, "classes classes"], top: int = 10) -> list[ConfusedPair]:
-    """Return the largest cells off the diagonal, largest first, equal ones in class order; never an empty one."""
+    """Return the largest off-diagonal cells, in descending order, ties in class order, without empty cells."""
     mistakes = cm.copy()
     np.fill_diagonal(mistakes, 0)
     support = cm.sum(axis=1)
@@ -119,10 +118,10 @@ def test_metrics(
 
     Keys: `accuracy`, `accuracy_interval_95` [low, high] (Wilson), `num_images`, `loss` (`cross_entropy`), `ece`
     (`expected_calibration_error`, 15 bins), `macro_f1`, `per_class` {name: {support, precision, recall, f1}}, and
-    `most_confused` [{true, predicted, count, share}] with class names. What has no value is None.
+    `most_confused` [{true, predicted, count, share}] with class names. Undefined metrics are None.
 
     Raises:
-        ValueError: No images, or not one distinct name for each column of the logits.
+        ValueError: No images, or the names are not distinct or not as many as the columns of the logits.
     """
     num_classes = logits.shape[1]
     if len(targets) == 0:
@@ -130,7 +129,7 @@ def test_metrics(
     if len(set(class_names)) != len(class_names) or len(class_names) != num_classes:
         raise ValueError(f"{num_classes} classes need as many distinct names, got {list(class_names)}")
     cm = confusion_matrix(targets, logits.argmax(axis=1), num_classes)
-    rates = per_class(cm)
+    classes = per_class(cm)
     return {
         "accuracy": accuracy(cm),
         "accuracy_interval_95": list(wilson_interval(int(np.trace(cm)), len(targets))),
@@ -140,10 +139,10 @@ def test_metrics(
         "macro_f1": _plain(macro_f1(cm)),
         "per_class": {
             name: {
-                "support": int(rates.support[index]),
-                "precision": _plain(rates.precision[index]),
-                "recall": _plain(rates.recall[index]),
-                "f1": _plain(rates.f1[index]),
+                "support": int(classes.support[index]),
+                "precision": _plain(classes.precision[index]),
+                "recall": _plain(classes.recall[index]),
+                "f1": _plain(classes.f1[index]),
             }
             for index, name in enumerate(class_names)
         },
@@ -152,18 +151,18 @@ def test_metrics(
                 "true": class_names[pair.true],
                 "predicted": class_names[pair.pred],
                 "count": pair.count,
-                "share": pair.share,
+                "share": pair.fraction,
             }
             for pair in most_confused(cm)
         ],
     }
 
 
-test_metrics.__test__ = False  # type: ignore[attr-defined]  # pytest takes an imported `test_...` for a test
+test_metrics.__test__ = False  # type: ignore[attr-defined]  # pytest would collect an imported `test_...`
 
 
 def _ratio(part: Any, whole: Any) -> Any:
-    """Divides, NaN where `whole` is 0."""
+    """Divide; NaN where `whole` is 0."""
     whole = np.asarray(whole, dtype=np.float64)
     return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole != 0)
 

@@ -105,7 +105,7 @@ def _calibration_at(temperature: float, test: Predictions) -> dict[str, Any]:
 
 
 def _bin(binned: Reliability, index: int) -> dict[str, Any]:
-    number, right = int(binned.num_images[index]), int(binned.num_right[index])
+    number, right = int(binned.num_images[index]), int(binned.num_correct[index])
     return {
         "low": float(binned.edges[index]),
         "high": float(binned.edges[index + 1]),

@@ -64,7 +64,7 @@ def test_bins_and_error_equal_a_loop_over_the_bins_as_published(sharpness):
         inside = (confidence > low) & (confidence <= high)
         assert binned.num_images[index] == inside.sum()
         if inside.any():
-            assert binned.num_right[index] == right[inside].sum()
+            assert binned.num_correct[index] == right[inside].sum()
             assert binned.confidence[index] == pytest.approx(confidence[inside].mean())
             error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
         else:
@@ -94,7 +94,7 @@ def test_the_temperature_of_sharpened_logits_is_sharper_by_as_much():
 
 
 @pytest.mark.parametrize("sharpness", [0.4, 4.0])  # as label smoothing and as overfitting leave them
-def test_temperature_lowers_the_error_and_changes_no_answer(sharpness):
+def test_temperature_lowers_the_error_and_changes_no_prediction(sharpness):
     val_logits, val_targets = made_predictions(10, 2000, seed=1, skill=2, sharpness=1)
     temperature = fit_temperature(val_logits * sharpness, val_targets)
     before, after = LOGITS * sharpness, LOGITS * sharpness / temperature

@@ -74,7 +74,7 @@ def test_most_confused_counts_mistakes_alone_the_largest_first_and_ties_in_class
     cm = np.array([[90, 2, 8], [0, 0, 0], [8, 0, 12]])
     before = cm.copy()
     pairs = classification.most_confused(cm)
-    assert [(pair.true, pair.pred, pair.count, pair.share) for pair in pairs] == [
+    assert [(pair.true, pair.pred, pair.count, pair.fraction) for pair in pairs] == [
         (0, 2, 8, 0.08),
         (2, 0, 8, 0.4),
         (0, 1, 2, 0.02),
@@ -107,7 +107,7 @@ def test_test_metrics_agree_with_references_and_are_plain_types():
     assert worst["share"] == worst["count"] / metrics["per_class"][worst["true"]]["support"]
 
 
-def test_what_has_no_value_is_none_and_a_diverged_network_is_measured_without_warnings():
+def test_what_has_no_value_is_none_and_a_diverged_model_is_measured_without_warnings():
     logits = np.full((4, 3), np.nan, dtype=np.float32)
     metrics = classification.test_metrics(logits, np.array([0, 0, 1, 1]), ["a", "b", "c"])
     assert metrics["loss"] is None
