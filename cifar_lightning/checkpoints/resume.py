@@ -16,27 +16,9 @@ from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import read_json
 from cifar_lightning.runs.folder import RunFolder, open_run
+from cifar_lightning.settings.roles import FIXED, MAKES_BATCHES, PLANS_SCHEDULE
 from cifar_lightning.settings.safe_yaml import read_yaml
 
-# Settings that the weights, the optimizer state or the split depend on; they cannot change.
-_FIXED = {"model.name", "model.model_kwargs", "model.optimizer", "model.schedule"}
-_FIXED |= {
-    "model.ema_decay",
-    "model.pretrained",
-    "data.image_size",
-    "data.dataset",
-    "data.seed",
-    "data.val_fraction",
-    "data.limit",
-}
-# Settings that determine the batches of an epoch; they cannot change inside one. trainer.devices is not among them: it
-# may change at the start of an epoch, and inside one `ResumeState` checks the number of processes.
-_BATCHES = {"data.batch_size", "data.drop_last", "data.train_sizes", "data.sampler"}
-_BATCHES |= {"trainer.limit_train_batches", "trainer.overfit_batches", "trainer.accumulate_grad_batches"}
-# Settings that the learning rates of the remaining steps depend on. Momentum and weight decay are not scheduled.
-_SCHEDULE = {"trainer.max_epochs", "trainer.max_steps", "trainer.devices", "trainer.num_nodes"}
-_SCHEDULE |= _BATCHES - {"data.train_sizes", "data.sampler"}
-_SCHEDULE |= {f"model.{name}" for name in ("lr", "sgd_lr", "head_lr", "pct_start", "stem_train_fraction")}
 Changes = dict[str, tuple[Any, Any]]
 
 
@@ -76,7 +58,7 @@ class StopPoint:
         inside = f"in epoch {self.epochs_done + 1} after step {self.steps_done:,}"
         lines = [f"Resuming {run.path} {inside if self.is_inside_epoch else f'after epoch {self.epochs_done}'}."]
         lines += [f"  {line}" for line in describe_changes(changes)]
-        if _SCHEDULE & changes.keys():
+        if PLANS_SCHEDULE & changes.keys():
             what = "OneCycle" if schedule == "one_cycle" else f"The {schedule} schedule"
             lines.append(f"  {what} is computed again for the whole run, and continues at this step.")
         return lines
@@ -92,7 +74,7 @@ class StopPoint:
         Raises:
             UserError: Names the flag with both values.
         """
-        changed = sorted(_BATCHES & changes.keys())
+        changed = sorted(MAKES_BATCHES & changes.keys())
         if self.is_inside_epoch and changed:
             before, now = changes[changed[0]]
             raise UserError(
@@ -183,7 +165,7 @@ def find_changes(run: RunFolder, config_text: str) -> Changes:
     before, now = (_flat(_read_yaml(text, run.config)) for text in (run.config.read_text("utf-8"), config_text))
     changes = {key: (before[key], now[key]) for key in sorted(before.keys() & now.keys()) if before[key] != now[key]}
     for key in changes:
-        if key in _FIXED:
+        if key in FIXED:
             raise UserError(
                 f"--{key} {changes[key][1]}: the checkpoint of {run.path} depends on {changes[key][0]}.\n"
                 f"Leave it out, or start a new run: fit --init_weights {run.tested_checkpoint}"

@@ -18,7 +18,7 @@ import yaml
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped
-from cifar_lightning.settings.limits import LIMITS
+from cifar_lightning.settings.bounds import within
 from cifar_lightning.settings.safe_yaml import read_yaml
 
 ALIASES = {"epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "lr": "model.lr"}
@@ -34,8 +34,9 @@ _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 @functools.cache
 def table() -> dict[str, dict[str, Any]]:
-    """Return flag -> {"types", "default", "help", "choices"}; "open" where a class, list or dict may be given.
+    """Return flag -> {"types", "default", "help", "choices", "bounds", "allowed"}.
 
+    "bounds" of a number, and "allowed", what a message says of them; "open" where a class, list or dict may be given;
     "prefixes" where there are more choices than the table holds: names of a library behind its prefix.
     """
     rows: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("flags.json").read_text(encoding="utf-8"))
@@ -169,10 +170,9 @@ def check_value(name: str, value: str, typed: str) -> None:
         return  # a library's names are known to those who import it
     if not row.get("open") and not _fits(row, value):
         raise UserError(f"{typed}: {_words(row)}.{suggest(value, row.get('choices', []))}")
-    limit = LIMITS.get(name)
     number = _number(value)
-    if limit is not None and number is not None and not limit.holds(number):
-        raise UserError(f"{typed}: {limit.advice}.")
+    if "bounds" in row and number is not None and not within(number, row["bounds"]):
+        raise UserError(f"{typed}: {row['allowed']}.")
 
 
 def _check_mapping(value: str, typed: str) -> None:

@@ -6,18 +6,20 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
+from pydantic import Field
 
-from cifar_lightning.cli.flags import GROUPS, table
+from cifar_lightning.cli.flags import GROUPS, check_value, table
 from cifar_lightning.data.datasets import DATASETS
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped
 from cifar_lightning.models.registry import LIBRARIES, MODELS, check_model_kwargs, check_name
-from cifar_lightning.settings.limits import LIMITS, READ_BY
+from cifar_lightning.settings.limits import Count, check_setting, limits_of, members
+from cifar_lightning.settings.roles import READ_BY
 from cifar_lightning.settings.safe_yaml import checked
 from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
 from cifar_lightning.training.last_checkpoint import CheckpointSchedule
@@ -42,6 +44,16 @@ _MOST_DEVICES = 1024  # of one machine; a typo would start that many processes
 # jsonargparse's own reader of YAML ends in a traceback for some values, and never for an alias inside what it names.
 _MODE = "checked_yaml"
 set_loader(_MODE, checked(get_loader("yaml")), (yaml.YAMLError,))
+# Limits of the flags whose annotations are Lightning's.
+_TRAINER_LIMITS = {
+    "seed_everything": Annotated[int, Field(ge=0, lt=2**32, description="0 to 4294967295, what NumPy takes")],
+    "trainer.accumulate_grad_batches": Annotated[int, Field(ge=1, lt=2**31, description="1 or more, below 2^31")],
+    "trainer.gradient_clip_val": Annotated[float, Field(ge=0, description="0 (off) or more, such as 1")],
+    "trainer.check_val_every_n_epoch": Count,
+    "trainer.val_check_interval": Annotated[
+        float, Field(gt=0, description="a fraction of an epoch, such as 0.5, or a number of batches")
+    ],
+}
 _KINDS = {int: "int", float: "float", bool: "bool", str: "str", Path: "str", types.NoneType: "null"}
 
 
@@ -52,7 +64,13 @@ class RunParser(LightningArgumentParser):
         super().__init__(*args, allow_abbrev=False, **{"parser_mode": _MODE, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the message's first lines."""
+        """Raise the message's first lines, or what the flag allows where a value is outside its limits."""
+        for name in reversed(re.findall(r'Parser key "([^"]+)"', message)):
+            if "bounds" in (row := table().get(name, {})):
+                value = (re.findall(r"(?:Got|Given) value: (.*)", message) or [""])[-1]
+                typed = f"--{name} {clipped(value)}"
+                check_value(name, value, typed)
+                raise UserError(f"{typed}: {row['allowed']}.") from ex
         lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
         raise UserError("\n".join(clipped(line, 300) for line in lines[:2])) from ex
 
@@ -89,6 +107,8 @@ def check_arguments(command: str, config: Namespace) -> None:
         raise UserError(f"--ckpt_path {config.ckpt_path}: no such file; give a checkpoint, RUN/checkpoints/last.ckpt.")
     if command != "fit" and config.ckpt_path is None:
         raise UserError(f"{command} needs a trained network: give a run folder, or --ckpt_path FILE.")
+    for flag, limits in _TRAINER_LIMITS.items():
+        check_setting(flag, limits, config.get(flag))
     for name in ("every_n_train_steps", "every_n_minutes"):
         if config.trainer.get("enable_checkpointing") is False and config.get(f"checkpoint.{name}") is not None:
             raise UserError(f"--checkpoint.{name} beside --trainer.enable_checkpointing false: leave one of them out.")
@@ -98,15 +118,12 @@ def check_arguments(command: str, config: Namespace) -> None:
 
 
 def _refuse_lengths(trainer: Namespace) -> None:
-    """Refuse a run without a step or an end, and validations by the clock."""
-    epochs, interval = trainer.max_epochs, trainer.get("val_check_interval")
+    """Refuse a run without a step or an end."""
+    epochs = trainer.max_epochs
     if epochs == 0 or (epochs in (None, -1) and trainer.max_steps == -1):
         raise UserError(f"--epochs {epochs}: 1 or more; the schedule needs an end.")
     if trainer.max_steps == 0:
         raise UserError("--trainer.max_steps 0: 1 or more, or -1 for as many as the epochs have.")
-    if not isinstance(interval, float | int | None):  # Lightning takes a time, and its EarlyStopping fails on it
-        advice = LIMITS["trainer.val_check_interval"].advice
-        raise UserError(f"--trainer.val_check_interval {interval}: {advice}; a run by the clock could not be repeated.")
 
 
 def _refuse_what_is_not_read(config: Namespace) -> None:
@@ -164,6 +181,7 @@ def describe_flags(parser: LightningArgumentParser) -> dict[str, dict[str, Any]]
         if hint is None or action.dest.endswith(".help"):  # groups, links, configs
             continue
         kinds, choices = _kinds(hint)
+        limits = [limits_of(kind) for kind in (*members(hint), _TRAINER_LIMITS.get(action.dest))]
         default = defaults[action.dest]
         row: dict[str, Any] = {
             # In an order of our own: Python may give that of another, equal union.
@@ -174,6 +192,9 @@ def describe_flags(parser: LightningArgumentParser) -> dict[str, dict[str, Any]]
         choices += _NAMES.get(action.dest, ())
         if choices:
             row["choices"] = choices
+        for bounds, allowed in limits:
+            if bounds:
+                row |= {"bounds": bounds, "allowed": allowed}
         if action.dest in _PREFIXES:
             row["prefixes"] = list(_PREFIXES[action.dest])
         if "open" in kinds:
@@ -192,6 +213,8 @@ def table_text(parser: LightningArgumentParser) -> str:
 
 def _kinds(hint: Any) -> tuple[list[str], list[str]]:
     """Return the kinds of values that a type takes, "open" for what the table cannot check, and its literals."""
+    if typing.get_origin(hint) is Annotated:
+        return _kinds(typing.get_args(hint)[0])
     if typing.get_origin(hint) is Literal:
         return [], [str(value) for value in typing.get_args(hint)]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

@@ -1,11 +1,12 @@
 """ImageDataModule: a data set, its splits, their statistics and their loaders, with or without a Trainer."""
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from cifar_lightning.data.datasets import open_source
@@ -15,7 +16,7 @@ from cifar_lightning.data.sampler import EpochSampler, Rank, evaluation_order
 from cifar_lightning.data.splits import SplitIndices, SplitSettings, make_splits
 from cifar_lightning.data.statistics import balanced_weights, channel_statistics, describe_imbalance, evenly_spaced
 from cifar_lightning.errors import UserError
-from cifar_lightning.settings.limits import LIMITS, check_choice, check_limits
+from cifar_lightning.settings.limits import Count, ImageSize, Pixels, Strength, check_settings
 from cifar_lightning.transforms.augmentation import Augmentation, CropMode, FlipMode, normalize
 from cifar_lightning.transforms.policies import Policy
 
@@ -67,42 +68,35 @@ class ImageDataModule(pl.LightningDataModule):
         self,
         dataset: str = "cifar10",
         root: str = "data",
-        batch_size: int = 128,
+        batch_size: Count = 128,
         *,
-        image_size: int | None = None,
-        val_fraction: float = 0.1,
-        limit: int | None = None,
+        image_size: ImageSize | None = None,
+        val_fraction: Annotated[
+            float, Field(ge=0, lt=1, allow_inf_nan=False, description="0 (train on all) to below 1, such as 0.1")
+        ] = 0.1,
+        limit: Count | None = None,
         class_weights: Balance = "none",
         sampler: Balance = "none",
-        num_workers: int | None = None,
-        seed: int = 0,
-        eval_batch_size: int = 256,
-        train_sizes: list[int] | None = None,
-        crop_padding_px: int = 4,
+        num_workers: Annotated[int, Field(ge=0, le=1024, description="0 (resident), or 1 to 1024 (streaming)")]
+        | None = None,
+        seed: Annotated[int, Field(ge=0)] = 0,
+        eval_batch_size: Count = 256,
+        train_sizes: list[ImageSize] | None = None,
+        crop_padding_px: Pixels = 4,
         crop_mode: CropMode = "reflect",
         flip: FlipMode = "random",
-        cutout_px: int = 0,
-        brightness: float = 0.0,
-        contrast: float = 0.0,
+        cutout_px: Pixels = 0,
+        brightness: Strength = 0.0,
+        contrast: Strength = 0.0,
         policy: Policy = "none",
-        erasing: float = 0.0,
+        erasing: Annotated[
+            float, Field(ge=0, le=1, allow_inf_nan=False, description="0 (off) to 1 (every image)")
+        ] = 0.0,
         drop_last: bool = False,
         device: str | None = None,
     ) -> None:
+        check_settings("data", ImageDataModule.__init__, locals())
         super().__init__()
-        check_limits(
-            "data",
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_fraction=val_fraction,
-            limit=limit,
-            seed=seed,
-            num_workers=num_workers,
-            image_size=image_size,
-            brightness=brightness,
-            contrast=contrast,
-            erasing=erasing,
-        )
         self.source = open_source(dataset, root, image_size)
         self.class_names: tuple[str, ...] = self.source.class_names
         self.num_classes = len(self.class_names)
@@ -118,8 +112,6 @@ class ImageDataModule(pl.LightningDataModule):
         )
         self.train_sizes = tuple(train_sizes or [self.image_size])
         self._check_train_sizes()
-        for flag, value in (("class_weights", class_weights), ("sampler", sampler)):
-            check_choice(f"data.{flag}", value, get_args(Balance))
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
         self.split_settings = SplitSettings(val_fraction, limit, seed)
         self.num_workers, self.seed = num_workers, seed
@@ -138,8 +130,6 @@ class ImageDataModule(pl.LightningDataModule):
                 f"of the test images, --data.image_size {self.image_size}."
             )
         for size in sizes:
-            if not LIMITS["data.image_size"].holds(size):
-                raise UserError(f"--data.train_sizes {sizes}: each {LIMITS['data.image_size'].advice}.")
             self.augmentation.check(size)
 
     # -- source, splits, statistics ------------------------------------------------------------------------------

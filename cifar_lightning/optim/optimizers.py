@@ -1,13 +1,13 @@
 """Optimizers: AdamW, Nesterov SGD, and Muon with Nesterov SGD."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cifar_lightning.optim.muon import Muon
-from cifar_lightning.settings.limits import check_choice
+from cifar_lightning.settings.limits import check_setting
 
 OptimizerName = Literal["adamw", "sgd", "muon"]
 
@@ -50,7 +50,7 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings, *, fused: boo
     Raises:
         UserError: An unknown name.
     """
-    check_choice("model.optimizer", settings.name, get_args(OptimizerName))
+    check_setting("model.optimizer", OptimizerName, settings.name)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if settings.name == "muon":
         return _build_muon(trainable, getattr(model, "stem", nn.Module()), settings)

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from cifar_lightning.settings.limits import check_choice
+from cifar_lightning.settings.limits import check_setting
 
 ScheduleName = Literal["one_cycle", "linear", "cosine"]
 _ONE_CYCLE_WARMUP = 0.3  # PyTorch's default
@@ -63,7 +63,7 @@ def make_schedule(
     Raises:
         UserError: An unknown name.
     """
-    check_choice("model.schedule", settings.name, get_args(ScheduleName))
+    check_setting("model.schedule", ScheduleName, settings.name)
     last_epoch = -1 if steps_done is None else steps_done - 1  # the constructor takes one step itself
     if settings.name == "one_cycle":
         return _one_cycle(optimizer, total_steps, settings.warmup_fraction, last_epoch)

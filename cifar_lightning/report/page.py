@@ -40,7 +40,7 @@ from cifar_lightning.report.figures import (
     lay_out_like,
     themed,
 )
-from cifar_lightning.settings.limits import READ_BY
+from cifar_lightning.settings.roles import AUGMENTATION_SHOWN, NOT_AUGMENTATION, READ_BY
 
 TEMPLATES = Path(__file__).parent
 _DPI = 120.0  # of charts; the page shows them at about half of that, so that they are sharp on fine screens, too
@@ -166,12 +166,12 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     config, split, environment = run["config"], run["split"], run["environment"]
     model, data, trainer = (config.get(part) or {} for part in ("model", "data", "trainer"))
     sizes, versions = split.get("sizes") or {}, environment.get("versions") or {}
-    augmentation = ("train_sizes", "crop_padding_px", "flip", "cutout_px", "brightness", "contrast")
+    more_augmentation = [name for name in data if name not in NOT_AUGMENTATION]
     learning = ("lr", *READ_BY.get(str(model.get("optimizer")), ()), "label_smoothing", "schedule", "tta")
     lengths = [name for name in ("max_epochs", "max_steps") if trainer.get(name) != -1]
     # What most runs leave off is named where it is on.
     of_data = _listed_if_on(data, ("limit", "class_weights", "sampler"))
-    of_images = _listed_if_on(data, ("policy", "erasing")) + _listed_if_on(model, ("mixup", "cutmix"))
+    of_images = _listed_if_on(data, more_augmentation) + _listed_if_on(model, ("mixup", "cutmix"))
     of_model = _listed_if_on(model, ("pct_start", "ema_decay", "pretrained"))
     resumed = environment.get("resumed") or []
     commit = environment.get("commit")
@@ -183,7 +183,7 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
             "Training",
             _listed(trainer, (*lengths, "precision")) + _listed(data, ("batch_size",), before=", ") + of_data,
         ),
-        ("Augmentation", _listed(data, augmentation) + of_images),
+        ("Augmentation", _listed(data, AUGMENTATION_SHOWN) + of_images),
         ("Seeds", f"training {config.get('seed_everything')}, split {split.get('seed')}" if config else ""),
         ("Images", split.get("dataset")),
         ("Split", ", ".join(f"{number:,} {part}" for part, number in sizes.items())),

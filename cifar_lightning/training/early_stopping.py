@@ -1,13 +1,14 @@
 """AnnealingEarlyStopping: early stopping that waits for the learning rate to fall."""
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping
+from pydantic import Field
 
 from cifar_lightning.checkpoints.resume import has_stopped
-from cifar_lightning.settings.limits import check_limits
+from cifar_lightning.settings.limits import check_settings
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.run_recorder import MONITOR
 
@@ -26,8 +27,15 @@ class AnnealingEarlyStopping(EarlyStopping):
         UserError: A negative value.
     """
 
-    def __init__(self, patience: int = 10, min_delta: float = 0.0) -> None:
-        check_limits("early_stopping", patience=patience, min_delta=min_delta)
+    def __init__(
+        self,
+        patience: Annotated[int, Field(ge=0, description="0 or more validations, such as 10")] = 10,
+        min_delta: Annotated[
+            float,
+            Field(ge=0, lt=1, allow_inf_nan=False, description="0 (any gain counts) to below 1, such as 0.001"),
+        ] = 0.0,
+    ) -> None:
+        check_settings("early_stopping", AnnealingEarlyStopping.__init__, locals())
         super().__init__(monitor=MONITOR, mode="max", patience=patience, min_delta=min_delta)
         self._state_key = super().state_key
 

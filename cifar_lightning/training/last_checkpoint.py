@@ -1,16 +1,17 @@
 """LastCheckpoint: saves last.ckpt, and stops a run at a signal."""
 
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from pydantic import Field
 
 from cifar_lightning.checkpoints.loading import is_inside_epoch
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.settings.limits import check_limits
+from cifar_lightning.settings.limits import Count, check_settings
 from cifar_lightning.training.lightning_patches import mark_validation_interrupted, start_validation_again
 from cifar_lightning.training.run_recorder import EPOCH_SO_FAR, RunRecorder
 from cifar_lightning.training.signals import Stopped, StopSignals
@@ -29,8 +30,15 @@ class CheckpointSchedule:
         UserError: A value of 0 or below.
     """
 
-    def __init__(self, every_n_train_steps: int | None = None, every_n_minutes: float | None = None) -> None:
-        check_limits("checkpoint", every_n_train_steps=every_n_train_steps, every_n_minutes=every_n_minutes)
+    def __init__(
+        self,
+        every_n_train_steps: Count | None = None,
+        every_n_minutes: Annotated[
+            float, Field(gt=0, allow_inf_nan=False, description="a positive number of minutes, such as 10")
+        ]
+        | None = None,
+    ) -> None:
+        check_settings("checkpoint", CheckpointSchedule.__init__, locals())
         self.every_n_train_steps, self.every_n_minutes = every_n_train_steps, every_n_minutes
 
 

@@ -1,12 +1,13 @@
 """ImageClassifier: a model with its loss, metrics, optimizer and schedule, for the Lightning Trainer."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import lightning.pytorch as pl
 import torch
 from jaxtyping import Float
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
@@ -23,7 +24,7 @@ from cifar_lightning.models.registry import DEFAULT_MODEL, choose_model
 from cifar_lightning.models.state_dicts import describe_misfits
 from cifar_lightning.optim.optimizers import OptimizerName, OptimizerSettings, build_optimizer
 from cifar_lightning.optim.schedules import ScheduleName, ScheduleSettings, make_schedule
-from cifar_lightning.settings.limits import check_limits
+from cifar_lightning.settings.limits import Fraction, LearningRate, MixStrength, check_settings
 from cifar_lightning.training.data_protocol import TrainingData, training_data
 from cifar_lightning.training.ema import EmaWeights
 from cifar_lightning.training.eval_metrics import evaluation_metrics, update_evaluation
@@ -83,44 +84,33 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         num_classes: int = 10,
         image_size: int = 32,
         *,
-        lr: float = 3e-3,
+        lr: LearningRate = 3e-3,
         optimizer: OptimizerName = "adamw",
-        sgd_lr: float = 0.1,
-        head_lr: float | None = None,
-        momentum: float = 0.9,
-        sgd_momentum: float = 0.9,
-        weight_decay: float = 0.05,
-        sgd_weight_decay: float = 0.0,
-        label_smoothing: float = 0.1,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
+        sgd_lr: LearningRate = 0.1,
+        head_lr: LearningRate | None = None,
+        momentum: Fraction = 0.9,
+        sgd_momentum: Fraction = 0.9,
+        weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05,
+        sgd_weight_decay: Fraction = 0.0,
+        label_smoothing: Fraction = 0.1,
+        mixup: MixStrength = 0.0,
+        cutmix: MixStrength = 0.0,
         schedule: ScheduleName = "one_cycle",
-        pct_start: float | None = None,
-        ema_decay: float = 0.0,
-        stem_train_fraction: float = 1.0,
+        pct_start: Fraction | None = None,
+        ema_decay: Annotated[
+            float, Field(ge=0, lt=1, allow_inf_nan=False, description="0 (off) to below 1, such as 0.999")
+        ] = 0.0,
+        stem_train_fraction: Annotated[
+            float, Field(ge=0, le=1, allow_inf_nan=False, description="0 (never) to 1 (always)")
+        ] = 1.0,
         tta: TTA = "none",
         model_kwargs: dict[str, Any] | None = None,
         pretrained: bool | str = False,
         compile: bool = False,
         model: nn.Module | None = None,
     ) -> None:
+        check_settings("model", ImageClassifier.__init__, locals())
         super().__init__()
-        check_limits(
-            "model",
-            lr=lr,
-            sgd_lr=sgd_lr,
-            head_lr=head_lr,
-            momentum=momentum,
-            sgd_momentum=sgd_momentum,
-            weight_decay=weight_decay,
-            sgd_weight_decay=sgd_weight_decay,
-            label_smoothing=label_smoothing,
-            mixup=mixup,
-            cutmix=cutmix,
-            pct_start=pct_start,
-            ema_decay=ema_decay,
-            stem_train_fraction=stem_train_fraction,
-        )
         # logger=False: the run's config.yaml holds these and more.
         self.save_hyperparameters(ignore=["model"], logger=False)
         if model is not None:

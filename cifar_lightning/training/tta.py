@@ -1,16 +1,15 @@
 """Test-time augmentation: logits averaged over views of an image."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_lightning.settings.limits import check_choice
+from cifar_lightning.settings.limits import check_setting
 
 TTA = Literal["none", "mirror", "six"]
-_NAMES = get_args(TTA)  # at import, since exports trace `tta_logits`
 
 
 def tta_logits(
@@ -27,7 +26,7 @@ def tta_logits(
     Raises:
         UserError: Another value.
     """
-    check_choice("model.tta", tta, _NAMES)
+    check_setting("model.tta", TTA, tta)
     plain = model(images)
     if tta == "none":
         return plain, plain

@@ -12,7 +12,7 @@ NHWC memory, which PyTorch calls channels_last.
 """
 
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.settings.limits import check_choice
+from cifar_lightning.settings.limits import Pixels, check_settings
 from cifar_lightning.transforms.operations import apply_operations
 from cifar_lightning.transforms.policies import Policy, draw_erasing, draw_operations, erase_
 
@@ -33,14 +33,17 @@ FlipMode = Literal["random", "alternating", "none"]
 class Augmentation:
     """Augmentation settings; the fields are documented as flags in `ImageDataModule`."""
 
-    crop_padding_px: int = 4
+    crop_padding_px: Pixels = 4
     crop_mode: CropMode = "reflect"
     flip: FlipMode = "random"
-    cutout_px: int = 0
+    cutout_px: Pixels = 0
     brightness: float = 0.0
     contrast: float = 0.0
     policy: Policy = "none"
     erasing: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_settings("data", Augmentation, vars(self))
 
     def check(self, image_size: int) -> None:
         """Raise `UserError` for a value that is invalid for images of `image_size` pixels."""
@@ -50,7 +53,6 @@ class Augmentation:
             )
         if not 0 <= self.cutout_px <= image_size:
             raise UserError(f"--data.cutout_px {self.cutout_px}: 0 (off) to {image_size}, the image size.")
-        check_choice("data.policy", self.policy, get_args(Policy))
 
 
 @dataclass(frozen=True)

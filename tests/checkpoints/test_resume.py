@@ -7,11 +7,11 @@ import pytest
 import torch
 import yaml
 
-from cifar_lightning.checkpoints import resume
 from cifar_lightning.checkpoints.resume import StopPoint, clear_up, describe_changes, find_changes, locked, stop_point
 from cifar_lightning.cli.flags import table
 from cifar_lightning.errors import UserError
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.settings import roles
 
 CONFIG = {
     "seed_everything": 0,
@@ -156,7 +156,7 @@ def test_the_schedule_of_the_run_is_named(run):
 
 
 def test_all_listed_settings_are_flags():
-    known = resume._FIXED | resume._BATCHES | resume._SCHEDULE
+    known = roles.FIXED | roles.MAKES_BATCHES | roles.PLANS_SCHEDULE
     assert not known - table().keys()
 
 
