@@ -1,7 +1,7 @@
-"""A run's network as a file for elsewhere: ONNX, a torch.export archive, or safetensors; each read back and compared.
+"""Export of a run's model to ONNX, a torch.export archive or safetensors.
 
-The file gets its name only after its answers equal PyTorch's on test images. ONNX and the archive take images, not
-normalised tensors: whoever uses them cannot get the statistics wrong. Imports no Lightning.
+Each file is read back and compared with PyTorch on test images before it gets its name. ONNX and torch.export models
+take images and normalise them, so that users need no statistics. Imports no Lightning.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -38,12 +38,12 @@ _EXTRA = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": (), "safetenso
 
 
 class ExportedModel(nn.Module):
-    """A network with the treatment of images before it, the views of its run and, if asked for, softmax after it.
+    """A trained model with normalization, the TTA of its run and, optionally, softmax.
 
     Args:
-        trained: The network and its statistics.
-        input: "uint8" takes RGB 0-255, "float" takes RGB 0-1.
-        probs: Also give probabilities.
+        trained: Model and preprocessing.
+        input: "uint8" for RGB 0-255, "float" for RGB 0-1.
+        probs: Also return probabilities.
     """
 
     mean: Tensor
@@ -51,18 +51,18 @@ class ExportedModel(nn.Module):
 
     def __init__(self, trained: TrainedModel, input: Literal["uint8", "float"], probs: bool) -> None:
         super().__init__()
-        self.model, self.views, self.probs = trained.model, trained.views, probs
+        self.model, self.tta, self.probs = trained.model, trained.tta, probs
         scale = 255 if input == "uint8" else 1
         self.register_buffer("mean", scale * torch.tensor(trained.mean).view(1, 3, 1, 1))
         self.register_buffer("std", scale * torch.tensor(trained.std).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return logits (batch, classes), and probabilities of the same shape where they were asked for.
+        """Return logits (batch, classes) and, if `probs`, probabilities of the same shape.
 
         Args:
             images: RGB (batch, 3, image_size, image_size), uint8 0-255 or float32 0-1.
         """
-        logits, _ = tta_logits(self.model, (images.float() - self.mean) / self.std, self.views)
+        logits, _ = tta_logits(self.model, (images.float() - self.mean) / self.std, self.tta)
         return (logits, logits.softmax(1)) if self.probs else (logits,)
 
 
@@ -75,38 +75,38 @@ def export_run(
     probs: bool = False,
     force: bool = False,
 ) -> Path:
-    """Write a run's network to a file and say how far its answers are from PyTorch's.
+    """Export a run's model to a file and print how far its probabilities are from PyTorch's.
 
     Args:
         run: A run with a checkpoint.
-        kind: onnx, torch (a torch.export archive) or safetensors (weights alone, for `fit --init_weights`).
+        kind: onnx, torch (a torch.export archive) or safetensors (weights only, for `fit --init_weights`).
         output: Default: model.onnx, model.pt2 or model.safetensors in the run.
-        input: What the graph takes: RGB as uint8 0-255 or float32 0-1, both (batch, 3, size, size), named `images`.
-        probs: Whether the graph gives `probs` beside `logits`.
-        force: Overwrite the output.
+        input: Input `images` (batch, 3, size, size) of the graph: RGB as uint8 0-255 or float32 0-1.
+        probs: Add an output `probs` to `logits`.
+        force: Overwrite the file.
 
     Returns:
-        The file.
+        Path of the file.
 
     Raises:
         UserError: An argument is wrong, a package is missing, or the file cannot be written.
-        RuntimeError: The file does not answer as PyTorch does; it is not kept.
+        RuntimeError: The predictions of the file differ from PyTorch's; it is deleted.
     """
     path = output or run.path / FILES[kind]
     check_output(path, force)
     _check_extra(kind)
     if kind == "safetensors" and (probs or input != "uint8"):
-        raise UserError("--probs and --input are for onnx and torch: safetensors holds weights alone, and no graph.")
+        raise UserError("--probs and --input are for onnx and torch; safetensors has weights only.")
     trained = load_trained_model(run)
     images, origin = images_to_check(run, trained.image_size)
     module = ExportedModel(trained, input, probs).eval()
     with replacing(path) as temporary, _without_noise():
-        ask = _WRITERS[kind](module, trained, temporary, input)
-        difference = _compare(trained, images, ask, input)
+        run_exported = _WRITERS[kind](module, trained, temporary, input)
+        difference = _compare(trained, images, run_exported, input)
     graph = "" if kind == "safetensors" else f", images {input} (batch, 3, {trained.image_size}, {trained.image_size})"
-    gives = "" if kind == "safetensors" else f" -> {', '.join(_outputs(probs))} (batch, {len(trained.class_names)})"
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB{graph}{gives}")
-    print(f"Parity on {origin}: largest difference of a probability {difference:.1e}, every top-1 equal")
+    outputs = "" if kind == "safetensors" else f" -> {', '.join(_outputs(probs))} (batch, {len(trained.class_names)})"
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB{graph}{outputs}")
+    print(f"Parity on {origin}: largest difference of a probability {difference:.1e}, all top-1 predictions equal")
     _describe(run, trained, path, kind, input, probs)
     return path
 
@@ -119,12 +119,12 @@ def _describe(run: RunFolder, trained: TrainedModel, path: Path, kind: str, inpu
         "class_names": list(trained.class_names),
         "image_size": trained.image_size,
         "epoch": trained.epoch,
-        "views": trained.views,
+        "tta": trained.tta,
         "images": "" if kind == "safetensors" else f"RGB, {'uint8 0-255' if input == 'uint8' else 'float32 0-1'}",
         "outputs": _outputs(probs),
     }
     written = write_model_card(run, card, path.parent)
-    print(f"{written}: what it is" if written else f"{path.parent / CARD}: not of an export, left as it is")
+    print(f"{written}: model card" if written else f"{path.parent / CARD}: not a model card, not overwritten")
 
 
 def _outputs(probs: bool) -> list[str]:
@@ -132,7 +132,7 @@ def _outputs(probs: bool) -> list[str]:
 
 
 def metadata_of(trained: TrainedModel, input: str) -> dict[str, str]:
-    """Return what a file says of itself, as text; lists and the architecture are JSON."""
+    """Return the metadata of a file as text; lists and the architecture are JSON."""
     return {
         "class_names": json.dumps(trained.class_names),
         "image_size": str(trained.image_size),
@@ -146,12 +146,12 @@ def metadata_of(trained: TrainedModel, input: str) -> dict[str, str]:
     }
 
 
-# -- the three kinds: write a file, return a function that asks it -------------------------------------------------
+# -- formats: write a file, read it back and return its function -----------------------------------------------------
 
-Ask = Callable[[Tensor], Tensor]  # images as the graph takes them -> logits
+Exported = Callable[[Tensor], Tensor]  # images in the format of `input` -> logits
 
 
-def _write_onnx(module: ExportedModel, trained: TrainedModel, path: Path, input: str) -> Ask:
+def _write_onnx(module: ExportedModel, trained: TrainedModel, path: Path, input: str) -> Exported:
     import onnx
     import onnxruntime
 
@@ -175,8 +175,8 @@ def _write_onnx(module: ExportedModel, trained: TrainedModel, path: Path, input:
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def _write_torch(module: ExportedModel, trained: TrainedModel, path: Path, input: str) -> Ask:
-    # A batch of one would be taken for a constant.
+def _write_torch(module: ExportedModel, trained: TrainedModel, path: Path, input: str) -> Exported:
+    # A batch of one would be traced as a constant.
     shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
     program = torch.export.export(module, (_example(trained, input),), dynamic_shapes=shapes)
     text = json.dumps(metadata_of(trained, input), indent=2)
@@ -185,14 +185,10 @@ def _write_torch(module: ExportedModel, trained: TrainedModel, path: Path, input
     with path.open("rb") as archive:
         loaded = torch.export.load(archive).module()
 
-    def ask(images: Tensor) -> Tensor:
-        logits: Tensor = loaded(images)[0]
-        return logits
-
-    return ask
+    return lambda images: cast(Tensor, loaded(images)[0])
 
 
-def _write_safetensors(module: ExportedModel, trained: TrainedModel, path: Path, input: str) -> Ask:
+def _write_safetensors(module: ExportedModel, trained: TrainedModel, path: Path, input: str) -> Exported:
     from safetensors.torch import save
 
     weights = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
@@ -201,14 +197,10 @@ def _write_safetensors(module: ExportedModel, trained: TrainedModel, path: Path,
     load_weights(model, path)
     read_back = ExportedModel(replace(trained, model=model), "uint8", probs=False)
 
-    def ask(images: Tensor) -> Tensor:
-        logits: Tensor = read_back(images)[0]
-        return logits
-
-    return ask
+    return lambda images: cast(Tensor, read_back(images)[0])
 
 
-_WRITERS: dict[str, Callable[[ExportedModel, TrainedModel, Path, str], Ask]] = {
+_WRITERS: dict[str, Callable[[ExportedModel, TrainedModel, Path, str], Exported]] = {
     "onnx": _write_onnx,
     "torch": _write_torch,
     "safetensors": _write_safetensors,
@@ -216,7 +208,7 @@ _WRITERS: dict[str, Callable[[ExportedModel, TrainedModel, Path, str], Ask]] = {
 
 
 def _example(trained: TrainedModel, input: str) -> Tensor:
-    size = (2, 3, trained.image_size, trained.image_size)  # two: a batch of one would be taken for a constant
+    size = (2, 3, trained.image_size, trained.image_size)  # two: a batch of one would be traced as a constant
     return torch.zeros(size, dtype=torch.uint8 if input == "uint8" else torch.float32)
 
 
@@ -224,37 +216,37 @@ def _example(trained: TrainedModel, input: str) -> Tensor:
 
 
 def images_to_check(run: RunFolder, image_size: int) -> tuple[Images, str]:
-    """Return `NUM_CHECKED` images (NCHW, 0-255) and where they are from: the run's gallery, then random ones."""
-    kept = np.empty((0, image_size, image_size, 3), np.uint8)
+    """Return `NUM_CHECKED` images (NCHW, 0-255), of the run's gallery and then random ones, and a description."""
+    saved = np.empty((0, image_size, image_size, 3), np.uint8)
     if run.gallery.is_file():
         try:
             with np.load(run.gallery) as gallery:
-                kept = gallery["images"][:NUM_CHECKED]
+                saved = gallery["images"][:NUM_CHECKED]
         except (OSError, ValueError, KeyError, EOFError) as error:
-            raise UserError(f"{run.gallery}: damaged ({error}); python train.py test {run.path} makes it.") from error
-    missing = NUM_CHECKED - len(kept)
+            raise UserError(f"{run.gallery}: damaged ({error}); run python train.py test {run.path} again.") from error
+    missing = NUM_CHECKED - len(saved)
     shape = (missing, image_size, image_size, 3)
-    made = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    parts = [f"{len(kept)} test images"] * bool(len(kept)) + [f"{missing} random images"] * bool(missing)
-    return torch.from_numpy(np.concatenate([kept, made])).permute(0, 3, 1, 2).contiguous(), " and ".join(parts)
+    random = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    origins = [f"{len(saved)} test images"] * bool(len(saved)) + [f"{missing} random images"] * bool(missing)
+    return torch.from_numpy(np.concatenate([saved, random])).permute(0, 3, 1, 2).contiguous(), " and ".join(origins)
 
 
-def _compare(trained: TrainedModel, images: Images, ask: Ask, input: str) -> float:
-    """Return the largest difference of a probability between a file's answers and PyTorch's.
+def _compare(trained: TrainedModel, images: Images, exported: Exported, input: str) -> float:
+    """Return the largest difference of a probability between an exported file and PyTorch.
 
     Raises:
-        RuntimeError: It is too large, or changes a class.
+        RuntimeError: It exceeds `TOLERANCE`, or a top-1 prediction differs.
     """
     expected = trained.logits(images.permute(0, 2, 3, 1)).softmax(1)
-    given = images if input == "uint8" else images.float() / 255
+    inputs = images if input == "uint8" else images.float() / 255
     with torch.inference_mode():
-        # Several sizes of a batch: one of them may have become a constant of the graph.
-        answers = torch.cat([ask(part) for part in torch.split(given, [1, 7, len(given) - 8])]).softmax(1)
-    difference = float((answers - expected).abs().max())
+        # Several batch sizes, as a traced one may have become a constant of the graph.
+        probs = torch.cat([exported(batch) for batch in inputs.split([1, 7, len(inputs) - 8])]).softmax(1)
+    difference = float((probs - expected).abs().max())
     if not difference <= TOLERANCE:
-        raise RuntimeError(f"the file does not answer as PyTorch does: a probability differs by {difference:.1e}.")
-    if not torch.equal(answers.argmax(1), expected.argmax(1)):
-        raise RuntimeError("the file does not answer as PyTorch does: the class of an image differs.")
+        raise RuntimeError(f"the predictions of the file differ from PyTorch's: a probability by {difference:.1e}.")
+    if not torch.equal(probs.argmax(1), expected.argmax(1)):
+        raise RuntimeError("the predictions of the file differ from PyTorch's: the class of an image.")
     return difference
 
 
@@ -277,7 +269,7 @@ def _check_extra(kind: str) -> None:
 
 @contextlib.contextmanager
 def _without_noise() -> Iterator[None]:
-    """Silence the exporters' remarks on torch's and onnxscript's own insides, which nobody here can act on."""
+    """Silence warnings of the exporters about torch's and onnxscript's internals."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

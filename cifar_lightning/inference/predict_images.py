@@ -1,7 +1,7 @@
-"""Classes of image files and folders, from nothing but a run's folder; imports no Lightning.
+"""Predictions for image files and folders with the model of a run. Imports no Lightning.
 
-Stretches of at most `_STRETCH_BYTES` of decoded images go through in turn: all cores decode one, the network answers
-it in batches, its rows are written. So memory stays the same for a million files, apart from their names.
+Images are processed in chunks of at most `_CHUNK_BYTES`: all cores decode a chunk, the model predicts it in batches,
+its rows are written. Memory does not grow with the number of files, apart from their names.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.tta import TTA, tta_logits
 from cifar_lightning.transforms.augmentation import normalize
 
-_STRETCH_BYTES = 1 << 28  # 87,381 images of 32 pixels: starting worker processes for each costs nothing
-# Without --batch_size. On two cores SmallNet takes 1.5 ms an image in batches of 32 or 64 and 2.1 ms in batches of
-# 256, whose layers do not fit into the cache.
+_CHUNK_BYTES = 1 << 28  # 87,381 images of 32 pixels, so that starting worker processes per chunk costs little
+# Defaults of --batch_size. On two cores SmallNet takes 1.5 ms per image in batches of 32 or 64 and 2.1 ms in batches
+# of 256, whose activations exceed the cache.
 _BATCH_SIZE = {"cuda": 256, "cpu": 64}
-_LISTED = 20  # images that cannot be read; the others are counted
+_LISTED = 20  # unreadable images; the others are counted
 _MOST_FREQUENT = 5  # classes in the summary
-_DIGITS = 7  # of a probability: what float32 holds
+_DIGITS = 7  # of a probability in float32
 
-Answer = tuple[str, list[tuple[str, float]]]  # path of an image; class and probability, the most probable first
-Write = Callable[[Answer], None]
+Prediction = tuple[str, list[tuple[str, float]]]  # path of an image; class and probability, most probable first
+Write = Callable[[Prediction], None]
 
 
 def predict_images(
@@ -53,23 +53,23 @@ def predict_images(
     batch_size: int | None = None,
     force: bool = False,
 ) -> int:
-    """Classify image files and write a row for each, in the order given; see `find_images`.
+    """Predict image files and write a row for each, in order; see `find_images`.
 
     Images that cannot be read are listed on stderr and get no row.
 
     Args:
         run: A run with a checkpoint.
-        paths: Images, and folders of them.
-        output: A .csv, or a .jsonl or .json for JSON lines; None is JSON lines on stdout, and nothing else there.
-        top_k: Most probable classes of each image.
-        batch_size: Images that the network gets at a time; None is 256 on CUDA and 64 on a CPU.
+        paths: Image files and folders.
+        output: A .csv, or a .jsonl or .json for JSON lines. None writes JSON lines to stdout.
+        top_k: Number of most probable classes per image.
+        batch_size: Default: 256 on CUDA, 64 on CPU.
         force: Overwrite `output`.
 
     Returns:
         The number of images that could not be read.
 
     Raises:
-        UserError: An argument is wrong, or the output cannot be written; it is then as it was before.
+        UserError: An argument is wrong, or the output cannot be written; an old file is then unchanged.
     """
     _check_numbers(top_k, batch_size)
     if output is not None:
@@ -77,16 +77,16 @@ def predict_images(
     found = find_images(paths)
     trained = load_trained_model(run)
     if top_k > len(trained.class_names):
-        raise UserError(f"--top_k {top_k}: the run knows {len(trained.class_names)} classes, give at most as many.")
+        raise UserError(f"--top_k {top_k}: the run has {len(trained.class_names)} classes; give at most as many.")
     began = time.monotonic()
     counts: Counter[str] = Counter()
     unreadable = Unreadables()
-    hide_bar = output is None and sys.stdout.isatty()  # the lines themselves show how far it is
-    answers = _answers(trained, found, unreadable, top_k=top_k, batch_size=batch_size, hide_bar=hide_bar)
-    with _rows(output, top_k) as write, closing(answers):  # here and not by the garbage collector: it has a bar
-        for answer in answers:
-            counts[answer[1][0][0]] += 1
-            write(answer)
+    hide_bar = output is None and sys.stdout.isatty()  # the printed lines show the progress
+    predictions = _predictions(trained, found, unreadable, top_k=top_k, batch_size=batch_size, hide_bar=hide_bar)
+    with _rows(output, top_k) as write, closing(predictions):  # not by the garbage collector, as it shows a bar
+        for prediction in predictions:
+            counts[prediction[1][0][0]] += 1
+            write(prediction)
     unreadable.show()
     if output is not None:
         _summarize(output, counts, time.monotonic() - began)
@@ -110,10 +110,10 @@ def _check_output(output: Path, force: bool) -> None:
 
 
 def find_images(paths: Sequence[Path]) -> list[str]:
-    """List image files: those that are named, and those in folders and the folders below, sorted by path.
+    """List the given image files, and those in the given folders and their subfolders, sorted by path.
 
-    In folders a file counts whose extension Pillow reads and that is not hidden; hidden folders and links to folders
-    are passed over. Files that are named themselves always count, and what is named twice counts twice.
+    In folders these are the files with an extension that Pillow reads; hidden files, hidden folders and links to
+    folders are skipped. Given files are listed whatever their extension, and twice if given twice.
 
     Raises:
         UserError: A path does not exist, a folder cannot be searched, or there is no image below it.
@@ -123,14 +123,14 @@ def find_images(paths: Sequence[Path]) -> list[str]:
         if os.path.isdir(path):
             below = sorted(_images_below(path))
             if not below:
-                raise UserError(f"{path}: no images in this folder or below; name files to try them all the same.")
+                raise UserError(f"{path}: no images in this folder or its subfolders; give files to try them anyway.")
             found += below
         elif os.path.exists(path):
             found.append(str(path))
         else:
-            raise UserError(f"{path}: there is no such file or folder.")
+            raise UserError(f"{path}: no such file or folder.")
     if not found:
-        raise UserError("PATH: name images, or folders of them.")
+        raise UserError("PATH: give image files or folders.")
     return found
 
 
@@ -149,23 +149,23 @@ def _images_below(top: Path) -> Iterator[str]:
                 yield os.path.join(folder, name)
 
 
-# -- images to classes ----------------------------------------------------------------------------------------
+# -- predictions ------------------------------------------------------------------------------------------------
 
 
 class Unreadables:
-    """Counts the images that cannot be read and keeps the first few reasons."""
+    """Number of images that cannot be read, and the first reasons."""
 
     def __init__(self) -> None:
         self.count = 0
         self._reasons: list[str] = []
 
     def add(self, reasons: Sequence[str]) -> None:
-        """Note some images' reasons, each of which begins with the path."""
+        """Add reasons, each of which begins with the path of an image."""
         self.count += len(reasons)
         self._reasons += reasons[: _LISTED - len(self._reasons)]
 
     def show(self) -> None:
-        """Print them on stderr, a line each."""
+        """Print the reasons to stderr."""
         for reason in self._reasons:
             print(printable(reason), file=sys.stderr)
         if self.count > _LISTED:
@@ -179,25 +179,25 @@ def top_classes(
     mean: Float[Tensor, "3"],
     std: Float[Tensor, "3"],
     top_k: int,
-    views: TTA = "none",
+    tta: TTA = "none",
 ) -> tuple[Float[Tensor, "batch top_k"], Int64[Tensor, "batch top_k"]]:
     """Return probabilities and indices of the most probable classes, the most probable first.
 
     Args:
-        model: In evaluation mode.
-        images: uint8 RGB, 0-255, on the network's device.
+        model: In eval mode.
+        images: uint8 RGB, 0-255, on the model's device.
         mean: Of images scaled to 0-1.
         std: Of images scaled to 0-1.
-        top_k: How many classes.
-        views: Of each image, whose answers are averaged.
+        top_k: Number of classes.
+        tta: Test-time augmentation.
     """
-    logits = tta_logits(model, normalize(images, mean=mean, std=std), views)[0].float()
-    # By logits: large ones become equal probabilities. Stable, so that of equal ones the first wins, as in `argmax`.
+    logits = tta_logits(model, normalize(images, mean=mean, std=std), tta)[0].float()
+    # By logits, as probabilities of large ones are equal; stable, so that the first of equal ones wins, as in argmax.
     classes = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     return logits.softmax(1).gather(1, classes), classes
 
 
-def _answers(
+def _predictions(
     trained: TrainedModel,
     paths: Sequence[str],
     unreadable: Unreadables,
@@ -205,34 +205,34 @@ def _answers(
     top_k: int,
     batch_size: int | None,
     hide_bar: bool,
-) -> Generator[Answer, None, None]:
-    """Yield the answer for each image that can be read, in order.
+) -> Generator[Prediction, None, None]:
+    """Yield the prediction for each image that can be read, in order.
 
     Raises:
-        UserError: The network gives no numbers.
+        UserError: A prediction is NaN.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, size = trained.model.to(device), batch_size or _BATCH_SIZE[device.type]
     mean, std = (torch.tensor(values, device=device) for values in (trained.mean, trained.std))
-    stretch = max(1, _STRETCH_BYTES // (3 * trained.image_size**2))
-    for start in range(0, len(paths), stretch):
-        part = paths[start : start + stretch]
+    chunk_size = max(1, _CHUNK_BYTES // (3 * trained.image_size**2))
+    for start in range(0, len(paths), chunk_size):
+        chunk = paths[start : start + chunk_size]
         with contextlib.ExitStack() as stack:
-            images, bad = _decoded(part, trained.image_size)
+            images, bad = _decoded(chunk, trained.image_size)
             done = start + len(bad)
             show = stack.enter_context(progress(len(paths), "Classifying images", completed=done, hidden=hide_bar))
             unreadable.add([reason for _, reason in bad])
-            good = np.delete(np.arange(len(part)), [index for index, _ in bad])
+            good = np.delete(np.arange(len(chunk)), [index for index, _ in bad])
             for at in range(0, len(good), size):
                 batch = good[at : at + size]
                 with torch.inference_mode():
                     raw = torch.from_numpy(images[batch]).to(device)
-                    probs, classes = top_classes(model, raw, mean=mean, std=std, top_k=top_k, views=trained.views)
+                    probs, classes = top_classes(model, raw, mean=mean, std=std, top_k=top_k, tta=trained.tta)
                 if not probs.isfinite().all():
-                    raise UserError(f"{trained.checkpoint}: this network answers with NaN: its training diverged.")
+                    raise UserError(f"{trained.checkpoint}: the model predicts NaN; its training diverged.")
                 for index, row, ranked in zip(batch.tolist(), probs.tolist(), classes.tolist(), strict=True):
                     pairs = zip(ranked, row, strict=True)
-                    yield part[index], [(trained.class_names[k], float(f"{prob:.{_DIGITS}g}")) for k, prob in pairs]
+                    yield chunk[index], [(trained.class_names[k], float(f"{prob:.{_DIGITS}g}")) for k, prob in pairs]
                 done += len(batch)
                 show(done)
 
@@ -240,7 +240,7 @@ def _answers(
 def _decoded(paths: Sequence[str], image_size: int) -> tuple[np.ndarray, list[image_decoding.Unreadable]]:
     """Return uint8 (len(paths), image_size, image_size, 3), and index and reason for each that cannot be read."""
     images = np.empty((len(paths), image_size, image_size, 3), np.uint8)
-    with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON lines alone
+    with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON lines only
         return images, image_decoding.decode_all(paths, image_size, images)
 
 
@@ -249,7 +249,7 @@ def _decoded(paths: Sequence[str], image_size: int) -> tuple[np.ndarray, list[im
 
 @contextmanager
 def _rows(output: Path | None, top_k: int) -> Iterator[Write]:
-    """Give what writes an image's row; a file appears whole, under its name, at the end."""
+    """Yield a function that writes the row of an image; the file gets its name when all are written."""
     if output is None:
         yield _json_writer(sys.stdout.write, ensure_ascii=True)  # stdout may have any encoding
         sys.stdout.flush()
@@ -269,16 +269,16 @@ def _csv_writer(file: TextIO, top_k: int) -> Write:
         header += [f"class_{rank}", f"probability_{rank}"]
     writer.writerow(header)
 
-    def write(answer: Answer) -> None:
-        path, ranked = answer
+    def write(prediction: Prediction) -> None:
+        path, ranked = prediction
         writer.writerow([path, *(cell for pair in ranked for cell in pair)])
 
     return write
 
 
 def _json_writer(write_text: Callable[[str], object], *, ensure_ascii: bool) -> Write:
-    def write(answer: Answer) -> None:
-        path, ranked = answer
+    def write(prediction: Prediction) -> None:
+        path, ranked = prediction
         top = [{"class": name, "probability": prob} for name, prob in ranked]
         write_text(json.dumps({"path": path, **top[0], "top": top}, ensure_ascii=ensure_ascii) + "\n")
 

@@ -1,4 +1,4 @@
-"""A trained model from a run folder, with what it needs to treat new images; imports no Lightning."""
+"""The trained model of a run with its preprocessing. Imports no Lightning."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,23 +19,23 @@ from cifar_lightning.transforms.augmentation import normalize
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A network that was trained, on the CPU in evaluation mode, and how images must be treated for it.
+    """A trained model, on the CPU in eval mode, with its preprocessing.
 
     Attributes:
-        model: Takes normalised float images (batch, 3, image_size, image_size), gives raw logits (batch, classes).
-        views: Of each image, whose answers the run's test averages.
+        model: Maps normalised float images (batch, 3, image_size, image_size) to raw logits (batch, classes).
+        tta: Test-time augmentation of the run.
         class_names: In the order of the logits.
-        image_size: Side of the square images in pixels.
+        image_size: Height and width in pixels.
         mean: Per channel, of images scaled to 0-1.
         std: Per channel, of images scaled to 0-1.
-        architecture: Arguments of `build_model`: name, num_classes, image_size and the network's own.
-        checkpoint: The file that it was read from.
-        sha256: Hash of that file.
-        epoch: The finished epoch that the weights are of, counted from 1.
+        architecture: Arguments of `build_model`.
+        checkpoint: File that the weights are from.
+        sha256: Hash of the file.
+        epoch: Epoch of the weights, counted from 1.
     """
 
     model: nn.Module
-    views: TTA
+    tta: TTA
     class_names: tuple[str, ...]
     image_size: int
     mean: tuple[float, ...]
@@ -46,27 +46,26 @@ class TrainedModel:
     epoch: int
 
     def logits(self, images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch classes"]:
-        """Return raw logits of raw images, 0-255, square at `image_size`: the mean over the run's views of them."""
+        """Return the logits of uint8 RGB images at `image_size`, averaged over the views of the run's TTA."""
         with torch.inference_mode():
             normalized = normalize(images, mean=torch.tensor(self.mean), std=torch.tensor(self.std))
-            answer, _ = tta_logits(self.model, normalized, self.views)
-        return answer
+            return tta_logits(self.model, normalized, self.tta)[0]
 
 
 def load_trained_model(run: RunFolder) -> TrainedModel:
-    """Read the network of a run, best checkpoint first, from nothing but the run's folder.
+    """Load the model of a run from its best checkpoint, or else the last.
 
     Raises:
-        UserError: No checkpoint, a damaged one, or one of a network that this version cannot make by name.
+        UserError: The checkpoint is missing or damaged, or its model cannot be built by name.
     """
     path = run.tested_checkpoint
     run.require(path)
     checkpoint = read_checkpoint(path)
     hparams, data = checkpoint.get("hyper_parameters", {}), checkpoint.get(DATA_STATE)
     if data is None:
-        raise UserError(f"{path}: holds no class names and no statistics; it is not from `python train.py fit`.")
+        raise UserError(f"{path}: has no class names, mean and std; it is not from `python train.py fit`.")
     if not hparams.get("name"):
-        raise UserError(f"{path}: of a network made in Python, which cannot be made again by name; load it there.")
+        raise UserError(f"{path}: of a model made in Python; use ImageClassifier.load_from_checkpoint there.")
     architecture = {
         "name": hparams["name"],
         "num_classes": len(data["class_names"]),
@@ -77,7 +76,7 @@ def load_trained_model(run: RunFolder) -> TrainedModel:
     load_weights(model, path, checkpoint)
     return TrainedModel(
         model=model,
-        views=hparams.get("tta", "none"),
+        tta=hparams.get("tta", "none"),
         class_names=tuple(data["class_names"]),
         image_size=data["image_size"],
         mean=tuple(data["mean"]),

@@ -25,7 +25,7 @@ def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> P
     Args:
         run: The run.
         card: What only the export knows: `file`, `format`, `checkpoint_sha256`, `class_names`, `image_size`, `epoch`,
-            `views`, `images` (what the graph takes; empty for weights alone) and `outputs`.
+            `tta`, `images` (what the graph takes; empty for weights alone) and `outputs`.
         folder: Where the exported file is.
 
     Returns:

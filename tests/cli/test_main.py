@@ -210,7 +210,7 @@ def test_a_new_user_trains_tests_looks_predicts_exports_and_trains_on(tmp_path):
     assert "--force" in refused.stderr
 
     exported = start("export", run.path, "--format", "onnx", "--probs", cwd=tmp_path)
-    assert "every top-1 equal" in exported.stdout
+    assert "all top-1 predictions equal" in exported.stdout
     assert (run.path / "model.onnx").stat().st_size > 1000
 
     done = start("fit", "--resume", run.path, "--epochs", 3, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""An exported network answers as PyTorch does, at every batch size, and says of itself what it needs."""
+"""Exported models predict as PyTorch does at every batch size, and carry their metadata."""
 
 import importlib.metadata
 import json
@@ -25,7 +25,7 @@ CLASSES = [f"class {k}" for k in range(10)]
 
 
 def make_run(path, name="smallnet", tta="none", **model_kwargs):
-    """Write a run whose network has random weights and statistics, so that its answers are spread over the classes."""
+    """Write a run whose model has random weights and statistics, so that predictions are spread over the classes."""
     run = RunFolder(path)
     run.checkpoints.mkdir(parents=True)
     torch.manual_seed(1)
@@ -39,7 +39,7 @@ def make_run(path, name="smallnet", tta="none", **model_kwargs):
             head = layer
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
     images = normalize(torch.from_numpy(test_images(256).copy()), mean=torch.tensor(mean), std=torch.tensor(std))
-    with torch.no_grad():  # logits as a trained network's: no class is the answer to everything, none saturates
+    with torch.no_grad():  # logits as a trained model's: no class is predicted for all images, none saturates
         logits = module.model.eval()(images)
         head.bias.sub_(logits.mean(0))
         scale = 2 / (logits - logits.mean(0)).std()
@@ -72,7 +72,7 @@ def ask_onnx(path, images, output="logits"):
     )
 
 
-def assert_onnx_answers_as_pytorch(run, path, images, sizes):
+def assert_onnx_predicts_as_pytorch(run, path, images, sizes):
     trained = load_trained_model(run)
     parts = torch.from_numpy(images.copy()).split(256)
     expected = torch.cat([trained.logits(part) for part in parts]).softmax(1).numpy()
@@ -86,7 +86,7 @@ def assert_onnx_answers_as_pytorch(run, path, images, sizes):
 
 def test_onnx_takes_raw_images_in_batches_of_any_size(run, tmp_path, capsys):
     path = export_run(run, "onnx", output=tmp_path / "net.onnx", probs=True)
-    assert_onnx_answers_as_pytorch(run, path, test_images(64), (1, 7, 64))
+    assert_onnx_predicts_as_pytorch(run, path, test_images(64), (1, 7, 64))
     out = capsys.readouterr()
     assert "256 test images: largest difference of a probability" in out.out
     assert out.err == ""
@@ -101,14 +101,14 @@ def test_the_graph_has_the_promised_names_and_metadata(run, tmp_path):
     assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert images.type.tensor_type.shape.dim[0].dim_param == "batch"
     assert [dim.dim_value for dim in images.type.tensor_type.shape.dim][1:] == [3, 32, 32]
-    told = {entry.key: entry.value for entry in model.metadata_props}
-    assert json.loads(told["class_names"]) == CLASSES
-    assert told["checkpoint_sha256"] == load_trained_model(run).sha256
-    assert (told["image_size"], told["epoch"]) == ("32", "3")
-    assert told["cifar_lightning"] == importlib.metadata.version("cifar-lightning")
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(metadata["class_names"]) == CLASSES
+    assert metadata["checkpoint_sha256"] == load_trained_model(run).sha256
+    assert (metadata["image_size"], metadata["epoch"]) == ("32", "3")
+    assert metadata["cifar_lightning"] == importlib.metadata.version("cifar-lightning")
 
 
-def test_float_input_and_uint8_input_give_the_same_answers(run, tmp_path):
+def test_float_input_and_uint8_input_give_the_same_predictions(run, tmp_path):
     images = np.ascontiguousarray(test_images(20).transpose(0, 3, 1, 2))
     raw = ask_onnx(export_run(run, "onnx", output=tmp_path / "raw.onnx"), images)(20)
     path = export_run(run, "onnx", output=tmp_path / "float.onnx", input="float")
@@ -129,20 +129,20 @@ def test_the_torch_archive_runs_at_any_batch_size_and_holds_its_metadata(run, tm
         torch.testing.assert_close(probs, expected[:size].softmax(1), atol=1e-4, rtol=0)
 
 
-def test_safetensors_hold_the_weights_and_how_to_build_the_network(run, tmp_path):
+def test_safetensors_hold_the_weights_and_how_to_build_the_model(run, tmp_path):
     from safetensors import safe_open
 
     path = export_run(run, "safetensors", output=tmp_path / "net.safetensors")
     with safe_open(path, "pt") as file:
-        told = file.metadata()
-    model = build_model(**json.loads(told["architecture"]))
+        metadata = file.metadata()
+    model = build_model(**json.loads(metadata["architecture"]))
     load_weights(model, path)
     expected = load_trained_model(run).model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-    assert json.loads(told["mean"]) == pytest.approx([0.4, 0.5, 0.6])
+    assert json.loads(metadata["mean"]) == pytest.approx([0.4, 0.5, 0.6])
 
 
-def test_the_graph_averages_the_views_that_the_test_did(tmp_path):
+def test_the_graph_averages_the_views_of_tta(tmp_path):
     run = make_run(tmp_path / "run", tta="six", widths=[4, 8])
     path = export_run(run, "onnx", output=None)
     raw_images = torch.from_numpy(test_images(20).copy())
@@ -150,9 +150,9 @@ def test_the_graph_averages_the_views_that_the_test_did(tmp_path):
     images = normalize(raw_images, mean=torch.tensor(trained.mean), std=torch.tensor(trained.std))
     with torch.no_grad():
         expected, plain = tta_logits(trained.model, images, "six")
-    answers = ask_onnx(path, raw_images.permute(0, 3, 1, 2).numpy())(7)
-    np.testing.assert_allclose(answers, expected.numpy(), atol=1e-4)
-    assert not np.allclose(answers, plain.numpy(), atol=1e-2)
+    logits = ask_onnx(path, raw_images.permute(0, 3, 1, 2).numpy())(7)
+    np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
+    assert not np.allclose(logits, plain.numpy(), atol=1e-2)
     assert "--model.tta six" in (run.path / "MODEL_CARD.md").read_text()
 
 
@@ -164,13 +164,13 @@ def test_without_test_images_random_ones_are_checked_and_named(tmp_path, capsys)
     assert (run.path / "model.safetensors").exists()
 
 
-def test_a_file_that_answers_otherwise_is_not_kept(run, tmp_path, monkeypatch):
+def test_a_file_that_predicts_differently_is_not_kept(run, tmp_path, monkeypatch):
     class Wrong(export.ExportedModel):
         def forward(self, images):
             return (super().forward(images)[0] + torch.arange(10.0) / 100,)
 
     monkeypatch.setattr(export, "ExportedModel", Wrong)
-    with pytest.raises(RuntimeError, match="does not answer as PyTorch does"):
+    with pytest.raises(RuntimeError, match="differ from PyTorch"):
         export_run(run, "torch", output=tmp_path / "net.pt2")
     assert list(tmp_path.iterdir()) == []
 
@@ -186,7 +186,7 @@ def test_what_is_in_the_way_is_named_before_any_work(run, tmp_path, monkeypatch)
     ):
         with pytest.raises(UserError, match=message):
             export_run(run, "onnx", output=output)
-    with pytest.raises(UserError, match="holds weights alone"):
+    with pytest.raises(UserError, match="has weights only"):
         export_run(run, "safetensors", output=tmp_path / "x.safetensors", probs=True)
 
 
@@ -215,4 +215,4 @@ def test_force_overwrites(run, tmp_path):
 def test_onnx_agrees_on_1000_test_images_in_batches_from_1_to_512(tmp_path, name):
     run = make_run(tmp_path / "run", name)
     path = export_run(run, "onnx", probs=True)
-    assert_onnx_answers_as_pytorch(run, path, test_images(1000), (1, 7, 256, 512))
+    assert_onnx_predicts_as_pytorch(run, path, test_images(1000), (1, 7, 256, 512))

@@ -1,4 +1,4 @@
-"""The classes of image files: the same as one image at a time, in order, whole files or none, short messages."""
+"""Predictions for image files: as one image at a time, in order, whole files or none, short messages."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ def _decoding_here(request, monkeypatch):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run of a network with random weights and used batch statistics, seen from a folder that is empty otherwise."""
+    """A run of a model with random weights and used batch statistics, seen from a folder that is empty otherwise."""
     run = RunFolder(tmp_path / "run")
     run.checkpoints.mkdir(parents=True)
     save(run)
@@ -113,7 +113,7 @@ def test_rows_equal_one_image_at_a_time_in_sorted_order(run, capsys):
     rows = read_csv()
     assert [row["path"] for row in rows] == [str(path) for path in paths]
     assert_as_naive(run, rows)
-    assert len({row["class"] for row in rows}) > 1, "a test that any answer passes"
+    assert len({row["class"] for row in rows}) > 1, "a test that any prediction passes"
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("40 images in ")
     assert first.endswith(" images/s): out.csv")
@@ -154,12 +154,12 @@ def test_the_batch_size_changes_nothing(run, batch_size):
         assert [prob for _, prob in ranked(one)] == pytest.approx([prob for _, prob in ranked(other)], abs=1e-6)
 
 
-def test_many_stretches_and_worker_processes_change_nothing(run, monkeypatch, capfd):
+def test_many_chunks_and_worker_processes_change_nothing(run, monkeypatch, capfd):
     paths = save_images(23)
     paths[5].write_bytes(b"broken")
     paths[22].write_bytes(b"broken")
     assert predict_images(run, paths, output=Path("a.jsonl")) == 2
-    monkeypatch.setattr(predict, "_STRETCH_BYTES", 11 * 3 * SIZE**2)
+    monkeypatch.setattr(predict, "_CHUNK_BYTES", 11 * 3 * SIZE**2)
     monkeypatch.setattr(image_decoding, "_IMAGES_PER_WORKER", 5)
     monkeypatch.setattr(image_decoding, "usable_cpus", lambda: 2)
     monkeypatch.setattr(image_decoding, "_LOGGED_FROM", 11)
@@ -168,9 +168,9 @@ def test_many_stretches_and_worker_processes_change_nothing(run, monkeypatch, ca
     captured = capfd.readouterr()
     expected = [json.loads(line) for line in Path("a.jsonl").read_text(encoding="utf-8").splitlines()]
     for line, other in zip(captured.out.splitlines(), expected, strict=True):
-        answer = json.loads(line)
-        assert (answer["path"], answer["class"]) == (other["path"], other["class"])
-        assert [one["probability"] for one in answer["top"]] == pytest.approx(
+        row = json.loads(line)
+        assert (row["path"], row["class"]) == (other["path"], other["class"])
+        assert [one["probability"] for one in row["top"]] == pytest.approx(
             [one["probability"] for one in other["top"]], abs=1e-6
         )
     assert captured.err.count("cannot be read") == 2
@@ -189,9 +189,9 @@ def test_equal_logits_give_the_first_class_as_argmax_does():
     assert probs.tolist() == [pytest.approx([*[higher] * 500, lower])] * 2
 
 
-def test_a_network_that_diverged_is_an_error_and_leaves_no_file(run):
+def test_a_model_that_diverged_is_an_error_and_leaves_no_file(run):
     save(run, **{"model.head.bias": torch.full((3,), torch.nan)})
-    with pytest.raises(UserError, match="answers with NaN"):
+    with pytest.raises(UserError, match="predicts NaN"):
         predict_images(run, save_images(2), output=Path("out.csv"))
     assert os.listdir() == ["images"]
 
@@ -199,7 +199,7 @@ def test_a_network_that_diverged_is_an_error_and_leaves_no_file(run):
 # -- images that cannot be read -------------------------------------------------------------------------------
 
 
-def test_unreadable_images_are_listed_and_all_others_answered(run, capsys):
+def test_unreadable_images_are_listed_and_all_others_predicted(run, capsys):
     paths = save_images(8)
     whole = paths[2].read_bytes()
     paths[0].write_bytes(whole[: len(whole) // 2])
@@ -210,9 +210,9 @@ def test_unreadable_images_are_listed_and_all_others_answered(run, capsys):
     rows = read_csv()
     assert [row["path"] for row in rows] == [str(paths[k]) for k in (1, 2, 5, 6)]
     assert_as_naive(run, rows)
-    told = capsys.readouterr().err.splitlines()
-    assert [line.split(" ")[0] for line in told] == [str(paths[k]) for k in (0, 3, 4, 7)]
-    assert all("cannot be read (" in line for line in told)
+    printed = capsys.readouterr().err.splitlines()
+    assert [line.split(" ")[0] for line in printed] == [str(paths[k]) for k in (0, 3, 4, 7)]
+    assert all("cannot be read (" in line for line in printed)
 
 
 def test_an_unreadable_image_takes_one_line_whatever_its_name(run, capsys):
@@ -264,9 +264,9 @@ def test_odd_names_come_back_from_csv_json_and_stdout(run, name, capsys):
     predict_images(run, [Path(name)], output=None)
     assert read_csv()[0]["path"] == name
     assert json.loads(Path("out.json").read_text(encoding="utf-8"))["path"] == name
-    told = capsys.readouterr().out
-    assert json.loads(told)["path"] == name
-    assert told.isascii(), "stdout may have any encoding"
+    printed = capsys.readouterr().out
+    assert json.loads(printed)["path"] == name
+    assert printed.isascii(), "stdout may have any encoding"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has file names that are not UTF-8")
@@ -347,11 +347,11 @@ def test_output_is_whole_or_as_before(run, monkeypatch, error, seen):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"paths": ["absent.png"]}, r"absent\.png: there is no such file or folder"),
-        ({"paths": ["images", "empty"]}, "empty: no images in this folder or below"),
-        ({"paths": []}, "PATH: name images"),
+        ({"paths": ["absent.png"]}, r"absent\.png: no such file or folder"),
+        ({"paths": ["images", "empty"]}, "empty: no images in this folder"),
+        ({"paths": []}, "PATH: give image files"),
         ({"top_k": 0}, "--top_k 0: 1 or more"),
-        ({"top_k": 4}, "--top_k 4: the run knows 3 classes"),
+        ({"top_k": 4}, "--top_k 4: the run has 3 classes"),
         ({"batch_size": 0}, "--batch_size 0: 1 or more"),
         ({"output": "out.txt"}, r"--output out\.txt: give a \.csv, or a \.jsonl"),
         ({"output": "out"}, r"--output out: give a \.csv"),
@@ -366,7 +366,7 @@ def test_mistakes_are_named_in_one_line_before_any_image_is_read(run, monkeypatc
     Path("empty/notes.txt").write_text("none")
     monkeypatch.setattr(image_decoding, "decode_all", lambda *arguments: pytest.fail("an image was read"))
     if "top_k" not in arguments:
-        monkeypatch.setattr(predict, "load_trained_model", lambda run: pytest.fail("the network was loaded"))
+        monkeypatch.setattr(predict, "load_trained_model", lambda run: pytest.fail("the model was loaded"))
     before = sorted(os.listdir())
     paths = [Path(path) for path in arguments.pop("paths", ["images"])]
     output = Path(arguments.pop("output", "out.csv"))

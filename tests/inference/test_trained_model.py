@@ -29,7 +29,7 @@ def save(run, **changes):
     return module
 
 
-def test_a_run_gives_back_the_network_and_how_it_sees_images(run):
+def test_a_run_gives_its_model_and_preprocessing(run):
     module = save(run)
     trained = load_trained_model(run)
     images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
@@ -55,7 +55,7 @@ def test_without_a_best_checkpoint_the_last_is_taken(run):
         ({"hyper_parameters": {"name": "smallnet"}}, "of another model: features.0.weight is 2x3x3x3 in it and 64x"),
     ],
 )
-def test_what_is_no_run_of_ours_is_named(run, changes, message):
+def test_other_checkpoints_are_refused(run, changes, message):
     save(run, **changes)
     with pytest.raises(UserError, match=message):
         load_trained_model(run)
