@@ -1,4 +1,4 @@
-"""Our data module with a LightningModule that knows nothing of it: python examples/other_lightning_module.py."""
+"""ImageDataModule with a LightningModule of another project: python examples/other_lightning_module.py."""
 
 import argparse
 
@@ -9,7 +9,7 @@ from cifar_lightning import ImageDataModule
 
 
 class OtherModule(pl.LightningModule):
-    """Stands for any module that takes images and targets."""
+    """Any module that takes images and labels."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class OtherModule(pl.LightningModule):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="synthetic", choices=["synthetic", "cifar10", "cifar100", "folder"])
-    parser.add_argument("--root", default="data", help="where the images are, or are downloaded to")
+    parser.add_argument("--root", default="data", help="folder of the images; downloads go there")
     parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()
     data = ImageDataModule(args.dataset, args.root, batch_size=64)

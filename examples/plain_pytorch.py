@@ -1,4 +1,4 @@
-"""Our data module in a plain PyTorch loop: python examples/plain_pytorch.py [--dataset cifar10 --epochs 10]."""
+"""ImageDataModule in a plain PyTorch loop: python examples/plain_pytorch.py [--dataset cifar10 --epochs 10]."""
 
 import argparse
 
@@ -9,10 +9,10 @@ from cifar_lightning import ImageDataModule
 
 
 def main() -> None:
-    """Train a small network and print its test accuracy."""
+    """Train a small model and print its test accuracy."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="synthetic", choices=["synthetic", "cifar10", "cifar100", "folder"])
-    parser.add_argument("--root", default="data", help="where the images are, or are downloaded to")
+    parser.add_argument("--root", default="data", help="folder of the images; downloads go there")
     parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,15 +23,15 @@ def main() -> None:
     stages = [nn.Sequential(nn.Conv2d(*sizes), nn.BatchNorm2d(sizes[1]), nn.ReLU()) for sizes in filters]
     model = nn.Sequential(*stages, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, data.num_classes)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    train_loader = data.train_dataloader()  # made once: each pass over it is the next epoch
+    train_loader = data.train_dataloader()  # each pass over it is the next epoch
     for _ in range(args.epochs):
-        for images, targets in train_loader:
+        for images, labels in train_loader:
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), targets).backward()
+            nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
     model.eval()
     with torch.no_grad():
-        correct = sum(int((model(images).argmax(1) == targets).sum()) for images, targets in data.test_dataloader())
+        correct = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in data.test_dataloader())
     print("test accuracy", correct / data.num_images("test"))
 
 

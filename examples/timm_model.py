@@ -1,4 +1,4 @@
-"""A network of timm trained by our ImageClassifier: python examples/timm_model.py [--model convnext_atto]."""
+"""A timm model trained by ImageClassifier: python examples/timm_model.py [--model convnext_atto]."""
 
 import argparse
 import sys
@@ -10,15 +10,15 @@ from cifar_lightning import ImageClassifier, ImageDataModule
 try:
     import timm
 except ImportError:
-    sys.exit("timm is missing. In the repository's folder: pip install -e '.[timm]'")
+    sys.exit("timm is not installed; in the folder of the repository: pip install -e '.[timm]'")
 
 
 def main() -> None:
-    """Train the network from random weights and print its test accuracy."""
+    """Train the model from random weights and print its test accuracy."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="resnet10t", help="a name of timm.list_models()")
+    parser.add_argument("--model", default="resnet10t", help="name of timm.list_models()")
     parser.add_argument("--dataset", default="synthetic", choices=["synthetic", "cifar10", "cifar100", "folder"])
-    parser.add_argument("--root", default="data", help="where the images are, or are downloaded to")
+    parser.add_argument("--root", default="data", help="folder of the images; downloads go there")
     parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()
     data = ImageDataModule(args.dataset, args.root, batch_size=64)

@@ -1,4 +1,4 @@
-"""The examples are short, and train networks that have learned; the data module is at home in other people's code."""
+"""The examples are short and train models that have learned."""
 
 import ast
 import os
@@ -25,12 +25,12 @@ def test_every_example_is_tested_and_shorter_than_40_lines():
 
 
 @pytest.mark.parametrize("name", ["plain_pytorch", "other_lightning_module"])
-def test_an_example_trains_a_network_that_has_learned(name, tmp_path):
+def test_an_example_trains_a_model_that_has_learned(name, tmp_path):
     assert 0.5 < accuracy_of(name, cwd=tmp_path) <= 1, "ten classes: chance is 0.1"
 
 
 @pytest.mark.slow
-def test_a_network_of_timm_learns_through_our_classifier(tmp_path):
+def test_a_timm_model_learns_with_image_classifier(tmp_path):
     pytest.importorskip("timm")
     assert 0.3 < accuracy_of("timm_model", "--epochs", 1, cwd=tmp_path) <= 1
 

@@ -61,7 +61,7 @@ def test_mixed_and_uneven_images_are_trained_on_tested_predicted_and_reported(
     assert supports == [max(1, round(0.25 * counts(number))) for number in range(num_classes)]
     start("test", run.path, cwd=tmp_path)
     assert json.loads(run.test_metrics.read_text())["accuracy"] == metrics["accuracy"]
-    start("predict-images", run.path, root / "test", "--output", "answers.csv", "--top_k", 1, cwd=tmp_path)
-    answers = (tmp_path / "answers.csv").read_text(encoding="utf-8").splitlines()[1:]
-    assert len(answers) == sum(1 for path in (root / "test").rglob("*.*"))
+    start("predict-images", run.path, root / "test", "--output", "predictions.csv", "--top_k", 1, cwd=tmp_path)
+    rows = (tmp_path / "predictions.csv").read_text(encoding="utf-8").splitlines()[1:]
+    assert len(rows) == sum(1 for path in (root / "test").rglob("*.*"))
     start("analyze", run.path, cwd=tmp_path)

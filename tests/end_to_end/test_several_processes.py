@@ -60,8 +60,8 @@ def check_run(path, *, num_processes, batch_size, printed):
     assert len(writers) == 1, "the process that wrote a file is in its name"
     assert json.loads(run.environment.read_text(encoding="utf-8"))["num_devices"] == num_processes
     for predictions_path, num_images in ((run.predictions, NUM_TEST), (run.predictions_val, 500)):
-        with np.load(predictions_path) as answers:
-            assert answers["indices"].tolist() == list(range(num_images))
+        with np.load(predictions_path) as predictions:
+            assert predictions["indices"].tolist() == list(range(num_images))
     confusion = torch.load(run.confusion_matrix_pt, weights_only=True)
     assert confusion.sum(1).tolist() == [NUM_TEST // 10] * 10
     assert json.loads(run.test_metrics.read_text(encoding="utf-8"))["num_pictures"] == NUM_TEST
