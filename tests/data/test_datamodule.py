@@ -207,7 +207,7 @@ def test_a_balanced_sampler_shows_every_class_equally_often_and_validation_as_it
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_image_that_is_shown_again_is_changed_anew_and_a_resumed_epoch_goes_on_with_the_same(uneven, num_workers):
+def test_a_repeated_image_is_augmented_differently_and_a_resumed_epoch_continues_with_the_same(uneven, num_workers):
     module = ImageDataModule(
         "folder", str(uneven), batch_size=10, sampler="balanced", val_fraction=0.3, num_workers=num_workers
     )
