@@ -98,7 +98,7 @@ def test_tensorboard_is_never_opened_to_the_network(path):
 
 def test_the_policy_names_what_is_trusted_and_the_versions_that_are_excluded():
     text = (REPO / "SECURITY.md").read_text(encoding="utf-8")
-    for words in ("Recipes are code", "weights_only=True", "localhost", "2.6.2", "CVE-2026-24747", "CVE-2026-27489"):
+    for words in ("Configs are code", "weights_only=True", "localhost", "2.6.2", "CVE-2026-24747", "CVE-2026-27489"):
         assert words in text
     assert "SECURITY.md" in (REPO / "README.md").read_text(encoding="utf-8")
 
