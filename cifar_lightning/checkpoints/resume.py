@@ -16,6 +16,7 @@ from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import read_json
 from cifar_lightning.runs.folder import RunFolder, open_run
+from cifar_lightning.runs.schema import upgrade_config
 from cifar_lightning.settings.roles import FIXED, MAKES_BATCHES, PLANS_SCHEDULE
 from cifar_lightning.settings.safe_yaml import read_yaml
 
@@ -180,7 +181,7 @@ def describe_changes(changes: Changes) -> list[str]:
 
 def _read_yaml(text: str, path: Path) -> dict[str, Any]:
     try:
-        tree = read_yaml(text)
+        tree = upgrade_config(read_yaml(text))
     except yaml.YAMLError as error:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())}).") from error
     if not isinstance(tree, dict):

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-SCHEMA_VERSION = 2
-"""1, without a version in the file: parameters are named `network.*`. 2: `model.*`."""
+from cifar_lightning.runs.schema import SCHEMA_VERSION, upgrade_model_settings
+
 SCHEMA_KEY = "cifar_lightning_schema"
-_RENAMED_HPARAMS = {"stem_share": "stem_train_fraction"}
 
 
 def upgrade_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -21,7 +20,7 @@ def upgrade_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
         if isinstance(checkpoint.get(key), dict):
             upgraded[key] = {_renamed(name): value for name, value in checkpoint[key].items()}
     if isinstance(hparams := checkpoint.get("hyper_parameters"), dict):
-        upgraded["hyper_parameters"] = {_RENAMED_HPARAMS.get(name, name): value for name, value in hparams.items()}
+        upgraded["hyper_parameters"] = upgrade_model_settings(hparams)
     return upgraded
 
 

@@ -18,6 +18,7 @@ import yaml
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped
+from cifar_lightning.runs.schema import upgrade_config
 from cifar_lightning.settings.bounds import within
 from cifar_lightning.settings.safe_yaml import read_yaml
 
@@ -220,7 +221,7 @@ def check_config(path: Path) -> None:
     """
     file = f"--config {clipped(str(path), 200)}"
     try:
-        tree = read_yaml(path.read_text(encoding="utf-8"))
+        tree = upgrade_config(read_yaml(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}).{_suggest_config(path)}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

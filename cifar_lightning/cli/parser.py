@@ -18,6 +18,7 @@ from cifar_lightning.data.datasets import DATASETS
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped
 from cifar_lightning.models.registry import LIBRARIES, MODELS, check_model_kwargs, check_name
+from cifar_lightning.runs.schema import upgrade_config
 from cifar_lightning.settings.limits import Count, check_setting, limits_of, members
 from cifar_lightning.settings.roles import READ_BY
 from cifar_lightning.settings.safe_yaml import checked
@@ -43,7 +44,8 @@ _PREFIXES = {"model.name": tuple(f"{library}/" for library in LIBRARIES)}  # of 
 _MOST_DEVICES = 1024  # of one machine; a typo would start that many processes
 # jsonargparse's own reader of YAML ends in a traceback for some values, and never for an alias inside what it names.
 _MODE = "checked_yaml"
-set_loader(_MODE, checked(get_loader("yaml")), (yaml.YAMLError,))
+_read_checked = checked(get_loader("yaml"))
+set_loader(_MODE, lambda text: upgrade_config(_read_checked(text)), (yaml.YAMLError,))
 # Limits of the flags whose annotations are Lightning's.
 _TRAINER_LIMITS = {
     "seed_everything": Annotated[int, Field(ge=0, lt=2**32, description="0 to 4294967295, what NumPy takes")],

@@ -17,6 +17,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.files import MetricsTable
 from cifar_lightning.metrics.classification import confusion_matrix
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.runs.schema import upgrade_config, upgrade_test_metrics
 from cifar_lightning.settings.safe_yaml import read_yaml
 
 DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)  # of an .npz
@@ -117,7 +118,7 @@ def read_results(run: RunFolder) -> Results:
     cut = _name_cut_tables(tables)
     no_tta = None
     if origin.config.get("model", {}).get("tta", "none") != "none":
-        no_tta = (_try(_read_object, run.test_metrics, problems) or {}).get("accuracy_no_tta")
+        no_tta = upgrade_test_metrics(_try(_read_object, run.test_metrics, problems) or {}).get("accuracy_no_tta")
     return Results(
         class_names=names,
         confusion=confusion,
@@ -252,7 +253,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = read_yaml(path.read_text(encoding="utf-8"))
+    config = upgrade_config(read_yaml(path.read_text(encoding="utf-8")))
     if not isinstance(config, dict):
         raise ValueError("it is no table of values")
     return config

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cifar_lightning.runs.schema import SCHEMA_VERSION
+
 _DISTRIBUTIONS = ("cifar-lightning", "torch", "torchvision", "lightning", "torchmetrics", "numpy")
 
 
@@ -25,6 +27,7 @@ def describe_environment() -> dict[str, Any]:
             versions[name] = None
     commit, dirty = _describe_checkout(Path(__file__))
     return {
+        "schema_version": SCHEMA_VERSION,
         "versions": versions,
         "platform": platform.platform(),
         "cpu": _cpu_name(),

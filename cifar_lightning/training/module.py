@@ -15,7 +15,7 @@ from torchmetrics import MetricCollection
 
 from cifar_lightning.checkpoints.loading import plain, progress_of
 from cifar_lightning.checkpoints.pretrained import load_pretrained
-from cifar_lightning.checkpoints.schema import SCHEMA_KEY, SCHEMA_VERSION, upgrade_checkpoint
+from cifar_lightning.checkpoints.schema import SCHEMA_KEY, upgrade_checkpoint
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.metrics.classification import accuracy, macro_f1
 from cifar_lightning.models.compile import compile_model
@@ -24,6 +24,7 @@ from cifar_lightning.models.registry import DEFAULT_MODEL, choose_model
 from cifar_lightning.models.state_dicts import describe_misfits
 from cifar_lightning.optim.optimizers import OptimizerName, OptimizerSettings, build_optimizer
 from cifar_lightning.optim.schedules import ScheduleName, ScheduleSettings, make_schedule
+from cifar_lightning.runs.schema import SCHEMA_VERSION
 from cifar_lightning.settings.limits import Fraction, LearningRate, MixStrength, check_settings
 from cifar_lightning.training.data_protocol import TrainingData, training_data
 from cifar_lightning.training.ema import EmaWeights

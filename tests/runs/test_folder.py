@@ -115,7 +115,7 @@ def test_a_file_in_the_way_is_a_user_error_of_two_lines(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "mine").mkdir(mode=0o500)
-    with pytest.raises(UserError, match="cannot write there"):
+    with pytest.raises(UserError, match="--run_dir"):
         create_run(tmp_path, "smallnet", tmp_path / "mine")
 
 
