@@ -119,7 +119,7 @@ def evil(tmp_path):
 
 @pytest.mark.parametrize("read", [read_checkpoint, read_weights])
 def test_a_checkpoint_with_code_is_refused_by_name(evil, read):
-    with pytest.raises(UserError, match=r"evil\.ckpt: refused, since it .*could run code"):
+    with pytest.raises(UserError, match=r"evil\.ckpt: refused, .*could run code"):
         read(evil)
 
 
