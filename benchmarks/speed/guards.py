@@ -28,7 +28,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 
-from benchmarks.speed.overhead import SMALL_BATCH, one_layer, our_fit, register, silence, step_us, usual_parts
+from benchmarks.speed.one_layer import SMALL_BATCH, one_layer, silence, step_us
+from benchmarks.speed.overhead import default_training, our_fit, register
 from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.runs.environment import describe_environment
@@ -53,11 +54,11 @@ def without_guards() -> Iterator[None]:
 def step_costs(rounds: int) -> tuple[list[float], list[float]]:
     """Return microseconds a step with and without the guards, round by round; who goes first alternates."""
     guarded, bare = list[float](), list[float]()
-    fit = partial(our_fit, usual_parts())
+    fit = partial(our_fit, default_training(), "one_layer", SMALL_BATCH)
     for number in range(rounds):
         for is_guarded in (True, False) if number % 2 == 0 else (False, True):
             with contextlib.nullcontext() if is_guarded else without_guards():
-                (guarded if is_guarded else bare).append(step_us(fit, "one_layer", SMALL_BATCH))
+                (guarded if is_guarded else bare).append(step_us(fit))
     return guarded, bare
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from benchmarks.speed import paired
 from benchmarks.speed.peers import changed_for_cpu, peer_of, read_peer
 from cifar_lightning import ImageDataModule
 from cifar_lightning.data.datasets import Channels, ImageSet
@@ -199,6 +200,16 @@ def compare(ways: dict[str, Epoch], num_batches: int, rounds: int) -> dict[str, 
     return rates
 
 
+def compare_checkouts(args: argparse.Namespace) -> None:
+    """Compare the training loader of another checkout with ours; the last line is `ratio=X`."""
+    use_cores(NUM_CORES)
+    folders = [str(args.data.resolve())] if args.data else []
+    ratios = paired.ratios_to(args.against, "loader_epochs.py", folders, args.rounds)
+    environment = describe_environment()
+    device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores"
+    paired.tell(f"time of epochs of the training loader, batch size {BATCH_SIZE}", ratios, device)
+
+
 def main() -> None:
     """Measure and print; the last line is `ratio=X`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -209,8 +220,12 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=50_000, help="random images (default 50,000, as CIFAR-10 has)")
     parser.add_argument("--rounds", type=int, default=5, help="epochs of every loader (default 5)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
+    paired.add_argument(parser)
     args = parser.parse_args()
     try:
+        if args.against:
+            compare_checkouts(args)
+            return
         text = airbench_loader_text(args.peer[1]) if args.peer else None
         use_cores(NUM_CORES)
         data = make_data(args.data, args.num)

@@ -1,24 +1,25 @@
-"""Host time a training step that `Trainer.fit` adds to a hand-written loop over the same loader, network and optimiser.
+"""Host time that `Trainer.fit` adds to a step of a hand-written loop with the same loader, model and optimizer.
 
-    python -m benchmarks.speed.overhead                        a one-layer model, then SmallNet at batch 128
+    python -m benchmarks.speed.overhead                        a one-layer model, then SmallNet at batch size 128
     python -m benchmarks.speed.overhead --quick                the one-layer model alone, 1 round
     python -m benchmarks.speed.overhead --recipe speedrun94    the one-layer model with a config's optimizer, schedule
                                                                and flags, compared with barebones
+    python -m benchmarks.speed.overhead --against DIR          `fit` of another checkout of this project, in turn
 
-Four ways of training run in turn, several rounds, in one process: a hand-written loop; plain Lightning (bar, CSV
-logger, `self.log(prog_bar=True)`, its checkpoint callback); its barebones; our ordinary `fit` (bar, TensorBoard,
-metrics, checkpoints). A step's time is the mean distance of two forward passes; figures are compared within a round.
+Four programs run in turn, several rounds, in one process: a hand-written loop; plain Lightning (progress bar, CSV
+logger, `self.log(prog_bar=True)`, its checkpoint callback); Lightning's barebones; our ordinary `fit` (progress bar,
+TensorBoard, metrics, checkpoints). The time of a step is the mean time between two forward passes. Times are compared
+within a round. The last line is what `fit` adds over what plain Lightning adds (--quick) or barebones adds (--recipe),
+or the time of `fit` over the hand-written loop for SmallNet; with --against, our step time over theirs.
 """
 
 import argparse
-import contextlib
 import functools
 import json
 import os
 import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,40 +32,21 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from benchmarks import CONFIGS
+from benchmarks.speed import paired
+from benchmarks.speed.one_layer import SMALL_BATCH, Clocked, one_layer, step_us
 from cifar_lightning import ImageDataModule, SmallNet
 from cifar_lightning.cli.flags import table
 from cifar_lightning.cli.main import run_command
 from cifar_lightning.data.loaders import ImageLoader
+from cifar_lightning.errors import UserError
 from cifar_lightning.models.registry import MODELS
 from cifar_lightning.optim.optimizers import OptimizerSettings, build_optimizer
 from cifar_lightning.optim.schedules import ScheduleSettings, make_schedule
 from cifar_lightning.runs.environment import describe_environment
 
-SMALL_BATCH = 4  # 1,125 steps in an epoch of the synthetic set
 LR = 1e-3
-# Lightning sets it to 1; without a GPU torch's optimisers then look for the driver in every step.
+# Lightning sets it to 1; without a GPU torch's optimizers then look for the driver in every step.
 NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
-
-
-class Clocked(nn.Module):
-    """Notes the time of each training forward pass; the clock is of the class, since `fit` makes its own instance."""
-
-    ticks_s: list[float] = []  # noqa: RUF012 - shared on purpose
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the network's logits."""
-        if self.training:
-            Clocked.ticks_s.append(time.perf_counter())
-        return self.model(images)
-
-
-def one_layer(num_classes: int, image_size: int) -> nn.Module:
-    """Return the smallest network there is: what is left of a step is overhead."""
-    return Clocked(nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, num_classes)))
 
 
 def small_net(num_classes: int, image_size: int) -> nn.Module:
@@ -73,19 +55,19 @@ def small_net(num_classes: int, image_size: int) -> nn.Module:
 
 
 def register(**models: Callable[[int, int], nn.Module]) -> None:
-    """Let `--model.name` take further networks."""
+    """Add models to those of `--model.name`."""
     MODELS.update(models)
     table()["model.name"]["choices"] += models
 
 
 @dataclass(frozen=True)
-class Splits:
-    """What every way trains with.
+class Training:
+    """The settings that all four programs train with.
 
     Attributes:
         optimizer: Settings of the optimizer.
-        schedule: Makes the schedule of an optimiser for a number of steps.
-        flags: Of `fit`, for the same.
+        schedule: Makes the schedule of an optimizer for a number of steps.
+        flags: The flags of `fit` for the same.
     """
 
     optimizer: OptimizerSettings
@@ -93,38 +75,38 @@ class Splits:
     flags: list[str]
 
 
-def usual_parts() -> Splits:
+def default_training() -> Training:
     """Return AdamW with OneCycle."""
-    return Splits(
+    return Training(
         OptimizerSettings("adamw", LR, 0.1, None, 0.9, 0.9, 0.05, 0.0),
         lambda optimizer, steps: make_schedule(optimizer, ScheduleSettings("one_cycle", None, 1.0), total_steps=steps),
         [f"--lr={LR}"],
     )
 
 
-def recipe_parts(recipe: str) -> Splits:
-    """Return what a recipe with a linear schedule trains with; sizes, views and precision are a plain run's."""
+def config_training(recipe: str) -> Training:
+    """Return the settings of a config with a linear schedule; image sizes, TTA and precision stay the defaults."""
     path = CONFIGS / f"{recipe}.yaml"
     model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
     names = ("lr", "sgd_lr", "head_lr", "momentum", "sgd_momentum", "sgd_weight_decay")
     optimizer = OptimizerSettings(model["optimizer"], weight_decay=0.0, **{name: model[name] for name in names})
     plain = ["--data.train_sizes=[32]", "--model.tta=none", "--trainer.precision=32-true", "--model.model_kwargs=null"]
     plain += ["--model.stem_train_fraction=1.0"]  # one layer has no stem
-    return Splits(
+    return Training(
         optimizer,
         lambda optimizer, steps: make_schedule(optimizer, ScheduleSettings("linear", None, 1.0), total_steps=steps),
         [f"--config={path}", *plain],
     )
 
 
-def hand_loop(parts: Splits, name: str, batch_size: int) -> None:
-    """Train one epoch as one would without Lightning."""
+def hand_loop(training: Training, name: str, batch_size: int) -> None:
+    """Train one epoch without Lightning."""
     os.environ[NVML_CHECK] = "0"  # as in a process without Lightning
     data = ImageDataModule("synthetic", batch_size=batch_size)
     loader = data.train_dataloader()
     model = MODELS[name](10, 32)
-    optimizer = build_optimizer(model, parts.optimizer)
-    schedule = parts.schedule(optimizer, len(loader))
+    optimizer = build_optimizer(model, training.optimizer)
+    schedule = training.schedule(optimizer, len(loader))
     model.train()
     for images, targets in loader:
         optimizer.zero_grad()
@@ -135,11 +117,11 @@ def hand_loop(parts: Splits, name: str, batch_size: int) -> None:
 
 
 class PlainModule(pl.LightningModule):
-    """What most projects write."""
+    """A LightningModule as most projects write it."""
 
-    def __init__(self, parts: Splits, name: str, total_steps: int) -> None:
+    def __init__(self, training: Training, name: str, total_steps: int) -> None:
         super().__init__()
-        self.parts, self.model, self.total_steps = parts, MODELS[name](10, 32), total_steps
+        self.training_settings, self.model, self.total_steps = training, MODELS[name](10, 32), total_steps
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return and log the loss."""
@@ -149,94 +131,84 @@ class PlainModule(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict:
-        """Return the same optimiser and schedule as the others."""
-        optimizer = build_optimizer(self.model, self.parts.optimizer)
-        schedule = self.parts.schedule(optimizer, self.total_steps)
+        """Return the same optimizer and schedule as the others."""
+        optimizer = build_optimizer(self.model, self.training_settings.optimizer)
+        schedule = self.training_settings.schedule(optimizer, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class TrainingData(pl.LightningDataModule):
-    """Our training loader without the rest: plain Lightning must not be charged for a slower DataLoader."""
+    """Our training loader alone, so that plain Lightning is not slowed down by another DataLoader."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__()
         self.inner = ImageDataModule("synthetic", batch_size=batch_size)
 
     def train_dataloader(self) -> ImageLoader:
-        """Return our loader."""
+        """Return our training loader."""
         return self.inner.train_dataloader()
 
 
-def plain_lightning(parts: Splits, name: str, batch_size: int) -> None:
+def plain_lightning(training: Training, name: str, batch_size: int) -> None:
     """Train one epoch with Lightning's defaults."""
     os.environ[NVML_CHECK] = "1"  # as importing Lightning leaves it
     data = TrainingData(batch_size)
-    module = PlainModule(parts, name, len(data.train_dataloader()))
+    module = PlainModule(training, name, len(data.train_dataloader()))
     pl.Trainer(max_epochs=1, accelerator="cpu", logger=CSVLogger("logs")).fit(module, data)
 
 
-def barebones(parts: Splits, name: str, batch_size: int) -> None:
-    """Train one epoch with everything that Lightning can switch off switched off."""
+def barebones(training: Training, name: str, batch_size: int) -> None:
+    """Train one epoch with `barebones=True`, which switches off all that Lightning can switch off."""
     os.environ[NVML_CHECK] = "1"  # as importing Lightning leaves it
     data = TrainingData(batch_size)
-    module = PlainModule(parts, name, len(data.train_dataloader()))
+    module = PlainModule(training, name, len(data.train_dataloader()))
     pl.Trainer(max_epochs=1, accelerator="cpu", barebones=True).fit(module, data)
 
 
-def our_fit(parts: Splits, name: str, batch_size: int) -> None:
+def our_fit(training: Training, name: str, batch_size: int) -> None:
     """Train one epoch with the ordinary `fit` command."""
     flags = {"--data.dataset": "synthetic", "--batch_size": batch_size, "--model.name": name, "--epochs": 1}
-    flags_given = [*parts.flags, *(f"{flag}={value}" for flag, value in flags.items())]
+    flags_given = [*training.flags, *(f"{flag}={value}" for flag, value in flags.items())]
     run_command(["fit", "--trainer.accelerator=cpu", *flags_given])
 
 
-def step_us(way: object, name: str, batch_size: int) -> float:
-    """Return the mean microseconds between two forward passes of one epoch, the first fifth left out as warm-up."""
-    Clocked.ticks_s.clear()
-    with silence():
-        way(name, batch_size)
-    ticks = Clocked.ticks_s
-    first = len(ticks) // 5
-    return 1e6 * (ticks[-1] - ticks[first]) / (len(ticks) - 1 - first)
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Send what the runs print to nowhere, and their files to a folder that is deleted."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        open(os.devnull, "w") as nowhere,
-        contextlib.chdir(folder),
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
-        os.environ.pop("CIFAR_LIGHTNING_RUN_DIR", None)
-        os.environ["FORCE_COLOR"] = "1"  # both bars are drawn, as on a terminal
-        yield
-
-
 def compare(ways: dict, name: str, batch_size: int, rounds: int) -> dict[str, list[float]]:
-    """Run all ways in turn, `rounds` times; return each way's microseconds a step, round by round."""
+    """Run all programs in turn, `rounds` times; return the microseconds a step of each, round by round."""
     times: dict[str, list[float]] = {label: [] for label in ways}
     for _ in range(rounds):
         for label, way in ways.items():
-            times[label].append(step_us(way, name, batch_size))
+            times[label].append(step_us(functools.partial(way, name, batch_size)))
     return times
+
+
+def compare_checkouts(checkout: Path, rounds: int) -> None:
+    """Compare the `fit` of another checkout with ours; the last line is `ratio=X`."""
+    try:
+        ratios = paired.ratios_to(checkout, "one_layer.py", [], rounds)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    environment = describe_environment()
+    device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores"
+    paired.tell(f"time of a step of `fit`, one-layer model, batch size {SMALL_BATCH}", ratios, device)
 
 
 def main() -> None:
     """Measure and print; the last line is `ratio=X`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="repetitions of every way (default 5)")
-    parser.add_argument("--quick", action="store_true", help="one round of the one-layer network alone")
-    parser.add_argument("--recipe", help="train the one-layer network as this recipe does, such as speedrun94")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds (default 5)")
+    parser.add_argument("--quick", action="store_true", help="one round of the one-layer model alone")
+    parser.add_argument("--recipe", help="train the one-layer model with this config, such as speedrun94")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
+    paired.add_argument(parser)
     args = parser.parse_args()
+    if args.against:
+        compare_checkouts(args.against, args.rounds)
+        return
     register(one_layer=one_layer, clocked_smallnet=small_net)
     rounds = 1 if args.quick else args.rounds
-    parts = recipe_parts(args.recipe) if args.recipe else usual_parts()
+    training = config_training(args.recipe) if args.recipe else default_training()
     ways = {
-        label: functools.partial(way, parts)
+        label: functools.partial(way, training)
         for label, way in {
             "hand loop": hand_loop,
             "plain Lightning": plain_lightning,
@@ -245,7 +217,7 @@ def main() -> None:
         }.items()
     }
     small = compare(ways, "one_layer", SMALL_BATCH, rounds)
-    print(f"one-layer network, batch {SMALL_BATCH}, {rounds} rounds of 1,125 steps, microseconds a step, CPU:")
+    print(f"one-layer model, batch {SMALL_BATCH}, {rounds} rounds of 1,125 steps, microseconds a step, CPU:")
     for label, times in small.items():
         print(f"  {label:<16} {statistics.median(times):7.0f}  ({min(times):.0f} to {max(times):.0f})")
     rounds_us = zip(small["hand loop"], small["plain Lightning"], small["fit"], strict=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.speed.overhead import recipe_parts
+from benchmarks.speed.overhead import config_training
 from cifar_lightning.cli.fit import fit_parser
 from cifar_lightning.cli.main import training_arguments
 from cifar_lightning.cli.parser import check_arguments
@@ -10,5 +10,5 @@ from cifar_lightning.cli.parser import check_arguments
 
 @pytest.mark.parametrize("recipe", ["speedrun94", "speedrun95", "speedrun96"])
 def test_a_recipes_flags_fit_another_network(recipe):
-    flags, _ = training_arguments("fit", [*recipe_parts(recipe).flags, "--model.name=smallnet"])
+    flags, _ = training_arguments("fit", [*config_training(recipe).flags, "--model.name=smallnet"])
     check_arguments("fit", fit_parser().parse_args(flags))
