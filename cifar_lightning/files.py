@@ -1,4 +1,4 @@
-"""Small files that outlive a crash: durable writes, JSON, and the tables with a row an epoch."""
+"""Durable writes of small files, JSON, and CSV tables with one row per epoch."""
 
 import contextlib
 import csv
@@ -20,12 +20,12 @@ from cifar_lightning.errors import UserError
 
 
 def write_bytes_durably(path: Path, data: bytes, *, keep_as: Path | None = None) -> None:
-    """Write a small file whole or not at all, also when the process or the machine dies; the folder must exist.
+    """Write a small file atomically and durably; its folder must exist.
 
     Args:
         path: The file.
-        data: All of it.
-        keep_as: Name in the same folder for what lay under `path`, which it gets once the new one is on the disk.
+        data: Its content.
+        keep_as: New name, in the same folder, for the file that `path` replaces.
 
     Raises:
         OSError: It cannot be written (disk full, permissions); the old file is intact and the error names the path.
@@ -36,8 +36,8 @@ def write_bytes_durably(path: Path, data: bytes, *, keep_as: Path | None = None)
 
 @contextlib.contextmanager
 def _in_place_of(path: Path, suffix: str = ".tmp", *, keep_as: Path | None = None) -> Iterator[Path]:
-    """Give a name beside a file; what is written there takes its place at the end, once it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}")  # beside it: TMPDIR may be another disk
+    """Yield the path of a temporary file, which replaces `path` once it is written and synced."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}")  # TMPDIR may be another disk
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -55,26 +55,26 @@ def _in_place_of(path: Path, suffix: str = ".tmp", *, keep_as: Path | None = Non
 
 
 def _keep(path: Path, name: Path) -> None:
-    """Give a file a second name, in the place of what had it; a file system without links gets a copy."""
-    beside = name.with_name(f".{name.name}.{secrets.token_hex(4)}.tmp")
+    """Link a file to a second name, replacing what is there; copy it on a file system without links."""
+    temporary = name.with_name(f".{name.name}.{secrets.token_hex(4)}.tmp")
     try:
         try:
-            os.link(path, beside)
+            os.link(path, temporary)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
                 raise
-            shutil.copyfile(path, beside)
-            with beside.open("rb+") as file:
+            shutil.copyfile(path, temporary)
+            with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-        os.replace(beside, name)
+        os.replace(temporary, name)
     except BaseException:
         with contextlib.suppress(OSError):
-            beside.unlink()
+            temporary.unlink()
         raise
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder with those above it, where they are missing, and put their entries on the disk."""
+    """Make a folder and its missing parents, durably."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -82,7 +82,7 @@ def make_folder(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's own entries on the disk, after a file in it was made or renamed."""
+    """Sync a folder to the disk after a file in it was made or renamed."""
     if sys.platform == "win32":  # cannot open folders
         return
     fd = os.open(folder, os.O_RDONLY)
@@ -97,20 +97,20 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a name beside a file that was asked for by --output; what is written there takes its place at the end.
+    """Yield the path of a temporary file that replaces the file of --output at the end.
 
     Raises:
         UserError: It cannot be written; what was there before is intact.
     """
     try:
-        with _in_place_of(path, path.suffix) as temporary:  # which tells the kind to whoever reads it back
+        with _in_place_of(path, path.suffix) as temporary:  # exporters look at the suffix
             yield temporary
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror}).") from error
 
 
 def check_output(path: Path, force: bool) -> None:
-    """Refuse a file that --output may not name, before any work is done.
+    """Check that --output can be written, before any work is done.
 
     Raises:
         UserError: It exists and `force` is not set, is a folder, or lies where nothing can be written.
@@ -120,7 +120,7 @@ def check_output(path: Path, force: bool) -> None:
     if os.path.lexists(path) and not force:
         raise UserError(f"--output {path}: exists; choose another name, or overwrite it with --force.")
     if not path.parent.is_dir():
-        raise UserError(f"--output {path}: there is no folder {path.parent}; make it first.")
+        raise UserError(f"--output {path}: there is no folder {path.parent}.")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"--output {path}: the folder {path.parent} cannot be written; choose another one.")
 
@@ -150,7 +150,7 @@ def _without_nan(obj: object) -> object:
 
 
 def read_json(path: Path) -> Any:
-    """Read what `write_json` wrote.
+    """Read a JSON file.
 
     Raises:
         UserError: It is missing or damaged.
@@ -182,45 +182,39 @@ def file_sha256(path: Path) -> str:
 
 
 class MetricsTable:
-    """A CSV with a row an epoch. The first row fixes the columns; numbers are written so that they read back equal.
+    """A CSV file with one row per epoch, rewritten durably for each row.
 
-    A row without some of the columns leaves them empty. A last line that was cut short by a crash is not read and is
-    removed before the next row.
+    The first row determines the columns; a row without some of them leaves their cells empty. Numbers read back equal.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._columns: list[str] | None = None  # known once this object has written
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Add a row and puts it on the disk.
+        """Add a row.
 
         Raises:
-            ValueError: It has no `epoch`, or a column that the first row had not.
+            ValueError: It has no `epoch`, or a column that the first row has not.
         """
         if "epoch" not in row:
             raise ValueError(f"a row of {self.path.name} needs an epoch, got {sorted(row)}")
-        if self._columns is None:
-            rows = self.read()
-            self._columns = self._header() or ["epoch", *(column for column in row if column != "epoch")]
-            self._rewrite(rows)
-        unknown = sorted(set(row) - set(self._columns))
+        columns = self._cells()[:1] or [["epoch", *(column for column in row if column != "epoch")]]
+        unknown = sorted(set(row).difference(columns[0]))
         if unknown:
-            raise ValueError(f"{self.path.name} has no column {unknown[0]!r}; the first row fixed {self._columns}")
-        with open(self.path, "a", encoding="utf-8", newline="") as file:
-            file.write(self._format(row))
-            file.flush()
-            os.fsync(file.fileno())
+            raise ValueError(f"{self.path.name} has no column {unknown[0]!r}; the first row has {columns[0]}")
+        self._write(columns[0], [*self.read(), row])
 
     def read(self) -> list[dict[str, float]]:
-        """Return the rows in order; a cell that was left empty is not in its row. No file: no rows.
+        """Return the rows in order, without empty cells; no rows if there is no file.
+
+        A last line without a line end, as a crash may leave it, is not read.
 
         Raises:
             UserError: A cell is not a number.
         """
-        header = self._header()
         rows = []
-        for number, cells in enumerate(csv.reader(self._complete_lines()[1:]), start=2):
+        header, *lines = self._cells() or [[]]
+        for number, cells in enumerate(lines, start=2):
             if len(cells) != len(header):
                 raise UserError(f"{self.path} line {number}: {len(cells)} cells under {len(header)} columns.")
             try:
@@ -230,37 +224,24 @@ class MetricsTable:
         return rows
 
     def cut_after(self, epoch: int) -> None:
-        """Drop the rows of later epochs: a resumed run writes them again."""
-        header = self._header()
-        if header:
-            self._columns = header
-            self._rewrite([row for row in self.read() if row["epoch"] <= epoch])
+        """Drop the rows of later epochs, which a resumed run writes again."""
+        if cells := self._cells():
+            self._write(cells[0], [row for row in self.read() if row["epoch"] <= epoch])
 
-    def _complete_lines(self) -> list[str]:
+    def _cells(self) -> list[list[str]]:
         if not self.path.exists():
             return []
-        return self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        return list(csv.reader(self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]))
 
-    def _header(self) -> list[str]:
-        return next(csv.reader(self._complete_lines()[:1]), [])
-
-    def _rewrite(self, rows: list[dict[str, float]]) -> None:
-        assert self._columns is not None
-        lines = [self._line(self._columns), *(self._format(row) for row in rows)]
-        write_text_durably(self.path, "".join(lines))
-
-    def _format(self, row: Mapping[str, float]) -> str:
-        assert self._columns is not None
-        return self._line([_number(row[column]) if column in row else "" for column in self._columns])
-
-    @staticmethod
-    def _line(cells: list[str]) -> str:
+    def _write(self, columns: list[str], rows: list[Mapping[str, float]]) -> None:
         buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerow(cells)
-        return buffer.getvalue()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_number(row[column]) if column in row else "" for column in columns] for row in rows)
+        write_text_durably(self.path, buffer.getvalue())
 
 
 def _number(value: float) -> str:
     as_float = float(value)
-    # Epochs and counts stay integers also when they come back from `read` as floats.
+    # Epochs and counts stay integers when they come back from `read` as floats.
     return str(int(as_float)) if as_float.is_integer() and abs(as_float) < 2**53 else repr(as_float)
