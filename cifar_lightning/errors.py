@@ -1,20 +1,20 @@
-"""What users are told: the two exceptions that are reported in a few lines, and remarks, once for all processes."""
+"""Exceptions that the command line prints without a traceback, and remarks printed by the first process only."""
 
 import os
 
 
 class UserError(ValueError):
-    """Raised for everything a user can mend; the command line prints it without a traceback and exits with 2.
+    """An error that the user can fix; the command line prints it without a traceback and exits with 2.
 
     The message has one or two lines: the flag or path, the value got, the values allowed, what to do next.
     """
 
 
 class RunError(RuntimeError):
-    """Raised where a run that had begun cannot go on: a diverged loss, a full disk, too little memory.
+    """An error that ends a run after it began: a diverged loss, a full disk, too little memory.
 
     The command line prints it without a traceback and exits with 1. The message is as short as a `UserError`'s and says
-    what is kept and how to go on.
+    what is kept and how to resume.
     """
 
 
@@ -24,6 +24,6 @@ def is_first_process() -> bool:
 
 
 def remark(text: str) -> None:
-    """Print a line, in the first process alone."""
+    """Print a line, in the first process only."""
     if is_first_process():
         print(text, flush=True)

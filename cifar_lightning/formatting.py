@@ -1,4 +1,4 @@
-"""Numbers as text, the same on the terminal, the page and in findings, a dash where there is none; what users typed."""
+"""Numbers, durations and user input as text, for the terminal and the report; "-" for a missing value."""
 
 import math
 import re
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def percent(share: float | None, decimals: int = 1) -> str:
-    """Return a share as "12.3 %"."""
-    return "-" if share is None or math.isnan(share) else f"{100 * share:.{decimals}f} %"
+def percent(fraction: float | None, decimals: int = 1) -> str:
+    """Return a fraction as "12.3 %"."""
+    return "-" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.{decimals}f} %"
 
 
 def span(interval: Sequence[float], decimals: int = 1) -> str:
-    """Return an interval of shares as "12.3 to 45.6 %"."""
+    """Return an interval of fractions as "12.3 to 45.6 %"."""
     return f"{100 * interval[0]:.{decimals}f} to {percent(interval[1], decimals)}"
 
 
 def points(difference: float, decimals: int = 1) -> str:
-    """Return a difference of shares in points, as "+1.2"; what rounds to nothing has no sign."""
+    """Return a difference of fractions in percentage points, as "+1.2"; zero has no sign."""
     if math.isnan(difference):
         return "-"
     rounded = round(100 * difference, decimals)
@@ -30,7 +30,7 @@ def points_span(interval: Sequence[float], decimals: int = 1) -> str:
 
 
 def decimal(value: float | None, decimals: int) -> str:
-    """Return a number."""
+    """Return a number with a fixed count of decimals."""
     return "-" if value is None or math.isnan(value) else f"{value:.{decimals}f}"
 
 
@@ -50,14 +50,14 @@ def images(number: int) -> str:
 
 
 def pvalue(p: float | None) -> str:
-    """Return a p-value as "p = 0.0123"; empty where nothing was tested."""
+    """Return a p-value as "p = 0.0123"; empty for None."""
     if p is None:
         return ""
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
 
 
 def unbroken(text: str) -> str:
-    """Return text that no line breaks between a number and its sign: the spaces there are non-breaking ones."""
+    """Return text with non-breaking spaces between a number and its sign."""
     return re.sub(r"(?<=\d) (?=%)|(?<=\bp) (?=[=<])|(?<=[=<]) (?=\d)", "\u00a0", text)
 
 
@@ -71,7 +71,7 @@ def duration(seconds: float | None) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Return seconds as a clock that runs: "42 s", "3:07" or "1:02:03"."""
+    """Return seconds as "42 s", "3:07" or "1:02:03"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -92,7 +92,7 @@ def clipped(text: str, most: int = 80) -> str:
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
-    """Return text that any figure or terminal takes: what `encoding` lacks and control characters become escapes.
+    """Escape control characters and characters that `encoding` lacks.
 
     Class names are folder names, which may hold bytes that are not UTF-8 (as lone surrogates), newlines or escapes.
     """
@@ -101,6 +101,6 @@ def printable(text: str, encoding: str = "utf-8") -> str:
 
 
 def run_name(path: Path) -> str:
-    """Return how a run is called: the last two parts of runs/smallnet/1, the name of a folder that was chosen."""
+    """Return the name of a run: "smallnet/1" for runs/smallnet/1, the folder's name for a folder given by --run_dir."""
     path = path.resolve()
     return f"{path.parent.name}/{path.name}" if path.name.isdecimal() else path.name

@@ -1,4 +1,4 @@
-"""What the numbers of a run may depend on: versions, machine, commit; imports no torch."""
+"""The environment of a run: versions, machine, commit and command."""
 
 import contextlib
 import importlib.metadata
@@ -15,9 +15,9 @@ _DISTRIBUTIONS = ("cifar-lightning", "torch", "torchvision", "lightning", "torch
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return what the numbers of a run may depend on, without importing torch; the caller adds device and precision.
+    """Return the content of environment.json; the caller adds device and precision.
 
-    `commit` and `dirty` are None where the package does not run from a git checkout that tracks it.
+    `commit` and `dirty` are None unless the package runs from a git checkout that tracks it.
     """
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in _DISTRIBUTIONS:

@@ -1,7 +1,6 @@
-"""What a run folder holds: names, numbering, lock, reading it back; imports no torch.
+"""Run folders: the names of their files, numbering, creating and opening them.
 
-A run is one folder and every command accepts it. Whoever writes into it holds its lock, which the system drops when the
-process dies, however it dies. How its small files are written: `files`.
+Every command accepts a run folder. A process that writes into it holds its lock. `RunFolder` names all files of a run.
 """
 
 import contextlib
@@ -18,7 +17,7 @@ from cifar_lightning.runs.processes import NEEDS_RUN_DIR, is_started_from_outsid
 
 
 class _File:
-    """The path of a fixed name in the folder that it is asked of."""
+    """Descriptor: the path of a file with a fixed name in a run folder."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -29,80 +28,80 @@ class _File:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths of everything in a run folder. Making one touches nothing: see `create_run` and `open_run`.
+    """The paths of all files of a run. Constructing it does not touch the disk; see `create_run` and `open_run`.
 
     Attributes:
         path: The folder.
-        lock: The lock, where this object was made by whoever writes the run; None for readers.
+        lock: The lock, if this process writes the run; None for readers.
     """
 
     path: Path
     lock: RunLock | None = field(default=None, compare=False, repr=False)
 
-    config = _File("config.yaml")  # every value of the run, without the run's own path
-    split = _File("split.json")  # indices of the split, hashes of the images of all splits
+    config = _File("config.yaml")  # all settings, without the path of the run
+    split = _File("split.json")  # indices and hashes of the images of each split
     environment = _File("environment.json")  # versions, device, precision, commit
-    metrics_csv = _File("metrics.csv")  # a row an epoch: losses, accuracies, lr; nothing that depends on the clock
-    timing_csv = _File("timing.csv")  # a row an epoch: seconds, images/s, memory
+    metrics_csv = _File("metrics.csv")  # a row per epoch: losses, accuracies, lr; no times
+    timing_csv = _File("timing.csv")  # a row per epoch: seconds, images/s, memory
     checkpoints = _File("checkpoints")  # the folder of the next three
-    best_checkpoint = _File("checkpoints/best.ckpt")  # the weights with the best val/acc: what is tested
-    last_checkpoint = _File("checkpoints/last.ckpt")  # the state that training goes on from
-    previous_checkpoint = _File("checkpoints/previous.ckpt")  # the last one before it, for when that is damaged
-    test_metrics = _File("test_metrics.json")  # what `analysis.test_metrics` returns
+    best_checkpoint = _File("checkpoints/best.ckpt")  # the weights with the best val/acc, which are tested
+    last_checkpoint = _File("checkpoints/last.ckpt")  # the state that training resumes from
+    previous_checkpoint = _File("checkpoints/previous.ckpt")  # the one before last.ckpt, in case that is damaged
+    test_metrics = _File("test_metrics.json")  # see `metrics.classification.test_metrics`
     confusion_matrix_pt = _File("confusion_matrix.pt")  # int64 tensor; rows: true class
     confusion_matrix_csv = _File("confusion_matrix.csv")  # the same with class names
     confusion_matrix_png = _File("confusion_matrix.png")
     predictions = _File("predictions.npz")  # logits, targets, indices of the test split
     predictions_val = _File("predictions_val.npz")  # the same of the validation split
-    lr_range = _File("lr_range.json")  # what the range test of `tune` or `fit --tune_lr` found
+    lr_range = _File("lr_range.json")  # result of the LR finder (`tune`, `fit --tune_lr`)
     lr_range_png = _File("lr_range.png")
-    gallery = _File("gallery.npz")  # at most 500 uint8 images for the page, so that a copied run needs no data set
-    findings = _File("findings.json")  # every number of the page
+    gallery = _File("gallery.npz")  # at most 500 uint8 images of the report, so that a copied run needs no data set
+    findings = _File("findings.json")  # every number of the report
     report = _File("report.html")  # one self-contained page
-    lock_file = _File(".lock")  # locked by whoever writes the run; being there says that a run made this folder
+    lock_file = _File(".lock")  # locked while the run is written; marks the folder as a run
 
     @property
     def tested_checkpoint(self) -> Path:
-        """The checkpoint that a run is tested with: the best, or the last where nothing was held out."""
+        """The checkpoint that is tested: the best, or the last without a validation split."""
         return self.best_checkpoint if self.best_checkpoint.exists() else self.last_checkpoint
 
     @property
     def resumed_checkpoints(self) -> tuple[Path, ...]:
-        """What a run may go on from, the newest first."""
+        """The checkpoints that a run can resume from, newest first."""
         return (self.last_checkpoint, self.previous_checkpoint, self.best_checkpoint)
 
     @property
     def resumed_checkpoint(self) -> Path:
-        """The checkpoint that a run goes on from where none is damaged."""
+        """The checkpoint that a run resumes from if none is damaged."""
         return next((path for path in self.resumed_checkpoints if path.exists()), self.last_checkpoint)
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether there is any checkpoint, complete or not."""
+        """Whether any checkpoint exists, complete or not."""
         return any(self.checkpoints.glob("*.ckpt"))
 
     @property
     def resume_command(self) -> str:
-        """What to type to go on with it."""
+        """The command that resumes the run."""
         return f"python train.py fit --resume {shlex.quote(str(self.path))}"
 
     @property
     def has_results(self) -> bool:
-        """Whether there are answers of the test split."""
+        """Whether the run has test results."""
         return self.test_metrics.exists() or self.predictions.exists()
 
     def discard_results(self) -> None:
-        """Remove what was found out about weights that are trained on."""
+        """Remove the test results and the report, before training continues."""
         results = (self.test_metrics, self.predictions, self.predictions_val, self.gallery, self.findings, self.report)
         confusion = (self.confusion_matrix_pt, self.confusion_matrix_csv, self.confusion_matrix_png)
         for file in (*results, *confusion):
             file.unlink(missing_ok=True)
 
     def require(self, *files: Path) -> None:
-        """Refuse to go on without some of the run's files.
+        """Check that files of the run exist.
 
         Raises:
-            UserError: Names the ones that are missing and the command that makes them.
+            UserError: Names the missing files and the command that writes them.
         """
         missing = [file for file in files if not file.is_file()]
         if missing:
@@ -113,7 +112,7 @@ class RunFolder:
             raise UserError(f"run {self.path}: {names} {'is' if len(missing) == 1 else 'are'} missing.\n{remedy}")
 
     def check_writable(self) -> None:
-        """Refuse a run whose folders cannot be written, before anything is trained.
+        """Check that the folders can be written, before training.
 
         Raises:
             UserError: Names the folder.
@@ -121,12 +120,11 @@ class RunFolder:
         for folder in (self.path, self.checkpoints):
             if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
                 raise UserError(
-                    f"run {self.path}: {folder} cannot be written.\n"
-                    "Mend its permissions, or go on with a copy of the run."
+                    f"run {self.path}: {folder} cannot be written.\nFix its permissions, or resume a copy of the run."
                 )
 
     def written_files(self) -> Iterator[Path]:
-        """Yield the files in the folder that only a run writes, whoever put them there; not the lock's."""
+        """Yield the existing files with names that a run writes, except the lock file."""
         for name in _NAMES:
             if name not in (".lock", "checkpoints") and "/" not in name:
                 yield from self.path.glob(name)
@@ -135,7 +133,7 @@ class RunFolder:
         yield from self.leftovers()
 
     def leftovers(self) -> Iterator[Path]:
-        """Yield what was left where a write was killed: files that never got their name."""
+        """Yield temporary files that a killed process left behind."""
         for name in _NAMES:
             file = self.path / name
             yield from file.parent.glob(f".{file.name}.*.tmp")
@@ -145,13 +143,13 @@ _NAMES = [file.name for file in vars(RunFolder).values() if isinstance(file, _Fi
 
 
 def create_run(base: Path, recipe: str, run_dir: Path | None = None) -> RunFolder:
-    """Make the folder of a new run and locks it; the lock is `.lock` of what is returned.
+    """Create and lock the folder of a new run.
 
     Without `run_dir` the folder is `base/recipe/N`, N one above the highest number there. A chosen `run_dir` may be
 
     - new or empty: it is used;
-    - without a run but with files of other names (a scheduler's log, notes): it is used and they are left alone;
-    - of a run that left no checkpoint and no results: the files that a run writes are removed and it starts over;
+    - without a run but with other files (a scheduler's log, notes): it is used, the files are kept;
+    - of a run without checkpoints and results: the files of the run are removed and it starts over;
     - of a run with a checkpoint or results, or holding a file that this run would overwrite although no run made the
       folder (`config.yaml` without `.lock`: somebody's own recipe): refused, and nothing is touched.
 
@@ -189,7 +187,7 @@ def create_run(base: Path, recipe: str, run_dir: Path | None = None) -> RunFolde
 
 
 def discard_run(run: RunFolder) -> None:
-    """Removes a run that could not start: its files, and the folder where nothing else is in it."""
+    """Remove the files of a run that could not start, and the folder if it is empty then."""
     if run.lock is not None:
         run.lock.release()
     for file in (*run.written_files(), run.lock_file):
@@ -218,7 +216,7 @@ def _refuse_what_would_be_lost(run: RunFolder) -> None:
         if what:
             raise UserError(
                 f"--run_dir {run.path}: holds a run with {what}; it is not overwritten.\n"
-                f"Choose a new --run_dir; fit --resume {run.path} goes on with it."
+                f"Choose a new --run_dir; fit --resume {run.path} resumes it."
             )
     if files and not run.lock_file.exists():
         raise UserError(
@@ -233,7 +231,7 @@ def open_run(path: Path, *, lock: bool = False, results: bool = False) -> RunFol
     Args:
         path: The folder; it may have been copied from elsewhere.
         lock: Also take the lock, to write into it.
-        results: What a test found is enough, also where config.yaml is lost.
+        results: Accept a folder with test results and no config.yaml.
 
     Raises:
         UserError: It is not a run folder, or with `lock` it is in use.
@@ -260,7 +258,7 @@ def _suggest_run(path: Path) -> str:
 
 
 def recipe_name(recipes: Sequence[object], model: str) -> str:
-    """Return what a run is filed under: its recipe, that of the run whose config.yaml it repeats, or its network.
+    """Return the folder name for a run: of its config, of the run whose config.yaml it repeats, or of its model.
 
     Args:
         recipes: The YAML files that it is made from, the last one counts; may be empty.

@@ -1,4 +1,4 @@
-"""The run folder that all processes of a run share."""
+"""The run folder shared by all processes of a run."""
 
 import os
 from pathlib import Path
@@ -12,12 +12,12 @@ NEEDS_RUN_DIR = "several processes started from outside (torchrun, SLURM) need o
 
 
 def announce_run(path: Path) -> None:
-    """Pass the run folder on to the processes that Lightning's launcher starts, which run the command again."""
+    """Pass the run folder to the processes that Lightning's launcher starts, which run the same command."""
     os.environ[_RUN_OF_FIRST] = str(path)
 
 
 def announced_run(given: str | Path | None) -> Path:
-    """Return the run folder of the first process: the one that it has announced, or the one that all were given.
+    """Return the run folder that the first process announced, or else the one given by --run_dir.
 
     Raises:
         UserError: There is neither.
@@ -29,6 +29,6 @@ def announced_run(given: str | Path | None) -> Path:
 
 
 def is_started_from_outside() -> bool:
-    """Return whether torchrun or SLURM has started several processes, which know nothing of each other yet."""
+    """Return whether torchrun or SLURM has started several processes, which do not know each other's run folder."""
     counts = {"TORCHELASTIC_RUN_ID": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}
     return any(mark in os.environ and int(os.environ.get(count, "1")) > 1 for mark, count in counts.items())
