@@ -1,4 +1,4 @@
-"""How tests look at a page: headless Chromium through selenium, with a fresh profile."""
+"""Headless Chromium through selenium, with a fresh profile, for tests of pages."""
 
 import contextlib
 import shutil
@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 
-# --no-sandbox: a container has no namespaces for it. The rest keeps the browser from asking anybody on its own behalf.
+# --no-sandbox: a container has no namespaces for it. The rest keeps the browser from sending requests of its own.
 FLAGS = [
     "--headless=new",
     "--no-sandbox",
@@ -20,9 +20,9 @@ FLAGS += ["--force-device-scale-factor=1"]
 
 @contextlib.contextmanager
 def browser(width=1280, height=900):
-    """Give a selenium driver that keeps the console's and the network's log; skip the test where there is no browser.
+    """Yield a selenium driver that logs console and network; skip the test without a browser.
 
-    The log of the network is `driver.get_log("performance")`, the console's `driver.get_log("browser")`.
+    The network log is `driver.get_log("performance")`, the console log `driver.get_log("browser")`.
     """
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
@@ -38,9 +38,10 @@ def browser(width=1280, height=900):
         service = webdriver.ChromeService(executable_path=driver_path)
         driver = webdriver.Chrome(options=options, service=service)
         try:
-            # Windows are never narrower than some 500 pixels; a phone's width is emulated.
+            # Windows are at least about 500 pixels wide; the width of a phone is emulated.
             metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
             driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+            driver.get("about:blank")  # the new-tab page of Chromium sends requests of its own
             yield driver
         finally:
             driver.quit()

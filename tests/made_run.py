@@ -1,4 +1,4 @@
-"""Run folders as `fit` leaves them, without any training."""
+"""Run folders as `fit` writes them, made without training."""
 
 import numpy as np
 import yaml
@@ -12,9 +12,9 @@ CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 def made_predictions(num_classes, n, seed=0, skill=2.5, sharpness=0.6):
-    """Return logits (n, classes) that often take a class for its neighbour, and targets, as many of each class.
+    """Return logits (n, classes) that often confuse neighbouring classes, and balanced targets (n,).
 
-    A `sharpness` below 1 leaves the network less sure of itself than it is right, as label smoothing does.
+    A `sharpness` below 1 makes the model underconfident, as label smoothing does.
     """
     rng = np.random.default_rng(seed)
     targets = np.arange(n) % num_classes
@@ -24,19 +24,21 @@ def made_predictions(num_classes, n, seed=0, skill=2.5, sharpness=0.6):
     return (sharpness * logits).astype(np.float32), targets.astype(np.int64)
 
 
-def make_run(path, names=CIFAR10, n=2000, seed=0, side=32, epochs=5, **kwargs):
+def make_run(path, names=CIFAR10, n=2000, seed=0, image_size=32, epochs=5, **kwargs):
     """Write a run folder; return it."""
     run = RunFolder(path)
     run.checkpoints.mkdir(parents=True)
     names = tuple(names)
     logits, targets = made_predictions(len(names), n, seed, **kwargs)
     val_logits, val_targets = made_predictions(len(names), n // 2, seed + 1000, **kwargs)
-    for file, answers in ((run.predictions, (logits, targets)), (run.predictions_val, (val_logits, val_targets))):
-        indices = np.arange(len(answers[1]))
-        _write_npz(file, logits=answers[0], targets=answers[1], indices=indices, class_names=np.array(names))
+    for file, arrays in ((run.predictions, (logits, targets)), (run.predictions_val, (val_logits, val_targets))):
+        indices = np.arange(len(arrays[1]))
+        _write_npz(file, logits=arrays[0], targets=arrays[1], indices=indices, class_names=np.array(names))
     shown = gallery_positions(logits, targets)
     # An image is the same in every run that keeps it.
-    images = np.stack([np.random.default_rng(i).integers(0, 256, (side, side, 3), dtype=np.uint8) for i in shown])
+    images = np.stack(
+        [np.random.default_rng(i).integers(0, 256, (image_size, image_size, 3), dtype=np.uint8) for i in shown]
+    )
     _write_npz(run.gallery, images=images, indices=shown, class_names=np.array(names))
     split = {"dataset": "cifar10: made", "sizes": {"train": 9, "val": n // 2, "test": n}, "seed": 0}
     write_json(run.split, {**split, "sha256": {"train": "c0de", "test": f"made-{n}"}})
@@ -45,8 +47,8 @@ def make_run(path, names=CIFAR10, n=2000, seed=0, side=32, epochs=5, **kwargs):
     write_text_durably(run.config, yaml.safe_dump(config))
     metrics, timing = MetricsTable(run.metrics_csv), MetricsTable(run.timing_csv)
     for epoch in range(epochs):
-        share = epoch / epochs
-        row = {"epoch": epoch, "step": 10 * epoch, "train/loss": 2 - share, "train/acc": share, "lr": 0.1 * (1 - share)}
-        metrics.append({**row, "val/loss": 2 - share, "val/acc": 0.9 * share, "val/f1": share, "val/ece": 0.1})
+        done = epoch / epochs
+        row = {"epoch": epoch, "step": 10 * epoch, "train/loss": 2 - done, "train/acc": done, "lr": 0.1 * (1 - done)}
+        metrics.append({**row, "val/loss": 2 - done, "val/acc": 0.9 * done, "val/f1": done, "val/ece": 0.1})
         timing.append({"epoch": epoch, "elapsed_s": 10.5, "train_images_per_s": 1000.0, "peak_memory_mb": 500.0})
     return run

@@ -1,4 +1,4 @@
-"""Two runs on the same test images -> who is better, where, and whether chance explains it; NumPy only."""
+"""Paired comparison of two runs on the same test images."""
 
 import math
 from pathlib import Path
@@ -14,43 +14,44 @@ from cifar_lightning.metrics.classification import accuracy
 from cifar_lightning.metrics.significance import holm, mcnemar_test, paired_difference_interval, wilson_interval
 from cifar_lightning.report.results import Predictions, Results
 
-_NUM_SHOWN = 24  # images that changed sides, in each direction
+_NUM_SHOWN = 24  # images in each direction
 
 
 def compare(path: Path, results: Results, other_path: Path, other: Results) -> dict[str, Any]:
-    """Return how a run differs from another one; positive differences are in favour of the first.
+    """Compare two runs; positive differences favour the first.
 
     Keys: `runs` (two of {name, path, accuracy, accuracy_interval_95, loss, ece}), `difference`,
     `difference_interval_95` (Newcombe, paired), `both_right`, `only_first`, `only_second`, `both_wrong`, `p` (McNemar's
     exact test), `classes` [{name, support, first, second, difference, difference_interval_95, only_first, only_second,
-    p (Holm)}], `changed` {won, lost}: of each the number `count` and all `indices` whose answers changed sides, the
-    surest wrong answer first, and of those that the runs kept the first `images` [{index, true, first, first_prob,
-    second, second_prob}]; `unchecked`: why it is not known that the images are the same, empty where it is.
+    p (Holm)}], `changed` {won, lost}: images that only the first or only the second run classifies correctly, the
+    most confident mistake first: their `count`, all `indices`, and `images` [{index, true, first, first_prob, second,
+    second_prob}], the first of those that the runs kept; `unchecked`: why the identity of the images could not be
+    checked, empty if it was.
 
     Raises:
-        UserError: A run has no answers, or they are not of the same images.
+        UserError: A run has no test predictions, or the test images differ.
     """
     first, second = _predictions_of(path, results), _predictions_of(other_path, other)
     _refuse_other_images(path, results, other_path, other)
     available = set(results.images) | set(other.images)
-    # Both in the order of the first: the order of answers is not part of a test set.
+    # Reorder the second to match the first: the order of predictions does not matter.
     order = np.argsort(second.indices)[np.searchsorted(np.sort(second.indices), first.indices)]
     logits = second.logits[order]
-    right, other_right = first.logits.argmax(1) == first.targets, logits.argmax(1) == first.targets
-    counts = _counts(right, other_right)
+    correct, other_correct = first.logits.argmax(1) == first.targets, logits.argmax(1) == first.targets
+    counts = _counts(correct, other_correct)
     return {
         "runs": [_run(path, first), _run(other_path, second)],
-        "difference": float(right.mean() - other_right.mean()),
+        "difference": float(correct.mean() - other_correct.mean()),
         "difference_interval_95": list(paired_difference_interval(**counts)),
         "both_right": counts["both"],
         "only_first": counts["only_first"],
         "only_second": counts["only_second"],
         "both_wrong": counts["neither"],
         "p": mcnemar_test(counts["only_first"], counts["only_second"]),
-        "classes": _classes(first, right, other_right),
+        "classes": _classes(first, correct, other_correct),
         "changed": {
-            "won": _changed(first, logits, right & ~other_right, available),
-            "lost": _changed(first, logits, ~right & other_right, available),
+            "won": _changed(first, logits, correct & ~other_correct, available),
+            "lost": _changed(first, logits, ~correct & other_correct, available),
         },
         "unchecked": _unchecked(path, results, other_path, other),
     }
@@ -59,8 +60,8 @@ def compare(path: Path, results: Results, other_path: Path, other: Results) -> d
 def _predictions_of(path: Path, results: Results) -> Predictions:
     if results.test is None:
         raise UserError(
-            f"--compare: the answers of {path} cannot be read ({' '.join(results.problems)})\n"
-            f"Make them with: python train.py test {path}"
+            f"--compare: the predictions of {path} cannot be read ({' '.join(results.problems)})\n"
+            f"Recreate them with: python train.py test {path}"
         )
     return results.test
 
@@ -70,17 +71,17 @@ def _refuse_other_images(path: Path, results: Results, other_path: Path, other: 
     hashes = [_hash_of(run) for run in (results, other)]
     reason = ""
     if first.class_names != second.class_names:
-        reason = f"{len(first.class_names)} and {len(second.class_names)} classes, or other names"
+        reason = f"{len(first.class_names)} and {len(second.class_names)} classes, or different names"
     elif len(first.targets) != len(second.targets):
         reason = f"{len(first.targets):,} and {len(second.targets):,} images"
     elif (all(hashes) and hashes[0] != hashes[1]) or (not all(hashes) and _kept_others(results, other)):
         reason = "the images themselves differ"
     elif _by_index(first) != _by_index(second):
-        reason = "the images have other numbers or classes"
+        reason = "the images have different indices or labels"
     if reason:
         raise UserError(
-            f"--compare {other_path}: was not tested on the same images as {path}: {reason}.\n"
-            "Only answers to the same images can be compared one by one."
+            f"--compare {other_path}: not tested on the same images as {path}: {reason}.\n"
+            "Only predictions for the same images can be compared."
         )
 
 
@@ -94,7 +95,7 @@ def _kept_in_common(results: Results, other: Results) -> list[int]:
 
 
 def _kept_others(results: Results, other: Results) -> bool:
-    """Return whether an image that both runs kept differs; in another size it says nothing."""
+    """Return whether an image that both runs kept differs; images of different sizes are not compared."""
     pairs = ((results.images[index], other.images[index]) for index in _kept_in_common(results, other))
     return any(first.shape == second.shape and (first != second).any() for first, second in pairs)
 
@@ -104,46 +105,46 @@ def _unchecked(path: Path, results: Results, other_path: Path, other: Results) -
     if not lacking:
         return ""
     return (
-        "That the images are the same could not be checked: there is no hash of them in split.json of "
-        f"{' and '.join(lacking)}. Their number and classes agree."
+        "Whether the test images are identical could not be checked: split.json has no hash of them in "
+        f"{' and '.join(lacking)}. Their number and labels agree."
     )
 
 
-def _by_index(answers: Predictions) -> dict[int, int]:
-    return dict(zip(answers.indices.tolist(), answers.targets.tolist(), strict=True))
+def _by_index(predictions: Predictions) -> dict[int, int]:
+    return dict(zip(predictions.indices.tolist(), predictions.targets.tolist(), strict=True))
 
 
-def _run(path: Path, answers: Predictions) -> dict[str, Any]:
-    cm = answers.confusion
+def _run(path: Path, predictions: Predictions) -> dict[str, Any]:
+    cm = predictions.confusion
     return {
         "name": run_name(path),
         "path": str(path),
         "accuracy": accuracy(cm),
         "accuracy_interval_95": list(wilson_interval(int(np.trace(cm)), int(cm.sum()))),
-        "loss": cross_entropy(answers.logits, answers.targets),
-        "ece": expected_calibration_error(softmax(answers.logits), answers.targets),
+        "loss": cross_entropy(predictions.logits, predictions.targets),
+        "ece": expected_calibration_error(softmax(predictions.logits), predictions.targets),
     }
 
 
-def _counts(right: Bool[np.ndarray, " n"], other_right: Bool[np.ndarray, " n"]) -> dict[str, int]:
+def _counts(correct: Bool[np.ndarray, " n"], other_correct: Bool[np.ndarray, " n"]) -> dict[str, int]:
     return {
-        "both": int((right & other_right).sum()),
-        "only_first": int((right & ~other_right).sum()),
-        "only_second": int((~right & other_right).sum()),
-        "neither": int((~right & ~other_right).sum()),
+        "both": int((correct & other_correct).sum()),
+        "only_first": int((correct & ~other_correct).sum()),
+        "only_second": int((~correct & other_correct).sum()),
+        "neither": int((~correct & ~other_correct).sum()),
     }
 
 
 def _classes(
-    answers: Predictions, right: Bool[np.ndarray, " n"], other_right: Bool[np.ndarray, " n"]
+    predictions: Predictions, correct: Bool[np.ndarray, " n"], other_correct: Bool[np.ndarray, " n"]
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for index, name in enumerate(answers.class_names):
-        of_class = answers.targets == index
-        counts = _counts(right[of_class], other_right[of_class])
+    for index, name in enumerate(predictions.class_names):
+        of_class = predictions.targets == index
+        counts = _counts(correct[of_class], other_correct[of_class])
         support = int(of_class.sum())
-        right_here, right_there = (counts["both"] + counts[key] for key in ("only_first", "only_second"))
-        first, second = (part / support if support else math.nan for part in (right_here, right_there))
+        num_first, num_second = (counts["both"] + counts[key] for key in ("only_first", "only_second"))
+        first, second = (part / support if support else math.nan for part in (num_first, num_second))
         rows.append(
             {
                 "name": name,
@@ -165,7 +166,7 @@ def _classes(
 def _changed(
     first: Predictions, second_logits: np.ndarray, changed: Bool[np.ndarray, " n"], available: set[int]
 ) -> dict[str, Any]:
-    """Return the images of one direction, the surest wrong answers first."""
+    """Return the images of one direction, the most confident mistakes first."""
     probs, other_probs = softmax(first.logits), softmax(second_logits)
     preds, other_preds = probs.argmax(1), other_probs.argmax(1)
     positions = np.flatnonzero(changed)

@@ -1,23 +1,26 @@
-"""Numbers -> matplotlib figures, as `Figure` objects with no pyplot behind them: nothing is kept, no window opens.
+"""Figures as matplotlib `Figure` objects, without pyplot, which would keep them in memory and may open windows.
 
-Colours hold for colour-blind readers: blue for right against orange for wrong (the pair that all common kinds tell
-apart), each from light to dark, so that they also survive a grey printer.
+Correct predictions are blue and mistakes orange, a pair that readers with any common colour blindness can distinguish.
 """
 
 import contextlib
 import io
 import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
-from matplotlib import rc_context, rcParams
+from jaxtyping import Bool, Float, Int, UInt8
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgb
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
@@ -26,80 +29,90 @@ from cifar_lightning.metrics.classification import accuracy, per_class
 
 MAX_CLASSES_WITH_NUMBERS = 20
 _MAX_NAME = 24
-# Blue and orange of M. Okabe and K. Ito, "Color Universal Design" (2008); on dark ground their lighter pair.
-_LIGHT_COLOURS = ["#0072b2", "#d55e00"]
-_DARK_COLOURS = ["#56b4e9", "#e69f00"]
+# Light theme of page.css, by the name of its variable; `figure_to_svg` puts the variables back. The blue is that of
+# M. Okabe and K. Ito, "Color Universal Design" (2008); their orange is darkened so that white text on it is legible.
+COLOURS = {"face": "#ffffff", "ink": "#1b1f24", "line": "#d9dde3", "correct": "#0072b2", "mistake": "#b34700"}
+_NUM_SHADES = 32
+_INVERTED_ABOVE = 0.75  # opacity of a cell from which text in the face's colour has more contrast, in both themes
 
 
 @contextlib.contextmanager
-def themed(dark: bool = False) -> Iterator[None]:
-    """Give figures that are made and drawn within it their colours: dark on white, or light on dark."""
-    face, ink, faint = ("#16191f", "#e8eaee", "#4a505c") if dark else ("#ffffff", "#1b1f24", "#c9ced6")
+def themed() -> Iterator[None]:
+    """Draw the figures made within this context in `COLOURS`."""
+    face, ink, line = (COLOURS[name] for name in ("face", "ink", "line"))
     settings: dict[Any, Any] = dict.fromkeys(
         ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), face
     )
     settings |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), ink)
-    settings |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color", "legend.edgecolor"), faint)
+    settings |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color", "legend.edgecolor"), line)
     with rc_context({**settings, "axes.titlesize": "medium"}):
         yield
-
-
-def colour(name: Literal["right", "wrong"]) -> str:
-    """Return the colour of right answers (blue) or of mistakes (orange) in the theme in force."""
-    is_dark = to_rgb(rcParams["figure.facecolor"])[0] < 0.5
-    return (_DARK_COLOURS if is_dark else _LIGHT_COLOURS)[0 if name == "right" else 1]
 
 
 def confusion_figure(
     cm: Int[np.ndarray, "classes classes"], class_names: Sequence[str], normalize: bool = False
 ) -> Figure:
-    """Draw a confusion matrix: true classes on the rows, right answers in blue, mistakes in orange.
+    """Draw a confusion matrix: true classes in rows, correct predictions in blue, mistakes in orange.
 
-    Colours always show the share of the true class, mistakes on a scale of their own, so that 3 % is seen beside 95 %.
-    Up to 20 classes the cells hold numbers.
+    The opacity of a cell is its fraction of the true class. Mistakes have their own scale, so that 3 % is visible next
+    to 95 %. Up to 20 classes the cells hold numbers.
 
     Args:
         cm: Counts; rows: true class.
         class_names: In class order.
-        normalize: Write per cent of the true class instead of counts.
+        normalize: Write percent of the true class instead of counts.
     """
     num_classes = len(class_names)
     support = per_class(cm).support[:, None]
-    shares = np.divide(cm, support, out=np.zeros(cm.shape), where=support > 0)
+    fractions = np.divide(cm, support, out=np.zeros(cm.shape), where=support > 0)
     size = (min(max(3.0 + 0.44 * num_classes, 6.4), 14.0), min(max(2.9 + 0.38 * num_classes, 4.6), 14.5))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     diagonal = np.eye(num_classes, dtype=bool)
-    top_of_mistakes = max(float(shares[~diagonal].max(initial=0.0)), 0.01)
-    # With square cells the constrained layout cuts off the title; the size of the figure keeps these nearly square.
-    right = axes.imshow(np.ma.masked_where(~diagonal, shares), aspect="auto", cmap=_ramp("right"), vmin=0, vmax=1)
-    mistakes = np.ma.masked_where(diagonal | (cm == 0), shares)
-    wrong = axes.imshow(mistakes, aspect="auto", cmap=_ramp("wrong"), vmin=0, vmax=top_of_mistakes)
-    for image, label in ((wrong, "mistakes, % of the true class"), (right, "right, % of the true class")):
-        scale = figure.colorbar(image, ax=axes, location="bottom", format=PercentFormatter(1.0), aspect=40, pad=0.01)
+    top_of_mistakes = max(float(fractions[~diagonal].max(initial=0.0)), 0.01)
+    opacity = np.where(diagonal, fractions, fractions / top_of_mistakes)
+    # The aspect stays free because the constrained layout cuts off the title of square cells.
+    axes.set(xlim=(-0.5, num_classes - 0.5), ylim=(num_classes - 0.5, -0.5))
+    for name, cells, top, label in (
+        ("mistake", ~diagonal, top_of_mistakes, "mistakes, % of the true class"),
+        ("correct", diagonal, 1.0, "correct, % of the true class"),
+    ):
+        cmap = _ramp(name)
+        _fill_cells(axes, opacity, cells, cmap)
+        mappable = ScalarMappable(Normalize(0, top), cmap)
+        scale = figure.colorbar(mappable, ax=axes, location="bottom", format=PercentFormatter(1.0), aspect=40, pad=0.01)
         scale.set_label(label)
         scale.outline.set_visible(False)
     _label_classes(axes, class_names)
     num_images = int(cm.sum())
     axes.set_title(f"Accuracy {accuracy(cm):.2%} of {num_images:,} images" if num_images else "No images")
     if num_classes <= MAX_CLASSES_WITH_NUMBERS:
-        images = np.where(diagonal[..., None], right.to_rgba(shares), wrong.to_rgba(shares))
-        _write_cells(axes, 100 * shares if normalize else cm, images, decimals=1 if normalize else 0)
+        _write_cells(axes, 100 * fractions if normalize else cm, opacity, decimals=1 if normalize else 0)
     return figure
 
 
-def _ramp(name: Literal["right", "wrong"]) -> Colormap:
-    """Return the colours from the background to a strong one, also for people who do not tell red from green."""
-    strong = {"right": ("#08519c", "#7cc4ff"), "wrong": ("#a63603", "#ffb366")}[name]
-    face = rcParams["figure.facecolor"]
-    is_dark = to_rgb(face)[0] < 0.5
-    return LinearSegmentedColormap.from_list(name, [face, colour(name), strong[is_dark]])
+def _ramp(name: str) -> Colormap:
+    """Return the shades of a colour from transparent to opaque, which suit a light and a dark background."""
+    rgb = to_rgb(COLOURS[name])
+    return LinearSegmentedColormap.from_list(name, [(*rgb, 0.0), (*rgb, 1.0)], N=_NUM_SHADES)
+
+
+def _fill_cells(
+    axes: Axes, opacity: Float[np.ndarray, "rows columns"], cells: Bool[np.ndarray, "rows columns"], cmap: Colormap
+) -> None:
+    """Fill cells with one path a shade: for 100 classes an SVG of one path a cell is several megabytes."""
+    shades = np.ceil(opacity * _NUM_SHADES) * cells
+    corners = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
+    for shade in np.unique(shades[shades > 0]):
+        squares = np.argwhere(shades == shade)[:, None, ::-1] + corners  # x is the column
+        path = Path.make_compound_path(*(Path(square, closed=False) for square in squares))
+        axes.add_patch(PathPatch(path, facecolor=cmap(shade / _NUM_SHADES), linewidth=0))
 
 
 def _label_classes(axes: Axes, class_names: Sequence[str]) -> None:
     names = [shorten(printable(name)) for name in class_names]
-    size = min(10.0, max(3.0, 650 / len(names)))  # points; fills the rows of the largest figure
-    # Without parse_math a folder called "$5 or $6" would be set as a formula.
+    size = min(10.0, max(3.0, 650 / len(names)))  # points; the largest that fits the rows of the largest figure
+    # parse_math=False: a folder called "$5 or $6" is no formula.
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size, parse_math=False)
     axes.set_yticks(range(len(names)), names, fontsize=size, parse_math=False)
     axes.tick_params(length=0)
@@ -107,30 +120,29 @@ def _label_classes(axes: Axes, class_names: Sequence[str]) -> None:
     axes.set_ylabel("true class")
 
 
-def _write_cells(axes: Axes, values: np.ndarray, colours: np.ndarray, decimals: int) -> None:
+def _write_cells(axes: Axes, values: np.ndarray, opacity: Float[np.ndarray, "rows columns"], decimals: int) -> None:
     size = 9 if len(values) <= 10 else 7
     for (row, column), value in np.ndenumerate(values):
-        if value or row == column:  # empty cells stay empty: the eye finds the mistakes
-            # Luma of Rec. 601: black or white, whichever is read better on the cell.
-            ink = "black" if colours[row, column, :3] @ (0.299, 0.587, 0.114) > 0.5 else "white"
+        if value or row == column:  # zeros off the diagonal stay empty, so that mistakes stand out
+            color = COLOURS["face" if opacity[row, column] > _INVERTED_ABOVE else "ink"]
             text = f"{value:,.{decimals}f}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=ink)
+            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
 
 
 def shorten(name: str, length: int = _MAX_NAME) -> str:
-    """Return a name that leaves room for what stands beside it."""
+    """Return a name of at most `length` characters."""
     return name if len(name) <= length else name[: length - 2] + ".."
 
 
 def images_figure(images: UInt8[np.ndarray, "n height width 3"], titles: Sequence[str]) -> Figure:
-    """Draw images in a grid, enlarged without blurring, each under its title.
+    """Draw images in a grid, enlarged without smoothing, each with its title above.
 
     Args:
         images: uint8 RGB, 0-255.
-        titles: One an image; may have several lines.
+        titles: Title of each image; may have several lines.
 
     Raises:
-        ValueError: Not one title for each image.
+        ValueError: The numbers of images and titles differ.
     """
     if len(titles) != len(images):
         raise ValueError(f"{len(images)} images but {len(titles)} titles")
@@ -148,28 +160,27 @@ def images_figure(images: UInt8[np.ndarray, "n height width 3"], titles: Sequenc
 
 
 def lr_range_figure(lrs: Sequence[float], losses: Sequence[float], suggestion: float) -> Figure:
-    """Draw the loss of a learning-rate range test over the rate, with the suggested one.
+    """Draw the training loss of the LR finder over the learning rate, with the suggested one.
 
     Args:
-        lrs: Rate of each step, rising.
+        lrs: Learning rate of each step, ascending.
         losses: Smoothed training loss of each step.
-        suggestion: The rate to mark.
+        suggestion: Learning rate to mark.
     """
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    axes.plot(lrs, losses, color=colour("right"))
-    axes.axvline(suggestion, color=colour("wrong"), linestyle="--", label=f"steepest fall: {suggestion:.2g}")
-    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, smoothed", title="Learning-rate range test")
+    axes.plot(lrs, losses, color=COLOURS["correct"])
+    axes.axvline(suggestion, color=COLOURS["mistake"], linestyle="--", label=f"steepest slope: {suggestion:.2g}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, smoothed", title="Learning rate finder")
     axes.legend()
     return figure
 
 
 def figure_to_array(figure: Figure, dpi: float = 100.0) -> UInt8[np.ndarray, "height width 3"]:
-    """Draw a figure into uint8 RGB, 0-255, as TensorBoard's `add_image(dataformats="HWC")` takes it."""
+    """Return a figure as uint8 RGB, 0-255, for `add_image(dataformats="HWC")` of TensorBoard."""
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
-    with warnings.catch_warnings():
-        _allow_missing_glyphs()
+    with _missing_glyphs_allowed():
         canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib has no types for it
     return np.array(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]  # likewise
 
@@ -177,21 +188,40 @@ def figure_to_array(figure: Figure, dpi: float = 100.0) -> UInt8[np.ndarray, "he
 def figure_to_png(figure: Figure, dpi: float = 150.0) -> bytes:
     """Return a figure as the content of a PNG file."""
     buffer = io.BytesIO()
-    # Not by `savefig`, which lays out the figure twice.
+    # `savefig` would compute the layout twice.
     Image.fromarray(figure_to_array(figure, dpi)).save(buffer, "png", dpi=(dpi, dpi))
     return buffer.getvalue()
 
 
-def lay_out_like(figure: Figure, drawn: Figure) -> None:
-    """Put the axes of a figure where those of another one are that was drawn and differs in colours alone.
+def figure_to_svg(figure: Figure) -> str:
+    """Return a figure as an `<svg>` element for HTML, in the CSS variables of the page.
 
-    Finding the layout takes longer than drawing.
+    Colours follow the theme of the page, and text is text in the reader's fonts.
     """
-    figure.set_layout_engine("none")
-    for axes, model in zip(figure.axes, drawn.axes, strict=True):
-        axes.set_position(model.get_position())
+    buffer = io.StringIO()
+    for artist in figure.findobj(include_self=False):
+        artist.set_clip_on(False)  # axes hold all data; a clip path an artist doubles the size
+    # The salt makes the ids, and so the page, the same each time.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}), _missing_glyphs_allowed():
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = re.sub(
+        r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|<g id=\"[^\"]*\"/>",
+        "",
+        svg[svg.index("<svg") :],
+        flags=re.DOTALL,
+    )
+    svg = re.sub(r"<svg[^>]*(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1>", svg)
+    svg = re.sub(r"<g id=\"[^\"]*\">", "<g>", svg)  # the same in every chart of a page
+    svg = re.sub(r"\s*\n\s*", " ", svg).replace("xlink:href", "href")
+    for name, colour in COLOURS.items():
+        svg = re.sub(rf"(?<=fill: ){colour}|(?<=stroke: ){colour}", f"var(--{name})", svg)
+    return svg
 
 
-def _allow_missing_glyphs() -> None:
-    # The font that matplotlib brings has no Chinese, for one: boxes are drawn, which says enough once.
-    warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+@contextlib.contextmanager
+def _missing_glyphs_allowed() -> Iterator[None]:
+    """Silence matplotlib's warning about characters that its font lacks, such as Chinese; it draws boxes for them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield

@@ -1,4 +1,4 @@
-"""Results of a run -> every number of its report, in plain types: what `findings.json` holds and the page shows."""
+"""Findings: every number of the report in plain types, as findings.json holds them and the page shows them."""
 
 import math
 from collections.abc import Sequence
@@ -31,9 +31,9 @@ Matrix = Int64[np.ndarray, "classes classes"]
 
 
 def find(results: Results) -> dict[str, Any]:
-    """Return everything that the report says, as plain types; what has no value is None or NaN.
+    """Return the content of the report as plain types; values that are not defined are None or NaN.
 
-    Keys: `summary`, `calibration` (None without the test's answers), `classes` (in class order), `confusion_matrix`
+    Keys: `summary`, `calibration` (None without test predictions), `classes` (in class order), `confusion_matrix`
     (rows: true class), `confused_pairs`, `insights`, `galleries`, `epochs`, `training`, `run`, `problems`.
     """
     cm, test = results.confusion, results.test
@@ -54,13 +54,13 @@ def find(results: Results) -> dict[str, Any]:
 
 
 def summary_of(cm: Matrix, test: Predictions | None) -> dict[str, Any]:
-    """Return the numbers that stand for the whole; the loss needs the answers, the rest is the matrix's."""
-    num_right, num_images = int(np.trace(cm)), int(cm.sum())
+    """Return accuracy, loss and macro F1; the loss is None without predictions."""
+    num_correct, num_images = int(np.trace(cm)), int(cm.sum())
     return {
         "accuracy": accuracy(cm),
-        "accuracy_interval_95": list(wilson_interval(num_right, num_images)),
-        "num_right": num_right,
-        "num_pictures": num_images,
+        "accuracy_interval_95": list(wilson_interval(num_correct, num_images)),
+        "num_right": num_correct,
+        "num_images": num_images,
         "num_classes": len(cm),
         "loss": cross_entropy(test.logits, test.targets) if test is not None else None,
         "macro_f1": macro_f1(cm),
@@ -68,21 +68,19 @@ def summary_of(cm: Matrix, test: Predictions | None) -> dict[str, Any]:
 
 
 def calibration_of(test: Predictions, val: Predictions | None) -> dict[str, Any]:
-    """Return calibration before and after temperature scaling, the temperature fitted on validation alone.
+    """Return calibration before and after temperature scaling; the temperature is fitted on validation images only.
 
-    Keys: `temperature` (None where there is none, and `why_none` says why), `fitted_on` (validation images), `before`
+    Keys: `temperature` (None without one, for the reason in `why_none`), `fitted_on` (validation images), `before`
     and `after`, each with `ece`, `loss`, `mean_confidence`, `bins` [{low, high, num_images, num_right, accuracy,
     accuracy_interval_95, confidence}].
     """
     temperature, why_none = None, ""
     if val is None:
-        why_none = "There are no answers of validation images to fit it on."
+        why_none = "There are no predictions of validation images."
     else:
         temperature = fit_temperature(val.logits, val.targets)
         if temperature is None:
-            why_none = (
-                "On the validation images no temperature is best: all answers are right, or no better than chance."
-            )
+            why_none = "The validation loss has no minimum: all predictions are correct, or no better than chance."
     return {
         "temperature": temperature,
         "why_none": why_none,
@@ -94,8 +92,8 @@ def calibration_of(test: Predictions, val: Predictions | None) -> dict[str, Any]
 
 def _calibration_at(temperature: float, test: Predictions) -> dict[str, Any]:
     logits = test.logits.astype(np.float64) / temperature
-    confidence, right = softmax(logits).max(axis=1), test.logits.argmax(axis=1) == test.targets
-    binned = reliability(confidence, right)
+    confidence, correct = softmax(logits).max(axis=1), test.logits.argmax(axis=1) == test.targets
+    binned = reliability(confidence, correct)
     return {
         "ece": binned.error,
         "loss": cross_entropy(logits, test.targets),
@@ -105,14 +103,14 @@ def _calibration_at(temperature: float, test: Predictions) -> dict[str, Any]:
 
 
 def _bin(binned: Reliability, index: int) -> dict[str, Any]:
-    number, right = int(binned.num_images[index]), int(binned.num_correct[index])
+    number, correct = int(binned.num_images[index]), int(binned.num_correct[index])
     return {
         "low": float(binned.edges[index]),
         "high": float(binned.edges[index + 1]),
-        "num_pictures": number,
-        "num_right": right,
-        "accuracy": right / number if number else math.nan,
-        "accuracy_interval_95": list(wilson_interval(right, number)),
+        "num_images": number,
+        "num_right": correct,
+        "accuracy": correct / number if number else math.nan,
+        "accuracy_interval_95": list(wilson_interval(correct, number)),
         "confidence": float(binned.confidence[index]),
     }
 
@@ -123,23 +121,23 @@ def classes_of(
     probs: Float[np.ndarray, "n classes"] | None,
     targets: Int64[np.ndarray, " n"] | None,
 ) -> list[dict[str, Any]]:
-    """Return the rates of each class; `mean_confidence` is the mean probability of the answers to its images."""
+    """Return the metrics of each class; `mean_confidence` is the mean confidence over its images."""
     rates = per_class(cm)
     rows = []
     for index, name in enumerate(names):
         confidence = math.nan
         if probs is not None and targets is not None and (targets == index).any():
             confidence = float(probs[targets == index].max(axis=1).mean())
-        right, support = int(cm[index, index]), int(rates.support[index])
+        correct, support = int(cm[index, index]), int(rates.support[index])
         rows.append(
             {
                 "name": name,
                 "support": support,
                 "predicted": int(rates.predicted[index]),
-                "right": right,
+                "right": correct,
                 "precision": float(rates.precision[index]),
                 "recall": float(rates.recall[index]),
-                "recall_interval_95": list(wilson_interval(right, support)),
+                "recall_interval_95": list(wilson_interval(correct, support)),
                 "f1": float(rates.f1[index]),
                 "mean_confidence": confidence,
             }
@@ -148,32 +146,32 @@ def classes_of(
 
 
 def confused_pairs(cm: Matrix, names: Sequence[str], top: int = _NUM_PAIRS) -> list[dict[str, Any]]:
-    """Return the pairs of classes with the most confusions of both directions together; the more frequent one first.
+    """Return the pairs of classes with the most confusions in both directions together.
 
-    Keys: `true`, `predicted`, `count`, `share` (of the images of `true`), and `reverse_count`, `reverse_share` of the
-    other direction.
+    Keys: `true`, `predicted`, `count` and `share` (fraction of the images of `true`) of the more frequent direction;
+    `reverse_count`, `reverse_share` of the other.
     """
     support = per_class(cm).support
     both = np.triu(cm + cm.T, 1)
     pairs = []
     for pair in most_confused(both, top):
         i, j = sorted((pair.true, pair.pred), key=lambda index: -int(cm[index, pair.true + pair.pred - index]))
-        shares = [float(cm[a, b] / support[a]) if support[a] else math.nan for a, b in ((i, j), (j, i))]
+        fractions = [float(cm[a, b] / support[a]) if support[a] else math.nan for a, b in ((i, j), (j, i))]
         pairs.append(
             {
                 "true": names[i],
                 "predicted": names[j],
                 "count": int(cm[i, j]),
-                "share": shares[0],
+                "share": fractions[0],
                 "reverse_count": int(cm[j, i]),
-                "reverse_share": shares[1],
+                "reverse_share": fractions[1],
             }
         )
     return pairs
 
 
 def insights_of(results: Results, probs: Float[np.ndarray, "n classes"] | None) -> list[Insight]:
-    """Return the findings in words."""
+    """Return the insights in the order of the report; those that cannot be computed are left out."""
     cm, names = results.confusion, list(results.class_names)
     val_cm = results.val.confusion if results.val is not None else None
     insights = [hard_classes(cm, names), over_predicted(cm, names)]
@@ -189,7 +187,7 @@ def insights_of(results: Results, probs: Float[np.ndarray, "n classes"] | None) 
 
 
 def galleries_of(test: Predictions, available: set[int]) -> list[dict[str, Any]]:
-    """Return which images the page shows, of those that the run kept.
+    """Select the images of the page from those that the run kept.
 
     Keys of each: `kind`, `title`, `images` [{index, true, predicted, prob, prob_of_true}].
     """
@@ -215,25 +213,24 @@ def galleries_of(test: Predictions, available: set[int]) -> list[dict[str, Any]]
         {"kind": "uncertain", "title": "Least certain", "images": images(ranked.uncertain, _NUM_SHOWN)},
     ]
     for pair, order in ranked.pairs:
-        title = f"{test.class_names[pair.true]} taken for {test.class_names[pair.pred]}"
+        title = f"{test.class_names[pair.true]} predicted as {test.class_names[pair.pred]}"
         galleries.append({"kind": "pair", "title": title, "images": images(order, _NUM_SHOWN_OF_PAIR)})
     return [gallery for gallery in galleries if gallery["images"]]
 
 
 def training_of(results: Results) -> dict[str, Any]:
-    """Return what the tables of the epochs come to; a value that is not in them is None.
+    """Summarize metrics.csv and timing.csv; unknown values are None.
 
-    `is_whole` is false where metrics.csv lacks epochs, the best of which may be another one. Which is the best is not
-    known where epochs were validated several times, of which the table has the last alone, and there is none where no
-    checkpoint was kept: the last weights were tested. The time is not summed up
-    where that of some epoch is missing or not known.
+    `is_whole` is false if metrics.csv lacks epochs. `best_epoch` is None if no checkpoint was kept (the last weights
+    were tested) or if an epoch was validated several times, of which the table has only the last. `elapsed_s` is None
+    if the time of any epoch is missing.
     """
     validated = [row for row in results.epochs if not math.isnan(row.get("val/acc", math.nan))]
     trainer = results.origin.config.get("trainer") or {}
     interval = trainer.get("val_check_interval")
     is_at_end = interval is None or (isinstance(interval, float) and interval == 1)
     is_kept = trainer.get("enable_checkpointing") is not False
-    # As best.ckpt is chosen: of equal accuracies the one with the lowest loss, of equal losses the first.
+    # The rule that chooses best.ckpt: highest accuracy, then lowest loss, then first epoch.
     candidates = validated if is_at_end and is_kept else []
     best = max(candidates, key=lambda row: (row["val/acc"], -row.get("val/loss", math.inf)), default=None)
     is_timing_whole = "timing.csv" not in results.cut_tables
@@ -243,7 +240,7 @@ def training_of(results: Results) -> dict[str, Any]:
     return {
         "num_epochs": len({row["epoch"] for row in (*results.epochs, *results.timing)}),
         "is_whole": "metrics.csv" not in results.cut_tables,
-        "best_epoch": int(best["epoch"]) + 1 if best else None,  # people count from 1
+        "best_epoch": int(best["epoch"]) + 1 if best else None,  # shown counting from 1
         "best_val_acc": best["val/acc"] if best else None,
         "elapsed_s": sum(elapsed) if elapsed and not math.isnan(sum(elapsed)) else None,
         "train_images_per_s": float(np.median(speeds)) if speeds else None,
@@ -252,10 +249,9 @@ def training_of(results: Results) -> dict[str, Any]:
 
 
 def run_of(origin: Origin) -> dict[str, Any]:
-    """Return what the run was: its values, data, environment; without the lists of images."""
-    lists = ("train", "val")
+    """Return settings, split and environment of the run, without the indices of the split."""
     return {
         "config": origin.config,
-        "split": {key: value for key, value in origin.split.items() if key not in lists},
+        "split": {key: value for key, value in origin.split.items() if key not in ("train", "val")},
         "environment": origin.environment,
     }

@@ -1,4 +1,4 @@
-"""Which images are worth looking at; NumPy only."""
+"""Selection of test images to look at: mistakes, high losses, uncertain predictions, confused pairs."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ Positions = Int64[np.ndarray, " _"]  # as many as there are
 
 @dataclass(frozen=True)
 class Rankings:
-    """Positions of the images in the answers, the most telling first.
+    """Positions of images in the predictions, the most informative first.
 
     Attributes:
         mistakes: All mistakes, the most confident first.
@@ -29,7 +29,7 @@ class Rankings:
 
 
 def rank_images(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"]) -> Rankings:
-    """Put the images in order, from each point of view; equal ones stay in the order of the answers."""
+    """Rank the images by each criterion; ties stay in the order of the predictions."""
     probs = softmax(logits)
     preds = logits.argmax(axis=1)
     confidence = probs.max(axis=1)
@@ -49,11 +49,11 @@ def rank_images(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray,
 def gallery_positions(
     logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"], limit: int = 500
 ) -> Positions:
-    """Return which images a run keeps for its page, each once, at most `limit`, in ascending order.
+    """Return the positions of the images that a run keeps for its report: unique, ascending, at most `limit`.
 
-    A quarter each: the most confident mistakes, the highest losses, the least certain, and the clearest mistakes of
-    each of the most confused pairs. Where few mistakes leave fewer than three fifths of `limit`, images at even
-    distances join them, for the parity check of exports.
+    A quarter each: the most confident mistakes, the highest losses, the least certain predictions, and the most
+    confident mistakes of the most confused pairs. If these are fewer than three fifths of `limit`, evenly spaced images
+    are added, for the parity check of exports.
     """
     ranked = rank_images(logits, targets)
     quarter = limit // 4

@@ -1,4 +1,4 @@
-"""MODEL_CARD.md beside an exported file: what the network is, how good, and what to know before using it."""
+"""MODEL_CARD.md next to an exported file: the model, its test results, its limitations and how to use it."""
 
 import json
 import re
@@ -15,21 +15,21 @@ from cifar_lightning.report.results import read_origin, read_results
 from cifar_lightning.runs.folder import RunFolder
 
 NAME = "MODEL_CARD.md"
-_MARKER = "<!-- Made by cifar_lightning; the next export writes it anew. -->"
+_MARKER = "<!-- Made by cifar_lightning; the next export overwrites it. -->"
 _OF_A_FILE = ("file", "format", "images", "outputs")
 
 
 def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> Path | None:
-    """Write the card of a run's network, with the numbers of its report and all files of the same weights.
+    """Write the model card of a run, with the numbers of its report and all exported files of the same weights.
 
     Args:
         run: The run.
-        card: What only the export knows: `file`, `format`, `checkpoint_sha256`, `class_names`, `image_size`, `epoch`,
-            `tta`, `images` (what the graph takes; empty for weights alone) and `outputs`.
-        folder: Where the exported file is.
+        card: Facts of the export: `file`, `format`, `checkpoint_sha256`, `class_names`, `image_size`, `epoch`,
+            `tta`, `images` (input of the graph; empty for weights) and `outputs`.
+        folder: Folder of the exported file.
 
     Returns:
-        The card; None where somebody's own is there, which is left alone.
+        The card's path; None if a file of that name is not ours, which is then left alone.
     """
     path = folder / NAME
     before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else _MARKER
@@ -37,11 +37,11 @@ def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> P
         return None
     others = [file for file in _files_of(before, card["checkpoint_sha256"], folder) if file["file"] != card["file"]]
     files = [*others, {key: card[key] for key in _OF_A_FILE}]
-    # For the next export; within a comment nothing may end it.
+    # Read by the next export; inside an HTML comment ">" is escaped so that no file name ends it.
     known_files = json.dumps({"checkpoint_sha256": card["checkpoint_sha256"], "files": files}).replace(">", "\\u003e")
     try:
         findings = find(read_results(run))
-    except UserError:  # no test yet: the card says so
+    except UserError:  # no test results yet: the card says so
         findings = None
     known = run_of(read_origin(run, []))
     about = describe_run(run, known)
@@ -59,11 +59,11 @@ def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> P
 
 
 def _files_of(text: str, checkpoint_sha256: str, folder: Path) -> list[dict[str, Any]]:
-    """Return the files of the folder that an earlier card tells of, where they are of the same weights."""
+    """Return the existing files that an earlier card lists, if they hold the same weights."""
     found = re.search(re.escape(_MARKER) + r"\n<!-- (.+) -->", text)
     try:
         known = json.loads(found[1]) if found else {}
-        told = known["files"] if known.get("checkpoint_sha256") == checkpoint_sha256 else []
-        return [{key: file[key] for key in _OF_A_FILE} for file in told if (folder / file["file"]).is_file()]
-    except (ValueError, KeyError, TypeError, AttributeError):  # somebody has edited it
+        files = known["files"] if known.get("checkpoint_sha256") == checkpoint_sha256 else []
+        return [{key: file[key] for key in _OF_A_FILE} for file in files if (folder / file["file"]).is_file()]
+    except (ValueError, KeyError, TypeError, AttributeError):  # edited by hand
         return []

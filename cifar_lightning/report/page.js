@@ -1,5 +1,5 @@
 "use strict";
-// Says which boxes are wider than what is seen of them, and lets keys move those.
+// Mark boxes that overflow and make them scrollable by keyboard.
 const boxes = document.querySelectorAll(".scroll");
 const measure = () => {
   for (const box of boxes) {
@@ -11,7 +11,7 @@ const measure = () => {
 };
 addEventListener("load", measure);
 addEventListener("resize", measure);
-// Enlarges a chart whose letters are small, and back.
+// Enlarge a chart with small letters, and back.
 for (const button of document.querySelectorAll(".enlarge button")) {
   button.addEventListener("click", () => {
     const enlarged = button.closest("p").nextElementSibling.classList.toggle("enlarged");
@@ -20,18 +20,18 @@ for (const button of document.querySelectorAll(".enlarge button")) {
     measure();
   });
 }
-// Sorts a table by the column whose heading is clicked; what has no number comes last both ways.
+// Sort a table by the clicked column; rows without a number come last in both directions.
 for (const button of document.querySelectorAll("table.sortable th button")) {
   button.addEventListener("click", () => {
     const heading = button.parentElement;
     const body = heading.closest("table").tBodies[0];
     const column = heading.cellIndex;
     const isText = button.dataset.sort === "text";
-    // Numbers fall at first, names rise.
-    const before = heading.getAttribute("aria-sort");
-    const rising = before === "ascending" ? false : before === "descending" ? true : isText;
+    // The first click sorts numbers descending and names ascending.
+    const previous = heading.getAttribute("aria-sort");
+    const ascending = previous === "ascending" ? false : previous === "descending" ? true : isText;
     const value = (row) => row.cells[column].dataset.value;
-    const sign = rising ? 1 : -1;
+    const sign = ascending ? 1 : -1;
     const compare = (a, b) => {
       if (isText) return sign * value(a).localeCompare(value(b));
       const [x, y] = [Number.parseFloat(value(a)), Number.parseFloat(value(b))];
@@ -40,6 +40,6 @@ for (const button of document.querySelectorAll("table.sortable th button")) {
     };
     body.append(...[...body.rows].sort(compare));
     for (const other of heading.parentElement.cells) other.removeAttribute("aria-sort");
-    heading.setAttribute("aria-sort", rising ? "ascending" : "descending");
+    heading.setAttribute("aria-sort", ascending ? "ascending" : "descending");
   });
 }

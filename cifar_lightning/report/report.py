@@ -1,4 +1,4 @@
-"""A run's files -> its report: tables on the terminal, findings.json, figures and one page; imports no Lightning."""
+"""Report of a run: tables on the terminal, findings.json, report.html and the confusion matrix."""
 
 import csv
 import io
@@ -20,25 +20,25 @@ from cifar_lightning.runs.folder import RunFolder
 
 
 def make_report(run: RunFolder, other: RunFolder | None = None, console: Console | None = None) -> None:
-    """Find out what a run's test says, print it, and write findings.json, report.html and the confusion matrix.
+    """Print the report of a run and write findings.json, report.html and the confusion matrix.
 
     Args:
-        run: The run, whose files are written.
-        other: A run to compare with, tested on the same images; its files stay as they are.
-        console: Where to print; the terminal without one.
+        run: Run to report on; the files are written to its folder.
+        other: Run to compare with, tested on the same images; its folder is only read.
+        console: Console to print to. Default: the terminal.
 
     Raises:
-        UserError: There are no test results, the two runs cannot be compared, or a file cannot be written.
+        UserError: There are no test results, the runs cannot be compared, or a file cannot be written.
     """
     results = read_results(run)
     findings = find(results)
     findings["run"] |= describe_run(run, findings["run"])
     images = results.images
     if other is not None:
-        others = read_results(other)
-        findings["comparison"] = compare(run.path, results, other.path, others)
-        findings["problems"] += [f"{other.path}: {problem}" for problem in others.problems]
-        images = others.images | images
+        other_results = read_results(other)
+        findings["comparison"] = compare(run.path, results, other.path, other_results)
+        findings["problems"] += [f"{other.path}: {problem}" for problem in other_results.problems]
+        images = other_results.images | images
     else:
         findings["comparison"] = None
     write_confusion(run, results.confusion, results.class_names)
@@ -48,16 +48,16 @@ def make_report(run: RunFolder, other: RunFolder | None = None, console: Console
 
 
 def describe_run(run: RunFolder, known: dict[str, Any]) -> dict[str, str]:
-    """Return how the page calls a run: `name`, `network`, `data` and `command`; what is not known is empty."""
+    """Return `name`, `model`, `data` and `command` of a run as the report shows them; unknown ones are empty."""
     model, split = known["config"].get("model") or {}, known["split"]
     data = known["config"].get("data") or {}
-    # "cifar10: 50,000 train + ..."; class folders are better known by their own name.
+    # split.json has "cifar10: 50,000 train + ..."; class folders are shown by the name of their folder.
     kind = str(split.get("dataset") or data.get("dataset") or "").partition(":")[0]
-    called = Path(str(data.get("root"))).name if kind == "folder" and data.get("root") else kind
+    name = Path(str(data.get("root"))).name if kind == "folder" and data.get("root") else kind
     return {
         "name": run_name(run.path),
-        "network": str(model.get("name") or ""),
-        "data": called,
+        "model": str(model.get("name") or ""),
+        "data": name,
         "command": command_of(known["environment"]),
     }
 

@@ -1,4 +1,4 @@
-"""What a run found, read back from its folder: a damaged or missing file is named, and the rest is still there."""
+"""Results of a run, read from its folder. Missing and damaged files are reported and the rest is kept."""
 
 import csv
 import json
@@ -20,12 +20,20 @@ from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.runs.schema import upgrade_config, upgrade_test_metrics
 from cifar_lightning.settings.safe_yaml import read_yaml
 
-DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)  # of an .npz
+DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)  # raised for a damaged .npz
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the network said of each image of a split.
+    """Predictions for the images of a split.
 
     Attributes:
         logits: Raw logits.
@@ -47,10 +55,10 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run was.
+    """Settings, environment and split of a run.
 
     Attributes:
-        config: Every value of the run.
+        config: config.yaml.
         environment: environment.json.
         split: split.json.
     """
@@ -62,20 +70,20 @@ class Origin:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that a report is made of.
+    """Input of a report.
 
     Attributes:
         class_names: In class order.
-        confusion: Of the test images; rows: true class.
-        test: Predictions of the test split; None where they are lost and only the matrix is left.
-        val: Predictions of the validation split; None where nothing was held out or they are lost.
+        confusion: Confusion matrix of the test images; rows: true class.
+        test: Predictions of the test split; None if only the confusion matrix can be read.
+        val: Predictions of the validation split; None without a validation split or a readable file.
         images: Test images by their index, uint8 RGB (height, width, 3), 0-255.
         epochs: Rows of metrics.csv.
         timing: Rows of timing.csv.
-        cut_tables: Names of those two files that lack epochs, as far as can be told.
-        origin: What the run was.
-        accuracy_no_tta: Of the test without the views that its answers are averages of; None where there are none.
-        problems: A sentence for each file that is missing or damaged.
+        cut_tables: Names of those two files that lack epochs.
+        origin: Settings, environment and split.
+        accuracy_no_tta: Test accuracy without test-time augmentation; None if the run uses none.
+        problems: One message for each missing or damaged file.
     """
 
     class_names: tuple[str, ...]
@@ -95,7 +103,7 @@ def read_results(run: RunFolder) -> Results:
     """Read a run's files.
 
     Raises:
-        UserError: Neither the answers nor the confusion matrix of a test can be read.
+        UserError: Neither the test predictions nor the confusion matrix can be read.
     """
     problems: list[str] = []
     remedy = f"python train.py test {run.path}"
@@ -109,10 +117,10 @@ def read_results(run: RunFolder) -> Results:
     if was_held_out or run.predictions_val.exists():
         val = _try(read_predictions, run.predictions_val, problems)
         if val is not None and val.class_names != names:
-            problems.append(f"{run.predictions_val.name}: has other classes than {run.predictions.name}.")
+            problems.append(f"{run.predictions_val.name}: classes differ from those of {run.predictions.name}.")
             val = None
-    for path, answers in ((run.predictions, test), (run.predictions_val, val)):
-        problems += _name_no_numbers(path, answers)
+    for path, predictions in ((run.predictions, test), (run.predictions_val, val)):
+        problems += _non_finite_problems(path, predictions)
     images = _try(_read_gallery, run.gallery, problems) or {}
     tables = {path: _try(_read_table, path, problems) for path in (run.metrics_csv, run.timing_csv)}
     cut = _name_cut_tables(tables)
@@ -135,7 +143,7 @@ def read_results(run: RunFolder) -> Results:
 
 
 def read_origin(run: RunFolder, problems: list[str]) -> Origin:
-    """Read what a run was; what cannot be read is empty, and a sentence among `problems`."""
+    """Read config.yaml, environment.json and split.json; an unreadable file is empty and added to `problems`."""
     return Origin(
         config=_try(_read_config, run.config, problems) or {},
         environment=_try(_read_object, run.environment, problems) or {},
@@ -147,20 +155,20 @@ def read_predictions(path: Path) -> Predictions:
     """Read predictions.npz or predictions_val.npz.
 
     Raises:
-        ValueError: Its arrays do not belong together. Other damage raises one of `DAMAGED`.
+        ValueError: The arrays do not match. Other damage raises one of `DAMAGED`.
     """
-    # Opened here: NumPy leaves a file open that it finds to be no archive.
+    # Opened here because NumPy does not close a file that is no archive.
     with path.open("rb") as file, np.load(file) as arrays:
         logits, targets, indices = (arrays[name] for name in ("logits", "targets", "indices"))
         class_names = tuple(str(name) for name in arrays["class_names"])
     if logits.shape != (len(targets), len(class_names)) or len(indices) != len(targets):
-        raise ValueError("its arrays have different lengths")
+        raise ValueError("arrays have different lengths")
     if not len(targets):
-        raise ValueError("it holds no image")
+        raise ValueError("no images")
     if not ((targets >= 0) & (targets < len(class_names))).all():
         raise ValueError(f"a class is not in 0..{len(class_names) - 1}")
     if len(np.unique(indices)) != len(indices):
-        raise ValueError("it answers an image twice")
+        raise ValueError("an image occurs twice")
     return Predictions(logits.astype(np.float32), targets.astype(np.int64), indices.astype(np.int64), class_names)
 
 
@@ -168,11 +176,11 @@ def read_confusion(path: Path) -> tuple[tuple[str, ...], Int64[np.ndarray, "clas
     """Read confusion_matrix.csv: class names and counts.
 
     Raises:
-        ValueError: It is no square table of counts.
+        ValueError: Not a square table of counts.
     """
     rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
     if not rows or len(rows) != len(rows[0]) or any(len(row) != len(rows) for row in rows):
-        raise ValueError("it is no square table")
+        raise ValueError("not a square table")
     return tuple(rows[0][1:]), np.array([[int(cell) for cell in row[1:]] for row in rows[1:]], dtype=np.int64)
 
 
@@ -181,79 +189,79 @@ def _matrix_alone(
 ) -> tuple[tuple[str, ...], Int64[np.ndarray, "classes classes"]]:
     read: tuple[tuple[str, ...], np.ndarray] | None = _try(read_confusion, run.confusion_matrix_csv, problems)
     if read is None:
-        raise UserError("\n".join([f"run {run.path}: {' '.join(problems)}", f"Make them again with: {remedy}"]))
+        raise UserError("\n".join([f"run {run.path}: {' '.join(problems)}", f"Recreate them with: {remedy}"]))
     return read
 
 
 def _try(read: Any, path: Path, problems: list[str]) -> Any:
-    """Return what `read` makes of a file; None, and a sentence among `problems`, where it cannot."""
+    """Return `read(path)`; None and a message in `problems` if the file is missing or damaged."""
     try:
         if not path.exists():
             problems.append(f"{path.name} is missing.")
             return None
         return read(path)
     except (*DAMAGED, UserError, csv.Error, yaml.YAMLError) as error:
-        # The reader may name the whole path; the folder is known, and the reason is enough.
+        # The message names the file already, so the path is removed from the reason.
         reason = str(error).splitlines()[0].replace(f"{path}: ", "").replace(str(path), path.name) if str(error) else ""
         problems.append(f"{path.name} is damaged: {(reason or type(error).__name__).rstrip('.')}.")
         return None
 
 
-def _name_no_numbers(path: Path, answers: Predictions | None) -> list[str]:
-    if answers is None or np.isfinite(answers.logits).all():
+def _non_finite_problems(path: Path, predictions: Predictions | None) -> list[str]:
+    if predictions is None or np.isfinite(predictions.logits).all():
         return []
-    num_lost = int((~np.isfinite(answers.logits)).any(axis=1).sum())
+    num_lost = int((~np.isfinite(predictions.logits)).any(axis=1).sum())
     return [
-        f"{path.name}: {num_lost:,} of its {len(answers.targets):,} answers are no numbers (NaN or infinite); the "
-        "class that they count as means nothing."
+        f"{path.name}: {num_lost:,} of {len(predictions.targets):,} predictions have NaN or infinite logits; the class "
+        "that is counted for them is meaningless."
     ]
 
 
 def _name_cut_tables(tables: dict[Path, list[dict[str, float]] | None]) -> dict[str, str]:
-    """Return a sentence for each table that lacks epochs, by its file's name; None is a table that is named already.
+    """Return a message for each truncated table, by file name; tables that are None are reported elsewhere.
 
-    Each epoch has a row in both tables, whether training was stopped early, killed or gone on with. So an epoch that
-    one of them has and the other has not, or that lies between two others, was lost.
+    Each epoch has a row in both tables, also if training was stopped early, killed or resumed. An epoch that only one
+    table has, or that is missing between two others, was lost.
     """
     known = [int(row["epoch"]) for rows in tables.values() for row in rows or []]
     num_epochs = max(known) - min(known) + 1 if known else 0
-    sentences = {}
+    messages = {}
     for path, rows in tables.items():
         if rows is None:
             continue
         num_lost = num_epochs - len({row["epoch"] for row in rows})
         if num_lost or not rows:
-            lost = f"{num_lost} of {num_epochs} epochs are" if num_lost else "no epoch is"
-            sentences[path.name] = f"{path.name} is cut off: {lost} {'not ' if num_lost else ''}in it."
+            lost = f"{num_lost} of {num_epochs} epochs are missing" if num_lost else "it has no epochs"
+            messages[path.name] = f"{path.name} is truncated: {lost}."
         elif not path.read_bytes().endswith(b"\n"):
-            sentences[path.name] = f"{path.name} is cut off: its last line is incomplete and left out."
-    return sentences
+            messages[path.name] = f"{path.name} is truncated: its last line is incomplete and ignored."
+    return messages
 
 
 def _read_gallery(path: Path) -> dict[int, UInt8[np.ndarray, "height width 3"]]:
     with path.open("rb") as file, np.load(file) as arrays:
         images, indices = arrays["images"], arrays["indices"]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) != len(indices):
-        raise ValueError("it holds no RGB images")
+        raise ValueError("not RGB images")
     return dict(zip(indices.tolist(), images, strict=True))
 
 
 def _read_table(path: Path) -> list[dict[str, float]]:
     rows = MetricsTable(path).read()
     if not all(row.get("epoch", math.nan).is_integer() for row in rows):
-        raise ValueError("a row is of no epoch")
+        raise ValueError("a row has no epoch")
     return rows
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
-        raise ValueError("it is no object")
+        raise ValueError("not a JSON object")
     return values
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     config = upgrade_config(read_yaml(path.read_text(encoding="utf-8")))
     if not isinstance(config, dict):
-        raise ValueError("it is no table of values")
+        raise ValueError("not a YAML mapping")
     return config

@@ -1,6 +1,6 @@
-"""Findings -> tables on the terminal; imports neither torch nor Lightning.
+"""Report on the terminal: tables of the findings.
 
-Everything is plain ASCII but the class names, and nothing is said by colour alone: it reads the same in a log file.
+Output is ASCII except for class names and never relies on colour alone, so it reads the same in a log file.
 """
 
 import shlex
@@ -30,24 +30,24 @@ from cifar_lightning.formatting import (
 )
 from cifar_lightning.runs.folder import RunFolder
 
-_MAX_CLASSES = 20  # more than that: the worst classes and the most confused pairs stand for all
+_MAX_CLASSES = 20  # above, only the classes with the lowest F1 and the most confused pairs are listed
 _NUM_WORST = 10
-_MAX_NAME = 28  # of 80 columns, beside the numbers of the per-class table
-_MAX_ITEMS = 3  # of a finding; the page has more
+_MAX_NAME = 28  # of 80 columns, next to the numbers of the per-class table
+_MAX_ITEMS = 3  # of an insight; the page lists more
 
 
 def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, console: Console | None = None) -> None:
-    """Print what a test found: accuracy, classes, confusion matrix, pairs, findings in words, the run's files.
+    """Print the findings: accuracy, classes, confusion matrix, most confused pairs, insights and the run's files.
 
     Args:
-        findings: What `findings.find` returned; with `comparison`, what `comparison.compare` did.
-        run_path: The run folder; the files that are in it are named. None where there is none.
-        console: Where to print; the terminal without one.
+        findings: Result of `findings.find`, with that of `comparison.compare` as `comparison` if there is one.
+        run_path: Run folder, whose files are listed; None without one.
+        console: Console to print to. Default: the terminal.
     """
     console = console or Console(highlight=False)
     names = [printable(row["name"], console.encoding) for row in findings["classes"]]
     _print_summary(console, findings)
-    if run_path is not None and RunFolder(run_path).best_checkpoint.exists():  # else the last weights were tested
+    if run_path is not None and RunFolder(run_path).best_checkpoint.exists():  # otherwise the last weights were tested
         _print_tested(console, findings["training"])
     _print_classes(console, findings["classes"], names)
     _print_confusions(console, np.array(findings["confusion_matrix"], dtype=np.int64), names)
@@ -56,37 +56,37 @@ def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, co
     if findings.get("comparison"):
         _print_comparison(console, findings["comparison"])
     if findings["problems"]:
-        _print_heading(console, "What could not be read")
+        _print_heading(console, "Problems")
         for problem in findings["problems"]:
             _print_words(console, problem)
     if run_path is not None:
         _print_files(console, RunFolder(run_path))
 
 
-def print_validation(figures: Mapping[str, float], console: Console | None = None) -> None:
-    """Print the figures of `validate`.
+def print_validation(metrics: Mapping[str, float], console: Console | None = None) -> None:
+    """Print the metrics of `validate`.
 
     Args:
-        figures: val/acc, val/loss, val/f1 and val/ece.
-        console: Where to print; the terminal without one.
+        metrics: val/acc, val/loss, val/f1 and val/ece.
+        console: Console to print to. Default: the terminal.
     """
     console = console or Console(highlight=False)
     line = Text("Validation accuracy ")
-    line.append(percent(figures["val/acc"], 2), style="bold")
+    line.append(percent(metrics["val/acc"], 2), style="bold")
     console.print(line)
     rest = {"loss": "val/loss", "macro F1": "val/f1", "calibration error": "val/ece"}
-    console.print(", ".join(f"{words} {decimal(figures[name], 4)}" for words, name in rest.items()))
+    console.print(", ".join(f"{words} {decimal(metrics[name], 4)}" for words, name in rest.items()))
 
 
 def _print_summary(console: Console, findings: Mapping[str, Any]) -> None:
     summary, calibration = findings["summary"], findings["calibration"]
     line = Text("Test accuracy ")
     line.append(percent(summary["accuracy"], 2), style="bold")
-    line.append(f"  (95 % interval {span(summary['accuracy_interval_95'], 2)}; {images(summary['num_pictures'])})")
+    line.append(f"  (95 % interval {span(summary['accuracy_interval_95'], 2)}; {images(summary['num_images'])})")
     console.print(line)
     if summary["accuracy_no_tta"] is not None:
         no_tta = percent(summary["accuracy_no_tta"], 2)
-        console.print(f"Each answer is an average over views of the image (--model.tta); without: {no_tta}")
+        console.print(f"Accuracy without test-time augmentation (--model.tta): {no_tta}")
     macro_f1 = f"macro F1 {percent(summary['macro_f1'], 2)}"
     if calibration is None:
         console.print(macro_f1)
@@ -105,14 +105,16 @@ def _print_summary(console: Console, findings: Mapping[str, Any]) -> None:
 def _print_tested(console: Console, training: Mapping[str, Any]) -> None:
     if training["best_epoch"] is not None and training["is_whole"]:
         val_acc = percent(training["best_val_acc"], 2)
-        console.print(f"Tested: the weights after epoch {training['best_epoch']}, the best in validation ({val_acc})")
+        console.print(f"Tested weights: epoch {training['best_epoch']}, best validation accuracy ({val_acc})")
 
 
 def _print_classes(console: Console, classes: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     shown = list(range(len(names)))
     if len(names) > _MAX_CLASSES:
         f1 = np.array([row["f1"] for row in classes])
-        shown = np.argsort(f1, kind="stable")[:_NUM_WORST].tolist()  # NaN, a class that is nowhere, comes last
+        shown = np.argsort(f1, kind="stable")[
+            :_NUM_WORST
+        ].tolist()  # NaN, a class without images and predictions, comes last
     title = "Classes" if len(shown) == len(names) else f"The {_NUM_WORST} classes with the lowest F1"
     _print_heading(console, title)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -129,7 +131,7 @@ def _print_classes(console: Console, classes: Sequence[Mapping[str, Any]], names
     never = [name for name, row in zip(names, classes, strict=True) if row["support"] and not row["predicted"]]
     if never:
         more = f" and {len(never) - 5} more" if len(never) > 5 else ""
-        console.print(Text(f"Never predicted (so without a precision): {', '.join(never[:5])}{more}"))
+        console.print(Text(f"Never predicted (precision undefined): {', '.join(never[:5])}{more}"))
 
 
 def _print_confusions(console: Console, cm: Int[np.ndarray, "classes classes"], names: Sequence[str]) -> None:
@@ -143,14 +145,14 @@ def _print_confusions(console: Console, cm: Int[np.ndarray, "classes classes"], 
 
 
 def _matrix_lines(cm: Int[np.ndarray, "classes classes"], names: Sequence[str], width: int) -> list[Text] | None:
-    """Return the matrix, its diagonal in brackets and zeros as dots; None where it is wider than `width`."""
+    """Return the lines of the matrix, diagonal in brackets and zeros as dots; None if wider than `width`."""
     cell = max(len(str(cm.max(initial=0))), len(str(len(names)))) + 2  # room for the brackets
     longest = max(map(cell_len, names))
     roomy = max(cell, min((width - longest - 1) // len(names), longest + 2))
     headings = [_cut(name, roomy - 1) for name in names]
     if len(set(headings)) == len(names) and (roomy >= 6 or headings == list(names)):
         cell = roomy
-    else:  # too short to tell names apart: numbers instead
+    else:  # the shortened names are ambiguous: numbers instead
         names = [f"{index} {name}" for index, name in enumerate(names)]
         headings = [str(index) for index in range(len(names))]
         longest = max(map(cell_len, names))
@@ -172,17 +174,17 @@ def _matrix_lines(cm: Int[np.ndarray, "classes classes"], names: Sequence[str], 
 
 
 def _print_pairs(console: Console, findings: Mapping[str, Any]) -> None:
-    _print_heading(console, "Most confused, in both directions")
+    _print_heading(console, "Most confused pairs")
     if not findings["confused_pairs"]:
-        console.print("No image was taken for another class.")
+        console.print("No image is misclassified.")
     for pair in findings["confused_pairs"]:
         there = f"{count(pair['count'])} ({percent(pair['share'], 1)})"
         back = f"{count(pair['reverse_count'])} ({percent(pair['reverse_share'], 1)})"
-        _print_words(console, f"{pair['true']} taken for {pair['predicted']}: {there}; the other way: {back}")
+        _print_words(console, f"{pair['true']} predicted as {pair['predicted']}: {there}; reverse: {back}")
 
 
 def _print_insights(console: Console, insights: Sequence[Mapping[str, Any]]) -> None:
-    _print_heading(console, "Findings (p allows for all tests of a kind; the tests are named in report.html)")
+    _print_heading(console, "Insights (p-values with Holm's correction; report.html names the tests)")
     for insight in insights:
         _print_words(console, f"* {insight['title']}.")
         for item in insight["items"][:_MAX_ITEMS]:
@@ -206,15 +208,15 @@ def _print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
     )
     _print_words(
         console,
-        f"Both right {count(comparison['both_right'])}, only this run {count(comparison['only_first'])}, only the "
-        f"other {count(comparison['only_second'])}, both wrong {count(comparison['both_wrong'])}.",
+        f"Correct in both {count(comparison['both_right'])}, only in this run {count(comparison['only_first'])}, only "
+        f"in the other {count(comparison['only_second'])}, in neither {count(comparison['both_wrong'])}.",
     )
     if comparison["unchecked"]:
         _print_words(console, comparison["unchecked"])
-    sure = [row for row in comparison["classes"] if row["p"] < 0.05]
-    if not sure:
-        console.print("In no single class was a difference beyond chance found.")
-    for row in sure:
+    significant = [row for row in comparison["classes"] if row["p"] < 0.05]
+    if not significant:
+        console.print("No difference beyond chance was found in any single class.")
+    for row in significant:
         interval = points_span(row["difference_interval_95"])
         text = f"{row['name']}: {points(row['difference'])} points ({interval}), {pvalue(row['p'])}"
         _print_words(console, text, indent=2)
@@ -224,27 +226,27 @@ def _print_files(console: Console, run: RunFolder) -> None:
     _print_heading(console, "Run folder")
     _print_whole(console, str(run.path))
     contents = (
-        (run.best_checkpoint, "the weights with the best validation accuracy"),
-        (run.last_checkpoint, "the state at the end of training"),
-        (run.config, "every value of the run"),
-        (run.split, "which images were for training, which for validation"),
+        (run.best_checkpoint, "weights with the best validation accuracy"),
+        (run.last_checkpoint, "state at the end of training, for --resume"),
+        (run.config, "all settings of the run"),
+        (run.split, "indices of the training and validation images"),
         (run.environment, "versions, device, precision, commit"),
-        (run.metrics_csv, "losses, accuracies, learning rate of each epoch"),
-        (run.timing_csv, "seconds, images per second, memory of each epoch"),
-        (run.report, "all of this and more as one page: open it in a browser"),
+        (run.metrics_csv, "loss, accuracy and learning rate of each epoch"),
+        (run.timing_csv, "seconds, images/s and memory of each epoch"),
+        (run.report, "this report with charts and images; open in a browser"),
         (run.findings, "every number of the page"),
-        (run.test_metrics, "accuracy, loss and the rates of each class"),
+        (run.test_metrics, "accuracy, loss, precision and recall of each class"),
         (run.confusion_matrix_png, "confusion matrix; also as .csv and .pt"),
-        (run.predictions, "logits and true class of every test image"),
-        (run.predictions_val, "the same of the validation images"),
-        (run.gallery, "some test images"),
+        (run.predictions, "logits and label of every test image"),
+        (run.predictions_val, "logits and label of every validation image"),
+        (run.gallery, "test images shown in the report"),
     )
     for file, words in contents:
         if file.exists():
             console.print(f"  {file.relative_to(run.path).as_posix():<22} {words}")
     if any(run.path.glob("events.out.tfevents.*")):
-        console.print(f"  {'events.out.tfevents.*':<22} what TensorBoard shows")
-    _print_heading(console, "What next")
+        console.print(f"  {'events.out.tfevents.*':<22} logs for TensorBoard")
+    _print_heading(console, "Next steps")
     _print_whole(console, f"  tensorboard --logdir {shlex.quote(str(_folder_of_runs(run.path)))}")
     path = shlex.quote(str(run.path))
     for command in (
@@ -256,9 +258,9 @@ def _print_files(console: Console, run: RunFolder) -> None:
 
 
 def _folder_of_runs(path: Path) -> Path:
-    """Return the folder that TensorBoard looks through: that of all runs where it is one, so that they are compared.
+    """Return the log folder for TensorBoard: that of all runs if there is one, so that runs are compared.
 
-    TensorBoard reads all folders below it, so it is never more than what holds runs: runs/RECIPE/N, or a chosen N.
+    TensorBoard reads every folder below it, so it never lies above the runs: runs/CONFIG/N, or a chosen N.
     """
     if not path.name.isdecimal():
         return path
@@ -271,7 +273,7 @@ def _print_heading(console: Console, title: str) -> None:
 
 
 def _print_words(console: Console, text: str, indent: int = 0) -> None:
-    """Print a sentence, wrapped at words but never between a number and its sign."""
+    """Print text wrapped at words, never between a number and its unit."""
     joined = unbroken(printable(text, console.encoding))
     margin = " " * indent
     for line in textwrap.wrap(joined, console.width, initial_indent=margin, subsequent_indent=margin):
@@ -279,12 +281,12 @@ def _print_words(console: Console, text: str, indent: int = 0) -> None:
 
 
 def _print_whole(console: Console, text: str) -> None:
-    """Print a path or command on one line however long, so that it can be copied."""
+    """Print a path or command on one line of any length, so that it can be copied."""
     console.print(Text(printable(text, console.encoding)), soft_wrap=True)
 
 
 def _cut(text: str, width: int) -> str:
-    """Shorten to `width` terminal cells, of which a Chinese character takes two."""
+    """Shorten to `width` terminal cells; a Chinese character takes two."""
     if cell_len(text) <= width:
         return text
     return set_cell_size(text, width - 2).rstrip() + ".." if width > 6 else set_cell_size(text, width).rstrip()

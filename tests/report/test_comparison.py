@@ -23,7 +23,7 @@ def right(run):
     return arrays["logits"].argmax(1) == arrays["targets"]
 
 
-def test_mcnemar_and_the_counts_are_those_of_the_paired_answers(runs):
+def test_mcnemar_and_the_counts_are_those_of_the_paired_predictions(runs):
     result = compared(*runs)
     first, second = (right(run) for run in runs)
     only = ((first & ~second).sum(), (~first & second).sum())
@@ -72,7 +72,7 @@ def test_a_run_against_its_copy_differs_in_nothing(runs, tmp_path):
     assert result["changed"]["won"] == {"count": 0, "indices": [], "images": []}
 
 
-def test_the_order_of_the_answers_does_not_matter(runs):
+def test_the_order_of_the_predictions_does_not_matter(runs):
     before = compared(*runs)
     arrays = dict(np.load(runs[1].predictions))
     order = np.random.default_rng(0).permutation(2000)
@@ -83,7 +83,7 @@ def test_the_order_of_the_answers_does_not_matter(runs):
     assert after["changed"] == before["changed"]
 
 
-def test_images_that_changed_sides_are_shown_with_both_answers(runs):
+def test_images_that_one_run_misclassifies_are_shown_with_both_predictions(runs):
     result = compared(*runs)
     arrays = [np.load(run.predictions) for run in runs]
     names = arrays[0]["class_names"]
@@ -95,7 +95,7 @@ def test_images_that_changed_sides_are_shown_with_both_answers(runs):
     assert result["changed"]["lost"]["images"]
 
 
-def test_all_that_changed_sides_are_numbered_also_those_that_no_run_kept(runs):
+def test_all_images_that_one_run_misclassifies_are_listed_also_those_that_no_run_kept(runs):
     result = compared(*runs)
     first, second = (right(run) for run in runs)
     kept = {int(index) for run in runs for index in np.load(run.gallery)["indices"]}
@@ -118,7 +118,7 @@ def test_other_test_images_are_refused(runs, tmp_path):
         make_run(tmp_path / "classes", names=("ant", "bee")),
         make_run(tmp_path / "names", names=[f"class_{index}" for index in range(10)]),
     ):
-        with pytest.raises(UserError, match=r"--compare .*not tested on the same images.*\nOnly answers"):
+        with pytest.raises(UserError, match=r"--compare .*not tested on the same images.*\nOnly predictions"):
             compared(runs[0], other)
 
 
@@ -132,7 +132,7 @@ def test_the_same_number_of_other_images_is_refused_by_their_hash_or_numbers(run
     assert compared(*runs)["unchecked"]
     arrays = dict(np.load(runs[1].predictions))
     np.savez(runs[1].predictions, **{**arrays, "indices": arrays["indices"] + 1})
-    with pytest.raises(UserError, match="other numbers or classes"):
+    with pytest.raises(UserError, match="different indices or labels"):
         compared(*runs)
 
 
@@ -140,7 +140,7 @@ def test_where_a_hash_is_lost_it_is_said_that_the_images_could_not_be_checked(ru
     assert compared(*runs)["unchecked"] == ""
     runs[1].split.write_text('{"sizes": {"va')
     said = compared(*runs)["unchecked"]
-    assert said.startswith("That the images are the same could not be checked")
+    assert said.startswith("Whether the test images are identical could not be checked")
     assert str(runs[1].path) in said
     assert str(runs[0].path) not in said
 
@@ -153,7 +153,7 @@ def test_without_a_hash_the_images_that_both_kept_tell_other_ones(runs):
         compared(*runs)
 
 
-def test_a_run_whose_answers_are_lost_is_refused_with_the_command(runs):
+def test_a_run_whose_predictions_are_lost_is_refused_with_the_command(runs):
     from cifar_lightning.report.report import write_confusion
 
     results = read_results(runs[1])

@@ -1,6 +1,7 @@
 import io
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from cifar_lightning.report.figures import (
     confusion_figure,
     figure_to_array,
     figure_to_png,
+    figure_to_svg,
     images_figure,
-    lay_out_like,
 )
 
 CM = np.array([[1200, 0, 34], [5, 90, 5], [0, 0, 0]])
@@ -43,7 +44,7 @@ def test_counts_stand_at_row_true_and_column_predicted_and_empty_cells_stay_empt
     assert axes.get_title() == "Accuracy 96.70% of 1,334 images"
 
 
-def test_normalized_cells_are_per_cent_of_the_true_class():
+def test_normalized_cells_are_percent_of_the_true_class():
     texts = cell_texts(confusion_figure(CM, NAMES, normalize=True))
     assert texts[0, 0] == "97.2"
     assert texts[0, 2] == "2.8"
@@ -51,13 +52,13 @@ def test_normalized_cells_are_per_cent_of_the_true_class():
     assert texts[2, 2] == "0.0"  # no images, and no warning
 
 
-def test_a_mistake_is_orange_and_a_right_answer_blue():
+def test_a_mistake_is_orange_and_a_correct_prediction_blue():
     figure = confusion_figure(CM, NAMES)
     pixels = figure_to_array(figure)
     axes = figure.axes[0]
 
     def colour(row: int, column: int) -> np.ndarray:
-        x, y = axes.transData.transform((column - 0.4, row - 0.4))  # beside the number
+        x, y = axes.transData.transform((column - 0.4, row - 0.4))  # next to the number
         return pixels[int(pixels.shape[0] - y), int(x)].astype(int)
 
     assert colour(0, 0)[2] > colour(0, 0)[0] + 50
@@ -146,9 +147,10 @@ def test_the_scales_are_lettered_as_large_as_the_matrix():
         assert min(sizes) >= matrix.get_xticklabels()[0].get_fontsize()
 
 
-def test_a_layout_that_is_taken_over_gives_the_pixels_of_one_that_is_found_anew():
-    drawn = confusion_figure(CM, NAMES)
-    expected = figure_to_array(drawn)
-    again = confusion_figure(CM, NAMES)
-    lay_out_like(again, drawn)
-    np.testing.assert_array_equal(figure_to_array(again), expected)
+def test_the_text_of_an_svg_is_escaped_text():
+    names = ["<b>&", '"狗"', "c"]
+    svg = figure_to_svg(confusion_figure(CM, names))
+    texts = ["".join(element.itertext()) for element in ElementTree.fromstring(svg).iter("text")]
+    assert [text for text in texts if text in names] == [*names, *names]
+    assert "1,200" in texts
+    assert "<b>" not in svg

@@ -69,7 +69,7 @@ def test_the_summary(found):
     summary = findings["summary"]
     assert summary["accuracy"] == sk.accuracy_score(targets, preds)
     assert summary["num_right"] == (targets == preds).sum()
-    assert summary["num_pictures"] == len(targets)
+    assert summary["num_images"] == len(targets)
     assert summary["accuracy_interval_95"] == pytest.approx(wilson((targets == preds).sum(), len(targets)), abs=1e-6)
     assert summary["macro_f1"] == pytest.approx(sk.f1_score(targets, preds, average="macro"))
     assert summary["loss"] == pytest.approx(log_loss(test["logits"], targets))
@@ -104,7 +104,7 @@ def test_calibration_before_and_after_temperature(found):
     for key, logits in (("before", test["logits"]), ("after", scaled)):
         assert calibration[key]["ece"] == pytest.approx(ece(logits, test["targets"]), abs=1e-9)
         assert calibration[key]["loss"] == pytest.approx(log_loss(logits, test["targets"]))
-        assert sum(part["num_pictures"] for part in calibration[key]["bins"]) == len(test["targets"])
+        assert sum(part["num_images"] for part in calibration[key]["bins"]) == len(test["targets"])
         assert len(calibration[key]["bins"]) == 15
     assert calibration["after"]["ece"] < calibration["before"]["ece"]
     assert calibration["fitted_on"] == len(val["targets"])
@@ -136,7 +136,7 @@ def test_the_confused_pairs_count_both_directions(found):
     assert totals == sorted(both[both > 0].tolist(), reverse=True)[:10]
 
 
-def test_the_statements_tests_are_scipys(found):
+def test_the_p_values_of_the_insights_are_scipys(found):
     findings, test, val = found
     preds, targets = test["logits"].argmax(1), test["targets"]
     by_kind = {insight["kind"]: insight for insight in findings["insights"]}
@@ -176,7 +176,7 @@ def test_the_galleries_show_what_they_say(found):
             assert item["prob"] == pytest.approx(probs[place].max())
             assert item["prob_of_true"] == pytest.approx(probs[place, targets[place]])
     pair = next(gallery for gallery in findings["galleries"] if gallery["kind"] == "pair")
-    assert {f"{item['true']} taken for {item['predicted']}" for item in pair["images"]} == {pair["title"]}
+    assert {f"{item['true']} predicted as {item['predicted']}" for item in pair["images"]} == {pair["title"]}
 
 
 def test_a_class_that_is_never_predicted_or_not_there_raises_no_warning(tmp_path):
@@ -196,7 +196,7 @@ def test_a_class_that_is_never_predicted_or_not_there_raises_no_warning(tmp_path
     assert dog["recall_interval_95"] == [0, 1]
 
 
-def test_a_diverged_network_has_findings_without_numbers_of_calibration(tmp_path):
+def test_a_diverged_model_has_findings_without_numbers_of_calibration(tmp_path):
     run = make_run(tmp_path / "run")
     arrays = dict(np.load(run.predictions))
     np.savez(run.predictions, **{**arrays, "logits": np.full_like(arrays["logits"], np.nan)})
@@ -247,7 +247,7 @@ def test_the_time_is_not_summed_up_where_that_of_an_epoch_is_not_known(tmp_path)
 
 
 def test_the_members_of_many_groups_are_all_there(tmp_path):
-    names = [f"class_{index:02}" for index in range(20)]  # pairs that are taken for each other
+    names = [f"class_{index:02}" for index in range(20)]  # neighbours are confused
     findings = find(read_results(make_run(tmp_path / "run", names=names, n=4000, skill=4)))
     (groups,) = (insight["groups"] for insight in findings["insights"] if insight["kind"] == "groups")
     assert len(groups) > 4

@@ -31,7 +31,7 @@ def test_the_cards_numbers_are_the_reports(run):
         for item in insight["items"]:
             assert item["text"] in text
     assert "`model.onnx` takes `images`: RGB, uint8 0-255, shape (batch, 3, 32, 32)" in text
-    assert "gives logits and probs, shape (batch, 2)" in text
+    assert "returns logits and probs, shape (batch, 2)" in text
     assert "git checkout c0ffee" in text
     assert "&" not in text  # Markdown, not HTML
 
@@ -48,7 +48,7 @@ def test_without_a_test_the_card_says_so(run):
     text = write_model_card(run, CARD, run.path).read_text(encoding="utf-8")
     assert "holds no test results" in text
     assert "accuracy |" not in text
-    assert "smallnet that tells 2 classes apart" in text
+    assert "smallnet with 2 classes" in text
 
 
 def test_weights_alone_have_no_graph_to_describe(run):
@@ -68,7 +68,7 @@ def test_a_card_tells_of_every_file_of_the_same_weights_that_is_still_there(run)
     for text in (written("w.safetensors", **weights), written("w.safetensors", **weights)):
         assert "tags: [image-classification, pytorch, onnx, safetensors]" in text
         assert text.count("- `a --> b.onnx` takes `images`: RGB, uint8 0-255") == 1
-        assert text.count("- `w.safetensors` holds the weights alone") == 1
+        assert text.count("- `w.safetensors` holds only the weights") == 1
     (run.path / "a --> b.onnx").unlink()
     assert "b.onnx" not in written("w.safetensors", **weights)
     assert "w.safetensors" not in written("other.onnx", checkpoint_sha256="beef")
@@ -77,7 +77,7 @@ def test_a_card_tells_of_every_file_of_the_same_weights_that_is_still_there(run)
     assert "- `third.onnx` takes" in written("third.onnx", checkpoint_sha256="beef")
 
 
-def test_somebodys_own_card_is_left_alone_and_ours_is_written_anew(run):
+def test_somebodys_own_card_is_left_alone_and_ours_is_overwritten(run):
     path = run.path / NAME
     path.write_text("# My own\n", encoding="utf-8")
     assert write_model_card(run, CARD, run.path) is None
@@ -88,7 +88,7 @@ def test_somebodys_own_card_is_left_alone_and_ours_is_written_anew(run):
     assert "epoch 4" in path.read_text(encoding="utf-8")
 
 
-def test_export_writes_a_card_beside_its_file(tmp_path):
+def test_export_writes_a_card_next_to_its_file(tmp_path):
     start("fit", *TINY, "--epochs", "1", cwd=tmp_path)
     (tmp_path / "out").mkdir()
     printed = start(
@@ -100,7 +100,7 @@ def test_export_writes_a_card_beside_its_file(tmp_path):
     assert "weights of epoch 1" in text
 
 
-def test_a_card_that_somebody_edited_is_made_anew(run):
+def test_a_card_that_somebody_edited_is_made_again(run):
     path = write_model_card(run, CARD, run.path)
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace('"file": "model.onnx"', '"file": 5'), encoding="utf-8")

@@ -30,7 +30,7 @@ def test_analyze_writes_what_it_says_and_prints_it(run, tmp_path):
     printed = start("analyze", run.path, cwd=tmp_path).stdout
     findings = json.loads(run.findings.read_text(encoding="utf-8"))
     assert printed.startswith(f"Test accuracy {100 * findings['summary']['accuracy']:.2f} %")
-    for text in ("Temperature ", "Most confused, in both directions", "Findings (", "Underconfident: mean confidence "):
+    for text in ("Temperature ", "Most confused pairs", "Insights (", "Underconfident: mean confidence "):
         assert text in printed
     for file in (run.report, run.confusion_matrix_png, run.confusion_matrix_csv):
         assert file.stat().st_size > 0
@@ -101,7 +101,7 @@ def test_damaged_files_are_named_on_terminal_and_page_and_the_rest_is_shown(run,
     for said in (printed, page):
         for name in ("gallery.npz is damaged", "metrics.csv is missing", "predictions_val.npz is damaged"):
             assert name in said
-        assert "no answers of validation images" in page
+        assert "no predictions of validation images" in page
     assert "Test accuracy" in printed
     assert 'id="training"' not in page
     assert 'id="images"' not in page
@@ -121,8 +121,8 @@ def test_a_cut_table_is_named_and_the_page_does_not_say_which_epoch_was_tested(r
     make_report(run, console=console)
     page = run.report.read_text(encoding="utf-8")
     for said in (console.file.getvalue(), page):
-        assert "metrics.csv is cut off: 3 of 5 epochs are not in it." in said
-    assert "its weights are what was tested" not in page
+        assert "metrics.csv is truncated: 3 of 5 epochs are missing." in said
+    assert "with the best validation accuracy" not in page
     assert "Trained for</dt><dd>5 epochs" in page
 
 
@@ -137,7 +137,7 @@ def test_the_other_runs_damage_is_named_with_its_folder(run, tmp_path, console):
     assert problem.startswith(f"{other.path}: split.json is damaged: ")
     for said in (printed, page):
         assert f"{other.path}: split.json is damaged: " in said
-        assert "That the images are the same could not be checked" in said
+        assert "Whether the test images are identical could not be checked" in said
 
 
 def test_with_the_matrix_alone_the_report_has_what_it_gives(run, tmp_path):
@@ -155,8 +155,8 @@ def test_a_class_never_predicted_is_shown_as_such_and_nothing_is_warned_of(run, 
     np.savez(run.predictions, **arrays)
     done = start("analyze", run.path, cwd=tmp_path, PYTHONWARNINGS="error")
     assert done.stderr == ""
-    assert "Never predicted (so without a precision): cat" in done.stdout
-    assert "Never predicted, and so without a precision: cat" in run.report.read_text(encoding="utf-8")
+    assert "Never predicted (precision undefined): cat" in done.stdout
+    assert "Never predicted, precision undefined: cat" in run.report.read_text(encoding="utf-8")
 
 
 def test_a_diverged_run_has_a_report(run, tmp_path):
@@ -165,7 +165,7 @@ def test_a_diverged_run_has_a_report(run, tmp_path):
         np.savez(file, **{**arrays, "logits": np.full_like(arrays["logits"], np.nan)})
     done = start("analyze", run.path, cwd=tmp_path, PYTHONWARNINGS="error")
     assert "Loss -, calibration error (ECE) -" in done.stdout
-    assert "predictions.npz: 2,000 of its 2,000 answers are no numbers" in done.stdout
+    assert "predictions.npz: 2,000 of 2,000 predictions have NaN" in done.stdout
 
 
 def test_class_names_with_commas_and_quotes_survive_the_csv(run):

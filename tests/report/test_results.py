@@ -44,7 +44,7 @@ def test_a_damaged_file_is_named_and_the_rest_is_there(run, name, content):
     (problem,) = read_results(run).problems
     # Of a table without a whole line nothing is wrong but that its epochs are not in it.
     is_cut = file.suffix == ".csv" and b"\n" not in content
-    assert problem.startswith(f"{file.name} is cut off: 5 of 5" if is_cut else f"{file.name} is damaged: ")
+    assert problem.startswith(f"{file.name} is truncated: 5 of 5" if is_cut else f"{file.name} is damaged: ")
     assert "cannot be read" not in problem
     assert str(run.path) not in problem
     assert "\n" not in problem
@@ -57,7 +57,7 @@ def test_a_table_that_was_cut_off_is_named_with_what_it_lost(run, name, num_rows
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[: num_rows + 1]) + rest)
     results = read_results(run)
-    assert results.problems == [f"{file.name} is cut off: {said} epochs are not in it."]
+    assert results.problems == [f"{file.name} is truncated: {said} epochs are missing."]
     assert results.cut_tables == (file.name,)
 
 
@@ -71,7 +71,7 @@ def test_an_epoch_that_is_lost_from_both_tables_is_missed_between_two_others(run
 def test_an_incomplete_last_line_is_named_also_where_no_epoch_is_missed(run):
     with run.metrics_csv.open("a") as file:
         file.write("5,0.1,")
-    assert read_results(run).problems == ["metrics.csv is cut off: its last line is incomplete and left out."]
+    assert read_results(run).problems == ["metrics.csv is truncated: its last line is incomplete and ignored."]
 
 
 def test_a_run_that_was_stopped_early_or_began_in_the_middle_has_lost_nothing(run):
@@ -81,26 +81,26 @@ def test_a_run_that_was_stopped_early_or_began_in_the_middle_has_lost_nothing(ru
     assert read_results(run).problems == []
 
 
-def test_answers_that_are_no_numbers_are_named_and_the_rest_is_there(run):
+def test_predictions_that_are_not_finite_are_named_and_the_rest_is_there(run):
     for file, value in ((run.predictions, np.nan), (run.predictions_val, np.inf)):
         arrays = dict(np.load(file))
         arrays["logits"][7, 1] = value
         np.savez(file, **arrays)
     results = read_results(run)
-    assert [problem[:49] for problem in results.problems] == [
-        "predictions.npz: 1 of its 200 answers are no numb",
-        "predictions_val.npz: 1 of its 100 answers are no ",
+    assert [problem.partition(" have NaN")[0] for problem in results.problems] == [
+        "predictions.npz: 1 of 200 predictions",
+        "predictions_val.npz: 1 of 100 predictions",
     ]
     assert len(results.test.targets) == 200
 
 
-def test_half_a_file_of_answers_is_damage(run):
+def test_half_a_file_of_predictions_is_damage(run):
     whole = run.predictions_val.read_bytes()
     run.predictions_val.write_bytes(whole[: len(whole) // 2])
     assert read_results(run).val is None
 
 
-def test_without_the_answers_the_matrix_stands_in(run):
+def test_without_the_predictions_the_matrix_stands_in(run):
     from cifar_lightning.report.report import write_confusion
 
     whole = read_results(run)
@@ -124,7 +124,7 @@ def test_nothing_that_can_be_read_names_both_files_and_the_command(run):
     with pytest.raises(UserError, match=r"predictions.npz is damaged: .* confusion_matrix.csv is missing.*\n.*test "):
         read_results(run)
     run.confusion_matrix_csv.write_text("true,a\nb\n")
-    with pytest.raises(UserError, match="no square table"):
+    with pytest.raises(UserError, match="not a square table"):
         read_results(run)
 
 
@@ -134,13 +134,13 @@ def test_nothing_that_can_be_read_names_both_files_and_the_command(run):
         ({"targets": np.array([0, 7])}, r"a class is not in 0..2"),
         ({"targets": np.array([0])}, "different lengths"),
         ({"indices": np.array([0])}, "different lengths"),
-        ({"indices": np.array([3, 3])}, "an image twice"),
+        ({"indices": np.array([3, 3])}, "an image occurs twice"),
         ({"logits": np.zeros((2, 4))}, "different lengths"),
-        ({"logits": np.zeros((0, 3)), "targets": np.array([], int), "indices": np.array([], int)}, "no image"),
+        ({"logits": np.zeros((0, 3)), "targets": np.array([], int), "indices": np.array([], int)}, "no images"),
         ({"class_names": np.array(["a", object()], dtype=object)}, "allow_pickle=False"),
     ],
 )
-def test_answers_that_do_not_belong_together_are_damage(run, changed, reason):
+def test_predictions_that_do_not_match_are_damage(run, changed, reason):
     arrays = {"logits": np.zeros((2, 3)), "targets": np.array([0, 1]), "indices": np.array([0, 1])}
     np.savez(run.predictions_val, **{**arrays, "class_names": np.array(["ant", "bee", "cow"]), **changed})
     (problem,) = read_results(run).problems

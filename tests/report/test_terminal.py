@@ -18,7 +18,7 @@ CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 def matrix(num_classes: int, support: int = 1000) -> np.ndarray:
-    """A matrix with 90 % on the diagonal and class 0 taken for class 1 most often."""
+    """A matrix with 90 % on the diagonal and class 0 predicted as class 1 most often."""
     cm = np.eye(num_classes, dtype=np.int64) * (support * 9 // 10)
     for row in range(num_classes):
         cm[row, (row + 1) % num_classes] += support - cm[row].sum()
@@ -28,11 +28,11 @@ def matrix(num_classes: int, support: int = 1000) -> np.ndarray:
 
 
 def findings_of(cm: np.ndarray, names: list[str]) -> dict:
-    """Finds what answers with this confusion matrix say; as read back from findings.json."""
+    """Return the findings of predictions with this confusion matrix, as read from findings.json."""
     targets, preds = (np.repeat(indices.ravel(), cm.ravel()) for indices in np.indices(cm.shape))
     logits = np.eye(len(names), dtype=np.float32)[preds] * 3
-    answers = Predictions(logits, targets, np.arange(len(targets)), tuple(names))
-    return json.loads(json.dumps(find(Results(answers.class_names, answers.confusion, test=answers))))
+    predictions = Predictions(logits, targets, np.arange(len(targets)), tuple(names))
+    return json.loads(json.dumps(find(Results(predictions.class_names, predictions.confusion, test=predictions))))
 
 
 def report(
@@ -63,7 +63,7 @@ def test_it_is_said_which_epoch_was_tested(tmp_path):
         findings["training"] |= {"best_epoch": 3, "best_val_acc": 0.912, "is_whole": True} | changed
         file = io.StringIO()
         print_findings(findings, tmp_path, Console(file=file, width=80))
-        return "Tested: the weights after epoch 3, the best in validation (91.20 %)" in file.getvalue()
+        return "Tested weights: epoch 3, best validation accuracy (91.20 %)" in file.getvalue()
 
     assert is_said()
     assert not is_said(best_epoch=None)
@@ -112,13 +112,13 @@ def test_per_class_rates_are_scikit_learns():
 
 def test_the_most_confused_pair_is_said_in_words_first():
     lines = section(report(matrix(10), CIFAR10), "Most confused")
-    assert lines[0] == "airplane taken for automobile: 107 (10.7 %); the other way: 0 (0.0 %)"
+    assert lines[0] == "airplane predicted as automobile: 107 (10.7 %); reverse: 0 (0.0 %)"
     assert len(lines) == 10
 
 
-def test_a_network_without_mistakes_is_reported():
+def test_a_model_without_mistakes_is_reported():
     assert section(report(np.eye(3, dtype=np.int64), ["a", "b", "c"]), "Most confused") == [
-        "No image was taken for another class."
+        "No image is misclassified."
     ]
 
 
@@ -158,7 +158,7 @@ def test_of_a_hundred_classes_the_ten_worst_are_listed():
 
 def test_a_class_never_predicted_is_shown_as_such():
     text = report(np.array([[5, 0], [3, 0]]), ["cat", "dog"])
-    assert "Never predicted (so without a precision): dog" in text
+    assert "Never predicted (precision undefined): dog" in text
     assert section(text, "Classes")[2].split() == ["dog", "3", "-", *["0.0", "%"] * 2, "95.3", "%"]
 
 
@@ -171,7 +171,7 @@ def test_class_names_are_shown_as_they_are_and_cannot_steer_the_terminal():
 
 
 def test_a_terminal_without_umlauts_gets_escapes():
-    assert "K\\xe4fer taken for b" in report(matrix(3, 50), ["Käfer", "b", "c"], encoding="ascii")
+    assert "K\\xe4fer predicted as b" in report(matrix(3, 50), ["Käfer", "b", "c"], encoding="ascii")
 
 
 def test_the_files_that_are_there_and_no_others_are_named(tmp_path):
@@ -189,7 +189,7 @@ def test_the_files_that_are_there_and_no_others_are_named(tmp_path):
 
 def test_the_next_commands_can_be_copied_also_with_spaces_in_the_path():
     text = report(matrix(3, 50), ["a", "b", "c"], Path("my place/runs/smallnet/3"), width=30)
-    assert section(text, "What next") == [
+    assert section(text, "Next steps") == [
         "  tensorboard --logdir 'my place/runs'",
         "  python train.py analyze 'my place/runs/smallnet/3' --compare OTHER_RUN",
         "  python train.py predict-images 'my place/runs/smallnet/3' MY_IMAGES",
@@ -202,7 +202,7 @@ def test_the_next_commands_can_be_copied_also_with_spaces_in_the_path():
 )
 def test_tensorboard_is_never_sent_above_the_folder_of_the_runs(run, folder):
     text = report(matrix(3, 50), ["a", "b", "c"], Path(run))
-    assert section(text, "What next")[0] == f"  tensorboard --logdir {folder}"
+    assert section(text, "Next steps")[0] == f"  tensorboard --logdir {folder}"
 
 
 def test_one_image_is_one_image():
