@@ -36,8 +36,8 @@ def load_pretrained(
     Raises:
         UserError: There are none, they cannot be downloaded or read, or they do not fit; the model is unchanged.
     """
-    is_published = source is True
-    weights = published_weights(architecture) if is_published else _of_file(Path(source), str(architecture["name"]))
+    name = str(architecture["name"])
+    weights = published_weights(architecture) if source is True else _of_file(Path(source), name)
     load_all_but_head(model, architecture, weights)
     return weights.normalization
 

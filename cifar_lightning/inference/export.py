@@ -241,7 +241,7 @@ def _compare(trained: TrainedModel, images: Images, exported: Exported, input: s
     inputs = images if input == "uint8" else images.float() / 255
     with torch.inference_mode():
         # Several batch sizes, as a traced one may have become a constant of the graph.
-        probs = torch.cat([exported(batch) for batch in inputs.split([1, 7, len(inputs) - 8])]).softmax(1)
+        probs = torch.cat([exported(batch) for batch in torch.split(inputs, [1, 7, len(inputs) - 8])]).softmax(1)
     difference = float((probs - expected).abs().max())
     if not difference <= TOLERANCE:
         raise RuntimeError(f"the predictions of the file differ from PyTorch's: a probability by {difference:.1e}.")
