@@ -1,7 +1,7 @@
 """The flags of fit, validate, test, predict and tune, without torch: names, types and defaults from a generated table.
 
-`flags.json` is made from the signatures by `python -m cifar_lightning.cli.fit` and held equal to them by a test. With
-it a mistake is answered at once; whatever gets past here is still checked by LightningCLI, which knows more.
+`python -m cifar_lightning.cli.lightning_cli` generates `flags.json` from the signatures, and a test holds them equal.
+With it a mistake is reported at once; LightningCLI checks the rest.
 """
 
 import contextlib

@@ -90,9 +90,19 @@ def _run_training(command: str, arguments: Sequence[str]) -> int:
         rest, run = ["--help"], None
     else:
         rest, run = training_arguments(command, arguments)
-    from cifar_lightning.cli.fit import run_training  # imports torch and Lightning, which takes seconds
+    # These import torch and Lightning, which takes seconds.
+    from cifar_lightning.cli.evaluate import evaluate
+    from cifar_lightning.cli.fit import fit
+    from cifar_lightning.cli.lightning_cli import training_process
+    from cifar_lightning.cli.tune import tune
 
-    run_training(command, rest, resumed=run)
+    with training_process(command) as signals:
+        if command == "fit":
+            fit(rest, signals, run)
+        elif command == "tune":
+            tune(rest)
+        else:
+            evaluate(command, rest)
     return 0
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.accuracy.ablations import BASE, SUITES, differences, verdict
-from cifar_lightning.cli.fit import fit_parser
+from cifar_lightning.cli.lightning_cli import fit_parser
 from cifar_lightning.cli.main import training_arguments
 
 

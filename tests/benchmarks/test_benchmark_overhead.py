@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.speed.overhead import config_training
-from cifar_lightning.cli.fit import fit_parser
+from cifar_lightning.cli.lightning_cli import fit_parser
 from cifar_lightning.cli.main import training_arguments
 from cifar_lightning.cli.parser import check_arguments
 

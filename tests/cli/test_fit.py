@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from jsonargparse import Namespace
 from PIL import Image
 from program import REPO, TINY, fail, kill_at_line, start
 
 from cifar_lightning import UserError
-from cifar_lightning.cli.fit import RunCLI
+from cifar_lightning.cli.fit import Resume, open_run_folder
+from cifar_lightning.cli.lightning_cli import TrainingCLI
 from cifar_lightning.runs.folder import RunFolder, open_run
 
 FILES_OF_A_RUN = [
@@ -183,7 +183,7 @@ def test_weights_of_another_run_start_a_new_one(finished, tmp_path):
     # BatchNorm's running figures move a little; without the weights a network answers at random, 0.1.
     assert float(row["val/acc"]) == pytest.approx(best, abs=0.05)
     assert done.stderr == ""
-    assert "Begins with the weights of" in done.stdout
+    assert "Initialized with the weights of" in done.stdout
 
 
 # -- resume -----------------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_a_run_is_locked_before_anything_of_it_is_read(monkeypatch, capsys, tmp_
             open_run(run.path, lock=True)
         raise UserError("read under the lock")
 
-    monkeypatch.setattr(RunCLI, "parse_arguments", parse)
+    monkeypatch.setattr(TrainingCLI, "parse_arguments", parse)
     assert "read under the lock" in fail(monkeypatch, capsys, tmp_path, "fit", "--resume", "run")
     open_run(run.path, lock=True).lock.release()
 
@@ -301,10 +301,8 @@ def test_a_run_is_locked_before_anything_of_it_is_read(monkeypatch, capsys, tmp_
 def test_a_further_process_started_from_outside_joins_the_run_that_is_gone_on_with(monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("CIFAR_LIGHTNING_RUN_DIR", raising=False)
-    front = object.__new__(RunCLI)
-    front.resumed = RunFolder(tmp_path)
-    front._make_run(Namespace(run_dir=None))
-    assert front.run == RunFolder(tmp_path)
+    resume = Resume(RunFolder(tmp_path), None, {})
+    assert open_run_folder(None, None, None, None, resume) == RunFolder(tmp_path)
 
 
 # -- range test -------------------------------------------------------------------------------------------------------

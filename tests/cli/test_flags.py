@@ -166,7 +166,7 @@ def test_a_missing_recipe_suggests_those_that_are_there(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def parser():
-    from cifar_lightning.cli.fit import fit_parser
+    from cifar_lightning.cli.lightning_cli import fit_parser
 
     return fit_parser()
 
@@ -174,7 +174,8 @@ def parser():
 def test_the_table_is_that_of_the_signatures(parser):
     from cifar_lightning.cli.parser import TABLE, table_text
 
-    assert TABLE.read_text(encoding="utf-8") == table_text(parser), "write it anew: python -m cifar_lightning.cli.fit"
+    command = "python -m cifar_lightning.cli.lightning_cli"
+    assert TABLE.read_text(encoding="utf-8") == table_text(parser), f"generate it: {command}"
 
 
 _VALUES = st.one_of(

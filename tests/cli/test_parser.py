@@ -4,7 +4,7 @@ import pytest
 from jsonargparse import Namespace
 from program import REPO
 
-from cifar_lightning.cli.fit import fit_parser
+from cifar_lightning.cli.lightning_cli import fit_parser
 from cifar_lightning.cli.parser import check_arguments, config_text, describe_flags
 from cifar_lightning.errors import UserError
 from cifar_lightning.models.registry import MODELS

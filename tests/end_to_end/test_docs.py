@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cifar_lightning.cli.fit import fit_parser
 from cifar_lightning.cli.flags import ALIASES, FRONT_ONLY, check_config, table
+from cifar_lightning.cli.lightning_cli import fit_parser
 from cifar_lightning.cli.main import QUICK, training_arguments
 from cifar_lightning.cli.parser import config_text
 from cifar_lightning.errors import UserError

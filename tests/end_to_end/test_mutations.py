@@ -11,6 +11,7 @@ import sys
 import types
 from contextlib import redirect_stderr, redirect_stdout
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -18,15 +19,15 @@ from hypothesis import strategies as st
 from mutations import FORMATS, command_lines, encoded, image_files, recipes
 from program import REPO, TINY, decode_here, start
 
-from cifar_lightning.cli import doctor
-from cifar_lightning.cli import fit as training
+from cifar_lightning.cli import doctor, evaluate, fit, lightning_cli, tune
 from cifar_lightning.cli import main as cli
 from cifar_lightning.data import download
 from cifar_lightning.data.image_decoding import decode_image
 from cifar_lightning.data.image_folder import CACHE_FOLDER, ClassFolders
 from cifar_lightning.errors import UserError
-from cifar_lightning.report.report import make_report as report
+from cifar_lightning.report import report
 from cifar_lightning.runs.lock import RunLock
+from cifar_lightning.training.lr_finder import LrRange
 
 SAME_EACH_TIME = settings(
     derandomize=True,
@@ -94,11 +95,17 @@ def quick(place, monkeypatch):
 
     monkeypatch.setattr(download, "_download_archive", no_network)
     monkeypatch.setattr(doctor, "look", lambda root: doctor.Facts())
-    monkeypatch.setattr(report, "make_report", lambda *arguments: None)
-    monkeypatch.setattr(training.RunCLI, "_run_subcommand", lambda self, command: None)
-    monkeypatch.setattr(training.TuneCLI, "_run_subcommand", lambda self, command: None)
-    monkeypatch.setattr(training.RunCLI, "_tune", lambda self, config: None)
-    monkeypatch.setattr(training, "StopSignals", lambda: types.SimpleNamespace(install=lambda: None))
+    for module in (report, fit, evaluate):
+        monkeypatch.setattr(module, "make_report", lambda *arguments: None)
+    for stage in ("train", "evaluate_best_checkpoint", "report_test"):
+        monkeypatch.setattr(fit, stage, lambda *arguments, **settings: None)
+    monkeypatch.setattr(tune, "find_lr", lambda *arguments, **settings: LrRange([], [], 0.1, None, None))
+    for module in (fit, tune):
+        monkeypatch.setattr(module, "write_lr_range", lambda *arguments: None)
+    for stage in ("validate", "test", "predict"):
+        monkeypatch.setattr(pl.Trainer, stage, lambda self, *arguments, **settings: None)
+    monkeypatch.setattr(evaluate, "print_validation", lambda metrics: None)
+    monkeypatch.setattr(lightning_cli, "StopSignals", lambda: types.SimpleNamespace(install=lambda: None))
     made = {}
 
     def set_up_once(self, *arguments):
@@ -108,8 +115,8 @@ def quick(place, monkeypatch):
             made.update({name: getattr(self, name) for name in names})
         vars(self).update(made)
 
-    real = training.RunCLI.setup_parser
-    monkeypatch.setattr(training.RunCLI, "setup_parser", set_up_once)
+    real = lightning_cli.TrainingCLI.setup_parser
+    monkeypatch.setattr(lightning_cli.TrainingCLI, "setup_parser", set_up_once)
 
 
 def answer(place, arguments):

@@ -1,0 +1,86 @@
+"""validate, test and predict: a checkpoint's metrics and predictions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from cifar_lightning.checkpoints.resume import other_images
+from cifar_lightning.cli.lightning_cli import TrainingCLI, build_trainer, prepare_data
+from cifar_lightning.data.datamodule import ImageDataModule
+from cifar_lightning.errors import UserError, is_first_process
+from cifar_lightning.report.findings import find
+from cifar_lightning.report.report import make_report
+from cifar_lightning.report.results import Results
+from cifar_lightning.report.terminal import print_findings, print_validation
+from cifar_lightning.runs.folder import RunFolder, open_run
+from cifar_lightning.training.predictions import PredictionWriter
+
+
+def evaluate(command: str, arguments: Sequence[str]) -> None:
+    """Evaluate a checkpoint; its run's files are updated where they are of this checkpoint and these images.
+
+    Args:
+        command: validate, test or predict.
+        arguments: Flags by their long names.
+
+    Raises:
+        UserError: A mistake in the settings or the data.
+    """
+    cli = TrainingCLI(command, arguments)
+    model, data, settings = cli.instantiate()
+    prepare_data(data, model)
+    output = Path(settings.output) if settings.output else None
+    run = find_run(command, Path(settings.ckpt_path), data, output)
+    predictions = PredictionWriter(run, output)
+    trainer = build_trainer(settings.trainer, [predictions], logger=False)
+    # weights_only: a checkpoint is data and must not be able to run code.
+    if command == "predict":
+        trainer.predict(
+            model, datamodule=data, ckpt_path=settings.ckpt_path, return_predictions=False, weights_only=True
+        )
+        if trainer.is_global_zero:
+            print(f"Logits and probabilities of {predictions.num_written:,} test images: {predictions.written_to}")
+    elif command == "test":
+        trainer.test(model, datamodule=data, ckpt_path=settings.ckpt_path, verbose=False, weights_only=True)
+        report_test(trainer, predictions, run)
+    else:
+        trainer.validate(model, datamodule=data, ckpt_path=settings.ckpt_path, verbose=False, weights_only=True)
+        if trainer.is_global_zero:
+            print_validation({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def find_run(command: str, checkpoint: Path, data: ImageDataModule, output: Path | None) -> RunFolder | None:
+    """Return the run that a checkpoint lies in, to write its predictions into; None if its files are of other images.
+
+    Raises:
+        UserError: There is nothing to validate on, or `predict` has no file to write.
+    """
+    run = RunFolder(checkpoint.parent.parent)
+    if command == "validate" and not data.num_images("val"):
+        raise UserError("validate: --data.val_fraction 0 held out no images; there is nothing to validate on.")
+    if output:
+        return None
+    reason = "not in a run folder"
+    if checkpoint.parent == run.checkpoints and run.split.exists():
+        reason = other_images(run, data)
+        if not reason and checkpoint != run.tested_checkpoint:
+            reason = f"its files are not of {checkpoint.name}"
+        if not reason:
+            return open_run(run.path, lock=is_first_process())
+    if command == "predict":
+        raise UserError(f"predict: {checkpoint}: {reason}; give --output FILE for the predictions.")
+    if run.split.exists():
+        print(f"{run.path}: {reason}, so its files stay as they are.")
+    return None
+
+
+def report_test(trainer: pl.Trainer, predictions: PredictionWriter, run: RunFolder | None) -> None:
+    """Write the run's report, or print its findings where no run holds the predictions."""
+    test = predictions.test
+    if not trainer.is_global_zero or test is None:
+        return
+    if predictions.is_test_written and run is not None:
+        make_report(run)
+    else:
+        print_findings(find(Results(test.class_names, test.confusion, test=test)))

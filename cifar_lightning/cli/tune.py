@@ -1,0 +1,54 @@
+"""tune: find the peak learning rate; `fit --tune_lr` does so before it trains."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from cifar_lightning.cli.lightning_cli import TrainingCLI, prepare_data
+from cifar_lightning.data.datamodule import ImageDataModule
+from cifar_lightning.files import write_text_durably
+from cifar_lightning.runs.folder import RunFolder, create_run, recipe_name
+from cifar_lightning.training.lr_finder import LrRange, find_lr, write_lr_range
+from cifar_lightning.training.module import ImageClassifier
+
+RUNS = Path("runs")
+
+
+def tune(arguments: Sequence[str]) -> None:
+    """Find the peak learning rate, and write a folder with its figure and a config that trains with it.
+
+    Args:
+        arguments: Flags of `fit` by their long names.
+
+    Raises:
+        UserError: A mistake in the settings or the data.
+    """
+    cli = TrainingCLI("fit", arguments)
+    model, data, settings = cli.instantiate()
+    prepare_data(data, model)
+    model.prepare(data)
+    found = apply_lr_finder(cli, model, data, settings.trainer)
+    run = create_run_folder(cli, "_tune")
+    write_text_durably(run.config, cli.config_text)
+    write_lr_range(run, found)
+    print(f"Suggested peak: {found.suggestion:.2g}, where the loss fell fastest in {len(found.lrs)} steps.")
+    print(f"{run.path}: lr_range.png shows it. To train with it:")
+    print(f"  python train.py fit --config {run.config.as_posix()}")
+
+
+def apply_lr_finder(cli: TrainingCLI, model: ImageClassifier, data: ImageDataModule, trainer: Namespace) -> LrRange:
+    """Find the peak learning rate and set it, as if it had been given by a flag."""
+    print("LR finder: raising the learning rate for a few steps.")
+    found = find_lr(model, data, **trainer)
+    cli.settings.tune_lr = False  # config.yaml repeats the run, not the LR finder
+    model.optimizer_settings = found.with_peaks(model.optimizer_settings)
+    for name in ("lr", "sgd_lr", "head_lr"):
+        model.hparams[name] = cli.settings.model[name] = getattr(model.optimizer_settings, name)
+    return found
+
+
+def create_run_folder(cli: TrainingCLI, suffix: str = "") -> RunFolder:
+    """Create the folder of a new run, named by its config and numbered, or at --run_dir."""
+    recipe = recipe_name(cli.settings.config, cli.settings.model.name) + suffix
+    return create_run(RUNS, recipe, Path(cli.settings.run_dir) if cli.settings.run_dir else None)
