@@ -1,33 +1,24 @@
-"""Run folders: the names of their files, numbering, creating and opening them.
+"""Run folders: numbering, creating and opening them.
 
-Every command accepts a run folder. A process that writes into it holds its lock. `RunFolder` names all files of a run.
+Every command accepts a run folder. A process that writes into it holds its lock. `file_names` lists all files of a run.
 """
 
 import contextlib
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import make_folder, sync_folder
+from cifar_lightning.runs.file_names import RunFiles
 from cifar_lightning.runs.lock import RunLock
 from cifar_lightning.runs.processes import NEEDS_RUN_DIR, is_started_from_outside
 
 
-class _File:
-    """Descriptor: the path of a file with a fixed name in a run folder."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __get__(self, run: "RunFolder", kind: type | None = None) -> Path:
-        return run.path / self.name
-
-
 @dataclass(frozen=True)
-class RunFolder:
+class RunFolder(RunFiles):
     """The paths of all files of a run. Constructing it does not touch the disk; see `create_run` and `open_run`.
 
     Attributes:
@@ -37,28 +28,6 @@ class RunFolder:
 
     path: Path
     lock: RunLock | None = field(default=None, compare=False, repr=False)
-
-    config = _File("config.yaml")  # all settings, without the path of the run
-    split = _File("split.json")  # indices and hashes of the images of each split
-    environment = _File("environment.json")  # versions, device, precision, commit
-    metrics_csv = _File("metrics.csv")  # a row per epoch: losses, accuracies, lr; no times
-    timing_csv = _File("timing.csv")  # a row per epoch: seconds, images/s, memory
-    checkpoints = _File("checkpoints")  # the folder of the next three
-    best_checkpoint = _File("checkpoints/best.ckpt")  # the weights with the best val/acc, which are tested
-    last_checkpoint = _File("checkpoints/last.ckpt")  # the state that training resumes from
-    previous_checkpoint = _File("checkpoints/previous.ckpt")  # the one before last.ckpt, in case that is damaged
-    test_metrics = _File("test_metrics.json")  # see `metrics.classification.test_metrics`
-    confusion_matrix_pt = _File("confusion_matrix.pt")  # int64 tensor; rows: true class
-    confusion_matrix_csv = _File("confusion_matrix.csv")  # the same with class names
-    confusion_matrix_png = _File("confusion_matrix.png")
-    predictions = _File("predictions.npz")  # logits, targets, indices of the test split
-    predictions_val = _File("predictions_val.npz")  # the same of the validation split
-    lr_range = _File("lr_range.json")  # result of the LR finder (`tune`, `fit --tune_lr`)
-    lr_range_png = _File("lr_range.png")
-    gallery = _File("gallery.npz")  # at most 500 uint8 images of the report, so that a copied run needs no data set
-    findings = _File("findings.json")  # every number of the report
-    report = _File("report.html")  # one self-contained page
-    lock_file = _File(".lock")  # locked while the run is written; marks the folder as a run
 
     @property
     def tested_checkpoint(self) -> Path:
@@ -92,9 +61,7 @@ class RunFolder:
 
     def discard_results(self) -> None:
         """Remove the test results and the report, before training continues."""
-        results = (self.test_metrics, self.predictions, self.predictions_val, self.gallery, self.findings, self.report)
-        confusion = (self.confusion_matrix_pt, self.confusion_matrix_csv, self.confusion_matrix_png)
-        for file in (*results, *confusion):
+        for file in self.files_by("test"):
             file.unlink(missing_ok=True)
 
     def require(self, *files: Path) -> None:
@@ -106,8 +73,7 @@ class RunFolder:
         missing = [file for file in files if not file.is_file()]
         if missing:
             names = ", ".join(str(file.relative_to(self.path)) for file in missing)
-            trains = {self.config, self.split, self.environment, self.metrics_csv, self.timing_csv}
-            from_fit = any(file in trains or file.parent == self.checkpoints for file in missing)
+            from_fit = set(self.files_by("fit")).intersection(missing)
             remedy = "fit makes them: train again." if from_fit else f"Make them with: python train.py test {self.path}"
             raise UserError(f"run {self.path}: {names} {'is' if len(missing) == 1 else 'are'} missing.\n{remedy}")
 
@@ -122,24 +88,6 @@ class RunFolder:
                 raise UserError(
                     f"run {self.path}: {folder} cannot be written.\nFix its permissions, or resume a copy of the run."
                 )
-
-    def written_files(self) -> Iterator[Path]:
-        """Yield the existing files with names that a run writes, except the lock file."""
-        for name in _NAMES:
-            if name not in (".lock", "checkpoints") and "/" not in name:
-                yield from self.path.glob(name)
-        yield from self.path.glob("events.out.tfevents.*")
-        yield from self.checkpoints.glob("[!.]*.ckpt*")
-        yield from self.leftovers()
-
-    def leftovers(self) -> Iterator[Path]:
-        """Yield temporary files that a killed process left behind."""
-        for name in _NAMES:
-            file = self.path / name
-            yield from file.parent.glob(f".{file.name}.*.tmp")
-
-
-_NAMES = [file.name for file in vars(RunFolder).values() if isinstance(file, _File)]
 
 
 def create_run(base: Path, recipe: str, run_dir: Path | None = None) -> RunFolder:
