@@ -111,11 +111,7 @@ def _check_zip(data: bytes) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors by name of a checkpoint, a saved state_dict or a .safetensors file.
-
-    Raises:
-        UserError: It is none of these, or damaged.
-    """
+    """Return the tensors by name of a checkpoint, a saved state_dict or a .safetensors file."""
     if path.suffix == ".safetensors":
         try:
             from safetensors import SafetensorError
@@ -130,11 +126,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def weights_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by their names in the model.
-
-    Raises:
-        UserError: There are none.
-    """
+    """Return the tensors of a checkpoint by their names in the model."""
     state = checkpoint.get("state_dict", checkpoint)
     if any(name.startswith(_MODEL) for name in state):
         state = {name.removeprefix(_MODEL): tensor for name, tensor in state.items() if name.startswith(_MODEL)}

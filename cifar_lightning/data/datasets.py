@@ -204,11 +204,6 @@ DATASETS: dict[str, Callable[[Path, int | None], Source]] = {
 def open_source(dataset: str, root: str | Path, image_size: int | None = None) -> Source:
     """Return a data set by name, without downloading or decoding.
 
-    Args:
-        dataset: A key of `DATASETS`.
-        root: Folder of its images, or to download them to; synthetic needs none.
-        image_size: Height and width of the images in pixels; None is the data set's own.
-
     Raises:
         UserError: An unknown name, a size that the data set does not have, or invalid class folders.
     """

@@ -173,7 +173,6 @@ def _fault(path: Path, archive: Archive) -> str:
 
 
 def _download_archive(archive: Archive, path: Path) -> None:
-    """Try one URL after the other until one delivers the archive."""
     part = path.with_name(archive.filename + ".part")
     failures = []
     for url in _urls(archive):
@@ -196,7 +195,6 @@ def _download_archive(archive: Archive, path: Path) -> None:
 
 
 def _urls(archive: Archive) -> tuple[str, ...]:
-    """Return the URLs to try: first that of the environment variable, then the mirrors."""
     chosen = os.environ.get(archive.variable)
     if not chosen:
         return archive.urls
@@ -206,7 +204,6 @@ def _urls(archive: Archive) -> tuple[str, ...]:
 
 
 def _fetch_whole(url: str, part: Path, archive: Archive, report: Callable[[int], None]) -> None:
-    """Download one URL to `part`, resuming interrupted transfers, and check the result."""
     while True:
         resumed = _size(part) > 0
         _fetch_rest(url, part, archive, report)
@@ -267,7 +264,6 @@ def _transfer(url: str, part: Path, start: int, size_bytes: int, report: Callabl
 
 
 def _reason(error: Exception) -> str:
-    """Return a network error as one short line."""
     if isinstance(error, urllib.error.HTTPError):
         error.close()  # it holds the open response
         return f"HTTP {error.code} {error.reason}"
@@ -283,7 +279,6 @@ def _size(path: Path) -> int:
 
 @contextlib.contextmanager
 def _reporter(archive: Archive, start: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the number of bytes downloaded so far."""
     if Console(stderr=True).is_terminal:
         with progress(archive.size_bytes, archive.filename, completed=start, in_bytes=True) as show:
             yield show
@@ -292,7 +287,6 @@ def _reporter(archive: Archive, start: int) -> Iterator[Callable[[int], None]]:
 
 
 def _line_printer(archive: Archive, start: int) -> Callable[[int], None]:
-    """Return a function that prints a line for each tenth of the archive, for logs."""
     began, last = time.monotonic(), 10 * start // archive.size_bytes
 
     def report(done: int) -> None:
@@ -307,7 +301,6 @@ def _line_printer(archive: Archive, start: int) -> Callable[[int], None]:
 
 
 def _unpack(archive: Archive, path: Path, folder: Path) -> None:
-    """Unpack into a temporary folder next to the final one and rename it."""
     if not hasattr(tarfile, "data_filter"):
         raise UserError(f"Python {sys.version.split()[0]} cannot unpack archives safely: 3.11.4 or newer is needed")
     with tempfile.TemporaryDirectory(prefix=f".{archive.folder}.", dir=folder.parent) as temporary:

@@ -237,7 +237,6 @@ Chunk = tuple[list[Unreadable], np.ndarray | None]  # the unreadable images; the
 
 
 def _collect(chunks: dict[Future[Chunk], tuple[int, int]], pool: Executor, out: np.ndarray | None) -> list[Unreadable]:
-    """Wait for all chunks; return the unreadable images."""
     bad: list[Unreadable] = []
     done = 0
     try:

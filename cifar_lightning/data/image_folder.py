@@ -107,7 +107,6 @@ class ClassFolders:
         self._has_remarked = True  # Lightning calls this for each of fit, validate and test
 
     def _remarks(self) -> Iterator[str]:
-        """Yield lines about ignored files and about 16-bit images that use the low part of their range only."""
         for listing in self.listings.values():
             if listing.ignored:
                 kinds = _some(sorted({Path(name).suffix for name in listing.ignored}))
@@ -143,7 +142,6 @@ class ClassFolders:
         return self._uncached.get(split) or self._read(split) or self._build(split)
 
     def _about(self, split: Split) -> dict[str, Any]:
-        """Return what the cache of a split must agree with."""
         listing = self.listings[split]
         return {
             "rules": RULES,
@@ -188,14 +186,7 @@ class ClassFolders:
 
 
 def scan(root: Path) -> tuple[tuple[str, ...], dict[Split, Listing]]:
-    """List the files of all splits.
-
-    Returns:
-        The class folders' names, sorted, and the listing of each split.
-
-    Raises:
-        UserError: A folder is missing, or a class is empty or not in every split.
-    """
+    """List the files of all splits."""
     if not root.is_dir():
         raise UserError(f"--data.root {root}: no such folder; it must hold train/<class>/* and test/<class>/*")
     splits = [split for split in SPLITS if (root / split).is_dir()]

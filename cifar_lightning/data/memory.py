@@ -25,10 +25,6 @@ def choose_num_workers(num_bytes: float, free_bytes: float) -> int:
 
     The other half is for the model, its activations and other programs. With one CPU, 1 worker instead of 2. `doctor`
     reports this choice.
-
-    Args:
-        num_bytes: Size of all decoded images.
-        free_bytes: Free memory of the device that batches are made on.
     """
     return 0 if num_bytes < free_bytes / 2 else min(2, usable_cpus())
 

@@ -102,7 +102,6 @@ class EpochSampler:
         return batches
 
     def _deal(self, of_epoch: Tensor) -> list[Tensor]:
-        """Split an epoch into global batches and return this rank's images of each."""
         batches = []
         for batch in torch.split(of_epoch, self.batch_size * self.rank.count)[: len(self)]:
             own = batch[self.rank.index :: self.rank.count]
@@ -115,10 +114,6 @@ def balanced_order(targets: Int64[Tensor, " images"], generator: torch.Generator
 
     Images of a class with fewer images than places are repeated equally often, to within one. Of a class with more,
     some are left out, others in each epoch.
-
-    Args:
-        targets: Class of each image.
-        generator: Chooses the images and their order.
     """
     classes = torch.unique(targets)
     first, more = divmod(len(targets), len(classes))

@@ -58,11 +58,6 @@ def make_splits(
 
     Validation images are the source's own if it has any, otherwise a stratified fraction of its training images.
 
-    Args:
-        targets: Class indices int64 (n,) of each image set that the source has.
-        settings: Fraction, limit and seed.
-        class_names: For error messages.
-
     Raises:
         UserError: A class would have no image in a split.
     """
@@ -81,11 +76,6 @@ def stratified_split(
     """Take exactly `limit` images and hold out exactly `round(val_fraction * n)` of them.
 
     Both numbers are divided among the classes by largest remainder; the seed decides which images of a class are taken.
-
-    Args:
-        targets: Classes of all images.
-        settings: Fraction (0 holds out none), limit (None, or at least all, takes all) and seed.
-        class_names: For error messages.
 
     Returns:
         Sorted indices of training and validation images.
@@ -115,7 +105,6 @@ def stratified_split(
 
 
 def _subset(targets: Tensor, counts: Tensor, settings: SplitSettings, class_names: tuple[str, ...]) -> Tensor:
-    """Return the sorted indices of `limit` images, of which every class has enough to split."""
     limit, val_fraction, total = settings.limit, settings.val_fraction, len(targets)
     if limit is None or limit >= total:
         return torch.arange(total)

@@ -38,11 +38,7 @@ def evenly_spaced(num_images: int, num_wanted: int) -> np.ndarray:
 
 
 def balanced_weights(counts: Int64[Tensor, " classes"]) -> list[float]:
-    """Return the weight of each class in the loss, n / (classes * count): all classes count the same in total.
-
-    Args:
-        counts: Training images of each class, 1 or more.
-    """
+    """Return the weight of each class in the loss, n / (classes * count): all classes count the same in total."""
     weights: list[float] = (counts.sum() / (len(counts) * counts.double())).tolist()
     return weights
 

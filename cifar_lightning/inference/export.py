@@ -232,11 +232,6 @@ def images_to_check(run: RunFolder, image_size: int) -> tuple[Images, str]:
 
 
 def _compare(trained: TrainedModel, images: Images, exported: Exported, input: str) -> float:
-    """Return the largest difference of a probability between an exported file and PyTorch.
-
-    Raises:
-        RuntimeError: It exceeds `TOLERANCE`, or a top-1 prediction differs.
-    """
     expected = trained.logits(images.permute(0, 2, 3, 1)).softmax(1)
     inputs = images if input == "uint8" else images.float() / 255
     with torch.inference_mode():

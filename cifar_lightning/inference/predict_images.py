@@ -206,11 +206,6 @@ def _predictions(
     batch_size: int | None,
     hide_bar: bool,
 ) -> Generator[Prediction, None, None]:
-    """Yield the prediction for each image that can be read, in order.
-
-    Raises:
-        UserError: A prediction is NaN.
-    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, size = trained.model.to(device), batch_size or _BATCH_SIZE[device.type]
     mean, std = (torch.tensor(values, device=device) for values in (trained.mean, trained.std))
@@ -238,7 +233,6 @@ def _predictions(
 
 
 def _decoded(paths: Sequence[str], image_size: int) -> tuple[np.ndarray, list[image_decoding.Unreadable]]:
-    """Return uint8 (len(paths), image_size, image_size, 3), and index and reason for each that cannot be read."""
     images = np.empty((len(paths), image_size, image_size, 3), np.uint8)
     with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON lines only
         return images, image_decoding.decode_all(paths, image_size, images)
@@ -249,7 +243,6 @@ def _decoded(paths: Sequence[str], image_size: int) -> tuple[np.ndarray, list[im
 
 @contextmanager
 def _rows(output: Path | None, top_k: int) -> Iterator[Write]:
-    """Yield a function that writes the row of an image; the file gets its name when all are written."""
     if output is None:
         yield _json_writer(sys.stdout.write, ensure_ascii=True)  # stdout may have any encoding
         sys.stdout.flush()

@@ -37,12 +37,7 @@ _NUM_NAMED = 3  # tensors that do not fit, in a message
 
 @dataclass(frozen=True)
 class Normalization:
-    """Mean and standard deviation per channel that pretrained weights expect images to be normalised with.
-
-    Attributes:
-        mean: Of images scaled to 0-1.
-        std: Of images scaled to 0-1.
-    """
+    """Mean and standard deviation per channel that pretrained weights expect images to be normalised with."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -98,11 +93,7 @@ def load_all_but_head(model: nn.Module, architecture: Mapping[str, Any], weights
 
 
 def head_of(model: nn.Module, num_classes: int) -> str:
-    """Return the parameter prefix of a model's head: the last layer with one output per class.
-
-    Raises:
-        UserError: There is none.
-    """
+    """Return the parameter prefix of a model's head: the last layer with one output per class."""
     heads = [
         name
         for name, layer in model.named_modules()
@@ -136,7 +127,6 @@ def _overlaps(old: int, new: int) -> Float[Tensor, "new old"]:
 
 
 def _fit_to_size(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> list[str]:
-    """Fit weights to another image size, in place; return a description of each change."""
     changes = []
     for key, tensor in ours.items():
         other = theirs.get(key)
@@ -161,9 +151,6 @@ def _rows_by_columns(filters: Tensor) -> str:
 
 def published_weights(architecture: Mapping[str, Any]) -> PretrainedWeights:
     """Return the published weights of a model, downloaded if not in the cache.
-
-    Args:
-        architecture: name, num_classes, image_size and further arguments of the model.
 
     Raises:
         UserError: There are none, or the download fails.

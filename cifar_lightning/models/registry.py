@@ -129,11 +129,7 @@ def build_model(name: str, num_classes: int = 10, image_size: int = 32, **kwargs
 
 
 def check_name(name: str) -> None:
-    """Raise if there is no model of a name.
-
-    Raises:
-        UserError: Suggests the nearest names, also of torchvision and timm; or timm is not installed.
-    """
+    """Raise if there is no model of a name."""
     library, slash, own_name = name.partition("/")
     if name in MODELS or (slash and library in LIBRARIES and _is_of_library(library, own_name)):
         return
@@ -142,11 +138,7 @@ def check_name(name: str) -> None:
 
 
 def check_model_kwargs(model_kwargs: Any) -> None:
-    """Raise unless `model_kwargs` are arguments by name, without those that the model gets from elsewhere.
-
-    Raises:
-        UserError: Shows the expected form, or names the argument.
-    """
+    """Raise unless `model_kwargs` are arguments by name, without those that the model gets from elsewhere."""
     if not isinstance(model_kwargs, Mapping):
         raise UserError(
             f"--model.model_kwargs {clipped(str(model_kwargs))}: names and values, such as '{{widths: [32, 64, 128]}}'."
@@ -163,14 +155,6 @@ def choose_model(
     model: Any, name: str | None, num_classes: int, image_size: int, model_kwargs: Any, pretrained: bool | str
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the given model or else the one built by name, and the arguments of `build_model`.
-
-    Args:
-        model: A model made in Python, or None.
-        name: A name that `build_model` knows; None in a checkpoint of a model made in Python.
-        num_classes: Number of logits.
-        image_size: Height and width in pixels.
-        model_kwargs: Arguments of the model by name, or None.
-        pretrained: Whether to load pretrained weights, or the file to load.
 
     Raises:
         UserError: Neither a model nor a name is given, or both are; or `build_model` raises.
@@ -210,7 +194,6 @@ def _is_of_library(library: str, own_name: str) -> bool:
 
 
 def _suggestion(name: str) -> str:
-    """Return " Did you mean X, Y or Z?" with the nearest names, of the named library if there is one; or nothing."""
     library, slash, own_name = name.lower().replace("-", "_").partition("/")
     is_of_library = slash and library in LIBRARIES
     known: dict[str, str] = {}  # of equal names ours wins, then torchvision's

@@ -19,13 +19,7 @@ def without_wrappers(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> d
 
 
 def describe_misfits(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], num_named: int = 1) -> str:
-    """Return the tensors of a file that do not fit a model, with both shapes; empty if all fit.
-
-    Args:
-        theirs: Tensors of the file.
-        ours: Tensors of the model.
-        num_named: Number of tensors to name; the others are counted.
-    """
+    """Return the tensors of a file that do not fit a model, with both shapes; empty if all fit."""
     wrong = [name for name in {**ours, **theirs} if _shape(theirs, name) != _shape(ours, name)]
     named = [f"{name} is {_shape(theirs, name)} in it and {_shape(ours, name)} here" for name in wrong[:num_named]]
     others = f" and {len(wrong) - num_named} more" if len(wrong) > num_named else ""

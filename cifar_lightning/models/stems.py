@@ -57,10 +57,6 @@ def input_error(model: nn.Module, image_size: int) -> str:
 
     The forward pass runs on the meta device, in about the time that making the model takes. Only if that fails (a layer
     may lack a meta kernel) does it run on real tensors. The model is not changed.
-
-    Args:
-        model: An image classifier.
-        image_size: Height and width in pixels.
     """
     try:
         logits = _forward_on_meta(model, image_size)
@@ -76,16 +72,12 @@ def input_error(model: nn.Module, image_size: int) -> str:
 
 
 def fails_on_single_image(model: nn.Module, image_size: int) -> bool:
-    """Whether training on a batch of one image fails: some BatchNorm gets a single value per channel.
-
-    Args:
-        model: An image classifier. A copy is tried, as a forward pass of another library may store tensors.
-        image_size: Height and width in pixels.
-    """
+    """Whether training on a batch of one image fails: some BatchNorm gets a single value per channel."""
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return False
     try:
         with torch.random.fork_rng(devices=[]):
+            # A copy, as a forward pass of another library may store tensors.
             _forward_on_meta(copy.deepcopy(model), image_size, num_images=1, training=True)
     except ValueError as error:
         return "more than 1 value per channel" in str(error)
@@ -95,7 +87,6 @@ def fails_on_single_image(model: nn.Module, image_size: int) -> bool:
 
 
 def _strides(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the strided layers by name, each with the total stride before and after it."""
     seen: dict[str, tuple[int, int]] = {}
     ambiguous = set[str]()
 

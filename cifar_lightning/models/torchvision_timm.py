@@ -34,14 +34,7 @@ def torchvision_names() -> list[str]:
 def torchvision_model(
     name: str, num_classes: int, image_size: int, *, keep_stem: bool = False, **kwargs: Any
 ) -> nn.Module:
-    """Build a torchvision classifier, without auxiliary heads.
-
-    Args:
-        name: Name in torchvision, such as resnet101.
-        num_classes: Number of logits.
-        image_size: Height and width in pixels.
-        keep_stem: Keep ImageNet's stem for small images.
-        **kwargs: Arguments of torchvision's function.
+    """Build a torchvision classifier, without auxiliary heads; `keep_stem` keeps ImageNet's stem for small images.
 
     Raises:
         UserError: An argument is refused.
@@ -63,11 +56,6 @@ def torchvision_model(
 
 def vision_transformer(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
     """Build torchvision's vision transformer (arXiv:2010.11929) in a size that torchvision has no name for.
-
-    Args:
-        num_classes: Number of logits.
-        image_size: Height and width in pixels, a multiple of the patch size.
-        **kwargs: Arguments of torchvision's class: patch_size, num_layers, num_heads, hidden_dim, mlp_dim and others.
 
     Raises:
         ValueError: The patches do not divide the image, or an argument is wrong.
@@ -95,13 +83,6 @@ def timm_names() -> list[str]:
 def timm_model(name: str, num_classes: int, image_size: int, *, keep_stem: bool = False, **kwargs: Any) -> nn.Module:
     """Build a model of timm.
 
-    Args:
-        name: Name in timm, such as resnet26d, also with a tag of pretrained weights.
-        num_classes: Number of logits.
-        image_size: Height and width in pixels.
-        keep_stem: Keep ImageNet's stem for small images.
-        **kwargs: Arguments of timm's function.
-
     Raises:
         UserError: timm is not installed, or an argument is refused.
         ValueError: The model does not take images of this size, or an argument is wrong.
@@ -111,13 +92,7 @@ def timm_model(name: str, num_classes: int, image_size: int, *, keep_stem: bool 
 
 
 def create_timm(name: str, num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
-    """Build a model of timm with its own stem.
-
-    Args:
-        name: Name in timm.
-        num_classes: Number of logits.
-        image_size: Height and width in pixels; ignored by models that take any size.
-        **kwargs: Arguments of `timm.create_model`.
+    """Build a model of timm with its own stem; models that take any image size ignore `image_size`.
 
     Raises:
         UserError: timm is not installed or cannot be imported.
@@ -155,11 +130,6 @@ def _check_kwargs(kwargs: Iterable[str]) -> None:
 
 
 def _adapted(make: Callable[[], nn.Module], image_size: int, keep_stem: bool = False) -> nn.Module:
-    """Build a model and adapt its stem to the image size.
-
-    Raises:
-        ValueError: It does not take images of this size, or an argument is wrong.
-    """
     try:
         model = make()
         if image_size <= SMALL_PX and not keep_stem and adapt_stem(model) and input_error(model, image_size):

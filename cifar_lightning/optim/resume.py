@@ -45,5 +45,4 @@ def has_planned_lrs(schedule: LRScheduler) -> bool:
 
 
 def _settings_of(group: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a parameter group: everything but its parameters and what the schedule moves."""
     return {name: value for name, value in group.items() if name not in ("params", "lr", "betas")}

@@ -48,13 +48,7 @@ def of_settings() -> Iterator[None]:
 
 
 def explain(error: RuntimeError | OSError, command: str, run: RunFolder | None = None) -> RunError | None:
-    """Return a known error as a message with a way out, None for any other.
-
-    Args:
-        error: The error that ended the command.
-        command: fit, validate, test, predict or tune.
-        run: The run that `fit` has started.
-    """
+    """Return a known error as a message with a way out, None for any other."""
     text = " ".join(str(error).split())
     if isinstance(error, RunError):
         return None

@@ -29,14 +29,7 @@ def update_evaluation(
     plain_logits: Float[Tensor, "batch classes"],
     targets: Int64[Tensor, " batch"],
 ) -> None:
-    """Update the metrics with a batch.
-
-    Args:
-        metrics: Made by `evaluation_metrics`.
-        logits: Logits, averaged where TTA is on.
-        plain_logits: Logits without TTA.
-        targets: True classes.
-    """
+    """Update the metrics with a batch."""
     metrics["loss"].update(F.cross_entropy(logits, targets), weight=len(targets))
     metrics["ece"].update(logits.softmax(1), targets)
     metrics["confusion"].update(logits.argmax(1), targets)

@@ -13,11 +13,7 @@ from cifar_lightning.training.step_count import takes_last_batch
 
 
 def check_logits(logits: Any, num_images: int, num_classes: int) -> None:
-    """Raise unless a model's output is a tensor of logits (images, classes); reads shapes alone, without a sync.
-
-    Raises:
-        UserError: Describes the output.
-    """
+    """Raise unless a model's output is a tensor of logits (images, classes); reads shapes alone, without a sync."""
     if not isinstance(logits, Tensor):
         raise UserError(
             f"the model returns a {type(logits).__name__}, not a tensor of raw logits; "
@@ -37,11 +33,7 @@ def check_logits(logits: Any, num_images: int, num_classes: int) -> None:
 
 
 def check_classes(trainer: pl.Trainer, num_classes: int) -> None:
-    """Raise if the data has another number of classes than the model.
-
-    Raises:
-        UserError: Names both numbers.
-    """
+    """Raise if the data has another number of classes than the model."""
     data = training_data(trainer)
     if data is not None and data.num_classes != num_classes:
         raise UserError(
@@ -56,9 +48,6 @@ def check_batches(trainer: pl.Trainer, model: nn.Module) -> None:
     Args:
         trainer: Attached to its data after `setup()`. Data that is not a `TrainingData` is not checked.
         model: Takes images (batch, 3, height, width).
-
-    Raises:
-        UserError: Names the flags that change it.
     """
     data = training_data(trainer)
     if data is None:
@@ -79,15 +68,7 @@ def check_batches(trainer: pl.Trainer, model: nn.Module) -> None:
 
 
 def check_sizes(model: nn.Module, train_sizes: Sequence[int]) -> None:
-    """Raise if the model cannot take the images of an epoch.
-
-    Args:
-        model: Takes square images.
-        train_sizes: Image size of each epoch; the model was built for the last one.
-
-    Raises:
-        UserError: Names the size and the reason.
-    """
+    """Raise if the model cannot take the images of an epoch."""
     for size in sorted({*train_sizes} - {train_sizes[-1]}):
         reason = input_error(model, size)
         if reason:
@@ -97,11 +78,7 @@ def check_sizes(model: nn.Module, train_sizes: Sequence[int]) -> None:
 
 
 def check_monitors(callbacks: Sequence[pl.Callback], validates: bool) -> None:
-    """Raise if a callback monitors a validation metric in a run without validation.
-
-    Raises:
-        UserError: Names the callback and its metric.
-    """
+    """Raise if a callback monitors a validation metric in a run without validation."""
     for callback in callbacks:
         monitor = str(getattr(callback, "monitor", None))
         if monitor.startswith("val/") and not validates:

@@ -173,7 +173,6 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             print(f"--model.pretrained: normalize the images with mean {expected.mean} and std {expected.std}.")
 
     def _load_pretrained(self) -> Normalization | None:
-        """Load pretrained weights, once; return the normalization that they expect, None if unknown."""
         if self._pretrained is False:
             return None
         expected = load_pretrained(self.model, self._architecture, self._pretrained)

@@ -28,12 +28,7 @@ class NanGuard(pl.Callback):
         self.start(torch.device("cpu"), is_deferred=False)
 
     def start(self, device: torch.device, *, is_deferred: bool) -> None:
-        """Forget earlier losses.
-
-        Args:
-            device: Device of the losses.
-            is_deferred: Keep the flag on the device; otherwise read each loss.
-        """
+        """Forget earlier losses."""
         self.is_deferred = is_deferred
         self._num_processes = _num_processes()
         self.found_inf = torch.zeros((), device=device)
@@ -103,11 +98,7 @@ class NanGuard(pl.Callback):
 
 
 def check_losses(trainer: pl.Trainer) -> None:
-    """Check a Trainer's NanGuard, before metrics are read in other callbacks. Every process must call it.
-
-    Raises:
-        RunError: A step's loss was not finite.
-    """
+    """Check a Trainer's NanGuard, before metrics are read in other callbacks. Every process must call it."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
         if isinstance(callback, NanGuard):
             callback.check(trainer.current_epoch)

@@ -28,7 +28,6 @@ def settle_precision(trainer: Namespace) -> None:
 
 
 def _needed_for(precision: str) -> str:
-    """Return the hardware that this CPU lacks for a precision, empty if none."""
     if precision in ("16", "16-mixed", "16-true"):
         return "a GPU"
     # torch's own tests for its kernels; torch 2.11 has no public names for them.

@@ -245,7 +245,6 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
 
 
 def _epoch_of(trainer: pl.Trainer) -> str:
-    """Return the number of the epoch, and of how many if that is known."""
     total = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
     return f"epoch {trainer.current_epoch + 1}{total}"
 

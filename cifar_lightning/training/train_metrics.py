@@ -11,9 +11,6 @@ class TrainMetrics:
     """Sums of loss, correct predictions and images of this process, kept on the device so that adding does not sync.
 
     `self.log` reads from the device and costs more host time than a small step.
-
-    Args:
-        device: Device of the sums.
     """
 
     def __init__(self, device: torch.device) -> None:

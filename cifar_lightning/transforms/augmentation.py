@@ -180,12 +180,7 @@ def augment(
 def resize(
     images: UInt8[Tensor, "batch height width channels"], size: int
 ) -> UInt8[Tensor, "batch size size channels"]:
-    """Resize images to `size` x `size` pixels, bilinear with antialiasing.
-
-    Args:
-        images: uint8 RGB, 0-255.
-        size: New height and width.
-    """
+    """Resize images to `size` x `size` pixels, bilinear with antialiasing."""
     planes = images.permute(0, 3, 1, 2)
     if images.device.type != "cpu":  # CUDA has no uint8 kernel
         planes = planes.float()

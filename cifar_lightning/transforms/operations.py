@@ -64,7 +64,6 @@ def _apply_sorted(
     operations: Int64[Tensor, " batch"],
     magnitudes: Magnitudes,
 ) -> Images:
-    """Apply each kernel to its own images."""
     order = operations.argsort()
     sizes = torch.bincount(operations, minlength=len(OPERATIONS))
     ends = [0, *sizes.cumsum(0).tolist()]
@@ -82,7 +81,6 @@ def _apply_everywhere(
     operations: Int64[Tensor, " batch"],
     magnitudes: Magnitudes,
 ) -> Images:
-    """Apply each kernel to every image and select; the host is not blocked."""
     changed = images
     for group in _GROUPS:
         own = (operations >= group.start) & (operations < group.stop)
@@ -118,7 +116,6 @@ def _apply_group(group: range, images: Tensor, operations: Tensor, magnitudes: T
 
 
 def _exact(device: torch.device) -> torch.dtype:
-    """Return the widest floating-point type of a device."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -178,14 +175,12 @@ def _brightness(images: Images, magnitudes: Magnitudes) -> Images:
 
 
 def _color(images: Images, magnitudes: Magnitudes) -> Images:
-    """Blend with the grey image."""
     # In NCHW memory: with the channels last, the innermost loop of the blend has 3 steps.
     planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return _blend(planes, _grey(planes), magnitudes).permute(0, 2, 3, 1)
 
 
 def _contrast(images: Images, magnitudes: Magnitudes) -> Images:
-    """Blend with the mean of the grey image."""
     planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     grey = _grey(planes)
     mean = grey.sum((1, 2, 3), keepdim=True) / grey.new_full((), grey[0].numel())  # as in _source_of
@@ -231,13 +226,11 @@ def _sharpness(images: Images, magnitudes: Magnitudes) -> Images:
 
 
 def _posterize(images: Images, magnitudes: Magnitudes) -> Images:
-    """Keep the `magnitude` upper bits of each value."""
     lost = 8 - magnitudes.to(torch.int32)
     return images & ((255 >> lost) << lost).to(torch.uint8)[:, None, None, None]
 
 
 def _solarize(images: Images, magnitudes: Magnitudes) -> Images:
-    """Invert values from a threshold on."""
     threshold = (255 * magnitudes).ceil().clamp(0, 255).to(torch.uint8)  # equivalent for integer values
     inverted = images >= threshold[:, None, None, None]
     return images ^ (inverted.to(torch.uint8) * 255)
