@@ -1,7 +1,8 @@
 """The table of data sets: cifar10, cifar100, folder and synthetic, all read as uint8 NumPy arrays.
 
 To add a data set: write a class with the members of `Source` and give it a line in `DATASETS` at the end of this file.
-Its key is a value of `--data.dataset`; nothing else has to change. How a source is used:
+Its key is a value of `--data.dataset`, once `python -m cifar_lightning.cli.lightning_cli` has written the table of
+flags again. How a source is used:
 
     source = open_source("cifar10", "data", None)   class names and image size are known, nothing is downloaded yet
     source.prepare()                                 downloads, or decodes into a cache; safe to call again

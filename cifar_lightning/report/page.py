@@ -24,6 +24,7 @@ from cifar_lightning.formatting import (
     duration,
     images,
     percent,
+    plural,
     points,
     points_span,
     printable,
@@ -172,7 +173,7 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Machine", ", ".join(str(environment[key]) for key in ("cpu", "platform") if environment.get(key))),
         ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items() if number)),
         ("Commit", f"{commit}{changed}" if commit else ""),
-        ("Resumed", f"{len(resumed)} times" if resumed else ""),
+        ("Resumed", plural(len(resumed), "time") if resumed else ""),
     ]
     return [(name, str(value)) for name, value in facts if value]
 

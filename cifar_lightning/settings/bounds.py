@@ -1,4 +1,7 @@
-"""Bounds of a number: whether it is within them, and how a message says so; without pydantic, for the front."""
+"""Whether a number is within bounds, and the bounds in words. Imports no pydantic, for quick commands.
+
+The bounds of a setting stand in its annotation, in the signature of `ImageClassifier` or `ImageDataModule`.
+"""
 
 import math
 import operator

@@ -23,7 +23,11 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(self, run: RunFolder) -> None:
         super().__init__(
-            dirpath=run.checkpoints, filename="best", monitor=MONITOR, mode="max", enable_version_counter=False
+            dirpath=run.checkpoints,
+            filename=run.best_checkpoint.stem,
+            monitor=MONITOR,
+            mode="max",
+            enable_version_counter=False,
         )
         self._state_key = super().state_key
         self._best_loss = math.inf

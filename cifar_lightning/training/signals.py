@@ -1,6 +1,6 @@
 """SIGTERM and Ctrl-C: training stops at the next batch boundary, anything else at once.
 
-SLURM's requeue signal stays Lightning's.
+This module notes the signal; `last_checkpoint` saves and stops. SLURM's requeue signal stays Lightning's.
 """
 
 import os

@@ -5,7 +5,8 @@ batches before it, so a resumed run sees the same images, with any loader and on
 
 To add an augmentation: give `Augmentation` a field whose default turns it off, give `EpochDraws` a table, fill it in
 `draw_epoch` from `seeded_generator(seed, epoch, N)` with an N that no other draw uses, and apply it in `augment`. The
-flag is an argument of the same name in `ImageDataModule`. A new operation of the policies belongs in operations.py.
+flag is an argument of the same name in `ImageDataModule`, which passes it to `Augmentation`; then write the table of
+flags again: `python -m cifar_lightning.cli.lightning_cli`. A new operation of the policies belongs in operations.py.
 
 Input is uint8 RGB, 0-255, `(batch, height, width, channels)`; output is float32 `(batch, channels, height, width)` in
 NHWC memory, which PyTorch calls channels_last.
