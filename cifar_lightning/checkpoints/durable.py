@@ -35,20 +35,20 @@ class DurableCheckpointIO(CheckpointIO):
         not_finite = next((name for name, value in checkpoint["state_dict"].items() if not _is_finite(value)), None)
         if not_finite is not None:
             raise RunError(
-                f"{target}: not written, as {not_finite} has NaN or infinity after step {checkpoint['global_step']}"
-                f"{_kept(target)[0]}.\nLower --lr, or clip with --trainer.gradient_clip_val 1."
+                f"{target}: not written, as {not_finite} has NaN or infinity after step {checkpoint['global_step']}; "
+                "earlier checkpoints are unchanged.\nLower --lr, or clip with --trainer.gradient_clip_val 1."
             )
         buffer = BytesIO()
         torch.save(checkpoint, buffer)
+        run = RunFolder(target.parent.parent)
         try:
             make_folder(target.parent)
-            run = RunFolder(target.parent.parent)
             keep_as = run.previous_checkpoint if target == run.last_checkpoint else None
             write_bytes_durably(target, add_checksum(buffer.getvalue()), keep_as=keep_as)
         except OSError as error:
-            kept, then = _kept(target)
+            then = f", then: {run.resume_command}" if run.resumed_checkpoint.exists() else "."
             raise RunError(
-                f"{target}: cannot be written ({error.strerror}){kept}.\nFree disk space or fix the permissions{then}"
+                f"{target}: cannot be written ({error.strerror}).\nFree disk space or fix the permissions{then}"
             ) from error
 
     def load_checkpoint(
@@ -60,14 +60,6 @@ class DurableCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete a checkpoint."""
         Path(path).unlink(missing_ok=True)
-
-
-def _kept(target: Path) -> tuple[str, str]:
-    """Return which checkpoint remains after a failed write, and how to resume from it, as ends of sentences."""
-    run = RunFolder(target.parent.parent)
-    if target.parent == run.checkpoints and run.resumed_checkpoint.exists():
-        return "; the previous checkpoint is kept", f", then: {run.resume_command}"
-    return ("; the old file is kept" if target.exists() else ""), "."
 
 
 def _is_finite(value: Any) -> bool:

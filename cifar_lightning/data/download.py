@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import http.client
 import os
-import sys
 import tarfile
 import tempfile
 import time
@@ -301,8 +300,6 @@ def _line_printer(archive: Archive, start: int) -> Callable[[int], None]:
 
 
 def _unpack(archive: Archive, path: Path, folder: Path) -> None:
-    if not hasattr(tarfile, "data_filter"):
-        raise UserError(f"Python {sys.version.split()[0]} cannot unpack archives safely: 3.11.4 or newer is needed")
     with tempfile.TemporaryDirectory(prefix=f".{archive.folder}.", dir=folder.parent) as temporary:
         try:
             with tarfile.open(path) as tar:

@@ -197,12 +197,9 @@ def scan(root: Path) -> tuple[tuple[str, ...], dict[Split, Listing]]:
     if not classes["train"]:
         raise UserError(f"{root / 'train'} has no class folders: put the images of each class into train/<class>/")
     for split in splits:
-        missing = sorted(set(classes["train"]) - set(classes[split]))
-        extra = sorted(set(classes[split]) - set(classes["train"]))
-        if missing or extra:
-            faults = [f"{word} {_some(names)}" for word, names in (("lacks", missing), ("adds", extra)) if names]
+        if differing := sorted({*classes["train"]} ^ {*classes[split]}):
             raise UserError(
-                f"{root / split} {' and '.join(faults)}, compared with {root / 'train'}\n"
+                f"{_some(differing)}: in {root / split} or in {root / 'train'}, but not in both\n"
                 "Every split needs the same class folders: add, rename or remove."
             )
     names = tuple(classes["train"])
@@ -242,8 +239,7 @@ def _list_split(folder: Path, class_folders: Sequence[str]) -> Listing:
             seen.update(os.fsencode(name) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         counts.append(len(names) - before)
         if not counts[-1]:
-            what = "has no images" if ignored and ignored[-1].startswith(f"{class_folder}/") else "is empty"
-            raise UserError(f"{folder / class_folder} {what}: add images, or remove the class from every split")
+            raise UserError(f"{folder / class_folder} has no images: add some, or remove the class from every split")
     return Listing(str(folder), tuple(names), tuple(counts), seen.hexdigest(), tuple(ignored))
 
 
@@ -251,16 +247,15 @@ def raise_unreadable(bad: Sequence[Unreadable], listing: Listing, folder: Path |
     """Raise `UserError` if there are unreadable images: with the first one, their number and a file that lists all."""
     if not bad:
         return
-    out = "Repair or remove it."
-    if len(bad) > 1:
-        out = "Repair or remove them."
-        if folder is not None:
-            with suppress(OSError):  # a list that cannot be written must not hide the error
-                list_path = folder / f"unreadable-{Path(listing.folder).name}.txt"
-                list_path.write_text("".join(f"{reason}\n" for _, reason in bad), "utf-8", "surrogateescape")
-                out = f"Repair or remove them: {list_path} lists all."
+    listed = ""
+    if folder is not None:
+        with suppress(OSError):  # a list that cannot be written must not hide the error
+            list_path = folder / f"unreadable-{Path(listing.folder).name}.txt"
+            list_path.write_text("".join(f"{reason}\n" for _, reason in bad), "utf-8", "surrogateescape")
+            listed = f", all listed in {list_path}"
     raise UserError(
-        f"{bad[0][1]}; {len(bad):,} of {len(listing.names):,} images in {listing.folder} cannot be read\n{out}"
+        f"{bad[0][1]}; {len(bad):,} of {len(listing.names):,} images in {listing.folder} cannot be read{listed}\n"
+        "Repair or remove them."
     )
 
 

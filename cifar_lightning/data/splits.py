@@ -1,6 +1,5 @@
 """Stratified, seeded splits: train, val and test indices, and subsets of a data set."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -86,14 +85,9 @@ def stratified_split(
     val_fraction = settings.val_fraction
     counts = torch.bincount(targets, minlength=len(class_names))
     if val_fraction and (scarce := _scarcest(counts, val_fraction)) is not None:
-        num = int(counts[scarce])
-        advice = "add images, or"
-        if num > 1:  # from 1/num to 1 - 1/num every class has an image on both sides, however it is rounded
-            advice = f"{math.ceil(1e4 / num) / 1e4} to {math.floor(1e4 * (1 - 1 / num)) / 1e4} works, and"
         raise UserError(
-            f"--data.val_fraction {val_fraction}: of the {num} training image{'' if num == 1 else 's'} of class "
-            f"{class_names[scarce]}, {int(_stratified_counts(counts, val_fraction)[scarce])} would be for validation.\n"
-            f"Every class needs one for training and one for validation: {advice} 0 trains on all."
+            f"--data.val_fraction {val_fraction}: class {class_names[scarce]} has {int(counts[scarce])} training "
+            "images; every class needs one for training and one for validation. 0 trains on all."
         )
     chosen = _subset(targets, counts, settings, class_names)
     if val_fraction == 0:
@@ -110,13 +104,10 @@ def _subset(targets: Tensor, counts: Tensor, settings: SplitSettings, class_name
         return torch.arange(total)
     taken = _stratified_counts(counts, limit / total)
     if (scarce := _scarcest(taken, val_fraction)) is not None:
-        needs = f"one for training and one for --data.val_fraction {val_fraction}" if val_fraction else "one image"
-        of_class = math.ceil(max(1 / val_fraction, 1 / (1 - val_fraction))) if val_fraction else 1
-        enough = min(total, -(-of_class * total // max(1, int(counts.min()))))
         raise UserError(
-            f"--data.limit {limit}: too few. Class {class_names[scarce]}, {int(counts[scarce]):,} of {total:,} "
-            f"images, would get {int(taken[scarce])}.\n"
-            f"Every class needs {needs}: {enough} is enough."
+            f"--data.limit {limit}: too few. Class {class_names[scarce]}, {int(counts[scarce]):,} of {total:,} images, "
+            f"would get {int(taken[scarce])}; every class needs one for training and, unless --data.val_fraction is 0, "
+            "one for validation."
         )
     return _pick(targets, taken, seeded_generator(settings.seed, 0, _SUBSET)).nonzero().flatten()
 

@@ -71,42 +71,33 @@ def predict_images(
     Raises:
         UserError: An argument is wrong, or the output cannot be written; an old file is then unchanged.
     """
-    _check_numbers(top_k, batch_size)
+    for flag, number in (("top_k", top_k), ("batch_size", batch_size)):
+        if number is not None and number < 1:
+            raise UserError(f"--{flag} {number}: 1 or more.")
     if output is not None:
-        _check_output(output, force)
+        if output.suffix.lower() not in (".csv", ".jsonl", ".json"):
+            raise UserError(f"--output {output}: give a .csv, or a .jsonl for JSON lines.")
+        check_output(output, force)
     found = find_images(paths)
     trained = load_trained_model(run)
     if top_k > len(trained.class_names):
         raise UserError(f"--top_k {top_k}: the run has {len(trained.class_names)} classes; give at most as many.")
     began = time.monotonic()
     counts: Counter[str] = Counter()
-    unreadable = Unreadables()
+    unreadable: list[str] = []  # reasons, each of which begins with the path of an image
     hide_bar = output is None and sys.stdout.isatty()  # the printed lines show the progress
     predictions = _predictions(trained, found, unreadable, top_k=top_k, batch_size=batch_size, hide_bar=hide_bar)
     with _rows(output, top_k) as write, closing(predictions):  # not by the garbage collector, as it shows a bar
         for prediction in predictions:
             counts[prediction[1][0][0]] += 1
             write(prediction)
-    unreadable.show()
+    for reason in unreadable[:_LISTED]:
+        print(printable(reason), file=sys.stderr)
+    if len(unreadable) > _LISTED:
+        print(f"and {len(unreadable) - _LISTED:,} more", file=sys.stderr)
     if output is not None:
         _summarize(output, counts, time.monotonic() - began)
-    return unreadable.count
-
-
-# -- arguments --------------------------------------------------------------------------------------------------
-
-
-def _check_numbers(top_k: int, batch_size: int | None) -> None:
-    if top_k < 1:
-        raise UserError(f"--top_k {top_k}: 1 or more.")
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f"--batch_size {batch_size}: 1 or more.")
-
-
-def _check_output(output: Path, force: bool) -> None:
-    if output.suffix.lower() not in (".csv", ".jsonl", ".json"):
-        raise UserError(f"--output {output}: give a .csv, or a .jsonl for JSON lines.")
-    check_output(output, force)
+    return len(unreadable)
 
 
 def find_images(paths: Sequence[Path]) -> list[str]:
@@ -152,26 +143,6 @@ def _images_below(top: Path) -> Iterator[str]:
 # -- predictions ------------------------------------------------------------------------------------------------
 
 
-class Unreadables:
-    """Number of images that cannot be read, and the first reasons."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._reasons: list[str] = []
-
-    def add(self, reasons: Sequence[str]) -> None:
-        """Add reasons, each of which begins with the path of an image."""
-        self.count += len(reasons)
-        self._reasons += reasons[: _LISTED - len(self._reasons)]
-
-    def show(self) -> None:
-        """Print the reasons to stderr."""
-        for reason in self._reasons:
-            print(printable(reason), file=sys.stderr)
-        if self.count > _LISTED:
-            print(f"and {self.count - _LISTED:,} more", file=sys.stderr)
-
-
 def top_classes(
     model: nn.Module,
     images: UInt8[Tensor, "batch height width 3"],
@@ -200,7 +171,7 @@ def top_classes(
 def _predictions(
     trained: TrainedModel,
     paths: Sequence[str],
-    unreadable: Unreadables,
+    unreadable: list[str],
     *,
     top_k: int,
     batch_size: int | None,
@@ -212,11 +183,10 @@ def _predictions(
     chunk_size = max(1, _CHUNK_BYTES // (3 * trained.image_size**2))
     for start in range(0, len(paths), chunk_size):
         chunk = paths[start : start + chunk_size]
-        with contextlib.ExitStack() as stack:
-            images, bad = _decoded(chunk, trained.image_size)
-            done = start + len(bad)
-            show = stack.enter_context(progress(len(paths), "Classifying images", completed=done, hidden=hide_bar))
-            unreadable.add([reason for _, reason in bad])
+        images, bad = _decoded(chunk, trained.image_size)
+        done = start + len(bad)
+        with progress(len(paths), "Classifying images", completed=done, hidden=hide_bar) as show:
+            unreadable += [reason for _, reason in bad]
             good = np.delete(np.arange(len(chunk)), [index for index, _ in bad])
             for at in range(0, len(good), size):
                 batch = good[at : at + size]

@@ -58,18 +58,9 @@ def _check_dropout(kwargs: Mapping[str, Any]) -> None:
         raise ValueError(f"dropout {dropout}: 0 to below 1")
 
 
-def _preact_resnet18(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
+def _preact(make: type[PreActResNet], num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
     _check_dropout(kwargs)
-    return PreActResNet(num_classes, **({"stem_stride": _stem_stride(image_size)} | kwargs))
-
-
-def _wideresnet28_10(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
-    _check_dropout(kwargs)
-    return WideResNet(num_classes, **({"stem_stride": _stem_stride(image_size)} | kwargs))
-
-
-def _stem_stride(image_size: int) -> int:
-    return 1 if image_size <= SMALL_PX else 4
+    return make(num_classes, **({"stem_stride": 1 if image_size <= SMALL_PX else 4} | kwargs))
 
 
 def _vit_tiny(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
@@ -83,8 +74,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "smallnet": _smallnet,
     "speednet": _speednet,
     **{name: partial(torchvision_model, name) for name in ("resnet18", "resnet34", "resnet50")},
-    "wideresnet28_10": _wideresnet28_10,
-    "preact_resnet18": _preact_resnet18,
+    "wideresnet28_10": partial(_preact, WideResNet),
+    "preact_resnet18": partial(_preact, PreActResNet),
     **{name: partial(torchvision_model, name) for name in ("convnext_tiny", "efficientnet_b0", "mobilenet_v3_small")},
     "vit_tiny": _vit_tiny,
 }

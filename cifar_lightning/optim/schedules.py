@@ -67,7 +67,7 @@ def make_schedule(
     last_epoch = -1 if steps_done is None else steps_done - 1  # the constructor takes one step itself
     if settings.name == "one_cycle":
         return _one_cycle(optimizer, total_steps, settings.warmup_fraction, last_epoch)
-    shape = _linear if settings.name == "linear" else _half_cosine
+    shape: Callable[[float], float] = (lambda done: 1 - done) if settings.name == "linear" else _half_cosine
     stem_steps = settings.stem_steps(total_steps)
     ends = [stem_steps if group.get("role") == "stem" else total_steps for group in optimizer.param_groups]
     factors = [_warmup_and_decay(end, round(settings.warmup_fraction * end), shape) for end in ends]
@@ -91,10 +91,6 @@ def _warmup_and_decay(end: int, warmup: int, decay: Callable[[float], float]) ->
         return decay((step - warmup) / (end - warmup)) if step < end else 0.0
 
     return factor
-
-
-def _linear(done: float) -> float:
-    return 1 - done
 
 
 def _half_cosine(done: float) -> float:

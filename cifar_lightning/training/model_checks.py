@@ -19,17 +19,11 @@ def check_logits(logits: Any, num_images: int, num_classes: int) -> None:
             f"the model returns a {type(logits).__name__}, not a tensor of raw logits; "
             "wrap it in an nn.Module whose forward returns the logits alone."
         )
-    if logits.shape == (num_images, num_classes):
-        return
-    if logits.ndim == 2 and len(logits) == num_images:
+    if logits.shape != (num_images, num_classes):
         raise UserError(
-            f"the model returns {logits.shape[1]} logits per image, but there are {num_classes} classes; "
-            "its outputs and num_classes=... must both equal the data's number of classes."
+            f"the model returns {tuple(logits.shape)} for {num_images} images of {num_classes} classes, not "
+            f"raw logits ({num_images}, {num_classes}); its last layer must return one logit per class and image."
         )
-    raise UserError(
-        f"the model returns {tuple(logits.shape)} for {num_images} images of {num_classes} classes, not "
-        f"raw logits ({num_images}, {num_classes}); its last layer must return one logit per class and image."
-    )
 
 
 def check_classes(trainer: pl.Trainer, num_classes: int) -> None:

@@ -19,7 +19,6 @@ from cifar_lightning.checkpoints.schema import SCHEMA_KEY, upgrade_checkpoint
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.metrics.classification import accuracy, macro_f1
 from cifar_lightning.models.compile import compile_model
-from cifar_lightning.models.pretrained import Normalization
 from cifar_lightning.models.registry import DEFAULT_MODEL, choose_model
 from cifar_lightning.models.state_dicts import describe_misfits
 from cifar_lightning.optim.optimizers import OptimizerName, OptimizerSettings, build_optimizer
@@ -164,20 +163,16 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         """
         weights = None if data is None else data.class_weights
         self._class_weights = None if weights is None else torch.tensor(weights, device=self.device)
-        expected = self._load_pretrained()
+        if self._pretrained is False:
+            return
+        expected = load_pretrained(self.model, self._architecture, self._pretrained)
+        self._pretrained = False
         if expected is None:
             return
         if data is not None:
             data.use_normalization(expected.mean, expected.std)
         elif is_first_process():
             print(f"--model.pretrained: normalize the images with mean {expected.mean} and std {expected.std}.")
-
-    def _load_pretrained(self) -> Normalization | None:
-        if self._pretrained is False:
-            return None
-        expected = load_pretrained(self.model, self._architecture, self._pretrained)
-        self._pretrained = False
-        return expected
 
     def on_train_start(self) -> None:
         """Check the batch size against BatchNorm; the LR finder gets here, too, but not to on_fit_start."""

@@ -147,7 +147,8 @@ class RunProgress(ProgressBar):
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Update the bar."""
-        self._advance()
+        if self._bar is not None:
+            self._bar.advance(self._bar.task_ids[0])
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the bar; reopen the bar of the epoch."""
@@ -160,9 +161,7 @@ class RunProgress(ProgressBar):
         """Open a bar."""
         self._open_bar("test", sum_batches(trainer.num_test_batches))
 
-    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Update the bar."""
-        self._advance()
+    on_test_batch_end = on_validation_batch_end
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the bar."""
@@ -196,10 +195,6 @@ class RunProgress(ProgressBar):
             )
             self._bar.add_task(label, total=total, text="")
             self._bar.start()
-
-    def _advance(self) -> None:
-        if self._bar is not None:
-            self._bar.advance(self._bar.task_ids[0])
 
     def _close_bar(self) -> None:
         if self._bar is not None:

@@ -21,7 +21,7 @@ SHALLOW = SmallNet(widths=(2, 2))
 @pytest.mark.parametrize(
     ("logits", "message"),
     [
-        (torch.zeros(2, 7), "7 logits per image, .* 4 classes"),
+        (torch.zeros(2, 7), r"returns \(2, 7\) for 2 images of 4 classes"),
         (torch.zeros(2, 4, 8, 8), r"returns \(2, 4, 8, 8\) for 2 images of 4 classes"),
         (torch.zeros(1, 4), r"returns \(1, 4\) for 2 images"),
         ((torch.zeros(2, 4), None), "returns a tuple, not a tensor"),
@@ -36,7 +36,7 @@ def test_what_is_no_logits_is_described(logits, message):
 
 @pytest.mark.parametrize(
     ("num_outputs", "num_classes", "message"),
-    [(7, 10, "7 logits per image, .* 10 classes"), (4, 4, "num_classes 4: the data has 10 classes")],
+    [(7, 10, r"returns \(\d+, 7\) for \d+ images of 10 classes"), (4, 4, "num_classes 4: the data has 10 classes")],
 )
 def test_a_network_of_other_outputs_or_classes_ends_in_a_sentence(tmp_path, num_outputs, num_classes, message):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_outputs))
