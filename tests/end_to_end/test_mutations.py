@@ -12,7 +12,6 @@ import types
 import weakref
 from contextlib import redirect_stderr, redirect_stdout
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -123,8 +122,14 @@ def quick(place, monkeypatch):
     monkeypatch.setattr(tune, "find_lr", lambda *arguments, **settings: LrRange([], [], 0.1, None, None))
     for module in (fit, tune):
         monkeypatch.setattr(module, "write_lr_range", lambda *arguments: None)
-    for stage in ("validate", "test", "predict"):
-        monkeypatch.setattr(pl.Trainer, stage, lambda self, *arguments, **settings: None)
+
+    def build_idle_trainer(*arguments, **settings):
+        trainer = lightning_cli.build_trainer(*arguments, **settings)
+        for stage in ("validate", "test", "predict"):
+            setattr(trainer, stage, lambda *arguments, **settings: None)
+        return trainer
+
+    monkeypatch.setattr(evaluate, "build_trainer", build_idle_trainer)
     monkeypatch.setattr(evaluate, "print_validation", lambda metrics: None)
     monkeypatch.setattr(lightning_cli, "StopSignals", lambda: types.SimpleNamespace(install=lambda: None))
     made = {}
