@@ -1,5 +1,6 @@
-"""What the rows of `faults.py` judge by: what a program said, and how two checkpoints differ."""
+"""What the rows compare: output and exit status of a program, resumed steps, differences of checkpoints."""
 
+import json
 import re
 import signal
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Done:
-    """A program that has ended: its exit status, negative for a signal, and what it printed."""
+    """Exit status (negative for a signal) and output of a finished program."""
 
     status: int
     stdout: str
@@ -28,7 +29,7 @@ def unclear(done: Done, *names: str) -> str:
     if done.status == 0:
         return "exit status 0"
     if done.status < 0:
-        return f"it died of {signal.Signals(-done.status).name}"
+        return f"killed by {signal.Signals(-done.status).name}"
     if "Traceback" in done.stderr + done.stdout:
         last = lines[-1].strip() if lines else ""
         return f"a traceback of {len(lines)} lines ({last[:100]})"
@@ -39,7 +40,7 @@ def unclear(done: Done, *names: str) -> str:
 
 
 class Payload:
-    """What a stranger's checkpoint could hold: code that runs when it is unpickled, and leaves a file."""
+    """An object whose unpickling runs code: it creates a file."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -62,7 +63,7 @@ def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(one: Any, other: Any) -> list[str]:
-    """Return the names of the leaves that differ: tensors by bits, numbers by digits; of paths only the last part."""
+    """Return the names of the leaves that differ: tensors are compared by bits, paths by their last part."""
     import torch
 
     def bits(value: Any) -> Any:
@@ -79,8 +80,14 @@ def differences(one: Any, other: Any) -> list[str]:
     return [name for name in names if name not in ours or name not in theirs or ours[name] != theirs[name]]
 
 
+def last_resume(run: Path) -> dict[str, Any]:
+    """Return the entry of a run's latest resume, with `step` and `changed`; empty if it was never resumed."""
+    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    return environment.get("resumed", [{}])[-1]
+
+
 def load(path: Path) -> Any:
-    """Read a checkpoint as data."""
+    """Load a checkpoint with `weights_only=True`."""
     import torch
 
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""Rows 4 to 6, 32, 35 and 36: full disks, folders that cannot be written, two runs in one, odd paths."""
+"""Rows 4 to 6, 32, 35 and 36: full disks, folders that cannot be written, two runs in one folder, odd paths."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from benchmarks.faults.mounts import fill, small_disk, without_privileges
 
 @row(4, "disk full where checkpoints go")
 def full_disk(trial: Trial) -> str:
-    """It fills up after the first checkpoint of a long run."""
+    """The disk fills up after the first checkpoint of a long run."""
     with small_disk(trial.place / "disk", "8m") as disk:
         out = disk / "run"
         process = trial.bench.start(trial.bench.fit(out, epochs=40), cwd=trial.place)
@@ -26,7 +26,7 @@ def full_disk(trial: Trial) -> str:
         for path in trial.subject.checkpoints(out).glob("*.ckpt"):
             try:
                 loadable.append(load(path)["global_step"])
-            except Exception:  # whatever torch raises of a file that is not whole
+            except Exception:  # torch raises many types
                 trial.kept(False, f"{path.name} is broken")
         trial.kept(bool(loadable), "no checkpoint is left")
         return f"exit 1, named; {len(loadable)} checkpoints intact"
@@ -34,21 +34,21 @@ def full_disk(trial: Trial) -> str:
 
 @row(5, "disk full in TMPDIR")
 def full_tmpdir(trial: Trial) -> str:
-    """From the start of the run on."""
+    """TMPDIR is full from the start of the run."""
     with small_disk(trial.place / "disk", "64k") as disk:
         fill(disk)
         out = trial.place / "run"
         done = trial.fit(out, env={"TMPDIR": str(disk)})
         if done.status == 0:
             trial.ended_like_the_reference("with a full TMPDIR", out)
-            return "training is not touched: bitwise equal"
+            return "training is not affected: bitwise equal"
         trial.reported("with a full TMPDIR", done, "space")
         return "a clear error"
 
 
 @row(6, "checkpoint folder not writable (not root)")
 def unwritable(trial: Trial) -> str:
-    """The folder of a new run, and the checkpoints of one that is gone on with; nothing may be trained."""
+    """The folder of a new run and the checkpoints of a resumed one; nothing may be trained."""
     prefix = without_privileges()
     locked = trial.place / "locked"
     if trial.subject.is_plain:
@@ -85,23 +85,23 @@ def two_in_one(trial: Trial) -> str:
             if trial.subject.is_plain:
                 trial.reported(what, done, "run")
             else:
-                words = {"fit": "holds a run with checkpoints", "resume": "is writing into it"}[what]
-                trial.reported(what, done, words, status=2)
+                names = {"fit": ("--run_dir", "--resume"), "resume": (str(process.pid), "--run_dir")}[what]
+                trial.reported(what, done, *names, status=2)
         trial.expect(process.poll() is None, "the first run ended")
     finally:
         kill_group(process)
-    return "the second refuses, the first goes on"
+    return "the second is refused, the first continues"
 
 
 @row(35, "spaces, umlauts, non-UTF-8 in paths")
 def odd_paths(trial: Trial) -> str:
-    """In the images' folder, classes and files, and in the run's folder; against the same with plain paths."""
+    """In paths of images, classes and run folder; compared with the same run with ASCII paths."""
     odd_names = ("ant ä", b"bee \xff", "cat 中")
     data = small_set(trial.place / "data")
     odd_place = os.fsencode(trial.place) + b"/M\xfcll \xc3\xa4 \xf0\x9f\x90\x88"
     try:
         odd_data = small_set(Path(os.fsdecode(odd_place + b"/Bilder \xff")), odd_names)
-    except OSError:  # the file system takes UTF-8 alone
+    except OSError:  # the file system accepts UTF-8 only
         odd_place = os.fsencode(trial.place / "Müll 🐈")
         odd_data = small_set(Path(os.fsdecode(odd_place + b"/Bilder")), ("ant ä", "bee ö", "cat 中"))
     odd_image = next((odd_data / "train").iterdir()) / "00.png"
@@ -134,17 +134,20 @@ def read_only_data(trial: Trial) -> str:
     for folder in (*folders, no_cache):
         folder.chmod(0o555)
     try:
-        ways = {"elsewhere": (trial.place / "cache", "read-only"), "none": (no_cache, "decoding at each start")}
-        for what, (cache, words) in ways.items():
+        ways = {
+            "elsewhere": (trial.place / "cache", str(trial.place / "cache")),
+            "none": (no_cache, "CIFAR_LIGHTNING_CACHE"),
+        }
+        for what, (cache, name) in ways.items():
             out = trial.place / f"run_{what}"
             env = {"CIFAR_LIGHTNING_CACHE": str(cache)}
             done = trial.run(trial.subject.fit(data, out, **settings), env=env, prefix=prefix)
             if trial.worked(f"cache {what}", done):
-                trial.expect(words in done.stdout + done.stderr, f"cache {what}: nothing says so")
+                trial.expect(name in done.stdout + done.stderr, f"cache {what}: {name} is not reported")
                 one, other = (load(trial.subject.last(run))["state_dict"] for run in (out, trial.place / "run"))
                 trial.expect(all(one[name].equal(other[name]) for name in one), f"cache {what}: other weights")
         trial.expect(not (data / ".cifar_lightning_cache").exists(), "a cache in the read-only folder")
     finally:
         for folder in (*folders, no_cache):
             folder.chmod(0o755)
-    return "works with a cache elsewhere and without any, and says which; the same weights"
+    return "trains with a cache elsewhere and without any, reports which; the same weights"

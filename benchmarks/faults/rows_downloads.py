@@ -1,6 +1,6 @@
-"""Rows 19 to 21: archives that are wrong, cut off, or reach out of their folder; served by a host of this machine.
+"""Rows 19 to 21: corrupt, truncated and malicious archives, served from localhost.
 
-CIFAR-10's real archive is not at hand everywhere, so that the program is told of a small one by the same name.
+A small archive replaces CIFAR-10's real one.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from benchmarks.faults.sabotage import ARCHIVE
 
 _NAME = "cifar-10-python.tar.gz"
 _FOLDER = "cifar-10-batches-py"
-_PAYLOAD = hashlib.shake_256(b"images").digest(400_000)  # not compressible, so that there is something to cut
+_PAYLOAD = hashlib.shake_256(b"images").digest(400_000)  # not compressible, so that it can be cut
 
 
 def _tar(members: dict[str, bytes]) -> bytes:
@@ -37,7 +37,7 @@ _GOOD = _tar({f"{_FOLDER}/data_batch_1": _PAYLOAD})
 
 
 class _Host(ThreadingHTTPServer):
-    """Serves files below /NAME; `cut_after` bytes of a body the connection is closed."""
+    """Serve files as /NAME; close the connection after `cut_after` bytes of a body."""
 
     daemon_threads = True
 
@@ -47,7 +47,7 @@ class _Host(ThreadingHTTPServer):
         self.ranges: list[str | None] = []
 
     def url(self, name: str) -> str:
-        """Return a file's address."""
+        """Return the URL of a file."""
         return f"http://127.0.0.1:{self.server_port}/{name}"
 
 
@@ -55,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Host
 
     def do_GET(self) -> None:
-        """Answer with a file, or with the rest of it that was asked for."""
+        """Send a file, or the range of it that was requested."""
         name, asked = self.path.lstrip("/"), self.headers.get("Range")
         self.server.ranges.append(asked)
         data = self.server.files[name]
@@ -68,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data[start:][: self.server.cut_after.get(name, len(data))])
 
     def log_message(self, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextlib.contextmanager
@@ -84,7 +84,7 @@ def _host(files: dict[str, bytes], **cut_after: int) -> Iterator[_Host]:
 
 
 def _download(trial: Trial, root: Path, archive: bytes, *urls: str) -> Done:
-    """Run the download of an archive from some addresses."""
+    """Download an archive from some URLs."""
     known = {"size_bytes": len(archive), "md5": hashlib.md5(archive, usedforsecurity=False).hexdigest()}
     known |= {"sha256": hashlib.sha256(archive).hexdigest(), "urls": urls}
     return trial.run(["download", "--root", root], acts="archive@start", env={ARCHIVE: json.dumps(known)})
@@ -92,7 +92,7 @@ def _download(trial: Trial, root: Path, archive: bytes, *urls: str) -> Done:
 
 @row(19, "archive with a wrong hash", plain=False)
 def wrong_hash(trial: Trial) -> str:
-    """One byte is wrong: alone, and before a mirror that is right."""
+    """One byte is wrong: without and with a correct mirror."""
     wrong = bytearray(_GOOD)
     wrong[len(wrong) // 2] ^= 1
     with _host({"wrong": bytes(wrong), "good": _GOOD}) as host:
@@ -105,13 +105,13 @@ def wrong_hash(trial: Trial) -> str:
         if trial.worked("with a mirror", done):
             trial.expect(all(value in done.stdout for value in hashes), "expected and actual hash are not shown")
             found = (trial.place / "good" / _FOLDER / "data_batch_1").read_bytes()
-            trial.expect(found == _PAYLOAD, "the mirror's file is not what was unpacked")
+            trial.expect(found == _PAYLOAD, "the unpacked file is not the mirror's")
     return "both hashes shown, nothing unpacked; the next mirror is used"
 
 
 @row(20, "download cut off", plain=False)
-def cut_off(trial: Trial) -> str:
-    """Once in the middle; and at every try."""
+def truncated_download(trial: Trial) -> str:
+    """Twice in the middle; then at every attempt."""
     third = len(_GOOD) // 3 + 1
     with _host({"half": _GOOD, "never": _GOOD}, half=third, never=0) as host:
         root = trial.place / "half"
@@ -119,11 +119,11 @@ def cut_off(trial: Trial) -> str:
             found = (root / _FOLDER / "data_batch_1").read_bytes()
             trial.kept(found == _PAYLOAD, "the file is not the one that was served")
         asked = [None, *(f"bytes={part * third}-" for part in (1, 2))]
-        trial.kept(host.ranges == asked, f"asked for {host.ranges}, not to go on from where it was")
+        trial.kept(host.ranges == asked, f"requested {host.ranges}, not the missing ranges")
         root = trial.place / "never"
         trial.reported("cut at once", _download(trial, root, _GOOD, host.url("never")), _NAME)
         _nothing_in_place(trial, "cut at once", root)
-    return "goes on from where it was; without an end nothing is in place"
+    return "continues at the missing byte; never complete: nothing is in place"
 
 
 def _nothing_in_place(trial: Trial, what: str, root: Path) -> None:
@@ -132,17 +132,17 @@ def _nothing_in_place(trial: Trial, what: str, root: Path) -> None:
 
 
 @row(21, "archive with ../ members", plain=False)
-def reaching_out(trial: Trial) -> str:
-    """With the right hash, as a mirror's own archive would have where somebody changed the pinned one."""
+def outside_members(trial: Trial) -> str:
+    """The hash is correct, as if somebody had changed the pinned one, too."""
     for number, name in enumerate(("../outside", f"{_FOLDER}/../../outside", str(trial.place / "outside"))):
         archive = _tar({f"{_FOLDER}/data_batch_1": b"x", name: b"y"})
         root = trial.place / f"inner{number}" / "root"
         with _host({"evil": archive}) as host:
             done = _download(trial, root, archive, host.url("evil"))
-        if name.startswith("/"):  # taken as relative, as every tar program does
+        if name.startswith("/"):  # treated as relative, as tar programs do
             trial.worked(name, done)
         else:
             trial.reported(name, done, _NAME)
             trial.expect(not (root / _FOLDER).exists(), f"{name}: unpacked")
         trial.expect(not list(trial.place.rglob("outside")), f"{name}: written outside of its folder")
-    return "refused; an absolute path is taken as relative; nothing is written outside"
+    return "refused; an absolute path is treated as relative; nothing is written outside"
