@@ -77,9 +77,21 @@ class Training:
 
 def default_training() -> Training:
     """Return AdamW with OneCycle."""
+    optimizer = OptimizerSettings(
+        name="adamw",
+        lr=LR,
+        sgd_lr=0.1,
+        head_lr=None,
+        momentum=0.9,
+        sgd_momentum=0.9,
+        weight_decay=0.05,
+        sgd_weight_decay=0.0,
+    )
     return Training(
-        OptimizerSettings("adamw", LR, 0.1, None, 0.9, 0.9, 0.05, 0.0),
-        lambda optimizer, steps: make_schedule(optimizer, ScheduleSettings("one_cycle", None, 1.0), total_steps=steps),
+        optimizer,
+        lambda optimizer, steps: make_schedule(
+            optimizer, ScheduleSettings("one_cycle", pct_start=None, stem_train_fraction=1.0), total_steps=steps
+        ),
         [f"--lr={LR}"],
     )
 
@@ -94,7 +106,9 @@ def config_training(recipe: str) -> Training:
     plain += ["--model.stem_train_fraction=1.0"]  # one layer has no stem
     return Training(
         optimizer,
-        lambda optimizer, steps: make_schedule(optimizer, ScheduleSettings("linear", None, 1.0), total_steps=steps),
+        lambda optimizer, steps: make_schedule(
+            optimizer, ScheduleSettings("linear", pct_start=None, stem_train_fraction=1.0), total_steps=steps
+        ),
         [f"--config={path}", *plain],
     )
 
