@@ -1,7 +1,7 @@
-"""What the rows of `faults.py` share: starting a program, the run that they compare with, and the table itself.
+"""Bench of the fault rows: starting programs, the reference run, checks, and the table.
 
 "Clearly reported": exit status not 0, at most 3 lines on stderr that name the thing, no traceback. "Not lost": the last
-good checkpoint loads and at most one save interval of work is done again.
+good checkpoint loads and at most one save interval is trained again.
 """
 
 import contextlib
@@ -28,19 +28,19 @@ _POLL_S = 0.005
 
 
 class Skipped(Exception):
-    """Raised where this machine cannot set a fault up; the message says why."""
+    """Raised if this machine cannot inject a fault; the message has the reason."""
 
 
 @dataclass
 class Trial:
-    """One row's try: where it may write, and what was found wrong.
+    """One execution of a row, with its folder and the failed checks.
 
     Attributes:
-        bench: What all rows share.
+        bench: Shared by all rows.
         place: An empty folder.
-        faults: What was found wrong; none: the row is handled.
-        not_lost: Whether no work was lost; None where that is no question.
-        clear: Whether what failed said so clearly; None where nothing failed.
+        faults: Failed checks; the row is handled if there are none.
+        not_lost: Whether no work was lost; None if not checked.
+        clear: Whether failures were reported clearly; None if nothing failed.
     """
 
     bench: "Bench"
@@ -51,11 +51,11 @@ class Trial:
 
     @property
     def subject(self) -> Subject:
-        """The program that is tried."""
+        """The program under test."""
         return self.bench.subject
 
     def expect(self, is_so: bool, fault: str) -> bool:
-        """Note a fault where something is not so; return whether it is so."""
+        """Add a fault unless a condition holds; return the condition."""
         if not is_so:
             self.faults.append(fault)
         return is_so
@@ -69,7 +69,7 @@ class Trial:
         return self.expect(not fault, f"{what}: {fault}")
 
     def refused(self, what: str, done: Done, *names: str) -> bool:
-        """Expect a failure. Of ours it must also be clearly reported; that the peer's is not, is only noted."""
+        """Expect a failure. Ours must also report it clearly; for the peer that is only recorded."""
         if not self.subject.is_plain:
             return self.reported(what, done, *names)
         self.clear = self.clear is not False and not unclear(done, *names)
@@ -94,7 +94,7 @@ class Trial:
         return self.run(self.bench.fit(out, **settings), acts=acts, env=env)
 
     def resume(self, out: Path, *, acts: str | None = None, env: Any = None, **settings: Any) -> Done:
-        """Go on with a training on the images that all rows share."""
+        """Resume a training on the images that all rows share."""
         return self.run(self.bench.resume(out, **settings), acts=acts, env=env)
 
     def killed(self, out: Path, acts: str = "SIGKILL@train:47", **kwargs: Any) -> Path:
@@ -105,7 +105,7 @@ class Trial:
         return out
 
     def ended_like_the_reference(self, what: str, out: Path) -> bool:
-        """Expect the same end as that of the run that nothing was done to."""
+        """Expect the same last.ckpt and metrics.csv as the reference run."""
         fault = self.bench.difference(out)
         return self.kept(not fault, f"{what}: {fault}")
 
@@ -115,7 +115,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Reference:
-    """The run that nothing is done to.
+    """The run without faults.
 
     Attributes:
         out: Its folder.
@@ -130,10 +130,10 @@ class Bench:
     """The images, the runs and the folder that the rows share.
 
     Args:
-        folder: Where everything is made.
-        subject: The program that is tried.
+        folder: All runs and images are below it.
+        subject: The program under test.
         data: Class folders of real images for the runs that are compared bit by bit; by default drawn ones.
-        kills: How often row 1 kills.
+        kills: Number of SIGKILLs of row 1.
     """
 
     def __init__(self, folder: Path, subject: Subject, *, data: Path | None = None, kills: int = 5) -> None:
@@ -159,7 +159,7 @@ class Bench:
         Args:
             arguments: Its arguments.
             cwd: Its folder; made where it is missing.
-            acts: What is done to it, as `sabotage.py` reads it.
+            acts: Faults to inject; see `sabotage.py`.
             env: More environment variables.
             prefix: What comes before the command.
             program: A Python file; the subject's by default.
@@ -195,14 +195,14 @@ class Bench:
         return process
 
     def stop(self) -> None:
-        """Kill what runs and start nothing more, so that the rows end and clear up."""
+        """Kill all running programs and refuse to start others, so that the rows end and unmount."""
         self._is_stopped = True
         for process in tuple(self._running):
             if process.poll() is None:
                 kill_group(process)
 
     def wait(self, process: subprocess.Popen, timeout_s: float = TIMEOUT_S) -> Done:
-        """Wait for the end of a process and clear its group away.
+        """Wait for the end of a process and kill the rest of its group.
 
         Raises:
             RuntimeError: It does not end.
@@ -241,7 +241,7 @@ class Bench:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """What makes 30 steps an epoch of the images."""
+        """Settings with which an epoch has 30 steps."""
         num_train = 600 if self.data is None else sum(1 for _ in (self.images / "train").glob("*/*"))
         return {"batch_size": -(-num_train * 9 // 10 // 30), "size": 16 if self.data is None else 32}
 
@@ -250,12 +250,12 @@ class Bench:
         return self.subject.fit(self.images, out, **{**self.settings, **settings})
 
     def resume(self, out: Any, **settings: Any) -> list[Any]:
-        """Return the arguments that go on with it."""
+        """Return the arguments that resume it."""
         return self.subject.resume(self.images, out, **{**self.settings, **settings})
 
     @property
     def reference(self) -> Reference:
-        """The run that nothing was done to; made when it is first asked for."""
+        """The run without faults, trained at the first access."""
         with self._lock:
             return self._reference
 
@@ -288,7 +288,7 @@ class Bench:
         return out
 
     def copy_of_reference(self, place: Path) -> Path:
-        """Return a copy of the run that nothing was done to, for a row that damages it."""
+        """Return a copy of the reference run, for a row that damages it."""
         return Path(shutil.copytree(self.reference.out, place / "run"))
 
     def difference(self, out: Path) -> str:
@@ -297,7 +297,7 @@ class Bench:
         if not last.exists():
             return "no last.ckpt"
         one, other = load(last), load(theirs)
-        if self.subject.is_plain:  # its loops and callbacks count what was done twice; only the training is compared
+        if self.subject.is_plain:  # its loops count repeated steps; only weights and optimizer are compared
             one, other = ({key: tree[key] for key in ("state_dict", "optimizer_states")} for tree in (one, other))
         names = differences(one, other)
         if names:
@@ -309,14 +309,14 @@ class Bench:
 
 
 def kill_group(process: subprocess.Popen) -> None:
-    """Kill what is left of a process group, as `kill -9` would."""
+    """Kill a process group with SIGKILL."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def wait_for(is_there: Callable[[], bool], process: subprocess.Popen, timeout_s: float = TIMEOUT_S) -> bool:
-    """Wait until something is so or the process has ended; return whether it is so."""
+    """Wait until a condition holds or the process has ended; return the condition."""
     until = time.monotonic() + timeout_s
     while not is_there():
         if process.poll() is not None or time.monotonic() > until:
@@ -336,9 +336,9 @@ class Row:
 
     Attributes:
         number: Its number.
-        what: What is done.
-        perform: Does it; notes faults in the trial and returns what was seen, in a few words.
-        is_for_plain: Whether it makes sense for plain Lightning.
+        what: The fault.
+        perform: Injects it, adds failed checks to the trial and returns what was observed, in a few words.
+        is_for_plain: Whether it applies to plain Lightning.
     """
 
     number: int
@@ -351,7 +351,7 @@ ROWS: dict[int, Row] = {}
 
 
 def row(number: int, what: str, *, plain: bool = True) -> Callable[[Perform], Perform]:
-    """Enter a function into the table."""
+    """Add a function to the table."""
 
     def enter(perform: Perform) -> Perform:
         ROWS[number] = Row(number, what, perform, plain)

@@ -1,4 +1,4 @@
-"""Images for `faults.py`: class folders that are drawn, and files that are damaged, odd or a trap."""
+"""Images of the fault rows: generated class folders, and damaged, unusual and malicious files."""
 
 import io
 import struct
@@ -24,7 +24,7 @@ def draw_class_folders(root: Path, *, num_train: int, num_test: int, num_classes
 
 
 def small_set(root: Path, names: Iterable[str | bytes] = ("ant", "bee", "cat")) -> Path:
-    """Write a set of few images for rows that never train long: 20 a class to train on, 5 to test on."""
+    """Write a small set: 20 training and 5 test images of each class."""
     import os
 
     for split, count in (("train", 20), ("test", 5)):
@@ -46,7 +46,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **kwargs: object) -> bytes:
 
 
 def damaged_images() -> dict[str, bytes]:
-    """Return files that are no whole images, by name."""
+    """Return damaged image files by name."""
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     png, jpeg = (encoded(Image.fromarray(noise), kind) for kind in ("PNG", "JPEG"))
     flipped = bytearray(png)
@@ -61,7 +61,7 @@ def damaged_images() -> dict[str, bytes]:
 
 
 def odd_images() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
-    """Return images of one colour in odd modes and sizes, by name, with the RGB that they must become."""
+    """Return one-color images of unusual modes and sizes by name, with the expected RGB values."""
     palette = Image.new("P", (16, 16), 1)
     palette.putpalette([0, 0, 0, 10, 200, 30])
     deep = Image.fromarray(np.full((16, 16), 0x8000, np.uint16))
@@ -78,7 +78,7 @@ def odd_images() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
 
 
 def bomb(side: int = 20_000) -> bytes:
-    """Return a PNG of few bytes that claims `side` x `side` pixels."""
+    """Return a small PNG file of `side` x `side` pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

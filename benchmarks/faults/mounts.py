@@ -1,4 +1,4 @@
-"""File systems for `faults.py`: small ones that fill up, another one beside, a read-only one; undone afterwards."""
+"""Temporary mounts of the fault rows: small file systems and others than that of a folder."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from benchmarks.faults.bench import Skipped
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """Give a folder on a file system of that size, such as "4m".
+    """Mount a file system of a size, such as "4m", and yield its folder.
 
     Raises:
         Skipped: It cannot be mounted.
@@ -28,7 +28,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def other_file_system(beside: Path) -> Iterator[Path]:
-    """Give an empty folder on another file system than `beside` is on.
+    """Yield an empty folder on another file system than that of `beside`.
 
     Raises:
         Skipped: There is none.
@@ -55,7 +55,7 @@ def _mount(*arguments: str) -> None:
 
 
 def fill(folder: Path, left_bytes: int = 0) -> None:
-    """Fill the file system of a folder, up to some bytes."""
+    """Fill the file system of a folder, except for some bytes."""
     block = bytes(4096)
     with open(folder / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
         while os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize > left_bytes:
@@ -63,9 +63,7 @@ def fill(folder: Path, left_bytes: int = 0) -> None:
 
 
 def without_privileges() -> Sequence[str]:
-    """Return what comes before a command so that the permissions of files hold for it, as they do for any other user.
-
-    For root they hold only without the capability to go past them.
+    """Return the prefix of a command for which file permissions hold: root has to drop a capability.
 
     Raises:
         Skipped: This is root and it cannot be given up.

@@ -1,4 +1,4 @@
-"""Plain Lightning as its documentation shows it, over class folders: the peer that `faults.py --subject plain` tries.
+"""Plain Lightning on class folders, as in its documentation: the peer of `benchmarks.faults.run --subject plain`.
 
 python -m benchmarks.faults.plain --data DIR --out DIR [--epochs N] [--ckpt_path FILE]
 """

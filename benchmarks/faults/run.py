@@ -1,12 +1,12 @@
-"""Does every fault of a table to the trainer, for real, in new processes, and says what its user sees.
+"""Inject each fault of a table into training runs in new processes, and report what the user sees.
 
     python -m benchmarks.faults.run                      all rows
     python -m benchmarks.faults.run --only 1,7,20        some of them
-    python -m benchmarks.faults.run --subject plain      the rows that make sense, done to benchmarks/faults/plain.py
+    python -m benchmarks.faults.run --subject plain      the rows that apply to benchmarks/faults/plain.py
 
-A row is handled where what must happen happens: values are compared, not only exit statuses. The last lines count them;
-row 14, the control, is reported apart: it shows that row 1 can fail. Rows that need root, small file systems or
-several of them set these up where they can, below a temporary folder, and undo them.
+A row is handled if all of its checks pass, which compare values, not only exit codes. The last lines count the rows.
+Row 14, the control, is reported separately: it shows that row 1 can fail. Rows that need root or small file systems
+mount these below a temporary folder and unmount them; where that is impossible, they are skipped.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from benchmarks.faults.bench import ROWS, Bench, Row, Skipped, Trial
 from benchmarks.faults.subjects import SUBJECTS
 from cifar_lightning.runs.environment import describe_environment
 
-# Each of them enters its rows into ROWS when it is imported.
+# Importing a module adds its rows to ROWS.
 THEMES = (
     rows_checkpoints,
     rows_disk,
@@ -51,15 +51,15 @@ _CLIPPED = 160  # characters of one fault
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a row.
+    """Result of a row.
 
     Attributes:
         number: The row.
         what: What was done.
         verdict: "handled", "NOT handled", "skipped" or "does not apply".
-        reason: What was seen, in a few words.
-        not_lost: Whether no work was lost; None where that is no question.
-        clearly_reported: Whether what failed said so clearly; None where nothing failed.
+        reason: What was observed, in a few words.
+        not_lost: Whether no work was lost; None if the row does not check it.
+        clearly_reported: Whether failures were reported clearly; None if nothing failed.
         elapsed_s: How long the row took.
     """
 
@@ -82,7 +82,7 @@ class Result:
 
 
 def perform(row: Row, bench: Bench) -> Result:
-    """Try one row."""
+    """Run one row."""
     if bench.subject.is_plain and not row.is_for_plain:
         return Result(row.number, row.what, "does not apply", "")
     place = bench.folder / f"row{row.number}"
@@ -92,7 +92,7 @@ def perform(row: Row, bench: Bench) -> Result:
         reason = row.perform(trial)
     except Skipped as skipped:
         return Result(row.number, row.what, "skipped", str(skipped))
-    except Exception as error:  # a row that breaks down has shown nothing, and the others go on
+    except Exception as error:  # the other rows still run
         trial.faults.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
         reason = ""
     verdict = "NOT handled" if trial.faults else "handled"
@@ -102,7 +102,7 @@ def perform(row: Row, bench: Bench) -> Result:
 
 
 def perform_all(numbers: list[int], bench: Bench, jobs: int, show: Callable[[str], None]) -> list[Result]:
-    """Try rows, some at the same time; show and return them in order."""
+    """Run rows, some at the same time; show and return the results in order."""
     results = []
     with ThreadPoolExecutor(jobs) as pool:
         try:
@@ -110,7 +110,7 @@ def perform_all(numbers: list[int], bench: Bench, jobs: int, show: Callable[[str
                 if result.number != CONTROL:
                     show(result.line())
                 results.append(result)
-        except BaseException:  # Ctrl-C or SIGTERM: the rows undo what they have set up, mounts too
+        except BaseException:  # Ctrl-C or SIGTERM: the rows unmount what they mounted
             pool.shutdown(wait=False, cancel_futures=True)
             bench.stop()
             raise
@@ -147,7 +147,7 @@ def summary(results: list[Result]) -> list[str]:
 
 
 def write_results(path: Path, args: argparse.Namespace, results: list[Result], environment: dict[str, Any]) -> None:
-    """Put rows into a results file, in place of what it has of them; each says at which commit and how it was tried."""
+    """Replace rows of a results file; each has its commit, hardware and settings."""
     hardware = f"{environment['num_usable_cpus']} cores of {environment['cpu']}"
     how = {"commit": environment["commit"], "dirty": environment["dirty"], "hardware": hardware}
     how |= {"kills": args.kills, "images": "drawn" if args.data is None else "real"}
@@ -161,10 +161,12 @@ def write_results(path: Path, args: argparse.Namespace, results: list[Result], e
 
 
 def main() -> None:
-    """Try the rows and print the table; the last line is `ratio=X`."""
+    """Run the rows and print the table; the last line is `ratio=X`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=parse_rows, default=sorted(ROWS), help="rows, such as 1,7,20 (default: all)")
-    parser.add_argument("--subject", choices=tuple(SUBJECTS), default="ours", help="what is tried (default: ours)")
+    parser.add_argument(
+        "--subject", choices=tuple(SUBJECTS), default="ours", help="the program under test (default: ours)"
+    )
     parser.add_argument("--data", type=Path, help="class folders of real images for the rows that compare bit by bit")
     parser.add_argument("--kills", type=int, default=5, help="SIGKILLs of row 1 (default 5)")
     parser.add_argument("--jobs", type=int, default=2, help="rows at the same time (default 2)")

@@ -1,4 +1,4 @@
-"""Runs a Python program and does something to it at a chosen moment, in its own process, so that the moment is exact.
+"""Run a Python program and inject faults at exact moments, from inside its process.
 
     python -m benchmarks.faults.sabotage SIGKILL@train:47 train.py fit --epochs 3
     python -m benchmarks.faults.sabotage nan@batch:22,note@train:0 train.py fit --epochs 3
@@ -37,7 +37,7 @@ _pending: set[str] = set()  # what the next loss is made into
 
 
 def reach(where: str) -> None:
-    """Count a moment and do what was asked for at it."""
+    """Count a moment and perform its acts."""
     number = _counts.get(where, 0)
     _counts[where] = number + 1
     for what in _acts.get((where, number), ()):
@@ -45,7 +45,7 @@ def reach(where: str) -> None:
 
 
 def do(what: str) -> None:
-    """Do one act to this process."""
+    """Perform one act."""
     if what in ACTS:
         ACTS[what]()
     elif what.startswith("group-"):
@@ -58,13 +58,13 @@ def do(what: str) -> None:
 
 
 def note() -> None:
-    """Leave a file that says how many training epochs this process has begun."""
+    """Write the number of training epochs that this process has begun to a file."""
     rank = os.environ.get("LOCAL_RANK", "0")
     Path(os.environ[NOTES], f"rank{rank}").write_text(str(_counts.get("epoch", 0)), encoding="utf-8")
 
 
 def note_updates() -> None:
-    """Leave a file as soon as an optimiser has done a step from here on."""
+    """Create a file at the next optimizer step."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     def updated(*_: Any) -> None:
@@ -74,10 +74,10 @@ def note_updates() -> None:
 
 
 def without_rng() -> None:
-    """Resume without putting the random states back."""
-    import cifar_lightning.checkpoints.rng_state as exact
+    """Resume without restoring random states."""
+    from cifar_lightning.checkpoints import rng_state
 
-    exact.restore_rng = lambda *_: None
+    rng_state.restore_rng = lambda *_: None
 
 
 def clock(seconds: float) -> Callable[[], None]:
@@ -91,7 +91,7 @@ def clock(seconds: float) -> Callable[[], None]:
 
 
 def small_archive() -> None:
-    """Let CIFAR-10's archive be another one: the real one is too large to be served here, and its hosts far away."""
+    """Replace CIFAR-10's archive by a small one."""
     from cifar_lightning.data import download
 
     known = json.loads(os.environ[ARCHIVE])
@@ -126,7 +126,7 @@ ACTS: dict[str, Callable[[], None]] = {
 
 
 def watch_training() -> None:
-    """Put a callback into every Trainer, and stand between the network and its loss."""
+    """Add a callback to every Trainer and wrap the loss."""
     import lightning.pytorch as pl
     import torch
     from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
@@ -161,7 +161,7 @@ def watch_training() -> None:
 
 
 def watch_files() -> None:
-    """Stand between the program and the files of its checkpoints."""
+    """Wrap the functions that write checkpoints."""
     import torch
 
     save, fsync = torch.save, os.fsync

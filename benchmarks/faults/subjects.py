@@ -1,4 +1,4 @@
-"""The two programs that `faults.py` tries, and their spelling of what its rows ask for."""
+"""The two programs under test, and their command-line arguments."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +9,11 @@ from benchmarks import ROOT
 
 @dataclass(frozen=True)
 class Subject:
-    """A program that trains, and its spelling of what the rows ask for.
+    """A training program and its command-line arguments.
 
     Attributes:
         name: "ours" or "plain".
-        program: The file that is run.
+        program: Its Python file.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Subject:
         return [*own, *common, *asked["extra"]]
 
     def resume(self, data: Any, out: Any, **settings: Any) -> list[Any]:
-        """Return the arguments that go on with a training; ours needs no settings."""
+        """Return the arguments that resume a training; ours needs no settings."""
         if self.is_plain:
             return [*self.fit(data, out, **settings), "--ckpt_path", self.last(out)]
         return ["fit", "--resume", out]
@@ -56,7 +56,7 @@ class Subject:
         return out if self.is_plain else out / "checkpoints"
 
     def last(self, out: Path) -> Path:
-        """Return the checkpoint that a training goes on from."""
+        """Return the checkpoint that a training resumes from."""
         return self.checkpoints(out) / "last.ckpt"
 
 
