@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -18,15 +19,7 @@ from cifar_lightning.training.predictions import PredictionWriter
 
 
 def evaluate(command: str, arguments: Sequence[str]) -> None:
-    """Evaluate a checkpoint; its run's files are updated where they are of this checkpoint and these images.
-
-    Args:
-        command: validate, test or predict.
-        arguments: Flags by their long names.
-
-    Raises:
-        UserError: A mistake in the settings or the data.
-    """
+    """Evaluate a checkpoint; its run's files are updated where they are of this checkpoint and these images."""
     cli = TrainingCLI(command, arguments)
     model, data, settings = cli.instantiate()
     prepare_data(data, model)
@@ -35,17 +28,16 @@ def evaluate(command: str, arguments: Sequence[str]) -> None:
     predictions = PredictionWriter(run, output)
     trainer = build_trainer(settings.trainer, [predictions], logger=False)
     # weights_only: a checkpoint is data and must not be able to run code.
+    common: dict[str, Any] = {"datamodule": data, "ckpt_path": settings.ckpt_path, "weights_only": True}
     if command == "predict":
-        trainer.predict(
-            model, datamodule=data, ckpt_path=settings.ckpt_path, return_predictions=False, weights_only=True
-        )
+        trainer.predict(model, return_predictions=False, **common)
         if trainer.is_global_zero:
             print(f"Logits and probabilities of {predictions.num_written:,} test images: {predictions.written_to}")
     elif command == "test":
-        trainer.test(model, datamodule=data, ckpt_path=settings.ckpt_path, verbose=False, weights_only=True)
+        trainer.test(model, verbose=False, **common)
         report_test(trainer, predictions, run)
     else:
-        trainer.validate(model, datamodule=data, ckpt_path=settings.ckpt_path, verbose=False, weights_only=True)
+        trainer.validate(model, verbose=False, **common)
         if trainer.is_global_zero:
             print_validation({name: float(value) for name, value in trainer.callback_metrics.items()})
 

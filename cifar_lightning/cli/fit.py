@@ -44,13 +44,7 @@ from cifar_lightning.training.tensorboard import Dashboard, board_for
 
 @dataclass(frozen=True)
 class Resume:
-    """A run to resume.
-
-    Attributes:
-        run: Its folder, locked in the first process.
-        point: Where its last checkpoint was saved.
-        changes: Settings that differ from the run's config.
-    """
+    """A run to resume, locked in the first process, its stop point, and the settings that differ from its config."""
 
     run: RunFolder
     point: StopPoint
@@ -68,9 +62,6 @@ def fit(arguments: Sequence[str], signals: StopSignals, resumed: RunFolder | Non
         arguments: Flags by their long names.
         signals: What stops the run.
         resumed: The run to resume; its config and checkpoint are among the arguments.
-
-    Raises:
-        UserError: A mistake in the settings or the data.
     """
     with locked(resumed) as locked_run:
         cli = TrainingCLI("fit", arguments)

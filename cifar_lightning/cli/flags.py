@@ -49,10 +49,6 @@ def normalize_arguments(command: str, arguments: Sequence[str]) -> list[str]:
 
     One token a flag, so that negative numbers and values that begin with a dash are read as values, and a flag that is
     true or false may stand without a value.
-
-    Raises:
-        UserError: A flag that does not exist, a value it does not take, none where one is needed, or two values for
-            one setting.
     """
     normalized, given = [], dict[str, tuple[str, str]]()
     for typed, value in _pairs(command, arguments):
@@ -121,12 +117,13 @@ def _hint_for_argument(command: str, argument: str) -> str:
 
 
 def _check_name(name: str, typed: str) -> None:
-    if name in table() or name in (*GROUPS, *FRONT_ONLY):
-        return
+    if not (name in FRONT_ONLY or _is_setting(name)):
+        raise UserError(f"{typed}: no such flag.{suggest_flag(name)}")
+
+
+def _is_setting(name: str) -> bool:
     parents = (name[:at] for at in range(len(name)) if name[at] == ".")
-    if any(table().get(parent, {}).get("open") for parent in parents):
-        return
-    raise UserError(f"{typed}: no such flag.{suggest_flag(name)}")
+    return name in table() or name in GROUPS or any(table().get(parent, {}).get("open") for parent in parents)
 
 
 def suggest_flag(name: str) -> str:
@@ -154,16 +151,7 @@ def _value_left_out(name: str, typed: str) -> str | None:
 
 
 def check_value(name: str, value: str, typed: str) -> None:
-    """Refuse a value that a flag surely does not take.
-
-    Args:
-        name: The flag's long name.
-        value: As written.
-        typed: What the message begins with.
-
-    Raises:
-        UserError: Says what the flag takes.
-    """
+    """Refuse a value that a flag surely does not take; the message begins with `typed`."""
     row = table().get(name)
     if name == "model.model_kwargs":
         _check_mapping(value, typed)
@@ -207,18 +195,13 @@ def _number(value: str) -> float | None:
 
 
 def _words(row: dict[str, Any]) -> str:
-    """Return what a flag takes, in words."""
     choices = [f"one of {', '.join(map(str, row['choices']))}"] if row.get("choices") else []
     kinds = [_WORDS[kind] for kind in row.get("types", ()) if kind in _WORDS]  # null is the default: nobody asks for it
     return ", or ".join([*choices, *kinds]) or "such as --flag VALUE"
 
 
 def check_config(path: Path) -> None:
-    """Check the keys and values of a recipe as those of flags; what it leaves to files of its own is not looked at.
-
-    Raises:
-        UserError: Names the file and its first mistake.
-    """
+    """Check the keys and values of a recipe as those of flags; what it leaves to files of its own is not checked."""
     file = f"--config {clipped(str(path), 200)}"
     try:
         tree = upgrade_config(read_yaml(path.read_text(encoding="utf-8")))
@@ -232,8 +215,7 @@ def check_config(path: Path) -> None:
     if not isinstance(tree, dict):
         raise UserError(f"{file}: holds a {type(tree).__name__}; a recipe is keys and values, as in configs/.")
     for name, value in _leaves(tree):
-        known = name in table() or name in GROUPS
-        if not known and not any(table().get(name[:at], {}).get("open") for at in range(len(name)) if name[at] == "."):
+        if not _is_setting(name):
             raise UserError(f"{file}: {clipped(name)} is no setting.{suggest_flag(name).replace('--', '', 1)}")
         if isinstance(value, str | int | float | list):
             text = str(value).lower() if isinstance(value, bool) else str(value)

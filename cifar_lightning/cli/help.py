@@ -25,27 +25,13 @@ _WORDS = {
     "ckpt_path": ("FILE", "a checkpoint, instead of a run folder; in a run it brings the run's config"),
 }
 _OF_FIT: tuple[str, ...] = ("config", "epochs", "batch_size", "lr", "data.dataset", "data.root", "data.val_fraction")
-_OF_FIT += (
-    "data.limit",
-    "model.name",
-    "model.pretrained",
-    "model.optimizer",
-    "seed_everything",
-    "trainer.precision",
-    "trainer.devices",
-)
+_OF_FIT += ("data.limit", "model.name", "model.pretrained", "model.optimizer")
+_OF_FIT += ("seed_everything", "trainer.precision", "trainer.devices")
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command that goes to LightningCLI.
-
-    Attributes:
-        usage: What follows the command's name.
-        summary: A line for the overview.
-        flags: What the short help shows.
-        example: A command line without the program's name.
-    """
+    """A command that goes to LightningCLI; `flags` are those of its short help."""
 
     usage: str
     summary: str
@@ -107,11 +93,7 @@ class QuickParser(argparse.ArgumentParser):
         raise UserError(f"{self.command}: {clipped(message, 300)}.\n{self.usage}")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse; refuse flags that are not there.
-
-        Raises:
-            UserError: Names the flag, and the nearest one.
-        """
+        """Parse; a `UserError` names an unknown flag and the nearest one."""
         known = [option for action in self._actions for option in action.option_strings]
         for argument in arguments:  # before argparse, which complains of what is missing first
             flag = argument.partition("=")[0]
@@ -135,11 +117,7 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 
 def overview(quick: dict[str, str]) -> str:
-    """Return what `--help` shows.
-
-    Args:
-        quick: The other commands and a line for each.
-    """
+    """Return what `--help` shows; `quick` are the other commands and a line for each."""
     rows = {name: command.summary for name, command in TRAINING.items()} | quick
     lines = [f"usage: {program()} COMMAND [flags]", "", "Train image classifiers and see what they learned.", ""]
     lines += [f"  {name:<15} {summary}" for name, summary in rows.items()]
@@ -156,9 +134,7 @@ def training_help(name: str) -> str:
         row = table().get(ALIASES.get(flag, flag), {})
         metavar, text = _WORDS.get(flag, ("", ""))
         default = row.get("default")
-        shown = (
-            "" if default in (None, "auto") else f" (default: {str(default).lower() if default is False else default})"
-        )
+        shown = "" if default in (None, "auto") else f" (default: {'false' if default is False else default})"
         text = text or _first_sentence(str(row["help"]))
         if row.get("prefixes"):  # too many names for a metavar
             text = ", ".join([*row["choices"], *(f"{prefix}NAME" for prefix in row["prefixes"])])
@@ -179,12 +155,7 @@ def _metavar(row: dict[str, list[str]]) -> str:
 
 
 def completion(shell: str, quick: dict[str, list[str]]) -> str:
-    """Return a script that completes commands and flags of `cifar-lightning`.
-
-    Args:
-        shell: bash or zsh.
-        quick: The flags of the commands that do not go to LightningCLI.
-    """
+    """Return a script that completes commands and flags of `cifar-lightning`, for bash or zsh."""
     of_training = [f"--{name}" for name in (*ALIASES, *FRONT_ONLY, *table())]
     flags = {name: [*of_training, "--help", "--help-all"] for name in TRAINING} | quick
     cases = "\n".join(f"    {name}) words='{' '.join(words)}' ;;" for name, words in flags.items())

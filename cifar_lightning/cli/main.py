@@ -45,11 +45,7 @@ def main() -> None:
 
 
 def run_command(argv: Sequence[str]) -> int:
-    """Run one command line without its program's name; return the exit status.
-
-    Raises:
-        UserError: What the user can mend.
-    """
+    """Run one command line without its program's name; return the exit status."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview({name: command.summary for name, command in QUICK.items()}))
         return 0 if argv else 2
@@ -64,8 +60,7 @@ def run_command(argv: Sequence[str]) -> int:
         return _run_quick(command, arguments)
     if command not in TRAINING:
         names = (*TRAINING, *QUICK)
-        near = suggest(command, names)
-        raise UserError(f"{command}: no such command; one of {', '.join(names)}.{near}")
+        raise UserError(f"{command}: no such command; one of {', '.join(names)}.{suggest(command, names)}")
     if {"-h", "--help"} & set(arguments):
         print(training_help(command))
         return 0
@@ -110,10 +105,7 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
     """Check a command line and spell it out for LightningCLI: aliases, and a run folder as its config and checkpoint.
 
     Returns:
-        The flags as `--long.name=value`, and the run that `fit --resume` goes on with.
-
-    Raises:
-        UserError: A mistake, with the nearest right thing.
+        The flags as `--long.name=value`, and the run that `fit --resume` resumes.
     """
     run = None
     if TRAINING[command].usage.startswith("RUN") and arguments and not arguments[0].startswith("-"):
@@ -167,14 +159,7 @@ def _refuse_beside(names: Sequence[str], refused: Sequence[str], what: str, why:
 
 @dataclass(frozen=True)
 class QuickCommand:
-    """A command with a parser of its own, that needs no Lightning.
-
-    Attributes:
-        usage: What follows the command's name.
-        summary: A line for the overview.
-        add_flags: Adds its arguments to a parser.
-        run: Does it; returns the exit status.
-    """
+    """A command with a parser of its own that needs no Lightning; `run` returns the exit status."""
 
     usage: str
     summary: str
@@ -199,12 +184,8 @@ def _run_quick(name: str, arguments: Sequence[str]) -> int:
 def _predict_images_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run; nothing else is needed")
     parser.add_argument("paths", metavar="PATH", type=Path, nargs="+", help="images, or folders of them")
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        default="predictions.csv",
-        help="a .csv, or .jsonl for JSON lines; - for JSON lines on stdout (default: predictions.csv)",
-    )
+    text = "a .csv, or .jsonl for JSON lines; - for JSON lines on stdout (default: predictions.csv)"
+    parser.add_argument("--output", metavar="FILE", default="predictions.csv", help=text)
     parser.add_argument("--top_k", metavar="N", type=int, default=3, help="most probable classes an image (default: 3)")
     parser.add_argument("--batch_size", metavar="N", type=int, help="images at a time (default: 256 on a GPU, else 64)")
     parser.add_argument("--force", action="store_true", help="overwrite the output")
@@ -224,12 +205,8 @@ def _predict_images(parsed: argparse.Namespace) -> int:
 
 def _analyze_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run; it may have been copied from elsewhere")
-    parser.add_argument(
-        "--compare",
-        metavar="RUN",
-        type=Path,
-        help="another run, tested on the same images: which is better, and where",
-    )
+    text = "another run, tested on the same images: which is better, and where"
+    parser.add_argument("--compare", metavar="RUN", type=Path, help=text)
 
 
 def _analyze(parsed: argparse.Namespace) -> int:
@@ -247,12 +224,8 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
     parser.add_argument("--format", required=True, choices=("onnx", "torch", "safetensors"), help="kind of file")
     parser.add_argument("--output", metavar="FILE", type=Path, help="default: RUN/model.onnx, .pt2 or .safetensors")
-    parser.add_argument(
-        "--input",
-        choices=("uint8", "float"),
-        default="uint8",
-        help="RGB as 0-255 or as 0-1 (default: uint8)",
-    )
+    text = "RGB as 0-255 or as 0-1 (default: uint8)"
+    parser.add_argument("--input", choices=("uint8", "float"), default="uint8", help=text)
     parser.add_argument("--probs", action="store_true", help="also give probabilities")
     parser.add_argument("--force", action="store_true", help="overwrite the output")
 
@@ -267,9 +240,8 @@ def _export(parsed: argparse.Namespace) -> int:
 
 
 def _download_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dataset", choices=("cifar10", "cifar100"), default="cifar10", help="data set (default: cifar10)"
-    )
+    choices = ("cifar10", "cifar100")
+    parser.add_argument("--dataset", choices=choices, default="cifar10", help="data set (default: cifar10)")
     _root_flag(parser)
 
 

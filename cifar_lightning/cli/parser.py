@@ -88,11 +88,7 @@ def add_own_flags(parser: LightningArgumentParser) -> None:
 
 
 def check_arguments(command: str, config: Namespace) -> None:
-    """Refuse what would fail after the run folder is made, or silently do something else.
-
-    Raises:
-        UserError: Names the flag.
-    """
+    """Refuse what would fail after the run folder is made, or silently do something else."""
     _refuse_nothing(config)
     model_kwargs = config.get("model.model_kwargs") or {}
     check_model_kwargs(model_kwargs)
@@ -171,8 +167,7 @@ def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
     own = config.clone()
     for key in ("run_dir", "config", "ckpt_path", "output"):
         own.pop(key, None)
-    text: str = parser.dump(own, skip_none=False)
-    return text
+    return str(parser.dump(own, skip_none=False))
 
 
 def describe_flags(parser: LightningArgumentParser) -> dict[str, dict[str, Any]]:

@@ -16,14 +16,7 @@ RUNS = Path("runs")
 
 
 def tune(arguments: Sequence[str]) -> None:
-    """Find the peak learning rate, and write a folder with its figure and a config that trains with it.
-
-    Args:
-        arguments: Flags of `fit` by their long names.
-
-    Raises:
-        UserError: A mistake in the settings or the data.
-    """
+    """Find the peak learning rate, and write a folder with its figure and a config that trains with it."""
     cli = TrainingCLI("fit", arguments)
     model, data, settings = cli.instantiate()
     prepare_data(data, model)

@@ -50,13 +50,7 @@ class Reliability:
 def reliability(
     confidence: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"], bins: int = NUM_BINS
 ) -> Reliability:
-    """Compare confidence and accuracy in each bin, as Guo et al. (2017).
-
-    Args:
-        confidence: Probability of the predicted class, 0..1.
-        correct: Whether the predicted class is the true one.
-        bins: Number of bins.
-    """
+    """Compare confidence and accuracy in each bin, as Guo et al. (2017)."""
     confidence = confidence.astype(np.float64)
     edges = np.linspace(0, 1, bins + 1)
     known = ~np.isnan(confidence)

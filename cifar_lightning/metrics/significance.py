@@ -20,10 +20,6 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
 
     Unlike the normal approximation it is valid near 0 and 1 and for small classes.
 
-    Args:
-        successes: Correct predictions.
-        total: Predictions.
-
     Raises:
         ValueError: Not 0 <= successes <= total.
     """
@@ -45,12 +41,7 @@ def binomial_test(successes: int, trials: int, probability: float = 0.5) -> floa
 
 
 def mcnemar_test(only_first: int, only_second: int) -> float:
-    """Return the exact p-value of McNemar's test: whether two models have the same accuracy on the same images.
-
-    Args:
-        only_first: Images that only the first model classifies correctly.
-        only_second: Images that only the second model classifies correctly.
-    """
+    """Return the exact p-value of McNemar's test: whether two models have the same accuracy on the same images."""
     return binomial_test(only_first, only_first + only_second)
 
 
@@ -66,11 +57,6 @@ def at_least_test(observed: int, trials: Sequence[int], probabilities: Sequence[
     """Return the exact probability that a sum of binomial variables is `observed` or more.
 
     `scipy.stats.poisson_binom` is exact only to about 1e-9, too coarse for a small p-value.
-
-    Args:
-        observed: Sum of the successes.
-        trials: Number of trials of each variable.
-        probabilities: Probability of success of each variable.
     """
     from scipy.stats import binom
 
@@ -80,13 +66,7 @@ def at_least_test(observed: int, trials: Sequence[int], probabilities: Sequence[
 
 
 def mean_test(mean: float, deviation: float, number: int) -> float:
-    """Return the two-sided p-value of a mean if the true mean is 0, by the normal approximation.
-
-    Args:
-        mean: Sample mean.
-        deviation: Sample standard deviation.
-        number: Sample size, large.
-    """
+    """Return the two-sided p-value of a mean of a large sample if the true mean is 0, by the normal approximation."""
     if deviation == 0:
         return 1.0 if mean == 0 else 0.0
     return math.erfc(abs(mean) / deviation * math.sqrt(number / 2))
@@ -116,11 +96,7 @@ def difference_interval(correct: int, total: int, other_correct: int, other_tota
 def paired_difference_interval(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
     """Return the 95 % interval of the first model's accuracy minus the second's, -1..1, on the same images.
 
-    Args:
-        both: Images that both models classify correctly.
-        only_first: Images that only the first model classifies correctly.
-        only_second: Images that only the second model classifies correctly.
-        neither: Images that no model classifies correctly.
+    The arguments count the images that both models, only one, or neither of them classify correctly.
     """
     total = both + only_first + only_second + neither
     correct, other_correct = both + only_first, both + only_second

@@ -19,11 +19,7 @@ _WIDTH = 5.4  # inches; text of 10 points stays legible on a phone, 350 px wide
 
 
 def classes_figure(classes: Sequence[dict[str, Any]]) -> Figure:
-    """Draw the recall of each class, lowest first, with 95 % intervals and the mean confidence.
-
-    Args:
-        classes: `classes` of the findings.
-    """
+    """Draw recall, lowest first, 95 % intervals and the confidence of `classes` in the findings."""
     rows = sorted((row for row in classes if row["support"]), key=lambda row: row["recall"])
     title = ""
     if len(rows) > _MAX_BARS:
@@ -51,11 +47,7 @@ def classes_figure(classes: Sequence[dict[str, Any]]) -> Figure:
 
 
 def reliability_figure(calibration: dict[str, Any]) -> Figure:
-    """Draw the reliability diagram, accuracy over confidence, before and after temperature scaling.
-
-    Args:
-        calibration: `calibration` of the findings.
-    """
+    """Draw accuracy over confidence, before and after temperature scaling; takes `calibration` of the findings."""
     figure, axes = _chart(4.4)
     axes.plot([0, 1], [0, 1], color=rcParams["text.color"], linewidth=1, linestyle=":")
     _reliability_line(axes, calibration["before"], "as trained", COLOURS["correct"], "o-")
@@ -80,11 +72,7 @@ def _reliability_line(axes: Axes, calibration: dict[str, Any], label: str, color
 
 
 def confidence_figure(calibration: dict[str, Any]) -> Figure:
-    """Draw the histogram of confidence, correct predictions and mistakes stacked.
-
-    Args:
-        calibration: `calibration` of the findings.
-    """
+    """Draw the histogram of confidence, mistakes stacked on correct predictions; takes the findings' `calibration`."""
     figure, axes = _chart(4.4)
     bins = calibration["before"]["bins"]
     correct = np.array([row["num_right"] for row in bins])
@@ -103,11 +91,7 @@ def confidence_figure(calibration: dict[str, Any]) -> Figure:
 
 
 def curves_figure(epochs: Sequence[dict[str, float]]) -> Figure:
-    """Draw accuracy, loss and learning rate over the epochs, counted from 1.
-
-    Args:
-        epochs: Rows of metrics.csv.
-    """
+    """Draw accuracy, loss and learning rate over the epochs, counted from 1; takes rows of metrics.csv."""
     figure = Figure(figsize=(_WIDTH, 6.0), layout="constrained")
     charts = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1.6])
     numbers = [row["epoch"] + 1 for row in epochs]

@@ -32,7 +32,8 @@ def compare(path: Path, results: Results, other_path: Path, other: Results) -> d
         UserError: A run has no test predictions, or the test images differ.
     """
     first, second = _predictions_of(path, results), _predictions_of(other_path, other)
-    _refuse_other_images(path, results, other_path, other)
+    if reason := _other_images(first, second, results, other):
+        raise UserError(f"--compare {other_path}: not tested on the same images as {path}: {reason}.")
     available = set(results.images) | set(other.images)
     # Reorder the second to match the first: the order of predictions does not matter.
     order = np.argsort(second.indices)[np.searchsorted(np.sort(second.indices), first.indices)]
@@ -66,23 +67,15 @@ def _predictions_of(path: Path, results: Results) -> Predictions:
     return results.test
 
 
-def _refuse_other_images(path: Path, results: Results, other_path: Path, other: Results) -> None:
-    first, second = _predictions_of(path, results), _predictions_of(other_path, other)
+def _other_images(first: Predictions, second: Predictions, results: Results, other: Results) -> str:
     hashes = [_hash_of(run) for run in (results, other)]
-    reason = ""
     if first.class_names != second.class_names:
-        reason = f"{len(first.class_names)} and {len(second.class_names)} classes, or different names"
-    elif len(first.targets) != len(second.targets):
-        reason = f"{len(first.targets):,} and {len(second.targets):,} images"
-    elif (all(hashes) and hashes[0] != hashes[1]) or (not all(hashes) and _kept_others(results, other)):
-        reason = "the images themselves differ"
-    elif _by_index(first) != _by_index(second):
-        reason = "the images have different indices or labels"
-    if reason:
-        raise UserError(
-            f"--compare {other_path}: not tested on the same images as {path}: {reason}.\n"
-            "Only predictions for the same images can be compared."
-        )
+        return f"{len(first.class_names)} and {len(second.class_names)} classes, or different names"
+    if len(first.targets) != len(second.targets):
+        return f"{len(first.targets):,} and {len(second.targets):,} images"
+    if hashes[0] != hashes[1] if all(hashes) else _kept_others(results, other):
+        return "the images themselves differ"
+    return "" if _by_index(first) == _by_index(second) else "the images have different indices or labels"
 
 
 def _hash_of(results: Results) -> str:
@@ -90,13 +83,9 @@ def _hash_of(results: Results) -> str:
     return str(hashes.get("test") or "") if isinstance(hashes, dict) else ""
 
 
-def _kept_in_common(results: Results, other: Results) -> list[int]:
-    return sorted(set(results.images) & set(other.images))
-
-
 def _kept_others(results: Results, other: Results) -> bool:
     """Return whether an image that both runs kept differs; images of different sizes are not compared."""
-    pairs = ((results.images[index], other.images[index]) for index in _kept_in_common(results, other))
+    pairs = ((results.images[index], other.images[index]) for index in set(results.images) & set(other.images))
     return any(first.shape == second.shape and (first != second).any() for first, second in pairs)
 
 

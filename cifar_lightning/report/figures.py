@@ -92,7 +92,7 @@ def confusion_figure(
 
 
 def _ramp(name: str) -> Colormap:
-    """Return the shades of a colour from transparent to opaque, which suit a light and a dark background."""
+    # From transparent to opaque, which suits a light and a dark background.
     rgb = to_rgb(COLOURS[name])
     return LinearSegmentedColormap.from_list(name, [(*rgb, 0.0), (*rgb, 1.0)], N=_NUM_SHADES)
 
@@ -135,11 +135,7 @@ def shorten(name: str, length: int = _MAX_NAME) -> str:
 
 
 def images_figure(images: UInt8[np.ndarray, "n height width 3"], titles: Sequence[str]) -> Figure:
-    """Draw images in a grid, enlarged without smoothing, each with its title above.
-
-    Args:
-        images: uint8 RGB, 0-255.
-        titles: Title of each image; may have several lines.
+    """Draw images, 0-255, in a grid, enlarged without smoothing, each with its title of one or more lines above.
 
     Raises:
         ValueError: The numbers of images and titles differ.

@@ -37,13 +37,7 @@ Matrix = Int64[np.ndarray, "classes classes"]
 
 @dataclass(frozen=True)
 class Item:
-    """One tested statement.
-
-    Attributes:
-        text: A sentence with its numbers.
-        p: p-value, adjusted for all tests of its kind in what an `Insight` lists.
-        numbers: The values in the sentence, by name.
-    """
+    """A tested sentence, its p-value (in an `Insight` adjusted for all tests of its kind), its numbers by name."""
 
     text: str
     p: float
@@ -162,9 +156,8 @@ def groups_of(names: Sequence[str], val_cm: Matrix | None) -> tuple[dict[str, li
     clusters = [cluster for cluster in find_clusters(val_cm) if len(cluster) > 1]
     if not clusters or len(clusters[0]) == len(names):
         return None
-    return {
-        _cluster_name(cluster, names): cluster for cluster in clusters
-    }, "found in the confusions of the validation images"
+    groups = {_cluster_name(cluster, names): cluster for cluster in clusters}
+    return groups, "found in the confusions of the validation images"
 
 
 def find_clusters(cm: Int[np.ndarray, "classes classes"]) -> list[list[int]]:
@@ -220,9 +213,7 @@ def group_effects(cm: Matrix, names: Sequence[str], groups: dict[str, list[int]]
         correct, other_correct = (int(cm[rows, rows].sum()) for rows in (members, others))
         size, other_size = int(cm[members].sum()), int(cm[others].sum())
         low, high = difference_interval(correct, size, other_correct, other_size)
-        recall, other = (
-            part / whole if whole else 0.0 for part, whole in ((correct, size), (other_correct, other_size))
-        )
+        recall, other = correct / max(size, 1), other_correct / max(other_size, 1)
         other_name = list(groups)[1] if mirrored else "all other classes"
         text = (
             f"{name}: recall {percent(recall)}, {other_name} {percent(other)}: "

@@ -44,12 +44,11 @@ def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> P
     except UserError:  # no test results yet: the card says so
         findings = None
     known = run_of(read_origin(run, []))
-    about = describe_run(run, known)
     text = render(
         "model_card.md",
         marker=f"{_MARKER}\n<!-- {known_files} -->",
         files=files,
-        card={**card, **about},
+        card={**card, **describe_run(run, known)},
         f=findings,
         facts=facts_of(known),
         reproduce=reproduction_of(known),

@@ -7,7 +7,7 @@ names of classes and folders.
 import base64
 import io
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
-from cifar_lightning.formatting import (
-    count,
-    decimal,
-    duration,
-    images,
-    percent,
-    plural,
-    points,
-    points_span,
-    printable,
-    pvalue,
-    span,
-    unbroken,
-)
+from cifar_lightning import formatting
+from cifar_lightning.formatting import percent, plural, printable, unbroken
 from cifar_lightning.report.charts import classes_figure, confidence_figure, curves_figure, reliability_figure
 from cifar_lightning.report.figures import MAX_CLASSES_WITH_NUMBERS, confusion_figure, figure_to_svg, themed
 from cifar_lightning.settings.roles import AUGMENTATION_SHOWN, NOT_AUGMENTATION, READ_BY
 
 TEMPLATES = Path(__file__).parent
+_FILTERS = ("percent", "span", "points", "points_span", "decimal", "count", "images", "pvalue", "duration")
 _LARGE_INCHES = 10.0  # a matrix of 100 classes is 14 wide: its names are legible where it is enlarged
 _MAX_GROUPED = 12  # grouped classes above this number are folded
 _CRISP_PX = 64  # images up to this size are scaled up without smoothing; larger ones are reduced to `_REDUCED_PX`
@@ -80,10 +69,9 @@ def render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
         finalize=_shown if template.endswith(".html") else _cleaned,
     )
-    filters = (percent, span, points, points_span, decimal, count, images, pvalue, duration)
     environment.filters["verbatim"] = lambda text: escape(_clean(text))  # for copying: no non-breaking spaces
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")  # in a Markdown table
-    environment.filters.update({function.__name__: function for function in filters})
+    environment.filters.update({name: getattr(formatting, name) for name in _FILTERS})
     # Styles and script are ours and need no escaping.
     own = {key: values.pop(key) for key in ("css", "script") if key in values}
     return environment.get_template(template).render(**values, **{key: Markup(text) for key, text in own.items()})
@@ -129,16 +117,12 @@ def _image_uris(
 
 def _image_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> Markup:
     image, buffer = Image.fromarray(pixels), io.BytesIO()
-    if max(image.size) <= _CRISP_PX:
-        image.save(buffer, "png", optimize=True)
-        return _data_uri("image/png", buffer.getvalue())
-    image.thumbnail((_REDUCED_PX, _REDUCED_PX))
-    image.save(buffer, "jpeg", quality=75)
-    return _data_uri("image/jpeg", buffer.getvalue())
-
-
-def _data_uri(kind: str, data: bytes) -> Markup:
-    return Markup(f"data:{kind};base64,{base64.b64encode(data).decode()}")  # base64 needs no escaping
+    kind, options = "png", {"optimize": True}
+    if max(image.size) > _CRISP_PX:
+        image.thumbnail((_REDUCED_PX, _REDUCED_PX))
+        kind, options = "jpeg", {"quality": 75}
+    image.save(buffer, kind, **options)
+    return Markup(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}")  # needs no escaping
 
 
 def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -220,13 +204,11 @@ def command_of(environment: Mapping[str, Any]) -> str:
 
 def _shown(value: Any) -> Any:
     """Return a value for the page: printable, without line breaks between a number and its unit."""
-    value = _cleaned(value)
-    return unbroken(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+    return _cleaned(value, unbroken)
 
 
-def _cleaned(value: Any) -> Any:
-    """Return a value; in text, bytes and control characters that cannot be shown are escaped."""
-    return value if not isinstance(value, str) or hasattr(value, "__html__") else _clean(value)
+def _cleaned(value: Any, then: Callable[[str], str] = str) -> Any:
+    return value if not isinstance(value, str) or hasattr(value, "__html__") else then(_clean(value))
 
 
 def _clean(text: str) -> str:

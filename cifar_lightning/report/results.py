@@ -20,15 +20,8 @@ from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.runs.schema import upgrade_config, upgrade_test_metrics
 from cifar_lightning.settings.safe_yaml import read_yaml
 
-DAMAGED = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    zlib.error,
-)  # raised for a damaged .npz
+# Raised for a damaged .npz.
+DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -55,13 +48,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Origin:
-    """Settings, environment and split of a run.
-
-    Attributes:
-        config: config.yaml.
-        environment: environment.json.
-        split: split.json.
-    """
+    """Content of config.yaml, environment.json and split.json."""
 
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -106,11 +93,10 @@ def read_results(run: RunFolder) -> Results:
         UserError: Neither the test predictions nor the confusion matrix can be read.
     """
     problems: list[str] = []
-    remedy = f"python train.py test {run.path}"
     if not (run.predictions.exists() or run.confusion_matrix_csv.exists()):
         run.require(run.predictions)
     test = _try(read_predictions, run.predictions, problems)
-    names, confusion = (test.class_names, test.confusion) if test else _matrix_alone(run, problems, remedy)
+    names, confusion = (test.class_names, test.confusion) if test else _matrix_alone(run, problems)
     origin = read_origin(run, problems)
     was_held_out = origin.split.get("sizes", {}).get("val", 0) > 0
     val = None
@@ -184,12 +170,10 @@ def read_confusion(path: Path) -> tuple[tuple[str, ...], Int64[np.ndarray, "clas
     return tuple(rows[0][1:]), np.array([[int(cell) for cell in row[1:]] for row in rows[1:]], dtype=np.int64)
 
 
-def _matrix_alone(
-    run: RunFolder, problems: list[str], remedy: str
-) -> tuple[tuple[str, ...], Int64[np.ndarray, "classes classes"]]:
+def _matrix_alone(run: RunFolder, problems: list[str]) -> tuple[tuple[str, ...], Int64[np.ndarray, "classes classes"]]:
     read: tuple[tuple[str, ...], np.ndarray] | None = _try(read_confusion, run.confusion_matrix_csv, problems)
     if read is None:
-        raise UserError("\n".join([f"run {run.path}: {' '.join(problems)}", f"Recreate them with: {remedy}"]))
+        raise UserError(f"run {run.path}: {' '.join(problems)}\nRecreate them with: python train.py test {run.path}")
     return read
 
 

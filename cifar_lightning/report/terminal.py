@@ -64,12 +64,7 @@ def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, co
 
 
 def print_validation(metrics: Mapping[str, float], console: Console | None = None) -> None:
-    """Print the metrics of `validate`.
-
-    Args:
-        metrics: val/acc, val/loss, val/f1 and val/ece.
-        console: Console to print to. Default: the terminal.
-    """
+    """Print the metrics of `validate`: val/acc, val/loss, val/f1 and val/ece."""
     console = console or Console(highlight=False)
     line = Text("Validation accuracy ")
     line.append(percent(metrics["val/acc"], 2), style="bold")
@@ -111,10 +106,8 @@ def _print_tested(console: Console, training: Mapping[str, Any]) -> None:
 def _print_classes(console: Console, classes: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     shown = list(range(len(names)))
     if len(names) > _MAX_CLASSES:
-        f1 = np.array([row["f1"] for row in classes])
-        shown = np.argsort(f1, kind="stable")[
-            :_NUM_WORST
-        ].tolist()  # NaN, a class without images and predictions, comes last
+        f1 = np.array([row["f1"] for row in classes])  # NaN, a class without images and predictions, comes last
+        shown = np.argsort(f1, kind="stable")[:_NUM_WORST].tolist()
     title = "Classes" if len(shown) == len(names) else f"The {_NUM_WORST} classes with the lowest F1"
     _print_heading(console, title)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -225,27 +218,8 @@ def _print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
 def _print_files(console: Console, run: RunFolder) -> None:
     _print_heading(console, "Run folder")
     _print_whole(console, str(run.path))
-    contents = (
-        (run.best_checkpoint, "weights with the best validation accuracy"),
-        (run.last_checkpoint, "state at the end of training, for --resume"),
-        (run.config, "all settings of the run"),
-        (run.split, "indices of the training and validation images"),
-        (run.environment, "versions, device, precision, commit"),
-        (run.metrics_csv, "loss, accuracy and learning rate of each epoch"),
-        (run.timing_csv, "seconds, images/s and memory of each epoch"),
-        (run.report, "this report with charts and images; open in a browser"),
-        (run.findings, "every number of the page"),
-        (run.test_metrics, "accuracy, loss, precision and recall of each class"),
-        (run.confusion_matrix_png, "confusion matrix; also as .csv and .pt"),
-        (run.predictions, "logits and label of every test image"),
-        (run.predictions_val, "logits and label of every validation image"),
-        (run.gallery, "test images shown in the report"),
-    )
-    for file, words in contents:
-        if file.exists():
-            console.print(f"  {file.relative_to(run.path).as_posix():<22} {words}")
-    if any(run.path.glob("events.out.tfevents.*")):
-        console.print(f"  {'events.out.tfevents.*':<22} logs for TensorBoard")
+    for name, words in run.listed_files:
+        console.print(f"  {name:<22} {words}")
     _print_heading(console, "Next steps")
     _print_whole(console, f"  tensorboard --logdir {shlex.quote(str(_folder_of_runs(run.path)))}")
     path = shlex.quote(str(run.path))

@@ -13,10 +13,11 @@ class RunFile:
     Args:
         name: Path relative to the folder.
         by: The command that writes it: fit while it trains, test (also the one at the end of fit), tune.
+        text: What it holds, as the terminal lists it; empty for a file that is not listed.
     """
 
-    def __init__(self, name: str, by: Writer = "") -> None:
-        self.name, self.by = name, by
+    def __init__(self, name: str, by: Writer = "", text: str = "") -> None:
+        self.name, self.by, self.text = name, by, text
 
     def __get__(self, run: "RunFiles", kind: type | None = None) -> Path:
         return run.path / self.name
@@ -27,28 +28,34 @@ class RunFiles:
 
     path: Path
 
-    config = RunFile("config.yaml", "fit")  # all settings, without the path of the run
-    split = RunFile("split.json", "fit")  # indices and hashes of the images of each split
-    environment = RunFile("environment.json", "fit")  # versions, device, precision, commit
-    metrics_csv = RunFile("metrics.csv", "fit")  # a row per epoch: losses, accuracies, lr; no times
-    timing_csv = RunFile("timing.csv", "fit")  # a row per epoch: seconds, images/s, memory
     checkpoints = RunFile("checkpoints")  # the folder of the next three
-    best_checkpoint = RunFile("checkpoints/best.ckpt", "fit")  # the weights with the best val/acc, which are tested
-    last_checkpoint = RunFile("checkpoints/last.ckpt", "fit")  # the state that training resumes from
+    best_checkpoint = RunFile("checkpoints/best.ckpt", "fit", "weights with the best validation accuracy")
+    last_checkpoint = RunFile("checkpoints/last.ckpt", "fit", "state at the end of training, for --resume")
     previous_checkpoint = RunFile("checkpoints/previous.ckpt", "fit")  # the one before last.ckpt, if that is damaged
-    test_metrics = RunFile("test_metrics.json", "test")  # see `metrics.classification.test_metrics`
-    confusion_matrix_pt = RunFile("confusion_matrix.pt", "test")  # int64 tensor; rows: true class
-    confusion_matrix_csv = RunFile("confusion_matrix.csv", "test")  # the same with class names
-    confusion_matrix_png = RunFile("confusion_matrix.png", "test")
-    predictions = RunFile("predictions.npz", "test")  # logits, targets, indices of the test split
-    predictions_val = RunFile("predictions_val.npz", "test")  # the same of the validation split
-    gallery = RunFile("gallery.npz", "test")  # at most 500 uint8 images of the report: a copied run needs no data set
-    findings = RunFile("findings.json", "test")  # every number of the report
-    report = RunFile("report.html", "test")  # one self-contained page
+    config = RunFile("config.yaml", "fit", "all settings of the run")
+    split = RunFile("split.json", "fit", "indices of the training and validation images")  # and hashes of all images
+    environment = RunFile("environment.json", "fit", "versions, device, precision, commit")
+    metrics_csv = RunFile("metrics.csv", "fit", "loss, accuracy and learning rate of each epoch")  # no times
+    timing_csv = RunFile("timing.csv", "fit", "seconds, images/s and memory of each epoch")
+    report = RunFile("report.html", "test", "this report with charts and images; open in a browser")
+    findings = RunFile("findings.json", "test", "every number of the page")
+    test_metrics = RunFile("test_metrics.json", "test", "accuracy, loss, precision and recall of each class")
+    confusion_matrix_png = RunFile("confusion_matrix.png", "test", "confusion matrix; also as .csv and .pt")
+    confusion_matrix_csv = RunFile("confusion_matrix.csv", "test")  # with class names; rows: true class
+    confusion_matrix_pt = RunFile("confusion_matrix.pt", "test")  # int64 tensor
+    predictions = RunFile("predictions.npz", "test", "logits and label of every test image")  # and its index
+    predictions_val = RunFile("predictions_val.npz", "test", "logits and label of every validation image")
+    gallery = RunFile("gallery.npz", "test", "test images shown in the report")  # at most 500: it needs no data set
     lr_range = RunFile("lr_range.json", "tune")  # result of the LR finder (`tune`, `fit --tune_lr`)
     lr_range_png = RunFile("lr_range.png", "tune")
     lock_file = RunFile(".lock")  # locked while the run is written; marks the folder as a run
     tensorboard = "events.out.tfevents.*"  # pattern of TensorBoard's files
+
+    @property
+    def listed_files(self) -> list[tuple[str, str]]:
+        """The names of the existing files that the terminal lists, and what each holds."""
+        listed = [(file.name, file.text) for file in _FILES if file.text and (self.path / file.name).exists()]
+        return listed + [(self.tensorboard, "logs for TensorBoard")] * any(self.path.glob(self.tensorboard))
 
     def files_by(self, *commands: Writer) -> list[Path]:
         """Return the paths of the files that some commands write, whether they exist or not."""

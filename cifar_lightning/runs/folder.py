@@ -21,9 +21,7 @@ from cifar_lightning.runs.processes import NEEDS_RUN_DIR, is_started_from_outsid
 class RunFolder(RunFiles):
     """The paths of all files of a run. Constructing it does not touch the disk; see `create_run` and `open_run`.
 
-    Attributes:
-        path: The folder.
-        lock: The lock, if this process writes the run; None for readers.
+    `lock` is None in processes that only read the run.
     """
 
     path: Path
@@ -65,11 +63,7 @@ class RunFolder(RunFiles):
             file.unlink(missing_ok=True)
 
     def require(self, *files: Path) -> None:
-        """Check that files of the run exist.
-
-        Raises:
-            UserError: Names the missing files and the command that writes them.
-        """
+        """Check that files exist; a `UserError` names the missing ones and the command that writes them."""
         missing = [file for file in files if not file.is_file()]
         if missing:
             names = ", ".join(str(file.relative_to(self.path)) for file in missing)
@@ -78,11 +72,7 @@ class RunFolder(RunFiles):
             raise UserError(f"run {self.path}: {names} {'is' if len(missing) == 1 else 'are'} missing.\n{remedy}")
 
     def check_writable(self) -> None:
-        """Check that the folders can be written, before training.
-
-        Raises:
-            UserError: Names the folder.
-        """
+        """Check that the folders can be written, before training."""
         for folder in (self.path, self.checkpoints):
             if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
                 raise UserError(
@@ -208,9 +198,7 @@ def _suggest_run(path: Path) -> str:
 def recipe_name(recipes: Sequence[object], model: str) -> str:
     """Return the folder name for a run: of its config, of the run whose config.yaml it repeats, or of its model.
 
-    Args:
-        recipes: The YAML files that it is made from, the last one counts; may be empty.
-        model: Its name.
+    Of several recipes the last one counts.
     """
     if not recipes:
         return model.replace("/", "_")  # timm/resnet26d: one folder, as of all others

@@ -46,11 +46,7 @@ def check_settings(prefix: str, function: Callable[..., Any], values: Mapping[st
 
 
 def check_setting(flag: str, annotation: Any, value: object) -> None:
-    """Refuse a value outside the limits, or not among the choices, of one annotation.
-
-    Raises:
-        UserError: Names the flag, the value and what is allowed.
-    """
+    """Refuse a value outside the limits, or not among the choices, of one annotation."""
     if value is None:
         return
     for kind in members(annotation):

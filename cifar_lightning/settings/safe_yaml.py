@@ -27,10 +27,7 @@ def checked(load: Callable[[str], Any]) -> Callable[[str], Any]:
     """Return a reader of YAML that raises nothing but `yaml.YAMLError`.
 
     PyYAML's own raises nearly anything (`2024-99-99` is a ValueError, `!!timestamp x` an AttributeError, `!!bool x` a
-    KeyError), and gives back endless data where an alias stands inside what it names.
-
-    Args:
-        load: A reader that makes plain types only.
+    KeyError), and gives back endless data where an alias stands inside what it names. `load` makes plain types.
     """
 
     def read(text: str) -> Any:
