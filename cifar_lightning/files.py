@@ -110,11 +110,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_output(path: Path, force: bool) -> None:
-    """Check that --output can be written, before any work is done.
-
-    Raises:
-        UserError: It exists and `force` is not set, is a folder, or lies where nothing can be written.
-    """
+    """Check that --output can be written, before any work is done."""
     if path.is_dir():
         raise UserError(f"--output {path}: is a folder; name a file.")
     if os.path.lexists(path) and not force:
@@ -150,11 +146,7 @@ def _without_nan(obj: object) -> object:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: It is missing or damaged.
-    """
+    """Read a JSON file; raise a `UserError` if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

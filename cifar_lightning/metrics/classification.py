@@ -82,14 +82,7 @@ def macro_f1(cm: Int[np.ndarray, "classes classes"]) -> float:
 
 @dataclass(frozen=True)
 class ConfusedPair:
-    """An off-diagonal cell of the confusion matrix.
-
-    Attributes:
-        true: Index of the true class.
-        pred: Index of the predicted class.
-        count: Images.
-        fraction: `count` over all images of the true class, 0..1.
-    """
+    """An off-diagonal cell of the confusion matrix; `fraction` is `count` over all images of the true class, 0..1."""
 
     true: int
     pred: int

@@ -55,12 +55,7 @@ def confusion_figure(
     """Draw a confusion matrix: true classes in rows, correct predictions in blue, mistakes in orange.
 
     The opacity of a cell is its fraction of the true class. Mistakes have their own scale, so that 3 % is visible next
-    to 95 %. Up to 20 classes the cells hold numbers.
-
-    Args:
-        cm: Counts; rows: true class.
-        class_names: In class order.
-        normalize: Write percent of the true class instead of counts.
+    to 95 %. Up to 20 classes the cells hold counts, or with `normalize` percent of the true class.
     """
     num_classes = len(class_names)
     support = per_class(cm).support[:, None]
@@ -156,13 +151,7 @@ def images_figure(images: UInt8[np.ndarray, "n height width 3"], titles: Sequenc
 
 
 def lr_range_figure(lrs: Sequence[float], losses: Sequence[float], suggestion: float) -> Figure:
-    """Draw the training loss of the LR finder over the learning rate, with the suggested one.
-
-    Args:
-        lrs: Learning rate of each step, ascending.
-        losses: Smoothed training loss of each step.
-        suggestion: Learning rate to mark.
-    """
+    """Draw the smoothed training loss of each step of the LR finder over its learning rate, with the suggested one."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     axes.plot(lrs, losses, color=COLOURS["correct"])

@@ -17,11 +17,7 @@ def announce_run(path: Path) -> None:
 
 
 def announced_run(given: str | Path | None) -> Path:
-    """Return the run folder that the first process announced, or else the one given by --run_dir.
-
-    Raises:
-        UserError: There is neither.
-    """
+    """Return the run folder that the first process announced, or else the one given by --run_dir."""
     chosen = os.environ.get(_RUN_OF_FIRST) or given
     if chosen is None:
         raise UserError(NEEDS_RUN_DIR)
