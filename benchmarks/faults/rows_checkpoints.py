@@ -134,7 +134,7 @@ def other_classes(trial: Trial) -> str:
     if trial.subject.is_plain:
         ways = {"--ckpt_path": ("Size([10", "Size([3")}
     else:
-        ways = {"--ckpt_path": ("is (10,", "and (3,"), "--init_weights": ("is 10x", "and 3x")}
+        ways = dict.fromkeys(("--ckpt_path", "--init_weights"), ("10x16", "3x16"))
     for number, (way, (theirs, ours)) in enumerate(ways.items()):
         done = trial.run([*trial.subject.fit(data, trial.place / f"new{number}", **settings), way, last])
         if trial.reported(way, done, theirs, ours):
