@@ -35,7 +35,7 @@ def classes_figure(classes: Sequence[dict[str, Any]]) -> Figure:
     axes.errorbar(recall, places, xerr=errors, fmt="none", color=ink, elinewidth=1, capsize=2)
     confidence = [row["mean_confidence"] for row in rows]
     if not all(map(math.isnan, confidence)):
-        style = {"color": COLOURS["mistake"], "markeredgecolor": ink, "markersize": 5}
+        style: dict[str, Any] = {"color": COLOURS["mistake"], "markeredgecolor": ink, "markersize": 5}
         axes.plot(confidence, places, "D", label="mean confidence", **style)
     axes.set_yticks(places, [shorten(printable(row["name"])) for row in rows], parse_math=False)
     axes.set(xlim=(0, 1), xlabel="fraction of the class's images", title=title)

@@ -117,11 +117,11 @@ def _image_uris(
 
 def _image_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> Markup:
     image, buffer = Image.fromarray(pixels), io.BytesIO()
-    kind, options = "png", {"optimize": True}
+    kind = "png"
     if max(image.size) > _CRISP_PX:
         image.thumbnail((_REDUCED_PX, _REDUCED_PX))
-        kind, options = "jpeg", {"quality": 75}
-    image.save(buffer, kind, **options)
+        kind = "jpeg"
+    image.save(buffer, kind, optimize=True)  # a JPEG of Pillow's default quality, 75
     return Markup(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}")  # needs no escaping
 
 

@@ -56,7 +56,11 @@ class PredictionWriter(pl.Callback):
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._collect(outputs, batch)
 
-    on_predict_batch_end = on_test_batch_end
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
+    ) -> None:
+        """Collect a batch."""
+        self._collect(outputs, batch)
 
     def _collect(self, logits: Tensor, batch: Batch) -> None:
         self._logits.append(logits.float().cpu())

@@ -161,7 +161,9 @@ class RunProgress(ProgressBar):
         """Open a bar."""
         self._open_bar("test", sum_batches(trainer.num_test_batches))
 
-    on_test_batch_end = on_validation_batch_end
+    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Update the bar."""
+        self.on_validation_batch_end(trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the bar."""
