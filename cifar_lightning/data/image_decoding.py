@@ -2,11 +2,16 @@
 
 The rules (raise `RULES` when they change: caches depend on it):
 
-- the first frame of a file is used, rotated as its EXIF orientation says;
-- transparency is composited on white; CMYK, palette, gray and 1-bit images are converted to RGB by Pillow;
-- 16-bit gray keeps its high byte; 32-bit and floating-point images are refused, since their white is not defined;
-- the shorter side is resized to `image_size` (bicubic, antialiased) and the centre square cropped. A square image of
-  that size keeps every bit.
+- the first frame of a file is used, rotated as its EXIF orientation says; no other metadata matters, and broken
+  metadata is ignored;
+- the shorter side is resized to `image_size` (bicubic, antialiased) and the centre square cropped, on the grid of the
+  image's original size also where a large JPEG is decoded at 1/2, 1/4 or 1/8. Only the part that the square needs is
+  converted and resized, so that memory is bounded by the file's pixels and `image_size`. A square image of that size
+  keeps every bit;
+- transparency is composited on white, unless alpha is 0 everywhere: it is then unused and the colours count; CMYK,
+  palette, gray and 1-bit images are converted to RGB by Pillow;
+- 16-bit and 12-bit gray keep their high byte; images of signed samples, of 32 bits and of floating point are refused,
+  since their white is not defined.
 
 Image files are untrusted. Pillow decodes them and not torchvision: `torchvision.io.decode_image` 0.29 can crash the
 process on damaged files. Pillow's decoders are C code, too, so they only run in worker processes, also for one image
@@ -15,12 +20,15 @@ program, and the error names the image. The main process only reads headers, and
 reads in Python. Images of more than `MAX_PIXELS` are refused before a pixel is decoded.
 """
 
+import functools
+import math
 import multiprocessing
 import os
 import signal
 import stat
 import statistics
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -32,33 +40,65 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 from cifar_lightning.data.memory import usable_cpus
 from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
+from cifar_lightning.formatting import printable
 
-RULES = 1  # version of what decode_image does
+RULES = 2  # version of what decode_image does
 MAX_PIXELS = 89_478_485  # of one image: Pillow's own limit against decompression bombs, 256 MiB as RGB
 MAX_BYTES = 1 << 30  # of one file: MAX_PIXELS of 16-bit RGBA, uncompressed, are 0.7 GB
-# Pillow passes these files to other programs: EPS to Ghostscript, WMF to the drawing calls of Windows.
-REFUSED_FORMATS = frozenset({"EPS", "WMF"})
+# Pillow passes EPS to Ghostscript and WMF to the drawing calls of Windows. The others hold a file of any format, also
+# EPS, which Pillow opens by itself.
+REFUSED_FORMATS = {
+    "EPS": "a program that draws",
+    "WMF": "a program that draws",
+    "IPTC": "another file inside",
+    "FPX": "other files inside",
+    "MIC": "other files inside",
+}
 # Formats whose header Pillow reads in Python. For WebP and AVIF it calls C code, and an ICO it decodes at once.
 _HEADER_IN_PYTHON = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "PPM")
 _IMAGES_PER_WORKER = 100  # at least: decoding them takes as long as starting a worker
 _CHUNK_BYTES = 1 << 26  # of decoded images, the most that a worker sends back at once
 _LOGGED_FROM = 2_000  # images: fewer are not worth a line in a log
-_SAMPLE = 256  # images whose headers decide the image size
+_SAMPLE = 256  # images whose headers decide the image size, or that are checked for being nearly black
+_NEARLY_BLACK = 20  # of 255: 12-bit values of 65,535 reach 15, and resizing may add a little
+_MAX_ASPECT = 4  # of an image that is resized whole
+_STRIP_PIXELS = 1 << 22  # converted to RGB at once: 16 MiB
+# Formats whose 16-bit gray is unsigned and has white at 65,535 in Pillow; that of FITS is signed, for example.
+_GRAY_16 = frozenset({"PNG", "TIFF", "PPM", "JPEG2000"})
+_FLIPS_X, _FLIPS_Y = frozenset({2, 3, 7, 8}), frozenset({3, 4, 6, 7})  # EXIF orientations, by axis of the file
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_MESSAGE_BYTES = 500  # of the messages of C libraries about an image
+_UNUSED_ALPHA = "have alpha 0 everywhere; their colours are used"
+_CONSTANT = "have one colour everywhere"
 
-Decode = Callable[[str, int], np.ndarray]
+Decode = Callable[[str, int, list[str]], np.ndarray]
 Unreadable = tuple[int, str]  # index of an image, and why it cannot be read
 
 
-def decode_image(path: str, image_size: int) -> np.ndarray:
+def decode_image(path: str, image_size: int, remarks: list[str] | None = None) -> np.ndarray:
     """Decode one image by the rules at the top of this file.
+
+    Args:
+        path: The file.
+        image_size: Height and width in pixels.
+        remarks: Receives what is unusual about the image.
 
     Returns:
         uint8 RGB (image_size, image_size, 3), 0-255.
@@ -67,17 +107,40 @@ def decode_image(path: str, image_size: int) -> np.ndarray:
         UserError: The file is damaged, not an image, unsupported or too large; the message starts with `path`.
     """
     try:
+        _refuse_formats()
         data = _read(path)
+        if data.startswith(b"\x89PNG"):
+            data = _checked_png(data)
         with Image.open(BytesIO(data)) as image:
             _check_header(image)
-            if image.format == "PNG":
-                _check_png(data)
-            image.draft(None, (2 * image_size, 2 * image_size))  # large JPEGs: decode at 1/2, 1/4 or 1/8
-            ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(_square(_to_rgb(image), image_size))
+            to_rgb = _conversion(image)
+            original = image.size
+            draft = image.draft(None, (2 * image_size, 2 * image_size))  # large JPEGs: decode at 1/2, 1/4 or 1/8
+            reduction = original[0] / draft[1][2] if draft else 1.0
+            image.load()
+            if has_unused_alpha := _has_unused_alpha(image):
+                to_rgb = _colours
+            if has_unused_alpha and remarks is not None:
+                remarks.append(_UNUSED_ALPHA)
+            size = original if draft else image.size  # TIFF: load turns the image
+            return np.asarray(_square(image, size, reduction, image_size, to_rgb))
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
         reason = "not an image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UserError(f"{path} cannot be read ({' '.join(reason.split()) or type(error).__name__})") from error
+
+
+@functools.cache
+def _refuse_formats() -> None:
+    """Replace Pillow's readers of `REFUSED_FORMATS` in this process, so that nested files cannot reach them either."""
+    Image.init()
+    for name, reason in REFUSED_FORMATS.items():
+        if name in Image.OPEN:
+            Image.OPEN[name] = functools.partial(_refuse, name, reason, Image.OPEN[name][0]), Image.OPEN[name][1]
+
+
+def _refuse(name: str, reason: str, read_header: Callable[..., Any], *arguments: Any) -> None:
+    read_header(*arguments)  # raises SyntaxError for a file of another format
+    raise ValueError(f"{name} is {reason}, not an image: save it as PNG")
 
 
 def _check_file(path: str) -> None:
@@ -95,47 +158,168 @@ def _read(path: str) -> bytes:
 
 
 def _check_header(image: Image.Image) -> None:
-    if image.format in REFUSED_FORMATS:
-        raise ValueError(f"{image.format} is a program that draws, not an image: save it as PNG")
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels, the limit is {MAX_PIXELS:,}")
 
 
-def _check_png(data: bytes) -> None:
-    """Check the CRC of each chunk.
+def _checked_png(data: bytes) -> bytes:
+    """Check the CRC of each chunk; leave out the chunks that do not matter.
 
     Pillow does not check those of the pixels and misses 1 % of flipped bytes; its `verify` takes ten times as long for
-    small images.
+    small images. It refuses images for large texts and colour profiles, which are not read here.
     """
     at, kind = 8, b""
+    kept = [data[:8]]
     while kind != b"IEND" and at < len(data):
         end = at + 8 + int.from_bytes(data[at : at + 4])
         kind = data[at + 4 : at + 8]
         if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4]):
             raise ValueError("damaged: a checksum is wrong")
+        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf") or _is_exif_text(data[at + 4 : end]):
+            kept.append(data[at : end + 4])
         at = end + 4
+    return data if sum(map(len, kept)) == len(data) else b"".join(kept)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        # Pillow's own conversion saturates: all but the darkest 1/256 becomes white.
-        gray = np.asarray(image)
-        return Image.fromarray((np.clip(gray, 0, 65_535).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError("32 bits per pixel have no defined white: save it with 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+def _is_exif_text(chunk: bytes) -> bool:
+    """Return whether a chunk is the text in which ImageMagick saves EXIF data, of a size that Pillow reads."""
+    if not chunk.startswith((b"tEXtRaw profile type exif\0", b"zTXtRaw profile type exif\0")):
+        return False
+    if chunk.startswith(b"tEXt"):
+        return True
+    with suppress(zlib.error):
+        inflate = zlib.decompressobj()
+        inflate.decompress(chunk[chunk.index(b"\0") + 2 :], 1 << 20)
+        return not inflate.unconsumed_tail
+    return False
 
 
-def _square(image: Image.Image, image_size: int) -> Image.Image:
-    scale = image_size / min(image.size)
-    width, height = (max(image_size, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - image_size) // 2, (height - image_size) // 2
-    return image.crop((left, top, left + image_size, top + image_size))
+def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """Return the conversion to RGB of an image that is not loaded yet, or of a piece of it.
+
+    Raises:
+        ValueError: Pillow does not read the samples correctly, or their white is not defined.
+    """
+    raw_mode = str(image.tile[0][3]) if image.tile else ""  # lost by loading, as are the tags
+    tags: Any = getattr(image, "tag_v2", {})
+    is_signed = image.format == "TIFF" and 2 in tags.get(SAMPLEFORMAT, ())
+    is_gray_16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if is_signed or (image.mode in ("I", "F") and not is_gray_16):
+        raise ValueError("signed samples and 32 bits per pixel have no defined white: save it with 8 or 16 bits")
+    if is_gray_16:
+        if image.format not in _GRAY_16:
+            raise ValueError(f"16-bit gray of {image.format} has no defined white: save it as PNG")
+        return functools.partial(
+            _high_byte,
+            shift=4 if "I;12" in raw_mode else 8,
+            inverted=image.format == "TIFF" and tags.get(PHOTOMETRIC_INTERPRETATION) == 0,
+            transparent=image.info.get("transparency"),
+        )
+    if image.format == "PNG" and "transparency" in image.info:
+        if "16" in raw_mode:
+            raise ValueError("a transparent colour of 16 bits is not supported: save it with an alpha channel")
+        if image.mode in ("1", "L"):
+            # Pillow keeps the value as it is in the file but scales those of the pixels to 0-255.
+            levels = {"1": 1, "L;2": 3, "L;4": 15}.get(raw_mode, 255)
+            return functools.partial(_gray_on_white, transparent=image.info["transparency"] * 255 // levels)
+    return _on_white
+
+
+def _high_byte(image: Image.Image, shift: int, inverted: bool, transparent: int | None) -> Image.Image:
+    """Convert 16-bit gray; Pillow's own conversion saturates: all but the darkest 1/256 becomes white."""
+    values = np.clip(np.asarray(image), 0, 65_535).astype(np.uint16)
+    high = (values >> shift).astype(np.uint8)
+    if inverted:
+        high = ~high
+    if transparent is not None:
+        high[values == transparent] = 255
+    return Image.fromarray(high).convert("RGB")
+
+
+def _gray_on_white(image: Image.Image, transparent: int) -> Image.Image:
+    return image.convert("L").point([255 if value == transparent else value for value in range(256)]).convert("RGB")
+
+
+def _colours(image: Image.Image) -> Image.Image:
+    return _rgba(image).convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB") if image.mode != "RGB" else image
+    rgba = _rgba(image)
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+
+
+def _rgba(image: Image.Image) -> Image.Image:
+    if image.mode == "La":  # premultiplied gray, which Pillow only converts to LA
+        image = image.convert("LA")
+    return image.convert("RGBA")
+
+
+def _has_unused_alpha(image: Image.Image) -> bool:
+    if not image.mode.endswith(("A", "a")) or image.mode == "PA":
+        return False
+    return image.getbbox(alpha_only=True) is None
+
+
+def _square(
+    image: Image.Image,
+    original: tuple[int, int],
+    reduction: float,
+    image_size: int,
+    to_rgb: Callable[[Image.Image], Image.Image],
+) -> Image.Image:
+    """Resize the centre square of an image and turn it upright.
+
+    Args:
+        image: Loaded, as it lies in the file.
+        original: Width and height in the file; `image` may be smaller.
+        reduction: Pixels of the original per pixel of `image`.
+        image_size: Height and width of the result.
+        to_rgb: Converts a piece of the image to RGB.
+    """
+    orientation = _orientation(image)
+    if image.size == (image_size, image_size):  # 15 of 200 us faster
+        square = to_rgb(image)
+        return square.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else square
+    scale = image_size / min(original)
+    axes = []
+    for side, available, flipping in zip(original, image.size, (_FLIPS_X, _FLIPS_Y), strict=True):
+        resized = max(image_size, round(side * scale))
+        offset = (resized - image_size) // 2
+        if orientation in flipping:
+            offset = resized - image_size - offset
+        # Cut before resizing where the resized image would be long, otherwise after it: the order of Pillow's two
+        # passes, and with it the last bit, depends on the size of the result.
+        before, length = (offset, image_size) if resized > _MAX_ASPECT * image_size else (0, resized)
+        start = before * side / resized / reduction
+        stop = min((before + length) * side / resized / reduction, available)
+        margin = 2 * max(1.0, (stop - start) / length) + 1  # what a bicubic filter reaches
+        first, last = max(0, math.floor(start - margin)), min(available, math.ceil(stop + margin))
+        axes.append((first, last, start - first, stop - first, length, offset - before))
+    (left, right, x, x_end, width, x_cut), (top, bottom, y, y_end, height, y_cut) = axes
+    if (left, top, right, bottom) != (0, 0, *image.size):
+        image = image.crop((left, top, right, bottom))
+    resized_image = _in_strips(image, to_rgb).resize((width, height), Image.Resampling.BICUBIC, (x, y, x_end, y_end))
+    square = resized_image.crop((x_cut, y_cut, x_cut + image_size, y_cut + image_size))
+    return square.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else square
+
+
+def _orientation(image: Image.Image) -> int | None:
+    with suppress(Exception):  # EXIF data may be anything
+        return image.getexif().get(ExifTags.Base.Orientation)
+    return None
+
+
+def _in_strips(image: Image.Image, to_rgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Convert an image in pieces, as compositing holds several copies."""
+    if image.width * image.height <= _STRIP_PIXELS:
+        return to_rgb(image)
+    rgb, rows = Image.new("RGB", image.size), max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        rgb.paste(to_rgb(image.crop((0, top, image.width, min(top + rows, image.height)))), (0, top))
+    return rgb
 
 
 def find_image_size(paths: Sequence[str]) -> int:
@@ -160,6 +344,8 @@ def find_image_size(paths: Sequence[str]) -> int:
 def _header_size(path: str, formats: tuple[str, ...] | None = None) -> tuple[int, int] | None:
     """Return width and height; None for a file that cannot be read, which `decode_all` reports."""
     with suppress(Exception):
+        if formats is None:
+            _refuse_formats()
         _check_file(path)
         with Image.open(path, formats=formats) as image:
             _check_header(image)
@@ -167,7 +353,7 @@ def _header_size(path: str, formats: tuple[str, ...] | None = None) -> tuple[int
     return None
 
 
-def is_16_bit(path: str) -> bool:
+def _is_16_bit(path: str) -> bool:
     """Return whether an image has 16 bits per channel; False also where Pillow does not read its header in Python."""
     try:
         _check_file(path)
@@ -177,6 +363,21 @@ def is_16_bit(path: str) -> bool:
             return image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile)
     except Exception:  # damaged headers make Pillow raise nearly anything; decoding reports them
         return False
+
+
+def dark_16_bit_remark(paths: Sequence[str], images: np.ndarray) -> str | None:
+    """Return a remark if the 16-bit images among a sample of decoded images use the low part of their range only."""
+    sample = range(0, len(paths), -(-len(paths) // _SAMPLE))
+    brightest = {index: int(images[index].max()) for index in sample}
+    if min(brightest.values()) >= _NEARLY_BLACK:
+        return None
+    deep = [value for index, value in brightest.items() if _is_16_bit(paths[index])]
+    if not deep or max(deep) >= _NEARLY_BLACK:
+        return None
+    return (
+        f"the {len(deep):,} 16-bit images in a sample of {len(sample):,} are nearly black: no value is above about "
+        "4,095, and white is 65,535; if their values have 10 or 12 bits, multiply them (by 64 or 16) and save them again"
+    )
 
 
 def _set_pillow_warnings() -> None:
@@ -192,6 +393,8 @@ def decode_all(
     paths: Sequence[str], image_size: int, out: Path | np.ndarray, decode: Decode = decode_image
 ) -> list[Unreadable]:
     """Decode images in worker processes into `out`, with a progress bar on a terminal's stderr or a line on stdout.
+
+    Remarks on unusual images are printed to stdout.
 
     Args:
         paths: Files to decode.
@@ -215,7 +418,7 @@ def decode_all(
             for start, stop in _chunks(len(paths), num_workers, 3 * image_size**2)
         }
         try:
-            bad = _collect(chunks, pool, None if isinstance(out, Path) else out)
+            bad, remarks = _collect(chunks, pool, None if isinstance(out, Path) else out)
         except BrokenProcessPool as error:
             suspects = [path for path, state in zip(paths, states, strict=False) if state == 1]
             raise UserError(
@@ -224,6 +427,10 @@ def decode_all(
             ) from error
     if len(paths) >= _LOGGED_FROM and not sys.stderr.isatty():
         print(f"Decoded {len(paths):,} images in {time.monotonic() - began:.1f} s", flush=True)
+    for remark in sorted({text for _, text in remarks}):
+        first, *others = sorted(index for index, text in remarks if text == remark)
+        num = f"{1 + len(others):,} of {len(paths):,}"
+        print(f"remark: {num} images {remark} (the first is {printable(paths[first])})", flush=True)
     return sorted(bad)
 
 
@@ -233,17 +440,22 @@ def _chunks(num: int, num_workers: int, image_bytes: int) -> list[tuple[int, int
     return [(start, min(start + size, num)) for start in range(0, num, size)]
 
 
-Chunk = tuple[list[Unreadable], np.ndarray | None]  # the unreadable images; the decoded ones unless in a file
+Remark = tuple[int, str]  # index of an image, and what is unusual about it
+Chunk = tuple[list[Unreadable], list[Remark], np.ndarray | None]  # the images are None if they are written to a file
 
 
-def _collect(chunks: dict[Future[Chunk], tuple[int, int]], pool: Executor, out: np.ndarray | None) -> list[Unreadable]:
+def _collect(
+    chunks: dict[Future[Chunk], tuple[int, int]], pool: Executor, out: np.ndarray | None
+) -> tuple[list[Unreadable], list[Remark]]:
     bad: list[Unreadable] = []
+    remarks: list[Remark] = []
     done = 0
     try:
         with progress(sum(stop - start for start, stop in chunks.values()), "Decoding images") as show:
             for chunk in as_completed(chunks):
-                (start, stop), (unreadable, images) = chunks[chunk], chunk.result()
+                (start, stop), (unreadable, unusual, images) = chunks[chunk], chunk.result()
                 bad += unreadable
+                remarks += unusual
                 if out is not None:
                     out[start:stop] = images
                 done += stop - start
@@ -251,7 +463,7 @@ def _collect(chunks: dict[Future[Chunk], tuple[int, int]], pool: Executor, out: 
     except BaseException:
         pool.shutdown(cancel_futures=True)  # do not decode on after Ctrl-C
         raise
-    return bad
+    return bad, remarks
 
 
 # -- worker processes ---------------------------------------------------------------------------------------------
@@ -282,6 +494,7 @@ def _without_main() -> Iterator[None]:
 def _start_worker(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives Ctrl-C as well and shuts the workers down
     _set_pillow_warnings()
+    _catch_c_messages()
     parent = multiprocessing.parent_process()
     if parent is not None:  # a worker must not outlive a parent that was killed
 
@@ -302,17 +515,53 @@ def _set_work(file: str | None, decode: Decode, states: Any) -> None:
     _work = None if file is None else np.load(file, mmap_mode="r+"), decode, states
 
 
+_c_messages: BinaryIO | None = None  # of a worker: what C libraries printed to stderr
+
+
+def _catch_c_messages() -> None:
+    """Send what C libraries print to a file; Python's own stderr stays."""
+    global _c_messages
+    sys.stderr = open(os.dup(2), "w", 1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+    _c_messages = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+    os.dup2(_c_messages.fileno(), 2)
+
+
+def _take_c_messages() -> str:
+    """Return what C libraries printed since the last call, in one line."""
+    if _c_messages is None or not os.fstat(_c_messages.fileno()).st_size:
+        return ""
+    _c_messages.seek(0)
+    text = _c_messages.read(_MESSAGE_BYTES).decode("utf-8", "backslashreplace")
+    _c_messages.seek(0)
+    _c_messages.truncate()
+    return " ".join(text.split()) or "a C library printed an empty message"
+
+
 def _decode_chunk(paths: Sequence[str], start: int, image_size: int) -> Chunk:
     """Decode images into the file or return them; set the state of each: 1 is in progress, 2 is done."""
     images, decode, states = _work
     own = np.zeros((len(paths), image_size, image_size, 3), np.uint8) if images is None else None
     into: Any = own if images is None else images[start : start + len(paths)]
-    bad = []
+    bad: list[Unreadable] = []
+    remarks: list[Remark] = []
     for at, path in enumerate(paths):
         states[start + at] = 1
+        unusual: list[str] = []
+        reason = ""
         try:
-            into[at] = decode(path, image_size)
+            into[at] = decode(path, image_size, unusual)
         except UserError as error:
-            bad.append((start + at, str(error)))
+            reason = str(error)
+        if message := _take_c_messages():  # names the cause that Pillow lacks, or an error that it ignores
+            reason = f"{path} cannot be read ({message})"
+        if reason:
+            bad.append((start + at, reason))
+        else:
+            remarks += [(start + at, remark) for remark in unusual]
         states[start + at] = 2
-    return bad, own
+    unreadable = {index for index, _ in bad}
+    flat = into.reshape(len(paths), -1, 3)
+    for at in np.flatnonzero((flat[:, 0] == flat[:, -1]).all(1) & (flat[:, 0] == flat[:, flat.shape[1] // 3]).all(1)):
+        if start + at not in unreadable and image_size > 1 and (flat[at] == flat[at, 0]).all():
+            remarks.append((start + int(at), _CONSTANT))
+    return bad, remarks, own

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from cifar_lightning.data.image_decoding import RULES, Unreadable, decode_all, find_image_size, is_16_bit
+from cifar_lightning.data import image_decoding
+from cifar_lightning.data.image_decoding import RULES, Unreadable, decode_all, find_image_size
 from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, digest
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import write_json
@@ -33,8 +34,6 @@ _LITTER = frozenset({"thumbs.db", "desktop.ini"})  # written by Windows; such fi
 # cannot read, such as .heic, must not be left out silently.
 _NOTES = {".cfg", ".csv", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".tsv", ".txt", ".xml"}
 _IGNORED = _NOTES | {".aae", ".db", ".lnk", ".pdf", ".py", ".url", ".xls", ".xlsx", ".xmp", ".yaml", ".yml"}
-_SAMPLE = 256  # decoded images that are checked for being nearly black
-_NEARLY_BLACK = 20  # of 255: 12-bit values of 65,535 reach 15, and resizing may add a little
 _STALE_S = 86_400  # a temporary file this old belongs to a process that was killed
 
 
@@ -113,17 +112,8 @@ class ClassFolders:
                 num = counted(len(listing.ignored), "file", "files")
                 yield f"{listing.folder}: {num} ignored, not images ({kinds})"
         listing, (images, _) = self.listings["train"], self._decoded("train")
-        paths = listing.paths
-        sample = range(0, len(paths), -(-len(paths) // _SAMPLE))
-        brightest = {paths[index]: int(images[index].max()) for index in sample}
-        if min(brightest.values()) < _NEARLY_BLACK:
-            deep = [value for path, value in brightest.items() if is_16_bit(path)]
-            if deep and max(deep) < _NEARLY_BLACK:
-                yield (
-                    f"warning: {listing.folder}: the {len(deep):,} 16-bit images in a sample of {len(sample):,} "
-                    "are nearly black: no value is above about 4,095, and white is 65,535.\n"
-                    "warning: if their values have 10 or 12 bits, multiply them (by 64 or 16) and save them again."
-                )
+        if remark := image_decoding.dark_16_bit_remark(listing.paths, images):
+            yield f"warning: {listing.folder}: {remark}"
 
     def load(self, split: Split) -> ImageSet | None:
         """Read a split, its images mapped into memory if there is a cache; decode them first if needed."""

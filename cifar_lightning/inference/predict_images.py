@@ -181,6 +181,7 @@ def _predictions(
     model, size = trained.model.to(device), batch_size or _BATCH_SIZE[device.type]
     mean, std = (torch.tensor(values, device=device) for values in (trained.mean, trained.std))
     chunk_size = max(1, _CHUNK_BYTES // (3 * trained.image_size**2))
+    has_remarked = False
     for start in range(0, len(paths), chunk_size):
         chunk = paths[start : start + chunk_size]
         images, bad = _decoded(chunk, trained.image_size)
@@ -188,6 +189,11 @@ def _predictions(
         with progress(len(paths), "Classifying images", completed=done, hidden=hide_bar) as show:
             unreadable += [reason for _, reason in bad]
             good = np.delete(np.arange(len(chunk)), [index for index, _ in bad])
+            if not has_remarked and len(good):
+                remark = image_decoding.dark_16_bit_remark([chunk[index] for index in good], images[good])
+                if remark:
+                    print(f"warning: {remark}", file=sys.stderr)
+                    has_remarked = True
             for at in range(0, len(good), size):
                 batch = good[at : at + size]
                 with torch.inference_mode():

@@ -5,13 +5,15 @@ import io
 import os
 import random
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin, features
 from program import decode_here
 
 from cifar_lightning.data import image_decoding
@@ -205,6 +207,171 @@ def test_what_may_never_end_is_not_read(tmp_path, monkeypatch):
     assert find_image_size([own_size]) == 48
 
 
+IN_LITTLE_MEMORY = """
+import resource, sys, time
+from PIL import Image, ImageOps, PngImagePlugin, features
+from cifar_lightning.data.image_decoding import decode_image
+Image.init()
+decode_image(sys.argv[1], 224)
+before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+for path in sys.argv[2:]:
+    decode_image(path, 224)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def memory_of_decoding(tmp_path: Path, *paths: str) -> float:
+    """Return the MB by which decoding images at 224 pixels raises a new process's peak."""
+    small = saved(Image.fromarray(noise()), tmp_path / "small.png")
+    command = [sys.executable, "-c", IN_LITTLE_MEMORY, small, *paths]
+    environment = os.environ | {"PYTHONPATH": str(Path(image_decoding.__file__).parents[2])}
+    return int(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout) / 1024
+
+
+def test_long_and_thin_images_take_the_memory_of_their_pixels(tmp_path):
+    sizes = [(1_000_000, 1), (1, 1_000_000), (300_000, 3)]
+    paths = [
+        saved(Image.new(mode, size), tmp_path / f"{mode}-{size[0]}.png") for size in sizes for mode in ("L", "RGBA")
+    ]
+    assert memory_of_decoding(tmp_path, *paths) < 200
+
+
+def test_a_large_transparent_image_takes_the_memory_of_its_pixels(tmp_path):
+    path = saved(Image.new("RGBA", (5000, 5000), (1, 2, 3, 200)), tmp_path / "a.png", compress_level=1)
+    assert memory_of_decoding(tmp_path, path) < 2.6 * 5000 * 5000 * 4 / 2**20
+
+
+@pytest.mark.parametrize("image_size", [8, 9])
+@pytest.mark.parametrize("size", [(900, 30), (30, 900), (131, 20), (801, 1)])
+def test_a_long_image_is_cut_where_the_whole_one_would_be(size, image_size, tmp_path):
+    source = Image.fromarray(noise(6, 6)).resize(size, Image.Resampling.BICUBIC)
+    scale = image_size / min(size)
+    width, height = (round(side * scale) for side in size)
+    left, top = (width - image_size) // 2, (height - image_size) // 2
+    whole = np.asarray(source.resize((width, height), Image.Resampling.BICUBIC))
+    expected = whole[top : top + image_size, left : left + image_size].astype(int)
+    assert np.abs(decode_image(saved(source, tmp_path / "a.png"), image_size) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_jpeg_and_png_are_cut_alike_at_every_orientation(orientation, tmp_path):
+    rng = np.random.default_rng(orientation)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for _ in range(8):
+        width, height = (int(side) for side in rng.integers(40, 700, 2))
+        source = noise(max(2, height // 25), max(2, width // 25))
+        image = Image.fromarray(source).resize((width, height), Image.Resampling.BICUBIC)
+        upright = saved(ImageOps.exif_transpose(tagged(image, exif)), tmp_path / "upright.png")
+        jpeg = saved(image, tmp_path / "a.jpg", quality=100, exif=exif)
+        png = saved(image, tmp_path / "a.png", exif=exif)
+        for image_size in (32, 64):
+            expected = decode_image(upright, image_size).astype(int)
+            assert np.abs(decode_image(png, image_size) - expected).mean() < 0.3
+            assert np.abs(decode_image(jpeg, image_size) - expected).mean() < 2
+
+
+def tagged(image: Image.Image, exif: Image.Exif) -> Image.Image:
+    """Return an image whose EXIF data Pillow reads, without loss."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    return Image.open(buffer)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # as in the workers
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+def test_broken_exif_spoils_nothing(suffix, tmp_path):
+    plain = saved(Image.fromarray(noise()), tmp_path / f"plain.{suffix}")
+    for number, exif in enumerate((b"garbage", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff")):
+        broken = saved(Image.fromarray(noise()), tmp_path / f"{number}.{suffix}", exif=exif)
+        assert np.array_equal(decode_image(broken, 8), decode_image(plain, 8))
+
+
+def test_large_texts_and_profiles_of_a_png_spoil_nothing(tmp_path):
+    texts = PngImagePlugin.PngInfo()
+    texts.add_itxt("note", "a" * (2 << 20), zip=True)
+    texts.add_text("more", "b" * (2 << 20), zip=True)
+    texts.add_text("Raw profile type exif", "c" * (2 << 20), zip=True)
+    path = saved(Image.fromarray(noise()), tmp_path / "a.png", pnginfo=texts, icc_profile=b"d" * (2 << 20))
+    assert np.array_equal(decode_image(path, 8), noise())
+
+
+def test_the_orientation_in_imagemagicks_text_counts(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data, texts = exif.tobytes(), PngImagePlugin.PngInfo()
+    texts.add_text("Raw profile type exif", f"\nexif\n{len(data):8}\n{data.hex()}\n", zip=True)
+    path = saved(Image.fromarray(noise()), tmp_path / "a.png", pnginfo=texts)
+    assert np.array_equal(decode_image(path, 8), np.rot90(noise(), -1))
+
+
+def remarks_of(capsys: pytest.CaptureFixture[str], *paths: str) -> str:
+    assert decode_all(paths, 8, np.empty((len(paths), 8, 8, 3), np.uint8)) == []
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", ["png", "tga", "tif", "webp"])
+def test_alpha_of_0_everywhere_is_unused_and_remarked(suffix, tmp_path, capsys):
+    unused = Image.fromarray(np.dstack([noise(), np.zeros((8, 8), np.uint8)]))
+    options = {"lossless": True, "exact": True} if suffix == "webp" else {}
+    path = saved(unused, tmp_path / f"a.{suffix}", **options)
+    assert np.array_equal(decode_image(path, 8), noise())
+    out = remarks_of(capsys, saved(Image.fromarray(noise()), tmp_path / "b.png"), path)
+    assert out.count("\n") == 1
+    assert "1 of 2" in out
+    assert f"a.{suffix}" in out
+
+
+def test_constant_images_are_remarked_once(tmp_path, capsys):
+    paths = [saved(Image.new("RGB", (9, 9), (7, 8, 9)), tmp_path / f"{number}.png") for number in range(3)]
+    out = remarks_of(capsys, saved(Image.fromarray(noise()), tmp_path / "b.png"), *paths)
+    assert out.count("\n") == 1
+    assert "3 of 4" in out
+    assert "/0.png" in out
+
+
+def iptc(tag: tuple[int, int], data: bytes) -> bytes:
+    return bytes((0x1C, *tag)) + struct.pack(">H", len(data)) + data
+
+
+def test_an_eps_within_another_file_starts_no_program(tmp_path, monkeypatch):
+    recorder, calls = tmp_path / "bin" / "gs", tmp_path / "calls"
+    recorder.parent.mkdir()
+    recorder.write_text(f"#!/bin/sh\necho called >> {calls}\n")
+    recorder.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{recorder.parent}{os.pathsep}{os.environ['PATH']}")
+    eps = io.BytesIO()
+    Image.fromarray(noise()).save(eps, "EPS")
+    fields = [((3, 60), b"\1\0"), ((3, 20), b"\0\x08"), ((3, 30), b"\0\x08"), ((3, 120), b"\0\1")]
+    head = b"".join(iptc(tag, data) for tag, data in fields)
+    nested = tmp_path / "a.jpg"
+    nested.write_bytes(head + iptc((8, 10), eps.getvalue()))
+    plain = tmp_path / "b.jpg"
+    plain.write_bytes(eps.getvalue())
+    bad = decode_all([str(nested), str(plain)], 8, np.empty((2, 8, 8, 3), np.uint8))
+    assert [index for index, _ in bad] == [0, 1]
+    assert "IPTC is another file inside" in bad[0][1]
+    assert "EPS is a program" in bad[1][1]
+    assert find_image_size([str(nested), str(plain)]) == 32
+    assert not calls.exists()
+
+
+@pytest.mark.skipif(not features.check("libtiff"), reason="needs libtiff")
+def test_what_libtiff_prints_is_the_error_of_the_image(tmp_path, capfd):
+    good = saved(Image.fromarray(noise()[..., 0] > 127), tmp_path / "good.tif", compression="group4")
+    path = saved(Image.fromarray(noise(64, 64)[..., 0] > 127), tmp_path / "bad.tif", compression="group4")
+    with Image.open(path) as image:
+        offset, length = image.tag_v2[273][0], image.tag_v2[279][0]
+    data = bytearray(Path(path).read_bytes())
+    data[offset + 20 : offset + length] = np.random.default_rng(0).bytes(length - 20)
+    Path(path).write_bytes(data)
+    bad = decode_all([good, path, good], 8, np.empty((3, 8, 8, 3), np.uint8))
+    assert [index for index, _ in bad] == [1]
+    assert bad[0][1].startswith(f"{path} cannot be read (")
+    assert "Fax" in bad[0][1]
+    assert capfd.readouterr().err == ""
+
+
 def test_a_large_jpeg_is_shrunk_close_to_full_decoding(tmp_path):
     smooth = Image.fromarray(noise(6, 6)).resize((640, 480), Image.Resampling.BICUBIC)
     path = saved(smooth, tmp_path / "a.jpg", quality=95)
@@ -273,7 +440,7 @@ def test_a_crash_in_an_image_names_it_and_leaves_the_program_alive(num, twenty, 
     monkeypatch.setattr(image_decoding, "_IMAGES_PER_WORKER", 1)
     (tmp_path / "crashing.py").write_text(
         "import ctypes, numpy\n"
-        "def decode(path, image_size):\n"
+        "def decode(path, image_size, remarks):\n"
         "    if path.endswith('/13.png'):\n"
         "        ctypes.string_at(0)\n"  # a real segmentation fault
         "    return numpy.zeros((4, 4, 3), numpy.uint8)\n"

@@ -314,7 +314,9 @@ def test_notes_next_to_images_are_ignored_and_counted_and_nothing_changes(root, 
     data = ClassFolders(root)
     data.prepare()
     data.prepare()  # as Lightning does before each of fit, validate and test
-    assert f"{root / 'train'}: 4 files ignored, not images (.CSV, .json, .txt, .xml)\n" == capsys.readouterr().out
+    assert (
+        capsys.readouterr().out.count(f"{root / 'train'}: 4 files ignored, not images (.CSV, .json, .txt, .xml)\n") == 1
+    )
     assert data.load("train")[2] == before[2]
 
 
