@@ -44,6 +44,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 from cifar_lightning.data.memory import usable_cpus
@@ -138,7 +139,7 @@ def _refuse_formats() -> None:
             Image.OPEN[name] = functools.partial(_refuse, name, reason, Image.OPEN[name][0]), Image.OPEN[name][1]
 
 
-def _refuse(name: str, reason: str, read_header: Callable[..., Any], *arguments: Any) -> None:
+def _refuse(name: str, reason: str, read_header: Callable[..., Any], *arguments: Any) -> ImageFile:
     read_header(*arguments)  # raises SyntaxError for a file of another format
     raise ValueError(f"{name} is {reason}, not an image: save it as PNG")
 
@@ -194,7 +195,7 @@ def _is_exif_text(chunk: bytes) -> bool:
     return False
 
 
-def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+def _conversion(image: ImageFile) -> Callable[[Image.Image], Image.Image]:
     """Return the conversion to RGB of an image that is not loaded yet, or of a piece of it.
 
     Raises:
@@ -376,7 +377,7 @@ def dark_16_bit_remark(paths: Sequence[str], images: np.ndarray) -> str | None:
         return None
     return (
         f"the {len(deep):,} 16-bit images in a sample of {len(sample):,} are nearly black: no value is above about "
-        "4,095, and white is 65,535; if their values have 10 or 12 bits, multiply them (by 64 or 16) and save them again"
+        "4,095, and white is 65,535; if their values have 10 or 12 bits, multiply them (by 64 or 16) and save again"
     )
 
 
@@ -561,7 +562,8 @@ def _decode_chunk(paths: Sequence[str], start: int, image_size: int) -> Chunk:
         states[start + at] = 2
     unreadable = {index for index, _ in bad}
     flat = into.reshape(len(paths), -1, 3)
-    for at in np.flatnonzero((flat[:, 0] == flat[:, -1]).all(1) & (flat[:, 0] == flat[:, flat.shape[1] // 3]).all(1)):
+    alike = (flat[:, 0] == flat[:, -1]).all(1) & (flat[:, 0] == flat[:, flat.shape[1] // 3]).all(1)
+    for at in np.flatnonzero(alike).tolist():
         if start + at not in unreadable and image_size > 1 and (flat[at] == flat[at, 0]).all():
-            remarks.append((start + int(at), _CONSTANT))
+            remarks.append((start + at, _CONSTANT))
     return bad, remarks, own
