@@ -14,14 +14,14 @@ from jaxtyping import Bool, Float, Int, Int64
 from cifar_lightning.formatting import counted, percent, points, points_span, span
 from cifar_lightning.metrics.classification import accuracy, per_class
 from cifar_lightning.metrics.significance import (
-    Z_95,
-    at_least_test,
     binomial_test,
     difference_interval,
     fisher_test,
     holm,
     mcnemar_test,
-    mean_test,
+    poisson_binomial_interval,
+    poisson_binomial_test,
+    shuffle_test,
     wilson_interval,
 )
 
@@ -189,23 +189,31 @@ def find_clusters(cm: Int[np.ndarray, "classes classes"]) -> list[list[int]]:
     return sorted(clusters, key=lambda cluster: (-len(cluster), cluster))
 
 
-def group_effects(cm: Matrix, names: Sequence[str], groups: dict[str, list[int]], origin: str) -> Insight:
-    """Test whether mistakes stay within groups of classes, and the recall of each group."""
+def group_effects(
+    cm: Matrix, names: Sequence[str], groups: dict[str, list[int]], origin: str, num_draws: int = 1999
+) -> Insight:
+    """Test whether mistakes stay within groups of classes, and the recall of each group.
+
+    A class that is predicted too often attracts mistakes from its own group and from others, so the mistakes are
+    compared to `num_draws` shuffles of their predictions (`shuffle_test`).
+    """
     num_classes = len(cm)
     mistakes = cm - np.diag(np.diag(cm))
-    within = sum(int(mistakes[np.ix_(members, members)].sum()) for members in groups.values())
-    of_groups = [int(mistakes[members].sum()) for members in groups.values()]
-    chances = [(len(members) - 1) / (num_classes - 1) for members in groups.values()]
-    total = sum(of_groups)
+    is_within = np.zeros(cm.shape, dtype=bool)
+    for members in groups.values():
+        is_within[np.ix_(members, members)] = True
+    # The mistakes of a class outside of all groups are never within a group.
+    mistakes[~is_within.any(axis=1)] = 0
+    within, total = int(mistakes[is_within].sum()), int(mistakes.sum())
     tests = []
     if total:
-        expected = sum(number * chance for number, chance in zip(of_groups, chances, strict=True))
+        p, expected = shuffle_test(mistakes, is_within, num_draws)
         text = (
-            f"Of {total:,} mistakes, {within:,} ({percent(within / total)}) are within a group; with wrong classes "
-            f"drawn at random, {percent(expected / total)} would be."
+            f"Of {total:,} mistakes, {within:,} ({percent(within / total)}) are within a group; with the same "
+            f"predictions in random order, {percent(expected / total)} would be."
         )
         numbers: dict[str, Any] = {"within": within, "mistakes": total, "expected": expected}
-        tests.append(Item(text, at_least_test(within, of_groups, chances), numbers))
+        tests.append(Item(text, p, numbers))
     # Two groups of all classes are each other's "all other classes": one test is enough.
     mirrored = len(groups) == 2 and sum(map(len, groups.values())) == num_classes
     for name, members in list(groups.items())[: 1 if mirrored else None]:
@@ -227,8 +235,8 @@ def group_effects(cm: Matrix, names: Sequence[str], groups: dict[str, list[int]]
         "Mistakes stay within groups" if items and "within" in items[0].numbers else "Groups of classes",
         f"{len(groups)} group{'s' if len(groups) > 1 else ''} of classes, {origin}."
         + ("" if items else " No difference beyond chance was found."),
-        "Exact test of mistakes within a group against wrong classes drawn at random; Fisher's exact test of each "
-        f"group against all other classes; Holm's correction for {len(tests)} tests",
+        "Monte Carlo test of mistakes within a group, given how often each class is predicted; Fisher's exact test of "
+        f"each group against all other classes; Holm's correction for {len(tests)} tests",
         bool(items),
         items,
         {name: [names[index] for index in members] for name, members in groups.items()},
@@ -236,18 +244,18 @@ def group_effects(cm: Matrix, names: Sequence[str], groups: dict[str, list[int]]
 
 
 def confidence_gap(confidence: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"]) -> Insight:
-    """Test whether the mean confidence differs from the accuracy."""
-    gaps = confidence - correct
-    mean, deviation = float(gaps.mean()), float(gaps.std(ddof=1)) if len(gaps) > 1 else 0.0
-    margin = Z_95 * deviation / len(gaps) ** 0.5
-    p = mean_test(mean, deviation, len(gaps))
-    levels = f"mean confidence {percent(float(confidence.mean()))}, accuracy {percent(float(correct.mean()))}"
+    """Test whether the accuracy is what the confidences say: each the probability that its prediction is correct."""
+    level, num_correct = float(confidence.mean()), int(correct.sum())
+    mean = level - num_correct / len(correct)
+    low, high = poisson_binomial_interval(num_correct, confidence)
+    p = poisson_binomial_test(num_correct, confidence)
+    levels = f"mean confidence {percent(level)}, accuracy {percent(float(correct.mean()))}"
     title = f"{'Over' if mean > 0 else 'Under'}confident: {levels}"
     if p >= ALPHA:
         title = f"{_NO_DIFFERENCE} confidence and accuracy"
-    interval = [mean - margin, mean + margin]
+    interval = [level - high, level - low]
     text = f"M{levels[1:]}: {points(mean)} points (95 % interval {points_span(interval)})."
-    test = "z-test of the mean of confidence minus correctness (1 or 0)"
+    test = "Poisson binomial test of the number of correct predictions, each with its confidence as probability"
     return Insight("confidence", title, "", test, p < ALPHA, [Item(text, p, {"gap": mean, "interval_95": interval})])
 
 

@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cifar_lightning.metrics.significance import (
-    at_least_test,
     binomial_test,
     difference_interval,
     fisher_test,
     holm,
     mcnemar_test,
-    mean_test,
     paired_difference_interval,
+    poisson_binomial_interval,
+    poisson_binomial_test,
+    shuffle_test,
     wilson_interval,
 )
 
@@ -63,19 +64,43 @@ def test_fishers_test_also_works_on_ten_thousand_images():
     assert fisher_test(681, 1000, 7631, 9000) == pytest.approx(theirs, rel=1e-6)
 
 
-def test_the_sum_of_several_binomials_is_tested_exactly():
-    assert at_least_test(7, [20], [0.3]) == pytest.approx(stats.binom.sf(6, 20, 0.3))
-    assert at_least_test(9, [10, 20], [0.3, 0.3]) == pytest.approx(stats.binom.sf(8, 30, 0.3))
-    two = sum(stats.binom.pmf(k, 10, 0.2) * stats.binom.sf(8 - k, 15, 0.6) for k in range(11))
-    assert at_least_test(9, [10, 15], [0.2, 0.6]) == pytest.approx(two)
-    assert at_least_test(0, [10], [0.2]) == pytest.approx(1.0)
+def test_the_poisson_binomial_test_equals_scipys_distribution():
+    probabilities = np.random.default_rng(0).uniform(0.3, 1, 60)
+    theirs = stats.poisson_binom(probabilities)
+    for successes in (0, 30, 40, 45, 60):
+        tails = theirs.cdf(successes), 1 - theirs.cdf(successes - 1)
+        expected = min(1.0, 2 * min(tails))
+        assert poisson_binomial_test(successes, probabilities) == pytest.approx(expected, abs=1e-9)
+    same = 2 * stats.binom.cdf(9_400, 10_000, 0.945)
+    assert poisson_binomial_test(9_400, np.full(10_000, 0.945)) == pytest.approx(same, rel=1e-6)
 
 
-def test_the_mean_test_is_two_sided():
-    assert mean_test(1.0, 10.0, 100) == pytest.approx(2 * stats.norm.sf(1.0))
-    assert mean_test(-1.0, 10.0, 100) == mean_test(1.0, 10.0, 100)
-    assert mean_test(0.0, 0.0, 5) == 1.0
-    assert mean_test(0.1, 0.0, 5) == 0.0
+def test_the_poisson_binomial_test_at_its_limits():
+    assert poisson_binomial_test(0, np.array([])) == 1.0
+    assert poisson_binomial_test(3, np.ones(3)) == 1.0
+    assert poisson_binomial_test(2, np.ones(3)) < 1e-6
+    assert poisson_binomial_test(1, np.array([0.97])) == 1.0
+    assert poisson_binomial_test(0, np.array([0.97])) == pytest.approx(0.06)
+
+
+def test_the_interval_of_a_mean_probability_equals_clopper_and_pearsons_where_all_are_equal():
+    for successes in (0, 3, 20):
+        theirs = stats.binomtest(successes, 20).proportion_ci(method="exact")
+        assert poisson_binomial_interval(successes, np.full(20, 0.3)) == pytest.approx(tuple(theirs), abs=1e-4)
+    theirs = stats.binomtest(9_000, 10_000).proportion_ci(method="exact")
+    assert poisson_binomial_interval(9_000, np.full(10_000, 0.95)) == pytest.approx(tuple(theirs), abs=1e-4)
+
+
+def test_shuffled_predictions_of_mistakes_never_become_correct_and_keep_the_counts():
+    # Two mistakes can only exchange their predictions: one of the two tables has both within a group.
+    mistakes = np.zeros((4, 4), dtype=np.int64)
+    mistakes[0, 1] = mistakes[2, 3] = 1
+    same = np.kron(np.eye(2), np.ones((2, 2))).astype(bool)
+    p, expected = shuffle_test(mistakes, same)
+    assert p == pytest.approx(0.5, abs=0.05)
+    assert expected == pytest.approx(1.0, abs=0.1)
+    assert shuffle_test(np.zeros((4, 4), dtype=np.int64), same) == (1.0, 0.0)
+    assert shuffle_test(mistakes, same) == shuffle_test(mistakes, same)
 
 
 def test_holm_by_hand():

@@ -149,8 +149,11 @@ def test_the_p_values_of_the_insights_are_scipys(found):
     confidence = np.exp(log_softmax(test["logits"].astype(np.float64), axis=1)).max(1)
     mean = (confidence - right).mean()
     assert gap["numbers"]["gap"] == pytest.approx(mean)
-    margin = stats.norm.ppf(0.975) * (confidence - right).std(ddof=1) / math.sqrt(len(right))
-    assert gap["numbers"]["interval_95"] == pytest.approx([mean - margin, mean + margin], abs=1e-6)
+    few = stats.poisson_binom(confidence).cdf([right.sum() - 1, right.sum()])
+    assert gap["p"] == pytest.approx(min(1, 2 * min(1 - few[0], few[1])), abs=1e-6)
+    low, high = gap["numbers"]["interval_95"]
+    assert low < mean < high
+    assert (low <= 0 <= high) == (gap["p"] >= 0.05)
     (both,) = by_kind["validation_gap"]["items"]
     val_right = val["logits"].argmax(1) == val["targets"]
     table = [[right.sum(), (~right).sum()], [val_right.sum(), (~val_right).sum()]]
