@@ -80,8 +80,9 @@ def confidence_figure(calibration: dict[str, Any]) -> Figure:
     left, width = [row["low"] for row in bins], 0.92 / len(bins)
     axes.bar(left, correct, width, align="edge", color=COLOURS["correct"], label="correct")
     # Hatched, to be distinguishable without colours.
-    style = {"color": COLOURS["mistake"], "hatch": "////", "edgecolor": COLOURS["face"]}
-    axes.bar(left, mistakes, width, bottom=correct, align="edge", label="mistakes", **style)
+    hatched = axes.bar(left, mistakes, width, bottom=correct, align="edge", label="mistakes", color=COLOURS["mistake"])
+    for bar in hatched:
+        bar.set(hatch="////", edgecolor=COLOURS["face"])
     axes.set(xlim=(0, 1), xlabel="confidence", ylabel="images")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))

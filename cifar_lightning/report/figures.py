@@ -199,6 +199,7 @@ def figure_to_svg(figure: Figure) -> str:
     svg = re.sub(r"<svg[^>]*(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1>", svg)
     svg = re.sub(r"<g id=\"[^\"]*\">", "<g>", svg)  # the same in every chart of a page
     svg = re.sub(r"\s*\n\s*", " ", svg).replace("xlink:href", "href")
+    svg = re.sub(r'fill="(#[0-9a-f]{6})"', r'style="fill: \1"', svg)  # the ground of a hatch pattern
     for name, colour in COLOURS.items():
         svg = re.sub(rf"(?<=fill: ){colour}|(?<=stroke: ){colour}", f"var(--{name})", svg)
     return svg
