@@ -101,7 +101,7 @@ def config_training(recipe: str) -> Training:
     path = CONFIGS / f"{recipe}.yaml"
     model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
     names = ("lr", "sgd_lr", "head_lr", "momentum", "sgd_momentum", "sgd_weight_decay")
-    optimizer = OptimizerSettings(model["optimizer"], weight_decay=0.0, **{name: model[name] for name in names})
+    optimizer = OptimizerSettings(model["optimizer"], weight_decay=0.0, **{name: float(model[name]) for name in names})
     plain = ["--data.train_sizes=[32]", "--model.tta=none", "--trainer.precision=32-true", "--model.model_kwargs=null"]
     plain += ["--model.stem_train_fraction=1.0"]  # one layer has no stem
     return Training(

@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from fault_judge import differences
 from fitting import NARROW, Signal, fit_run, quiet_trainer, small_data
 
+from benchmarks.faults.judge import differences
 from cifar_lightning import ImageClassifier
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint

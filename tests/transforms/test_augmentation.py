@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from cifar_lightning.errors import UserError
+from cifar_lightning.settings.limits import check_settings
 from cifar_lightning.transforms.augmentation import (
     Augmentation,
     augment,
@@ -243,10 +244,8 @@ def test_a_value_out_of_range_names_its_flag(change, flag):
 
 
 def test_a_policy_that_does_not_exist_is_refused():
-    chosen = Augmentation()
-    object.__setattr__(chosen, "policy", "auto")  # the tests' type checks would refuse it before
     with pytest.raises(UserError, match=r"--data\.policy auto: one of none, trivial, rand"):
-        chosen.check(32)
+        check_settings("data", Augmentation, {"policy": "auto"})  # the tests' type checks refuse the constructor's call
 
 
 def test_resize_equals_pillows_bilinear_filter():
