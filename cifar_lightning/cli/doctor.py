@@ -1,4 +1,4 @@
-"""What is installed, what the device can do, what `fit` would choose and why, and the mend for what is wrong.
+"""What is installed, what the device can do, what `fit` would choose and why, and how to fix what is wrong.
 
 `look` finds the facts, and survives whatever is broken; the other functions only turn facts into lines.
 """
@@ -79,7 +79,7 @@ class Facts:
 
 
 def examine(root: Path = Path("data"), *, batch_size: int) -> int:
-    """Print what was found, what `fit` would choose and what to mend.
+    """Print what was found, what `fit` would choose and what to fix.
 
     Args:
         root: Where the data lies, or will.
@@ -92,7 +92,7 @@ def examine(root: Path = Path("data"), *, batch_size: int) -> int:
     for label, text in (*describe(facts), *choices(facts, batch_size)):
         print(f"{label:<13} {text}")
     stopping, hints = problems(facts)
-    print("\nTo mend" if stopping or hints else "\nNothing to mend.")
+    print("\nTo fix" if stopping or hints else "\nNothing to fix.")
     for number, text in enumerate((*stopping, *hints), start=1):
         print(f"  {number}. {text}")
     return len(stopping)
@@ -148,26 +148,26 @@ def choices(facts: Facts, batch_size: int) -> list[tuple[str, str]]:
 
 
 def problems(facts: Facts) -> tuple[list[str], list[str]]:
-    """Return what stops `fit`, and what is only worth mending; each names its mend."""
+    """Return what stops `fit`, and what is only worth fixing; each says how."""
     stopping, hints = list[str](), list[str]()
     if facts.torch_error:
-        stopping.append(_torch_mend(facts))
+        stopping.append(_torch_fix(facts))
     for text in facts.outdated:
         stopping.append(f"{text}: pip install -U cifar-lightning, or pip install -e . in a copy of the repository")
     if facts.disk_bytes < _NEEDED_BYTES:
         stopping.append("little disk: free some, or choose other folders with --data.root and --run_dir")
     if facts.driver and not facts.gpus and not facts.torch_error:
-        hints.append(_gpu_mend(facts))
+        hints.append(_gpu_fix(facts))
     if facts.shared_bytes is not None and facts.shared_bytes < _SHARED_BYTES:
         hints.append("/dev/shm is small: keep --data.num_workers 0, or start the container with --shm-size 1g")
     if not facts.data:
         hints.append("no data: python train.py download, or --data.dataset synthetic, which needs none")
     if not all(_extras(facts).values()):
-        hints.append("extras: pip install 'cifar-lightning[export,timm]', for `export` and timm's networks")
+        hints.append("extras: pip install 'cifar-lightning[export,timm]', for `export` and timm's models")
     return stopping, hints
 
 
-def _torch_mend(facts: Facts) -> str:
+def _torch_fix(facts: Facts) -> str:
     if "torchvision::nms" in facts.torch_error:
         return (
             "torch and torchvision are from different builds: "
@@ -176,7 +176,7 @@ def _torch_mend(facts: Facts) -> str:
     return f"torch cannot be imported ({facts.torch_error}): pip install --force-reinstall torch torchvision"
 
 
-def _gpu_mend(facts: Facts) -> str:
+def _gpu_fix(facts: Facts) -> str:
     if facts.cuda_build is None:
         return (
             "an NVIDIA GPU, but torch is built for CPUs alone: "
@@ -295,7 +295,7 @@ def _look_at_data(root: Path) -> list[str]:
             found.append(f"{name} as {path}, unpacked by the first fit")
         elif part.is_file():
             share = part.stat().st_size / archive.size_bytes
-            found.append(f"{name} half downloaded ({share:.0%}): python train.py download --dataset {name} goes on")
+            found.append(f"{name} half downloaded ({share:.0%}): python train.py download --dataset {name} resumes it")
     if (root / "train").is_dir() and (root / "test").is_dir():
         found.append(f"class folders in {root}: --data.dataset folder --data.root {root}")
     return found

@@ -1,7 +1,7 @@
 """The flags of fit, validate, test, predict and tune, without torch: names, types and defaults from a generated table.
 
 `python -m cifar_lightning.cli.lightning_cli` generates `flags.json` from the signatures, and a test holds them equal.
-With it a mistake is reported at once; LightningCLI checks the rest.
+With it, usage errors are reported without torch; LightningCLI checks the rest.
 """
 
 import contextlib
@@ -112,7 +112,7 @@ def _hint_for_argument(command: str, argument: str) -> str:
     if argument.startswith("-") and len(argument) > 2:
         return f" Flags have two dashes: -{clipped(argument)}"
     if command == "fit" and os.path.isfile(os.path.join(argument, "config.yaml")):  # pathlib's raises for long names
-        return f" To go on with a run: fit --resume {argument}"
+        return f" To resume a run: fit --resume {argument}"
     return ""
 
 

@@ -14,8 +14,8 @@ from cifar_lightning.formatting import clipped
 
 # Words for flags whose own help is Lightning's, or which are no key of a recipe.
 _WORDS = {
-    "config": ("FILE", "recipe in YAML, or the config.yaml of a run; flags beside it win"),
-    "resume": ("RUN", "go on with a run in its folder, with its own config; flags beside it change its training"),
+    "config": ("FILE", "config in YAML, or the config.yaml of a run; flags override it"),
+    "resume": ("RUN", "resume a run in its folder, with its own config; flags override it"),
     "epochs": ("N", "how often training sees every image"),
     "batch_size": ("N", "training images a step and process"),
     "lr": ("X", "peak learning rate"),
@@ -42,19 +42,19 @@ class Command:
 TRAINING = {
     "fit": Command(
         "[--config FILE] [flags]",
-        "train a network, test it once, leave a run folder",
+        "train a model, test it once, write a run folder",
         (*_OF_FIT, "run_dir", "resume", "init_weights", "tune_lr"),
         "fit --config configs/smallnet_cpu.yaml --epochs 5",
     ),
     "validate": Command(
         "RUN [flags]",
-        "figures of a run on its validation images",
+        "metrics of a run on its validation images",
         ("ckpt_path", "config", "data.root", "data.eval_batch_size"),
         "validate runs/smallnet/1",
     ),
     "test": Command(
         "RUN [flags]",
-        "figures of a run on the test images, written into it anew",
+        "metrics of a run on the test images; rewrites its results",
         ("ckpt_path", "config", "data.root", "data.eval_batch_size"),
         "test runs/smallnet/1",
     ),
@@ -66,7 +66,7 @@ TRAINING = {
     ),
     "tune": Command(
         "[--config FILE] [flags of fit]",
-        "find OneCycle's peak learning rate by a range test",
+        "find OneCycle's peak learning rate (LR finder)",
         (*(flag for flag in _OF_FIT if flag not in ("epochs", "lr")), "run_dir"),
         "tune --config configs/smallnet.yaml",
     ),

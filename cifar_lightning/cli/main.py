@@ -1,4 +1,7 @@
-"""The command line: help, quick commands and mistakes are answered without torch; training goes to LightningCLI."""
+"""The command line.
+
+Help, quick commands and usage errors are handled without torch; training commands are passed to LightningCLI.
+"""
 
 import argparse
 import importlib.metadata
@@ -21,7 +24,7 @@ _NOT_WITH_RESUME = ("config", "ckpt_path", "run_dir", "init_weights", "tune_lr")
 
 
 def main() -> None:
-    """Run the command of `sys.argv` and exit: 0, 1 for a run that failed, 2 for what the user can mend."""
+    """Run the command of `sys.argv` and exit: 0, 1 for a run that failed, 2 for a user error."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: a name that is not UTF-8 must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -102,7 +105,7 @@ def _run_training(command: str, arguments: Sequence[str]) -> int:
 
 
 def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str], RunFolder | None]:
-    """Check a command line and spell it out for LightningCLI: aliases, and a run folder as its config and checkpoint.
+    """Check the arguments and expand aliases and run folders into the flags of LightningCLI.
 
     Returns:
         The flags as `--long.name=value`, and the run that `fit --resume` resumes.
@@ -114,22 +117,24 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
     names = [flag[2:].partition("=")[0] for flag in flags]
     resumed = flag_value(flags, "resume")
     if run is not None:
-        _refuse_beside(names, ("config", "ckpt_path"), f"{command} {run.path}", "a run has its own")
+        _refuse_together(
+            names, ("config", "ckpt_path"), f"{command} {run.path}", "a run has its own config and checkpoint"
+        )
         return _of_run(run, run.tested_checkpoint, flags), None
     if resumed is not None:
         if command != "fit":
-            raise UserError(f"--resume: only fit goes on with a run; for its figures: {program()} {command} {resumed}")
+            raise UserError(f"--resume: only fit resumes a run; for its metrics: {program()} {command} {resumed}")
         run = open_run(Path(resumed))
-        _refuse_beside(names, _NOT_WITH_RESUME, f"--resume {resumed}", "a run goes on in its folder with its config")
+        _refuse_together(names, _NOT_WITH_RESUME, f"--resume {resumed}", "a run resumes in its folder with its config")
         flags = [flag for flag in flags if not flag.startswith("--resume=")]
         return _of_run(run, run.resumed_checkpoint, flags), run
     if command in ("validate", "test", "predict") and "print_config" not in names:
         if "ckpt_path" not in names:
-            raise UserError(f"{command} needs a trained network: give a run folder, or --ckpt_path FILE.")
+            raise UserError(f"{command} needs a trained model: give a run folder, or --ckpt_path FILE.")
         checkpoint = Path(flag_value(flags, "ckpt_path") or "")
         own = RunFolder(checkpoint.parent.parent).config
         if "config" not in names and checkpoint.parent.name == "checkpoints" and own.is_file():
-            flags = [f"--config={own}", *flags]  # the images and the network that the checkpoint is of
+            flags = [f"--config={own}", *flags]  # the data and the model of the checkpoint
     for flag in flags:
         if flag.startswith("--config="):
             check_config(Path(flag.removeprefix("--config=")))
@@ -141,17 +146,17 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
 def _of_run(run: RunFolder, checkpoint: Path, flags: list[str]) -> list[str]:
     if not checkpoint.exists():
         raise UserError(
-            f"{run.path}: no checkpoint in it, so there is nothing to go on with or to ask.\n"
+            f"{run.path}: no checkpoint found; nothing to resume or evaluate.\n"
             f"To start it over: python train.py fit --config {shlex.quote(str(run.config))} "
             f"--run_dir {shlex.quote(str(run.path))}"
         )
     return [f"--config={run.config}", *flags, f"--ckpt_path={checkpoint}"]
 
 
-def _refuse_beside(names: Sequence[str], refused: Sequence[str], what: str, why: str) -> None:
+def _refuse_together(names: Sequence[str], refused: Sequence[str], what: str, why: str) -> None:
     for name in names:
         if name in refused:
-            raise UserError(f"--{name} beside {what}: {why}; leave one of them out.")
+            raise UserError(f"--{name} with {what}: {why}; leave one of them out.")
 
 
 # -- quick commands ----------------------------------------------------------------------------------------------------
@@ -270,7 +275,7 @@ QUICK = {
         "RUN [--compare RUN]", "what a run's test found: terminal, report.html", _analyze_flags, _analyze
     ),
     "export": QuickCommand(
-        "RUN --format onnx|torch|safetensors [flags]", "a run's network as a file for elsewhere", _export_flags, _export
+        "RUN --format onnx|torch|safetensors [flags]", "export a run's model", _export_flags, _export
     ),
     "download": QuickCommand("[flags]", "get CIFAR-10 or CIFAR-100", _download_flags, _download),
     "doctor": QuickCommand(

@@ -26,7 +26,7 @@ from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
 from cifar_lightning.training.last_checkpoint import CheckpointSchedule
 
 TABLE = Path(__file__).with_name("flags.json")
-# Flags of the project beside those of the Trainer, the model and the data: type, default, help, commands that take it.
+# Flags that are not of the Trainer, the model or the data: type, default, help, commands that take it.
 _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
     "run_dir": (str | None, None, "Folder of the run; default: runs/RECIPE/N.", ("fit", "tune")),
     "init_weights": (
@@ -35,10 +35,10 @@ _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
         "Start from these weights: a checkpoint, a .safetensors export or a state_dict file.",
         ("fit",),
     ),
-    "tune_lr": (bool, False, "Find OneCycle's peak by a range test first.", ("fit",)),
-    "output": (str | None, None, "File for the answers (.npz); default: RUN/predictions.npz.", ("predict",)),
+    "tune_lr": (bool, False, "Find OneCycle's peak learning rate first (LR finder).", ("fit",)),
+    "output": (str | None, None, "File for the predictions (.npz); default: RUN/predictions.npz.", ("predict",)),
 }
-# The signatures say str, since a data set or network of one's own is one more line there.
+# The signatures say str: a new data set or model is one more line in its table.
 _NAMES = {"model.name": tuple(MODELS), "data.dataset": tuple(DATASETS)}
 _PREFIXES = {"model.name": tuple(f"{library}/" for library in LIBRARIES)}  # of further names, a library's
 _MOST_DEVICES = 1024  # of one machine; a typo would start that many processes
@@ -95,7 +95,7 @@ def check_arguments(command: str, config: Namespace) -> None:
     if "in_channels" in model_kwargs:  # from Python there may be other images
         raise UserError("--model.model_kwargs: in_channels cannot be set; images are RGB with 3 channels.")
     if config.get("model.name") is not None:
-        check_name(config.model.name)  # before the data is fetched: the network is made after it
+        check_name(config.model.name)  # before the data is downloaded: the model is built after it
     devices = str(config.get("trainer.devices", "auto"))  # Lightning takes a number also as text
     if not re.fullmatch(r"auto|\[?\s*-?\d+(\s*,\s*\d+)*\s*,?\]?", devices):
         raise UserError(f"--trainer.devices {clipped(devices)}: auto, a number of devices, or a list such as [0, 1].")
@@ -104,12 +104,12 @@ def check_arguments(command: str, config: Namespace) -> None:
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise UserError(f"--ckpt_path {config.ckpt_path}: no such file; give a checkpoint, RUN/checkpoints/last.ckpt.")
     if command != "fit" and config.ckpt_path is None:
-        raise UserError(f"{command} needs a trained network: give a run folder, or --ckpt_path FILE.")
+        raise UserError(f"{command} needs a trained model: give a run folder, or --ckpt_path FILE.")
     for flag, limits in _TRAINER_LIMITS.items():
         check_setting(flag, limits, config.get(flag))
     for name in ("every_n_train_steps", "every_n_minutes"):
         if config.trainer.get("enable_checkpointing") is False and config.get(f"checkpoint.{name}") is not None:
-            raise UserError(f"--checkpoint.{name} beside --trainer.enable_checkpointing false: leave one of them out.")
+            raise UserError(f"--checkpoint.{name} with --trainer.enable_checkpointing false: leave one of them out.")
     if command == "fit":
         _refuse_lengths(config.trainer)
         _refuse_what_is_not_read(config)
@@ -125,7 +125,7 @@ def _refuse_lengths(trainer: Namespace) -> None:
 
 
 def _refuse_what_is_not_read(config: Namespace) -> None:
-    """Refuse flags that the optimiser or the network does not look at, and pairs of which one would win in silence."""
+    """Refuse flags that the chosen optimizer or model ignores, and conflicting flags."""
     unread = {name for names in READ_BY.values() for name in names}.difference(READ_BY[config.model.optimizer])
     for name in sorted(unread):
         value = config.get(f"model.{name}")
@@ -138,13 +138,13 @@ def _refuse_what_is_not_read(config: Namespace) -> None:
     for name in ("mixup", "cutmix"):
         if config.model[name] and config.data.batch_size == 1:
             raise UserError(
-                f"--model.{name} {config.model[name]} beside --batch_size 1: the images of a batch are mixed; "
+                f"--model.{name} {config.model[name]} with --batch_size 1: the images of a batch are mixed; "
                 "give 2 or more."
             )
     if config.init_weights and config.model.pretrained is not False:
-        raise UserError("--init_weights beside --model.pretrained: give one of them.")
+        raise UserError("--init_weights with --model.pretrained: give one of them.")
     if config.data.class_weights == config.data.sampler == "balanced":
-        raise UserError("--data.class_weights balanced beside --data.sampler balanced: give one, or both would count.")
+        raise UserError("--data.class_weights balanced with --data.sampler balanced: give one, or both would count.")
 
 
 def _refuse_nothing(config: Namespace) -> None:
@@ -163,7 +163,7 @@ def as_list(given: Any) -> list[Any]:
 
 
 def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
-    """Return every value of a run as YAML, without the run's own path, so that it starts the same run anew."""
+    """Return all settings of a run as YAML, without its path, so that the config starts the same run again."""
     own = config.clone()
     for key in ("run_dir", "config", "ckpt_path", "output"):
         own.pop(key, None)

@@ -305,7 +305,7 @@ def test_a_further_process_started_from_outside_joins_the_run_that_is_gone_on_wi
     assert open_run_folder(None, None, None, None, resume) == RunFolder(tmp_path)
 
 
-# -- range test -------------------------------------------------------------------------------------------------------
+# -- LR finder --------------------------------------------------------------------------------------------------------
 
 
 def test_tune_saves_a_rate_and_fit_takes_it_as_if_it_had_been_given(tmp_path):

@@ -153,12 +153,12 @@ def test_a_run_that_is_resumed_becomes_its_config_and_last_checkpoint(run):
 @pytest.mark.parametrize(
     ("command", "more", "expected"),
     [
-        ("fit", ["--config", "a.yaml"], "--config beside --resume"),
-        ("fit", ["--ckpt_path", "a.ckpt"], "--ckpt_path beside --resume"),
-        ("fit", ["--run_dir", "a"], "--run_dir beside --resume"),
-        ("fit", ["--init_weights", "a"], "--init_weights beside --resume"),
-        ("fit", ["--tune_lr"], "--tune_lr beside --resume"),
-        ("tune", [], "only fit goes on with a run"),
+        ("fit", ["--config", "a.yaml"], "--config with --resume"),
+        ("fit", ["--ckpt_path", "a.ckpt"], "--ckpt_path with --resume"),
+        ("fit", ["--run_dir", "a"], "--run_dir with --resume"),
+        ("fit", ["--init_weights", "a"], "--init_weights with --resume"),
+        ("fit", ["--tune_lr"], "--tune_lr with --resume"),
+        ("tune", [], "only fit resumes a run"),
     ],
 )
 def test_resume_goes_with_nothing_that_starts_anew(run, command, more, expected):
@@ -167,7 +167,7 @@ def test_resume_goes_with_nothing_that_starts_anew(run, command, more, expected)
 
 
 def test_a_run_brings_its_own_config(run):
-    with pytest.raises(UserError, match="--config beside test"):
+    with pytest.raises(UserError, match="--config with test"):
         training_arguments("test", [str(run.path), "--config", "a.yaml"])
 
 
@@ -175,7 +175,7 @@ def test_a_run_without_a_checkpoint_says_so(run):
     run.best_checkpoint.unlink()
     run.last_checkpoint.unlink()
     for command, arguments in (("test", [str(run.path)]), ("fit", ["--resume", str(run.path)])):
-        with pytest.raises(UserError, match="no checkpoint in it, so there is nothing to go on with"):
+        with pytest.raises(UserError, match="no checkpoint found"):
             training_arguments(command, arguments)
 
 

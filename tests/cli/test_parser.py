@@ -93,7 +93,7 @@ def test_yaml_that_jsonargparse_would_never_end_with_is_refused(parser, flag):
         (["--model.model_kwargs={in_channels: 1}"], "in_channels cannot be set; images are RGB"),
         (
             ["--trainer.enable_checkpointing=false", "--checkpoint.every_n_minutes=5"],
-            "--checkpoint.every_n_minutes beside --trainer.enable_checkpointing false",
+            "--checkpoint.every_n_minutes with --trainer.enable_checkpointing false",
         ),
         (["--model.name=smalnet"], "--model.name smalnet: not a model.* Did you mean smallnet"),
         (["--model.name=torchvision/resnet19"], "Did you mean torchvision/resnet18"),
@@ -125,7 +125,7 @@ def test_a_group_that_is_no_group_is_refused(parser, text):
     ("command", "ckpt_path", "epochs", "expected"),
     [
         ("fit", "nowhere.ckpt", 1, "--ckpt_path nowhere.ckpt: no such file"),
-        ("test", None, 1, "test needs a trained network"),
+        ("test", None, 1, "test needs a trained model"),
         ("fit", None, 0, "--epochs 0: 1 or more"),
         ("fit", None, -1, "--epochs -1: 1 or more"),
     ],
@@ -139,13 +139,13 @@ def test_what_would_fail_later_is_refused(command, ckpt_path, epochs, expected):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--model.cutmix=1", "--data.batch_size=1"], r"--model\.cutmix 1\.0 beside --batch_size 1: .*give 2 or more"),
+        (["--model.cutmix=1", "--data.batch_size=1"], r"--model\.cutmix 1\.0 with --batch_size 1: .*give 2 or more"),
         (["--model.sgd_lr=0.2"], r"--model\.sgd_lr 0\.2: adamw does not use it"),
         (["--model.optimizer=sgd", "--model.momentum=0.5"], r"--model\.momentum 0\.5: sgd does not use it"),
         (["--model.optimizer=muon", "--model.weight_decay=0.1"], r"--model\.weight_decay 0\.1: muon does not use it"),
         (["--model.stem_train_fraction=0.5"], r"--model\.stem_train_fraction 0\.5: smallnet has no stem"),
-        (["--init_weights=a", "--model.pretrained=true"], "--init_weights beside --model.pretrained"),
-        (["--data.class_weights=balanced", "--data.sampler=balanced"], "--data.class_weights balanced beside"),
+        (["--init_weights=a", "--model.pretrained=true"], "--init_weights with --model.pretrained"),
+        (["--data.class_weights=balanced", "--data.sampler=balanced"], "--data.class_weights balanced with"),
     ],
 )
 def test_a_flag_that_would_have_no_effect_is_refused(parser, flags, expected):
