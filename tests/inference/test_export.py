@@ -1,6 +1,7 @@
 """Exported models predict as PyTorch does at every batch size, and carry their metadata."""
 
 import importlib.metadata
+import importlib.util
 import json
 
 import numpy as np
@@ -191,14 +192,8 @@ def test_what_is_in_the_way_is_named_before_any_work(run, tmp_path, monkeypatch)
 
 
 def test_a_missing_package_names_the_command_that_installs_it(run, tmp_path, monkeypatch):
-    real = importlib.metadata.version
-
-    def version(name):
-        if name == "onnxscript":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return real(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else real(name))
     with pytest.raises(UserError, match=r"needs onnxscript: pip install 'cifar-lightning\[export\]'"):
         export_run(run, "onnx", output=tmp_path / "net.onnx")
 
