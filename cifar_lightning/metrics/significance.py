@@ -117,7 +117,8 @@ def _pmf(probabilities: Float[np.ndarray, " n"]) -> Float[np.ndarray, " outcomes
         length = 2 * pmfs.shape[1]  # one more than the outcomes: the last is 0
         spectra = np.fft.rfft(pmfs, length)
         pmfs = np.fft.irfft(spectra[::2] * spectra[1::2], length)[:, :-1]
-    return np.maximum(pmfs[0], 0)
+    pmf: Float[np.ndarray, " outcomes"] = np.maximum(pmfs[0], 0)
+    return pmf
 
 
 def _tails(pmf: Float[np.ndarray, " outcomes"], observed: int) -> tuple[float, float]:
