@@ -29,6 +29,12 @@ def run(tmp_path):
     return run
 
 
+def test_the_package_runs_as_a_program_from_any_folder(tmp_path):
+    command = [sys.executable, "-m", "cifar_lightning", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"cifar-lightning {importlib.metadata.version('cifar-lightning')}\n"
+
+
 # -- help ----------------------------------------------------------------------------------------------------------
 
 
