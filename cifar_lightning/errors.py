@@ -1,6 +1,9 @@
-"""Exceptions that the command line prints without a traceback, and remarks printed by the first process only."""
+"""Exceptions that the command line prints without a traceback, remarks of the first process, silenced libraries."""
 
+import contextlib
+import logging
 import os
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
@@ -27,3 +30,16 @@ def remark(text: str) -> None:
     """Print a line, in the first process only."""
     if is_first_process():
         print(text, flush=True)
+
+
+@contextlib.contextmanager
+def silenced(*loggers: str) -> Iterator[None]:
+    """Let libraries log errors only."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
+    try:
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)

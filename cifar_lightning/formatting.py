@@ -1,8 +1,9 @@
 """Numbers, durations and user input as text, for the terminal and the report; "-" for a missing value."""
 
+import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -98,6 +99,19 @@ def printable(text: str, encoding: str = "utf-8") -> str:
     """
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def suggest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return " Did you mean X?" for the nearest of some words, or nothing.
+
+    Args:
+        word: What a user typed.
+        words: The words, or a mapping from each to what is suggested for it.
+        cutoff: Least similarity, from 0 to 1.
+    """
+    suggested = words if isinstance(words, Mapping) else {each: each for each in words}
+    near = difflib.get_close_matches(word, suggested, n=1, cutoff=cutoff)
+    return f" Did you mean {suggested[near[0]]}?" if near else ""
 
 
 def run_name(path: Path) -> str:

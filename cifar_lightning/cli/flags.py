@@ -5,7 +5,6 @@ With it, usage errors are reported without torch; LightningCLI checks the rest.
 """
 
 import contextlib
-import difflib
 import functools
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Any
 import yaml
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import clipped
+from cifar_lightning.formatting import clipped, suggest
 from cifar_lightning.runs.schema import upgrade_config
 from cifar_lightning.settings.bounds import within
 from cifar_lightning.settings.safe_yaml import read_yaml
@@ -30,6 +29,7 @@ FRONT_ONLY = ("config", "resume", "print_config")  # not keys of a recipe
 _SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "max_lr": "lr", "bs": "batch_size", "seed": "data.seed"}
 _SYNONYMS |= {"output_dir": "run_dir", "gpus": "trainer.devices", "arch": "model.name", "resume_from": "resume"}
 _INTEGER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+|[0-9][0-9_]*)")
+NULL = ("null", "none", "~", "")  # what YAML reads as None, in lower case
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
@@ -72,12 +72,6 @@ def normalize_arguments(command: str, arguments: Sequence[str]) -> list[str]:
         given[name] = (typed, value or "")
         normalized.append(f"--{name}" if value is None else f"--{name}={value}")
     return normalized
-
-
-def suggest(word: str, words: Sequence[str]) -> str:
-    """Return " Did you mean X?" for the nearest of some words, or nothing."""
-    near = difflib.get_close_matches(word, words, n=1)
-    return f" Did you mean {near[0]}?" if near else ""
 
 
 def flag_value(arguments: Sequence[str], name: str) -> str | None:
@@ -128,17 +122,12 @@ def _is_setting(name: str) -> bool:
 
 def suggest_flag(name: str) -> str:
     """Return " Did you mean --X?" for the flag nearest to a name, or where to find them all."""
-    spelled = name.replace("-", "_").lower()
     names = [*ALIASES, *table(), *FRONT_ONLY]
     by_last = {full.rpartition(".")[2]: full for full in reversed(names)}
-    if spelled in _SYNONYMS:
-        near = [_SYNONYMS[spelled]]
-    elif spelled in names or spelled in by_last:
-        near = [spelled if spelled in names else by_last[spelled]]
-    else:
-        near = difflib.get_close_matches(spelled, names, n=1, cutoff=0.7)
-        near = near or [by_last[last] for last in difflib.get_close_matches(spelled, by_last, n=1, cutoff=0.75)]
-    return f" Did you mean --{near[0]}?" if near else " fit --help shows the common ones, fit --help-all every one."
+    full_of = by_last | {name: name for name in names} | _SYNONYMS
+    spelled = name.replace("-", "_").lower()
+    near = suggest(spelled, {known: f"--{full}" for known, full in full_of.items()}, cutoff=0.75)
+    return near or " fit --help shows the common ones, fit --help-all every one."
 
 
 def _value_left_out(name: str, typed: str) -> str | None:
@@ -177,7 +166,7 @@ def _fits(row: dict[str, Any], value: str) -> bool:
         return True
     lowered = value.strip().lower()
     return (
-        ("null" in types and lowered in ("null", "none", "~", ""))
+        ("null" in types and lowered in NULL)
         or ("bool" in types and lowered in ("true", "false", "yes", "no", "on", "off"))
         or ("int" in types and bool(_INTEGER.fullmatch(lowered)))
         or ("float" in types and _number(value) is not None)
@@ -243,8 +232,6 @@ def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _suggest_config(path: Path) -> str:
-    recipes = {recipe.stem: recipe for recipe in Path("configs").glob("*.yaml")}
-    near = difflib.get_close_matches(path.stem, recipes, n=1)
-    if near:
-        return f" Did you mean {recipes[near[0]].as_posix()}?"
-    return f" There are {', '.join(sorted(recipe.as_posix() for recipe in recipes.values()))}." if recipes else ""
+    recipes = {recipe.stem: recipe.as_posix() for recipe in sorted(Path("configs").glob("*.yaml"))}
+    every = f" There are {', '.join(recipes.values())}." if recipes else ""
+    return suggest(path.stem, recipes) or every

@@ -1,7 +1,6 @@
 """What `--help` shows, and tab completion: the commands, and of each the flags that people use; without torch."""
 
 import argparse
-import difflib
 import shutil
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import NoReturn
 
 from cifar_lightning.cli.flags import ALIASES, FRONT_ONLY, table
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import clipped
+from cifar_lightning.formatting import clipped, suggest
 
 # Words for flags whose own help is Lightning's, or which are no key of a recipe.
 _WORDS = {
@@ -99,10 +98,9 @@ class QuickParser(argparse.ArgumentParser):
             flag = argument.partition("=")[0]
             if not flag.startswith("--") or flag in known:
                 continue
-            near = difflib.get_close_matches(flag.replace("-", "_"), [name.replace("-", "_") for name in known], n=1)
-            near = [name for name in known if near and name.replace("-", "_") == near[0]]
-            hint = f"Did you mean {near[0]}?" if near else f"It takes {', '.join(known)}."
-            raise UserError(f"{clipped(flag)}: no such flag of {self.command}. {hint}")
+            near = suggest(flag.replace("-", "_"), {name.replace("-", "_"): name for name in known})
+            hint = near or f" It takes {', '.join(known)}."
+            raise UserError(f"{clipped(flag)}: no such flag of {self.command}.{hint}")
         return self.parse_args(list(arguments))
 
 

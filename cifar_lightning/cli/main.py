@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar_lightning.cli.flags import check_config, flag_value, normalize_arguments, suggest, table
+from cifar_lightning.cli.flags import NULL, check_config, flag_value, normalize_arguments, table
 from cifar_lightning.cli.help import TRAINING, QuickParser, completion, overview, program, training_help
 from cifar_lightning.errors import RunError, UserError
-from cifar_lightning.formatting import clipped
+from cifar_lightning.formatting import clipped, suggest
 from cifar_lightning.runs.folder import RunFolder, open_run
 
 # What `--resume` takes from the run, or what would start a new one.
@@ -129,9 +129,10 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
         flags = [flag for flag in flags if not flag.startswith("--resume=")]
         return _of_run(run, run.resumed_checkpoint, flags), run
     if command in ("validate", "test", "predict") and "print_config" not in names:
-        if "ckpt_path" not in names:
+        given = flag_value(flags, "ckpt_path") or ""
+        if given.lower() in NULL:
             raise UserError(f"{command} needs a trained model: give a run folder, or --ckpt_path FILE.")
-        checkpoint = Path(flag_value(flags, "ckpt_path") or "")
+        checkpoint = Path(given)
         own = RunFolder(checkpoint.parent.parent).config
         if "config" not in names and checkpoint.parent.name == "checkpoints" and own.is_file():
             flags = [f"--config={own}", *flags]  # the data and the model of the checkpoint

@@ -103,8 +103,6 @@ def check_arguments(command: str, config: Namespace) -> None:
         raise UserError(f"--trainer.devices {clipped(devices)}: at most {_MOST_DEVICES} on one machine.")
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise UserError(f"--ckpt_path {config.ckpt_path}: no such file; give a checkpoint, RUN/checkpoints/last.ckpt.")
-    if command != "fit" and config.ckpt_path is None:
-        raise UserError(f"{command} needs a trained model: give a run folder, or --ckpt_path FILE.")
     for flag, limits in _TRAINER_LIMITS.items():
         check_setting(flag, limits, config.get(flag))
     for name in ("every_n_train_steps", "every_n_minutes"):

@@ -9,7 +9,6 @@ flags again. How a source is used:
     source.load("train")                             ImageSet, or None for a split that the source does not have
 """
 
-import difflib
 import functools
 import warnings
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from cifar_lightning.data.download import ARCHIVES, download
 from cifar_lightning.data.image_folder import ClassFolders
 from cifar_lightning.data.image_set import ImageSet, Split, digest
 from cifar_lightning.errors import UserError
+from cifar_lightning.formatting import suggest
 
 Channels = tuple[float, float, float]
 
@@ -210,6 +210,5 @@ def open_source(dataset: str, root: str | Path, image_size: int | None = None) -
     """
     if dataset in DATASETS:
         return DATASETS[dataset](Path(root), image_size)
-    near = difflib.get_close_matches(str(dataset), DATASETS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"--data.dataset {dataset}: unknown, choose one of {', '.join(DATASETS)}{hint}")
+    hint = suggest(str(dataset), [*DATASETS])
+    raise UserError(f"--data.dataset {dataset}: unknown, choose one of {', '.join(DATASETS)}.{hint}")

@@ -4,13 +4,11 @@ Each file is read back and compared with PyTorch on test images before it gets i
 take images and normalise them, so that users need no statistics. Imports no Lightning.
 """
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import json
-import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
@@ -21,7 +19,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from cifar_lightning.checkpoints.loading import load_weights
-from cifar_lightning.errors import UserError
+from cifar_lightning.errors import UserError, silenced
 from cifar_lightning.files import check_output, replacing
 from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
 from cifar_lightning.models.registry import build_model
@@ -101,7 +99,8 @@ def export_run(
     trained = load_trained_model(run)
     images, origin = images_to_check(run, trained.image_size)
     module = ExportedModel(trained, input, probs).eval()
-    with replacing(path) as temporary, _without_noise():
+    exporters = silenced("torch.onnx", "torch.export", "onnxscript", "onnx_ir")  # they warn of their own internals
+    with replacing(path) as temporary, exporters, warnings.catch_warnings(action="ignore"):
         run_exported = _WRITERS[kind](module, trained, temporary, input)
         difference = _compare(trained, images, run_exported, input)
     graph = "" if kind == "safetensors" else f", images {input} (batch, 3, {trained.image_size}, {trained.image_size})"
@@ -253,19 +252,3 @@ def _check_extra(kind: str) -> None:
             f"--format {kind} needs {', '.join(missing)}: pip install 'cifar-lightning[export]'\n"
             "In a copy of the repository: pip install -e '.[export]'"
         )
-
-
-@contextlib.contextmanager
-def _without_noise() -> Iterator[None]:
-    """Silence warnings of the exporters about torch's and onnxscript's internals."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -8,12 +8,10 @@ Two kinds of weights are fitted to another image size, with a printed line:
 - Position embeddings of torchvision's vision transformers are interpolated by torchvision's own function.
 """
 
-import contextlib
 import importlib
-import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cifar_lightning.errors import UserError, remark
+from cifar_lightning.errors import UserError, remark, silenced
 from cifar_lightning.formatting import clipped
 from cifar_lightning.models.registry import torchvision_name
 from cifar_lightning.models.state_dicts import describe_misfits, without_wrappers
@@ -197,24 +195,12 @@ def _published_by_timm(own_name: str, architecture: Mapping[str, Any]) -> tuple[
     address = config.hf_hub_id or config.url
     remark(f"--model.pretrained true: timm downloads {address} unless it is cached.")
     try:
-        # timm itself interpolates position embeddings.
-        with _without_retry_warnings():
+        # timm itself interpolates position embeddings. huggingface_hub logs two lines per retry.
+        with silenced("huggingface_hub"):
             model = create_timm(own_name, **arguments, pretrained=True)
     except Exception as error:  # as in published_weights
         raise _download_error(f"timm/{own_name}", error, address) from error
     return model.state_dict(), Normalization(tuple(config.mean), tuple(config.std))
-
-
-@contextlib.contextmanager
-def _without_retry_warnings() -> Iterator[None]:
-    """Silence huggingface_hub's two lines per retry; the final error is still raised."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _download_error(name: str, error: Exception, address: str | None) -> UserError:

@@ -1,7 +1,6 @@
 """Models by name: the table `MODELS`, and `build_model`. Every model returns raw logits."""
 
 import contextlib
-import difflib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import clipped
+from cifar_lightning.formatting import clipped, suggest
 from cifar_lightning.models.resnets import PreActResNet, WideResNet
 from cifar_lightning.models.smallnet import SmallNet
 from cifar_lightning.models.speednet import SpeedNet
@@ -195,6 +194,4 @@ def _suggestion(name: str) -> str:
     if not is_of_library:
         known |= {other: other for other in MODELS}
     sought = own_name if slash else library
-    near = difflib.get_close_matches(sought, known, n=3, cutoff=0.75) or difflib.get_close_matches(sought, known, n=1)
-    names = [known[other] for other in near]
-    return f" Did you mean {' or '.join([', '.join(names[:-1]), names[-1]] if names[1:] else names)}?" if names else ""
+    return suggest(sought, known)

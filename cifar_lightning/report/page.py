@@ -22,7 +22,7 @@ from cifar_lightning import formatting
 from cifar_lightning.formatting import percent, plural, printable, unbroken
 from cifar_lightning.report.charts import classes_figure, confidence_figure, curves_figure, reliability_figure
 from cifar_lightning.report.figures import MAX_CLASSES_WITH_NUMBERS, confusion_figure, figure_to_svg, themed
-from cifar_lightning.settings.roles import AUGMENTATION_SHOWN, NOT_AUGMENTATION, READ_BY
+from cifar_lightning.settings.roles import READ_BY, augmentations, switched_on
 
 TEMPLATES = Path(__file__).parent
 _FILTERS = ("percent", "span", "points", "points_span", "decimal", "count", "images", "pvalue", "duration")
@@ -128,58 +128,42 @@ def _image_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> Markup:
 def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return settings, data and environment of a run as label and text; unknown ones are left out."""
     config, split, environment = run["config"], run["split"], run["environment"]
-    model, data, trainer = (config.get(part) or {} for part in ("model", "data", "trainer"))
-    sizes, versions = split.get("sizes") or {}, environment.get("versions") or {}
-    more_augmentation = [name for name in data if name not in NOT_AUGMENTATION]
-    learning = ("lr", *READ_BY.get(str(model.get("optimizer")), ()), "label_smoothing", "schedule", "tta")
+    model, data, trainer = (config.get(group) or {} for group in ("model", "data", "trainer"))
     lengths = [name for name in ("max_epochs", "max_steps") if trainer.get(name) != -1]
-    # Settings that are off by default are listed only if they are on.
-    of_data = _listed_if_on(data, ("limit", "class_weights", "sampler"))
-    of_images = _listed_if_on(data, more_augmentation) + _listed_if_on(model, ("mixup", "cutmix"))
-    of_model = _listed_if_on(model, ("pct_start", "ema_decay", "pretrained"))
-    resumed = environment.get("resumed") or []
-    commit = environment.get("commit")
-    changed = ", with uncommitted changes" if environment.get("dirty") else ""
-    facts: list[tuple[str, Any]] = [
-        ("Model", " ".join(str(part) for part in (model.get("name"), model.get("model_kwargs") or "") if part)),
-        ("Optimizer", _named(model, "optimizer", learning) + of_model),
-        (
-            "Training",
-            _listed(trainer, (*lengths, "precision")) + _listed(data, ("batch_size",), before=", ") + of_data,
-        ),
-        ("Augmentation", _listed(data, AUGMENTATION_SHOWN) + of_images),
-        ("Seeds", f"training {config.get('seed_everything')}, split {split.get('seed')}" if config else ""),
-        ("Data set", split.get("dataset")),
-        ("Split", ", ".join(f"{number:,} {part}" for part, number in sizes.items())),
-        ("Validation split", _val_origin(split)),
-        ("SHA-256 of the test images", (split.get("sha256") or {}).get("test")),
-        ("Device", _named(environment, "device", ("num_devices", "precision", "num_threads"))),
-        ("Machine", ", ".join(str(environment[key]) for key in ("cpu", "platform") if environment.get(key))),
-        ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items() if number)),
-        ("Commit", f"{commit}{changed}" if commit else ""),
-        ("Resumed", plural(len(resumed), "time") if resumed else ""),
+    read = ("lr", *READ_BY.get(str(model.get("optimizer")), ()), "label_smoothing", "schedule", "tta")
+    changed = "with uncommitted changes" if environment.get("dirty") else None
+    of_weights = switched_on(model, ("pct_start", "ema_decay", "pretrained"))
+    of_data = switched_on(data, ("limit", "class_weights", "sampler"))
+    mixes = switched_on(model, ("mixup", "cutmix"))
+    num_resumed = len(environment.get("resumed") or [])
+    facts: list[tuple[str, list[Any]]] = [
+        ("Model", [model.get("name"), model.get("model_kwargs")]),
+        ("Optimizer", [model.get("optimizer"), *_given(model, read), *of_weights]),
+        ("Training", [*_given(trainer, (*lengths, "precision")), *_given(data, ("batch_size",)), *of_data]),
+        ("Augmentation", [*augmentations(data), *_given(data, ("train_sizes",)), *mixes]),
+        ("Seeds", [f"training {config.get('seed_everything')}, split {split.get('seed')}"] if config else []),
+        ("Data set", [split.get("dataset")]),
+        ("Split", [f"{number:,} {name}" for name, number in (split.get("sizes") or {}).items()]),
+        ("Validation split", [_val_origin(split)]),
+        ("SHA-256 of the test images", [(split.get("sha256") or {}).get("test")]),
+        ("Device", [environment.get("device"), *_given(environment, ("num_devices", "precision", "num_threads"))]),
+        ("Machine", [environment.get("cpu"), environment.get("platform")]),
+        ("Versions", [f"{name} {number}" for name, number in (environment.get("versions") or {}).items() if number]),
+        ("Commit", [environment["commit"], changed] if environment.get("commit") else []),
+        ("Resumed", [plural(num_resumed, "time")] if num_resumed else []),
     ]
-    return [(name, str(value)) for name, value in facts if value]
+    texts = ((label, ", ".join(str(item) for item in items if item)) for label, items in facts)
+    return [(label, text) for label, text in texts if text]
+
+
+def _given(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [f"{name} {values[name]}" for name in names if values.get(name) is not None]
 
 
 def _val_origin(split: Mapping[str, Any]) -> str:
     if split.get("val_from") == "train":
         return f"{percent(split.get('val_fraction'), 0)} of the training images, stratified by class"
     return str(split.get("val_from") or "")
-
-
-def _named(values: Mapping[str, Any], name: str, others: Sequence[str]) -> str:
-    return ", ".join(text for text in (str(values.get(name) or ""), _listed(values, others)) if text)
-
-
-def _listed(values: Mapping[str, Any], names: Sequence[str], before: str = "") -> str:
-    known = [f"{name} {values[name]}" for name in names if values.get(name) is not None]
-    return before + ", ".join(known) if known else ""
-
-
-def _listed_if_on(values: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return the values that are not 0, false or "none", as the continuation of a list."""
-    return "".join(f", {name} {values[name]}" for name in names if values.get(name) not in (None, 0, "none"))
 
 
 def reproduction_of(run: Mapping[str, Any]) -> str:

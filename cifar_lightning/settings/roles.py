@@ -1,5 +1,8 @@
 """Roles of settings: what an optimizer reads, what a resumed run may change, what the report shows."""
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 READ_BY = {
     "adamw": ("weight_decay",),
     "sgd": ("sgd_momentum", "weight_decay"),
@@ -57,10 +60,7 @@ PLANS_SCHEDULE = {
 }
 """Settings that the learning rates of later steps depend on. Momentum and decay follow no schedule."""
 
-# -- report -----------------------------------------------------------------------------------------------------------
-
-AUGMENTATION_SHOWN = ("train_sizes", "crop_padding_px", "flip", "cutout_px", "brightness", "contrast")
-"""Settings of the data that the report lists under Augmentation, on or off."""
+# -- report and TensorBoard -------------------------------------------------------------------------------------------
 
 NOT_AUGMENTATION = {
     "dataset",
@@ -74,9 +74,19 @@ NOT_AUGMENTATION = {
     "num_workers",
     "seed",
     "eval_batch_size",
+    "train_sizes",
     "crop_mode",
     "drop_last",
     "device",
-    *AUGMENTATION_SHOWN,
 }
-"""Settings of the data that the report does not list where they are on; it lists every other one."""
+"""Settings of the data that do not change training images at random; every other one does."""
+
+
+def augmentations(data: Mapping[str, Any]) -> list[str]:
+    """Return name and value of the random augmentations that are on."""
+    return switched_on(data, (name for name in data if name not in NOT_AUGMENTATION))
+
+
+def switched_on(settings: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return name and value of the settings that are not 0, false or "none"."""
+    return [f"{name} {settings[name]}" for name in names if settings.get(name) not in (None, 0, "none")]

@@ -7,12 +7,10 @@ depend on it.
 import contextlib
 import copy
 import io
-import logging
 import math
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,7 +19,7 @@ import torch
 from lightning.pytorch.tuner.tuning import Tuner
 
 from cifar_lightning.data.datamodule import ImageDataModule
-from cifar_lightning.errors import UserError
+from cifar_lightning.errors import UserError, silenced
 from cifar_lightning.files import write_bytes_durably, write_json
 from cifar_lightning.optim.optimizers import OptimizerSettings
 from cifar_lightning.report.figures import figure_to_png, lr_range_figure
@@ -80,7 +78,14 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
         whiten(stem, data)
     if settings.name == "muon":
         _keep_ratios(tuned)
-    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder, _quiet():
+    bar = sys.stderr if sys.stderr.isatty() else io.StringIO()  # without a terminal the bar writes a line a step
+    with (
+        torch.random.fork_rng(),
+        tempfile.TemporaryDirectory() as folder,
+        silenced("lightning.pytorch"),  # it logs the checkpoint that it restores
+        contextlib.redirect_stderr(bar),
+        warnings.catch_warnings(action="ignore"),
+    ):
         trainer = pl.Trainer(**{**trainer_settings, **quiet, "default_root_dir": folder})
         if trainer.world_size > 1:
             raise UserError("the LR finder runs in one process: tune with --trainer.devices 1, then give --lr.")
@@ -121,18 +126,3 @@ def _keep_ratios(module: ImageClassifier) -> None:
         return made
 
     object.__setattr__(module, "configure_optimizers", configured)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Lightning's messages about a restored checkpoint, and its bar without a terminal."""
-    library = logging.getLogger("lightning.pytorch")
-    level = library.level
-    library.setLevel(logging.ERROR)
-    stderr = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    with contextlib.redirect_stderr(stderr), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            library.setLevel(level)

@@ -6,6 +6,13 @@ import torch
 from jsonargparse import Namespace
 
 
+def default_precision(on_cuda: bool) -> tuple[str, str]:
+    """Return the precision where none is given, and why."""
+    if on_cuda:
+        return "16-mixed", "the GPU is faster in half precision"
+    return "32-true", "half precision is slower on most CPUs"
+
+
 def settle_precision(trainer: Namespace) -> None:
     """Set precision and cuDNN's benchmark mode by device where they are not given.
 
@@ -19,7 +26,7 @@ def settle_precision(trainer: Namespace) -> None:
     if on_cuda:
         torch.set_float32_matmul_precision("high")  # TF32 for float32 matmuls
     if trainer.precision is None:
-        trainer.precision = "16-mixed" if on_cuda else "32-true"
+        trainer.precision, _ = default_precision(on_cuda)
     elif not on_cuda and (needed := _needed_for(str(trainer.precision))):
         print(f"--trainer.precision {trainer.precision} needs {needed}: using 32-true.", file=sys.stderr)
         trainer.precision = "32-true"

@@ -20,13 +20,13 @@ from cifar_lightning.metrics.classification import per_class
 from cifar_lightning.report.figures import confusion_figure, figure_to_array, images_figure
 from cifar_lightning.report.gallery import rank_images
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.settings.roles import augmentations
 from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.module import Batch
 
 MAX_DRAWINGS = 20  # per run; one takes about a second on a CPU core
 _NUM_KEPT = 10_000  # predictions of a validation that is drawn
 _BATCH_SHOWN = 32  # images of the first batch
-_OFF = (None, 0, "none")  # values that switch a setting off
 _MISTAKES_SHOWN = 16
 _CURVES_SHOWN = 20  # PR curves, of the first classes
 
@@ -203,19 +203,17 @@ def hyperparameters_of(config: Mapping[str, Any]) -> dict[str, bool | str | floa
     TensorBoard sorts them by name and shows the first five.
     """
     model, data, trainer = (config.get(group) or {} for group in ("model", "data", "trainer"))
-    names = ("crop_padding_px", "flip", "cutout_px", "brightness", "contrast", "policy", "erasing")
-    augmentations = [f"{name} {data[name]}" for name in names if data.get(name) not in _OFF]
     of_model = ("label_smoothing", "lr", "optimizer", "pct_start", "schedule", "sgd_lr", "weight_decay")
-    extras = [name for name in ("cutmix", "ema_decay", "mixup") if model.get(name) not in _OFF]
     values = {
         "batch_size": data.get("batch_size"),
         "epochs": trainer.get("max_epochs"),
         "model": model.get("name"),
         "dataset": data.get("dataset"),
         "precision": trainer.get("precision"),
-        "random_augmentation": ", ".join(augmentations) or None,
+        "random_augmentation": ", ".join(augmentations(data)) or None,
         "seed": config.get("seed_everything"),
-        **{name: model.get(name) for name in (*of_model, *extras)},
+        **{name: model.get(name) for name in of_model},
+        **{name: model.get(name) or None for name in ("cutmix", "ema_decay", "mixup")},  # 0 is off
     }
     return {
         name: value if isinstance(value, bool | str | float | int) else str(value)

@@ -1,123 +1,147 @@
-"""Each thing that can be wrong with a machine is named with its mend; nothing that is broken breaks the doctor."""
+"""Each problem of a machine is listed with what to do; nothing that is broken stops the doctor."""
 
 import importlib.metadata
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cifar_lightning.cli import doctor
-from cifar_lightning.cli.doctor import Facts, Gpu, choices, describe, problems
 from cifar_lightning.data.download import ARCHIVES
 
-EXTRAS = dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "safetensors", "timm"), "1.0")
-VERSIONS = {"torch": "2.15.0", "torchvision": "0.29.2", "lightning": "2.6.6", "torchmetrics": "1.9.0", **EXTRAS}
-GPU = Gpu("NVIDIA H200", 150e9, "9.0")
+
+@pytest.fixture(autouse=True)
+def sound_machine(monkeypatch):
+    """Without problems and without a GPU, whatever this machine has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_nvidia_driver", lambda: "")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e11))
 
 
-def machine(**facts):
-    """A machine where nothing is wrong, but for what is given."""
-    return Facts(**{"versions": VERSIONS, "data": ("cifar10 in data",), "num_threads": 2, **facts})
+@pytest.fixture
+def root(tmp_path):
+    """Where CIFAR-10 lies."""
+    (tmp_path / ARCHIVES["cifar10"].folder).mkdir()
+    return tmp_path
 
 
-def test_a_sound_machine_has_nothing_to_mend():
-    assert problems(machine()) == ([], [])
-    assert problems(machine(gpus=(GPU,), cuda_build="13.0", driver="580.1", driver_cuda=(13, 0))) == ([], [])
+def row(found, label):
+    return [text for name, text in found.rows if name == label]
 
 
-@pytest.mark.parametrize(
-    ("facts", "stops", "expected"),
-    [
-        ({"driver": "580.1", "driver_cuda": (13, 0)}, False, "--index-url https://download.pytorch.org/whl/cu130"),
-        ({"driver": "560.1", "driver_cuda": (12, 7)}, False, "--index-url https://download.pytorch.org/whl/cu126"),
-        ({"driver": "unknown"}, False, "built for CPUs alone: pip install --force-reinstall torch torchvision"),
-        ({"driver": "560.1", "driver_cuda": (12, 8), "cuda_build": "13.0"}, False, "whl/cu128"),
-        ({"driver": "580.1", "driver_cuda": (13, 0), "cuda_build": "13.2"}, False, "CUDA_VISIBLE_DEVICES"),
-        ({"torch_error": "operator torchvision::nms does not exist"}, True, "different builds: pip install"),
-        ({"torch_error": "libcudart.so: not found"}, True, "torch cannot be imported (libcudart.so: not found): pip"),
-        ({"outdated": ("torch 2.1.0, >=2.10 is needed",)}, True, "torch 2.1.0, >=2.10 is needed: pip install -U"),
-        ({"disk_bytes": 1e7}, True, "little disk"),
-        ({"shared_bytes": 6.4e7}, False, "--shm-size"),
-        ({"data": ()}, False, "python train.py download"),
-        ({"versions": {**VERSIONS, "onnx": None}}, False, "cifar-lightning[export,timm]"),
-    ],
-)
-def test_what_is_wrong_is_named_with_its_mend(facts, stops, expected):
-    stopping, hints = problems(machine(**facts))
-    (text,) = stopping + hints
-    assert expected in text
-    assert bool(stopping) is stops
+def plug_in_gpu(monkeypatch, free_bytes=100e9):
+    gpu = SimpleNamespace(name="NVIDIA H200", total_memory=150e9, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 150e9))
 
 
-def test_what_is_there_is_shown():
-    rows = describe(machine(gpus=(GPU,), cuda_build="13.0", cudnn="91002", driver="580.1", driver_cuda=(13, 0)))
-    text = "\n".join(f"{label} {line}" for label, line in rows)
-    for part in ("NVIDIA H200, 150 GB, compute capability 9.0", "built for CUDA 13.0", "580.1, runs CUDA up to 13.0"):
-        assert part in text
-    assert "GPU none that torch can use" in "\n".join(f"{label} {line}" for label, line in describe(machine()))
+def test_a_sound_machine_has_nothing_to_fix(root):
+    found = doctor.look(root)
+    assert (found.stopping, found.hints) == ([], [])
+    assert row(found, "GPU") == ["none that torch can use"]
+    assert row(found, "torch") == [importlib.metadata.version("torch")]
 
 
-def test_the_choices_are_those_of_fit_with_reasons():
-    on_cpu, on_gpu = dict(choices(machine(), 128)), dict(choices(machine(gpus=(GPU,)), 128))
-    assert on_cpu["precision"].startswith("32-true: ")
-    assert on_gpu["precision"].startswith("16-mixed: ")
-    assert on_cpu["workers"].startswith("0: ")
-    assert dict(choices(machine(free_bytes=2e8), 128))["workers"].startswith("2: ")
-    assert on_gpu["batch size"].startswith("128: ")
+def test_small_disk_stops_and_small_shared_memory_does_not(root, monkeypatch):
+    def usage(path):
+        return SimpleNamespace(free=6.4e7 if Path(path) == small else 1e11)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    small = root
+    (text,) = doctor.look(root).stopping
+    assert "--run_dir" in text
+    if Path("/dev/shm").exists():
+        small = Path("/dev/shm")
+        found = doctor.look(root)
+        assert found.stopping == []
+        assert "--shm-size" in found.hints[0]
+
+
+def test_a_driver_without_a_usable_gpu_is_a_hint(root, monkeypatch):
+    monkeypatch.setattr(doctor, "_nvidia_driver", lambda: "580.1, runs CUDA up to 13.0")
+    (text,) = doctor.look(root).hints
+    assert "580.1" in text
+    assert "CUDA_VISIBLE_DEVICES" in text
+    plug_in_gpu(monkeypatch)
+    assert doctor.look(root).hints == []
+
+
+def test_choices_are_those_of_fit(root, monkeypatch):
+    monkeypatch.setattr("cifar_lightning.data.memory.free_host_bytes", lambda: 8e9)
+    on_cpu = doctor.look(root)
+    plug_in_gpu(monkeypatch)
+    on_gpu = doctor.look(root)
+    assert row(on_cpu, "precision")[0].startswith("32-true: ")
+    assert row(on_gpu, "precision")[0].startswith("16-mixed: ")
+    assert row(on_gpu, "GPU") == ["NVIDIA H200, 150 GB, compute capability 9.0"]
+    assert row(on_cpu, "workers")[0].startswith("0: ")
+    assert row(on_gpu, "workers")[0].startswith("0: ")
+    plug_in_gpu(monkeypatch, free_bytes=2e8)
+    monkeypatch.setattr("cifar_lightning.data.memory.usable_cpus", lambda: 1)
+    assert row(doctor.look(root), "workers")[0].startswith("1: ")
 
 
 def test_data_is_found_in_every_form(tmp_path):
-    assert doctor._look_at_data(tmp_path) == []
+    def found():
+        return row(doctor.look(tmp_path), "data")
+
+    assert found() == ["none found"]
+    assert "python train.py download" in doctor.look(tmp_path).hints[0]
     archive = ARCHIVES["cifar10"]
     (tmp_path / f"{archive.filename}.part").write_bytes(bytes(17_049_807))
-    assert "half downloaded (10%)" in doctor._look_at_data(tmp_path)[0]
+    assert "half downloaded (10%)" in found()[0]
     (tmp_path / archive.filename).touch()
-    assert "unpacked by the first fit" in doctor._look_at_data(tmp_path)[0]
+    assert "unpacked by the first fit" in found()[0]
     (tmp_path / archive.folder).mkdir()
     (tmp_path / "train").mkdir()
     (tmp_path / "test").mkdir()
-    found = doctor._look_at_data(tmp_path)
-    assert found[0] == f"cifar10 in {tmp_path / archive.folder}"
-    assert "--data.dataset folder" in found[1]
+    assert found()[0] == f"cifar10 in {tmp_path / archive.folder}"
+    assert "--data.dataset folder" in found()[1]
 
 
-def test_a_driver_is_read_from_nvidia_smi(tmp_path, monkeypatch):
+def test_outdated_and_missing_packages_are_listed(root, monkeypatch):
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "onnx":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "2.5.0" if name == "lightning" else real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = doctor.look(root)
+    (text,) = found.stopping
+    assert text.startswith("lightning 2.5.0, <2.7,>=2.6.6 is needed: pip install")
+    assert "cifar-lightning[export,timm]" in found.hints[0]
+
+
+def run_doctor(tmp_path, code):
+    code = f"from cifar_lightning.cli import doctor; {code}"
+    return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+
+def test_the_driver_is_read_from_nvidia_smi(tmp_path, monkeypatch):
     fake = tmp_path / "nvidia-smi"
     fake.write_text("#!/bin/sh\necho '| NVIDIA-SMI 580.65  Driver Version: 580.65  CUDA Version: 13.0 |'\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert doctor._look_at_driver() == ("580.65", (13, 0))
+    assert run_doctor(tmp_path, "print(doctor._nvidia_driver())").stdout == "580.65, runs CUDA up to 13.0\n"
     fake.write_text("#!/bin/sh\nexit 9\n")
-    assert doctor._look_at_driver() == (None, None) or Path("/proc/driver/nvidia").exists()
+    found = run_doctor(tmp_path, "print(doctor._nvidia_driver())").stdout.strip()
+    assert bool(found) == Path("/proc/driver/nvidia/version").exists()
 
 
-def test_requirements_are_read_from_the_installed_project(monkeypatch):
-    real = importlib.metadata.version
-    assert doctor._look_at_requirements() == []
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.5.0" if name == "lightning" else real(name))
-    assert doctor._look_at_requirements() == ["lightning 2.5.0, <2.7,>=2.6.6 is needed"]
-
-
-def run_doctor(tmp_path, monkeypatch):
-    code = "from cifar_lightning.cli.doctor import examine; print('problems', examine(batch_size=128))"
-    return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-
-
-def test_on_this_machine_the_versions_are_the_installed_ones(tmp_path, monkeypatch):
-    done = run_doctor(tmp_path, monkeypatch)
+@pytest.mark.parametrize("module", ["torch", "torchvision"])
+def test_a_broken_torch_is_reported_with_the_rest(tmp_path, monkeypatch, module):
+    (tmp_path / f"{module}.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    done = run_doctor(tmp_path, "print('problems', doctor.examine(batch_size=128))")
     assert done.returncode == 0, done.stderr
-    for name in ("torch", "lightning"):
-        assert f"{importlib.metadata.version(name)}" in done.stdout
-    assert "python train.py download" in done.stdout
-    assert "problems 0" in done.stdout
-
-
-def test_a_broken_torch_is_reported_beside_the_rest(tmp_path, monkeypatch):
-    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    done = run_doctor(tmp_path, monkeypatch)
-    assert done.returncode == 0, done.stderr
-    assert "torch cannot be imported (libcudart.so.13: cannot open shared object file)" in done.stdout
+    assert "(libcudart.so.13: cannot open shared object file): pip install" in done.stdout
     assert "problems 1" in done.stdout
     assert "memory" in done.stdout

@@ -96,6 +96,7 @@ def test_a_reader_that_stops_early_is_no_error():
         (["fit", "runs"], "fit takes no argument 'runs'"),
         (["fti"], "Did you mean fit?"),
         (["test"], "give a run folder, or --ckpt_path"),
+        (["validate", "--ckpt_path", "null"], "give a run folder, or --ckpt_path"),
         (["predict", "--data.dataset", "synthetic"], "give a run folder"),
         (["test", "nowhere"], "there is no such folder"),
         (["test", "."], "is not a run folder"),

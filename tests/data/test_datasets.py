@@ -146,7 +146,7 @@ def test_an_unknown_name_lists_the_allowed_and_suggests_the_nearest():
     with pytest.raises(UserError) as caught:
         open_source("cifra10", "data")
     assert all(name in str(caught.value) for name in ("--data.dataset", "cifra10", *DATASETS))
-    assert "did you mean cifar10?" in str(caught.value)
+    assert "Did you mean cifar10?" in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "size"), [("cifar10", 64), ("cifar100", 0), ("synthetic", 8), ("folder", 0)])

@@ -114,7 +114,7 @@ def quick(place, monkeypatch):
 
     monkeypatch.setattr(download, "_download_archive", no_network)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)  # no remark, whatever the machine
-    monkeypatch.setattr(doctor, "look", lambda root: doctor.Facts())
+    monkeypatch.setattr(doctor, "look", lambda root: doctor.Findings())
     for module in (report, fit, evaluate):
         monkeypatch.setattr(module, "make_report", lambda *arguments: None)
     for stage in ("train", "evaluate_best_checkpoint", "report_test"):
