@@ -16,8 +16,8 @@ from cifar_lightning.metrics.classification import confusion_matrix
 from cifar_lightning.metrics.significance import holm, mcnemar_test, poisson_binomial_test
 from cifar_lightning.report import insights
 
-SIZES = (1, 2, 5, 10, 30, 100, 300, 1000)
-CLASSES = (2, 10, 30)
+SIZES = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
+CLASSES = (2, 3, 10, 30)
 NUM_DRAWS = 1000
 _NUM_SHUFFLES = 99  # for each simulated test set: the level of the test does not depend on it
 

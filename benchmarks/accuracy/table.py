@@ -1,4 +1,4 @@
-"""Tables of README and docs (results, faults, models, ablations), made from `benchmarks/results/*.json`.
+"""Tables of README and docs, made from `benchmarks/results/*.json`: results, faults, models, ablations, false insights.
 
 python -m benchmarks.accuracy.table            print them
 python -m benchmarks.accuracy.table --write    write them between the markers of the pages
@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.accuracy.ablations import BASE, SUITES, differences, verdict
+from benchmarks.accuracy.insight_rates import FINDINGS, NOT_BY_CLASS
 from benchmarks.accuracy.record import comparable
 
 # Table: the page that holds it, between two comments with its name.
@@ -19,6 +20,7 @@ PAGES_OF = {
     "faults": ROOT / "docs" / "faults.md",
     "models": ROOT / "docs" / "models.md",
     "ablations": ROOT / "docs" / "training.md",
+    "insight_rates": ROOT / "docs" / "report.md",
 }
 
 # Row: model and data, config (and name of its results file).
@@ -48,6 +50,7 @@ def tables() -> dict[str, str]:
         "faults": faults_table(),
         "models": models_table(),
         "ablations": ablations_table(),
+        "insight_rates": insight_rates_table(),
     }
 
 
@@ -209,6 +212,30 @@ def ablations_table() -> str:
                 rows.append(f"| {setting} | {given} | {verdict(points, lines[0]['num_images'])} |")
         rows.append("")
     return "\n".join(rows).rstrip()
+
+
+def insight_rates_table() -> str:
+    """Return how often each insight is false in simulated test sets, by number of classes and of images."""
+    path = RESULTS / "insight_rates.json"
+    if not path.exists():
+        return "`python -m benchmarks.accuracy.insight_rates`: not measured."
+    found = json.loads(path.read_text(encoding="utf-8"))
+    by_row: dict[tuple[str, int], dict[int, float]] = {}
+    for one in found["rates"]:
+        by_row.setdefault((one["finding"], one["classes"]), {})[one["images"]] = one["rate"]
+    sizes = sorted({size for rates in by_row.values() for size in rates})
+    largest = max(one["rate"] for one in found["rates"])
+    rows = [
+        f"`python -m benchmarks.accuracy.insight_rates`: {found['num_draws']:,} test sets each, so that the standard "
+        f"error of 5 % is {100 * found['standard_error']:.1f} %. The largest rate is {100 * largest:.1f} %.",
+        "",
+        "| false, % of test sets of n images | classes |" + "".join(f" n={size:,} |" for size in sizes),
+        "| --- | --- |" + " ---: |" * len(sizes),
+    ]
+    for (name, num_classes), rates in by_row.items():
+        cells = "".join(f" {100 * rates[size]:.1f} |" for size in sizes)
+        rows.append(f"| {FINDINGS[name][0]} | {'any' if name in NOT_BY_CLASS else num_classes} |{cells}")
+    return "\n".join(rows)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Images of the fault rows: generated class folders, and damaged, unusual and malicious files."""
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Iterable
@@ -25,8 +26,6 @@ def draw_class_folders(root: Path, *, num_train: int, num_test: int, num_classes
 
 def small_set(root: Path, names: Iterable[str | bytes] = ("ant", "bee", "cat")) -> Path:
     """Write a small set: 20 training and 5 test images of each class."""
-    import os
-
     for split, count in (("train", 20), ("test", 5)):
         for number, name in enumerate(names):
             folder = os.path.join(os.fsencode(root), split.encode(), os.fsencode(name))
@@ -75,6 +74,32 @@ def odd_images() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
         "odd_large.png": (encoded(Image.new("RGB", (120, 61), (9, 8, 7))), (9, 8, 7)),
         "odd_small.png": (encoded(Image.new("RGB", (3, 5), (90, 80, 70))), (90, 80, 70)),
     }
+
+
+def nested_eps() -> bytes:
+    """Return an IPTC file with an EPS inside, which Pillow would pass to Ghostscript."""
+    fields = {(3, 60): b"\1\0", (3, 20): b"\0\x08", (3, 30): b"\0\x08", (3, 120): b"\0\1"}
+    fields[8, 10] = encoded(Image.new("RGB", (8, 8), "red"), "EPS")
+    return b"".join(bytes((0x1C, *tag)) + struct.pack(">H", len(data)) + data for tag, data in fields.items())
+
+
+def recorded_ghostscript(folder: Path) -> tuple[dict[str, str], Path]:
+    """Write a program `gs` that records its calls; return the environment that finds it first, and the record."""
+    program, calls = folder / "bin" / "gs", folder / "calls"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/bin/sh\necho called >> '{calls}'\n")
+    program.chmod(0o755)
+    return {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}, calls
+
+
+def damaged_fax() -> bytes:
+    """Return a group-4 TIFF with overwritten pixels: libtiff prints an error, and Pillow returns an image."""
+    pixels = np.random.default_rng(0).integers(0, 2, (64, 64)).astype(bool)
+    data = bytearray(encoded(Image.fromarray(pixels), "TIFF", compression="group4"))
+    with Image.open(io.BytesIO(data)) as image:
+        offset, length = image.tag_v2[273][0], image.tag_v2[279][0]
+    data[offset + 20 : offset + length] = np.random.default_rng(0).bytes(length - 20)
+    return bytes(data)
 
 
 def bomb(side: int = 20_000) -> bytes:

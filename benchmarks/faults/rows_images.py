@@ -1,16 +1,28 @@
-"""Rows 22 to 25 and 37: faulty class folders and images, and outdated caches."""
+"""Rows 22 to 25, 37 and 42 to 44: faulty class folders and images, and outdated caches."""
 
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.faults.bench import Trial, row
-from benchmarks.faults.images import bomb, damaged_images, encoded, odd_images, small_set
+from benchmarks.faults.bench import Trial, row, wait_for
+from benchmarks.faults.images import (
+    bomb,
+    damaged_fax,
+    damaged_images,
+    encoded,
+    nested_eps,
+    odd_images,
+    recorded_ghostscript,
+    small_set,
+)
 from benchmarks.faults.judge import Done, load
 
 _SETTINGS = {"epochs": 1, "batch_size": 18, "workers": 0}
+_MORE_MB = 300  # of memory for images of a million pixels: 24 MB as RGB, and room for chance
 _CACHE = Path(".cifar_lightning_cache", "train-16.npy")
 
 
@@ -108,3 +120,58 @@ def old_cache(trial: Trial) -> str:
     one, other = (load(trial.subject.last(trial.place / f"{name}_data"))["state_dict"] for name in ("older", "cut"))
     trial.expect(all(one[name].equal(other[name]) for name in one), "the weights differ")
     return "detected, reported and rebuilt"
+
+
+@row(42, "images of extreme aspect, 1,000,000 x 1")
+def extreme_aspect(trial: Trial) -> str:
+    """Training with them must take little more memory than without."""
+    data = small_set(trial.place / "data")
+    without = _peak_mb(trial, data, "without")
+    for name, size in (("wide", (1_000_000, 1)), ("tall", (1, 1_000_000))):
+        Image.new("L", size, 90).save(data / "train" / "bee" / f"{name}.png")
+    more = _peak_mb(trial, data, "with") - without
+    trial.expect(more < _MORE_MB, f"{more:,.0f} MB more than without them")
+    return f"{max(0, more):.0f} MB more than without them"
+
+
+def _peak_mb(trial: Trial, data: Path, name: str) -> float:
+    """Train; return the most memory that the program and its workers took together."""
+    process = trial.bench.start(
+        trial.subject.fit(data, trial.place / name, **_SETTINGS), cwd=trial.place / f"in_{name}"
+    )
+    most = 0
+
+    def sample() -> bool:
+        nonlocal most
+        pages = 0
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended
+                if os.getpgid(int(folder.name)) == process.pid:
+                    pages += int((folder / "statm").read_text().split()[1])
+        most = max(most, pages)
+        return False
+
+    wait_for(sample, process)
+    trial.worked(name, trial.bench.wait(process))
+    return most * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@row(43, "an image that holds a program's language: EPS in IPTC")
+def nested_program(trial: Trial) -> str:
+    """A recording `gs` is the first in PATH; it must not be started."""
+    env, calls = recorded_ghostscript(trial.place)
+    data = small_set(trial.place / "data")
+    (data / "train" / "bee" / "bad_nested.jpg").write_bytes(nested_eps())
+    done = trial.run(trial.subject.fit(data, trial.place / "run", **_SETTINGS), env=env)
+    trial.refused("EPS in IPTC", done, "bad_nested.jpg")
+    trial.expect(not calls.exists(), "Ghostscript was started")
+    return "nothing started, file named"
+
+
+@row(44, "a damaged image that a C library reports by a message alone")
+def only_a_message(trial: Trial) -> str:
+    """A group-4 TIFF, for which libtiff prints an error and Pillow returns pixels."""
+    data = small_set(trial.place / "data")
+    (data / "train" / "bee" / "bad_fax.tif").write_bytes(damaged_fax())
+    trial.refused("group-4 TIFF", _fit(trial, data), "bad_fax.tif")
+    return "refused, file named"

@@ -44,7 +44,7 @@ THEMES = (
     rows_processes,
     rows_training,
 )
-NUM_ROWS = 38
+NUM_ROWS = max(ROWS)
 CONTROL = 14
 _CLIPPED = 160  # characters of one fault
 

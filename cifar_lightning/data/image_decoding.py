@@ -7,7 +7,9 @@ The rules (raise `RULES` when they change: caches depend on it):
 - the shorter side is resized to `image_size` (bicubic, antialiased) and the centre square cropped, on the grid of the
   image's original size also where a large JPEG is decoded at 1/2, 1/4 or 1/8. Only the part that the square needs is
   converted and resized, so that memory is bounded by the file's pixels and `image_size`. A square image of that size
-  keeps every bit;
+  keeps every bit. Images of up to 4:1 are resized and then cropped, longer ones cropped first. Cropping all of them
+  first would change the results of earlier runs: Pillow rounds between its two passes, whose order depends on the size;
+  the difference is at most 22 of 255 in noise, 0.4 on average;
 - transparency is composited on white, unless alpha is 0 everywhere: it is then unused and the colours count; CMYK,
   palette, gray and 1-bit images are converted to RGB by Pillow;
 - 16-bit and 12-bit gray keep their high byte; images of signed samples, of 32 bits and of floating point are refused,
@@ -21,6 +23,7 @@ reads in Python. Images of more than `MAX_PIXELS` are refused before a pixel is 
 """
 
 import functools
+import logging
 import math
 import multiprocessing
 import os
@@ -91,6 +94,9 @@ _CONSTANT = "have one colour everywhere"
 
 Decode = Callable[[str, int, list[str]], np.ndarray]
 Unreadable = tuple[int, str]  # index of an image, and why it cannot be read
+Remarks = dict[str, tuple[int, int]]  # what is unusual: number of images, and the index of the first
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # Python prints errors without a handler to stderr
 
 
 def decode_image(path: str, image_size: int, remarks: list[str] | None = None) -> np.ndarray:
@@ -392,10 +398,8 @@ def _set_pillow_warnings() -> None:
 
 def decode_all(
     paths: Sequence[str], image_size: int, out: Path | np.ndarray, decode: Decode = decode_image
-) -> list[Unreadable]:
+) -> tuple[list[Unreadable], Remarks]:
     """Decode images in worker processes into `out`, with a progress bar on a terminal's stderr or a line on stdout.
-
-    Remarks on unusual images are printed to stdout.
 
     Args:
         paths: Files to decode.
@@ -404,7 +408,7 @@ def decode_all(
         decode: Decodes one image, or raises `UserError` if it cannot. Workers import it by name.
 
     Returns:
-        Index and reason for each image that cannot be read, sorted by index.
+        Index and reason for each image that cannot be read, sorted by index; what is unusual about others.
 
     Raises:
         UserError: A worker process died. The message names the images that it was decoding.
@@ -428,11 +432,18 @@ def decode_all(
             ) from error
     if len(paths) >= _LOGGED_FROM and not sys.stderr.isatty():
         print(f"Decoded {len(paths):,} images in {time.monotonic() - began:.1f} s", flush=True)
-    for remark in sorted({text for _, text in remarks}):
-        first, *others = sorted(index for index, text in remarks if text == remark)
-        num = f"{1 + len(others):,} of {len(paths):,}"
-        print(f"remark: {num} images {remark} (the first is {printable(paths[first])})", flush=True)
-    return sorted(bad)
+    of_text: dict[str, list[int]] = {}
+    for index, text in remarks:
+        of_text.setdefault(text, []).append(index)
+    return sorted(bad), {text: (len(indices), min(indices)) for text, indices in sorted(of_text.items())}
+
+
+def remark_lines(remarks: Remarks, paths: Sequence[str]) -> list[str]:
+    """Return a line for the terminal for each of `remarks` on images of `paths`."""
+    return [
+        printable(f"remark: {num:,} of {len(paths):,} images {text} (the first is {paths[first]})")
+        for text, (num, first) in remarks.items()
+    ]
 
 
 def _chunks(num: int, num_workers: int, image_bytes: int) -> list[tuple[int, int]]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from cifar_lightning.data import image_decoding
-from cifar_lightning.data.image_decoding import RULES, Unreadable, decode_all, find_image_size
+from cifar_lightning.data.image_decoding import RULES, Remarks, Unreadable, decode_all, find_image_size, remark_lines
 from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, digest
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import write_json
@@ -34,6 +34,8 @@ _LITTER = frozenset({"thumbs.db", "desktop.ini"})  # written by Windows; such fi
 # cannot read, such as .heic, must not be left out silently.
 _NOTES = {".cfg", ".csv", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".tsv", ".txt", ".xml"}
 _IGNORED = _NOTES | {".aae", ".db", ".lnk", ".pdf", ".py", ".url", ".xls", ".xlsx", ".xmp", ".yaml", ".yml"}
+# Images uint8 (N, S, S, 3), the SHA-256 of images and targets, and what is unusual about the files.
+Decoded = tuple[np.ndarray, str, Remarks]
 _STALE_S = 86_400  # a temporary file this old belongs to a process that was killed
 
 
@@ -89,7 +91,7 @@ class ClassFolders:
         if image_size is not None and image_size < 1:
             raise UserError(f"--data.image_size {image_size}: 1 pixel or more")
         self.image_size = image_size or find_image_size(self.listings["train"].paths)
-        self._uncached: dict[Split, tuple[np.ndarray, str]] = {}
+        self._uncached: dict[Split, Decoded] = {}
         self._has_remarked = False
 
     def prepare(self) -> None:
@@ -111,7 +113,9 @@ class ClassFolders:
                 kinds = _some(sorted({Path(name).suffix for name in listing.ignored}))
                 num = counted(len(listing.ignored), "file", "files")
                 yield f"{listing.folder}: {num} ignored, not images ({kinds})"
-        listing, (images, _) = self.listings["train"], self._decoded("train")
+        for split, listing in self.listings.items():
+            yield from remark_lines(self._decoded(split)[2], listing.paths)
+        listing, images = self.listings["train"], self._decoded("train")[0]
         if remark := image_decoding.dark_16_bit_remark(listing.paths, images):
             yield f"warning: {listing.folder}: {remark}"
 
@@ -119,7 +123,7 @@ class ClassFolders:
         """Read a split, its images mapped into memory if there is a cache; decode them first if needed."""
         if split not in self.listings:
             return None
-        images, sha256 = self._decoded(split)
+        images, sha256, _ = self._decoded(split)
         return ImageSet(images, self.listings[split].targets, sha256)
 
     def describe(self) -> str:
@@ -128,7 +132,7 @@ class ClassFolders:
         size = f"{self.image_size}x{self.image_size}"
         return f"folder: {counts} images, {len(self.class_names)} classes, {size}, in {self.root}"
 
-    def _decoded(self, split: Split) -> tuple[np.ndarray, str]:
+    def _decoded(self, split: Split) -> Decoded:
         return self._uncached.get(split) or self._read(split) or self._build(split)
 
     def _about(self, split: Split) -> dict[str, Any]:
@@ -141,7 +145,7 @@ class ClassFolders:
             "fingerprint": listing.fingerprint,
         }
 
-    def _read(self, split: Split) -> tuple[np.ndarray, str] | None:
+    def _read(self, split: Split) -> Decoded | None:
         for folder in cache_folders(self.root):
             path = folder / f"{split}-{self.image_size}.npy"
             if found := read_cache(path, self._about(split)):
@@ -150,7 +154,7 @@ class ClassFolders:
                 print(f"{path} is damaged or older than the images: decoding them again", flush=True)
         return None
 
-    def _build(self, split: Split) -> tuple[np.ndarray, str]:
+    def _build(self, split: Split) -> Decoded:
         listing = self.listings[split]
         shape = (len(listing.names), self.image_size, self.image_size, 3)
         for folder in cache_folders(self.root):
@@ -159,16 +163,18 @@ class ClassFolders:
                     continue
                 if folder.parent != self.root:
                     print(f"{self.root} is read-only or full: decoded images are cached in {folder}", flush=True)
-                raise_unreadable(decode_all(listing.paths, self.image_size, temporary), listing, folder)
+                bad, remarks = decode_all(listing.paths, self.image_size, temporary)
+                raise_unreadable(bad, listing, folder)
                 try:
                     path = folder / f"{split}-{self.image_size}.npy"
-                    return publish(temporary, path, self._about(split), listing.targets)
+                    return publish(temporary, path, self._about(split), listing.targets, remarks)
                 except OSError as error:  # on Windows: while another process has the old images mapped
                     print(f"{folder}: decoded images cannot be cached ({error})", flush=True)
         print(f"No folder for decoded images is writable (set {CACHE_VARIABLE}): decoding at each start", flush=True)
         images = np.empty(shape, np.uint8)
-        raise_unreadable(decode_all(listing.paths, self.image_size, images), listing, None)
-        self._uncached[split] = images, digest(images, listing.targets)
+        bad, remarks = decode_all(listing.paths, self.image_size, images)
+        raise_unreadable(bad, listing, None)
+        self._uncached[split] = images, digest(images, listing.targets), remarks
         return self._uncached[split]
 
 
@@ -262,23 +268,29 @@ def cache_folders(root: Path) -> tuple[Path, Path]:
     return root / CACHE_FOLDER, Path(os.environ.get(variable) or default).expanduser() / "cifar_lightning" / name
 
 
-def read_cache(path: Path, about: dict[str, Any]) -> tuple[np.ndarray, str] | None:
-    """Map cached images into memory, read-only.
-
-    Returns:
-        Images uint8 (N, S, S, 3) and the SHA-256 of images and targets; None if no complete file agrees with `about`.
-    """
+def read_cache(path: Path, about: dict[str, Any]) -> Decoded | None:
+    """Map cached images into memory, read-only; return None if no complete file agrees with `about`."""
     try:
         found = json.loads(path.with_suffix(".json").read_text("utf-8"))
         digest, size_bytes = found.pop("sha256"), found.pop("size_bytes")
+        remarks = {text: (int(num), int(first)) for text, (num, first) in found.pop("remarks").items()}
         if found != about or path.stat().st_size != size_bytes:
             return None
         images = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):  # missing, cut short, overwritten
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        OverflowError,
+    ):  # missing, cut short, overwritten
         return None
     size = about["image_size"]
     fits = images.shape == (sum(about["counts"]), size, size, 3) and images.dtype == np.uint8
-    return (images, digest) if fits else None
+    fits = fits and all(0 <= first < len(images) for _, first in remarks.values())
+    return (images, digest, remarks) if fits else None
 
 
 @contextmanager
@@ -312,7 +324,7 @@ def _allocate(temporary: Path, name: str, shape: tuple[int, ...]) -> bool:
     return True
 
 
-def publish(temporary: Path, path: Path, about: dict[str, Any], targets: np.ndarray) -> tuple[np.ndarray, str]:
+def publish(temporary: Path, path: Path, about: dict[str, Any], targets: np.ndarray, remarks: Remarks) -> Decoded:
     """Rename finished images to their final name, so that no reader sees a partial file.
 
     Returns:
@@ -322,7 +334,7 @@ def publish(temporary: Path, path: Path, about: dict[str, Any], targets: np.ndar
         OSError: The folder is no longer writable.
     """
     images = np.load(temporary, mmap_mode="r")
-    about = about | {"sha256": digest(images, targets), "size_bytes": temporary.stat().st_size}
+    about = about | {"sha256": digest(images, targets), "size_bytes": temporary.stat().st_size, "remarks": remarks}
     if sys.platform == "win32":  # a mapped file cannot be renamed
         del images
     with temporary.open("r+b") as file:
@@ -334,4 +346,4 @@ def publish(temporary: Path, path: Path, about: dict[str, Any], targets: np.ndar
     write_json(note, about)
     if sys.platform == "win32":
         images = np.load(path, mmap_mode="r")
-    return images, about["sha256"]
+    return images, about["sha256"], remarks

@@ -85,12 +85,17 @@ def predict_images(
     began = time.monotonic()
     counts: Counter[str] = Counter()
     unreadable: list[str] = []  # reasons, each of which begins with the path of an image
+    remarks: image_decoding.Remarks = {}
     hide_bar = output is None and sys.stdout.isatty()  # the printed lines show the progress
-    predictions = _predictions(trained, found, unreadable, top_k=top_k, batch_size=batch_size, hide_bar=hide_bar)
+    predictions = _predictions(
+        trained, found, unreadable, remarks, top_k=top_k, batch_size=batch_size, hide_bar=hide_bar
+    )
     with _rows(output, top_k) as write, closing(predictions):  # not by the garbage collector, as it shows a bar
         for prediction in predictions:
             counts[prediction[1][0][0]] += 1
             write(prediction)
+    for line in image_decoding.remark_lines(remarks, found):
+        print(line, file=sys.stderr)
     for reason in unreadable[:_LISTED]:
         print(printable(reason), file=sys.stderr)
     if len(unreadable) > _LISTED:
@@ -172,6 +177,7 @@ def _predictions(
     trained: TrainedModel,
     paths: Sequence[str],
     unreadable: list[str],
+    remarks: image_decoding.Remarks,
     *,
     top_k: int,
     batch_size: int | None,
@@ -184,7 +190,10 @@ def _predictions(
     has_remarked = False
     for start in range(0, len(paths), chunk_size):
         chunk = paths[start : start + chunk_size]
-        images, bad = _decoded(chunk, trained.image_size)
+        images, bad, unusual = _decoded(chunk, trained.image_size)
+        for text, (num, first) in unusual.items():
+            before, first_of_all = remarks.get(text, (0, start + first))
+            remarks[text] = before + num, first_of_all
         done = start + len(bad)
         with progress(len(paths), "Classifying images", completed=done, hidden=hide_bar) as show:
             unreadable += [reason for _, reason in bad]
@@ -209,10 +218,12 @@ def _predictions(
                 show(done)
 
 
-def _decoded(paths: Sequence[str], image_size: int) -> tuple[np.ndarray, list[image_decoding.Unreadable]]:
+def _decoded(
+    paths: Sequence[str], image_size: int
+) -> tuple[np.ndarray, list[image_decoding.Unreadable], image_decoding.Remarks]:
     images = np.empty((len(paths), image_size, image_size, 3), np.uint8)
     with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON lines only
-        return images, image_decoding.decode_all(paths, image_size, images)
+        return images, *image_decoding.decode_all(paths, image_size, images)
 
 
 # -- output -----------------------------------------------------------------------------------------------------

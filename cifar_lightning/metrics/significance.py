@@ -1,14 +1,17 @@
 """Confidence intervals and significance tests for counts that hold their level for small samples, too.
 
-The tests compute exact distributions, except `shuffle_test` (Monte Carlo) and, for more than 5,000 predictions,
-`poisson_binomial_interval` (normal approximation). The intervals of fractions are Wilson's and Newcombe's.
+The tests compute exact distributions, except `shuffle_test` (Monte Carlo). The intervals are approximate: Wilson's and
+Newcombe's of fractions, and `poisson_binomial_interval`, which assumes one shift of all logits and for more than 5,000
+predictions normal tails.
 
 SciPy computes most tests. Not in SciPy, by hand: S. Holm, Scandinavian Journal of Statistics 6 (1979), and R. G.
 Newcombe, "Interval estimation for the difference between independent proportions" and "Improved confidence intervals
 for the difference between binomial proportions based on paired data", both Statistics in Medicine 17 (1998), method 10
-of each. SciPy is imported where it is used because it takes longer to import than the rest of `analyze`.
+of each. SciPy is imported where it is used because it takes longer to import than the rest of `analyze`. Functions of
+whole numbers are cached: SciPy takes up to 1 ms for one, and small counts repeat.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -18,6 +21,7 @@ from jaxtyping import Bool, Float, Int64
 _NUM_EXACT = 5_000  # predictions up to which the interval of their mean probability is exact
 
 
+@functools.lru_cache(100_000)
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a fraction, within 0..1; (0, 1) without trials.
 
@@ -36,6 +40,7 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+@functools.lru_cache(100_000)
 def binomial_test(successes: int, trials: int, probability: float = 0.5) -> float:
     """Return the two-sided exact p-value of `successes` if each trial succeeds with `probability`; 1 without trials."""
     from scipy.stats import binomtest
@@ -48,6 +53,7 @@ def mcnemar_test(only_first: int, only_second: int) -> float:
     return binomial_test(only_first, only_first + only_second)
 
 
+@functools.lru_cache(100_000)
 def fisher_test(correct: int, total: int, other_correct: int, other_total: int) -> float:
     """Return the two-sided p-value of Fisher's exact test: whether two samples have the same accuracy."""
     from scipy.stats import fisher_exact
@@ -70,7 +76,8 @@ def poisson_binomial_interval(successes: int, probabilities: Float[np.ndarray, "
 
     It holds the mean of `probabilities` where `poisson_binomial_test` gives 0.05 or more, and is Clopper and Pearson's
     interval where all probabilities are equal. For more than 5,000 trials the tails are the normal approximation's with
-    a continuity correction.
+    a continuity correction: each end is then off by at most 0.00025, 0.025 points of accuracy (measured for mean
+    probabilities of 0.5 to 1; 0.00001 where they are 0.5, most where all are near 1).
     """
     from scipy.special import expit, logit, ndtr
 

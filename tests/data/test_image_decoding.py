@@ -16,8 +16,9 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin, features
 from program import decode_here
 
+from benchmarks.faults.images import damaged_fax, nested_eps, recorded_ghostscript
 from cifar_lightning.data import image_decoding
-from cifar_lightning.data.image_decoding import decode_all, decode_image, find_image_size
+from cifar_lightning.data.image_decoding import decode_all, decode_image, find_image_size, remark_lines
 from cifar_lightning.errors import UserError
 
 
@@ -160,7 +161,7 @@ def test_the_size_in_the_header_is_enough_to_refuse_a_bomb(size, tmp_path):
     paths = [str(tmp_path / "bomb.png"), saved(Image.new("L", (48, 48)), tmp_path / "good.png")]
     Path(paths[0]).write_bytes(bomb)
     assert find_image_size(paths) == 48
-    bad = decode_all(paths, 8, np.empty((2, 8, 8, 3), np.uint8))
+    bad, _ = decode_all(paths, 8, np.empty((2, 8, 8, 3), np.uint8))
     assert [index for index, _ in bad] == [0]
     assert bad[0][1].startswith(f"{paths[0]} cannot be read (")
     assert "pixels" in bad[0][1]
@@ -174,7 +175,7 @@ def test_a_bomb_within_an_image_of_many_sizes_is_refused(tmp_path):
     head = bytearray(icon.getvalue()[:22])
     head[14:18] = len(inner.getvalue()).to_bytes(4, "little")
     (tmp_path / "bomb.ico").write_bytes(bytes(head) + inner.getvalue())
-    bad = decode_all([str(tmp_path / "bomb.ico")], 8, np.empty((1, 8, 8, 3), np.uint8))
+    bad, _ = decode_all([str(tmp_path / "bomb.ico")], 8, np.empty((1, 8, 8, 3), np.uint8))
     assert "exceeds limit" in bad[0][1]
 
 
@@ -305,50 +306,39 @@ def test_the_orientation_in_imagemagicks_text_counts(tmp_path):
     assert np.array_equal(decode_image(path, 8), np.rot90(noise(), -1))
 
 
-def remarks_of(capsys: pytest.CaptureFixture[str], *paths: str) -> str:
-    assert decode_all(paths, 8, np.empty((len(paths), 8, 8, 3), np.uint8)) == []
-    return capsys.readouterr().out
+def remarks_of(*paths: str) -> str:
+    bad, remarks = decode_all(paths, 8, np.empty((len(paths), 8, 8, 3), np.uint8))
+    assert bad == []
+    return "".join(f"{line}\n" for line in remark_lines(remarks, paths))
 
 
 @pytest.mark.parametrize("suffix", ["png", "tga", "tif", "webp"])
-def test_alpha_of_0_everywhere_is_unused_and_remarked(suffix, tmp_path, capsys):
+def test_alpha_of_0_everywhere_is_unused_and_remarked(suffix, tmp_path):
     unused = Image.fromarray(np.dstack([noise(), np.zeros((8, 8), np.uint8)]))
     options = {"lossless": True, "exact": True} if suffix == "webp" else {}
     path = saved(unused, tmp_path / f"a.{suffix}", **options)
     assert np.array_equal(decode_image(path, 8), noise())
-    out = remarks_of(capsys, saved(Image.fromarray(noise()), tmp_path / "b.png"), path)
+    out = remarks_of(saved(Image.fromarray(noise()), tmp_path / "b.png"), path)
     assert out.count("\n") == 1
     assert "1 of 2" in out
     assert f"a.{suffix}" in out
 
 
-def test_constant_images_are_remarked_once(tmp_path, capsys):
+def test_constant_images_are_remarked_once(tmp_path):
     paths = [saved(Image.new("RGB", (9, 9), (7, 8, 9)), tmp_path / f"{number}.png") for number in range(3)]
-    out = remarks_of(capsys, saved(Image.fromarray(noise()), tmp_path / "b.png"), *paths)
+    out = remarks_of(saved(Image.fromarray(noise()), tmp_path / "b.png"), *paths)
     assert out.count("\n") == 1
     assert "3 of 4" in out
     assert "/0.png" in out
 
 
-def iptc(tag: tuple[int, int], data: bytes) -> bytes:
-    return bytes((0x1C, *tag)) + struct.pack(">H", len(data)) + data
-
-
 def test_an_eps_within_another_file_starts_no_program(tmp_path, monkeypatch):
-    recorder, calls = tmp_path / "bin" / "gs", tmp_path / "calls"
-    recorder.parent.mkdir()
-    recorder.write_text(f"#!/bin/sh\necho called >> {calls}\n")
-    recorder.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{recorder.parent}{os.pathsep}{os.environ['PATH']}")
-    eps = io.BytesIO()
-    Image.fromarray(noise()).save(eps, "EPS")
-    fields = [((3, 60), b"\1\0"), ((3, 20), b"\0\x08"), ((3, 30), b"\0\x08"), ((3, 120), b"\0\1")]
-    head = b"".join(iptc(tag, data) for tag, data in fields)
-    nested = tmp_path / "a.jpg"
-    nested.write_bytes(head + iptc((8, 10), eps.getvalue()))
-    plain = tmp_path / "b.jpg"
-    plain.write_bytes(eps.getvalue())
-    bad = decode_all([str(nested), str(plain)], 8, np.empty((2, 8, 8, 3), np.uint8))
+    variables, calls = recorded_ghostscript(tmp_path)
+    monkeypatch.setenv("PATH", variables["PATH"])
+    nested, plain = tmp_path / "a.jpg", tmp_path / "b.jpg"
+    nested.write_bytes(nested_eps())
+    Image.fromarray(noise()).save(plain, "EPS")
+    bad, _ = decode_all([str(nested), str(plain)], 8, np.empty((2, 8, 8, 3), np.uint8))
     assert [index for index, _ in bad] == [0, 1]
     assert "IPTC is another file inside" in bad[0][1]
     assert "EPS is a program" in bad[1][1]
@@ -356,19 +346,25 @@ def test_an_eps_within_another_file_starts_no_program(tmp_path, monkeypatch):
     assert not calls.exists()
 
 
+def with_too_many_channels(path: Path) -> str:
+    """Write a TIFF whose tags Pillow reports by `logging`, which prints to stderr by default."""
+    Image.fromarray(noise()).save(path, "TIFF")
+    entry = struct.pack("<HHI", 277, 3, 1)  # SamplesPerPixel
+    path.write_bytes(path.read_bytes().replace(entry + b"\3\0", entry + b"\x63\0"))
+    return str(path)
+
+
 @pytest.mark.skipif(not features.check("libtiff"), reason="needs libtiff")
-def test_what_libtiff_prints_is_the_error_of_the_image(tmp_path, capfd):
+def test_what_libraries_print_is_the_error_of_the_image(tmp_path, capfd):
     good = saved(Image.fromarray(noise()[..., 0] > 127), tmp_path / "good.tif", compression="group4")
-    path = saved(Image.fromarray(noise(64, 64)[..., 0] > 127), tmp_path / "bad.tif", compression="group4")
-    with Image.open(path) as image:
-        offset, length = image.tag_v2[273][0], image.tag_v2[279][0]
-    data = bytearray(Path(path).read_bytes())
-    data[offset + 20 : offset + length] = np.random.default_rng(0).bytes(length - 20)
-    Path(path).write_bytes(data)
-    bad = decode_all([good, path, good], 8, np.empty((3, 8, 8, 3), np.uint8))
-    assert [index for index, _ in bad] == [1]
+    path = tmp_path / "bad.tif"
+    path.write_bytes(damaged_fax())
+    many = with_too_many_channels(tmp_path / "many.tif")
+    bad, _ = decode_all([good, str(path), good, many], 8, np.empty((4, 8, 8, 3), np.uint8))
+    assert [index for index, _ in bad] == [1, 3]
     assert bad[0][1].startswith(f"{path} cannot be read (")
     assert "Fax" in bad[0][1]
+    assert find_image_size([str(path), many]) == 64
     assert capfd.readouterr().err == ""
 
 
@@ -427,7 +423,7 @@ def test_images_are_decoded_in_their_order_and_bad_ones_reported(into, num_worke
     for number in (3, 17):
         Path(twenty[number]).write_text("text")
     out = empty_npy(tmp_path / "out.npy", 20) if into == "a file" else np.empty((20, 4, 4, 3), np.uint8)
-    bad = decode_all(twenty, 4, out)
+    bad, _ = decode_all(twenty, 4, out)
     assert [index for index, _ in bad] == [3, 17]
     assert all(reason.startswith(f"{twenty[index]} ") for index, reason in bad)
     images = np.load(out) if isinstance(out, Path) else out

@@ -353,6 +353,20 @@ def test_16_bit_files_with_values_of_12_bits_are_warned_of_at_each_start(others,
         assert ("warning" in out) == is_warned
 
 
+def test_unusual_images_are_remarked_at_each_start_also_from_the_cache(root, decoded, capsys):
+    unused = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    unused[..., 3] = 0
+    Image.fromarray(unused).save(root / "train" / "bee" / "1.png")
+    outs = []
+    for _ in range(2):
+        ClassFolders(root).prepare()
+        outs.append(capsys.readouterr().out.splitlines())
+    assert outs[0] == outs[1]
+    assert len(decoded) == 2
+    for words in (("1 of 6", "alpha 0", "bee/1.png"), ("5 of 6", "one colour", "ant/0.png"), ("4 of 4", "one colour")):
+        assert sum(all(word in line for word in words) for line in outs[1]) == 1, outs[1]
+
+
 def test_dark_images_of_8_bits_are_not_warned_of(root, capsys):
     Image.new("RGB", (8, 8), (3, 3, 3)).save(root / "train" / "ant" / "0.png")
     ClassFolders(root).prepare()

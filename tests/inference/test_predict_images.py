@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from program import decode_here
 
+from benchmarks.faults.images import nested_eps, recorded_ghostscript
 from cifar_lightning import ImageClassifier, UserError
+from cifar_lightning.cli import main as cli
 from cifar_lightning.data import image_decoding
 from cifar_lightning.inference import predict_images as predict
 from cifar_lightning.inference.predict_images import predict_images, top_classes
@@ -142,6 +144,24 @@ def test_any_mode_size_and_format_is_seen_as_in_training(run):
     rows = read_csv()
     assert [row["path"] for row in rows] == list(made)
     assert_as_naive(run, rows)
+
+
+@pytest.mark.parametrize("chunk_bytes", [predict._CHUNK_BYTES, 1])
+def test_unusual_images_are_remarked_once(chunk_bytes, run, capsys, monkeypatch):
+    monkeypatch.setattr(predict, "_CHUNK_BYTES", chunk_bytes)
+    save_images(2, Path("a"))
+    for number in range(2):
+        transparent = np.dstack([noise(number), np.zeros((SIZE, SIZE), np.uint8)])
+        Image.fromarray(transparent).save(f"a/b{number}.png")
+        Image.new("RGB", (9, 9), (7, 8, 9)).save(f"a/c{number}.png")
+        twelve_bits = np.random.default_rng(number).integers(0, 4096, (SIZE, SIZE), dtype=np.uint16)
+        Image.fromarray(twelve_bits).save(f"a/d{number}.png")
+    assert predict_images(run, [Path("a")], output=Path("out.csv")) == 0
+    assert len(read_csv()) == 8
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    for words in (("2 of 8", "alpha 0", "a/b0.png"), ("2 of 8", "one colour", "a/c0.png"), ("16-bit", "4,095")):
+        assert sum(all(word in line for word in words) for line in lines) == 1, lines
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 40])
@@ -381,6 +401,26 @@ def test_a_folder_that_takes_no_files_is_named(run, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match=r"--output out\.csv: the folder \. cannot be written"):
         predict_images(run, [Path("images")], output=Path("out.csv"))
+
+
+def test_whole_commands_with_worker_processes_start_no_program_for_an_eps_in_an_image(run, monkeypatch, capsys):
+    variables, calls = recorded_ghostscript(Path.cwd())
+    monkeypatch.setenv("PATH", variables["PATH"])
+    for folder in ("train/a", "train/b", "test/a", "test/b"):
+        save_images(3, Path("data", folder))
+    Path("data/train/a/nested.jpg").write_bytes(nested_eps())
+    run.config.write_text("{}")
+    for command, status in (
+        (["fit", "--data.dataset", "folder", "--data.root", "data", "--run_dir", "fitted"], 2),
+        (["predict-images", str(run.path), "data", "--output", "out.csv"], 1),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train.py", *command])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == status
+        assert "nested.jpg" in capsys.readouterr().err
+    assert len(read_csv()) == 12
+    assert not calls.exists()
 
 
 def test_predicting_imports_no_lightning():
