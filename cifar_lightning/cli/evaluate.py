@@ -4,16 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-
 from cifar_lightning.checkpoints.resume import other_images
 from cifar_lightning.cli.lightning_cli import TrainingCLI, build_trainer, prepare_data
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
-from cifar_lightning.report.findings import find
-from cifar_lightning.report.report import make_report
-from cifar_lightning.report.results import Results
-from cifar_lightning.report.terminal import print_findings, print_validation
+from cifar_lightning.report.terminal import print_validation
 from cifar_lightning.runs.folder import RunFolder, open_run
 from cifar_lightning.training.predictions import PredictionWriter
 
@@ -35,7 +30,7 @@ def evaluate(command: str, arguments: Sequence[str]) -> None:
             print(f"Logits and probabilities of {predictions.num_written:,} test images: {predictions.written_to}")
     elif command == "test":
         trainer.test(model, verbose=False, **common)
-        report_test(trainer, predictions, run)
+        predictions.report()
     else:
         trainer.validate(model, verbose=False, **common)
         if trainer.is_global_zero:
@@ -65,14 +60,3 @@ def find_run(command: str, checkpoint: Path, data: ImageDataModule, output: Path
     if run.split.exists():
         print(f"{run.path}: {reason}, so its files stay as they are.")
     return None
-
-
-def report_test(trainer: pl.Trainer, predictions: PredictionWriter, run: RunFolder | None) -> None:
-    """Write the run's report, or print its findings where no run holds the predictions."""
-    test = predictions.test
-    if not trainer.is_global_zero or test is None:
-        return
-    if predictions.is_test_written and run is not None:
-        make_report(run)
-    else:
-        print_findings(find(Results(test.class_names, test.confusion, test=test)))

@@ -19,15 +19,14 @@ from cifar_lightning.checkpoints.resume import (
     other_images,
     stop_point,
 )
-from cifar_lightning.cli.evaluate import report_test
 from cifar_lightning.cli.lightning_cli import TrainingCLI, build_trainer, prepare_data
 from cifar_lightning.cli.parser import as_list
-from cifar_lightning.cli.tune import apply_lr_finder, create_run_folder
+from cifar_lightning.cli.tune import apply_lr_finder
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import MetricsTable, write_text_durably
 from cifar_lightning.report.report import make_report
-from cifar_lightning.runs.folder import RunFolder, discard_run
+from cifar_lightning.runs.folder import RUNS, RunFolder, config_name, create_run, discard_run
 from cifar_lightning.runs.processes import announce_run, announced_run
 from cifar_lightning.training.best_checkpoint import BestCheckpoint
 from cifar_lightning.training.error_messages import explained
@@ -70,7 +69,7 @@ def fit(arguments: Sequence[str], signals: StopSignals, resumed: RunFolder | Non
         prepare_data(data, model)
         validates = bool(data.num_images("val")) and settings.trainer.limit_val_batches != 0
         check_monitors(as_list(settings.trainer.callbacks), validates)
-        run = open_run_folder(cli, model, data, settings, resume)
+        run = create_or_resume_run(cli, model, data, settings, resume)
         predictions = PredictionWriter(run)
         with discarded_if_empty(run, resume, BaseException):
             trainer = build_fit_trainer(cli, data, settings, run, resume, predictions, signals, validates=validates)
@@ -84,7 +83,7 @@ def fit(arguments: Sequence[str], signals: StopSignals, resumed: RunFolder | Non
                     make_report(run)
                     return
             evaluate_best_checkpoint(trainer, model, data, run, settings.trainer, validates=validates)
-            report_test(trainer, predictions, run)
+            predictions.report()
 
 
 def find_resume(cli: TrainingCLI, run: RunFolder) -> Resume:
@@ -98,7 +97,7 @@ def find_resume(cli: TrainingCLI, run: RunFolder) -> Resume:
     return resume
 
 
-def open_run_folder(
+def create_or_resume_run(
     cli: TrainingCLI, model: ImageClassifier, data: ImageDataModule, settings: Namespace, resume: Resume | None
 ) -> RunFolder:
     """Create the run folder with its config, or return the one to resume.
@@ -120,7 +119,8 @@ def open_run_folder(
         if cli.settings.init_weights:
             load_weights(model.model, Path(cli.settings.init_weights))
             print(f"Initialized with the weights of {cli.settings.init_weights}.")
-        run = create_run_folder(cli)
+        name = config_name(cli.settings.config, cli.settings.model.name)
+        run = create_run(RUNS, name, cli.settings.run_dir)
         write_text_durably(run.config, cli.config_text)
         if found is not None:
             write_lr_range(run, found)

@@ -1,18 +1,15 @@
 """tune: find the peak learning rate; `fit --tune_lr` does so before it trains."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse import Namespace
 
 from cifar_lightning.cli.lightning_cli import TrainingCLI, prepare_data
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.files import write_text_durably
-from cifar_lightning.runs.folder import RunFolder, create_run, recipe_name
+from cifar_lightning.runs.folder import RUNS, config_name, create_run
 from cifar_lightning.training.lr_finder import LrRange, find_lr, write_lr_range
 from cifar_lightning.training.module import ImageClassifier
-
-RUNS = Path("runs")
 
 
 def tune(arguments: Sequence[str]) -> None:
@@ -22,7 +19,8 @@ def tune(arguments: Sequence[str]) -> None:
     prepare_data(data, model)
     model.prepare(data)
     found = apply_lr_finder(cli, model, data, settings.trainer)
-    run = create_run_folder(cli, "_tune")
+    name = config_name(cli.settings.config, cli.settings.model.name)
+    run = create_run(RUNS, f"{name}_tune", cli.settings.run_dir)
     write_text_durably(run.config, cli.config_text)
     write_lr_range(run, found)
     print(f"Suggested peak: {found.suggestion:.2g}, where the loss fell fastest in {len(found.lrs)} steps.")
@@ -39,9 +37,3 @@ def apply_lr_finder(cli: TrainingCLI, model: ImageClassifier, data: ImageDataMod
     for name in ("lr", "sgd_lr", "head_lr"):
         model.hparams[name] = cli.settings.model[name] = getattr(model.optimizer_settings, name)
     return found
-
-
-def create_run_folder(cli: TrainingCLI, suffix: str = "") -> RunFolder:
-    """Create the folder of a new run, named by its config and numbered, or at --run_dir."""
-    recipe = recipe_name(cli.settings.config, cli.settings.model.name) + suffix
-    return create_run(RUNS, recipe, Path(cli.settings.run_dir) if cli.settings.run_dir else None)

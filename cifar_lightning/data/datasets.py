@@ -47,7 +47,7 @@ CIFAR100_CLASSES = (
 class Source(Protocol):
     """A data set. Everything but the images is known without downloading or decoding.
 
-    (Properties, so that fields of frozen dataclasses fit.)
+    What is missing or damaged raises `UserError`. (Properties, so that fields of frozen dataclasses fit.)
     """
 
     @property
@@ -67,18 +67,10 @@ class Source(Protocol):
         """Published standard deviation of each channel; None to measure it."""
 
     def prepare(self) -> None:
-        """Download, or decode into a cache, once; safe to call again and from several processes.
-
-        Raises:
-            UserError: The data is not available, or is damaged.
-        """
+        """Download, or decode into a cache, once; safe to call again and from several processes."""
 
     def load(self, split: Split) -> ImageSet | None:
-        """Read a split; return None if the source does not have it.
-
-        Raises:
-            UserError: The data is missing or damaged.
-        """
+        """Read a split; return None if the source does not have it."""
 
     def describe(self) -> str:
         """Return one line for the terminal."""
@@ -86,16 +78,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Cifar:
-    """CIFAR-10 or CIFAR-100 (https://www.cs.toronto.edu/~kriz/cifar.html), read by torchvision.
-
-    Args:
-        name: cifar10 or cifar100.
-        root: Folder that holds the archive or what it unpacks to.
-        wanted_size: None or 32, the size of the images.
-        class_names: Names in the order of the targets.
-        mean: Mean of each channel of the 50,000 training images, scaled to 0-1, as published with most CIFAR code.
-        std: Standard deviation of each channel.
-    """
+    """CIFAR-10 or CIFAR-100 (https://www.cs.toronto.edu/~kriz/cifar.html), read by torchvision."""
 
     name: Literal["cifar10", "cifar100"]
     root: Path
@@ -145,13 +128,7 @@ class Cifar:
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Generated images of ten classes, for the quick start and for tests.
-
-    Args:
-        num_train: Training images.
-        num_test: Test images.
-        image_size: Height and width in pixels, at least 16.
-    """
+    """Generated images of ten classes, for the quick start and for tests."""
 
     num_train: int = 5000
     num_test: int = 1000
@@ -203,11 +180,7 @@ DATASETS: dict[str, Callable[[Path, int | None], Source]] = {
 
 
 def open_source(dataset: str, root: str | Path, image_size: int | None = None) -> Source:
-    """Return a data set by name, without downloading or decoding.
-
-    Raises:
-        UserError: An unknown name, a size that the data set does not have, or invalid class folders.
-    """
+    """Return a data set by name, without downloading or decoding; raise `UserError` if it does not suit."""
     if dataset in DATASETS:
         return DATASETS[dataset](Path(root), image_size)
     hint = suggest(str(dataset), [*DATASETS])

@@ -35,25 +35,15 @@ _SCHEMES = ("https", "http", "file")  # the hash is checked whatever the source
 
 @dataclass(frozen=True)
 class Archive:
-    """One archive with its size, hashes and mirrors.
+    """One archive with its size, hashes and mirrors."""
 
-    Args:
-        filename: Its name on the mirrors and on disk.
-        size_bytes: Its exact size.
-        md5: Hexadecimal MD5, the one that torchvision checks.
-        sha256: Hexadecimal SHA-256.
-        folder: The folder that it unpacks to.
-        variable: Environment variable with a URL to try first.
-        urls: Mirrors, tried in this order.
-    """
-
-    filename: str
+    filename: str  # on the mirrors and on disk
     size_bytes: int
-    md5: str
+    md5: str  # that torchvision checks
     sha256: str
-    folder: str
-    variable: str
-    urls: tuple[str, ...]
+    folder: str  # that it unpacks to
+    variable: str  # environment variable with a URL to try first
+    urls: tuple[str, ...]  # mirrors, tried in this order
 
 
 # Hashes and mirrors as several public projects list them; MD5 as in torchvision.datasets.
@@ -96,10 +86,6 @@ def download(name: str, root: str | Path = "data") -> Path:
 
     An unpacked folder is not checked (torchvision checks each file's MD5 on reading). An archive with the right hash is
     unpacked. A partial download `<filename>.part` is resumed.
-
-    Args:
-        name: A key of `ARCHIVES`.
-        root: Folder for the archive and what it unpacks to; made if missing.
 
     Returns:
         The unpacked folder.
@@ -230,11 +216,7 @@ def _fetch_rest(url: str, part: Path, archive: Archive, report: Callable[[int], 
 
 
 def _transfer(url: str, part: Path, start: int, size_bytes: int, report: Callable[[int], None]) -> str:
-    """Make one request and append to `part` from byte `start` on.
-
-    Returns:
-        Why bytes are still missing; empty if none are.
-    """
+    """Make one request and append to `part` from byte `start` on; return why bytes are still missing, if any are."""
     headers = {"User-Agent": "cifar-lightning"}  # some hosts refuse urllib's
     if start:
         headers["Range"] = f"bytes={start}-"

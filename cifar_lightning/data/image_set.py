@@ -12,17 +12,11 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class ImageSet(NamedTuple):
-    """The images of one split.
+    """The images of one split."""
 
-    Attributes:
-        images: uint8 RGB (N, H, W, 3), 0-255; may be mapped from a file, read-only.
-        targets: int64 (N,), indices into the source's class names.
-        sha256: Their `digest`.
-    """
-
-    images: np.ndarray
-    targets: np.ndarray
-    sha256: str
+    images: np.ndarray  # uint8 RGB (N, H, W, 3), 0-255; may be mapped from a file, read-only
+    targets: np.ndarray  # int64 (N,), indices into the source's class names
+    sha256: str  # `digest` of both
 
 
 def digest(images: np.ndarray, targets: np.ndarray) -> str:

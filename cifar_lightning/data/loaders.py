@@ -33,19 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BatchTransform:
-    """What a loader does to a batch of uint8 images.
+    """What a loader does to a batch of uint8 images."""
 
-    Args:
-        mean: Per channel, of images scaled to 0-1.
-        std: Per channel, of images scaled to 0-1.
-        sizes: Image size of each epoch in pixels; the last one stays.
-        augmentation: None for evaluation, which only normalizes.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    sizes: tuple[int, ...]
-    augmentation: Augmentation | None = None
+    mean: tuple[float, ...]  # per channel, of images scaled to 0-1
+    std: tuple[float, ...]  # the same
+    sizes: tuple[int, ...]  # image size of each epoch in pixels; the last one stays
+    augmentation: Augmentation | None = None  # None for evaluation, which only normalizes
 
 
 class ImageLoader(ABC):
@@ -111,7 +104,7 @@ class ImageLoader(ABC):
         """Yield (indices, uint8 images (batch, height, width, channels), targets) of each batch on the device."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch and position for a checkpoint."""
+        """Return the epoch and position."""
         return self.sampler.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

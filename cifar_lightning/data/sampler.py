@@ -132,11 +132,8 @@ def balanced_order(targets: Int64[Tensor, " images"], generator: torch.Generator
 def evaluation_order(num_images: int, *, seed: int, shuffled: bool) -> Int64[Tensor, " images"]:
     """Return the positions of a split in the order of evaluation.
 
-    Args:
-        num_images: Images of the split.
-        seed: Seed of a shuffled order.
-        shuffled: For an evaluation that stops early: images are stored class by class, and the first batches alone
-            would show one or two classes.
+    `shuffled` is for an evaluation that stops early: images are stored class by class, and the first batches alone
+    would show one or two classes.
     """
     if not shuffled:
         return torch.arange(num_images)

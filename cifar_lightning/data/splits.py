@@ -26,19 +26,12 @@ class SplitSettings:
 
 @dataclass(frozen=True)
 class SplitIndices:
-    """Indices of the images of each split.
+    """Indices of the images of each split."""
 
-    Args:
-        train: int64, sorted, into the source's train images.
-        val: int64, sorted, into the source's images of `val_source`.
-        test: int64, all of the source's test images.
-        val_source: "val" where the source has validation images of its own, otherwise "train".
-    """
-
-    train: Tensor
-    val: Tensor
-    test: Tensor
-    val_source: Split
+    train: Tensor  # int64, sorted, into the source's train images
+    val: Tensor  # int64, sorted, into the source's images of `val_source`
+    test: Tensor  # int64, all of the source's test images
+    val_source: Split  # "val" where the source has validation images of its own, otherwise "train"
 
     def of(self, split: Split) -> Tensor:
         """Return the indices of a split."""
@@ -53,12 +46,9 @@ class SplitIndices:
 def make_splits(
     targets: Mapping[Split, np.ndarray], settings: SplitSettings, class_names: tuple[str, ...]
 ) -> SplitIndices:
-    """Split a data set into train, val and test.
+    """Split a data set; raise `UserError` where a class would have no image in a split.
 
     Validation images are the source's own if it has any, otherwise a stratified fraction of its training images.
-
-    Raises:
-        UserError: A class would have no image in a split.
     """
     val_source: Split = "val" if "val" in targets else "train"
     if val_source == "val":
@@ -72,15 +62,10 @@ def make_splits(
 def stratified_split(
     targets: Int64[Tensor, " images"], settings: SplitSettings, class_names: tuple[str, ...]
 ) -> tuple[Int64[Tensor, " train"], Int64[Tensor, " val"]]:
-    """Take exactly `limit` images and hold out exactly `round(val_fraction * n)` of them.
+    """Take exactly `limit` images and hold out exactly `round(val_fraction * n)` of them; return sorted indices.
 
     Both numbers are divided among the classes by largest remainder; the seed decides which images of a class are taken.
-
-    Returns:
-        Sorted indices of training and validation images.
-
-    Raises:
-        UserError: A class would have no validation or no training image.
+    Raises `UserError` where a class would have no validation or no training image.
     """
     val_fraction = settings.val_fraction
     counts = torch.bincount(targets, minlength=len(class_names))

@@ -36,19 +36,14 @@ _ROOT3_2 = 0.75**0.5
 
 
 def draw(split: str, count: int, image_size: int = 32) -> tuple[_Array, _Array]:
-    """Draw one split, a pure function of the arguments.
+    """Draw one split, a pure function of the arguments; "train" and "test" share no image.
 
-    Args:
-        split: "train" or "test"; they share no image.
-        count: Number of images; classes are equally frequent, to within one image.
-        image_size: Height and width in pixels, at least 16.
+    Classes are equally frequent, to within one image, in random order. Raises `UserError` for too small images, none,
+    or too many for the memory.
 
     Returns:
-        Images uint8 RGB (count, image_size, image_size, 3), 0-255.
-        Targets int64 (count,), indices into `CLASS_NAMES`, in random order.
-
-    Raises:
-        UserError: Too small images, none, or too many for the memory.
+        Images uint8 RGB (count, image_size, image_size, 3), 0-255, and targets int64 (count,), indices into
+        `CLASS_NAMES`.
     """
     check(count, image_size)
     seeds = np.random.SeedSequence([_ROOT_SEED, _SPLITS[split], count, image_size])

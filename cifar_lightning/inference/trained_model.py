@@ -19,31 +19,18 @@ from cifar_lightning.transforms.augmentation import normalize
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model, on the CPU in eval mode, with its preprocessing.
+    """A trained model, on the CPU in eval mode, with its preprocessing."""
 
-    Attributes:
-        model: Maps normalised float images (batch, 3, image_size, image_size) to raw logits (batch, classes).
-        tta: Test-time augmentation of the run.
-        class_names: In the order of the logits.
-        image_size: Height and width in pixels.
-        mean: Per channel, of images scaled to 0-1.
-        std: Per channel, of images scaled to 0-1.
-        architecture: Arguments of `build_model`.
-        checkpoint: File that the weights are from.
-        sha256: Hash of the file.
-        epoch: Epoch of the weights, counted from 1.
-    """
-
-    model: nn.Module
+    model: nn.Module  # normalised float images (batch, 3, image_size, image_size) -> raw logits (batch, classes)
     tta: TTA
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # in the order of the logits
     image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    architecture: dict[str, Any]
-    checkpoint: Path
-    sha256: str
-    epoch: int
+    mean: tuple[float, ...]  # per channel, of images scaled to 0-1
+    std: tuple[float, ...]  # the same
+    architecture: dict[str, Any]  # arguments of `build_model`
+    checkpoint: Path  # file that the weights are from
+    sha256: str  # of that file
+    epoch: int  # of the weights, counted from 1
 
     def logits(self, images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch classes"]:
         """Return the logits of uint8 RGB images at `image_size`, averaged over the views of the run's TTA."""
@@ -53,11 +40,7 @@ class TrainedModel:
 
 
 def load_trained_model(run: RunFolder) -> TrainedModel:
-    """Load the model of a run from its best checkpoint, or else the last.
-
-    Raises:
-        UserError: The checkpoint is missing or damaged, or its model cannot be built by name.
-    """
+    """Load the model of a run from its best checkpoint, or else the last; raise `UserError` if that is damaged."""
     path = run.tested_checkpoint
     run.require(path)
     checkpoint = read_checkpoint(path)

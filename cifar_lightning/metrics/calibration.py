@@ -30,21 +30,13 @@ def cross_entropy(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarra
 
 @dataclass(frozen=True)
 class Reliability:
-    """Images binned by the probability of their predicted class, into bins (a, b] of equal width over 0..1.
+    """Images binned by the probability of their predicted class, into bins (a, b] of equal width over 0..1."""
 
-    Attributes:
-        edges: Edges of the bins, shape (bins + 1,).
-        num_images: Images in each bin.
-        num_correct: Correctly classified images in each bin.
-        confidence: Mean probability of the predicted class in each bin, 0..1; NaN in an empty one.
-        error: Expected calibration error, 0..1; NaN if any probability is.
-    """
-
-    edges: Float64[np.ndarray, " ends"]
+    edges: Float64[np.ndarray, " ends"]  # of the bins
     num_images: Int64[np.ndarray, " bins"]
     num_correct: Int64[np.ndarray, " bins"]
-    confidence: Float64[np.ndarray, " bins"]
-    error: float
+    confidence: Float64[np.ndarray, " bins"]  # mean probability of the predicted class, 0..1; NaN in an empty bin
+    error: float  # expected calibration error, 0..1; NaN if any probability is
 
 
 def reliability(
@@ -72,15 +64,11 @@ def expected_calibration_error(
 
 
 def fit_temperature(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"]) -> float | None:
-    """Return the temperature T that minimizes the cross-entropy of softmax(logits / T).
+    """Return the temperature T that minimizes the cross-entropy of softmax(logits / T), of a validation split.
 
     A temperature above 1 means the model was overconfident, below 1 underconfident. It is the same for all classes, so
     no prediction changes. Guo et al. (2017), section 4.2. None if there is no minimum: every prediction is correct, the
     predictions are no better than chance, or a logit is not finite.
-
-    Args:
-        logits: Of images that are neither in the training nor in the test split.
-        targets: Their classes.
     """
     from scipy.optimize import brentq
 

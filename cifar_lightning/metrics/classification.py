@@ -19,11 +19,7 @@ from cifar_lightning.metrics.significance import wilson_interval
 def confusion_matrix(
     targets: Int[np.ndarray, " n"], preds: Int[np.ndarray, " n"], num_classes: int
 ) -> Int64[np.ndarray, "classes classes"]:
-    """Count the images of each true class (row) that are predicted as each class (column).
-
-    Raises:
-        ValueError: A target or prediction is not in 0..num_classes-1, or their numbers differ.
-    """
+    """Count the images of each true class (row) that are predicted as each class (column)."""
     if len(targets) != len(preds):
         raise ValueError(f"{len(targets)} targets but {len(preds)} predictions")
     for name, values in (("target", targets), ("prediction", preds)):
@@ -41,22 +37,13 @@ def accuracy(cm: Int[np.ndarray, "classes classes"]) -> float:
 
 @dataclass(frozen=True)
 class PerClass:
-    """Metrics of each class, in class order; each array has shape (classes,).
+    """Metrics of each class, in class order; NaN where undefined. F1 is 0 for a class with images, never predicted."""
 
-    Attributes:
-        support: Images of the class, int64.
-        predicted: Images that are predicted as the class, int64.
-        precision: Fraction of `predicted` that is correct, 0..1; NaN where the class is never predicted.
-        recall: Fraction of `support` that is correct, 0..1; NaN where the class has no images.
-        f1: Harmonic mean of the two as 2 TP / (support + predicted), 0..1. 0.0 for a class with images that is never
-            predicted; NaN only for a class that has no images and is never predicted.
-    """
-
-    support: Int64[np.ndarray, " classes"]
-    predicted: Int64[np.ndarray, " classes"]
-    precision: Float64[np.ndarray, " classes"]
-    recall: Float64[np.ndarray, " classes"]
-    f1: Float64[np.ndarray, " classes"]
+    support: Int64[np.ndarray, " classes"]  # images of the class
+    predicted: Int64[np.ndarray, " classes"]  # images that are predicted as the class
+    precision: Float64[np.ndarray, " classes"]  # correct fraction of `predicted`, 0..1
+    recall: Float64[np.ndarray, " classes"]  # correct fraction of `support`, 0..1
+    f1: Float64[np.ndarray, " classes"]  # 2 TP / (support + predicted), 0..1
 
 
 def per_class(cm: Int[np.ndarray, "classes classes"]) -> PerClass:
@@ -109,12 +96,9 @@ def test_metrics(
 ) -> dict[str, Any]:
     """Return the content of `test_metrics.json` in plain Python types.
 
-    Keys: `accuracy`, `accuracy_interval_95` [low, high] (Wilson), `num_images`, `loss` (`cross_entropy`), `ece`
+    Keys: `accuracy`, `accuracy_interval_95` [low, high] (Wilson), `num_pictures`, `loss` (`cross_entropy`), `ece`
     (`expected_calibration_error`, 15 bins), `macro_f1`, `per_class` {name: {support, precision, recall, f1}}, and
     `most_confused` [{true, predicted, count, share}] with class names. Undefined metrics are None.
-
-    Raises:
-        ValueError: No images, or the names are not distinct or not as many as the columns of the logits.
     """
     num_classes = logits.shape[1]
     if len(targets) == 0:

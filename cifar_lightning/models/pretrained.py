@@ -43,29 +43,20 @@ class Normalization:
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """Pretrained weights and where they are from.
+    """Pretrained weights and where they are from."""
 
-    Attributes:
-        tensors: Tensors by name.
-        normalization: Normalization of the images they were trained on; None if unknown.
-        origin: Flag and source, for messages.
-    """
-
-    tensors: dict[str, Tensor]
-    normalization: Normalization | None
-    origin: str
+    tensors: dict[str, Tensor]  # by name
+    normalization: Normalization | None  # of the images they were trained on; None if unknown
+    origin: str  # flag and source, for messages
 
 
 def load_all_but_head(model: nn.Module, architecture: Mapping[str, Any], weights: PretrainedWeights) -> None:
-    """Load pretrained weights into all layers of a model but its head.
+    """Load pretrained weights into all layers of a model but its head; it is unchanged where they do not fit.
 
-    Args:
-        model: Built by `build_model(**architecture)`; changed in place.
-        architecture: name, num_classes, image_size and further arguments of the model.
-        weights: Such as from `published_weights`.
+    `architecture` are the arguments that `build_model` made the model from.
 
     Raises:
-        UserError: They do not fit; the model is unchanged.
+        UserError: They do not fit.
     """
     name, origin = str(architecture["name"]), weights.origin
     ours = model.state_dict()
@@ -106,12 +97,7 @@ def head_of(model: nn.Module, num_classes: int) -> str:
 def resample_filters(
     filters: Float[Tensor, "out in rows columns"], size: tuple[int, int]
 ) -> Float[Tensor, "out in less_rows less_columns"]:
-    """Resample convolution filters by area, so that the sum over each filter stays the same.
-
-    Args:
-        filters: Weights of a convolution.
-        size: New rows and columns.
-    """
+    """Resample convolution filters by area to a size in rows and columns; the sum over each filter stays the same."""
     rows, columns = (_overlaps(old, new).to(filters) for old, new in zip(filters.shape[2:], size, strict=True))
     return rows @ filters @ columns.T
 
@@ -148,11 +134,7 @@ def _rows_by_columns(filters: Tensor) -> str:
 
 
 def published_weights(architecture: Mapping[str, Any]) -> PretrainedWeights:
-    """Return the published weights of a model, downloaded if not in the cache.
-
-    Raises:
-        UserError: There are none, or the download fails.
-    """
+    """Return the published weights of a model, downloaded if not in the cache, or raise `UserError`."""
     name = str(architecture["name"])
     origin = f"--model.pretrained true: the weights of {name}"
     if name.startswith("timm/"):

@@ -72,11 +72,9 @@ class WhiteningConv(nn.Conv2d):
 
     @torch.no_grad()
     def whiten(self, images: Float[Tensor, "batch channels height width"], eps: float = 5e-4) -> None:
-        """Set the filters to the scaled eigenvectors of the second moment of image patches.
+        """Set the filters to the scaled eigenvectors of the second moment of patches of normalised training images.
 
-        Args:
-            images: Normalised training images; see `num_whitening_images`.
-            eps: Added to each eigenvalue before its root divides the eigenvector; airbench's value.
+        `eps` is added to each eigenvalue before its root divides the eigenvector; airbench's value.
         """
         size = self.in_channels * 4
         patches = nn.functional.unfold(images.float(), kernel_size=2).transpose(1, 2).reshape(-1, size)

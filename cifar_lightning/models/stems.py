@@ -24,14 +24,11 @@ _TRIAL_PX = 256  # large enough to tell the strides of unpadded layers, which al
 
 
 def adapt_stem(model: nn.Module) -> bool:
-    """Remove a model's first two halvings of the resolution; return whether anything was changed.
+    """Remove an untrained model's first two halvings of the resolution; return whether anything was changed.
 
     Convolutions keep their filters and get a smaller stride, except that an input convolution with filters larger than
-    3x3 gets new ones of 3x3. Pools that would no longer shrink the image are removed. Models that cut the image into
-    patches wider than 4 pixels or take a single size are left alone.
-
-    Args:
-        model: Untrained; filters that change size are initialised again.
+    3x3 gets new ones of 3x3, initialised again. Pools that would no longer shrink the image are removed. Models that
+    cut the image into patches wider than 4 pixels or take a single size are left alone.
     """
     strides = _strides(model)
     if any(after > before * _REMOVED_STRIDE for before, after in strides.values()):

@@ -14,19 +14,7 @@ OptimizerName = Literal["adamw", "sgd", "muon"]
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Settings of an optimizer.
-
-    Attributes:
-        name: "adamw", "sgd" (Nesterov), or "muon" for filters with Nesterov SGD for norms, biases and linear layers.
-        lr: Peak learning rate of AdamW, SGD or Muon.
-        sgd_lr: With muon, peak learning rate of norms and biases.
-        head_lr: With muon, peak learning rate of linear layers; None is `sgd_lr`.
-        momentum: Momentum of Muon.
-        sgd_momentum: Momentum of SGD, alone or with Muon.
-        weight_decay: Of AdamW and SGD, for parameters of two or more dimensions; Muon renormalizes filters instead.
-        sgd_weight_decay: With muon, the fraction of SGD's parameters that a step at the peak lr subtracts, before
-            momentum multiplies it.
-    """
+    """Settings of an optimizer; the fields are documented as flags in `ImageClassifier`."""
 
     name: OptimizerName
     lr: float
@@ -39,16 +27,13 @@ class OptimizerSettings:
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings, *, fused: bool = True) -> torch.optim.Optimizer:
-    """Build the optimizer of a model.
+    """Build the optimizer of a model; raise `UserError` for an unknown name.
 
     Args:
         model: Its parameters that require gradients are optimized. With muon, those in its `stem`, if it has one, are
             a group of their own, which a schedule may end early.
         settings: Which optimizer, and its values.
         fused: Whether AdamW and SGD may run as one kernel; Lightning cannot clip their gradients in 16-mixed.
-
-    Raises:
-        UserError: An unknown name.
     """
     check_setting("model.optimizer", OptimizerName, settings.name)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -9,15 +9,10 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 @dataclass(frozen=True)
 class PlannedSettings:
-    """Settings of an optimizer and its schedule before a checkpoint is loaded into them (Lightning #20310).
+    """Settings of an optimizer and its schedule before a checkpoint is loaded into them (Lightning #20310)."""
 
-    Attributes:
-        groups: Settings of each parameter group.
-        phases: Phases of OneCycle; None of other schedules.
-    """
-
-    groups: list[dict[str, Any]]
-    phases: Any
+    groups: list[dict[str, Any]]  # of parameters
+    phases: Any  # of OneCycle; None of other schedules
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> "PlannedSettings":

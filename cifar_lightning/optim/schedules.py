@@ -16,18 +16,11 @@ _ONE_CYCLE_WARMUP = 0.3  # PyTorch's default
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """Settings of a schedule.
-
-    Attributes:
-        name: Which schedule; see `make_schedule`.
-        pct_start: Fraction of the steps in which the learning rate rises; None is 0.3 of "one_cycle", 0 of others.
-        stem_train_fraction: Fraction of the steps after which the group whose `role` is "stem" has reached 0, with
-            "linear" or "cosine".
-    """
+    """Settings of a schedule; the fields are documented as flags in `ImageClassifier`."""
 
     name: ScheduleName
-    pct_start: float | None
-    stem_train_fraction: float
+    pct_start: float | None  # None is 0.3 of "one_cycle", 0 of others
+    stem_train_fraction: float  # of the group whose `role` is "stem", with "linear" or "cosine"
 
     @property
     def warmup_fraction(self) -> float:

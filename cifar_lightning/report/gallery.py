@@ -13,19 +13,12 @@ Positions = Int64[np.ndarray, " _"]  # as many as there are
 
 @dataclass(frozen=True)
 class Rankings:
-    """Positions of images in the predictions, the most informative first.
+    """Positions of images in the predictions, the most informative first."""
 
-    Attributes:
-        mistakes: All mistakes, the most confident first.
-        losses: All images, the highest loss first.
-        uncertain: All images, the smallest gap between the two most probable classes first.
-        pairs: The most confused pairs, each with its mistakes, the most confident first.
-    """
-
-    mistakes: Positions
-    losses: Positions
-    uncertain: Positions
-    pairs: list[tuple[ConfusedPair, Positions]]
+    mistakes: Positions  # all, the most confident first
+    losses: Positions  # all images, the highest loss first
+    uncertain: Positions  # all images, the smallest gap between the two most probable classes first
+    pairs: list[tuple[ConfusedPair, Positions]]  # the most confused, each with its mistakes, the most confident first
 
 
 def rank_images(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"]) -> Rankings:

@@ -33,12 +33,7 @@ _REDUCED_PX = 144  # shown 96 px wide; sharp on high-density screens
 
 
 def render_page(findings: Mapping[str, Any], kept: Mapping[int, UInt8[np.ndarray, "height width 3"]]) -> str:
-    """Return the page as HTML.
-
-    Args:
-        findings: Result of `findings.find` with `report.describe_run` in `run`.
-        kept: Test images by index, uint8 RGB, 0-255.
-    """
+    """Return the page as HTML: the findings, with `report.describe_run` in `run`, and test images by index."""
     tested = [row for row in findings["classes"] if row["support"]]
     sizes = [max(image.shape[:2]) for image in kept.values()]
     return render(

@@ -20,10 +20,10 @@ from cifar_lightning.runs.folder import RunFolder
 
 
 def make_report(run: RunFolder, other: RunFolder | None = None, console: Console | None = None) -> None:
-    """Print the report of a run and write findings.json, report.html and the confusion matrix.
+    """Print the report of a run and write findings.json, report.html and the confusion matrix into its folder.
 
     Args:
-        run: Run to report on; the files are written to its folder.
+        run: Run to report on.
         other: Run to compare with, tested on the same images; its folder is only read.
         console: Console to print to. Default: the terminal.
 

@@ -39,10 +39,7 @@ _MAX_ITEMS = 3  # of an insight; the page lists more
 def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, console: Console | None = None) -> None:
     """Print the findings: accuracy, classes, confusion matrix, most confused pairs, insights and the run's files.
 
-    Args:
-        findings: Result of `findings.find`, with that of `comparison.compare` as `comparison` if there is one.
-        run_path: Run folder, whose files are listed; None without one.
-        console: Console to print to. Default: the terminal.
+    `findings` are those of `findings.find`, with that of `comparison.compare` as `comparison` if there is one.
     """
     console = console or Console(highlight=False)
     names = [printable(row["name"], console.encoding) for row in findings["classes"]]

@@ -16,6 +16,8 @@ from cifar_lightning.runs.file_names import RunFiles
 from cifar_lightning.runs.lock import RunLock
 from cifar_lightning.runs.processes import NEEDS_RUN_DIR, is_started_from_outside
 
+RUNS = Path("runs")
+
 
 @dataclass(frozen=True)
 class RunFolder(RunFiles):
@@ -80,10 +82,10 @@ class RunFolder(RunFiles):
                 )
 
 
-def create_run(base: Path, recipe: str, run_dir: Path | None = None) -> RunFolder:
+def create_run(base: Path, name: str, run_dir: str | Path | None = None) -> RunFolder:
     """Create and lock the folder of a new run.
 
-    Without `run_dir` the folder is `base/recipe/N`, N one above the highest number there. A chosen `run_dir` may be
+    Without `run_dir` the folder is `base/name/N`, N one above the highest number there. A chosen `run_dir` may be
 
     - new or empty: it is used;
     - without a run but with other files (a scheduler's log, notes): it is used, the files are kept;
@@ -91,17 +93,12 @@ def create_run(base: Path, recipe: str, run_dir: Path | None = None) -> RunFolde
     - of a run with a checkpoint or results, or holding a file that this run would overwrite although no run made the
       folder (`config.yaml` without `.lock`: somebody's own recipe): refused, and nothing is touched.
 
-    Args:
-        base: The folder of all runs, for example `runs`.
-        recipe: The name of the recipe, one folder name.
-        run_dir: The folder that was asked for by `--run_dir`.
-
     Raises:
         UserError: The folder is refused, is in use, or cannot be made; or others could not know which it is.
     """
     if run_dir is None and is_started_from_outside():
         raise UserError(NEEDS_RUN_DIR)
-    chosen = base / recipe if run_dir is None else run_dir
+    chosen = base / name if run_dir is None else Path(run_dir)
     try:
         make_folder(chosen)
         run = RunFolder(_make_numbered(chosen) if run_dir is None else chosen)
@@ -195,13 +192,10 @@ def _suggest_run(path: Path) -> str:
     return "Give the folder that fit named at its end, for example runs/smallnet/1."
 
 
-def recipe_name(recipes: Sequence[object], model: str) -> str:
-    """Return the folder name for a run: of its config, of the run whose config.yaml it repeats, or of its model.
-
-    Of several recipes the last one counts.
-    """
-    if not recipes:
+def config_name(configs: Sequence[object], model: str) -> str:
+    """Return NAME of runs/NAME/N: the last config's, that of the run whose config.yaml it is, or the model's."""
+    if not configs:
         return model.replace("/", "_")  # timm/resnet26d: one folder, as of all others
-    recipe = Path(str(recipes[-1])).resolve()
-    is_of_a_run = recipe.name == "config.yaml" and recipe.parent.name.isdecimal()
-    return recipe.parent.parent.name if is_of_a_run else recipe.stem
+    config = Path(str(configs[-1])).resolve()
+    is_of_a_run = config.name == "config.yaml" and config.parent.name.isdecimal()
+    return config.parent.parent.name if is_of_a_run else config.stem

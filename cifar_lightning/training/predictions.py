@@ -14,8 +14,11 @@ from cifar_lightning.data.image_set import Split
 from cifar_lightning.data.sampler import Rank
 from cifar_lightning.files import write_bytes_durably, write_json
 from cifar_lightning.metrics.classification import test_metrics
+from cifar_lightning.report.findings import find
 from cifar_lightning.report.gallery import gallery_positions
-from cifar_lightning.report.results import Predictions
+from cifar_lightning.report.report import make_report
+from cifar_lightning.report.results import Predictions, Results
+from cifar_lightning.report.terminal import print_findings
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.module import Batch
@@ -105,6 +108,15 @@ class PredictionWriter(pl.Callback):
         shown = indices[gallery_positions(logits, targets)]
         images = data.images("test", shown)
         _write_npz(self.run.gallery, images=images, indices=shown, class_names=arrays["class_names"])
+
+    def report(self) -> None:
+        """Write the run's report of the last test, or print its findings where no run holds the predictions."""
+        if self.test is None:  # on every rank but the first
+            return
+        if self.is_test_written and self.run is not None:
+            make_report(self.run)
+        else:
+            print_findings(find(Results(self.test.class_names, self.test.confusion, test=self.test)))
 
     def _is_complete(self, trainer: pl.Trainer, split: Split, arrays: dict[str, np.ndarray]) -> bool:
         """Whether the run gets files: they are written only of a whole split."""

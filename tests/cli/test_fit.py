@@ -12,7 +12,7 @@ from PIL import Image
 from program import REPO, TINY, fail, kill_at_line, start
 
 from cifar_lightning import UserError
-from cifar_lightning.cli.fit import Resume, open_run_folder
+from cifar_lightning.cli.fit import Resume, create_or_resume_run
 from cifar_lightning.cli.lightning_cli import TrainingCLI
 from cifar_lightning.runs.folder import RunFolder, open_run
 
@@ -302,7 +302,7 @@ def test_a_further_process_started_from_outside_joins_the_run_that_is_gone_on_wi
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("CIFAR_LIGHTNING_RUN_DIR", raising=False)
     resume = Resume(RunFolder(tmp_path), None, {})
-    assert open_run_folder(None, None, None, None, resume) == RunFolder(tmp_path)
+    assert create_or_resume_run(None, None, None, None, resume) == RunFolder(tmp_path)
 
 
 # -- LR finder --------------------------------------------------------------------------------------------------------

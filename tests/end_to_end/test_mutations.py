@@ -28,6 +28,7 @@ from cifar_lightning.data.image_folder import CACHE_FOLDER, ClassFolders
 from cifar_lightning.errors import UserError
 from cifar_lightning.report import report
 from cifar_lightning.runs.lock import RunLock
+from cifar_lightning.training import predictions
 from cifar_lightning.training.lr_finder import LrRange
 
 SAME_EACH_TIME = settings(
@@ -66,7 +67,7 @@ def place(tmp_path_factory, known_locks):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr(fit, "make_report", lambda *arguments: None)
-        patch.setattr(evaluate, "make_report", lambda *arguments: None)
+        patch.setattr(predictions, "make_report", lambda *arguments: None)
         patch.setattr(sys, "argv", ["train.py", "fit", *TINY, "--epochs", "1", "--run_dir", "run"])
         with pytest.raises(SystemExit, match="0"):
             cli.main()
@@ -115,9 +116,9 @@ def quick(place, monkeypatch):
     monkeypatch.setattr(download, "_download_archive", no_network)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)  # no remark, whatever the machine
     monkeypatch.setattr(doctor, "look", lambda root: doctor.Findings())
-    for module in (report, fit, evaluate):
+    for module in (report, fit, predictions):
         monkeypatch.setattr(module, "make_report", lambda *arguments: None)
-    for stage in ("train", "evaluate_best_checkpoint", "report_test"):
+    for stage in ("train", "evaluate_best_checkpoint"):
         monkeypatch.setattr(fit, stage, lambda *arguments, **settings: None)
     monkeypatch.setattr(tune, "find_lr", lambda *arguments, **settings: LrRange([], [], 0.1, None, None))
     for module in (fit, tune):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.runs.folder import RunFolder, create_run, open_run, recipe_name
+from cifar_lightning.runs.folder import RunFolder, config_name, create_run, open_run
 from cifar_lightning.runs.lock import RunLock
 from cifar_lightning.runs.processes import announce_run, announced_run, is_started_from_outside
 
@@ -220,7 +220,7 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("recipes", "model", "name"),
+    ("configs", "model", "name"),
     [
         ([], "smallnet", "smallnet"),
         ([], "timm/resnet26d", "timm_resnet26d"),
@@ -228,8 +228,8 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
         (["runs/mine/3/config.yaml"], "smallnet", "mine"),
     ],
 )
-def test_a_run_is_filed_under_its_config_or_its_model(recipes, model, name):
-    assert recipe_name(recipes, model) == name
+def test_a_run_is_filed_under_its_config_or_its_model(configs, model, name):
+    assert config_name(configs, model) == name
 
 
 @pytest.mark.parametrize(
