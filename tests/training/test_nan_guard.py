@@ -108,7 +108,7 @@ from pathlib import Path
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from cifar_lightning.cli import main
+from cifar_lightning.cli.main import main
 
 rank, num_steps, cross_entropy = int(os.environ.get("LOCAL_RANK", 0)), [0], functional.cross_entropy
 
