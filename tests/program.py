@@ -1,8 +1,13 @@
 """How tests start the real program, in a new process or in this one where it must fail; and decode without workers."""
 
+import atexit
+import functools
+import json
 import os
+import select
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,20 +23,58 @@ TINY += ["--model.model_kwargs", "{widths: [4, 8, 8]}", "--trainer.accelerator",
 
 
 def start(*arguments, cwd, check=True, program=REPO / "train.py", **variables):
-    """Run `train.py`, or another program, in a new process with one thread: tests do not fight for cores."""
+    """Run `train.py`, or another program, in a new process with one thread: tests do not fight for cores.
+
+    Where it is `train.py` with no variables of its own, the process is a fork of one that has imported the libraries.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **variables}
     environment.pop("CIFAR_LIGHTNING_RUN_DIR", None)
-    done = subprocess.run(
-        [sys.executable, str(program), *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
+    command = [str(program), *map(str, arguments)]
+    if program == REPO / "train.py" and not variables and sys.platform == "linux":
+        done = _warm().run(command, cwd, environment)
+    else:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=300
+        )
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+class _Warm:
+    """A process of `warm_start.py`."""
+
+    def __init__(self):
+        self._replies, replies = os.pipe()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+        self._process = subprocess.Popen(
+            [sys.executable, str(REPO / "tests" / "warm_start.py"), str(replies)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=environment,
+            pass_fds=[replies],
+            encoding="utf-8",
+        )
+        os.close(replies)
+        atexit.register(self._process.stdin.close)
+
+    def run(self, command, cwd, environment):
+        with tempfile.TemporaryDirectory() as folder:
+            streams = {name: Path(folder, name) for name in ("stdout", "stderr")}
+            for path in streams.values():
+                path.touch()
+            request = {"command": command, "cwd": str(cwd), "environment": environment}
+            request |= {name: str(path) for name, path in streams.items()}
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            assert select.select([self._replies], [], [], 300)[0], f"{command} runs for more than 300 s"
+            status = int(os.read(self._replies, 16))
+            output = (path.read_text(encoding="utf-8") for path in streams.values())
+            return subprocess.CompletedProcess(command, status, *output)
+
+
+@functools.cache
+def _warm():
+    return _Warm()
 
 
 def kill_at_line(text, *arguments, cwd):

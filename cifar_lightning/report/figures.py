@@ -136,13 +136,21 @@ def images_figure(images: UInt8[np.ndarray, "n height width 3"], titles: Sequenc
     columns = min(max(len(images), 1), max(4, math.ceil(math.sqrt(len(images)))), 10)
     rows = max(math.ceil(len(images) / columns), 1)
     num_lines = max((title.count("\n") + 1 for title in titles), default=1)
-    figure = Figure(figsize=(1.5 * columns, (1.35 + 0.17 * num_lines) * rows), layout="constrained")
-    for index, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        axes.axis("off")
-        if index < len(images):
-            axes.imshow(images[index], interpolation="nearest")
-            lines = [shorten(printable(line)) for line in titles[index].split("\n")]
-            axes.set_title("\n".join(lines), fontsize=8, pad=3, parse_math=False)
+    width, height, margin = 1.5, 1.35 + 0.17 * num_lines, 0.05  # inches, of a cell
+    figure = Figure(figsize=(width * columns, height * rows))
+    # One Axes for all: one each and a computed layout take 40 times as long as the drawing.
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    side = height - 0.17 * num_lines - 2 * margin
+    for index, (image, title) in enumerate(zip(images, titles, strict=True)):
+        row, column = divmod(index, columns)
+        center, bottom = (column + 0.5) * width, (row + 1) * height - margin
+        scale = side / max(image.shape[:2])
+        half, top = scale * image.shape[1] / 2, bottom - scale * image.shape[0]
+        axes.imshow(image, interpolation="nearest", extent=(center - half, center + half, bottom, top), aspect="auto")
+        lines = [shorten(printable(line)) for line in title.split("\n")]
+        axes.text(center, top - margin, "\n".join(lines), fontsize=8, ha="center", va="bottom", parse_math=False)
+    axes.set(xlim=(0, width * columns), ylim=(height * rows, 0))  # `imshow` changes them
     return figure
 
 

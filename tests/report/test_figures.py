@@ -116,9 +116,15 @@ def test_images_keep_their_pixels_crisp():
 def test_each_image_stands_under_its_title_and_the_rest_of_the_grid_is_empty():
     images = np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), dtype=np.uint8)
     figure = images_figure(images, [f"number {index}" for index in range(7)])
-    filled = [axes for axes in figure.axes if axes.images]
-    assert [axes.get_title() for axes in filled] == [f"number {index}" for index in range(7)]
-    assert [int(np.asarray(axes.images[0].get_array())[0, 0, 0]) for axes in filled] == list(range(7))
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == [f"number {index}" for index in range(7)]
+    assert [int(np.asarray(image.get_array())[0, 0, 0]) for image in axes.images] == list(range(7))
+    for text, image in zip(axes.texts, axes.images, strict=True):
+        left, right, bottom, top = image.get_extent()
+        assert text.get_position() == pytest.approx(((left + right) / 2, top), abs=0.06)  # y grows downwards
+        assert top < bottom
+    columns, rows = axes.get_xlim()[1] / 1.5, axes.get_ylim()[0] / 1.52
+    assert (round(columns), round(rows)) == (4, 2)
 
 
 def test_titles_must_fit_the_images_and_none_of_both_is_a_blank_page():
