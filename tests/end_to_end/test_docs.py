@@ -2,17 +2,16 @@
 
 import importlib
 import inspect
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from program import start
 
 from cifar_lightning.cli.flags import ALIASES, FRONT_ONLY, check_config, table
 from cifar_lightning.cli.lightning_cli import fit_parser
@@ -128,10 +127,7 @@ def test_every_block_says_how_it_is_tested(page):
 @pytest.mark.parametrize("block", PYTHON_RUN, ids=lambda block: f"{block.page}-{block.line}")
 def test_a_python_block_trains_a_model_that_has_learned(block, tmp_path):
     (tmp_path / "block.py").write_text(block.text, encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "block.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = start(cwd=tmp_path, program=tmp_path / "block.py", PYTHONPATH=str(ROOT))
     accuracy = float(done.stdout.splitlines()[-1].removeprefix("test accuracy "))
     assert 0.4 < accuracy <= 1, "ten classes: chance is 0.1"
 
