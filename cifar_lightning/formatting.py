@@ -92,6 +92,11 @@ def clipped(text: str, most: int = 80) -> str:
     return printable(text)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return an error's message on one short line, or its type where it has none."""
+    return clipped(" ".join(str(error).split()) or type(error).__name__, 200)
+
+
 def printable(text: str, encoding: str = "utf-8") -> str:
     """Escape control characters and characters that `encoding` lacks.
 

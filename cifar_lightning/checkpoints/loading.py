@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cifar_lightning.checkpoints.checksum import has_checksum, is_intact
 from cifar_lightning.checkpoints.schema import upgrade_checkpoint
 from cifar_lightning.errors import UserError
+from cifar_lightning.formatting import reason_of
 from cifar_lightning.models.state_dicts import describe_misfits, has_other_classes, without_wrappers
 
 _MODEL = "model."  # `ImageClassifier.model`
@@ -85,10 +86,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "Save only the tensors of a whole model: torch.save(model.state_dict(), FILE)."
         ) from error
     except Exception as error:  # on damaged files zip and pickle raise nearly anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        if "can't allocate memory" in reason:  # torch raises a RuntimeError
+        if "can't allocate memory" in str(error):  # torch raises a RuntimeError
             raise _unreadable(path, error) from error
-        raise UserError(f"{path}: a damaged checkpoint, or not a checkpoint ({reason}).") from error
+        raise UserError(f"{path}: a damaged checkpoint, or not a checkpoint ({reason_of(error)}).") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__} and not a checkpoint.")
     if not has_sum and RESUME_STATE in checkpoint:
@@ -139,13 +139,8 @@ def weights_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, path: Path, checkpoint: dict[str, Any] | None = None) -> None:
     """Load the weights of a file into a model.
 
-    Args:
-        model: Changed in place.
-        path: The file; see `read_weights`.
-        checkpoint: Content of the file, if it was read before.
-
-    Raises:
-        UserError: A tensor does not fit; the model is unchanged.
+    `checkpoint` is the content of the file, if it was read before. Where a tensor does not fit, a `UserError` is raised
+    and the model is unchanged.
     """
     ours = model.state_dict()
     theirs = without_wrappers(read_weights(path) if checkpoint is None else weights_of(checkpoint, path), ours)

@@ -8,11 +8,7 @@ SCHEMA_KEY = "cifar_lightning_schema"
 
 
 def upgrade_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return a Lightning checkpoint in the current schema; other files are returned as they are.
-
-    Args:
-        checkpoint: Content of the file; not changed.
-    """
+    """Return a Lightning checkpoint in the current schema; other files are returned as they are. Changes nothing."""
     if SCHEMA_KEY in checkpoint or "pytorch-lightning_version" not in checkpoint:
         return checkpoint
     upgraded = {**checkpoint, SCHEMA_KEY: SCHEMA_VERSION}

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 from cifar_lightning.data.download import ARCHIVES
 from cifar_lightning.data.memory import choose_num_workers, free_device_bytes, free_host_bytes
+from cifar_lightning.formatting import reason_of
 from cifar_lightning.runs.environment import describe_environment
 
 _SHOWN = ("torch", "torchvision", "lightning", "torchmetrics")
@@ -150,9 +151,9 @@ def _look_at_torch(found: Findings) -> None:
         device = torch.device("cuda" if on_cuda else "cpu")
         num_workers = choose_num_workers(_CIFAR_BYTES, free_device_bytes(device))
     except Exception as error:  # a broken installation may raise anything, and the rest must still be shown
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         found.stopping.append(
-            f"torch cannot be imported with torchvision ({reason}): pip install --force-reinstall torch torchvision"
+            f"torch cannot be imported with torchvision ({reason_of(error)}): "
+            "pip install --force-reinstall torch torchvision"
         )
         return
     if driver:

@@ -12,7 +12,6 @@ import http.client
 import os
 import tarfile
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -21,7 +20,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 
 from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
@@ -164,7 +162,7 @@ def _download_archive(archive: Archive, path: Path) -> None:
         host = urlsplit(url).hostname or url
         print(f"Downloading {archive.filename} ({archive.size_bytes / 1e6:.0f} MB) from {host}", flush=True)
         try:
-            with _reporter(archive, _size(part)) as report:
+            with progress(archive.size_bytes, archive.filename, completed=_size(part), in_bytes=True) as report:
                 _fetch_whole(url, part, archive, report)
         except _Failed as error:
             failures.append(f"{host}: {error}")
@@ -256,29 +254,6 @@ def _reason(error: Exception) -> str:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-@contextlib.contextmanager
-def _reporter(archive: Archive, start: int) -> Iterator[Callable[[int], None]]:
-    if Console(stderr=True).is_terminal:
-        with progress(archive.size_bytes, archive.filename, completed=start, in_bytes=True) as show:
-            yield show
-    else:
-        yield _line_printer(archive, start)
-
-
-def _line_printer(archive: Archive, start: int) -> Callable[[int], None]:
-    began, last = time.monotonic(), 10 * start // archive.size_bytes
-
-    def report(done: int) -> None:
-        nonlocal last
-        tenths = 10 * done // archive.size_bytes
-        if tenths > last:
-            speed = (done - start) / 1e6 / max(time.monotonic() - began, 1e-3)
-            print(f"  {10 * tenths} % of {archive.size_bytes / 1e6:.0f} MB, {speed:.1f} MB/s", flush=True)
-        last = tenths
-
-    return report
 
 
 def _unpack(archive: Archive, path: Path, folder: Path) -> None:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cifar_lightning.errors import UserError, remark, silenced
-from cifar_lightning.formatting import clipped
+from cifar_lightning.formatting import reason_of
 from cifar_lightning.models.registry import torchvision_name
 from cifar_lightning.models.state_dicts import describe_misfits, without_wrappers
 from cifar_lightning.models.torchvision_timm import create_timm
@@ -186,8 +186,7 @@ def _published_by_timm(own_name: str, architecture: Mapping[str, Any]) -> tuple[
 
 
 def _download_error(name: str, error: Exception, address: str | None) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
     return UserError(
-        f"--model.pretrained true: the weights of {name} cannot be downloaded ({clipped(reason, 200)}).\n"
+        f"--model.pretrained true: the weights of {name} cannot be downloaded ({reason_of(error)}).\n"
         f"Download {address} another way and give --model.pretrained FILE."
     )

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import clipped
+from cifar_lightning.formatting import reason_of
 from cifar_lightning.models.stems import SMALL_PX, adapt_stem, input_error
 
 # Arguments that download or read weights, while a model is built from the same arguments wherever its run is used; and
@@ -97,8 +97,7 @@ def _timm() -> Any:
     try:
         return importlib.import_module("timm")
     except Exception as error:  # its own imports may fail in any way, such as another torchvision version
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"timm is installed but cannot be imported ({clipped(reason, 200)}).") from error
+        raise UserError(f"timm is installed but cannot be imported ({reason_of(error)}).") from error
 
 
 def _check_kwargs(kwargs: Iterable[str]) -> None:

@@ -66,7 +66,7 @@ def training_data(trainer: pl.Trainer) -> TrainingData | None:
 
 
 def require_training_data(trainer: pl.Trainer) -> TrainingData:
-    """Return the Trainer's `TrainingData`."""
+    """Return the Trainer's `TrainingData`, or raise."""
     data = training_data(trainer)
     if data is None:
         raise UserError("this callback needs trainer.fit(model, datamodule=ImageDataModule(...)).")

@@ -16,9 +16,6 @@ class EmaWeights(WeightAveraging):
     decay after n steps is min(decay, (1 + n) / (10 + n)), as in TensorFlow's `ExponentialMovingAverage`. Lightning
     2.6.6's `EMAWeightAveraging` exchanges the two in a checkpoint that is saved inside a validation; this callback does
     not.
-
-    Args:
-        decay: Decay per step, 0 to below 1.
     """
 
     def __init__(self, decay: float) -> None:
@@ -41,12 +38,10 @@ class EmaWeights(WeightAveraging):
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Load the average into the model."""
         super().on_validation_epoch_start(trainer, pl_module)
         self._is_exchanged = self._average_model is not None
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Load the raw weights into the model."""
         super().on_validation_epoch_end(trainer, pl_module)
         self._is_exchanged = False
 

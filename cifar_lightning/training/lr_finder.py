@@ -32,21 +32,13 @@ MIN_LR, MAX_LR, NUM_STEPS = 1e-5, 1.0, 100
 
 @dataclass(frozen=True)
 class LrRange:
-    """Result of the LR finder.
+    """Result of the LR finder."""
 
-    Attributes:
-        lrs: Learning rate of each step.
-        losses: Smoothed training loss after each step.
-        suggestion: Learning rate at which the loss falls fastest.
-        sgd_lr: With muon, the `sgd_lr` that keeps its ratio to `lr`; else None.
-        head_lr: The same for `head_lr`; None if it was not given.
-    """
-
-    lrs: list[float]
-    losses: list[float]
-    suggestion: float
-    sgd_lr: float | None
-    head_lr: float | None
+    lrs: list[float]  # of each step
+    losses: list[float]  # smoothed training loss after each step
+    suggestion: float  # where the loss falls fastest
+    sgd_lr: float | None  # with muon, that keeps its ratio to `lr`; else None
+    head_lr: float | None  # the same; None if it was not given
 
     def with_peaks(self, settings: OptimizerSettings) -> OptimizerSettings:
         """Return optimizer settings with the suggested learning rates."""
@@ -57,10 +49,12 @@ class LrRange:
 
 
 def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: Any) -> LrRange:
-    """Run the LR finder; the module and the random state are left as they were.
+    """Run the LR finder on a copy of the module; module and random state are left as they were.
+
+    It stops after `NUM_STEPS` steps, or when the loss has grown fourfold.
 
     Args:
-        module: A copy of it is trained for `NUM_STEPS` steps, or until the loss has grown fourfold.
+        module: The model to train.
         data: The training batches.
         **trainer_settings: Arguments of the Trainer, such as precision and accelerator.
 

@@ -39,9 +39,7 @@ def check_classes(trainer: pl.Trainer, num_classes: int) -> None:
 def check_batches(trainer: pl.Trainer, model: nn.Module) -> None:
     """Raise before the first step if the model's BatchNorm would get a training batch of one image.
 
-    Args:
-        trainer: Attached to its data after `setup()`. Data that is not a `TrainingData` is not checked.
-        model: Takes images (batch, 3, height, width).
+    The Trainer is attached to its data. Data that is not a `TrainingData` is not checked.
     """
     data = training_data(trainer)
     if data is None:

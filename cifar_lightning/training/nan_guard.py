@@ -44,11 +44,9 @@ class NanGuard(pl.Callback):
             optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]  # GradScaler sets it likewise
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Watch the loss of a batch."""
         self.watch(loss, trainer.global_step, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check the losses of the epoch."""
         self.check(trainer.current_epoch)
 
     def on_save_checkpoint(
@@ -58,11 +56,7 @@ class NanGuard(pl.Callback):
         self.check(trainer.current_epoch)
 
     def watch(self, loss: Tensor, step: int, epoch: int) -> None:
-        """Test a loss, a scalar; step and epoch count from 0. Every process must call it in every step.
-
-        Raises:
-            RunError: The loss was read at once and is not finite.
-        """
+        """Test a loss, a scalar; step and epoch count from 0. Every process must call it in every step."""
         if not self.is_deferred and self._num_processes == 1:
             if not math.isfinite(loss.item()):
                 raise _diverged(step, epoch)
@@ -82,11 +76,7 @@ class NanGuard(pl.Callback):
             self._stop(step, epoch)
 
     def check(self, epoch: int) -> None:
-        """Read the device's flag; waits for the device. Every process must call it.
-
-        Raises:
-            RunError: A step's loss was not finite.
-        """
+        """Read the device's flag; waits for the device. Every process must call it."""
         if self.is_deferred and self.found_inf.item():
             self._stop(int(self._first_bad_step.item()), epoch)
 

@@ -14,13 +14,10 @@ def default_precision(on_cuda: bool) -> tuple[str, str]:
 
 
 def settle_precision(trainer: Namespace) -> None:
-    """Set precision and cuDNN's benchmark mode by device where they are not given.
+    """Set precision and cuDNN's benchmark mode of the Trainer's arguments by device where they are not given.
 
     A precision without hardware support is replaced by 32-true, with a line on stderr: on a CPU half precision is
     emulated then, 90 times slower.
-
-    Args:
-        trainer: The Trainer's arguments; `precision` and `benchmark` are set.
     """
     on_cuda = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
     if on_cuda:

@@ -30,12 +30,6 @@ class PredictionWriter(pl.Callback):
     Args:
         run: The run's folder; None writes nothing.
         output: The file that `predict` writes instead of predictions.npz.
-
-    Attributes:
-        test: Predictions of the last test.
-        is_test_written: Whether the run holds them.
-        num_written: Number of images that `predict` wrote predictions of.
-        written_to: The file that `predict` wrote.
     """
 
     def __init__(self, run: RunFolder | None, output: Path | None = None) -> None:
@@ -49,20 +43,18 @@ class PredictionWriter(pl.Callback):
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
-        """Collect a batch."""
         self._collect(outputs, batch)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
-        """Collect a batch of `trainer.validate`, not of the validations within `fit`."""
+        """Collect the batches of `trainer.validate`, not of the validations within `fit`."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._collect(outputs, batch)
 
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
-        """Collect a batch."""
         self._collect(outputs, batch)
 
     def _collect(self, logits: Tensor, batch: Batch) -> None:

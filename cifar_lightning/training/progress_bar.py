@@ -49,13 +49,11 @@ class RunProgress(ProgressBar):
         self._enabled = False
 
     def enable(self) -> None:
-        """Print again."""
         self._enabled = True
 
     # -- training --------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the summary of the run."""
         if not self._enabled:
             return
         assert isinstance(pl_module, ImageClassifier)
@@ -67,7 +65,6 @@ class RunProgress(ProgressBar):
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the bar of the epoch."""
         self._where = f"in epoch {trainer.current_epoch + 1}"
         self._validated = False
         self._epoch_start_s = time.monotonic()
@@ -142,11 +139,9 @@ class RunProgress(ProgressBar):
     # -- evaluation ------------------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open a bar."""
         self._open_bar("validation", sum_batches(trainer.num_val_batches))
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Update the bar."""
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[0])
 
@@ -158,15 +153,12 @@ class RunProgress(ProgressBar):
             self._open_training_bar(trainer)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open a bar."""
         self._open_bar("test", sum_batches(trainer.num_test_batches))
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Update the bar."""
         self.on_validation_batch_end(trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the bar."""
         self._close_bar()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

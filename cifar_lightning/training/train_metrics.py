@@ -25,13 +25,7 @@ class TrainMetrics:
         logits: Float[Tensor, "batch classes"],
         targets: Tensor,
     ) -> None:
-        """Add a batch.
-
-        Args:
-            loss: Mean over the batch.
-            logits: Logits of the batch.
-            targets: int64 (batch,), or class weights (batch, classes) of mixed images, whose largest is the target.
-        """
+        """Add a batch; the target of a mixed image, given as weights of the classes, is the largest."""
         labels = targets if targets.ndim == 1 else targets.argmax(1)
         self.loss_sum += loss.detach() * len(targets)
         self.num_correct += (logits.argmax(1) == labels).sum()
@@ -47,7 +41,7 @@ class TrainMetrics:
         return torch.stack([self.loss_sum, self.num_correct, torch.full_like(self.loss_sum, self.num_images)])
 
     def state(self) -> tuple[Tensor, Tensor, int]:
-        """Return loss sum, correct predictions (both on the CPU) and images, for a checkpoint."""
+        """Return what `restore` takes, on the CPU, for a checkpoint."""
         return self.loss_sum.cpu(), self.num_correct.cpu(), self.num_images
 
     def restore(self, state: tuple[Tensor, Tensor, int]) -> None:

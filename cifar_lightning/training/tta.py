@@ -15,16 +15,10 @@ TTA = Literal["none", "mirror", "six"]
 def tta_logits(
     model: Callable[[Tensor], Tensor], images: Float[Tensor, "batch channels height width"], tta: TTA
 ) -> tuple[Float[Tensor, "batch classes"], Float[Tensor, "batch classes"]]:
-    """Return a model's logits averaged over views of each image, and its logits without TTA.
+    """Return a model's logits averaged over views of each normalized image, and its logits without TTA.
 
-    Args:
-        model: Takes images, returns logits.
-        images: Normalized images.
-        tta: "none"; "mirror", the mean of an image and its mirror image; "six", as in airbench: these two with weight
-            1/4 each, and both shifted by a pixel up-left and down-right with weight 1/8 each, reflected at the border.
-
-    Raises:
-        UserError: Another value.
+    "mirror" is the mean of an image and its mirror image; "six", as in airbench, these two with weight 1/4 each, and
+    both shifted by a pixel up-left and down-right with weight 1/8 each, reflected at the border.
     """
     check_setting("model.tta", TTA, tta)
     plain = model(images)

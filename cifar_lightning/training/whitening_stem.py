@@ -13,13 +13,7 @@ from cifar_lightning.training.data_protocol import TrainingData, training_data
 
 
 class WhiteningStem(pl.Callback):
-    """Sets the stem's filters from the data, and stops training the stem after its fraction of the steps.
-
-    Args:
-        stem: The stem of the model that is trained.
-        schedule: Has the fraction of the steps in which the stem is trained.
-        total_steps: Returns the number of steps of the whole run.
-    """
+    """Sets the stem's filters from the data, and stops training the stem after its fraction of the steps."""
 
     def __init__(self, stem: WhiteningConv, schedule: ScheduleSettings, total_steps: Callable[[], int]) -> None:
         self.stem, self.schedule, self.total_steps = stem, schedule, total_steps
@@ -54,7 +48,6 @@ class WhiteningStem(pl.Callback):
         self._frozen = None
 
     def on_exception(self, *args: Any) -> None:
-        """Unfreeze the stem for a later training."""
         self.on_train_end()
 
 
@@ -65,11 +58,7 @@ def whitening_stem_of(model: nn.Module) -> WhiteningConv | None:
 
 
 def whiten(stem: WhiteningConv, data: TrainingData | None) -> None:
-    """Set a stem's filters from training images, unless they have been set.
-
-    Raises:
-        UserError: There is no `TrainingData` to take images from.
-    """
+    """Set a stem's filters from training images, unless they have been set; raise `UserError` if there are none."""
     if stem.is_whitened:
         return
     if data is None:

@@ -200,19 +200,12 @@ def crop_and_mirror(
     padding_px: int,
     crop_mode: CropMode,
 ) -> UInt8[Tensor, "batch height width channels"]:
-    """Shift each image by its own offset, filling with padding, then mirror it horizontally.
+    """Shift each image by its own offset, at most `padding_px`, filling with padding, then mirror it horizontally.
 
     Equivalent to padding, cropping at `(padding_px + shift_y, padding_px + shift_x)` and flipping. Each output row is a
     contiguous piece of a padded row or of its mirror image and copied as a whole: gathering single pixels of 3 bytes by
-    8-byte indices takes 1.5 times as long, with "zeros" 2.5 times (500 images of 32 pixels, 2 cores).
-
-    Args:
-        images: uint8 RGB, 0-255.
-        shift_y: Rows, -padding_px to padding_px; None is no shift.
-        shift_x: Columns, -padding_px to padding_px; None is no shift.
-        mirrored: Which images to mirror; None mirrors none.
-        padding_px: At most width - 1 and height - 1.
-        crop_mode: "reflect" mirrors the image at its edge without repeating the edge pixel; "zeros" is black.
+    8-byte indices takes 1.5 times as long, with "zeros" 2.5 times (500 images of 32 pixels, 2 cores). None shifts or
+    mirrors no image; "reflect" mirrors the image at its edge without repeating the edge pixel, "zeros" is black.
     """
     if shift_y is None and shift_x is None and mirrored is None:
         return images
@@ -261,10 +254,7 @@ def jitter(
 ) -> Float[Tensor, "batch height width 3"]:
     """Scale the brightness, then the contrast, of each image by its own factor, as torchvision's ColorJitter does.
 
-    Args:
-        images: RGB, 0-1.
-        brightness: Factors of the pixel values; the result is clamped to 0-1.
-        contrast: Factors of the distance from the mean grey of the image (ITU-R 601); the result is clamped to 0-1.
+    Contrast is the distance from the mean grey of the image (ITU-R 601); both results are clamped to 0-1.
     """
     if brightness is not None:
         images = (images * brightness[:, None, None, None]).clamp(0, 1)
@@ -282,16 +272,10 @@ def cutout_(
     left: Int64[Tensor, " batch"],
     size_px: int,
 ) -> Float[Tensor, "batch channels height width"]:
-    """Set a square of each normalised image to 0, the mean colour, in place.
+    """Set a square of each normalised image to 0, the mean colour, in place; images are channels_last in memory.
 
     The square lies inside the image, as in airbench; in the paper (arXiv:1708.04552) it may extend beyond it. Only the
     pixels of the square are written: a mask over whole images takes 5 times as long (12 of 32 pixels, 2 cores).
-
-    Args:
-        images: channels_last in memory.
-        top: First row of the square.
-        left: First column of the square.
-        size_px: Height and width of the square.
     """
     batch, channels, height, width = images.shape
     side = torch.arange(size_px, device=images.device)
@@ -309,10 +293,7 @@ def normalize(
 ) -> Float[Tensor, "batch channels height width"]:
     """Scale uint8 images (0-255) to zero mean and unit variance, as an NCHW view of NHWC memory (channels_last).
 
-    Args:
-        images: uint8 RGB, 0-255.
-        mean: Per channel, of images scaled to 0-1. A tensor on their device: making one here would block the host.
-        std: Per channel, of images scaled to 0-1, on their device.
+    `mean` and `std` are of images scaled to 0-1, on the images' device: making a tensor here would block the host.
     """
     return _standardize_(images.to(torch.float32, memory_format=torch.contiguous_format), 255 * mean, 255 * std)
 

@@ -11,12 +11,7 @@ class Mixing:
     """Mixes each image of a batch with its neighbour, and their targets in the same proportion.
 
     The proportion is drawn once per batch from Beta(alpha, alpha) by torch's global generator, whose state checkpoints
-    hold. With both alphas above 0 one of the two is chosen at random for each batch.
-
-    Args:
-        num_classes: Length of the mixed targets.
-        mixup: Alpha of MixUp, usually 0.2; 0 disables it.
-        cutmix: Alpha of CutMix, usually 1; 0 disables it.
+    hold. With both alphas above 0 one of the two is chosen at random for each batch; 0 disables one.
     """
 
     def __init__(self, num_classes: int, *, mixup: float = 0.0, cutmix: float = 0.0) -> None:

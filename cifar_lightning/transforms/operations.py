@@ -42,16 +42,11 @@ def apply_operations(
     operations: Int64[Tensor, "batch num_ops"],
     magnitudes: Float[Tensor, "batch num_ops"],
 ) -> Images:
-    """Apply its own operations to each image, one after the other.
+    """Apply its own operations to each image, one after the other; magnitudes are as `magnitude_table`'s, signed.
 
     On a CPU the images are sorted by operation and each kernel gets its group; the host reads the group sizes once for
     each of `num_ops`. On other devices that read would block the host, so every kernel gets the whole batch and the
     results are selected: 9 times the work, little for a GPU. Both give the same values.
-
-    Args:
-        images: uint8 RGB, 0-255; not modified.
-        operations: Indices into `OPERATIONS`.
-        magnitudes: Signed, in the units of `magnitude_table`.
     """
     apply = _apply_sorted if images.device.type == "cpu" else _apply_everywhere
     for some, strengths in zip(operations.unbind(1), magnitudes.unbind(1), strict=True):
@@ -90,17 +85,12 @@ def _apply_everywhere(
 
 
 def apply_operation(images: Images, operation: str, magnitudes: Magnitudes) -> Images:
-    """Apply one of `OPERATIONS` to all images, each with its own magnitude.
+    """Apply one of `OPERATIONS` to all images, each with its own signed magnitude in the units of `magnitude_table`.
 
     The values are those of torchvision.transforms.v2 on uint8 tensors (nearest neighbour, black outside); no difference
     was found on a CPU. On a device that rounds float32 differently, a pixel whose source is within 1e-4 of the midpoint
     of two pixels may take either. Without float64 (MPS) blended colours may differ by 1, and so may the contrast of
     images of more than 65,793 pixels, whose sum exceeds float32.
-
-    Args:
-        images: uint8 RGB, 0-255; not modified.
-        operation: One of `OPERATIONS`.
-        magnitudes: Signed, in the units of `magnitude_table`; not used by "Identity", "AutoContrast" and "Equalize".
     """
     index = OPERATIONS.index(operation)
     if operation == "Identity":

@@ -30,12 +30,9 @@ _ERASING_TRIES = 10  # as torchvision: a rectangle as high or as wide as the ima
 def magnitude_table(policy: Policy, image_size: int) -> Float[Tensor, "operations bins"]:
     """Return the unsigned magnitude of each operation and bin; 0 for operations without a magnitude.
 
-    Shears are in pixels per pixel, shifts in pixels, rotations in degrees; colours are blended by 1 + magnitude;
-    "Posterize" is the number of bits to keep and "Solarize" the fraction of 255 from which values are inverted.
-
-    Args:
-        policy: "trivial" has the wide ranges, "rand" the narrower ones.
-        image_size: In pixels; shifts of "rand" are proportional to it.
+    Shears are in pixels per pixel, shifts in pixels ("rand": proportional to the image size), rotations in degrees;
+    colours are blended by 1 + magnitude; "Posterize" is the number of bits to keep and "Solarize" the fraction of 255
+    from which values are inverted. "trivial" has the wide ranges, "rand" the narrower ones.
     """
     wide = policy == "trivial"
     shear, degrees, blend = (0.99, 135.0, 0.99) if wide else (0.3, 30.0, 0.9)
@@ -75,12 +72,6 @@ def draw_erasing(
     """Draw a rectangle for each image as torchvision's RandomErasing does: top, left, height and width.
 
     Height and width are 0 if nothing is erased: with probability `1 - probability`, or if 10 rectangles did not fit.
-
-    Args:
-        num_images: Rows of the table.
-        image_size: In pixels.
-        probability: Probability that an image is erased.
-        generator: On the CPU.
     """
 
     def uniform(*shape: int) -> Tensor:
@@ -106,11 +97,9 @@ def draw_erasing(
 def erase_(
     images: Float[Tensor, "batch channels height width"], rectangles: Int64[Tensor, "batch 4"]
 ) -> Float[Tensor, "batch channels height width"]:
-    """Set a rectangle of each normalised image to 0, the mean colour, in place.
+    """Set a rectangle of each normalised image to 0, the mean colour, in place; images are channels_last in memory.
 
-    Args:
-        images: channels_last in memory.
-        rectangles: Top, left, height and width; a height of 0 erases nothing.
+    Rectangles are top, left, height and width; a height of 0 erases nothing.
     """
     batch, channels, height, width = images.shape
     pixels = images.permute(0, 2, 3, 1)
