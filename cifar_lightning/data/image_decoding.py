@@ -2,7 +2,7 @@
 
 The rules (raise `RULES` when they change: caches depend on it):
 
-- the first frame of a file is used, rotated as its EXIF orientation says; no other metadata matters, and broken
+- the first frame of a file is used, rotated as its EXIF or XMP orientation says; no other metadata matters, and broken
   metadata is ignored;
 - the shorter side is resized to `image_size` (bicubic, antialiased) and the centre square cropped, on the grid of the
   image's original size also where a large JPEG is decoded at 1/2, 1/4 or 1/8. Only the part that the square needs is
@@ -88,9 +88,10 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TEXT_BYTES = 1 << 20  # of a text in a PNG: Pillow's limit
 _MESSAGE_BYTES = 500  # of the messages of C libraries about an image
 _UNUSED_ALPHA = "have alpha 0 everywhere; their colours are used"
-_CONSTANT = "have one colour everywhere"
+_CONSTANT = "have one colour in all of their centre square"
 
 Decode = Callable[[str, int, list[str]], np.ndarray]
 Unreadable = tuple[int, str]  # index of an image, and why it cannot be read
@@ -182,22 +183,21 @@ def _checked_png(data: bytes) -> bytes:
         kind = data[at + 4 : at + 8]
         if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4]):
             raise ValueError("damaged: a checksum is wrong")
-        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf") or _is_exif_text(data[at + 4 : end]):
+        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf") or _is_orientation_text(data[at + 4 : end]):
             kept.append(data[at : end + 4])
         at = end + 4
     return data if sum(map(len, kept)) == len(data) else b"".join(kept)
 
 
-def _is_exif_text(chunk: bytes) -> bool:
-    """Return whether a chunk is the text in which ImageMagick saves EXIF data, of a size that Pillow reads."""
-    if not chunk.startswith((b"tEXtRaw profile type exif\0", b"zTXtRaw profile type exif\0")):
-        return False
-    if chunk.startswith(b"tEXt"):
-        return True
-    with suppress(zlib.error):
-        inflate = zlib.decompressobj()
-        inflate.decompress(chunk[chunk.index(b"\0") + 2 :], 1 << 20)
-        return not inflate.unconsumed_tail
+def _is_orientation_text(chunk: bytes) -> bool:
+    """Return whether a chunk is XMP, or the text in which ImageMagick saves EXIF data, of a size that Pillow reads."""
+    if chunk.startswith((b"iTXtXML:com.adobe.xmp\0\0", b"tEXtRaw profile type exif\0")):
+        return len(chunk) <= _TEXT_BYTES
+    if chunk.startswith(b"zTXtRaw profile type exif\0"):
+        with suppress(zlib.error):
+            inflate = zlib.decompressobj()
+            inflate.decompress(chunk[chunk.index(b"\0") + 2 :], _TEXT_BYTES)
+            return not inflate.unconsumed_tail
     return False
 
 

@@ -306,6 +306,22 @@ def test_the_orientation_in_imagemagicks_text_counts(tmp_path):
     assert np.array_equal(decode_image(path, 8), np.rot90(noise(), -1))
 
 
+XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><tiff:Orientation>6</tiff:Orientation>{}</x:xmpmeta>'
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+def test_the_orientation_in_xmp_counts_and_broken_xmp_spoils_nothing(suffix, tmp_path):
+    rows = np.broadcast_to(np.linspace(0, 250, 8).astype(np.uint8)[:, None, None], (8, 8, 3))
+    texts = (XMP.format(""), "<broken", XMP.format("a" * (2 << 20)) if suffix == "png" else "")
+    for text, is_rotated in zip(texts, (True, False, False), strict=True):
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", text)
+        options = {"pnginfo": info} if suffix == "png" else {"xmp": text.encode()}
+        path = saved(Image.fromarray(rows), tmp_path / f"a.{suffix}", **options)
+        expected = np.rot90(rows, -1) if is_rotated else rows
+        assert np.abs(decode_image(path, 8) - expected.astype(int)).mean() < 6
+
+
 def remarks_of(*paths: str) -> str:
     bad, remarks = decode_all(paths, 8, np.empty((len(paths), 8, 8, 3), np.uint8))
     assert bad == []
