@@ -12,7 +12,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.files import MetricsTable, read_json, write_bytes_durably, write_json, write_text_durably
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it_and_names_the_path(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file_and_nothing_next_to_it_and_names_the_path(tmp_path, monkeypatch):
     target = tmp_path / "split.json"
     write_text_durably(target, "old")
 
@@ -84,7 +84,7 @@ def test_a_column_that_the_first_row_had_not_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("cut", range(1, 24))
-def test_a_line_cut_short_by_a_crash_is_dropped_and_the_table_goes_on(tmp_path, cut):
+def test_a_line_cut_short_by_a_crash_is_dropped_and_the_table_continues(tmp_path, cut):
     file = tmp_path / "metrics.csv"
     table = MetricsTable(file)
     for row in ROWS:

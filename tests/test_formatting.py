@@ -22,7 +22,7 @@ from cifar_lightning.formatting import (
 )
 
 
-def test_shares_and_differences():
+def test_fractions_and_differences():
     assert percent(0.12345) == "12.3 %"
     assert percent(1, 2) == "100.00 %"
     assert span((0.1, 0.256)) == "10.0 to 25.6 %"

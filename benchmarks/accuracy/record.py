@@ -20,7 +20,7 @@ import yaml
 from benchmarks import CONFIGS, RESULTS
 
 _NOT_OF_A_RESULT = ("--config", "--data.root", "--run_dir", "--seed_everything", "--data.seed")
-_AS_FOLDERS = "--data.dataset folder"  # a recipe's own images, unpacked
+_AS_FOLDERS = "--data.dataset folder"  # a config's own images, unpacked
 
 
 def summarize(run: Path, note: str) -> dict[str, Any]:
@@ -36,11 +36,11 @@ def summarize(run: Path, note: str) -> dict[str, Any]:
     ]
     elapsed_s = sum(row["elapsed_s"] for row in timing)
     if math.isnan(elapsed_s):
-        note = note or "a part of an epoch was not timed"
+        note = note or "some of an epoch was not timed"
     return {
         "commit": environment["commit"],
         "dirty": environment["dirty"],
-        "flags": flags_beside(environment["command"]),
+        "flags": other_flags(environment["command"]),
         "seed": config["seed_everything"],
         "data_seed": config["data"]["seed"],
         "config_sha256": hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest(),
@@ -60,8 +60,8 @@ def summarize(run: Path, note: str) -> dict[str, Any]:
     }
 
 
-def flags_beside(command: list[str]) -> str:
-    """Return the flags that a run had beside its recipe, but not where its images lay and where it wrote to."""
+def other_flags(command: list[str]) -> str:
+    """Return the flags that a run had next to its config, except folders and seeds."""
     flags: list[list[str]] = []
     for word in command[command.index("fit") + 1 :]:
         if word.startswith("--"):
@@ -78,9 +78,9 @@ def flags_beside(command: list[str]) -> str:
 
 
 def comparable(lines: list[dict[str, Any]], recipe: str, compiled: bool = False) -> list[dict[str, Any]]:
-    """Return the whole runs among a speed recipe's results: those of the recipe as it is now, and its peers'.
+    """Return the whole runs among a speed config's results: those of the present config, and its peers'.
 
-    With `compiled` those where --model.compile was given beside it.
+    With `compiled` those with --model.compile.
     """
     settings = yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text(encoding="utf-8"))
     settings["model"] |= {"compile": True} if compiled else {}
@@ -91,9 +91,9 @@ def comparable(lines: list[dict[str, Any]], recipe: str, compiled: bool = False)
 def main() -> None:
     """Add the runs and print the file's name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="name of the results file: the recipe")
+    parser.add_argument("name", help="name of the results file: the config")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--note", default="", help="what a reader of the figures must know")
+    parser.add_argument("--note", default="", help="remark on the results")
     args = parser.parse_args()
     path = RESULTS / f"{args.name}.json"
     lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []

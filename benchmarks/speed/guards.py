@@ -1,13 +1,13 @@
-"""What safety costs: host time a step of the guards, and milliseconds of a durable checkpoint.
+"""Cost of safety: host time per step of the guards, and milliseconds of a durable checkpoint.
 
     python -m benchmarks.speed.guards            5 rounds
     python -m benchmarks.speed.guards --json benchmarks/results/guards.json
 
-The ordinary `fit` of a one-layer network runs in turn with and without what looks at each step: the guard over the loss
-and the callback that waits for signals and schedules. Then the Trainer writes SmallNet's whole state (AdamW's moments
-included, 14 MB) in turn by our checkpoint plugin, which hashes, syncs and renames, and by Lightning's own, which does
-none of these. All of it in one process on the CPU, where each loss is read; on a GPU and with several processes the
-guard does something else, which is not measured. The last line is the step with the guards over the step without.
+`fit` of a one-layer model runs in turn with and without the callbacks that act in each step: NanGuard, and
+LastCheckpoint, which checks signals and schedules. Then the Trainer saves SmallNet's state (14 MB with AdamW's moments)
+in turn by our checkpoint plugin, which hashes, syncs and renames, and by Lightning's own, which does none of these.
+Everything runs in one process on the CPU, where each loss is read; on a GPU and with several processes NanGuard works
+in another way, which is not measured. The last line is the step time with the guards over the step time without.
 """
 
 import argparse
@@ -43,7 +43,7 @@ NUM_SAVES = 20
 
 @contextlib.contextmanager
 def without_guards() -> Iterator[None]:
-    """Take away what looks at each step."""
+    """Remove the callbacks that act in each step."""
     with (
         mock.patch.object(NanGuard, "on_before_backward", pl.Callback.on_before_backward),
         mock.patch.object(LastCheckpoint, "on_train_batch_end", pl.Callback.on_train_batch_end),
@@ -108,13 +108,13 @@ def main() -> None:
     """Measure and print; the last line is `ratio=X`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of both ways (default 5)")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
     args = parser.parse_args()
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before: did other programs run?
     register(one_layer=one_layer)
     guarded, bare = step_costs(args.rounds)
     added = [one - other for one, other in zip(guarded, bare, strict=True)]
-    print(f"one-layer network, batch {SMALL_BATCH}, {args.rounds} rounds of 1,125 steps, microseconds a step, CPU:")
+    print(f"one-layer model, batch {SMALL_BATCH}, {args.rounds} rounds of 1,125 steps, microseconds a step, CPU:")
     print(f"  with the guards {spread(guarded)}, without {spread(bare)}, added {spread(added)}")
     call_us = call_cost_us()
     print(f"  the calls alone: {call_us:.1f} (the least of 50 times 1,000)")

@@ -1,15 +1,15 @@
-"""Finished training images a second on 2 CPU cores: our resident loader against torchvision's and airbench's ways.
+"""Finished training images a second on 2 CPU cores: our resident loader against torchvision and airbench.
 
     python -m benchmarks.speed.loader                         50,000 random 32x32 images, against torchvision
     python -m benchmarks.speed.loader --peer airbench=DIR     also against the loader in a checkout of
                                                         github.com/KellerJordan/cifar10-airbench
     python -m benchmarks.speed.loader --data ROOT             the training images of class folders, scaled to 32x32
 
-Each makes the same of the same uint8 images: a crop out of 4 pixels of reflected padding, a random flip, normalised
-floats, a square of 12 pixels set to 0, in shuffled batches of 500. They run in turn, an epoch each, after one epoch of
-each for warming up, and are compared within a round. torchvision.transforms.v2 works image by image in 2 persistent
-workers of a DataLoader; ours and airbench's work on whole batches with 2 threads. The cores must be free: a thread that
-waits for the other one's share makes nothing. The last line is ours over torchvision.
+Each transforms the same uint8 images in the same way: a random crop with 4 pixels of reflected padding, a random flip,
+normalization to floats, a square of 12 pixels set to 0, in shuffled batches of 500. They run in turn, an epoch each,
+after one warm-up epoch each, and are compared within a round. torchvision.transforms.v2 processes single images in 2
+persistent workers of a DataLoader; ours and airbench's process whole batches with 2 threads. The cores must be free of
+other programs. The last line is ours over torchvision.
 """
 
 import argparse
@@ -53,7 +53,7 @@ AIRBENCH_BEGIN, AIRBENCH_END = (
     "#                DataLoader                 #",
     "#               Evaluation                 #",
 )
-# What a CPU forces. Each must be there once: where one is not, the checkout is of another version.
+# Changes for a CPU. Each text must occur once; otherwise the checkout is of another version.
 AIRBENCH_CHANGES = {
     "map_location='cuda'": "map_location='cpu'",
     "len(self.images)).cuda()": "len(self.images)).cpu()",
@@ -61,12 +61,12 @@ AIRBENCH_CHANGES = {
 }
 
 Epoch = Callable[[], Iterable[Tensor]]
-"""Begins an epoch; gives each batch's images."""
+"""Starts an epoch; yields the images of each batch."""
 
 
 @dataclass(frozen=True)
 class RandomImages:
-    """A source of random pixels: it is ready at once, and a loader does not look at what it moves."""
+    """A source of random pixels, which are ready at once and cost a loader as much as others."""
 
     num_train: int
     class_names: tuple[str, ...] = tuple(f"class {k}" for k in range(10))
@@ -79,7 +79,7 @@ class RandomImages:
         """Nothing to do."""
 
     def load(self, split: str) -> ImageSet | None:
-        """Draw train, or a test of one image."""
+        """Draw the training images, or one test image."""
         if split == "val":
             return None
         count = self.num_train if split == "train" else 1
@@ -93,14 +93,14 @@ class RandomImages:
 
 
 def use_cores(num: int) -> None:
-    """Hold this process, and the workers that it starts, to so many cores."""
+    """Restrict this process and its workers to a number of cores."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num])
     torch.set_num_threads(num)
 
 
 def make_data(root: Path | None, num: int) -> ImageDataModule:
-    """Return the data module that a recipe would make of these images, all of them for training."""
+    """Return a data module that trains on all of these images."""
     dataset = "synthetic" if root is None else "folder"
     settings: dict[str, Any] = {"crop_padding_px": PADDING_PX, "crop_mode": "reflect", "cutout_px": CUTOUT_PX}
     settings |= {"image_size": IMAGE_SIZE, "val_fraction": 0, "num_workers": 0, "drop_last": True, "device": "cpu"}
@@ -113,7 +113,7 @@ def make_data(root: Path | None, num: int) -> ImageDataModule:
 
 
 class TransformedImages(Dataset[tuple[Tensor, int]]):
-    """A set in memory as most projects write it: an image is transformed when it is asked for."""
+    """A data set in memory as most projects write it: an image is transformed when it is read."""
 
     def __init__(self, images: Tensor, targets: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
         self.images, self.targets, self.transform = images.permute(0, 3, 1, 2).contiguous(), targets, transform
@@ -126,7 +126,7 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
 
 
 def torchvision_epochs(loader: ResidentLoader, num_workers: int) -> Epoch:
-    """Return what begins an epoch of torchvision's transforms in a DataLoader, over the images of ours."""
+    """Return epochs of torchvision's transforms in a DataLoader, over our loader's images."""
     area = (CUTOUT_PX / IMAGE_SIZE) ** 2
     transform = v2.Compose(
         [
@@ -146,7 +146,7 @@ def torchvision_epochs(loader: ResidentLoader, num_workers: int) -> Epoch:
 
 
 def airbench_loader_text(checkout: Path) -> str:
-    """Return the part of airbench's file that defines its loader, changed for a CPU.
+    """Return the section of airbench's file that defines its loader, changed for a CPU.
 
     Raises:
         UserError: No checkout, or one of another version.
@@ -159,7 +159,7 @@ def airbench_loader_text(checkout: Path) -> str:
 
 
 def airbench_epochs(loader: ResidentLoader, text: str) -> Epoch:
-    """Return what begins an epoch of airbench's loader over the images of ours; its own iterator never ends."""
+    """Return epochs of airbench's loader, whose own iterator never ends, over our loader's images."""
     names: dict[str, Any] = {"os": os, "torch": torch, "F": F, "torchvision": torchvision}
     names["T"] = torchvision.transforms
     exec(compile(text, AIRBENCH_FILE, "exec"), names)
@@ -176,7 +176,7 @@ def airbench_epochs(loader: ResidentLoader, text: str) -> Epoch:
 
 
 def check(name: str, batches: Iterable[Tensor], num_batches: int) -> None:
-    """Run an epoch, unmeasured; make sure that it is whole and that its first batch was finished."""
+    """Run an epoch without timing it; check that it is whole and its first batch finished."""
     iterator: Iterator[Tensor] = iter(batches)
     first = next(iterator)
     assert first.shape == (BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE), f"{name}: {first.shape}"
@@ -187,7 +187,7 @@ def check(name: str, batches: Iterable[Tensor], num_batches: int) -> None:
 
 
 def compare(ways: dict[str, Epoch], num_batches: int, rounds: int) -> dict[str, list[float]]:
-    """Run an epoch of each way in turn, `rounds` times after one for warming up; return images/s, round by round."""
+    """Run an epoch of each in turn, `rounds` times after a warm-up epoch; return the images/s of each round."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for name, epoch in ways.items():
         check(name, epoch(), num_batches)
@@ -207,7 +207,7 @@ def compare_checkouts(args: argparse.Namespace) -> None:
     ratios = paired.ratios_to(args.against, "loader_epochs.py", folders, args.rounds)
     environment = describe_environment()
     device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores"
-    paired.tell(f"time of epochs of the training loader, batch size {BATCH_SIZE}", ratios, device)
+    paired.report(f"time of epochs of the training loader, batch size {BATCH_SIZE}", ratios, device)
 
 
 def main() -> None:
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, metavar="ROOT", help="class folders; by default random images")
     parser.add_argument("--num", type=int, default=50_000, help="random images (default 50,000, as CIFAR-10 has)")
     parser.add_argument("--rounds", type=int, default=5, help="epochs of every loader (default 5)")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
     paired.add_argument(parser)
     args = parser.parse_args()
     try:
@@ -239,11 +239,11 @@ def main() -> None:
     if text is not None:
         ways["airbench"] = airbench_epochs(loader, text)
     rates = compare(ways, len(loader), args.rounds)
-    tell(rates, data.source.describe(), text, args)
+    report(rates, data.source.describe(), text, args)
 
 
-def tell(rates: dict[str, list[float]], images: str, airbench_text: str | None, args: argparse.Namespace) -> None:
-    """Print the figures, and write them where `--json` asks for it."""
+def report(rates: dict[str, list[float]], images: str, airbench_text: str | None, args: argparse.Namespace) -> None:
+    """Print the results; with `--json` also write them."""
     environment = describe_environment()
     device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores"
     print(f"{images}; batches of {BATCH_SIZE}, images/s:")
@@ -272,7 +272,7 @@ def tell(rates: dict[str, list[float]], images: str, airbench_text: str | None, 
 
 
 def summary(ratios: list[float], device: str) -> str:
-    """Return how often, where, and the median with its spread."""
+    """Return number of rounds, device, and the median with its spread."""
     spread = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
     return f"{len(ratios)} rounds of an epoch, {device}: {spread}"
 

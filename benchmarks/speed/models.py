@@ -1,13 +1,13 @@
-"""What each network costs on small images: parameters, multiply-adds, how large it keeps the image, images/s.
+"""Cost of each model on small images: parameters, multiply-adds, resolution of the last feature map, images/s.
 
-    python -m benchmarks.speed.models                              every network that has a name, at 32 pixels
+    python -m benchmarks.speed.models                              every model that has a name, at 32 pixels
     python -m benchmarks.speed.models smallnet timm/resnet26d      these alone
     python -m benchmarks.speed.models --json benchmarks/results/models.json
 
 Multiply-adds are those of convolutions and matrix products for one image, counted by torch from shapes. The map is
-what the last convolution gives (of a vision transformer: its patches). Images/s are of training steps (forward,
-backward, SGD with momentum) in 32 bits on random images that lie on the device, channels last as in `fit`. The last
-line is how many times as many images a second resnet18 trains as smallnet; without both, the last named as the first.
+the output of the last convolution (of a vision transformer: its patches). Images/s are of training steps (forward,
+backward, SGD with momentum) in float32 on random images on the device, channels_last as in `fit`. The last line is the
+images/s of resnet18 over those of smallnet; without both, of the last named model over the first.
 """
 
 import argparse
@@ -83,11 +83,11 @@ def line(row: dict[str, Any]) -> str:
 def main() -> None:
     """Measure and print; the last line is `ratio=X`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="networks; by default all that have a name")
+    parser.add_argument("names", nargs="*", help="models; by default all that have a name")
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--batch", type=int, default=32, help="images a step (default 32)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default 5), after 2 to warm up")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     environment = describe_environment()
@@ -95,7 +95,7 @@ def main() -> None:
     print(
         f"{args.image_size} pixels, {NUM_CLASSES} classes, batch {args.batch}, median of {args.steps} steps, {where}:"
     )
-    print(f"{'network':<22} {'parameters':>10} {'mult.-adds':>11} {'map':>7} {'images/s':>10}")
+    print(f"{'model':<22} {'parameters':>10} {'mult.-adds':>11} {'map':>7} {'images/s':>10}")
     rows = {}
     for name in args.names or MODELS:
         torch.manual_seed(0)

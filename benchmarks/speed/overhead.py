@@ -203,7 +203,7 @@ def compare_checkouts(checkout: Path, rounds: int) -> None:
         sys.exit(f"error: {error}")
     environment = describe_environment()
     device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores"
-    paired.tell(f"time of a step of `fit`, one-layer model, batch size {SMALL_BATCH}", ratios, device)
+    paired.report(f"time of a step of `fit`, one-layer model, batch size {SMALL_BATCH}", ratios, device)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""Measurements of two checkouts of this project in turn, each in processes of its own.
+"""Measurements of two checkouts of this project in turn, each in its own processes.
 
-A measuring program uses only what both checkouts have: it measures once for each line on stdin and prints the result.
+A measuring program uses only what both checkouts have: it measures once per line on stdin and prints the result.
 """
 
 import argparse
@@ -21,7 +21,7 @@ NUM_TURNS = 5  # measurements of each checkout in a round, in turn, after one to
 def add_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--against DIR`."""
     parser.add_argument(
-        "--against", type=Path, metavar="DIR", help="compare with another checkout of this project, and with that alone"
+        "--against", type=Path, metavar="DIR", help="compare only with another checkout of this project"
     )
 
 
@@ -30,11 +30,7 @@ def ratios_to(checkout: Path, program: str, arguments: Sequence[str], rounds: in
 
     Each round starts a new process for each checkout and compares the medians of their measurements.
 
-    Args:
-        checkout: The other checkout.
-        program: Name of the measuring program in this folder.
-        arguments: Its arguments.
-        rounds: Number of rounds.
+    `program` is the file name of the measuring program in this folder.
 
     Raises:
         UserError: `checkout` is no checkout of this project, or the program fails there.
@@ -75,7 +71,7 @@ def _measure(process: subprocess.Popen[str], root: Path) -> float:
     return float(line)
 
 
-def tell(what: str, ratios: Sequence[float], device: str) -> None:
+def report(what: str, ratios: Sequence[float], device: str) -> None:
     """Print the median ratio with its spread; the last line is `ratio=X`."""
     spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
     print(f"{what}, ours over theirs, {len(ratios)} rounds of {NUM_TURNS} turns, {device}: {spread}")

@@ -1,4 +1,4 @@
-"""Public programs that run beside ours, each from a checkout; what a CPU forces is changed in the text that runs."""
+"""Public programs that ours is compared with, each run from a checkout, with changes for a CPU."""
 
 import argparse
 from collections.abc import Callable, Collection, Mapping
@@ -8,7 +8,7 @@ from cifar_lightning.errors import UserError
 
 
 def peer_of(names: Collection[str]) -> Callable[[str], tuple[str, Path]]:
-    """Return the type of a `--peer NAME=DIR` argument, which gives name and checkout."""
+    """Return the type of a `--peer NAME=DIR` argument: name and checkout."""
 
     def parse(text: str) -> tuple[str, Path]:
         name, _, folder = text.partition("=")

@@ -4,11 +4,10 @@
     python -m benchmarks.speed.policies --policy rand      RandAugment on both sides
     python -m benchmarks.speed.policies --size 224 --num 200
 
-Both make normalised floats of the same uint8 images in this process, with the same threads, in batches of 500: ours
-draws an epoch's tables and augments whole batches; torchvision.transforms.v2 takes each image as a tensor (planes,
-as it wants them), with its default nearest-neighbour interpolation, and stacks a batch. Who goes first alternates; the
-two are compared within a round, after one round for warming up. The cores must be free. The last line is ours over
-torchvision.
+Both transform the same uint8 images to normalized floats in this process, with the same number of threads, in batches
+of 500: ours draws the tables of an epoch and augments whole batches; torchvision.transforms.v2 transforms each image as
+a CHW tensor, with its default nearest-neighbour interpolation, and stacks a batch. Who runs first alternates; the two
+are compared within a round, after a warm-up round. The cores must be free. The last line is ours over torchvision.
 """
 
 import argparse
@@ -34,7 +33,7 @@ Epoch = Callable[[int], Iterable[Tensor]]
 
 
 def our_epochs(images: Tensor, policy: Policy) -> Epoch:
-    """Return what makes an epoch of whole batches."""
+    """Return a function that runs an epoch of whole batches."""
     chosen = Augmentation(crop_padding_px=0, flip="none", policy=policy)
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
     shape = {"num_images": len(images), "image_size": images.shape[1]}
@@ -48,7 +47,7 @@ def our_epochs(images: Tensor, policy: Policy) -> Epoch:
 
 
 def torchvision_epochs(images: Tensor, policy: Policy) -> Epoch:
-    """Return what makes an epoch image by image."""
+    """Return a function that runs an epoch image by image."""
     change = v2.TrivialAugmentWide() if policy == "trivial" else v2.RandAugment()
     transform = v2.Compose([change, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
     planes = images.permute(0, 3, 1, 2).contiguous()
@@ -61,7 +60,7 @@ def torchvision_epochs(images: Tensor, policy: Policy) -> Epoch:
 
 
 def compare(ways: dict[str, Epoch], num: int, size: int, rounds: int) -> dict[str, list[float]]:
-    """Run an epoch of each way in turn, after one for warming up; return images/s, round by round."""
+    """Run an epoch of each in turn, after a warm-up epoch; return the images/s of each round."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for name, epoch in ways.items():
         shapes = [batch.shape for batch in epoch(0)]
@@ -81,10 +80,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", choices=["trivial", "rand"], default="trivial", help="default trivial")
     parser.add_argument("--num", type=int, default=2_000, help="random images (default 2,000)")
-    parser.add_argument("--size", type=int, default=32, help="their side in pixels (default 32)")
-    parser.add_argument("--rounds", type=int, default=3, help="epochs of each way (default 3)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each way (default 2)")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--size", type=int, default=32, help="image size in pixels (default 32)")
+    parser.add_argument("--rounds", type=int, default=3, help="epochs of each (default 3)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each (default 2)")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -1,11 +1,11 @@
 """Images classified by `predict_images` against one image at a time.
 
     python -m benchmarks.speed.predict                         SmallNet with random weights, 1,000 random 32x32 PNGs
-    python -m benchmarks.speed.predict RUN FOLDER [--num N]    a run's network, the first N images of a folder
+    python -m benchmarks.speed.predict RUN FOLDER [--num N]    a run's model, the first N images of a folder
     python -m benchmarks.speed.predict --command               also one command for each image
 
-The loop opens an image, makes a tensor and asks the same network, all in this process; both ways run in turn, several
-rounds, and are compared within a round. Reading the checkpoint is left out of both, since a loop would do it once, too.
+The loop opens an image, converts it to a tensor and runs the same model on it, all in this process; both run in turn,
+several rounds, and are compared within a round. Reading the checkpoint is not timed: a loop would also do it once.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def make_images(folder: Path, num: int) -> None:
 
 
 def loop(trained: TrainedModel, paths: Sequence[Path], output: Path) -> list[int]:
-    """Classify one image at a time as one would by hand; return the classes. For images of the network's size."""
+    """Classify one image at a time, of the model's image size, as one would by hand; return the classes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.model.to(device)
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (trained.mean, trained.std))
@@ -83,7 +83,7 @@ def loop(trained: TrainedModel, paths: Sequence[Path], output: Path) -> list[int
 
 @contextlib.contextmanager
 def loaded(trained: TrainedModel) -> Iterator[None]:
-    """Let `predict_images` find the network that has been read already."""
+    """Let `predict_images` use the model that was read already."""
     original = predict.load_trained_model
     predict.load_trained_model = lambda run: trained
     try:
@@ -94,7 +94,7 @@ def loaded(trained: TrainedModel) -> Iterator[None]:
 
 
 def compare(run: RunFolder, paths: Sequence[Path], rounds: int) -> dict[str, list[float]]:
-    """Run both ways in turn, `rounds` times after one for warming up; return seconds, round by round."""
+    """Run both in turn, `rounds` times after a warm-up; return the seconds of each round."""
     trained = load_trained_model(run)
     times_s: dict[str, list[float]] = {"loop": [], "predict_images": []}
     with tempfile.TemporaryDirectory() as folder, loaded(trained):
@@ -121,8 +121,8 @@ def command_s(run: RunFolder, paths: Sequence[Path], num_starts: int) -> float:
     return (time.perf_counter() - began) / num_starts
 
 
-def tell(what: str, ratios: Sequence[float], num: int) -> None:
-    """Print what was compared with what, how often, where."""
+def report(what: str, ratios: Sequence[float], num: int) -> None:
+    """Print what was compared, how often and on which device."""
     environment = describe_environment()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {environment['cpu']}"
     cores = f"{environment['num_usable_cpus']} cores, {torch.get_num_threads()} threads of torch"
@@ -136,9 +136,9 @@ def main() -> None:
     parser.add_argument("run", nargs="?", type=Path, help="a run; by default SmallNet with random weights")
     parser.add_argument("folder", nargs="?", type=Path, help="a folder of images; by default random ones")
     parser.add_argument("--num", type=int, default=1000, help="images (default 1000)")
-    parser.add_argument("--rounds", type=int, default=5, help="repetitions of both ways (default 5)")
-    parser.add_argument("--command", action="store_true", help="also compare with one command an image")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions of both (default 5)")
+    parser.add_argument("--command", action="store_true", help="also compare with one command per image")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
     args = parser.parse_args()
     if args.run is not None and args.folder is None:
         parser.error("give RUN and a folder of images, or neither")
@@ -152,7 +152,7 @@ def main() -> None:
         for way, times in times_s.items():
             print(f"{way:<16} {1e6 * statistics.median(times) / len(paths):9,.0f} microseconds an image")
         ratios = [slow / fast for slow, fast in zip(times_s["loop"], times_s["predict_images"], strict=True)]
-        tell("loop of one image at a time over predict_images", ratios, len(paths))
+        report("loop of one image at a time over predict_images", ratios, len(paths))
         if args.command:
             times_s |= {"command an image": [], "command for all": []}
             for _ in range(args.rounds):
@@ -160,7 +160,7 @@ def main() -> None:
                 times_s["command for all"].append(command_s(run, paths, 1))
             both = zip(times_s["command an image"], times_s["command for all"], strict=True)
             ratios = [slow / fast for slow, fast in both]
-            tell(f"one command an image (from {NUM_STARTS} starts a round) over one for all", ratios, len(paths))
+            report(f"one command an image (from {NUM_STARTS} starts a round) over one for all", ratios, len(paths))
     if args.json:
         figures = {"commit": describe_environment()["commit"], "num_images": len(paths), "seconds": times_s}
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

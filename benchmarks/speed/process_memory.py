@@ -1,4 +1,4 @@
-"""How much memory a process and its workers take, from Linux's /proc."""
+"""Memory of a process and its workers, from Linux's /proc."""
 
 import os
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ IS_KNOWN = Path("/proc/self/smaps_rollup").exists()
 
 @dataclass(frozen=True)
 class Memory:
-    """Megabytes (10^6 bytes) of several processes together, pages that they share counted once.
+    """Megabytes (10^6 bytes) of several processes together; shared pages count once.
 
     Args:
-        total_mb: All of it, the sum of the processes' PSS.
-        mapped_mb: Of that, pages of mapped files: they are on the disk, and the system takes them back when it must.
+        total_mb: Sum of the processes' PSS.
+        mapped_mb: Of that, pages of mapped files, which the system can reclaim.
     """
 
     total_mb: float
@@ -22,7 +22,7 @@ class Memory:
 
     @property
     def own_mb(self) -> float:
-        """What the processes hold for themselves or share between them, and no file has."""
+        """Memory that is not of mapped files."""
         return self.total_mb - self.mapped_mb
 
 

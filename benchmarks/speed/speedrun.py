@@ -6,11 +6,11 @@
     python -m benchmarks.speed.speedrun --peer airbench=DIR --epochs --rounds 3     only an epoch of each, in turn
     python -m benchmarks.speed.speedrun --seeds 0,1,2,3 --block 4 --peer airbench=DIR     four of ours, then four of it
 
-Ours is the ordinary `fit`, checkpoints, logging and report included. Two windows are given: the records' own
-(whitening, training and the final evaluation with six views) and the whole `Trainer.fit`. A peer runs from its own
-checkout of its public repository; what a CPU forces is changed in the text that is run, and printed. Each block of
-seeds is a process of its own. On a GPU it begins with a run that is not counted, where compiling and cuDNN's autotune
-take place: the records' scripts do the same. With --json finished runs are added to the file, so that seeds add up.
+Ours is the ordinary `fit`, including checkpoints, logging and report. Two times are given: that of the records
+(whitening, training and the final evaluation with six views) and that of `Trainer.fit`. A peer runs from a checkout of
+its public repository; its changes for a CPU are printed. Each block of seeds runs in its own process. On a GPU it
+begins with a run that does not count, for compilation and cuDNN's autotuning, as the records' scripts do. --json adds
+finished runs to the file.
 """
 
 import argparse
@@ -39,7 +39,7 @@ PEER_EPOCHS, PEER_STEPS = 8, 25  # of airbench94_muon: 8 epochs of 25 batches of
 
 
 def our_runs(recipe: str, seeds: list[int], flags: list[str], folder: Path) -> list[dict[str, Any]]:
-    """Run `fit` once for each seed, in one process; return the figures of each."""
+    """Run `fit` once for each seed, in one process; return the results of each."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         work = Path(name)
         commands = [_our_command(recipe, seed, flags, work / str(seed)) for seed in seeds]
@@ -67,7 +67,7 @@ def _our_figures(recipe: str, flags: list[str], folder: Path) -> dict[str, Any]:
     figures |= {"accuracy": metrics["accuracy"], "accuracy_no_tta": metrics.get("accuracy_no_tta")}
     environment = json.loads((folder / "run" / "environment.json").read_text(encoding="utf-8"))
     figures |= {key: environment[key] for key in ("commit", "dirty", "precision")}
-    # A recipe changes, and only runs of one and the same may be put together.
+    # A config changes, and only runs of the same one may be compared.
     settings = yaml.safe_load(recipe_path(recipe).read_text(encoding="utf-8"))
     settings["model"] |= {"compile": True} if COMPILED in flags else {}
     return figures | {"settings": settings}
@@ -76,7 +76,7 @@ def _our_figures(recipe: str, flags: list[str], folder: Path) -> dict[str, Any]:
 def peer_runs(
     name: str, checkout: Path, images: Path, seeds: list[int], steps: int | None, folder: Path
 ) -> list[dict[str, Any]]:
-    """Run a peer once for each seed, in one process; return the figures of each."""
+    """Run a peer once for each seed, in one process; return the results of each."""
     output = folder / "peer.json"
     command = [sys.executable, "-m", "benchmarks.speed.speedrun_peers", name, str(checkout), str(images)]
     command += [",".join(map(str, seeds)), str(output), *([] if steps is None else ["--steps", str(steps)])]
@@ -88,7 +88,7 @@ def peer_runs(
 
 
 def execute(command: list[str]) -> None:
-    """Run a command quietly; its last lines become the error where it fails."""
+    """Run a command without output; where it fails, its last lines are the error."""
     done = subprocess.run(
         command,
         capture_output=True,
@@ -102,7 +102,7 @@ def execute(command: list[str]) -> None:
 
 
 def recipe_path(recipe: str) -> Path:
-    """Return a recipe's file."""
+    """Return the path of a config."""
     return CONFIGS / f"{recipe}.yaml"
 
 
@@ -148,7 +148,7 @@ def compare_epochs(args: argparse.Namespace, peers: dict[str, Path], folder: Pat
 
 
 def our_flags(args: argparse.Namespace) -> list[str]:
-    """Return the flags of `fit` that name the images, and what was asked for instead of the recipe."""
+    """Return the flags of `fit` for the images and for what replaces the config's settings."""
     asked = [f"--trainer.precision={args.precision}"] if args.precision else []
     asked += [COMPILED] if args.compile else []
     return [*asked, f"--data.dataset={'folder' if args.data else 'cifar10'}", f"--data.root={args.data or 'data'}"]
@@ -175,7 +175,7 @@ def whole_runs(args: argparse.Namespace, peers: dict[str, Path], folder: Path, l
 
 
 def describe(line: dict[str, Any]) -> str:
-    """Return a run in words."""
+    """Describe a run."""
     fit = f", the whole fit {line['fit_s']:.4g} s" if "fit_s" in line else ""
     no_tta = f"{100 * line['accuracy_no_tta']:.2f} % with one view" if line["accuracy_no_tta"] else "one view only"
     accuracy = f"{100 * line['accuracy']:.2f} % ({no_tta})"
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--epochs", action="store_true", help="time an epoch of each in turn instead of whole runs")
     parser.add_argument("--rounds", type=int, default=1, help="of --epochs (default 1)")
     parser.add_argument("--precision", help="of ours, instead of the recipe's: 32-true is what a peer has on a CPU")
-    parser.add_argument("--note", default="", help="what a reader of the figures must know")
+    parser.add_argument("--note", default="", help="remark on the results")
     parser.add_argument("--json", type=Path, help="add the runs to this file")
     args = parser.parse_args()
     peers = dict(args.peer)

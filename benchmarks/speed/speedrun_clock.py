@@ -1,4 +1,4 @@
-"""The stopwatch of `benchmarks/speed/speedrun.py`: a callback for `fit`, which writes when things happened."""
+"""The clock of `benchmarks/speed/speedrun.py`: a callback for `fit` that writes how long each phase took."""
 
 import json
 import time
@@ -10,7 +10,7 @@ import torch
 
 
 class Clock(pl.Callback):
-    """Notes the two windows of a run, and the seconds of each epoch's training.
+    """Measures the two times of a run, and the seconds of each epoch's training.
 
     Args:
         path: JSON file to write: `seconds` (the records' window: whitening, training, final evaluation), `fit_s` (the
@@ -29,7 +29,7 @@ class Clock(pl.Callback):
         self.times[name] = time.perf_counter()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin `fit_s`."""
+        """Start `fit_s`."""
         if stage == "fit":
             self._note("fit_setup")
 
@@ -39,11 +39,11 @@ class Clock(pl.Callback):
             self._note("fit_teardown")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin the records' window: the module whitens after this."""
+        """Start the records' time: the module whitens after this."""
         self._note("fit_start")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin an epoch."""
+        """Start an epoch."""
         self._note("epoch_start")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -56,7 +56,7 @@ class Clock(pl.Callback):
         self._note("train_end")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin the final evaluation."""
+        """Start the final evaluation."""
         self._note("test_start")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

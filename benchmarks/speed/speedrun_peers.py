@@ -1,4 +1,4 @@
-"""Public record scripts, run from their own checkouts; on a CPU with the changes that it forces, which are listed.
+"""Public record scripts, run from their checkouts; on a CPU with the listed changes.
 
     python -m benchmarks.speed.speedrun_peers airbench DIR IMAGES.pt SEED[,SEED...] OUT.json [--steps N]
 
@@ -29,7 +29,7 @@ class Peer:
 
     Attributes:
         file: Its name in the checkout.
-        on_cpu: Text -> replacement, what a CPU forces; None where it needs a GPU.
+        on_cpu: Changes for a CPU, text -> replacement; None where it needs a GPU.
     """
 
     file: str
@@ -128,7 +128,7 @@ def run(name: str, checkout: Path, images: Path, seeds: list[int], steps: int | 
 
 
 def _figures(seen: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what a run's own printed rows say."""
+    """Return the results in a run's printed rows."""
     total = seen[-1]
     times = [float(row["time_seconds"]) for row in seen]
     return {
@@ -156,7 +156,7 @@ def _count_steps(names: dict[str, Any], steps: int, ticks: list[float]) -> None:
 
 
 def main() -> None:
-    """Run a peer and write what it gave."""
+    """Run a peer and write its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=sorted(PEERS))
     parser.add_argument("checkout", type=Path)

@@ -1,8 +1,8 @@
-"""How fast the command line answers `--help`, `fit --help` and a typo, against plain LightningCLI over its classes.
+"""Time of `--help`, `fit --help` and a typo, against plain LightningCLI with the same classes.
 
     python -m benchmarks.speed.startup [--rounds 5] [--output benchmarks/results/startup.json]
 
-Each answer is a new process; both programs run in turn, and are compared within a round. The last line is the smallest
+Each command is a new process; both programs run in turn and are compared within a round. The last line is the smallest
 of the three median ratios, plain over ours.
 """
 
@@ -27,8 +27,8 @@ LightningCLI(ImageClassifier, ImageDataModule)
 ASKED = {"--help": ["--help"], "fit --help": ["fit", "--help"], "a typo": ["fit", "--modle.lr", "1"]}
 
 
-def answer(program: Path, arguments: list[str]) -> tuple[float, int]:
-    """Start a program; return the seconds until it has ended, and its lines on both outputs."""
+def timed(program: Path, arguments: list[str]) -> tuple[float, int]:
+    """Run a program; return its seconds and its number of lines on both outputs."""
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, program, *arguments],
@@ -47,16 +47,16 @@ def main() -> None:
     """Compare and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--output", type=Path, help="also write the results as JSON")
     parsed = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "plain.py"
         plain.write_text(PLAIN, encoding="utf-8")
         for programs in (ROOT / "train.py", plain):  # files from the disk once, for neither's time
-            answer(programs, ["--help"])
+            timed(programs, ["--help"])
         for name, arguments in ASKED.items():
-            pairs = [(answer(ROOT / "train.py", arguments), answer(plain, arguments)) for _ in range(parsed.rounds)]
+            pairs = [(timed(ROOT / "train.py", arguments), timed(plain, arguments)) for _ in range(parsed.rounds)]
             ratios = [plain_s / ours_s for (ours_s, _), (plain_s, _) in pairs]
             row = {
                 "asked": name,

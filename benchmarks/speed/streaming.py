@@ -1,17 +1,17 @@
-"""A set that is streamed from the disk: our loader against ImageFolder with v2 transforms, and how memory behaves.
+"""A data set streamed from disk: our loader against ImageFolder with v2 transforms, images/s and memory.
 
     python -m benchmarks.speed.streaming --work DIR                    200,000 generated images
     python -m benchmarks.speed.streaming --work DIR --data ROOT        class folders (CIFAR-10's) in four variants
 
-The images are PNG and JPEG files of 32 to 64 pixels a side, written once below DIR and used again. Both sides have 2
-workers, finish batches of 500 on 2 cores and make the same of each image: its shorter side resized to 32, the middle
-cut out, a crop out of 4 pixels of reflected padding, a random flip, normalised floats. ImageFolder decodes each file
-in every epoch. Ours decodes each once, into one file that its workers then read from; the time of that is told apart
-and, since somebody who trains few epochs pays it, also as the number of epochs after which ours is ahead all in all.
+The images are PNG and JPEG files of 32 to 64 pixels, written once below DIR. Both loaders have 2 workers, make batches
+of 500 on 2 cores and transform each image in the same way: shorter side resized to 32, centre crop, random crop with 4
+pixels of reflected padding, random flip, normalization to floats. ImageFolder decodes each file in every epoch. Ours
+decodes each file once, into one file that its workers then read; that time is reported separately, and as the number of
+epochs after which ours is ahead in total.
 
-First an epoch of each for warming up, in which memory is sampled (ours in three epochs): the PSS of this process and
-the workers, so that shared pages count once, with the pages of mapped files apart. Then rounds of about 20 s in turn,
-each after a pause in which the other one's workers fill their queues. The last line is ours over torchvision.
+First a warm-up epoch of each, in which memory is sampled (ours in three epochs): the PSS of this process and its
+workers, so that shared pages count once, with the pages of mapped files listed separately. Then rounds of about 20 s in
+turn, each after a pause in which the other workers fill their queues. The last line is ours over torchvision.
 """
 
 import argparse
@@ -50,7 +50,7 @@ OUR_EPOCHS = 3  # in which memory is sampled: ours is quick
 
 @dataclass
 class Way:
-    """One of the two that are compared.
+    """One of the two loaders that are compared.
 
     Args:
         batches: Finished batches, epoch after epoch, without an end.
@@ -64,7 +64,7 @@ class Way:
 
 
 def make_data(root: Path, image_size: int, batch_size: int) -> tuple[ImageDataModule, float, float]:
-    """Return the data module, ready, the seconds that took, and those of its decoding alone."""
+    """Return the prepared data module, the seconds that took, and those of decoding alone."""
     began = time.perf_counter()
     settings: dict[str, Any] = {"val_fraction": 0, "drop_last": True, "crop_padding_px": PADDING_PX, "device": "cpu"}
     data = ImageDataModule("folder", str(root), batch_size, image_size=image_size, num_workers=NUM_WORKERS, **settings)
@@ -99,7 +99,7 @@ def make_peer(root: Path, data: ImageDataModule, batch_size: int) -> tuple[DataL
 
 
 def begin(loader: Iterable[Any], num_batches: int, shape: tuple[int, ...]) -> Way:
-    """Start a loader's workers; make sure that what it gives is finished."""
+    """Start a loader's workers; check that its batches are finished."""
     before = {process.pid for process in multiprocessing.active_children()}
     batches = (images for _ in itertools.count() for images, _ in loader)
     first = next(batches)
@@ -113,7 +113,7 @@ def begin(loader: Iterable[Any], num_batches: int, shape: tuple[int, ...]) -> Wa
 
 
 def watch(way: Way, epochs: int) -> tuple[list[Memory], float]:
-    """Take the rest of an epoch and more of them; return evenly spaced samples of memory, and the batches a second."""
+    """Read the rest of an epoch and further epochs; return evenly spaced samples of memory, and batches/s."""
     total = epochs * way.num_batches - 1
     every = max(1, total // (epochs * NUM_SAMPLES))
     samples: list[Memory] = []
@@ -130,7 +130,7 @@ def watch(way: Way, epochs: int) -> tuple[list[Memory], float]:
 def compare(
     ways: dict[str, Way], num_batches: dict[str, int], batch_size: int, rounds: int, pause_s: float = PAUSE_S
 ) -> dict[str, list[float]]:
-    """Take so many batches of each way in turn; return images/s, round by round."""
+    """Read a number of batches of each in turn; return the images/s of each round."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -145,22 +145,22 @@ def compare(
 
 
 def epochs_until_ahead(decode_s: float, num_images: int, ours: float, peer: float) -> float:
-    """Return the number of epochs from which ours is ahead, its first decoding included; infinite where it never is."""
+    """Return the number of epochs after which ours is ahead, including its decoding; infinite if it never is."""
     saved_s = num_images / peer - num_images / ours  # in each epoch
     return decode_s / saved_s if saved_s > 0 else math.inf
 
 
 def read_arguments() -> argparse.Namespace:
-    """Return the command line's arguments."""
+    """Return the parsed arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="where the images are written once")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder that the images are written to")
     parser.add_argument("--data", type=Path, metavar="ROOT", help="class folders to vary; by default generated images")
     parser.add_argument("--images", type=int, default=200_000, help="training images (default 200,000)")
-    parser.add_argument("--image_size", type=int, default=32, help="side of the finished images (default 32)")
+    parser.add_argument("--image_size", type=int, default=32, help="size of the finished images (default 32)")
     parser.add_argument("--batch_size", type=int, default=500, help="(default 500)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each (default 5)")
-    parser.add_argument("--seconds", type=float, default=20, help="about so long is a round (default 20)")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--seconds", type=float, default=20, help="seconds per round (default 20)")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
     return parser.parse_args()
 
 
@@ -190,16 +190,16 @@ def main() -> None:
         num_batches[name] = max(1, round(args.seconds * batches_per_s))
     rates = compare(ways, num_batches, args.batch_size, args.rounds, min(PAUSE_S, args.seconds))
     starts = {"ours the first time": first_s, "ours later": again_s, "torchvision": peer_s}
-    tell(rates, memory, starts, decode_s, args)
+    report(rates, memory, starts, decode_s, args)
 
 
 Rates = dict[str, list[float]]
 
 
-def tell(
+def report(
     rates: Rates, memory: dict[str, list[Memory]], starts: dict[str, float], decode_s: float, args: argparse.Namespace
 ) -> None:
-    """Print the figures, and write them where `--json` asks for it."""
+    """Print the results; with `--json` also write them."""
     environment = describe_environment()
     device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores"
     source = "generated" if args.data is None else "class folders in four variants"
@@ -207,7 +207,7 @@ def tell(
     print(f"{images}, as {args.image_size}x{args.image_size}; batches of {args.batch_size}, {NUM_WORKERS} workers")
     print("seconds until a loader is ready:", ", ".join(f"{name} {value:.1f}" for name, value in starts.items()))
     for name, samples in memory.items():
-        print(f"  memory of {name:<12} {told_memory(samples)}")
+        print(f"  memory of {name:<12} {describe_memory(samples)}")
     print("images/s:")
     for name, values in rates.items():
         print(f"  {name:<12} {statistics.median(values):9,.0f}  ({min(values):,.0f} to {max(values):,.0f})")
@@ -242,8 +242,8 @@ def tell(
     print(f"ratio={statistics.median(ratios):.1f}")
 
 
-def told_memory(samples: list[Memory]) -> str:
-    """Return the first, the last and the largest sample in words."""
+def describe_memory(samples: list[Memory]) -> str:
+    """Return the first, the last and the largest sample as text."""
     if not samples:
         return "not measured: it is read from Linux's /proc"
     parts: list[tuple[str, Callable[[Memory], float]]] = [
@@ -251,8 +251,8 @@ def told_memory(samples: list[Memory]) -> str:
         ("of mapped files", lambda sample: sample.mapped_mb),
         ("own", lambda sample: sample.own_mb),
     ]
-    told = [f"{name} {of(samples[0]):,.0f}, {of(samples[-1]):,.0f}, {max(map(of, samples)):,.0f}" for name, of in parts]
-    return f"MB, first, last and largest of {len(samples)} samples: {'; '.join(told)}"
+    rows = [f"{name} {of(samples[0]):,.0f}, {of(samples[-1]):,.0f}, {max(map(of, samples)):,.0f}" for name, of in parts]
+    return f"MB, first, last and largest of {len(samples)} samples: {'; '.join(rows)}"
 
 
 if __name__ == "__main__":

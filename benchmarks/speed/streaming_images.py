@@ -1,4 +1,4 @@
-"""The class folders that benchmarks/speed/streaming.py streams: each image of a set in four variants, a file each."""
+"""The class folders that benchmarks/speed/streaming.py streams: four variants of each image of a data set."""
 
 import json
 import multiprocessing

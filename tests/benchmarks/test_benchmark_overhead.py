@@ -9,6 +9,6 @@ from cifar_lightning.cli.parser import check_arguments
 
 
 @pytest.mark.parametrize("recipe", ["speedrun94", "speedrun95", "speedrun96"])
-def test_a_recipes_flags_fit_another_network(recipe):
+def test_a_configs_flags_fit_another_model(recipe):
     flags, _ = training_arguments("fit", [*config_training(recipe).flags, "--model.name=smallnet"])
     check_arguments("fit", fit_parser().parse_args(flags))

@@ -43,4 +43,4 @@ def test_a_row_is_the_mean_over_runs_with_one_hardware_and_one_set_of_flags(tmp_
 )
 def test_flags_that_change_what_is_measured_are_kept_with_the_result(beside, kept):
     command = f"python train.py fit --config configs/smallnet.yaml {beside}".split()
-    assert record.flags_beside(command) == kept
+    assert record.other_flags(command) == kept

@@ -80,7 +80,7 @@ def test_a_mistake_is_named_with_the_nearest_right_thing(typed, expected):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "torchvision/resnet101", "timm/resnet26d", "resnet19"])
-def test_names_of_networks_are_left_to_those_who_import_the_libraries(name):
+def test_names_of_models_are_left_to_those_who_import_the_libraries(name):
     assert normalize_arguments("fit", ["--model.name", name]) == [f"--model.name={name}"]
     assert table()["model.name"]["prefixes"] == ["torchvision/", "timm/"]
 

@@ -110,11 +110,11 @@ def test_a_reader_that_stops_early_is_no_error():
         (["--print_completion", "fish"], "bash or zsh"),
     ],
 )
-def test_a_mistake_gets_a_short_answer(monkeypatch, capsys, tmp_path, arguments, expected):
+def test_a_mistake_gets_a_short_message(monkeypatch, capsys, tmp_path, arguments, expected):
     assert expected in fail(monkeypatch, capsys, tmp_path, *arguments)
 
 
-def test_an_epochs_images_that_the_network_cannot_take_are_refused_before_a_run_is_made(monkeypatch, capsys, tmp_path):
+def test_an_epochs_images_that_the_model_cannot_take_are_refused_before_a_run_is_made(monkeypatch, capsys, tmp_path):
     flags = ["--data.dataset", "synthetic", "--model.name", "speednet", "--data.train_sizes", "[8, 32]"]
     said = fail(monkeypatch, capsys, tmp_path, "fit", *flags)
     assert "--data.train_sizes [8, 32]: the model cannot take images of 8 pixels (" in said
@@ -168,7 +168,7 @@ def test_a_run_that_is_resumed_becomes_its_config_and_last_checkpoint(run):
         ("tune", [], "only fit resumes a run"),
     ],
 )
-def test_resume_goes_with_nothing_that_starts_anew(run, command, more, expected):
+def test_resume_goes_with_nothing_that_starts_a_new_run(run, command, more, expected):
     with pytest.raises(UserError, match=expected):
         training_arguments(command, ["--resume", str(run.path), *more])
 

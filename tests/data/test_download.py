@@ -134,7 +134,7 @@ def test_an_unpacked_folder_and_a_whole_archive_need_no_network(use, tmp_path):
     assert_unpacked(download("tiny", tmp_path))
 
 
-def test_a_cut_transfer_goes_on_where_it_was(server, use, tmp_path):
+def test_a_cut_transfer_resumes_where_it_was(server, use, tmp_path):
     server.files["good"] = GOOD
     server.cut_after["good"] = 100_000
     use(GOOD, server.url("good"))

@@ -68,7 +68,7 @@ def test_iter_before_set_epoch_still_gives_the_named_epoch():
 
 
 @pytest.mark.parametrize("make", [resident, streaming])
-def test_a_loader_goes_on_where_its_state_was_taken(make):
+def test_a_loader_continues_where_its_state_was_taken(make):
     loader = make()
     unbroken = [drawn(loader) for _ in range(3)]
     stopped = make()
@@ -85,7 +85,7 @@ def test_a_loader_goes_on_where_its_state_was_taken(make):
     assert_same(drawn(resumed), unbroken[2])
 
 
-def test_state_at_the_end_of_an_epoch_goes_on_with_the_next():
+def test_state_at_the_end_of_an_epoch_continues_with_the_next():
     loader = resident()
     drawn(loader)
     expected = drawn(loader)

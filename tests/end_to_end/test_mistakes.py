@@ -20,7 +20,7 @@ from cifar_lightning.data import download
         (["--model.name", "speednet", "--data.image_size", "16", "--batch_size", "1"], ["--batch_size 1", "BatchNorm"]),
     ],
 )
-def test_a_mistake_gets_a_short_answer_and_leaves_no_run(monkeypatch, capsys, tmp_path, arguments, expected):
+def test_a_mistake_gets_a_short_message_and_leaves_no_run(monkeypatch, capsys, tmp_path, arguments, expected):
     base = [] if "--data.dataset" in arguments else ["--data.dataset", "synthetic"]
     message = fail(monkeypatch, capsys, tmp_path, "fit", *base, *arguments)
     for part in expected:

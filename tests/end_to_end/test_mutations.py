@@ -177,7 +177,7 @@ def assert_short(status, err, most=3):
 # -- in this process -------------------------------------------------------------------------------------------------
 
 
-def test_any_command_line_gets_a_short_answer(place, quick):
+def test_any_command_line_gets_a_short_message(place, quick):
     statuses = []
 
     @settings(SAME_EACH_TIME, max_examples=400)
@@ -193,7 +193,7 @@ def test_any_command_line_gets_a_short_answer(place, quick):
     assert 20 < statuses.count(0) < 200  # some mistakes are none, such as a flag given twice
 
 
-def test_any_recipe_gets_a_short_answer_and_a_valid_one_starts(place, quick):
+def test_any_config_gets_a_short_message_and_a_valid_one_starts(place, quick):
     statuses = []
 
     @settings(SAME_EACH_TIME, max_examples=150)
@@ -287,7 +287,7 @@ def test_any_damaged_images_get_a_row_or_a_line_each(place, quick):
 
 
 @pytest.mark.slow
-def test_in_real_processes_the_answer_is_as_short(place, tmp_path):
+def test_in_real_processes_the_message_is_as_short(place, tmp_path):
     os.symlink(place / "run", tmp_path / "run")
     shutil.copytree(REPO / "configs", tmp_path / "configs")
     rng = random.Random(0)

@@ -98,7 +98,7 @@ def test_a_single_process_under_ddp_trains_on_where_the_stem_is_no_longer_traine
 
 
 @pytest.mark.slow
-def test_two_machines_make_one_run_and_a_third_start_goes_on_with_it(tmp_path):
+def test_two_machines_make_one_run_and_a_third_start_resumes_it(tmp_path):
     # Two agents on one machine: what differs between machines (the network between them) is torchrun's.
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_id", "run", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
     launcher = [*TORCHRUN, "--nnodes", 2, "--nproc_per_node", 1, *rendezvous, REPO / "train.py"]
@@ -158,7 +158,7 @@ if trainer.is_global_zero:
 
 
 @pytest.mark.slow
-def test_one_cycle_on_two_processes_stops_the_stem_at_its_share_too(tmp_path):
+def test_one_cycle_on_two_processes_stops_the_stem_at_its_fraction_too(tmp_path):
     (tmp_path / "stems.py").write_text(f"import sys\nsys.path.insert(0, {str(REPO)!r})\n{STEMS}", encoding="utf-8")
     [printed] = run_together([tmp_path / "stems.py"], cwd=tmp_path)
     assert f"moved {[True] * 4 + [False] * 4}" in printed  # 9 steps, of which 5 train it

@@ -111,7 +111,7 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
-def test_the_difference_of_two_shares_equals_newcombes_example():
+def test_the_difference_of_two_fractions_equals_newcombes_example():
     # R. G. Newcombe, Statistics in Medicine 17 (1998), table II, method 10.
     assert difference_interval(56, 70, 48, 80) == pytest.approx((0.0524, 0.3339), abs=5e-5)
     assert difference_interval(9, 10, 3, 10) == pytest.approx((0.1705, 0.8090), abs=5e-5)

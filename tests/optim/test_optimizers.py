@@ -81,7 +81,7 @@ def train(model, optimizer, schedule, steps):
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw", "sgd"])
-def test_an_optimizer_goes_on_bit_for_bit_from_its_state(name):
+def test_an_optimizer_continues_bit_for_bit_from_its_state(name):
     def fresh():
         torch.manual_seed(0)
         model = SmallNet(widths=(4, 4, 8), dropout=0.0)
@@ -199,7 +199,7 @@ def test_unknown_names_are_refused_with_those_that_there_are():
     ], done.stderr
 
 
-def test_half_a_network_can_be_frozen():
+def test_half_a_model_can_be_frozen():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     model[0].requires_grad_(False)
     for name in ("adamw", "muon"):

@@ -243,7 +243,7 @@ def test_a_run_is_filed_under_its_config_or_its_model(configs, model, name):
         ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, False),  # Lightning's own launcher
     ],
 )
-def test_torchrun_and_slurm_are_told_from_lightnings_own_launcher(monkeypatch, variables, expected):
+def test_torchrun_and_slurm_are_distinguished_from_lightnings_own_launcher(monkeypatch, variables, expected):
     for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

@@ -61,7 +61,7 @@ def test_the_average_is_that_of_all_steps_with_a_decay_that_rises(tmp_path):
     torch.testing.assert_close(checkpoint["current_model_state"]["model.head.weight"], watch.raw[-1])
 
 
-def test_a_validation_sees_the_average_and_training_goes_on_with_the_raw_weights(tmp_path):
+def test_a_validation_sees_the_average_and_training_continues_with_the_raw_weights(tmp_path):
     watch = Watch()
     run = start(tmp_path / "run", watch)
     best = read_checkpoint(run.tested_checkpoint)

@@ -24,7 +24,7 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("error", ALL, ids=lambda error: type(error).__name__)
-def test_a_run_with_a_checkpoint_is_gone_on_with_by_a_command_that_can_be_pasted(run, error):
+def test_a_run_with_a_checkpoint_is_resumed_by_a_command_that_can_be_pasted(run, error):
     run.last_checkpoint.touch()
     told = str(explain(error, "fit", run))
     assert f"Checkpoints are kept: python train.py fit --resume '{run.path}' resumes" in told
@@ -71,7 +71,7 @@ def test_a_file_that_fails_is_the_users_before_the_run_and_the_runs_in_it(run):
     assert explain(OSError(32, "Broken pipe"), "fit", run) is None
 
 
-def test_what_is_not_known_stays_as_it_is_and_what_is_told_is_not_told_anew(run):
+def test_unknown_errors_stay_as_they_are_and_known_ones_are_explained_once(run):
     assert explain(RuntimeError("shape mismatch"), "fit", run) is None
     run.last_checkpoint.touch()
     with pytest.raises(RunError, match="my run"), explained("fit"), explained("fit", run):

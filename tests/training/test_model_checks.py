@@ -38,7 +38,7 @@ def test_what_is_no_logits_is_described(logits, message):
     ("num_outputs", "num_classes", "message"),
     [(7, 10, r"returns \(\d+, 7\) for \d+ images of 10 classes"), (4, 4, "num_classes 4: the data has 10 classes")],
 )
-def test_a_network_of_other_outputs_or_classes_ends_in_a_sentence(tmp_path, num_outputs, num_classes, message):
+def test_a_model_of_other_outputs_or_classes_ends_in_a_sentence(tmp_path, num_outputs, num_classes, message):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_outputs))
     module = ImageClassifier(model=model, num_classes=num_classes)
     with pytest.raises(UserError, match=message):
@@ -122,7 +122,7 @@ except UserError as error:
 """
 
 
-def test_what_is_no_network_is_refused():
+def test_what_is_no_module_is_refused():
     # A process of its own: the tests' check of types would refuse it before.
     done = subprocess.run([sys.executable, "-c", GIVEN], capture_output=True, text=True, cwd=REPO)
     assert done.stdout.splitlines() == [
@@ -142,12 +142,12 @@ def test_what_is_no_network_is_refused():
         ({"model_kwargs": {"depth": 2}}, r"model_kwargs=.*depth.*: .*model="),
     ],
 )
-def test_nothing_that_makes_a_network_by_name_is_ignored_beside_one_of_ones_own(given, message):
+def test_nothing_that_makes_a_model_by_name_is_ignored_with_a_given_model(given, message):
     with pytest.raises(UserError, match=message):
         ImageClassifier(model=nn.Flatten(), **given)
 
 
-def test_a_network_of_ones_own_is_given_again_to_its_checkpoint(tmp_path):
+def test_a_model_of_ones_own_is_given_again_to_its_checkpoint(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
     run = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1)
     run.fit(ImageClassifier(model=model), small_data())

@@ -54,7 +54,7 @@ def test_class_weights_of_the_data_weigh_the_loss(tmp_path):
     assert loss == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_mixed_images_are_trained_on_with_smoothed_shares():
+def test_mixed_images_are_trained_on_with_smoothed_targets():
     torch.manual_seed(0)
     module = ImageClassifier(label_smoothing=0.2, mixup=1.0, model_kwargs=NARROW).eval()
     images, targets = torch.randn(8, 3, 16, 16), torch.randint(0, 10, (8,))
@@ -67,7 +67,7 @@ def test_mixed_images_are_trained_on_with_smoothed_shares():
     torch.testing.assert_close(got, -(smoothed * module(mixed).log_softmax(1)).sum(1).mean())
 
 
-def test_epoch_sums_are_those_of_all_images_and_start_anew():
+def test_epoch_sums_are_those_of_all_images_and_start_again():
     module = ImageClassifier(label_smoothing=0.0, model_kwargs=NARROW).eval()
     batches = [(torch.randn(n, 3, 16, 16), torch.randint(0, 10, (n,))) for n in (8, 3)]
     for _ in range(2):
@@ -136,7 +136,7 @@ def test_total_steps_are_those_that_lightning_estimates(tmp_path, settings, expe
     assert seen == {"total": expected, "estimated": expected}
 
 
-def test_speednet_is_whitened_once_and_its_stem_trained_for_its_share_alone(tmp_path):
+def test_speednet_is_whitened_once_and_its_stem_trained_for_its_fraction_only(tmp_path):
     module = ImageClassifier(image_size=16, stem_train_fraction=0.5, **SPEED)
     biases, whitened = [], []
 
@@ -201,7 +201,7 @@ def test_a_run_without_an_end_is_refused(tmp_path):
         quiet_trainer(tmp_path, max_epochs=-1).fit(ImageClassifier(image_size=16, model_kwargs=NARROW), small_data())
 
 
-def test_a_network_and_loaders_of_ones_own_train_too(tmp_path):
+def test_a_model_and_loaders_of_ones_own_train_too(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
     loader = DataLoader(TensorDataset(torch.randn(32, 3, 8, 8), torch.randint(0, 4, (32,))), batch_size=8)
     before = model[1].weight.detach().clone()

@@ -58,7 +58,7 @@ def test_a_loaded_checkpoint_is_not_overwritten_by_the_weights_that_its_run_bega
     assert torch.equal(again.model.features[0].weight, module.model.features[0].weight)
 
 
-def test_a_checkpoint_of_another_network_is_refused_in_a_line(tmp_path):
+def test_a_checkpoint_of_another_model_is_refused_in_a_line(tmp_path):
     run = quiet_trainer(tmp_path, max_epochs=1)
     run.fit(ImageClassifier(image_size=16, model_kwargs=NARROW), small_data())
     run.save_checkpoint(tmp_path / "one.ckpt")
@@ -137,7 +137,7 @@ def test_trained_weights_begin_a_run_with_their_normalisation_and_a_new_head(tmp
     assert data.mean != (0.485, 0.456, 0.406)  # a file of a network of ours says nothing of its images
 
 
-def test_a_run_that_goes_on_does_not_ask_for_its_trained_weights_again(tmp_path):
+def test_a_resumed_run_does_not_load_its_pretrained_weights_again(tmp_path):
     path = tmp_path / "trained.pt"
     torch.save(ImageClassifier(image_size=16, model_kwargs=NARROW).model.state_dict(), path)
     settings = {"image_size": 16, "model_kwargs": NARROW, "pretrained": str(path)}
@@ -150,7 +150,7 @@ def test_a_run_that_goes_on_does_not_ask_for_its_trained_weights_again(tmp_path)
     assert second.global_step == 18
 
 
-def test_more_epochs_move_a_line_that_is_gone_on_with(tmp_path):
+def test_more_epochs_move_the_line_of_a_resumed_run(tmp_path):
     settings = {"image_size": 16, "model_kwargs": NARROW, "lr": 0.1, "schedule": "linear"}
     first = quiet_trainer(tmp_path, max_epochs=2)
     first.fit(ImageClassifier(**settings), small_data())
@@ -181,7 +181,7 @@ def test_weights_of_torchvision_have_the_images_normalised_as_there(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_how_images_of_ones_own_must_be_normalised_is_told_once(monkeypatch, tmp_path, capsys, rank):
+def test_how_images_of_ones_own_must_be_normalized_is_printed_once(monkeypatch, tmp_path, capsys, rank):
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     torch.save(build_model("mobilenet_v3_small", num_classes=3, image_size=32).state_dict(), tmp_path / "trained.pt")
     module = ImageClassifier("mobilenet_v3_small", image_size=32, pretrained=str(tmp_path / "trained.pt"))

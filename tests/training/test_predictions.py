@@ -37,7 +37,7 @@ def make_parts():
     return module, ImageDataModule("synthetic", batch_size=900, image_size=16)
 
 
-def test_answers_are_kept_in_the_order_of_the_split(tmp_path, folder):
+def test_predictions_are_kept_in_the_order_of_the_split(tmp_path, folder):
     keeper = PredictionWriter(folder)
     run = make_trainer(tmp_path, keeper)
     run.fit(*make_parts())
@@ -56,7 +56,7 @@ def test_answers_are_kept_in_the_order_of_the_split(tmp_path, folder):
     assert keeper.test.confusion.sum() == 1000
 
 
-def test_answers_of_some_images_alone_are_not_written(tmp_path, folder, capsys):
+def test_predictions_of_some_images_only_are_not_written(tmp_path, folder, capsys):
     keeper = PredictionWriter(folder)
     make_trainer(tmp_path, keeper, limit_test_batches=2).test(*make_parts(), verbose=False)
     assert len(keeper.test.targets) == 512

@@ -151,13 +151,13 @@ def test_a_run_that_is_stopped_early_says_so(tmp_path):
     assert "stopped early" not in out.getvalue()
 
 
-def test_a_step_is_told_with_the_images_of_all_its_batches(tmp_path):
+def test_a_step_is_described_with_the_images_of_all_its_batches(tmp_path):
     out = io.StringIO()
     fit_with(tmp_path, bar_on(out), max_epochs=1, accumulate=2)
     assert "1 epoch, 3 steps of 1,800 images" in out.getvalue()
 
 
-def test_too_few_epochs_for_the_sizes_of_images_are_told(tmp_path):
+def test_too_few_epochs_for_the_image_sizes_are_reported(tmp_path):
     for sizes, is_told in (([8, 12, 12, 16], True), ([12, 16], False)):
         file = io.StringIO()
         fit_with(tmp_path, bar_on(file), train_sizes=sizes)  # two epochs

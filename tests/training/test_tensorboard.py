@@ -156,7 +156,7 @@ def test_a_run_is_drawn_at_most_20_times_evenly_and_at_its_end(num_validations, 
     assert gaps.max() - gaps.min() <= 1
 
 
-def test_a_run_that_goes_on_draws_no_more_than_what_is_left():
+def test_a_resumed_run_draws_no_more_than_what_is_left():
     class Trainer:
         estimated_stepping_batches = 1000
         is_global_zero = True
@@ -208,7 +208,7 @@ def test_hyperparameters_are_plain_and_leave_out_what_is_not_set():
 
 
 @pytest.mark.filterwarnings("ignore:Encountered `nan` values")  # torchmetrics, of the losses
-def test_answers_that_are_no_numbers_are_not_drawn_and_training_goes_on(tmp_path, monkeypatch):
+def test_predictions_that_are_not_finite_are_not_drawn_and_training_continues(tmp_path, monkeypatch):
     forward = ImageClassifier.forward
 
     def spoiled(self, images):  # in validation alone: in training the run would stop

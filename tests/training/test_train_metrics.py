@@ -19,7 +19,7 @@ def test_means_are_of_all_images_also_of_uneven_batches():
     assert totals.num_trained == 4
 
 
-def test_of_mixed_images_the_larger_share_is_the_right_answer():
+def test_of_mixed_images_the_class_of_the_larger_fraction_is_correct():
     totals = TrainMetrics(torch.device("cpu"))
     shares = 0.7 * one_hot(torch.tensor([0, 2, 2]), 3) + 0.3 * one_hot(torch.tensor([1, 1, 1]), 3)
     totals.add(torch.tensor(1.0), LOGITS, shares)

@@ -32,7 +32,7 @@ def test_six_views_are_weighted_as_in_airbench(model):
     torch.testing.assert_close(plain, model(images))
 
 
-def test_a_mirror_image_gets_the_same_answer(model):
+def test_a_mirror_image_gets_the_same_prediction(model):
     images = torch.randn(5, 3, 6, 6)
     averaged, _ = tta_logits(model, images, "mirror")
     torch.testing.assert_close(averaged, tta_logits(model, images.flip(-1), "mirror")[0])

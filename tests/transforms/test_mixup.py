@@ -14,7 +14,7 @@ def mixed(seed=0, **strengths):
     return Mixing(6, **strengths)(IMAGES, TARGETS)
 
 
-def test_mixup_blends_images_and_targets_in_one_share():
+def test_mixup_blends_images_and_targets_in_one_proportion():
     images, shares = mixed(mixup=1.0)
     torch.testing.assert_close(shares.sum(1), torch.ones(6))
     # An image's value is its class, so blended values are the targets' means.
@@ -22,7 +22,7 @@ def test_mixup_blends_images_and_targets_in_one_share():
     assert ((shares > 0).sum(1) == 2).all()
 
 
-def test_cutmix_pastes_a_rectangle_and_its_share_of_the_pixels_is_the_targets():
+def test_cutmix_pastes_a_rectangle_and_its_fraction_of_the_pixels_is_the_targets():
     images, shares = next(found for found in (mixed(seed, cutmix=1.0) for seed in range(20)) if found[1].max() < 1)
     torch.testing.assert_close(images.mean((1, 2, 3)), shares @ TARGETS.float())
     assert set(images.unique().tolist()) <= set(range(6))

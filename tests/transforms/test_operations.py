@@ -139,7 +139,7 @@ def test_a_batch_of_mixed_operations_equals_each_image_done_alone(num_ops):
         assert torch.equal(got[k], image), [OPERATIONS[operation] for operation in operations[k]]
 
 
-def test_every_kernel_over_the_whole_batch_gives_the_same_as_over_sorted_shares():
+def test_every_kernel_over_the_whole_batch_gives_the_same_as_over_sorted_groups():
     images, operations, magnitudes = mixed_batch()
     sorted_shares = _apply_sorted(images, operations[:, 0], magnitudes[:, 0])
     assert torch.equal(_apply_everywhere(images, operations[:, 0], magnitudes[:, 0]), sorted_shares)

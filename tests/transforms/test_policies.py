@@ -83,7 +83,7 @@ def test_rectangles_lie_inside_and_are_distributed_as_torchvisions():
         assert abs(mine.std() - peer.std()) < 0.1 * peer.std()
 
 
-def test_the_given_share_of_images_is_erased_and_which_ones_does_not_move_their_rectangles():
+def test_the_given_fraction_of_images_is_erased_and_which_ones_does_not_move_their_rectangles():
     few, all_of_them = draw_erasing(10_000, 32, 0.25, generator(3)), draw_erasing(10_000, 32, 1.0, generator(3))
     erased = few[:, 2] > 0
     assert 0.23 < erased.float().mean() < 0.27
