@@ -107,13 +107,7 @@ def printable(text: str, encoding: str = "utf-8") -> str:
 
 
 def suggest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return " Did you mean X?" for the nearest of some words, or nothing.
-
-    Args:
-        word: What a user typed.
-        words: The words, or a mapping from each to what is suggested for it.
-        cutoff: Least similarity, from 0 to 1.
-    """
+    """Return " Did you mean X?" for the nearest of some words, or of the keys of a mapping to what is suggested."""
     suggested = words if isinstance(words, Mapping) else {each: each for each in words}
     near = difflib.get_close_matches(word, suggested, n=1, cutoff=cutoff)
     return f" Did you mean {suggested[near[0]]}?" if near else ""

@@ -25,28 +25,17 @@ _SHARED_BYTES = 2e8  # batches on their way from two workers
 
 @dataclass
 class Findings:
-    """What was found on this machine.
+    """What was found on this machine."""
 
-    Attributes:
-        rows: Labels and texts, in the order in which they are printed.
-        stopping: Problems that would stop `fit`, each with what to do.
-        hints: Other problems, each with what to do.
-    """
-
-    rows: list[tuple[str, str]] = field(default_factory=list)
-    stopping: list[str] = field(default_factory=list)
-    hints: list[str] = field(default_factory=list)
+    rows: list[tuple[str, str]] = field(default_factory=list)  # label and text, in the order of printing
+    stopping: list[str] = field(default_factory=list)  # problems that would stop `fit`, each with what to do
+    hints: list[str] = field(default_factory=list)  # other problems
 
 
 def examine(root: Path = Path("data"), *, batch_size: int) -> int:
-    """Print what was found, what `fit` would choose and what to fix.
+    """Print what was found, what `fit` would choose and what to fix; return the number of problems that stop `fit`.
 
-    Args:
-        root: Where the data lies, or will.
-        batch_size: The default of `fit`.
-
-    Returns:
-        The number of problems that would stop `fit`.
+    `root` is where the data lies, or will.
     """
     found = look(root)
     found.rows.append(("batch size", f"{batch_size}: the default, whatever the device; --batch_size changes it"))

@@ -35,14 +35,11 @@ from cifar_lightning.training.signals import StopSignals
 
 
 class TrainingCLI(LightningCLI):
-    """Parses one command line; `instantiate` then returns the model and the data.
+    """Parses one command line, or raises `UserError`; `instantiate` then returns the model and the data.
 
     Args:
         command: fit, validate, test or predict.
         arguments: Its flags by their long names.
-
-    Raises:
-        UserError: A flag or a value that is not allowed.
     """
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
@@ -107,11 +104,7 @@ def fit_parser() -> LightningArgumentParser:
 
 @contextlib.contextmanager
 def training_process(command: str) -> Iterator[StopSignals]:
-    """Prepare this process for a command that uses Lightning, and raise known errors as one of ours.
-
-    Yields:
-        The signals that stop the command.
-    """
+    """Prepare this process for a command that uses Lightning, and raise known errors as one of ours."""
     silence()
     keep_freed_memory()
     check_cuda_once()
@@ -141,9 +134,6 @@ def build_trainer(
         callbacks: Added after the user's.
         logger: Used where the user chose none.
         run: Named by the progress bar.
-
-    Raises:
-        UserError: A setting that the Trainer refuses.
     """
     users: list[pl.Callback] = as_list(settings.callbacks)
     has_bar = any(isinstance(callback, ProgressBar) for callback in users)

@@ -115,9 +115,7 @@ class ImageLoader(ABC):
 class ResidentLoader(ImageLoader):
     """Keeps all images of a source on the device: no workers, no copies between host and device.
 
-    Args:
-        images: uint8 (n, height, width, channels) on the device, shared by the loaders of a source.
-        targets: int64 (n,) on the device.
+    Images are uint8 (n, height, width, channels), shared by the loaders of a source; targets int64 (n,).
     """
 
     def __init__(self, images: Tensor, targets: Tensor, sampler: EpochSampler, transform: BatchTransform) -> None:
@@ -132,10 +130,7 @@ class ResidentLoader(ImageLoader):
 class StreamingLoader(ImageLoader):
     """Reads the images in persistent worker processes, for sets larger than memory.
 
-    Args:
-        images: uint8 (n, height, width, channels), usually a memory-mapped file.
-        targets: int64 (n,).
-        num_workers: Worker processes, 1 or more.
+    Images are uint8 (n, height, width, channels), usually a memory-mapped file; targets int64 (n,).
     """
 
     def __init__(
@@ -176,9 +171,7 @@ class StreamingLoader(ImageLoader):
 class LoaderFactory:
     """Makes resident or streaming loaders; resident loaders of a source share one copy of its images.
 
-    Args:
-        images: The image sets of a source.
-        num_workers: 0 is resident, 1 or more is streaming; None chooses by the memory that is free.
+    `num_workers` 0 is resident, 1 or more is streaming; None chooses by the memory that is free.
     """
 
     def __init__(self, images: dict[Split, ImageSet], num_workers: int | None) -> None:

@@ -11,12 +11,7 @@ _UNEVEN = 1.5  # ratio of the largest to the smallest class from which it is men
 
 
 def channel_statistics(images: np.ndarray, indices: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel, of images scaled to 0-1.
-
-    Args:
-        images: uint8 (n, height, width, channels), 0-255; may be memory-mapped.
-        indices: int64, the images to measure.
-    """
+    """Return mean and standard deviation of each channel, of images scaled to 0-1; images may be memory-mapped."""
     total = np.zeros(images.shape[-1])
     squares = np.zeros(images.shape[-1])
     chunk = max(1, min(_CHUNK, _CHUNK * 32 * 32 // (images.shape[1] * images.shape[2])))

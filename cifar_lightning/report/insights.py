@@ -46,25 +46,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Insight:
-    """One question about the test and its outcome.
+    """One question about the test and its outcome."""
 
-    Attributes:
-        kind: Identifier for programs.
-        title: The outcome in a few words.
-        text: Explanation of the title; empty where the items say it.
-        test: The hypothesis test and its correction.
-        is_found: Whether a difference beyond chance was found.
-        items: Significant items, smallest p-value first. A single comparison is listed in any case.
-        groups: Names of the classes of each group that was tested.
-    """
-
-    kind: str
-    title: str
-    text: str
-    test: str
-    is_found: bool
-    items: list[Item] = field(default_factory=list)
-    groups: dict[str, list[str]] = field(default_factory=dict)
+    kind: str  # identifier for programs
+    title: str  # the outcome in a few words
+    text: str  # explains the title; empty where the items say it
+    test: str  # the hypothesis test and its correction
+    is_found: bool  # whether a difference beyond chance was found
+    items: list[Item] = field(default_factory=list)  # significant ones, smallest p first, or a single comparison
+    groups: dict[str, list[str]] = field(default_factory=dict)  # classes of each group that was tested
 
 
 def hard_classes(cm: Matrix, names: Sequence[str]) -> Insight:

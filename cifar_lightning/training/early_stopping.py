@@ -22,9 +22,6 @@ class AnnealingEarlyStopping(EarlyStopping):
     Args:
         patience: Validations without improvement after the peak of the learning rate; at least a third of the epochs.
         min_delta: Smallest increase of val/acc that counts as an improvement.
-
-    Raises:
-        UserError: A negative value.
     """
 
     def __init__(

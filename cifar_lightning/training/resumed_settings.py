@@ -10,11 +10,7 @@ from cifar_lightning.optim.resume import PlannedSettings
 
 
 class ResumedSettings(pl.Callback):
-    """Applies changed flags, such as `--epochs` or `--lr`, to a resumed run; Lightning loads the old values (#20310).
-
-    Args:
-        make_schedule: Makes the schedule of an optimizer that has taken a number of steps.
-    """
+    """Applies changed flags, such as `--epochs`, to a resumed run; Lightning loads the old values (#20310)."""
 
     def __init__(self, make_schedule: Callable[[Optimizer, int], LRScheduler]) -> None:
         self.make_schedule = make_schedule

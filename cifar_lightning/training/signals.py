@@ -14,10 +14,8 @@ _HANDLED = (signal.SIGINT, signal.SIGTERM)
 class Stopped(SystemExit):
     """Ends the program because of a signal: exit status 130 for Ctrl-C, 143 for SIGTERM, as shells count them.
 
-    Args:
-        signum: The signal.
-        is_reporting: Whether this process reports for the run. The others exit with 0: Lightning's launcher kills the
-            first process when a child fails, which would change its status.
+    Only the process that reports for the run does so. The others exit with 0: Lightning's launcher kills the first
+    process when a child fails, which would change its status.
     """
 
     def __init__(self, signum: int, is_reporting: bool = True) -> None:
