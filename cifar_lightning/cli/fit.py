@@ -151,7 +151,10 @@ def build_fit_trainer(
     *,
     validates: bool,
 ) -> pl.Trainer:
-    """Return the Trainer with the callbacks that write the run's files."""
+    """Return the Trainer with the callbacks that write the run's files.
+
+    `ImageClassifier.configure_callbacks` adds those of the model: NaN guard, EMA, whitening stem and resumed settings.
+    """
     record = resume.point.record(resume.changes) if resume is not None else None
     changed = cli.config_text if resume is not None and resume.changes else None
     callbacks: list[pl.Callback] = [

@@ -18,7 +18,7 @@ import yaml
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, suggest
 from cifar_lightning.runs.schema import upgrade_config
-from cifar_lightning.settings.bounds import within
+from cifar_lightning.settings.comparison import within
 from cifar_lightning.settings.safe_yaml import read_yaml
 
 ALIASES = {"epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "lr": "model.lr"}

@@ -1,6 +1,7 @@
-"""Limits of settings: annotations for constructor arguments, and the check of a constructor's arguments.
+"""Limits of settings: the ranges that annotate constructor arguments, and the check of a constructor's arguments.
 
-A setting's limits stand in its annotation, `Annotated[float, Field(gt=0, allow_inf_nan=False)]`. LightningCLI enforces
+A setting's range stands in its annotation, `Annotated[float, Field(gt=0, allow_inf_nan=False)]`; ranges of several
+settings have a name below. Ranges of the Trainer's arguments stand in `cli.parser`. LightningCLI enforces
 them, `flags.json` and the help are generated from them, and `check_settings` enforces them for calls from Python.
 `description` is what an error message says is allowed, where the bounds alone would not do.
 """
@@ -15,7 +16,7 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.settings.bounds import Bounds, in_words, within
+from cifar_lightning.settings.comparison import Bounds, within
 
 _UNIONS = (typing.Union, types.UnionType)
 _NAMES = ("gt", "ge", "lt", "le")
@@ -69,5 +70,15 @@ def limits_of(annotation: Any) -> tuple[Bounds, str]:
     for field in typing.get_args(annotation)[1:]:
         if isinstance(field, FieldInfo):
             bounds = {name: getattr(limit, name) for limit in field.metadata for name in _NAMES if hasattr(limit, name)}
-            return bounds, field.description or in_words(bounds)
+            return bounds, field.description or _in_words(bounds)
     return {}, ""
+
+
+def _in_words(bounds: Bounds) -> str:
+    """Return the bounds as a message says them: "1 or more", "0 to below 1"."""
+    low = str(bounds["ge"]) if "ge" in bounds else f"above {bounds['gt']}"
+    if "le" in bounds:
+        return f"{low} to {bounds['le']}"
+    if "lt" in bounds:
+        return f"{low} to below {bounds['lt']}"
+    return f"{low} or more" if "ge" in bounds else low

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from cifar_lightning.cli.flags import check_config, check_value, flag_value, normalize_arguments, suggest_flag, table
 from cifar_lightning.errors import UserError
-from cifar_lightning.settings.bounds import within
+from cifar_lightning.settings.comparison import within
 
 
 def test_aliases_become_long_names_and_every_flag_one_token():
