@@ -12,7 +12,6 @@ in another way, which is not measured. The last line is the step time with the g
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import tempfile
@@ -30,6 +29,7 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 
 from benchmarks.speed.one_layer import SMALL_BATCH, one_layer, silence, step_us
 from benchmarks.speed.overhead import default_training, our_fit, register
+from benchmarks.speed.results import spread, write_results
 from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.runs.environment import describe_environment
@@ -99,11 +99,6 @@ def save_costs(folder: Path) -> tuple[list[float], list[float], int]:
     return costs["ours"], costs["lightning"], (folder / "ours.ckpt").stat().st_size
 
 
-def spread(values: list[float]) -> str:
-    """Return "median (lowest to highest)"."""
-    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-
-
 def main() -> None:
     """Measure and print; the last line is `ratio=X`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,24 +118,22 @@ def main() -> None:
     print(f"checkpoint of SmallNet with AdamW, {num_bytes / 1e6:.1f} MB, {NUM_SAVES} saves, milliseconds, synced:")
     print(f"  ours {spread(ours)}, Lightning's, not synced, {spread(lightning)}")
     environment = describe_environment()
-    figures = {
-        "commit": environment["commit"],
-        "hardware": f"{environment['num_usable_cpus']} cores, {environment['cpu']}",
-        "device": "cpu",
-        "num_processes": 1,
-        "load_average": load_average,
-        "torch": torch.__version__,
-        "guarded_us": guarded,
-        "bare_us": bare,
-        "added_us": added,
-        "call_us": call_us,
-        "num_saves": NUM_SAVES,
-        "save_ms": ours,
-        "lightning_save_ms": lightning,
-        "checkpoint_bytes": num_bytes,
-    }
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    write_results(
+        args.json,
+        hardware=f"{environment['num_usable_cpus']} cores, {environment['cpu']}",
+        device="cpu",
+        num_processes=1,
+        load_average=load_average,
+        torch=torch.__version__,
+        guarded_us=guarded,
+        bare_us=bare,
+        added_us=added,
+        call_us=call_us,
+        num_saves=NUM_SAVES,
+        save_ms=ours,
+        lightning_save_ms=lightning,
+        checkpoint_bytes=num_bytes,
+    )
     ratio = statistics.median(one / other for one, other in zip(guarded, bare, strict=True))
     print(f"host time of a step with the guards over without, {args.rounds} rounds, CPU:")
     print(f"ratio={ratio:.3f}")

@@ -15,7 +15,6 @@ other programs. The last line is ours over torchvision.
 import argparse
 import hashlib
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -36,6 +35,7 @@ from torchvision.transforms import v2
 
 from benchmarks.speed import paired
 from benchmarks.speed.peers import changed_for_cpu, peer_of, read_peer
+from benchmarks.speed.results import print_rates, spread, write_results
 from cifar_lightning import ImageDataModule
 from cifar_lightning.data.datasets import Channels, ImageSet
 from cifar_lightning.data.loaders import ResidentLoader
@@ -247,34 +247,25 @@ def report(rates: dict[str, list[float]], images: str, airbench_text: str | None
     environment = describe_environment()
     device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores"
     print(f"{images}; batches of {BATCH_SIZE}, images/s:")
-    for name, values in rates.items():
-        print(f"  {name:<12} {statistics.median(values):9,.0f}  ({min(values):,.0f} to {max(values):,.0f})")
+    print_rates(rates)
+    where = f"{len(rates['ours'])} rounds of an epoch, {device}"
     peers = [name for name in rates if name != "ours"]
     ratios = {name: [ours / peer for ours, peer in zip(rates["ours"], rates[name], strict=True)] for name in peers}
     if airbench_text is not None:
         changes = "; ".join(f"{original} -> {changed}" for original, changed in AIRBENCH_CHANGES.items())
         print(f"  airbench is InfiniteCifarLoader of its {AIRBENCH_FILE}, changed for a CPU: {changes}")
-        print(f"ours over airbench, {summary(ratios['airbench'], device)}")
-    if args.json:
-        figures = {
-            "commit": environment["commit"],
-            "hardware": device,
-            "versions": environment["versions"],
-            "images": images,
-            "batch_size": BATCH_SIZE,
-            "images_per_s": rates,
-            "ratios": ratios,
-            "airbench_sha256": airbench_text and hashlib.sha256(airbench_text.encode()).hexdigest(),
-        }
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    print(f"ours over torchvision in {NUM_CORES} workers, {summary(ratios['torchvision'], device)}")
+        print(f"ours over airbench, {where}: {spread(ratios['airbench'])}")
+    write_results(
+        args.json,
+        hardware=device,
+        images=images,
+        batch_size=BATCH_SIZE,
+        images_per_s=rates,
+        ratios=ratios,
+        airbench_sha256=airbench_text and hashlib.sha256(airbench_text.encode()).hexdigest(),
+    )
+    print(f"ours over torchvision in {NUM_CORES} workers, {where}: {spread(ratios['torchvision'])}")
     print(f"ratio={statistics.median(ratios['torchvision']):.1f}")
-
-
-def summary(ratios: list[float], device: str) -> str:
-    """Return number of rounds, device, and the median with its spread."""
-    spread = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
-    return f"{len(ratios)} rounds of an epoch, {device}: {spread}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ images/s of resnet18 over those of smallnet; without both, of the last named mod
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.speed.results import write_results
 from cifar_lightning.models.registry import MODELS, build_model
 from cifar_lightning.runs.environment import describe_environment
 
@@ -113,20 +113,17 @@ def main() -> None:
     names = list(rows)
     one, other = ("resnet18", "smallnet") if {"resnet18", "smallnet"} <= rows.keys() else (names[-1], names[0])
     ratio = rows[one]["images_per_s"] / rows[other]["images_per_s"]
-    if args.json:
-        figures = {
-            "commit": environment["commit"],
-            "hardware": f"{environment['num_usable_cpus']} cores, {environment['cpu']}",
-            "device": where,
-            "versions": environment["versions"],
-            "image_size": args.image_size,
-            "batch_size": args.batch,
-            "num_steps": args.steps,
-            "models": list(rows.values()),
-            "over": [one, other],
-            "ratio": ratio,
-        }
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_results(
+        args.json,
+        hardware=f"{environment['num_usable_cpus']} cores, {environment['cpu']}",
+        device=where,
+        image_size=args.image_size,
+        batch_size=args.batch,
+        num_steps=args.steps,
+        models=list(rows.values()),
+        over=[one, other],
+        ratio=ratio,
+    )
     print(f"Images/s of {one} over {other}, batch {args.batch}, {args.image_size} pixels, {where}:")
     print(f"ratio={ratio:.3f}")
 

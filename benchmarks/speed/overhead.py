@@ -15,7 +15,6 @@ or the time of `fit` over the hand-written loop for SmallNet; with --against, ou
 
 import argparse
 import functools
-import json
 import os
 import statistics
 import sys
@@ -34,6 +33,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from benchmarks import CONFIGS
 from benchmarks.speed import paired
 from benchmarks.speed.one_layer import SMALL_BATCH, Clocked, one_layer, step_us
+from benchmarks.speed.results import spread, write_results
 from cifar_lightning import ImageDataModule, SmallNet
 from cifar_lightning.cli.flags import table
 from cifar_lightning.cli.main import run_command
@@ -236,32 +236,27 @@ def main() -> None:
         print(f"  {label:<16} {statistics.median(times):7.0f}  ({min(times):.0f} to {max(times):.0f})")
     rounds_us = zip(small["hand loop"], small["plain Lightning"], small["fit"], strict=True)
     ratios = [(ours - hand) / (plain - hand) for hand, plain, ours in rounds_us]
-    spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
-    print(f"added by fit over added by plain Lightning: {statistics.median(ratios):.2f} {spread}")
+    print(f"added by fit over added by plain Lightning: {spread(ratios, 2)}")
     environment = describe_environment()
-    figures = {
-        "commit": environment["commit"],
-        "hardware": f"{environment['num_usable_cpus']} cores, {environment['cpu']}",
-    }
-    figures |= {"one_layer_us": small, "added_over_plain": ratios}
+    results = {"hardware": f"{environment['num_usable_cpus']} cores, {environment['cpu']}"}
+    results |= {"one_layer_us": small, "added_over_plain": ratios}
     ratio = statistics.median(ratios)
     if args.recipe:
         rounds_us = zip(small["hand loop"], small["barebones"], small["fit"], strict=True)
         ratios = [(ours - hand) / (bare - hand) for hand, bare, ours in rounds_us]
         ratio = statistics.median(ratios)
-        figures |= {"recipe": args.recipe, "added_over_barebones": ratios}
+        results |= {"recipe": args.recipe, "added_over_barebones": ratios}
         print(f"added by fit over added by barebones, CPU, {rounds} rounds ({min(ratios):.2f} to {max(ratios):.2f}):")
     elif not args.quick:
         pair = {label: ways[label] for label in ("hand loop", "fit")}
         large = compare(pair, "clocked_smallnet", 128, rounds)
         ratios = [o / h for h, o in zip(large["hand loop"], large["fit"], strict=True)]
         ratio = statistics.median(ratios)
-        figures |= {"smallnet_us": large, "fit_over_hand_loop": ratios}
+        results |= {"smallnet_us": large, "fit_over_hand_loop": ratios}
         print(
             f"SmallNet, batch 128, CPU, fit over hand loop, {rounds} rounds ({min(ratios):.3f} to {max(ratios):.3f}):"
         )
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    write_results(args.json, **results)
     print(f"ratio={ratio:.3f}")
 
 

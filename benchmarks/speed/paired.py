@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import ROOT, python_path
+from benchmarks.speed.results import spread
 from cifar_lightning.errors import UserError
 
 NUM_TURNS = 5  # measurements of each checkout in a round, in turn, after one to warm up
@@ -73,6 +74,5 @@ def _measure(process: subprocess.Popen[str], root: Path) -> float:
 
 def report(what: str, ratios: Sequence[float], device: str) -> None:
     """Print the median ratio with its spread; the last line is `ratio=X`."""
-    spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-    print(f"{what}, ours over theirs, {len(ratios)} rounds of {NUM_TURNS} turns, {device}: {spread}")
+    print(f"{what}, ours over theirs, {len(ratios)} rounds of {NUM_TURNS} turns, {device}: {spread(ratios, 3)}")
     print(f"ratio={statistics.median(ratios):.3f}")

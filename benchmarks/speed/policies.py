@@ -11,7 +11,6 @@ are compared within a round, after a warm-up round. The cores must be free. The 
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from benchmarks.speed.results import print_rates, spread, write_results
 from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.transforms.augmentation import Augmentation, augment, draw_epoch
 from cifar_lightning.transforms.policies import Policy
@@ -93,23 +93,11 @@ def main() -> None:
     environment = describe_environment()
     device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores, {args.threads} threads"
     print(f"{args.num:,} random images, {args.size}x{args.size}, policy {args.policy}, images/s:")
-    for name, values in rates.items():
-        print(f"  {name:<12} {statistics.median(values):9,.0f}  ({min(values):,.0f} to {max(values):,.0f})")
+    print_rates(rates)
     ratios = [ours / peer for ours, peer in zip(rates["ours"], rates["torchvision"], strict=True)]
-    if args.json:
-        figures = {
-            "commit": environment["commit"],
-            "hardware": device,
-            "versions": environment["versions"],
-            "policy": args.policy,
-            "num": args.num,
-            "size": args.size,
-            "images_per_s": rates,
-            "ratios": ratios,
-        }
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    spread = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
-    print(f"ours over torchvision, {len(ratios)} rounds of an epoch, {device}: {spread}")
+    asked = {"policy": args.policy, "num": args.num, "size": args.size}
+    write_results(args.json, hardware=device, **asked, images_per_s=rates, ratios=ratios)
+    print(f"ours over torchvision, {len(ratios)} rounds of an epoch, {device}: {spread(ratios)}")
     print(f"ratio={statistics.median(ratios):.1f}")
 
 

@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 from benchmarks import ROOT
+from benchmarks.speed.results import spread, write_results
 from cifar_lightning import ImageClassifier
 from cifar_lightning.inference import predict_images as predict
 from cifar_lightning.inference.predict_images import find_images, predict_images
@@ -126,8 +127,7 @@ def report(what: str, ratios: Sequence[float], num: int) -> None:
     environment = describe_environment()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {environment['cpu']}"
     cores = f"{environment['num_usable_cpus']} cores, {torch.get_num_threads()} threads of torch"
-    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    print(f"{what}, seconds for {num:,} images, {len(ratios)} rounds, {device}, {cores}: {spread}")
+    print(f"{what}, seconds for {num:,} images, {len(ratios)} rounds, {device}, {cores}: {spread(ratios, 2)}")
 
 
 def main() -> None:
@@ -161,9 +161,7 @@ def main() -> None:
             both = zip(times_s["command an image"], times_s["command for all"], strict=True)
             ratios = [slow / fast for slow, fast in both]
             report(f"one command an image (from {NUM_STARTS} starts a round) over one for all", ratios, len(paths))
-    if args.json:
-        figures = {"commit": describe_environment()["commit"], "num_images": len(paths), "seconds": times_s}
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    write_results(args.json, num_images=len(paths), seconds=times_s)
     print(f"ratio={statistics.median(ratios):.3f}")
 
 

@@ -16,7 +16,6 @@ turn, each after a pause in which the other workers fill their queues. The last 
 
 import argparse
 import itertools
-import json
 import math
 import multiprocessing
 import shutil
@@ -36,6 +35,7 @@ from torchvision.transforms import v2
 
 from benchmarks.speed.loader import NUM_CORES, PADDING_PX, use_cores
 from benchmarks.speed.process_memory import IS_KNOWN, Memory, memory_of
+from benchmarks.speed.results import print_rates, spread, write_results
 from benchmarks.speed.streaming_images import SIDES_PX, make_images
 from cifar_lightning import ImageDataModule
 from cifar_lightning.data.image_folder import CACHE_FOLDER
@@ -209,8 +209,7 @@ def report(
     for name, samples in memory.items():
         print(f"  memory of {name:<12} {describe_memory(samples)}")
     print("images/s:")
-    for name, values in rates.items():
-        print(f"  {name:<12} {statistics.median(values):9,.0f}  ({min(values):,.0f} to {max(values):,.0f})")
+    print_rates(rates)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     ahead = epochs_until_ahead(decode_s, args.images, medians["ours"], medians["torchvision"])
     with_decoding = args.images / (decode_s + args.images / medians["ours"])
@@ -219,26 +218,22 @@ def report(
         f"first epoch makes {with_decoding:,.0f} images/s, and ours is ahead after {ahead:.1f} epochs"
     )
     ratios = [one / other for one, other in zip(rates["ours"], rates["torchvision"], strict=True)]
-    if args.json:
-        figures = {
-            "commit": environment["commit"],
-            "hardware": device,
-            "versions": environment["versions"],
-            "images": images,
-            "image_size": args.image_size,
-            "batch_size": args.batch_size,
-            "num_workers": NUM_WORKERS,
-            "seconds_to_start": starts,
-            "decode_s": decode_s,
-            "first_epoch_images_per_s": with_decoding,
-            "epochs_until_ahead": ahead if math.isfinite(ahead) else None,
-            "memory": {name: [asdict(sample) for sample in samples] for name, samples in memory.items()},
-            "images_per_s": rates,
-            "ratios": ratios,
-        }
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    spread = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
-    print(f"ours over torchvision, {len(ratios)} rounds of about {args.seconds:g} s, {device}: {spread}")
+    write_results(
+        args.json,
+        hardware=device,
+        images=images,
+        image_size=args.image_size,
+        batch_size=args.batch_size,
+        num_workers=NUM_WORKERS,
+        seconds_to_start=starts,
+        decode_s=decode_s,
+        first_epoch_images_per_s=with_decoding,
+        epochs_until_ahead=ahead if math.isfinite(ahead) else None,
+        memory={name: [asdict(sample) for sample in samples] for name, samples in memory.items()},
+        images_per_s=rates,
+        ratios=ratios,
+    )
+    print(f"ours over torchvision, {len(ratios)} rounds of about {args.seconds:g} s, {device}: {spread(ratios)}")
     print(f"ratio={statistics.median(ratios):.1f}")
 
 
