@@ -129,9 +129,8 @@ def orthogonalize(
 ) -> Float[Tensor, "batch rows columns"]:
     """Return matrices with the same singular vectors and singular values near 1, by Newton-Schulz iteration.
 
-    Args:
-        matrices: Full-rank matrices; a zero matrix stays zero.
-        num_iterations: 3 are enough for an optimizer; 5 bring well-conditioned input to about 0.7 to 1.2.
+    A zero matrix stays zero. 3 iterations are enough for an optimizer; 5 bring well-conditioned input to about 0.7 to
+    1.2.
     """
     a, b, c = _NEWTON_SCHULZ
     is_tall = matrices.shape[1] > matrices.shape[2]

@@ -22,14 +22,9 @@ _OF_A_FILE = ("file", "format", "images", "outputs")
 def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> Path | None:
     """Write the model card of a run, with the numbers of its report and all exported files of the same weights.
 
-    Args:
-        run: The run.
-        card: Facts of the export: `file`, `format`, `checkpoint_sha256`, `class_names`, `image_size`, `epoch`,
-            `tta`, `images` (input of the graph; empty for weights) and `outputs`.
-        folder: Folder of the exported file.
-
-    Returns:
-        The card's path; None if a file of that name is not ours, which is then left alone.
+    `card` has the facts of the export into `folder`: `file`, `format`, `checkpoint_sha256`, `class_names`,
+    `image_size`, `epoch`, `tta`, `images` (input of the graph; empty for weights) and `outputs`. Return the card's
+    path, or None if a file of that name is not ours, which is then left alone.
     """
     path = folder / NAME
     before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else _MARKER

@@ -156,11 +156,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self.prepare(training_data(self.trainer))
 
     def prepare(self, data: TrainingData | None) -> None:
-        """Take class weights from the data; load pretrained weights, once, and have images normalized for them.
-
-        Raises:
-            UserError: The pretrained weights cannot be loaded, or do not fit.
-        """
+        """Take class weights from the data; load pretrained weights, once, and have images normalized for them."""
         weights = None if data is None else data.class_weights
         self._class_weights = None if weights is None else torch.tensor(weights, device=self.device)
         if self._pretrained is False:
@@ -179,7 +175,6 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         check_batches(self.trainer, self.model)
 
     def on_train_epoch_start(self) -> None:
-        """Start new sums."""
         self.totals = TrainMetrics(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -193,7 +188,6 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Log train/loss, train/acc and lr."""
         self.log_dict(self.epoch_metrics())
 
     def train_metrics(self) -> dict[str, float]:
@@ -235,11 +229,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         return self.schedule_settings.warmup_fraction * self.total_steps()
 
     def total_steps(self) -> int:
-        """Return the optimizer steps of the whole run, also of a resumed one.
-
-        Raises:
-            UserError: The run has no end, or no step.
-        """
+        """Return the optimizer steps of the whole run, also of a resumed one."""
         return count_steps(self.trainer, *(self._resumed_from or (0, 0)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -249,11 +239,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = plain(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the weights fit, and note where the checkpoint's run stood.
-
-        Raises:
-            UserError: The weights do not have the names and shapes of this model's.
-        """
+        """Check that the weights fit, and note where the checkpoint's run stood."""
         checkpoint.update(upgrade_checkpoint(checkpoint))  # Lightning's own loading does not upgrade
         self._resumed_from, self._pretrained = progress_of(checkpoint), False
         misfits = describe_misfits(checkpoint["state_dict"], self.state_dict())
@@ -265,11 +251,10 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     # -- evaluation ----------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Update the metrics; return the logits for callbacks."""
+        """Update the metrics; return the logits for callbacks, as `test_step` does."""
         return self._evaluate(self.val_metrics, batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Update the metrics; return the logits for callbacks."""
         return self._evaluate(self.test_metrics, batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -286,11 +271,9 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         return logits
 
     def on_validation_epoch_end(self) -> None:
-        """Log val/loss, val/acc, val/f1 and val/ece."""
         self._log_evaluation("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
-        """Log test/loss, test/acc, test/f1 and test/ece."""
         self._log_evaluation("test", self.test_metrics)
 
     def _log_evaluation(self, stage: str, metrics: MetricCollection) -> None:
