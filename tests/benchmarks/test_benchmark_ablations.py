@@ -18,7 +18,7 @@ def test_differences_are_of_the_seeds_that_both_have():
 
 
 @pytest.mark.parametrize(
-    ("points", "told"),
+    ("points", "expected"),
     [
         ([1.0, 1.2, 0.9], "+1.03 points (± 0.15, n=3): more than chance"),
         ([1.0, -1.2, 0.9], "+0.23 points (± 1.24, n=3): cannot tell"),
@@ -27,8 +27,8 @@ def test_differences_are_of_the_seeds_that_both_have():
         ([-3.0], "-3.00 points (n=1, no spread): one seed alone"),
     ],
 )
-def test_a_verdict_claims_no_more_than_the_seeds_say(points, told):
-    assert verdict(points, 20_000) == told
+def test_a_verdict_claims_no_more_than_the_seeds_say(points, expected):
+    assert verdict(points, 20_000) == expected
 
 
 @pytest.mark.parametrize("name", SUITES)

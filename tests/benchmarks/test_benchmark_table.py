@@ -31,7 +31,7 @@ def test_a_row_is_the_mean_over_runs_with_one_hardware_and_one_set_of_flags(tmp_
 
 
 @pytest.mark.parametrize(
-    ("beside", "kept"),
+    ("flags", "kept"),
     [
         ("", ""),
         ("--data.dataset folder --data.root images --checkpoint.every_n_minutes 10", ""),
@@ -41,6 +41,6 @@ def test_a_row_is_the_mean_over_runs_with_one_hardware_and_one_set_of_flags(tmp_
         ("--seed_everything 1 --data.seed 1", ""),
     ],
 )
-def test_flags_that_change_what_is_measured_are_kept_with_the_result(beside, kept):
-    command = f"python train.py fit --config configs/smallnet.yaml {beside}".split()
+def test_flags_that_change_what_is_measured_are_kept_with_the_result(flags, kept):
+    command = f"python train.py fit --config configs/smallnet.yaml {flags}".split()
     assert record.other_flags(command) == kept

@@ -194,10 +194,10 @@ def test_a_new_user_trains_tests_looks_predicts_exports_and_trains_on(tmp_path):
     start("fit", *TINY, "--epochs", 2, "--lr", 0.01, cwd=tmp_path)
     run = RunFolder(tmp_path / "runs" / "smallnet" / "1")
     accuracy = json.loads(run.test_metrics.read_text())["accuracy"]
-    told = f"Test accuracy {100 * accuracy:.2f} %"
+    message = f"Test accuracy {100 * accuracy:.2f} %"
 
-    assert told in start("test", run.path, cwd=tmp_path).stdout
-    assert told in start("analyze", run.path, cwd=tmp_path).stdout
+    assert message in start("test", run.path, cwd=tmp_path).stdout
+    assert message in start("analyze", run.path, cwd=tmp_path).stdout
 
     images = open_source("synthetic", "data", 16).load("test")
     for k in range(60):
@@ -209,8 +209,8 @@ def test_a_new_user_trains_tests_looks_predicts_exports_and_trains_on(tmp_path):
     assert "broken.png" in done.stderr
     with open(tmp_path / "predictions.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    answers = np.load(run.predictions)
-    expected = [str(answers["class_names"][k]) for k in answers["logits"][:60].argmax(1)]
+    predictions = np.load(run.predictions)
+    expected = [str(predictions["class_names"][k]) for k in predictions["logits"][:60].argmax(1)]
     assert [row["class"] for row in rows] == expected
     refused = start("predict-images", run.path, names[1], cwd=tmp_path, check=False)
     assert refused.returncode == 2

@@ -42,13 +42,13 @@ def test_neither_brightness_nor_colour_tells_a_class():
 
 
 def test_a_linear_classifier_fails():
-    # Ridge regression onto one-hot targets: the best linear answer in the least squares sense, for several strengths.
-    (train, targets), (test, answers) = draw("train", 2000, 16), draw("test", 500, 16)
+    # Ridge regression onto one-hot targets: the best linear fit in the least squares sense, for several strengths.
+    (train, targets), (test, test_targets) = draw("train", 2000, 16), draw("test", 500, 16)
     x = train.reshape(len(train), -1) / 255.0 - 0.5
     y = np.eye(10)[targets]
     for strength in (1.0, 10.0, 100.0):
         weights = np.linalg.solve(x.T @ x + strength * np.eye(x.shape[1]), x.T @ (y - 0.1))
-        accuracy = ((test.reshape(len(test), -1) / 255.0 - 0.5) @ weights).argmax(1) == answers
+        accuracy = ((test.reshape(len(test), -1) / 255.0 - 0.5) @ weights).argmax(1) == test_targets
         assert accuracy.mean() < 0.4
 
 

@@ -1,4 +1,4 @@
-"""Whatever is typed, written into a recipe or done to an image: a short answer, the right exit status, no traceback.
+"""Whatever is typed, written into a recipe or done to an image: a short message, the right exit status, no traceback.
 
 The mutations are in mutations.py, the same ones at every start. Everything is real up to the first step of training.
 """
@@ -146,7 +146,7 @@ def quick(place, monkeypatch):
     monkeypatch.setattr(lightning_cli.TrainingCLI, "setup_parser", set_up_once)
 
 
-def answer(place, arguments):
+def run_in_process(place, arguments):
     """Run a command line in this process; return its exit status and what it wrote on stderr."""
     before, argv = set(place.iterdir()), sys.argv
     os.environ.pop("CIFAR_LIGHTNING_RUN_DIR", None)
@@ -183,9 +183,9 @@ def test_any_command_line_gets_a_short_message(place, quick):
     @settings(SAME_EACH_TIME, max_examples=400)
     @given(command_lines(LINES))
     def mutated(arguments):
-        status, err = answer(place, arguments)
+        status, err = run_in_process(place, arguments)
         assert_short(status, err)
-        assert err or status == 0 or not arguments  # who is refused is told why; without a command there is the help
+        assert err or status == 0 or not arguments  # who is refused gets a reason; without a command there is the help
         statuses.append(status)
 
     mutated()
@@ -200,7 +200,7 @@ def test_any_config_gets_a_short_message_and_a_valid_one_starts(place, quick):
     @given(recipes([*RECIPES, (place / "run" / "config.yaml").read_text(encoding="utf-8")]))
     def mutated(data):
         (place / "mine.yaml").write_bytes(data)
-        status, err = answer(place, ["fit", "--config", "mine.yaml", *TINY[:6], "--run_dir", "out"])
+        status, err = run_in_process(place, ["fit", "--config", "mine.yaml", *TINY[:6], "--run_dir", "out"])
         assert_short(status, err)
         assert (status == 0) == (err == "")
         statuses.append(status)
@@ -211,11 +211,11 @@ def test_any_config_gets_a_short_message_and_a_valid_one_starts(place, quick):
 
 def test_the_lines_and_recipes_are_valid_before_they_are_mutated(place, quick):
     for arguments in LINES:
-        status, err = answer(place, arguments)
+        status, err = run_in_process(place, arguments)
         assert (status, err) == (0, "") or (arguments[0] == "download" and "no network" in err)
     for path in sorted((REPO / "configs").glob("*.yaml")):
         other_images = [*TINY[:6], "--data.train_sizes", "null"]
-        assert answer(place, ["fit", "--config", str(path), *other_images, "--run_dir", "out"]) == (0, "")
+        assert run_in_process(place, ["fit", "--config", str(path), *other_images, "--run_dir", "out"]) == (0, "")
 
 
 @settings(SAME_EACH_TIME, max_examples=400)
@@ -273,7 +273,7 @@ def test_any_damaged_images_get_a_row_or_a_line_each(place, quick):
         for number, (suffix, data) in enumerate(files):
             (folder / f"{number}.{suffix}").write_bytes(data)
         try:
-            status, err = answer(place, ["predict-images", "run", "damaged", "--output", "p.csv"])
+            status, err = run_in_process(place, ["predict-images", "run", "damaged", "--output", "p.csv"])
         finally:
             shutil.rmtree(folder)
         assert_short(status, err, most=len(files))

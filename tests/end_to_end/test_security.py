@@ -154,8 +154,8 @@ def test_no_command_runs_the_code_in_a_foreign_run(evil, command, monkeypatch, c
     for path in (run.best_checkpoint, run.last_checkpoint):
         path.write_bytes(evil.read_bytes())
     more = {"predict-images": [evil], "export": ["--format", "safetensors"], "predict": ["--output", "a.npz"]}
-    told = fail(monkeypatch, capsys, tmp_path, *command.split(), run.path, *more.get(command, []))
-    assert "ckpt" in told
+    message = fail(monkeypatch, capsys, tmp_path, *command.split(), run.path, *more.get(command, []))
+    assert "ckpt" in message
 
 
 # -- archives ---------------------------------------------------------------------------------------------------------
@@ -218,8 +218,8 @@ def test_an_archive_is_not_opened_before_its_hash_is_right(monkeypatch, tmp_path
 
 def test_the_tags_of_yaml_run_nothing(monkeypatch, capsys, tmp_path):
     (tmp_path / "evil.yaml").write_text("data: !!python/object/apply:os.mkdir ['ran']\n")
-    told = fail(monkeypatch, capsys, tmp_path, "fit", "--config", "evil.yaml")
-    assert "not YAML" in told
+    message = fail(monkeypatch, capsys, tmp_path, "fit", "--config", "evil.yaml")
+    assert "not YAML" in message
     assert not Path("ran").exists()
     fail(monkeypatch, capsys, tmp_path, "fit", *TINY, "--trainer.callbacks=!!python/object/apply:os.mkdir ['ran']")
     assert not Path("ran").exists()

@@ -1,4 +1,4 @@
-"""TensorBoard itself, started on three runs, as its server answers and as a browser shows it."""
+"""TensorBoard itself, started on three runs, as its server responds and a browser shows it."""
 
 import json
 import socket
@@ -41,8 +41,8 @@ def address(tmp_path_factory):
         log.close()
 
 
-def answer(url, path, body=None):
-    """What TensorBoard's server answers, as plain types."""
+def ask(url, path, body=None):
+    """Return a response of the server as plain types."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"{url}/data/{path}", data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as response:
@@ -51,30 +51,30 @@ def answer(url, path, body=None):
 
 def loaded(url):
     try:
-        tags = answer(url, "plugin/scalars/tags")
+        tags = ask(url, "plugin/scalars/tags")
     except OSError:
         return False
     return len(tags) == 3 and all("best/val_acc" in of_run for of_run in tags.values())
 
 
 def test_the_server_has_scalars_images_curves_and_hyperparameters_of_each_run(address):
-    scalars = answer(address, "plugin/scalars/tags")
+    scalars = ask(address, "plugin/scalars/tags")
     assert sorted(scalars) == ["smallnet/1", "smallnet/2", "smallnet/3"]
     for tags in scalars.values():
         assert {"train/loss", "val/acc", "val/loss", "step/lr", "test/acc", "best/val_acc"} <= set(tags)
         assert sum(tag.startswith("val_acc_of_class/") for tag in tags) == 10
-    for tags in answer(address, "plugin/images/tags").values():
+    for tags in ask(address, "plugin/images/tags").values():
         assert {"train/batch_as_trained_on", "val/confusion_matrix", "val/most_confident_mistakes"} <= set(tags)
-    curves = answer(address, "plugin/pr_curves/tags")
+    curves = ask(address, "plugin/pr_curves/tags")
     assert all(len(tags) == 10 for tags in curves.values())
-    experiment = answer(address, "plugin/hparams/experiment", {"experimentName": ""})
+    experiment = ask(address, "plugin/hparams/experiment", {"experimentName": ""})
     assert {info["name"] for info in experiment["hparamInfos"]} >= {"lr", "model", "batch_size", "epochs"}
     wanted = {"best/val_acc", "test/acc", "test/loss"}
     assert {info["name"]["tag"] for info in experiment["metricInfos"]} == wanted
     columns = [{"metric": name} for name in sorted(wanted)]
     asked = {"experimentName": "", "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_RUNNING"]}
     asked |= {"colParams": [{"metric": {"tag": column["metric"], "group": ""}} for column in columns]}
-    groups = answer(address, "plugin/hparams/session_groups", {**asked, "startIndex": 0, "sliceSize": 10})
+    groups = ask(address, "plugin/hparams/session_groups", {**asked, "startIndex": 0, "sliceSize": 10})
     lrs = sorted(group["hparams"]["lr"] for group in groups["sessionGroups"])
     assert lrs == [0.001, 0.003, 0.01]
     for group in groups["sessionGroups"]:

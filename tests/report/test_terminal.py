@@ -86,7 +86,7 @@ def test_the_printed_matrix_is_the_matrix():
     cells = [[int(cell.strip("[]").replace(".", "0")) for cell in row.split()[1:]] for row in rows]
     assert cells == cm.tolist()
     for index, row in enumerate(rows):
-        assert row.split()[1 + index].startswith("[")  # the diagonal is told apart without colours
+        assert row.split()[1 + index].startswith("[")  # the diagonal is distinguishable without colours
         assert row.count("[") == 1
 
 

@@ -1,4 +1,4 @@
-"""EMA: the average itself, where it is used, and that a stopped run goes on with both sets of weights."""
+"""EMA: the average itself, where it is used, and that a stopped run resumes with both sets of weights."""
 
 import signal
 

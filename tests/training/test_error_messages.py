@@ -26,17 +26,17 @@ def run(tmp_path):
 @pytest.mark.parametrize("error", ALL, ids=lambda error: type(error).__name__)
 def test_a_run_with_a_checkpoint_is_resumed_by_a_command_that_can_be_pasted(run, error):
     run.last_checkpoint.touch()
-    told = str(explain(error, "fit", run))
-    assert f"Checkpoints are kept: python train.py fit --resume '{run.path}' resumes" in told
-    assert len(told.splitlines()) <= 2
+    message = str(explain(error, "fit", run))
+    assert f"Checkpoints are kept: python train.py fit --resume '{run.path}' resumes" in message
+    assert len(message.splitlines()) <= 2
 
 
 @pytest.mark.parametrize("error", ALL, ids=lambda error: type(error).__name__)
 def test_without_a_checkpoint_none_is_promised(run, error):
-    for told in (str(explain(error, "fit", run)), str(explain(error, "test"))):
-        assert "--resume" not in told
-        assert "kept" not in told
-        assert told.endswith("start again.")
+    for message in (str(explain(error, "fit", run)), str(explain(error, "test"))):
+        assert "--resume" not in message
+        assert "kept" not in message
+        assert message.endswith("start again.")
 
 
 def test_memory_that_ran_out_has_a_way_out_that_the_command_takes(run):
@@ -44,17 +44,17 @@ def test_memory_that_ran_out_has_a_way_out_that_the_command_takes(run):
         assert "--batch_size" in str(explain(error, "fit"))
         assert "--batch_size" in str(explain(error, "tune"))
         for command in ("validate", "test", "predict"):
-            told = str(explain(error, command))
-            assert "--data.eval_batch_size" in told
-            assert "--batch_size" not in told
+            message = str(explain(error, command))
+            assert "--data.eval_batch_size" in message
+            assert "--batch_size" not in message
     run.last_checkpoint.touch()
     assert "another --batch_size only from" in str(explain(GPU, "fit", run))
 
 
 def test_a_dead_worker_is_named():
-    told = str(explain(WORKER, "fit"))
-    assert "pid 17" in told
-    assert "--data.num_workers" in told
+    message = str(explain(WORKER, "fit"))
+    assert "pid 17" in message
+    assert "--data.num_workers" in message
 
 
 def test_a_full_disk_is_named_also_where_the_system_names_no_file(run):

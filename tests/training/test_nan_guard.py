@@ -88,8 +88,8 @@ def test_the_flag_holds_an_update_back_and_changes_no_other(make):
 def test_a_bad_loss_of_another_process_stops_this_one_and_the_first_one_speaks(monkeypatch, is_deferred, rank):
     others = torch.zeros(())
     two = {"is_initialized": lambda: True, "get_world_size": lambda: 2, "get_rank": lambda: rank}
-    for name, answer in {**two, "all_reduce": lambda own, op: own.copy_(torch.maximum(own, others))}.items():
-        monkeypatch.setattr(torch.distributed, name, answer)
+    for name, reduce in {**two, "all_reduce": lambda own, op: own.copy_(torch.maximum(own, others))}.items():
+        monkeypatch.setattr(torch.distributed, name, reduce)
     guard = started(is_deferred)
     guard.watch(torch.tensor(1.0), 3, 0)
     others.fill_(1)

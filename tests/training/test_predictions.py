@@ -1,4 +1,4 @@
-"""The files that a run's answers are written to."""
+"""The files that a run's predictions are written to."""
 
 import lightning.pytorch as pl
 import numpy as np
@@ -41,15 +41,15 @@ def test_predictions_are_kept_in_the_order_of_the_split(tmp_path, folder):
     keeper = PredictionWriter(folder)
     run = make_trainer(tmp_path, keeper)
     run.fit(*make_parts())
-    assert not folder.predictions_val.exists()  # validations within fit are not answers
+    assert not folder.predictions_val.exists()  # validations within fit are not predictions
     run.test(run.lightning_module, run.datamodule, verbose=False)
-    answers = np.load(folder.predictions)
+    predictions = np.load(folder.predictions)
     targets = run.datamodule._images["test"].targets
-    assert np.array_equal(answers["targets"], targets)
+    assert np.array_equal(predictions["targets"], targets)
     run.lightning_module.eval()
     with torch.no_grad():
         logits = torch.cat([run.lightning_module(images) for images, _ in run.datamodule.test_dataloader()])
-    assert np.array_equal(answers["logits"], logits.numpy())
+    assert np.array_equal(predictions["logits"], logits.numpy())
     shown = np.load(folder.gallery)
     assert np.array_equal(shown["images"], run.datamodule._images["test"].images[shown["indices"]])
     assert keeper.is_test_written

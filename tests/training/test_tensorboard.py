@@ -25,7 +25,7 @@ CONFIG |= {"trainer": {"max_epochs": 2, "max_steps": -1}}
 
 
 class Keeper(pl.Callback):
-    """Keeps the validation's answers of each epoch."""
+    """Keeps the validation's predictions of each epoch."""
 
     def __init__(self):
         self.epochs, self._parts = [], []
@@ -39,7 +39,7 @@ class Keeper(pl.Callback):
 
 
 def fit(tmp_path, epochs=2, test=True, with_board=True):
-    """Train a narrow network; return the folder, the data and the validation's answers."""
+    """Train a narrow network; return the folder, the data and the validation's predictions."""
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
     keeper = Keeper()
@@ -75,15 +75,15 @@ def events_of(run):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    run, data, answers, trainer = fit(tmp_path_factory.mktemp("board"))
-    return events_of(run), data, answers, trainer
+    run, data, predictions, trainer = fit(tmp_path_factory.mktemp("board"))
+    return events_of(run), data, predictions, trainer
 
 
 def test_each_class_has_its_recall_at_each_validation(trained):
-    events, data, answers, _ = trained
+    events, data, predictions, _ = trained
     for index, name in enumerate(data.class_names):
         shown = [event.value for event in events.Scalars(f"val_acc_of_class/{name}")]
-        expected = [(logits.argmax(1)[targets == index] == index).mean() for logits, targets in answers[:2]]
+        expected = [(logits.argmax(1)[targets == index] == index).mean() for logits, targets in predictions[:2]]
         assert shown == pytest.approx(expected)
 
 
@@ -95,8 +95,8 @@ def test_figures_and_mistakes_come_with_each_validation_of_a_short_run(trained):
 
 
 def test_the_pr_curves_count_as_numpy_does(trained):
-    events, data, answers, _ = trained
-    logits, targets = answers[1]
+    events, data, predictions, _ = trained
+    logits, targets = predictions[1]
     probs = torch.from_numpy(logits).double().softmax(1).numpy()
     for index, name in enumerate(data.class_names):
         event = events.Tensors(f"pr_of_class/{name}")[-1]
@@ -119,8 +119,8 @@ def test_the_mistakes_shown_are_the_most_confident_ones(tmp_path, monkeypatch):
         return images_figure(images, titles)
 
     monkeypatch.setattr("cifar_lightning.training.tensorboard.images_figure", keep)
-    _, data, answers, _ = fit(tmp_path, epochs=1, test=False)
-    logits, targets = answers[0]
+    _, data, predictions, _ = fit(tmp_path, epochs=1, test=False)
+    logits, targets = predictions[0]
     probs = torch.from_numpy(logits).double().softmax(1).numpy()
     wrong = np.flatnonzero(probs.argmax(1) != targets)
     worst = wrong[np.argsort(-probs[wrong].max(1), kind="stable")][:16]
@@ -171,8 +171,8 @@ def test_a_resumed_run_draws_no_more_than_what_is_left():
 def test_the_run_has_its_line_in_the_hparams_tab_with_real_metrics(trained):
     from tensorboard.plugins.hparams import plugin_data_pb2
 
-    events, _, answers, trainer = trained
-    logits, targets = answers[-1]
+    events, _, predictions, trainer = trained
+    logits, targets = predictions[-1]
     assert events.Scalars("best/val_acc")[0].value == pytest.approx((logits.argmax(1) == targets).mean())
     assert events.Scalars("test/acc")[0].value == pytest.approx(float(trainer.callback_metrics["test/acc"]))
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content

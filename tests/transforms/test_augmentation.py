@@ -168,7 +168,7 @@ def test_one_operation_more_leaves_the_draws_of_the_others():
 
 
 def test_draws_are_those_of_runs_made_before():
-    """A run that is gone on with needs the tables of the version that it was begun with."""
+    """A resumed run needs the tables of the version that started it."""
     chosen = Augmentation(cutout_px=8, brightness=0.2, contrast=0.1, policy="trivial", erasing=0.5)
     draws = draw_epoch(chosen, num_images=100, image_size=32, seed=3, epoch=2, device=CPU)
     tables = {field.name: getattr(draws, field.name).numpy() for field in dataclasses.fields(draws)}
