@@ -14,7 +14,7 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
 from cifar_lightning.checkpoints.checksum import add_checksum
-from cifar_lightning.checkpoints.loading import UnreadableError, read_checkpoint
+from cifar_lightning.checkpoints.loading import UnreadableError, read_checkpoint, require_resumable
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import make_folder, write_bytes_durably
 from cifar_lightning.runs.folder import RunFolder
@@ -86,6 +86,7 @@ def newest_checkpoint(run: RunFolder) -> tuple[Path, dict[str, Any], list[tuple[
         except UserError as error:
             damages.append((path, str(error)))
         else:
+            require_resumable(checkpoint, path)
             if not run.last_checkpoint.exists():
                 damages.insert(0, (run.last_checkpoint, f"{run.last_checkpoint} is missing."))
             return path, checkpoint, damages

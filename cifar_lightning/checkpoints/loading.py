@@ -29,6 +29,8 @@ DATA_STATE = "ImageDataModule"
 """The key of the data module's state, from Lightning."""
 RESUME_STATE = "cifar_lightning"
 """The key of the states of each rank for an exact resume: see `training.resume_state`."""
+IS_INSIDE_WINDOW = "is_inside_window"
+"""The key in it of a checkpoint that was saved while gradients were accumulated, which no checkpoint holds."""
 
 
 class UnreadableError(UserError):
@@ -50,6 +52,19 @@ def is_inside_epoch(checkpoint: dict[str, Any]) -> bool:
     """Return whether a checkpoint was saved inside an epoch."""
     progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
     return bool(progress["ready"] > progress["processed"])
+
+
+def require_resumable(checkpoint: dict[str, Any], path: Path) -> None:
+    """Raise if no exact resume from a checkpoint is possible.
+
+    Raises:
+        UserError: It was saved inside an accumulation window.
+    """
+    if checkpoint.get(RESUME_STATE, {}).get(IS_INSIDE_WINDOW):
+        raise UserError(
+            f"{path}: saved inside an accumulation window, whose gradients are lost; an exact resume is not possible.\n"
+            f"Start a new run: fit --init_weights {path}"
+        )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from cifar_lightning.checkpoints.durable import newest_checkpoint
 from cifar_lightning.checkpoints.loading import is_inside_epoch, progress_of
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
-from cifar_lightning.files import read_json
+from cifar_lightning.files import read_json, write_json
+from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.runs.folder import RunFolder, open_run
 from cifar_lightning.runs.schema import upgrade_config
 from cifar_lightning.settings.roles import FIXED, MAKES_BATCHES, PLANS_SCHEDULE
@@ -32,6 +33,7 @@ class StopPoint:
         epochs_done: Finished epochs.
         steps_done: Optimizer steps.
         stopped_early: Whether early stopping ended the run.
+        has_best: Whether an epoch was saved as best.ckpt before.
         is_inside_epoch: Whether the checkpoint was saved inside an epoch.
         damages: Newer checkpoints that are damaged or missing, each with the error.
     """
@@ -40,19 +42,25 @@ class StopPoint:
     epochs_done: int
     steps_done: int
     stopped_early: bool = False
+    has_best: bool = False
     is_inside_epoch: bool = False
     damages: tuple[tuple[Path, str], ...] = ()
 
     def is_end(self, max_epochs: int | None, max_steps: int, changes: Changes) -> bool:
         """Whether nothing is left to train; a run that stopped early continues once a setting changes."""
-        epochs_are_done = max_epochs not in (None, -1) and self.epochs_done >= int(max_epochs or 0)
-        steps_are_done = max_steps != -1 and self.steps_done >= max_steps
-        return epochs_are_done or steps_are_done or (self.stopped_early and not changes)
+        return bool(self.limit(max_epochs, max_steps)) or (self.stopped_early and not changes)
 
-    def ending(self, max_epochs: int | None) -> str:
-        """Return how a run with nothing left to train ended."""
-        is_short = max_epochs in (None, -1) or self.epochs_done < int(max_epochs or 0)
-        return "stopped early" if self.stopped_early and is_short else "fully trained"
+    def limit(self, max_epochs: int | None, max_steps: int) -> str:
+        """Return the limit that the run has reached, "epochs" or "max_steps"; empty if none."""
+        if max_epochs not in (None, -1) and self.epochs_done >= int(max_epochs or 0):
+            return "epochs"
+        return "max_steps" if max_steps != -1 and self.steps_done >= max_steps else ""
+
+    def ending(self, max_epochs: int | None, max_steps: int) -> dict[str, Any]:
+        """Return what ended a run with nothing left to train, if its process was killed before it wrote that down."""
+        ended: dict[str, Any] = {"by": "early_stopping", "epochs": self.epochs_done, "step": self.steps_done}
+        limit = self.limit(max_epochs, max_steps)
+        return ended | {"by": limit, "planned_steps": self.steps_done} if limit else ended
 
     def tell(self, run: RunFolder, changes: Changes, schedule: str = "one_cycle") -> list[str]:
         """Return the lines to print: where the run resumes, with epochs counted from 1, and what changed."""
@@ -83,8 +91,8 @@ class StopPoint:
                 "It can change only after the end of an epoch; leave it out."
             )
 
-    def check_length(self, max_epochs: int | None) -> None:
-        """Raise if the run has begun more epochs than it would have.
+    def check_length(self, max_epochs: int | None, max_steps: int) -> None:
+        """Raise if the run has begun more epochs, or trained more steps, than it would have.
 
         Raises:
             UserError: Names both numbers.
@@ -92,6 +100,10 @@ class StopPoint:
         begun = self.epochs_done + self.is_inside_epoch
         if max_epochs not in (None, -1) and int(max_epochs or 0) < begun:
             raise UserError(f"--epochs {max_epochs}: the run has begun epoch {begun}; give {begun} or more.")
+        if max_steps != -1 and max_steps < self.steps_done:
+            raise UserError(
+                f"--trainer.max_steps {max_steps}: the run has trained {self.steps_done:,} steps; give as many or more."
+            )
 
 
 @contextlib.contextmanager
@@ -120,12 +132,16 @@ def stop_point(run: RunFolder) -> StopPoint:
         UserError: It has none.
     """
     path, checkpoint, damages = newest_checkpoint(run)
-    stopping = [state for key, state in checkpoint["callbacks"].items() if "EarlyStopping" in key]
+    stopping, best = (
+        [state for key, state in checkpoint["callbacks"].items() if name in key]
+        for name in ("EarlyStopping", "BestCheckpoint")
+    )
     return StopPoint(
         checkpoint=path,
         epochs_done=progress_of(checkpoint)[0],
         steps_done=checkpoint["global_step"],
         stopped_early=any(has_stopped(state) for state in stopping),
+        has_best=any(state.get("best_model_path") for state in best),
         is_inside_epoch=is_inside_epoch(checkpoint),
         damages=tuple(damages),
     )
@@ -144,6 +160,24 @@ def clear_up(run: RunFolder, point: StopPoint) -> None:
         print(f"warning: resuming from {point.checkpoint} instead.", file=sys.stderr)
     for file in tuple(run.leftovers()):
         file.unlink()
+
+
+def restore_files(run: RunFolder, point: StopPoint, data: ImageDataModule) -> None:
+    """Write split.json and environment.json again where they cannot be read; warn of what cannot be made again."""
+    for path, content, lost in (
+        (run.split, data.split_summary, "whether the images are those of before is not known"),
+        (run.environment, describe_environment, "it has this machine and these versions"),
+    ):
+        try:
+            read_json(path)
+        except UserError as error:
+            print(f"warning: {error} Written again; {lost}.", file=sys.stderr)
+            write_json(path, content())
+    for path in (run.metrics_csv, run.timing_csv):
+        if point.epochs_done and not path.exists():
+            print(f"warning: {path} is missing; the rows of {point.epochs_done} epochs are lost.", file=sys.stderr)
+    if point.has_best and not run.best_checkpoint.exists():
+        print(f"warning: {run.best_checkpoint} is missing; the best of what follows is tested.", file=sys.stderr)
 
 
 def other_images(run: RunFolder, data: ImageDataModule) -> str:

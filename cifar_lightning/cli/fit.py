@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from jsonargparse import Namespace
 
-from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint
+from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint, require_resumable
 from cifar_lightning.checkpoints.resume import (
     Changes,
     StopPoint,
@@ -17,6 +17,7 @@ from cifar_lightning.checkpoints.resume import (
     find_changes,
     locked,
     other_images,
+    restore_files,
     stop_point,
 )
 from cifar_lightning.cli.lightning_cli import TrainingCLI, build_trainer, prepare_data
@@ -24,8 +25,9 @@ from cifar_lightning.cli.parser import as_list
 from cifar_lightning.cli.tune import apply_lr_finder
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
-from cifar_lightning.files import MetricsTable, write_text_durably
+from cifar_lightning.files import MetricsTable, read_json, write_text_durably
 from cifar_lightning.report.report import make_report
+from cifar_lightning.runs.ending import ending_text, is_short, write_ending
 from cifar_lightning.runs.folder import RUNS, RunFolder, config_name, create_run, discard_run
 from cifar_lightning.runs.processes import announce_run, announced_run
 from cifar_lightning.training.best_checkpoint import BestCheckpoint
@@ -76,10 +78,10 @@ def fit(arguments: Sequence[str], signals: StopSignals, resumed: RunFolder | Non
         with explained("fit", run), discarded_if_empty(run, resume, UserError):
             if resume is None or not resume.is_fully_trained(settings.trainer):
                 train(trainer, model, data, cli.settings.ckpt_path, resume)
+                report_short_ending(trainer, run)
             else:
-                ending = resume.point.ending(settings.trainer.max_epochs)
-                print(f"{run.path}: {ending}; more --epochs with --resume trains on.")
-                if run.test_metrics.exists() and run.predictions.exists():
+                report_ending(resume, settings.trainer)
+                if run.has_all_results(validates=validates):
                     make_report(run)
                     return
             evaluate_best_checkpoint(trainer, model, data, run, settings.trainer, validates=validates)
@@ -91,7 +93,7 @@ def find_resume(cli: TrainingCLI, run: RunFolder) -> Resume:
     trainer = cli.settings.trainer
     changes = find_changes(run, cli.config_text)
     resume = Resume(run, stop_point(run), changes)
-    resume.point.check_length(trainer.max_epochs)
+    resume.point.check_length(trainer.max_epochs, trainer.max_steps)
     resume.point.check_changes(resume.changes)
     cli.settings.ckpt_path = str(resume.point.checkpoint)
     return resume
@@ -109,13 +111,14 @@ def create_or_resume_run(
     if resume is not None:
         run = resume.run
         clear_up(run, resume.point)
+        restore_files(run, resume.point, data)
         if reason := other_images(run, data):
             raise UserError(f"{run.path}: {reason}; a resumed run would train on its validation images.")
     else:
         model.prepare(data)  # loads pretrained weights, which may be missing
         found = apply_lr_finder(cli, model, data, settings.trainer) if cli.settings.tune_lr else None
         if cli.settings.ckpt_path:
-            read_checkpoint(Path(cli.settings.ckpt_path))
+            require_resumable(read_checkpoint(ckpt_path := Path(cli.settings.ckpt_path)), ckpt_path)
         if cli.settings.init_weights:
             load_weights(model.model, Path(cli.settings.init_weights))
             print(f"Initialized with the weights of {cli.settings.init_weights}.")
@@ -188,6 +191,27 @@ def train(
         print("\n".join(resume.point.tell(resume.run, resume.changes, model.schedule_settings.name)))
     # weights_only: a checkpoint is data and must not be able to run code.
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+
+
+def report_short_ending(trainer: pl.Trainer, run: RunFolder) -> None:
+    """Print what ended training before its planned steps."""
+    if not trainer.is_global_zero or not run.environment.exists():  # --trainer.fast_dev_run writes none
+        return
+    if is_short(ended := read_json(run.environment).get("ended")):
+        print(f"Training ended {ending_text(ended)}; it continues with: {run.resume_command}")
+
+
+def report_ending(resume: Resume, trainer: Namespace) -> None:
+    """Print what ended a run with nothing left to train, and write it where the process was killed before it could."""
+    if not is_first_process():
+        return
+    ended = read_json(resume.run.environment).get("ended")
+    if not ending_text(ended):
+        write_ending(resume.run, ended := resume.point.ending(trainer.max_epochs, trainer.max_steps))
+    print(
+        f"{resume.run.path}: training ended {ending_text(ended)}; nothing is left to train. More: "
+        f"{resume.run.resume_command} with --epochs or --trainer.max_steps"
+    )
 
 
 def evaluate_best_checkpoint(

@@ -22,6 +22,8 @@ from cifar_lightning import formatting
 from cifar_lightning.formatting import percent, plural, printable, unbroken
 from cifar_lightning.report.charts import classes_figure, confidence_figure, curves_figure, reliability_figure
 from cifar_lightning.report.figures import MAX_CLASSES_WITH_NUMBERS, confusion_figure, figure_to_svg, themed
+from cifar_lightning.runs.ending import ending_text
+from cifar_lightning.runs.environment import inexact_resumes
 from cifar_lightning.settings.roles import READ_BY, augmentations, switched_on
 
 TEMPLATES = Path(__file__).parent
@@ -145,7 +147,8 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Machine", [environment.get("cpu"), environment.get("platform")]),
         ("Versions", [f"{name} {number}" for name, number in (environment.get("versions") or {}).items() if number]),
         ("Commit", [environment["commit"], changed] if environment.get("commit") else []),
-        ("Resumed", [plural(num_resumed, "time")] if num_resumed else []),
+        ("Training ended", [ending_text(environment.get("ended"))]),
+        ("Resumed", [plural(num_resumed, "time"), *inexact_resumes(environment)] if num_resumed else []),
     ]
     texts = ((label, ", ".join(str(item) for item in items if item)) for label, items in facts)
     return [(label, text) for label, text in texts if text]

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,29 @@ def describe_environment() -> dict[str, Any]:
         "dirty": dirty,
         "command": list(sys.orig_argv),
     }
+
+
+def processor_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return how the processor of a resumed run differs from that of its last process; empty if it does not.
+
+    Another kind of processor, number of threads or version of torch rounds differently.
+    """
+    resumed = before.get("resumed") or []
+    then, today = _processor(before | resumed[-1] if resumed else before), _processor(now)
+    return f"{today} instead of {then}" if "device" in before and then != today else ""
+
+
+def inexact_resumes(environment: Mapping[str, Any]) -> list[str]:
+    """Return for each resume on another processor how it differs, which makes the run not bitwise."""
+    entries = environment.get("resumed") or []
+    return [f"not bitwise: {entry['processor_change']}" for entry in entries if entry.get("processor_change")]
+
+
+def _processor(environment: Mapping[str, Any]) -> str:
+    device, torch_version = environment.get("device"), (environment.get("versions") or {}).get("torch")
+    if device == "cpu":  # whose threads sum in another order
+        device = f"{environment.get('cpu')} with {environment.get('num_threads')} threads"
+    return f"{device}, torch {torch_version}"
 
 
 def _describe_checkout(tracked_file: Path) -> tuple[str | None, bool | None]:

@@ -4,8 +4,11 @@ Every command accepts a run folder. A process that writes into it holds its lock
 """
 
 import contextlib
+import json
 import os
 import shlex
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,6 +61,12 @@ class RunFolder(RunFiles):
     def has_results(self) -> bool:
         """Whether the run has test results."""
         return self.test_metrics.exists() or self.predictions.exists()
+
+    def has_all_results(self, *, validates: bool) -> bool:
+        """Whether every result of a tested run exists and can be read, but for those that its report writes again."""
+        again = {self.findings, self.report, self.confusion_matrix_csv, self.confusion_matrix_png}
+        needed = set(self.files_by("test")) - again - (set() if validates else {self.predictions_val})
+        return all(_is_readable(file) for file in needed)
 
     def discard_results(self) -> None:
         """Remove the test results and the report, before training continues."""
@@ -179,6 +188,19 @@ def open_run(path: Path, *, lock: bool = False, results: bool = False) -> RunFol
             what = "there is no such folder"
         raise UserError(f"run {path}: {what}.\n{_suggest_run(path)}")
     return replace(run, lock=RunLock(run.lock_file)) if lock else run
+
+
+def _is_readable(file: Path) -> bool:
+    """Whether a result exists and is whole: a JSON object, or an intact zip archive (.npz, .pt)."""
+    if not file.is_file():
+        return False
+    try:
+        if file.suffix == ".json":
+            return bool(json.loads(file.read_text("utf-8")))
+        with zipfile.ZipFile(file) as archive:
+            return bool(archive.namelist()) and archive.testzip() is None
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        return False
 
 
 def _suggest_run(path: Path) -> str:

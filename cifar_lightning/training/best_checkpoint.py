@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.ending import is_cut
 from cifar_lightning.training.run_recorder import MONITOR
 
 
@@ -48,6 +49,11 @@ class BestCheckpoint(ModelCheckpoint):
             self._best_loss = math.inf if math.isnan(loss) else loss
         return is_better
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save at the end of an epoch, unless a limit cut it: its validation did not run."""
+        if not is_cut(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
     def state_dict(self) -> dict[str, Any]:
         """Return Lightning's state and the loss of the best epoch."""
         return super().state_dict() | {"best_loss": self._best_loss}
@@ -65,4 +71,5 @@ class BestCheckpoint(ModelCheckpoint):
             moved["dirpath"] = str(self.dirpath)
             state_dict = {**state_dict, **moved, "best_k_models": {} if score is None else {own: score}}
         super().load_state_dict(state_dict)
+        self.current_score = state_dict.get("current_score")  # which Lightning saves and does not load
         self._best_loss = state_dict.get("best_loss", math.inf)  # absent in Lightning's own state

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from cifar_lightning.checkpoints.resume import has_stopped
 from cifar_lightning.settings.limits import check_settings
+from cifar_lightning.training.ending import is_cut, is_validation_due
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.run_recorder import MONITOR
 
@@ -60,6 +61,8 @@ class AnnealingEarlyStopping(EarlyStopping):
     def _run_early_stopping_check(self, trainer: pl.Trainer) -> None:
         module = trainer.lightning_module
         assert isinstance(module, ImageClassifier)
-        # --trainer.max_steps may end an epoch, the first one too, before anything was validated.
+        # A limit may cut an epoch, the first one too, before it was validated.
+        if is_cut(trainer) and not is_validation_due(trainer):
+            return
         if trainer.global_step >= module.peak_step() and MONITOR in trainer.callback_metrics:
             super()._run_early_stopping_check(trainer)

@@ -12,6 +12,7 @@ from pydantic import Field
 from cifar_lightning.checkpoints.loading import is_inside_epoch
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.settings.limits import Count, check_settings
+from cifar_lightning.training.ending import is_cut, is_ending, is_validation_due
 from cifar_lightning.training.lightning_patches import mark_validation_interrupted, start_validation_again
 from cifar_lightning.training.run_recorder import EPOCH_SO_FAR, RunRecorder
 from cifar_lightning.training.signals import Stopped, StopSignals
@@ -61,6 +62,7 @@ class LastCheckpoint(Checkpoint):
         self._is_validating = False
         self._is_writing = False
         self._is_due = False  # at the end of the next validation
+        self._is_stop_due = False  # at the end of the accumulation window
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Defer signals to the next batch boundary."""
@@ -74,15 +76,15 @@ class LastCheckpoint(Checkpoint):
         self._stop(trainer, highest_of_ranks(trainer, self.signals.signum))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Save if it is due; stop at a signal."""
+        """Save if it is due or training ends inside an epoch; stop at a signal."""
+        self._hold_stop(trainer)
         request = highest_of_ranks(trainer, self.signals.signum or self._minutes_are_up())
-        if not (request or self._steps_are_up(trainer)):
+        if not (request or self._steps_are_up(trainer) or is_ending(trainer)):
             return
         loop = trainer.fit_loop.epoch_loop
         if loop._should_accumulate() or loop._num_ready_batches_reached():
             return  # gradients are in no checkpoint, and the end of the epoch follows
-        assert trainer.fit_loop._data_fetcher is not None
-        if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        if is_validation_due(trainer):
             self._is_due = True
             return
         self._save(trainer)
@@ -99,13 +101,29 @@ class LastCheckpoint(Checkpoint):
         self._stop(trainer, request)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save what was due before a validation inside an epoch."""
-        if self._is_due:
+        """Save what was due before a validation inside an epoch, or if it ends training there."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        self._hold_stop(trainer)
+        is_new_end = is_ending(trainer) and is_cut(trainer) and self._saved_at_step != trainer.global_step
+        if self._is_due or is_new_end:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save after the epoch's row and the best checkpoint; stop at a signal."""
-        self._save(trainer)
+        """Save after the epoch's row and the best checkpoint; stop at a signal.
+
+        A cut epoch was saved after its last batch, to be resumed inside it, unless the module's own hook set
+        `should_stop` after that.
+        """
+        loop = trainer.fit_loop
+        if not is_cut(trainer):
+            self._save(trainer)
+        elif self._saved_at_step != trainer.global_step and not loop.epoch_loop._should_accumulate():
+            for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
+                progress.processed -= 1
+            self._save(trainer)
+            for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
+                progress.processed += 1
         self._stop(trainer, highest_of_ranks(trainer, self.signals.signum))
 
     def on_save_checkpoint(
@@ -122,6 +140,14 @@ class LastCheckpoint(Checkpoint):
                     checkpoint[EPOCH_SO_FAR]["clock"] = callback.clock()
         if self._is_validating:
             mark_validation_interrupted(checkpoint)
+
+    def _hold_stop(self, trainer: pl.Trainer) -> None:
+        """Defer a stop inside an accumulation window to its end: no checkpoint has the gradients."""
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            self._is_stop_due |= trainer.should_stop
+            trainer.should_stop = False
+        elif self._is_stop_due:
+            self._is_stop_due, trainer.should_stop = False, True
 
     def _steps_are_up(self, trainer: pl.Trainer) -> bool:
         every = self.schedule.every_n_train_steps

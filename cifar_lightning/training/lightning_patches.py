@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.profilers import PassThroughProfiler
 
 _STEP_HOOKS = (
@@ -75,6 +76,36 @@ def mark_validation_interrupted(checkpoint: dict[str, Any]) -> None:
     done = {"current": 0, "total": progress["total"]["ready"] - progress["current"]["ready"]}
     for name, count in done.items():  # batches of this validation, and of all validations in this epoch
         progress[name] |= {"ready": count + 1, "started": count + 1, "processed": count, "completed": count}
+
+
+def start_next_epoch(trainer: pl.Trainer) -> None:
+    """Have a run that is resumed at the end of an epoch start the next one.
+
+    With `max_steps` Lightning 2.6.6 treats it as inside an epoch, and ends an epoch without a batch (Lightning #19617).
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_on_epoch_end:
+        _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # the setter of fit_loop turns it on again
+        loop.reset()
+        loop.epoch_progress.current.completed = loop.epoch_progress.current.processed
+
+
+def validate_on_schedule_only(trainer: pl.Trainer) -> None:
+    """Have no validation where `should_stop` ends an epoch before its last batch: the run without a stop has none.
+
+    Lightning 2.6.6 validates there, and callbacks would take it for the validation of the epoch.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    is_due = loop._should_check_val_fx
+
+    def is_scheduled(data_fetcher: Any) -> bool:
+        stops, trainer.should_stop = trainer.should_stop, False
+        try:
+            return is_due(data_fetcher)
+        finally:
+            trainer.should_stop = stops
+
+    loop._should_check_val_fx = is_scheduled  # type: ignore[method-assign]
 
 
 def start_validation_again(trainer: pl.Trainer) -> None:

@@ -4,11 +4,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from cifar_lightning.checkpoints.loading import RESUME_STATE, is_inside_epoch
+from cifar_lightning.checkpoints.loading import IS_INSIDE_WINDOW, RESUME_STATE, is_inside_epoch
 from cifar_lightning.checkpoints.rng_state import restore_rng, rng_state
 from cifar_lightning.errors import UserError
+from cifar_lightning.training.lightning_patches import start_next_epoch, validate_on_schedule_only
 from cifar_lightning.training.module import ImageClassifier
 
 
@@ -29,6 +31,9 @@ class ResumeState(pl.Callback):
             ranks = [None] * trainer.world_size
             torch.distributed.all_gather_object(ranks, own)
         checkpoint[RESUME_STATE] = {"ranks": ranks}
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            checkpoint[RESUME_STATE][IS_INSIDE_WINDOW] = True
+        _drop_timers(trainer, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -40,6 +45,7 @@ class ResumeState(pl.Callback):
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        _drop_timers(trainer, checkpoint)
         self._loaded = checkpoint.get(RESUME_STATE)
         if self._loaded is None:
             return
@@ -56,6 +62,8 @@ class ResumeState(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the states; nothing may draw random numbers between this and the first batch."""
         assert isinstance(pl_module, ImageClassifier)
+        start_next_epoch(trainer)
+        validate_on_schedule_only(trainer)
         if self._loaded is None:
             return
         ranks, self._loaded = self._loaded["ranks"], None
@@ -67,3 +75,10 @@ class ResumeState(pl.Callback):
         restore_rng(own["rng"], trainer.strategy.root_device)
         if own["epoch_sums"] is not None:
             pl_module.totals.restore(own["epoch_sums"])
+
+
+def _drop_timers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Leave out the time that --trainer.max_time has counted: a resumed run has all of it again."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+        if isinstance(callback, Timer):
+            checkpoint.get("callbacks", {}).pop(callback.state_key, None)

@@ -9,16 +9,20 @@ import lightning.pytorch as pl
 import torch
 
 from cifar_lightning.files import MetricsTable, read_json, write_json, write_text_durably
-from cifar_lightning.runs.environment import describe_environment
+from cifar_lightning.runs.ending import write_ending
+from cifar_lightning.runs.environment import describe_environment, processor_change
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.data_protocol import require_training_data
+from cifar_lightning.training.ending import describe_ending
 from cifar_lightning.training.lightning_patches import skip_idle_hooks
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.nan_guard import check_losses
+from cifar_lightning.training.signals import Stopped
 
 MONITOR = "val/acc"
 EPOCH_SO_FAR = "cifar_lightning_epoch"
 """Key of a checkpoint for what the row of an unfinished epoch needs."""
+_OF_A_RESUME = ("versions", "cpu", "num_threads", "device", "precision", "commit", "dirty")
 _VAL_METRICS = ("val/loss", "val/acc", "val/f1", "val/ece")
 
 
@@ -39,6 +43,7 @@ class RunRecorder(pl.Callback):
         self.run, self.resumed, self.config = run, resumed, config
         self.metrics, self.timing = MetricsTable(run.metrics_csv), MetricsTable(run.timing_csv)
         self._loaded: dict[str, Any] | None = None
+        self._is_training = False
         self._start_clock()
 
     def _start_clock(self, before: Mapping[str, float] | None = None) -> None:
@@ -86,12 +91,17 @@ class RunRecorder(pl.Callback):
         }
         if self.resumed is not None:
             before = read_json(self.run.environment)
-            again = {key: environment[key] for key in ("versions", "device", "precision", "commit", "dirty")}
+            again = {key: environment[key] for key in _OF_A_RESUME}
+            if change := processor_change(before, environment):
+                again["processor_change"] = change
+                print(f"  Not bit for bit equal to the run without a stop: {change}.")
+            before.pop("ended", None)
             environment = before | {"resumed": [*before.get("resumed", []), self.resumed | again]}
         write_json(self.run.environment, environment)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the clock of an epoch that is resumed in its middle; otherwise the epoch's start resets it."""
+        self._is_training = True
         if self._loaded is None:
             return
         self._start_clock(self._loaded.get("clock", {"elapsed_s": math.nan, "validation_s": math.nan}))
@@ -100,6 +110,24 @@ class RunRecorder(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
         self._start_clock()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write what ended training into environment.json."""
+        assert isinstance(pl_module, ImageClassifier)
+        self._is_training = False
+        self._write_ending(trainer, describe_ending(trainer, pl_module.total_steps()))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Write that a signal ended training into environment.json."""
+        if isinstance(exception, Stopped) and self._is_training:
+            assert isinstance(pl_module, ImageClassifier)
+            epochs = trainer.fit_loop.epoch_progress.current.processed
+            ending = {"by": "signal", "epochs": epochs, "step": trainer.global_step}
+            self._write_ending(trainer, ending | {"planned_steps": pl_module.total_steps()})
+
+    def _write_ending(self, trainer: pl.Trainer, ending: dict[str, Any]) -> None:
+        if trainer.is_global_zero:
+            write_ending(self.run, ending)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock of training."""

@@ -7,9 +7,19 @@ import pytest
 import torch
 import yaml
 
-from cifar_lightning.checkpoints.resume import StopPoint, clear_up, describe_changes, find_changes, locked, stop_point
+from cifar_lightning.checkpoints.resume import (
+    StopPoint,
+    clear_up,
+    describe_changes,
+    find_changes,
+    locked,
+    restore_files,
+    stop_point,
+)
 from cifar_lightning.cli.flags import table
 from cifar_lightning.errors import UserError
+from cifar_lightning.files import read_json
+from cifar_lightning.runs.environment import inexact_resumes, processor_change
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.settings import roles
 
@@ -172,18 +182,58 @@ def test_early_stopping_is_an_end_until_something_changes():
     assert not point(stopped_early=True).is_end(9, -1, {"trainer.max_epochs": (4, 9)})
 
 
-def test_how_a_run_came_to_its_end_is_told_apart():
-    assert point(stopped_early=True).ending(9) == "stopped early"
-    assert point(stopped_early=True).ending(3) == point(stopped_early=False).ending(3) == "fully trained"
+def test_what_ended_a_run_is_known_from_its_checkpoint():
+    counts = {"epochs": 3, "step": 30}
+    assert point(stopped_early=True).ending(9, -1) == {"by": "early_stopping", **counts}
+    assert point(stopped_early=True).ending(3, -1) == {"by": "epochs", **counts, "planned_steps": 30}
+    assert point().ending(9, 30) == {"by": "max_steps", **counts, "planned_steps": 30}
 
 
 def test_a_run_is_not_made_shorter_than_it_is():
-    point().check_length(3)
-    point().check_length(None)
+    point().check_length(3, 30)
+    point().check_length(None, -1)
     with pytest.raises(UserError, match="--epochs 2: the run has begun epoch 3"):
-        point().check_length(2)
+        point().check_length(2, -1)
     with pytest.raises(UserError, match="--epochs 3: the run has begun epoch 4"):
-        point(is_inside_epoch=True).check_length(3)
+        point(is_inside_epoch=True).check_length(3, -1)
+    with pytest.raises(UserError, match=r"--trainer\.max_steps 29: the run has trained 30 steps"):
+        point().check_length(None, 29)
+
+
+class Images:
+    def split_summary(self):
+        return {"sha256": {"test": "x"}, "train": [0], "val": [1]}
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{")])
+def test_files_that_cannot_be_read_are_written_again_or_named_as_lost(run, capsys, damage):
+    for path in (run.split, run.environment, run.metrics_csv, run.timing_csv, run.best_checkpoint):
+        path.write_text("{}")
+    found = point(has_best=True)
+    restore_files(run, found, Images())
+    assert capsys.readouterr().err == ""
+    for path in (run.split, run.environment):
+        damage(path)
+    for path in (run.metrics_csv, run.timing_csv, run.best_checkpoint):
+        path.unlink()
+    restore_files(run, found, Images())
+    assert read_json(run.split) == Images().split_summary()
+    assert read_json(run.environment)["versions"]["torch"]
+    warned = capsys.readouterr().err
+    for path in (run.split, run.environment, run.metrics_csv, run.timing_csv, run.best_checkpoint):
+        assert str(path) in warned
+
+
+def test_a_resume_on_another_processor_is_reported():
+    here = {"device": "cpu", "cpu": "A", "num_threads": 1, "versions": {"torch": "2"}}
+    assert processor_change(here, here) == ""
+    assert processor_change(here | {"device": "GPU"}, here | {"device": "GPU", "cpu": "B", "num_threads": 2}) == ""
+    for other in ({"cpu": "B"}, {"num_threads": 2}, {"device": "GPU"}, {"versions": {"torch": "3"}}):
+        assert processor_change(here, here | other)
+        assert processor_change(here | {"resumed": [other]}, here)
+        assert processor_change(here | {"resumed": [other]}, here | other) == ""
+    change = processor_change(here, here | {"cpu": "B"})
+    assert inexact_resumes({"resumed": [{}, {"processor_change": change}]}) == [f"not bitwise: {change}"]
 
 
 def test_changes_are_found_and_told(run):

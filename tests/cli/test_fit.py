@@ -241,12 +241,22 @@ def test_a_finished_run_that_goes_on_says_what_differs_and_plans_the_schedule_an
     )
 
 
+def test_every_missing_or_damaged_result_of_a_finished_run_is_made(finished, tmp_path):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    for name in ("predictions_val.npz", "confusion_matrix.pt", "confusion_matrix.png", "report.html"):
+        (run / name).unlink()
+    (run / "gallery.npz").write_bytes((run / "gallery.npz").read_bytes()[:-100])
+    start("fit", "--resume", run, cwd=tmp_path)
+    assert [name for name in FILES_OF_A_RUN if not (run / name).is_file()] == []
+    np.testing.assert_equal(dict(np.load(run / "gallery.npz")), dict(np.load(finished[0] / "gallery.npz")))
+
+
 def test_of_a_finished_run_only_what_is_missing_is_made(finished, tmp_path):
     run = shutil.copytree(finished[0], tmp_path / "run")
     (run / "test_metrics.json").unlink()
     before = (run / "checkpoints" / "last.ckpt").read_bytes()
     done = start("fit", "--resume", run, cwd=tmp_path)
-    assert "fully trained" in done.stdout
+    assert "nothing is left to train" in done.stdout
     assert "epoch 2/2" not in done.stdout
     assert (run / "test_metrics.json").read_bytes() == (finished[0] / "test_metrics.json").read_bytes()
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before

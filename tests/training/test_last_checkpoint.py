@@ -124,7 +124,7 @@ def test_a_stop_does_not_cut_a_step_of_several_batches(tmp_path):
         _should_check_val_fx = staticmethod(lambda fetcher: False)
 
     class Trainer:
-        world_size, global_step, is_global_zero = 1, 5, True
+        world_size, global_step, is_global_zero, should_stop, max_steps = 1, 5, True, False, -1
         fit_loop = type("FitLoop", (), {"epoch_loop": Loop, "_data_fetcher": object()})
 
         @staticmethod

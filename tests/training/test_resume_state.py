@@ -199,7 +199,7 @@ def test_inside_an_epoch_another_number_of_processes_is_refused(tmp_path):
         start(tmp_path / "run", Signal("on_train_batch_start", 4, signal.SIGTERM))
     checkpoint = read_checkpoint(RunFolder(tmp_path / "run").last_checkpoint)
     assert is_inside_epoch(checkpoint)
-    two = type("Trainer", (), {"world_size": 2, "state": type("State", (), {"fn": TrainerFn.FITTING})})
+    two = type("Trainer", (), {"world_size": 2, "callbacks": (), "state": type("State", (), {"fn": TrainerFn.FITTING})})
     with pytest.raises(UserError, match=r"inside an epoch on 1 process\(es\), not on 2"):
         ResumeState().on_load_checkpoint(two, ImageClassifier(), checkpoint)
     testing = type("Trainer", (), {"world_size": 2, "state": type("State", (), {"fn": TrainerFn.TESTING})})

@@ -1,0 +1,50 @@
+"""What ended a training: its epochs, a limit, early stopping, a callback or a signal."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping, Timer
+
+from cifar_lightning.checkpoints.resume import has_stopped
+
+
+def is_cut(trainer: pl.Trainer) -> bool:
+    """Whether the last epoch ended before its last batch."""
+    return not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def is_ending(trainer: pl.Trainer) -> bool:
+    """Whether the Trainer trains no further batch, whatever is left of the epoch."""
+    if trainer.should_stop:
+        return bool(trainer.fit_loop._can_stop_early)
+    return trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+
+
+def is_validation_due(trainer: pl.Trainer) -> bool:
+    """Whether a validation follows this batch."""
+    assert trainer.fit_loop._data_fetcher is not None
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+
+
+def describe_ending(trainer: pl.Trainer, planned_steps: int) -> dict[str, Any]:
+    """Return what ended a training, after how many whole epochs and which of the planned steps."""
+    epochs = trainer.fit_loop.epoch_progress.current.processed - is_cut(trainer)
+    return {
+        "by": _cause(trainer, epochs),
+        "epochs": epochs,
+        "step": trainer.global_step,
+        "planned_steps": planned_steps,
+    }
+
+
+def _cause(trainer: pl.Trainer, epochs: int) -> str:
+    if trainer.max_epochs not in (None, -1) and epochs >= int(trainer.max_epochs or 0):
+        return "epochs"
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        return "max_steps"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+        if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0 and callback._duration is not None:
+            return "max_time"
+        if isinstance(callback, EarlyStopping) and has_stopped(callback.state_dict()):
+            return "early_stopping"
+    return "should_stop"
