@@ -97,6 +97,11 @@ class Trial:
         """Resume a training on the images that all rows share."""
         return self.run(self.bench.resume(out, **settings), acts=acts, env=env)
 
+    def resume_with(self, out: Path, **settings: Any) -> Done:
+        """Resume a training with other settings of the Trainer."""
+        flags = self.subject.trainer_flags(**settings)
+        return self.resume(out, extra=flags) if self.subject.is_plain else self.resume(out, changed=flags)
+
     def killed(self, out: Path, acts: str = "SIGKILL@train:47", **kwargs: Any) -> Path:
         """Train until the process is killed there: by default in its second epoch, two steps after a checkpoint."""
         done = self.fit(out, acts=acts, **kwargs)

@@ -4,6 +4,7 @@ python -m benchmarks.faults.plain --data DIR --out DIR [--epochs N] [--ckpt_path
 """
 
 import argparse
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--drop_last", action="store_true")
     parser.add_argument("--ckpt_path", type=Path)
+    parser.add_argument("--trainer", type=json.loads, default={}, help="more arguments of the Trainer, as JSON")
     parser.add_argument("--test", action="store_true")
     args = parser.parse_args()
     pl.seed_everything(0, workers=True)
@@ -93,6 +95,7 @@ def main() -> None:
         callbacks=callbacks,
         logger=CSVLogger(args.out),
         enable_progress_bar=False,
+        **args.trainer,
     )
     if not args.test:
         loader = DataLoader(fit, shuffle=True, drop_last=args.drop_last, **kwargs)

@@ -9,6 +9,7 @@ An act is `WHAT@WHERE:N`, N counted from 0 in this process; several are separate
     epoch                       the start of a training epoch
     write                       in the middle of the bytes of a checkpoint: the kernel ends the process there
     fsync, replace, replaced    before a checkpoint is flushed; before and after it is renamed
+    file                        before another file of a run is renamed
     start                       before the program runs
 
 WHAT is a signal's name, `group-` and a signal's name for the whole process group, or one of `ACTS`.
@@ -23,6 +24,7 @@ import runpy
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,13 @@ def out_of_memory() -> None:
         _pending.add("oom")
 
 
+def time_up() -> None:
+    """Set the clock of Lightning's Timer ahead."""
+    from lightning.pytorch.callbacks import timer
+
+    timer.time = types.SimpleNamespace(monotonic=lambda: time.monotonic() + _JUMP_S)
+
+
 ACTS: dict[str, Callable[[], None]] = {
     "note": note,
     "note-updates": note_updates,
@@ -118,6 +127,7 @@ ACTS: dict[str, Callable[[], None]] = {
     "clock-ahead": clock(_JUMP_S),
     "archive": small_archive,
     "oom": out_of_memory,
+    "time-up": time_up,
     "nan": lambda: _pending.add("nan"),
 }
 
@@ -181,6 +191,7 @@ def watch_files() -> None:
     def watched(rename: Callable) -> Callable:
         def moved(source: Any, target: Any, **kwargs: Any) -> None:
             if not os.fspath(target).endswith(".ckpt"):
+                reach("file")
                 return rename(source, target, **kwargs)
             reach("replace")
             is_killed = _is_due("replaced")
@@ -228,7 +239,7 @@ def main() -> None:
     if places & {"batch", "train", "val", "epoch"}:
         watch_training()
         sabotage_the_children_too()
-    if places & {"write", "fsync", "replace", "replaced"}:
+    if places & {"write", "fsync", "replace", "replaced", "file"}:
         watch_files()
     sys.argv = command[2:]
     reach("start")

@@ -1,5 +1,6 @@
 """The two programs under test, and their command-line arguments."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,17 @@ class Subject:
                 own += ["--trainer.strategy", "ddp", "--trainer.devices", asked["devices"]]
         return [*own, *common, *asked["extra"]]
 
+    def trainer_flags(self, **settings: Any) -> list[Any]:
+        """Return the arguments that give the Trainer these settings."""
+        if self.is_plain:
+            return ["--trainer", json.dumps(settings)]
+        return [item for key, value in settings.items() for item in (f"--trainer.{key}", json.dumps(value).strip('"'))]
+
     def resume(self, data: Any, out: Any, **settings: Any) -> list[Any]:
-        """Return the arguments that resume a training; ours needs no settings."""
+        """Return the arguments that resume a training; ours needs no settings but those that change."""
         if self.is_plain:
             return [*self.fit(data, out, **settings), "--ckpt_path", self.last(out)]
-        return ["fit", "--resume", out]
+        return ["fit", "--resume", out, *settings.get("changed", ())]
 
     def checkpoints(self, out: Path) -> Path:
         """Return the folder of a training's checkpoints."""
