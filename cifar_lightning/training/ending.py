@@ -28,7 +28,7 @@ def is_validation_due(trainer: pl.Trainer) -> bool:
 
 def describe_ending(trainer: pl.Trainer, planned_steps: int) -> dict[str, Any]:
     """Return what ended a training, after how many whole epochs and which of the planned steps."""
-    epochs = trainer.fit_loop.epoch_progress.current.processed - is_cut(trainer)
+    epochs = trainer.fit_loop.epoch_progress.current.processed - is_cut(trainer)  # type: ignore[attr-defined]
     return {
         "by": _cause(trainer, epochs),
         "epochs": epochs,

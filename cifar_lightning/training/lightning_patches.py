@@ -87,7 +87,7 @@ def start_next_epoch(trainer: pl.Trainer) -> None:
     if loop.restarted_on_epoch_end:
         _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # the setter of fit_loop turns it on again
         loop.reset()
-        loop.epoch_progress.current.completed = loop.epoch_progress.current.processed
+        loop.epoch_progress.current.completed = loop.epoch_progress.current.processed  # type: ignore[attr-defined]
 
 
 def validate_on_schedule_only(trainer: pl.Trainer) -> None:

@@ -121,7 +121,7 @@ class RunRecorder(pl.Callback):
         """Write that a signal ended training into environment.json."""
         if isinstance(exception, Stopped) and self._is_training:
             assert isinstance(pl_module, ImageClassifier)
-            epochs = trainer.fit_loop.epoch_progress.current.processed
+            epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
             ending = {"by": "signal", "epochs": epochs, "step": trainer.global_step}
             self._write_ending(trainer, ending | {"planned_steps": pl_module.total_steps()})
 
