@@ -1,4 +1,4 @@
-"""Rows 22 to 25, 37 and 42 to 44: faulty class folders and images, and outdated caches."""
+"""Rows 22 to 25, 37 and 42 to 46: faulty class folders and images, and outdated caches."""
 
 import os
 import shutil
@@ -59,7 +59,7 @@ def damaged(trial: Trial) -> str:
         (data / "train" / "bee" / name).write_bytes(content)
     done = _fit(trial, data)
     trial.reported("all at once", done, "train/bee/bad_", f"{len(bad)} of {60 + len(bad)}")
-    listed = [path.read_text() for path in data.rglob("unreadable-*.txt")]
+    listed = [path.read_text() for path in data.rglob("unreadable.jsonl")]
     trial.expect(bool(listed) and all(name in listed[0] for name in bad), "not all of them are listed")
     return f"one named, {len(bad)} of {60 + len(bad)} counted, all listed"
 
@@ -175,3 +175,44 @@ def only_a_message(trial: Trial) -> str:
     (data / "train" / "bee" / "bad_fax.tif").write_bytes(damaged_fax())
     trial.refused("group-4 TIFF", _fit(trial, data), "bad_fax.tif")
     return "refused, file named"
+
+
+@row(45, "labels exchanged under an unchanged-looking cache", plain=False)
+def exchanged_labels(trial: Trial) -> str:
+    """Two class folders exchange their names; sizes and times are kept. The labels must follow, also in a resume."""
+    data = small_set(trial.place / "data")
+    for path in data.rglob("*.png"):
+        path.write_bytes(path.read_bytes().ljust(1000, b"\0"))  # of one size, as in a set of raw images
+        os.utime(path, (1, 1))
+    trial.worked("first start", _fit(trial, data, "first"))
+    before = np.load(data / _CACHE)
+    for split in ("train", "test"):
+        ant, bee, aside = (data / split / name for name in ("ant", "bee", "aside"))
+        ant.rename(aside)
+        bee.rename(ant)
+        aside.rename(bee)
+    first = trial.place / "first_data"
+    more = trial.run([*trial.subject.resume(data, first), "--epochs", 2])
+    trial.reported("resume", more, "not the images")
+    trial.worked("exchanged", _fit(trial, data, "exchanged"))
+    after = np.load(data / _CACHE)
+    trial.expect(np.array_equal(after[:20], before[20:40]), "the cached images have their old labels")
+    return "noticed: decoded again, and the resume is refused"
+
+
+@row(46, "test images that are training images, and images with two labels")
+def leaked_images(trial: Trial) -> str:
+    """A third of the test images are in train, one of them in another class: counted at the start and in the report."""
+    data = small_set(trial.place / "data")
+    for path in (data / "train" / "ant").glob("0[0-3].png"):
+        shutil.copyfile(path, data / "test" / "ant" / path.name)
+    shutil.copyfile(data / "train" / "ant" / "04.png", data / "test" / "bee" / "04.png")
+    own = {} if trial.subject.is_plain else {"extra": ("--data.val_fraction", 0)}  # no leaked image is held out
+    done = trial.run(trial.subject.fit(data, trial.place / "run_data", **_SETTINGS, **own))
+    trial.worked("leaked", done)
+    trial.expect("5 of 15 test images" in done.stdout + done.stderr, "the number of test images in train is not said")
+    if not trial.subject.is_plain:
+        report = (trial.place / "run_data" / "report.html").read_text(encoding="utf-8")
+        trial.expect("5 of 15 test images" in report, "the report does not say it")
+        trial.expect("another label" in done.stdout, "the image with two labels is not said")
+    return "counted on the terminal and in the report"

@@ -147,7 +147,7 @@ def main() -> None:
         if args.folder is None:
             make_images(folder, args.num)
         run = open_run(args.run) if args.run else make_run(Path(temporary) / "run")
-        paths = [Path(path) for path in find_images([folder])[: args.num]]
+        paths = [Path(path) for path in find_images([folder])[0][: args.num]]
         times_s = compare(run, paths, args.rounds)
         for way, times in times_s.items():
             print(f"{way:<16} {1e6 * statistics.median(times) / len(paths):9,.0f} microseconds an image")

@@ -1,5 +1,6 @@
 """The class folders that benchmarks/speed/streaming.py streams: four variants of each image of a data set."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -57,7 +58,7 @@ def make_images(work: Path, data: Path | None, num_images: int) -> Path:
     if num_images < _FEWEST or num_images % NUM_VARIANTS:
         raise UserError(f"--images {num_images}: give a multiple of {NUM_VARIANTS}, {_FEWEST} or more.")
     names, listings = ((), {}) if data is None else scan(data)
-    fingerprint = "generated" if data is None else listings["train"].fingerprint
+    fingerprint = "generated" if data is None else hashlib.sha256(listings["train"].stats.tobytes()).hexdigest()
     about = {"recipe": RECIPE, "images": num_images, "source": fingerprint}
     root, note = work / "images", work / "images.json"
     found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}

@@ -24,6 +24,7 @@ from cifar_lightning.cli.lightning_cli import TrainingCLI, build_trainer, prepar
 from cifar_lightning.cli.parser import as_list
 from cifar_lightning.cli.tune import apply_lr_finder
 from cifar_lightning.data.datamodule import ImageDataModule
+from cifar_lightning.data.image_folder import write_skipped_files
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import MetricsTable, read_json, write_text_durably
 from cifar_lightning.report.report import make_report
@@ -127,6 +128,8 @@ def create_or_resume_run(
         write_text_durably(run.config, cli.config_text)
         if found is not None:
             write_lr_range(run, found)
+    if data.skipped_files:
+        write_skipped_files(run.skipped_files, data.skipped_files)
     announce_run(run.path)
     return run
 

@@ -10,12 +10,15 @@ from pydantic import Field
 from torch import Tensor
 
 from cifar_lightning.data.datasets import open_source
+from cifar_lightning.data.duplicates import find_duplicates
+from cifar_lightning.data.image_folder import ClassFolders, Skipped
 from cifar_lightning.data.image_set import SPLITS, ImageSet, Split
 from cifar_lightning.data.loaders import BatchTransform, ImageLoader, LoaderFactory, batch_device
 from cifar_lightning.data.sampler import EpochSampler, Rank, evaluation_order
 from cifar_lightning.data.splits import SplitIndices, SplitSettings, make_splits
 from cifar_lightning.data.statistics import balanced_weights, channel_statistics, describe_imbalance, evenly_spaced
-from cifar_lightning.errors import UserError
+from cifar_lightning.errors import UserError, remark
+from cifar_lightning.formatting import printable
 from cifar_lightning.settings.limits import Count, ImageSize, Pixels, Strength, check_settings
 from cifar_lightning.transforms.augmentation import Augmentation, CropMode, FlipMode, normalize
 from cifar_lightning.transforms.policies import Policy
@@ -58,6 +61,8 @@ class ImageDataModule(pl.LightningDataModule):
             (RandAugment) or none.
         erasing: Fraction of the training images with a random rectangle set to the mean colour; 0 disables it.
         drop_last: Drop a last, smaller training batch.
+        skip_unreadable: Leave out images of a folder that cannot be read; otherwise they are an error. The run lists
+            them in skipped_files.jsonl.
         device: Device that batches are made on; by default the Trainer's, without a Trainer the CPU.
 
     Raises:
@@ -93,11 +98,16 @@ class ImageDataModule(pl.LightningDataModule):
             float, Field(ge=0, le=1, allow_inf_nan=False, description="0 (off) to 1 (every image)")
         ] = 0.0,
         drop_last: bool = False,
+        skip_unreadable: bool = False,
         device: str | None = None,
     ) -> None:
         check_settings("data", ImageDataModule.__init__, locals())
         super().__init__()
         self.source = open_source(dataset, root, image_size)
+        if skip_unreadable:
+            if not isinstance(self.source, ClassFolders):
+                raise UserError(f"--data.skip_unreadable true: only for --data.dataset folder, not {dataset}.")
+            self.source.skip_unreadable = True
         self.class_names: tuple[str, ...] = self.source.class_names
         self.num_classes = len(self.class_names)
         if self.num_classes < 2:
@@ -118,6 +128,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.has_class_weights, self.has_balanced_sampler = class_weights == "balanced", sampler == "balanced"
         self.mean: tuple[float, ...] | None = None
         self.std: tuple[float, ...] | None = None
+        self.duplicates: list[dict[str, Any]] = []  # as `find_duplicates` returns them, after `setup`
         self._images: dict[Split, ImageSet] = {}  # filled by `setup`
         self._splits: SplitIndices
         self._loaders: LoaderFactory
@@ -160,8 +171,24 @@ class ImageDataModule(pl.LightningDataModule):
             self.mean, self.std = self.source.mean, self.source.std
         if self.mean is None or self.std is None:
             self.mean, self.std = channel_statistics(images["train"].images, train.numpy())
+        self.duplicates = self._find_duplicates(images)
         self._images = images
         self._loaders = LoaderFactory(images, self.num_workers)
+
+    def _find_duplicates(self, images: dict[Split, ImageSet]) -> list[dict[str, Any]]:
+        source, hashes, names = self.source, {}, {}
+        if isinstance(source, ClassFolders):  # whose cache has the hashes
+            hashes, names = source.pixel_hashes, {split: listing.names for split, listing in source.listings.items()}
+        found = find_duplicates(images, self._splits, hashes, names)
+        for kind in found:
+            first = " = ".join(kind["first"][0])
+            remark(printable(f"{'remark' if kind['kind'] == 'within splits' else 'warning'}: {kind['text']}: {first}"))
+        return found
+
+    @property
+    def skipped_files(self) -> list[Skipped]:
+        """Path and reason of each file of the data set's folder that is left out, after `prepare_data()`."""
+        return self.source.skipped_files if isinstance(self.source, ClassFolders) else []
 
     def use_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Normalize images with this mean and std of each channel instead of the training images' own."""
@@ -278,6 +305,7 @@ class ImageDataModule(pl.LightningDataModule):
             **({} if settings.limit is None else {"limit": settings.limit}),
             "sizes": {split: self.num_images(split) for split in SPLITS},
             "sha256": {split: images.sha256 for split, images in self._images.items()},
+            **({"duplicates": self.duplicates} if self.duplicates else {}),
             "train": self._splits.train.tolist(),
             "val": self._splits.val.tolist(),
         }

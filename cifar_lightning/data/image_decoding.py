@@ -23,6 +23,7 @@ reads in Python. Images of more than `MAX_PIXELS` are refused before a pixel is 
 """
 
 import functools
+import hashlib
 import logging
 import math
 import multiprocessing
@@ -50,6 +51,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
+from cifar_lightning.data.image_set import pixel_hashes
 from cifar_lightning.data.memory import usable_cpus
 from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
@@ -93,20 +95,34 @@ _MESSAGE_BYTES = 500  # of the messages of C libraries about an image
 _UNUSED_ALPHA = "have alpha 0 everywhere; their colours are used"
 _CONSTANT = "have one colour in all of their centre square"
 
-Decode = Callable[[str, int, list[str]], np.ndarray]
+Read = Callable[[str], bytes]
+Decode = Callable[[str, int, list[str], Read], np.ndarray]
 Unreadable = tuple[int, str]  # index of an image, and why it cannot be read
 Remarks = dict[str, tuple[int, int]]  # what is unusual: number of images, and the index of the first
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # Python prints errors without a handler to stderr
 
 
-def decode_image(path: str, image_size: int, remarks: list[str] | None = None) -> np.ndarray:
+def read_file(path: str) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        OSError: It cannot be opened.
+        ValueError: It is not a regular file, or too large.
+    """
+    _check_file(path)
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def decode_image(path: str, image_size: int, remarks: list[str] | None = None, read: Read = read_file) -> np.ndarray:
     """Decode one image by the rules at the top of this file.
 
     Args:
         path: The file.
         image_size: Height and width in pixels.
         remarks: Receives what is unusual about the image.
+        read: Reads the file.
 
     Returns:
         uint8 RGB (image_size, image_size, 3), 0-255.
@@ -116,7 +132,7 @@ def decode_image(path: str, image_size: int, remarks: list[str] | None = None) -
     """
     try:
         _refuse_formats()
-        data = _read(path)
+        data = read(path)
         if data.startswith(b"\x89PNG"):
             data = _checked_png(data)
         with Image.open(BytesIO(data)) as image:
@@ -157,12 +173,6 @@ def _check_file(path: str) -> None:
         raise ValueError("not a regular file")
     if about.st_size > MAX_BYTES:
         raise ValueError(f"{about.st_size:,} bytes, the limit is {MAX_BYTES:,}")
-
-
-def _read(path: str) -> bytes:
-    _check_file(path)
-    with open(path, "rb") as file:
-        return file.read()
 
 
 def _check_header(image: Image.Image) -> None:
@@ -397,7 +407,11 @@ def _set_pillow_warnings() -> None:
 
 
 def decode_all(
-    paths: Sequence[str], image_size: int, out: Path | np.ndarray, decode: Decode = decode_image
+    paths: Sequence[str],
+    image_size: int,
+    out: Path | np.ndarray,
+    decode: Decode = decode_image,
+    hashes: np.ndarray | None = None,
 ) -> tuple[list[Unreadable], Remarks]:
     """Decode images in worker processes into `out`, with a progress bar on a terminal's stderr or a line on stdout.
 
@@ -406,6 +420,8 @@ def decode_all(
         image_size: Height and width in pixels.
         out: uint8 (len(paths), image_size, image_size, 3): an array, or an existing `.npy` file.
         decode: Decodes one image, or raises `UserError` if it cannot. Workers import it by name.
+        hashes: Receives the SHA-256 of each file, 0 for one that cannot be opened, as its field `content`, and the
+            images' `pixel_hashes` as `pixels`.
 
     Returns:
         Index and reason for each image that cannot be read, sorted by index; what is unusual about others.
@@ -419,11 +435,11 @@ def decode_all(
     file = str(out) if isinstance(out, Path) else None
     with _workers(num_workers, _set_work, file, decode, states) as pool:
         chunks = {
-            pool.submit(_decode_chunk, paths[start:stop], start, image_size): (start, stop)
+            pool.submit(_decode_chunk, paths[start:stop], start, image_size, hashes is not None): (start, stop)
             for start, stop in _chunks(len(paths), num_workers, 3 * image_size**2)
         }
         try:
-            bad, remarks = _collect(chunks, pool, None if isinstance(out, Path) else out)
+            bad, remarks = _collect(chunks, pool, None if isinstance(out, Path) else out, hashes)
         except BrokenProcessPool as error:
             suspects = [path for path, state in zip(paths, states, strict=False) if state == 1]
             raise UserError(
@@ -453,11 +469,15 @@ def _chunks(num: int, num_workers: int, image_bytes: int) -> list[tuple[int, int
 
 
 Remark = tuple[int, str]  # index of an image, and what is unusual about it
-Chunk = tuple[list[Unreadable], list[Remark], np.ndarray | None]  # the images are None if they are written to a file
+# The images are None if they are written to a file; contents and pixel hashes if they are not asked for.
+Chunk = tuple[list[Unreadable], list[Remark], np.ndarray | None, tuple[np.ndarray, np.ndarray] | None]
 
 
 def _collect(
-    chunks: dict[Future[Chunk], tuple[int, int]], pool: Executor, out: np.ndarray | None
+    chunks: dict[Future[Chunk], tuple[int, int]],
+    pool: Executor,
+    out: np.ndarray | None,
+    hashes: np.ndarray | None,
 ) -> tuple[list[Unreadable], list[Remark]]:
     bad: list[Unreadable] = []
     remarks: list[Remark] = []
@@ -465,11 +485,13 @@ def _collect(
     try:
         with progress(sum(stop - start for start, stop in chunks.values()), "Decoding images") as show:
             for chunk in as_completed(chunks):
-                (start, stop), (unreadable, unusual, images) = chunks[chunk], chunk.result()
+                (start, stop), (unreadable, unusual, images, hashed) = chunks[chunk], chunk.result()
                 bad += unreadable
                 remarks += unusual
                 if out is not None:
                     out[start:stop] = images
+                if hashes is not None and hashed is not None:
+                    hashes["content"][start:stop], hashes["pixels"][start:stop] = hashed
                 done += stop - start
                 show(done)
     except BaseException:
@@ -549,19 +571,26 @@ def _take_c_messages() -> str:
     return " ".join(text.split()) or "a C library printed an empty message"
 
 
-def _decode_chunk(paths: Sequence[str], start: int, image_size: int) -> Chunk:
+def _decode_chunk(paths: Sequence[str], start: int, image_size: int, is_hashed: bool) -> Chunk:
     """Decode images into the file or return them; set the state of each: 1 is in progress, 2 is done."""
     images, decode, states = _work
     own = np.zeros((len(paths), image_size, image_size, 3), np.uint8) if images is None else None
     into: Any = own if images is None else images[start : start + len(paths)]
     bad: list[Unreadable] = []
     remarks: list[Remark] = []
+    contents = [bytes(32)] * len(paths)
+
+    def read_and_hash(path: str) -> bytes:
+        data = read_file(path)
+        contents[at] = hashlib.sha256(data).digest()
+        return data
+
     for at, path in enumerate(paths):
         states[start + at] = 1
         unusual: list[str] = []
         reason = ""
         try:
-            into[at] = decode(path, image_size, unusual)
+            into[at] = decode(path, image_size, unusual, read_and_hash if is_hashed else read_file)
         except UserError as error:
             reason = str(error)
         if message := _take_c_messages():  # names the cause that Pillow lacks, or an error that it ignores
@@ -577,4 +606,5 @@ def _decode_chunk(paths: Sequence[str], start: int, image_size: int) -> Chunk:
     for at in np.flatnonzero(alike).tolist():
         if start + at not in unreadable and image_size > 1 and (flat[at] == flat[at, 0]).all():
             remarks.append((start + at, _CONSTANT))
-    return bad, remarks, own
+    content = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, 32)
+    return bad, remarks, own, (content, pixel_hashes(into)) if is_hashed else None

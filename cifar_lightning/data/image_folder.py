@@ -2,30 +2,34 @@
 
 Images of any format and size are decoded once to uint8 RGB squares (rules: image_decoding.py) in a `.npy` file that
 later starts map into memory: a set larger than memory is never held there, and a second start decodes nothing. The
-file is valid for a fingerprint of the folder (names, sizes, modification times) and rebuilt when that changes.
+file is valid for the contents of the folder: names, and the SHA-256 of every file. Of a file whose size, times and
+inode are unchanged the hash is known; any other one is read again.
 """
 
 import errno
 import hashlib
 import json
 import os
+import stat
 import sys
 import time
+import unicodedata
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cifar_lightning.data import image_decoding
-from cifar_lightning.data.image_decoding import RULES, Remarks, Unreadable, decode_all, find_image_size, remark_lines
+from cifar_lightning.data.image_decoding import RULES, Remarks, decode_all, find_image_size, read_file, remark_lines
 from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, digest
 from cifar_lightning.errors import UserError, is_first_process
-from cifar_lightning.files import write_json
-from cifar_lightning.formatting import counted
+from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
+from cifar_lightning.formatting import counted, printable
 
 CACHE_FOLDER = ".cifar_lightning_cache"
 CACHE_VARIABLE = "CIFAR_LIGHTNING_CACHE"
@@ -33,10 +37,13 @@ _LITTER = frozenset({"thumbs.db", "desktop.ini"})  # written by Windows; such fi
 # Notes and tables next to images are ignored. A file with any other suffix, or none, must be an image: one that Pillow
 # cannot read, such as .heic, must not be left out silently.
 _NOTES = {".cfg", ".csv", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".tsv", ".txt", ".xml"}
-_IGNORED = _NOTES | {".aae", ".db", ".lnk", ".pdf", ".py", ".url", ".xls", ".xlsx", ".xmp", ".yaml", ".yml"}
-# Images uint8 (N, S, S, 3), the SHA-256 of images and targets, and what is unusual about the files.
-Decoded = tuple[np.ndarray, str, Remarks]
+NOT_IMAGES = _NOTES | {".aae", ".db", ".lnk", ".pdf", ".py", ".url", ".xls", ".xlsx", ".xmp", ".yaml", ".yml"}
 _STALE_S = 86_400  # a temporary file this old belongs to a process that was killed
+_RACY_NS = 2_000_000_000  # a file changed this shortly before may change again within the resolution of its times
+# Of each image: `Listing.stats`, the SHA-256 of the file (0 where it cannot be opened), `pixel_hashes` once decoded.
+_FILE = np.dtype([("stat", "<i8", 4), ("content", "u1", 32), ("pixels", "<u8")])
+Skipped = tuple[str, str]  # path of a file or folder, and why it is left out
+_BY_SUFFIX, _LOOSE = "not an image, by its suffix", "in no class folder"
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,15 @@ class Listing:
         folder: `ROOT/train`, for example.
         names: `<class>/<file>` below it.
         counts: Number of images of each class.
-        fingerprint: SHA-256 of names, sizes in bytes and modification times.
-        ignored: `<class>/<file>` of the files whose suffix is not that of an image.
+        stats: int64 (N, 4), size, modification time, change time and inode of each file; 0 if it has just changed.
+        skipped: What else is in the folder.
     """
 
     folder: str
     names: tuple[str, ...]
     counts: tuple[int, ...]
-    fingerprint: str
-    ignored: tuple[str, ...] = ()
+    stats: np.ndarray
+    skipped: tuple[Skipped, ...] = ()
 
     @property
     def targets(self) -> np.ndarray:
@@ -66,6 +73,25 @@ class Listing:
     def paths(self) -> list[str]:
         """Paths of the images."""
         return [os.path.join(self.folder, name) for name in self.names]
+
+    def without(self, indices: Iterable[int]) -> "Listing":
+        """Return the listing without some images."""
+        kept = np.delete(np.arange(len(self.names)), list(indices))
+        counts = np.bincount(self.targets[kept], minlength=len(self.counts)).tolist()
+        return replace(self, names=tuple(self.names[index] for index in kept), counts=tuple(counts))
+
+
+class Decoded(NamedTuple):
+    """The images of a split that can be read, their `digest` and `pixel_hashes`, why others cannot, and remarks.
+
+    `unreadable` and `remarks` have indices into the listing.
+    """
+
+    images: np.ndarray
+    sha256: str
+    pixels: np.ndarray
+    unreadable: dict[int, str]
+    remarks: Remarks
 
 
 class ClassFolders:
@@ -82,49 +108,92 @@ class ClassFolders:
 
     mean: None = None
     std: None = None
+    skip_unreadable = False  # leave out images that cannot be read; otherwise they are an error
 
     def __init__(self, root: str | Path, image_size: int | None = None) -> None:
         self.root = Path(root)
-        self._folder_names, self.listings = scan(self.root)
-        # Names that are not UTF-8 can be opened but not printed: show their bytes as \xff.
-        self.class_names = tuple(os.fsencode(name).decode("utf-8", "backslashreplace") for name in self._folder_names)
+        self.class_names, self._listed = scan(self.root)
+        self.listings = dict(self._listed)  # once decoded, without the images that cannot be read
         if image_size is not None and image_size < 1:
             raise UserError(f"--data.image_size {image_size}: 1 pixel or more")
         self.image_size = image_size or find_image_size(self.listings["train"].paths)
+        self.pixel_hashes: dict[Split, np.ndarray] = {}  # of the images of each split that was loaded
         self._uncached: dict[Split, Decoded] = {}
+        self._unreadable: dict[Split, list[Skipped]] = {}
         self._has_remarked = False
 
     def prepare(self) -> None:
         """Decode what is not in the cache yet; safe to call again and from several processes.
 
         Raises:
-            UserError: Images that cannot be read.
+            UserError: Images of any split cannot be read.
         """
-        for split in self.listings:
-            self.load(split)
+        decoded = {split: self._decoded(split) for split in self._listed}
+        self._refuse_unreadable()
         if not self._has_remarked and is_first_process():
-            for remark in self._remarks():
-                print(remark, flush=True)
+            for remark in self._remarks(decoded):
+                print(printable(remark), flush=True)
         self._has_remarked = True  # Lightning calls this for each of fit, validate and test
-
-    def _remarks(self) -> Iterator[str]:
-        for listing in self.listings.values():
-            if listing.ignored:
-                kinds = _some(sorted({Path(name).suffix for name in listing.ignored}))
-                num = counted(len(listing.ignored), "file", "files")
-                yield f"{listing.folder}: {num} ignored, not images ({kinds})"
-        for split, listing in self.listings.items():
-            yield from remark_lines(self._decoded(split)[2], listing.paths)
-        listing, images = self.listings["train"], self._decoded("train")[0]
-        if remark := image_decoding.dark_16_bit_remark(listing.paths, images):
-            yield f"warning: {listing.folder}: {remark}"
 
     def load(self, split: Split) -> ImageSet | None:
         """Read a split, its images mapped into memory if there is a cache; decode them first if needed."""
         if split not in self.listings:
             return None
-        images, sha256, _ = self._decoded(split)
-        return ImageSet(images, self.listings[split].targets, sha256)
+        decoded = self._decoded(split)
+        if decoded.unreadable and not self.skip_unreadable:
+            self.prepare()  # names the images of all splits
+        return ImageSet(decoded.images, self.listings[split].targets, decoded.sha256)
+
+    @property
+    def skipped_files(self) -> list[Skipped]:
+        """Path below the root and reason of every file that is left out, after `prepare`."""
+        skipped = [row for rows in self._unreadable.values() for row in rows]
+        for split, listing in self._listed.items():
+            skipped += [(f"{split}/{name}", reason) for name, reason in listing.skipped]
+        return skipped
+
+    def _refuse_unreadable(self) -> None:
+        bad = {split: rows for split, rows in self._unreadable.items() if rows}
+        if bad and not self.skip_unreadable:
+            rows = [row for rows in bad.values() for row in rows]
+            counts = " and ".join(
+                f"{len(rows):,} of {len(self._listed[split].names):,} images in {self._listed[split].folder}"
+                for split, rows in bad.items()
+            )
+            listed = ""
+            for folder in reversed(cache_folders(self.root)):
+                with suppress(OSError):  # a list that cannot be written must not hide the error
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_skipped_files(path := folder / "unreadable.jsonl", rows)
+                    listed = f", all listed in {path}"
+            raise UserError(
+                f"{self.root / rows[0][0]} {rows[0][1]}; {counts} cannot be read{listed}\n"
+                "Repair or remove them, or leave them out: --data.skip_unreadable true"
+            )
+        for split in bad:
+            listing = self.listings[split]
+            if 0 in listing.counts:
+                name = self.class_names[listing.counts.index(0)]
+                raise UserError(f"{listing.folder}: no image of the class {name} can be read")
+
+    def _remarks(self, decoded: dict[Split, Decoded]) -> Iterator[str]:
+        if bad := [row for rows in self._unreadable.values() for row in rows]:
+            total = sum(len(listing.names) for listing in self._listed.values())
+            yield f"warning: {len(bad):,} of {total:,} images are left out ({self.root / bad[0][0]} {bad[0][1]})"
+        for listing in self.listings.values():
+            if names := [name for name, reason in listing.skipped if reason == _BY_SUFFIX]:
+                kinds = _some(sorted({Path(name).suffix for name in names}))
+                yield f"{listing.folder}: {counted(len(names), 'file', 'files')} ignored, not images ({kinds})"
+            if names := [name for name, reason in listing.skipped if reason == _LOOSE]:
+                num = counted(len(names), "file is", "files are")
+                yield f"warning: {listing.folder}: {num} {_LOOSE} and ignored ({_some(names)})"
+        if unused := [entry.name for entry in _entries(self.root)[0] if entry.is_dir() and entry.name not in SPLITS]:
+            yield f"warning: {self.root}: only train/, val/ and test/ are used, not {_some(unused)}"
+        for split, listing in self._listed.items():
+            yield from remark_lines(decoded[split].remarks, listing.paths)
+        listing = self.listings["train"]
+        if remark := image_decoding.dark_16_bit_remark(listing.paths, decoded["train"].images):
+            yield f"warning: {listing.folder}: {remark}"
 
     def describe(self) -> str:
         """Return one line for the terminal."""
@@ -133,29 +202,33 @@ class ClassFolders:
         return f"folder: {counts} images, {len(self.class_names)} classes, {size}, in {self.root}"
 
     def _decoded(self, split: Split) -> Decoded:
-        return self._uncached.get(split) or self._read(split) or self._build(split)
+        decoded, listing = self._uncached.get(split) or self._read(split) or self._build(split), self._listed[split]
+        self.listings[split], self.pixel_hashes[split] = listing.without(decoded.unreadable), decoded.pixels
+        self._unreadable[split] = [
+            (f"{split}/{listing.names[index]}", reason) for index, reason in decoded.unreadable.items()
+        ]
+        return decoded
 
     def _about(self, split: Split) -> dict[str, Any]:
-        listing = self.listings[split]
         return {
             "rules": RULES,
             "image_size": self.image_size,
             "class_names": list(self.class_names),
-            "counts": list(listing.counts),
-            "fingerprint": listing.fingerprint,
+            "counts": list(self._listed[split].counts),
         }
 
     def _read(self, split: Split) -> Decoded | None:
         for folder in cache_folders(self.root):
             path = folder / f"{split}-{self.image_size}.npy"
-            if found := read_cache(path, self._about(split)):
-                return found
-            if path.exists():
+            if found := read_cache(path, self._about(split), self._listed[split]):
+                if self.skip_unreadable or not found.unreadable:
+                    return found
+            elif path.exists():
                 print(f"{path} is damaged or older than the images: decoding them again", flush=True)
         return None
 
     def _build(self, split: Split) -> Decoded:
-        listing = self.listings[split]
+        listing = self._listed[split]
         shape = (len(listing.names), self.image_size, self.image_size, 3)
         for folder in cache_folders(self.root):
             with allocated(folder, f"{split}-{self.image_size}.npy", shape) as temporary:
@@ -163,19 +236,30 @@ class ClassFolders:
                     continue
                 if folder.parent != self.root:
                     print(f"{self.root} is read-only or full: decoded images are cached in {folder}", flush=True)
-                bad, remarks = decode_all(listing.paths, self.image_size, temporary)
-                raise_unreadable(bad, listing, folder)
+                decoded, files = self._decode(listing, temporary)
+                about = self._about(split) | {"contents": _contents(files, listing)}
                 try:
-                    path = folder / f"{split}-{self.image_size}.npy"
-                    return publish(temporary, path, self._about(split), listing.targets, remarks)
+                    return publish(temporary, folder / f"{split}-{self.image_size}.npy", about, decoded, files)
                 except OSError as error:  # on Windows: while another process has the old images mapped
                     print(f"{folder}: decoded images cannot be cached ({error})", flush=True)
         print(f"No folder for decoded images is writable (set {CACHE_VARIABLE}): decoding at each start", flush=True)
-        images = np.empty(shape, np.uint8)
-        bad, remarks = decode_all(listing.paths, self.image_size, images)
-        raise_unreadable(bad, listing, None)
-        self._uncached[split] = images, digest(images, listing.targets), remarks
+        self._uncached[split], _ = self._decode(listing, np.empty(shape, np.uint8))
         return self._uncached[split]
+
+    def _decode(self, listing: Listing, out: Path | np.ndarray) -> tuple[Decoded, np.ndarray]:
+        files, paths = np.zeros(len(listing.names), _FILE), listing.paths
+        bad, remarks = decode_all(paths, self.image_size, out, hashes=files)
+        files["stat"] = listing.stats * files["content"].any(axis=1, keepdims=True)
+        unreadable = {index: reason.removeprefix(f"{paths[index]} ") for index, reason in bad}
+        if isinstance(out, Path):
+            drop_rows(out, list(unreadable))
+            images = np.load(out, mmap_mode="r")
+        else:
+            images = np.delete(out, list(unreadable), axis=0) if bad else out
+        sha256 = digest(images, listing.without(unreadable).targets)
+        if sys.platform == "win32" and isinstance(out, Path):
+            images = np.empty(0, np.uint8)  # a mapped file cannot be renamed
+        return Decoded(images, sha256, np.delete(files["pixels"], list(unreadable)), unreadable, remarks), files
 
 
 # -- the folder -------------------------------------------------------------------------------------------------
@@ -186,73 +270,99 @@ def scan(root: Path) -> tuple[tuple[str, ...], dict[Split, Listing]]:
     if not root.is_dir():
         raise UserError(f"--data.root {root}: no such folder; it must hold train/<class>/* and test/<class>/*")
     splits = [split for split in SPLITS if (root / split).is_dir()]
+    if dangling := [root / split for split in SPLITS if split not in splits and (root / split).is_symlink()]:
+        raise UserError(f"{dangling[0]} is a link to no folder: repair or remove it")
     for split in ("train", "test"):
         if split not in splits:
             raise UserError(f"--data.root {root} has no folder {split}/: put images into {split}/<class>/")
-    classes = {split: sorted(entry.name for entry in _entries(root / split) if entry.is_dir()) for split in splits}
-    if not classes["train"]:
+    folders = {split: _class_folders(root / split) for split in splits}
+    names = tuple(sorted(folders["train"]))
+    if not names:
         raise UserError(f"{root / 'train'} has no class folders: put the images of each class into train/<class>/")
     for split in splits:
-        if differing := sorted({*classes["train"]} ^ {*classes[split]}):
+        if differing := sorted({*names} ^ {*folders[split]}):
             raise UserError(
                 f"{_some(differing)}: in {root / split} or in {root / 'train'}, but not in both\n"
                 "Every split needs the same class folders: add, rename or remove."
             )
-    names = tuple(classes["train"])
-    return names, {split: _list_split(root / split, names) for split in splits}
+    return names, {split: _list_split(root / split, [folders[split][name] for name in names]) for split in splits}
 
 
-def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder by name, without hidden ones such as .ipynb_checkpoints or .DS_Store."""
-    with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in _LITTER]
-    return sorted(visible, key=lambda entry: entry.name)
+def _class_folders(folder: Path) -> dict[str, str]:
+    """Return the name of each class folder by its class name.
+
+    Class names are in Unicode's form NFC, as macOS writes folder names in form NFD; bytes that are not UTF-8, which can
+    be opened but not printed, are shown as \\xff.
+    """
+    found: dict[str, str] = {}
+    for entry in _entries(folder)[0]:
+        if not _is_folder(entry):
+            continue
+        name = unicodedata.normalize("NFC", os.fsencode(entry.name).decode("utf-8", "backslashreplace"))
+        if name in found:
+            raise UserError(
+                f"{folder}: the folders {found[name]!a} and {entry.name!a} would be one class, {printable(name)}\n"
+                "Rename one, or move its images into the other."
+            )
+        found[name] = entry.name
+    return found
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return stat.S_ISDIR(entry.stat().st_mode)
+    except OSError as error:  # a link to nothing: a class may be missing
+        raise UserError(f"{entry.path} cannot be read ({error.strerror}): repair or remove it") from error
+
+
+def _entries(folder: str | Path) -> tuple[list[os.DirEntry[str]], list[str]]:
+    """Return the entries of a folder by name, and apart the names of hidden ones such as .ipynb_checkpoints."""
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be searched ({error.strerror}): repair or remove it") from error
+    visible, hidden = [], []
+    for entry in found:
+        if entry.name.startswith(".") or entry.name.lower() in _LITTER:
+            hidden.append(entry.name)
+        else:
+            visible.append(entry)
+    return visible, hidden
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return printable(", ".join(names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _list_split(folder: Path, class_folders: Sequence[str]) -> Listing:
     names: list[str] = []
-    ignored: list[str] = []
+    stats: list[tuple[int, int, int, int]] = []
     counts = []
-    seen = hashlib.sha256()
+    others, hidden = _entries(folder)
+    skipped = [(name, "hidden") for name in hidden]
+    skipped += [(entry.name, _LOOSE) for entry in others if not _is_folder(entry)]
+    began_ns = time.time_ns()
     for class_folder in class_folders:
         before = len(names)
-        for entry in _entries(folder / class_folder):
+        visible, hidden = _entries(folder / class_folder)
+        skipped += [(f"{class_folder}/{name}", "hidden") for name in hidden]
+        for entry in visible:
             name = f"{class_folder}/{entry.name}"
-            try:
-                stat = entry.stat()
-            except OSError as error:
-                raise UserError(f"{folder / name} cannot be read ({error.strerror}): repair or remove it") from error
-            if entry.is_dir():
+            if _is_folder(entry):
                 raise UserError(f"{folder / name} is a folder inside a class: put images directly into {class_folder}/")
-            if os.path.splitext(entry.name)[1].lower() in _IGNORED:
-                ignored.append(name)
+            if os.path.splitext(entry.name)[1].lower() in NOT_IMAGES:
+                skipped.append((name, _BY_SUFFIX))
                 continue
             names.append(name)
-            seen.update(os.fsencode(name) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            about = os.stat(entry.path) if os.name == "nt" else entry.stat()  # on Windows only os.stat has the inode
+            stats.append((about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino & (2**63 - 1)))
         counts.append(len(names) - before)
         if not counts[-1]:
             raise UserError(f"{folder / class_folder} has no images: add some, or remove the class from every split")
-    return Listing(str(folder), tuple(names), tuple(counts), seen.hexdigest(), tuple(ignored))
-
-
-def raise_unreadable(bad: Sequence[Unreadable], listing: Listing, folder: Path | None) -> None:
-    """Raise `UserError` if there are unreadable images: with the first one, their number and a file that lists all."""
-    if not bad:
-        return
-    listed = ""
-    if folder is not None:
-        with suppress(OSError):  # a list that cannot be written must not hide the error
-            list_path = folder / f"unreadable-{Path(listing.folder).name}.txt"
-            list_path.write_text("".join(f"{reason}\n" for _, reason in bad), "utf-8", "surrogateescape")
-            listed = f", all listed in {list_path}"
-    raise UserError(
-        f"{bad[0][1]}; {len(bad):,} of {len(listing.names):,} images in {listing.folder} cannot be read{listed}\n"
-        "Repair or remove them."
-    )
+    table = np.array(stats, np.int64)
+    table[table[:, 1:3].max(1) > began_ns - _RACY_NS] = 0
+    return Listing(str(folder), tuple(names), tuple(counts), table, tuple(skipped))
 
 
 # -- the cache --------------------------------------------------------------------------------------------------
@@ -268,29 +378,65 @@ def cache_folders(root: Path) -> tuple[Path, Path]:
     return root / CACHE_FOLDER, Path(os.environ.get(variable) or default).expanduser() / "cifar_lightning" / name
 
 
-def read_cache(path: Path, about: dict[str, Any]) -> Decoded | None:
-    """Map cached images into memory, read-only; return None if no complete file agrees with `about`."""
+def write_skipped_files(path: Path, skipped: Iterable[Skipped]) -> None:
+    """Write path and reason of each file, as a line of JSON in ASCII: no name can reach a terminal unescaped."""
+    rows = (json.dumps({"path": file, "reason": reason}) for file, reason in skipped)
+    write_text_durably(path, "".join(f"{row}\n" for row in rows))
+
+
+def read_cache(path: Path, about: dict[str, Any], listing: Listing) -> Decoded | None:
+    """Map cached images into memory, read-only; None if no complete cache is of these files and this `about`."""
     try:
         found = json.loads(path.with_suffix(".json").read_text("utf-8"))
-        digest, size_bytes = found.pop("sha256"), found.pop("size_bytes")
+        sha256, size_bytes, contents = (found.pop(key) for key in ("sha256", "size_bytes", "contents"))
+        unreadable = {int(index): str(reason) for index, reason in found.pop("unreadable")}
         remarks = {text: (int(num), int(first)) for text, (num, first) in found.pop("remarks").items()}
         if found != about or path.stat().st_size != size_bytes:
             return None
+        files = np.frombuffer(path.with_suffix(".files").read_bytes(), _FILE).copy()
+        if len(files) != len(listing.names):
+            return None
+        before = files["stat"].copy()
+        _hash_changed(files, listing)
+        if _contents(files, listing) != contents:
+            return None
+        pixels = np.delete(files["pixels"], list(unreadable))
         images = np.load(path, mmap_mode="r")
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        OverflowError,
-    ):  # missing, cut short, overwritten
-        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, OverflowError):
+        return None  # missing, cut short, overwritten
     size = about["image_size"]
-    fits = images.shape == (sum(about["counts"]), size, size, 3) and images.dtype == np.uint8
-    fits = fits and all(0 <= first < len(images) for _, first in remarks.values())
-    return (images, digest, remarks) if fits else None
+    fits = images.shape == (len(pixels), size, size, 3) and images.dtype == np.uint8
+    if not fits or not all(0 <= first < len(files) for _, first in remarks.values()):
+        return None
+    if (files["stat"] != before).any():
+        with suppress(OSError):  # the next start reads the files again
+            write_bytes_durably(path.with_suffix(".files"), files.tobytes())
+    return Decoded(images, sha256, pixels, unreadable, remarks)
+
+
+def _hash_changed(files: np.ndarray, listing: Listing) -> None:
+    """Read the files again whose size, times or inode have changed."""
+    changed = np.flatnonzero((files["stat"] != listing.stats).any(1) | ~listing.stats.any(1))
+    if len(changed):
+        paths = listing.paths
+        with ThreadPoolExecutor() as pool:
+            files["content"][changed] = list(pool.map(_content, [paths[index] for index in changed]))
+    files["stat"] = listing.stats * files["content"].any(axis=1, keepdims=True)
+
+
+def _content(path: str) -> np.ndarray:
+    try:
+        return np.frombuffer(hashlib.sha256(read_file(path)).digest(), np.uint8)
+    except (OSError, ValueError):
+        return np.zeros(32, np.uint8)
+
+
+def _contents(files: np.ndarray, listing: Listing) -> str:
+    """Return the SHA-256 of the names, contents and decoded images of a split."""
+    sha256 = hashlib.sha256(os.fsencode("\0".join(listing.names)))
+    sha256.update(files["content"].tobytes())
+    sha256.update(files["pixels"].tobytes())
+    return sha256.hexdigest()
 
 
 @contextmanager
@@ -324,7 +470,24 @@ def _allocate(temporary: Path, name: str, shape: tuple[int, ...]) -> bool:
     return True
 
 
-def publish(temporary: Path, path: Path, about: dict[str, Any], targets: np.ndarray, remarks: Remarks) -> Decoded:
+def drop_rows(path: Path, rows: Sequence[int]) -> None:
+    """Remove rows of a `.npy` file in place, since the disk may have no room for a copy."""
+    if not rows:
+        return
+    images = np.load(path, mmap_mode="r+")
+    kept = np.delete(np.arange(len(images)), rows)
+    for at in range(min(rows), len(kept)):
+        images[at] = images[kept[at]]
+    offset, shape, row_bytes = images.offset, (len(kept), *images.shape[1:]), images[0].nbytes
+    del images
+    with path.open("r+b") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)  # NumPy leaves room for any number of rows
+        assert file.tell() == offset
+        file.truncate(offset + len(kept) * row_bytes)
+
+
+def publish(temporary: Path, path: Path, about: dict[str, Any], decoded: Decoded, files: np.ndarray) -> Decoded:
     """Rename finished images to their final name, so that no reader sees a partial file.
 
     Returns:
@@ -333,17 +496,20 @@ def publish(temporary: Path, path: Path, about: dict[str, Any], targets: np.ndar
     Raises:
         OSError: The folder is no longer writable.
     """
-    images = np.load(temporary, mmap_mode="r")
-    about = about | {"sha256": digest(images, targets), "size_bytes": temporary.stat().st_size, "remarks": remarks}
-    if sys.platform == "win32":  # a mapped file cannot be renamed
-        del images
+    about = about | {
+        "unreadable": list(decoded.unreadable.items()),
+        "remarks": decoded.remarks,
+        "sha256": decoded.sha256,
+        "size_bytes": temporary.stat().st_size,
+    }
     with temporary.open("r+b") as file:
         os.fsync(file.fileno())
     note = path.with_suffix(".json")
     # Without its note an image file is not trusted: a crash before the new note leaves no wrong cache.
     note.unlink(missing_ok=True)
     os.replace(temporary, path)
+    write_bytes_durably(path.with_suffix(".files"), files.tobytes())
     write_json(note, about)
     if sys.platform == "win32":
-        images = np.load(path, mmap_mode="r")
-    return images, about["sha256"], remarks
+        decoded = decoded._replace(images=np.load(path, mmap_mode="r"))
+    return decoded

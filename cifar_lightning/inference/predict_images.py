@@ -7,6 +7,7 @@ its rows are written. Memory does not grow with the number of files, apart from 
 import contextlib
 import csv
 import json
+import mimetypes
 import os
 import sys
 import time
@@ -19,14 +20,14 @@ from typing import TextIO
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
-from PIL import Image
 from torch import Tensor, nn
 
 from cifar_lightning.data import image_decoding
+from cifar_lightning.data.image_folder import NOT_IMAGES, Skipped, write_skipped_files
 from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_output, replacing
-from cifar_lightning.formatting import printable
+from cifar_lightning.formatting import plural, printable
 from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.tta import TTA, tta_logits
@@ -55,7 +56,8 @@ def predict_images(
 ) -> int:
     """Predict image files and write a row for each, in order; see `find_images`.
 
-    Images that cannot be read are listed on stderr and get no row.
+    Images that cannot be read get no row. They, and files in folders that are skipped, are counted on stderr and listed
+    with their reasons next to `output`; see `skipped_path`.
 
     Args:
         run: A run with a checkpoint.
@@ -78,13 +80,13 @@ def predict_images(
         if output.suffix.lower() not in (".csv", ".jsonl", ".json"):
             raise UserError(f"--output {output}: give a .csv, or a .jsonl for JSON lines.")
         check_output(output, force)
-    found = find_images(paths)
+    found, skipped = find_images(paths)
     trained = load_trained_model(run)
     if top_k > len(trained.class_names):
         raise UserError(f"--top_k {top_k}: the run has {len(trained.class_names)} classes; give at most as many.")
     began = time.monotonic()
     counts: Counter[str] = Counter()
-    unreadable: list[str] = []  # reasons, each of which begins with the path of an image
+    unreadable: list[Skipped] = []
     remarks: image_decoding.Remarks = {}
     hide_bar = output is None and sys.stdout.isatty()  # the printed lines show the progress
     predictions = _predictions(
@@ -96,30 +98,34 @@ def predict_images(
             write(prediction)
     for line in image_decoding.remark_lines(remarks, found):
         print(line, file=sys.stderr)
-    for reason in unreadable[:_LISTED]:
-        print(printable(reason), file=sys.stderr)
-    if len(unreadable) > _LISTED:
-        print(f"and {len(unreadable) - _LISTED:,} more", file=sys.stderr)
+    _report_skipped(unreadable, skipped, None if output is None else skipped_path(output, force))
     if output is not None:
         _summarize(output, counts, time.monotonic() - began)
     return len(unreadable)
 
 
-def find_images(paths: Sequence[Path]) -> list[str]:
+def find_images(paths: Sequence[Path]) -> tuple[list[str], list[Skipped]]:
     """List the given image files, and those in the given folders and their subfolders, sorted by path.
 
-    In folders these are the files with an extension that Pillow reads; hidden files, hidden folders and links to
-    folders are skipped. Given files are listed whatever their extension, and twice if given twice.
+    In folders these are all files that may be images: hidden files, hidden folders, links to folders and files with the
+    suffix of something else are skipped. Given files are listed whatever their name, and twice if given twice.
+
+    Returns:
+        The images; path and reason of all that is skipped.
 
     Raises:
         UserError: A path does not exist, a folder cannot be searched, or there is no image below it.
     """
     found: list[str] = []
+    skipped: list[Skipped] = []
     for path in paths:
         if os.path.isdir(path):
-            below = sorted(_images_below(path))
+            below = sorted(_images_below(path, skipped))
             if not below:
-                raise UserError(f"{path}: no images in this folder or its subfolders; give files to try them anyway.")
+                num = f" ({plural(len(skipped), 'other file')})" if skipped else ""
+                raise UserError(
+                    f"{path}: no images in this folder or its subfolders{num}; give files to try them anyway."
+                )
             found += below
         elif os.path.exists(path):
             found.append(str(path))
@@ -127,21 +133,27 @@ def find_images(paths: Sequence[Path]) -> list[str]:
             raise UserError(f"{path}: no such file or folder.")
     if not found:
         raise UserError("PATH: give image files or folders.")
-    return found
+    return found, skipped
 
 
-def _images_below(top: Path) -> Iterator[str]:
+def _images_below(top: Path, skipped: list[Skipped]) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: this folder cannot be searched ({error.strerror}).") from error
 
-    kinds = Image.registered_extensions()
-    extensions = {
-        name for name, kind in kinds.items() if kind in Image.OPEN and kind not in image_decoding.REFUSED_FORMATS
-    }
+    kinds = mimetypes.MimeTypes()  # Python's own, and none of the system
     for folder, subfolders, names in os.walk(top, onerror=refuse):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions:
+        links = {name for name in subfolders if os.path.islink(os.path.join(folder, name))}
+        hidden = {name for name in subfolders if name.startswith(".")}
+        skipped += [(os.path.join(folder, name), "hidden folder") for name in sorted(hidden)]
+        skipped += [(os.path.join(folder, name), "link to a folder") for name in sorted(links - hidden)]
+        subfolders[:] = [name for name in subfolders if name not in hidden]
+        for name in sorted(names):
+            suffix, kind = os.path.splitext(name)[1].lower(), kinds.guess_type(name)[0] or ""
+            if name.startswith("."):
+                skipped.append((os.path.join(folder, name), "hidden"))
+            elif suffix in NOT_IMAGES or kind.partition("/")[0] not in ("", "image"):
+                skipped.append((os.path.join(folder, name), f"not an image, by its suffix {suffix}"))
+            else:
                 yield os.path.join(folder, name)
 
 
@@ -176,7 +188,7 @@ def top_classes(
 def _predictions(
     trained: TrainedModel,
     paths: Sequence[str],
-    unreadable: list[str],
+    unreadable: list[Skipped],
     remarks: image_decoding.Remarks,
     *,
     top_k: int,
@@ -196,7 +208,7 @@ def _predictions(
             remarks[text] = before + num, first_of_all
         done = start + len(bad)
         with progress(len(paths), "Classifying images", completed=done, hidden=hide_bar) as show:
-            unreadable += [reason for _, reason in bad]
+            unreadable += [(chunk[index], reason.removeprefix(f"{chunk[index]} ")) for index, reason in bad]
             good = np.delete(np.arange(len(chunk)), [index for index, _ in bad])
             if not has_remarked and len(good):
                 sample = good[:256]
@@ -274,3 +286,32 @@ def _summarize(output: Path, counts: Counter[str], elapsed_s: float) -> None:
         shown = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(_MOST_FREQUENT))
         rest = len(counts) - _MOST_FREQUENT
         print(f"Most frequent: {shown}" + (f" and {rest} other class{'' if rest == 1 else 'es'}" if rest > 0 else ""))
+
+
+def skipped_path(output: Path, force: bool) -> Path:
+    """Return where the files without a row are listed: next to `output`, not over the list of a run or another output.
+
+    That is `skipped_files.jsonl`, or, where that exists, `<output>.skipped_files.jsonl`.
+    """
+    neighbour = RunFolder(output.parent)
+    path = neighbour.skipped_files
+    is_free = not os.path.lexists(path) or (force and not neighbour.config.exists())
+    return path if is_free else path.with_name(f"{output.name}.{path.name}")
+
+
+def _report_skipped(unreadable: Sequence[Skipped], skipped: Sequence[Skipped], path: Path | None) -> None:
+    """Print the first images that cannot be read and the number of all; list all files in `path`."""
+    for file, reason in unreadable[:_LISTED]:
+        print(printable(f"{file} {reason}"), file=sys.stderr)
+    if len(unreadable) > _LISTED:
+        print(f"and {len(unreadable) - _LISTED:,} more", file=sys.stderr)
+    num = [f"{plural(len(unreadable), 'file')} cannot be read"] * bool(unreadable)
+    num += [f"{plural(len(skipped), 'file')} skipped (hidden, or not an image by the suffix)"] * bool(skipped)
+    if path is not None and num:
+        try:
+            write_skipped_files(path, (*unreadable, *skipped))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+        print(f"{', '.join(num)}: all listed in {printable(str(path))}", file=sys.stderr)
+    elif skipped:
+        print(f"{', '.join(num)}; --output FILE lists them", file=sys.stderr)

@@ -50,6 +50,7 @@ def render_page(findings: Mapping[str, Any], kept: Mapping[int, UInt8[np.ndarray
         never=[row["name"] for row in tested if not row["predicted"]],
         groups_open=_MAX_GROUPED,
         facts=facts_of(findings["run"]),
+        duplicates=duplicates_of(findings["run"]),
         reproduce=reproduction_of(findings["run"]),
         config=yaml.safe_dump(findings["run"]["config"], sort_keys=False, allow_unicode=True)
         if findings["run"]["config"]
@@ -156,6 +157,15 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _given(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [f"{name} {values[name]}" for name in names if values.get(name) is not None]
+
+
+def duplicates_of(run: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Return for each kind of identical images the counts in words, and the names in some groups of them."""
+    try:
+        kinds = run["split"].get("duplicates") or []
+        return [(str(kind["text"]), [" = ".join(map(str, group)) for group in kind["first"]]) for kind in kinds]
+    except (TypeError, KeyError):  # the file may be a stranger's
+        return []
 
 
 def _val_origin(split: Mapping[str, Any]) -> str:

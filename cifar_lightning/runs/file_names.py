@@ -35,6 +35,7 @@ class RunFiles:
     config = RunFile("config.yaml", "fit", "all settings of the run")
     split = RunFile("split.json", "fit", "indices of the training and validation images")  # and hashes of all images
     environment = RunFile("environment.json", "fit", "versions, device, precision, commit")
+    skipped_files = RunFile("skipped_files.jsonl", "fit", "files of the data that are left out, with the reasons")
     metrics_csv = RunFile("metrics.csv", "fit", "loss, accuracy and learning rate of each epoch")  # no times
     timing_csv = RunFile("timing.csv", "fit", "seconds, images/s and memory of each epoch")
     report = RunFile("report.html", "test", "this report with charts and images; open in a browser")

@@ -77,6 +77,7 @@ NOT_AUGMENTATION = {
     "train_sizes",
     "crop_mode",
     "drop_last",
+    "skip_unreadable",
     "device",
 }
 """Settings of the data that do not change training images at random; every other one does."""

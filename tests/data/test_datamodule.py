@@ -275,3 +275,21 @@ def test_a_sample_of_training_is_spread_over_it_and_normalised():
 def test_an_unknown_data_set_names_the_known_ones():
     with pytest.raises(UserError, match=r"cifar11.*cifar10"):
         ImageDataModule("cifar11")
+
+
+def test_leaving_out_unreadable_images_is_only_for_class_folders():
+    with pytest.raises(UserError, match=r"--data.skip_unreadable true: .*folder, not synthetic"):
+        synthetic(skip_unreadable=True)
+
+
+def test_splits_and_loaders_have_none_of_the_images_that_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    root = write_folder(tmp_path / "data", {split: {"a": 10, "b": 10} for split in ("train", "test")})
+    (root / "train" / "a" / "3.png").write_text("no image")
+    (root / "test" / "b" / "9.png").write_text("no image")
+    module = ImageDataModule("folder", str(root), batch_size=4, skip_unreadable=True)
+    module.prepare_data()
+    module.setup()
+    assert [module.num_images(split) for split in ("train", "val", "test")] == [17, 2, 19]
+    assert sum(len(targets) for _, targets in module.test_dataloader()) == 19
+    assert [path for path, _ in module.skipped_files] == ["train/a/3.png", "test/b/9.png"]

@@ -452,7 +452,7 @@ def test_a_crash_in_an_image_names_it_and_leaves_the_program_alive(num, twenty, 
     monkeypatch.setattr(image_decoding, "_IMAGES_PER_WORKER", 1)
     (tmp_path / "crashing.py").write_text(
         "import ctypes, numpy\n"
-        "def decode(path, image_size, remarks):\n"
+        "def decode(path, image_size, remarks, read):\n"
         "    if path.endswith('/13.png'):\n"
         "        ctypes.string_at(0)\n"  # a real segmentation fault
         "    return numpy.zeros((4, 4, 3), numpy.uint8)\n"

@@ -18,6 +18,7 @@ from program import decode_here
 
 from cifar_lightning.data import image_decoding, image_folder
 from cifar_lightning.data.image_folder import CACHE_FOLDER, ClassFolders
+from cifar_lightning.data.image_set import pixel_hashes
 from cifar_lightning.errors import UserError
 
 
@@ -57,11 +58,44 @@ def decoded(monkeypatch):
     """Lists the sets of images that are decoded."""
     seen = []
 
-    def spy(paths, image_size, out):
+    def spy(paths, *arguments, **options):
         seen.append(len(paths))
-        return image_decoding.decode_all(paths, image_size, out)
+        return image_decoding.decode_all(paths, *arguments, **options)
 
     monkeypatch.setattr(image_folder, "decode_all", spy)
+    return seen
+
+
+def exchange(one: Path, other: Path) -> None:
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+def keep_times(root: Path) -> None:
+    """Give all files the same size and times, long ago, as copies from an archive may have."""
+    for path in root.rglob("*.png"):
+        path.write_bytes(path.read_bytes().ljust(200, b"\0"))
+        os.utime(path, (1, 1))
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """Trust times and inodes at once: otherwise a file must be 2 s old."""
+    monkeypatch.setattr(image_folder, "_RACY_NS", 0)
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """Lists the files that are read to be hashed."""
+    seen = []
+
+    def spy(path):
+        seen.append(os.path.basename(path))
+        return image_decoding.read_file(path)
+
+    monkeypatch.setattr(image_folder, "read_file", spy)
     return seen
 
 
@@ -93,8 +127,10 @@ def test_a_second_start_decodes_nothing(root, decoded):
     assert isinstance(images, np.memmap)
     assert not images.flags.writeable
     assert sorted(path.name for path in (root / CACHE_FOLDER).iterdir()) == [
+        "test-8.files",
         "test-8.json",
         "test-8.npy",
+        "train-8.files",
         "train-8.json",
         "train-8.npy",
     ]
@@ -143,6 +179,85 @@ def test_a_changed_folder_is_noticed_and_decoded_again(change, expected, root, d
     assert len(decoded) == 3
 
 
+def exchange_classes(root: Path) -> None:
+    for split in ("train", "test"):
+        exchange(root / split / "ant", root / split / "bee")
+
+
+def exchange_classes_of_one_split(root: Path) -> None:
+    exchange(root / "train" / "ant", root / "train" / "bee")
+
+
+def exchange_files(root: Path) -> None:
+    exchange(root / "train" / "ant" / "0.png", root / "train" / "bee" / "0.png")
+
+
+def exchange_contents(root: Path) -> None:
+    one, other = (root / "train" / name / "0.png" for name in ("ant", "bee"))
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+    for path in (one, other):
+        os.utime(path, (1, 1))
+
+
+def point_links_elsewhere(root: Path) -> None:
+    one, other = (root / "train" / name / "0.png" for name in ("ant", "bee"))
+    targets = [path.rename(root / f"{path.parent.name}.png") for path in (one, other)]
+    one.symlink_to(targets[1])
+    other.symlink_to(targets[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (exchange_classes, [100, 101, 102, 0, 1, 2]),
+        (exchange_classes_of_one_split, [100, 101, 102, 0, 1, 2]),
+        (exchange_files, [100, 1, 2, 0, 101, 102]),
+        (exchange_contents, [100, 1, 2, 0, 101, 102]),
+        (point_links_elsewhere, [100, 1, 2, 0, 101, 102]),
+    ],
+)
+def test_labels_exchanged_under_the_same_names_sizes_and_times_are_noticed(change, expected, root, settled):
+    keep_times(root)
+    before = ClassFolders(root).load("train")
+    change(root)
+    after = ClassFolders(root).load("train")
+    assert reds(after) == expected
+    assert after[2] != before[2]
+
+
+def test_only_files_whose_times_or_inode_changed_are_read_and_nothing_is_decoded(root, settled, decoded, hashed):
+    ClassFolders(root).prepare()
+    for _ in range(2):
+        ClassFolders(root).prepare()
+        assert hashed == []
+    os.utime(root / "train" / "ant" / "1.png")
+    (root / "copy.png").write_bytes((root / "test" / "bee" / "0.png").read_bytes())
+    (root / "copy.png").replace(root / "test" / "bee" / "0.png")
+    data = ClassFolders(root)
+    data.prepare()
+    assert hashed == ["1.png", "0.png"]
+    assert data.pixel_hashes["train"].tolist() == image_folder.ClassFolders(root)._build("train").pixels.tolist()
+    ClassFolders(root).prepare()
+    assert hashed == ["1.png", "0.png"], "the new times were not kept"
+    assert decoded == [6, 4, 6]  # the last by this test
+
+
+def test_a_file_that_has_just_changed_is_read_again_though_its_times_agree(root, hashed):
+    ClassFolders(root).prepare()
+    assert hashed == []
+    ClassFolders(root).prepare()
+    assert set(hashed) == {"0.png", "1.png", "2.png"}
+
+
+def test_a_copied_folder_keeps_its_cache(root, tmp_path, settled, decoded):
+    ClassFolders(root).prepare()
+    shutil.copytree(root, tmp_path / "copy")
+    ClassFolders(tmp_path / "copy").prepare()
+    assert decoded == [6, 4]
+
+
 def test_a_renamed_class_is_noticed(root):
     ClassFolders(root).prepare()
     for split in ("train", "test"):
@@ -168,7 +283,7 @@ def garble(path: Path) -> None:
     path.write_bytes(b"x" * path.stat().st_size)
 
 
-@pytest.mark.parametrize("name", ["train-8.npy", "train-8.json"])
+@pytest.mark.parametrize("name", ["train-8.npy", "train-8.json", "train-8.files"])
 @pytest.mark.parametrize("damage", [cut, lengthen, empty, garble, Path.unlink])
 def test_a_damaged_cache_is_noticed_and_made_again(damage, name, root, decoded):
     ClassFolders(root).prepare()
@@ -260,7 +375,7 @@ def test_several_at_once_all_read_the_same_and_leave_no_litter(root):
     assert len(results) == 6
     assert all(result == results[0] for result in results)
     assert results[0][0] == [0, 1, 2, 100, 101, 102]
-    assert {path.name for path in (root / CACHE_FOLDER).iterdir()} == {"train-8.json", "train-8.npy"}
+    assert {path.name for path in (root / CACHE_FOLDER).iterdir()} == {"train-8.files", "train-8.json", "train-8.npy"}
 
 
 def test_what_a_killed_process_left_is_cleared_away(root):
@@ -419,32 +534,182 @@ def test_folders_that_do_not_fit_are_refused_with_the_difference(spoil, named, r
     assert str(caught.value).count("\n") <= 1
 
 
-def test_unreadable_images_are_named_counted_and_listed(root):
-    bad = [root / "train" / "ant" / "1.png", root / "train" / "bee" / "2.png"]
-    for path in bad:
+def spoil(root: Path) -> dict[str, Path]:
+    """Make images of both splits unreadable, in several ways."""
+    bad = {
+        "train/ant/1.png": root / "train" / "ant" / "1.png",
+        "train/bee/2.png": root / "train" / "bee" / "2.png",
+        "test/bee/0.png": root / "test" / "bee" / "0.png",
+        "test/bee/x.heic": root / "test" / "bee" / "x.heic",
+    }
+    for path in bad.values():
         path.write_text("text")
+    return bad
+
+
+def listed(path: Path) -> dict[str, str]:
+    return {row["path"]: row["reason"] for row in map(json.loads, path.read_text("ascii").splitlines())}
+
+
+def test_unreadable_images_of_all_splits_are_named_counted_and_listed_at_once(root):
+    bad = spoil(root)
     with pytest.raises(UserError) as caught:
         ClassFolders(root).prepare()
     message = str(caught.value)
-    assert message.startswith(str(bad[0]))
+    assert message.startswith(str(bad["train/ant/1.png"]))
     assert f"2 of 6 images in {root / 'train'}" in message
+    assert f"2 of 5 images in {root / 'test'}" in message
+    assert "--data.skip_unreadable" in message
     assert message.count("\n") == 1
-    listed = (root / CACHE_FOLDER / "unreadable-train.txt").read_text()
-    assert all(str(path) in listed for path in bad)
-    assert {path.suffix for path in (root / CACHE_FOLDER).iterdir()} == {".txt"}
+    reasons = listed(root / CACHE_FOLDER / "unreadable.jsonl")
+    assert reasons.keys() == bad.keys()
+    assert all(reason.startswith("cannot be read (") for reason in reasons.values())
+    with pytest.raises(UserError, match="2 of 5 images"):  # without prepare(), also for one split
+        ClassFolders(root).load("train")
 
 
-def test_spaces_umlauts_and_names_that_are_not_utf_8_work(tmp_path):
-    root = tmp_path / "Bilder für uns"
-    for split in (b"train", b"test"):
-        for value, name in enumerate((b"a b", "Vögel".encode(), b"caf\xe9")):
-            try:
-                put(os.path.join(os.fsencode(root), split, name, b"\xff 1.png"), value)
-            except OSError:
-                pytest.skip("this file system takes UTF-8 names only")
+@pytest.mark.parametrize("cached", [True, False])
+def test_unreadable_images_can_be_left_out_always_the_same(cached, root, decoded, monkeypatch, tmp_path, capsys):
+    expected = ClassFolders(root, 8)
+    bad = spoil(root)
+    if not cached:
+        (root / CACHE_FOLDER).write_text("")
+        monkeypatch.setenv("CIFAR_LIGHTNING_CACHE", str(root / "train" / "ant" / "0.png"))
+    seen = []
+    for _ in range(2):
+        data = ClassFolders(root)
+        data.skip_unreadable = True
+        data.prepare()
+        assert "4 of 11 images are left out" in capsys.readouterr().out
+        images, targets, sha256 = data.load("train")
+        assert images[:, 0, 0, 0].tolist() == [0, 2, 100, 101]
+        assert targets.tolist() == [0, 0, 1, 1]
+        assert sha256 == hashlib.sha256(images.tobytes() + targets.tobytes()).hexdigest()
+        assert data.listings["train"].names == ("ant/0.png", "ant/2.png", "bee/0.png", "bee/1.png")
+        assert data.pixel_hashes["train"].tolist() == pixel_hashes(np.asarray(images)).tolist()
+        assert {path for path, _ in data.skipped_files} == bad.keys()
+        assert "4 train + 3 test images" in data.describe()
+        seen.append(sha256)
+    assert seen[0] == seen[1]
+    assert decoded == ([6, 5] if cached else [6, 5, 6, 5])
+    for path in bad.values():  # repaired: used again
+        put(path, 9)
+    assert len(ClassFolders(root).load("train").images) == 6
+    assert expected.image_size == 8
+
+
+def test_a_class_of_which_no_image_can_be_read_is_an_error(root):
+    for path in (root / "test" / "bee").iterdir():
+        path.write_text("text")
     data = ClassFolders(root)
-    assert data.class_names == ("Vögel", "a b", "caf\\xe9")
+    data.skip_unreadable = True
+    with pytest.raises(UserError, match=r"test: no image of the class bee"):
+        data.prepare()
+
+
+def test_a_file_that_could_not_be_opened_is_tried_at_each_start(root, settled, monkeypatch):
+    path = root / "train" / "ant" / "1.png"
+    with monkeypatch.context() as patch:
+
+        def refuse(name):
+            if name == str(path):
+                raise OSError(5, "Input/output error")
+
+        patch.setattr(image_decoding, "_check_file", refuse)
+        data = ClassFolders(root)
+        data.skip_unreadable = True
+        data.prepare()
+        assert [name for name, _ in data.skipped_files] == ["train/ant/1.png"]
+    assert reds(ClassFolders(root).load("train")) == [0, 1, 2, 100, 101, 102]
+
+
+def test_all_that_is_not_used_is_listed_with_its_reason_and_what_may_be_a_mistake_is_said(root, capsys):
+    put(root / "train" / "loose.png", 1)
+    put(root / "train" / ".hidden" / "0.png", 1)
+    put(root / "valid" / "ant" / "0.png", 1)
+    (root / "train" / "bee" / "notes.txt").write_text("")
+    (root / "test" / "bee" / ".DS_Store").write_text("")
+    data = ClassFolders(root)
     data.prepare()
-    assert reds(ClassFolders(root).load("train")) == [1, 0, 2]
-    note = json.loads((root / CACHE_FOLDER / "train-8.json").read_text("utf-8"))
-    assert note["class_names"] == list(data.class_names)
+    assert sorted(path for path, _ in data.skipped_files) == [
+        "test/bee/.DS_Store",
+        "train/.hidden",
+        "train/bee/notes.txt",
+        "train/loose.png",
+    ]
+    out = capsys.readouterr().out
+    assert "loose.png" in out
+    assert "valid" in out
+    assert "DS_Store" not in out
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+def test_class_names_are_compared_in_one_unicode_form(root):
+    (root / "train" / "ant").rename(root / "train" / NFC)
+    (root / "test" / "ant").rename(root / "test" / NFD)
+    data = ClassFolders(root)
+    assert data.class_names == ("bee", NFC)
+    assert reds(data.load("train")) == [100, 101, 102, 0, 1, 2]
+    assert reds(data.load("test")) == [100, 101, 0, 1]
+    assert data.load("test").targets.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has names in any form, and names that are not UTF-8")
+@pytest.mark.parametrize("names", [(NFC, NFD), (os.fsdecode(b"lat\xff"), "lat\\xff")])
+def test_two_folders_that_would_be_one_class_are_refused(names, root):
+    for split in ("train", "test"):
+        for name in names:
+            put(root / split / name / "0.png", 1)
+    with pytest.raises(UserError) as caught:
+        ClassFolders(root)
+    assert all(ascii(name) in str(caught.value) for name in names)
+    assert str(caught.value).count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has file names that are not UTF-8")
+def test_names_that_are_not_utf8_are_shown_escaped_everywhere(root, capsys):
+    odd = os.fsdecode(b"lat\xff\x1b[31m")
+    for split in ("train", "test"):
+        put(root / split / odd / "0.png", 1)
+    (root / "train" / odd / os.fsdecode(b"\xfe.png")).write_text("no image")
+    (root / "train" / os.fsdecode(b"\xfd.txt")).write_text("loose")
+    with pytest.raises(UserError):
+        ClassFolders(root).prepare()
+    assert len(listed(root / CACHE_FOLDER / "unreadable.jsonl")) == 1
+    data = ClassFolders(root)
+    data.skip_unreadable = True
+    data.prepare()
+    out = capsys.readouterr().out
+    out.encode("utf-8")
+    assert "\x1b" not in out
+    assert "\\udcfe.png" in out
+
+
+def dangling_class(root: Path) -> None:
+    (root / "train" / "cow").symlink_to("gone")
+
+
+def looping_class(root: Path) -> None:
+    (root / "train" / "cow").symlink_to("cow")
+
+
+def dangling_split(root: Path) -> None:
+    (root / "val").symlink_to("gone")
+
+
+@pytest.mark.parametrize("spoil_by", [dangling_class, looping_class, dangling_split])
+def test_a_class_or_split_that_is_a_link_to_nothing_is_refused(spoil_by, root):
+    spoil_by(root)
+    with pytest.raises(UserError, match=r"cow|val"):
+        ClassFolders(root)
+
+
+@pytest.mark.parametrize(("num", "bad"), [(1, [0]), (5, [0]), (5, [4]), (5, [1, 3]), (5, [0, 1, 2, 3, 4]), (5, [])])
+def test_rows_are_dropped_in_place(num, bad, tmp_path):
+    rows = np.random.default_rng(0).integers(0, 256, (num, 4, 4, 3), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", rows)
+    image_folder.drop_rows(tmp_path / "a.npy", bad)
+    np.save(tmp_path / "b.npy", np.delete(rows, bad, axis=0))
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()

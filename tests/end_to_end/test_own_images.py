@@ -65,3 +65,36 @@ def test_mixed_and_uneven_images_are_trained_on_tested_predicted_and_reported(
     rows = (tmp_path / "predictions.csv").read_text(encoding="utf-8").splitlines()[1:]
     assert len(rows) == sum(1 for path in (root / "test").rglob("*.*"))
     start("analyze", run.path, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_unreadable_images_are_left_out_on_request_and_again_in_a_resume(tmp_path):
+    root = write_folders(tmp_path / "images", 2, lambda number: 20)
+    for name in ("train/class 000/bad\n.png", "test/class 001/x.heic", "test/class 001/no suffix"):
+        (root / name).write_text("no image")
+    (root / "train" / "loose.png").write_text("in no class")
+    flags = ["--data.dataset", "folder", "--data.root", root, "--data.image_size", 16, "--batch_size", 10]
+    flags += ["--model.model_kwargs", "{widths: [4, 4, 8]}", "--epochs", 1, "--run_dir", "run"]
+    refused = start("fit", *flags, cwd=tmp_path, check=False)
+    assert refused.returncode == 2
+    assert len(refused.stderr.splitlines()) <= 3
+    assert "1 of 41 images" in refused.stderr
+    assert "2 of 12 images" in refused.stderr
+    assert not (tmp_path / "run").exists()
+    trained = start("fit", *flags, "--data.skip_unreadable", "true", cwd=tmp_path)
+    assert "3 of 53 images are left out" in trained.stdout
+    run = RunFolder(tmp_path / "run")
+    listed = {row["path"]: row["reason"] for row in map(json.loads, run.skipped_files.read_text("ascii").splitlines())}
+    assert sorted(listed) == [
+        "test/class 001/no suffix",
+        "test/class 001/x.heic",
+        "train/class 000/bad\n.png",
+        "train/loose.png",
+    ]
+    assert json.loads(run.split.read_text())["sizes"] == {"train": 36, "val": 4, "test": 10}
+    resumed = start("fit", "--resume", run.path, "--epochs", 2, cwd=tmp_path)
+    assert "3 of 53 images are left out" in resumed.stdout
+    image(np.random.default_rng(1), 0, 2, "RGB").save(root / "train" / "class 000" / "bad\n.png")
+    other = start("fit", "--resume", run.path, "--epochs", 3, cwd=tmp_path, check=False)
+    assert other.returncode == 2
+    assert "not the images" in other.stderr

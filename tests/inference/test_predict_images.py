@@ -230,9 +230,57 @@ def test_unreadable_images_are_listed_and_all_others_predicted(run, capsys):
     rows = read_csv()
     assert [row["path"] for row in rows] == [str(paths[k]) for k in (1, 2, 5, 6)]
     assert_as_naive(run, rows)
-    printed = capsys.readouterr().err.splitlines()
+    *printed, count = capsys.readouterr().err.splitlines()
     assert [line.split(" ")[0] for line in printed] == [str(paths[k]) for k in (0, 3, 4, 7)]
     assert all("cannot be read (" in line for line in printed)
+    assert count.startswith("4 files ")
+    assert count.endswith("skipped_files.jsonl")
+    assert [row["path"] for row in skipped()] == [str(paths[k]) for k in (0, 3, 4, 7)]
+
+
+def skipped(path="skipped_files.jsonl"):
+    return [json.loads(line) for line in Path(path).read_text("ascii").splitlines()]
+
+
+def test_all_files_of_a_folder_are_predicted_or_listed_with_a_reason(run, capsys):
+    """The first two are images though no suffix says so; no other one may be left out without a word."""
+    image = save_images(1, Path("top/b"))[0].read_bytes()
+    for name in ("IMG_0001", "photo.unknown"):
+        Path("top", name).write_bytes(image)
+    odd = ["a.heic", "no_suffix", "x.unknown", "bad.png"]
+    not_images = ["notes.txt", "clip.MP4", "all.zip", "page.eps", ".hidden.png", ".git/x.png"]
+    for name in odd + not_images:
+        Path("top", name).parent.mkdir(exist_ok=True)
+        Path("top", name).write_bytes(b"no image")
+    if os.name == "posix":
+        Path("top/linked").symlink_to(Path("top/b").resolve())
+        Path("top/gone.png").symlink_to("nowhere")
+    assert predict_images(run, [Path("top")], output=Path("out.csv")) == 5
+    assert [row["path"] for row in read_csv()] == [f"top/{name}" for name in ("IMG_0001", "b/000.png", "photo.unknown")]
+    reasons = {row["path"]: row["reason"] for row in skipped()}
+    listed = [*odd, *not_images[:-1], ".git", "linked", "gone.png"]
+    assert reasons.keys() == {f"top/{name}" for name in listed}
+    assert all(reasons.values())
+    assert reasons["top/linked"] == "link to a folder"
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("5 files cannot be read, 7 files skipped")
+    assert predict_images(run, [Path("top")], output=None) == 5
+    assert "7 files skipped" in capsys.readouterr().err
+
+
+def test_a_list_of_skipped_files_never_replaces_that_of_a_run_or_of_another_output(run):
+    save_images(1)
+    Path("images/notes.txt").write_text("")
+    Path("skipped_files.jsonl").write_text("of another output")
+    predict_images(run, [Path("images")], output=Path("b.csv"))
+    assert Path("skipped_files.jsonl").read_text() == "of another output"
+    assert [row["path"] for row in skipped("b.csv.skipped_files.jsonl")] == ["images/notes.txt"]
+    predict_images(run, [Path("images")], output=Path("b.csv"), force=True)
+    assert [row["path"] for row in skipped()] == ["images/notes.txt"]
+    run.config.write_text("")
+    run.skipped_files.write_text("of the run")
+    predict_images(run, [Path("images")], output=run.path / "b.csv", force=True)
+    assert run.skipped_files.read_text() == "of the run"
 
 
 def test_an_unreadable_image_takes_one_line_whatever_its_name(run, capsys):
@@ -249,7 +297,9 @@ def test_at_most_20_unreadable_images_are_listed_and_a_file_with_a_header_remain
     assert Path("out.csv").read_bytes() == b"path,class,probability,class_2,probability_2\n"
     captured = capsys.readouterr()
     assert captured.err.splitlines()[19].startswith("19.png cannot")
-    assert captured.err.splitlines()[20:] == ["and 3 more"]
+    assert captured.err.splitlines()[20] == "and 3 more"
+    assert len(captured.err.splitlines()) == 22
+    assert len(skipped()) == 23
     assert captured.out.startswith("0 images in ")
     assert predict_images(run, paths, output=None) == 23
     assert capsys.readouterr().out == ""

@@ -10,7 +10,7 @@ from jinja2 import UndefinedError
 from made_run import CIFAR10, make_run
 
 from cifar_lightning.formatting import count, percent, unbroken
-from cifar_lightning.report.page import command_of, facts_of, render, reproduction_of
+from cifar_lightning.report.page import command_of, duplicates_of, facts_of, render, reproduction_of
 from cifar_lightning.report.report import make_report
 
 HUNDRED = [f"a_class_{index:02}" for index in range(100)]
@@ -336,3 +336,24 @@ def test_images_above_the_crisp_size_are_reduced(tmp_path):
     assert 'class="smooth"' in page
     assert "data:image/jpeg" in page
     assert np.load(made.gallery)["images"].nbytes > 5 * len(page)
+
+
+def test_identical_images_have_a_section_only_where_there_are_any(tmp_path, page):
+    assert "Identical images" not in page
+    run = make_run(tmp_path / "run")
+    split = json.loads(run.split.read_text())
+    first = [["test/<b>/0.png", "train/a/\x1b[31m.png"]]
+    split["duplicates"] = [{"kind": "across splits", "text": "5 of 9 test images", "num_images": 5, "first": first}]
+    run.split.write_text(json.dumps(split))
+    make_report(run)
+    shown = run.report.read_text(encoding="utf-8")
+    assert 'id="duplicates"' in shown
+    assert "5 of 9 test images" in shown
+    assert "test/&lt;b&gt;/0.png = train/a/\\x1b[31m.png" in shown
+
+
+@pytest.mark.parametrize(
+    "odd", [None, 3, "text", {"a": 1}, [3], [{}], [{"first": 3}], [{"first": [3]}], [{"first": {}}]]
+)
+def test_a_strange_list_of_identical_images_is_no_error(odd):
+    duplicates_of({"split": {"duplicates": odd}})

@@ -1,0 +1,70 @@
+"""Identical images: in several splits, under different labels, and repeated within a split."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, pixel_hashes
+from cifar_lightning.data.splits import SplitIndices
+
+_NUM_SHOWN = 5  # groups of identical images that are named, with up to 4 images each
+_ACROSS: tuple[tuple[Split, Split], ...] = (("test", "train"), ("test", "val"), ("val", "train"))
+
+
+class _Row(NamedTuple):
+    split: Split
+    label: int
+    name: str
+
+
+def find_duplicates(
+    images: Mapping[Split, ImageSet],
+    splits: SplitIndices,
+    hashes: Mapping[Split, np.ndarray],
+    names: Mapping[Split, Sequence[str]],
+) -> list[dict[str, Any]]:
+    """Find identical decoded images among the splits.
+
+    Args:
+        images: The image sets of a source.
+        splits: The images of each split.
+        hashes: `pixel_hashes` of the sets for which they are known.
+        names: Names of the images of a set, if they have names.
+
+    Returns:
+        For each kind of duplicates that there is: `kind` ("across splits", "other label" or "within splits"), `text`
+        with the counts, `num_images`, and `first`: the names of the images of the first groups.
+    """
+    hashes = {split: hashes[split] if split in hashes else pixel_hashes(images[split].images) for split in images}
+    indices = [splits.of(split).numpy() for split in SPLITS]
+    split_of, index_of = np.repeat(np.arange(len(indices)), [len(of) for of in indices]), np.concatenate(indices)
+    keys = np.concatenate([hashes[splits.source_of(split)][of] for split, of in zip(SPLITS, indices, strict=True)])
+    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    same: dict[bytes, list[_Row]] = {}
+    for at in np.flatnonzero(counts[inverse] > 1).tolist():  # of these nearly all are identical to another one
+        split, index = SPLITS[split_of[at]], int(index_of[at])
+        source = splits.source_of(split)
+        pixels = np.ascontiguousarray(images[source].images[index])
+        name = f"{source}/{names[source][index]}" if source in names else f"{source} image {index}"
+        row = _Row(split, int(images[source].targets[index]), name)
+        same.setdefault(hashlib.blake2b(pixels.data).digest(), []).append(row)
+    groups = [group for group in same.values() if len(group) > 1]
+    in_split = [{split: sum(row.split == split for row in group) for split in SPLITS} for group in groups]
+    found = []
+
+    def add(kind: str, text: str, nums: list[int], differing: Callable[[_Row], object]) -> None:
+        if num := sum(nums):
+            chosen = [group for group, one in zip(groups, nums, strict=True) if one][:_NUM_SHOWN]
+            first = [list({differing(row): row.name for row in reversed(group)}.values())[-4:] for group in chosen]
+            found.append({"kind": kind, "text": f"{num:,} {text}", "num_images": num, "first": first})
+
+    for one, other in _ACROSS:
+        text = f"of {len(splits.of(one)):,} {one} images are also in {other}"
+        add("across splits", text, [nums[one] if nums[other] else 0 for nums in in_split], lambda row: row.split)
+    nums = [len(group) * (len({row.label for row in group}) > 1) for group in groups]
+    add("other label", "images have an identical image with another label", nums, lambda row: row.label)
+    nums = [sum(max(0, num - 1) for num in nums.values()) for nums in in_split]
+    add("within splits", "images repeat another one of their split", nums, lambda row: row.name)
+    return found
