@@ -203,7 +203,10 @@ def check_config(path: Path) -> None:
         return
     if not isinstance(tree, dict):
         raise UserError(f"{file}: holds a {type(tree).__name__}; a recipe is keys and values, as in configs/.")
-    for name, value in _leaves(tree):
+    leaves = list(_leaves(tree))
+    for name, value in leaves:
+        if sum(other == name for other, _ in leaves) > 1:  # as model: {lr: 1} and as model.lr: 1
+            raise UserError(f"{file}: {clipped(name)} is given twice; leave one of them out.")
         if not _is_setting(name):
             raise UserError(f"{file}: {clipped(name)} is no setting.{suggest_flag(name).replace('--', '', 1)}")
         if isinstance(value, str | int | float | list):

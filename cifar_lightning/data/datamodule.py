@@ -197,7 +197,7 @@ class ImageDataModule(pl.LightningDataModule):
     # -- loaders -------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> ImageLoader:
-        """Return the loader of augmented training batches, in a new order each epoch."""
+        """Return the loader of augmented training batches, in a new order each epoch (`overfit_batches`: the same)."""
         return self._loader("train", training=True)
 
     def val_dataloader(self) -> ImageLoader | list[Any]:
@@ -239,6 +239,8 @@ class ImageDataModule(pl.LightningDataModule):
             drop_last=training and self.drop_last,
             rank=rank,
             balanced_by=self._train_targets() if training and self.has_balanced_sampler else None,
+            # Lightning replaces the sampler of a DataLoader for it, which these loaders are not.
+            repeats=training and getattr(self.trainer, "overfit_batches", 0) > 0,
         )
 
     def _evaluation_order(self, split: Split) -> Tensor:
@@ -257,6 +259,10 @@ class ImageDataModule(pl.LightningDataModule):
     def num_train_batches(self, num_ranks: int = 1) -> int:
         """Return the number of training steps of an epoch; it does not depend on a loader's position."""
         return len(self._sampler("train", training=True, rank=Rank(0, num_ranks)))
+
+    def num_eval_batches(self, split: Split, num_ranks: int = 1) -> int:
+        """Return the number of steps of an evaluation of a split."""
+        return len(self._sampler(split, training=False, rank=Rank(0, num_ranks)))
 
     def rank_positions(self, split: Split, rank: Rank) -> np.ndarray:
         """Return the positions in a split that a rank evaluates, in the order of its loader."""

@@ -37,6 +37,7 @@ class EpochSampler:
         drop_last: Whether to leave out a last, smaller training batch.
         rank: This process.
         balanced_by: int64 (n,), the class of each image, to show every class equally often in training.
+        repeats: Whether every epoch has the order of the first.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class EpochSampler:
         drop_last: bool = False,
         rank: Rank,
         balanced_by: Tensor | None = None,
+        repeats: bool = False,
     ) -> None:
-        self.indices, self.batch_size, self.rank = indices, batch_size, rank
+        self.indices, self.batch_size, self.rank, self.repeats = indices, batch_size, rank, repeats
         self.seed, self.training, self.drop_last, self.balanced_by = seed, training, drop_last, balanced_by
         self.epoch = 0
         self.position = 0  # batches of `epoch` already given
@@ -91,7 +93,7 @@ class EpochSampler:
             own = self.indices[self.rank.index :: self.rank.count]
             # A rank with one image less may need an empty batch to make as many steps as the others.
             return [own[k * self.batch_size : (k + 1) * self.batch_size] for k in range(len(self))]
-        generator = seeded_generator(self.seed, self.epoch, _ORDER)
+        generator = seeded_generator(self.seed, 0 if self.repeats else self.epoch, _ORDER)
         if self.balanced_by is None:
             order = torch.randperm(len(self.indices), generator=generator)
         else:

@@ -9,6 +9,7 @@ import yaml
 # Bytes of a file's name that are not UTF-8 are U+DC80 to U+DCFF in Python and `\\uDC80` in YAML, which libyaml refuses.
 _ESCAPED_BYTE = re.compile(r"\\uDC([89A-F][0-9A-F])")
 _BYTES = {0x10FF00 + byte: 0xDC00 + byte for byte in range(0x80, 0x100)}  # characters that nobody uses stand for them
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is faster and refuses deep nesting by itself
 MAX_DEPTH = 40  # lists and dicts within each other; the deepest of our own recipes is 4
 MAX_NODES = 100_000  # with every alias written out: some ten short lines of aliases can stand for 10^9 values
 
@@ -19,8 +20,7 @@ def read_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: It is none, or holds what a recipe has no use for.
     """
-    # libyaml's loader, where there is one, is faster and refuses deep nesting by itself.
-    return checked(lambda text: yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))(text)
+    return checked(lambda text: yaml.load(text, Loader=_LOADER))(text)
 
 
 def checked(load: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -32,13 +32,36 @@ def checked(load: Callable[[str], Any]) -> Callable[[str], Any]:
 
     def read(text: str) -> Any:
         try:
-            value = load(_ESCAPED_BYTE.sub(r"\\U0010FF\1", text))
+            escaped = _ESCAPED_BYTE.sub(r"\\U0010FF\1", text)
+            value = load(escaped)
+            _refuse_twice(escaped)
         except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
             raise yaml.YAMLError(str(error) or type(error).__name__) from error
         _refuse_endless(value)
         return _with_bytes(value)
 
     return read
+
+
+def _refuse_twice(text: str) -> None:
+    """Refuse a key that a mapping has twice: PyYAML silently takes the last one."""
+    nodes = [yaml.compose(text, Loader=_LOADER)]
+    seen = set[int]()  # an alias is the node it names
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            lines = dict[tuple[str, str], int]()
+            for key, value in node.value:
+                line, name = key.start_mark.line + 1, (key.tag, str(key.value))
+                if name in lines:
+                    raise yaml.YAMLError(f"{key.value} is given twice, on lines {lines[name]} and {line}")
+                lines[name] = line
+                nodes.append(value)
 
 
 def _with_bytes(value: Any) -> Any:

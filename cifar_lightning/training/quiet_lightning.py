@@ -8,6 +8,8 @@ _SILENCED = (
     ".*It is recommended to use .*sync_dist=True.*",
     # Our logger steps once an epoch whatever log_every_n_steps is.
     ".*is smaller than the logging interval.*",
+    # `EpochSampler` itself repeats the batches, which Lightning cannot know.
+    "You requested to overfit but enabled .* dataloader shuffling.*",
     # Lightning 2.6 asks torch's pytree in a way that torch has deprecated.
     ".*LeafSpec.*is deprecated.*",
     # `test` needs no callback of `fit`; a run resumed in another folder starts with a best checkpoint of its own.
@@ -24,5 +26,7 @@ def silence() -> None:
     """Silence tips, the list of absent accelerators, the line about the seed, and the warnings above."""
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    for asked_for in ("callbacks", "profilers"):  # they log what verbose=True or a profiler asks for
+        logging.getLogger(f"lightning.pytorch.{asked_for}").setLevel(logging.INFO)
     for message in _SILENCED:
         warnings.filterwarnings("ignore", message)

@@ -21,6 +21,16 @@ def test_an_epoch_has_every_image_once_and_the_next_another_order():
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("balanced_by", [None, torch.arange(COUNT) % 3])
+def test_with_repeats_every_epoch_has_the_order_of_the_first(balanced_by):
+    usual, repeated = (sampler(repeats=repeats, balanced_by=balanced_by) for repeats in (False, True))
+    first, second, third = (torch.cat(repeated.begin()) for _ in range(3))
+    assert torch.equal(first, torch.cat(usual.begin()))
+    assert torch.equal(first, second)
+    repeated.load_state_dict({"epoch": 7, "position": 2})
+    assert torch.equal(torch.cat(repeated.begin()), third[16:])
+
+
 @pytest.mark.parametrize(("count", "ranks"), [(50, 2), (50, 3), (49, 3), (17, 2), (25, 3)])
 def test_ranks_deal_each_global_batch_evenly_and_make_as_many_steps(count, ranks):
     shares = [sampler(count, rank=Rank(r, ranks)).begin() for r in range(ranks)]

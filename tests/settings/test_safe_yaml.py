@@ -39,6 +39,16 @@ def test_aliases_of_aliases_are_counted_as_written_out_and_refused_at_once():
     assert time.monotonic() - began < 5  # 10^30 values would take longer than the universe is old
 
 
+TWICE = ["lr: 1\nlr: 2", "{lr: 1, 'lr': 1}", "- {a: {b: 1, c: 2, b: 3}}", "a: &x {b: 1, b: 2}\nc: *x"]
+
+
+@pytest.mark.parametrize("text", TWICE)
+def test_a_key_that_a_mapping_has_twice_is_refused(text):
+    with pytest.raises(yaml.YAMLError, match=r"(lr|b) is given twice, on lines 1 and [12]"):
+        read_yaml(text)
+    assert read_yaml("a: &x {b: 1}\nc: {b: 1}\nd: {<<: *x, b: 2}")["d"] == {"b": 2}
+
+
 def test_depth_is_allowed_to_its_limit_and_not_beyond():
     assert read_yaml("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1))
     with pytest.raises(yaml.YAMLError, match="nested deeper"):
