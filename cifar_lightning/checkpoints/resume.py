@@ -62,7 +62,7 @@ class StopPoint:
         limit = self.limit(max_epochs, max_steps)
         return ended | {"by": limit, "planned_steps": self.steps_done} if limit else ended
 
-    def tell(self, run: RunFolder, changes: Changes, schedule: str = "one_cycle") -> list[str]:
+    def describe(self, run: RunFolder, changes: Changes, schedule: str = "one_cycle") -> list[str]:
         """Return the lines to print: where the run resumes, with epochs counted from 1, and what changed."""
         inside = f"in epoch {self.epochs_done + 1} after step {self.steps_done:,}"
         lines = [f"Resuming {run.path} {inside if self.is_inside_epoch else f'after epoch {self.epochs_done}'}."]
@@ -147,7 +147,7 @@ def stop_point(run: RunFolder) -> StopPoint:
     )
 
 
-def clear_up(run: RunFolder, point: StopPoint) -> None:
+def clean_up(run: RunFolder, point: StopPoint) -> None:
     """Warn of damaged checkpoints and rename them to *.damaged; delete temporary files of killed writes.
 
     Otherwise the next save would move a damaged last.ckpt over a good previous.ckpt.
@@ -180,7 +180,7 @@ def restore_files(run: RunFolder, point: StopPoint, data: ImageDataModule) -> No
         print(f"warning: {run.best_checkpoint} is missing; the best of what follows is tested.", file=sys.stderr)
 
 
-def other_images(run: RunFolder, data: ImageDataModule) -> str:
+def split_difference(run: RunFolder, data: ImageDataModule) -> str:
     """Return how the data differs from that of a run; empty if it does not."""
     theirs, ours = read_json(run.split), data.split_summary()
     if any(theirs[key] != ours[key] for key in ("sha256", "train", "val")):

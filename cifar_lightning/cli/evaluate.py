@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar_lightning.checkpoints.resume import other_images
+from cifar_lightning.checkpoints.resume import split_difference
 from cifar_lightning.cli.lightning_cli import TrainingCLI, build_trainer, prepare_data
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
@@ -50,7 +50,7 @@ def find_run(command: str, checkpoint: Path, data: ImageDataModule, output: Path
         return None
     reason = "not in a run folder"
     if checkpoint.parent == run.checkpoints and run.split.exists():
-        reason = other_images(run, data)
+        reason = split_difference(run, data)
         if not reason and checkpoint != run.tested_checkpoint:
             reason = f"its files are not of {checkpoint.name}"
         if not reason:

@@ -13,11 +13,11 @@ from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint, r
 from cifar_lightning.checkpoints.resume import (
     Changes,
     StopPoint,
-    clear_up,
+    clean_up,
     find_changes,
     locked,
-    other_images,
     restore_files,
+    split_difference,
     stop_point,
 )
 from cifar_lightning.cli.lightning_cli import TrainingCLI, build_trainer, prepare_data
@@ -111,9 +111,9 @@ def create_or_resume_run(
         return RunFolder(announced_run(resume.run.path if resume is not None else cli.settings.run_dir))
     if resume is not None:
         run = resume.run
-        clear_up(run, resume.point)
+        clean_up(run, resume.point)
         restore_files(run, resume.point, data)
-        if reason := other_images(run, data):
+        if reason := split_difference(run, data):
             raise UserError(f"{run.path}: {reason}; a resumed run would train on its validation images.")
     else:
         model.prepare(data)  # loads pretrained weights, which may be missing
@@ -191,7 +191,7 @@ def train(
         for path in (resume.run.metrics_csv, resume.run.timing_csv):
             MetricsTable(path).cut_after(resume.point.epochs_done - 1)  # they count from 0
         resume.run.discard_results()  # of the weights before
-        print("\n".join(resume.point.tell(resume.run, resume.changes, model.schedule_settings.name)))
+        print("\n".join(resume.point.describe(resume.run, resume.changes, model.schedule_settings.name)))
     # weights_only: a checkpoint is data and must not be able to run code.
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
 

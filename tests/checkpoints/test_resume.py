@@ -9,7 +9,7 @@ import yaml
 
 from cifar_lightning.checkpoints.resume import (
     StopPoint,
-    clear_up,
+    clean_up,
     describe_changes,
     find_changes,
     locked,
@@ -71,7 +71,7 @@ def test_the_stop_point_is_that_of_the_last_checkpoint(run):
     save(run.last_checkpoint, 3, steps_inside=4)
     inside = point(checkpoint=run.last_checkpoint, steps_done=34, is_inside_epoch=True)
     assert stop_point(run) == inside
-    assert inside.tell(run, {}) == [f"Resuming {run.path} in epoch 4 after step 34."]
+    assert inside.describe(run, {}) == [f"Resuming {run.path} in epoch 4 after step 34."]
     run.last_checkpoint.unlink()
     with pytest.raises(UserError, match=r"last\.ckpt is missing"):
         stop_point(run)
@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, capsys):
     run.last_checkpoint.write_bytes(run.previous_checkpoint.read_bytes()[:-1000])
     found = stop_point(run)
     assert (found.checkpoint, found.epochs_done, found.steps_done) == (run.previous_checkpoint, 2, 20)
-    clear_up(run, found)
+    clean_up(run, found)
     warned = capsys.readouterr().err.splitlines()
     assert len(warned) == 2
     assert str(run.last_checkpoint) in warned[0]
@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, capsys):
 def test_only_what_is_damaged_is_set_aside(run):
     save(run.best_checkpoint, 1)
     run.previous_checkpoint.write_bytes(b"")  # and no last.ckpt
-    clear_up(run, stop_point(run))
+    clean_up(run, stop_point(run))
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["best.ckpt", "previous.ckpt.damaged"]
 
 
@@ -125,7 +125,7 @@ def test_temporary_files_of_killed_writes_are_deleted(run):
     left = [run.checkpoints / ".last.ckpt.0a1b2c3d.tmp", run.path / ".metrics.csv.0a1b2c3d.tmp"]
     for file in left:
         file.touch()
-    clear_up(run, stop_point(run))
+    clean_up(run, stop_point(run))
     assert not any(file.exists() for file in left)
     assert run.last_checkpoint.exists()
 
@@ -155,12 +155,12 @@ PLANNED += [("model.sgd_momentum", False), ("model.weight_decay", False), ("mode
 
 @pytest.mark.parametrize(("key", "is_planned"), PLANNED)
 def test_changes_that_move_the_schedule_are_reported(run, key, is_planned):
-    text = "\n".join(point().tell(run, {key: (1, 2)}))
+    text = "\n".join(point().describe(run, {key: (1, 2)}))
     assert ("OneCycle is computed again" in text) is is_planned
 
 
 def test_the_schedule_of_the_run_is_named(run):
-    text = "\n".join(point().tell(run, {"model.lr": (0.1, 0.2)}, "linear"))
+    text = "\n".join(point().describe(run, {"model.lr": (0.1, 0.2)}, "linear"))
     assert "OneCycle" not in text
     assert "The linear schedule is computed again" in text
 
@@ -236,7 +236,7 @@ def test_a_resume_on_another_processor_is_reported():
     assert inexact_resumes({"resumed": [{}, {"processor_change": change}]}) == [f"not bitwise: {change}"]
 
 
-def test_changes_are_found_and_told(run):
+def test_changes_are_found_and_described(run):
     assert find_changes(run, changed()) == {}
     changes = find_changes(run, changed(trainer={"max_epochs": 4}, seed_everything=1))
     assert changes == {"seed_everything": (0, 1), "trainer.max_epochs": (2, 4)}

@@ -68,16 +68,16 @@ def test_fit_says_what_it_trains_on_and_shows_the_report_without_noise(finished)
 def test_the_files_of_a_run_agree_with_each_other(finished):
     run, _ = finished
     metrics = json.loads((run / "test_metrics.json").read_text())
-    answers = np.load(run / "predictions.npz")
+    predictions = np.load(run / "predictions.npz")
     matrix = torch.load(run / "confusion_matrix.pt", weights_only=True)
-    preds = answers["logits"].argmax(1)
-    assert len(answers["targets"]) == metrics["num_pictures"] == matrix.sum() == 1000
-    assert metrics["accuracy"] == (preds == answers["targets"]).mean() == matrix.trace().item() / 1000
+    preds = predictions["logits"].argmax(1)
+    assert len(predictions["targets"]) == metrics["num_pictures"] == matrix.sum() == 1000
+    assert metrics["accuracy"] == (preds == predictions["targets"]).mean() == matrix.trace().item() / 1000
     assert matrix.dtype == torch.int64
     for target in range(10):
-        assert matrix[target].tolist() == np.bincount(preds[answers["targets"] == target], minlength=10).tolist()
+        assert matrix[target].tolist() == np.bincount(preds[predictions["targets"] == target], minlength=10).tolist()
     rows = list(csv.reader((run / "confusion_matrix.csv").read_text(encoding="utf-8").splitlines()))
-    assert [row[0] for row in rows[1:]] == rows[0][1:] == answers["class_names"].tolist()
+    assert [row[0] for row in rows[1:]] == rows[0][1:] == predictions["class_names"].tolist()
     assert [[int(cell) for cell in row[1:]] for row in rows[1:]] == matrix.tolist()
     gallery = np.load(run / "gallery.npz")
     assert gallery["images"].dtype == np.uint8
@@ -91,8 +91,8 @@ def test_metrics_have_a_row_an_epoch_and_the_best_epoch_was_kept(finished):
     assert {"train/loss", "train/acc", "val/loss", "val/acc", "lr"} <= set(rows[0])
     best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["epoch"] == int(np.argmax([float(row["val/acc"]) for row in rows]))
-    answers = np.load(run / "predictions_val.npz")
-    accuracy = (answers["logits"].argmax(1) == answers["targets"]).mean()
+    predictions = np.load(run / "predictions_val.npz")
+    accuracy = (predictions["logits"].argmax(1) == predictions["targets"]).mean()
     assert accuracy == pytest.approx(max(float(row["val/acc"]) for row in rows), abs=1e-6)
 
 
@@ -124,11 +124,11 @@ def test_tensorboard_has_scalars_classes_and_images(finished):
     scalars, images = board.Tags()["scalars"], board.Tags()["images"]
     assert {"train/loss", "train/acc", "val/loss", "val/acc", "step/lr"} <= set(scalars)
     assert not {"lr", "epoch"} & set(scalars)  # step/lr is the finer curve; the epoch says nothing
-    answers = np.load(run / "predictions_val.npz")
-    of_disks = answers["targets"] == 0
+    predictions = np.load(run / "predictions_val.npz")
+    of_disks = predictions["targets"] == 0
     best = int(np.argmax([event.value for event in board.Scalars("val/acc")]))
     shown = board.Scalars("val_acc_of_class/disk")[best].value
-    assert shown == pytest.approx((answers["logits"].argmax(1)[of_disks] == 0).mean())
+    assert shown == pytest.approx((predictions["logits"].argmax(1)[of_disks] == 0).mean())
     assert sum(tag.startswith("val_acc_of_class/") for tag in scalars) == 10
     assert {"train/batch_as_trained_on", "val/confusion_matrix"} <= set(images)
 
@@ -143,8 +143,8 @@ def test_test_of_a_run_repeats_its_figures_and_validate_its_validation(finished)
     assert (run / "test_metrics.json").read_bytes() == before
     (run / "predictions_val.npz").unlink()
     validated = start("validate", run, cwd=run.parent)
-    answers = np.load(run / "predictions_val.npz")
-    accuracy = (answers["logits"].argmax(1) == answers["targets"]).mean()
+    predictions = np.load(run / "predictions_val.npz")
+    accuracy = (predictions["logits"].argmax(1) == predictions["targets"]).mean()
     assert f"Validation accuracy {100 * accuracy:.2f} %" in validated.stdout
 
 
@@ -166,12 +166,12 @@ def test_the_saved_config_repeats_the_run_digit_for_digit(finished):
 def test_predict_writes_logits_and_probabilities_of_the_test_images(finished, tmp_path):
     run, _ = finished
     before = dict(np.load(run / "predictions.npz"))
-    done = start("predict", run, "--output", tmp_path / "answers.npz", cwd=run.parent)
+    done = start("predict", run, "--output", tmp_path / "predictions.npz", cwd=run.parent)
     assert "1,000 test images" in done.stdout
-    answers = np.load(tmp_path / "answers.npz")
-    assert all(np.array_equal(answers[name], before[name]) for name in before)
-    np.testing.assert_allclose(answers["probs"].sum(1), 1, atol=1e-5)
-    assert answers["probs"].argmax(1).tolist() == answers["logits"].argmax(1).tolist()
+    predictions = np.load(tmp_path / "predictions.npz")
+    assert all(np.array_equal(predictions[name], before[name]) for name in before)
+    np.testing.assert_allclose(predictions["probs"].sum(1), 1, atol=1e-5)
+    assert predictions["probs"].argmax(1).tolist() == predictions["logits"].argmax(1).tolist()
 
 
 def test_weights_of_another_run_start_a_new_one(finished, tmp_path):
@@ -180,7 +180,7 @@ def test_weights_of_another_run_start_a_new_one(finished, tmp_path):
     done = start("fit", *TINY, *still, "--init_weights", run / "checkpoints" / "best.ckpt", cwd=tmp_path)
     best = max(float(row["val/acc"]) for row in csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     (row,) = csv.DictReader((tmp_path / "runs" / "smallnet" / "1" / "metrics.csv").read_text().splitlines())
-    # BatchNorm's running figures move a little; without the weights a network answers at random, 0.1.
+    # BatchNorm's running figures move a little; without the weights a network predictions at random, 0.1.
     assert float(row["val/acc"]) == pytest.approx(best, abs=0.05)
     assert done.stderr == ""
     assert "Initialized with the weights of" in done.stdout
@@ -204,7 +204,7 @@ def killed(tmp_path_factory):
     return cwd / "whole", cwd / "killed"
 
 
-def test_a_killed_run_goes_on_to_the_same_end(killed):
+def test_a_killed_run_resumes_to_the_same_end(killed):
     whole, run = killed
     done = start("fit", "--resume", run, cwd=run.parent)
     assert f"Resuming {run} " in done.stdout
@@ -217,7 +217,7 @@ def test_a_killed_run_goes_on_to_the_same_end(killed):
     assert len(json.loads((run / "environment.json").read_text())["resumed"]) == 1
 
 
-def test_a_finished_run_that_goes_on_says_what_differs_and_plans_the_schedule_anew(finished, tmp_path):
+def test_a_resumed_finished_run_reports_what_differs_and_plans_the_schedule_again(finished, tmp_path):
     run = shutil.copytree(finished[0], tmp_path / "moved")  # a folder copied elsewhere
     done = start("fit", "--resume", run, "--epochs", 4, "--lr", 0.02, cwd=tmp_path)
     for part in ("after epoch 2", "--trainer.max_epochs 4 instead of 2", "--model.lr 0.02 instead of 0.01", "OneCycle"):
@@ -262,7 +262,7 @@ def test_of_a_finished_run_only_what_is_missing_is_made(finished, tmp_path):
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
-def test_a_run_is_not_gone_on_with_on_other_images(tmp_path, monkeypatch, capsys):
+def test_a_run_is_not_resumed_on_other_images(tmp_path, monkeypatch, capsys):
     folders = [tmp_path / "own" / part / name for part in ("train", "test") for name in ("a", "b")]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -308,7 +308,7 @@ def test_a_run_is_locked_before_anything_of_it_is_read(monkeypatch, capsys, tmp_
     open_run(run.path, lock=True).lock.release()
 
 
-def test_a_further_process_started_from_outside_joins_the_run_that_is_gone_on_with(monkeypatch, tmp_path):
+def test_a_further_process_started_from_outside_joins_the_resumed_run(monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("CIFAR_LIGHTNING_RUN_DIR", raising=False)
     resume = Resume(RunFolder(tmp_path), None, {})

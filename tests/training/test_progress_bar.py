@@ -158,7 +158,7 @@ def test_a_step_is_described_with_the_images_of_all_its_batches(tmp_path):
 
 
 def test_too_few_epochs_for_the_image_sizes_are_reported(tmp_path):
-    for sizes, is_told in (([8, 12, 12, 16], True), ([12, 16], False)):
+    for sizes, is_reported in (([8, 12, 12, 16], True), ([12, 16], False)):
         file = io.StringIO()
         fit_with(tmp_path, bar_on(file), train_sizes=sizes)  # two epochs
-        assert ("trains at 12 pixels, tests run at 16" in " ".join(file.getvalue().split())) is is_told
+        assert ("trains at 12 pixels, tests run at 16" in " ".join(file.getvalue().split())) is is_reported
