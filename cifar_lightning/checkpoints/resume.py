@@ -26,25 +26,15 @@ Changes = dict[str, tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class StopPoint:
-    """Where a run's last checkpoint was saved.
-
-    Attributes:
-        checkpoint: The file.
-        epochs_done: Finished epochs.
-        steps_done: Optimizer steps.
-        stopped_early: Whether early stopping ended the run.
-        has_best: Whether an epoch was saved as best.ckpt before.
-        is_inside_epoch: Whether the checkpoint was saved inside an epoch.
-        damages: Newer checkpoints that are damaged or missing, each with the error.
-    """
+    """Where a run's last checkpoint was saved."""
 
     checkpoint: Path
     epochs_done: int
     steps_done: int
     stopped_early: bool = False
-    has_best: bool = False
+    has_best: bool = False  # whether an epoch was saved as best.ckpt before
     is_inside_epoch: bool = False
-    damages: tuple[tuple[Path, str], ...] = ()
+    damages: tuple[tuple[Path, str], ...] = ()  # newer checkpoints that are damaged or missing, each with the error
 
     def is_end(self, max_epochs: int | None, max_steps: int, changes: Changes) -> bool:
         """Whether nothing is left to train; a run that stopped early continues once a setting changes."""

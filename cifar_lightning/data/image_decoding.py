@@ -104,28 +104,16 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # Python prints erro
 
 
 def read_file(path: str) -> bytes:
-    """Return the content of a regular file.
-
-    Raises:
-        OSError: It cannot be opened.
-        ValueError: It is not a regular file, or too large.
-    """
+    """Return the content of a regular file; a `ValueError` says that it is none, or too large."""
     _check_file(path)
     with open(path, "rb") as file:
         return file.read()
 
 
 def decode_image(path: str, image_size: int, remarks: list[str] | None = None, read: Read = read_file) -> np.ndarray:
-    """Decode one image by the rules at the top of this file.
+    """Decode one image by the rules at the top of this file, to uint8 RGB (image_size, image_size, 3).
 
-    Args:
-        path: The file.
-        image_size: Height and width in pixels.
-        remarks: Receives what is unusual about the image.
-        read: Reads the file.
-
-    Returns:
-        uint8 RGB (image_size, image_size, 3), 0-255.
+    `remarks` receives what is unusual about the image; `read` reads the file.
 
     Raises:
         UserError: The file is damaged, not an image, unsupported or too large; the message starts with `path`.
@@ -214,8 +202,7 @@ def _is_orientation_text(chunk: bytes) -> bool:
 def _conversion(image: ImageFile) -> Callable[[Image.Image], Image.Image]:
     """Return the conversion to RGB of an image that is not loaded yet, or of a piece of it.
 
-    Raises:
-        ValueError: Pillow does not read the samples correctly, or their white is not defined.
+    A `ValueError` says that Pillow does not read the samples correctly, or that their white is not defined.
     """
     raw_mode = str(image.tile[0][3]) if image.tile else ""  # lost by loading, as are the tags
     tags: Any = getattr(image, "tag_v2", {})
@@ -287,14 +274,10 @@ def _square(
     image_size: int,
     to_rgb: Callable[[Image.Image], Image.Image],
 ) -> Image.Image:
-    """Resize the centre square of an image and turn it upright.
+    """Resize the centre square of a loaded image and turn it upright.
 
-    Args:
-        image: Loaded, as it lies in the file.
-        original: Width and height in the file; `image` may be smaller.
-        reduction: Pixels of the original per pixel of `image`.
-        image_size: Height and width of the result.
-        to_rgb: Converts a piece of the image to RGB.
+    `original` is width and height in the file; `image` may be smaller, by `reduction`. `to_rgb` converts a piece to
+    RGB.
     """
     orientation = _orientation(image)
     if image.size == (image_size, image_size):  # 15 of 200 us faster

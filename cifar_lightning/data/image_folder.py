@@ -48,21 +48,13 @@ _BY_SUFFIX, _LOOSE = "not an image, by its suffix", "in no class folder"
 
 @dataclass(frozen=True)
 class Listing:
-    """The image files of one split, sorted by class and name.
+    """The image files of one split, sorted by class and name."""
 
-    Args:
-        folder: `ROOT/train`, for example.
-        names: `<class>/<file>` below it.
-        counts: Number of images of each class.
-        stats: int64 (N, 4), size, modification time, change time and inode of each file; 0 if it has just changed.
-        skipped: What else is in the folder.
-    """
-
-    folder: str
-    names: tuple[str, ...]
-    counts: tuple[int, ...]
-    stats: np.ndarray
-    skipped: tuple[Skipped, ...] = ()
+    folder: str  # `ROOT/train`, for example
+    names: tuple[str, ...]  # `<class>/<file>` below it
+    counts: tuple[int, ...]  # images of each class
+    stats: np.ndarray  # int64 (N, 4): size, modification and change time, inode; 0 of a file that has just changed
+    skipped: tuple[Skipped, ...] = ()  # what else is in the folder
 
     @property
     def targets(self) -> np.ndarray:
@@ -123,11 +115,7 @@ class ClassFolders:
         self._has_remarked = False
 
     def prepare(self) -> None:
-        """Decode what is not in the cache yet; safe to call again and from several processes.
-
-        Raises:
-            UserError: Images of any split cannot be read.
-        """
+        """Decode what is not in the cache yet; safe to call again and from several processes."""
         decoded = {split: self._decoded(split) for split in self._listed}
         self._refuse_unreadable()
         if not self._has_remarked and is_first_process():

@@ -26,9 +26,6 @@ class CheckpointSchedule:
     Args:
         every_n_train_steps: Also save last.ckpt every this many optimizer steps.
         every_n_minutes: Also save last.ckpt every this many minutes.
-
-    Raises:
-        UserError: A value of 0 or below.
     """
 
     def __init__(
@@ -49,11 +46,6 @@ class LastCheckpoint(Checkpoint):
     Lightning's ModelCheckpoint with `save_last=True` saves "last" only with a new best. A checkpoint between a batch
     and its validation makes the resumed run skip the validation (Lightning 2.6.6), so it is saved after the validation;
     inside a validation it is saved so that the validation is run again from its start.
-
-    Args:
-        run: The run's folder.
-        schedule: When it is saved inside epochs.
-        signals: Signals that stop the run.
     """
 
     def __init__(self, run: RunFolder, schedule: CheckpointSchedule, signals: StopSignals) -> None:
