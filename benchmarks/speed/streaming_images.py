@@ -58,7 +58,7 @@ def make_images(work: Path, data: Path | None, num_images: int) -> Path:
     if num_images < _FEWEST or num_images % NUM_VARIANTS:
         raise UserError(f"--images {num_images}: give a multiple of {NUM_VARIANTS}, {_FEWEST} or more.")
     names, listings = ((), {}) if data is None else scan(data)
-    fingerprint = "generated" if data is None else hashlib.sha256(listings["train"].stats.tobytes()).hexdigest()
+    fingerprint = "generated" if data is None else _fingerprint(listings["train"].paths)
     about = {"recipe": RECIPE, "images": num_images, "source": fingerprint}
     root, note = work / "images", work / "images.json"
     found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
@@ -73,6 +73,15 @@ def make_images(work: Path, data: Path | None, num_images: int) -> Path:
         _write(root, sources)
         write_json(note, about | {"is_whole": True})
     return root
+
+
+def _fingerprint(paths: list[str]) -> str:
+    """Return the SHA-256 of names, sizes in bytes and modification times."""
+    seen = hashlib.sha256()
+    for path in paths:
+        about = os.stat(path)
+        seen.update(os.fsencode(path) + f"\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+    return seen.hexdigest()
 
 
 def _generated(num: int) -> Sources:
