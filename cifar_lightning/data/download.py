@@ -10,13 +10,19 @@ import contextlib
 import hashlib
 import http.client
 import os
+import queue
+import re
 import tarfile
 import tempfile
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
@@ -24,8 +30,10 @@ from filelock import FileLock, Timeout
 from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_is_only_link
+from cifar_lightning.formatting import clipped
 
-TIMEOUT_S = 30.0  # without a byte; the slow host delivers 50 kB/s, but steadily
+TIMEOUT_S = 30.0  # for an answer, for a byte, and of each measurement of the speed
+MIN_BYTES_PER_S = 10_000.0  # the slow host delivers 50 kB/s, but steadily
 MAX_INTERRUPTIONS = 20  # transfers from one URL, each resumed, before the next URL is tried
 _BLOCK = 1 << 16
 _SCHEMES = ("https", "http", "file")  # the hash is checked whatever the source
@@ -77,6 +85,10 @@ ARCHIVES: dict[str, Archive] = {
 
 class _Failed(Exception):
     """One URL did not deliver the archive; the message says why."""
+
+
+class _Interrupted(Exception):
+    """A transfer ended before its time; the message says why."""
 
 
 def download(name: str, root: str | Path = "data") -> Path:
@@ -214,32 +226,84 @@ def _fetch_rest(url: str, part: Path, archive: Archive, report: Callable[[int], 
 
 
 def _transfer(url: str, part: Path, start: int, size_bytes: int, report: Callable[[int], None]) -> str:
-    """Make one request and append to `part` from byte `start` on; return why bytes are still missing, if any are."""
+    """Make one request and append to `part` from byte `start` on; return why bytes are still missing, if any are.
+
+    A server that sends the whole file again replaces `part` once it has sent more than `part` has.
+
+    Raises:
+        _Failed: The server is too slow, or sends another file; `part` is as it was, or longer.
+    """
     headers = {"User-Agent": "cifar-lightning"}  # some hosts refuse urllib's
     if start:
         headers["Range"] = f"bytes={start}-"
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
+        response = _open(urllib.request.Request(url, headers=headers))
     except (OSError, http.client.HTTPException, ValueError) as error:
         return _reason(error)
     with response:
-        # 206 and the right first byte: the rest of the file. Anything else: the whole file.
-        is_rest = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-        done = start if is_rest else 0
-        with part.open("ab" if is_rest else "wb") as file:
-            while done <= size_bytes:
-                try:
-                    block = response.read(_BLOCK)
-                except (OSError, http.client.HTTPException) as error:
-                    return _reason(error)
-                if not block:
-                    break
-                file.write(block)
-                done += len(block)
-                report(done)
-            file.flush()
-            os.fsync(file.fileno())
+        is_rest = response.status == 206
+        _check_answer(response.headers, start if is_rest else 0, size_bytes, is_rest=is_rest)
+        # A whole file is better than a part only once it is longer.
+        target = part if is_rest or not start else part.with_name(f"{part.name}.new")
+        done = before = start if is_rest else 0
+        since_s = time.monotonic()
+        try:
+            with target.open("ab" if is_rest else "wb") as file:
+                while done <= size_bytes and (block := _read_block(response)):
+                    file.write(block)
+                    done += len(block)
+                    report(done)
+                    if (elapsed_s := time.monotonic() - since_s) > TIMEOUT_S:
+                        if (speed := (done - before) / elapsed_s) < MIN_BYTES_PER_S:
+                            raise _Failed(f"too slow: {speed:,.0f} bytes/s, less than {MIN_BYTES_PER_S:,.0f}")
+                        since_s, before = time.monotonic(), done
+                file.flush()
+                os.fsync(file.fileno())
+        except _Interrupted as error:
+            return str(error)
+        finally:
+            if target != part and done > start:
+                target.replace(part)
+            elif target != part:
+                target.unlink()
     return "" if done >= size_bytes else f"cut off after {done:,} of {size_bytes:,} bytes"
+
+
+def _read_block(response: Any) -> bytes:
+    try:
+        block: bytes = response.read1(_BLOCK)
+    except (OSError, http.client.HTTPException) as error:
+        raise _Interrupted(_reason(error)) from error
+    return block
+
+
+def _open(request: urllib.request.Request) -> Any:
+    """Open a URL; give up after `TIMEOUT_S`, also if its headers come a byte at a time."""
+    opened: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            opened.put(urllib.request.urlopen(request, timeout=TIMEOUT_S))
+        except Exception as error:  # raised again below
+            opened.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        response = opened.get(timeout=TIMEOUT_S)
+    except queue.Empty as error:
+        raise TimeoutError from error
+    if isinstance(response, Exception):
+        raise response
+    return response
+
+
+def _check_answer(headers: Message, start: int, size_bytes: int, *, is_rest: bool) -> None:
+    """Refuse an answer that is no part of the archive, before anything is written."""
+    if is_rest and not re.match(rf"bytes {start}-\d+/({size_bytes}|\*)$", found := headers.get("Content-Range", "")):
+        raise _Failed(f"asked for bytes {start}- of {size_bytes:,}, it sends {clipped(found) or 'others'}")
+    length = headers.get("Content-Length", "")
+    if length.isdecimal() and int(length) != size_bytes - start:
+        raise _Failed(f"{length} bytes instead of {size_bytes - start:,}")
 
 
 def _reason(error: Exception) -> str:

@@ -5,7 +5,9 @@ import io
 import re
 import tarfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -38,6 +40,7 @@ class Server:
         self.files: dict[str, bytes] = {}
         self.cut_after: dict[str, int] = {}  # bytes of a body before the connection is closed
         self.ignores_range = False
+        self.answers: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {}  # instead of a file
         self.requests: list[tuple[str, str | None]] = []
         server = self
 
@@ -46,6 +49,9 @@ class Server:
                 name = self.path.lstrip("/")
                 asked = self.headers.get("Range")
                 server.requests.append((name, asked))
+                if name in server.answers:
+                    server.answers[name](self)
+                    return
                 if name not in server.files:
                     self.send_error(404)
                     return
@@ -65,6 +71,7 @@ class Server:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True  # a slow answer is not waited for
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
         self.thread.start()
 
@@ -165,6 +172,81 @@ def test_a_part_of_other_bytes_is_thrown_away(server, use, tmp_path):
     (tmp_path / "tiny.tar.gz.part").write_bytes(b"x" * 70_000)
     assert_unpacked(download("tiny", tmp_path))
     assert [asked for _, asked in server.requests] == ["bytes=70000-", None]
+
+
+HTML = b"<html>please log in</html>\n"
+
+
+def answer(status: int, body: bytes, **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
+    def send(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return send
+
+
+def drip(every_s: float, *, headers: bool) -> Callable[[BaseHTTPRequestHandler], None]:
+    def send(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + b"X: " * headers + b"\r\n" * (not headers))
+        with suppress(OSError):  # until nobody listens
+            while True:
+                handler.wfile.write(b"x")
+                time.sleep(every_s)
+
+    return send
+
+
+WRONG_ANSWERS = {
+    "a page with its length": answer(200, HTML, Content_Length=str(len(HTML))),
+    "a page": answer(200, HTML),
+    "nothing": answer(200, b""),
+    "another offset": answer(206, GOOD[:100], Content_Range=f"bytes 0-99/{len(GOOD)}"),
+    "a range of another file": answer(206, HTML, Content_Range="bytes 70000-70026/70027"),
+    "a range that it does not name": answer(206, HTML),
+    "a range that is no numbers": answer(206, HTML, Content_Range="bytes seventy-"),
+    "a shorter start": answer(200, GOOD[:69_999]),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_ANSWERS.values(), ids=list(WRONG_ANSWERS))
+def test_a_wrong_answer_leaves_the_partial_file_and_the_next_mirror_finishes_it(wrong, server, use, tmp_path):
+    part = tmp_path / "tiny.tar.gz.part"
+    part.write_bytes(GOOD[:70_000])
+    server.answers["wrong"] = wrong
+    use(GOOD, server.url("wrong"))
+    with pytest.raises(UserError, match=r"127\.0\.0\.1: "):
+        download("tiny", tmp_path)
+    assert part.read_bytes() == GOOD[:70_000]
+    assert names(tmp_path) == {part.name}
+    server.files["good"] = GOOD
+    use(GOOD, server.url("wrong"), server.url("good"))
+    assert_unpacked(download("tiny", tmp_path))
+    assert server.requests[-1] == ("good", "bytes=70000-")
+
+
+def test_a_longer_start_from_a_server_without_range_replaces_the_partial_file(server, use, tmp_path):
+    part = tmp_path / "tiny.tar.gz.part"
+    part.write_bytes(GOOD[:70_000])
+    server.files["good"], server.cut_after["good"], server.ignores_range = GOOD, 90_000, True
+    use(GOOD, server.url("good"))
+    with pytest.raises(UserError):
+        download("tiny", tmp_path)
+    assert part.read_bytes() == GOOD[:90_000]
+    assert names(tmp_path) == {part.name}
+
+
+@pytest.mark.parametrize("headers", [False, True])
+def test_a_server_that_drips_is_left_for_the_next_mirror(headers, server, use, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "TIMEOUT_S", 0.2)
+    (tmp_path / "tiny.tar.gz.part").write_bytes(GOOD[:70_000])
+    server.answers["slow"] = drip(0.02, headers=headers)
+    server.files["good"] = GOOD
+    use(GOOD, server.url("slow"), server.url("good"))
+    assert_unpacked(download("tiny", tmp_path))
+    assert server.requests[-1] == ("good", "bytes=70000-")
 
 
 def test_a_wrong_hash_is_shown_and_the_next_mirror_tried(server, use, tmp_path, capsys):
