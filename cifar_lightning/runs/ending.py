@@ -7,7 +7,7 @@ from cifar_lightning.files import read_json, write_json
 from cifar_lightning.runs.folder import RunFolder
 
 _CAUSES = {
-    "epochs": "after its epochs",
+    "epochs": "by --epochs",
     "max_steps": "by --trainer.max_steps",
     "max_time": "by --trainer.max_time",
     "early_stopping": "by early stopping",
