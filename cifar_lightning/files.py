@@ -8,11 +8,12 @@ import io
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,20 @@ def _keep(path: Path, name: Path) -> None:
         raise
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder and its missing parents, durably."""
+def make_folder(path: Path) -> list[Path]:
+    """Make a folder and its missing parents, durably; return the new ones, the innermost first."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         sync_folder(folder.parent)
+    return missing
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders up to the first that is missing or holds a file."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def sync_folder(folder: Path) -> None:
@@ -152,6 +161,11 @@ def read_json(path: Path) -> Any:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"damaged: {error}"
         raise UserError(f"{path}: cannot be read ({reason}).") from error
+
+
+def expand_home(text: str) -> str:
+    """Return a path that begins with `~/` or `~user/` as a shell would have expanded it; any other text as it is."""
+    return os.path.expanduser(text) if re.match(r"~[\w.-]*/", text) else text
 
 
 def check_is_only_link(fd: int) -> None:

@@ -1,8 +1,15 @@
-"""Numbers, durations and user input as text, for the terminal and the report; "-" for a missing value."""
+"""Numbers, durations and user input as text, for the terminal and the report; "-" for a missing value.
+
+Text from outside (names of classes and files, what a run folder or a library says) is escaped by the rule of where it
+goes: `printable` on a terminal, `csv_cell` in a CSV, `markdown` and `markdown_code` in Markdown, `shell_line` in a
+command to copy. In HTML jinja2 escapes it.
+"""
 
 import difflib
 import math
+import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -104,6 +111,45 @@ def printable(text: str, encoding: str = "utf-8") -> str:
     """
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")  # what spreadsheets run, and what `csv_cell` has made of it
+
+
+def csv_cell(text: str) -> str:
+    """Return text as a cell that no spreadsheet reads as a formula: `'=1+1` for `=1+1`; `csv_text` is the reverse."""
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def csv_text(cell: str) -> str:
+    """Return the text that `csv_cell` has written."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def markdown(text: str) -> str:
+    """Return text that Markdown shows as it is, on one line, also in a table; `_` within a word needs no escape."""
+    escaped = re.sub(r"([\\`*\[\]<&|~$]|(?<!\w)_|_(?!\w))", r"\\\1", printable(text))
+    return escaped.replace("://", ":\\//")  # GitHub makes links of bare addresses
+
+
+def markdown_code(text: str) -> str:
+    """Return text as Markdown's code, between more backticks than it holds in a row."""
+    text = printable(text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " if "`" in (text[:1], text[-1:]) else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def shell_line(*words: str | Path) -> str:
+    """Return a command for a shell, on one line; words with characters that do not print as bash's and zsh's $'...'."""
+    return " ".join(map(_shell_word, map(str, words)))
+
+
+def _shell_word(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    plain = (chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}" for byte in os.fsencode(word))
+    return f"$'{''.join(plain)}'"
 
 
 def suggest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str:

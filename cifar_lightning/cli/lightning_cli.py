@@ -24,7 +24,7 @@ from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.memory import keep_freed_memory
 from cifar_lightning.errors import UserError
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.error_messages import explained, of_settings
+from cifar_lightning.training.error_messages import explained, of_settings, of_users_objects
 from cifar_lightning.training.lightning_patches import NoProfiler, check_cuda_once
 from cifar_lightning.training.model_checks import check_sizes
 from cifar_lightning.training.module import ImageClassifier
@@ -87,7 +87,8 @@ class TrainingCLI(LightningCLI):
 
     def instantiate(self) -> tuple[ImageClassifier, ImageDataModule, Namespace]:
         """Return the model, the data, and the settings with their objects instantiated."""
-        made = self.parser.instantiate_classes(self.config)[self.subcommand]
+        with of_users_objects():
+            made = self.parser.instantiate_classes(self.config)[self.subcommand]
         return made.model, made.data, made
 
     @property

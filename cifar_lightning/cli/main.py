@@ -6,9 +6,10 @@ Help, quick commands and usage errors are handled without torch; training comman
 import argparse
 import importlib.metadata
 import io
+import logging
 import os
-import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from pathlib import Path
 from cifar_lightning.cli.flags import NULL, check_config, flag_value, normalize_arguments, table
 from cifar_lightning.cli.help import TRAINING, QuickParser, completion, overview, program, training_help
 from cifar_lightning.errors import RunError, UserError
-from cifar_lightning.formatting import clipped, suggest
+from cifar_lightning.files import expand_home
+from cifar_lightning.formatting import clipped, shell_line, suggest
 from cifar_lightning.runs.folder import RunFolder, open_run
 
 # What `--resume` takes from the run, or what would start a new one.
@@ -27,6 +29,7 @@ def main() -> None:
     """Run the command of `sys.argv` and exit: 0, 1 for a run that failed, 2 for a user error."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: a name that is not UTF-8 must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
+    _escape_warnings()
     try:
         status = run_command(sys.argv[1:])
     except (UserError, RunError) as error:
@@ -47,12 +50,23 @@ def main() -> None:
     sys.exit(status)
 
 
+def _escape_warnings() -> None:
+    """Print warnings of libraries, which quote names of files and their content, on one line that prints."""
+
+    def show(message: Warning | str, *_: object) -> None:
+        print(f"warning: {clipped(str(message), 500)}", file=sys.stderr)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    if logging.lastResort is not None:  # of loggers without a handler, such as Pillow's
+        logging.lastResort.format = lambda record: f"warning: {clipped(record.getMessage(), 500)}"  # type: ignore[method-assign]
+
+
 def run_command(argv: Sequence[str]) -> int:
     """Run one command line without its program's name; return the exit status."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview({name: command.summary for name, command in QUICK.items()}))
         return 0 if argv else 2
-    command, arguments = argv[0], argv[1:]
+    command, arguments = argv[0], [_with_home(argument) for argument in argv[1:]]
     if command == "--version":
         print(f"cifar-lightning {importlib.metadata.version('cifar-lightning')}")
         return 0
@@ -68,6 +82,12 @@ def run_command(argv: Sequence[str]) -> int:
         print(training_help(command))
         return 0
     return _run_training(command, arguments)
+
+
+def _with_home(argument: str) -> str:
+    """Expand `~` where the shell leaves it: in `--flag=~/path` and in quotes. YAML's is expanded where it is read."""
+    name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{name}{equals}{expand_home(value)}"
 
 
 def _completion_script(arguments: Sequence[str]) -> str:
@@ -146,11 +166,8 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
 
 def _of_run(run: RunFolder, checkpoint: Path, flags: list[str]) -> list[str]:
     if not checkpoint.exists():
-        raise UserError(
-            f"{run.path}: no checkpoint found; nothing to resume or evaluate.\n"
-            f"To start it over: python train.py fit --config {shlex.quote(str(run.config))} "
-            f"--run_dir {shlex.quote(str(run.path))}"
-        )
+        again = shell_line("python", "train.py", "fit", "--config", run.config, "--run_dir", run.path)
+        raise UserError(f"{run.path}: no checkpoint found; nothing to resume or evaluate.\nTo start it over: {again}")
     return [f"--config={run.config}", *flags, f"--ckpt_path={checkpoint}"]
 
 

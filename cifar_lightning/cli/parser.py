@@ -1,5 +1,6 @@
 """LightningCLI's parser with short errors, and the table of its flags that the quick commands read."""
 
+import importlib
 import inspect
 import json
 import re
@@ -16,7 +17,7 @@ from pydantic import Field
 from cifar_lightning.cli.flags import GROUPS, check_value, table
 from cifar_lightning.data.datasets import DATASETS
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import clipped
+from cifar_lightning.formatting import clipped, suggest
 from cifar_lightning.models.registry import LIBRARIES, MODELS, check_model_kwargs, check_name
 from cifar_lightning.runs.schema import upgrade_config
 from cifar_lightning.settings.limits import Count, check_setting, limits_of, members
@@ -32,7 +33,7 @@ _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
     "init_weights": (
         str | None,
         None,
-        "Start from these weights: a checkpoint, a .safetensors export or a state_dict file.",
+        "Start from these weights: a run, a checkpoint, a .safetensors export or a state_dict file.",
         ("fit",),
     ),
     "tune_lr": (bool, False, "Find OneCycle's peak learning rate first (LR finder).", ("fit",)),
@@ -56,6 +57,13 @@ _TRAINER_LIMITS = {
         float, Field(gt=0, description="a fraction of an epoch, such as 0.5, or a number of batches")
     ],
 }
+# Lines of jsonargparse's messages that are no reason, and those of a type that is not meant.
+_OF_EVERY_MESSAGE = re.compile(
+    "Parser key|Unable to load config|Does not validate against|Subtypes:|Errors:|Given value|Problem with given|"
+    "Subclass types expect|a class path|a dict with"
+)
+_OF_ANOTHER_TYPE = re.compile("Expected a (<class(?!.*Got value)|path)|Not a valid subclass of")
+_CLASSES = {f"trainer.{name}": f"lightning.pytorch.{name.rstrip('s')}s" for name in ("callbacks", "logger", "profiler")}
 _KINDS = {int: "int", float: "float", bool: "bool", str: "str", Path: "str", types.NoneType: "null"}
 
 
@@ -73,8 +81,29 @@ class RunParser(LightningArgumentParser):
                 typed = f"--{name} {clipped(value)}"
                 check_value(name, value, typed)
                 raise UserError(f"{typed}: {row['allowed']}.") from ex
-        lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-        raise UserError("\n".join(clipped(line, 300) for line in lines[:2])) from ex
+        raise UserError(_reason(message)) from ex
+
+
+def _reason(message: str) -> str:
+    """Return what is wrong with a flag's value, of a message that lists what every type of the flag says of it."""
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    lines = list(dict.fromkeys(line.strip(" -") for line in message.splitlines()))
+    lines = [line for line in lines if line and not _OF_EVERY_MESSAGE.match(line)]
+    causes = [line for line in lines if not _OF_ANOTHER_TYPE.match(line)] or lines  # what the type that is meant says
+    text = clipped(re.sub("the following arguments are required", "required", "; ".join(causes)), 350).rstrip(".")
+    if not keys:
+        return f"{text}."
+    flag = next((key for key in reversed(keys) if key in table()), keys[0])
+    flag += f".{keys[-1]}" if keys[-1] not in flag else ""  # an argument of the class
+    # The class that was given: alone, in a dict or parsed.
+    names = re.findall(
+        r"(?:Given value: |class_path'?[:=] ?'|given class_path ')([A-Za-z_][\w.]*)(?:'|$)", message, re.M
+    )
+    hint = "; quote it if it is text" if "Expected a <class 'str'>" in text else ""
+    if names and (library := _CLASSES.get(flag)):
+        last, classes = names[-1].rpartition(".")[2], importlib.import_module(library).__all__
+        hint += "" if last in classes else suggest(last, classes, cutoff=0.75)
+    return f"--{flag}{f' {names[-1]}' if names else ''}: {text}{'' if hint.startswith(';') else '.'}{hint}"
 
 
 def add_own_flags(parser: LightningArgumentParser) -> None:

@@ -18,7 +18,7 @@ from cifar_lightning.data.sampler import EpochSampler, Rank, evaluation_order
 from cifar_lightning.data.splits import SplitIndices, SplitSettings, make_splits
 from cifar_lightning.data.statistics import balanced_weights, channel_statistics, describe_imbalance, evenly_spaced
 from cifar_lightning.errors import UserError, remark
-from cifar_lightning.formatting import printable
+from cifar_lightning.formatting import printable, reason_of
 from cifar_lightning.settings.limits import Count, ImageSize, Pixels, Strength, check_settings
 from cifar_lightning.transforms.augmentation import Augmentation, CropMode, FlipMode, normalize
 from cifar_lightning.transforms.policies import Policy
@@ -111,11 +111,15 @@ class ImageDataModule(pl.LightningDataModule):
         self.class_names: tuple[str, ...] = self.source.class_names
         self.num_classes = len(self.class_names)
         if self.num_classes < 2:
-            raise UserError(f"--data.root {root}: only one class ({self.class_names[0]}); at least 2 are needed.")
+            raise UserError(
+                f"--data.root {root}: only one class ({printable(self.class_names[0])}); at least 2 are needed."
+            )
         try:
             self.device = None if device is None else torch.device(device)
-        except RuntimeError as error:
-            raise UserError(f"--data.device {device}: not a device; cpu, cuda or cuda:1, for example.") from error
+            if self.device is not None:
+                torch.zeros(1, device=self.device).item()
+        except (RuntimeError, AssertionError) as error:  # no such device, none in this machine or in this torch
+            raise UserError(f"--data.device {device}: cannot be used ({reason_of(error)}); give cpu.") from error
         self.image_size: int = self.source.image_size
         self.augmentation = Augmentation(
             crop_padding_px, crop_mode, flip, cutout_px, brightness, contrast, policy=policy, erasing=erasing
@@ -333,7 +337,8 @@ class ImageDataModule(pl.LightningDataModule):
         """
         if tuple(state_dict["class_names"]) != self.class_names:
             raise UserError(
-                f"the checkpoint has the classes {', '.join(state_dict['class_names'][:5])}..., "
-                f"the data has {', '.join(self.class_names[:5])}...; give --data.dataset and --data.root of its run."
+                f"the checkpoint has the classes {printable(', '.join(state_dict['class_names'][:5]))}..., "
+                f"the data has {printable(', '.join(self.class_names[:5]))}...; "
+                "give --data.dataset and --data.root of its run."
             )
         self.use_normalization(tuple(state_dict["mean"]), tuple(state_dict["std"]))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cifar_lightning.data.image_set import Split
 from cifar_lightning.errors import UserError
+from cifar_lightning.formatting import printable
 from cifar_lightning.transforms.augmentation import seeded_generator
 
 _SPLIT, _SUBSET = 1_000_003, 1_000_033  # purposes of the generators; the purposes of an epoch are far below
@@ -71,8 +72,8 @@ def stratified_split(
     counts = torch.bincount(targets, minlength=len(class_names))
     if val_fraction and (scarce := _scarcest(counts, val_fraction)) is not None:
         raise UserError(
-            f"--data.val_fraction {val_fraction}: class {class_names[scarce]} has {int(counts[scarce])} training "
-            "images; every class needs one for training and one for validation. 0 trains on all."
+            f"--data.val_fraction {val_fraction}: class {printable(class_names[scarce])} has {int(counts[scarce])} "
+            "training images; every class needs one for training and one for validation. 0 trains on all."
         )
     chosen = _subset(targets, counts, settings, class_names)
     if val_fraction == 0:
@@ -90,8 +91,9 @@ def _subset(targets: Tensor, counts: Tensor, settings: SplitSettings, class_name
     taken = _stratified_counts(counts, limit / total)
     if (scarce := _scarcest(taken, val_fraction)) is not None:
         raise UserError(
-            f"--data.limit {limit}: too few. Class {class_names[scarce]}, {int(counts[scarce]):,} of {total:,} images, "
-            f"would get {int(taken[scarce])}; every class needs one for training and, unless --data.val_fraction is 0, "
+            f"--data.limit {limit}: too few. Class {printable(class_names[scarce])}, {int(counts[scarce]):,} "
+            f"of {total:,} images, would get {int(taken[scarce])}; every class needs one for training and, unless "
+            "--data.val_fraction is 0, "
             "one for validation."
         )
     return _pick(targets, taken, seeded_generator(settings.seed, 0, _SUBSET)).nonzero().flatten()

@@ -27,7 +27,7 @@ from cifar_lightning.data.image_folder import NOT_IMAGES, Skipped, write_skipped
 from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_output, replacing
-from cifar_lightning.formatting import plural, printable
+from cifar_lightning.formatting import csv_cell, plural, printable
 from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.tta import TTA, tta_logits
@@ -97,7 +97,7 @@ def predict_images(
             counts[prediction[1][0][0]] += 1
             write(prediction)
     for line in image_decoding.remark_lines(remarks, found):
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     _report_skipped(unreadable, skipped, None if output is None else skipped_path(output, force))
     if output is not None:
         _summarize(output, counts, time.monotonic() - began)
@@ -264,7 +264,7 @@ def _csv_writer(file: TextIO, top_k: int) -> Write:
 
     def write(prediction: Prediction) -> None:
         path, ranked = prediction
-        writer.writerow([path, *(cell for pair in ranked for cell in pair)])
+        writer.writerow([csv_cell(path), *(cell for name, prob in ranked for cell in (csv_cell(name), prob))])
 
     return write
 
@@ -283,7 +283,7 @@ def _summarize(output: Path, counts: Counter[str], elapsed_s: float) -> None:
     speed = f"{elapsed_s:.1f} s ({num / max(elapsed_s, 1e-9):,.0f} images/s)"
     print(f"{num:,} image{'' if num == 1 else 's'} in {speed}: {printable(str(output))}")
     if counts:
-        shown = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(_MOST_FREQUENT))
+        shown = ", ".join(f"{printable(name)} {count:,}" for name, count in counts.most_common(_MOST_FREQUENT))
         rest = len(counts) - _MOST_FREQUENT
         print(f"Most frequent: {shown}" + (f" and {rest} other class{'' if rest == 1 else 'es'}" if rest > 0 else ""))
 

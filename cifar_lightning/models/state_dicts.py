@@ -1,15 +1,38 @@
-"""Comparison of state dicts: prefixes of wrappers, and tensors that do not fit a model."""
+"""State dicts in files of other programs: where they are, prefixes of wrappers, and tensors that do not fit a model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from cifar_lightning.formatting import clipped
+
 # Prepended to all names by torch.compile, data parallelism and other LightningModules.
-_WRAPPERS = ("module.", "model.", "network.", "_orig_mod.")
+_WRAPPERS = ("module.", "model.", "net.", "network.", "_orig_mod.")
+# Where training scripts, timm and Lightning keep the state dict of a checkpoint.
+CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params")
+_AVERAGED = "n_averaged"  # counter of torch's AveragedModel, next to the names with its prefix
+
+
+def find_weights(content: object, depth: int = 3) -> dict[str, Tensor]:
+    """Return the tensors by name of a checkpoint: those under the first of `CONTAINERS` that has some, else its own."""
+    if not isinstance(content, Mapping) or not depth:
+        return {}
+    inside = (find_weights(content.get(key), depth - 1) for key in CONTAINERS)
+    own = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    return next(filter(None, inside), own)
+
+
+def named(keys: Iterable[object], most: int = 3) -> str:
+    """Return the first of some keys and how many more there are: "a, b, c and 4 more"."""
+    names = [clipped(str(key)) for key in keys]
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{', '.join(names[:most]) or 'nothing'}{more}"
 
 
 def without_wrappers(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a file's tensors without wrapper prefixes, which all names of the file have and not all of the model's."""
+    if _AVERAGED not in ours:
+        theirs = {name: tensor for name, tensor in theirs.items() if name != _AVERAGED}
     while theirs and theirs.keys() != ours.keys():
         prefix = next((prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in theirs)), None)
         if prefix is None or all(name.startswith(prefix) for name in ours):
@@ -20,10 +43,12 @@ def without_wrappers(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> d
 
 def describe_misfits(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], num_named: int = 1) -> str:
     """Return the tensors of a file that do not fit a model, with both shapes; empty if all fit."""
+    if ours and theirs.keys().isdisjoint(ours):
+        return f"it has {named(theirs)}; expected {named(ours)}"
     wrong = [name for name in {**ours, **theirs} if _shape(theirs, name) != _shape(ours, name)]
-    named = [f"{name} is {_shape(theirs, name)} in it and {_shape(ours, name)} here" for name in wrong[:num_named]]
+    shapes = [f"{name} is {_shape(theirs, name)} in it and {_shape(ours, name)} here" for name in wrong[:num_named]]
     others = f" and {len(wrong) - num_named} more" if len(wrong) > num_named else ""
-    return f"{', '.join(named)}{others}"
+    return f"{', '.join(shapes)}{others}"
 
 
 def _shape(state: Mapping[str, Tensor], name: str) -> str:

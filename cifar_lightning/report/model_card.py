@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_text_durably
 from cifar_lightning.report.findings import find, run_of
@@ -41,12 +43,12 @@ def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> P
     known = run_of(read_origin(run, []))
     text = render(
         "model_card.md",
-        marker=f"{_MARKER}\n<!-- {known_files} -->",
+        marker=Markup(f"{_MARKER}\n<!-- {known_files} -->"),
         files=files,
         card={**card, **describe_run(run, known)},
         f=findings,
         facts=facts_of(known),
-        reproduce=reproduction_of(known),
+        reproduce=Markup(reproduction_of(known)),  # in a block of code
     )
     write_text_durably(path, text)
     return path

@@ -6,8 +6,7 @@ names of classes and folders.
 
 import base64
 import io
-import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from cifar_lightning import formatting
-from cifar_lightning.formatting import percent, plural, printable, unbroken
+from cifar_lightning.formatting import percent, plural, printable, shell_line, unbroken
 from cifar_lightning.report.charts import classes_figure, confidence_figure, curves_figure, reliability_figure
 from cifar_lightning.report.figures import MAX_CLASSES_WITH_NUMBERS, confusion_figure, figure_to_svg, themed
 from cifar_lightning.runs.ending import ending_text
@@ -59,16 +58,17 @@ def render_page(findings: Mapping[str, Any], kept: Mapping[int, UInt8[np.ndarray
 
 
 def render(template: str, **values: Any) -> str:
-    """Render a template of this package; HTML is escaped, Markdown is not."""
+    """Render a template of this package; values are escaped for HTML or Markdown, but for `Markup`."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=template.endswith(".html"),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
-        finalize=_shown if template.endswith(".html") else _cleaned,
+        finalize=_shown if template.endswith(".html") else _in_markdown,
     )
     environment.filters["verbatim"] = lambda text: escape(_clean(text))  # for copying: no non-breaking spaces
-    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")  # in a Markdown table
+    environment.filters["code"] = lambda text: Markup(formatting.markdown_code(text))  # escaped for Markdown
+    environment.globals["shell_line"] = formatting.shell_line
     environment.filters.update({name: getattr(formatting, name) for name in _FILTERS})
     # Styles and script are ours and need no escaping.
     own = {key: values.pop(key) for key in ("css", "script") if key in values}
@@ -180,10 +180,12 @@ def reproduction_of(run: Mapping[str, Any]) -> str:
     torch_version = (environment.get("versions") or {}).get("torch")
     lines = []
     if environment.get("commit"):
-        lines.append(f"git checkout {environment['commit']}")
+        lines.append(shell_line("git", "checkout", str(environment["commit"])))
         if environment.get("dirty"):
             lines.append("# the run had further changes that were not committed")
-    lines.append("pip install -e ." + (f"    # the run used torch {torch_version}" if torch_version else ""))
+    lines.append(
+        "pip install -e ." + (f"    # the run used torch {printable(str(torch_version))}" if torch_version else "")
+    )
     lines.append("python train.py fit --config config.yaml    # config.yaml of the run")
     return "\n".join(lines)
 
@@ -191,16 +193,20 @@ def reproduction_of(run: Mapping[str, Any]) -> str:
 def command_of(environment: Mapping[str, Any]) -> str:
     """Return the command that started a run, without the path of its Python; empty if unknown."""
     words = [str(word) for word in environment.get("command") or []]
-    return shlex.join(["python", *words[1:]]) if words else ""
+    return shell_line("python", *words[1:]) if words else ""
 
 
 def _shown(value: Any) -> Any:
     """Return a value for the page: printable, without line breaks between a number and its unit."""
-    return _cleaned(value, unbroken)
+    return unbroken(_clean(value)) if _is_plain(value) else value
 
 
-def _cleaned(value: Any, then: Callable[[str], str] = str) -> Any:
-    return value if not isinstance(value, str) or hasattr(value, "__html__") else then(_clean(value))
+def _in_markdown(value: Any) -> Any:
+    return formatting.markdown(value) if _is_plain(value) else value
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str) and not isinstance(value, Markup)
 
 
 def _clean(text: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
-from cifar_lightning.formatting import run_name
+from cifar_lightning.formatting import csv_cell, run_name
 from cifar_lightning.report.comparison import compare
 from cifar_lightning.report.figures import confusion_figure, figure_to_png, themed
 from cifar_lightning.report.findings import find
@@ -66,8 +66,8 @@ def write_confusion(run: RunFolder, confusion: np.ndarray, class_names: tuple[st
     """Write confusion_matrix.csv and confusion_matrix.png; rows: true class, columns: predicted class."""
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["true \\ predicted", *class_names])
-    writer.writerows([name, *row] for name, row in zip(class_names, confusion.tolist(), strict=True))
+    writer.writerow(["true \\ predicted", *map(csv_cell, class_names)])
+    writer.writerows([csv_cell(name), *row] for name, row in zip(class_names, confusion.tolist(), strict=True))
     write_text_durably(run.confusion_matrix_csv, table.getvalue())
     with themed():
         write_bytes_durably(run.confusion_matrix_png, figure_to_png(confusion_figure(confusion, class_names)))

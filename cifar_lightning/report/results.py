@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64, UInt8
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import MetricsTable
+from cifar_lightning.formatting import csv_text
 from cifar_lightning.metrics.classification import confusion_matrix
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.runs.schema import upgrade_config, upgrade_test_metrics
@@ -167,7 +168,9 @@ def read_confusion(path: Path) -> tuple[tuple[str, ...], Int64[np.ndarray, "clas
     rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
     if not rows or len(rows) != len(rows[0]) or any(len(row) != len(rows) for row in rows):
         raise ValueError("not a square table")
-    return tuple(rows[0][1:]), np.array([[int(cell) for cell in row[1:]] for row in rows[1:]], dtype=np.int64)
+    return tuple(map(csv_text, rows[0][1:])), np.array(
+        [[int(cell) for cell in row[1:]] for row in rows[1:]], dtype=np.int64
+    )
 
 
 def _matrix_alone(run: RunFolder, problems: list[str]) -> tuple[tuple[str, ...], Int64[np.ndarray, "classes classes"]]:

@@ -3,7 +3,6 @@
 Output is ASCII except for class names and never relies on colour alone, so it reads the same in a log file.
 """
 
-import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from cifar_lightning.formatting import (
     points_span,
     printable,
     pvalue,
+    shell_line,
     span,
     unbroken,
 )
@@ -218,8 +218,8 @@ def _print_files(console: Console, run: RunFolder) -> None:
     for name, words in run.listed_files:
         console.print(f"  {name:<22} {words}")
     _print_heading(console, "Next steps")
-    _print_whole(console, f"  tensorboard --logdir {shlex.quote(str(_folder_of_runs(run.path)))}")
-    path = shlex.quote(str(run.path))
+    _print_whole(console, f"  tensorboard --logdir {shell_line(_folder_of_runs(run.path))}")
+    path = shell_line(run.path)
     for command in (
         f"analyze {path} --compare OTHER_RUN",
         f"predict-images {path} MY_IMAGES",

@@ -3,10 +3,8 @@
 Every command accepts a run folder. A process that writes into it holds its lock. `file_names` lists all files of a run.
 """
 
-import contextlib
 import json
 import os
-import shlex
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -14,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import make_folder, sync_folder
+from cifar_lightning.files import make_folder, remove_empty, sync_folder
+from cifar_lightning.formatting import shell_line
 from cifar_lightning.runs.file_names import RunFiles
 from cifar_lightning.runs.lock import RunLock
 from cifar_lightning.runs.processes import NEEDS_RUN_DIR, is_started_from_outside
@@ -31,6 +30,8 @@ class RunFolder(RunFiles):
 
     path: Path
     lock: RunLock | None = field(default=None, compare=False, repr=False)
+    made: tuple[Path, ...] = field(default=(), compare=False, repr=False)
+    """The folders that `create_run` made for it, the innermost first."""
 
     @property
     def tested_checkpoint(self) -> Path:
@@ -55,7 +56,7 @@ class RunFolder(RunFiles):
     @property
     def resume_command(self) -> str:
         """The command that resumes the run."""
-        return f"python train.py fit --resume {shlex.quote(str(self.path))}"
+        return f"python train.py fit --resume {shell_line(self.path)}"
 
     @property
     def has_results(self) -> bool:
@@ -79,7 +80,11 @@ class RunFolder(RunFiles):
         if missing:
             names = ", ".join(str(file.relative_to(self.path)) for file in missing)
             from_fit = set(self.files_by("fit")).intersection(missing)
-            remedy = "fit makes them: train again." if from_fit else f"Make them with: python train.py test {self.path}"
+            remedy = (
+                "fit makes them: train again."
+                if from_fit
+                else f"Make them with: python train.py test {shell_line(self.path)}"
+            )
             raise UserError(f"run {self.path}: {names} {'is' if len(missing) == 1 else 'are'} missing.\n{remedy}")
 
     def check_writable(self) -> None:
@@ -109,8 +114,9 @@ def create_run(base: Path, name: str, run_dir: str | Path | None = None) -> RunF
         raise UserError(NEEDS_RUN_DIR)
     chosen = base / name if run_dir is None else Path(run_dir)
     try:
-        make_folder(chosen)
+        made = make_folder(chosen)
         run = RunFolder(_make_numbered(chosen) if run_dir is None else chosen)
+        made = [run.path, *made] if run_dir is None else made
     except OSError as error:
         flag = "run folder" if run_dir is None else "--run_dir"
         raise UserError(
@@ -127,17 +133,17 @@ def create_run(base: Path, name: str, run_dir: str | Path | None = None) -> RunF
     except BaseException:
         lock.release()
         raise
-    return replace(run, lock=lock)
+    return replace(run, lock=lock, made=tuple(made))
 
 
 def discard_run(run: RunFolder) -> None:
-    """Remove the files of a run that could not start, and the folder if it is empty then."""
+    """Remove the files of a run that never began, and the folders made for it that are empty then."""
     if run.lock is not None:
         run.lock.release()
     for file in (*run.written_files(), run.lock_file):
         file.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not empty: somebody's own files
-        run.path.rmdir()
+    remove_empty([run.checkpoints])
+    remove_empty(run.made)  # the others are somebody's own
 
 
 def _make_numbered(folder: Path) -> Path:
@@ -160,7 +166,7 @@ def _refuse_what_would_be_lost(run: RunFolder) -> None:
         if what:
             raise UserError(
                 f"--run_dir {run.path}: holds a run with {what}; it is not overwritten.\n"
-                f"Choose a new --run_dir; fit --resume {run.path} resumes it."
+                f"Choose a new --run_dir; fit --resume {shell_line(run.path)} resumes it."
             )
     if files and not run.lock_file.exists():
         raise UserError(
@@ -201,6 +207,15 @@ def _is_readable(file: Path) -> bool:
             return bool(archive.namelist()) and archive.testzip() is None
     except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return False
+
+
+def weights_file(path: Path) -> Path:
+    """Return a file of weights, which a flag may also name by its run: the checkpoint that the run tests."""
+    if not path.is_dir():
+        return path
+    run = open_run(path)
+    run.require(run.tested_checkpoint)
+    return run.tested_checkpoint
 
 
 def _suggest_run(path: Path) -> str:

@@ -10,4 +10,4 @@ Bounds = Mapping[str, float]
 
 def within(number: float, bounds: Bounds) -> bool:
     """Whether a number is finite and within the bounds."""
-    return math.isfinite(number) and all(getattr(operator, name)(number, bound) for name, bound in bounds.items())
+    return abs(number) < math.inf and all(getattr(operator, name)(number, bound) for name, bound in bounds.items())

@@ -21,12 +21,16 @@ from cifar_lightning.settings.comparison import Bounds, within
 _UNIONS = (typing.Union, types.UnionType)
 _NAMES = ("gt", "ge", "lt", "le")
 
-LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False, description="a positive finite number, such as 3e-3")]
+# Above 1e30 a factor of an optimizer's step overflows in float32, which torch refuses with a traceback.
+LearningRate = Annotated[
+    float, Field(gt=0, le=1e6, allow_inf_nan=False, description="a positive number up to 1e6, such as 3e-3")
+]
+WeightDecay = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False, description="0 (off) to 1e6, such as 0.05")]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="0 (off) to 1")]
-MixStrength = Annotated[float, Field(ge=0, allow_inf_nan=False, description="0 (off) or more, such as 0.2")]
-Pixels = Annotated[int, Field(ge=0, description="0 (off) or more")]
-Count = Annotated[int, Field(ge=1)]
+MixStrength = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False, description="0 (off) to 1000, such as 0.2")]
+Pixels = Annotated[int, Field(ge=0, le=4096, description="0 (off) to 4096")]
+Count = Annotated[int, Field(ge=1, lt=2**31, description="1 or more, below 2^31")]
 # 50 MB per image; far beyond what these models are for, and a typo must not fill the disk.
 ImageSize = Annotated[int, Field(ge=1, le=4096, description="1 to 4096 pixels")]
 
@@ -56,7 +60,7 @@ def check_setting(flag: str, annotation: Any, value: object) -> None:
         elif typing.get_origin(kind) is Annotated:
             bounds, allowed = limits_of(kind)
             number = Integral if typing.get_args(kind)[0] is int else Real
-            if bounds and not (isinstance(value, number) and within(float(value), bounds)):
+            if bounds and not (isinstance(value, number) and within(typing.cast("float", value), bounds)):
                 raise UserError(f"--{flag} {value}: {allowed}.")
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from cifar_lightning.files import expand_home
+
 # Bytes of a file's name that are not UTF-8 are U+DC80 to U+DCFF in Python and `\\uDC80` in YAML, which libyaml refuses.
 _ESCAPED_BYTE = re.compile(r"\\uDC([89A-F][0-9A-F])")
 _BYTES = {0x10FF00 + byte: 0xDC00 + byte for byte in range(0x80, 0x100)}  # characters that nobody uses stand for them
@@ -66,7 +68,7 @@ def _refuse_twice(text: str) -> None:
 
 def _with_bytes(value: Any) -> Any:
     if isinstance(value, str):
-        return value.translate(_BYTES)
+        return expand_home(value.translate(_BYTES))
     if isinstance(value, dict):
         return {_with_bytes(key): _with_bytes(item) for key, item in value.items()}
     return [_with_bytes(item) for item in value] if isinstance(value, list) else value

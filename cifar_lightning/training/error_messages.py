@@ -2,14 +2,20 @@
 
 import contextlib
 import errno
+import re
+import traceback
 from collections.abc import Iterator
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
 
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.formatting import clipped
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.run_recorder import RunRecorder
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _LESS_MEMORY = {
@@ -21,6 +27,8 @@ _LESS_MEMORY = {
 
 # What the Trainer raises for an unknown accelerator or strategy, a wrong type, a missing package.
 _OF_SETTINGS = (ValueError, TypeError, ImportError, MisconfigurationException)
+_WRAPPED = re.compile("Does not validate against|Problem with given class_path")  # by jsonargparse, for each type
+_OF_USERS = (pl.Callback, Logger, Profiler)
 
 
 @contextlib.contextmanager
@@ -43,8 +51,39 @@ def of_settings() -> Iterator[None]:
     except UserError:
         raise
     except _OF_SETTINGS as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"--trainer: {clipped(lines[0], 300)}") from error
+        raise UserError(f"--trainer: {cause_of(error)}") from error
+
+
+@contextlib.contextmanager
+def of_users_objects(recorder: RunRecorder | None = None) -> Iterator[None]:
+    """Raise as `UserError` what a callback, logger or profiler of the user raises before training begins.
+
+    Afterwards, and of our own code, the traceback is what helps.
+    """
+    try:
+        yield
+    except (OSError, RunError, UserError):  # `main` reports them
+        raise
+    except Exception as raised:  # a class of the user's raises anything
+        error: BaseException = raised
+        while error.__cause__ is not None and _WRAPPED.match(str(error)):
+            error = error.__cause__
+        selves = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        kinds = [type(self) for self in selves if isinstance(self, _OF_USERS)]
+        names = [f"{kind.__name__}: " for kind in kinds if not kind.__module__.startswith("cifar_lightning.")]
+        if (recorder is not None and recorder.has_begun) or not (names or isinstance(error, ImportError)):
+            raise
+        raise UserError(f"{''.join(names[:1])}{cause_of(error)}") from error
+
+
+def cause_of(error: BaseException) -> str:
+    """Return what an exception says on one line, with the install command of a package that is missing."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and error.name and "pip install" not in text:
+        text = f"{text.rstrip('.')}; pip install {error.name.partition('.')[0]}"
+    if not isinstance(error, _OF_SETTINGS) or not text:  # a KeyError says no more than the key
+        text = f"{type(error).__name__}: {text}".rstrip(": ")
+    return clipped(text, 450)
 
 
 def explain(error: RuntimeError | OSError, command: str, run: RunFolder | None = None) -> RunError | None:

@@ -7,9 +7,13 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from cifar_lightning.errors import UserError
+from cifar_lightning.formatting import clipped, suggest
 from cifar_lightning.models.stems import fails_on_single_image, input_error
 from cifar_lightning.training.data_protocol import training_data
 from cifar_lightning.training.step_count import takes_last_batch
+
+TRAIN_METRICS = ("train/loss", "train/acc", "lr")
+VAL_METRICS = ("val/loss", "val/acc", "val/f1", "val/ece")
 
 
 def check_logits(logits: Any, num_images: int, num_classes: int) -> None:
@@ -70,11 +74,24 @@ def check_sizes(model: nn.Module, train_sizes: Sequence[int]) -> None:
 
 
 def check_monitors(callbacks: Sequence[pl.Callback], validates: bool) -> None:
-    """Raise if a callback monitors a validation metric in a run without validation."""
+    """Raise if a callback monitors a metric that is not logged; callbacks of one's own may log further ones."""
+    logged = (*TRAIN_METRICS, *VAL_METRICS) if all(_is_of_a_library(callback) for callback in callbacks) else None
     for callback in callbacks:
-        monitor = str(getattr(callback, "monitor", None))
+        monitor = getattr(callback, "monitor", None)
+        if monitor is None:  # ModelCheckpoint's default
+            continue
+        monitor = str(monitor)
         if monitor.startswith("val/") and not validates:
             raise UserError(
                 f"--trainer.callbacks {type(callback).__name__}: monitors {monitor}, but this run does not validate.\n"
                 "Hold images out (--data.val_fraction 0.1, --trainer.limit_val_batches above 0), or remove it."
             )
+        if logged is not None and monitor not in logged:
+            raise UserError(
+                f"--trainer.callbacks {type(callback).__name__}: monitors {clipped(monitor)}, which is not logged; "
+                f"one of {', '.join(logged)}.{suggest(monitor, logged)}"
+            )
+
+
+def _is_of_a_library(callback: pl.Callback) -> bool:
+    return type(callback).__module__.partition(".")[0] in ("lightning", "pytorch_lightning", "cifar_lightning")

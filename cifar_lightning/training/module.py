@@ -24,7 +24,7 @@ from cifar_lightning.models.state_dicts import describe_misfits
 from cifar_lightning.optim.optimizers import OptimizerName, OptimizerSettings, build_optimizer
 from cifar_lightning.optim.schedules import ScheduleName, ScheduleSettings, make_schedule
 from cifar_lightning.runs.schema import SCHEMA_VERSION
-from cifar_lightning.settings.limits import Fraction, LearningRate, MixStrength, check_settings
+from cifar_lightning.settings.limits import Fraction, LearningRate, MixStrength, WeightDecay, check_settings
 from cifar_lightning.training.data_protocol import TrainingData, training_data
 from cifar_lightning.training.ema import EmaWeights
 from cifar_lightning.training.eval_metrics import evaluation_metrics, update_evaluation
@@ -90,7 +90,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         head_lr: LearningRate | None = None,
         momentum: Fraction = 0.9,
         sgd_momentum: Fraction = 0.9,
-        weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05,
+        weight_decay: WeightDecay = 0.05,
         sgd_weight_decay: Fraction = 0.0,
         label_smoothing: Fraction = 0.1,
         mixup: MixStrength = 0.0,

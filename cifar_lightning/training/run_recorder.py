@@ -42,6 +42,8 @@ class RunRecorder(pl.Callback):
     def __init__(self, run: RunFolder, resumed: dict[str, Any] | None = None, config: str | None = None) -> None:
         self.run, self.resumed, self.config = run, resumed, config
         self.metrics, self.timing = MetricsTable(run.metrics_csv), MetricsTable(run.timing_csv)
+        self.has_begun = False
+        """Whether an epoch began in this process."""
         self._loaded: dict[str, Any] | None = None
         self._is_training = False
         self._start_clock()
@@ -109,6 +111,7 @@ class RunRecorder(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
+        self.has_begun = True
         self._start_clock()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

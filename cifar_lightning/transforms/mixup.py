@@ -4,6 +4,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from cifar_lightning.errors import UserError
+
+# Below it, both draws of a Beta can underflow to 0, and their proportion to 0/0.
+_LEAST_ALPHA = 0.02
+
 Mixed = tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]
 
 
@@ -17,6 +22,9 @@ class Mixing:
     def __init__(self, num_classes: int, *, mixup: float = 0.0, cutmix: float = 0.0) -> None:
         from torchvision.transforms import v2  # takes seconds to import
 
+        for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+            if 0 < alpha < _LEAST_ALPHA:
+                raise UserError(f"--model.{name} {alpha}: 0 (off), or {_LEAST_ALPHA} or more, such as 0.2.")
         kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
         self._transforms = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
 

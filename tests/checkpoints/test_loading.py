@@ -54,6 +54,54 @@ def test_weights_come_from_checkpoints_state_dicts_and_safetensors(tmp_path):
         assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
+def prefixed(prefix):
+    return lambda state: {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+PREFIXES = ["", "module.", "_orig_mod.", "net.", "module._orig_mod.", "model._orig_mod.", "module.model."]
+PLACES = [(), ("net",), ("model",), ("model_state_dict",), ("state_dict",), ("network", "weights")]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("keys", PLACES)
+def test_weights_of_other_programs_are_found_under_their_keys_and_prefixes(tmp_path, prefix, keys):
+    expected = save(tmp_path / "best.ckpt").state_dict()
+    content = prefixed(prefix)(expected)
+    for key in reversed(keys):
+        optimizer = {"state": {0: {"exp_avg": torch.zeros(2)}}}
+        content = {"epoch": 3, "optimizer": optimizer, "args": {"model": "x"}, key: content}
+    torch.save(content, tmp_path / "theirs.pt")
+    model = SmallNet(3, widths=(2, 4, 4))
+    load_weights(model, tmp_path / "theirs.pt")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_averaged_models_weights_are_loaded_without_its_counter(tmp_path):
+    expected = save(tmp_path / "best.ckpt")
+    torch.save(torch.optim.swa_utils.AveragedModel(expected).state_dict(), tmp_path / "ema.pt")
+    model = SmallNet(3, widths=(2, 4, 4))
+    load_weights(model, tmp_path / "ema.pt")
+    assert torch.equal(model.state_dict()["head.weight"], expected.state_dict()["head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"epoch": 1, "generator": {"conv.weight": torch.zeros(1)}}, ["epoch", "generator", "model_state_dict"]),
+        ({"net": {"module.conv": torch.zeros(1)}}, ["conv", "features.0.weight"]),
+        ({"conv\x1b[2J": torch.zeros(1)}, [r"conv\x1b[2J"]),
+        ({"model": {"lr": 1}, "opt": 2}, ["model", "opt"]),
+        ({}, ["nothing"]),
+    ],
+)
+def test_a_file_without_fitting_weights_is_refused_by_the_keys_found_and_expected(tmp_path, content, found):
+    torch.save(content, tmp_path / "theirs.pt")
+    with pytest.raises(UserError) as refused:
+        load_weights(SmallNet(3, widths=(2, 4, 4)), tmp_path / "theirs.pt")
+    assert [word for word in found if word not in str(refused.value)] == []
+    assert len(str(refused.value).splitlines()) <= 3
+
+
 @pytest.mark.parametrize("image_size", [32, 80])
 def test_weights_for_other_classes_suggest_pretrained(tmp_path, image_size):
     torch.save(torchvision.models.squeezenet1_0().state_dict(), tmp_path / "imagenet.pth")

@@ -177,13 +177,13 @@ def test_predict_writes_logits_and_probabilities_of_the_test_images(finished, tm
 def test_weights_of_another_run_start_a_new_one(finished, tmp_path):
     run, _ = finished
     still = ["--epochs", 1, "--lr", 1e-9, "--data.flip", "none", "--data.crop_padding_px", 0]
-    done = start("fit", *TINY, *still, "--init_weights", run / "checkpoints" / "best.ckpt", cwd=tmp_path)
+    done = start("fit", *TINY, *still, "--init_weights", run, cwd=tmp_path)
     best = max(float(row["val/acc"]) for row in csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     (row,) = csv.DictReader((tmp_path / "runs" / "smallnet" / "1" / "metrics.csv").read_text().splitlines())
     # BatchNorm's running figures move a little; without the weights a network predictions at random, 0.1.
     assert float(row["val/acc"]) == pytest.approx(best, abs=0.05)
     assert done.stderr == ""
-    assert "Initialized with the weights of" in done.stdout
+    assert done.stdout.count("Initialized with the weights of") == 1
 
 
 # -- resume -----------------------------------------------------------------------------------------------------------

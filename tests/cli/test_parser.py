@@ -25,11 +25,11 @@ def test_a_mistake_raises_at_most_two_lines(parser):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--model.lr=0"], "--model.lr 0: a positive finite number, such as 3e-3."),
+        (["--model.lr=0"], "--model.lr 0: a positive number up to 1e6, such as 3e-3."),
         (["--model.lr=x"], "--model.lr x: a number."),
-        (["--model.head_lr=-1"], "--model.head_lr -1: a positive finite number, such as 3e-3."),
-        (["--data={batch_size: 0}"], "--data.batch_size 0: 1 or more."),
-        (["--data={limit: 0}"], "--data.limit 0: 1 or more."),
+        (["--model.head_lr=-1"], "--model.head_lr -1: a positive number up to 1e6, such as 3e-3."),
+        (["--data={batch_size: 0}"], "--data.batch_size 0: 1 or more, below 2^31."),
+        (["--data={limit: 0}"], "--data.limit 0: 1 or more, below 2^31."),
         (["--checkpoint={every_n_minutes: 0}"], "--checkpoint.every_n_minutes 0: a positive number of minutes"),
     ],
 )
@@ -42,9 +42,36 @@ def test_the_parser_names_the_flag_and_its_limits_without_pydantics_words(parser
 
 
 @pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--trainer.callbacks+=EarlyStopping"],
+            ["--trainer.callbacks lightning.pytorch.callbacks.EarlyStopping: required: monitor."],
+        ),
+        (["--trainer.callbacks=[{class_path: EarlyStopping}]"], ["EarlyStopping", "monitor", "required"]),
+        (["--trainer.callbacks+=EarlyStoping"], ["Did you mean EarlyStopping?"]),
+        (["--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStoping"], ["Did you mean EarlyStopping?"]),
+        (["--trainer.logger=lightning.pytorch.loggers.CSVLogger"], ["--trainer.logger", "save_dir", "required"]),
+        (["--trainer.logger=CSVLoger"], ["CSVLoger", "Did you mean CSVLogger?"]),
+        (["--trainer.logger={class_path: CSVLogger, init_args: {savedir: x}}"], ["savedir"]),
+        (["--model.model=torch.nn.Linear"], ["--model.model torch.nn.Linear: required: in_features, out_features"]),
+        (["--trainer.logger=json.JSONDecoder"], ["--trainer.logger json.JSONDecoder", "subclass of Logger"]),
+        (["--trainer.callbacks+=no.such.Thing"], ["no.such.Thing", "No module named"]),
+        (["--data={root: 7}"], ["--data.root", "7", "quote it"]),
+    ],
+)
+def test_a_message_about_a_class_or_a_value_keeps_the_cause(parser, flags, words):
+    with pytest.raises(UserError) as refused:
+        parser.parse_args(flags)
+    assert [word for word in words if word not in str(refused.value)] == []
+    assert "Does not validate" not in str(refused.value)
+    assert len(str(refused.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
     ("flag", "row"),
     [
-        ("model.lr", {"types": ["float"], "default": 0.003, "bounds": {"gt": 0}}),
+        ("model.lr", {"types": ["float"], "default": 0.003, "bounds": {"gt": 0, "le": 1e6}}),
         ("data.image_size", {"types": ["int", "null"], "default": None}),
         ("data.flip", {"types": [], "default": "random", "choices": ["random", "alternating", "none"]}),
         ("trainer.deterministic", {"types": ["bool", "null"], "choices": ["warn"]}),

@@ -293,3 +293,9 @@ def test_splits_and_loaders_have_none_of_the_images_that_are_left_out(tmp_path, 
     assert [module.num_images(split) for split in ("train", "val", "test")] == [17, 2, 19]
     assert sum(len(targets) for _, targets in module.test_dataloader()) == 19
     assert [path for path, _ in module.skipped_files] == ["train/a/3.png", "test/b/9.png"]
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99", "xpu", "nonsense"])
+def test_a_device_that_cannot_hold_images_is_refused(device):
+    with pytest.raises(UserError, match=rf"--data\.device {device}: cannot be used"):
+        ImageDataModule("synthetic", image_size=16, device=device)

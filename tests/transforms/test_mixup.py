@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cifar_lightning.errors import UserError
 from cifar_lightning.transforms.mixup import Mixing
 
 IMAGES = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 8, 8).contiguous(memory_format=torch.channels_last)
@@ -49,3 +50,18 @@ def test_a_batch_of_one_class_keeps_its_targets(strengths, targets):
     _, shares = Mixing(6, **strengths)(IMAGES[: len(targets)], torch.tensor(targets))
     assert shares.argmax(1).tolist() == targets
     torch.testing.assert_close(shares.max(1).values, torch.ones(len(targets)))
+
+
+@pytest.mark.parametrize("alpha", [0.02, 0.2, 1.0, 1000.0])
+def test_the_least_and_the_greatest_strength_draw_a_proportion(alpha):
+    for _ in range(200):
+        images, targets = Mixing(6, mixup=alpha)(IMAGES, TARGETS)
+        assert images.isfinite().all()
+        torch.testing.assert_close(targets.sum(1), torch.ones(len(targets)))
+
+
+@pytest.mark.parametrize("alpha", [5e-324, 1e-300, 1e-3, 0.0199])
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_a_strength_whose_draws_underflow_is_refused(name, alpha):
+    with pytest.raises(UserError, match=rf"--model\.{name} .*0\.02"):
+        Mixing(6, **{name: alpha})
