@@ -357,10 +357,11 @@ def _is_16_bit(path: str) -> bool:
     """Return whether an image has 16 bits per channel; False also where Pillow does not read its header in Python."""
     try:
         _check_file(path)
-        with warnings.catch_warnings(), Image.open(path, formats=_HEADER_IN_PYTHON) as image:
+        with warnings.catch_warnings():
             _set_pillow_warnings()
-            # Pillow keeps the high bytes of 16-bit colours; only its raw mode ("RGB;16B") shows them.
-            return image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile)
+            with Image.open(path, formats=_HEADER_IN_PYTHON) as image:
+                # Pillow keeps the high bytes of 16-bit colours; only its raw mode ("RGB;16B") shows them.
+                return image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile)
     except Exception:  # damaged headers make Pillow raise nearly anything; decoding reports them
         return False
 

@@ -384,6 +384,16 @@ def test_what_libraries_print_is_the_error_of_the_image(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_reading_headers_shows_no_warning_of_pillow(tmp_path, recwarn):
+    path = Path(saved(Image.new("L", (8, 8), 3), tmp_path / "a.png"))
+    control = b"acTL" + struct.pack(">II", 0, 0)  # an animation of no frames
+    chunk = struct.pack(">I", 8) + control + struct.pack(">I", zlib.crc32(control))
+    path.write_bytes(path.read_bytes()[:33] + chunk + path.read_bytes()[33:])
+    assert find_image_size([str(path)]) == 8
+    assert image_decoding.dark_16_bit_remark([str(path)], np.zeros((1, 8, 8, 3), np.uint8)) is None
+    assert not recwarn.list
+
+
 def test_a_large_jpeg_is_shrunk_close_to_full_decoding(tmp_path):
     smooth = Image.fromarray(noise(6, 6)).resize((640, 480), Image.Resampling.BICUBIC)
     path = saved(smooth, tmp_path / "a.jpg", quality=95)
