@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cifar_lightning.files import read_json, write_json
+from cifar_lightning.formatting import plural
 from cifar_lightning.runs.folder import RunFolder
 
 _CAUSES = {
@@ -32,9 +33,10 @@ def ending_text(ended: Any) -> str:
     step, planned, epochs = _counts(ended, "step", "planned_steps", "epochs")
     if step is None or epochs is None:
         return ""
+    cause = _CAUSES.get(str(ended.get("by")), "early")
     of = f" of {planned:,}" if planned else ""
     schedule = f"{step / planned:.0%} of the schedule, " if planned else ""
-    return f"{_CAUSES.get(str(ended.get('by')), 'early')} after {step:,}{of} steps ({schedule}{epochs} whole epochs)"
+    return f"{cause} after {step:,}{of} steps ({schedule}{plural(epochs, 'whole epoch')})"
 
 
 def _counts(ended: Any, *names: str) -> list[int | None]:
