@@ -37,7 +37,8 @@ _CHUNK_BYTES = 1 << 28  # 87,381 images of 32 pixels, so that starting worker pr
 # Defaults of --batch_size. On two cores SmallNet takes 1.5 ms per image in batches of 32 or 64 and 2.1 ms in batches
 # of 256, whose activations exceed the cache.
 _BATCH_SIZE = {"cuda": 256, "cpu": 64}
-_LISTED = 20  # unreadable images; the others are counted
+_NAMED = 2  # unreadable images on stderr, next to the line that counts all; without --output, which lists them, more
+_NAMED_WITHOUT_LIST = 20
 _MOST_FREQUENT = 5  # classes in the summary
 _DIGITS = 7  # of a probability in float32
 
@@ -301,10 +302,11 @@ def skipped_path(output: Path, force: bool) -> Path:
 
 def _report_skipped(unreadable: Sequence[Skipped], skipped: Sequence[Skipped], path: Path | None) -> None:
     """Print the first images that cannot be read and the number of all; list all files in `path`."""
-    for file, reason in unreadable[:_LISTED]:
+    named = unreadable[: _NAMED if path is not None else _NAMED_WITHOUT_LIST]
+    for file, reason in named:
         print(printable(f"{file} {reason}"), file=sys.stderr)
-    if len(unreadable) > _LISTED:
-        print(f"and {len(unreadable) - _LISTED:,} more", file=sys.stderr)
+    if path is None and len(unreadable) > len(named):
+        print(f"and {len(unreadable) - len(named):,} more; --output FILE lists them", file=sys.stderr)
     num = [f"{plural(len(unreadable), 'file')} cannot be read"] * bool(unreadable)
     num += [f"{plural(len(skipped), 'file')} skipped (hidden, or not an image by the suffix)"] * bool(skipped)
     if path is not None and num:
