@@ -23,10 +23,11 @@ from cifar_lightning.checkpoints.resume import (
     stop_point,
 )
 from cifar_lightning.cli.lightning_cli import TrainingCLI, build_trainer, prepare_data
-from cifar_lightning.cli.parser import as_list
+from cifar_lightning.cli.parser import as_list, refuse_early_stopping
 from cifar_lightning.cli.tune import apply_lr_finder
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.image_folder import write_skipped_files
+from cifar_lightning.data.image_set import SPLITS
 from cifar_lightning.errors import UserError, is_first_process, remark
 from cifar_lightning.files import MetricsTable, read_json, remove_empty, write_text_durably
 from cifar_lightning.formatting import printable
@@ -44,6 +45,7 @@ from cifar_lightning.training.predictions import PredictionWriter
 from cifar_lightning.training.resume_state import ResumeState
 from cifar_lightning.training.run_recorder import RunRecorder
 from cifar_lightning.training.signals import StopSignals
+from cifar_lightning.training.step_count import check_evaluation
 from cifar_lightning.training.tensorboard import Dashboard, board_for
 
 
@@ -75,10 +77,16 @@ def fit(arguments: Sequence[str], signals: StopSignals, resumed: RunFolder | Non
         prepare_data(data, model)
         validates = bool(data.num_images("val")) and settings.trainer.limit_val_batches != 0
         check_monitors(as_list(settings.trainer.callbacks), validates)
+        if not validates:
+            refuse_early_stopping(cli.settings)
+        if settings.trainer.fast_dev_run:
+            fast_dev_run(cli, model, data, settings.trainer)
+            return
         run = create_or_resume_run(cli, model, data, settings, resume)
         predictions = PredictionWriter(run)
         with discarded_if_never_begun(run, resume):
             trainer = build_fit_trainer(cli, data, settings, run, resume, predictions, signals, validates=validates)
+            check_evaluation(trainer, {split: data.num_eval_batches(split, trainer.world_size) for split in SPLITS[1:]})
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         recorder = next(callback for callback in callbacks if isinstance(callback, RunRecorder))
         with (
@@ -96,6 +104,24 @@ def fit(arguments: Sequence[str], signals: StopSignals, resumed: RunFolder | Non
                     return
             evaluate_best_checkpoint(trainer, model, data, run, settings.trainer, validates=validates)
             predictions.report()
+
+
+def fast_dev_run(cli: TrainingCLI, model: ImageClassifier, data: ImageDataModule, settings: Namespace) -> None:
+    """Train, validate and test a few batches, and write nothing."""
+    model.prepare(data)
+    load_initial_weights(cli, model)
+    trainer = build_trainer(settings, [], logger=False)
+    with explained("fit"):
+        trainer.fit(model, datamodule=data)
+        trainer.test(model, datamodule=data, verbose=False)
+    remark(f"--trainer.fast_dev_run {settings.fast_dev_run}: trained, validated and tested; nothing was written.")
+
+
+def load_initial_weights(cli: TrainingCLI, model: ImageClassifier) -> None:
+    """Load the weights of --init_weights."""
+    if cli.settings.init_weights:
+        load_weights(model.model, file := weights_file(Path(cli.settings.init_weights)))
+        remark(printable(f"Initialized with the weights of {file}."))
 
 
 def find_resume(cli: TrainingCLI, run: RunFolder) -> Resume:
@@ -129,9 +155,7 @@ def create_or_resume_run(
         found = apply_lr_finder(cli, model, data, settings.trainer) if cli.settings.tune_lr else None
         if cli.settings.ckpt_path:
             require_resumable(read_checkpoint(ckpt_path := Path(cli.settings.ckpt_path)), ckpt_path)
-        if cli.settings.init_weights:
-            load_weights(model.model, file := weights_file(Path(cli.settings.init_weights)))
-            remark(printable(f"Initialized with the weights of {file}."))
+        load_initial_weights(cli, model)
         name = config_name(cli.settings.config, cli.settings.model.name)
         run = create_run(RUNS, name, cli.settings.run_dir)
         with discarded_if_never_begun(run, resume):

@@ -15,12 +15,13 @@ from lightning.pytorch.cli import LightningArgumentParser
 from pydantic import Field
 
 from cifar_lightning.cli.flags import GROUPS, check_value, table
+from cifar_lightning.cli.trainer_arguments import LIMITS, check_trainer
 from cifar_lightning.data.datasets import DATASETS
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, suggest
 from cifar_lightning.models.registry import LIBRARIES, MODELS, check_model_kwargs, check_name
 from cifar_lightning.runs.schema import upgrade_config
-from cifar_lightning.settings.limits import Count, check_setting, limits_of, members
+from cifar_lightning.settings.limits import check_setting, limits_of, members
 from cifar_lightning.settings.roles import READ_BY
 from cifar_lightning.settings.safe_yaml import checked
 from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
@@ -42,20 +43,13 @@ _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
 # The signatures say str: a new data set or model is one more line in its table.
 _NAMES = {"model.name": tuple(MODELS), "data.dataset": tuple(DATASETS)}
 _PREFIXES = {"model.name": tuple(f"{library}/" for library in LIBRARIES)}  # of further names, a library's
-_MOST_DEVICES = 1024  # of one machine; a typo would start that many processes
 # jsonargparse's own reader of YAML ends in a traceback for some values, and never for an alias inside what it names.
 _MODE = "checked_yaml"
 _read_checked = checked(get_loader("yaml"))
 set_loader(_MODE, lambda text: upgrade_config(_read_checked(text)), (yaml.YAMLError,))
 # Limits of the flags whose annotations are Lightning's.
-_TRAINER_LIMITS = {
-    "seed_everything": Annotated[int, Field(ge=0, lt=2**32, description="0 to 4294967295, what NumPy takes")],
-    "trainer.accumulate_grad_batches": Annotated[int, Field(ge=1, lt=2**31, description="1 or more, below 2^31")],
-    "trainer.gradient_clip_val": Annotated[float, Field(ge=0, description="0 (off) or more, such as 1")],
-    "trainer.check_val_every_n_epoch": Count,
-    "trainer.val_check_interval": Annotated[
-        float, Field(gt=0, description="a fraction of an epoch, such as 0.5, or a number of batches")
-    ],
+_LIMITS = LIMITS | {
+    "seed_everything": Annotated[int, Field(ge=0, lt=2**32, description="0 to 4294967295, what NumPy takes")]
 }
 # Lines of jsonargparse's messages that are no reason, and those of a type that is not meant.
 _OF_EVERY_MESSAGE = re.compile(
@@ -125,30 +119,26 @@ def check_arguments(command: str, config: Namespace) -> None:
         raise UserError("--model.model_kwargs: in_channels cannot be set; images are RGB with 3 channels.")
     if config.get("model.name") is not None:
         check_name(config.model.name)  # before the data is downloaded: the model is built after it
-    devices = str(config.get("trainer.devices", "auto"))  # Lightning takes a number also as text
-    if not re.fullmatch(r"auto|\[?\s*-?\d+(\s*,\s*\d+)*\s*,?\]?", devices):
-        raise UserError(f"--trainer.devices {clipped(devices)}: auto, a number of devices, or a list such as [0, 1].")
-    if devices.isdecimal() and int(devices) > _MOST_DEVICES:
-        raise UserError(f"--trainer.devices {clipped(devices)}: at most {_MOST_DEVICES} on one machine.")
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise UserError(f"--ckpt_path {config.ckpt_path}: no such file; give a checkpoint, RUN/checkpoints/last.ckpt.")
-    for flag, limits in _TRAINER_LIMITS.items():
-        check_setting(flag, limits, config.get(flag))
+    check_setting("seed_everything", _LIMITS["seed_everything"], config.get("seed_everything"))
+    check_trainer(config.trainer)
+    if config.trainer.get("fast_dev_run"):
+        _refuse_with_fast_dev_run(command, config)
     for name in ("every_n_train_steps", "every_n_minutes"):
         if config.trainer.get("enable_checkpointing") is False and config.get(f"checkpoint.{name}") is not None:
             raise UserError(f"--checkpoint.{name} with --trainer.enable_checkpointing false: leave one of them out.")
     if command == "fit":
-        _refuse_lengths(config.trainer)
         _refuse_what_is_not_read(config)
 
 
-def _refuse_lengths(trainer: Namespace) -> None:
-    """Refuse a run without a step or an end."""
-    epochs = trainer.max_epochs
-    if epochs == 0 or (epochs in (None, -1) and trainer.max_steps == -1):
-        raise UserError(f"--epochs {epochs}: 1 or more; the schedule needs an end.")
-    if trainer.max_steps == 0:
-        raise UserError("--trainer.max_steps 0: 1 or more, or -1 for as many as the epochs have.")
+def _refuse_with_fast_dev_run(command: str, config: Namespace) -> None:
+    flag = f"--trainer.fast_dev_run {config.trainer.fast_dev_run}"
+    if command != "fit":
+        raise UserError(f"{flag}: only with fit; --trainer.limit_{command}_batches limits {command}.")
+    for other in ("ckpt_path", "tune_lr"):
+        if config.get(other):
+            raise UserError(f"{flag} trains new weights for a few batches; leave --{other} (and --resume) out.")
 
 
 def _refuse_what_is_not_read(config: Namespace) -> None:
@@ -172,6 +162,13 @@ def _refuse_what_is_not_read(config: Namespace) -> None:
         raise UserError("--init_weights with --model.pretrained: give one of them.")
     if config.data.class_weights == config.data.sampler == "balanced":
         raise UserError("--data.class_weights balanced with --data.sampler balanced: give one, or both would count.")
+
+
+def refuse_early_stopping(config: Namespace) -> None:
+    """Refuse settings of early stopping in a run that does not validate."""
+    for name, value in config.early_stopping.items():
+        if value != table()[f"early_stopping.{name}"]["default"]:
+            raise UserError(f"--early_stopping.{name} {value}: this run does not validate; leave it out.")
 
 
 def _refuse_nothing(config: Namespace) -> None:
@@ -205,7 +202,7 @@ def describe_flags(parser: LightningArgumentParser) -> dict[str, dict[str, Any]]
         if hint is None or action.dest.endswith(".help"):  # groups, links, configs
             continue
         kinds, choices = _kinds(hint)
-        limits = [limits_of(kind) for kind in (*members(hint), _TRAINER_LIMITS.get(action.dest))]
+        limits = [limits_of(kind) for kind in (*members(hint), _LIMITS.get(action.dest))]
         default = defaults[action.dest]
         row: dict[str, Any] = {
             # In an order of our own: Python may give that of another, equal union.

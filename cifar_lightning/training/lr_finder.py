@@ -63,6 +63,7 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
     """
     quiet = {"logger": False, "callbacks": [], "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "max_epochs": -1, "limit_val_batches": 0, "max_steps": NUM_STEPS}
+    quiet |= {"min_steps": None, "fast_dev_run": False, "profiler": None}  # of the run, not of the finder
     settings, tuned = module.optimizer_settings, copy.deepcopy(module)
     data.setup()
     # Lightning's finder calls neither on_fit_start nor callbacks.

@@ -1,7 +1,10 @@
 """The number of optimizer steps of a run, which its schedule needs before the first step."""
 
+from collections.abc import Mapping
+
 import lightning.pytorch as pl
 
+from cifar_lightning.data.image_set import Split
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import counted
 from cifar_lightning.training.data_protocol import training_data
@@ -32,16 +35,43 @@ def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) 
                 f"--trainer.val_check_interval {interval}: an epoch has {batches} batches; give fewer, or a fraction "
                 "such as 0.5."
             )
-        per_epoch = -(-batches // trainer.accumulate_grad_batches)
         epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
+        if isinstance(interval, int) and trainer.limit_val_batches and interval > batches * epochs:
+            raise UserError(
+                f"--trainer.val_check_interval {interval}: the run has {int(batches * epochs)} batches; nothing would "
+                "be validated."
+            )
+        per_epoch = -(-batches // trainer.accumulate_grad_batches)
         total = steps_done + per_epoch * max(0, epochs - epochs_done)
         if trainer.max_steps != -1:
             total = min(total, trainer.max_steps)
     if total == float("inf"):
         raise UserError("the schedule needs an end: give --epochs N or --trainer.max_steps N.")
+    if (trainer.min_steps or 0) > total:
+        raise UserError(f"--trainer.min_steps {trainer.min_steps}: the run has {int(total)} steps; give fewer.")
     if total < 1:
         raise UserError(f"{_cause(trainer)}: leaves no step to train; give more, or leave it out.")
     return int(total)
+
+
+def check_evaluation(trainer: pl.Trainer, num_batches: Mapping[Split, int]) -> None:
+    """Refuse a fraction of the batches of a split that leaves none; Lightning does so only when it evaluates.
+
+    Args:
+        trainer: Its limits are checked.
+        num_batches: Batches of each split that is evaluated.
+
+    Raises:
+        UserError: Names the flag, its value and the batches there are.
+    """
+    for split, batches in num_batches.items():
+        limit = getattr(trainer, f"limit_{split}_batches")
+        if batches and limit and not _limited(batches, limit):
+            name = "overfit_batches" if split == "val" and trainer.overfit_batches else f"limit_{split}_batches"
+            raise UserError(
+                f"--trainer.{name} {limit}: leaves no {split} batch of {batches}; give a whole number of batches, 1 or "
+                "more, or a larger fraction."
+            )
 
 
 def takes_last_batch(trainer: pl.Trainer, num_batches: int) -> bool:
@@ -66,4 +96,5 @@ def _cause(trainer: pl.Trainer) -> str:
         return f"--data.drop_last true with --batch_size {data.batch_size} on {on}"
     if trainer.limit_train_batches == 1:
         return "the training loader has no batch, which"
-    return f"--trainer.limit_train_batches {trainer.limit_train_batches}"
+    name = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"
+    return f"--trainer.{name} {trainer.limit_train_batches}"

@@ -147,6 +147,8 @@ class Dashboard(pl.Callback):
             board.add_scalar("best/val_acc", metrics["best/val_acc"], trainer.global_step)
         logged = trainer.callback_metrics
         metrics |= {name: float(logged[name]) for name in ("test/acc", "test/loss") if name in logged}
+        if not trainer.enable_autolog_hparams:
+            return
         # `SummaryWriter.add_hparams` writes the same into a folder below the run.
         for summary in hparams(hyperparameters_of(self.config), metrics):  # type: ignore[no-untyped-call]
             board.file_writer.add_summary(summary)

@@ -6,7 +6,7 @@ import pytest
 from fitting import fake_data
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.training.step_count import count_steps
+from cifar_lightning.training.step_count import check_evaluation, count_steps
 
 
 def trainer(**changed):
@@ -19,6 +19,9 @@ def trainer(**changed):
         "max_steps": -1,
         "val_check_interval": 1.0,
         "check_val_every_n_epoch": 1,
+        "limit_val_batches": 1.0,
+        "min_steps": None,
+        "overfit_batches": 0,
     }
     return SimpleNamespace(**(settings | changed))
 
@@ -49,6 +52,10 @@ def test_a_resumed_run_counts_what_it_took_before():
         ({"max_epochs": -1}, "needs an end"),
         ({"limit_train_batches": 0.0}, r"--trainer\.limit_train_batches 0\.0: leaves no step to train"),
         ({"limit_train_batches": 0.1}, r"--trainer\.limit_train_batches 0\.1: leaves no step"),
+        ({"limit_train_batches": 0.1, "overfit_batches": 0.1}, r"--trainer\.overfit_batches 0\.1: leaves no step"),
+        ({"min_steps": 28}, r"--trainer\.min_steps 28: the run has 27 steps"),
+        ({"min_steps": 11, "max_steps": 10}, r"--trainer\.min_steps 11: the run has 10 steps"),
+        ({"val_check_interval": 28, "check_val_every_n_epoch": None}, r"val_check_interval 28: the run has 27 batches"),
         ({"max_epochs": 0}, r"--epochs 0: leaves no step"),
         ({"max_steps": 0}, r"--trainer\.max_steps 0: leaves no step"),
         (
@@ -69,6 +76,17 @@ def test_a_validation_after_more_batches_than_an_epoch_has_is_refused_unless_it_
         count_steps(trainer(val_check_interval=10))
     assert count_steps(trainer(val_check_interval=9)) == 27
     assert count_steps(trainer(val_check_interval=10, check_val_every_n_epoch=None)) == 27
+
+
+@pytest.mark.parametrize(("name", "overfit"), [("limit_val_batches", 0), ("overfit_batches", 0.3)])
+def test_a_fraction_that_leaves_no_batch_to_evaluate_is_refused(name, overfit):
+    made = trainer(limit_val_batches=0.3, limit_test_batches=0.3, overfit_batches=overfit)
+    check_evaluation(made, {"val": 4, "test": 4})
+    check_evaluation(made, {"val": 0, "test": 4})
+    with pytest.raises(UserError, match=rf"--trainer\.{name} 0\.3: leaves no val batch of 3"):
+        check_evaluation(made, {"val": 3, "test": 4})
+    with pytest.raises(UserError, match=r"--trainer\.limit_test_batches 0\.3: leaves no test batch of 1"):
+        check_evaluation(made, {"val": 4, "test": 1})
 
 
 def test_other_loaders_are_counted_by_lightning():

@@ -1,0 +1,279 @@
+"""Arguments of `lightning.Trainer`: what each does in a run, its limits, and the values that are refused, with reasons.
+
+`python -m cifar_lightning.cli.trainer_arguments` generates the table of docs/trainer-arguments.md; tests hold it equal
+and fail for an argument of Lightning's that has no entry.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from jsonargparse import Namespace
+from pydantic import Field
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.formatting import clipped
+from cifar_lightning.settings.limits import Count, check_setting, limits_of
+
+PAGE = Path("docs/trainer-arguments.md")
+_HEAD = """# Trainer arguments
+
+Every argument of `lightning.Trainer`, as `--trainer.ARGUMENT`. One that works has a test that shows what it does; a
+value that is refused ends the command with exit code 2 and the reason, before anything is written.
+
+The loaders are not PyTorch `DataLoader` instances, so what Lightning does by making a `DataLoader` again the loaders do
+themselves (`overfit_batches`, the distributed sampler). This page is generated:
+`python -m cifar_lightning.cli.trainer_arguments`.
+"""
+_MOST_DEVICES = 1024  # of one machine; a typo would start that many processes
+_LAUNCHERS = ("MASTER_ADDR", "SLURM_JOB_ID", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE")  # set by what starts processes
+_DDP = ("ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
+_FROM_0 = Annotated[int, Field(ge=0)]
+_OR_ALL = Annotated[int, Field(ge=-1)]
+_SOME = Annotated[float, Field(gt=0, description="a fraction of the batches to 1.0, or a number of batches")]
+_MAYBE = Annotated[float, Field(ge=0, description="0 (none), a fraction of the batches to 1.0, or a number of batches")]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of the Trainer.
+
+    Attributes:
+        does: What it does in a run; empty where only the default is taken.
+        limits: Annotation with the bounds of a number.
+        refused: Reason -> whether a value is refused, given the Trainer's arguments.
+    """
+
+    does: str = ""
+    limits: Any = None
+    refused: Mapping[str, Callable[[Any, Namespace], bool]] = field(default_factory=dict)
+
+
+def _batches(does: str, limits: Any = _SOME) -> Argument:
+    return Argument(does, limits, {"above 1 only whole numbers, of batches": lambda value, _: value > 1 and value % 1})
+
+
+def _is_known_strategy(value: Any, _: Namespace) -> bool:
+    if isinstance(value, str):
+        return value.lower() in ("auto", "single_device", *_DDP)
+    name = str(value.get("class_path", "")).rpartition(".")[2]
+    return name == "SingleDeviceStrategy" or (
+        name == "DDPStrategy" and value.get("init_args.start_method") in (None, "popen")
+    )
+
+
+def _is_duration(value: Any) -> bool:
+    if isinstance(value, str):
+        parts = re.fullmatch(r"(\d{1,5}):(\d{1,2}):(\d{1,2}):(\d{1,2})", value)
+        return parts is not None and any(map(int, parts.groups()))
+    return value > timedelta(0) if isinstance(value, timedelta) else any(dict(value).values())
+
+
+def _num_devices(trainer: Namespace) -> int:
+    """Return how many devices are asked for by number or list; 1 for auto."""
+    devices = str(trainer.devices)
+    return int(devices) if devices.isdecimal() else len(re.findall(r"\d+", devices)) or 1
+
+
+def _on_cuda(trainer: Namespace) -> bool:
+    return torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
+
+
+def _paths(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [str(one.get("class_path", "")) if isinstance(one, Namespace) else str(one) for one in values]
+
+
+ARGUMENTS: dict[str, Argument] = {
+    "accelerator": Argument(
+        "`auto` (a GPU if there is one), `cpu`, `gpu`, `cuda` or `mps`",
+        refused={"one of auto, cpu, gpu, cuda, mps": lambda v, _: v not in ("auto", "cpu", "gpu", "cuda", "mps")},
+    ),
+    "strategy": Argument(
+        "`auto`, `single_device`, `ddp`, or `DDPStrategy` with its arguments by `class_path`",
+        refused={
+            f"one of auto, single_device, {', '.join(_DDP)}; others fork this process or divide the model": (
+                lambda value, trainer: not _is_known_strategy(value, trainer)
+            )
+        },
+    ),
+    "devices": Argument(
+        "number or list of devices, or `auto`",
+        refused={
+            "auto, a number of devices, or a list such as [0, 1]": (
+                lambda value, _: not re.fullmatch(r"auto|\[?\s*-?\d+(\s*,\s*\d+)*\s*,?\]?", str(value))
+            ),
+            f"at most {_MOST_DEVICES} on one machine": (
+                lambda value, _: str(value).isdecimal() and int(value) > _MOST_DEVICES
+            ),
+            "--trainer.strategy single_device uses one; give ddp": (
+                lambda _, trainer: trainer.strategy == "single_device" and _num_devices(trainer) > 1
+            ),
+        },
+    ),
+    "num_nodes": Argument(
+        "number of machines, which torchrun or SLURM start",
+        Count,
+        {
+            "nothing started the other machines' processes; start with torchrun or SLURM (docs/several-machines.md)": (
+                lambda value, trainer: value > 1 and not trainer.plugins and not {*_LAUNCHERS} & os.environ.keys()
+            )
+        },
+    ),
+    "precision": Argument(
+        "`16-mixed` on CUDA, else `32-true`; what the device does not support is replaced, with a remark",
+        refused={
+            "it replaces layers, so that a checkpoint has other weights": (
+                lambda value, _: str(value).startswith("transformer-engine")
+            )
+        },
+    ),
+    "logger": Argument("TensorBoard in the run; `false` for none, or loggers by `class_path`"),
+    "callbacks": Argument("callbacks by `class_path`, next to those of the run"),
+    "fast_dev_run": Argument("trains, validates and tests 1 or N batches, and writes nothing", _FROM_0),
+    "max_epochs": Argument(
+        "`--epochs`; -1: no limit but `max_steps`",
+        _OR_ALL,
+        {
+            "1 or more; the schedule needs an end": (
+                lambda value, trainer: value == 0 or (value == -1 and trainer.max_steps == -1)
+            )
+        },
+    ),
+    "min_epochs": Argument(
+        "no early stop before",
+        _FROM_0,
+        {"more than --epochs": lambda value, trainer: 0 < (trainer.max_epochs or 0) < value},
+    ),
+    "max_steps": Argument(
+        "ends training after this many steps, if `--epochs` does not before",
+        _OR_ALL,
+        {
+            "1 or more, or -1 for as many as the epochs have": lambda value, _: value == 0,
+            "--epochs null needs it; the schedule needs an end": (
+                lambda value, trainer: value == -1 and trainer.max_epochs is None
+            ),
+        },
+    ),
+    "min_steps": Argument(
+        "no early stop before; at most the steps of the run",
+        _FROM_0,
+        {"more than --trainer.max_steps": lambda value, trainer: 0 < trainer.max_steps < value},
+    ),
+    "max_time": Argument(
+        "ends training after this time",
+        refused={"days:hours:minutes:seconds above 0": lambda v, _: not _is_duration(v)},
+    ),
+    "limit_train_batches": _batches("batches of an epoch"),
+    "limit_val_batches": _batches("batches of a validation; 0 for none", _MAYBE),
+    "limit_test_batches": _batches("batches of the test"),
+    "limit_predict_batches": _batches("batches of `predict`"),
+    "overfit_batches": Argument(
+        "the same training batches each epoch, their augmentation drawn each time; as many for validation",
+        _MAYBE,
+        {
+            "a fraction to 1.0, or a whole number of batches": lambda v, _: isinstance(v, float) and v > 1,
+            "also limits train and val; leave limit_train_batches and limit_val_batches out": (
+                lambda v, trainer: v > 0 and (trainer.limit_train_batches, trainer.limit_val_batches) != (None, None)
+            ),
+        },
+    ),
+    "val_check_interval": Argument(
+        "validates after a fraction of an epoch or a number of batches",
+        Annotated[float, Field(gt=0, description="a fraction of an epoch, such as 0.5, or a number of batches")],
+        {"above 1 only a whole number of batches": lambda value, _: value > 1 and value % 1 != 0},
+    ),
+    "check_val_every_n_epoch": Argument(
+        "validates every N epochs; null: by `val_check_interval` across epochs",
+        Count,
+        {"more than --epochs: nothing would be validated": lambda value, t: 0 < (t.max_epochs or 0) < value},
+    ),
+    "num_sanity_val_steps": Argument("validation batches before training, all for -1; changes no result", _OR_ALL),
+    "log_every_n_steps": Argument("steps between the points of loss and lr on the board; 0 for none", _FROM_0),
+    "enable_checkpointing": Argument("`false`: no checkpoint, the last weights are tested"),
+    "enable_progress_bar": Argument("`false`: no progress"),
+    "enable_model_summary": Argument("`true` prints the layers"),
+    "accumulate_grad_batches": Argument(
+        "batches whose gradients make a step",
+        Annotated[int, Field(ge=1, lt=2**31, description="1 or more, below 2^31")],
+    ),
+    "gradient_clip_val": Argument(
+        "clips gradients", Annotated[float, Field(ge=0, description="0 (off) or more, such as 1")]
+    ),
+    "gradient_clip_algorithm": Argument(
+        "`norm` or `value`",
+        refused={
+            "norm or value": lambda value, _: value.lower() not in ("norm", "value"),
+            "clips nothing without --trainer.gradient_clip_val": lambda _, trainer: not trainer.gradient_clip_val,
+        },
+    ),
+    "deterministic": Argument("only deterministic operations; `warn` names the others"),
+    "benchmark": Argument("cuDNN chooses algorithms by time; on unless `deterministic`"),
+    "inference_mode": Argument("`false`: evaluates under `torch.no_grad`"),
+    "use_distributed_sampler": Argument(
+        refused={"the loaders themselves deal each batch to the processes; leave it out": lambda value, _: not value}
+    ),
+    "profiler": Argument(
+        "`simple`, `advanced`, `pytorch`, or a profiler by `class_path`; its report is printed",
+        refused={
+            "simple, advanced, pytorch, or a class_path": (
+                lambda v, _: isinstance(v, str) and v.lower() not in ("simple", "advanced", "pytorch")
+            )
+        },
+    ),
+    "detect_anomaly": Argument("raises at the operation whose gradient is NaN"),
+    "barebones": Argument(
+        refused={"a run logs and keeps checkpoints; --trainer.logger false and others leave out one": lambda v, _: v}
+    ),
+    "plugins": Argument(
+        "precision plugins and cluster environments by `class_path`",
+        refused={
+            "checkpoints are written durably by DurableCheckpointIO alone": (
+                lambda value, _: any("CheckpointIO" in path for path in _paths(value))
+            )
+        },
+    ),
+    "sync_batchnorm": Argument(
+        "BatchNorm over the images of all GPUs",
+        refused={"SyncBatchNorm needs GPUs": lambda value, trainer: value and not _on_cuda(trainer)},
+    ),
+    "reload_dataloaders_every_n_epochs": Argument("makes the loaders again; changes no result", _FROM_0),
+    "default_root_dir": Argument(refused={"a run's folder is --run_dir": lambda value, _: True}),
+    "enable_autolog_hparams": Argument("`false`: no hyperparameters on the board"),
+    "model_registry": Argument(refused={"nothing is uploaded; leave it out": lambda value, _: True}),
+}
+
+LIMITS = {f"trainer.{name}": argument.limits for name, argument in ARGUMENTS.items() if argument.limits}
+
+
+def check_trainer(trainer: Namespace) -> None:
+    """Refuse values of the Trainer's arguments, alone and together.
+
+    Raises:
+        UserError: Names the argument, its value and the reason.
+    """
+    for name, argument in ARGUMENTS.items():
+        value = trainer.get(name)
+        check_setting(f"trainer.{name}", argument.limits, value)
+        for reason, is_refused in argument.refused.items():
+            if value is not None and is_refused(value, trainer):
+                flag = "epochs" if name == "max_epochs" else f"trainer.{name}"
+                raise UserError(f"--{flag} {clipped(str(value))}: {reason}.")
+
+
+def page_text() -> str:
+    """Return the content of the docs page."""
+    rows = ["| Argument | Verdict | In a run | Allowed, or refused because |", "| --- | --- | --- | --- |"]
+    for name, argument in ARGUMENTS.items():
+        reasons = "; ".join(filter(None, (limits_of(argument.limits)[1], *argument.refused)))
+        rows.append(f"| `{name}` | {'works' if argument.does else 'refused'} | {argument.does} | {reasons} |")
+    return f"{_HEAD}\n" + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_text(), encoding="utf-8")
