@@ -122,7 +122,7 @@ def check_arguments(command: str, config: Namespace) -> None:
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise UserError(f"--ckpt_path {config.ckpt_path}: no such file; give a checkpoint, RUN/checkpoints/last.ckpt.")
     check_setting("seed_everything", _LIMITS["seed_everything"], config.get("seed_everything"))
-    check_trainer(config.trainer)
+    check_trainer(command, config.trainer)
     if config.trainer.get("fast_dev_run"):
         _refuse_with_fast_dev_run(command, config)
     for name in ("every_n_train_steps", "every_n_minutes"):

@@ -120,7 +120,7 @@ ARGUMENTS: dict[str, Argument] = {
         "number of machines, which torchrun or SLURM start",
         Count,
         {
-            "nothing started the other machines' processes; start with torchrun or SLURM (docs/several-machines.md)": (
+            "nothing started the other machines' processes; give 1, or start with torchrun or SLURM": (
                 lambda value, trainer: value > 1 and not trainer.plugins and not {*_LAUNCHERS} & os.environ.keys()
             )
         },
@@ -248,16 +248,21 @@ ARGUMENTS: dict[str, Argument] = {
     "model_registry": Argument(refused={"nothing is uploaded; leave it out": lambda value, _: True}),
 }
 
+# Not read by validate, test and predict, whose config is that of a run, which may be from another machine.
+_OF_FIT = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "limit_train_batches", "overfit_batches")
+_OF_FIT += ("check_val_every_n_epoch", "gradient_clip_algorithm", "sync_batchnorm")
 LIMITS = {f"trainer.{name}": argument.limits for name, argument in ARGUMENTS.items() if argument.limits}
 
 
-def check_trainer(trainer: Namespace) -> None:
-    """Refuse values of the Trainer's arguments, alone and together.
+def check_trainer(command: str, trainer: Namespace) -> None:
+    """Refuse values of the Trainer's arguments that a command reads, alone and together.
 
     Raises:
         UserError: Names the argument, its value and the reason.
     """
     for name, argument in ARGUMENTS.items():
+        if command != "fit" and name in _OF_FIT:
+            continue
         value = trainer.get(name)
         check_setting(f"trainer.{name}", argument.limits, value)
         for reason, is_refused in argument.refused.items():
