@@ -45,7 +45,7 @@ REACHES = {
     "gradient_clip_val": ("0.5", lambda trainer: trainer.gradient_clip_val == 0.5),
     "gradient_clip_algorithm": ("value", lambda trainer: trainer.gradient_clip_algorithm == "value"),
     "deterministic": ("warn", lambda _: torch.is_deterministic_algorithms_warn_only_enabled()),
-    "benchmark": ("true", lambda _: torch.backends.cudnn.benchmark),
+    "benchmark": ("false", lambda _: not torch.backends.cudnn.benchmark),
     "plugins": ("lightning.pytorch.plugins.environments.LightningEnvironment", lambda trainer: is_local(trainer)),
 }
 # They change no number of a run.
@@ -116,6 +116,7 @@ def test_what_is_given_reaches_the_trainer(tmp_path, monkeypatch):
         run_command(["fit", *SMALL, *flags])
 
 
+@pytest.mark.slow
 def test_what_only_looks_changes_no_number_and_shows_what_it_saw(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_command(["fit", *SMALL, "--epochs", "2"])
