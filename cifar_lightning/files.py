@@ -15,7 +15,6 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from cifar_lightning.errors import UserError
 
@@ -154,13 +153,37 @@ def _without_nan(obj: object) -> object:
     return obj
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; raise a `UserError` if it is missing or damaged."""
+def open_regular(path: Path, *, follow_links: bool = False) -> io.BufferedReader:
+    """Open a regular file for reading, without ever waiting for it.
+
+    Args:
+        path: The file.
+        follow_links: Also open the target of a symbolic link. False for the files of a run, which may be from a
+            stranger; True for files that the user names.
+
+    Raises:
+        OSError: It is missing, not readable, a link, or not a regular file: a FIFO, a device, a folder.
+    """
+    no_links = 0 if follow_links else getattr(os, "O_NOFOLLOW", 0)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"damaged: {error}"
-        raise UserError(f"{path}: cannot be read ({reason}).") from error
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | no_links)
+    except OSError as error:
+        if no_links and path.is_symlink():
+            raise OSError(error.errno, "it is a link", str(path)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(fd, "rb")
+
+
+def read_bytes(path: Path, max_bytes: int, *, follow_links: bool = False) -> bytes:
+    """Read a regular file whose size is within a limit, which is checked before memory is taken; see `open_regular`."""
+    with open_regular(path, follow_links=follow_links) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        if size_bytes > max_bytes:
+            raise OSError(errno.EFBIG, f"{size_bytes:,} bytes, which is too large", str(path))
+        return file.read(size_bytes)
 
 
 def expand_home(text: str) -> str:
@@ -183,8 +206,11 @@ def check_is_only_link(fd: int) -> None:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as hexadecimal digits."""
-    with path.open("rb") as file:
+    with open_regular(path, follow_links=True) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+MAX_TABLE_BYTES = 64 << 20  # a million epochs
 
 
 class MetricsTable:
@@ -216,17 +242,19 @@ class MetricsTable:
         A last line without a line end, as a crash may leave it, is not read.
 
         Raises:
-            UserError: A cell is not a number.
+            UserError: The file cannot be read, has no column `epoch`, or a cell is not a number.
         """
         rows = []
-        header, *lines = self._cells() or [[]]
+        header, *lines = self._cells() or [["epoch"]]
+        if "epoch" not in header:
+            raise UserError(f"{self.path}: damaged: no column epoch.")
         for number, cells in enumerate(lines, start=2):
             if len(cells) != len(header):
-                raise UserError(f"{self.path} line {number}: {len(cells)} cells under {len(header)} columns.")
+                raise UserError(f"{self.path}: damaged: line {number}: {len(cells)} cells under {len(header)} columns.")
             try:
                 rows.append({name: float(cell) for name, cell in zip(header, cells, strict=True) if cell})
             except ValueError as error:
-                raise UserError(f"{self.path} line {number}: {error}.") from error
+                raise UserError(f"{self.path}: damaged: line {number}: {error}.") from error
         return rows
 
     def cut_after(self, epoch: int) -> None:
@@ -235,9 +263,15 @@ class MetricsTable:
             self._write(cells[0], [row for row in self.read() if row["epoch"] <= epoch])
 
     def _cells(self) -> list[list[str]]:
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return []
-        return list(csv.reader(self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]))
+        try:
+            text = read_bytes(self.path, MAX_TABLE_BYTES).decode("utf-8", "replace")
+            return list(csv.reader(text.split("\n")[:-1]))
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}).") from error
+        except csv.Error as error:
+            raise UserError(f"{self.path}: damaged: {error}.") from error
 
     def _write(self, columns: list[str], rows: list[Mapping[str, float]]) -> None:
         buffer = io.StringIO()

@@ -9,7 +9,8 @@ import pytest
 
 from cifar_lightning import files
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import MetricsTable, read_json, write_bytes_durably, write_json, write_text_durably
+from cifar_lightning.files import MetricsTable, write_bytes_durably, write_json, write_text_durably
+from cifar_lightning.runs.contents import read_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_next_to_it_and_names_the_path(tmp_path, monkeypatch):
@@ -115,5 +116,5 @@ def test_a_damaged_table_is_a_user_error_that_names_the_line(tmp_path):
     file = tmp_path / "metrics.csv"
     for damaged in ("1,x\n", "1\n"):
         file.write_text("epoch,train/loss\n0,0.5\n" + damaged)
-        with pytest.raises(UserError, match=r"metrics\.csv line 3"):
+        with pytest.raises(UserError, match=r"metrics\.csv: damaged: line 3"):
             MetricsTable(file).read()

@@ -1,4 +1,4 @@
-"""Rows 19 to 21: corrupt, truncated and malicious archives, served from localhost.
+"""Rows 19 to 21 and 49: corrupt, truncated and malicious archives and servers that answer wrong, on localhost.
 
 A small archive replaces CIFAR-10's real one.
 """
@@ -10,6 +10,7 @@ import json
 import re
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,6 +37,9 @@ def _tar(members: dict[str, bytes]) -> bytes:
 _GOOD = _tar({f"{_FOLDER}/data_batch_1": _PAYLOAD})
 
 
+_PAGE, _WRONG = b"<html>please log in</html>\n", ("page", "range", "slow")
+
+
 class _Host(ThreadingHTTPServer):
     """Serve files as /NAME; close the connection after `cut_after` bytes of a body."""
 
@@ -58,6 +62,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Send a file, or the range of it that was requested."""
         name, asked = self.path.lstrip("/"), self.headers.get("Range")
         self.server.ranges.append(asked)
+        if name in _WRONG:
+            self._send_wrong(name)
+            return
         data = self.server.files[name]
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
         self.send_response(206 if asked else 200)
@@ -66,6 +73,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         self.wfile.write(data[start:][: self.server.cut_after.get(name, len(data))])
+
+    def _send_wrong(self, name: str) -> None:
+        """Send a page with status 200, another range, or a byte a second."""
+        self.send_response(206 if name == "range" else 200)
+        if name == "range":
+            self.send_header("Content-Range", f"bytes 0-{len(_PAGE) - 1}/{len(_GOOD)}")
+        self.end_headers()
+        with contextlib.suppress(OSError):  # until the client gives up
+            if name != "slow":
+                self.wfile.write(_PAGE)
+            while name == "slow":
+                self.wfile.write(_PAGE[:1])
+                time.sleep(1)
 
     def log_message(self, *args: object) -> None:
         """Log nothing."""
@@ -124,6 +144,25 @@ def truncated_download(trial: Trial) -> str:
         trial.reported("cut at once", _download(trial, root, _GOOD, host.url("never")), _NAME)
         _nothing_in_place(trial, "cut at once", root)
     return "continues at the missing byte; never complete: nothing is in place"
+
+
+@row(49, "a server that answers with a page, another range or a byte a second", plain=False)
+def wrong_answers(trial: Trial) -> str:
+    """Each alone, over a partial file of an earlier process; then with a mirror."""
+    start = _GOOD[:200_000]
+    with _host({"good": _GOOD}) as host:
+        for name in _WRONG:
+            root = trial.place / name
+            root.mkdir()
+            part = root / f"{_NAME}.part"
+            part.write_bytes(start)
+            trial.reported(f"{name} alone", _download(trial, root, _GOOD, host.url(name)), _NAME)
+            trial.kept(part.exists() and part.read_bytes() == start, f"{name}: the partial file is lost")
+            if trial.worked(f"{name}, then a mirror", _download(trial, root, _GOOD, host.url(name), host.url("good"))):
+                trial.kept(
+                    host.ranges[-1] == f"bytes={len(start)}-", f"{name}: the mirror was asked for {host.ranges[-1]}"
+                )
+    return "the partial file is kept, and the next mirror finishes it"
 
 
 def _nothing_in_place(trial: Trial, what: str, root: Path) -> None:

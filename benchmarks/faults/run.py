@@ -27,6 +27,7 @@ from benchmarks.faults import (
     rows_downloads,
     rows_endings,
     rows_images,
+    rows_input,
     rows_kills,
     rows_processes,
     rows_training,
@@ -43,6 +44,7 @@ THEMES = (
     rows_endings,
     rows_kills,
     rows_images,
+    rows_input,
     rows_processes,
     rows_training,
 )

@@ -6,6 +6,7 @@ A checkpoint holds plain types only and is loaded with `weights_only=True`, so t
 import os
 import pickle
 import re
+import sys
 import zipfile
 from collections.abc import Mapping
 from io import BytesIO
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from cifar_lightning.checkpoints.checksum import has_checksum, is_intact
-from cifar_lightning.checkpoints.schema import upgrade_checkpoint
+from cifar_lightning.checkpoints.schema import DATA_STATE, check_checkpoint, upgrade_checkpoint
+from cifar_lightning.data.memory import free_host_bytes
 from cifar_lightning.errors import UserError
+from cifar_lightning.files import open_regular, read_bytes
 from cifar_lightning.formatting import reason_of
 from cifar_lightning.models.state_dicts import (
     CONTAINERS,
@@ -32,8 +35,6 @@ from cifar_lightning.models.state_dicts import (
 _MODEL = "model."  # `ImageClassifier.model`
 # First bytes of a file of torch.save before 1.6, as most of torchvision's published weights are.
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-DATA_STATE = "ImageDataModule"
-"""The key of the data module's state, from Lightning."""
 RESUME_STATE = "cifar_lightning"
 """The key of the states of each rank for an exact resume: see `training.resume_state`."""
 IS_INSIDE_WINDOW = "is_inside_window"
@@ -85,7 +86,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: It is missing, damaged, or holds more than plain types and tensors.
     """
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, _max_bytes(), follow_links=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; give a checkpoint such as RUN/checkpoints/best.ckpt.") from error
     except (OSError, MemoryError) as error:
@@ -111,11 +112,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if "can't allocate memory" in str(error):  # torch raises a RuntimeError
             raise _unreadable(path, error) from error
         raise UserError(f"{path}: a damaged checkpoint, or not a checkpoint ({reason_of(error)}).") from error
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path}: holds a {type(checkpoint).__name__} and not a checkpoint.")
+    if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
+        raise UserError(f"{path}: holds a {type(checkpoint).__name__} and not a checkpoint, a dict of names.")
     if not has_sum and RESUME_STATE in checkpoint:
         raise UserError(f"{path}: a damaged checkpoint (its SHA-256 is missing).")
-    return upgrade_checkpoint(checkpoint)
+    checkpoint = upgrade_checkpoint(checkpoint)
+    check_checkpoint(path, checkpoint)
+    return checkpoint
+
+
+def _max_bytes() -> int:
+    return int(free_host_bytes()) if sys.platform == "linux" else sys.maxsize  # elsewhere it is not known
 
 
 def _unreadable(path: Path, error: Exception) -> UnreadableError:
@@ -141,7 +148,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         except ImportError as error:
             raise UserError(f"{path}: reading it needs safetensors: pip install 'cifar-lightning[export]'") from error
         try:
-            return dict(load_file(path))
+            with open_regular(path, follow_links=True):  # load_file would wait for a FIFO
+                return dict(load_file(path))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be read as safetensors ({error}).") from error
     return weights_of(read_checkpoint(path), path)
@@ -181,8 +189,8 @@ def load_weights(model: nn.Module, path: Path, checkpoint: dict[str, Any] | None
 
 def statistics_of(checkpoint: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Return mean and std per channel (of images scaled to 0-1) of a run's training images; None if not a run."""
-    data = checkpoint.get(DATA_STATE) or {}
-    return (tuple(data["mean"]), tuple(data["std"])) if {"mean", "std"} <= data.keys() else None
+    data = checkpoint.get(DATA_STATE)
+    return None if data is None else (tuple(map(float, data["mean"])), tuple(map(float, data["std"])))
 
 
 def plain(value: Any) -> Any:

@@ -50,8 +50,8 @@ def _of_file(path: Path, name: str) -> PretrainedWeights:
         raise UserError(f"--model.pretrained {path}: no such file; give true or a file of weights.")
     origin = f"--model.pretrained {clipped(str(path), 200)}: its weights"
     if path.suffix == ".safetensors":
-        normalization = _exported_normalization(path) or torchvision_normalization(name)
-        return PretrainedWeights(read_weights(path), normalization, origin)
+        weights = read_weights(path)
+        return PretrainedWeights(weights, _exported_normalization(path) or torchvision_normalization(name), origin)
     checkpoint = read_checkpoint(path)
     statistics = statistics_of(checkpoint)
     normalization = Normalization(*statistics) if statistics else torchvision_normalization(name)
@@ -66,4 +66,8 @@ def _exported_normalization(path: Path) -> Normalization | None:
         about = file.metadata() or {}
     if not {"mean", "std"} <= about.keys():
         return None
-    return Normalization(tuple(json.loads(about["mean"])), tuple(json.loads(about["std"])))
+    try:
+        mean, std = (tuple(map(float, json.loads(about[key]))) for key in ("mean", "std"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged: mean and std in its metadata are no lists of numbers.") from error
+    return Normalization(mean, std)

@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cifar_lightning.checkpoints.durable import newest_checkpoint
 from cifar_lightning.checkpoints.loading import is_inside_epoch, progress_of
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
-from cifar_lightning.files import read_json, write_json
+from cifar_lightning.files import write_json
 from cifar_lightning.formatting import printable, shell_line
+from cifar_lightning.runs.contents import read_config, read_environment, read_split
 from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.runs.folder import RunFolder, open_run
-from cifar_lightning.runs.schema import upgrade_config
 from cifar_lightning.settings.roles import FIXED, MAKES_BATCHES, PLANS_SCHEDULE
 from cifar_lightning.settings.safe_yaml import read_yaml
 
@@ -123,19 +121,22 @@ def stop_point(run: RunFolder) -> StopPoint:
         UserError: It has none.
     """
     path, checkpoint, damages = newest_checkpoint(run)
-    stopping, best = (
-        [state for key, state in checkpoint["callbacks"].items() if name in key]
-        for name in ("EarlyStopping", "BestCheckpoint")
-    )
-    return StopPoint(
-        checkpoint=path,
-        epochs_done=progress_of(checkpoint)[0],
-        steps_done=checkpoint["global_step"],
-        stopped_early=any(has_stopped(state) for state in stopping),
-        has_best=any(state.get("best_model_path") for state in best),
-        is_inside_epoch=is_inside_epoch(checkpoint),
-        damages=tuple(damages),
-    )
+    try:
+        stopping, best = (
+            [state for key, state in checkpoint["callbacks"].items() if name in key]
+            for name in ("EarlyStopping", "BestCheckpoint")
+        )
+        return StopPoint(
+            checkpoint=path,
+            epochs_done=progress_of(checkpoint)[0],
+            steps_done=checkpoint["global_step"],
+            stopped_early=any(has_stopped(state) for state in stopping),
+            has_best=any(state.get("best_model_path") for state in best),
+            is_inside_epoch=is_inside_epoch(checkpoint),
+            damages=tuple(damages),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: damaged: its progress cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def clean_up(run: RunFolder, point: StopPoint) -> None:
@@ -155,12 +156,12 @@ def clean_up(run: RunFolder, point: StopPoint) -> None:
 
 def restore_files(run: RunFolder, point: StopPoint, data: ImageDataModule) -> None:
     """Write split.json and environment.json again where they cannot be read; warn of what cannot be made again."""
-    for path, content, lost in (
-        (run.split, data.split_summary, "whether the images are those of before is not known"),
-        (run.environment, describe_environment, "it has this machine and these versions"),
+    for path, read, content, lost in (
+        (run.split, read_split, data.split_summary, "whether the images are those of before is not known"),
+        (run.environment, read_environment, describe_environment, "it has this machine and these versions"),
     ):
         try:
-            read_json(path)
+            read(path)
         except UserError as error:
             print(f"warning: {error} Written again; {lost}.", file=sys.stderr)
             write_json(path, content())
@@ -173,8 +174,8 @@ def restore_files(run: RunFolder, point: StopPoint, data: ImageDataModule) -> No
 
 def split_difference(run: RunFolder, data: ImageDataModule) -> str:
     """Return how the data differs from that of a run; empty if it does not."""
-    theirs, ours = read_json(run.split), data.split_summary()
-    if any(theirs[key] != ours[key] for key in ("sha256", "train", "val")):
+    theirs, ours = read_split(run.split), data.split_summary()
+    if any(theirs.get(key) != ours[key] for key in ("sha256", "train", "val")):
         return "these are not the images or not the split of the run"
     return ""
 
@@ -188,7 +189,7 @@ def find_changes(run: RunFolder, config_text: str) -> Changes:
     Raises:
         UserError: A setting that cannot change differs, or the run's config is damaged.
     """
-    before, now = (_flat(_read_yaml(text, run.config)) for text in (run.config.read_text("utf-8"), config_text))
+    before, now = (_flat(config) for config in (read_config(run.config), read_yaml(config_text)))
     changes = {key: (before[key], now[key]) for key in sorted(before.keys() & now.keys()) if before[key] != now[key]}
     for key in changes:
         if key in FIXED:
@@ -202,16 +203,6 @@ def find_changes(run: RunFolder, config_text: str) -> Changes:
 def describe_changes(changes: Changes) -> list[str]:
     """Return a line for each change."""
     return [f"--{key} {now} instead of {before}" for key, (before, now) in changes.items()]
-
-
-def _read_yaml(text: str, path: Path) -> dict[str, Any]:
-    try:
-        tree = upgrade_config(read_yaml(text))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}).") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: damaged, not a mapping.")
-    return tree
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,10 +1,70 @@
-"""The schema version of a checkpoint, and the upgrade of older ones."""
+"""The schema of a checkpoint, its version, and the upgrade of older ones."""
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Self
 
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cifar_lightning.runs.contents import Count, check_schema
 from cifar_lightning.runs.schema import SCHEMA_VERSION, upgrade_model_settings
+from cifar_lightning.settings.limits import ImageSize
 
 SCHEMA_KEY = "cifar_lightning_schema"
+VERSION_KEY = "cifar_lightning_version"
+"""The key of the version of this project, for people who have nothing but the file."""
+DATA_STATE = "ImageDataModule"
+"""The key of the data module's state, from Lightning."""
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Hyperparameters(_Schema):
+    name: str | None = None
+    model_kwargs: dict[str, Any] | None = None
+    tta: str = "none"
+
+
+class _DataState(_Schema):
+    class_names: Annotated[list[str], Field(min_length=1)]
+    image_size: ImageSize
+    mean: Annotated[list[float], Field(min_length=1)]
+    std: list[Annotated[float, Field(gt=0)]]
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if len(self.mean) != len(self.std):
+            raise ValueError("mean and std of different lengths")
+        return self
+
+
+class _Lightning(_Schema):
+    epoch: Count
+    global_step: Count = 0
+    state_dict: dict[str, Any]
+    hyper_parameters: dict[str, Any] = {}
+    loops: dict[str, Any] = {}
+    callbacks: dict[str, Any] = {}
+    optimizer_states: list[dict[str, Any]] = []
+    lr_schedulers: list[dict[str, Any]] = []
+
+
+class _OfRun(_Lightning):
+    hyper_parameters: _Hyperparameters = _Hyperparameters()  # type: ignore[assignment]
+    data: _DataState = Field(alias="ImageDataModule")  # DATA_STATE
+
+
+def check_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Check the types of what a checkpoint of a run, or another one of Lightning, holds; nothing in other files.
+
+    Raises:
+        UserError: Names the file and the field.
+    """
+    if DATA_STATE in checkpoint:
+        check_schema(path, checkpoint, _OfRun)
+    elif "pytorch-lightning_version" in checkpoint:
+        check_schema(path, checkpoint, _Lightning)
 
 
 def upgrade_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:

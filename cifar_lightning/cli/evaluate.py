@@ -10,6 +10,7 @@ from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.report.terminal import print_validation
 from cifar_lightning.runs.folder import RunFolder, open_run
+from cifar_lightning.training.error_messages import restoring
 from cifar_lightning.training.predictions import PredictionWriter
 
 
@@ -24,17 +25,15 @@ def evaluate(command: str, arguments: Sequence[str]) -> None:
     trainer = build_trainer(settings.trainer, [predictions], logger=False)
     # weights_only: a checkpoint is data and must not be able to run code.
     common: dict[str, Any] = {"datamodule": data, "ckpt_path": settings.ckpt_path, "weights_only": True}
-    if command == "predict":
-        trainer.predict(model, return_predictions=False, **common)
-        if trainer.is_global_zero:
-            print(f"Logits and probabilities of {predictions.num_written:,} test images: {predictions.written_to}")
-    elif command == "test":
-        trainer.test(model, verbose=False, **common)
+    quiet = {"return_predictions": False} if command == "predict" else {"verbose": False}
+    with restoring(settings.ckpt_path):
+        getattr(trainer, command)(model, **quiet, **common)
+    if command == "test":
         predictions.report()
-    else:
-        trainer.validate(model, verbose=False, **common)
-        if trainer.is_global_zero:
-            print_validation({name: float(value) for name, value in trainer.callback_metrics.items()})
+    elif trainer.is_global_zero and command == "predict":
+        print(f"Logits and probabilities of {predictions.num_written:,} test images: {predictions.written_to}")
+    elif trainer.is_global_zero:
+        print_validation({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
 def find_run(command: str, checkpoint: Path, data: ImageDataModule, output: Path | None) -> RunFolder | None:

@@ -29,14 +29,16 @@ from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.image_folder import write_skipped_files
 from cifar_lightning.data.image_set import SPLITS
 from cifar_lightning.errors import UserError, is_first_process, remark
-from cifar_lightning.files import MetricsTable, read_json, remove_empty, write_text_durably
+from cifar_lightning.files import MetricsTable, remove_empty, write_text_durably
 from cifar_lightning.formatting import printable
 from cifar_lightning.report.report import make_report
+from cifar_lightning.runs.contents import read_environment
 from cifar_lightning.runs.ending import ending_text, is_short, write_ending
+from cifar_lightning.runs.environment import portable
 from cifar_lightning.runs.folder import RUNS, RunFolder, config_name, create_run, discard_run, weights_file
 from cifar_lightning.runs.processes import announce_run, announced_run
 from cifar_lightning.training.best_checkpoint import BestCheckpoint
-from cifar_lightning.training.error_messages import explained, of_users_objects
+from cifar_lightning.training.error_messages import explained, of_users_objects, restoring
 from cifar_lightning.training.last_checkpoint import LastCheckpoint
 from cifar_lightning.training.lr_finder import write_lr_range
 from cifar_lightning.training.model_checks import check_monitors
@@ -213,7 +215,7 @@ def build_fit_trainer(
         predictions,
         ResumeState(),
         RunRecorder(run, record, changed),
-        Dashboard(data.class_names, cli.settings.as_dict()),
+        Dashboard(data.class_names, portable(cli.settings.as_dict())),
     ]
     if validates:
         callbacks.append(settings.early_stopping)
@@ -239,14 +241,15 @@ def train(
         resume.run.discard_results()  # of the weights before
         print("\n".join(resume.point.describe(resume.run, resume.changes, model.schedule_settings.name)))
     # weights_only: a checkpoint is data and must not be able to run code.
-    trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    with restoring(ckpt_path):
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
 
 
 def report_short_ending(trainer: pl.Trainer, run: RunFolder) -> None:
     """Print what ended training before its planned steps."""
     if not trainer.is_global_zero or not run.environment.exists():  # --trainer.fast_dev_run writes none
         return
-    if is_short(ended := read_json(run.environment).get("ended")):
+    if is_short(ended := read_environment(run.environment).get("ended")):
         print(f"Training ended {ending_text(ended)}; it continues with: {run.resume_command}")
 
 
@@ -254,7 +257,7 @@ def report_ending(resume: Resume, trainer: Namespace) -> None:
     """Print what ended a run with nothing left to train, and write it where the process was killed before it could."""
     if not is_first_process():
         return
-    ended = read_json(resume.run.environment).get("ended")
+    ended = read_environment(resume.run.environment).get("ended")
     if not ending_text(ended):
         write_ending(resume.run, ended := resume.point.ending(trainer.max_epochs, trainer.max_steps))
     print(
@@ -277,9 +280,10 @@ def evaluate_best_checkpoint(
     if not best.exists() and settings.enable_checkpointing is not False and not settings.fast_dev_run:
         raise UserError(f"{run.checkpoints}: no checkpoint could be written; is the folder writable?")
     chosen: dict[str, Any] = {"ckpt_path": best, "weights_only": True} if best.exists() else {}
-    if validates:
-        # For the predictions alone: another point on the curve of val/acc would be that of another epoch.
-        loggers, trainer.loggers = trainer.loggers, []
-        trainer.validate(model, datamodule=data, verbose=False, **chosen)
-        trainer.loggers = loggers
-    trainer.test(model, datamodule=data, verbose=False, **chosen)
+    with restoring(best):
+        if validates:
+            # For the predictions alone: another point on the curve of val/acc would be that of another epoch.
+            loggers, trainer.loggers = trainer.loggers, []
+            trainer.validate(model, datamodule=data, verbose=False, **chosen)
+            trainer.loggers = loggers
+        trainer.test(model, datamodule=data, verbose=False, **chosen)

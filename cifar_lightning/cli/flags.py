@@ -16,10 +16,11 @@ from typing import Any
 import yaml
 
 from cifar_lightning.errors import UserError
+from cifar_lightning.files import read_bytes
 from cifar_lightning.formatting import clipped, shell_line, suggest
 from cifar_lightning.runs.schema import upgrade_config
 from cifar_lightning.settings.comparison import within
-from cifar_lightning.settings.safe_yaml import read_yaml
+from cifar_lightning.settings.safe_yaml import MAX_BYTES, read_yaml
 
 ALIASES = {"epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "lr": "model.lr"}
 GROUPS = ("trainer", "model", "data", "early_stopping", "checkpoint")  # each also takes a YAML file of its keys
@@ -139,9 +140,19 @@ def _value_left_out(name: str, typed: str) -> str | None:
     raise UserError(f"--{typed}: needs a value, {_words(row)}.")
 
 
-def check_value(name: str, value: str, typed: str) -> None:
-    """Refuse a value that a flag surely does not take; the message begins with `typed`."""
+def check_value(name: str, value: str, typed: str, folder: Path = Path()) -> None:
+    """Refuse a value that a flag surely does not take; the message begins with `typed`.
+
+    A path among the values, of a file with further settings, is relative to `folder`.
+    """
     row = table().get(name)
+    if name in GROUPS or (row is not None and row.get("open")):
+        path = os.path.join(folder, value)  # pathlib's raises for long names
+        if os.path.exists(path) and not os.path.isdir(path):
+            try:
+                read_bytes(Path(path), MAX_BYTES, follow_links=True)
+            except OSError as error:
+                raise UserError(f"{typed}: cannot be read ({error.strerror}).") from error
     if name == "model.model_kwargs":
         _check_mapping(value, typed)
     if row is None or row.get("prefixes"):
@@ -193,7 +204,7 @@ def check_config(path: Path) -> None:
     """Check the keys and values of a recipe as those of flags; what it leaves to files of its own is not checked."""
     file = f"--config {clipped(str(path), 200)}"
     try:
-        tree = upgrade_config(read_yaml(path.read_text(encoding="utf-8")))
+        tree = upgrade_config(read_yaml(read_bytes(path, MAX_BYTES, follow_links=True).decode()))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}).{_suggest_config(path)}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -214,7 +225,7 @@ def check_config(path: Path) -> None:
             raise UserError(f"{file}: {name} {str(value).lower()}: a number or truth value; quote it if it is text.")
         if isinstance(value, str | int | float | list):
             text = str(value).lower() if isinstance(value, bool) else str(value)
-            check_value(name, text, f"{file}: {name} {clipped(text)}")
+            check_value(name, text, f"{file}: {name} {clipped(text)}", path.parent)
         elif value is None:
             _check_nothing(name, file)
 

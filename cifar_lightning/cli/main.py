@@ -168,6 +168,10 @@ def _of_run(run: RunFolder, checkpoint: Path, flags: list[str]) -> list[str]:
     if not checkpoint.exists():
         again = shell_line("python", "train.py", "fit", "--config", run.config, "--run_dir", run.path)
         raise UserError(f"{run.path}: no checkpoint found; nothing to resume or evaluate.\nTo start it over: {again}")
+    from cifar_lightning.runs.contents import read_config  # imports pydantic and NumPy
+
+    read_config(run.config)
+    check_config(run.config)
     return [f"--config={run.config}", *flags, f"--ckpt_path={checkpoint}"]
 
 

@@ -25,6 +25,7 @@ from cifar_lightning.inference.trained_model import TrainedModel, load_trained_m
 from cifar_lightning.models.registry import build_model
 from cifar_lightning.report.model_card import NAME as CARD
 from cifar_lightning.report.model_card import write_model_card
+from cifar_lightning.runs.contents import read_gallery
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.tta import tta_logits
 
@@ -219,11 +220,9 @@ def images_to_check(run: RunFolder, image_size: int) -> tuple[Images, str]:
     """Return `NUM_CHECKED` images (NCHW, 0-255), of the run's gallery and then random ones, and a description."""
     saved = np.empty((0, image_size, image_size, 3), np.uint8)
     if run.gallery.is_file():
-        try:
-            with np.load(run.gallery) as gallery:
-                saved = gallery["images"][:NUM_CHECKED]
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise UserError(f"{run.gallery}: damaged ({error}); run python train.py test {run.path} again.") from error
+        saved = read_gallery(run.gallery)[0][:NUM_CHECKED]
+        if saved.shape[1:3] != (image_size, image_size):
+            raise UserError(f"{run.gallery}: images of another size than {image_size}; run test {run.path} again.")
     missing = NUM_CHECKED - len(saved)
     shape = (missing, image_size, image_size, 3)
     random = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)

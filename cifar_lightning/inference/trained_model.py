@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from cifar_lightning.checkpoints.loading import DATA_STATE, load_weights, read_checkpoint
+from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint
+from cifar_lightning.checkpoints.schema import DATA_STATE
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256
-from cifar_lightning.models.registry import build_model
+from cifar_lightning.models.registry import build_model, check_model_kwargs
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.tta import TTA, tta_logits
 from cifar_lightning.transforms.augmentation import normalize
@@ -55,6 +56,9 @@ def load_trained_model(run: RunFolder) -> TrainedModel:
         "image_size": data["image_size"],
         **(hparams.get("model_kwargs") or {}),
     }
+    if len(data["mean"]) != 3:
+        raise UserError(f"{path}: mean and std of {len(data['mean'])} channels; images have 3.")
+    check_model_kwargs(hparams.get("model_kwargs") or {})
     model = build_model(**architecture).to(memory_format=torch.channels_last).eval()
     load_weights(model, path, checkpoint)
     return TrainedModel(
@@ -62,8 +66,8 @@ def load_trained_model(run: RunFolder) -> TrainedModel:
         tta=hparams.get("tta", "none"),
         class_names=tuple(data["class_names"]),
         image_size=data["image_size"],
-        mean=tuple(data["mean"]),
-        std=tuple(data["std"]),
+        mean=tuple(map(float, data["mean"])),
+        std=tuple(map(float, data["std"])),
         architecture=architecture,
         checkpoint=path,
         sha256=file_sha256(path),

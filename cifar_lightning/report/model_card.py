@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import write_text_durably
+from cifar_lightning.files import read_bytes, write_text_durably
 from cifar_lightning.report.findings import find, run_of
 from cifar_lightning.report.page import facts_of, render, reproduction_of
 from cifar_lightning.report.report import describe_run
@@ -29,7 +29,12 @@ def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> P
     path, or None if a file of that name is not ours, which is then left alone.
     """
     path = folder / NAME
-    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else _MARKER
+    try:
+        before = read_bytes(path, 1 << 20).decode("utf-8", "replace")
+    except FileNotFoundError:
+        before = _MARKER
+    except OSError:  # a link, a FIFO, a folder
+        return None
     if _MARKER not in before:
         return None
     others = [file for file in _files_of(before, card["checkpoint_sha256"], folder) if file["file"] != card["file"]]
@@ -61,5 +66,5 @@ def _files_of(text: str, checkpoint_sha256: str, folder: Path) -> list[dict[str,
         known = json.loads(found[1]) if found else {}
         files = known["files"] if known.get("checkpoint_sha256") == checkpoint_sha256 else []
         return [{key: file[key] for key in _OF_A_FILE} for file in files if (folder / file["file"]).is_file()]
-    except (ValueError, KeyError, TypeError, AttributeError):  # edited by hand
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # edited by hand
         return []

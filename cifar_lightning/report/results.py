@@ -1,28 +1,26 @@
 """Results of a run, read from its folder. Missing and damaged files are reported and the rest is kept."""
 
-import csv
-import json
-import math
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jaxtyping import Float, Int64, UInt8
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import MetricsTable
-from cifar_lightning.formatting import csv_text
+from cifar_lightning.files import MAX_TABLE_BYTES, read_bytes
 from cifar_lightning.metrics.classification import confusion_matrix
+from cifar_lightning.runs.contents import (
+    read_arrays,
+    read_config,
+    read_environment,
+    read_gallery,
+    read_matrix,
+    read_split,
+    read_table,
+    read_test_metrics,
+)
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.runs.schema import upgrade_config, upgrade_test_metrics
-from cifar_lightning.settings.safe_yaml import read_yaml
-
-# Raised for a damaged .npz.
-DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -108,18 +106,18 @@ def read_results(run: RunFolder) -> Results:
             val = None
     for path, predictions in ((run.predictions, test), (run.predictions_val, val)):
         problems += _non_finite_problems(path, predictions)
-    images = _try(_read_gallery, run.gallery, problems) or {}
-    tables = {path: _try(_read_table, path, problems) for path in (run.metrics_csv, run.timing_csv)}
+    images, shown = _try(read_gallery, run.gallery, problems) or ((), ())
+    tables = {path: _try(read_table, path, problems) for path in (run.metrics_csv, run.timing_csv)}
     cut = _name_cut_tables(tables)
     no_tta = None
-    if origin.config.get("model", {}).get("tta", "none") != "none":
-        no_tta = upgrade_test_metrics(_try(_read_object, run.test_metrics, problems) or {}).get("accuracy_no_tta")
+    if (origin.config.get("model") or {}).get("tta", "none") != "none":
+        no_tta = (_try(read_test_metrics, run.test_metrics, problems) or {}).get("accuracy_no_tta")
     return Results(
         class_names=names,
         confusion=confusion,
         test=test,
         val=val,
-        images=images,
+        images=dict(zip(map(int, shown), images, strict=True)),
         epochs=tables[run.metrics_csv] or [],
         timing=tables[run.timing_csv] or [],
         cut_tables=tuple(cut),
@@ -132,9 +130,9 @@ def read_results(run: RunFolder) -> Results:
 def read_origin(run: RunFolder, problems: list[str]) -> Origin:
     """Read config.yaml, environment.json and split.json; an unreadable file is empty and added to `problems`."""
     return Origin(
-        config=_try(_read_config, run.config, problems) or {},
-        environment=_try(_read_object, run.environment, problems) or {},
-        split=_try(_read_object, run.split, problems) or {},
+        config=_try(read_config, run.config, problems) or {},
+        environment=_try(read_environment, run.environment, problems) or {},
+        split=_try(read_split, run.split, problems) or {},
     )
 
 
@@ -142,39 +140,22 @@ def read_predictions(path: Path) -> Predictions:
     """Read predictions.npz or predictions_val.npz.
 
     Raises:
-        ValueError: The arrays do not match. Other damage raises one of `DAMAGED`.
+        UserError: It cannot be read or is damaged.
     """
-    # Opened here because NumPy does not close a file that is no archive.
-    with path.open("rb") as file, np.load(file) as arrays:
-        logits, targets, indices = (arrays[name] for name in ("logits", "targets", "indices"))
-        class_names = tuple(str(name) for name in arrays["class_names"])
+    kinds = {"logits": ("f", 2), "targets": ("iu", 1), "indices": ("iu", 1), "class_names": ("U", 1)}
+    logits, targets, indices, names = read_arrays(path, kinds).values()
+    class_names = tuple(map(str, names))
     if logits.shape != (len(targets), len(class_names)) or len(indices) != len(targets):
-        raise ValueError("arrays have different lengths")
-    if not len(targets):
-        raise ValueError("no images")
+        raise UserError(f"{path}: damaged: arrays have different lengths.")
     if not ((targets >= 0) & (targets < len(class_names))).all():
-        raise ValueError(f"a class is not in 0..{len(class_names) - 1}")
+        raise UserError(f"{path}: damaged: a class is not in 0..{len(class_names) - 1}.")
     if len(np.unique(indices)) != len(indices):
-        raise ValueError("an image occurs twice")
+        raise UserError(f"{path}: damaged: an image occurs twice.")
     return Predictions(logits.astype(np.float32), targets.astype(np.int64), indices.astype(np.int64), class_names)
 
 
-def read_confusion(path: Path) -> tuple[tuple[str, ...], Int64[np.ndarray, "classes classes"]]:
-    """Read confusion_matrix.csv: class names and counts.
-
-    Raises:
-        ValueError: Not a square table of counts.
-    """
-    rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
-    if not rows or len(rows) != len(rows[0]) or any(len(row) != len(rows) for row in rows):
-        raise ValueError("not a square table")
-    return tuple(map(csv_text, rows[0][1:])), np.array(
-        [[int(cell) for cell in row[1:]] for row in rows[1:]], dtype=np.int64
-    )
-
-
 def _matrix_alone(run: RunFolder, problems: list[str]) -> tuple[tuple[str, ...], Int64[np.ndarray, "classes classes"]]:
-    read: tuple[tuple[str, ...], np.ndarray] | None = _try(read_confusion, run.confusion_matrix_csv, problems)
+    read: tuple[tuple[str, ...], np.ndarray] | None = _try(read_matrix, run.confusion_matrix_csv, problems)
     if read is None:
         raise UserError(f"run {run.path}: {' '.join(problems)}\nRecreate them with: python train.py test {run.path}")
     return read
@@ -187,10 +168,9 @@ def _try(read: Any, path: Path, problems: list[str]) -> Any:
             problems.append(f"{path.name} is missing.")
             return None
         return read(path)
-    except (*DAMAGED, UserError, csv.Error, yaml.YAMLError) as error:
-        # The message names the file already, so the path is removed from the reason.
-        reason = str(error).splitlines()[0].replace(f"{path}: ", "").replace(str(path), path.name) if str(error) else ""
-        problems.append(f"{path.name} is damaged: {(reason or type(error).__name__).rstrip('.')}.")
+    except UserError as error:
+        message = str(error).replace(f"{path}: damaged", f"{path} is damaged", 1)
+        problems.append(message.replace(str(path), path.name))
         return None
 
 
@@ -220,35 +200,6 @@ def _name_cut_tables(tables: dict[Path, list[dict[str, float]] | None]) -> dict[
         if num_lost or not rows:
             lost = f"{num_lost} of {num_epochs} epochs are missing" if num_lost else "it has no epochs"
             messages[path.name] = f"{path.name} is truncated: {lost}."
-        elif not path.read_bytes().endswith(b"\n"):
+        elif not read_bytes(path, MAX_TABLE_BYTES).endswith(b"\n"):
             messages[path.name] = f"{path.name} is truncated: its last line is incomplete and ignored."
     return messages
-
-
-def _read_gallery(path: Path) -> dict[int, UInt8[np.ndarray, "height width 3"]]:
-    with path.open("rb") as file, np.load(file) as arrays:
-        images, indices = arrays["images"], arrays["indices"]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) != len(indices):
-        raise ValueError("not RGB images")
-    return dict(zip(indices.tolist(), images, strict=True))
-
-
-def _read_table(path: Path) -> list[dict[str, float]]:
-    rows = MetricsTable(path).read()
-    if not all(row.get("epoch", math.nan).is_integer() for row in rows):
-        raise ValueError("a row has no epoch")
-    return rows
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ValueError("not a JSON object")
-    return values
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = upgrade_config(read_yaml(path.read_text(encoding="utf-8")))
-    if not isinstance(config, dict):
-        raise ValueError("not a YAML mapping")
-    return config

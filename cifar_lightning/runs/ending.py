@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cifar_lightning.files import read_json, write_json
+from cifar_lightning.files import write_json
 from cifar_lightning.formatting import plural
+from cifar_lightning.runs.contents import read_environment
 from cifar_lightning.runs.folder import RunFolder
 
 _CAUSES = {
@@ -19,7 +20,7 @@ _CAUSES = {
 
 def write_ending(run: RunFolder, ended: Mapping[str, Any]) -> None:
     """Write what ended a training into environment.json."""
-    write_json(run.environment, read_json(run.environment) | {"ended": ended})
+    write_json(run.environment, read_environment(run.environment) | {"ended": ended})
 
 
 def is_short(ended: Any) -> bool:

@@ -1,9 +1,11 @@
 """The environment of a run: versions, machine, commit and command."""
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,6 +14,7 @@ from typing import Any
 
 from cifar_lightning.runs.schema import SCHEMA_VERSION
 
+_FOLDERS = re.compile(r"(?<![\w~.:/])/(?:[^/\s]+/)+")  # of an absolute path, also within a sentence; not of a URL
 _DISTRIBUTIONS = ("cifar-lightning", "torch", "torchvision", "lightning", "torchmetrics", "numpy")
 
 
@@ -36,8 +39,33 @@ def describe_environment() -> dict[str, Any]:
         "num_usable_cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "commit": commit,
         "dirty": dirty,
-        "command": list(sys.orig_argv),
+        "command": portable([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
     }
+
+
+@functools.cache
+def package_version() -> str | None:
+    """Return the installed version of this project; None if it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("cifar-lightning")
+    return None
+
+
+def portable(value: Any) -> Any:
+    """Return settings without the folders of this machine, which would tell a user's name.
+
+    A path below the current folder becomes relative to it, one below the home folder begins with ~, and of any other
+    absolute path the name is left.
+    """
+    if isinstance(value, dict):
+        return {key: portable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(portable, value))
+    if not isinstance(value, str):
+        return value
+    for folder, short in ((os.getcwd(), ""), (os.path.expanduser("~"), f"~{os.sep}")):
+        value = value.replace(f"{folder}{os.sep}", short) if len(folder) > 1 else value
+    return _FOLDERS.sub("", value)
 
 
 def processor_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

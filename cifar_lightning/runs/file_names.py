@@ -1,5 +1,7 @@
 """Names of all files of a run, and which command writes each."""
 
+import contextlib
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -70,6 +72,14 @@ class RunFiles:
         yield from self.path.glob(self.tensorboard)
         yield from self.checkpoints.glob("[!.]*.ckpt*")
         yield from self.leftovers()
+
+    def irregular_files(self) -> Iterator[Path]:
+        """Yield what has the name of a run's file and is a link, a folder, a FIFO or a device; or such a folder."""
+        for path in (*(self.path / file.name for file in _FILES), *self.path.glob(self.tensorboard)):
+            with contextlib.suppress(OSError):  # missing
+                is_right = stat.S_ISDIR if path == self.checkpoints else stat.S_ISREG
+                if not is_right(path.lstat().st_mode):
+                    yield path
 
     def leftovers(self) -> Iterator[Path]:
         """Yield temporary files that a killed process left behind."""

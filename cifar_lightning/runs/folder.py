@@ -87,6 +87,15 @@ class RunFolder(RunFiles):
             )
             raise UserError(f"run {self.path}: {names} {'is' if len(missing) == 1 else 'are'} missing.\n{remedy}")
 
+    def check_files(self) -> None:
+        """Refuse a folder in which a link or a special file has the name of a run's file.
+
+        Reading it might never end or show another file, and writing would change files elsewhere.
+        """
+        for path in self.irregular_files():
+            kind = "a link" if path.is_symlink() else "not a regular file" if path != self.checkpoints else "no folder"
+            raise UserError(f"run {self.path}: {path.relative_to(self.path)} is {kind}; remove it or put a copy there.")
+
     def check_writable(self) -> None:
         """Check that the folders can be written, before training."""
         for folder in (self.path, self.checkpoints):
@@ -160,6 +169,7 @@ def _make_numbered(folder: Path) -> Path:
 
 
 def _refuse_what_would_be_lost(run: RunFolder) -> None:
+    run.check_files()
     files = tuple(run.written_files())
     if run.lock_file.exists() or run.config.exists():
         what = "checkpoints" if run.has_checkpoint else "results" if run.has_results else ""
@@ -184,9 +194,10 @@ def open_run(path: Path, *, lock: bool = False, results: bool = False) -> RunFol
         results: Accept a folder with test results and no config.yaml.
 
     Raises:
-        UserError: It is not a run folder, or with `lock` it is in use.
+        UserError: It is not a run folder, holds links or special files, or with `lock` it is in use.
     """
     run = RunFolder(path)
+    run.check_files()
     has_results = results and (run.predictions.is_file() or run.confusion_matrix_csv.is_file())
     if not (run.config.is_file() or has_results):
         what = "is not a run folder: it has no config.yaml" if path.is_dir() else "is not a folder"

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from datetime import date
 from typing import Any
 
 import yaml
@@ -11,16 +12,17 @@ from cifar_lightning.files import expand_home
 # Bytes of a file's name that are not UTF-8 are U+DC80 to U+DCFF in Python and `\\uDC80` in YAML, which libyaml refuses.
 _ESCAPED_BYTE = re.compile(r"\\uDC([89A-F][0-9A-F])")
 _BYTES = {0x10FF00 + byte: 0xDC00 + byte for byte in range(0x80, 0x100)}  # characters that nobody uses stand for them
+MAX_BYTES = 1 << 20  # of a file; our largest config has 3 kB
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is faster and refuses deep nesting by itself
 MAX_DEPTH = 40  # lists and dicts within each other; the deepest of our own recipes is 4
 MAX_NODES = 100_000  # with every alias written out: some ten short lines of aliases can stand for 10^9 values
 
 
 def read_yaml(text: str) -> Any:
-    """Read YAML as plain data.
+    """Read YAML as plain data: dicts, lists, text, numbers of at most 64 bits, booleans and null.
 
     Raises:
-        yaml.YAMLError: It is none, or holds what a recipe has no use for.
+        yaml.YAMLError: It is none, or holds something else, such as a date.
     """
     return checked(lambda text: yaml.load(text, Loader=_LOADER))(text)
 
@@ -39,7 +41,7 @@ def checked(load: Callable[[str], Any]) -> Callable[[str], Any]:
             _refuse_twice(escaped)
         except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
             raise yaml.YAMLError(str(error) or type(error).__name__) from error
-        _refuse_endless(value)
+        check_nesting(value)
         return _with_bytes(value)
 
     return read
@@ -74,18 +76,34 @@ def _with_bytes(value: Any) -> Any:
     return [_with_bytes(item) for item in value] if isinstance(value, list) else value
 
 
-def _refuse_endless(value: Any) -> None:
+def check_nesting(value: Any, max_nodes: float = MAX_NODES) -> None:
+    """Refuse data that is nested too deep or too large, or is not plain.
+
+    Raises:
+        yaml.YAMLError: Says what it holds.
+    """
     num_nodes, level = 0, [value]
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for node in level:
             if isinstance(node, dict):
-                below += node.values()
-            elif isinstance(node, list | tuple | set):
                 below += node
-            if num_nodes + len(below) > MAX_NODES:
-                raise yaml.YAMLError(f"more than {MAX_NODES:,} values")
+                below += node.values()
+            elif isinstance(node, list):
+                below += node
+            else:
+                _check_scalar(node)
+            if num_nodes + len(below) > max_nodes:
+                raise yaml.YAMLError(f"more than {max_nodes:,} values")
         if not below:
             return
         num_nodes, level = num_nodes + len(below), below
     raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH} levels, or an alias inside what it names")
+
+
+def _check_scalar(value: Any) -> None:
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise yaml.YAMLError("a whole number of more than 64 bits")
+    if value is not None and not isinstance(value, str | int | float):
+        text = f" ({value})" if isinstance(value, date) else ""
+        raise yaml.YAMLError(f"a {type(value).__name__}{text}, which no setting is; quote it if it is text")

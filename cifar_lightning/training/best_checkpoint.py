@@ -1,7 +1,6 @@
 """BestCheckpoint: saves best.ckpt at the best val/acc."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,6 +29,7 @@ class BestCheckpoint(ModelCheckpoint):
             mode="max",
             enable_version_counter=False,
         )
+        self._run = run
         self._state_key = super().state_key
         self._best_loss = math.inf
 
@@ -55,21 +55,21 @@ class BestCheckpoint(ModelCheckpoint):
             super().on_train_epoch_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return Lightning's state and the loss of the best epoch."""
-        return super().state_dict() | {"best_loss": self._best_loss}
+        """Return Lightning's state, with paths relative to the run, and the loss of the best epoch."""
+        state = self._with_paths(super().state_dict(), self._run.checkpoints.name)
+        return state | {"best_loss": self._best_loss}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the best score also after the folder was moved, if best.ckpt moved with it.
-
-        Lightning forgets the score of another path, so that a worse epoch would overwrite the best.
-        """
-        own = f"{self.dirpath}/{self.filename}{self.FILE_EXTENSION}"
-        if state_dict.get("best_model_path") and Path(own).is_file():
-            score = state_dict.get("best_model_score")
-            paths = ("best_model_path", "kth_best_model_path", "last_model_path")
-            moved: dict[str, Any] = {name: own for name in paths if state_dict.get(name)}
-            moved["dirpath"] = str(self.dirpath)
-            state_dict = {**state_dict, **moved, "best_k_models": {} if score is None else {own: score}}
-        super().load_state_dict(state_dict)
+        """Load the best score if best.ckpt is there, wherever the folder was when the checkpoint was written."""
+        if state_dict.get("best_model_path") and not self._run.best_checkpoint.is_file():
+            return
+        super().load_state_dict(self._with_paths(state_dict, str(self.dirpath)))
         self.current_score = state_dict.get("current_score")  # which Lightning saves and does not load
         self._best_loss = state_dict.get("best_loss", math.inf)  # absent in Lightning's own state
+
+    def _with_paths(self, state: dict[str, Any], folder: str) -> dict[str, Any]:
+        """Return a state with all paths in another folder: Lightning forgets the score of another path."""
+        own, score = f"{folder}/{self._run.best_checkpoint.name}", state.get("best_model_score")
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        moved: dict[str, Any] = {name: own for name in paths if state.get(name)}
+        return {**state, **moved, "dirpath": folder, "best_k_models": {} if score is None else {own: score}}

@@ -5,6 +5,7 @@ import errno
 import re
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
@@ -13,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
 
 from cifar_lightning.errors import RunError, UserError
-from cifar_lightning.formatting import clipped
+from cifar_lightning.formatting import clipped, reason_of
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.run_recorder import RunRecorder
 
@@ -24,6 +25,10 @@ _LESS_MEMORY = {
     "tune": "halve --batch_size",
 }
 
+
+# Functions of Lightning, torch and ours that put the state of a checkpoint in place.
+_RESTORING = {"resume_start", "_restore_modules_and_callbacks", "restore_model", "restore_training_state"}
+_RESTORING |= {"restore_rng", "restore", "load_state_dict", "on_load_checkpoint"}
 
 # What the Trainer raises for an unknown accelerator or strategy, a wrong type, a missing package.
 _OF_SETTINGS = (ValueError, TypeError, ImportError, MisconfigurationException)
@@ -41,6 +46,23 @@ def explained(command: str, run: RunFolder | None = None) -> Iterator[None]:
         if known is None:
             raise
         raise known from error
+
+
+@contextlib.contextmanager
+def restoring(path: str | Path | None) -> Iterator[None]:
+    """Raise what restoring the state of a checkpoint raises as `UserError`; what training raises stays as it is."""
+    try:
+        yield
+    except (UserError, RunError):
+        raise
+    except Exception as error:  # a state of another type may raise anything
+        names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if path is None or not names & _RESTORING:
+            raise
+        reason = f"{type(error).__name__}: {reason_of(error)}"
+        raise UserError(
+            f"{path}: its state cannot be restored ({reason}).\nIt is damaged, or of other code than this."
+        ) from error
 
 
 @contextlib.contextmanager

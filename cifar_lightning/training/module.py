@@ -15,7 +15,7 @@ from torchmetrics import MetricCollection
 
 from cifar_lightning.checkpoints.loading import plain, progress_of
 from cifar_lightning.checkpoints.pretrained import load_pretrained
-from cifar_lightning.checkpoints.schema import SCHEMA_KEY, upgrade_checkpoint
+from cifar_lightning.checkpoints.schema import SCHEMA_KEY, VERSION_KEY, upgrade_checkpoint
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.metrics.classification import accuracy, macro_f1
 from cifar_lightning.models.compile import compile_model
@@ -23,6 +23,7 @@ from cifar_lightning.models.registry import DEFAULT_MODEL, choose_model
 from cifar_lightning.models.state_dicts import describe_misfits
 from cifar_lightning.optim.optimizers import OptimizerName, OptimizerSettings, build_optimizer
 from cifar_lightning.optim.schedules import ScheduleName, ScheduleSettings, make_schedule
+from cifar_lightning.runs.environment import package_version, portable
 from cifar_lightning.runs.schema import SCHEMA_VERSION
 from cifar_lightning.settings.limits import Fraction, LearningRate, MixStrength, WeightDecay, check_settings
 from cifar_lightning.training.data_protocol import TrainingData, training_data
@@ -233,10 +234,11 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         return count_steps(self.trainer, *(self._resumed_from or (0, 0)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the schema version, and hyperparameters as types that load as data, also those of a subclass."""
-        checkpoint[SCHEMA_KEY] = SCHEMA_VERSION
+        """Save the versions, and hyperparameters as types that load as data, also those of a subclass."""
+        checkpoint |= {SCHEMA_KEY: SCHEMA_VERSION, VERSION_KEY: package_version()}
         if self.CHECKPOINT_HYPER_PARAMS_KEY in checkpoint:
-            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = plain(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY])
+            hparams = portable(plain(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]))
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the weights fit, and note where the checkpoint's run stood."""

@@ -8,9 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from cifar_lightning.files import MetricsTable, read_json, write_json, write_text_durably
+from cifar_lightning.files import MetricsTable, write_json, write_text_durably
+from cifar_lightning.runs.contents import read_environment
 from cifar_lightning.runs.ending import write_ending
-from cifar_lightning.runs.environment import describe_environment, processor_change
+from cifar_lightning.runs.environment import describe_environment, portable, processor_change
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.ending import describe_ending
@@ -82,7 +83,8 @@ class RunRecorder(pl.Callback):
             return
         if self.config is not None:
             write_text_durably(self.run.config, self.config)
-        write_json(self.run.split, require_training_data(trainer).split_summary())
+        split = require_training_data(trainer).split_summary()
+        write_json(self.run.split, split | {"dataset": portable(split["dataset"])})
         device = trainer.strategy.root_device
         environment = describe_environment() | {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -92,13 +94,13 @@ class RunRecorder(pl.Callback):
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
         if self.resumed is not None:
-            before = read_json(self.run.environment)
+            before = read_environment(self.run.environment)
             again = {key: environment[key] for key in _OF_A_RESUME}
             if change := processor_change(before, environment):
                 again["processor_change"] = change
                 print(f"  Not bit for bit equal to the run without a stop: {change}.")
             before.pop("ended", None)
-            environment = before | {"resumed": [*before.get("resumed", []), self.resumed | again]}
+            environment = before | {"resumed": [*before.get("resumed", []), portable(self.resumed) | again]}
         write_json(self.run.environment, environment)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

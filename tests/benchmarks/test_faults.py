@@ -29,7 +29,8 @@ def bench(tmp_path):
 def test_every_row_of_the_table_is_there():
     assert sorted(ROWS) == list(range(1, NUM_ROWS + 1))
     assert CONTROL in ROWS
-    assert [number for number, row in sorted(ROWS.items()) if not row.is_for_plain] == [14, 19, 20, 21, 36, 37, 40, 45]
+    ours_alone = [number for number, row in sorted(ROWS.items()) if not row.is_for_plain]
+    assert ours_alone == [14, 19, 20, 21, 36, 37, 40, 45, 47, 48, 49]
 
 
 def test_only_takes_rows_of_the_table():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cifar_lightning import SmallNet, UserError, files
+from cifar_lightning.checkpoints import loading
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO, newest_checkpoint
 from cifar_lightning.checkpoints.loading import RESUME_STATE, UnreadableError, read_checkpoint
 from cifar_lightning.errors import RunError
@@ -141,14 +142,14 @@ def test_the_newest_intact_checkpoint_is_read(path):
 def test_an_unreadable_checkpoint_is_not_reported_as_damaged_nor_skipped(path, monkeypatch, error, reason):
     run = RunFolder(path.parent.parent)
     shutil.copy(path, run.previous_checkpoint)
-    read = Path.read_bytes
+    read = loading.read_bytes
 
-    def fail(file):
+    def fail(file, *arguments, **settings):
         if file == run.last_checkpoint:
             raise error
-        return read(file)
+        return read(file, *arguments, **settings)
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(loading, "read_bytes", fail)
     with pytest.raises(UserError, match=rf"last\.ckpt: cannot be read \({reason}\)"):
         newest_checkpoint(run)
 

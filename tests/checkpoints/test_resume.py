@@ -18,7 +18,7 @@ from cifar_lightning.checkpoints.resume import (
 )
 from cifar_lightning.cli.flags import table
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import read_json
+from cifar_lightning.runs.contents import read_json
 from cifar_lightning.runs.environment import inexact_resumes, processor_change
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.settings import roles

@@ -1,5 +1,7 @@
 """A command line is checked without torch, and nothing is refused that LightningCLI would take."""
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -206,3 +208,32 @@ def test_no_value_that_the_parser_takes_is_refused(parser, name, value):
             check_value(name, value, "it")
     else:
         check_value(name, value, "it")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "huge"])
+def test_only_regular_files_of_a_configs_size_are_read(kind, tmp_path):
+    path = tmp_path / "mine.yaml"
+    if kind == "huge":
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    else:
+        {"fifo": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[kind](path)
+    with pytest.raises(UserError, match=r"--config .*mine\.yaml: cannot be read"):
+        check_config(path)
+    if kind == "folder":
+        return
+    for flag in ("model", "trainer", "trainer.callbacks", "trainer.logger"):
+        with pytest.raises(UserError, match=f"--{flag} .*mine.yaml"):
+            normalize_arguments("fit", [f"--{flag}", str(path)])
+        (tmp_path / "outer.yaml").write_text(f"{flag.replace('.', ': {')}: mine.yaml{'}' * flag.count('.')}\n")
+        with pytest.raises(UserError, match=r"mine\.yaml"):  # relative to the config
+            check_config(tmp_path / "outer.yaml")
+
+
+@pytest.mark.parametrize("value", ["2024-01-01", "!!set {a}", "!!binary aGk=", "0x" + "f" * 6000, "9" * 6000])
+@pytest.mark.parametrize("name", ["seed_everything", "model.lr", "data.root", "trainer.callbacks"])
+def test_what_no_setting_is_gets_a_sentence(name, value, tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"{name.replace('.', ': {')}: {value}{'}' * name.count('.')}\n")
+    with pytest.raises(UserError, match=r"mine\.yaml: not YAML") as caught:
+        check_config(tmp_path / "mine.yaml")
+    assert len(str(caught.value)) < 400

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from mutations import FORMATS, command_lines, encoded, image_files, recipes
 from program import REPO, TINY, decode_here, start
 
+from benchmarks.faults.mutations import run_commands
 from cifar_lightning.cli import doctor, evaluate, fit, lightning_cli, tune
 from cifar_lightning.cli import main as cli
 from cifar_lightning.data import download
@@ -304,6 +305,14 @@ def test_in_real_processes_the_message_is_as_short(place, tmp_path):
             statuses.append(status)
     assert len(statuses) == 20
     assert {0, 2} <= set(statuses)
+
+
+@pytest.mark.slow
+def test_whole_commands_on_mutated_run_folders_end_cleanly(tmp_path):
+    """CIFAR_LIGHTNING_TEST_SEED chooses other mutations."""
+    endings = list(run_commands(tmp_path, 20, int(os.environ.get("CIFAR_LIGHTNING_TEST_SEED", "0"))))
+    assert [ending for ending in endings if ending.fault] == []
+    assert {0, 2} <= {ending.status for ending in endings}
 
 
 def drawn(strategy, num, rng):

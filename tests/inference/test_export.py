@@ -49,7 +49,7 @@ def make_run(path, name="smallnet", tta="none", **model_kwargs):
     data = {"class_names": CLASSES, "image_size": 32, "mean": mean, "std": std}
     checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "epoch": 2}
     torch.save(checkpoint | {"ImageDataModule": data}, run.best_checkpoint)
-    np.savez(run.gallery, images=test_images(300))
+    np.savez(run.gallery, images=test_images(300), indices=np.arange(300))
     return run
 
 

@@ -136,8 +136,8 @@ def test_nothing_that_can_be_read_names_both_files_and_the_command(run):
         ({"indices": np.array([0])}, "different lengths"),
         ({"indices": np.array([3, 3])}, "an image occurs twice"),
         ({"logits": np.zeros((2, 4))}, "different lengths"),
-        ({"logits": np.zeros((0, 3)), "targets": np.array([], int), "indices": np.array([], int)}, "no images"),
-        ({"class_names": np.array(["a", object()], dtype=object)}, "allow_pickle=False"),
+        ({"logits": np.zeros((0, 3)), "targets": np.array([], int), "indices": np.array([], int)}, "shape (0, 3)"),
+        ({"class_names": np.array(["a", object()], dtype=object)}, "class_names: object"),
     ],
 )
 def test_predictions_that_do_not_match_are_damage(run, changed, reason):

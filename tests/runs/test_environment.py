@@ -4,20 +4,42 @@ import os
 import subprocess
 import sys
 
-from cifar_lightning.files import read_json, write_json
-from cifar_lightning.runs.environment import _describe_checkout, describe_environment
+from cifar_lightning.files import write_json
+from cifar_lightning.runs.contents import read_environment
+from cifar_lightning.runs.environment import _describe_checkout, describe_environment, portable
 
 
 def test_the_environment_names_versions_and_command_and_is_json(tmp_path):
     environment = describe_environment()
     write_json(tmp_path / "environment.json", environment)
-    assert read_json(tmp_path / "environment.json") == environment
+    assert read_environment(tmp_path / "environment.json") == environment
     import torch
 
     assert environment["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert environment["num_cpus"] >= environment["num_usable_cpus"] >= 1
     assert environment["cpu"]
-    assert environment["command"] == sys.orig_argv
+    assert environment["command"] == portable(sys.orig_argv)
+
+
+def test_settings_are_kept_without_the_folders_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.chdir(tmp_path)
+    given = [
+        "/usr/bin/python3",
+        f"{tmp_path}/train.py",
+        "--data.root=/mnt/ada/my photos/cats",
+        "/home/ada/x/y",
+        "--lr",
+        0.1,
+    ]
+    assert portable(given) == ["python3", "train.py", "--data.root=my photos/cats", "~/x/y", "--lr", 0.1]
+    assert portable({"a": ("/home/ada/w.pt", None), "b": {"c": "{d: /srv/e.pt}"}}) == {
+        "a": ("~/w.pt", None),
+        "b": {"c": "{d: e.pt}"},
+    }
+    for same in ("https://example.org/a/b", "runs/a/b", "../a/b", "1/2", "/", "~/a"):
+        assert portable(same) == same
+    assert portable("folder: 9 images, in /srv/ada/photos") == "folder: 9 images, in photos"
 
 
 def test_the_commit_is_of_a_checkout_that_tracks_the_package_and_of_no_other(tmp_path, monkeypatch):

@@ -8,13 +8,22 @@ import yaml
 from cifar_lightning.settings.safe_yaml import MAX_DEPTH, MAX_NODES, checked, read_yaml
 
 
-@pytest.mark.parametrize("text", ["", "a: 1", "a: &x {b: [1, 2]}\nc: *x", "a: .nan", "- 1", "2024-01-01", "ä: ☃"])
+@pytest.mark.parametrize("text", ["", "a: 1", "a: &x {b: [1, 2]}\nc: *x", "a: .nan", "- 1", "'2024-01-01'", "ä: ☃"])
 def test_plain_data_is_what_pyyaml_reads(text):
     assert repr(read_yaml(text)) == repr(yaml.safe_load(text))
 
 
 WRONG = ["2024-99-99", "!!int x", "!!int ''", "!!float x", "!!bool x", "!!timestamp x", "9" * 5000, "[1", "? [1]: 2"]
 WRONG += ["!!python/object/apply:os.system ['true']", "!!python/name:os.system", "[" * 3000, "- " * 3000, "a\0b"]
+WRONG += [
+    "2024-01-01",
+    "a: {b: 2024-01-01 10:00:00}",
+    "!!set {a}",
+    "!!binary aGk=",
+    "!!omap [a: 1]",
+    "0x" + "f" * 6000,
+    "2024-01-01: 1",
+]
 
 
 @pytest.mark.parametrize("text", WRONG)

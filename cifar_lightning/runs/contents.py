@@ -1,0 +1,220 @@
+"""Contents of a run's files, each read through a schema. A run folder may be from a stranger.
+
+A file is opened only if it is a regular one, its size is checked before memory is taken, and a `UserError` names the
+file and the field that is wrong. Fields that no schema knows are kept. Not here: checkpoints, which need torch.
+"""
+
+import csv
+import json
+import math
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.files import MetricsTable, open_regular, read_bytes
+from cifar_lightning.formatting import clipped, csv_text, reason_of
+from cifar_lightning.runs.schema import upgrade_config, upgrade_test_metrics
+from cifar_lightning.settings.safe_yaml import MAX_BYTES, check_nesting, read_yaml
+
+_MAX_JSON_BYTES = 256 << 20  # the split of 20 million images
+_MAX_MATRIX_BYTES = 256 << 20  # of 10,000 classes
+_MAX_IMAGES = 10_000_000  # of a confusion matrix: the insights take some bytes for each
+_MAX_ARRAY_BYTES, _MAX_RATIO = 1 << 30, 20  # of an archive's arrays: this many bytes, or this many times its own size
+
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Epoch = Annotated[float, Field(ge=0, lt=2**31, multiple_of=1)]
+Number = Annotated[float, Field(ge=-3.5e38, le=3.5e38)]  # of 32 bits
+Rate = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=True)
+
+
+class _Config(_Schema):
+    model: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+    trainer: dict[str, Any] | None = None
+
+
+class _Split(_Schema):
+    dataset: str | None = None
+    seed: int | None = None
+    val_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    val_from: str | None = None
+    limit: Count | None = None
+    sizes: dict[str, Count] = {}
+    sha256: dict[str, str] = {}
+    train: list[Count] = []
+    val: list[Count] = []
+
+
+class _Environment(_Schema):
+    versions: dict[str, str | None] = {}
+    platform: str | None = None
+    cpu: str | None = None
+    device: str | None = None
+    precision: str | None = None
+    num_devices: Count | None = None
+    num_threads: Count | None = None
+    commit: str | None = None
+    dirty: bool | None = None
+    command: list[str] = []
+    resumed: list[dict[str, Any]] = []
+    ended: dict[str, Any] | None = None
+
+
+class _TestMetrics(_Schema):
+    accuracy_no_tta: Rate | None = None
+
+
+class _TableRow(_Schema):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Number]
+
+    epoch: Epoch
+    train_acc: Rate = Field(math.nan, alias="train/acc")
+    val_acc: Rate = Field(math.nan, alias="val/acc")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read config.yaml, upgraded to the current schema."""
+    text = _text(path, MAX_BYTES)
+    try:
+        config = upgrade_config(read_yaml(text))
+    except yaml.YAMLError as error:
+        raise _damaged(path, error) from error
+    return _object(path, config, _Config)
+
+
+def read_split(path: Path) -> dict[str, Any]:
+    """Read split.json."""
+    return _object(path, read_json(path), _Split)
+
+
+def read_environment(path: Path) -> dict[str, Any]:
+    """Read environment.json."""
+    return _object(path, read_json(path), _Environment)
+
+
+def read_test_metrics(path: Path) -> dict[str, Any]:
+    """Read test_metrics.json, upgraded to the current schema."""
+    metrics = read_json(path)
+    return _object(path, upgrade_test_metrics(metrics) if isinstance(metrics, dict) else metrics, _TestMetrics)
+
+
+def read_table(path: Path) -> list[dict[str, float]]:
+    """Read the rows of metrics.csv or timing.csv."""
+    rows = MetricsTable(path).read()
+    # Any number may be nan, where an epoch had no validation, or infinite.
+    known = [{name: cell for name, cell in row.items() if math.isfinite(cell)} for row in rows]
+    check_schema(path, known, list[_TableRow])
+    return rows
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run."""
+    text = _text(path, _MAX_JSON_BYTES)
+    try:
+        value = json.loads(text)
+        check_nesting(value, math.inf)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise _damaged(path, error) from error
+    return value
+
+
+def read_matrix(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
+    """Read confusion_matrix.csv: class names and counts, rows: true class."""
+    text = _text(path, _MAX_MATRIX_BYTES)
+    try:
+        rows = list(csv.reader(text.splitlines()))
+        if len(rows) < 2 or any(len(row) != len(rows) for row in rows):
+            raise ValueError("not a square table")
+        counts = [[int(cell) for cell in row[1:]] for row in rows[1:]]
+        if min(map(min, counts)) < 0 or not 0 < sum(map(sum, counts)) <= _MAX_IMAGES:
+            raise ValueError(f"counts of 0 or more, of at most {_MAX_IMAGES:,} images, are expected")
+    except (ValueError, csv.Error) as error:
+        raise _damaged(path, error) from error
+    return tuple(map(csv_text, rows[0][1:])), np.array(counts, dtype=np.int64)
+
+
+def read_arrays(path: Path, kinds: Mapping[str, tuple[str, int]]) -> dict[str, np.ndarray]:
+    """Read arrays of an .npz file; others in it are not read.
+
+    Args:
+        path: The file.
+        kinds: Name of each array -> allowed kinds of its dtype (of `numpy.dtype.kind`), number of its dimensions.
+
+    Raises:
+        UserError: An array is missing, has another type or shape, or is much larger than the file.
+    """
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            largest = max(_MAX_ARRAY_BYTES, _MAX_RATIO * os.fstat(file.fileno()).st_size)
+            return {name: _read_array(archive, name, *kind, largest // len(kinds)) for name, kind in kinds.items()}
+    # On damaged archives zipfile and NumPy raise nearly anything.
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, kinds: str, ndim: int, max_bytes: int) -> np.ndarray:
+    with archive.open(f"{name}.npy") as member:
+        if np.lib.format.read_magic(member) != (1, 0):
+            raise ValueError(f"{name}: another version of the format")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        num_bytes = math.prod(shape) * dtype.itemsize
+    if dtype.kind not in kinds or len(shape) != ndim or min(shape) < 1:
+        raise ValueError(f"{name}: {dtype} of shape {shape}")
+    if num_bytes > max_bytes:
+        raise ValueError(f"{name}: {num_bytes:,} bytes, which is too large")
+    with archive.open(f"{name}.npy") as member:
+        array: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
+    return array
+
+
+def read_gallery(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read gallery.npz: uint8 images (n, height, width, 3), 0-255, and their indices."""
+    arrays = read_arrays(path, {"images": ("u", 4), "indices": ("iu", 1)})
+    images, indices = arrays["images"], arrays["indices"]
+    if images.dtype != np.uint8 or images.shape[-1] != 3 or len(images) != len(indices):
+        raise UserError(f"{path}: damaged: not RGB images.")
+    return images, indices
+
+
+def _text(path: Path, max_bytes: int) -> str:
+    try:
+        return read_bytes(path, max_bytes).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _object(path: Path, value: Any, schema: type[_Schema]) -> dict[str, Any]:
+    check_schema(path, value, schema)
+    fields: dict[str, Any] = value
+    return fields
+
+
+def check_schema(path: Path, value: Any, schema: Any) -> None:
+    """Check the content of a file; the error names the first field that does not fit."""
+    try:
+        TypeAdapter(schema).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field, given = ".".join(map(str, first["loc"])), first["input"]
+        got = f", got {clipped(str(given), 40)}" if isinstance(given, str | int | float) else ""
+        reason = f"{clipped(field)}: {first['msg']}{got}" if field else "not a mapping"
+        raise _damaged(path, ValueError(reason)) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    if isinstance(error, OSError) and error.strerror:
+        return UserError(f"{path}: cannot be read ({error.strerror}).")
+    return UserError(f"{path}: damaged: {reason_of(error)}.")
