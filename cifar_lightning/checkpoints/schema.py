@@ -48,6 +48,7 @@ class _Lightning(_Schema):
     callbacks: dict[str, Any] = {}
     optimizer_states: list[dict[str, Any]] = []
     lr_schedulers: list[dict[str, Any]] = []
+    resume_state: dict[str, Any] = Field({}, alias="cifar_lightning")  # RESUME_STATE
 
 
 class _OfRun(_Lightning):

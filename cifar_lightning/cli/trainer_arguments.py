@@ -23,8 +23,9 @@ from cifar_lightning.settings.limits import Count, check_setting, limits_of
 PAGE = Path("docs/trainer-arguments.md")
 _HEAD = """# Trainer arguments
 
-Every argument of `lightning.Trainer`, as `--trainer.ARGUMENT`. One that works has a test that shows what it does; a
-value that is refused ends the command with exit code 2 and the reason, before anything is written.
+Every argument of `lightning.Trainer`; the flag has `--trainer.` before the name. One that works has a test of what it
+does, or, where Lightning alone carries it out, of the value that reaches the Trainer; only `sync_batchnorm` on several
+GPUs has none. A value that is refused ends the command with exit code 2 and the reason, before anything is written.
 
 The loaders are not PyTorch `DataLoader` instances, so what Lightning does by making a `DataLoader` again the loaders do
 themselves (`overfit_batches`, the distributed sampler). This page is generated:
@@ -249,8 +250,8 @@ ARGUMENTS: dict[str, Argument] = {
 }
 
 # Not read by validate, test and predict, whose config is that of a run, which may be from another machine.
-_OF_FIT = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "limit_train_batches", "overfit_batches")
-_OF_FIT += ("check_val_every_n_epoch", "gradient_clip_algorithm", "sync_batchnorm")
+_OF_FIT = ["max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "limit_train_batches", "overfit_batches"]
+_OF_FIT += ["check_val_every_n_epoch", "gradient_clip_algorithm", "sync_batchnorm"]
 LIMITS = {f"trainer.{name}": argument.limits for name, argument in ARGUMENTS.items() if argument.limits}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-Writer = Literal["fit", "test", "tune", ""]
+Writer = Literal["fit", "test", "tune", "skip", ""]
 
 
 class RunFile:
@@ -14,7 +14,8 @@ class RunFile:
 
     Args:
         name: Path relative to the folder.
-        by: The command that writes it: fit while it trains, test (also the one at the end of fit), tune.
+        by: The command that writes it: fit while it trains, test (also the one at the end of fit), tune; or skip, for a
+            file that fit writes only where it leaves files of the data out.
         text: What it holds, as the terminal lists it; empty for a file that is not listed.
     """
 
@@ -37,7 +38,7 @@ class RunFiles:
     config = RunFile("config.yaml", "fit", "all settings of the run")
     split = RunFile("split.json", "fit", "indices of the training and validation images")  # and hashes of all images
     environment = RunFile("environment.json", "fit", "versions, device, precision, commit")
-    skipped_files = RunFile("skipped_files.jsonl", "fit", "files of the data that are left out, with the reasons")
+    skipped_files = RunFile("skipped_files.jsonl", "skip", "files of the data that are left out, with the reasons")
     metrics_csv = RunFile("metrics.csv", "fit", "loss, accuracy and learning rate of each epoch")  # no times
     timing_csv = RunFile("timing.csv", "fit", "seconds, images/s and memory of each epoch")
     report = RunFile("report.html", "test", "this report with charts and images; open in a browser")
@@ -66,7 +67,7 @@ class RunFiles:
 
     def written_files(self) -> Iterator[Path]:
         """Yield the existing files with names that a run writes, except the lock file."""
-        for file in self.files_by("fit", "test", "tune"):
+        for file in self.files_by("fit", "test", "tune", "skip"):
             if file.parent == self.path:
                 yield from self.path.glob(file.name)
         yield from self.path.glob(self.tensorboard)

@@ -67,7 +67,8 @@ def check_evaluation(trainer: pl.Trainer, num_batches: Mapping[Split, int]) -> N
     for split, batches in num_batches.items():
         limit = getattr(trainer, f"limit_{split}_batches")
         if batches and limit and not _limited(batches, limit):
-            name = "overfit_batches" if split == "val" and trainer.overfit_batches else f"limit_{split}_batches"
+            overfits = split == "val" and trainer.overfit_batches  # type: ignore[attr-defined]  # set by a connector
+            name = "overfit_batches" if overfits else f"limit_{split}_batches"
             raise UserError(
                 f"--trainer.{name} {limit}: leaves no {split} batch of {batches}; give a whole number of batches, 1 or "
                 "more, or a larger fraction."
@@ -96,5 +97,6 @@ def _cause(trainer: pl.Trainer) -> str:
         return f"--data.drop_last true with --batch_size {data.batch_size} on {on}"
     if trainer.limit_train_batches == 1:
         return "the training loader has no batch, which"
-    name = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"
+    overfits = trainer.overfit_batches  # type: ignore[attr-defined]  # set by a connector
+    name = "overfit_batches" if overfits else "limit_train_batches"
     return f"--trainer.{name} {trainer.limit_train_batches}"

@@ -218,7 +218,9 @@ def test_ci_runs_the_two_set_up_commands_as_they_stand_here():
 
 def test_ci_and_the_docs_name_every_file_of_a_run():
     run = RunFolder(Path("run"))
-    names = {path.relative_to("run").as_posix() for path in run.files_by("fit", "test", "tune")} | {run.tensorboard}
+    names = {path.relative_to("run").as_posix() for path in run.files_by("fit", "test", "tune", "skip")} | {
+        run.tensorboard
+    }
     section = PROSE["run-folder-and-resume.md"].partition("## Files")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`.+?) \|", section, re.MULTILINE)
     assert {name for row in rows for name in re.findall(r"`([^`]+)`", row)} == names
