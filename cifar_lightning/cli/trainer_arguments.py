@@ -23,9 +23,10 @@ from cifar_lightning.settings.limits import Count, check_setting, limits_of
 PAGE = Path("docs/trainer-arguments.md")
 _HEAD = """# Trainer arguments
 
-Every argument of `lightning.Trainer`; `max_epochs` is the flag `--trainer.max_epochs`. One that works has a test of what
-it does, or, where Lightning alone carries it out, of the value that reaches the Trainer; only `sync_batchnorm` on
-several GPUs has none. A value that is refused ends the command with exit code 2 and the reason, before anything is written.
+Every argument of `lightning.Trainer`; `max_epochs` is the flag `--trainer.max_epochs`. One that works has a test of
+what it does, or, where Lightning alone carries it out, of the value that reaches the Trainer; only `sync_batchnorm` on
+several GPUs has none. A value that is refused ends the command with exit code 2 and the reason, before anything is
+written.
 
 The loaders are not PyTorch `DataLoader` instances, so what Lightning does by making a `DataLoader` again the loaders do
 themselves (`overfit_batches`, the distributed sampler). This page is generated:
