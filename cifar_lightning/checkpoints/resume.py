@@ -15,7 +15,7 @@ from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import write_json
 from cifar_lightning.formatting import printable, shell_line
 from cifar_lightning.runs.contents import read_config, read_environment, read_split
-from cifar_lightning.runs.environment import describe_environment
+from cifar_lightning.runs.environment import describe_environment, portable
 from cifar_lightning.runs.folder import RunFolder, open_run
 from cifar_lightning.settings.roles import FIXED, MAKES_BATCHES, PLANS_SCHEDULE
 from cifar_lightning.settings.safe_yaml import read_yaml
@@ -156,20 +156,22 @@ def clean_up(run: RunFolder, point: StopPoint) -> None:
 
 def restore_files(run: RunFolder, point: StopPoint, data: ImageDataModule) -> None:
     """Write split.json and environment.json again where they cannot be read; warn of what cannot be made again."""
-    for path, read, content, lost in (
+    for path, read, make, lost in (
         (run.split, read_split, data.split_summary, "whether the images are those of before is not known"),
         (run.environment, read_environment, describe_environment, "it has this machine and these versions"),
     ):
         try:
             read(path)
         except UserError as error:
-            print(f"warning: {error} Written again; {lost}.", file=sys.stderr)
-            write_json(path, content())
+            print(printable(f"warning: {error} Written again; {lost}."), file=sys.stderr)
+            write_json(path, portable(make()))
     for path in (run.metrics_csv, run.timing_csv):
         if point.epochs_done and not path.exists():
-            print(f"warning: {path} is missing; the rows of {point.epochs_done} epochs are lost.", file=sys.stderr)
+            lost = f"the rows of {point.epochs_done} epochs are lost"
+            print(printable(f"warning: {path} is missing; {lost}."), file=sys.stderr)
     if point.has_best and not run.best_checkpoint.exists():
-        print(f"warning: {run.best_checkpoint} is missing; the best of what follows is tested.", file=sys.stderr)
+        warning = f"warning: {run.best_checkpoint} is missing; the best of what follows is tested."
+        print(printable(warning), file=sys.stderr)
 
 
 def split_difference(run: RunFolder, data: ImageDataModule) -> str:

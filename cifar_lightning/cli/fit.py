@@ -247,9 +247,7 @@ def train(
 
 def report_short_ending(trainer: pl.Trainer, run: RunFolder) -> None:
     """Print what ended training before its planned steps."""
-    if not trainer.is_global_zero or not run.environment.exists():  # --trainer.fast_dev_run writes none
-        return
-    if is_short(ended := read_environment(run.environment).get("ended")):
+    if trainer.is_global_zero and is_short(ended := read_environment(run.environment).get("ended")):
         print(f"Training ended {ending_text(ended)}; it continues with: {run.resume_command}")
 
 
@@ -277,7 +275,7 @@ def evaluate_best_checkpoint(
 ) -> None:
     """Test the best checkpoint once; its predictions for validation and test images are written into the run."""
     best = run.tested_checkpoint
-    if not best.exists() and settings.enable_checkpointing is not False and not settings.fast_dev_run:
+    if not best.exists() and settings.enable_checkpointing is not False:
         raise UserError(f"{run.checkpoints}: no checkpoint could be written; is the folder writable?")
     chosen: dict[str, Any] = {"ckpt_path": best, "weights_only": True} if best.exists() else {}
     with restoring(best):

@@ -135,10 +135,11 @@ def check_arguments(command: str, config: Namespace) -> None:
 def _refuse_with_fast_dev_run(command: str, config: Namespace) -> None:
     flag = f"--trainer.fast_dev_run {config.trainer.fast_dev_run}"
     if command != "fit":
-        raise UserError(f"{flag}: only with fit; --trainer.limit_{command}_batches limits {command}.")
+        split = "val" if command == "validate" else command
+        raise UserError(f"{flag}: only with fit; --trainer.limit_{split}_batches limits {command}.")
     for other in ("ckpt_path", "tune_lr"):
         if config.get(other):
-            raise UserError(f"{flag} trains new weights for a few batches; leave --{other} (and --resume) out.")
+            raise UserError(f"{flag} trains new weights for a few batches; leave out {flag} or --{other}.")
 
 
 def _refuse_what_is_not_read(config: Namespace) -> None:

@@ -6,6 +6,7 @@ from jsonargparse import Namespace
 
 from cifar_lightning.cli.lightning_cli import TrainingCLI, prepare_data
 from cifar_lightning.data.datamodule import ImageDataModule
+from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_text_durably
 from cifar_lightning.formatting import shell_line
 from cifar_lightning.runs.folder import RUNS, config_name, create_run
@@ -16,6 +17,8 @@ from cifar_lightning.training.module import ImageClassifier
 def tune(arguments: Sequence[str]) -> None:
     """Find the peak learning rate, and write a folder with its figure and a config that trains with it."""
     cli = TrainingCLI("fit", arguments)
+    if batches := cli.settings.trainer.fast_dev_run:
+        raise UserError(f"--trainer.fast_dev_run {batches}: only with fit; leave it out of tune.")
     model, data, settings = cli.instantiate()
     prepare_data(data, model)
     model.prepare(data)

@@ -265,7 +265,7 @@ def _transfer(url: str, part: Path, start: int, size_bytes: int, report: Callabl
             if target != part and done > start:
                 target.replace(part)
             elif target != part:
-                target.unlink()
+                target.unlink(missing_ok=True)
     return "" if done >= size_bytes else f"cut off after {done:,} of {size_bytes:,} bytes"
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from cifar_lightning.runs.schema import SCHEMA_VERSION
 
-_FOLDERS = re.compile(r"(?<![\w~.:/])/(?:[^/\s]+/)+")  # of an absolute path, also within a sentence; not of a URL
+_START = r"(?<![\w~.:/])"  # of an absolute path, also within a sentence; not of a URL or of the rest of a path
+_FOLDERS = re.compile(rf"{_START}/(?:[^/\s]+/)+")
 _DISTRIBUTIONS = ("cifar-lightning", "torch", "torchvision", "lightning", "torchmetrics", "numpy")
 
 
@@ -63,8 +64,11 @@ def portable(value: Any) -> Any:
         return type(value)(map(portable, value))
     if not isinstance(value, str):
         return value
-    for folder, short in ((os.getcwd(), ""), (os.path.expanduser("~"), f"~{os.sep}")):
-        value = value.replace(f"{folder}{os.sep}", short) if len(folder) > 1 else value
+    for folder, short in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
+        if len(folder) > 1:
+            start = _START + re.escape(folder)
+            value = re.sub(f"{start}/", short, value)
+            value = re.sub(f"{start}$", short.rstrip("/") or ".", value)
     return _FOLDERS.sub("", value)
 
 

@@ -1,7 +1,7 @@
 """Limits of settings: the ranges that annotate constructor arguments, and the check of a constructor's arguments.
 
 A setting's range stands in its annotation, `Annotated[float, Field(gt=0, allow_inf_nan=False)]`; ranges of several
-settings have a name below. Ranges of the Trainer's arguments stand in `cli.parser`. LightningCLI enforces
+settings have a name below. Ranges of the Trainer's arguments stand in `cli.trainer_arguments`. LightningCLI enforces
 them, `flags.json` and the help are generated from them, and `check_settings` enforces them for calls from Python.
 `description` is what an error message says is allowed, where the bounds alone would not do.
 """
@@ -28,7 +28,9 @@ LearningRate = Annotated[
 WeightDecay = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False, description="0 (off) to 1e6, such as 0.05")]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="0 (off) to 1")]
-MixStrength = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False, description="0 (off) to 1000, such as 0.2")]
+MixStrength = Annotated[
+    float, Field(ge=0, le=1000, allow_inf_nan=False, description="0 (off), or 0.02 to 1000, such as 0.2")
+]
 Pixels = Annotated[int, Field(ge=0, le=4096, description="0 (off) to 4096")]
 Count = Annotated[int, Field(ge=1, lt=2**31, description="1 or more, below 2^31")]
 # 50 MB per image; far beyond what these models are for, and a typo must not fill the disk.

@@ -61,7 +61,8 @@ def restoring(path: str | Path | None) -> Iterator[None]:
             raise
         reason = f"{type(error).__name__}: {reason_of(error)}"
         raise UserError(
-            f"{path}: its state cannot be restored ({reason}).\nIt is damaged, or of other code than this."
+            f"{path}: its state cannot be restored ({reason}).\nIt is damaged, or of another version. Start a new run: "
+            f"fit --init_weights {path}"
         ) from error
 
 

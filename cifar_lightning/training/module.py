@@ -71,7 +71,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         tta: Test-time augmentation in test, validate and predict: none, mirror (average with the mirror image) or six
             (mirrored and shifted by a pixel).
         model_kwargs: Further arguments of the model, such as {widths: [16, 32, 64], dropout: 0.2}.
-        pretrained: Load pretrained weights into all layers but the last: true for published ones, or a file.
+        pretrained: Load pretrained weights into all layers but the last: true for published ones, or a run or file.
         compile: Compile the model for training with torch.compile, if a compiler is installed.
         model: Your own nn.Module that returns raw logits, instead of `name`; from Python only.
 

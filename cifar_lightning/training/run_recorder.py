@@ -84,7 +84,7 @@ class RunRecorder(pl.Callback):
         if self.config is not None:
             write_text_durably(self.run.config, self.config)
         split = require_training_data(trainer).split_summary()
-        write_json(self.run.split, split | {"dataset": portable(split["dataset"])})
+        write_json(self.run.split, portable(split))
         device = trainer.strategy.root_device
         environment = describe_environment() | {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),

@@ -37,6 +37,7 @@ def test_settings_are_kept_without_the_folders_of_this_machine(tmp_path, monkeyp
         "a": ("~/w.pt", None),
         "b": {"c": "{d: e.pt}"},
     }
+    assert portable(["/home/ada", str(tmp_path), f"/mnt{tmp_path}/x", "/mnt/home/ada/x"]) == ["~", ".", "x", "x"]
     for same in ("https://example.org/a/b", "runs/a/b", "../a/b", "1/2", "/", "~/a"):
         assert portable(same) == same
     assert portable("folder: 9 images, in /srv/ada/photos") == "folder: 9 images, in photos"
