@@ -4,7 +4,7 @@ import os
 
 # Before torch is imported, also by the programs that tests start: tests run side by side, and more threads than cores
 # make all of them wait.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 from jaxtyping import install_import_hook
