@@ -45,7 +45,10 @@ def load_pretrained(
 
 def _of_file(path: Path, name: str) -> PretrainedWeights:
     """Return the weights of a file with the normalization of its run, or else of torchvision's model of that name."""
-    path = weights_file(path)
+    try:
+        path = weights_file(path)
+    except UserError as error:
+        raise UserError(f"--model.pretrained {path}: {error}") from error
     if not path.is_file():
         raise UserError(f"--model.pretrained {path}: no such file; give true, a run or a file of weights.")
     origin = f"--model.pretrained {clipped(str(path), 200)}: its weights"

@@ -40,7 +40,7 @@ class _DataState(_Schema):
 
 
 class _Lightning(_Schema):
-    epoch: Count
+    epoch: Count = 0
     global_step: Count = 0
     state_dict: dict[str, Any]
     hyper_parameters: dict[str, Any] = {}

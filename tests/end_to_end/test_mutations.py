@@ -119,7 +119,7 @@ def quick(place, monkeypatch):
     monkeypatch.setattr(doctor, "look", lambda root: doctor.Findings())
     for module in (report, fit, predictions):
         monkeypatch.setattr(module, "make_report", lambda *arguments: None)
-    for stage in ("train", "evaluate_best_checkpoint"):
+    for stage in ("train", "report_short_ending", "evaluate_best_checkpoint"):
         monkeypatch.setattr(fit, stage, lambda *arguments, **settings: None)
     monkeypatch.setattr(tune, "find_lr", lambda *arguments, **settings: LrRange([], [], 0.1, None, None))
     for module in (fit, tune):
