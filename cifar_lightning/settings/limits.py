@@ -23,9 +23,9 @@ _NAMES = ("gt", "ge", "lt", "le")
 
 # Above 1e30 a factor of an optimizer's step overflows in float32, which torch refuses with a traceback.
 LearningRate = Annotated[
-    float, Field(gt=0, le=1e6, allow_inf_nan=False, description="a positive number up to 1e6, such as 3e-3")
+    float, Field(gt=0, le=1e30, allow_inf_nan=False, description="a positive number up to 1e30, such as 3e-3")
 ]
-WeightDecay = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False, description="0 (off) to 1e6, such as 0.05")]
+WeightDecay = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False, description="0 (off) to 1e30, such as 0.05")]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="0 (off) to 1")]
 MixStrength = Annotated[

@@ -55,7 +55,7 @@ def test_what_people_may_type_is_understood(typed, normalized):
         (["--epochs", "3.5"], "--epochs 3.5: a whole number."),
         (["--epochs"], "--epochs: needs a value, a whole number."),
         (["--epochs", "--lr", "1"], "--epochs: needs a value"),
-        (["--lr", "-1"], "--lr -1: a positive number up to 1e6"),
+        (["--lr", "-1"], "--lr -1: a positive number up to 1e30"),
         (["--lr", "-1e-3"], "--lr -1e-3: a positive"),
         (["--lr", "nan"], "--lr nan: a positive"),
         (["--lr=.inf"], "--lr .inf: a positive"),

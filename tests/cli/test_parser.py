@@ -25,9 +25,9 @@ def test_a_mistake_raises_at_most_two_lines(parser):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--model.lr=0"], "--model.lr 0: a positive number up to 1e6, such as 3e-3."),
+        (["--model.lr=0"], "--model.lr 0: a positive number up to 1e30, such as 3e-3."),
         (["--model.lr=x"], "--model.lr x: a number."),
-        (["--model.head_lr=-1"], "--model.head_lr -1: a positive number up to 1e6, such as 3e-3."),
+        (["--model.head_lr=-1"], "--model.head_lr -1: a positive number up to 1e30, such as 3e-3."),
         (["--data={batch_size: 0}"], "--data.batch_size 0: 1 or more, below 2^31."),
         (["--data={limit: 0}"], "--data.limit 0: 1 or more, below 2^31."),
         (["--checkpoint={every_n_minutes: 0}"], "--checkpoint.every_n_minutes 0: a positive number of minutes"),
@@ -71,7 +71,7 @@ def test_a_message_about_a_class_or_a_value_keeps_the_cause(parser, flags, words
 @pytest.mark.parametrize(
     ("flag", "row"),
     [
-        ("model.lr", {"types": ["float"], "default": 0.003, "bounds": {"gt": 0, "le": 1e6}}),
+        ("model.lr", {"types": ["float"], "default": 0.003, "bounds": {"gt": 0, "le": 1e30}}),
         ("data.image_size", {"types": ["int", "null"], "default": None}),
         ("data.flip", {"types": [], "default": "random", "choices": ["random", "alternating", "none"]}),
         ("trainer.deterministic", {"types": ["bool", "null"], "choices": ["warn"]}),
