@@ -173,6 +173,9 @@ def load_weights(model: nn.Module, path: Path, checkpoint: dict[str, Any] | None
 
     `checkpoint` is the content of the file, if it was read before. Where a tensor does not fit, a `UserError` is raised
     and the model is unchanged.
+
+    Raises:
+        UserError: A tensor does not fit; the model is unchanged.
     """
     ours = model.state_dict()
     theirs = without_wrappers(read_weights(path) if checkpoint is None else weights_of(checkpoint, path), ours)

@@ -135,6 +135,9 @@ def build_trainer(
         callbacks: Added after the user's.
         logger: Used where the user chose none.
         run: Named by the progress bar.
+
+    Raises:
+        UserError: A setting that the Trainer refuses.
     """
     users: list[pl.Callback] = as_list(settings.callbacks)
     has_bar = any(isinstance(callback, ProgressBar) for callback in users)

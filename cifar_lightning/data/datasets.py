@@ -180,7 +180,11 @@ DATASETS: dict[str, Callable[[Path, int | None], Source]] = {
 
 
 def open_source(dataset: str, root: str | Path, image_size: int | None = None) -> Source:
-    """Return a data set by name, without downloading or decoding; raise `UserError` if it does not suit."""
+    """Return a data set by name, without downloading or decoding.
+
+    Raises:
+        UserError: An unknown name, a size that the data set does not have, or invalid class folders.
+    """
     if dataset in DATASETS:
         return DATASETS[dataset](Path(root), image_size)
     hint = suggest(str(dataset), [*DATASETS])

@@ -115,7 +115,11 @@ class ClassFolders:
         self._has_remarked = False
 
     def prepare(self) -> None:
-        """Decode what is not in the cache yet; safe to call again and from several processes."""
+        """Decode what is not in the cache yet; safe to call again and from several processes.
+
+        Raises:
+            UserError: Images that cannot be read.
+        """
         decoded = {split: self._decoded(split) for split in self._listed}
         self._refuse_unreadable()
         if not self._has_remarked and is_first_process():

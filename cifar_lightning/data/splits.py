@@ -47,9 +47,12 @@ class SplitIndices:
 def make_splits(
     targets: Mapping[Split, np.ndarray], settings: SplitSettings, class_names: tuple[str, ...]
 ) -> SplitIndices:
-    """Split a data set; raise `UserError` where a class would have no image in a split.
+    """Split a data set.
 
     Validation images are the source's own if it has any, otherwise a stratified fraction of its training images.
+
+    Raises:
+        UserError: A class would have no image in a split.
     """
     val_source: Split = "val" if "val" in targets else "train"
     if val_source == "val":
@@ -66,7 +69,9 @@ def stratified_split(
     """Take exactly `limit` images and hold out exactly `round(val_fraction * n)` of them; return sorted indices.
 
     Both numbers are divided among the classes by largest remainder; the seed decides which images of a class are taken.
-    Raises `UserError` where a class would have no validation or no training image.
+
+    Raises:
+        UserError: A class would have no validation or no training image.
     """
     val_fraction = settings.val_fraction
     counts = torch.bincount(targets, minlength=len(class_names))

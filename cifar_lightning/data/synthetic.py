@@ -38,12 +38,14 @@ _ROOT3_2 = 0.75**0.5
 def draw(split: str, count: int, image_size: int = 32) -> tuple[_Array, _Array]:
     """Draw one split, a pure function of the arguments; "train" and "test" share no image.
 
-    Classes are equally frequent, to within one image, in random order. Raises `UserError` for too small images, none,
-    or too many for the memory.
+    Classes are equally frequent, to within one image, in random order.
 
     Returns:
         Images uint8 RGB (count, image_size, image_size, 3), 0-255, and targets int64 (count,), indices into
         `CLASS_NAMES`.
+
+    Raises:
+        UserError: Too small images, none, or too many for the memory.
     """
     check(count, image_size)
     seeds = np.random.SeedSequence([_ROOT_SEED, _SPLITS[split], count, image_size])

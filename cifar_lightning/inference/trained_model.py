@@ -41,7 +41,11 @@ class TrainedModel:
 
 
 def load_trained_model(run: RunFolder) -> TrainedModel:
-    """Load the model of a run from its best checkpoint, or else the last; raise `UserError` if that is damaged."""
+    """Load the model of a run from its best checkpoint, or else the last.
+
+    Raises:
+        UserError: The checkpoint is missing or damaged, or its model cannot be built by name.
+    """
     path = run.tested_checkpoint
     run.require(path)
     checkpoint = read_checkpoint(path)

@@ -19,7 +19,11 @@ from cifar_lightning.metrics.significance import wilson_interval
 def confusion_matrix(
     targets: Int[np.ndarray, " n"], preds: Int[np.ndarray, " n"], num_classes: int
 ) -> Int64[np.ndarray, "classes classes"]:
-    """Count the images of each true class (row) that are predicted as each class (column)."""
+    """Count the images of each true class (row) that are predicted as each class (column).
+
+    Raises:
+        ValueError: A target or prediction is not in 0..num_classes-1, or their numbers differ.
+    """
     if len(targets) != len(preds):
         raise ValueError(f"{len(targets)} targets but {len(preds)} predictions")
     for name, values in (("target", targets), ("prediction", preds)):
@@ -99,6 +103,9 @@ def test_metrics(
     Keys: `accuracy`, `accuracy_interval_95` [low, high] (Wilson), `num_pictures`, `loss` (`cross_entropy`), `ece`
     (`expected_calibration_error`, 15 bins), `macro_f1`, `per_class` {name: {support, precision, recall, f1}}, and
     `most_confused` [{true, predicted, count, share}] with class names. Undefined metrics are None.
+
+    Raises:
+        ValueError: No images, or the names are not distinct or not as many as the columns of the logits.
     """
     num_classes = logits.shape[1]
     if len(targets) == 0:

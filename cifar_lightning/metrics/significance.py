@@ -26,6 +26,9 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a fraction, within 0..1; (0, 1) without trials.
 
     Unlike the normal approximation it is valid near 0 and 1 and for small classes.
+
+    Raises:
+        ValueError: Not 0 <= successes <= total.
     """
     from scipy.stats import binomtest
 

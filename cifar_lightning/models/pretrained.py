@@ -134,7 +134,11 @@ def _rows_by_columns(filters: Tensor) -> str:
 
 
 def published_weights(architecture: Mapping[str, Any]) -> PretrainedWeights:
-    """Return the published weights of a model, downloaded if not in the cache, or raise `UserError`."""
+    """Return the published weights of a model, downloaded if not in the cache.
+
+    Raises:
+        UserError: There are none, or the download fails.
+    """
     name = str(architecture["name"])
     origin = f"--model.pretrained true: the weights of {name}"
     if name.startswith("timm/"):

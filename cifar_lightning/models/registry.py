@@ -119,7 +119,11 @@ def build_model(name: str, num_classes: int = 10, image_size: int = 32, **kwargs
 
 
 def check_name(name: str) -> None:
-    """Raise `UserError` if there is no model of a name."""
+    """Check that there is a model of a name.
+
+    Raises:
+        UserError: There is none.
+    """
     library, slash, own_name = name.partition("/")
     if name in MODELS or (slash and library in LIBRARIES and _is_of_library(library, own_name)):
         return
@@ -146,7 +150,8 @@ def choose_model(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the given model or else the one built by name, and the arguments of `build_model`.
 
-    Raises `UserError` where neither a model nor a name is given, or both are, or the model cannot be built.
+    Raises:
+        UserError: Neither a model nor a name is given, or both are; or `build_model` raises.
     """
     check_model_kwargs(model_kwargs or {})
     architecture = {"name": name, "num_classes": num_classes, "image_size": image_size, **(model_kwargs or {})}

@@ -55,7 +55,11 @@ def torchvision_model(
 
 
 def vision_transformer(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
-    """Build torchvision's vision transformer (arXiv:2010.11929) in a size that torchvision has no name for."""
+    """Build torchvision's vision transformer (arXiv:2010.11929) in a size that torchvision has no name for.
+
+    Raises:
+        ValueError: The patches do not divide the image, or an argument is wrong.
+    """
     from torchvision.models import VisionTransformer
 
     return _adapted(partial(VisionTransformer, image_size, num_classes=num_classes, **kwargs), image_size)
@@ -67,19 +71,32 @@ def is_timm_installed() -> bool:
 
 
 def timm_names() -> list[str]:
-    """Return the names of timm's models; raise `UserError` if timm cannot be imported."""
+    """Return the names of timm's models.
+
+    Raises:
+        UserError: timm is not installed or cannot be imported.
+    """
     names: list[str] = _timm().list_models()
     return names
 
 
 def timm_model(name: str, num_classes: int, image_size: int, *, keep_stem: bool = False, **kwargs: Any) -> nn.Module:
-    """Build a model of timm; raises as `torchvision_model` does."""
+    """Build a model of timm.
+
+    Raises:
+        UserError: timm is not installed, or an argument is refused.
+        ValueError: The model does not take images of this size, or an argument is wrong.
+    """
     _check_kwargs(kwargs)
     return _adapted(partial(create_timm, name, num_classes, image_size, **kwargs), image_size, keep_stem)
 
 
 def create_timm(name: str, num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
-    """Build a model of timm with its own stem; models that take any image size ignore `image_size`."""
+    """Build a model of timm with its own stem; models that take any image size ignore `image_size`.
+
+    Raises:
+        UserError: timm is not installed or cannot be imported.
+    """
     create = partial(_timm().create_model, name, num_classes=num_classes, in_chans=3, **kwargs)
     model: nn.Module
     try:

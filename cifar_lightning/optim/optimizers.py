@@ -27,13 +27,16 @@ class OptimizerSettings:
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings, *, fused: bool = True) -> torch.optim.Optimizer:
-    """Build the optimizer of a model; raise `UserError` for an unknown name.
+    """Build the optimizer of a model.
 
     Args:
         model: Its parameters that require gradients are optimized. With muon, those in its `stem`, if it has one, are
             a group of their own, which a schedule may end early.
         settings: Which optimizer, and its values.
         fused: Whether AdamW and SGD may run as one kernel; Lightning cannot clip their gradients in 16-mixed.
+
+    Raises:
+        UserError: An unknown name.
     """
     check_setting("model.optimizer", OptimizerName, settings.name)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

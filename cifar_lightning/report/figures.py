@@ -130,7 +130,11 @@ def shorten(name: str, length: int = _MAX_NAME) -> str:
 
 
 def images_figure(images: UInt8[np.ndarray, "n height width 3"], titles: Sequence[str]) -> Figure:
-    """Draw images, 0-255, in a grid, enlarged without smoothing, each with its title of one or more lines above."""
+    """Draw images, 0-255, in a grid, enlarged without smoothing, each with its title of one or more lines above.
+
+    Raises:
+        ValueError: The numbers of images and titles differ.
+    """
     if len(titles) != len(images):
         raise ValueError(f"{len(images)} images but {len(titles)} titles")
     columns = min(max(len(images), 1), max(4, math.ceil(math.sqrt(len(images)))), 10)

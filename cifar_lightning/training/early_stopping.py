@@ -23,6 +23,9 @@ class AnnealingEarlyStopping(EarlyStopping):
     Args:
         patience: Validations without improvement after the peak of the learning rate; at least a third of the epochs.
         min_delta: Smallest increase of val/acc that counts as an improvement.
+
+    Raises:
+        UserError: A value outside its range.
     """
 
     def __init__(

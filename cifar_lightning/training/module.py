@@ -157,7 +157,11 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self.prepare(training_data(self.trainer))
 
     def prepare(self, data: TrainingData | None) -> None:
-        """Take class weights from the data; load pretrained weights, once, and have images normalized for them."""
+        """Take class weights from the data; load pretrained weights, once, and have images normalized for them.
+
+        Raises:
+            UserError: The pretrained weights cannot be loaded, or do not fit.
+        """
         weights = None if data is None else data.class_weights
         self._class_weights = None if weights is None else torch.tensor(weights, device=self.device)
         if self._pretrained is False:
@@ -230,7 +234,11 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         return self.schedule_settings.warmup_fraction * self.total_steps()
 
     def total_steps(self) -> int:
-        """Return the optimizer steps of the whole run, also of a resumed one."""
+        """Return the optimizer steps of the whole run, also of a resumed one.
+
+        Raises:
+            UserError: The run has no end, or no step.
+        """
         return count_steps(self.trainer, *(self._resumed_from or (0, 0)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -241,7 +249,11 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the weights fit, and note where the checkpoint's run stood."""
+        """Check that the weights fit, and note where the checkpoint's run stood.
+
+        Raises:
+            UserError: The weights do not have the names and shapes of this model's.
+        """
         checkpoint.update(upgrade_checkpoint(checkpoint))  # Lightning's own loading does not upgrade
         self._resumed_from, self._pretrained = progress_of(checkpoint), False
         misfits = describe_misfits(checkpoint["state_dict"], self.state_dict())

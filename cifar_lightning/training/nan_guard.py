@@ -56,7 +56,11 @@ class NanGuard(pl.Callback):
         self.check(trainer.current_epoch)
 
     def watch(self, loss: Tensor, step: int, epoch: int) -> None:
-        """Test a loss, a scalar; step and epoch count from 0. Every process must call it in every step."""
+        """Test a loss, a scalar; step and epoch count from 0. Every process must call it in every step.
+
+        Raises:
+            RunError: The loss was read at once and is not finite.
+        """
         if not self.is_deferred and self._num_processes == 1:
             if not math.isfinite(loss.item()):
                 raise _diverged(step, epoch)
@@ -76,7 +80,11 @@ class NanGuard(pl.Callback):
             self._stop(step, epoch)
 
     def check(self, epoch: int) -> None:
-        """Read the device's flag; waits for the device. Every process must call it."""
+        """Read the device's flag; waits for the device. Every process must call it.
+
+        Raises:
+            RunError: A step's loss was not finite.
+        """
         if self.is_deferred and self.found_inf.item():
             self._stop(int(self._first_bad_step.item()), epoch)
 

@@ -58,7 +58,11 @@ def whitening_stem_of(model: nn.Module) -> WhiteningConv | None:
 
 
 def whiten(stem: WhiteningConv, data: TrainingData | None) -> None:
-    """Set a stem's filters from training images, unless they have been set; raise `UserError` if there are none."""
+    """Set a stem's filters from training images, unless they have been set.
+
+    Raises:
+        UserError: There is no `TrainingData` to take images from.
+    """
     if stem.is_whitened:
         return
     if data is None:
