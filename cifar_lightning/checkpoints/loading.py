@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from cifar_lightning.checkpoints.checksum import has_checksum, is_intact
-from cifar_lightning.checkpoints.schema import DATA_STATE, check_checkpoint, upgrade_checkpoint
+from cifar_lightning.checkpoints.schema import DATA_STATE, RESUME_STATE, check_checkpoint, upgrade_checkpoint
 from cifar_lightning.data.memory import free_host_bytes
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import open_regular, read_bytes
-from cifar_lightning.formatting import reason_of
+from cifar_lightning.formatting import reason_of, shell_line
 from cifar_lightning.models.state_dicts import (
     CONTAINERS,
     describe_misfits,
@@ -35,10 +35,8 @@ from cifar_lightning.models.state_dicts import (
 _MODEL = "model."  # `ImageClassifier.model`
 # First bytes of a file of torch.save before 1.6, as most of torchvision's published weights are.
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-RESUME_STATE = "cifar_lightning"
-"""The key of the states of each rank for an exact resume: see `training.resume_state`."""
 IS_INSIDE_WINDOW = "is_inside_window"
-"""The key in it of a checkpoint that was saved while gradients were accumulated, which no checkpoint holds."""
+"""Key in `RESUME_STATE` of a checkpoint that was saved while gradients were accumulated, which no checkpoint holds."""
 
 
 class UnreadableError(UserError):
@@ -71,7 +69,7 @@ def require_resumable(checkpoint: dict[str, Any], path: Path) -> None:
     if checkpoint.get(RESUME_STATE, {}).get(IS_INSIDE_WINDOW):
         raise UserError(
             f"{path}: saved inside an accumulation window, whose gradients are lost; an exact resume is not possible.\n"
-            f"Start a new run: fit --init_weights {path}"
+            f"Start a new run: fit --init_weights {shell_line(path)}"
         )
 
 
@@ -171,8 +169,7 @@ def weights_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, path: Path, checkpoint: dict[str, Any] | None = None) -> None:
     """Load the weights of a file into a model.
 
-    `checkpoint` is the content of the file, if it was read before. Where a tensor does not fit, a `UserError` is raised
-    and the model is unchanged.
+    `checkpoint` is the content of the file, if it was read before.
 
     Raises:
         UserError: A tensor does not fit; the model is unchanged.

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cifar_lightning.runs.contents import Count, check_schema
+from cifar_lightning.runs.contents import FromZero, check_schema
 from cifar_lightning.runs.schema import SCHEMA_VERSION, upgrade_model_settings
 from cifar_lightning.settings.limits import ImageSize
 
@@ -14,6 +14,8 @@ VERSION_KEY = "cifar_lightning_version"
 """The key of the version of this project, for people who have nothing but the file."""
 DATA_STATE = "ImageDataModule"
 """The key of the data module's state, from Lightning."""
+RESUME_STATE = "cifar_lightning"
+"""The key of the states of each rank for an exact resume: see `training.resume_state`."""
 
 
 class _Schema(BaseModel):
@@ -40,19 +42,19 @@ class _DataState(_Schema):
 
 
 class _Lightning(_Schema):
-    epoch: Count = 0
-    global_step: Count = 0
+    epoch: FromZero = 0
+    global_step: FromZero = 0
     state_dict: dict[str, Any]
     hyper_parameters: dict[str, Any] = {}
     loops: dict[str, Any] = {}
     callbacks: dict[str, Any] = {}
     optimizer_states: list[dict[str, Any]] = []
     lr_schedulers: list[dict[str, Any]] = []
-    resume_state: dict[str, Any] = Field({}, alias="cifar_lightning")  # RESUME_STATE
+    resume_state: dict[str, Any] = Field({}, alias="cifar_lightning")  # RESUME_STATE; mypy needs a literal
 
 
 class _OfRun(_Lightning):
-    hyper_parameters: _Hyperparameters = _Hyperparameters()  # type: ignore[assignment]
+    hyper_parameters: _Hyperparameters = _Hyperparameters()  # type: ignore[assignment]  # narrower than Lightning's
     data: _DataState = Field(alias="ImageDataModule")  # DATA_STATE
 
 

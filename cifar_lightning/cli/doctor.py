@@ -133,7 +133,7 @@ def _look_at_torch(found: Findings) -> None:
             text = f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB, compute capability {gpu.major}.{gpu.minor}"
             found.rows.append(("GPU", text))
         if on_cuda:
-            found.rows.append(("cuDNN", str(torch.backends.cudnn.version())))  # type: ignore[no-untyped-call]
+            found.rows.append(("cuDNN", str(torch.backends.cudnn.version())))  # type: ignore[no-untyped-call]  # torch has none
         else:
             found.rows.append(("GPU", "none that torch can use"))
         precision, why = default_precision(on_cuda)

@@ -122,7 +122,8 @@ def fast_dev_run(cli: TrainingCLI, model: ImageClassifier, data: ImageDataModule
 def load_initial_weights(cli: TrainingCLI, model: ImageClassifier) -> None:
     """Load the weights of --init_weights."""
     if cli.settings.init_weights:
-        load_weights(model.model, file := weights_file(Path(cli.settings.init_weights)))
+        file = weights_file(Path(cli.settings.init_weights))
+        load_weights(model.model, file)
         remark(printable(f"Initialized with the weights of {file}."))
 
 
@@ -156,7 +157,8 @@ def create_or_resume_run(
         model.prepare(data)  # loads pretrained weights, which may be missing
         found = apply_lr_finder(cli, model, data, settings.trainer) if cli.settings.tune_lr else None
         if cli.settings.ckpt_path:
-            require_resumable(read_checkpoint(ckpt_path := Path(cli.settings.ckpt_path)), ckpt_path)
+            ckpt_path = Path(cli.settings.ckpt_path)
+            require_resumable(read_checkpoint(ckpt_path), ckpt_path)
         load_initial_weights(cli, model)
         name = config_name(cli.settings.config, cli.settings.model.name)
         run = create_run(RUNS, name, cli.settings.run_dir)

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from cifar_lightning.settings.safe_yaml import MAX_BYTES, read_yaml
 ALIASES = {"epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "lr": "model.lr"}
 GROUPS = ("trainer", "model", "data", "early_stopping", "checkpoint")  # each also takes a YAML file of its keys
 OF_FIT = ("early_stopping", "checkpoint")  # groups that the other commands have no use for
-FRONT_ONLY = ("config", "resume", "print_config")  # not keys of a recipe
+FRONT_ONLY = ("config", "resume", "print_config")  # not keys of a config
 # What people type who come from elsewhere.
 _SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "max_lr": "lr", "bs": "batch_size", "seed": "data.seed"}
 _SYNONYMS |= {"output_dir": "run_dir", "gpus": "trainer.devices", "arch": "model.name", "resume_from": "resume"}
@@ -103,7 +104,7 @@ def _pairs(command: str, arguments: Sequence[str]) -> Iterator[tuple[str, str | 
 
 def _hint_for_argument(command: str, argument: str) -> str:
     if argument.endswith((".yaml", ".yml")):
-        return f" For a recipe: {command} --config {clipped(argument)}"
+        return f" For a config: {command} --config {clipped(argument)}"
     if argument.startswith("-") and len(argument) > 2:
         return f" Flags have two dashes: -{clipped(argument)}"
     if command == "fit" and os.path.isfile(os.path.join(argument, "config.yaml")):  # pathlib's raises for long names
@@ -149,7 +150,7 @@ def check_value(name: str, value: str, typed: str, folder: Path = Path()) -> Non
     if name in GROUPS or (row is not None and row.get("open")):
         path = os.path.join(folder, value)  # pathlib's raises for long names
         if os.path.exists(path) and not os.path.isdir(path):
-            try:
+            try:  # jsonargparse would wait for a FIFO, and read a device without end
                 read_bytes(Path(path), MAX_BYTES, follow_links=True)
             except OSError as error:
                 raise UserError(f"{typed}: cannot be read ({error.strerror}).") from error
@@ -201,7 +202,7 @@ def _words(row: dict[str, Any]) -> str:
 
 
 def check_config(path: Path) -> None:
-    """Check the keys and values of a recipe as those of flags; what it leaves to files of its own is not checked."""
+    """Check the keys and values of a config as those of flags; what it leaves to files of its own is not checked."""
     file = f"--config {clipped(str(path), 200)}"
     try:
         tree = upgrade_config(read_yaml(read_bytes(path, MAX_BYTES, follow_links=True).decode()))
@@ -213,10 +214,11 @@ def check_config(path: Path) -> None:
     if tree is None:
         return
     if not isinstance(tree, dict):
-        raise UserError(f"{file}: holds a {type(tree).__name__}; a recipe is keys and values, as in configs/.")
+        raise UserError(f"{file}: holds a {type(tree).__name__}; a config is keys and values, as in configs/.")
     leaves = list(_leaves(tree))
+    num_given = Counter(name for name, _ in leaves)
     for name, value in leaves:
-        if sum(other == name for other, _ in leaves) > 1:  # as model: {lr: 1} and as model.lr: 1
+        if num_given[name] > 1:  # as model: {lr: 1} and as model.lr: 1
             raise UserError(f"{file}: {clipped(name)} is given twice; leave one of them out.")
         if not _is_setting(name):
             raise UserError(f"{file}: {clipped(name)} is no setting.{suggest_flag(name).replace('--', '', 1)}")
@@ -249,6 +251,6 @@ def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _suggest_config(path: Path) -> str:
-    recipes = {recipe.stem: recipe.as_posix() for recipe in sorted(Path("configs").glob("*.yaml"))}
-    every = f" There are {', '.join(recipes.values())}." if recipes else ""
-    return suggest(path.stem, recipes) or every
+    configs = {config.stem: config.as_posix() for config in sorted(Path("configs").glob("*.yaml"))}
+    every = f" There are {', '.join(configs.values())}." if configs else ""
+    return suggest(path.stem, configs) or every

@@ -11,7 +11,7 @@ from cifar_lightning.cli.flags import ALIASES, FRONT_ONLY, table
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, suggest
 
-# Words for flags whose own help is Lightning's, or which are no key of a recipe.
+# Words for flags whose own help is Lightning's, or which are no key of a config.
 _WORDS = {
     "config": ("FILE", "config in YAML, or the config.yaml of a run; flags override it"),
     "resume": ("RUN", "resume a run in its folder, with its own config; flags override it"),

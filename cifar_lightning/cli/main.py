@@ -50,15 +50,20 @@ def main() -> None:
     sys.exit(status)
 
 
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"warning: {clipped(record.getMessage(), 500)}"
+
+
 def _escape_warnings() -> None:
     """Print warnings of libraries, which quote names of files and their content, on one line that prints."""
 
     def show(message: Warning | str, *_: object) -> None:
         print(f"warning: {clipped(str(message), 500)}", file=sys.stderr)
 
-    warnings.showwarning = show  # type: ignore[assignment]
+    warnings.showwarning = show  # type: ignore[assignment]  # it takes any number of arguments
     if logging.lastResort is not None:  # of loggers without a handler, such as Pillow's
-        logging.lastResort.format = lambda record: f"warning: {clipped(record.getMessage(), 500)}"  # type: ignore[method-assign]
+        logging.lastResort.setFormatter(_OneLine())
 
 
 def run_command(argv: Sequence[str]) -> int:

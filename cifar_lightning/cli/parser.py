@@ -30,7 +30,7 @@ from cifar_lightning.training.last_checkpoint import CheckpointSchedule
 TABLE = Path(__file__).with_name("flags.json")
 # Flags that are not of the Trainer, the model or the data: type, default, help, commands that take it.
 _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
-    "run_dir": (str | None, None, "Folder of the run; default: runs/RECIPE/N.", ("fit", "tune")),
+    "run_dir": (str | None, None, "Folder of the run; default: runs/NAME/N.", ("fit", "tune")),
     "init_weights": (
         str | None,
         None,
@@ -173,7 +173,7 @@ def refuse_early_stopping(config: Namespace) -> None:
 
 
 def _refuse_nothing(config: Namespace) -> None:
-    """Refuse None where it would not mean the default: jsonargparse takes it for any type, from recipes and groups."""
+    """Refuse None where it would not mean the default: jsonargparse takes it for any type, from configs and groups."""
     for group in GROUPS:
         if group in config and not isinstance(config[group], Namespace):
             raise UserError(f"--{group} {clipped(str(config[group]))}: settings or a file of them, or leave it out.")

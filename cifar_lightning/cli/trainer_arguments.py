@@ -28,12 +28,12 @@ what it does, or, where Lightning alone carries it out, of the value that reache
 several GPUs has none. A value that is refused ends the command with exit code 2 and the reason, before anything is
 written.
 
-The loaders are not PyTorch `DataLoader` instances, so what Lightning does by making a `DataLoader` again the loaders do
-themselves (`overfit_batches`, the distributed sampler). This page is generated:
-`python -m cifar_lightning.cli.trainer_arguments`.
+The loaders are not PyTorch `DataLoader` instances: they implement `overfit_batches` and the distributed sampling
+themselves. This page is generated: `python -m cifar_lightning.cli.trainer_arguments`.
 """
 _MOST_DEVICES = 1024  # of one machine; a typo would start that many processes
 _LAUNCHERS = ("MASTER_ADDR", "SLURM_JOB_ID", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE")  # set by what starts processes
+_WHOLE = "above 1 it is a number of batches; give a whole number, such as 2"
 _DDP = ("ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 _FROM_0 = Annotated[int, Field(ge=0)]
 _OR_ALL = Annotated[int, Field(ge=-1)]
@@ -56,8 +56,12 @@ class Argument:
     refused: Mapping[str, Callable[[Any, Namespace], bool]] = field(default_factory=dict)
 
 
+def _is_float_above_1(value: float, _: Namespace) -> bool:
+    return isinstance(value, float) and value > 1  # Lightning multiplies the batches by it, also by 2.0
+
+
 def _batches(does: str, limits: Any = _SOME) -> Argument:
-    return Argument(does, limits, {"above 1 only whole numbers, of batches": lambda value, _: value > 1 and value % 1})
+    return Argument(does, limits, {_WHOLE: _is_float_above_1})
 
 
 def _is_known_strategy(value: Any, _: Namespace) -> bool:
@@ -130,7 +134,7 @@ ARGUMENTS: dict[str, Argument] = {
     "precision": Argument(
         "`16-mixed` on CUDA, else `32-true`; what the device does not support is replaced, with a remark",
         refused={
-            "it replaces layers, so that a checkpoint has other weights": (
+            "it replaces layers, whose weights no other command loads; give 16-mixed, bf16-mixed or 32-true": (
                 lambda value, _: str(value).startswith("transformer-engine")
             )
         },
@@ -150,7 +154,7 @@ ARGUMENTS: dict[str, Argument] = {
     "min_epochs": Argument(
         "no early stop before",
         _FROM_0,
-        {"more than --epochs": lambda value, trainer: 0 < (trainer.max_epochs or 0) < value},
+        {"more than --epochs; give at most as many": lambda value, trainer: 0 < (trainer.max_epochs or 0) < value},
     ),
     "max_steps": Argument(
         "ends training after this many steps, if `--epochs` does not before",
@@ -165,7 +169,7 @@ ARGUMENTS: dict[str, Argument] = {
     "min_steps": Argument(
         "no early stop before; at most the steps of the run",
         _FROM_0,
-        {"more than --trainer.max_steps": lambda value, trainer: 0 < trainer.max_steps < value},
+        {"more than --trainer.max_steps; give at most as many": lambda value, trainer: 0 < trainer.max_steps < value},
     ),
     "max_time": Argument(
         "ends training after this time",
@@ -179,7 +183,7 @@ ARGUMENTS: dict[str, Argument] = {
         "the same training batches each epoch, their augmentation drawn each time; as many for validation",
         _MAYBE,
         {
-            "a fraction to 1.0, or a whole number of batches": lambda v, _: isinstance(v, float) and v > 1,
+            _WHOLE: _is_float_above_1,
             "also limits train and val; leave limit_train_batches and limit_val_batches out": (
                 lambda v, trainer: v > 0 and (trainer.limit_train_batches, trainer.limit_val_batches) != (None, None)
             ),
@@ -188,12 +192,16 @@ ARGUMENTS: dict[str, Argument] = {
     "val_check_interval": Argument(
         "validates after a fraction of an epoch or a number of batches",
         Annotated[float, Field(gt=0, description="a fraction of an epoch, such as 0.5, or a number of batches")],
-        {"above 1 only a whole number of batches": lambda value, _: value > 1 and value % 1 != 0},
+        {_WHOLE: _is_float_above_1},
     ),
     "check_val_every_n_epoch": Argument(
         "validates every N epochs; null: by `val_check_interval` across epochs",
         Count,
-        {"more than --epochs: nothing would be validated": lambda value, t: 0 < (t.max_epochs or 0) < value},
+        {
+            "more than --epochs, so that nothing would be validated; give at most as many": lambda value, t: (
+                0 < (t.max_epochs or 0) < value
+            )
+        },
     ),
     "num_sanity_val_steps": Argument("validation batches before training, all for -1; changes no result", _OR_ALL),
     "log_every_n_steps": Argument("steps between the points of loss and lr on the board; 0 for none", _FROM_0),
@@ -211,7 +219,9 @@ ARGUMENTS: dict[str, Argument] = {
         "`norm` or `value`",
         refused={
             "norm or value": lambda value, _: value.lower() not in ("norm", "value"),
-            "clips nothing without --trainer.gradient_clip_val": lambda _, trainer: not trainer.gradient_clip_val,
+            "clips nothing without --trainer.gradient_clip_val; give both or none": lambda _, trainer: (
+                not trainer.gradient_clip_val
+            ),
         },
     ),
     "deterministic": Argument("only deterministic operations; `warn` names the others"),
@@ -230,7 +240,9 @@ ARGUMENTS: dict[str, Argument] = {
     ),
     "detect_anomaly": Argument("raises at the operation whose gradient is NaN"),
     "barebones": Argument(
-        refused={"a run logs and keeps checkpoints; --trainer.logger false and others leave out one": lambda v, _: v}
+        refused={
+            "a run keeps logs and checkpoints; --trainer.logger false has none of the board": lambda value, _: value
+        }
     ),
     "plugins": Argument(
         "precision plugins and cluster environments by `class_path`",
@@ -242,7 +254,7 @@ ARGUMENTS: dict[str, Argument] = {
     ),
     "sync_batchnorm": Argument(
         "BatchNorm over the images of all GPUs",
-        refused={"SyncBatchNorm needs GPUs": lambda value, trainer: value and not _on_cuda(trainer)},
+        refused={"SyncBatchNorm needs GPUs; leave it out": lambda value, trainer: value and not _on_cuda(trainer)},
     ),
     "reload_dataloaders_every_n_epochs": Argument("makes the loaders again; changes no result", _FROM_0),
     "default_root_dir": Argument(refused={"a run's folder is --run_dir": lambda value, _: True}),

@@ -32,7 +32,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_is_only_link
 from cifar_lightning.formatting import clipped
 
-TIMEOUT_S = 30.0  # for an answer, for a byte, and of each measurement of the speed
+TIMEOUT_S = 30.0  # limit for the response, for each read and for each measurement of the speed
 MIN_BYTES_PER_S = 10_000.0  # the slow host delivers 50 kB/s, but steadily
 MAX_INTERRUPTIONS = 20  # transfers from one URL, each resumed, before the next URL is tried
 _BLOCK = 1 << 16
@@ -242,7 +242,7 @@ def _transfer(url: str, part: Path, start: int, size_bytes: int, report: Callabl
         return _reason(error)
     with response:
         is_rest = response.status == 206
-        _check_answer(response.headers, start if is_rest else 0, size_bytes, is_rest=is_rest)
+        _check_response(response.headers, start if is_rest else 0, size_bytes, is_rest=is_rest)
         # A whole file is better than a part only once it is longer.
         target = part if is_rest or not start else part.with_name(f"{part.name}.new")
         done = before = start if is_rest else 0
@@ -297,8 +297,8 @@ def _open(request: urllib.request.Request) -> Any:
     return response
 
 
-def _check_answer(headers: Message, start: int, size_bytes: int, *, is_rest: bool) -> None:
-    """Refuse an answer that is no part of the archive, before anything is written."""
+def _check_response(headers: Message, start: int, size_bytes: int, *, is_rest: bool) -> None:
+    """Raise if a response is not the requested range of the archive, before anything is written."""
     if is_rest and not re.match(rf"bytes {start}-\d+/({size_bytes}|\*)$", found := headers.get("Content-Range", "")):
         raise _Failed(f"asked for bytes {start}- of {size_bytes:,}, it sends {clipped(found) or 'others'}")
     length = headers.get("Content-Length", "")

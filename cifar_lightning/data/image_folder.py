@@ -2,8 +2,8 @@
 
 Images of any format and size are decoded once to uint8 RGB squares (rules: image_decoding.py) in a `.npy` file that
 later starts map into memory: a set larger than memory is never held there, and a second start decodes nothing. The
-file is valid for the contents of the folder: names, and the SHA-256 of every file. Of a file whose size, times and
-inode are unchanged the hash is known; any other one is read again.
+file is valid for the contents of the folder: names, and the SHA-256 of every file. Files with unchanged size, times and
+inode are not hashed again.
 """
 
 import errno

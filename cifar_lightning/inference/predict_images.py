@@ -282,7 +282,7 @@ def _json_writer(write_text: Callable[[str], object], *, ensure_ascii: bool) -> 
 def _summarize(output: Path, counts: Counter[str], elapsed_s: float) -> None:
     num = counts.total()
     speed = f"{elapsed_s:.1f} s ({num / max(elapsed_s, 1e-9):,.0f} images/s)"
-    print(f"{num:,} image{'' if num == 1 else 's'} in {speed}: {printable(str(output))}")
+    print(f"{plural(num, 'image')} in {speed}: {printable(str(output))}")
     if counts:
         shown = ", ".join(f"{printable(name)} {count:,}" for name, count in counts.most_common(_MOST_FREQUENT))
         rest = len(counts) - _MOST_FREQUENT

@@ -161,11 +161,8 @@ def _given(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 def duplicates_of(run: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """Return for each kind of identical images the counts in words, and the names in some groups of them."""
-    try:
-        kinds = run["split"].get("duplicates") or []
-        return [(str(kind["text"]), [" = ".join(map(str, group)) for group in kind["first"]]) for kind in kinds]
-    except (TypeError, KeyError):  # the file may be a stranger's
-        return []
+    kinds = run["split"].get("duplicates", [])
+    return [(kind["text"], [" = ".join(group) for group in kind["first"]]) for kind in kinds]
 
 
 def _val_origin(split: Mapping[str, Any]) -> str:

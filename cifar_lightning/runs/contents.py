@@ -29,10 +29,10 @@ _MAX_IMAGES = 10_000_000  # of a confusion matrix: the insights take some bytes 
 _MAX_ARRAY_BYTES, _MAX_RATIO = 1 << 30, 20  # of an archive's arrays: this many bytes, or this many times its own size
 
 
-Count = Annotated[int, Field(ge=0, lt=2**53)]
+FromZero = Annotated[int, Field(ge=0, lt=2**53)]  # JSON's numbers are exact below
 Epoch = Annotated[float, Field(ge=0, lt=2**31, multiple_of=1)]
 Number = Annotated[float, Field(ge=-3.5e38, le=3.5e38)]  # of 32 bits
-Rate = Annotated[float, Field(ge=0, le=1)]
+ZeroToOne = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Schema(BaseModel):
@@ -45,16 +45,24 @@ class _Config(_Schema):
     trainer: dict[str, Any] | None = None
 
 
+class _Duplicates(_Schema):
+    kind: str
+    text: str
+    num_images: FromZero
+    first: list[list[str]]
+
+
 class _Split(_Schema):
     dataset: str | None = None
     seed: int | None = None
-    val_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    val_fraction: ZeroToOne | None = None
     val_from: str | None = None
-    limit: Count | None = None
-    sizes: dict[str, Count] = {}
+    limit: FromZero | None = None
+    sizes: dict[str, FromZero] = {}
     sha256: dict[str, str] = {}
-    train: list[Count] = []
-    val: list[Count] = []
+    duplicates: list[_Duplicates] = []
+    train: list[FromZero] = []
+    val: list[FromZero] = []
 
 
 class _Environment(_Schema):
@@ -63,8 +71,8 @@ class _Environment(_Schema):
     cpu: str | None = None
     device: str | None = None
     precision: str | None = None
-    num_devices: Count | None = None
-    num_threads: Count | None = None
+    num_devices: FromZero | None = None
+    num_threads: FromZero | None = None
     commit: str | None = None
     dirty: bool | None = None
     command: list[str] = []
@@ -73,7 +81,7 @@ class _Environment(_Schema):
 
 
 class _TestMetrics(_Schema):
-    accuracy_no_tta: Rate | None = None
+    accuracy_no_tta: ZeroToOne | None = None
 
 
 class _TableRow(_Schema):
@@ -81,8 +89,8 @@ class _TableRow(_Schema):
     __pydantic_extra__: dict[str, Number]
 
     epoch: Epoch
-    train_acc: Rate = Field(math.nan, alias="train/acc")
-    val_acc: Rate = Field(math.nan, alias="val/acc")
+    train_acc: ZeroToOne = Field(math.nan, alias="train/acc")
+    val_acc: ZeroToOne = Field(math.nan, alias="val/acc")
 
 
 def read_config(path: Path) -> dict[str, Any]:

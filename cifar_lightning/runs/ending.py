@@ -1,4 +1,4 @@
-"""What ended a training: saved in environment.json under "ended", read by the terminal, the report and resume."""
+"""The entry `ended` of environment.json: what ended a training, after how many epochs and steps."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -78,8 +78,8 @@ class RunFiles:
         """Yield what has the name of a run's file and is a link, a folder, a FIFO or a device; or such a folder."""
         for path in (*(self.path / file.name for file in _FILES), *self.path.glob(self.tensorboard)):
             with contextlib.suppress(OSError):  # missing
-                is_right = stat.S_ISDIR if path == self.checkpoints else stat.S_ISREG
-                if not is_right(path.lstat().st_mode):
+                is_expected = stat.S_ISDIR if path == self.checkpoints else stat.S_ISREG
+                if not is_expected(path.lstat().st_mode):
                     yield path
 
     def leftovers(self) -> Iterator[Path]:

@@ -14,7 +14,7 @@ _ESCAPED_BYTE = re.compile(r"\\uDC([89A-F][0-9A-F])")
 _BYTES = {0x10FF00 + byte: 0xDC00 + byte for byte in range(0x80, 0x100)}  # characters that nobody uses stand for them
 MAX_BYTES = 1 << 20  # of a file; our largest config has 3 kB
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is faster and refuses deep nesting by itself
-MAX_DEPTH = 40  # lists and dicts within each other; the deepest of our own recipes is 4
+MAX_DEPTH = 40  # lists and dicts within each other; the deepest of our own configs is 4
 MAX_NODES = 100_000  # with every alias written out: some ten short lines of aliases can stand for 10^9 values
 
 

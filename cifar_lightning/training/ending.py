@@ -1,4 +1,4 @@
-"""What ended a training: its epochs, a limit, early stopping, a callback or a signal."""
+"""The end of a training, from the state of the Trainer: cause, epochs and steps."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def is_validation_due(trainer: pl.Trainer) -> bool:
 
 def describe_ending(trainer: pl.Trainer, planned_steps: int) -> dict[str, Any]:
     """Return what ended a training, after how many whole epochs and which of the planned steps."""
-    epochs = trainer.fit_loop.epoch_progress.current.processed - is_cut(trainer)  # type: ignore[attr-defined]
+    epochs = trainer.fit_loop.epoch_progress.current.processed - is_cut(trainer)  # type: ignore[attr-defined]  # typed as its base
     return {
         "by": _cause(trainer, epochs),
         "epochs": epochs,

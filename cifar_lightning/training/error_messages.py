@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
 
 from cifar_lightning.errors import RunError, UserError
-from cifar_lightning.formatting import clipped, reason_of
+from cifar_lightning.formatting import clipped, reason_of, shell_line
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.run_recorder import RunRecorder
 
@@ -55,14 +55,16 @@ def restoring(path: str | Path | None) -> Iterator[None]:
         yield
     except (UserError, RunError):
         raise
-    except Exception as error:  # a state of another type may raise anything
+    # A state of another type may raise anything, and Lightning restores and trains in one call: only the traceback says
+    # which of both failed.
+    except Exception as error:
         names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
         if path is None or not names & _RESTORING:
             raise
         reason = f"{type(error).__name__}: {reason_of(error)}"
         raise UserError(
             f"{path}: its state cannot be restored ({reason}).\nIt is damaged, or of another version. Start a new run: "
-            f"fit --init_weights {path}"
+            f"fit --init_weights {shell_line(str(path))}"
         ) from error
 
 

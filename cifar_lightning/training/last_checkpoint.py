@@ -115,10 +115,10 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
         elif self._saved_at_step != trainer.global_step and not loop.epoch_loop._should_accumulate():
             for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
-                progress.processed -= 1  # type: ignore[attr-defined]
+                progress.processed -= 1  # type: ignore[attr-defined]  # typed as its base
             self._save(trainer)
             for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
-                progress.processed += 1  # type: ignore[attr-defined]
+                progress.processed += 1  # type: ignore[attr-defined]  # typed as its base
         self._stop(trainer, highest_of_ranks(trainer, self.signals.signum))
 
     def on_save_checkpoint(

@@ -87,7 +87,7 @@ def start_next_epoch(trainer: pl.Trainer) -> None:
     if loop.restarted_on_epoch_end:
         _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # the setter of fit_loop turns it on again
         loop.reset()
-        loop.epoch_progress.current.completed = loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+        loop.epoch_progress.current.completed = loop.epoch_progress.current.processed  # type: ignore[attr-defined]  # typed as its base
 
 
 def validate_on_schedule_only(trainer: pl.Trainer) -> None:
@@ -105,7 +105,7 @@ def validate_on_schedule_only(trainer: pl.Trainer) -> None:
         finally:
             trainer.should_stop = stops
 
-    loop._should_check_val_fx = is_scheduled  # type: ignore[method-assign]
+    loop._should_check_val_fx = is_scheduled  # type: ignore[method-assign]  # Lightning has no hook for it
 
 
 def start_validation_again(trainer: pl.Trainer) -> None:

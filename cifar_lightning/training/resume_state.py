@@ -7,8 +7,9 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from cifar_lightning.checkpoints.loading import IS_INSIDE_WINDOW, RESUME_STATE, is_inside_epoch
+from cifar_lightning.checkpoints.loading import IS_INSIDE_WINDOW, is_inside_epoch
 from cifar_lightning.checkpoints.rng_state import restore_rng, rng_state
+from cifar_lightning.checkpoints.schema import RESUME_STATE
 from cifar_lightning.errors import UserError
 from cifar_lightning.training.lightning_patches import start_next_epoch, validate_on_schedule_only
 from cifar_lightning.training.module import ImageClassifier

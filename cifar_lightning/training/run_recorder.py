@@ -16,6 +16,7 @@ from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.ending import describe_ending
 from cifar_lightning.training.lightning_patches import skip_idle_hooks
+from cifar_lightning.training.model_checks import VAL_METRICS
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.nan_guard import check_losses
 from cifar_lightning.training.signals import Stopped
@@ -24,7 +25,6 @@ MONITOR = "val/acc"
 EPOCH_SO_FAR = "cifar_lightning_epoch"
 """Key of a checkpoint for what the row of an unfinished epoch needs."""
 _OF_A_RESUME = ("versions", "cpu", "num_threads", "device", "precision", "commit", "dirty")
-_VAL_METRICS = ("val/loss", "val/acc", "val/f1", "val/ece")
 
 
 class RunRecorder(pl.Callback):
@@ -126,7 +126,8 @@ class RunRecorder(pl.Callback):
         """Write that a signal ended training into environment.json."""
         if isinstance(exception, Stopped) and self._is_training:
             assert isinstance(pl_module, ImageClassifier)
-            epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+            # Not `describe_ending`: the loop did not get to count a cut epoch.
+            epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]  # typed as its base
             ending = {"by": "signal", "epochs": epochs, "step": trainer.global_step}
             self._write_ending(trainer, ending | {"planned_steps": pl_module.total_steps()})
 
@@ -144,7 +145,7 @@ class RunRecorder(pl.Callback):
         self._validation_s += time.perf_counter() - self._validation_start_s
         self._validation_start_s = None
         logged = trainer.callback_metrics
-        self._val_metrics = {name: float(logged[name]) for name in _VAL_METRICS if name in logged}
+        self._val_metrics = {name: float(logged[name]) for name in VAL_METRICS if name in logged}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the epoch's rows, before the checkpoint of the epoch."""
@@ -156,7 +157,7 @@ class RunRecorder(pl.Callback):
             return
         row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step, **train}
         if require_training_data(trainer).num_images("val"):
-            row |= {name: self._val_metrics.get(name, math.nan) for name in _VAL_METRICS}
+            row |= {name: self._val_metrics.get(name, math.nan) for name in VAL_METRICS}
         self.metrics.append(row)
         self.timing.append(
             {

@@ -15,11 +15,13 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems do 
 
 @on_linux
 def test_taking_memory_leaves_less_of_it():
-    before = free_host_bytes()
-    assert 1e8 < before < 1e14
-    taken = np.ones(400_000_000, np.uint8)
-    assert free_host_bytes() < before - 1e8
-    assert taken[0] == 1
+    taken, before = [], [free_host_bytes()]
+    assert 1e8 < before[0] < 1e14
+    for _ in range(5):  # other processes free memory meanwhile
+        taken.append(np.ones(200_000_000, np.uint8))
+        before.append(free_host_bytes())
+    assert np.median(-np.diff(before)) > 1e8
+    assert all(array[0] == 1 for array in taken)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to")

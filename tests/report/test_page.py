@@ -10,7 +10,7 @@ from jinja2 import UndefinedError
 from made_run import CIFAR10, make_run
 
 from cifar_lightning.formatting import count, percent, unbroken
-from cifar_lightning.report.page import command_of, duplicates_of, facts_of, render, reproduction_of
+from cifar_lightning.report.page import command_of, facts_of, render, reproduction_of
 from cifar_lightning.report.report import make_report
 
 HUNDRED = [f"a_class_{index:02}" for index in range(100)]
@@ -350,10 +350,3 @@ def test_identical_images_have_a_section_only_where_there_are_any(tmp_path, page
     assert 'id="duplicates"' in shown
     assert "5 of 9 test images" in shown
     assert "test/&lt;b&gt;/0.png = train/a/\\x1b[31m.png" in shown
-
-
-@pytest.mark.parametrize(
-    "odd", [None, 3, "text", {"a": 1}, [3], [{}], [{"first": 3}], [{"first": [3]}], [{"first": {}}]]
-)
-def test_a_strange_list_of_identical_images_is_no_error(odd):
-    duplicates_of({"split": {"duplicates": odd}})

@@ -1,6 +1,7 @@
 """Whatever stands in a run's files, a reader returns what its schema says or refuses the file by name."""
 
 import io
+import json
 import os
 import random
 import tracemalloc
@@ -58,6 +59,16 @@ def test_only_regular_files_are_read(name, kind, tmp_path):
     special(path, kind)
     with pytest.raises(UserError, match="run/file: cannot be read"):
         READERS[name](path)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [None, 3, "text", {"a": 1}, [3], [{}], [{"first": 3}], [{"kind": "", "text": "", "num_images": 1, "first": [3]}]],
+)
+def test_a_strange_list_of_identical_images_is_refused(odd, tmp_path):
+    (tmp_path / "split.json").write_text(json.dumps({"duplicates": odd}))
+    with pytest.raises(UserError, match=r"split\.json: damaged: duplicates"):
+        contents.read_split(tmp_path / "split.json")
 
 
 @pytest.mark.parametrize("name", READERS)
