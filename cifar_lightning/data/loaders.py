@@ -12,6 +12,7 @@ Loaders are not `DataLoader` instances. A stopped run resumes bit for bit becaus
 
 import os
 import signal
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -156,6 +157,9 @@ class StreamingLoader(ImageLoader):
             persistent_workers=True,
             worker_init_fn=leave_signals_to_parent,
         )
+        # Trainer and data refer to each other. Python's collector closes the queues of such a cycle before it ends the
+        # workers, which then do not hear of it, and torch waits 5 s for each.
+        weakref.finalize(self, _end_workers, self._workers).atexit = False
 
     def _gather(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         # Arrays, not lists: a set's indices as Python objects would take five times the memory.
@@ -264,6 +268,10 @@ def _on_device(batches: list[Tensor], device: torch.device) -> tuple[Tensor, ...
 
 def _identity(batch: Any) -> Any:
     return batch
+
+
+def _end_workers(workers: DataLoader[Any]) -> None:
+    workers._iterator = None  # ends them, as nothing else refers to it
 
 
 def leave_signals_to_parent(worker_id: int) -> None:

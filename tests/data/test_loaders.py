@@ -1,5 +1,6 @@
 """Batches and position of the loaders; resident and streaming give the same batches."""
 
+import gc
 import pickle
 import sys
 from pathlib import Path
@@ -115,6 +116,18 @@ def test_streaming_starts_the_next_epoch_cleanly_after_a_break():
     for loader in (streamed, kept):
         next(iter(loader))
     assert_same(drawn(streamed), drawn(kept))
+
+
+def test_workers_end_by_themselves_where_the_collector_finds_their_loader():
+    loader = streaming()
+    loader.trainer_that_refers_to_it = [loader]  # a cycle
+    batches = iter(loader)
+    next(batches)
+    workers = loader._workers._iterator._workers
+    assert [worker.is_alive() for worker in workers] == [True, True]
+    del loader, batches
+    gc.collect()
+    assert [worker.exitcode for worker in workers] == [0, 0]  # not ended by SIGTERM, for which torch waits 5 s each
 
 
 def test_a_memory_mapped_set_travels_to_workers_as_its_path(tmp_path):
