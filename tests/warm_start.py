@@ -26,7 +26,7 @@ def become(request):
         (2, request["stderr"], os.O_WRONLY),
     ):
         os.dup2(os.open(path, flags), descriptor)
-    sys.argv = request["command"]
+    sys.argv, sys.orig_argv = request["command"], [sys.executable, *request["command"]]
     sys.path[0] = os.path.dirname(sys.argv[0])
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
 
