@@ -25,12 +25,13 @@ TINY += ["--model.model_kwargs", "{widths: [4, 8, 8]}", "--trainer.accelerator",
 def start(*arguments, cwd, check=True, program=REPO / "train.py", **variables):
     """Run `train.py`, or another program, in a new process with one thread: tests do not fight for cores.
 
-    Without variables of its own but PYTHONPATH, the process is a fork of one that has imported the libraries.
+    Unless a variable of Python itself is given, the process is a fork of one that has imported the libraries.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **variables}
     environment.pop("CIFAR_LIGHTNING_RUN_DIR", None)
     command = [str(program), *map(str, arguments)]
-    if set(variables) <= {"PYTHONPATH"} and sys.platform == "linux":
+    of_python = {name for name in variables if name.startswith("PYTHON")} - {"PYTHONPATH"}
+    if not of_python and sys.platform == "linux":
         done = _warm().run(command, cwd, environment)
     else:
         done = subprocess.run(

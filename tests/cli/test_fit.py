@@ -198,7 +198,7 @@ def killed(tmp_path_factory):
     """A run of four epochs, and the same killed in its third: (whole, killed)."""
     cwd = tmp_path_factory.mktemp("resume")
     settings = [*TINY, "--model.model_kwargs", "{widths: [4, 8, 8], dropout: 0.2}", "--lr", 0.01, "--epochs", 4]
-    settings += ["--checkpoint.every_n_train_steps", 2]
+    settings += ["--checkpoint.every_n_train_steps", 2, "--trainer.logger", "false"]
     start("fit", *settings, "--run_dir", "whole", cwd=cwd)
     kill_at_line("epoch 2/4", "fit", *settings, "--run_dir", "killed", cwd=cwd)
     return cwd / "whole", cwd / "killed"
@@ -325,6 +325,7 @@ def test_tune_saves_a_rate_and_fit_takes_it_as_if_it_had_been_given(tmp_path):
     suggestion = json.loads((tuned / "lr_range.json").read_text())["suggestion"]
     assert 1e-4 < suggestion < 0.5
     assert f"Suggested peak: {suggestion:.2g}" in done.stdout
+    flags += ["--trainer.logger", "false"]
     start("fit", *TINY, *flags, "--tune_lr", "--run_dir", "tuned", cwd=tmp_path)
     start("fit", *TINY, *flags, "--lr", repr(suggestion), "--run_dir", "given", cwd=tmp_path)
     assert rows_of(tmp_path / "tuned") == rows_of(tmp_path / "given")
