@@ -2,7 +2,8 @@
 
     from cifar_lightning import ImageClassifier, ImageDataModule, SmallNet, build_model
 
-The names are imported when they are asked for, so that what needs no torch never waits for it.
+These names are the public API; docs/python-api.md documents them. They are imported when they are asked for, so that
+what needs no torch never waits for it.
 """
 
 import importlib
@@ -13,12 +14,16 @@ if TYPE_CHECKING:
     from cifar_lightning.errors import UserError as UserError
     from cifar_lightning.models.registry import build_model as build_model
     from cifar_lightning.models.smallnet import SmallNet as SmallNet
+    from cifar_lightning.models.speednet import SpeedNet as SpeedNet
+    from cifar_lightning.optim.muon import Muon as Muon
     from cifar_lightning.training.module import ImageClassifier as ImageClassifier
 
 _HOMES = {
     "ImageClassifier": "training.module",
     "ImageDataModule": "data.datamodule",
+    "Muon": "optim.muon",
     "SmallNet": "models.smallnet",
+    "SpeedNet": "models.speednet",
     "UserError": "errors",
     "build_model": "models.registry",
 }

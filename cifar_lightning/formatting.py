@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -143,6 +144,23 @@ def markdown_code(text: str) -> str:
 def shell_line(*words: str | Path) -> str:
     """Return a command for a shell, on one line; words with characters that do not print as bash's and zsh's $'...'."""
     return " ".join(map(_shell_word, map(str, words)))
+
+
+def program() -> str:
+    """Return how this program was called, as a command to copy.
+
+    Another program that uses the package, such as a notebook, has the installed one for what it prints.
+    """
+    script = Path(sys.argv[0]) if sys.argv else Path()
+    if script.name == "train.py" and script.resolve() == Path(__file__).parents[1] / "train.py":
+        return shell_line("python", script)
+    is_module = script.name == "__main__.py" and script.parent.name == "cifar_lightning"
+    return "python -m cifar_lightning" if is_module else "cifar-lightning"
+
+
+def command_line(*words: str | Path) -> str:
+    """Return a command of this program, as it was called."""
+    return f"{program()} {shell_line(*words)}"
 
 
 def _shell_word(word: str) -> str:

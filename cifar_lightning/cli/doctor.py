@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from cifar_lightning.data.download import ARCHIVES
 from cifar_lightning.data.memory import choose_num_workers, free_device_bytes, free_host_bytes
-from cifar_lightning.formatting import reason_of
+from cifar_lightning.formatting import program, reason_of, shell_line
 from cifar_lightning.runs.environment import describe_environment
 
 _SHOWN = ("torch", "torchvision", "lightning", "torchmetrics")
@@ -64,7 +64,9 @@ def _look_at_packages(found: Findings) -> None:
     found.rows.append(("extras", ", ".join(f"{name} {version or '-'}" for name, version in extras.items())))
     if not all(extras.values()):
         found.hints.append("extras: pip install 'cifar-lightning[export,timm]', for `export` and timm's models")
-    for text in importlib.metadata.requires("cifar-lightning") or []:
+    if _version("cifar-lightning") is None:
+        found.hints.append("cifar-lightning is not installed: pip install -e . in a copy of the repository")
+    for text in _requirements():
         requirement = Requirement(text)
         version = _version(requirement.name)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -72,8 +74,14 @@ def _look_at_packages(found: Findings) -> None:
         if version is None or not requirement.specifier.contains(version, prereleases=True):
             found.stopping.append(
                 f"{requirement.name} {version or 'missing'}, {requirement.specifier} is needed: "
-                "pip install -U cifar-lightning, or pip install -e . in a copy of the repository"
+                f"pip install {shell_line(f'{requirement.name}{requirement.specifier}')}"
             )
+
+
+def _requirements() -> list[str]:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.requires("cifar-lightning") or []
+    return []
 
 
 def _version(name: str) -> str | None:
@@ -109,12 +117,12 @@ def _look_at_data(found: Findings, root: Path) -> None:
             sets.append(f"{name} as {path}, unpacked by the first fit")
         elif unfinished.is_file():
             done = unfinished.stat().st_size / archive.size_bytes
-            sets.append(f"{name} half downloaded ({done:.0%}): python train.py download --dataset {name} resumes it")
+            sets.append(f"{name} half downloaded ({done:.0%}): {program()} download --dataset {name} resumes it")
     if (root / "train").is_dir() and (root / "test").is_dir():
         sets.append(f"class folders in {root}: --data.dataset folder --data.root {root}")
     found.rows += [("data", text) for text in sets or ["none found"]]
     if not sets:
-        found.hints.append("no data: python train.py download, or --data.dataset synthetic, which needs none")
+        found.hints.append(f"no data: {program()} download, or --data.dataset synthetic, which needs none")
 
 
 def _look_at_torch(found: Findings) -> None:
@@ -133,7 +141,7 @@ def _look_at_torch(found: Findings) -> None:
             text = f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB, compute capability {gpu.major}.{gpu.minor}"
             found.rows.append(("GPU", text))
         if on_cuda:
-            found.rows.append(("cuDNN", str(torch.backends.cudnn.version())))  # type: ignore[no-untyped-call]  # torch has none
+            found.rows.append(("cuDNN", str(torch.backends.cudnn.version())))
         else:
             found.rows.append(("GPU", "none that torch can use"))
         precision, why = default_precision(on_cuda)

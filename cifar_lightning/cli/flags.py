@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from cifar_lightning.cli.configs import suggest_config
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import read_bytes
 from cifar_lightning.formatting import clipped, shell_line, suggest
@@ -207,7 +208,7 @@ def check_config(path: Path) -> None:
     try:
         tree = upgrade_config(read_yaml(read_bytes(path, MAX_BYTES, follow_links=True).decode()))
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}).{_suggest_config(path)}") from error
+        raise UserError(f"{file}: cannot be read ({error.strerror}).{suggest_config(path)}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: not YAML ({clipped(reason, 200)}).") from error
@@ -248,9 +249,3 @@ def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _leaves(value, f"{name}.")
         else:
             yield name, value
-
-
-def _suggest_config(path: Path) -> str:
-    configs = {config.stem: config.as_posix() for config in sorted(Path("configs").glob("*.yaml"))}
-    every = f" There are {', '.join(configs.values())}." if configs else ""
-    return suggest(path.stem, configs) or every

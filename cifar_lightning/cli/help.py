@@ -2,18 +2,19 @@
 
 import argparse
 import shutil
-import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from cifar_lightning.cli.configs import config_names
 from cifar_lightning.cli.flags import ALIASES, FRONT_ONLY, table
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import clipped, suggest
+from cifar_lightning.formatting import clipped, program, suggest
 
 # Words for flags whose own help is Lightning's, or which are no key of a config.
 _WORDS = {
-    "config": ("FILE", "config in YAML, or the config.yaml of a run; flags override it"),
+    "config": ("FILE", "config in YAML, or the name of a shipped one; flags override it"),
     "resume": ("RUN", "resume a run in its folder, with its own config; flags override it"),
     "epochs": ("N", "how often training sees every image"),
     "batch_size": ("N", "training images a step and process"),
@@ -43,7 +44,7 @@ TRAINING = {
         "[--config FILE] [flags]",
         "train a model, test it once, write a run folder",
         (*_OF_FIT, "run_dir", "resume", "init_weights", "tune_lr"),
-        "fit --config configs/smallnet_cpu.yaml --epochs 5",
+        "fit --config smallnet_cpu --epochs 5",
     ),
     "validate": Command(
         "RUN [flags]",
@@ -67,7 +68,7 @@ TRAINING = {
         "[--config FILE] [flags of fit]",
         "find OneCycle's peak learning rate (LR finder)",
         (*(flag for flag in _OF_FIT if flag not in ("epochs", "lr")), "run_dir"),
-        "tune --config configs/smallnet.yaml",
+        "tune --config smallnet",
     ),
 }
 
@@ -104,11 +105,6 @@ class QuickParser(argparse.ArgumentParser):
         return self.parse_args(list(arguments))
 
 
-def program() -> str:
-    """Return how the user started this program."""
-    return "cifar-lightning" if sys.argv[0].endswith("cifar-lightning") else "python train.py"
-
-
 def _formatter(prog: str) -> argparse.HelpFormatter:
     width = min(shutil.get_terminal_size().columns, 100)
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=width)
@@ -120,7 +116,7 @@ def overview(quick: dict[str, str]) -> str:
     lines = [f"usage: {program()} COMMAND [flags]", "", "Train image classifiers and see what they learned.", ""]
     lines += [f"  {name:<15} {summary}" for name, summary in rows.items()]
     lines += ["", f"{program()} COMMAND --help shows the flags of a command; --version the version."]
-    lines += [f"First try: {program()} fit --config configs/quickstart.yaml"]
+    lines += [f"First try: {program()} fit --config quickstart"]
     return "\n".join(lines)
 
 
@@ -137,7 +133,9 @@ def training_help(name: str) -> str:
         if row.get("prefixes"):  # too many names for a metavar
             text = ", ".join([*row["choices"], *(f"{prefix}NAME" for prefix in row["prefixes"])])
         parser.add_argument(f"--{flag}", metavar=metavar or _metavar(row), help=f"{text}{shown}".replace("%", "%%"))
-    parser.epilog = f"For example: {program()} {command.example}\nEvery flag: {program()} {name} --help-all"
+    names = textwrap.fill(f"Shipped configs: {', '.join(config_names())}", 80) if "--config" in command.usage else ""
+    example = f"For example: {program()} {command.example}\nEvery flag: {program()} {name} --help-all"
+    parser.epilog = f"{names}\n{example}".lstrip()
     return parser.format_help().rstrip()
 
 

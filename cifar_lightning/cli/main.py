@@ -4,7 +4,6 @@ Help, quick commands and usage errors are handled without torch; training comman
 """
 
 import argparse
-import importlib.metadata
 import io
 import logging
 import os
@@ -14,11 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cifar_lightning.cli.configs import find_config
 from cifar_lightning.cli.flags import NULL, check_config, flag_value, normalize_arguments, table
-from cifar_lightning.cli.help import TRAINING, QuickParser, completion, overview, program, training_help
+from cifar_lightning.cli.help import TRAINING, QuickParser, completion, overview, training_help
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import expand_home
-from cifar_lightning.formatting import clipped, shell_line, suggest
+from cifar_lightning.formatting import clipped, command_line, suggest
+from cifar_lightning.runs.environment import package_version
 from cifar_lightning.runs.folder import RunFolder, open_run
 
 # What `--resume` takes from the run, or what would start a new one.
@@ -73,7 +74,7 @@ def run_command(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     command, arguments = argv[0], [_with_home(argument) for argument in argv[1:]]
     if command == "--version":
-        print(f"cifar-lightning {importlib.metadata.version('cifar-lightning')}")
+        print(f"cifar-lightning {package_version() or '(not installed)'}")
         return 0
     if command == "--print_completion":
         print(_completion_script(arguments))
@@ -148,7 +149,7 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
         return _of_run(run, run.tested_checkpoint, flags), None
     if resumed is not None:
         if command != "fit":
-            raise UserError(f"--resume: only fit resumes a run; for its metrics: {program()} {command} {resumed}")
+            raise UserError(f"--resume: only fit resumes a run; for its metrics: {command_line(command, resumed)}")
         run = open_run(Path(resumed))
         _refuse_together(names, _NOT_WITH_RESUME, f"--resume {resumed}", "a run resumes in its folder with its config")
         flags = [flag for flag in flags if not flag.startswith("--resume=")]
@@ -161,9 +162,11 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
         own = RunFolder(checkpoint.parent.parent).config
         if "config" not in names and checkpoint.parent.name == "checkpoints" and own.is_file():
             flags = [f"--config={own}", *flags]  # the data and the model of the checkpoint
-    for flag in flags:
+    for at, flag in enumerate(flags):
         if flag.startswith("--config="):
-            check_config(Path(flag.removeprefix("--config=")))
+            config = find_config(flag.removeprefix("--config="))
+            check_config(config)
+            flags[at] = f"--config={config}"
     if {"lr", "model.lr"} & set(names) and flag_value(flags, "tune_lr") == "true":
         raise UserError("--tune_lr finds the learning rate that --lr gives; leave one of them out.")
     return flags, None
@@ -171,7 +174,7 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
 
 def _of_run(run: RunFolder, checkpoint: Path, flags: list[str]) -> list[str]:
     if not checkpoint.exists():
-        again = shell_line("python", "train.py", "fit", "--config", run.config, "--run_dir", run.path)
+        again = command_line("fit", "--config", run.config, "--run_dir", run.path)
         raise UserError(f"{run.path}: no checkpoint found; nothing to resume or evaluate.\nTo start it over: {again}")
     from cifar_lightning.runs.contents import read_config  # imports pydantic and NumPy
 

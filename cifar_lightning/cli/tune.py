@@ -8,7 +8,7 @@ from cifar_lightning.cli.lightning_cli import TrainingCLI, prepare_data
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_text_durably
-from cifar_lightning.formatting import shell_line
+from cifar_lightning.formatting import command_line
 from cifar_lightning.runs.folder import RUNS, config_name, create_run
 from cifar_lightning.training.lr_finder import LrRange, find_lr, write_lr_range
 from cifar_lightning.training.module import ImageClassifier
@@ -29,7 +29,7 @@ def tune(arguments: Sequence[str]) -> None:
     write_lr_range(run, found)
     print(f"Suggested peak: {found.suggestion:.2g}, where the loss fell fastest in {len(found.lrs)} steps.")
     print(f"{run.path}: lr_range.png shows it. To train with it:")
-    print(f"  python train.py fit --config {shell_line(run.config.as_posix())}")
+    print(f"  {command_line('fit', '--config', run.config)}")
 
 
 def apply_lr_finder(cli: TrainingCLI, model: ImageClassifier, data: ImageDataModule, trainer: Namespace) -> LrRange:

@@ -4,7 +4,6 @@ Each file is read back and compared with PyTorch on test images before it gets i
 take images and normalise them, so that users need no statistics. Imports no Lightning.
 """
 
-import importlib.metadata
 import importlib.util
 import json
 import warnings
@@ -26,6 +25,7 @@ from cifar_lightning.models.registry import build_model
 from cifar_lightning.report.model_card import NAME as CARD
 from cifar_lightning.report.model_card import write_model_card
 from cifar_lightning.runs.contents import read_gallery
+from cifar_lightning.runs.environment import package_version
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.tta import tta_logits
 
@@ -143,7 +143,7 @@ def metadata_of(trained: TrainedModel, input: str) -> dict[str, str]:
         "architecture": json.dumps(trained.architecture),
         "epoch": str(trained.epoch),
         "checkpoint_sha256": trained.sha256,
-        "cifar_lightning": importlib.metadata.version("cifar-lightning"),
+        "cifar_lightning": str(package_version()),
     }
 
 

@@ -51,7 +51,7 @@ def load_trained_model(run: RunFolder) -> TrainedModel:
     checkpoint = read_checkpoint(path)
     hparams, data = checkpoint.get("hyper_parameters", {}), checkpoint.get(DATA_STATE)
     if data is None:
-        raise UserError(f"{path}: has no class names, mean and std; it is not from `python train.py fit`.")
+        raise UserError(f"{path}: has no class names, mean and std; fit did not write it.")
     if not hparams.get("name"):
         raise UserError(f"{path}: of a model made in Python; use ImageClassifier.load_from_checkpoint there.")
     architecture = {

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import run_name, shell_line
+from cifar_lightning.formatting import command_line, run_name
 from cifar_lightning.metrics.calibration import cross_entropy, expected_calibration_error, softmax
 from cifar_lightning.metrics.classification import accuracy
 from cifar_lightning.metrics.significance import holm, mcnemar_test, paired_difference_interval, wilson_interval
@@ -62,7 +62,7 @@ def _predictions_of(path: Path, results: Results) -> Predictions:
     if results.test is None:
         raise UserError(
             f"--compare: the predictions of {path} cannot be read ({' '.join(results.problems)})\n"
-            f"Recreate them with: python train.py test {shell_line(path)}"
+            f"Recreate them with: {command_line('test', path)}"
         )
     return results.test
 

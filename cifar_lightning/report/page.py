@@ -68,7 +68,7 @@ def render(template: str, **values: Any) -> str:
     )
     environment.filters["verbatim"] = lambda text: escape(_clean(text))  # for copying: no non-breaking spaces
     environment.filters["code"] = lambda text: Markup(formatting.markdown_code(text))  # escaped for Markdown
-    environment.globals["shell_line"] = formatting.shell_line
+    environment.globals["command_line"] = formatting.command_line
     environment.filters.update({name: getattr(formatting, name) for name in _FILTERS})
     # Styles and script are ours and need no escaping.
     own = {key: values.pop(key) for key in ("css", "script") if key in values}
@@ -174,22 +174,22 @@ def _val_origin(split: Mapping[str, Any]) -> str:
 def reproduction_of(run: Mapping[str, Any]) -> str:
     """Return the commands that reproduce the run."""
     environment = run["environment"]
-    torch_version = (environment.get("versions") or {}).get("torch")
-    lines = []
+    versions = environment.get("versions") or {}
+    used = [f"{name} {printable(str(versions[name]))}" for name in ("cifar-lightning", "torch") if versions.get(name)]
+    lines = [f"# the run used {', '.join(used)}"] if used else []
     if environment.get("commit"):
-        lines.append(shell_line("git", "checkout", str(environment["commit"])))
+        lines += [shell_line("git", "checkout", str(environment["commit"])), "pip install -e ."]
         if environment.get("dirty"):
             lines.append("# the run had further changes that were not committed")
-    lines.append(
-        "pip install -e ." + (f"    # the run used torch {printable(str(torch_version))}" if torch_version else "")
-    )
-    lines.append("python train.py fit --config config.yaml    # config.yaml of the run")
+    lines.append("cifar-lightning fit --config config.yaml    # config.yaml of the run")
     return "\n".join(lines)
 
 
 def command_of(environment: Mapping[str, Any]) -> str:
     """Return the command that started a run, without the path of its Python; empty if unknown."""
     words = [str(word) for word in environment.get("command") or []]
+    if len(words) > 1 and words[1].endswith("cifar-lightning"):  # the script that pip installs
+        return shell_line("cifar-lightning", *words[2:])
     return shell_line("python", *words[1:]) if words else ""
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int64, UInt8
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import MAX_TABLE_BYTES, read_bytes
+from cifar_lightning.formatting import command_line
 from cifar_lightning.metrics.classification import confusion_matrix
 from cifar_lightning.runs.contents import (
     read_arrays,
@@ -157,7 +158,7 @@ def read_predictions(path: Path) -> Predictions:
 def _matrix_alone(run: RunFolder, problems: list[str]) -> tuple[tuple[str, ...], Int64[np.ndarray, "classes classes"]]:
     read: tuple[tuple[str, ...], np.ndarray] | None = _try(read_matrix, run.confusion_matrix_csv, problems)
     if read is None:
-        raise UserError(f"run {run.path}: {' '.join(problems)}\nRecreate them with: python train.py test {run.path}")
+        raise UserError(f"run {run.path}: {' '.join(problems)}\nRecreate them with: {command_line('test', run.path)}")
     return read
 
 

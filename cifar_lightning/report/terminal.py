@@ -23,6 +23,7 @@ from cifar_lightning.formatting import (
     points,
     points_span,
     printable,
+    program,
     pvalue,
     shell_line,
     span,
@@ -225,7 +226,7 @@ def _print_files(console: Console, run: RunFolder) -> None:
         f"predict-images {path} MY_IMAGES",
         f"export {path} --format onnx",
     ):
-        _print_whole(console, f"  python train.py {command}")
+        _print_whole(console, f"  {program()} {command}")
 
 
 def _folder_of_runs(path: Path) -> Path:

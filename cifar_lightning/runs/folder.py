@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import make_folder, remove_empty, sync_folder
-from cifar_lightning.formatting import shell_line
+from cifar_lightning.formatting import command_line
 from cifar_lightning.runs.file_names import RunFiles
 from cifar_lightning.runs.lock import RunLock
 from cifar_lightning.runs.processes import NEEDS_RUN_DIR, is_started_from_outside
@@ -56,7 +56,7 @@ class RunFolder(RunFiles):
     @property
     def resume_command(self) -> str:
         """The command that resumes the run."""
-        return f"python train.py fit --resume {shell_line(self.path)}"
+        return command_line("fit", "--resume", self.path)
 
     @property
     def has_results(self) -> bool:
@@ -81,9 +81,7 @@ class RunFolder(RunFiles):
             names = ", ".join(str(file.relative_to(self.path)) for file in missing)
             from_fit = set(self.files_by("fit")).intersection(missing)
             remedy = (
-                "fit makes them: train again."
-                if from_fit
-                else f"Make them with: python train.py test {shell_line(self.path)}"
+                "fit makes them: train again." if from_fit else f"Make them with: {command_line('test', self.path)}"
             )
             raise UserError(f"run {self.path}: {names} {'is' if len(missing) == 1 else 'are'} missing.\n{remedy}")
 
@@ -176,7 +174,7 @@ def _refuse_what_would_be_lost(run: RunFolder) -> None:
         if what:
             raise UserError(
                 f"--run_dir {run.path}: holds a run with {what}; it is not overwritten.\n"
-                f"Choose a new --run_dir; fit --resume {shell_line(run.path)} resumes it."
+                f"Choose a new --run_dir; {run.resume_command} resumes it."
             )
     if files and not run.lock_file.exists():
         raise UserError(

@@ -150,7 +150,7 @@ class Dashboard(pl.Callback):
         if not trainer.enable_autolog_hparams:
             return
         # `SummaryWriter.add_hparams` writes the same into a folder below the run.
-        for summary in hparams(hyperparameters_of(self.config), metrics):  # type: ignore[no-untyped-call]
+        for summary in hparams(hyperparameters_of(self.config), metrics):
             board.file_writer.add_summary(summary)
         board.flush()
 

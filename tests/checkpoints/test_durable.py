@@ -58,7 +58,7 @@ def test_a_failed_write_names_the_resume_command_only_where_there_is_a_checkpoin
     (path.parent / "best.ckpt").touch()
     with pytest.raises(RunError) as failed:
         io.save_checkpoint(checkpoint_of(torch.zeros(3)), path)
-    assert str(failed.value).endswith(f"then: python train.py fit --resume '{tmp_path / 'my run'}'")
+    assert str(failed.value).endswith(f"then: cifar-lightning fit --resume '{tmp_path / 'my run'}'")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

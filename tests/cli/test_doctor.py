@@ -92,7 +92,7 @@ def test_data_is_found_in_every_form(tmp_path):
         return row(doctor.look(tmp_path), "data")
 
     assert found() == ["none found"]
-    assert "python train.py download" in doctor.look(tmp_path).hints[0]
+    assert "cifar-lightning download" in doctor.look(tmp_path).hints[0]
     archive = ARCHIVES["cifar10"]
     (tmp_path / f"{archive.filename}.part").write_bytes(bytes(17_049_807))
     assert "half downloaded (10%)" in found()[0]

@@ -159,5 +159,5 @@ def test_a_run_whose_predictions_are_lost_is_refused_with_the_command(runs):
     results = read_results(runs[1])
     write_confusion(runs[1], results.confusion, results.class_names)
     runs[1].predictions.unlink()
-    with pytest.raises(UserError, match=r"cannot be read .*predictions.npz is missing.*\n.*train.py test"):
+    with pytest.raises(UserError, match=r"cannot be read .*predictions.npz is missing.*\n.*cifar-lightning test"):
         compared(*runs)

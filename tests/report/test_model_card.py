@@ -124,6 +124,6 @@ def test_names_and_commits_from_outside_stay_text(tmp_path):
     assert body.count("<script>") == body.count(r"\<script>")
     assert "](javascript:" not in body.replace(r"\](javascript:", "")
     assert "\n# d" not in body
-    assert "``python train.py fit --init_weights 'a`b; rm -rf x.safetensors'``" in body
+    assert "``cifar-lightning fit --init_weights 'a`b; rm -rf x.safetensors'``" in body
     lines = body.rpartition("## Training")[2].splitlines()
     assert not any(line.startswith(("curl", "git checkout x")) for line in lines)

@@ -314,14 +314,16 @@ def test_what_a_run_does_not_know_of_itself_is_left_out():
 def test_the_reproduction_names_the_commit_and_what_no_commit_holds():
     environment = {"commit": "c0ffee", "dirty": True, "versions": {"torch": "2.10.0"}}
     lines = reproduction_of({"config": {}, "split": {}, "environment": environment}).splitlines()
-    assert lines[0] == "git checkout c0ffee"
-    assert lines[1].startswith("# ")
-    assert "2.10.0" in lines[2]
-    assert lines[-1].startswith("python train.py fit --config config.yaml")
-    assert (
-        command_of({"command": ["/usr/bin/python3", "train.py", "fit", "--lr", "a b"]})
-        == "python train.py fit --lr 'a b'"
-    )
+    assert lines[:3] == ["# the run used torch 2.10.0", "git checkout c0ffee", "pip install -e ."]
+    assert lines[3].startswith("# ")
+    assert lines[4].startswith("cifar-lightning fit --config config.yaml")
+
+
+@pytest.mark.parametrize("program", ["train.py", "-m cifar_lightning", "cifar-lightning"])
+def test_the_command_of_a_run_is_the_one_that_was_typed(program):
+    words = ["python3", *program.split(), "fit", "--lr", "a b"]
+    python = "" if program == "cifar-lightning" else "python "
+    assert command_of({"command": words}) == f"{python}{program} fit --lr 'a b'"
 
 
 def test_a_value_that_the_template_lacks_is_an_error():

@@ -88,7 +88,7 @@ def test_what_analyze_refuses(run, tmp_path, monkeypatch, capsys):
     assert "same images" in fail(monkeypatch, capsys, work, "analyze", run.path, "--compare", fewer.path)
     assert "is the run itself" in fail(monkeypatch, capsys, work, "analyze", run.path, "--compare", run.path)
     run.predictions.unlink()
-    assert f"python train.py test {run.path}" in fail(monkeypatch, capsys, work, "analyze", run.path)
+    assert f"cifar-lightning test {run.path}" in fail(monkeypatch, capsys, work, "analyze", run.path)
     assert "not a run folder" in fail(monkeypatch, capsys, work, "analyze", tmp_path)
 
 

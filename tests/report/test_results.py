@@ -115,7 +115,7 @@ def test_without_the_predictions_the_matrix_stands_in(run):
 
 def test_a_run_that_was_not_tested_names_the_command_that_tests_it(run):
     run.predictions.unlink()
-    with pytest.raises(UserError, match=r"predictions.npz is missing.\nMake them with: python train.py test "):
+    with pytest.raises(UserError, match=r"predictions.npz is missing.\nMake them with: cifar-lightning test "):
         read_results(run)
 
 

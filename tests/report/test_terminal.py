@@ -191,9 +191,9 @@ def test_the_next_commands_can_be_copied_also_with_spaces_in_the_path():
     text = report(matrix(3, 50), ["a", "b", "c"], Path("my place/runs/smallnet/3"), width=30)
     assert section(text, "Next steps") == [
         "  tensorboard --logdir 'my place/runs'",
-        "  python train.py analyze 'my place/runs/smallnet/3' --compare OTHER_RUN",
-        "  python train.py predict-images 'my place/runs/smallnet/3' MY_IMAGES",
-        "  python train.py export 'my place/runs/smallnet/3' --format onnx",
+        "  cifar-lightning analyze 'my place/runs/smallnet/3' --compare OTHER_RUN",
+        "  cifar-lightning predict-images 'my place/runs/smallnet/3' MY_IMAGES",
+        "  cifar-lightning export 'my place/runs/smallnet/3' --format onnx",
     ]
 
 

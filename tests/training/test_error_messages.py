@@ -27,7 +27,7 @@ def run(tmp_path):
 def test_a_run_with_a_checkpoint_is_resumed_by_a_command_that_can_be_pasted(run, error):
     run.last_checkpoint.touch()
     message = str(explain(error, "fit", run))
-    assert f"Checkpoints are kept: python train.py fit --resume '{run.path}' resumes" in message
+    assert f"Checkpoints are kept: cifar-lightning fit --resume '{run.path}' resumes" in message
     assert len(message.splitlines()) <= 2
 
 

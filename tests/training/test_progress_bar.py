@@ -75,7 +75,7 @@ def test_before_the_first_epoch_no_epoch_is_named(tmp_path):
     bar.run.checkpoints.mkdir(parents=True)
     bar.run.last_checkpoint.touch()
     bar.on_exception(SimpleNamespace(global_step=0, current_epoch=0), None, Stopped(2))
-    message = f"python train.py fit --resume {bar.run.path} resumes from the last checkpoint"
+    message = f"cifar-lightning fit --resume {bar.run.path} resumes from the last checkpoint"
     assert out.getvalue() == f"stopped: {message}\n"
 
 
