@@ -1,5 +1,6 @@
 """Shapes are checked while the tests run; every test has few threads and starts from the same seed."""
 
+import gc
 import os
 
 # Before torch is imported, also by the programs that tests start: tests run side by side, and more threads than cores
@@ -27,3 +28,12 @@ def _seeded():
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_finish():
+    # The libraries stay: without this each full collection visits their millions of objects. Hypothesis, whose plugins
+    # look for objects when it is first imported, is imported before.
+    import hypothesis  # noqa: F401
+
+    gc.collect()
+    gc.freeze()

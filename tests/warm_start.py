@@ -4,6 +4,7 @@ Reads requests from stdin, a line of JSON each, and writes the exit status of ea
 argument. Each program is a forked process with its own arguments, folder, environment, standard streams and exit.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -48,6 +49,8 @@ def serve(replies):
 if __name__ == "__main__":
     for library in LIBRARIES:
         importlib.import_module(library)
+    gc.collect()
+    gc.freeze()
     request = serve(int(sys.argv[1]))
     if request is not None:
         become(request)
