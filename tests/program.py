@@ -78,15 +78,6 @@ def _warm():
     return _Warm()
 
 
-def kill_at_line(text, *arguments, cwd):
-    """Run `train.py` until it prints a line with `text`, then kill it as `kill -9` would."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, str(REPO / "train.py"), *map(str, arguments)]
-    with subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, encoding="utf-8") as process:
-        assert any(text in line for line in process.stdout)
-        process.kill()
-
-
 def fail(monkeypatch, capsys, tmp_path, *arguments):
     """Run a command line that must fail, in process; return its lines on stderr."""
     monkeypatch.chdir(tmp_path)

@@ -3,13 +3,14 @@
 import csv
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
-from program import REPO, TINY, fail, kill_at_line, start
+from program import REPO, TINY, fail, start
 
 from cifar_lightning import UserError
 from cifar_lightning.cli.fit import Resume, create_or_resume_run
@@ -200,7 +201,9 @@ def killed(tmp_path_factory):
     settings = [*TINY, "--model.model_kwargs", "{widths: [4, 8, 8], dropout: 0.2}", "--lr", 0.01, "--epochs", 4]
     settings += ["--checkpoint.every_n_train_steps", 2, "--trainer.logger", "false"]
     start("fit", *settings, "--run_dir", "whole", cwd=cwd)
-    kill_at_line("epoch 2/4", "fit", *settings, "--run_dir", "killed", cwd=cwd)
+    sabotage = {"program": REPO / "benchmarks" / "faults" / "sabotage.py", "PYTHONPATH": str(REPO)}
+    broken = ["SIGKILL@train:22", REPO / "train.py", "fit", *settings, "--run_dir", "killed"]
+    assert start(*broken, cwd=cwd, check=False, **sabotage).returncode == -signal.SIGKILL
     return cwd / "whole", cwd / "killed"
 
 
