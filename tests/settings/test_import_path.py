@@ -1,0 +1,92 @@
+"""Import paths on the command line, and those found in run folders."""
+
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.settings.import_path import check_trust, import_object, import_paths, import_trusted
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package of one's own in the working directory."""
+    (tmp_path / "my_parts").mkdir()
+    (tmp_path / "my_parts" / "sets.py").write_text(
+        "class Photos:\n    def make(self): return 1\ndef birds(): return 2\n"
+    )
+    (tmp_path / "my_parts" / "broken.py").write_text("import a_missing_library\n")
+    (tmp_path / "my_parts" / "raising.py").write_text("raise OSError('no disk today')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_parts"]:
+        monkeypatch.delitem(sys.modules, name)
+    return tmp_path
+
+
+def test_a_path_with_a_colon_or_points_is_imported_from_the_working_directory(package: Path) -> None:
+    assert import_object("my_parts.sets:birds", "--data.dataset")() == 2
+    assert import_object("my_parts.sets.Photos", "--data.dataset") is import_object("my_parts.sets:Photos", "--x")
+    assert import_object("my_parts.sets:Photos.make", "--x")(None) == 1
+    assert import_object("collections:OrderedDict", "--x") is OrderedDict
+
+
+@pytest.mark.parametrize(
+    ("path", "reasons"),
+    [
+        ("my_parts.sets:bird", ["has no bird", "birds?"]),
+        ("my_parts.sets.Photo", ["has no Photo", "Photos?"]),
+        ("my_parts.set:birds", ["no module my_parts.set", "my_parts.sets?"]),
+        ("my_part.sets:birds", ["no module my_part", "my_parts?"]),
+        ("my_parts.broken:x", ["imports a_missing_library"]),
+        ("my_parts.raising:x", ["OSError: no disk today"]),
+        ("not a path", ["not an import path"]),
+        ("os:", ["not an import path"]),
+        ("plain", ["not an import path"]),
+    ],
+)
+def test_a_path_that_cannot_be_imported_is_refused_with_flag_value_and_cause(
+    path: str, reasons: list[str], package: Path
+) -> None:
+    with pytest.raises(UserError) as raised:
+        import_object(path, "--data.dataset")
+    for text in (f"--data.dataset {path}", *reasons):
+        assert text in str(raised.value)
+
+
+@pytest.mark.parametrize("path", ["my_parts.sets:birds", "os:system", "torchnot.x:y", "subprocess.Popen"])
+def test_code_named_in_a_run_folder_is_not_imported_without_trust(
+    path: str, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/cifar-lightning", "test", "runs/a b/1"])
+    with pytest.raises(UserError, match="cifar-lightning test 'runs/a b/1' --trust_code true"):
+        check_trust(path, "--model.name", Path("config.yaml"), trust_code=False)
+    assert "my_parts.sets" not in sys.modules
+    check_trust(path, "--model.name", Path("config.yaml"), trust_code=True)
+
+
+@pytest.mark.parametrize("path", ["torch.hub:load", "torch:os.system", "torch:load", "torch.utils.data:dataloader"])
+def test_what_runs_code_in_a_trusted_package_is_not_trusted(path: str) -> None:
+    with pytest.raises(UserError, match="trust"):
+        import_trusted(path, "--model.name", Path("best.ckpt"), trust_code=False)
+
+
+def test_classes_of_known_libraries_are_trusted() -> None:
+    for path in ("torch.nn:CrossEntropyLoss", "torch.optim.RAdam", "torchvision.models:resnet18"):
+        assert callable(import_trusted(path, "--x", Path("best.ckpt"), trust_code=False))
+    assert import_trusted("torch.nn.Linear", "--x", Path("best.ckpt"), trust_code=False) is torch.nn.Linear
+
+
+def test_import_paths_of_a_config_are_found() -> None:
+    config = {
+        "data": {"dataset": "my.sets:birds", "root": "my.photos"},
+        "trainer": {"callbacks": [{"class_path": "my.Callback", "init_args": {"hook": "os.system", "n": 3}}]},
+    }
+    assert list(import_paths(config)) == [
+        ("data.dataset", "my.sets:birds"),
+        ("trainer.callbacks.class_path", "my.Callback"),
+        ("trainer.callbacks.init_args.hook", "os.system"),
+    ]
