@@ -15,6 +15,7 @@ from cifar_lightning.settings.import_path import check_trust, import_object, imp
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package of one's own in the working directory."""
     (tmp_path / "my_parts").mkdir()
+    (tmp_path / "my_parts" / "__init__.py").touch()
     (tmp_path / "my_parts" / "sets.py").write_text(
         "class Photos:\n    def make(self): return 1\ndef birds(): return 2\n"
     )
