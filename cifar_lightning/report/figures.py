@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
@@ -194,9 +195,12 @@ def figure_to_svg(figure: Figure) -> str:
     buffer = io.StringIO()
     for artist in figure.findobj(include_self=False):
         artist.set_clip_on(False)  # axes hold all data; a clip path an artist doubles the size
+    for background in (figure.patch, *(axes.patch for axes in figure.axes)):
+        background.set_facecolor("none")
     # The salt makes the ids, and so the page, the same each time.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}), _missing_glyphs_allowed():
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        # `savefig` would draw everything a second time, for the layout.
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = re.sub(
         r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|<g id=\"[^\"]*\"/>",
