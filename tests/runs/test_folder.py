@@ -199,7 +199,7 @@ def test_what_a_test_found_is_opened_without_config_only_where_it_is_enough(tmp_
 def test_missing_files_are_named_with_the_command_that_makes_them(tmp_path):
     run = finish(start_run(tmp_path))
     run.require(run.config, run.last_checkpoint)
-    with pytest.raises(UserError, match=r"predictions\.npz is missing[\s\S]*train\.py test"):
+    with pytest.raises(UserError, match=r"predictions\.npz is missing[\s\S]*cifar-lightning test"):
         run.require(run.config, run.predictions)
     with pytest.raises(UserError, match=r"best\.ckpt is missing[\s\S]*fit"):
         run.require(run.best_checkpoint)
