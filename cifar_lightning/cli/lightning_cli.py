@@ -20,6 +20,7 @@ from cifar_lightning.cli.parser import (
     config_text,
     table_text,
 )
+from cifar_lightning.cli.trainer_objects import drop_unserializable_defaults
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.memory import keep_freed_memory
 from cifar_lightning.errors import UserError
@@ -78,6 +79,7 @@ class TrainingCLI(LightningCLI):
         self.settings: Namespace = self.config[self.subcommand]
         check_arguments(str(self.subcommand), self.settings)
         settle_precision(self.settings.trainer)
+        drop_unserializable_defaults(self.settings)
 
     def instantiate_classes(self) -> None:
         """Wait for `instantiate`."""

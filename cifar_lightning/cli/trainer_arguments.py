@@ -16,6 +16,7 @@ import torch
 from jsonargparse import Namespace
 from pydantic import Field
 
+from cifar_lightning.cli.trainer_objects import check_callbacks
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped
 from cifar_lightning.settings.limits import Count, check_setting, limits_of
@@ -283,6 +284,8 @@ def check_trainer(command: str, trainer: Namespace) -> None:
             if value is not None and is_refused(value, trainer):
                 flag = "epochs" if name == "max_epochs" else f"trainer.{name}"
                 raise UserError(f"--{flag} {clipped(str(value))}: {reason}.")
+    if command == "fit":
+        check_callbacks(trainer.get("callbacks"))
 
 
 def page_text() -> str:

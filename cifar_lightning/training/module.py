@@ -112,8 +112,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     ) -> None:
         check_settings("model", ImageClassifier.__init__, locals())
         super().__init__()
-        # logger=False: the run's config.yaml holds these and more.
-        self.save_hyperparameters(ignore=["model"], logger=False)
+        self.save_hyperparameters(ignore=["model"])
         if model is not None:
             self.hparams["name"] = None  # load_from_checkpoint needs model=... again
         # Plain types, since the optimizer's state holds them: a checkpoint with NumPy's does not load as data.

@@ -2,7 +2,9 @@
 
 import logging
 import warnings
+from pathlib import Path
 
+_ASKED_FOR = ("callbacks", "profilers")  # they log what verbose=True or a profiler asks for
 _SILENCED = (
     # The advice would be wrong: torchmetrics has summed over the ranks, and the mean of uneven ranks is not the mean.
     ".*It is recommended to use .*sync_dist=True.*",
@@ -22,11 +24,19 @@ _SILENCED = (
 )
 
 
+def _is_heard(record: logging.LogRecord) -> bool:
+    """Whether Lightning's shared logger shows a record: of information, only what a verbose ModelCheckpoint says."""
+    return record.levelno > logging.INFO or Path(record.pathname).name == "model_checkpoint.py"
+
+
 def silence() -> None:
     """Silence tips, the list of absent accelerators, the line about the seed, and the warnings above."""
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    for asked_for in ("callbacks", "profilers"):  # they log what verbose=True or a profiler asks for
+    for asked_for in _ASKED_FOR:
         logging.getLogger(f"lightning.pytorch.{asked_for}").setLevel(logging.INFO)
+    shared = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    shared.setLevel(logging.INFO)
+    shared.addFilter(_is_heard)
     for message in _SILENCED:
         warnings.filterwarnings("ignore", message)

@@ -1,4 +1,7 @@
-"""TensorBoard: the first batch, per-class accuracy, confusion matrix, mistakes, PR curves and hyperparameters."""
+"""Loggers: the first batch, per-class accuracy, confusion matrix, mistakes, PR curves and hyperparameters.
+
+All is for TensorBoard; other loggers get hyperparameters, loss and lr by step, and images where they take them.
+"""
 
 import re
 from collections import Counter
@@ -8,7 +11,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
@@ -61,13 +64,13 @@ class Dashboard(pl.Callback):
         if step == self._last_step or (step != 1 and (not every or step % every)):  # the same step: accumulating
             return
         self._last_step = step
-        board = board_of(trainer)
-        if board is None or not trainer.is_global_zero:
+        if not (trainer.loggers and trainer.is_global_zero):
             return
-        if step == 1:
-            board.add_image("train/batch_as_trained_on", self._draw_batch(trainer, batch), 0, dataformats="HWC")
-        board.add_scalar("step/train_loss", float(outputs["loss"]) * trainer.accumulate_grad_batches, step)
-        board.add_scalar("step/lr", trainer.optimizers[0].param_groups[0]["lr"], step)
+        if step == 1 and takers_of_images(trainer):
+            log_image(trainer, "train/batch_as_trained_on", self._draw_batch(trainer, batch), 0)
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        for logger in trainer.loggers:
+            logger.log_metrics({"step/train_loss": loss, "step/lr": trainer.optimizers[0].param_groups[0]["lr"]}, step)
 
     def _draw_batch(self, trainer: pl.Trainer, batch: Batch) -> np.ndarray:
         images, targets = (tensor[:_BATCH_SHOWN].cpu() for tensor in batch)
@@ -78,6 +81,18 @@ class Dashboard(pl.Callback):
         shown = (pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
         return figure_to_array(images_figure(shown, [self.class_names[target] for target in targets.tolist()]))
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Have Lightning log no hyperparameters: the config has those of data and Trainer, too."""
+        pl_module._log_hyperparams = False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the config; TensorBoard's row of the HPARAMS tab is written after the test, with its metrics."""
+        for logger in trainer.loggers if trainer.enable_autolog_hparams and trainer.is_global_zero else ():
+            if isinstance(logger, TensorBoardLogger):
+                logger.hparams.update(self.config)  # for its hparams.yaml
+            else:
+                logger.log_hyperparams(dict(self.config))
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count drawings from here, also in a resumed run."""
         self._drawn_at_step = trainer.global_step
@@ -87,7 +102,7 @@ class Dashboard(pl.Callback):
         self._predictions = []
         total, step = trainer.estimated_stepping_batches, trainer.global_step
         interval, last_drawn = (int(MAX_DRAWINGS * number / total) for number in (step, self._drawn_at_step))
-        self._is_drawing = board_of(trainer) is not None and trainer.is_global_zero and interval > last_drawn
+        self._is_drawing = bool(takers_of_images(trainer)) and trainer.is_global_zero and interval > last_drawn
         if self._is_drawing:
             self._drawn_at_step = step
 
@@ -103,16 +118,15 @@ class Dashboard(pl.Callback):
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._best = {name: float(value) for name, value in trainer.callback_metrics.items()}
             return
-        board = board_of(trainer)
         confusion = getattr(pl_module, "val_confusion", None)
-        if board is None or confusion is None or not trainer.is_global_zero:
+        if confusion is None or not trainer.is_global_zero:
             return
-        matrix = confusion.numpy()
-        for tag, recall in zip(self._tags, per_class(matrix).recall, strict=True):
+        matrix, board = confusion.numpy(), board_of(trainer)
+        for tag, recall in zip(self._tags, per_class(matrix).recall, strict=True) if board else ():
             board.add_scalar(f"val_acc_of_class/{tag}", recall, trainer.global_step)
         if self._is_drawing:
             image = figure_to_array(confusion_figure(matrix, self.class_names))
-            board.add_image("val/confusion_matrix", image, trainer.global_step, dataformats="HWC")
+            log_image(trainer, "val/confusion_matrix", image, trainer.global_step)
             self._draw_predictions(trainer, board)
 
     def _draw_predictions(self, trainer: pl.Trainer, board: Any) -> None:
@@ -122,7 +136,7 @@ class Dashboard(pl.Callback):
         if not np.isfinite(logits).all():  # diverged
             return
         probs = softmax(logits)
-        for index, tag in enumerate(self._tags[:_CURVES_SHOWN]):
+        for index, tag in enumerate(self._tags[:_CURVES_SHOWN]) if board else ():
             board.add_pr_curve(f"pr_of_class/{tag}", targets == index, probs[:, index], step)
         worst = rank_images(logits, targets).mistakes[:_MISTAKES_SHOWN]
         if not len(worst):
@@ -133,8 +147,7 @@ class Dashboard(pl.Callback):
         titles = [
             f"{true}\nas {pred} {percent(probs[p].max(), 0)}" for p, (true, pred) in zip(worst, names, strict=True)
         ]
-        image = figure_to_array(images_figure(images, titles))
-        board.add_image("val/most_confident_mistakes", image, step, dataformats="HWC")
+        log_image(trainer, "val/most_confident_mistakes", figure_to_array(images_figure(images, titles)), step)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the run's row of the HPARAMS tab: test metrics, and val/acc of the best checkpoint."""
@@ -190,6 +203,23 @@ def board_of(trainer: pl.Trainer) -> Any:
     """Return the SummaryWriter of the first TensorBoard logger, None without one."""
     boards = (logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
     return next(boards, None)
+
+
+def takers_of_images(trainer: pl.Trainer) -> list[Logger]:
+    """Return the loggers that take images: TensorBoard's, MLflow's, and those with `log_image`, as WandbLogger."""
+    kinds = (TensorBoardLogger, MLFlowLogger)
+    return [logger for logger in trainer.loggers if isinstance(logger, kinds) or hasattr(logger, "log_image")]
+
+
+def log_image(trainer: pl.Trainer, tag: str, image: np.ndarray, step: int) -> None:
+    """Log an image (height, width, 3), uint8, to the loggers that take images."""
+    for logger in takers_of_images(trainer):
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(tag, image, step, dataformats="HWC")
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_image(logger.run_id, image, key=tag, step=step)
+        else:
+            logger.log_image(key=tag, images=[image], step=step)  # type: ignore[attr-defined]  # not of every logger
 
 
 def tags_of(class_names: Sequence[str]) -> list[str]:

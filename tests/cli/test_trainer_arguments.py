@@ -134,7 +134,11 @@ def test_what_a_profiler_or_verbose_asks_for_is_logged():
     silence()
     for module in ("profilers.profiler", "callbacks.early_stopping"):
         assert logging.getLogger(f"lightning.pytorch.{module}").isEnabledFor(logging.INFO)
-    assert not logging.getLogger("lightning.pytorch.utilities.rank_zero").isEnabledFor(logging.INFO)
+    shared = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    for file, is_heard in (("callbacks/model_checkpoint.py", True), ("trainer/setup.py", False)):
+        record = shared.makeRecord(shared.name, logging.INFO, f"lightning/pytorch/{file}", 1, "text", (), None)
+        assert shared.isEnabledFor(logging.INFO)
+        assert bool(shared.filter(record)) == is_heard
 
 
 @pytest.mark.parametrize("value", ["true", "2"])
@@ -150,6 +154,13 @@ def test_fast_dev_run_leaves_nothing(tmp_path, monkeypatch, value):
 REFUSED = [
     ("accelerator=tpu", "one of auto, cpu"),
     ("strategy=ddp_spawn", "one of auto, single_device, ddp"),
+    ("strategy=ddp_fork", "others fork this process"),
+    ("strategy=ddp_notebook", "others fork this process"),
+    ("strategy=ddp_notebook_find_unused_parameters_false", "others fork this process"),
+    (
+        "strategy={class_path: lightning.pytorch.strategies.DDPStrategy, init_args: {start_method: spawn}}",
+        "one of auto",
+    ),
     ("strategy=fsdp", "one of auto"),
     ("strategy={class_path: lightning.pytorch.strategies.DDPStrategy, init_args: {start_method: fork}}", "one of auto"),
     ("devices=3 strategy=single_device", "--trainer.strategy single_device uses one"),

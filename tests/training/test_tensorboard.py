@@ -144,7 +144,7 @@ def test_a_run_is_drawn_at_most_20_times_evenly_and_at_its_end(num_validations, 
 
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "board_of", lambda trainer: object())
+        patch.setattr(module, "takers_of_images", lambda trainer: [object()])
         for number in range(1, num_validations + 1):
             Trainer.global_step = 7 * number
             dashboard.on_validation_start(Trainer, None)

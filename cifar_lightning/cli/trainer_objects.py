@@ -1,0 +1,154 @@
+"""Callbacks and loggers of Lightning: what each does in a run, or why it is refused.
+
+`python -m cifar_lightning.cli.trainer_objects` generates docs/callbacks-and-loggers.md; tests hold it equal, run each
+that works, and fail for a class of Lightning's that has no entry.
+"""
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from cifar_lightning.errors import UserError
+
+PAGE = Path("docs/callbacks-and-loggers.md")
+_HEAD = """# Callbacks and loggers
+
+Every callback and logger of Lightning, given by name or `class_path` to `--trainer.callbacks` and `--trainer.logger`. A
+test runs each that works, in the command `fit`. One that is refused ends the command with exit code 2 and the reason,
+before anything is written; a subclass is refused with it.
+
+A logger of your own gets the same as those below: metrics and hyperparameters by `log_metrics` and `log_hyperparams`,
+and the figures where it has `log_image(key, images, step)`, as Lightning's WandbLogger does.
+The run's own TensorBoard is replaced by the loggers that are given.
+
+This page is generated: `python -m cifar_lightning.cli.trainer_objects`.
+"""
+_AVERAGES = "tested and saved weights would not be the same; --model.ema_decay 0.999 averages the weights"
+_GROUPS = "the schedule does not know the parameter groups that it adds"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a class does in a run, or the reason that it is refused for, with the way out."""
+
+    does: str = ""
+    refused: str = ""
+
+
+CALLBACKS = {
+    "BackboneFinetuning": Verdict(refused=_GROUPS),
+    "BaseFinetuning": Verdict(refused=_GROUPS),
+    "BasePredictionWriter": Verdict("a subclass writes what `predict` predicts"),
+    "BatchSizeFinder": Verdict(refused="the schedule counts its trial steps; give --batch_size"),
+    "Callback": Verdict("base of callbacks of your own; every hook is called"),
+    "Checkpoint": Verdict("base of ModelCheckpoint, for subclasses"),
+    "DeviceStatsMonitor": Verdict("logs the device's memory and load; on the CPU with psutil"),
+    "EMAWeightAveraging": Verdict(refused=_AVERAGES),
+    "EarlyStopping": Verdict("stops next to the run's own early stopping (`--early_stopping.patience`)"),
+    "GradientAccumulationScheduler": Verdict(
+        refused="the schedule would not reach its end; give --trainer.accumulate_grad_batches"
+    ),
+    "LambdaCallback": Verdict("calls functions, given by import path"),
+    "LearningRateFinder": Verdict(refused="the schedule would replace what it finds; give --tune_lr"),
+    "LearningRateMonitor": Verdict("logs the learning rate of each parameter group"),
+    "ModelCheckpoint": Verdict("further checkpoints, next to best.ckpt and last.ckpt"),
+    "ModelPruning": Verdict(
+        refused="checkpoints would hold its masks, and no run would resume from them; prune a trained run's model"
+    ),
+    "ModelSummary": Verdict("prints the layers"),
+    "OnExceptionCheckpoint": Verdict(
+        refused="a new run would start from a checkpoint that another left; give --checkpoint.every_n_minutes"
+    ),
+    "ProgressBar": Verdict("base of progress bars, instead of the run's own"),
+    "RichModelSummary": Verdict("prints the layers as a table"),
+    "RichProgressBar": Verdict("instead of the run's own progress bar"),
+    "SpikeDetection": Verdict(
+        refused="its state cannot be restored for the test; a loss that is NaN or infinite stops training anyway"
+    ),
+    "StochasticWeightAveraging": Verdict(refused=_AVERAGES),
+    "TQDMProgressBar": Verdict("instead of the run's own progress bar"),
+    "ThroughputMonitor": Verdict("logs batches and images per second; `batch_size_fn` is an import path"),
+    "Timer": Verdict("ends training after a time, as `--trainer.max_time` does"),
+    "WeightAveraging": Verdict(refused=_AVERAGES),
+}
+_ELSEWHERE = "as CSVLogger; needs its package and an account, and was not run here"
+LOGGERS = {
+    "CSVLogger": Verdict("metrics and hyperparameters, into a folder of its own"),
+    "CometLogger": Verdict(_ELSEWHERE),
+    "LitLogger": Verdict(_ELSEWHERE),
+    "Logger": Verdict("base of loggers of your own"),
+    "MLFlowLogger": Verdict("as CSVLogger, and the figures; needs `mlflow`"),
+    "TensorBoardLogger": Verdict("metrics, hyperparameters, figures and PR curves, as the run's own"),
+    "WandbLogger": Verdict("as CSVLogger, and the figures; needs `wandb`, also with `offline: true`"),
+}
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Refuse callbacks that would fail or mislead.
+
+    Args:
+        callbacks: `--trainer.callbacks`, parsed: objects by `class_path`, one, several or none.
+
+    Raises:
+        UserError: Names the class and the reason.
+    """
+    library = importlib.import_module("lightning.pytorch.callbacks")
+    for node in _objects(callbacks):
+        kind = _class_of(node)
+        for name, verdict in CALLBACKS.items():
+            if verdict.refused and issubclass(kind, getattr(library, name)):
+                raise UserError(f"--trainer.callbacks {kind.__name__}: {verdict.refused}.")
+
+
+def drop_unserializable_defaults(settings: Any) -> None:
+    """Leave arguments of classes out that have the class's default where YAML cannot hold it, such as a torch.device.
+
+    jsonargparse writes such a default as text, which the next command would read as the argument, or fails.
+    """
+    for node in _objects(settings):
+        parameters = inspect.signature(_class_of(node)).parameters
+        arguments = vars(node["init_args"]) if node.get("init_args") else {}
+        for name, value in list(arguments.items()):
+            is_plain = isinstance(value, str | int | float | list | dict | Namespace | None)
+            if name in parameters and value is parameters[name].default and (isinstance(value, Enum) or not is_plain):
+                del arguments[name]
+
+
+def _objects(settings: Any) -> Iterator[Namespace]:
+    """Yield what is given by `class_path` among settings, also as an argument of another."""
+    children = settings if isinstance(settings, list) else vars(settings).values() if _is_node(settings) else ()
+    if _is_node(settings) and isinstance(settings.get("class_path"), str):
+        yield settings
+    for child in children:
+        yield from _objects(child)
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, Namespace)
+
+
+def _class_of(node: Namespace) -> type:
+    module, _, name = node["class_path"].rpartition(".")
+    kind: type = getattr(importlib.import_module(module), name)
+    return kind
+
+
+def page_text() -> str:
+    """Return the content of the docs page."""
+    lines = [_HEAD]
+    for title, verdicts in (("Callbacks", CALLBACKS), ("Loggers", LOGGERS)):
+        lines += [f"## {title}\n", "| Class | Verdict | In a run, or the reason |", "| --- | --- | --- |"]
+        for name, verdict in verdicts.items():
+            lines.append(f"| `{name}` | {'works' if verdict.does else 'refused'} | {verdict.does or verdict.refused} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_text(), encoding="utf-8")
