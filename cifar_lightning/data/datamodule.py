@@ -219,7 +219,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _loader(self, split: Split, *, training: bool = False) -> ImageLoader:
         self.setup()
-        rank = Rank(self.trainer.global_rank, self.trainer.world_size) if self.trainer else Rank()
+        rank = Rank(self.trainer.global_rank, self.trainer.world_size) if self.trainer else Rank.of_process()
         assert self.mean is not None
         assert self.std is not None
         transform = BatchTransform(

@@ -16,16 +16,17 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from cifar_lightning.data.image_set import ImageSet, Split
 from cifar_lightning.data.memory import choose_num_workers, free_device_bytes, give_back_pages
-from cifar_lightning.data.sampler import EpochSampler
+from cifar_lightning.data.sampler import EpochSampler, Rank
+from cifar_lightning.errors import UserError
 from cifar_lightning.transforms.augmentation import Augmentation, augment, draw_epoch, normalize, resize
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class ImageLoader(ABC):
         self.num_images, self.image_size = source_size
         self.device = device
 
+    dataset: Dataset[tuple[Tensor, ...]]
+    """The split's images on all ranks, as (uint8 (height, width, channels), target) each."""
     batch_sampler = None
     """Lightning reads it of anything that has a `sampler`."""
 
@@ -70,6 +73,11 @@ class ImageLoader(ABC):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # A generator: Lightning calls iter() before set_epoch, so nothing may happen before the first next().
+        if self.sampler.rank.count == 1 < (num_processes := Rank.of_process().count):
+            raise UserError(
+                f"this loader was made before the {num_processes} processes, and each would get every image; make it "
+                "after Accelerator(), fabric.launch() or init_process_group()."
+            )
         batches = self.sampler.begin()
         size = self.sizes[min(self.sampler.epoch, len(self.sizes) - 1)]
         draws = None
@@ -122,6 +130,7 @@ class ResidentLoader(ImageLoader):
     def __init__(self, images: Tensor, targets: Tensor, sampler: EpochSampler, transform: BatchTransform) -> None:
         super().__init__(sampler, transform, source_size=(images.shape[0], images.shape[1]), device=images.device)
         self.images, self.targets = images, targets
+        self.dataset = _subset(TensorDataset(images, targets), sampler)
 
     def _gather(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for indices in _on_device(batches, self.device):
@@ -146,8 +155,10 @@ class StreamingLoader(ImageLoader):
     ) -> None:
         super().__init__(sampler, transform, source_size=(images.shape[0], images.shape[1]), device=device)
         self._index_batches = _IndexBatches()
-        self._workers: DataLoader[tuple[Tensor, Tensor, Tensor]] = DataLoader(
-            _Rows(images, targets),
+        rows = _Rows(images, targets)
+        self.dataset = _subset(rows, sampler)
+        self._workers: DataLoader[tuple[Tensor, ...]] = DataLoader(
+            rows,
             batch_sampler=self._index_batches,
             num_workers=num_workers,
             collate_fn=_identity,
@@ -229,7 +240,7 @@ class _IndexBatches:
         return len(self.batches)
 
 
-class _Rows(Dataset[tuple[Tensor, Tensor, Tensor]]):
+class _Rows(Dataset[tuple[Tensor, ...]]):
     """Reads batches of images; a memory-mapped array is sent to a spawned worker as its path, not its content."""
 
     def __init__(self, images: np.ndarray, targets: np.ndarray) -> None:
@@ -237,6 +248,10 @@ class _Rows(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def __getitem__(self, index: int | Tensor) -> tuple[Tensor, Tensor]:
+        _, images, targets = self.__getitems__([int(index)])
+        return images[0], targets[0]
 
     def __getitems__(self, indices: np.ndarray | list[int]) -> tuple[Tensor, Tensor, Tensor]:
         image_indices = np.asarray(indices, dtype=np.int64)
@@ -264,6 +279,10 @@ class _Rows(Dataset[tuple[Tensor, Tensor, Tensor]]):
 def _on_device(batches: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
     """Move the indices of an epoch at once: one transfer per batch would make the host wait in every step."""
     return torch.split(torch.cat(batches).to(device), [len(batch) for batch in batches]) if batches else ()
+
+
+def _subset(images: Dataset[tuple[Tensor, ...]], sampler: EpochSampler) -> Dataset[tuple[Tensor, ...]]:
+    return Subset(images, cast(Any, sampler.indices))
 
 
 def _identity(batch: Any) -> Any:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int64
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.utils.data import SequentialSampler
 
 from cifar_lightning.transforms.augmentation import seeded_generator
 
@@ -19,8 +20,14 @@ class Rank:
     index: int = 0
     count: int = 1
 
+    @classmethod
+    def of_process(cls) -> "Rank":
+        """Return the rank in torch's process group, which accelerate, Fabric and torchrun's programs make."""
+        is_single = not (distributed.is_available() and distributed.is_initialized())
+        return cls() if is_single else cls(distributed.get_rank(), distributed.get_world_size())
 
-class EpochSampler:
+
+class EpochSampler(SequentialSampler):
     """Batches of image indices of this rank, and the position within the epoch.
 
     Each iteration is an epoch: the one named by `set_epoch` (Lightning calls it), otherwise the one after the last.
@@ -28,6 +35,8 @@ class EpochSampler:
     Training deals each global batch (batch_size x ranks) evenly, so that all ranks make the same number of steps. If
     the last batch has fewer images than there are ranks, a rank without one repeats one. Evaluation deals every image
     exactly once, unpadded; the last batch of a rank may be empty, so that all ranks make the same number of steps.
+
+    It is a SequentialSampler for Lightning, which for `overfit_batches` would replace any other in a new DataLoader.
 
     Args:
         indices: int64 (n,), indices of the split's images in their source.
@@ -52,6 +61,7 @@ class EpochSampler:
         balanced_by: Tensor | None = None,
         repeats: bool = False,
     ) -> None:
+        super().__init__(indices)
         self.indices, self.batch_size, self.rank, self.repeats = indices, batch_size, rank, repeats
         self.seed, self.training, self.drop_last, self.balanced_by = seed, training, drop_last, balanced_by
         self.epoch = 0

@@ -10,8 +10,6 @@ _SILENCED = (
     ".*It is recommended to use .*sync_dist=True.*",
     # Our logger steps once an epoch whatever log_every_n_steps is.
     ".*is smaller than the logging interval.*",
-    # `EpochSampler` itself repeats the batches, which Lightning cannot know.
-    "You requested to overfit but enabled .* dataloader shuffling.*",
     # Lightning 2.6 asks torch's pytree in a way that torch has deprecated.
     ".*LeafSpec.*is deprecated.*",
     # `test` needs no callback of `fit`; a run resumed in another folder starts with a best checkpoint of its own.

@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fitting import small_data
+from lightning.fabric import Fabric
 
 from cifar_lightning.data.loaders import BatchTransform, ResidentLoader, StreamingLoader, _Rows
 from cifar_lightning.data.sampler import EpochSampler, Rank
+from cifar_lightning.errors import UserError
 from cifar_lightning.transforms.augmentation import Augmentation
 
 COUNT = 50
@@ -161,3 +164,56 @@ def test_batches_are_normalised_channels_last_floats():
     assert images.dtype == torch.float32
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert targets.dtype == torch.int64
+
+
+# -- in other people's loops -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [resident, streaming])
+def test_the_dataset_of_a_loader_is_the_images_of_its_split(make):
+    loader = make()
+    loader.sampler.indices = torch.arange(COUNT)
+    assert len(loader.dataset) == COUNT
+    image, target = loader.dataset[9]
+    assert (target, image.dtype, np.array_equal(image, IMAGES[9])) == (TARGETS[9], torch.uint8, True)
+
+
+def test_its_length_is_that_of_the_split_whatever_the_batches():
+    data = small_data(limit=1000, drop_last=True)
+    data.setup()
+    for loader, split in ((data.train_dataloader(), "train"), (data.val_dataloader(), "val")):
+        assert len(loader.dataset) == data.num_images(split)
+
+
+def in_process(monkeypatch, rank, count):
+    """Have torch's process group be one of `count` processes."""
+    for name, value in {"is_initialized": True, "get_rank": rank, "get_world_size": count}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+
+
+def test_in_a_process_group_without_a_trainer_each_rank_has_its_own_images(monkeypatch):
+    data = small_data(limit=1000, eval_batch_size=300)
+    data.setup()
+    alone = [targets for _, targets in data.val_dataloader()]
+    seen = []
+    for rank in range(2):
+        in_process(monkeypatch, rank, 2)
+        loader = data.val_dataloader()
+        assert len(loader.dataset) == 100
+        seen.append(torch.cat([targets for _, targets in loader]))
+    assert [len(targets) for targets in seen] == [50, 50]
+    assert torch.equal(torch.stack(seen, 1).flatten(), torch.cat(alone))
+    assert len(data.train_dataloader()) == 1  # 900 images: 500 a rank and step
+
+
+def test_a_loader_made_before_the_processes_gives_no_image_twice(monkeypatch):
+    loader = resident()
+    in_process(monkeypatch, 1, 2)
+    with pytest.raises(UserError, match="before the 2 processes"):
+        next(iter(loader))
+
+
+def test_fabric_refuses_to_set_up_a_loader_that_deals_to_the_ranks_itself():
+    fabric = Fabric(accelerator="cpu", devices=1)
+    with pytest.raises(TypeError, match="DataLoader"):
+        fabric.setup_dataloaders(resident())
