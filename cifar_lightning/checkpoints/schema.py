@@ -22,9 +22,15 @@ class _Schema(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
+class _Imported(_Schema):
+    path: str
+    kwargs: dict[str, Any]
+
+
 class _Hyperparameters(_Schema):
     name: str | None = None
     model_kwargs: dict[str, Any] | None = None
+    imported: _Imported | None = None
     tta: str = "none"
 
 

@@ -160,7 +160,7 @@ def create_or_resume_run(
             ckpt_path = Path(cli.settings.ckpt_path)
             require_resumable(read_checkpoint(ckpt_path), ckpt_path)
         load_initial_weights(cli, model)
-        name = config_name(cli.settings.config, cli.settings.model.name)
+        name = config_name(cli.settings.config, cli.model_name)
         run = create_run(RUNS, name, cli.settings.run_dir)
         with discarded_if_never_begun(run, resume):
             write_text_durably(run.config, cli.config_text)

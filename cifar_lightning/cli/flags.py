@@ -22,12 +22,13 @@ from cifar_lightning.files import read_bytes
 from cifar_lightning.formatting import clipped, shell_line, suggest
 from cifar_lightning.runs.schema import upgrade_config
 from cifar_lightning.settings.comparison import within
+from cifar_lightning.settings.import_path import check_trust, import_paths
 from cifar_lightning.settings.safe_yaml import MAX_BYTES, read_yaml
 
 ALIASES = {"epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "lr": "model.lr"}
 GROUPS = ("trainer", "model", "data", "early_stopping", "checkpoint")  # each also takes a YAML file of its keys
 OF_FIT = ("early_stopping", "checkpoint")  # groups that the other commands have no use for
-FRONT_ONLY = ("config", "resume", "print_config")  # not keys of a config
+FRONT_ONLY = ("config", "resume", "print_config", "trust_code")  # not keys of a config
 # What people type who come from elsewhere.
 _SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "max_lr": "lr", "bs": "batch_size", "seed": "data.seed"}
 _SYNONYMS |= {"output_dir": "run_dir", "gpus": "trainer.devices", "arch": "model.name", "resume_from": "resume"}
@@ -137,7 +138,7 @@ def _value_left_out(name: str, typed: str) -> str | None:
     row = table().get(name, {})
     if name == "print_config":
         return None
-    if "bool" in row.get("types", ()):
+    if "bool" in row.get("types", ()) or name == "trust_code":
         return "true"
     raise UserError(f"--{typed}: needs a value, {_words(row)}.")
 
@@ -202,8 +203,11 @@ def _words(row: dict[str, Any]) -> str:
     return ", or ".join([*choices, *kinds]) or "such as --flag VALUE"
 
 
-def check_config(path: Path) -> None:
-    """Check the keys and values of a config as those of flags; what it leaves to files of its own is not checked."""
+def check_config(path: Path, *, trust_code: bool = False) -> None:
+    """Check the keys and values of a config as those of flags; what it leaves to files of its own is not checked.
+
+    Code of one's own that the config of a run names is refused, unless `trust_code`.
+    """
     file = f"--config {clipped(str(path), 200)}"
     try:
         tree = upgrade_config(read_yaml(read_bytes(path, MAX_BYTES, follow_links=True).decode()))
@@ -216,6 +220,7 @@ def check_config(path: Path) -> None:
         return
     if not isinstance(tree, dict):
         raise UserError(f"{file}: holds a {type(tree).__name__}; a config is keys and values, as in configs/.")
+    _check_trust_of_run(path, tree, trust_code)
     leaves = list(_leaves(tree))
     num_given = Counter(name for name, _ in leaves)
     for name, value in leaves:
@@ -231,6 +236,12 @@ def check_config(path: Path) -> None:
             check_value(name, text, f"{file}: {name} {clipped(text)}", path.parent)
         elif value is None:
             _check_nothing(name, file)
+
+
+def _check_trust_of_run(path: Path, tree: dict[str, Any], trust_code: bool) -> None:
+    if (path.parent / "checkpoints").is_dir():  # in a run, which may be somebody else's
+        for name, import_path in import_paths(tree):
+            check_trust(import_path, f"--{name}", path, trust_code=trust_code)
 
 
 def _check_nothing(name: str, file: str) -> None:

@@ -24,7 +24,9 @@ from cifar_lightning.cli.trainer_objects import drop_unserializable_defaults
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.memory import keep_freed_memory
 from cifar_lightning.errors import UserError
+from cifar_lightning.models.registry import DEFAULT_MODEL
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.settings.import_path import add_working_directory
 from cifar_lightning.training.error_messages import explained, of_settings, of_users_objects
 from cifar_lightning.training.lightning_patches import NoProfiler, check_cuda_once
 from cifar_lightning.training.model_checks import check_sizes
@@ -45,6 +47,7 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self._arguments = [command, *arguments]
+        add_working_directory()
         super().__init__(
             ImageClassifier,
             ImageDataModule,
@@ -77,6 +80,8 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check the settings and choose the precision by device."""
         self.settings: Namespace = self.config[self.subcommand]
+        if self.settings.model.model and self.settings.model.name == DEFAULT_MODEL:
+            self.settings.model.name = None
         check_arguments(str(self.subcommand), self.settings)
         settle_precision(self.settings.trainer)
         drop_unserializable_defaults(self.settings)
@@ -91,7 +96,14 @@ class TrainingCLI(LightningCLI):
         """Return the model, the data, and the settings with their objects instantiated."""
         with of_users_objects():
             made = self.parser.instantiate_classes(self.config)[self.subcommand]
+        if given := self.settings.model.model:
+            made.model.remember_model(dict(given.get("init_args") or {}))
         return made.model, made.data, made
+
+    @property
+    def model_name(self) -> str:
+        """The model's name, or the class of one's own."""
+        return str(self.settings.model.name or self.settings.model.model.class_path)
 
     @property
     def config_text(self) -> str:

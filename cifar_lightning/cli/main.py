@@ -140,20 +140,22 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
     if TRAINING[command].usage.startswith("RUN") and arguments and not arguments[0].startswith("-"):
         run, arguments = open_run(Path(arguments[0])), arguments[1:]
     flags = normalize_arguments(command, arguments)
+    trust_code = _is_trusting(flag_value(flags, "trust_code"))
+    flags = [flag for flag in flags if not flag.startswith("--trust_code=")]
     names = [flag[2:].partition("=")[0] for flag in flags]
     resumed = flag_value(flags, "resume")
     if run is not None:
         _refuse_together(
             names, ("config", "ckpt_path"), f"{command} {run.path}", "a run has its own config and checkpoint"
         )
-        return _of_run(run, run.tested_checkpoint, flags), None
+        return _of_run(run, run.tested_checkpoint, flags, trust_code), None
     if resumed is not None:
         if command != "fit":
             raise UserError(f"--resume: only fit resumes a run; for its metrics: {command_line(command, resumed)}")
         run = open_run(Path(resumed))
         _refuse_together(names, _NOT_WITH_RESUME, f"--resume {resumed}", "a run resumes in its folder with its config")
         flags = [flag for flag in flags if not flag.startswith("--resume=")]
-        return _of_run(run, run.resumed_checkpoint, flags), run
+        return _of_run(run, run.resumed_checkpoint, flags, trust_code), run
     if command in ("validate", "test", "predict") and "print_config" not in names:
         given = flag_value(flags, "ckpt_path") or ""
         if given.lower() in NULL:
@@ -165,21 +167,27 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
     for at, flag in enumerate(flags):
         if flag.startswith("--config="):
             config = find_config(flag.removeprefix("--config="))
-            check_config(config)
+            check_config(config, trust_code=trust_code)
             flags[at] = f"--config={config}"
     if {"lr", "model.lr"} & set(names) and flag_value(flags, "tune_lr") == "true":
         raise UserError("--tune_lr finds the learning rate that --lr gives; leave one of them out.")
     return flags, None
 
 
-def _of_run(run: RunFolder, checkpoint: Path, flags: list[str]) -> list[str]:
+def _is_trusting(value: str | None) -> bool:
+    if value not in (None, "true", "false"):
+        raise UserError(f"--trust_code {clipped(value)}: true or false.")
+    return value == "true"
+
+
+def _of_run(run: RunFolder, checkpoint: Path, flags: list[str], trust_code: bool) -> list[str]:
     if not checkpoint.exists():
         again = command_line("fit", "--config", run.config, "--run_dir", run.path)
         raise UserError(f"{run.path}: no checkpoint found; nothing to resume or evaluate.\nTo start it over: {again}")
     from cifar_lightning.runs.contents import read_config  # imports pydantic and NumPy
 
     read_config(run.config)
-    check_config(run.config)
+    check_config(run.config, trust_code=trust_code)
     return [f"--config={run.config}", *flags, f"--ckpt_path={checkpoint}"]
 
 
@@ -223,7 +231,13 @@ def _predict_images_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", default="predictions.csv", help=text)
     parser.add_argument("--top_k", metavar="N", type=int, default=3, help="most probable classes an image (default: 3)")
     parser.add_argument("--batch_size", metavar="N", type=int, help="images at a time (default: 256 on a GPU, else 64)")
+    _trust_flag(parser)
     parser.add_argument("--force", action="store_true", help="overwrite the output")
+
+
+def _trust_flag(parser: argparse.ArgumentParser) -> None:
+    text = "true: import a model of one's own that the run names (default: false)"
+    parser.add_argument("--trust_code", choices=("true", "false"), default="false", help=text)
 
 
 def _predict_images(parsed: argparse.Namespace) -> int:
@@ -233,7 +247,13 @@ def _predict_images(parsed: argparse.Namespace) -> int:
 
     output = None if parsed.output == "-" else Path(parsed.output)
     num_unreadable = predict_images(
-        run, parsed.paths, output=output, top_k=parsed.top_k, batch_size=parsed.batch_size, force=parsed.force
+        run,
+        parsed.paths,
+        output=output,
+        top_k=parsed.top_k,
+        batch_size=parsed.batch_size,
+        force=parsed.force,
+        trust_code=_is_trusting(parsed.trust_code),
     )
     return 1 if num_unreadable else 0
 
@@ -262,6 +282,7 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
     text = "RGB as 0-255 or as 0-1 (default: uint8)"
     parser.add_argument("--input", choices=("uint8", "float"), default="uint8", help=text)
     parser.add_argument("--probs", action="store_true", help="also give probabilities")
+    _trust_flag(parser)
     parser.add_argument("--force", action="store_true", help="overwrite the output")
 
 
@@ -270,7 +291,15 @@ def _export(parsed: argparse.Namespace) -> int:
     run.require(run.tested_checkpoint)
     from cifar_lightning.inference.export import export_run  # imports torch
 
-    export_run(run, parsed.format, output=parsed.output, input=parsed.input, probs=parsed.probs, force=parsed.force)
+    export_run(
+        run,
+        parsed.format,
+        output=parsed.output,
+        input=parsed.input,
+        probs=parsed.probs,
+        force=parsed.force,
+        trust_code=_is_trusting(parsed.trust_code),
+    )
     return 0
 
 

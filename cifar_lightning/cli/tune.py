@@ -23,7 +23,7 @@ def tune(arguments: Sequence[str]) -> None:
     prepare_data(data, model)
     model.prepare(data)
     found = apply_lr_finder(cli, model, data, settings.trainer)
-    name = config_name(cli.settings.config, cli.settings.model.name)
+    name = config_name(cli.settings.config, cli.model_name)
     run = create_run(RUNS, f"{name}_tune", cli.settings.run_dir)
     write_text_durably(run.config, cli.config_text)
     write_lr_range(run, found)

@@ -74,6 +74,7 @@ def export_run(
     input: Literal["uint8", "float"] = "uint8",
     probs: bool = False,
     force: bool = False,
+    trust_code: bool = False,
 ) -> Path:
     """Export a run's model to a file and print how far its probabilities are from PyTorch's.
 
@@ -84,6 +85,7 @@ def export_run(
         input: Input `images` (batch, 3, size, size) of the graph: RGB as uint8 0-255 or float32 0-1.
         probs: Add an output `probs` to `logits`.
         force: Overwrite the file.
+        trust_code: Import a model of one's own, which the checkpoint names.
 
     Returns:
         Path of the file.
@@ -97,7 +99,7 @@ def export_run(
     _check_extra(kind)
     if kind == "safetensors" and (probs or input != "uint8"):
         raise UserError("--probs and --input are for onnx and torch; safetensors has weights only.")
-    trained = load_trained_model(run)
+    trained = load_trained_model(run, trust_code=trust_code)
     images, origin = images_to_check(run, trained.image_size)
     module = ExportedModel(trained, input, probs).eval()
     exporters = silenced("torch.onnx", "torch.export", "onnxscript", "onnx_ir")  # they warn of their own internals

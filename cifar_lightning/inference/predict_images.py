@@ -54,6 +54,7 @@ def predict_images(
     top_k: int = 3,
     batch_size: int | None = None,
     force: bool = False,
+    trust_code: bool = False,
 ) -> int:
     """Predict image files and write a row for each, in order; see `find_images`.
 
@@ -67,6 +68,7 @@ def predict_images(
         top_k: Number of most probable classes per image.
         batch_size: Default: 256 on CUDA, 64 on CPU.
         force: Overwrite `output`.
+        trust_code: Import a model of one's own, which the checkpoint names.
 
     Returns:
         The number of images that could not be read.
@@ -82,7 +84,7 @@ def predict_images(
             raise UserError(f"--output {output}: give a .csv, or a .jsonl for JSON lines.")
         check_output(output, force)
     found, skipped = find_images(paths)
-    trained = load_trained_model(run)
+    trained = load_trained_model(run, trust_code=trust_code)
     if top_k > len(trained.class_names):
         raise UserError(f"--top_k {top_k}: the run has {len(trained.class_names)} classes; give at most as many.")
     began = time.monotonic()

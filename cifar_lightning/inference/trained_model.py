@@ -14,6 +14,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256
 from cifar_lightning.models.registry import build_model, check_model_kwargs
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.settings.import_path import import_trusted, is_import_path
 from cifar_lightning.training.tta import TTA, tta_logits
 from cifar_lightning.transforms.augmentation import normalize
 
@@ -40,11 +41,15 @@ class TrainedModel:
             return tta_logits(self.model, normalized, self.tta)[0]
 
 
-def load_trained_model(run: RunFolder) -> TrainedModel:
+def load_trained_model(run: RunFolder, *, trust_code: bool = False) -> TrainedModel:
     """Load the model of a run from its best checkpoint, or else the last.
 
+    Args:
+        run: A run with a checkpoint.
+        trust_code: Import a model of one's own, which the checkpoint names, from any package.
+
     Raises:
-        UserError: The checkpoint is missing or damaged, or its model cannot be built by name.
+        UserError: The checkpoint is missing or damaged, or its model cannot be built by name or is not trusted.
     """
     path = run.tested_checkpoint
     run.require(path)
@@ -52,17 +57,25 @@ def load_trained_model(run: RunFolder) -> TrainedModel:
     hparams, data = checkpoint.get("hyper_parameters", {}), checkpoint.get(DATA_STATE)
     if data is None:
         raise UserError(f"{path}: has no class names, mean and std; fit did not write it.")
-    if not hparams.get("name"):
-        raise UserError(f"{path}: of a model made in Python; use ImageClassifier.load_from_checkpoint there.")
+    imported = hparams.get("imported") or {}
+    name, kwargs = (imported.get("path") or hparams.get("name")), imported.get("kwargs") or hparams.get("model_kwargs")
+    if not name:
+        raise UserError(
+            f"{path}: its model has no import path that makes it again; in Python give it to "
+            "ImageClassifier.load_from_checkpoint(..., model=...).\nTrain with --model.name package.module:name "
+            "and --model.model_kwargs to have every command make it."
+        )
+    if is_import_path(name):
+        import_trusted(name, "--model.name", path, trust_code=trust_code)
+    check_model_kwargs(kwargs or {})
     architecture = {
-        "name": hparams["name"],
+        "name": name,
         "num_classes": len(data["class_names"]),
         "image_size": data["image_size"],
-        **(hparams.get("model_kwargs") or {}),
+        **(kwargs or {}),
     }
     if len(data["mean"]) != 3:
         raise UserError(f"{path}: mean and std of {len(data['mean'])} channels; images have 3.")
-    check_model_kwargs(hparams.get("model_kwargs") or {})
     model = build_model(**architecture).to(memory_format=torch.channels_last).eval()
     load_weights(model, path, checkpoint)
     return TrainedModel(

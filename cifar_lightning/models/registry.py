@@ -1,18 +1,20 @@
 """Models by name: the table `MODELS`, and `build_model`. Every model returns raw logits."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import clipped, suggest
+from cifar_lightning.formatting import clipped, reason_of, suggest
 from cifar_lightning.models.resnets import PreActResNet, WideResNet
 from cifar_lightning.models.smallnet import SmallNet
 from cifar_lightning.models.speednet import SpeedNet
-from cifar_lightning.models.stems import SMALL_PX
+from cifar_lightning.models.stems import SMALL_PX, in_eval_mode, input_error
 from cifar_lightning.models.torchvision_timm import (
     is_timm_installed,
     timm_model,
@@ -21,6 +23,7 @@ from cifar_lightning.models.torchvision_timm import (
     torchvision_names,
     vision_transformer,
 )
+from cifar_lightning.settings.import_path import import_object, is_import_path
 
 
 def _smallnet(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
@@ -95,7 +98,7 @@ def build_model(name: str, num_classes: int = 10, image_size: int = 32, **kwargs
     """Build an untrained model by name.
 
     Args:
-        name: A key of `MODELS`, torchvision/NAME or timm/NAME.
+        name: A key of `MODELS`, torchvision/NAME or timm/NAME, or an import path, package.module:function_or_class.
         num_classes: Number of logits.
         image_size: Height and width in pixels. Up to 64 the stem keeps the resolution: see `stems`.
         **kwargs: Arguments of the model, such as `widths` and `dropout` of SmallNet.
@@ -104,6 +107,8 @@ def build_model(name: str, num_classes: int = 10, image_size: int = 32, **kwargs
         UserError: Unknown name, or an argument or image size that the model does not take.
     """
     check_name(name)
+    if is_import_path(name):
+        return _imported_model(name, num_classes, image_size, kwargs)
     library, _, own_name = name.partition("/")
     make = MODELS[name] if name in MODELS else partial(LIBRARIES[library], own_name)
     try:
@@ -118,16 +123,65 @@ def build_model(name: str, num_classes: int = 10, image_size: int = 32, **kwargs
         raise UserError(f"--model.model_kwargs {kwargs}: {name} does not take them{size} ({reason}).") from error
 
 
+def _imported_model(path: str, num_classes: int, image_size: int, kwargs: dict[str, Any]) -> nn.Module:
+    """Call what is imported, with `num_classes` and `image_size` where it takes them; check what it returns."""
+    make = import_object(path, "--model.name")
+    given = f"--model.name {path}" + (f" with --model.model_kwargs {kwargs}" if kwargs else "")
+    try:
+        taken = inspect.signature(make).parameters
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
+        known = {"num_classes": num_classes} if takes_any or "num_classes" in taken else {}
+        known |= {"image_size": image_size} if "image_size" in taken else {}
+        model = make(**known, **kwargs)
+    except Exception as error:  # code of one's own raises anything
+        raise UserError(f"{given}: cannot be made ({type(error).__name__}: {reason_of(error)}).") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{given}: returns a {type(model).__name__}, not an nn.Module that returns raw logits.")
+    if reason := input_error(model, image_size, num_classes):
+        raise UserError(
+            f"{given}: does not fit images of {image_size} pixels in {num_classes} classes ({clipped(reason, 200)})."
+        )
+    return model
+
+
+def import_path_of(
+    model: nn.Module, num_classes: int, image_size: int, model_kwargs: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return {"path", "kwargs"} from which `build_model` makes a model with the same logits again.
+
+    None where that is not possible: a class without an import path, or arguments that are not known.
+    """
+    path = f"{type(model).__module__}:{type(model).__qualname__}"
+    if path.startswith("__main__:") or not is_import_path(path):
+        return None
+    kwargs = {key: value for key, value in model_kwargs.items() if key not in ("num_classes", "image_size")}
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    try:
+        with torch.random.fork_rng():
+            twin = build_model(path, num_classes, image_size, **kwargs).to(device)
+            twin.load_state_dict(model.state_dict())
+            images = torch.rand(2, 3, image_size, image_size, device=device)
+            with in_eval_mode(model), in_eval_mode(twin):
+                is_same = torch.allclose(model(images), twin(images), rtol=1e-4, atol=1e-5)
+    except Exception:  # as of making any model of one's own
+        return None
+    return {"path": path, "kwargs": kwargs} if is_same else None
+
+
 def check_name(name: str) -> None:
     """Check that there is a model of a name.
 
     Raises:
         UserError: There is none.
     """
+    if is_import_path(name):
+        if not callable(import_object(name, "--model.name")):
+            raise UserError(f"--model.name {name}: not a function or class that makes a model.")
+        return
     library, slash, own_name = name.partition("/")
     if name in MODELS or (slash and library in LIBRARIES and _is_of_library(library, own_name)):
         return
-    known = [*MODELS, *(f"{library}/NAME" for library in LIBRARIES)]
+    known = [*MODELS, *(f"{library}/NAME" for library in LIBRARIES), "package.module:NAME"]
     raise UserError(f"--model.name {clipped(name)}: not a model; one of {', '.join(known)}.{_suggestion(name)}")
 
 
@@ -157,7 +211,9 @@ def choose_model(
     architecture = {"name": name, "num_classes": num_classes, "image_size": image_size, **(model_kwargs or {})}
     if model is None:
         if name is None:
-            raise UserError("this checkpoint is of a model made in Python: give model=... again.")
+            raise UserError(
+                "this checkpoint is of a model of one's own: give model=... or name='package.module:name' again."
+            )
         return build_model(**architecture), architecture
     if isinstance(model, type):
         raise UserError(f"model={model.__name__}: a class; give an instance, model={model.__name__}(...).")

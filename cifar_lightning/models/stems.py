@@ -49,8 +49,8 @@ def adapt_stem(model: nn.Module) -> bool:
     return changed
 
 
-def input_error(model: nn.Module, image_size: int) -> str:
-    """Return why a model does not give logits for images of a size; empty if it does.
+def input_error(model: nn.Module, image_size: int, num_classes: int | None = None) -> str:
+    """Return why a model does not give logits, of `num_classes` where given, for images of a size; empty if it does.
 
     The forward pass runs on the meta device, in about the time that making the model takes. Only if that fails (a layer
     may lack a meta kernel) does it run on real tensors. The model is not changed.
@@ -59,13 +59,16 @@ def input_error(model: nn.Module, image_size: int) -> str:
         logits = _forward_on_meta(model, image_size)
     except Exception:  # layers of other libraries raise nearly anything
         try:
-            with _inference(model):
+            with in_eval_mode(model):
                 logits = model(torch.zeros(2, 3, image_size, image_size, device=next(model.parameters()).device))
         except Exception as error:
             return str(error).strip().partition("\n")[0] or type(error).__name__
     if not isinstance(logits, Tensor):
         return f"it returns a {type(logits).__name__} and not logits"
-    return "" if logits.ndim == 2 and len(logits) == 2 else f"it returns {tuple(logits.shape)} and not logits"
+    if logits.ndim != 2 or len(logits) != 2:
+        return f"it returns {tuple(logits.shape)} and not logits"
+    width = logits.shape[1]
+    return "" if num_classes in (None, width) else f"it returns {width} logits an image for {num_classes} classes"
 
 
 def fails_on_single_image(model: nn.Module, image_size: int) -> bool:
@@ -122,12 +125,12 @@ def _forward_on_meta(model: nn.Module, image_size: int, num_images: int = 2, tra
     state = [*model.named_parameters(), *model.named_buffers()]
     images = torch.empty(num_images, 3, image_size, image_size, device="meta")
     shapes = {name: tensor.to("meta") for name, tensor in state}
-    with _inference(model, training):
+    with in_eval_mode(model, training):
         return torch.func.functional_call(model, shapes, (images,))
 
 
 @contextlib.contextmanager
-def _inference(model: nn.Module, training: bool = False) -> Iterator[None]:
+def in_eval_mode(model: nn.Module, training: bool = False) -> Iterator[None]:
     """Disable gradients and set the mode of all modules; in eval mode no RNG is drawn and no statistics change."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)

@@ -5,6 +5,7 @@ Every command accepts a run folder. A process that writes into it holds its lock
 
 import json
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -241,7 +242,8 @@ def _suggest_run(path: Path) -> str:
 def config_name(configs: Sequence[object], model: str) -> str:
     """Return NAME of runs/NAME/N: the last config's, that of the run whose config.yaml it is, or the model's."""
     if not configs:
-        return model.replace("/", "_")  # timm/resnet26d: one folder, as of all others
+        # timm/resnet26d: one folder, as of all others; package.module:Net: that of its name.
+        return model.replace("/", "_") if "/" in model else re.split("[:.]", model)[-1]
     config = Path(str(configs[-1])).resolve()
     is_of_a_run = config.name == "config.yaml" and config.parent.name.isdecimal()
     return config.parent.parent.name if is_of_a_run else config.stem

@@ -16,6 +16,7 @@ _NAME = r"[^\W\d]\w*"
 _PATH = re.compile(rf"{_NAME}(\.{_NAME})*[:.]{_NAME}(\.{_NAME})*")
 TRUSTED = ("cifar_lightning", "torch", "torchvision", "timm", "torchmetrics", "lightning")
 """Top packages whose classes a run folder may name. Their functions may not: `torch.hub.load` runs any code."""
+_MAY_BE_PATHS = {"class_path", "init_args", "name", "dataset", "loss", "model_class", "data_class"}
 _TRUSTED_FUNCTIONS = ("cifar_lightning.models.", "torchvision.models.", "timm.models.")
 
 
@@ -100,14 +101,14 @@ def check_trust(path: str, flag: str, file: Path, *, trust_code: bool) -> None:
 
 
 def import_paths(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (key, path) of each `class_path`, each "module:name", and all that looks like one in `init_args`."""
+    """Yield (key, path) of settings: "module:name" anywhere, "module.Name" where a setting may be an import path."""
     if isinstance(settings, dict):
         for key, value in settings.items():
             yield from import_paths(value, f"{prefix}.{key}".lstrip("."))
     elif isinstance(settings, list | tuple):
         for value in settings:
             yield from import_paths(value, prefix)
-    elif is_import_path(settings) and (":" in settings or {"class_path", "init_args"} & set(prefix.split("."))):
+    elif is_import_path(settings) and (":" in settings or _MAY_BE_PATHS & set(prefix.split("."))):
         yield prefix, settings
 
 

@@ -1,5 +1,6 @@
 """ImageClassifier: a model with its loss, metrics, optimizer and schedule, for the Lightning Trainer."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import lightning.pytorch as pl
@@ -19,12 +20,13 @@ from cifar_lightning.checkpoints.schema import SCHEMA_KEY, VERSION_KEY, upgrade_
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.metrics.classification import accuracy, macro_f1
 from cifar_lightning.models.compile import compile_model
-from cifar_lightning.models.registry import DEFAULT_MODEL, choose_model
+from cifar_lightning.models.registry import DEFAULT_MODEL, choose_model, import_path_of
 from cifar_lightning.models.state_dicts import describe_misfits
 from cifar_lightning.optim.optimizers import OptimizerName, OptimizerSettings, build_optimizer
 from cifar_lightning.optim.schedules import ScheduleName, ScheduleSettings, make_schedule
 from cifar_lightning.runs.environment import package_version, portable
 from cifar_lightning.runs.schema import SCHEMA_VERSION
+from cifar_lightning.settings.import_path import is_import_path
 from cifar_lightning.settings.limits import Fraction, LearningRate, MixStrength, WeightDecay, check_settings
 from cifar_lightning.training.data_protocol import TrainingData, training_data
 from cifar_lightning.training.ema import EmaWeights
@@ -50,7 +52,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     loss of validation and test is cross entropy without smoothing, comparable between runs.
 
     Args:
-        name: Name of the model, as `build_model` knows it.
+        name: Name of the model, as `build_model` knows it, or package.module:function_or_class.
         num_classes: Number of classes; on the command line taken from the data.
         image_size: Height and width of the images in pixels; on the command line taken from the data.
         lr: Peak learning rate; 3e-3 suits adamw, about 0.05 muon.
@@ -73,7 +75,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         model_kwargs: Further arguments of the model, such as {widths: [16, 32, 64], dropout: 0.2}.
         pretrained: Load pretrained weights into all layers but the last: true for published ones, or a run or file.
         compile: Compile the model for training with torch.compile, if a compiler is installed.
-        model: Your own nn.Module that returns raw logits, instead of `name`; from Python only.
+        model: Your own nn.Module that returns raw logits, instead of `name`.
 
     Raises:
         UserError: An unknown model or a value outside its range.
@@ -114,7 +116,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["model"])
         if model is not None:
-            self.hparams["name"] = None  # load_from_checkpoint needs model=... again
+            self.hparams["name"] = None
         # Plain types, since the optimizer's state holds them: a checkpoint with NumPy's does not load as data.
         values = (lr, sgd_lr, head_lr, momentum, sgd_momentum, weight_decay, sgd_weight_decay)
         self.optimizer_settings = OptimizerSettings(optimizer, *map(plain, values))
@@ -124,14 +126,24 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self._mixing = Mixing(num_classes, mixup=mixup, cutmix=cutmix) if mixup or cutmix else None
         built, self._architecture = choose_model(model, name, num_classes, image_size, model_kwargs, pretrained)
         self._pretrained = pretrained
+        self._imported: dict[str, Any] | None = None  # {"path", "kwargs"} of a model of one's own
         # NHWC, as the loaders' batches: convolutions are faster on CPU and tensor cores.
         self.model = built.to(memory_format=torch.channels_last)
+        if model is not None:
+            self.remember_model({})
+        elif is_import_path(name):
+            self._imported = {"path": name, "kwargs": model_kwargs or {}}
         self._is_to_compile = compile
         self.val_metrics, self.test_metrics = evaluation_metrics(num_classes), evaluation_metrics(num_classes)
         self.totals = TrainMetrics(self.device)
         """Sums over this process's images of the epoch so far."""
         self._resumed_from: tuple[int, int] | None = None  # finished epochs and their steps, of a checkpoint
         self._class_weights: Tensor | None = None  # of the loss, from the data
+
+    def remember_model(self, model_kwargs: Mapping[str, Any]) -> None:
+        """Have checkpoints name the class of a given model, if it makes the same model from these arguments."""
+        size = self._architecture["image_size"]
+        self._imported = import_path_of(self.model, self.num_classes, size, model_kwargs)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return raw logits of normalized images."""
@@ -245,6 +257,9 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         checkpoint |= {SCHEMA_KEY: SCHEMA_VERSION, VERSION_KEY: package_version()}
         if self.CHECKPOINT_HYPER_PARAMS_KEY in checkpoint:
             hparams = portable(plain(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]))
+            if self._imported is not None:
+                # Not as `name`: load_from_checkpoint would import it, whoever wrote the checkpoint.
+                hparams |= {"name": None, "imported": portable(plain(self._imported))}
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

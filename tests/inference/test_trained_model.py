@@ -51,7 +51,7 @@ def test_without_a_best_checkpoint_the_last_is_taken(run):
     ("changes", "message"),
     [
         ({"ImageDataModule": None}, "no class names"),
-        ({"hyper_parameters": {"name": None}}, "made in Python"),
+        ({"hyper_parameters": {"name": None}}, "no import path"),
         ({"hyper_parameters": {"name": "smallnet"}}, "of another model: features.0.weight is 2x3x3x3 in it and 64x"),
     ],
 )

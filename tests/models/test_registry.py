@@ -9,7 +9,7 @@ from torch import nn
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.models import registry
-from cifar_lightning.models.registry import MODELS, build_model, check_name, torchvision_name
+from cifar_lightning.models.registry import MODELS, build_model, check_name, import_path_of, torchvision_name
 
 
 def test_your_own_model_is_one_function(monkeypatch):
@@ -91,7 +91,7 @@ def test_an_unknown_name_suggests_the_nearest(monkeypatch, name, nearest):
         check_name(name)
     message = str(error.value)
     assert message.startswith(f"--model.name {name}: not a model; one of smallnet, speednet, resnet18")
-    assert "vit_tiny, torchvision/NAME, timm/NAME." in message
+    assert "vit_tiny, torchvision/NAME, timm/NAME, package.module:NAME." in message
     suggested = re.search(r"Did you mean ([^\s,?]+)", message)
     assert (suggested[1] if suggested else "") == nearest
 
@@ -142,3 +142,72 @@ def test_names_of_the_table_and_the_libraries_are_known():
 def test_what_cannot_be_built_says_why(arguments, message):
     with pytest.raises(UserError, match=message):
         build_model(**arguments)
+
+
+class Tiny(nn.Sequential):
+    def __init__(self, num_classes=10, width=4, activation="relu"):
+        acts = {"relu": nn.ReLU(), "tanh": nn.Tanh()}
+        layers = nn.Conv2d(3, width, 3), acts[activation], nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        super().__init__(*layers, nn.Linear(width, num_classes))
+
+
+def tiny_of_size(image_size, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))
+
+
+def one_logit_too_many(num_classes):
+    return Tiny(num_classes + 1)
+
+
+def not_a_model(num_classes):
+    return {}
+
+
+def raising():
+    raise OSError("no such disk")
+
+
+HERE = __name__
+
+
+def test_a_model_is_made_by_import_path_with_the_classes_and_sizes_it_takes():
+    assert build_model(f"{HERE}:Tiny", 7, 8, width=6)[4].weight.shape == (7, 6)
+    assert build_model(f"{HERE}.Tiny", 7, 8)[4].weight.shape == (7, 4)
+    assert build_model(f"{HERE}:tiny_of_size", 3, 8)[1].weight.shape == (3, 192)
+    assert build_model("torchvision.models:squeezenet1_1", 3, 64)(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "reason"),
+    [
+        ("one_logit_too_many", {}, "11 logits an image for 10 classes"),
+        ("not_a_model", {}, "returns a dict"),
+        ("raising", {}, "OSError: no such disk"),
+        ("Tiny", {"depth": 3}, "depth"),
+        ("Tiny", {"activation": "gelu"}, "KeyError"),
+        ("HERE", {}, "not a function or class"),
+        ("Tinny", {}, "Did you mean Tiny"),
+    ],
+)
+def test_a_model_by_import_path_that_does_not_fit_is_refused_with_the_reason(name, kwargs, reason):
+    with pytest.raises(UserError) as raised:
+        build_model(f"{HERE}:{name}", 10, 8, **kwargs)
+    assert reason in str(raised.value)
+    assert f"--model.name {HERE}:{name}" in str(raised.value)
+
+
+def test_a_live_model_is_remembered_only_where_its_class_makes_the_same_logits():
+    assert import_path_of(Tiny(), 10, 8, {}) == {"path": f"{HERE}:Tiny", "kwargs": {}}
+    assert import_path_of(Tiny(7), 7, 8, {}) == {"path": f"{HERE}:Tiny", "kwargs": {}}
+    wide = Tiny(width=6)
+    kwargs = {"width": 6, "num_classes": 10}
+    assert import_path_of(wide, 10, 8, kwargs) == {"path": f"{HERE}:Tiny", "kwargs": {"width": 6}}
+    assert import_path_of(wide, 10, 8, {}) is None
+    assert import_path_of(Tiny(activation="tanh"), 10, 8, {}) is None  # equal shapes, other logits
+    assert import_path_of(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), 10, 8, {}) is None
+
+
+def test_remembering_a_model_draws_no_random_number():
+    model, state = Tiny(), torch.get_rng_state()
+    import_path_of(model, 10, 8, {})
+    assert torch.equal(state, torch.get_rng_state())

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cifar_lightning.cli.flags import check_config
 from cifar_lightning.errors import UserError
 from cifar_lightning.settings.import_path import check_trust, import_object, import_paths, import_trusted
 
@@ -91,3 +92,17 @@ def test_import_paths_of_a_config_are_found() -> None:
         ("trainer.callbacks.class_path", "my.Callback"),
         ("trainer.callbacks.init_args.hook", "os.system"),
     ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["model: {name: 'my:Net'}", "model: {name: my.Net}", "trainer: {callbacks: [{class_path: my.Callback}]}"],
+)
+def test_the_config_of_a_run_needs_trust_and_a_config_elsewhere_does_not(line: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(line)
+    check_config(config)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="--trust_code true"):
+        check_config(config)
+    check_config(config, trust_code=True)
