@@ -32,6 +32,7 @@ class _Hyperparameters(_Schema):
     model_kwargs: dict[str, Any] | None = None
     imported: _Imported | None = None
     tta: str = "none"
+    memory_format: str = "channels_last"
 
 
 class _DataState(_Schema):

@@ -12,6 +12,7 @@ from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint
 from cifar_lightning.checkpoints.schema import DATA_STATE
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256
+from cifar_lightning.models.memory_format import use_memory_format
 from cifar_lightning.models.registry import build_model, check_model_kwargs
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.settings.import_path import import_trusted, is_import_path
@@ -76,7 +77,7 @@ def load_trained_model(run: RunFolder, *, trust_code: bool = False) -> TrainedMo
     }
     if len(data["mean"]) != 3:
         raise UserError(f"{path}: mean and std of {len(data['mean'])} channels; images have 3.")
-    model = build_model(**architecture).to(memory_format=torch.channels_last).eval()
+    model = use_memory_format(build_model(**architecture), hparams.get("memory_format", "channels_last")).eval()
     load_weights(model, path, checkpoint)
     return TrainedModel(
         model=model,

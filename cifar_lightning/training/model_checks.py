@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, suggest
@@ -61,6 +61,16 @@ def check_batches(trainer: pl.Trainer, model: nn.Module) -> None:
         f"--batch_size {size}: of {num_images:,} training images the last batch has {in_last}{spread}, and this "
         "model's BatchNorm cannot be trained with one image; give --data.drop_last true, or another --batch_size."
     )
+
+
+def check_optimizers(optimizers: Sequence[optim.Optimizer], model: nn.Module) -> None:
+    """Raise if an optimizer flattens weights that are not contiguous, as LBFGS does in its first step."""
+    flattens = any(isinstance(optimizer, optim.LBFGS) for optimizer in optimizers)
+    if flattens and not all(parameter.is_contiguous() for parameter in model.parameters()):
+        raise UserError(
+            "--model.memory_format channels_last: LBFGS cannot flatten these weights; "
+            "give --model.memory_format contiguous."
+        )
 
 
 def check_sizes(model: nn.Module, train_sizes: Sequence[int]) -> None:

@@ -20,6 +20,7 @@ from cifar_lightning.checkpoints.schema import SCHEMA_KEY, VERSION_KEY, upgrade_
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.metrics.classification import accuracy, macro_f1
 from cifar_lightning.models.compile import compile_model
+from cifar_lightning.models.memory_format import MemoryFormat, use_memory_format
 from cifar_lightning.models.registry import DEFAULT_MODEL, choose_model, import_path_of
 from cifar_lightning.models.state_dicts import describe_misfits
 from cifar_lightning.optim.optimizers import OptimizerName, OptimizerSettings, build_optimizer
@@ -32,7 +33,7 @@ from cifar_lightning.training.data_protocol import TrainingData, training_data
 from cifar_lightning.training.ema import EmaWeights
 from cifar_lightning.training.eval_metrics import evaluation_metrics, update_evaluation
 from cifar_lightning.training.lightning_patches import PlainHookNames
-from cifar_lightning.training.model_checks import check_batches, check_classes, check_logits
+from cifar_lightning.training.model_checks import check_batches, check_classes, check_logits, check_optimizers
 from cifar_lightning.training.nan_guard import NanGuard
 from cifar_lightning.training.resumed_settings import ResumedSettings
 from cifar_lightning.training.step_count import count_steps
@@ -75,6 +76,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         model_kwargs: Further arguments of the model, such as {widths: [16, 32, 64], dropout: 0.2}.
         pretrained: Load pretrained weights into all layers but the last: true for published ones, or a run or file.
         compile: Compile the model for training with torch.compile, if a compiler is installed.
+        memory_format: channels_last (faster convolutions) or contiguous, for a model that calls view on its images.
         model: Your own nn.Module that returns raw logits, instead of `name`.
 
     Raises:
@@ -110,6 +112,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         model_kwargs: dict[str, Any] | None = None,
         pretrained: bool | str = False,
         compile: bool = False,
+        memory_format: MemoryFormat = "channels_last",
         model: nn.Module | None = None,
     ) -> None:
         check_settings("model", ImageClassifier.__init__, locals())
@@ -127,8 +130,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         built, self._architecture = choose_model(model, name, num_classes, image_size, model_kwargs, pretrained)
         self._pretrained = pretrained
         self._imported: dict[str, Any] | None = None  # {"path", "kwargs"} of a model of one's own
-        # NHWC, as the loaders' batches: convolutions are faster on CPU and tensor cores.
-        self.model = built.to(memory_format=torch.channels_last)
+        self.model = use_memory_format(built, memory_format)
         if model is not None:
             self.remember_model({})
         elif is_import_path(name):
@@ -189,6 +191,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     def on_train_start(self) -> None:
         """Check the batch size against BatchNorm; the LR finder gets here, too, but not to on_fit_start."""
         check_batches(self.trainer, self.model)
+        check_optimizers(self.trainer.optimizers, self.model)
 
     def on_train_epoch_start(self) -> None:
         self.totals = TrainMetrics(self.device)
