@@ -39,7 +39,7 @@ def quiet_trainer(tmp_path, **kwargs):
 
 def small_data(**kwargs):
     """Return generated images of 16 pixels, 9 steps an epoch."""
-    return ImageDataModule("synthetic", **{"batch_size": 500, "image_size": 16, **kwargs})
+    return ImageDataModule("synthetic", **{"batch_size": 100, "limit": 1000, "image_size": 16, **kwargs})
 
 
 def optimizer_settings(name="adamw", **changed):
@@ -59,7 +59,7 @@ def fake_data(**members):
 def fit_run(
     path, *more, schedule=None, signals=None, ckpt_path=None, module=None, epochs=2, without=(), trainer=None, **data
 ):
-    """Train into a run folder, 9 steps an epoch of 500 images; return (run, Trainer).
+    """Train into a run folder, 9 steps of 100 images an epoch; return (run, Trainer).
 
     `trainer` has further arguments of the Trainer, `data` of the data module.
     """
@@ -82,7 +82,7 @@ def fit_run(
         plugins=[DurableCheckpointIO()],
     )
     module = module or ImageClassifier(image_size=16, model_kwargs=NARROW, lr=0.01)
-    images = ImageDataModule("synthetic", image_size=16, **{"batch_size": 500, **data})
+    images = ImageDataModule("synthetic", image_size=16, **{"batch_size": 100, "limit": 1000, **data})
     trainer.fit(module, images, ckpt_path=ckpt_path, weights_only=True)
     return run, trainer
 

@@ -40,7 +40,7 @@ def fit(tmp_path, callbacks, epochs=2, module=None, **data):
         plugins=[DurableCheckpointIO()],
     )
     module = module or ImageClassifier(image_size=16, model_kwargs=NARROW)
-    run.fit(module, ImageDataModule("synthetic", batch_size=900, image_size=16, **data))
+    run.fit(module, ImageDataModule("synthetic", image_size=16, **{"batch_size": 90, "limit": 500, **data}))
     return run
 
 
@@ -161,7 +161,7 @@ def test_the_recorder_writes_what_was_logged(tmp_path, folder):
     )
     environment = json.loads(folder.environment.read_text())
     assert (environment["device"], environment["precision"], environment["num_devices"]) == ("cpu", "32-true", 1)
-    assert json.loads(folder.split.read_text())["sizes"] == {"train": 4500, "val": 500, "test": 1000}
+    assert json.loads(folder.split.read_text())["sizes"] == {"train": 450, "val": 50, "test": 1000}
 
 
 def test_a_changed_config_is_written_once_all_processes_have_begun(tmp_path, folder):
