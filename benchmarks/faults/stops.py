@@ -212,7 +212,7 @@ def difference(one: Path, other: Path) -> str:
         if (other / name).exists() and differences(*(_arrays(folder / name) for folder in (one, other))):
             return f"{name} differs"
     ours, theirs = (load(run.last_checkpoint) for run in runs)
-    names = differences(ours, theirs)
+    names = [name for name in differences(ours, theirs) if ".clock." not in name]  # seconds of a cut epoch
     return f"last.ckpt differs in {len(names)} values, such as {', '.join(names[:3])}" if names else ""
 
 

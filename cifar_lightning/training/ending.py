@@ -17,6 +17,11 @@ def is_ending(trainer: pl.Trainer) -> bool:
     """Whether the Trainer trains no further batch, whatever is left of the epoch."""
     if trainer.should_stop:
         return bool(trainer.fit_loop._can_stop_early)
+    return has_all_steps(trainer)
+
+
+def has_all_steps(trainer: pl.Trainer) -> bool:
+    """Whether the steps of `max_steps` are trained."""
     return trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
 
 
@@ -40,7 +45,7 @@ def describe_ending(trainer: pl.Trainer, planned_steps: int) -> dict[str, Any]:
 def _cause(trainer: pl.Trainer, epochs: int) -> str:
     if trainer.max_epochs not in (None, -1) and epochs >= int(trainer.max_epochs or 0):
         return "epochs"
-    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+    if has_all_steps(trainer):
         return "max_steps"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
         if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0 and callback._duration is not None:

@@ -12,7 +12,7 @@ from pydantic import Field
 from cifar_lightning.checkpoints.loading import is_inside_epoch
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.settings.limits import Count, check_settings
-from cifar_lightning.training.ending import is_cut, is_ending, is_validation_due
+from cifar_lightning.training.ending import has_all_steps, is_cut, is_ending, is_validation_due
 from cifar_lightning.training.lightning_patches import mark_validation_interrupted, start_validation_again
 from cifar_lightning.training.run_recorder import EPOCH_SO_FAR, RunRecorder
 from cifar_lightning.training.signals import Stopped, StopSignals
@@ -49,6 +49,9 @@ class LastCheckpoint(Checkpoint):
     Lightning's ModelCheckpoint with `save_last=True` saves "last" only with a new best. A checkpoint between a batch
     and its validation makes the resumed run skip the validation (Lightning 2.6.6), so it is saved after the validation;
     inside a validation it is saved so that the validation is run again from its start.
+
+    Once `max_steps` are trained, it is saved after the epoch's row, and a signal waits for that: a resumed run would
+    find nothing left to train, and never write the row.
     """
 
     def __init__(self, run: RunFolder, schedule: CheckpointSchedule, signals: StopSignals) -> None:
@@ -73,6 +76,8 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Save if it is due or training ends inside an epoch; stop at a signal."""
         self._hold_stop(trainer)
+        if has_all_steps(trainer):
+            return
         request = highest_of_ranks(trainer, self.signals.signum or self._minutes_are_up())
         if not (request or self._steps_are_up(trainer) or is_ending(trainer)):
             return
@@ -89,6 +94,8 @@ class LastCheckpoint(Checkpoint):
         """Save and stop inside a validation at a signal."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.fit_loop.epoch_loop._should_accumulate():
             return
+        if has_all_steps(trainer):
+            return
         request = highest_of_ranks(trainer, self.signals.signum)
         if request:
             self._is_validating = True
@@ -101,14 +108,14 @@ class LastCheckpoint(Checkpoint):
             return
         self._hold_stop(trainer)
         is_new_end = is_ending(trainer) and is_cut(trainer) and self._saved_at_step != trainer.global_step
-        if self._is_due or is_new_end:
+        if self._is_due or (is_new_end and not has_all_steps(trainer)):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save after the epoch's row and the best checkpoint; stop at a signal.
 
-        A cut epoch was saved after its last batch, to be resumed inside it, unless the module's own hook set
-        `should_stop` after that.
+        A cut epoch was saved after its last batch, to be resumed inside it, unless `max_steps` cut it or the module's
+        own hook set `should_stop` after that.
         """
         loop = trainer.fit_loop
         if not is_cut(trainer):

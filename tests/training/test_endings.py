@@ -17,7 +17,8 @@ from cifar_lightning.files import MetricsTable
 from cifar_lightning.runs.contents import read_json
 from cifar_lightning.runs.ending import ending_text, is_short
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.signals import Stopped
+from cifar_lightning.training.last_checkpoint import CheckpointSchedule
+from cifar_lightning.training.signals import Stopped, StopSignals
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 PER_EPOCH = 9
@@ -54,6 +55,16 @@ class StopAt(pl.Callback):
             trainer.should_stop = True
 
 
+class Fail(pl.Callback):
+    """Ends the process, as SIGKILL would, in a hook of the epoch's end."""
+
+    def __init__(self, hook):
+        setattr(self, hook, self.fail)
+
+    def fail(self, *args):
+        raise OSError("killed")
+
+
 class Spy(pl.Callback):
     def __init__(self):
         self.steps = []
@@ -83,6 +94,32 @@ def test_a_run_ended_by_its_steps_trains_exactly_those_that_are_left(tmp_path, f
     assert not any(math.isnan(value) for row in rows for value in row.values())
     assert trainer.lightning_module.total_steps() == 36
     assert progress_of(read_checkpoint(run.last_checkpoint)) == (4, 36)
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_batch_end", "on_train_epoch_end"])
+def test_a_signal_at_the_last_step_of_a_cut_epoch_waits_for_its_row(tmp_path, hook):
+    limit = {"max_steps": 5, "val_check_interval": 5}
+    whole = result_of(start(tmp_path / "whole", trainer=limit))
+    torch.manual_seed(0)
+    signals = StopSignals()
+    with pytest.raises(Stopped):
+        fit_run(tmp_path / "run", Signal(hook, 5), epochs=4, eval_batch_size=100, trainer=limit, signals=signals)
+    run = RunFolder(tmp_path / "run")
+    assert [name for name in differences(result_of(run), whole) if ".clock." not in name] == []
+    assert read_json(run.environment)["ended"] | {"by": ""} == {"by": "", "epochs": 0, "step": 5, "planned_steps": 5}
+
+
+@pytest.mark.parametrize("hook", ["on_validation_end", "on_train_epoch_end"])
+def test_no_checkpoint_has_all_steps_before_the_row_is_written(tmp_path, hook):
+    limit, schedule = {"max_steps": 5, "val_check_interval": 5}, CheckpointSchedule(every_n_train_steps=1)
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(OSError, match="killed"):
+        fit_run(run.path, Fail(hook), epochs=4, trainer=limit, schedule=schedule)
+    assert read_checkpoint(run.last_checkpoint)["global_step"] == 4
+    if run.metrics_csv.exists():
+        MetricsTable(run.metrics_csv).cut_after(-1)
+    resume(run, trainer=limit)
+    assert [(row["epoch"], row["step"]) for row in MetricsTable(run.metrics_csv).read()] == [(0, 5)]
 
 
 @pytest.mark.parametrize("batch", [5, 9, 14, 27])
