@@ -321,6 +321,7 @@ def test_a_further_process_started_from_outside_joins_the_resumed_run(monkeypatc
 # -- LR finder --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tune_saves_a_rate_and_fit_takes_it_as_if_it_had_been_given(tmp_path):
     flags = ["--batch_size", 100, "--epochs", 1]
     done = start("tune", *TINY, *flags, cwd=tmp_path)

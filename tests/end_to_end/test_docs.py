@@ -124,7 +124,12 @@ def test_every_block_says_how_it_is_tested(page):
     assert {block.language for block in blocks if block.mark == "run"} <= {"python"}
 
 
-@pytest.mark.parametrize("block", PYTHON_RUN, ids=lambda block: f"{block.page}-{block.line}")
+def of_readme_or_slow(block):
+    marks = () if block.page == README.name else (pytest.mark.slow,)  # each trains for 10 s
+    return pytest.param(block, id=f"{block.page}-{block.line}", marks=marks)
+
+
+@pytest.mark.parametrize("block", map(of_readme_or_slow, PYTHON_RUN))
 def test_a_python_block_trains_a_model_that_has_learned(block, tmp_path):
     (tmp_path / "block.py").write_text(block.text, encoding="utf-8")
     done = start(cwd=tmp_path, program=tmp_path / "block.py", PYTHONPATH=str(ROOT))
