@@ -129,7 +129,7 @@ def of_readme_or_slow(block):
     return pytest.param(block, id=f"{block.page}-{block.line}", marks=marks)
 
 
-@pytest.mark.parametrize("block", map(of_readme_or_slow, PYTHON_RUN))
+@pytest.mark.parametrize("block", list(map(of_readme_or_slow, PYTHON_RUN)))
 def test_a_python_block_trains_a_model_that_has_learned(block, tmp_path):
     (tmp_path / "block.py").write_text(block.text, encoding="utf-8")
     done = start(cwd=tmp_path, program=tmp_path / "block.py", PYTHONPATH=str(ROOT))
