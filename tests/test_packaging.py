@@ -161,6 +161,7 @@ def test_an_installed_wheel_works_outside_the_repository(installed, tmp_path):
 
     assert set(NAMES) <= set(re.findall(r"\w+", run("cifar-lightning", "fit", "--help")))
     assert "python -m cifar_lightning fit --config quickstart" in run("python", "-m", "cifar_lightning", "--help")
+    assert "usage: python -m cifar_lightning" in run("python", "-m", "cifar_lightning", "fit", "--help-all")
     where = "import cifar_lightning; print(cifar_lightning.__file__)"
     assert run("python", "-c", where).strip() == str(site / "cifar_lightning" / "__init__.py")
 

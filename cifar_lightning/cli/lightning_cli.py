@@ -24,6 +24,7 @@ from cifar_lightning.cli.trainer_objects import drop_unserializable_defaults
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.memory import keep_freed_memory
 from cifar_lightning.errors import UserError
+from cifar_lightning.formatting import program
 from cifar_lightning.models.registry import DEFAULT_MODEL
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.settings.import_path import add_working_directory
@@ -55,6 +56,7 @@ class TrainingCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults={"max_epochs": 100, "num_sanity_val_steps": 0, "enable_model_summary": False},
             parser_class=RunParser,
+            parser_kwargs={"prog": program()},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
