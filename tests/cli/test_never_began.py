@@ -60,7 +60,7 @@ CSV_LOGGER = ["--trainer.logger", "{class_path: CSVLogger, init_args: {save_dir:
             ["FailsAtStart", r"late and \x1b[2J loud"],
         ),
         (["--trainer.callbacks", of_here(FailsWhenMade)], ["FailsWhenMade", "LookupError", "cannot be made"]),
-        (["--trainer.callbacks", "lightning.pytorch.callbacks.BackboneFinetuning"], ["BackboneFinetuning", "backbone"]),
+        (["--trainer.callbacks", "lightning.pytorch.callbacks.BackboneFinetuning"], ["BackboneFinetuning", "groups"]),
         (["--trainer.callbacks", monitoring("EarlyStopping", "val_acc")], ["val_acc", "Did you mean val/acc?"]),
         (["--trainer.logger", "lightning.pytorch.loggers.WandbLogger"], ["WandbLogger", "pip install", "wandb"]),
     ],
