@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from cifar_lightning.checkpoints.checksum import has_checksum, is_intact
-from cifar_lightning.checkpoints.schema import DATA_STATE, RESUME_STATE, check_checkpoint, upgrade_checkpoint
+from cifar_lightning.checkpoints.schema import (
+    DATA_STATE,
+    RESUME_STATE,
+    check_checkpoint,
+    upgrade_checkpoint,
+    with_data_state,
+)
 from cifar_lightning.data.memory import free_host_bytes
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import open_regular, read_bytes
@@ -114,7 +120,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: holds a {type(checkpoint).__name__} and not a checkpoint, a dict of names.")
     if not has_sum and RESUME_STATE in checkpoint:
         raise UserError(f"{path}: a damaged checkpoint (its SHA-256 is missing).")
-    checkpoint = upgrade_checkpoint(checkpoint)
+    checkpoint = with_data_state(upgrade_checkpoint(checkpoint))
     check_checkpoint(path, checkpoint)
     return checkpoint
 

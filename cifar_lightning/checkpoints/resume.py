@@ -51,12 +51,15 @@ class StopPoint:
         limit = self.limit(max_epochs, max_steps)
         return ended | {"by": limit, "planned_steps": self.steps_done} if limit else ended
 
-    def describe(self, run: RunFolder, changes: Changes, schedule: str = "one_cycle") -> list[str]:
-        """Return the lines to print: where the run resumes, with epochs counted from 1, and what changed."""
+    def describe(self, run: RunFolder, changes: Changes, schedule: str | None = "one_cycle") -> list[str]:
+        """Return the lines to print: where the run resumes, with epochs counted from 1, and what changed.
+
+        `schedule` is None for one of the user's own, which continues as it was saved.
+        """
         inside = f"in epoch {self.epochs_done + 1} after step {self.steps_done:,}"
         lines = [f"Resuming {run.path} {inside if self.is_inside_epoch else f'after epoch {self.epochs_done}'}."]
         lines += [f"  {line}" for line in describe_changes(changes)]
-        if PLANS_SCHEDULE & changes.keys():
+        if schedule and PLANS_SCHEDULE & changes.keys():
             what = "OneCycle" if schedule == "one_cycle" else f"The {schedule} schedule"
             lines.append(f"  {what} is computed again for the whole run, and continues at this step.")
         return lines
@@ -122,16 +125,14 @@ def stop_point(run: RunFolder) -> StopPoint:
     """
     path, checkpoint, damages = newest_checkpoint(run)
     try:
-        stopping, best = (
-            [state for key, state in checkpoint["callbacks"].items() if name in key]
-            for name in ("EarlyStopping", "BestCheckpoint")
-        )
+        # By what they hold: a class of one's own has another name.
+        states = [state for state in checkpoint["callbacks"].values() if isinstance(state, dict)]
         return StopPoint(
             checkpoint=path,
             epochs_done=progress_of(checkpoint)[0],
             steps_done=checkpoint["global_step"],
-            stopped_early=any(has_stopped(state) for state in stopping),
-            has_best=any(state.get("best_model_path") for state in best),
+            stopped_early=any(has_stopped(state) for state in states if "wait_count" in state),
+            has_best=any(Path(state.get("best_model_path") or "").name == run.best_checkpoint.name for state in states),
             is_inside_epoch=is_inside_epoch(checkpoint),
             damages=tuple(damages),
         )

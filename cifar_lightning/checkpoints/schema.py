@@ -13,7 +13,7 @@ SCHEMA_KEY = "cifar_lightning_schema"
 VERSION_KEY = "cifar_lightning_version"
 """The key of the version of this project, for people who have nothing but the file."""
 DATA_STATE = "ImageDataModule"
-"""The key of the data module's state, from Lightning."""
+"""The key of the data module's state; Lightning names it by the class, see `with_data_state`."""
 RESUME_STATE = "cifar_lightning"
 """The key of the states of each rank for an exact resume: see `training.resume_state`."""
 
@@ -75,6 +75,13 @@ def check_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
         check_schema(path, checkpoint, _OfRun)
     elif "pytorch-lightning_version" in checkpoint:
         check_schema(path, checkpoint, _Lightning)
+
+
+def with_data_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint with the state of a data module of any class under `DATA_STATE`."""
+    needed = _DataState.model_fields.keys()
+    states = [value for value in checkpoint.values() if isinstance(value, dict) and needed <= value.keys()]
+    return checkpoint if DATA_STATE in checkpoint or not states else {**checkpoint, DATA_STATE: states[0]}
 
 
 def upgrade_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:

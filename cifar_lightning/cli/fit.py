@@ -241,7 +241,8 @@ def train(
         for path in (resume.run.metrics_csv, resume.run.timing_csv):
             MetricsTable(path).cut_after(resume.point.epochs_done - 1)  # they count from 0
         resume.run.discard_results()  # of the weights before
-        print("\n".join(resume.point.describe(resume.run, resume.changes, model.schedule_settings.name)))
+        schedule = model.schedule_settings.name if model.plans_schedule else None
+        print("\n".join(resume.point.describe(resume.run, resume.changes, schedule)))
     # weights_only: a checkpoint is data and must not be able to run code.
     with restoring(ckpt_path):
         trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)

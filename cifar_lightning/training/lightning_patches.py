@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -88,6 +88,26 @@ def start_next_epoch(trainer: pl.Trainer) -> None:
         _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # the setter of fit_loop turns it on again
         loop.reset()
         loop.epoch_progress.current.completed = loop.epoch_progress.current.processed  # type: ignore[attr-defined]  # typed as its base
+
+
+def step_plateaus(trainer: pl.Trainer, metrics: Mapping[int, float]) -> None:
+    """Step the ReduceLROnPlateau schedules at these positions with the metrics of the epoch that a checkpoint ended.
+
+    Lightning 2.6.6 steps them after the checkpoints of the epoch are saved, and a resumed run never would.
+    """
+    progress = trainer.fit_loop.epoch_loop.scheduler_progress
+    for index, metric in metrics.items():
+        progress.increment_ready()
+        trainer.lightning_module.lr_scheduler_step(trainer.lr_scheduler_configs[index].scheduler, metric)
+        progress.increment_completed()
+
+
+def end_resumed_epoch_as_any(trainer: pl.Trainer) -> None:
+    """Have a run that was resumed inside an epoch step its ReduceLROnPlateau schedules at the end of that epoch.
+
+    Lightning 2.6.6 leaves them out while its loop still counts as restarting, to the end of that epoch.
+    """
+    _Loop.restarting.fset(trainer.fit_loop, False)  # type: ignore[attr-defined]  # without the setter of fit_loop
 
 
 def validate_on_schedule_only(trainer: pl.Trainer) -> None:

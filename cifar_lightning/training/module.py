@@ -36,7 +36,7 @@ from cifar_lightning.training.lightning_patches import PlainHookNames
 from cifar_lightning.training.model_checks import check_batches, check_classes, check_logits, check_optimizers
 from cifar_lightning.training.nan_guard import NanGuard
 from cifar_lightning.training.resumed_settings import ResumedSettings
-from cifar_lightning.training.step_count import count_steps
+from cifar_lightning.training.step_count import count_steps, current_lr
 from cifar_lightning.training.train_metrics import TrainMetrics, means_of
 from cifar_lightning.training.tta import TTA, tta_logits
 from cifar_lightning.training.whitening_stem import WhiteningStem, whitening_stem_of
@@ -219,13 +219,20 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         Loss and accuracy are NaN in an epoch with nothing left to train, as after a resume at its end.
         """
         sums = self.trainer.strategy.reduce(self.totals.stacked(), reduce_op="sum")
-        return means_of(sums) | {"lr": float(self.trainer.optimizers[0].param_groups[0]["lr"])}
+        return means_of(sums) | {"lr": current_lr(self.trainer)}
+
+    @property
+    def plans_schedule(self) -> bool:
+        """Whether optimizer and schedule are ours, which apply changed flags to a resumed run."""
+        return type(self).configure_optimizers is ImageClassifier.configure_optimizers
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return EMA, where it is on, and for `fit` the callbacks that every training needs."""
         callbacks: list[pl.Callback] = [EmaWeights(self.ema_decay)] if self.ema_decay else []
         if self.trainer.state.fn == TrainerFn.FITTING:
-            callbacks += [NanGuard(), ResumedSettings(self.make_schedule)]
+            callbacks.append(NanGuard())
+            if self.plans_schedule:
+                callbacks.append(ResumedSettings(self.make_schedule))
             stem = whitening_stem_of(self.model)
             if stem is not None:
                 callbacks.append(WhiteningStem(stem, self.schedule_settings, self.total_steps))

@@ -11,8 +11,15 @@ from cifar_lightning.checkpoints.loading import IS_INSIDE_WINDOW, is_inside_epoc
 from cifar_lightning.checkpoints.rng_state import restore_rng, rng_state
 from cifar_lightning.checkpoints.schema import RESUME_STATE
 from cifar_lightning.errors import UserError
-from cifar_lightning.training.lightning_patches import start_next_epoch, validate_on_schedule_only
+from cifar_lightning.training.lightning_patches import (
+    end_resumed_epoch_as_any,
+    start_next_epoch,
+    step_plateaus,
+    validate_on_schedule_only,
+)
 from cifar_lightning.training.module import ImageClassifier
+
+_PLATEAUS = "plateaus"
 
 
 class ResumeState(pl.Callback):
@@ -34,6 +41,8 @@ class ResumeState(pl.Callback):
         checkpoint[RESUME_STATE] = {"ranks": ranks}
         if trainer.fit_loop.epoch_loop._should_accumulate():
             checkpoint[RESUME_STATE][IS_INSIDE_WINDOW] = True
+        if not is_inside_epoch(checkpoint) and (monitored := _due_plateaus(trainer)):
+            checkpoint[RESUME_STATE][_PLATEAUS] = monitored
         _drop_timers(trainer, checkpoint)
 
     def on_load_checkpoint(
@@ -64,6 +73,7 @@ class ResumeState(pl.Callback):
         """Restore the states; nothing may draw random numbers between this and the first batch."""
         assert isinstance(pl_module, ImageClassifier)
         start_next_epoch(trainer)
+        step_plateaus(trainer, (self._loaded or {}).get(_PLATEAUS, {}))
         validate_on_schedule_only(trainer)
         if self._loaded is None:
             return
@@ -76,6 +86,23 @@ class ResumeState(pl.Callback):
         restore_rng(own["rng"], trainer.strategy.root_device)
         if own["epoch_sums"] is not None:
             pl_module.totals.restore(own["epoch_sums"])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the schedules of the epoch take their steps."""
+        end_resumed_epoch_as_any(trainer)
+
+
+def _due_plateaus(trainer: pl.Trainer) -> dict[int, float]:
+    """Return the metrics that ReduceLROnPlateau schedules wait for at the end of an epoch, by their positions."""
+    metrics, epoch = trainer.callback_metrics, trainer.current_epoch + 1
+    return {
+        index: float(metrics[config.monitor])
+        for index, config in enumerate(trainer.lr_scheduler_configs)
+        if config.reduce_on_plateau
+        and config.interval == "epoch"
+        and epoch % config.frequency == 0
+        and config.monitor in metrics
+    }
 
 
 def _drop_timers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The number of optimizer steps of a run, which its schedule needs before the first step."""
 
+import math
 from collections.abc import Mapping
 
 import lightning.pytorch as pl
@@ -100,3 +101,8 @@ def _cause(trainer: pl.Trainer) -> str:
     overfits = trainer.overfit_batches  # type: ignore[attr-defined]  # set by a connector
     name = "overfit_batches" if overfits else "limit_train_batches"
     return f"--trainer.{name} {trainer.limit_train_batches}"
+
+
+def current_lr(trainer: pl.Trainer) -> float:
+    """Return the learning rate of the first group of parameters; NaN of an optimizer without one."""
+    return float(trainer.optimizers[0].param_groups[0].get("lr", math.nan)) if trainer.optimizers else math.nan

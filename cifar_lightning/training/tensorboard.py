@@ -26,6 +26,7 @@ from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.settings.roles import augmentations
 from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.module import Batch
+from cifar_lightning.training.step_count import current_lr
 
 MAX_DRAWINGS = 20  # per run; one takes about a second on a CPU core
 _NUM_KEPT = 10_000  # predictions of a validation that is drawn
@@ -70,7 +71,7 @@ class Dashboard(pl.Callback):
             log_image(trainer, "train/batch_as_trained_on", self._draw_batch(trainer, batch), 0)
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
         for logger in trainer.loggers:
-            logger.log_metrics({"step/train_loss": loss, "step/lr": trainer.optimizers[0].param_groups[0]["lr"]}, step)
+            logger.log_metrics({"step/train_loss": loss, "step/lr": current_lr(trainer)}, step)
 
     def _draw_batch(self, trainer: pl.Trainer, batch: Batch) -> np.ndarray:
         images, targets = (tensor[:_BATCH_SHOWN].cpu() for tensor in batch)

@@ -7,9 +7,11 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from fitting import SPEED, quiet_trainer, small_data
+from fitting import SPEED, fit_run, quiet_trainer, small_data
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
+from cifar_lightning.checkpoints.loading import read_checkpoint
+from cifar_lightning.checkpoints.schema import DATA_STATE
 from cifar_lightning.models.registry import build_model
 
 NARROW = {"widths": [4, 8, 8], "dropout": 0.0}
@@ -187,3 +189,81 @@ def test_how_images_of_ones_own_must_be_normalized_is_printed_once(monkeypatch, 
     module = ImageClassifier("mobilenet_v3_small", image_size=32, pretrained=str(tmp_path / "trained.pt"))
     module.prepare(None)
     assert capsys.readouterr().out.count("normalize the images with mean") == 1 - rank
+
+
+class OwnOptimizer(ImageClassifier):
+    """A classifier whose optimizer and schedule `configure` makes."""
+
+    def __init__(self, configure):
+        super().__init__(image_size=16, model_kwargs={**NARROW, "dropout": 0.3})
+        self.configure = configure
+
+    def configure_optimizers(self):
+        return self.configure(self)
+
+
+def plateau(module):
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+
+
+def two_groups(module):
+    weights = {"params": [p for p in module.parameters() if p.ndim > 1], "lr": 0.02}
+    rest = {"params": [p for p in module.parameters() if p.ndim <= 1], "lr": 0.001, "weight_decay": 0.1}
+    optimizer = torch.optim.RAdam([weights, rest])
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=2)
+    steps = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 4])
+    both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, steps], milestones=[3])
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": both, "interval": "step"}}
+
+
+def step_lr(module):
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+@pytest.mark.parametrize(
+    "configure",
+    [lambda module: torch.optim.Adam(module.parameters(), lr=0.01), step_lr, plateau, two_groups],
+    ids=["Adam alone", "StepLR", "ReduceLROnPlateau", "groups and SequentialLR"],
+)
+def test_a_run_with_any_optimizer_and_schedule_of_ones_own_resumes_to_the_bit(tmp_path, configure):
+    def fit(name, **more):
+        torch.manual_seed(0)
+        run, _ = fit_run(tmp_path / name, module=OwnOptimizer(configure), epochs=3, batch_size=1500, **more)
+        return torch.load(run.last_checkpoint, weights_only=True)
+
+    whole = fit("whole")
+    for steps in (3, 4) if configure is plateau else (4,):  # an epoch has 3
+        fit(f"stopped_{steps}", trainer={"max_steps": steps})
+        resumed = fit(f"resumed_{steps}", ckpt_path=tmp_path / f"stopped_{steps}" / "checkpoints" / "last.ckpt")
+        for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+            assert_equal(whole[key], resumed[key], f"{steps} {key}")
+
+
+def assert_equal(left, right, where):
+    """Compare nested states with tensors."""
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_equal(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), where
+        for index, pair in enumerate(zip(left, right, strict=True)):
+            assert_equal(*pair, f"{where}.{index}")
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), where
+    else:
+        assert left == right, where
+
+
+def test_the_state_of_a_data_module_of_any_class_is_found(tmp_path):
+    class Mine(ImageDataModule):
+        pass
+
+    trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    trainer.fit(ImageClassifier(image_size=16, model_kwargs=NARROW), Mine("synthetic", image_size=16))
+    trainer.save_checkpoint(tmp_path / "mine.ckpt")
+    assert DATA_STATE not in torch.load(tmp_path / "mine.ckpt", weights_only=True)
+    assert read_checkpoint(tmp_path / "mine.ckpt")[DATA_STATE]["image_size"] == 16
