@@ -178,7 +178,7 @@ def restore_files(run: RunFolder, point: StopPoint, data: ImageDataModule) -> No
 def split_difference(run: RunFolder, data: ImageDataModule) -> str:
     """Return how the data differs from that of a run; empty if it does not."""
     theirs, ours = read_split(run.split), data.split_summary()
-    if any(theirs.get(key) != ours[key] for key in ("sha256", "train", "val")):
+    if any(theirs.get(key) != ours.get(key) for key in ("sha256", "train", "val", "test")):
         return "these are not the images or not the split of the run"
     return ""
 

@@ -229,7 +229,9 @@ def _predict_images_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", metavar="PATH", type=Path, nargs="+", help="images, or folders of them")
     text = "a .csv, or .jsonl for JSON lines; - for JSON lines on stdout (default: predictions.csv)"
     parser.add_argument("--output", metavar="FILE", default="predictions.csv", help=text)
-    parser.add_argument("--top_k", metavar="N", type=int, default=3, help="most probable classes an image (default: 3)")
+    parser.add_argument(
+        "--top_k", metavar="N", type=int, help="most probable classes an image (default: 3, or all of fewer)"
+    )
     parser.add_argument("--batch_size", metavar="N", type=int, help="images at a time (default: 256 on a GPU, else 64)")
     _trust_flag(parser)
     parser.add_argument("--force", action="store_true", help="overwrite the output")

@@ -1,5 +1,6 @@
 """ImageDataModule: a data set, its splits, their statistics and their loaders, with or without a Trainer."""
 
+import inspect
 from typing import Annotated, Any, Literal
 
 import lightning.pytorch as pl
@@ -18,13 +19,14 @@ from cifar_lightning.data.sampler import EpochSampler, Rank, evaluation_order
 from cifar_lightning.data.splits import SplitIndices, SplitSettings, make_splits
 from cifar_lightning.data.statistics import balanced_weights, channel_statistics, describe_imbalance, evenly_spaced
 from cifar_lightning.errors import UserError, remark
-from cifar_lightning.formatting import printable, reason_of
+from cifar_lightning.formatting import percent, plural, printable, reason_of
 from cifar_lightning.settings.limits import Count, ImageSize, Pixels, Strength, check_settings
 from cifar_lightning.transforms.augmentation import Augmentation, CropMode, FlipMode, normalize
 from cifar_lightning.transforms.policies import Policy
 
 Balance = Literal["none", "balanced"]
 _MAX_NAMES = 12  # class names that are printed
+_FEW_IMAGES = 50  # of a validation split: the standard error of its accuracy is up to 7 %
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -36,11 +38,14 @@ class ImageDataModule(pl.LightningDataModule):
     Args:
         dataset: Name of the data set: cifar10, cifar100, folder (class folders below root) or synthetic (generated).
         root: Folder of the images, or to download them to.
-        batch_size: Training images per step and process.
+        batch_size: Training images per step and process; the default is reduced to the size of a smaller training
+            split.
         image_size: Height and width of the images in pixels; by default the data set's own; for a folder a size that
             suits its images.
         val_fraction: Fraction of the training images held out for validation, stratified by class; 0 trains on all.
-            Not used for a folder with a val/ of its own.
+            Not used for a folder with a val/ of its own. Of classes too small for the default, one image is held out.
+        test_fraction: Fraction of the images that is the test split of data without one of its own, stratified by
+            class; by default 0.2.
         limit: Number of training images to use, including those held out for validation, stratified by class; by
             default all.
         class_weights: balanced weights the classes in the loss so that each counts the same.
@@ -79,6 +84,10 @@ class ImageDataModule(pl.LightningDataModule):
         val_fraction: Annotated[
             float, Field(ge=0, lt=1, allow_inf_nan=False, description="0 (train on all) to below 1, such as 0.1")
         ] = 0.1,
+        test_fraction: Annotated[
+            float, Field(gt=0, lt=1, allow_inf_nan=False, description="above 0 to below 1, such as 0.2")
+        ]
+        | None = None,
         limit: Count | None = None,
         class_weights: Balance = "none",
         sampler: Balance = "none",
@@ -127,7 +136,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.train_sizes = tuple(train_sizes or [self.image_size])
         self._check_train_sizes()
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
-        self.split_settings = SplitSettings(val_fraction, limit, seed)
+        self.split_settings = SplitSettings(val_fraction, limit, seed, test_fraction)
         self.num_workers, self.seed = num_workers, seed
         self.has_class_weights, self.has_balanced_sampler = class_weights == "balanced", sampler == "balanced"
         self.mean: tuple[float, ...] | None = None
@@ -166,11 +175,8 @@ class ImageDataModule(pl.LightningDataModule):
         targets = {split: image_set.targets for split, image_set in images.items()}
         self._splits = make_splits(targets, self.split_settings, self.class_names)
         train = self._splits.train
-        if self.batch_size > len(train):
-            raise UserError(
-                f"--data.batch_size {self.batch_size}: larger than the training split of {len(train)} images; "
-                "give --batch_size of that many or fewer."
-            )
+        self._fit_batch_size(len(train))
+        self._remark_on_splits(sum(map(len, targets.values())))
         if self.mean is None or self.std is None:
             self.mean, self.std = self.source.mean, self.source.std
         if self.mean is None or self.std is None:
@@ -179,10 +185,46 @@ class ImageDataModule(pl.LightningDataModule):
         self._images = images
         self._loaders = LoaderFactory(images, self.num_workers)
 
+    def _fit_batch_size(self, num_images: int) -> None:
+        """Refuse a batch larger than the training split, or reduce the default, also where one image would remain."""
+        size = self.batch_size
+        is_default = size == inspect.signature(ImageDataModule).parameters["batch_size"].default
+        if size > num_images and not is_default:
+            raise UserError(
+                f"--data.batch_size {size}: larger than the training split of {num_images} images; "
+                "give --batch_size of that many or fewer."
+            )
+        if size > num_images:
+            self.batch_size = num_images
+        elif is_default and num_images % size == 1 and not self.drop_last:  # BatchNorm cannot train on one image
+            self.batch_size = size - 1
+        if size != self.batch_size:
+            remark(f"Batches of {self.batch_size} images: the training split has {num_images}.")
+
+    def _remark_on_splits(self, num_images: int) -> None:
+        settings, num_val, num_test = self.split_settings, self.num_images("val"), self.num_images("test")
+        if self._splits.test_source == "train":
+            split_off = f"{num_test:,} as the test split"
+            if self._splits.val_source == "train":
+                split_off += f", {num_val:,} for validation"
+            remark(
+                f"No test split is given: of {num_images:,} images, {split_off}, stratified by class, seed "
+                f"{settings.seed} (--data.test_fraction, --data.val_fraction)."
+            )
+        if 0 < num_val < _FEW_IMAGES:
+            remark(
+                f"remark: only {plural(num_val, 'validation image')} to choose the best epoch by: a "
+                f"standard error of up to {percent(0.5 / num_val**0.5, 0)} of val/acc."
+            )
+
     def _find_duplicates(self, images: dict[Split, ImageSet]) -> list[dict[str, Any]]:
         source, hashes, names = self.source, {}, {}
         if isinstance(source, ClassFolders):  # whose cache has the hashes
-            hashes, names = source.pixel_hashes, {split: listing.names for split, listing in source.listings.items()}
+            hashes = source.pixel_hashes
+            names = {
+                split: [listing.below_root(name) for name in listing.names]
+                for split, listing in source.listings.items()
+            }
         found = find_duplicates(images, self._splits, hashes, names)
         for kind in found:
             first = " = ".join(kind["first"][0])
@@ -318,6 +360,7 @@ class ImageDataModule(pl.LightningDataModule):
             **({"duplicates": self.duplicates} if self.duplicates else {}),
             "train": self._splits.train.tolist(),
             "val": self._splits.val.tolist(),
+            **({"test": self._splits.test.tolist()} if self._splits.test_source == "train" else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:

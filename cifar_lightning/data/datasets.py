@@ -20,7 +20,7 @@ import numpy as np
 
 from cifar_lightning.data import synthetic
 from cifar_lightning.data.download import ARCHIVES, download
-from cifar_lightning.data.image_folder import ClassFolders
+from cifar_lightning.data.image_folder import ClassFolders, holds_class_folders
 from cifar_lightning.data.image_set import ImageSet, Split, digest
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import suggest
@@ -93,6 +93,16 @@ class Cifar:
             raise UserError(
                 f"--data.image_size {self.wanted_size}: {self.name} has 32-pixel images and they are not resized; "
                 "leave the flag out"
+            )
+
+        archive = ARCHIVES[self.name]
+        is_here = any(
+            (self.root / name).exists() for name in (archive.filename, f"{archive.filename}.part", archive.folder)
+        )
+        if not is_here and holds_class_folders(self.root):
+            raise UserError(
+                f"--data.root {self.root}: holds class folders, and {self.name} would be downloaded into it.\n"
+                f"For these images give --data.dataset folder; for {self.name} another --data.root."
             )
 
     def prepare(self) -> None:

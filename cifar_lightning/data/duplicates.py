@@ -74,7 +74,7 @@ def _identical_groups(
         split, index = SPLITS[split_of[at]], int(index_of[at])
         source = splits.source_of(split)
         pixels = np.ascontiguousarray(images[source].images[index])
-        name = f"{source}/{names[source][index]}" if source in names else f"{source} image {index}"
+        name = names[source][index] if source in names else f"{source} image {index}"
         row = _Row(split, int(images[source].targets[index]), name)
         same.setdefault(hashlib.blake2b(pixels.data).digest(), []).append(row)
     return [group for group in same.values() if len(group) > 1]

@@ -1,4 +1,4 @@
-"""Class folders: `ROOT/train/<class>/*`, `ROOT/test/<class>/*` and optionally `ROOT/val/<class>/*`.
+"""Class folders: `ROOT/<class>/*`, or `ROOT/train/<class>/*` and optionally the same below `ROOT/test` and `ROOT/val`.
 
 Images of any format and size are decoded once to uint8 RGB squares (rules: image_decoding.py) in a `.npy` file that
 later starts map into memory: a set larger than memory is never held there, and a second start decodes nothing. The
@@ -9,6 +9,7 @@ inode are not hashed again.
 import errno
 import hashlib
 import json
+import mimetypes
 import os
 import stat
 import sys
@@ -38,12 +39,16 @@ _LITTER = frozenset({"thumbs.db", "desktop.ini"})  # written by Windows; such fi
 # cannot read, such as .heic, must not be left out silently.
 _NOTES = {".cfg", ".csv", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".tsv", ".txt", ".xml"}
 NOT_IMAGES = _NOTES | {".aae", ".db", ".lnk", ".pdf", ".py", ".url", ".xls", ".xlsx", ".xmp", ".yaml", ".yml"}
+_IMAGE_TYPES = {"image/jpeg", "image/png", "image/webp", "image/bmp", "image/tiff", "image/gif"}
 _STALE_S = 86_400  # a temporary file this old belongs to a process that was killed
 _RACY_NS = 2_000_000_000  # a file changed this shortly before may change again within the resolution of its times
 # Of each image: `Listing.stats`, the SHA-256 of the file (0 where it cannot be opened), `pixel_hashes` once decoded.
 _FILE = np.dtype([("stat", "<i8", 4), ("content", "u1", 32), ("pixels", "<u8")])
+Stat = tuple[int, int, int, int]
 Skipped = tuple[str, str]  # path of a file or folder, and why it is left out
-_BY_SUFFIX, _LOOSE = "not an image, by its suffix", "in no class folder"
+_BY_SUFFIX, _LOOSE, _LINK = "not an image, by its suffix", "in no class folder", "a link to a folder inside a class"
+_SPLIT_FOLDERS: dict[str, Split] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+_SPLIT_FOLDERS |= {"val": "val", "valid": "val", "validation": "val"}  # names in lower case
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class Listing:
     """The image files of one split, sorted by class and name."""
 
     folder: str  # `ROOT/train`, for example
-    names: tuple[str, ...]  # `<class>/<file>` below it
+    within: str  # `train/`, what precedes names below the root; empty where the classes lie in the root
+    names: tuple[str, ...]  # `<class>/<file>` below the folder
     counts: tuple[int, ...]  # images of each class
     stats: np.ndarray  # int64 (N, 4): size, modification and change time, inode; 0 of a file that has just changed
     skipped: tuple[Skipped, ...] = ()  # what else is in the folder
@@ -65,6 +71,10 @@ class Listing:
     def paths(self) -> list[str]:
         """Paths of the images."""
         return [os.path.join(self.folder, name) for name in self.names]
+
+    def below_root(self, name: str) -> str:
+        """Return the path below the root of a name."""
+        return f"{self.within}{name}"
 
     def without(self, indices: Iterable[int]) -> "Listing":
         """Return the listing without some images."""
@@ -90,7 +100,7 @@ class ClassFolders:
     """The data set "folder": your own images in class folders, decoded once.
 
     Args:
-        root: Folder that holds `train/` and `test/`, and optionally `val/`.
+        root: Folder that holds the classes, or `train/` and optionally `test/` and `val/` with the classes.
         image_size: Height and width in pixels. By default that of the images if all of a sample are squares of one size
             up to 224, otherwise the median of their shorter sides, rounded to a multiple of 32 from 32 to 224.
 
@@ -140,8 +150,8 @@ class ClassFolders:
     def skipped_files(self) -> list[Skipped]:
         """Path below the root and reason of every file that is left out, after `prepare`."""
         skipped = [row for rows in self._unreadable.values() for row in rows]
-        for split, listing in self._listed.items():
-            skipped += [(f"{split}/{name}", reason) for name, reason in listing.skipped]
+        for listing in self._listed.values():
+            skipped += [(listing.below_root(name), reason) for name, reason in listing.skipped]
         return skipped
 
     def _refuse_unreadable(self) -> None:
@@ -176,11 +186,14 @@ class ClassFolders:
             if names := [name for name, reason in listing.skipped if reason == _BY_SUFFIX]:
                 kinds = _some(sorted({Path(name).suffix for name in names}))
                 yield f"{listing.folder}: {counted(len(names), 'file', 'files')} ignored, not images ({kinds})"
-            if names := [name for name, reason in listing.skipped if reason == _LOOSE]:
-                num = counted(len(names), "file is", "files are")
-                yield f"warning: {listing.folder}: {num} {_LOOSE} and ignored ({_some(names)})"
-        if unused := [entry.name for entry in _entries(self.root)[0] if entry.is_dir() and entry.name not in SPLITS]:
-            yield f"warning: {self.root}: only train/, val/ and test/ are used, not {_some(unused)}"
+            for ignored in (_LOOSE, _LINK):
+                if names := [name for name, reason in listing.skipped if reason == ignored]:
+                    num = counted(len(names), "file is", "files are")
+                    yield f"warning: {listing.folder}: {num} {ignored} and ignored ({_some(names)})"
+        used = {listing.within.rstrip("/") for listing in self.listings.values()}
+        others = [entry.name for entry in _entries(self.root)[0] if entry.is_dir() and entry.name not in used]
+        if others and "" not in used:
+            yield f"warning: {self.root}: only train/, val/ and test/ are used, not {_some(others)}"
         for split, listing in self._listed.items():
             yield from remark_lines(decoded[split].remarks, listing.paths)
         listing = self.listings["train"]
@@ -189,7 +202,10 @@ class ClassFolders:
 
     def describe(self) -> str:
         """Return one line for the terminal."""
-        counts = " + ".join(f"{len(listing.names):,} {split}" for split, listing in self.listings.items())
+        is_one = len(self.listings) == 1  # the other splits are split off
+        counts = " + ".join(
+            f"{len(listing.names):,}{'' if is_one else f' {split}'}" for split, listing in self.listings.items()
+        )
         size = f"{self.image_size}x{self.image_size}"
         return f"folder: {counts} images, {len(self.class_names)} classes, {size}, in {self.root}"
 
@@ -197,7 +213,7 @@ class ClassFolders:
         decoded, listing = self._uncached.get(split) or self._read(split) or self._build(split), self._listed[split]
         self.listings[split], self.pixel_hashes[split] = listing.without(decoded.unreadable), decoded.pixels
         self._unreadable[split] = [
-            (f"{split}/{listing.names[index]}", reason) for index, reason in decoded.unreadable.items()
+            (listing.below_root(listing.names[index]), reason) for index, reason in decoded.unreadable.items()
         ]
         return decoded
 
@@ -258,26 +274,50 @@ class ClassFolders:
 
 
 def scan(root: Path) -> tuple[tuple[str, ...], dict[Split, Listing]]:
-    """List the files of all splits."""
+    """List the files of all splits: all are in "train" where the classes lie in the root."""
     if not root.is_dir():
-        raise UserError(f"--data.root {root}: no such folder; it must hold train/<class>/* and test/<class>/*")
-    splits = [split for split in SPLITS if (root / split).is_dir()]
-    if dangling := [root / split for split in SPLITS if split not in splits and (root / split).is_symlink()]:
-        raise UserError(f"{dangling[0]} is a link to no folder: repair or remove it")
-    for split in ("train", "test"):
-        if split not in splits:
-            raise UserError(f"--data.root {root} has no folder {split}/: put images into {split}/<class>/")
-    folders = {split: _class_folders(root / split) for split in splits}
+        raise UserError(f"--data.root {root}: no such folder; it must hold <class>/*, or train/<class>/*")
+    within = _split_folders(root) or {"train": ""}
+    if "train" not in within:
+        raise UserError(f"--data.root {root} has no folder train/: put images into train/<class>/")
+    folders = {split: _class_folders(root / name) for split, name in within.items()}
     names = tuple(sorted(folders["train"]))
     if not names:
-        raise UserError(f"{root / 'train'} has no class folders: put the images of each class into train/<class>/")
-    for split in splits:
+        inside = f"{within['train']}/<class>/".lstrip("/")
+        raise UserError(f"{root / within['train']} has no class folders: put the images of each class into {inside}")
+    for split, name in within.items():
         if differing := sorted({*names} ^ {*folders[split]}):
             raise UserError(
-                f"{_some(differing)}: in {root / split} or in {root / 'train'}, but not in both\n"
+                f"{_some(differing)}: in {root / name} or in {root / within['train']}, but not in both\n"
                 "Every split needs the same class folders: add, rename or remove."
             )
-    return names, {split: _list_split(root / split, [folders[split][name] for name in names]) for split in splits}
+    return names, {
+        split: _list_split(root, name, [folders[split][each] for each in names]) for split, name in within.items()
+    }
+
+
+def _split_folders(root: Path) -> dict[Split, str]:
+    """Return the name of each split's folder; empty where the classes lie in the root."""
+    found: dict[Split, str] = {}
+    for entry in _entries(root)[0]:
+        split = _SPLIT_FOLDERS.get(entry.name.casefold())
+        if split is None or not _is_folder(entry):
+            continue
+        if split in found:
+            raise UserError(f"{root} has {found[split]}/ and {entry.name}/: keep one of them for {split}")
+        found[split] = entry.name
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def holds_class_folders(root: Path) -> bool:
+    """Whether a folder seems to hold a data set: two classes or more, with an image directly in the first of each."""
+    try:
+        folder = root / _split_folders(root).get("train", "")
+        classes = [entry for entry in _entries(folder)[0] if entry.is_dir()]
+        first = _entries(classes[0].path)[0] if len(classes) > 1 else []
+    except (UserError, OSError):
+        return False
+    return any(mimetypes.guess_type(entry.name)[0] in _IMAGE_TYPES for entry in first)
 
 
 def _class_folders(folder: Path) -> dict[str, str]:
@@ -327,34 +367,53 @@ def _some(names: Sequence[str]) -> str:
     return printable(", ".join(names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _list_split(folder: Path, class_folders: Sequence[str]) -> Listing:
-    names: list[str] = []
-    stats: list[tuple[int, int, int, int]] = []
+def _list_split(root: Path, within: str, class_folders: Sequence[str]) -> Listing:
+    folder, began_ns = root / within, time.time_ns()
+    found: list[tuple[str, Stat]] = []
     counts = []
     others, hidden = _entries(folder)
-    skipped = [(name, "hidden") for name in hidden]
+    skipped = [(name, "hidden") for name in hidden if name != CACHE_FOLDER]
     skipped += [(entry.name, _LOOSE) for entry in others if not _is_folder(entry)]
-    began_ns = time.time_ns()
     for class_folder in class_folders:
-        before = len(names)
-        visible, hidden = _entries(folder / class_folder)
-        skipped += [(f"{class_folder}/{name}", "hidden") for name in hidden]
-        for entry in visible:
-            name = f"{class_folder}/{entry.name}"
-            if _is_folder(entry):
-                raise UserError(f"{folder / name} is a folder inside a class: put images directly into {class_folder}/")
-            if os.path.splitext(entry.name)[1].lower() in NOT_IMAGES:
-                skipped.append((name, _BY_SUFFIX))
-                continue
-            names.append(name)
-            about = os.stat(entry.path) if os.name == "nt" else entry.stat()  # on Windows only os.stat has the inode
-            stats.append((about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino & (2**63 - 1)))
-        counts.append(len(names) - before)
+        before = len(found)
+        found += _files_below(folder, class_folder, skipped)
+        counts.append(len(found) - before)
         if not counts[-1]:
             raise UserError(f"{folder / class_folder} has no images: add some, or remove the class from every split")
+    names = tuple(name for name, _ in found)
+    within = f"{within}/" if within else ""
+    return Listing(
+        str(folder), within, names, tuple(counts), _settled([stat for _, stat in found], began_ns), (*skipped,)
+    )
+
+
+def _files_below(folder: Path, name: str, skipped: list[Skipped]) -> Iterator[tuple[str, Stat]]:
+    """Yield name and `Listing.stats` of the images in a folder of a class and its subfolders."""
+    visible, hidden = _entries(folder / name)
+    skipped += [(f"{name}/{each}", "hidden") for each in hidden]
+    for entry in visible:
+        below = f"{name}/{entry.name}"
+        if _is_folder(entry):
+            if entry.is_symlink():  # perhaps to a folder that it lies in
+                skipped.append((below, _LINK))
+            else:
+                yield from _files_below(folder, below, skipped)
+        elif os.path.splitext(entry.name)[1].lower() in NOT_IMAGES:
+            skipped.append((below, _BY_SUFFIX))
+        else:
+            # On Windows only os.stat has the inode.
+            yield below, _stat(os.stat(entry.path) if os.name == "nt" else entry.stat())
+
+
+def _stat(about: os.stat_result) -> Stat:
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino & (2**63 - 1)
+
+
+def _settled(stats: Sequence[Stat], began_ns: int) -> np.ndarray:
+    """Return `Listing.stats` of files that were listed from `began_ns` on."""
     table = np.array(stats, np.int64)
     table[table[:, 1:3].max(1) > began_ns - _RACY_NS] = 0
-    return Listing(str(folder), tuple(names), tuple(counts), table, tuple(skipped))
+    return table
 
 
 # -- the cache --------------------------------------------------------------------------------------------------

@@ -13,7 +13,13 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import printable
 from cifar_lightning.transforms.augmentation import seeded_generator
 
-_SPLIT, _SUBSET = 1_000_003, 1_000_033  # purposes of the generators; the purposes of an epoch are far below
+_SPLIT, _SUBSET, _TEST = (
+    1_000_003,
+    1_000_033,
+    1_000_081,
+)  # purposes of the generators; the purposes of an epoch are far below
+_TEST_FRACTION = 0.2  # unless one is given, and only where the data has no test images
+_WORDS = {"val": "validation", "test": "testing"}
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,7 @@ class SplitSettings:
     val_fraction: float = 0.1
     limit: int | None = None
     seed: int = 0
+    test_fraction: float | None = None
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,9 @@ class SplitIndices:
 
     train: Tensor  # int64, sorted, into the source's train images
     val: Tensor  # int64, sorted, into the source's images of `val_source`
-    test: Tensor  # int64, all of the source's test images
+    test: Tensor  # int64, all of the source's test images, or sorted indices into its train images
     val_source: Split  # "val" where the source has validation images of its own, otherwise "train"
+    test_source: Split = "test"  # "train" where the source has no test images of its own
 
     def of(self, split: Split) -> Tensor:
         """Return the indices of a split."""
@@ -41,7 +49,7 @@ class SplitIndices:
 
     def source_of(self, split: Split) -> Split:
         """Return which of the source's image sets the indices of a split refer to."""
-        return self.val_source if split == "val" else split
+        return {"train": "train", "val": self.val_source, "test": self.test_source}[split]
 
 
 def make_splits(
@@ -49,18 +57,36 @@ def make_splits(
 ) -> SplitIndices:
     """Split a data set.
 
-    Validation images are the source's own if it has any, otherwise a stratified fraction of its training images.
+    Test and validation images are the source's own if it has any, otherwise a stratified fraction of its training
+    images: first test, so that it depends neither on `val_fraction` nor on `limit`, then validation.
 
     Raises:
         UserError: A class would have no image in a split.
     """
-    val_source: Split = "val" if "val" in targets else "train"
+    of_train, val_source = torch.tensor(targets["train"]), _source("val", targets)
+    kept = torch.arange(len(of_train))
+    if "test" in targets:
+        if settings.test_fraction is not None:
+            raise UserError(f"--data.test_fraction {settings.test_fraction}: the data has test images; leave it out.")
+        test = torch.arange(len(targets["test"]))
+    else:
+        test = _test_split(of_train, settings, class_names)
+        kept = torch.from_numpy(np.setdiff1d(kept.numpy(), test.numpy()))
     if val_source == "val":
         settings = replace(settings, val_fraction=0.0)
-    train, val = stratified_split(torch.tensor(targets["train"]), settings, class_names)
-    if val_source == "val":
-        val = torch.arange(len(targets["val"]))
-    return SplitIndices(train, val, torch.arange(len(targets["test"])), val_source)
+    train, val = stratified_split(of_train[kept], settings, class_names)
+    val = torch.arange(len(targets["val"])) if val_source == "val" else kept[val]
+    return SplitIndices(kept[train], val, test, val_source, _source("test", targets))
+
+
+def _source(split: Split, targets: Mapping[Split, np.ndarray]) -> Split:
+    return split if split in targets else "train"
+
+
+def _test_split(targets: Tensor, settings: SplitSettings, class_names: tuple[str, ...]) -> Tensor:
+    fraction = _TEST_FRACTION if settings.test_fraction is None else settings.test_fraction
+    held_out = _held_out_counts(targets, fraction, class_names, "test", is_default=settings.test_fraction is None)
+    return _pick(targets, held_out, seeded_generator(settings.seed, 0, _TEST)).nonzero().flatten()
 
 
 def stratified_split(
@@ -69,22 +95,21 @@ def stratified_split(
     """Take exactly `limit` images and hold out exactly `round(val_fraction * n)` of them; return sorted indices.
 
     Both numbers are divided among the classes by largest remainder; the seed decides which images of a class are taken.
+    Of classes too small for the default `val_fraction`, one image is held out, and none of a class of one image.
 
     Raises:
-        UserError: A class would have no validation or no training image.
+        UserError: A class would have no validation image by another fraction, or no training image.
     """
     val_fraction = settings.val_fraction
+    is_default = val_fraction == SplitSettings.val_fraction
     counts = torch.bincount(targets, minlength=len(class_names))
-    if val_fraction and (scarce := _scarcest(counts, val_fraction)) is not None:
-        raise UserError(
-            f"--data.val_fraction {val_fraction}: class {printable(class_names[scarce])} has {int(counts[scarce])} "
-            "training images; every class needs one for training and one for validation. 0 trains on all."
-        )
+    if val_fraction:
+        _held_out_counts(targets, val_fraction, class_names, "val", is_default=is_default)  # raises before `limit` does
     chosen = _subset(targets, counts, settings, class_names)
     if val_fraction == 0:
         return chosen, chosen[:0]
     targets = targets[chosen]
-    held_out = _stratified_counts(torch.bincount(targets, minlength=len(class_names)), val_fraction)
+    held_out = _held_out_counts(targets, val_fraction, class_names, "val", is_default=is_default)
     is_val = _pick(targets, held_out, seeded_generator(settings.seed, 0, _SPLIT))
     return chosen[~is_val], chosen[is_val]
 
@@ -102,6 +127,25 @@ def _subset(targets: Tensor, counts: Tensor, settings: SplitSettings, class_name
             "one for validation."
         )
     return _pick(targets, taken, seeded_generator(settings.seed, 0, _SUBSET)).nonzero().flatten()
+
+
+def _held_out_counts(
+    targets: Tensor, fraction: float, class_names: tuple[str, ...], split: str, *, is_default: bool
+) -> Tensor:
+    """Return how many images of each class are held out; a default fraction fits classes of any size."""
+    counts = torch.bincount(targets, minlength=len(class_names))
+    scarce = _scarcest(counts, fraction)
+    if scarce is None:
+        return _stratified_counts(counts, fraction)
+    if is_default:
+        scarce = int(counts.argmin())
+        if counts[scarce] >= {"val": 1, "test": 2}[split]:
+            return _stratified_counts(counts, fraction).clamp(min=1).minimum(counts - 1)
+    out = {"val": "0 trains on all.", "test": "Add images, or test images of their own."}[split]
+    raise UserError(
+        f"--data.{split}_fraction {fraction}: class {printable(class_names[scarce])} has {int(counts[scarce])} "
+        f"training images; every class needs one for training and one for {_WORDS[split]}. {out}"
+    )
 
 
 def _stratified_counts(counts: Tensor, fraction: float) -> Tensor:

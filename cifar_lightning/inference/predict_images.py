@@ -23,7 +23,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from cifar_lightning.data import image_decoding
-from cifar_lightning.data.image_folder import NOT_IMAGES, Skipped, write_skipped_files
+from cifar_lightning.data.image_folder import CACHE_FOLDER, NOT_IMAGES, Skipped, write_skipped_files
 from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_output, replacing
@@ -39,6 +39,7 @@ _CHUNK_BYTES = 1 << 28  # 87,381 images of 32 pixels, so that starting worker pr
 _BATCH_SIZE = {"cuda": 256, "cpu": 64}
 _NAMED = 2  # unreadable images on stderr, next to the line that counts all; without --output, which lists them, more
 _NAMED_WITHOUT_LIST = 20
+_TOP_K = 3  # by default
 _MOST_FREQUENT = 5  # classes in the summary
 _DIGITS = 7  # of a probability in float32
 
@@ -51,7 +52,7 @@ def predict_images(
     paths: Sequence[Path],
     *,
     output: Path | None,
-    top_k: int = 3,
+    top_k: int | None = None,
     batch_size: int | None = None,
     force: bool = False,
     trust_code: bool = False,
@@ -65,7 +66,7 @@ def predict_images(
         run: A run with a checkpoint.
         paths: Image files and folders.
         output: A .csv, or a .jsonl or .json for JSON lines. None writes JSON lines to stdout.
-        top_k: Number of most probable classes per image.
+        top_k: Number of most probable classes per image. Default: 3, or all of fewer classes.
         batch_size: Default: 256 on CUDA, 64 on CPU.
         force: Overwrite `output`.
         trust_code: Import a model of one's own, which the checkpoint names.
@@ -85,6 +86,8 @@ def predict_images(
         check_output(output, force)
     found, skipped = find_images(paths)
     trained = load_trained_model(run, trust_code=trust_code)
+    if top_k is None:
+        top_k = min(_TOP_K, len(trained.class_names))
     if top_k > len(trained.class_names):
         raise UserError(f"--top_k {top_k}: the run has {len(trained.class_names)} classes; give at most as many.")
     began = time.monotonic()
@@ -147,7 +150,7 @@ def _images_below(top: Path, skipped: list[Skipped]) -> Iterator[str]:
     for folder, subfolders, names in os.walk(top, onerror=refuse):
         links = {name for name in subfolders if os.path.islink(os.path.join(folder, name))}
         hidden = {name for name in subfolders if name.startswith(".")}
-        skipped += [(os.path.join(folder, name), "hidden folder") for name in sorted(hidden)]
+        skipped += [(os.path.join(folder, name), "hidden folder") for name in sorted(hidden - {CACHE_FOLDER})]
         skipped += [(os.path.join(folder, name), "link to a folder") for name in sorted(links - hidden)]
         subfolders[:] = [name for name in subfolders if name not in hidden]
         for name in sorted(names):

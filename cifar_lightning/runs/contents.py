@@ -63,6 +63,7 @@ class _Split(_Schema):
     duplicates: list[_Duplicates] = []
     train: list[FromZero] = []
     val: list[FromZero] = []
+    test: list[FromZero] | None = None  # where the data has no test split of its own
 
 
 class _Environment(_Schema):

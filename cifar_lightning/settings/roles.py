@@ -23,6 +23,7 @@ FIXED = {
     "data.dataset",
     "data.seed",
     "data.val_fraction",
+    "data.test_fraction",
     "data.limit",
 }
 """Settings that the weights, the states of optimizer and schedule, or the split depend on."""
@@ -68,6 +69,7 @@ NOT_AUGMENTATION = {
     "batch_size",
     "image_size",
     "val_fraction",
+    "test_fraction",
     "limit",
     "class_weights",
     "sampler",

@@ -77,9 +77,56 @@ def test_a_fraction_that_leaves_a_class_without_an_image_names_the_smallest_clas
     assert message.startswith(f"--data.val_fraction {fraction}: class d has 5 training images")
 
 
-def test_a_class_with_one_image_cannot_be_split():
+def test_a_class_with_one_image_cannot_be_split_by_a_fraction_that_is_given():
     targets = torch.repeat_interleave(torch.arange(4), torch.tensor([300, 70, 25, 1]))
-    assert refused(stratified_split, targets, 0.1).startswith("--data.val_fraction 0.1: class d has 1 training image")
+    assert refused(stratified_split, targets, 0.2).startswith("--data.val_fraction 0.2: class d has 1 training image")
+
+
+@pytest.mark.parametrize("counts", [[3, 3, 3], [2, 2], [300, 70, 25, 5], [40, 2, 1, 1], [1, 1]])
+def test_the_default_fraction_of_validation_fits_classes_of_any_size(counts):
+    targets = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    train, val = stratified_split(targets, SplitSettings.val_fraction, seed=0, class_names=NAMES[: len(counts)])
+    held_out = torch.bincount(targets[val], minlength=len(counts)).tolist()
+    assert all(num == 0 if count == 1 else 1 <= num < count for count, num in zip(counts, held_out, strict=True))
+    assert sorted([*train.tolist(), *val.tolist()]) == list(range(sum(counts)))
+
+
+@pytest.mark.parametrize("val_fraction", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize("limit", [None, 60])
+def test_a_test_split_is_held_out_first_and_depends_on_seed_and_fraction_alone(val_fraction, limit):
+    targets = {"train": np.arange(120) % 3}
+    splits = make_splits(targets, SplitSettings(val_fraction, limit), NAMES[:3])
+    plain = make_splits(targets, SplitSettings(), NAMES[:3])
+    assert torch.equal(splits.test, plain.test)
+    assert np.bincount(targets["train"][splits.test]).tolist() == [8, 8, 8]
+    everything = torch.cat([splits.train, splits.val, splits.test])
+    assert len(everything.unique()) == len(everything) == (limit or 96) + 24
+    assert (splits.source_of("test"), splits.source_of("val")) == ("train", "train")
+    assert not torch.equal(make_splits(targets, SplitSettings(seed=1), NAMES[:3]).test, plain.test)
+    assert len(make_splits(targets, SplitSettings(test_fraction=0.5), NAMES[:3]).test) == 60
+
+
+@pytest.mark.parametrize("counts", [[2, 2, 2], [3, 3], [100, 2]])
+def test_the_default_test_split_has_every_class_of_two_images(counts):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    splits = make_splits({"train": labels}, SplitSettings(), NAMES[: len(counts)])
+    assert np.bincount(labels[splits.test], minlength=len(counts)).min() == 1
+    assert np.bincount(labels[splits.train], minlength=len(counts)).min() >= 1
+
+
+def refused_split(targets, **settings):
+    with pytest.raises(UserError) as caught:
+        make_splits(targets, SplitSettings(**settings), NAMES[:2])
+    return str(caught.value)
+
+
+def test_a_test_split_that_cannot_be_held_out_is_refused():
+    of_one = {"train": np.array([0, 0, 0, 1])}
+    assert "class b has 1" in refused_split(of_one)
+    few = {"train": np.array([0, 0, 0, 1, 1])}
+    assert "--data.test_fraction 0.1: class" in refused_split(few, test_fraction=0.1)
+    own = {"train": np.array([0, 0, 1, 1]), "test": np.array([0, 1])}
+    assert "--data.test_fraction 0.5" in refused_split(own, test_fraction=0.5)
 
 
 def test_a_limit_that_leaves_a_class_without_images_is_refused_and_a_larger_one_keeps_every_class():
