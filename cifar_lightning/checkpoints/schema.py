@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from cifar_lightning.runs.contents import FromZero, check_schema
 from cifar_lightning.runs.schema import SCHEMA_VERSION, upgrade_model_settings
@@ -48,12 +48,29 @@ class _DataState(_Schema):
         return self
 
 
+_COUNTS = TypeAdapter(dict[str, FromZero], config=ConfigDict(strict=True))
+
+
+def _check_progress(loops: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Check the counts of batches, steps and epochs, which Lightning adds to only once training runs."""
+    for key, value in loops.items():
+        name = f"{prefix}{key}"
+        if key in ("total", "current"):
+            try:
+                _COUNTS.validate_python(value)
+            except ValidationError as error:
+                raise ValueError(f"{name} has no counts") from error
+        elif isinstance(value, dict):
+            _check_progress(value, f"{name}.")
+    return loops
+
+
 class _Lightning(_Schema):
     epoch: FromZero = 0
     global_step: FromZero = 0
     state_dict: dict[str, Any]
     hyper_parameters: dict[str, Any] = {}
-    loops: dict[str, Any] = {}
+    loops: Annotated[dict[str, Any], AfterValidator(_check_progress)] = {}
     callbacks: dict[str, Any] = {}
     optimizer_states: list[dict[str, Any]] = []
     lr_schedulers: list[dict[str, Any]] = []

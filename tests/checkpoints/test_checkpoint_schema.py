@@ -79,6 +79,19 @@ def test_a_value_of_another_type_or_size_is_refused_with_file_and_field(name, va
         read_checkpoint(tmp_path / "best.ckpt")
 
 
+@pytest.mark.parametrize("count", [(3,), -1, 2.0, "3", None, True])
+@pytest.mark.parametrize("name", ["epoch_progress.current", "epoch_loop.batch_progress.total"])
+def test_a_count_of_lightnings_loops_is_a_count(name, count, checkpoint, tmp_path):
+    content = load(checkpoint)
+    holder = content["loops"]["fit_loop"]
+    for key in name.rsplit(".", 1):
+        holder = holder[key]
+    holder["completed"] = count
+    write(tmp_path / "last.ckpt", content)
+    with pytest.raises(UserError, match=f"damaged: loops: .*fit_loop.{name} has no counts"):
+        read_checkpoint(tmp_path / "last.ckpt")
+
+
 def test_without_the_marks_of_a_run_a_file_is_only_weights(tmp_path):
     for content in ({"state_dict": 5}, {"state_dict": {1: torch.zeros(1)}}, {5: 6}, {"state_dict": {"a": "b"}}):
         torch.save(content, tmp_path / "x.pt")
