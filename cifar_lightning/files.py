@@ -121,6 +121,8 @@ def check_output(path: Path, force: bool) -> None:
     """Check that --output can be written, before any work is done."""
     if path.is_dir():
         raise UserError(f"--output {path}: is a folder; name a file.")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--output {path}: is a device or a pipe, not a file; choose another name.")
     if os.path.lexists(path) and not force:
         raise UserError(f"--output {path}: exists; choose another name, or overwrite it with --force.")
     if not path.parent.is_dir():

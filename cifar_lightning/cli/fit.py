@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint, require_resumable
@@ -211,6 +212,7 @@ def build_fit_trainer(
 
     `ImageClassifier.configure_callbacks` adds those of the model: NaN guard, EMA, whitening stem and resumed settings.
     """
+    keep_in_run(as_list(settings.trainer.callbacks), run)
     record = resume.point.record(resume.changes) if resume is not None else None
     changed = cli.config_text if resume is not None and resume.changes else None
     callbacks: list[pl.Callback] = [
@@ -231,6 +233,13 @@ def build_fit_trainer(
     if settings.trainer.logger in (None, True):
         board = board_for(run, resume.point.steps_done if resume is not None else None)
     return build_trainer(settings.trainer, callbacks, logger=board, run=run)
+
+
+def keep_in_run(callbacks: Sequence[pl.Callback], run: RunFolder) -> None:
+    """Have the user's checkpoint callbacks save into the run, unless they have a folder: Lightning's is outside."""
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            callback.dirpath = str(run.checkpoints)
 
 
 def train(

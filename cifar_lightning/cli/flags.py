@@ -226,6 +226,8 @@ def check_config(path: Path, *, trust_code: bool = False) -> None:
     for name, value in leaves:
         if num_given[name] > 1:  # as model: {lr: 1} and as model.lr: 1
             raise UserError(f"{file}: {clipped(name)} is given twice; leave one of them out.")
+        if name in ALIASES:
+            raise UserError(f"{file}: {name} is short for {ALIASES[name]} on the command line; write that here.")
         if not _is_setting(name):
             raise UserError(f"{file}: {clipped(name)} is no setting.{suggest_flag(name).replace('--', '', 1)}")
         types = table().get(name, {}).get("types", ())

@@ -37,12 +37,16 @@ def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) 
                 "such as 0.5."
             )
         epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
-        if isinstance(interval, int) and trainer.limit_val_batches and interval > batches * epochs:
-            raise UserError(
-                f"--trainer.val_check_interval {interval}: the run has {int(batches * epochs)} batches; nothing would "
-                "be validated."
-            )
         per_epoch = -(-batches // trainer.accumulate_grad_batches)
+        reached = batches * epochs
+        if trainer.max_steps != -1 and per_epoch:
+            whole, steps = divmod(trainer.max_steps, per_epoch)
+            reached = min(reached, whole * batches + min(steps * trainer.accumulate_grad_batches, batches))
+        if isinstance(interval, int) and trainer.limit_val_batches and interval > reached:
+            raise UserError(
+                f"--trainer.val_check_interval {interval}: the run has {int(reached)} batches; nothing would be "
+                "validated."
+            )
         total = steps_done + per_epoch * max(0, epochs - epochs_done)
         if trainer.max_steps != -1:
             total = min(total, trainer.max_steps)

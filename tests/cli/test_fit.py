@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from PIL import Image
 from program import REPO, TINY, fail, start
 
 from cifar_lightning import UserError
-from cifar_lightning.cli.fit import Resume, create_or_resume_run
+from cifar_lightning.cli.fit import Resume, create_or_resume_run, keep_in_run
 from cifar_lightning.cli.lightning_cli import TrainingCLI
 from cifar_lightning.cli.main import training_arguments
 from cifar_lightning.runs.folder import RunFolder, open_run
@@ -316,6 +317,12 @@ def test_a_further_process_started_from_outside_joins_the_resumed_run(monkeypatc
     monkeypatch.delenv("CIFAR_LIGHTNING_RUN_DIR", raising=False)
     resume = Resume(RunFolder(tmp_path), None, {})
     assert create_or_resume_run(None, None, None, None, resume) == RunFolder(tmp_path)
+
+
+def test_checkpoints_of_the_user_go_into_the_run_unless_they_have_a_folder(tmp_path):
+    plain, own = ModelCheckpoint(), ModelCheckpoint(dirpath=tmp_path / "own")
+    keep_in_run([plain, own, EarlyStopping("val/acc")], RunFolder(tmp_path / "run"))
+    assert (plain.dirpath, own.dirpath) == (str(tmp_path / "run" / "checkpoints"), str(tmp_path / "own"))
 
 
 # -- LR finder --------------------------------------------------------------------------------------------------------

@@ -120,6 +120,7 @@ def test_every_flag_is_its_own_suggestion():
     ("text", "expected"),
     [
         ("modle:\n  lr: 1\n", "modle.lr is no setting. Did you mean model.lr?"),
+        ("epochs: 3\n", "epochs is short for trainer.max_epochs on the command line"),
         ("trainer:\n  max_epoch: 1\n", "Did you mean trainer.max_epochs?"),
         ("model:\n  lr: -1\n", "model.lr -1: a positive"),
         ("model:\n  lr: .nan\n", "model.lr nan: a positive"),

@@ -17,6 +17,7 @@ from benchmarks.faults.images import nested_eps, recorded_ghostscript
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.cli import main as cli
 from cifar_lightning.data import image_decoding
+from cifar_lightning.files import check_output
 from cifar_lightning.inference import predict_images as predict
 from cifar_lightning.inference.predict_images import predict_images, top_classes
 from cifar_lightning.runs.folder import RunFolder
@@ -389,6 +390,14 @@ def test_an_existing_output_is_kept_without_force_and_replaced_with_it(run, monk
     assert Path("out.csv").read_text() == "old"
     predict_images(run, paths, output=Path("out.csv"), force=True)
     assert len(read_csv()) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no named pipes")
+def test_a_pipe_or_device_is_no_output_even_with_force(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    for path in (tmp_path / "pipe.csv", Path("/dev/null")):
+        with pytest.raises(UserError, match="is a device or a pipe"):
+            check_output(path, force=True)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,12 @@ def test_a_resumed_run_counts_what_it_took_before():
         ({"min_steps": 28}, r"--trainer\.min_steps 28: the run has 27 steps"),
         ({"min_steps": 11, "max_steps": 10}, r"--trainer\.min_steps 11: the run has 10 steps"),
         ({"val_check_interval": 28, "check_val_every_n_epoch": None}, r"val_check_interval 28: the run has 27 batches"),
+        ({"val_check_interval": 8, "max_steps": 3}, r"val_check_interval 8: the run has 3 batches"),
+        ({"val_check_interval": 8, "max_steps": 3, "accumulate_grad_batches": 2}, r"the run has 6 batches"),
+        (
+            {"val_check_interval": 20, "max_steps": 12, "max_epochs": -1, "check_val_every_n_epoch": None},
+            r"val_check_interval 20: the run has 12 batches",
+        ),
         ({"max_epochs": 0}, r"--epochs 0: leaves no step"),
         ({"max_steps": 0}, r"--trainer\.max_steps 0: leaves no step"),
         (
