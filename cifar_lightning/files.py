@@ -166,17 +166,36 @@ def open_regular(path: Path, *, follow_links: bool = False) -> io.BufferedReader
     Raises:
         OSError: It is missing, not readable, a link, or not a regular file: a FIFO, a device, a folder.
     """
-    no_links = 0 if follow_links else getattr(os, "O_NOFOLLOW", 0)
-    try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | no_links)
-    except OSError as error:
-        if no_links and path.is_symlink():
-            raise OSError(error.errno, "it is a link", str(path)) from error
-        raise
+    fd = _open(path, os.O_RDONLY, follow_links=follow_links)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return os.fdopen(fd, "rb")
+
+
+def open_only_link(path: Path) -> io.BufferedRandom:
+    """Open a regular file for reading and writing, without ever waiting for it; an empty one is made if it is missing.
+
+    Raises:
+        OSError: It cannot be opened, is a link or not a regular file, or has further hard links; the error names it.
+    """
+    fd = _open(path, os.O_RDWR | os.O_CREAT, follow_links=False)
+    try:
+        check_is_only_link(fd)
+    except OSError as error:
+        os.close(fd)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return os.fdopen(fd, "r+b")
+
+
+def _open(path: Path, flags: int, *, follow_links: bool) -> int:
+    no_links = 0 if follow_links else getattr(os, "O_NOFOLLOW", 0)
+    try:
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | no_links, 0o666)
+    except OSError as error:
+        if no_links and path.is_symlink():
+            raise OSError(error.errno, "it is a link", str(path)) from error
+        raise
 
 
 def read_bytes(path: Path, max_bytes: int, *, follow_links: bool = False) -> bytes:

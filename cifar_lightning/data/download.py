@@ -29,8 +29,8 @@ from filelock import FileLock, Timeout
 
 from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import check_is_only_link
-from cifar_lightning.formatting import clipped
+from cifar_lightning.files import check_is_only_link, open_only_link
+from cifar_lightning.formatting import clipped, reason_of
 
 TIMEOUT_S = 30.0  # limit for the response, for each read and for each measurement of the speed
 MIN_BYTES_PER_S = 10_000.0  # the slow host delivers 50 kB/s, but steadily
@@ -118,7 +118,7 @@ def download(name: str, root: str | Path = "data") -> Path:
     except OSError as error:  # of the disk; those of the network are handled in `_transfer`
         raise UserError(
             f"{archive.filename} cannot be written below {root}: {error}\n"
-            "Make room or choose another folder with --data.root."
+            "Make room, move that file away or choose another folder with --data.root."
         ) from error
     return folder
 
@@ -169,13 +169,15 @@ def _fault(path: Path, archive: Archive) -> str:
 
 def _download_archive(archive: Archive, path: Path) -> None:
     part = path.with_name(archive.filename + ".part")
+    scratch = part.with_name(f"{part.name}.new")  # a whole download, where `part` does not lead to the right hash
+    _size(scratch)  # a link is refused before anything is transferred
     failures = []
     for url in _urls(archive):
-        host = urlsplit(url).hostname or url
+        host = clipped(urlsplit(url).hostname or url)
         print(f"Downloading {archive.filename} ({archive.size_bytes / 1e6:.0f} MB) from {host}", flush=True)
         try:
             with progress(archive.size_bytes, archive.filename, completed=_size(part), in_bytes=True) as report:
-                _fetch_whole(url, part, archive, report)
+                _fetch_whole(url, part, scratch, archive, report)
         except _Failed as error:
             failures.append(f"{host}: {error}")
             print(failures[-1], flush=True)
@@ -194,32 +196,43 @@ def _urls(archive: Archive) -> tuple[str, ...]:
     if not chosen:
         return archive.urls
     if urlsplit(chosen).scheme not in _SCHEMES:
-        raise UserError(f"{archive.variable}={chosen}: must be a URL that begins with https://, http:// or file://")
+        raise UserError(f"{archive.variable}={clipped(chosen)}: a URL must begin with https://, http:// or file://")
     return chosen, *archive.urls
 
 
-def _fetch_whole(url: str, part: Path, archive: Archive, report: Callable[[int], None]) -> None:
-    while True:
-        resumed = _size(part) > 0
-        _fetch_rest(url, part, archive, report)
-        fault = _fault(part, archive)
-        if not fault:
-            return
-        # A wrong file is deleted. If its start came from another mirror, try the whole file from this one.
-        part.unlink()
-        if not resumed:
-            raise _Failed(fault)
+def _fetch_whole(url: str, part: Path, scratch: Path, archive: Archive, report: Callable[[int], None]) -> None:
+    """Complete `part`, or replace it by a whole file from this URL; what it held is kept until one is verified."""
+    fault = ""
+    try:
+        for target in (part, scratch, scratch):  # `scratch` may be of an earlier mirror or process, and wrong as well
+            start = _fetch_rest(url, target, archive, report)
+            fault = _fault(target, archive)
+            if not fault:
+                os.replace(target, part)
+                return
+            with open_only_link(target) as file:
+                file.truncate(start if target == part else 0)
+            if not start:  # every byte came from this URL
+                break
+    finally:
+        for target, useless_bytes in ((scratch, _size(part)), (part, 0)):
+            if _size(target) <= useless_bytes:
+                target.unlink(missing_ok=True)
+    raise _Failed(fault)
 
 
-def _fetch_rest(url: str, part: Path, archive: Archive, report: Callable[[int], None]) -> None:
-    """Transfer until the file has its size; give up after too many interruptions or one that brought no bytes."""
+def _fetch_rest(url: str, part: Path, archive: Archive, report: Callable[[int], None]) -> int:
+    """Transfer until the file has its size; return its size before the last request.
+
+    Give up after too many interruptions or one that brought no bytes.
+    """
     for _ in range(MAX_INTERRUPTIONS):
         before = _size(part)
         if before >= archive.size_bytes:
-            return
+            return before
         reason = _transfer(url, part, before, archive.size_bytes, report)
         if not reason:
-            return
+            return before
         if _size(part) <= before:
             break
     raise _Failed(reason)
@@ -228,7 +241,8 @@ def _fetch_rest(url: str, part: Path, archive: Archive, report: Callable[[int], 
 def _transfer(url: str, part: Path, start: int, size_bytes: int, report: Callable[[int], None]) -> str:
     """Make one request and append to `part` from byte `start` on; return why bytes are still missing, if any are.
 
-    A server that sends the whole file again replaces `part` once it has sent more than `part` has.
+    Of a server that sends the whole file again, the bytes that `part` has are compared with it. If they differ, `part`
+    stays as it is, which its check will find too short, and the return value is empty.
 
     Raises:
         _Failed: The server is too slow, or sends another file; `part` is as it was, or longer.
@@ -243,14 +257,16 @@ def _transfer(url: str, part: Path, start: int, size_bytes: int, report: Callabl
     with response:
         is_rest = response.status == 206
         _check_response(response.headers, start if is_rest else 0, size_bytes, is_rest=is_rest)
-        # A whole file is better than a part only once it is longer.
-        target = part if is_rest or not start else part.with_name(f"{part.name}.new")
         done = before = start if is_rest else 0
         since_s = time.monotonic()
         try:
-            with target.open("ab" if is_rest else "wb") as file:
+            with open_only_link(part) as file:
+                file.seek(done)
                 while done <= size_bytes and (block := _read_block(response)):
-                    file.write(block)
+                    known = file.read(min(len(block), max(start - done, 0)))
+                    if not block.startswith(known):
+                        return ""
+                    file.write(block[len(known) :])
                     done += len(block)
                     report(done)
                     if (elapsed_s := time.monotonic() - since_s) > TIMEOUT_S:
@@ -261,11 +277,6 @@ def _transfer(url: str, part: Path, start: int, size_bytes: int, report: Callabl
                 os.fsync(file.fileno())
         except _Interrupted as error:
             return str(error)
-        finally:
-            if target != part and done > start:
-                target.replace(part)
-            elif target != part:
-                target.unlink(missing_ok=True)
     return "" if done >= size_bytes else f"cut off after {done:,} of {size_bytes:,} bytes"
 
 
@@ -309,15 +320,18 @@ def _check_response(headers: Message, start: int, size_bytes: int, *, is_rest: b
 def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
         error.close()  # it holds the open response
-        return f"HTTP {error.code} {error.reason}"
+        return clipped(f"HTTP {error.code} {error.reason}", 200)
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(reason, TimeoutError):
         return f"no response for {TIMEOUT_S:.0f} s"
-    return " ".join(str(reason).split()) or type(error).__name__
+    return clipped(" ".join(str(reason).split()) or type(error).__name__, 200)
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    if not os.path.lexists(path):
+        return 0
+    with open_only_link(path) as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def _unpack(archive: Archive, path: Path, folder: Path) -> None:
@@ -327,7 +341,7 @@ def _unpack(archive: Archive, path: Path, folder: Path) -> None:
                 tar.extractall(temporary, filter="data")
             os.rename(Path(temporary) / archive.folder, folder)
         except tarfile.TarError as error:  # a member outside the folder is one, a device or link to outside another
-            raise UserError(f"{path} is not safe to unpack or not an archive: {error}\nDelete it.") from error
+            raise UserError(f"{path} is not safe to unpack or no archive: {reason_of(error)}\nDelete it.") from error
         except FileNotFoundError as error:
             raise UserError(f"{path} has no folder {archive.folder}: delete it") from error
         except OSError:

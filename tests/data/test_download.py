@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import re
 import tarfile
 import threading
@@ -208,6 +209,13 @@ WRONG_ANSWERS = {
     "a range that it does not name": answer(206, HTML),
     "a range that is no numbers": answer(206, HTML, Content_Range="bytes seventy-"),
     "a shorter start": answer(200, GOOD[:69_999]),
+    "a page as long as the archive": answer(200, (HTML * 9999)[: len(GOOD)], Content_Length=str(len(GOOD))),
+    "a page longer than the archive": answer(200, HTML * 9999),
+    "a page longer than the partial file": answer(200, HTML * 3000),
+    "the archive and more": answer(200, GOOD + b"more"),
+    "the right range of other bytes": answer(
+        206, (HTML * 9999)[: len(GOOD) - 70_000], Content_Range=f"bytes 70000-{len(GOOD) - 1}/{len(GOOD)}"
+    ),
 }
 
 
@@ -220,7 +228,7 @@ def test_a_wrong_answer_leaves_the_partial_file_and_the_next_mirror_finishes_it(
     with pytest.raises(UserError, match=r"127\.0\.0\.1: "):
         download("tiny", tmp_path)
     assert part.read_bytes() == GOOD[:70_000]
-    assert names(tmp_path) == {part.name}
+    assert names(tmp_path) <= {part.name, f"{part.name}.new"}
     server.files["good"] = GOOD
     use(GOOD, server.url("wrong"), server.url("good"))
     assert_unpacked(download("tiny", tmp_path))
@@ -236,6 +244,98 @@ def test_a_longer_start_from_a_server_without_range_replaces_the_partial_file(se
         download("tiny", tmp_path)
     assert part.read_bytes() == GOOD[:90_000]
     assert names(tmp_path) == {part.name}
+
+
+def test_wrong_bytes_of_a_cut_transfer_are_replaced_by_a_whole_download(server, use, tmp_path):
+    (tmp_path / "tiny.tar.gz.part").write_bytes(GOOD[:70_000])
+    server.answers["wrong"] = answer(206, HTML, Content_Range=f"bytes 70000-{len(GOOD) - 1}/{len(GOOD)}")
+    server.files["good"] = GOOD
+    use(GOOD, server.url("wrong"), server.url("good"))
+    assert_unpacked(download("tiny", tmp_path))
+    assert [asked for name, asked in server.requests if name == "good"] == [f"bytes={70_000 + len(HTML)}-", None]
+    assert names(tmp_path) == {"tiny-folder", "tiny.tar.gz"}
+
+
+@pytest.mark.parametrize("new", [b"", GOOD[:90_000], b"y" * 90_000])
+def test_a_corrupt_partial_file_stays_until_a_whole_download_is_verified(new, server, use, tmp_path):
+    part, scratch = tmp_path / "tiny.tar.gz.part", tmp_path / "tiny.tar.gz.part.new"
+    part.write_bytes(b"x" * 70_000)
+    if new:  # of an earlier process
+        scratch.write_bytes(new)
+    server.files["good"], server.cut_after["good"], server.ignores_range = GOOD, 100_000, True
+    use(GOOD, server.url("good"))
+    with pytest.raises(UserError, match="cut off"):
+        download("tiny", tmp_path)
+    assert part.read_bytes() == b"x" * 70_000
+    assert scratch.read_bytes() == GOOD[:100_000]
+    server.ignores_range = False
+    server.requests.clear()
+    assert_unpacked(download("tiny", tmp_path))
+    assert [asked for _, asked in server.requests] == ["bytes=70000-", "bytes=100000-"]
+    assert names(tmp_path) == {"tiny-folder", "tiny.tar.gz"}
+
+
+@pytest.mark.parametrize("suffix", [".part", ".part.new"])
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "hard link", "fifo", "folder"])
+def test_a_partial_file_that_is_a_link_or_no_file_is_refused_by_name(kind, suffix, server, use, tmp_path):
+    mine, path = tmp_path / "mine", tmp_path / "data" / f"tiny.tar.gz{suffix}"
+    path.parent.mkdir()
+    mine.write_bytes(GOOD[:70_000])
+    make = {"fifo": os.mkfifo, "folder": os.mkdir, "hard link": path.hardlink_to, "link": path.symlink_to}
+    if kind == "link to nothing":
+        path.symlink_to(tmp_path / "nothing")
+    else:
+        make[kind](mine if "link" in kind else path)
+    server.files["good"] = GOOD
+    use(GOOD, server.url("good"))
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}'\nMake room, move.*--data\.root"):
+        download("tiny", path.parent)
+    assert mine.read_bytes() == GOOD[:70_000]
+    assert os.path.lexists(path)
+    assert server.requests == []
+    assert {each.name for each in tmp_path.iterdir()} == {"mine", "data"}
+
+
+def test_an_archive_that_is_a_link_is_replaced_and_its_target_kept(server, use, tmp_path):
+    server.files["good"] = GOOD
+    use(GOOD, server.url("good"))
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / "tiny.tar.gz").symlink_to(tmp_path / "mine")
+    assert_unpacked(download("tiny", tmp_path))
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+    assert not (tmp_path / "tiny.tar.gz").is_symlink()
+
+
+EVIL = "\x1b[31mevil"
+EVIL_ANSWERS = {
+    "a reason": f"HTTP/1.1 404 {EVIL}\r\n\r\n",
+    "a long reason": f"HTTP/1.1 404 {EVIL}{'x' * 9999}\r\n\r\n",
+    "a status": f"HTTP/1.1 4{EVIL}\r\n\r\n",
+    "no status": f"{EVIL}\r\n\r\n",
+    "a range": f"HTTP/1.1 206 x\r\nContent-Range: {EVIL}\r\n\r\n",
+    "a redirection": f"HTTP/1.1 302 x\r\nLocation: evil:{EVIL}\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("evil", EVIL_ANSWERS.values(), ids=list(EVIL_ANSWERS))
+def test_what_a_server_says_is_escaped(evil, server, use, tmp_path, capsys):
+    server.answers["evil"] = lambda handler: handler.wfile.write(evil.encode())
+    use(GOOD, server.url("evil"))
+    with pytest.raises(UserError) as caught:
+        download("tiny", tmp_path)
+    for said in (str(caught.value), capsys.readouterr().out):
+        assert r"\x1b[31mevil" in said
+        assert "\x1b" not in said
+        assert len(said) < 1000
+
+
+@pytest.mark.parametrize("url", ["http://\x1bevil:9/", "\x1bevil://host/"])
+def test_a_url_of_the_environment_is_escaped(url, use, tmp_path, capsys, monkeypatch):
+    use(GOOD)
+    monkeypatch.setenv("TINY_URL", url)
+    with pytest.raises(UserError) as caught:
+        download("tiny", tmp_path)
+    assert "\x1b" not in str(caught.value) + capsys.readouterr().out
 
 
 @pytest.mark.parametrize("headers", [False, True])
