@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from cifar_lightning.formatting import clipped
@@ -42,7 +43,7 @@ def without_wrappers(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> d
 
 
 def describe_misfits(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], num_named: int = 1) -> str:
-    """Return the tensors of a file that do not fit a model, with both shapes; empty if all fit."""
+    """Return the tensors of a file that do not fit a model, with both kinds and shapes; empty if all fit."""
     if ours and theirs.keys().isdisjoint(ours):
         return f"it has {named(theirs)}; expected {named(ours)}"
     wrong = [name for name in {**ours, **theirs} if _shape(theirs, name) != _shape(ours, name)]
@@ -52,7 +53,13 @@ def describe_misfits(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], n
 
 
 def _shape(state: Mapping[str, Tensor], name: str) -> str:
-    return "x".join(map(str, state[name].shape)) or "a number" if name in state else "missing"
+    if name not in state:
+        return "missing"
+    tensor = state[name]
+    shape = "x".join(map(str, tensor.shape)) or "a number"
+    kinds = {"sparse": tensor.layout != torch.strided, "meta": tensor.is_meta, "quantized": tensor.is_quantized}
+    kinds |= {"complex": tensor.is_complex(), "bool": tensor.dtype == torch.bool}
+    return " ".join([shape, *(f"({kind})" for kind, is_so in kinds.items() if is_so)])
 
 
 def has_other_classes(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> bool:
@@ -62,4 +69,4 @@ def has_other_classes(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) 
     pairs = {name: (theirs[name].shape, ours[name].shape) for name in ours if theirs[name].shape != ours[name].shape}
     heads = {name.rpartition(".")[0] for name, (other, own) in pairs.items() if other[1:] == own[1:]}
     stems = [name for name, (other, own) in pairs.items() if other[:2] == own[:2] and own[1:2] == (3,)]
-    return len(heads) <= 1 and all(name.rpartition(".")[0] in heads or name in stems for name in pairs)
+    return bool(pairs) and len(heads) <= 1 and all(name.rpartition(".")[0] in heads or name in stems for name in pairs)

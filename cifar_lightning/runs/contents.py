@@ -147,6 +147,9 @@ def read_matrix(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
         rows = list(csv.reader(text.splitlines()))
         if len(rows) < 2 or any(len(row) != len(rows) for row in rows):
             raise ValueError("not a square table")
+        for row, name in zip(rows[1:], rows[0][1:], strict=True):
+            if row[0] != name:
+                raise ValueError(f"row {clipped(row[0])} in place of {clipped(name)}, in the order of the columns")
         counts = [[int(cell) for cell in row[1:]] for row in rows[1:]]
         if min(map(min, counts)) < 0 or not 0 < sum(map(sum, counts)) <= _MAX_IMAGES:
             raise ValueError(f"counts of 0 or more, of at most {_MAX_IMAGES:,} images, are expected")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cifar_lightning.models.smallnet import SmallNet
-from cifar_lightning.models.state_dicts import describe_misfits, without_wrappers
+from cifar_lightning.models.state_dicts import describe_misfits, has_other_classes, without_wrappers
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "network.", "_orig_mod.", "_orig_mod.module."])
@@ -37,3 +37,19 @@ def test_misfits_are_named_with_both_shapes():
     assert "2x3" in described
     assert "2 more" in described
     assert "missing" in describe_misfits(theirs, ours, num_named=2)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.ones(2, 3).to_sparse(), "sparse"),
+        (torch.ones(2, 3, device="meta"), "meta"),
+        (torch.ones(2, 3, dtype=torch.complex64), "complex"),
+        (torch.ones(2, 3, dtype=torch.bool), "bool"),
+    ],
+)
+def test_a_tensor_that_is_no_dense_one_of_real_numbers_does_not_fit(tensor, kind):
+    ours = {"a": torch.ones(2, 3)}
+    assert describe_misfits({"a": tensor}, ours) == f"a is 2x3 ({kind}) in it and 2x3 here"
+    assert not has_other_classes({"a": tensor}, ours)
+    assert describe_misfits({"a": torch.ones(2, 3, dtype=torch.bfloat16)}, ours) == ""

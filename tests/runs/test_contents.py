@@ -223,3 +223,11 @@ def test_any_mutation_is_read_or_refused_by_name(name, tmp_path):
             refusals.append(str(error))
     assert all(refusal.startswith(f"{path}: ") for refusal in refusals)
     assert len(refusals) > 50
+
+
+@pytest.mark.parametrize("labels", ["cab", "abx", "aab"])
+def test_a_matrix_has_its_rows_in_the_order_of_its_columns(labels, tmp_path):
+    rows = "".join(f"{label},{9 * (label == 'a')},0,9\n" for label in labels)
+    (tmp_path / "confusion_matrix.csv").write_text(f",a,b,c\n{rows}")
+    with pytest.raises(UserError, match=r"confusion_matrix\.csv: damaged: row [cxa] in place of [abc]"):
+        contents.read_matrix(tmp_path / "confusion_matrix.csv")
