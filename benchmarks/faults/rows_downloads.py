@@ -1,4 +1,4 @@
-"""Rows 19 to 21 and 49: corrupt, truncated and malicious archives and servers that answer wrong, on localhost.
+"""Rows 19 to 21 and 49: corrupt, truncated and malicious archives and servers with wrong responses, on localhost.
 
 A small archive replaces CIFAR-10's real one.
 """
@@ -146,8 +146,8 @@ def truncated_download(trial: Trial) -> str:
     return "continues at the missing byte; never complete: nothing is in place"
 
 
-@row(49, "a server that answers with a page, another range or a byte a second", plain=False)
-def wrong_answers(trial: Trial) -> str:
+@row(49, "a server that sends a page, another range or a byte a second", plain=False)
+def wrong_responses(trial: Trial) -> str:
     """Each alone, over a partial file of an earlier process; then with a mirror."""
     start = _GOOD[:200_000]
     with _host({"good": _GOOD}) as host:
