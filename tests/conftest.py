@@ -33,7 +33,7 @@ def _seeded():
 def pytest_collection_finish():
     # The libraries stay: without this each full collection visits their millions of objects. Hypothesis, whose plugins
     # look for objects when it is first imported, is imported before.
-    import hypothesis  # noqa: F401
+    import hypothesis  # noqa: F401 - for its plugins
 
     gc.collect()
     gc.freeze()

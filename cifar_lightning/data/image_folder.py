@@ -310,7 +310,7 @@ def _split_folders(root: Path) -> dict[Split, str]:
 
 
 def holds_class_folders(root: Path) -> bool:
-    """Whether a folder seems to hold a data set: two classes or more, with an image directly in the first of each."""
+    """Whether a folder seems to hold a data set: two classes or more, an image directly in the first of them."""
     try:
         folder = root / _split_folders(root).get("train", "")
         classes = [entry for entry in _entries(folder)[0] if entry.is_dir()]

@@ -13,11 +13,8 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import printable
 from cifar_lightning.transforms.augmentation import seeded_generator
 
-_SPLIT, _SUBSET, _TEST = (
-    1_000_003,
-    1_000_033,
-    1_000_081,
-)  # purposes of the generators; the purposes of an epoch are far below
+# Purposes of the generators; the purposes of an epoch are far below.
+_SPLIT, _SUBSET, _TEST = 1_000_003, 1_000_033, 1_000_081
 _TEST_FRACTION = 0.2  # unless one is given, and only where the data has no test images
 _WORDS = {"val": "validation", "test": "testing"}
 

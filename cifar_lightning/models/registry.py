@@ -163,7 +163,7 @@ def import_path_of(
             images = torch.rand(2, 3, image_size, image_size, device=device)
             with in_eval_mode(model), in_eval_mode(twin):
                 is_same = torch.allclose(model(images), twin(images), rtol=1e-4, atol=1e-5)
-    except Exception:  # as of making any model of one's own
+    except Exception:  # code of one's own raises anything; then the model is not remembered
         return None
     return {"path": path, "kwargs": kwargs} if is_same else None
 

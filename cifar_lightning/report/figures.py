@@ -200,7 +200,7 @@ def figure_to_svg(figure: Figure) -> str:
     # The salt makes the ids, and so the page, the same each time.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}), _missing_glyphs_allowed():
         # `savefig` would draw everything a second time, for the layout.
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})  # type: ignore[no-untyped-call]  # likewise
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})  # type: ignore[no-untyped-call]  # untyped
     svg = buffer.getvalue()
     svg = re.sub(
         r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|<g id=\"[^\"]*\"/>",

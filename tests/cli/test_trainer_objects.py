@@ -58,7 +58,7 @@ class OwnAverage(callbacks.WeightAveraging):
 class Unserializable(callbacks.Callback):
     """A callback of a user, whose defaults YAML cannot hold."""
 
-    def __init__(self, device=torch.device("cpu"), limits=(1, 2), marker=object(), name="a"):  # noqa: B008
+    def __init__(self, device=torch.device("cpu"), limits=(1, 2), marker=object(), name="a"):  # noqa: B008 - what is tested
         self.given = (device, limits, marker, name)
 
 

@@ -41,7 +41,7 @@ class Server:
         self.files: dict[str, bytes] = {}
         self.cut_after: dict[str, int] = {}  # bytes of a body before the connection is closed
         self.ignores_range = False
-        self.answers: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {}  # instead of a file
+        self.responses: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {}  # instead of a file
         self.requests: list[tuple[str, str | None]] = []
         server = self
 
@@ -50,8 +50,8 @@ class Server:
                 name = self.path.lstrip("/")
                 asked = self.headers.get("Range")
                 server.requests.append((name, asked))
-                if name in server.answers:
-                    server.answers[name](self)
+                if name in server.responses:
+                    server.responses[name](self)
                     return
                 if name not in server.files:
                     self.send_error(404)
@@ -72,7 +72,7 @@ class Server:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True  # a slow answer is not waited for
+        self.http.daemon_threads = True  # a slow response is not waited for
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
         self.thread.start()
 
@@ -178,7 +178,7 @@ def test_a_part_of_other_bytes_is_thrown_away(server, use, tmp_path):
 HTML = b"<html>please log in</html>\n"
 
 
-def answer(status: int, body: bytes, **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
+def respond(status: int, body: bytes, **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
     def send(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(status)
         for name, value in headers.items():
@@ -201,29 +201,29 @@ def drip(every_s: float, *, headers: bool) -> Callable[[BaseHTTPRequestHandler],
 
 
 WRONG_ANSWERS = {
-    "a page with its length": answer(200, HTML, Content_Length=str(len(HTML))),
-    "a page": answer(200, HTML),
-    "nothing": answer(200, b""),
-    "another offset": answer(206, GOOD[:100], Content_Range=f"bytes 0-99/{len(GOOD)}"),
-    "a range of another file": answer(206, HTML, Content_Range="bytes 70000-70026/70027"),
-    "a range that it does not name": answer(206, HTML),
-    "a range that is no numbers": answer(206, HTML, Content_Range="bytes seventy-"),
-    "a shorter start": answer(200, GOOD[:69_999]),
-    "a page as long as the archive": answer(200, (HTML * 9999)[: len(GOOD)], Content_Length=str(len(GOOD))),
-    "a page longer than the archive": answer(200, HTML * 9999),
-    "a page longer than the partial file": answer(200, HTML * 3000),
-    "the archive and more": answer(200, GOOD + b"more"),
-    "the right range of other bytes": answer(
+    "a page with its length": respond(200, HTML, Content_Length=str(len(HTML))),
+    "a page": respond(200, HTML),
+    "nothing": respond(200, b""),
+    "another offset": respond(206, GOOD[:100], Content_Range=f"bytes 0-99/{len(GOOD)}"),
+    "a range of another file": respond(206, HTML, Content_Range="bytes 70000-70026/70027"),
+    "a range that it does not name": respond(206, HTML),
+    "a range that is no numbers": respond(206, HTML, Content_Range="bytes seventy-"),
+    "a shorter start": respond(200, GOOD[:69_999]),
+    "a page as long as the archive": respond(200, (HTML * 9999)[: len(GOOD)], Content_Length=str(len(GOOD))),
+    "a page longer than the archive": respond(200, HTML * 9999),
+    "a page longer than the partial file": respond(200, HTML * 3000),
+    "the archive and more": respond(200, GOOD + b"more"),
+    "the right range of other bytes": respond(
         206, (HTML * 9999)[: len(GOOD) - 70_000], Content_Range=f"bytes 70000-{len(GOOD) - 1}/{len(GOOD)}"
     ),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG_ANSWERS.values(), ids=list(WRONG_ANSWERS))
-def test_a_wrong_answer_leaves_the_partial_file_and_the_next_mirror_finishes_it(wrong, server, use, tmp_path):
+def test_a_wrong_response_leaves_the_partial_file_and_the_next_mirror_finishes_it(wrong, server, use, tmp_path):
     part = tmp_path / "tiny.tar.gz.part"
     part.write_bytes(GOOD[:70_000])
-    server.answers["wrong"] = wrong
+    server.responses["wrong"] = wrong
     use(GOOD, server.url("wrong"))
     with pytest.raises(UserError, match=r"127\.0\.0\.1: "):
         download("tiny", tmp_path)
@@ -248,7 +248,7 @@ def test_a_longer_start_from_a_server_without_range_replaces_the_partial_file(se
 
 def test_wrong_bytes_of_a_cut_transfer_are_replaced_by_a_whole_download(server, use, tmp_path):
     (tmp_path / "tiny.tar.gz.part").write_bytes(GOOD[:70_000])
-    server.answers["wrong"] = answer(206, HTML, Content_Range=f"bytes 70000-{len(GOOD) - 1}/{len(GOOD)}")
+    server.responses["wrong"] = respond(206, HTML, Content_Range=f"bytes 70000-{len(GOOD) - 1}/{len(GOOD)}")
     server.files["good"] = GOOD
     use(GOOD, server.url("wrong"), server.url("good"))
     assert_unpacked(download("tiny", tmp_path))
@@ -319,7 +319,7 @@ EVIL_ANSWERS = {
 
 @pytest.mark.parametrize("evil", EVIL_ANSWERS.values(), ids=list(EVIL_ANSWERS))
 def test_what_a_server_says_is_escaped(evil, server, use, tmp_path, capsys):
-    server.answers["evil"] = lambda handler: handler.wfile.write(evil.encode())
+    server.responses["evil"] = lambda handler: handler.wfile.write(evil.encode())
     use(GOOD, server.url("evil"))
     with pytest.raises(UserError) as caught:
         download("tiny", tmp_path)
@@ -342,7 +342,7 @@ def test_a_url_of_the_environment_is_escaped(url, use, tmp_path, capsys, monkeyp
 def test_a_server_that_drips_is_left_for_the_next_mirror(headers, server, use, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "TIMEOUT_S", 0.2)
     (tmp_path / "tiny.tar.gz.part").write_bytes(GOOD[:70_000])
-    server.answers["slow"] = drip(0.02, headers=headers)
+    server.responses["slow"] = drip(0.02, headers=headers)
     server.files["good"] = GOOD
     use(GOOD, server.url("slow"), server.url("good"))
     assert_unpacked(download("tiny", tmp_path))
