@@ -12,6 +12,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from cifar_lightning.data.download import ARCHIVES
+from cifar_lightning.data.image_folder import holds_class_folders
 from cifar_lightning.data.memory import choose_num_workers, free_device_bytes, free_host_bytes
 from cifar_lightning.formatting import program, reason_of, shell_line
 from cifar_lightning.runs.environment import describe_environment
@@ -118,7 +119,7 @@ def _look_at_data(found: Findings, root: Path) -> None:
         elif unfinished.is_file():
             done = unfinished.stat().st_size / archive.size_bytes
             sets.append(f"{name} half downloaded ({done:.0%}): {program()} download --dataset {name} resumes it")
-    if (root / "train").is_dir() and (root / "test").is_dir():
+    if holds_class_folders(root):
         sets.append(f"class folders in {root}: --data.dataset folder --data.root {root}")
     found.rows += [("data", text) for text in sets or ["none found"]]
     if not sets:

@@ -99,10 +99,12 @@ def test_data_is_found_in_every_form(tmp_path):
     (tmp_path / archive.filename).touch()
     assert "unpacked by the first fit" in found()[0]
     (tmp_path / archive.folder).mkdir()
-    (tmp_path / "train").mkdir()
-    (tmp_path / "test").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "1.png").touch()
     assert found()[0] == f"cifar10 in {tmp_path / archive.folder}"
     assert "--data.dataset folder" in found()[1]
+    assert "--data.dataset folder" in row(doctor.look(tmp_path / "train"), "data")[0]  # no splits of their own
 
 
 def test_outdated_and_missing_packages_are_listed(root, monkeypatch):
