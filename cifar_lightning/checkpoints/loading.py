@@ -188,6 +188,8 @@ def load_weights(model: nn.Module, path: Path, checkpoint: dict[str, Any] | None
             f"{path}: weights for other classes or another image size: {misfits}.\n"
             f"To load all layers but the head: --model.pretrained {path}"
         )
+    if misfits and {name: x.shape for name, x in theirs.items()} == {name: x.shape for name, x in ours.items()}:
+        raise UserError(f"{path}: {misfits}.\nSave its weights as dense tensors of real numbers.")
     if misfits:
         raise UserError(f"{path}: weights of another model: {misfits}.\nGive the --model and --data flags of its run.")
     model.load_state_dict(theirs)

@@ -149,3 +149,16 @@ def test_odd_values_become_types_that_load_as_data():
         "dtype": torch.float16,
     }
     assert type(became["float"]) is float
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # torch, of loading one as data
+@pytest.mark.parametrize("kind", ["sparse", "meta", "complex"])
+def test_weights_of_another_kind_are_refused_with_what_to_save_and_change_nothing(tmp_path, kind):
+    model = SmallNet(3, widths=(2, 4, 4))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    name = next(iter(before))
+    make = {"sparse": torch.Tensor.to_sparse, "meta": lambda x: x.to("meta"), "complex": lambda x: x.to(torch.cfloat)}
+    torch.save({**before, name: make[kind](before[name])}, tmp_path / "theirs.pt")
+    with pytest.raises(UserError, match=rf"theirs\.pt: {name} is .* \({kind}\) .*\n.*dense tensors of real numbers"):
+        load_weights(model, tmp_path / "theirs.pt")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
