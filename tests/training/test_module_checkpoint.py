@@ -9,6 +9,7 @@ import pytest
 import torch
 from fitting import SPEED, fit_run, quiet_trainer, small_data
 
+from benchmarks.faults.judge import differences
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.checkpoints.loading import read_checkpoint
 from cifar_lightning.checkpoints.schema import DATA_STATE
@@ -239,23 +240,7 @@ def test_a_run_with_any_optimizer_and_schedule_of_ones_own_resumes_to_the_bit(tm
         fit(f"stopped_{steps}", trainer={"max_steps": steps})
         resumed = fit(f"resumed_{steps}", ckpt_path=tmp_path / f"stopped_{steps}" / "checkpoints" / "last.ckpt")
         for key in ("state_dict", "optimizer_states", "lr_schedulers"):
-            assert_equal(whole[key], resumed[key], f"{steps} {key}")
-
-
-def assert_equal(left, right, where):
-    """Compare nested states with tensors."""
-    if isinstance(left, dict):
-        assert left.keys() == right.keys(), where
-        for key in left:
-            assert_equal(left[key], right[key], f"{where}.{key}")
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right), where
-        for index, pair in enumerate(zip(left, right, strict=True)):
-            assert_equal(*pair, f"{where}.{index}")
-    elif isinstance(left, torch.Tensor):
-        assert torch.equal(left, right), where
-    else:
-        assert left == right, where
+            assert differences(whole[key], resumed[key]) == [], (steps, key)
 
 
 def test_the_state_of_a_data_module_of_any_class_is_found(tmp_path):
