@@ -371,16 +371,14 @@ def test_two_processes_train_into_one_run_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_quick_start_learns_what_a_linear_classifier_cannot(tmp_path):
+def test_a_linear_classifier_does_not_learn_the_images_of_the_quick_start():
+    """SmallNet does: .ci/run asks for an accuracy of 0.95 of the run that the README's command makes."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     from cifar_lightning.data.datasets import open_source
 
-    start("fit", "--config", REPO / "configs" / "quickstart.yaml", "--trainer.accelerator", "cpu", cwd=tmp_path)
-    metrics = json.loads((tmp_path / "runs" / "quickstart" / "1" / "test_metrics.json").read_text())
-    assert metrics["accuracy"] >= 0.95
     source = open_source("synthetic", "data", None)
     train, test = source.load("train"), source.load("test")
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=100, tol=1e-2))
