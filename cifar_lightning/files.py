@@ -225,6 +225,10 @@ def check_is_only_link(fd: int) -> None:
         raise OSError(errno.EMLINK, "it has another hard link")
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+"""Error numbers of a file system that has no locks."""
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as hexadecimal digits."""
     with open_regular(path, follow_links=True) as file:

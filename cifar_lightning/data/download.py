@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import check_is_only_link, open_only_link
+from cifar_lightning.files import NO_LOCKS, check_is_only_link, open_only_link
 from cifar_lightning.formatting import clipped, reason_of
 
 TIMEOUT_S = 30.0  # limit for the response, for each read and for each measurement of the speed
@@ -127,13 +127,16 @@ def download(name: str, root: str | Path = "data") -> Path:
 def _locked(path: Path) -> Iterator[None]:
     """Let one process of a machine in at a time; the lock is released when its process ends."""
     lock = FileLock(path, fallback_to_soft=False, on_acquired=check_is_only_link)
-    # A network file system may have no locks: the hash still keeps bad files out.
-    with contextlib.suppress(OSError, NotImplementedError):
+    try:
         try:
             lock.acquire(blocking=False)
         except Timeout:
             print(f"Waiting for another process that downloads the same archive ({path})", flush=True)
             lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        # A network file system may have no locks: the hash still keeps bad files out.
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
     try:
         yield
     finally:
@@ -195,7 +198,11 @@ def _urls(archive: Archive) -> tuple[str, ...]:
     chosen = os.environ.get(archive.variable)
     if not chosen:
         return archive.urls
-    if urlsplit(chosen).scheme not in _SCHEMES:
+    try:
+        scheme = urlsplit(chosen).scheme
+    except ValueError as error:
+        raise UserError(f"{archive.variable}={clipped(chosen)}: {error}") from error
+    if scheme not in _SCHEMES:
         raise UserError(f"{archive.variable}={clipped(chosen)}: a URL must begin with https://, http:// or file://")
     return chosen, *archive.urls
 

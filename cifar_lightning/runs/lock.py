@@ -1,7 +1,6 @@
 """The lock of a run folder, released by the operating system when the process ends."""
 
 import contextlib
-import errno
 import os
 import sys
 import warnings
@@ -10,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import check_is_only_link
+from cifar_lightning.files import NO_LOCKS, check_is_only_link
 
 
 class RunLock:
@@ -37,7 +36,7 @@ class RunLock:
                 "Wait until it has ended, or choose another folder with --run_dir."
             ) from error
         except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 raise UserError(
                     f"run folder {path.parent}: cannot write {path.name} ({error.strerror}).\n"
                     "Choose another folder with --run_dir, or fix the permissions of this one."

@@ -413,11 +413,24 @@ def test_a_file_url_works(use, tmp_path, monkeypatch):
     assert_unpacked(download("tiny", tmp_path / "data"))
 
 
-def test_a_variable_that_holds_no_url_is_refused_by_name(use, tmp_path, monkeypatch):
+@pytest.mark.parametrize("value", ["/mnt/tiny.tar.gz", "http://[", "https://[::1/tiny"])
+def test_a_variable_that_holds_no_url_is_refused_by_name(value, use, tmp_path, monkeypatch):
     use(GOOD)
-    monkeypatch.setenv("TINY_URL", "/mnt/tiny.tar.gz")
-    with pytest.raises(UserError, match=r"TINY_URL=/mnt/tiny\.tar\.gz"):
+    monkeypatch.setenv("TINY_URL", value)
+    with pytest.raises(UserError, match=re.escape(f"TINY_URL={value}")):
         download("tiny", tmp_path)
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_lock_file_that_is_a_link_is_refused_and_its_target_untouched(link, server, use, tmp_path):
+    server.files["good"] = GOOD
+    use(GOOD, server.url("good"))
+    (tmp_path / "private").write_text("mine")
+    link(tmp_path / ".tiny.tar.gz.lock", tmp_path / "private")
+    with pytest.raises(UserError, match=r"tiny\.tar\.gz cannot be written"):
+        download("tiny", tmp_path)
+    assert (tmp_path / "private").read_text() == "mine"
+    assert names(tmp_path) == {"private"}
 
 
 @pytest.mark.parametrize("member", ["../outside", "tiny-folder/../../outside"])
