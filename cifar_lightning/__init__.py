@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cifar_lightning.models.smallnet import SmallNet as SmallNet
     from cifar_lightning.models.speednet import SpeedNet as SpeedNet
     from cifar_lightning.optim.muon import Muon as Muon
+    from cifar_lightning.python_api import fit as fit
     from cifar_lightning.training.module import ImageClassifier as ImageClassifier
 
 _HOMES = {
@@ -26,6 +27,7 @@ _HOMES = {
     "SpeedNet": "models.speednet",
     "UserError": "errors",
     "build_model": "models.registry",
+    "fit": "python_api",
 }
 __all__ = list(_HOMES)
 

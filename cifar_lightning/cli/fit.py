@@ -23,7 +23,7 @@ from cifar_lightning.checkpoints.resume import (
     split_difference,
     stop_point,
 )
-from cifar_lightning.cli.lightning_cli import TrainingCLI, build_trainer, prepare_data
+from cifar_lightning.cli.lightning_cli import PythonObjects, TrainingCLI, build_trainer, prepare_data
 from cifar_lightning.cli.parser import as_list, refuse_early_stopping
 from cifar_lightning.cli.tune import apply_lr_finder
 from cifar_lightning.data.datamodule import ImageDataModule
@@ -65,16 +65,26 @@ class Resume:
         return self.point.is_end(trainer.max_epochs, trainer.max_steps, self.changes)
 
 
-def fit(arguments: Sequence[str], signals: StopSignals, resumed: RunFolder | None = None) -> None:
+def fit(
+    arguments: Sequence[str],
+    signals: StopSignals,
+    resumed: RunFolder | None = None,
+    objects: PythonObjects | None = None,
+) -> RunFolder | None:
     """Train a model, test its best checkpoint and write the report.
 
     Args:
         arguments: Flags by their long names.
         signals: What stops the run.
         resumed: The run to resume; its config and checkpoint are among the arguments.
+        objects: Model, data and callbacks from Python.
+
+    Returns:
+        The run; None with --trainer.fast_dev_run.
     """
-    with locked(resumed) as locked_run:
-        cli = TrainingCLI("fit", arguments)
+    with contextlib.ExitStack() as locks:
+        locked_run = locks.enter_context(locked(resumed))
+        cli = TrainingCLI("fit", arguments, objects)
         resume = find_resume(cli, locked_run) if locked_run is not None else None
         model, data, settings = cli.instantiate()
         prepare_data(data, model)
@@ -84,8 +94,10 @@ def fit(arguments: Sequence[str], signals: StopSignals, resumed: RunFolder | Non
             refuse_early_stopping(cli.settings)
         if settings.trainer.fast_dev_run:
             fast_dev_run(cli, model, data, settings.trainer)
-            return
+            return None
         run = create_or_resume_run(cli, model, data, settings, resume)
+        if run.lock is not None:
+            locks.enter_context(run.lock)
         predictions = PredictionWriter(run)
         with discarded_if_never_begun(run, resume):
             trainer = build_fit_trainer(cli, data, settings, run, resume, predictions, signals, validates=validates)
@@ -104,9 +116,10 @@ def fit(arguments: Sequence[str], signals: StopSignals, resumed: RunFolder | Non
                 report_ending(resume, settings.trainer)
                 if run.has_all_results(validates=validates):
                     make_report(run)
-                    return
+                    return run
             evaluate_best_checkpoint(trainer, model, data, run, settings.trainer, validates=validates)
             predictions.report()
+        return run
 
 
 def fast_dev_run(cli: TrainingCLI, model: ImageClassifier, data: ImageDataModule, settings: Namespace) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from cifar_lightning.settings.safe_yaml import MAX_BYTES, read_yaml
 ALIASES = {"epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "lr": "model.lr"}
 GROUPS = ("trainer", "model", "data", "early_stopping", "checkpoint")  # each also takes a YAML file of its keys
 OF_FIT = ("early_stopping", "checkpoint")  # groups that the other commands have no use for
+MAY_BE_OBJECTS = ("model.name", "data.dataset")  # settings in whose place Python gives an object
 FRONT_ONLY = ("config", "resume", "print_config", "trust_code")  # not keys of a config
 # What people type who come from elsewhere.
 _SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "max_lr": "lr", "bs": "batch_size", "seed": "data.seed"}
@@ -149,6 +150,8 @@ def check_value(name: str, value: str, typed: str, folder: Path = Path()) -> Non
     A path among the values, of a file with further settings, is relative to `folder`.
     """
     row = table().get(name)
+    if name in MAY_BE_OBJECTS and is_object_name(value):
+        return
     if name in GROUPS or (row is not None and row.get("open")):
         path = os.path.join(folder, value)  # pathlib's raises for long names
         if os.path.exists(path) and not os.path.isdir(path):
@@ -203,10 +206,21 @@ def _words(row: dict[str, Any]) -> str:
     return ", or ".join([*choices, *kinds]) or "such as --flag VALUE"
 
 
-def check_config(path: Path, *, trust_code: bool = False) -> None:
+def object_name(value: object) -> str:
+    """Return what config.yaml has in the place of an object from Python, which no setting makes again."""
+    return f"<{type(value).__name__}>"
+
+
+def is_object_name(value: object) -> bool:
+    """Whether a setting stands for an object from Python."""
+    return isinstance(value, str) and value[:1] == "<" and value[-1:] == ">"
+
+
+def check_config(path: Path, *, trust_code: bool = False, given: Collection[str] = ()) -> None:
     """Check the keys and values of a config as those of flags; what it leaves to files of its own is not checked.
 
-    Code of one's own that the config of a run names is refused, unless `trust_code`.
+    Code of one's own that the config of a run names is refused, unless `trust_code`; and so is an object from Python in
+    its place. Those of the settings `given` are not needed.
     """
     file = f"--config {clipped(str(path), 200)}"
     try:
@@ -220,7 +234,7 @@ def check_config(path: Path, *, trust_code: bool = False) -> None:
         return
     if not isinstance(tree, dict):
         raise UserError(f"{file}: holds a {type(tree).__name__}; a config is keys and values, as in configs/.")
-    _check_trust_of_run(path, tree, trust_code)
+    _check_code_of_run(path, tree, trust_code, given)
     leaves = list(_leaves(tree))
     num_given = Counter(name for name, _ in leaves)
     for name, value in leaves:
@@ -240,10 +254,20 @@ def check_config(path: Path, *, trust_code: bool = False) -> None:
             _check_nothing(name, file)
 
 
-def _check_trust_of_run(path: Path, tree: dict[str, Any], trust_code: bool) -> None:
-    if (path.parent / "checkpoints").is_dir():  # in a run, which may be somebody else's
-        for name, import_path in import_paths(tree):
+def _check_code_of_run(path: Path, tree: dict[str, Any], trust_code: bool, given: Collection[str]) -> None:
+    if not (path.parent / "checkpoints").is_dir():
+        return
+    for name, import_path in import_paths(tree):  # of a run, which may be somebody else's
+        if name not in given:
             check_trust(import_path, f"--{name}", path, trust_code=trust_code)
+    for name in MAY_BE_OBJECTS:
+        group, _, key = name.partition(".")
+        value = (tree.get(group) or {}).get(key)
+        if name not in given and is_object_name(value):
+            raise UserError(
+                f"{path.parent}: its {group} {clipped(str(value))} is an object of Python, which no command makes.\n"
+                f"In Python: cifar_lightning.load(RUN, {group}=...).test(), or fit(resume=RUN, {group}=...)."
+            )
 
 
 def _check_nothing(name: str, file: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,8 +10,11 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch import nn
 
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
+from cifar_lightning.checkpoints.loading import plain
+from cifar_lightning.cli.flags import object_name
 from cifar_lightning.cli.parser import (
     TABLE,
     RunParser,
@@ -20,7 +24,7 @@ from cifar_lightning.cli.parser import (
     config_text,
     table_text,
 )
-from cifar_lightning.cli.trainer_objects import drop_unserializable_defaults
+from cifar_lightning.cli.trainer_objects import check_kinds, drop_unserializable_defaults
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.memory import keep_freed_memory
 from cifar_lightning.errors import UserError
@@ -34,8 +38,23 @@ from cifar_lightning.training.model_checks import check_sizes
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.precision import settle_precision
 from cifar_lightning.training.progress_bar import RunProgress
-from cifar_lightning.training.quiet_lightning import silence
+from cifar_lightning.training.quiet_lightning import quiet
 from cifar_lightning.training.signals import StopSignals
+
+
+@dataclass(frozen=True)
+class PythonObjects:
+    """What a caller from Python gives as objects, in place of settings or next to them.
+
+    Attributes:
+        model: An ImageClassifier, or any other nn.Module that returns raw logits.
+        data: An ImageDataModule, or what `ImageDataModule(dataset=...)` takes.
+        callbacks: Further callbacks of the Trainer.
+    """
+
+    model: nn.Module | None = None
+    data: Any = None
+    callbacks: Sequence[pl.Callback] = ()
 
 
 class TrainingCLI(LightningCLI):
@@ -44,10 +63,11 @@ class TrainingCLI(LightningCLI):
     Args:
         command: fit, validate, test or predict.
         arguments: Its flags by their long names.
+        objects: Used instead of those that the flags name; the settings become those of the objects.
     """
 
-    def __init__(self, command: str, arguments: Sequence[str]) -> None:
-        self._arguments = [command, *arguments]
+    def __init__(self, command: str, arguments: Sequence[str], objects: PythonObjects | None = None) -> None:
+        self._arguments, self._objects = [command, *arguments], objects or PythonObjects()
         add_working_directory()
         super().__init__(
             ImageClassifier,
@@ -82,11 +102,39 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check the settings and choose the precision by device."""
         self.settings: Namespace = self.config[self.subcommand]
+        self._take_settings_of_objects()
         if self.settings.model.model and self.settings.model.name == DEFAULT_MODEL:
             self.settings.model.name = None
+        name = self.settings.model.name
+        if self._objects.model is not None:
+            self.settings.model.name = None  # nothing is made by it
         check_arguments(str(self.subcommand), self.settings)
+        check_kinds(map(type, self._objects.callbacks))
+        self.settings.model.name = name
         settle_precision(self.settings.trainer)
         drop_unserializable_defaults(self.settings)
+
+    def _take_settings_of_objects(self) -> None:
+        """Have the settings, and so config.yaml, be those of a given ImageClassifier and ImageDataModule."""
+        model, data = self._objects.model, self._objects.data
+        if isinstance(model, ImageClassifier):
+            _update(self.settings.model, {**model.hparams, **made_from(model)})
+        if isinstance(data, ImageDataModule):
+            dataset = data.arguments["dataset"]
+            is_named = type(data) is ImageDataModule and isinstance(dataset, str)
+            _update(self.settings.data, {**data.arguments, "dataset": dataset if is_named else object_name(data)})
+
+    def _make_model(self, kind: type[ImageClassifier], **settings: Any) -> ImageClassifier:
+        given = self._objects.model
+        if isinstance(given, ImageClassifier):
+            return given
+        return kind(**settings) if given is None else kind(**{**settings, "name": None, "model": given})
+
+    def _make_data(self, kind: type[ImageDataModule], **settings: Any) -> ImageDataModule:
+        given = self._objects.data
+        if isinstance(given, ImageDataModule):
+            return given
+        return kind(**settings) if given is None else kind(**{**settings, "dataset": given})
 
     def instantiate_classes(self) -> None:
         """Wait for `instantiate`."""
@@ -96,21 +144,40 @@ class TrainingCLI(LightningCLI):
 
     def instantiate(self) -> tuple[ImageClassifier, ImageDataModule, Namespace]:
         """Return the model, the data, and the settings with their objects instantiated."""
+        if self._objects != PythonObjects():
+            self._parser(self.subcommand).add_instantiator(self._make_model, ImageClassifier)
+            self._parser(self.subcommand).add_instantiator(self._make_data, ImageDataModule)
         with of_users_objects():
             made = self.parser.instantiate_classes(self.config)[self.subcommand]
         if given := self.settings.model.model:
             made.model.remember_model(dict(given.get("init_args") or {}))
+        if self._objects.model is not None:
+            _update(self.settings.model, made_from(made.model))
+        made.trainer.callbacks = [*as_list(made.trainer.callbacks), *self._objects.callbacks] or None
         return made.model, made.data, made
 
     @property
     def model_name(self) -> str:
         """The model's name, or the class of one's own."""
-        return str(self.settings.model.name or self.settings.model.model.class_path)
+        return str(self.settings.model.name or self.settings.model.model.class_path).strip("<>")
 
     @property
     def config_text(self) -> str:
         """All settings as the content of config.yaml, which `fit --config` repeats."""
         return config_text(self._parser("fit"), self.settings)
+
+
+def _update(settings: Namespace, values: dict[str, Any]) -> None:
+    for name in settings.keys() & values.keys():
+        settings[name] = plain(values[name])
+
+
+def made_from(model: ImageClassifier) -> dict[str, Any]:
+    """Return the settings that make a model again, or the name of its class where none do."""
+    if imported := model.imported:
+        return {"name": imported["path"], "model_kwargs": imported["kwargs"] or None}
+    is_named = type(model) is ImageClassifier and model.hparams["name"]
+    return {} if is_named else {"name": object_name(model if type(model) is not ImageClassifier else model.model)}
 
 
 def fit_parser() -> LightningArgumentParser:
@@ -122,13 +189,12 @@ def fit_parser() -> LightningArgumentParser:
 @contextlib.contextmanager
 def training_process(command: str) -> Iterator[StopSignals]:
     """Prepare this process for a command that uses Lightning, and raise known errors as one of ours."""
-    silence()
     keep_freed_memory()
     check_cuda_once()
     signals = StopSignals()
     signals.install()
     try:
-        with explained(command):
+        with quiet(), explained(command):
             yield signals
     except MisconfigurationException as error:
         raise UserError(str(error)) from error

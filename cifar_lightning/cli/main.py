@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,8 +130,15 @@ def _run_training(command: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str], RunFolder | None]:
+def training_arguments(
+    command: str, arguments: Sequence[str], given: Collection[str] = ()
+) -> tuple[list[str], RunFolder | None]:
     """Check the arguments and expand aliases and run folders into the flags of LightningCLI.
+
+    Args:
+        command: One of `TRAINING`.
+        arguments: As typed.
+        given: Settings in whose place an object is given, from Python.
 
     Returns:
         The flags as `--long.name=value`, and the run that `fit --resume` resumes.
@@ -148,14 +155,14 @@ def training_arguments(command: str, arguments: Sequence[str]) -> tuple[list[str
         _refuse_together(
             names, ("config", "ckpt_path"), f"{command} {run.path}", "a run has its own config and checkpoint"
         )
-        return _of_run(run, run.tested_checkpoint, flags, trust_code), None
+        return _of_run(run, run.tested_checkpoint, flags, trust_code, given), None
     if resumed is not None:
         if command != "fit":
             raise UserError(f"--resume: only fit resumes a run; for its metrics: {command_line(command, resumed)}")
         run = open_run(Path(resumed))
         _refuse_together(names, _NOT_WITH_RESUME, f"--resume {resumed}", "a run resumes in its folder with its config")
         flags = [flag for flag in flags if not flag.startswith("--resume=")]
-        return _of_run(run, run.resumed_checkpoint, flags, trust_code), run
+        return _of_run(run, run.resumed_checkpoint, flags, trust_code, given), run
     if command in ("validate", "test", "predict") and "print_config" not in names:
         given = flag_value(flags, "ckpt_path") or ""
         if given.lower() in NULL:
@@ -180,14 +187,14 @@ def _is_trusting(value: str | None) -> bool:
     return value == "true"
 
 
-def _of_run(run: RunFolder, checkpoint: Path, flags: list[str], trust_code: bool) -> list[str]:
+def _of_run(run: RunFolder, checkpoint: Path, flags: list[str], trust_code: bool, given: Collection[str]) -> list[str]:
     if not checkpoint.exists():
         again = command_line("fit", "--config", run.config, "--run_dir", run.path)
         raise UserError(f"{run.path}: no checkpoint found; nothing to resume or evaluate.\nTo start it over: {again}")
     from cifar_lightning.runs.contents import read_config  # imports pydantic and NumPy
 
     read_config(run.config)
-    check_config(run.config, trust_code=trust_code)
+    check_config(run.config, trust_code=trust_code, given=given)
     return [f"--config={run.config}", *flags, f"--ckpt_path={checkpoint}"]
 
 

@@ -6,7 +6,7 @@ that works, and fail for a class of Lightning's that has no entry.
 
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -98,9 +98,13 @@ def check_callbacks(callbacks: Any) -> None:
     Raises:
         UserError: Names the class and the reason.
     """
+    check_kinds(map(_class_of, _objects(callbacks)))
+
+
+def check_kinds(kinds: Iterable[type]) -> None:
+    """Refuse classes of callbacks; see `check_callbacks`."""
     library = importlib.import_module("lightning.pytorch.callbacks")
-    for node in _objects(callbacks):
-        kind = _class_of(node)
+    for kind in kinds:
         for name, verdict in CALLBACKS.items():
             if verdict.refused and issubclass(kind, getattr(library, name)):
                 raise UserError(f"--trainer.callbacks {kind.__name__}: {verdict.refused}.")

@@ -110,8 +110,10 @@ class ImageDataModule(pl.LightningDataModule):
         skip_unreadable: bool = False,
         device: str | None = None,
     ) -> None:
-        check_settings("data", ImageDataModule.__init__, locals())
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_settings("data", ImageDataModule.__init__, arguments)
         super().__init__()
+        self.arguments = arguments  # for config.yaml
         self.source = open_source(dataset, root, image_size)
         if skip_unreadable:
             if not isinstance(self.source, ClassFolders):

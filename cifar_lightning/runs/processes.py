@@ -16,6 +16,11 @@ def announce_run(path: Path) -> None:
     os.environ[_RUN_OF_FIRST] = str(path)
 
 
+def forget_run() -> None:
+    """Undo `announce_run`, before this process makes another run."""
+    os.environ.pop(_RUN_OF_FIRST, None)
+
+
 def announced_run(given: str | Path | None) -> Path:
     """Return the run folder that the first process announced, or else the one given by --run_dir."""
     chosen = os.environ.get(_RUN_OF_FIRST) or given

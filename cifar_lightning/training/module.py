@@ -129,12 +129,13 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self._mixing = Mixing(num_classes, mixup=mixup, cutmix=cutmix) if mixup or cutmix else None
         built, self._architecture = choose_model(model, name, num_classes, image_size, model_kwargs, pretrained)
         self._pretrained = pretrained
-        self._imported: dict[str, Any] | None = None  # {"path", "kwargs"} of a model of one's own
+        self.imported: dict[str, Any] | None = None
+        """{"path", "kwargs"} that make a model of one's own again; None where it has a name or they are not known."""
         self.model = use_memory_format(built, memory_format)
         if model is not None:
             self.remember_model({})
         elif is_import_path(name):
-            self._imported = {"path": name, "kwargs": model_kwargs or {}}
+            self.imported = {"path": name, "kwargs": model_kwargs or {}}
         self._is_to_compile = compile
         self.val_metrics, self.test_metrics = evaluation_metrics(num_classes), evaluation_metrics(num_classes)
         self.totals = TrainMetrics(self.device)
@@ -145,7 +146,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     def remember_model(self, model_kwargs: Mapping[str, Any]) -> None:
         """Have checkpoints name the class of a given model, if it makes the same model from these arguments."""
         size = self._architecture["image_size"]
-        self._imported = import_path_of(self.model, self.num_classes, size, model_kwargs)
+        self.imported = import_path_of(self.model, self.num_classes, size, model_kwargs)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return raw logits of normalized images."""
@@ -267,9 +268,9 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         checkpoint |= {SCHEMA_KEY: SCHEMA_VERSION, VERSION_KEY: package_version()}
         if self.CHECKPOINT_HYPER_PARAMS_KEY in checkpoint:
             hparams = portable(plain(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]))
-            if self._imported is not None:
+            if self.imported is not None:
                 # Not as `name`: load_from_checkpoint would import it, whoever wrote the checkpoint.
-                hparams |= {"name": None, "imported": portable(plain(self._imported))}
+                hparams |= {"name": None, "imported": portable(plain(self.imported))}
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """Silences messages of Lightning that a user of the command line cannot act on, each with the reason."""
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 _ASKED_FOR = ("callbacks", "profilers")  # they log what verbose=True or a profiler asks for
@@ -27,14 +29,23 @@ def _is_heard(record: logging.LogRecord) -> bool:
     return record.levelno > logging.INFO or Path(record.pathname).name == "model_checkpoint.py"
 
 
-def silence() -> None:
-    """Silence tips, the list of absent accelerators, the line about the seed, and the warnings above."""
-    for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    for asked_for in _ASKED_FOR:
-        logging.getLogger(f"lightning.pytorch.{asked_for}").setLevel(logging.INFO)
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence tips, the list of absent accelerators, the line about the seed, and the warnings above, until the end."""
+    levels = {f"lightning.{library}": logging.WARNING for library in ("pytorch", "fabric")}
+    levels |= {f"lightning.pytorch.{asked_for}": logging.INFO for asked_for in _ASKED_FOR}
     shared = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    shared.setLevel(logging.INFO)
-    shared.addFilter(_is_heard)
-    for message in _SILENCED:
-        warnings.filterwarnings("ignore", message)
+    levels[shared.name] = logging.INFO
+    before = {name: logging.getLogger(name).level for name in levels}
+    with warnings.catch_warnings():
+        for message in _SILENCED:
+            warnings.filterwarnings("ignore", message)
+        try:
+            shared.addFilter(_is_heard)
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+            yield
+        finally:
+            shared.removeFilter(_is_heard)
+            for name, level in before.items():
+                logging.getLogger(name).setLevel(level)

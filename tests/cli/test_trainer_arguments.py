@@ -18,7 +18,7 @@ from cifar_lightning.cli.main import run_command
 from cifar_lightning.cli.parser import check_arguments
 from cifar_lightning.cli.trainer_arguments import ARGUMENTS, PAGE, page_text
 from cifar_lightning.errors import UserError
-from cifar_lightning.training.quiet_lightning import silence
+from cifar_lightning.training.quiet_lightning import quiet
 
 SMALL = [*TINY, "--data.limit", "500", "--batch_size", "100", "--data.eval_batch_size", "20", "--run_dir", "run"]
 # Flag and what the Trainer that trains then is; all at once. What Lightning does with it is Lightning's to test.
@@ -131,14 +131,14 @@ def test_what_only_looks_changes_no_number_and_shows_what_it_saw(tmp_path, monke
 
 
 def test_what_a_profiler_or_verbose_asks_for_is_logged():
-    silence()
-    for module in ("profilers.profiler", "callbacks.early_stopping"):
-        assert logging.getLogger(f"lightning.pytorch.{module}").isEnabledFor(logging.INFO)
-    shared = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    for file, is_heard in (("callbacks/model_checkpoint.py", True), ("trainer/setup.py", False)):
-        record = shared.makeRecord(shared.name, logging.INFO, f"lightning/pytorch/{file}", 1, "text", (), None)
-        assert shared.isEnabledFor(logging.INFO)
-        assert bool(shared.filter(record)) == is_heard
+    with quiet():
+        for module in ("profilers.profiler", "callbacks.early_stopping"):
+            assert logging.getLogger(f"lightning.pytorch.{module}").isEnabledFor(logging.INFO)
+        shared = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+        for file, is_heard in (("callbacks/model_checkpoint.py", True), ("trainer/setup.py", False)):
+            record = shared.makeRecord(shared.name, logging.INFO, f"lightning/pytorch/{file}", 1, "text", (), None)
+            assert shared.isEnabledFor(logging.INFO)
+            assert bool(shared.filter(record)) == is_heard
 
 
 @pytest.mark.parametrize("value", ["true", "2"])

@@ -23,7 +23,7 @@ from cifar_lightning.cli.main import run_command
 from cifar_lightning.cli.parser import check_arguments
 from cifar_lightning.cli.trainer_objects import CALLBACKS, LOGGERS, PAGE, page_text
 from cifar_lightning.errors import UserError
-from cifar_lightning.training.quiet_lightning import silence
+from cifar_lightning.training.quiet_lightning import quiet
 from cifar_lightning.training.tensorboard import Dashboard
 
 ARGUMENTS = {
@@ -180,11 +180,10 @@ def test_every_callback_that_works_is_run_by_fit(tmp_path, monkeypatch, capfd, c
     for name, verdict in CALLBACKS.items():
         if verdict.refused:
             continue
-        silence()
         logger = "--trainer.logger={class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs}}"
         bar = f"--trainer.enable_progress_bar={str(name in BARS).lower()}"
         command = ["fit", *small, logger, bar, f"--run_dir={name}", flag(name, **ARGUMENTS.get(name, {}))]
-        with caplog.at_level(logging.INFO, "lightning.pytorch.callbacks"):
+        with quiet(), caplog.at_level(logging.INFO, "lightning.pytorch.callbacks"):
             if name == "DeviceStatsMonitor" and importlib.util.find_spec("psutil") is None:
                 with pytest.raises(UserError, match=r"DeviceStatsMonitor: .*psutil"):
                     run_command(command)
