@@ -153,6 +153,9 @@ def _refuse_what_is_not_read(config: Namespace) -> None:
         raise UserError(
             f"--model.stem_train_fraction {config.model.stem_train_fraction}: {config.model.name} has no stem for it."
         )
+    epochs, unfreeze_epoch = config.trainer.max_epochs, config.model.unfreeze_epoch
+    if unfreeze_epoch and epochs not in (None, -1) and unfreeze_epoch >= epochs:
+        raise UserError(f"--model.unfreeze_epoch {unfreeze_epoch}: the run ends with epoch {epochs}; leave it out.")
     for name in ("mixup", "cutmix"):
         if config.model[name] and config.data.batch_size == 1:
             raise UserError(

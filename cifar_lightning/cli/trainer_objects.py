@@ -30,7 +30,7 @@ The run's own TensorBoard is replaced by the loggers that are given.
 This page is generated: `python -m cifar_lightning.cli.trainer_objects`.
 """
 _AVERAGES = "tested and saved weights would not be the same; --model.ema_decay 0.999 averages the weights"
-_GROUPS = "the schedule does not know the parameter groups that it adds"
+_GROUPS = "the schedule does not know the parameter groups that it adds; give --model.freeze backbone"
 
 
 @dataclass(frozen=True)

@@ -61,13 +61,13 @@ def load_all_but_head(model: nn.Module, architecture: Mapping[str, Any], weights
     name, origin = str(architecture["name"]), weights.origin
     ours = model.state_dict()
     theirs = without_wrappers(weights.tensors, ours)
-    head = head_of(model, int(architecture["num_classes"]))
-    kept = {key for key in ours if key.startswith(head)}
+    heads = heads_of(model, int(architecture["num_classes"]), "--model.pretrained")
+    kept = {key for key in ours if key.startswith(heads)}
     theirs = {_OLD_DENSENET.sub(r"\1\2.", key): tensor for key, tensor in theirs.items()}
     theirs = {
         key: tensor
         for key, tensor in theirs.items()
-        if not key.startswith(head) and (key in ours or not key.startswith(_AUXILIARY))
+        if not key.startswith(heads) and (key in ours or not key.startswith(_AUXILIARY))
     }
     # Weights from before torch 0.4.1 lack num_batches_tracked, which no norm with a fixed momentum reads.
     kept |= {key for key in ours if key.endswith("num_batches_tracked") and key not in theirs}
@@ -81,17 +81,27 @@ def load_all_but_head(model: nn.Module, architecture: Mapping[str, Any], weights
     remark("; ".join([f"{origin} are loaded, except the head", *notes]) + ".")
 
 
-def head_of(model: nn.Module, num_classes: int) -> str:
-    """Return the parameter prefix of a model's head: the last layer with one output per class."""
-    heads = [
-        name
-        for name, layer in model.named_modules()
-        if (isinstance(layer, nn.Linear) and layer.out_features == num_classes)
-        or (isinstance(layer, nn.Conv2d) and layer.out_channels == num_classes)
-    ]
+def heads_of(model: nn.Module, num_classes: int, flag: str) -> tuple[str, ...]:
+    """Return the parameter prefixes of a model's head: timm's classifiers, or the last layer with an output per class.
+
+    Raises:
+        UserError: It has none; names the flag.
+    """
+    given: Any = getattr(model, "get_classifier", tuple)()
+    classifiers = given if isinstance(given, tuple | list) else (given,)
+    names = [name for name, layer in model.named_modules() if any(layer is each for each in classifiers)]
+    heads = (
+        names
+        or [
+            name
+            for name, layer in model.named_modules()
+            if (isinstance(layer, nn.Linear) and layer.out_features == num_classes)
+            or (isinstance(layer, nn.Conv2d) and layer.out_channels == num_classes)
+        ][-1:]
+    )
     if not heads:
-        raise UserError(f"--model.pretrained: the model has no layer with {num_classes} outputs to use as head.")
-    return f"{heads[-1]}."
+        raise UserError(f"{flag}: the model has no layer with {num_classes} outputs to use as head.")
+    return tuple(f"{name}." for name in heads)
 
 
 def resample_filters(

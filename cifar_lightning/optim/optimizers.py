@@ -1,11 +1,13 @@
 """Optimizers: AdamW, Nesterov SGD, and Muon with Nesterov SGD."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from cifar_lightning.errors import UserError
 from cifar_lightning.optim.muon import Muon
 from cifar_lightning.settings.limits import check_setting
 
@@ -26,7 +28,14 @@ class OptimizerSettings:
     sgd_weight_decay: float
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings, *, fused: bool = True) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    settings: OptimizerSettings,
+    *,
+    fused: bool = True,
+    later: Collection[nn.Parameter] = (),
+    lr_scales: Mapping[nn.Parameter, float] | None = None,
+) -> torch.optim.Optimizer:
     """Build the optimizer of a model.
 
     Args:
@@ -34,13 +43,18 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings, *, fused: boo
             a group of their own, which a schedule may end early.
         settings: Which optimizer, and its values.
         fused: Whether AdamW and SGD may run as one kernel; Lightning cannot clip their gradients in 16-mixed.
+        later: Parameters that will require gradients later in the run.
+        lr_scales: Factors of the learning rates, with adamw and sgd; each has groups of its own, the largest first.
 
     Raises:
-        UserError: An unknown name.
+        UserError: An unknown name, or factors with muon.
     """
     check_setting("model.optimizer", OptimizerName, settings.name)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    is_later = set(later)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad or parameter in is_later]
     if settings.name == "muon":
+        if lr_scales is not None:
+            raise UserError("--model.layer_decay: not with muon, which keeps the norm of filters; give adamw or sgd.")
         return _build_muon(trainable, getattr(model, "stem", nn.Module()), settings)
     # Norm scales and biases have one dimension and get no weight decay: pulling them to zero shrinks the signal instead
     # of simplifying the function (arXiv:1812.01187, section 3.1).
@@ -48,10 +62,21 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings, *, fused: boo
     vectors = [parameter for parameter in trainable if parameter.ndim <= 1]
     decays: list[tuple[list[nn.Parameter], float]] = [(matrices, settings.weight_decay), (vectors, 0.0)]
     groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
+    if lr_scales is not None:
+        groups = _scaled(groups, settings.lr, lr_scales)
     if settings.name == "sgd":
         momentum = settings.sgd_momentum
         return torch.optim.SGD(groups, lr=settings.lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
     return torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
+
+
+def _scaled(groups: list[dict[str, Any]], lr: float, lr_scales: Mapping[nn.Parameter, float]) -> list[dict[str, Any]]:
+    return [
+        {**group, "lr": lr * scale, "params": parameters}
+        for scale in sorted({*lr_scales.values()}, reverse=True)
+        for group in groups
+        if (parameters := [parameter for parameter in group["params"] if lr_scales[parameter] == scale])
+    ]
 
 
 def _build_muon(trainable: list[nn.Parameter], stem: nn.Module, settings: OptimizerSettings) -> Muon:

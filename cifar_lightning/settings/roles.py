@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 READ_BY = {
-    "adamw": ("weight_decay",),
-    "sgd": ("sgd_momentum", "weight_decay"),
+    "adamw": ("weight_decay", "layer_decay"),
+    "sgd": ("sgd_momentum", "weight_decay", "layer_decay"),
     "muon": ("sgd_lr", "head_lr", "momentum", "sgd_momentum", "sgd_weight_decay"),
 }
 """The settings of the model that each optimizer reads, next to lr."""
@@ -19,6 +19,9 @@ FIXED = {
     "model.schedule",
     "model.ema_decay",
     "model.pretrained",
+    "model.freeze",
+    "model.unfreeze_epoch",
+    "model.layer_decay",
     "data.image_size",
     "data.dataset",
     "data.seed",

@@ -20,6 +20,7 @@ from cifar_lightning.checkpoints.schema import SCHEMA_KEY, VERSION_KEY, upgrade_
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.metrics.classification import accuracy, macro_f1
 from cifar_lightning.models.compile import compile_model
+from cifar_lightning.models.fine_tuning import FrozenLayers, lr_scales
 from cifar_lightning.models.memory_format import MemoryFormat, use_memory_format
 from cifar_lightning.models.registry import DEFAULT_MODEL, choose_model, import_path_of
 from cifar_lightning.models.state_dicts import describe_misfits
@@ -28,7 +29,7 @@ from cifar_lightning.optim.schedules import ScheduleName, ScheduleSettings, make
 from cifar_lightning.runs.environment import package_version, portable
 from cifar_lightning.runs.schema import SCHEMA_VERSION
 from cifar_lightning.settings.import_path import is_import_path
-from cifar_lightning.settings.limits import Fraction, LearningRate, MixStrength, WeightDecay, check_settings
+from cifar_lightning.settings.limits import Count, Fraction, LearningRate, MixStrength, WeightDecay, check_settings
 from cifar_lightning.training.data_protocol import TrainingData, training_data
 from cifar_lightning.training.ema import EmaWeights
 from cifar_lightning.training.eval_metrics import evaluation_metrics, update_evaluation
@@ -75,6 +76,9 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             (mirrored and shifted by a pixel).
         model_kwargs: Further arguments of the model, such as {widths: [16, 32, 64], dropout: 0.2}.
         pretrained: Load pretrained weights into all layers but the last: true for published ones, or a run or file.
+        freeze: Layers that are not trained: backbone (all but the head), or globs of parameter names such as layer1.
+        unfreeze_epoch: Train the frozen layers, too, after so many epochs.
+        layer_decay: Factor of the learning rate from each layer to the one below it; 1 disables it, 0.75 is usual.
         compile: Compile the model for training with torch.compile, if a compiler is installed.
         memory_format: channels_last (faster convolutions) or contiguous, for a model that calls view on its images.
         model: Your own nn.Module that returns raw logits, instead of `name`.
@@ -111,6 +115,11 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         tta: TTA = "none",
         model_kwargs: dict[str, Any] | None = None,
         pretrained: bool | str = False,
+        freeze: list[str] | str | None = None,
+        unfreeze_epoch: Count | None = None,
+        layer_decay: Annotated[
+            float, Field(gt=0, le=1, allow_inf_nan=False, description="above 0 to 1 (off), such as 0.75")
+        ] = 1.0,
         compile: bool = False,
         memory_format: MemoryFormat = "channels_last",
         model: nn.Module | None = None,
@@ -136,6 +145,10 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             self.remember_model({})
         elif is_import_path(name):
             self.imported = {"path": name, "kwargs": model_kwargs or {}}
+        if unfreeze_epoch and not freeze:
+            raise UserError(f"--model.unfreeze_epoch {unfreeze_epoch}: nothing is frozen; give --model.freeze.")
+        self._frozen = FrozenLayers(self.model, freeze, num_classes, unfreeze_epoch) if freeze else None
+        self._layer_decay = layer_decay
         self._is_to_compile = compile
         self.val_metrics, self.test_metrics = evaluation_metrics(num_classes), evaluation_metrics(num_classes)
         self.totals = TrainMetrics(self.device)
@@ -160,6 +173,15 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         """Forget an earlier resume; a checkpoint to resume from is loaded after this."""
         if stage == "fit":
             self._resumed_from = None
+            if self._frozen is not None:
+                self._frozen.set_epoch(self.current_epoch, self.trainer.world_size)
+
+    def train(self, mode: bool = True) -> "ImageClassifier":
+        """Set the mode of all modules but frozen norms, which keep their statistics."""
+        super().train(mode)
+        if self._frozen is not None:
+            self._frozen.set_mode(mode)
+        return self
 
     def on_fit_start(self) -> None:
         """Check the data, compile, and take from the data what training needs."""
@@ -193,9 +215,21 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         """Check the batch size against BatchNorm; the LR finder gets here, too, but not to on_fit_start."""
         check_batches(self.trainer, self.model)
         check_optimizers(self.trainer.optimizers, self.model)
+        self._freeze_for_epoch()  # Lightning starts no epoch that is resumed in its middle
 
     def on_train_epoch_start(self) -> None:
         self.totals = TrainMetrics(self.device)
+        self._freeze_for_epoch()
+
+    def _freeze_for_epoch(self) -> None:
+        if self._frozen is not None:
+            self._frozen.set_epoch(self.current_epoch, self.trainer.world_size)
+            self._frozen.set_mode(self.training)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop the gradients of frozen layers, which with DDP have some."""
+        if self._frozen is not None:
+            self._frozen.drop_gradients()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the label-smoothed loss of a batch; add it to the epoch's sums, without a sync."""
@@ -242,7 +276,9 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer and its schedule over all steps of the run."""
         fused = not self.trainer.gradient_clip_val
-        optimizer = build_optimizer(self.model, self.optimizer_settings, fused=fused)
+        later = () if self._frozen is None or self._frozen.unfreeze_epoch is None else self._frozen.parameters
+        scales = None if self._layer_decay == 1 else lr_scales(self.model, self._layer_decay)
+        optimizer = build_optimizer(self.model, self.optimizer_settings, fused=fused, later=later, lr_scales=scales)
         schedule = self.make_schedule(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

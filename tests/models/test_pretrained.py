@@ -9,7 +9,7 @@ import torchvision
 
 from cifar_lightning.checkpoints.pretrained import load_pretrained
 from cifar_lightning.errors import UserError
-from cifar_lightning.models.pretrained import Normalization, head_of, resample_filters
+from cifar_lightning.models.pretrained import Normalization, heads_of, resample_filters
 from cifar_lightning.models.registry import build_model
 
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -197,11 +197,16 @@ def test_without_a_connection_the_address_is_named(published):
 
 def test_the_head_is_the_last_layer_of_as_many_classes():
     with torch.device("meta"):
-        heads = {name: head_of(build_model(name, 64), 64) for name in ("smallnet", "resnet18", "vit_tiny")}
-        heads["squeezenet"] = head_of(build_model("torchvision/squeezenet1_0", 64), 64)
-    assert heads == {"smallnet": "head.", "resnet18": "fc.", "vit_tiny": "heads.head.", "squeezenet": "classifier.1."}
+        heads = {name: heads_of(build_model(name, 64), 64, "--x") for name in ("smallnet", "resnet18", "vit_tiny")}
+        heads["squeezenet"] = heads_of(build_model("torchvision/squeezenet1_0", 64), 64, "--x")
+    assert heads == {
+        "smallnet": ("head.",),
+        "resnet18": ("fc.",),
+        "vit_tiny": ("heads.head.",),
+        "squeezenet": ("classifier.1.",),
+    }
     with pytest.raises(UserError, match="no layer with 9 outputs"):
-        head_of(build_model("smallnet", 10), 9)
+        heads_of(build_model("smallnet", 10), 9, "--x")
 
 
 # -- timm --------------------------------------------------------------------------------------------------------
