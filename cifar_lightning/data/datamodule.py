@@ -66,6 +66,8 @@ class ImageDataModule(pl.LightningDataModule):
             (RandAugment) or none.
         erasing: Fraction of the training images with a random rectangle set to the mean colour; 0 disables it.
         drop_last: Drop a last, smaller training batch.
+        labels: CSV or JSON lines of path, label and optionally split of the images of a folder, instead of class
+            folders.
         skip_unreadable: Leave out images of a folder that cannot be read; otherwise they are an error. The run lists
             them in skipped_files.jsonl.
         device: Device that batches are made on; by default the Trainer's, without a Trainer the CPU.
@@ -107,6 +109,7 @@ class ImageDataModule(pl.LightningDataModule):
             float, Field(ge=0, le=1, allow_inf_nan=False, description="0 (off) to 1 (every image)")
         ] = 0.0,
         drop_last: bool = False,
+        labels: str | None = None,
         skip_unreadable: bool = False,
         device: str | None = None,
     ) -> None:
@@ -114,11 +117,7 @@ class ImageDataModule(pl.LightningDataModule):
         check_settings("data", ImageDataModule.__init__, arguments)
         super().__init__()
         self.arguments = arguments  # for config.yaml
-        self.source = open_source(dataset, root, image_size)
-        if skip_unreadable:
-            if not isinstance(self.source, ClassFolders):
-                raise UserError(f"--data.skip_unreadable true: only for --data.dataset folder, not {dataset}.")
-            self.source.skip_unreadable = True
+        self.source = open_source(dataset, root, image_size, labels=labels, skip_unreadable=skip_unreadable)
         self.class_names: tuple[str, ...] = self.source.class_names
         self.num_classes = len(self.class_names)
         if self.num_classes < 2:

@@ -10,11 +10,12 @@ flags again. How a source is used:
 """
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -189,13 +190,20 @@ DATASETS: dict[str, Callable[[Path, int | None], Source]] = {
 """Makes a source of (root, image_size or None) by the name that `--data.dataset` takes."""
 
 
-def open_source(dataset: str, root: str | Path, image_size: int | None = None) -> Source:
-    """Return a data set by name, without downloading or decoding.
+def open_source(dataset: str, root: str | Path, image_size: int | None = None, **of_folder: Any) -> Source:
+    """Return a data set by name, without downloading or decoding; `of_folder` are arguments of `ClassFolders`.
 
     Raises:
-        UserError: An unknown name, a size that the data set does not have, or invalid class folders.
+        UserError: An unknown name, a size or setting that the data set does not have, or invalid class folders.
     """
+    if dataset == "folder":
+        return ClassFolders(root, image_size, **of_folder)
     if dataset in DATASETS:
+        defaults = inspect.signature(ClassFolders).parameters
+        for name, value in of_folder.items():
+            if value != defaults[name].default:
+                text = str(value).lower() if isinstance(value, bool) else value
+                raise UserError(f"--data.{name} {text}: only for --data.dataset folder, not {dataset}.")
         return DATASETS[dataset](Path(root), image_size)
     hint = suggest(str(dataset), [*DATASETS])
     raise UserError(f"--data.dataset {dataset}: unknown, choose one of {', '.join(DATASETS)}.{hint}")

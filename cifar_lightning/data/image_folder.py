@@ -1,5 +1,7 @@
 """Class folders: `ROOT/<class>/*`, or `ROOT/train/<class>/*` and optionally the same below `ROOT/test` and `ROOT/val`.
 
+Or images anywhere below ROOT, with their classes and splits in a labels file (labels_file.py).
+
 Images of any format and size are decoded once to uint8 RGB squares (rules: image_decoding.py) in a `.npy` file that
 later starts map into memory: a set larger than memory is never held there, and a second start decodes nothing. The
 file is valid for the contents of the folder: names, and the SHA-256 of every file. Files with unchanged size, times and
@@ -27,7 +29,8 @@ import numpy as np
 
 from cifar_lightning.data import image_decoding
 from cifar_lightning.data.image_decoding import RULES, Remarks, decode_all, find_image_size, read_file, remark_lines
-from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, digest
+from cifar_lightning.data.image_set import SPLIT_OF_WORD, SPLITS, ImageSet, Split, digest
+from cifar_lightning.data.labels_file import read_labels
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
 from cifar_lightning.formatting import counted, printable
@@ -47,8 +50,6 @@ _FILE = np.dtype([("stat", "<i8", 4), ("content", "u1", 32), ("pixels", "<u8")])
 Stat = tuple[int, int, int, int]
 Skipped = tuple[str, str]  # path of a file or folder, and why it is left out
 _BY_SUFFIX, _LOOSE, _LINK = "not an image, by its suffix", "in no class folder", "a link to a folder inside a class"
-_SPLIT_FOLDERS: dict[str, Split] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-_SPLIT_FOLDERS |= {"val": "val", "valid": "val", "validation": "val"}  # names in lower case
 
 
 @dataclass(frozen=True)
@@ -103,18 +104,26 @@ class ClassFolders:
         root: Folder that holds the classes, or `train/` and optionally `test/` and `val/` with the classes.
         image_size: Height and width in pixels. By default that of the images if all of a sample are squares of one size
             up to 224, otherwise the median of their shorter sides, rounded to a multiple of 32 from 32 to 224.
+        labels: Labels file, which then decides classes and splits.
+        skip_unreadable: Leave out images that cannot be read; otherwise they are an error.
 
     Raises:
-        UserError: A folder is missing, or a class is empty or not in every split.
+        UserError: A folder is missing, or a class is empty or not in every split, or the labels file does not fit.
     """
 
     mean: None = None
     std: None = None
-    skip_unreadable = False  # leave out images that cannot be read; otherwise they are an error
 
-    def __init__(self, root: str | Path, image_size: int | None = None) -> None:
-        self.root = Path(root)
-        self.class_names, self._listed = scan(self.root)
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int | None = None,
+        *,
+        labels: str | Path | None = None,
+        skip_unreadable: bool = False,
+    ) -> None:
+        self.root, self.labels, self.skip_unreadable = Path(root), labels, skip_unreadable
+        self.class_names, self._listed = scan(self.root, None if labels is None else Path(labels))
         self.listings = dict(self._listed)  # once decoded, without the images that cannot be read
         if image_size is not None and image_size < 1:
             raise UserError(f"--data.image_size {image_size}: 1 pixel or more")
@@ -207,7 +216,14 @@ class ClassFolders:
             f"{len(listing.names):,}{'' if is_one else f' {split}'}" for split, listing in self.listings.items()
         )
         size = f"{self.image_size}x{self.image_size}"
-        return f"folder: {counts} images, {len(self.class_names)} classes, {size}, in {self.root}"
+        labels = "" if self.labels is None else f", labels of {self.labels}"
+        return f"folder: {counts} images, {len(self.class_names)} classes, {size}, in {self.root}{labels}"
+
+    def _cache_name(self, split: Split) -> str:
+        if self.labels is None:
+            return f"{split}-{self.image_size}.npy"
+        of_labels = hashlib.sha256(os.fsencode(Path(self.labels).name)).hexdigest()[:8]  # so that folds do not compete
+        return f"{split}-{self.image_size}-{of_labels}.npy"
 
     def _decoded(self, split: Split) -> Decoded:
         decoded, listing = self._uncached.get(split) or self._read(split) or self._build(split), self._listed[split]
@@ -227,7 +243,7 @@ class ClassFolders:
 
     def _read(self, split: Split) -> Decoded | None:
         for folder in cache_folders(self.root):
-            path = folder / f"{split}-{self.image_size}.npy"
+            path = folder / self._cache_name(split)
             if found := read_cache(path, self._about(split), self._listed[split]):
                 if self.skip_unreadable or not found.unreadable:
                     return found
@@ -239,7 +255,7 @@ class ClassFolders:
         listing = self._listed[split]
         shape = (len(listing.names), self.image_size, self.image_size, 3)
         for folder in cache_folders(self.root):
-            with allocated(folder, f"{split}-{self.image_size}.npy", shape) as temporary:
+            with allocated(folder, self._cache_name(split), shape) as temporary:
                 if temporary is None:
                     continue
                 if folder.parent != self.root:
@@ -247,7 +263,7 @@ class ClassFolders:
                 decoded, files = self._decode(listing, temporary)
                 about = self._about(split) | {"contents": _contents(files, listing)}
                 try:
-                    return publish(temporary, folder / f"{split}-{self.image_size}.npy", about, decoded, files)
+                    return publish(temporary, folder / self._cache_name(split), about, decoded, files)
                 except OSError as error:  # on Windows: while another process has the old images mapped
                     print(f"{folder}: decoded images cannot be cached ({error})", flush=True)
         print(f"No folder for decoded images is writable (set {CACHE_VARIABLE}): decoding at each start", flush=True)
@@ -273,10 +289,12 @@ class ClassFolders:
 # -- the folder -------------------------------------------------------------------------------------------------
 
 
-def scan(root: Path) -> tuple[tuple[str, ...], dict[Split, Listing]]:
-    """List the files of all splits: all are in "train" where the classes lie in the root."""
+def scan(root: Path, labels: Path | None = None) -> tuple[tuple[str, ...], dict[Split, Listing]]:
+    """List class names and the files of all splits: all are in "train" where none is given."""
     if not root.is_dir():
         raise UserError(f"--data.root {root}: no such folder; it must hold <class>/*, or train/<class>/*")
+    if labels is not None:
+        return _scan_labels(root, labels)
     within = _split_folders(root) or {"train": ""}
     if "train" not in within:
         raise UserError(f"--data.root {root} has no folder train/: put images into train/<class>/")
@@ -296,11 +314,33 @@ def scan(root: Path) -> tuple[tuple[str, ...], dict[Split, Listing]]:
     }
 
 
+def _scan_labels(root: Path, labels: Path) -> tuple[tuple[str, ...], dict[Split, Listing]]:
+    began_ns, listings = time.time_ns(), dict[Split, Listing]()
+    rows = read_labels(labels, root)
+    found = {row.label for row in rows}
+    are_numbers = all(label.removeprefix("-").isdecimal() for label in found)
+    names = tuple(sorted(found, key=lambda label: (int(label) if are_numbers else 0, label)))
+    places = {name: place for place, name in enumerate(names)}
+    for split in SPLITS:
+        own = sorted((places[row.label], row.name, _stat(row.about)) for row in rows if (row.split or "train") == split)
+        counts = np.bincount([place for place, _, _ in own], minlength=len(names)).tolist()
+        if not own and split != "train":
+            continue
+        if 0 in counts:
+            raise UserError(
+                f"--data.labels {labels}: no {split} image of {printable(names[counts.index(0)])}\n"
+                "Every split needs every class, and train is one of them: add rows, or leave the split column out."
+            )
+        stats = _settled([about for _, _, about in own], began_ns)
+        listings[split] = Listing(str(root), "", tuple(name for _, name, _ in own), tuple(counts), stats)
+    return names, listings
+
+
 def _split_folders(root: Path) -> dict[Split, str]:
     """Return the name of each split's folder; empty where the classes lie in the root."""
     found: dict[Split, str] = {}
     for entry in _entries(root)[0]:
-        split = _SPLIT_FOLDERS.get(entry.name.casefold())
+        split = SPLIT_OF_WORD.get(entry.name.casefold())
         if split is None or not _is_folder(entry):
             continue
         if split in found:

@@ -10,6 +10,8 @@ from cifar_lightning.data.memory import give_back_pages
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+SPLIT_OF_WORD: dict[str, Split] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_OF_WORD |= {"val": "val", "valid": "val", "validation": "val"}  # what people call it, in lower case
 _HASHED_BYTES = 1 << 26  # of images at a time
 
 

@@ -82,6 +82,7 @@ NOT_AUGMENTATION = {
     "train_sizes",
     "crop_mode",
     "drop_last",
+    "labels",
     "skip_unreadable",
     "device",
 }
