@@ -22,7 +22,7 @@ from cifar_lightning.files import read_bytes
 from cifar_lightning.formatting import clipped, shell_line, suggest
 from cifar_lightning.runs.schema import upgrade_config
 from cifar_lightning.settings.comparison import within
-from cifar_lightning.settings.import_path import check_trust, import_paths
+from cifar_lightning.settings.import_path import check_trust, import_paths, is_import_path
 from cifar_lightning.settings.safe_yaml import MAX_BYTES, read_yaml
 
 ALIASES = {"epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "lr": "model.lr"}
@@ -179,7 +179,7 @@ def _check_mapping(value: str, typed: str) -> None:
 
 def _fits(row: dict[str, Any], value: str) -> bool:
     types = row["types"]
-    if value in row.get("choices", []) or ("str" in types and "choices" not in row):
+    if value in row.get("choices", []) or ("str" in types and ("choices" not in row or is_import_path(value))):
         return True
     lowered = value.strip().lower()
     return (

@@ -249,7 +249,8 @@ def _kinds(hint: Any) -> tuple[list[str], list[str]]:
             kinds += [kind for kind in more_kinds if kind not in kinds]
             choices += [choice for choice in more_choices if choice not in choices]
         return kinds, choices
-    return [_KINDS.get(hint, "open")], []
+    # `str | Any` is a name, or an object from Python, which the command line cannot have.
+    return ([] if hint is Any else [_KINDS.get(hint, "open")]), []
 
 
 def _first_paragraph(text: str) -> str:

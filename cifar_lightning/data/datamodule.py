@@ -36,7 +36,9 @@ class ImageDataModule(pl.LightningDataModule):
     to 0-1) after `setup()`. Without a Trainer: `prepare_data()`, `setup()`, then iterate `train_dataloader()`.
 
     Args:
-        dataset: Name of the data set: cifar10, cifar100, folder (class folders below root) or synthetic (generated).
+        dataset: Name of the data set: cifar10, cifar100, folder (class folders below root) or synthetic (generated);
+            or package.module:name of your own. From Python also the object: a Dataset, a Hugging Face data set,
+            (images, labels) arrays, or (train, test) or (train, val, test) of them.
         root: Folder of the images, or to download them to.
         batch_size: Training images per step and process; the default is reduced to the size of a smaller training
             split.
@@ -71,6 +73,8 @@ class ImageDataModule(pl.LightningDataModule):
         skip_unreadable: Leave out images of a folder that cannot be read; otherwise they are an error. The run lists
             them in skipped_files.jsonl.
         device: Device that batches are made on; by default the Trainer's, without a Trainer the CPU.
+        class_names: Names of the classes of a data set of your own, in the order of its labels; by default those that
+            it knows, else the numbers.
 
     Raises:
         UserError: An invalid value, or data that is missing, damaged or too small.
@@ -78,7 +82,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        dataset: str = "cifar10",
+        dataset: str | Any = "cifar10",
         root: str = "data",
         batch_size: Count = 128,
         *,
@@ -112,18 +116,20 @@ class ImageDataModule(pl.LightningDataModule):
         labels: str | None = None,
         skip_unreadable: bool = False,
         device: str | None = None,
+        class_names: list[str] | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_settings("data", ImageDataModule.__init__, arguments)
         super().__init__()
         self.arguments = arguments  # for config.yaml
-        self.source = open_source(dataset, root, image_size, labels=labels, skip_unreadable=skip_unreadable)
+        self.source = open_source(
+            dataset, root, image_size, class_names, labels=labels, skip_unreadable=skip_unreadable
+        )
         self.class_names: tuple[str, ...] = self.source.class_names
         self.num_classes = len(self.class_names)
         if self.num_classes < 2:
-            raise UserError(
-                f"--data.root {root}: only one class ({printable(self.class_names[0])}); at least 2 are needed."
-            )
+            name = printable(self.class_names[0])
+            raise UserError(f"{self.source.describe()}: only one class ({name}); at least 2 are needed.")
         try:
             self.device = None if device is None else torch.device(device)
             if self.device is not None:

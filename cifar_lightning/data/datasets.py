@@ -12,10 +12,10 @@ flags again. How a source is used:
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,7 +24,8 @@ from cifar_lightning.data.download import ARCHIVES, download
 from cifar_lightning.data.image_folder import ClassFolders, holds_class_folders
 from cifar_lightning.data.image_set import ImageSet, Split, digest
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import suggest
+from cifar_lightning.formatting import clipped, suggest
+from cifar_lightning.settings.import_path import import_object, is_import_path
 
 Channels = tuple[float, float, float]
 
@@ -45,6 +46,7 @@ CIFAR100_CLASSES = (
 # fmt: on
 
 
+@runtime_checkable
 class Source(Protocol):
     """A data set. Everything but the images is known without downloading or decoding.
 
@@ -190,20 +192,54 @@ DATASETS: dict[str, Callable[[Path, int | None], Source]] = {
 """Makes a source of (root, image_size or None) by the name that `--data.dataset` takes."""
 
 
-def open_source(dataset: str, root: str | Path, image_size: int | None = None, **of_folder: Any) -> Source:
-    """Return a data set by name, without downloading or decoding; `of_folder` are arguments of `ClassFolders`.
+def open_source(
+    dataset: str | Any,
+    root: str | Path,
+    image_size: int | None = None,
+    class_names: Sequence[str] | None = None,
+    **of_folder: Any,
+) -> Source:
+    """Return a data set by name, import path or object, without downloading or decoding.
+
+    An object that does not say what classes it has is read for it. `of_folder` are arguments of `ClassFolders`.
 
     Raises:
-        UserError: An unknown name, a size or setting that the data set does not have, or invalid class folders.
+        UserError: An unknown name, a size or setting that the data set does not have, invalid class folders, or an
+            object that is no data set.
     """
-    if dataset == "folder":
+    name = dataset if isinstance(dataset, str) else ""
+    if name in DATASETS and class_names:
+        raise UserError(f"--data.class_names: only for a data set of your own; {name} has names.")
+    if name == "folder":
         return ClassFolders(root, image_size, **of_folder)
-    if dataset in DATASETS:
-        defaults = inspect.signature(ClassFolders).parameters
-        for name, value in of_folder.items():
-            if value != defaults[name].default:
-                text = str(value).lower() if isinstance(value, bool) else value
-                raise UserError(f"--data.{name} {text}: only for --data.dataset folder, not {dataset}.")
-        return DATASETS[dataset](Path(root), image_size)
-    hint = suggest(str(dataset), [*DATASETS])
-    raise UserError(f"--data.dataset {dataset}: unknown, choose one of {', '.join(DATASETS)}.{hint}")
+    defaults = inspect.signature(ClassFolders).parameters
+    for key, value in of_folder.items():
+        if value != defaults[key].default:
+            text, what = str(value).lower() if isinstance(value, bool) else value, name or type(dataset).__name__
+            raise UserError(f"--data.{key} {text}: only for --data.dataset folder, not {clipped(what)}.")
+    if name in DATASETS:
+        return DATASETS[name](Path(root), image_size)
+    if name and not is_import_path(name):
+        hint, names = suggest(name, [*DATASETS]), ", ".join(DATASETS)
+        raise UserError(f"--data.dataset {clipped(name)}: unknown; one of {names}, or package.module:name.{hint}")
+    given = import_object(name, "--data.dataset") if name else dataset
+    if isinstance(given, type) or (callable(given) and not hasattr(given, "__getitem__")):
+        given = _made(given, name or getattr(given, "__name__", type(given).__name__))
+    if isinstance(given, Source):
+        if class_names or image_size not in (None, given.image_size):
+            kind = type(given).__name__
+            raise UserError(f"--data.image_size and --data.class_names: {kind} has its own; leave them out.")
+        return given
+    from cifar_lightning.data.object_source import ObjectSource, kind_of  # imports torch and Lightning
+
+    return ObjectSource(given, image_size, class_names, name or kind_of(given))
+
+
+def _made(make: Callable[[], Any], name: str) -> Any:
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise UserError(f"--data.dataset {name}: {error}; it is called without arguments.") from error
+    except ValueError:  # of builtins, which may have no signature
+        pass
+    return make()

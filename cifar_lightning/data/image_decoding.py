@@ -141,6 +141,31 @@ def decode_image(path: str, image_size: int, remarks: list[str] | None = None, r
         raise UserError(f"{path} cannot be read ({' '.join(reason.split()) or type(error).__name__})") from error
 
 
+def square_of(image: Image.Image, image_size: int) -> np.ndarray:
+    """Return a Pillow image by the rules at the top of this file, as uint8 RGB (image_size, image_size, 3).
+
+    Raises:
+        ValueError: Samples whose white is not defined.
+    """
+    to_rgb = _conversion(image)
+    image.load()
+    if _has_unused_alpha(image):
+        to_rgb = _colours
+    return np.asarray(_square(image, image.size, 1.0, image_size, to_rgb))
+
+
+def header_size(file: str | bytes) -> tuple[int, int]:
+    """Return width and height of an image file, by its path or content.
+
+    Raises:
+        ValueError: Not an image, or too large.
+    """
+    _refuse_formats()
+    with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image:
+        _check_header(image)
+        return image.size
+
+
 @functools.cache
 def _refuse_formats() -> None:
     """Replace Pillow's readers of `REFUSED_FORMATS` in this process, so that nested files cannot reach them either."""
@@ -199,12 +224,13 @@ def _is_orientation_text(chunk: bytes) -> bool:
     return False
 
 
-def _conversion(image: ImageFile) -> Callable[[Image.Image], Image.Image]:
+def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     """Return the conversion to RGB of an image that is not loaded yet, or of a piece of it.
 
     A `ValueError` says that Pillow does not read the samples correctly, or that their white is not defined.
     """
-    raw_mode = str(image.tile[0][3]) if image.tile else ""  # lost by loading, as are the tags
+    tiles: Any = getattr(image, "tile", None)
+    raw_mode = str(tiles[0][3]) if tiles else ""  # lost by loading, as are the tags
     tags: Any = getattr(image, "tag_v2", {})
     is_signed = image.format == "TIFF" and 2 in tags.get(SAMPLEFORMAT, ())
     is_gray_16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
@@ -332,12 +358,16 @@ def find_image_size(paths: Sequence[str]) -> int:
     if unknown:
         with suppress(BrokenProcessPool), _workers(1) as pool:  # decoding all images will name the one that crashes it
             sizes |= zip(unknown, pool.map(_header_size, unknown, chunksize=_SAMPLE), strict=True)
-    known = [size for size in sizes.values() if size is not None]
-    if not known:
+    return choose_image_size([size for size in sizes.values() if size is not None])
+
+
+def choose_image_size(sizes: Sequence[tuple[int, int]], *, is_square_kept: bool = False) -> int:
+    """Return an `image_size` that suits images of these sizes; `is_square_kept`: also one above 224."""
+    if not sizes:
         return 32
-    if len(set(known)) == 1 and known[0][0] == known[0][1] <= 224:
-        return known[0][0]
-    side = statistics.median_low([min(size) for size in known])
+    if len(set(sizes)) == 1 and sizes[0][0] == sizes[0][1] and (is_square_kept or sizes[0][0] <= 224):
+        return sizes[0][0]
+    side = statistics.median_low([min(size) for size in sizes])
     return min(max(round(side / 32) * 32, 32), 224)
 
 

@@ -116,7 +116,7 @@ def _subset(targets: Tensor, counts: Tensor, settings: SplitSettings, class_name
     if limit is None or limit >= total:
         return torch.arange(total)
     taken = _stratified_counts(counts, limit / total)
-    if (scarce := _scarcest(taken, val_fraction)) is not None:
+    if (scarce := _scarcest(taken, val_fraction, counts)) is not None:
         raise UserError(
             f"--data.limit {limit}: too few. Class {printable(class_names[scarce])}, {int(counts[scarce]):,} "
             f"of {total:,} images, would get {int(taken[scarce])}; every class needs one for training and, unless "
@@ -135,9 +135,9 @@ def _held_out_counts(
     if scarce is None:
         return _stratified_counts(counts, fraction)
     if is_default:
-        scarce = int(counts.argmin())
+        scarce = int(counts.where(counts > 0, counts.max()).argmin())
         if counts[scarce] >= {"val": 1, "test": 2}[split]:
-            return _stratified_counts(counts, fraction).clamp(min=1).minimum(counts - 1)
+            return _stratified_counts(counts, fraction).clamp(min=1).minimum((counts - 1).clamp(min=0))
     out = {"val": "0 trains on all.", "test": "Add images, or test images of their own."}[split]
     raise UserError(
         f"--data.{split}_fraction {fraction}: class {printable(class_names[scarce])} has {int(counts[scarce])} "
@@ -155,12 +155,16 @@ def _stratified_counts(counts: Tensor, fraction: float) -> Tensor:
     return taken
 
 
-def _scarcest(counts: Tensor, val_fraction: float) -> int | None:
-    """Return the smallest class without an image for training or for validation; None if there is none."""
+def _scarcest(counts: Tensor, val_fraction: float, in_data: Tensor | None = None) -> int | None:
+    """Return the smallest class without an image for training or for validation; None if there is none.
+
+    Classes that a data set names and has no image of do not count; `in_data` is how many images it has of each.
+    """
     held_out = _stratified_counts(counts, val_fraction)
     lacks = held_out >= counts
     if val_fraction:
         lacks |= held_out < 1
+    lacks &= (counts if in_data is None else in_data) > 0
     return int(counts.where(lacks, counts.max() + 1).argmin()) if lacks.any() else None
 
 

@@ -33,8 +33,12 @@ def evenly_spaced(num_images: int, num_wanted: int) -> np.ndarray:
 
 
 def balanced_weights(counts: Int64[Tensor, " classes"]) -> list[float]:
-    """Return the weight of each class in the loss, n / (classes * count): all classes count the same in total."""
-    weights: list[float] = (counts.sum() / (len(counts) * counts.double())).tolist()
+    """Return the weight of each class in the loss, n / (classes * count): all classes count the same in total.
+
+    A class without images does not count; its weight is 0.
+    """
+    weight = counts.sum() / (int((counts > 0).sum()) * counts.double())
+    weights: list[float] = weight.where(counts > 0, 0).tolist()
     return weights
 
 

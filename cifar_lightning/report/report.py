@@ -52,7 +52,7 @@ def describe_run(run: RunFolder, known: dict[str, Any]) -> dict[str, str]:
     model, split = known["config"].get("model") or {}, known["split"]
     data = known["config"].get("data") or {}
     # split.json has "cifar10: 50,000 train + ..."; class folders are shown by the name of their folder.
-    kind = str(split.get("dataset") or data.get("dataset") or "").partition(":")[0]
+    kind = str(split.get("dataset") or data.get("dataset") or "").partition(": ")[0]
     name = Path(str(data.get("root"))).name if kind == "folder" and data.get("root") else kind
     return {
         "name": run_name(run.path),

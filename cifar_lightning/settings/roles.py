@@ -85,6 +85,7 @@ NOT_AUGMENTATION = {
     "labels",
     "skip_unreadable",
     "device",
+    "class_names",
 }
 """Settings of the data that do not change training images at random; every other one does."""
 

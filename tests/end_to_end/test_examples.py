@@ -8,7 +8,8 @@ from PIL import Image
 from program import REPO, start
 
 EXAMPLES = REPO / "examples"
-NAMES = ["plain_pytorch", "other_lightning_module", "timm_model"]
+TAKE_OTHER_IMAGES = ["plain_pytorch", "other_lightning_module", "timm_model"]
+NAMES = [*TAKE_OTHER_IMAGES, "own_dataset"]
 
 
 def accuracy_of(name, *arguments, cwd):
@@ -24,7 +25,7 @@ def test_every_example_is_tested_and_shorter_than_40_lines():
     assert all(f"python examples/{name}.py" in ast.get_docstring(ast.parse(text)) for name, text in texts.items())
 
 
-@pytest.mark.parametrize("name", ["plain_pytorch", "other_lightning_module"])
+@pytest.mark.parametrize("name", ["plain_pytorch", "other_lightning_module", "own_dataset"])
 def test_an_example_trains_a_model_that_has_learned(name, tmp_path):
     assert 0.5 < accuracy_of(name, cwd=tmp_path) <= 1, "ten classes: chance is 0.1"
 
@@ -36,7 +37,7 @@ def test_a_timm_model_learns_with_image_classifier(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TAKE_OTHER_IMAGES)
 def test_an_example_takes_other_images(name, tmp_path):
     if name == "timm_model":
         pytest.importorskip("timm")

@@ -1,0 +1,388 @@
+"""Data sets given as objects become the images and labels that they hold, or an error says what is missing."""
+
+import io
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, random_split
+from torchvision.transforms import v2
+
+from cifar_lightning import ImageDataModule, UserError
+from cifar_lightning.data import object_source
+from cifar_lightning.data.image_set import ImageSet, digest
+
+N, SIZE = 24, 8
+IMAGES = np.random.default_rng(0).integers(0, 256, (N, SIZE, SIZE, 3), dtype=np.uint8)
+LABELS = np.arange(N) % 3
+TENSORS = torch.from_numpy(IMAGES).permute(0, 3, 1, 2)
+
+
+class Own(Dataset):
+    """Samples made of (image, label) by a function."""
+
+    def __init__(self, make=lambda image, label: (Image.fromarray(image), label), images=IMAGES, labels=LABELS):
+        self.make, self.images, self.own_labels = make, images, labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.make(self.images[index], self.own_labels[index])
+
+
+class Named(Own):
+    classes = ("ant", "bee", "cat")
+
+
+def data(given, **settings):
+    return ImageDataModule(given, batch_size=4, **settings)
+
+
+def loaded(given, split="train", **settings):
+    """Return images and targets of a split, and the class names."""
+    source = data(given, **settings).source
+    image_set = source.load(split)
+    assert image_set.sha256 == digest(image_set.images, image_set.targets)
+    return image_set.images, image_set.targets.tolist(), source.class_names
+
+
+def png(image):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def as_float(image):
+    return torch.from_numpy(image).permute(2, 0, 1) / 255
+
+
+def hugging_face():
+    """Return rows as `datasets.Dataset` gives them, without that package."""
+    rows = [{"image": Image.fromarray(image), "kind": int(label)} for image, label in zip(IMAGES, LABELS, strict=True)]
+    features = {"image": SimpleNamespace(decode=True), "kind": SimpleNamespace(names=["ant", "bee", "cat"])}
+    members = {"features": features, "column_names": [*features], "__len__": lambda self: len(rows)}
+    return type("HFDataset", (), members | {"__getitem__": lambda self, index: rows[index]})()
+
+
+SAMPLES = {
+    "PIL": lambda image, label: (Image.fromarray(image), int(label)),
+    "list": lambda image, label: [image, label],
+    "HWC": lambda image, label: (image, np.int32(label)),
+    "CHW": lambda image, label: (image.transpose(2, 0, 1), np.array([label])),
+    "uint8 tensor": lambda image, label: (torch.from_numpy(image).permute(2, 0, 1), torch.tensor(label)),
+    "float tensor": lambda image, label: (as_float(image), torch.tensor(label, dtype=torch.int32)),
+    "half tensor": lambda image, label: (as_float(image).half(), label),
+    "float64 HWC": lambda image, label: (image / 255, label),
+    "int64": lambda image, label: (image.astype(np.int64), label),
+    "v2": lambda image, label: (v2.ToImage()(Image.fromarray(image)), label),
+    "dict": lambda image, label: {"image": image, "label": label, "id": 7},
+    "img and target": lambda image, label: {"img": Image.fromarray(image), "target": label},
+    "pixel_values and labels": lambda image, label: {"pixel_values": as_float(image), "labels": torch.tensor(label)},
+    "fine_label": lambda image, label: {"img": png(image), "fine_label": label, "coarse_label": 0},
+    "bytes": lambda image, label: {"image": {"bytes": png(image), "path": None}, "label": label},
+    "RGBA": lambda image, label: (Image.fromarray(image).convert("RGBA"), label),
+    "RGBA array": lambda image, label: (np.dstack([image, np.full((SIZE, SIZE), 255, np.uint8)]), label),
+}
+
+
+@pytest.mark.parametrize("make", SAMPLES.values(), ids=SAMPLES)
+def test_samples_of_every_form_become_the_same_images(make):
+    images, targets, names = loaded(Own(make))
+    np.testing.assert_array_equal(images, IMAGES)
+    assert targets == LABELS.tolist()
+    assert names == ("0", "1", "2")
+
+
+GRAY = IMAGES[..., 0]
+ARRAYS = {
+    "NHWC": (IMAGES, IMAGES),
+    "NCHW": (TENSORS.numpy(), IMAGES),
+    "tensors": (TENSORS, IMAGES),
+    "floats": (TENSORS / 255, IMAGES),
+    "gray": (GRAY, GRAY[..., None].repeat(3, -1)),
+    "gray tensors": (torch.from_numpy(GRAY)[:, None], GRAY[..., None].repeat(3, -1)),
+    "booleans": (GRAY > 127, np.where(GRAY > 127, 255, 0)[..., None].repeat(3, -1)),
+}
+
+
+@pytest.mark.parametrize("labels", [LABELS, LABELS.tolist(), torch.tensor(LABELS), LABELS[:, None].astype(np.uint8)])
+@pytest.mark.parametrize(("given", "expected"), ARRAYS.values(), ids=ARRAYS)
+def test_arrays_become_images_at_once(given, expected, labels):
+    images, targets, _ = loaded((given, labels))
+    np.testing.assert_array_equal(images, expected)
+    assert targets == LABELS.tolist()
+
+
+WRAPPED = {
+    "Subset": Subset(Named(), range(N)),
+    "random_split": Subset(Subset(Named(), range(N)), torch.arange(N).tolist()),
+    "ConcatDataset": ConcatDataset([Subset(Named(), range(10)), Subset(Named(), range(10, N))]),
+    "Hugging Face": hugging_face(),
+    "its dict": {"train": hugging_face(), "validation": hugging_face(), "unsupervised": None},
+}
+
+
+@pytest.mark.parametrize("given", WRAPPED.values(), ids=WRAPPED)
+def test_class_names_come_from_classes_features_and_what_is_wrapped(given):
+    images, targets, names = loaded(given)
+    assert names == ("ant", "bee", "cat")
+    np.testing.assert_array_equal(images, IMAGES)
+    assert targets == LABELS.tolist()
+
+
+def test_class_names_can_be_given_and_outnumber_the_labels():
+    module = data(Named(), class_names=["a", "b", "c", "d"], class_weights="balanced", val_fraction=0.2)
+    module.setup()
+    assert module.class_names == ("a", "b", "c", "d")
+    assert module.class_weights[3] == 0
+    assert module.num_images("test") == 5
+    with pytest.raises(UserError, match=r"--data\.class_names: a is given twice"):
+        data(Own(), class_names=["a", "a", "b"])
+    with pytest.raises(UserError, match=r"--data\.class_names"):
+        data("synthetic", class_names=["a", "b"])
+
+
+def test_labels_that_are_text_are_sorted_names():
+    words = np.array(["owl", "ape", "elk"])[LABELS]
+    for given in (Own(labels=words), (IMAGES, words), (IMAGES, words.tolist())):
+        _, targets, names = loaded(given)
+        assert names == ("ape", "elk", "owl")
+        assert targets[:4] == [2, 0, 1, 2]
+    assert loaded(Own(labels=words), class_names=["owl", "elk", "ape", "yak"])[1][:3] == [0, 2, 1]
+    with pytest.raises(UserError, match="label owl is none of the classes"):
+        loaded(Own(labels=words), class_names=["elk", "ape"])
+
+
+def test_pairs_and_triples_are_splits():
+    module = data(((IMAGES, LABELS), (TENSORS[:6], LABELS[:6])), val_fraction=0.25)
+    module.setup()
+    assert [module.num_images(split) for split in ("train", "val", "test")] == [18, 6, 6]
+    module = data((Named(), Subset(Named(), range(9)), hugging_face()))
+    module.setup()
+    assert [module.num_images(split) for split in ("train", "val", "test")] == [24, 9, 24]
+    module = data(random_split(Named(), [18, 6]), val_fraction=0.0)
+    module.setup()
+    assert [module.num_images(split) for split in ("train", "val", "test")] == [18, 0, 6]
+    assert data((Named(), Named(), None)).source.load("test") is None
+    module = data([(Image.fromarray(image), label) for image, label in zip(IMAGES, LABELS.tolist(), strict=True)])
+    module.setup()
+    assert module.num_images("test") == 5  # split off
+
+
+def test_images_of_several_sizes_become_squares_as_those_of_folders():
+    sizes = [(40, 30), (33, 64), (50, 50)]
+    images = [Image.new("RGB", sizes[index % 3], (index, 2, 3)) for index in range(9)]
+    given = [(image, index % 3) for index, image in enumerate(images)]
+    assert loaded(given)[0].shape == (9, 32, 32, 3)
+    assert loaded(given, image_size=20)[0].shape == (9, 20, 20, 3)
+    assert data((np.zeros((9, 300, 300), np.uint8), LABELS[:9])).image_size == 300  # one size for all is kept
+    assert loaded((IMAGES, LABELS), image_size=5)[0].shape == (N, 5, 5, 3)
+
+
+def test_torchvision_and_tensor_datasets_are_not_read_one_by_one(monkeypatch, tmp_path):
+    from torchvision.datasets import CIFAR10
+
+    cifar = CIFAR10.__new__(CIFAR10)
+    vars(cifar).update(data=IMAGES, targets=LABELS.tolist(), transform=None, target_transform=None, transforms=None)
+    cifar.classes = ["ant", "bee", "cat"]
+    monkeypatch.setattr(object_source._Samples, "_read_all", None)
+    for given in (cifar, Subset(cifar, range(N)), TensorDataset(TENSORS, torch.tensor(LABELS)), ConcatDataset([cifar])):
+        images, targets, _ = loaded(given)
+        np.testing.assert_array_equal(images, IMAGES)
+        assert targets == LABELS.tolist()
+    assert loaded((IMAGES, LABELS))[0] is IMAGES  # no copy
+    cifar.transform = cifar.transforms = v2.RandomInvert(0.0)
+    with pytest.raises(TypeError):
+        loaded(cifar)  # its samples are not the rows of its array
+
+
+def test_worker_processes_read_the_same_images(monkeypatch):
+    monkeypatch.setattr(object_source, "_SERIAL_S", 0.0)
+    monkeypatch.setattr(object_source, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(object_source, "_NUM_PROBES", 4)
+    assert not object_source._is_forkable(Own())  # a lambda cannot be pickled
+    picklable = Own(_pair)
+    assert object_source._is_forkable(picklable)
+    torch.manual_seed(3)
+    images, targets, _ = loaded(picklable)
+    np.testing.assert_array_equal(images, IMAGES)
+    assert targets == LABELS.tolist()
+    with pytest.raises(UserError, match=r"sample 17 cannot be read .ZeroDivisionError"):
+        loaded(Own(_pair, labels=[*range(3)] * 5 + [0, 1, None] + [0] * 6))
+
+
+def _pair(image, label):
+    if label is None:
+        raise ZeroDivisionError
+    return image, label
+
+
+def test_reading_leaves_random_states_alone():
+    def noisy(image, label):
+        random.random(), np.random.rand(), torch.rand(1)
+        return image, label
+
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    loaded(Own(noisy))
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+def test_images_are_read_once():
+    reads = []
+    given = Own(lambda image, label: (reads.append(1), (image, label))[1])
+    module = data(given)
+    module.prepare_data()
+    module.setup()
+    module.prepare_data()
+    assert len(reads) == 3 * N  # its form, all, and again to compare: all are among the compared ones
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield IMAGES[0], 0
+
+
+class NoLength(Own):
+    __len__ = None
+
+
+class BadLength(Own):
+    def __len__(self):
+        raise NotImplementedError
+
+
+def failing(image, label):
+    if label == 2:
+        raise KeyError("path")
+    return image, label
+
+
+BAD = {
+    "object": (object(), ["object", "no __len__ and no __getitem__", "Dataset"]),
+    "number": (5, ["int", "__len__"]),
+    "dict": ({"a": 1}, ["no train", "a"]),
+    "no train": ({"test": Own()}, ["no train", "test"]),
+    "IterableDataset": (Endless(), ["Endless", "iterable"]),
+    "no length": (NoLength(), ["NoLength", "__len__"]),
+    "length that fails": (BadLength(), ["BadLength", "__len__"]),
+    "DataLoader": (DataLoader(Own()), ["DataLoader", "dataset"]),
+    "image array alone": (IMAGES, ["ndarray", "labels"]),
+    "empty": (Own(images=[]), ["empty"]),
+    "empty arrays": ((IMAGES[:0], LABELS[:0]), ["empty"]),
+    "lengths": ((IMAGES, LABELS[:5]), ["24 images and 5 labels"]),
+    "empty test": ((Own(), Own(images=[])), ["test", "empty"]),
+    "keys": (Own(lambda image, label: {"x": image, "y": label}), ["x, y", "image", "label", "sample is {x: ndarray"]),
+    "no label": (Own(lambda image, label: image), ["without a label", "predict-images", "ndarray uint8 (8, 8, 3)"]),
+    "three values": (Own(lambda image, label: (image, label, 1)), ["(image, label)", "int64"]),
+    "label None": (Own(lambda image, label: (image, None)), ["no label"]),
+    "all labels -1": (Own(labels=[-1] * N), ["no labels"]),
+    "test without labels": ((Named(), Named(labels=[-1] * N)), ["test", "no labels", "split off"]),
+    "float label": (Own(labels=LABELS / 1), ["float", "int(label)"]),
+    "float labels": ((IMAGES, torch.tensor(LABELS) / 1), ["float", "int(label)"]),
+    "one-hot": (Own(labels=np.eye(3)[LABELS]), ["one-hot", "argmax"]),
+    "one-hot array": ((IMAGES, np.eye(3)[LABELS]), ["one-hot", "argmax"]),
+    "several labels": (Own(lambda image, label: (image, [0, 1])), ["one class an image"]),
+    "label object": (Own(lambda image, label: (image, object())), ["label of type object"]),
+    "gap": (Own(labels=LABELS * 2), ["0 to n-1", "has 1", "--data.class_names"]),
+    "from 1": (Own(labels=LABELS + 1), ["0 to n-1", "has 0"]),
+    "negative": (Own(labels=LABELS - 1), ["label -1"]),
+    "above classes": (Named(labels=LABELS + 1), ["labels up to 3", "0 to 2"]),
+    "mixed labels": (Own(labels=[0, "1"] * 12), ["text", "numbers"]),
+    "test only": ((Own(), Own(labels=LABELS + 1)), ["test", "labels up to 3"]),
+    "one class": (Own(labels=LABELS * 0), ["only one class"]),
+    "two channels": (Own(lambda image, label: (image[..., :2], label)), ["(8, 8, 2)", "channels"]),
+    "flat": ((IMAGES.reshape(N, -1), LABELS), ["(192,)", "(H, W, C)"]),
+    "path": (Own(lambda image, label: ("cat.jpg", label)), ["image of type str"]),
+    "normalized": (Own(lambda image, label: (as_float(image) * 4 - 2, label)), ["Normalize", "from -", "float32"]),
+    "normalized array": ((TENSORS / 127.5 - 1, LABELS), ["Normalize"]),
+    "0 to 255 float": ((TENSORS.float(), LABELS), ["float32 from 0 to ", "uint8"]),
+    "NaN": ((TENSORS / 0.0, LABELS), ["nan", "uint8"]),
+    "raises": (Own(failing), ["sample 2 ", "KeyError", "path", "test_object_source.py:"]),
+    "damaged": (Own(lambda image, label: (b"\x89PNG no", label)), ["sample 0 ", "cannot be read"]),
+    "32-bit": (Own(lambda image, label: (Image.new("F", (8, 8)), label)), ["white"]),
+    "random": (
+        Own(lambda image, label: (np.roll(image, random.randrange(9)), label)),
+        ["two reads", "--data.transforms"],
+    ),
+    "random label": (Own(lambda image, label: (image, random.randrange(3))), ["two reads"]),
+}
+
+
+@pytest.mark.parametrize(("given", "reasons"), BAD.values(), ids=BAD)
+def test_what_is_no_data_set_is_refused_with_the_reason(given, reasons):
+    with pytest.raises(UserError) as caught:
+        data(given).setup()
+    message = str(caught.value)
+    for reason in reasons:
+        assert reason in message
+    assert len(message.splitlines()) <= 3
+
+
+class Ready:
+    """A source of one's own."""
+
+    class_names, image_size, mean, std = ("a", "b"), SIZE, None, None
+
+    def prepare(self):
+        self.is_prepared = True
+
+    def load(self, split):
+        return None if split == "val" else ImageSet(IMAGES, LABELS % 2, digest(IMAGES, LABELS % 2))
+
+    def describe(self):
+        return "ready"
+
+
+def test_a_source_of_ones_own_is_used_as_it_is():
+    for given in (Ready, Ready()):
+        module = data(given)
+        module.prepare_data()
+        module.setup()
+        assert module.source.is_prepared
+        assert module.num_images("test") == N
+    with pytest.raises(UserError, match=r"--data\.image_size"):
+        data(Ready(), image_size=9)
+
+
+MODULE = """
+import numpy as np
+from torch.utils.data import Dataset
+
+class Squares(Dataset):
+    classes = ["dark", "light"]
+    def __init__(self, num=60):
+        self.num = num
+    def __len__(self):
+        return self.num
+    def __getitem__(self, index):
+        image = np.random.default_rng(index).integers(0, 128, (8, 8, 3), dtype=np.uint8)
+        return image + np.uint8(120 * (index % 2)), index % 2
+
+def both():
+    return Squares(60), Squares(20)
+
+made = Squares(40)
+
+def needs(root):
+    return made
+"""
+
+
+def test_an_import_path_names_a_class_function_or_object(monkeypatch, tmp_path):
+    (tmp_path / "own_squares.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    nums = {"own_squares:Squares": 48, "own_squares.Squares": 48, "own_squares:both": 60, "own_squares:made": 32}
+    for path, num in nums.items():
+        module = data(path, val_fraction=0.0)
+        module.setup()
+        assert (module.class_names, module.num_images("train")) == (("dark", "light"), num)
+        assert module.split_summary()["dataset"].startswith(f"{path}: ")
+    bad = {"own_squares:need": "Did you mean needs", "own_squares:needs": "root", "os:getcwd": "str"}
+    for path, reason in bad.items():
+        with pytest.raises(UserError, match=reason):
+            data(path)
