@@ -10,17 +10,17 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cifar_lightning.cli.configs import suggest_config
+from cifar_lightning.cli.configs import find_config, suggest_config
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import read_bytes
 from cifar_lightning.formatting import clipped, shell_line, suggest
-from cifar_lightning.runs.schema import upgrade_config
+from cifar_lightning.runs.schema import CLASS_GROUPS, upgrade_config
 from cifar_lightning.settings.comparison import within
 from cifar_lightning.settings.import_path import check_trust, import_paths, is_import_path
 from cifar_lightning.settings.safe_yaml import MAX_BYTES, read_yaml
@@ -31,8 +31,9 @@ OF_FIT = ("early_stopping", "checkpoint")  # groups that the other commands have
 MAY_BE_OBJECTS = ("model.name", "data.dataset")  # settings in whose place Python gives an object
 FRONT_ONLY = ("config", "resume", "print_config", "trust_code")  # not keys of a config
 # What people type who come from elsewhere.
-_SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "max_lr": "lr", "bs": "batch_size", "seed": "data.seed"}
-_SYNONYMS |= {"output_dir": "run_dir", "gpus": "trainer.devices", "arch": "model.name", "resume_from": "resume"}
+SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "max_lr": "lr", "bs": "batch_size", "seed": "data.seed"}
+SYNONYMS |= {"output_dir": "run_dir", "gpus": "trainer.devices", "arch": "model.name", "resume_from": "resume"}
+_AFTER_CLASS = ("--optimizer.", "--lr_scheduler.")  # jsonargparse knows them once it knows the class
 _INTEGER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+|[0-9][0-9_]*)")
 NULL = ("null", "none", "~", "")  # what YAML reads as None, in lower case
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
@@ -49,24 +50,29 @@ def table() -> dict[str, dict[str, Any]]:
     return rows
 
 
-def normalize_arguments(command: str, arguments: Sequence[str]) -> list[str]:
+def normalize_arguments(command: str, arguments: Sequence[str], config: Path | None = None) -> list[str]:
     """Return the flags of a command as `--long.name=value`, checked; aliases are spelled out.
 
     One token a flag, so that negative numbers and values that begin with a dash are read as values, and a flag that is
-    true or false may stand without a value.
+    true or false may stand without a value. `--model CLASS` becomes `--model_class`, and the arguments of a class of
+    one's own, which `config`, a run's, may name, are left to jsonargparse.
     """
     normalized, given = [], dict[str, tuple[str, str]]()
-    for typed, value in _pairs(command, arguments):
-        name = ALIASES.get(typed, typed)
+    flags = [flag for typed, value in _pairs(command, arguments) for flag in _without_class_path(typed, value)]
+    named = [f"--{name}={value}" for _, name, value in flags if value is not None]
+    own = own_classes([*([f"--config={config}"] if config else []), *named])
+    for typed, name, value in flags:
         plain = name.removesuffix("+")
-        _check_name(plain, f"--{clipped(typed)}")
+        is_own = plain.partition(".")[0] in own
+        if not is_own:
+            _check_name(plain, f"--{clipped(typed)}")
         of_fit = plain.partition(".")[0] in OF_FIT
         takers = table().get(plain, {}).get("commands", ["fit"] if of_fit else [command])
         if command not in takers:
             raise UserError(f"--{typed}: a flag of {' and '.join(takers)}, not of {command}.")
         if value is None:
             value = _value_left_out(plain, typed)
-        else:
+        elif not is_own:
             check_value(plain, value, f"--{typed} {clipped(value)}")
         other, other_value = given.get(name, (typed, value or ""))
         if (other in ALIASES) != (typed in ALIASES) and other_value != (value or ""):
@@ -76,7 +82,40 @@ def normalize_arguments(command: str, arguments: Sequence[str]) -> list[str]:
             )
         given[name] = (typed, value or "")
         normalized.append(f"--{name}" if value is None else f"--{name}={value}")
-    return normalized
+    return sorted(normalized, key=lambda flag: flag.startswith(_AFTER_CLASS))
+
+
+def _without_class_path(typed: str, value: str | None) -> list[tuple[str, str, str | None]]:
+    """Return a flag as (typed, name, value); of LightningCLI's ways to give a class and its arguments, as two."""
+    name = ALIASES.get(typed, typed)
+    group, _, argument = name.partition(".")
+    if group not in CLASS_GROUPS or value is None:
+        return [(typed, name, value)]
+    if argument == "class_path":
+        return [(typed, f"{group}_class", value)]
+    if not argument:
+        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # reported by those who read it
+            text = read_bytes(Path(value), MAX_BYTES, follow_links=True).decode() if os.path.isfile(value) else value
+            settings = upgrade_config({group: read_yaml(text)})
+            if path := settings.get(f"{group}_class"):
+                rest = [(typed, group, json.dumps(settings[group]))] if settings.get(group) else []
+                return [(typed, f"{group}_class", str(path)), *rest]
+    return [(typed, f"{group}.{argument.removeprefix('init_args.')}" if argument else group, value)]
+
+
+def own_classes(flags: Iterable[str]) -> dict[str, str]:
+    """Return the import paths of classes of one's own, by their groups, that normalized flags and configs name."""
+    paths = dict[str, Any]()
+    for name, _, value in (flag[2:].partition("=") for flag in flags):
+        if name in ("config", "resume"):
+            file = find_config(value) if name == "config" else Path(value, "config.yaml")
+            with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # reported by `check_config`
+                tree = upgrade_config(read_yaml(read_bytes(file, MAX_BYTES, follow_links=True).decode()))
+                paths |= tree if isinstance(tree, dict) else {}
+        elif name.endswith("_class"):
+            paths[name] = value
+    given = {group: str(paths.get(f"{group}_class") or "") for group in CLASS_GROUPS}
+    return {group: path for group, path in given.items() if path.lower() not in NULL}
 
 
 def flag_value(arguments: Sequence[str], name: str) -> str | None:
@@ -129,7 +168,7 @@ def suggest_flag(name: str) -> str:
     """Return " Did you mean --X?" for the flag nearest to a name, or where to find them all."""
     names = [*ALIASES, *table(), *FRONT_ONLY]
     by_last = {full.rpartition(".")[2]: full for full in reversed(names)}
-    full_of = by_last | {name: name for name in names} | _SYNONYMS
+    full_of = by_last | {name: name for name in names} | SYNONYMS
     spelled = name.replace("-", "_").lower()
     near = suggest(spelled, {known: f"--{full}" for known, full in full_of.items()}, cutoff=0.75)
     return near or " fit --help shows the common ones, fit --help-all every one."
@@ -216,11 +255,12 @@ def is_object_name(value: object) -> bool:
     return isinstance(value, str) and value[:1] == "<" and value[-1:] == ">"
 
 
-def check_config(path: Path, *, trust_code: bool = False, given: Collection[str] = ()) -> None:
+def check_config(path: Path, *, trust_code: bool = False, given: Collection[str] = (), own: Iterable[str] = ()) -> None:
     """Check the keys and values of a config as those of flags; what it leaves to files of its own is not checked.
 
     Code of one's own that the config of a run names is refused, unless `trust_code`; and so is an object from Python in
-    its place. Those of the settings `given` are not needed.
+    its place. Those of the settings `given` are not needed. Arguments of a class of one's own, which a group of `own`
+    has, are not checked.
     """
     file = f"--config {clipped(str(path), 200)}"
     try:
@@ -235,7 +275,8 @@ def check_config(path: Path, *, trust_code: bool = False, given: Collection[str]
     if not isinstance(tree, dict):
         raise UserError(f"{file}: holds a {type(tree).__name__}; a config is keys and values, as in configs/.")
     _check_code_of_run(path, tree, trust_code, given)
-    leaves = list(_leaves(tree))
+    is_own = {*own, *(group for group in CLASS_GROUPS if tree.get(f"{group}_class"))}
+    leaves = list(_leaves({name: value for name, value in tree.items() if name not in is_own}))
     num_given = Counter(name for name, _ in leaves)
     for name, value in leaves:
         if num_given[name] > 1:  # as model: {lr: 1} and as model.lr: 1

@@ -1,7 +1,8 @@
 """TrainingCLI: LightningCLI that parses a command line and instantiates the model and the data, and runs nothing."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.checkpoints.loading import plain
-from cifar_lightning.cli.flags import object_name
+from cifar_lightning.cli.flags import object_name, own_classes
 from cifar_lightning.cli.parser import (
     TABLE,
     RunParser,
@@ -28,11 +29,12 @@ from cifar_lightning.cli.trainer_objects import check_kinds, drop_unserializable
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.memory import keep_freed_memory
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import program
+from cifar_lightning.formatting import clipped, program
 from cifar_lightning.models.registry import DEFAULT_MODEL
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.settings.import_path import add_working_directory
-from cifar_lightning.training.error_messages import explained, of_settings, of_users_objects
+from cifar_lightning.settings.import_path import add_working_directory, import_object
+from cifar_lightning.settings.roles import OWN_OPTIMIZER
+from cifar_lightning.training.error_messages import cause_of, explained, of_settings, of_users_objects
 from cifar_lightning.training.lightning_patches import NoProfiler, check_cuda_once
 from cifar_lightning.training.model_checks import check_sizes
 from cifar_lightning.training.module import ImageClassifier
@@ -69,15 +71,15 @@ class TrainingCLI(LightningCLI):
     def __init__(self, command: str, arguments: Sequence[str], objects: PythonObjects | None = None) -> None:
         self._arguments, self._objects = [command, *arguments], objects or PythonObjects()
         add_working_directory()
+        own = own_classes(arguments)
         super().__init__(
-            ImageClassifier,
-            ImageDataModule,
+            _class_of("model", own, ImageClassifier, pl.LightningModule),
+            _class_of("data", own, ImageDataModule, pl.LightningDataModule),
             save_config_callback=None,
             seed_everything_default=0,
             trainer_defaults={"max_epochs": 100, "num_sanity_val_steps": 0, "enable_model_summary": False},
             parser_class=RunParser,
             parser_kwargs={"prog": program()},
-            auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
 
@@ -103,14 +105,17 @@ class TrainingCLI(LightningCLI):
         """Check the settings and choose the precision by device."""
         self.settings: Namespace = self.config[self.subcommand]
         self._take_settings_of_objects()
-        if self.settings.model.model and self.settings.model.name == DEFAULT_MODEL:
-            self.settings.model.name = None
-        name = self.settings.model.name
+        model = self.settings.model
+        if model.get("model") and model.get("name") == DEFAULT_MODEL:
+            model.name = None
+        name = model.get("name")
         if self._objects.model is not None:
-            self.settings.model.name = None  # nothing is made by it
-        check_arguments(str(self.subcommand), self.settings)
+            model.name = None  # nothing is made by it
+        command = str(self.subcommand)
+        check_arguments(command, self.settings, self._parser(command).get_defaults())
         check_kinds(map(type, self._objects.callbacks))
-        self.settings.model.name = name
+        if self._objects.model is not None:
+            model.name = name
         settle_precision(self.settings.trainer)
         drop_unserializable_defaults(self.settings)
 
@@ -149,17 +154,36 @@ class TrainingCLI(LightningCLI):
             self._parser(self.subcommand).add_instantiator(self._make_data, ImageDataModule)
         with of_users_objects():
             made = self.parser.instantiate_classes(self.config)[self.subcommand]
-        if given := self.settings.model.model:
+        if given := self.settings.model.get("model"):
             made.model.remember_model(dict(given.get("init_args") or {}))
         if self._objects.model is not None:
             _update(self.settings.model, made_from(made.model))
         made.trainer.callbacks = [*as_list(made.trainer.callbacks), *self._objects.callbacks] or None
+        self._use_optimizer(made)
         return made.model, made.data, made
+
+    def _use_optimizer(self, made: Namespace) -> None:
+        """Have the model use --optimizer and --lr_scheduler, as LightningCLI does.
+
+        Raises:
+            UserError: One of them refuses its arguments.
+        """
+        self.config_init, self.model = {self.subcommand: made}, made.model
+        with warnings.catch_warnings():
+            if made.model.plans_schedule:  # it warns of every `configure_optimizers`, also of that which is meant
+                warnings.filterwarnings("ignore", ".*will be overridden.*")
+            try:
+                self._add_configure_optimizers_method_to_model(self.subcommand)
+            except Exception as error:  # a class of the user's raises anything
+                flags = [f"--{name} {made[name].class_path}" for name in OWN_OPTIMIZER if made[name]]
+                raise UserError(f"{' with '.join(flags)}: {cause_of(error)}") from error
 
     @property
     def model_name(self) -> str:
         """The model's name, or the class of one's own."""
-        return str(self.settings.model.name or self.settings.model.model.class_path).strip("<>")
+        model = self.settings.model
+        own = model.model.class_path if model.get("model") else self.settings.model_class
+        return str(model.get("name") or own).strip("<>")
 
     @property
     def config_text(self) -> str:
@@ -178,6 +202,26 @@ def made_from(model: ImageClassifier) -> dict[str, Any]:
         return {"name": imported["path"], "model_kwargs": imported["kwargs"] or None}
     is_named = type(model) is ImageClassifier and model.hparams["name"]
     return {} if is_named else {"name": object_name(model if type(model) is not ImageClassifier else model.model)}
+
+
+def _class_of(group: str, own: Mapping[str, str], base: type, lightning_base: type) -> type:
+    """Import the class that takes the place of `base`, a subclass of it.
+
+    Raises:
+        UserError: It cannot be imported, or is none.
+    """
+    if group not in own:
+        return base
+    made = import_object(own[group], f"--{group}")
+    if isinstance(made, type) and issubclass(made, base):
+        return made
+    way_out = f"subclass cifar_lightning.{base.__name__}, whose arguments are the flags of --{group}"
+    if isinstance(made, type) and issubclass(made, lightning_base):
+        way_out = (
+            f"a {lightning_base.__name__} of another kind works with this package's classes and callbacks in a "
+            f"lightning.Trainer: docs/python-api.md.\nOr {way_out}"
+        )
+    raise UserError(f"--{group} {clipped(own[group])}: not a subclass of {base.__name__}; {way_out}.")
 
 
 def fit_parser() -> LightningArgumentParser:

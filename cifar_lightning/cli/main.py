@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_lightning.cli.configs import find_config
-from cifar_lightning.cli.flags import NULL, check_config, flag_value, normalize_arguments, table
+from cifar_lightning.cli.flags import NULL, check_config, flag_value, normalize_arguments, own_classes, table
 from cifar_lightning.cli.help import TRAINING, QuickParser, completion, overview, training_help
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import expand_home
 from cifar_lightning.formatting import clipped, command_line, suggest
 from cifar_lightning.runs.environment import package_version
 from cifar_lightning.runs.folder import RunFolder, open_run
+from cifar_lightning.settings.roles import NOT_WITH_OPTIMIZER, OF_OPTIMIZER
 
 # What `--resume` takes from the run, or what would start a new one.
 _NOT_WITH_RESUME = ("config", "ckpt_path", "run_dir", "init_weights", "tune_lr")
@@ -146,7 +147,7 @@ def training_arguments(
     run = None
     if TRAINING[command].usage.startswith("RUN") and arguments and not arguments[0].startswith("-"):
         run, arguments = open_run(Path(arguments[0])), arguments[1:]
-    flags = normalize_arguments(command, arguments)
+    flags = normalize_arguments(command, arguments, None if run is None else run.config)
     trust_code = _is_trusting(flag_value(flags, "trust_code"))
     flags = [flag for flag in flags if not flag.startswith("--trust_code=")]
     names = [flag[2:].partition("=")[0] for flag in flags]
@@ -174,11 +175,20 @@ def training_arguments(
     for at, flag in enumerate(flags):
         if flag.startswith("--config="):
             config = find_config(flag.removeprefix("--config="))
-            check_config(config, trust_code=trust_code)
+            check_config(config, trust_code=trust_code, own=own_classes(flags))
             flags[at] = f"--config={config}"
-    if {"lr", "model.lr"} & set(names) and flag_value(flags, "tune_lr") == "true":
-        raise UserError("--tune_lr finds the learning rate that --lr gives; leave one of them out.")
+    _refuse_other_optimizers(flags, names)
     return flags, None
+
+
+def _refuse_other_optimizers(flags: list[str], names: Sequence[str]) -> None:
+    tunes = flag_value(flags, "tune_lr") == "true"
+    if "model.lr" in names and tunes:
+        raise UserError("--tune_lr finds the learning rate that --lr gives; leave one of them out.")
+    optimizer = flag_value(flags, "optimizer") or ""
+    for name in names if optimizer else ():
+        if name in OF_OPTIMIZER or (name == "tune_lr" and tunes):
+            raise UserError(f"--{name} with --optimizer {clipped(optimizer)}: {NOT_WITH_OPTIMIZER}")
 
 
 def _is_trusting(value: str | None) -> bool:
@@ -194,7 +204,7 @@ def _of_run(run: RunFolder, checkpoint: Path, flags: list[str], trust_code: bool
     from cifar_lightning.runs.contents import read_config  # imports pydantic and NumPy
 
     read_config(run.config)
-    check_config(run.config, trust_code=trust_code, given=given)
+    check_config(run.config, trust_code=trust_code, given=given, own=own_classes(flags))
     return [f"--config={run.config}", *flags, f"--ckpt_path={checkpoint}"]
 
 

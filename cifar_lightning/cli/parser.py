@@ -1,11 +1,14 @@
 """LightningCLI's parser with short errors, and the table of its flags that the quick commands read."""
 
+import contextlib
 import importlib
 import inspect
+import itertools
 import json
 import re
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -14,7 +17,8 @@ from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 from pydantic import Field
 
-from cifar_lightning.cli.flags import GROUPS, check_value, table
+from cifar_lightning.cli.flags import GROUPS, SYNONYMS, check_value, table
+from cifar_lightning.cli.help import TRAINING
 from cifar_lightning.cli.trainer_arguments import LIMITS, check_trainer
 from cifar_lightning.data.datasets import DATASETS
 from cifar_lightning.errors import UserError
@@ -22,7 +26,7 @@ from cifar_lightning.formatting import clipped, suggest
 from cifar_lightning.models.registry import LIBRARIES, MODELS, check_model_kwargs, check_name
 from cifar_lightning.runs.schema import upgrade_config
 from cifar_lightning.settings.limits import check_setting, limits_of, members
-from cifar_lightning.settings.roles import READ_BY
+from cifar_lightning.settings.roles import NOT_WITH_OPTIMIZER, OF_OPTIMIZER, READ_BY
 from cifar_lightning.settings.safe_yaml import checked
 from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
 from cifar_lightning.training.last_checkpoint import CheckpointSchedule
@@ -38,6 +42,13 @@ _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
         ("fit",),
     ),
     "tune_lr": (bool, False, "Find OneCycle's peak learning rate first (LR finder).", ("fit",)),
+    "model_class": (
+        str | None,
+        None,
+        "Subclass of ImageClassifier, package.module.Class, with arguments of its own as flags; short: --model CLASS.",
+        (*TRAINING,),
+    ),
+    "data_class": (str | None, None, "Subclass of ImageDataModule; short: --data CLASS.", (*TRAINING,)),
     "output": (str | None, None, "File for the predictions (.npz); default: RUN/predictions.npz.", ("predict",)),
 }
 # The signatures say str: a new data set or model is one more line in its table.
@@ -46,7 +57,7 @@ _PREFIXES = {"model.name": tuple(f"{library}/" for library in LIBRARIES)}  # of 
 # jsonargparse's own reader of YAML ends in a traceback for some values, and never for an alias inside what it names.
 _MODE = "checked_yaml"
 _read_checked = checked(get_loader("yaml"))
-set_loader(_MODE, lambda text: upgrade_config(_read_checked(text)), (yaml.YAMLError,))
+set_loader(_MODE, _read_checked, (yaml.YAMLError,))
 # Limits of the flags whose annotations are Lightning's.
 _LIMITS = LIMITS | {
     "seed_everything": Annotated[int, Field(ge=0, lt=2**32, description="0 to 4294967295, what NumPy takes")]
@@ -56,8 +67,12 @@ _OF_EVERY_MESSAGE = re.compile(
     "Parser key|Unable to load config|Does not validate against|Subtypes:|Errors:|Given value|Problem with given|"
     "Subclass types expect|a class path|a dict with"
 )
-_OF_ANOTHER_TYPE = re.compile("Expected a (<class(?!.*Got value)|path)|Not a valid subclass of")
+_OF_ANOTHER_TYPE = re.compile(
+    "Expected a (<class(?!.*Got value)|path)|Not a valid subclass of|Import path .* not correspond to a subclass"
+)
+_UNKNOWN = re.compile(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.]+)")
 _CLASSES = {f"trainer.{name}": f"lightning.pytorch.{name.rstrip('s')}s" for name in ("callbacks", "logger", "profiler")}
+_CLASSES |= {"optimizer": "torch.optim", "lr_scheduler": "torch.optim.lr_scheduler"}
 _KINDS = {int: "int", float: "float", bool: "bool", str: "str", Path: "str", types.NoneType: "null"}
 
 
@@ -67,8 +82,24 @@ class RunParser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **{"parser_mode": _MODE, **kwargs})
 
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse a whole config, upgraded to the current schema."""
+        with contextlib.suppress(yaml.YAMLError):  # reported by jsonargparse
+            read = _read_checked(content)
+            upgraded = upgrade_config(read)
+            content = content if upgraded == read else yaml.safe_dump(upgraded)
+        parsed: Namespace = super().parse_string(content, *args, **kwargs)
+        return parsed
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message's first lines, or what the flag allows where a value is outside its limits."""
+        if "Parser key" not in message and (unknown := _UNKNOWN.search(message)):  # by the parser that knows the others
+            groups = [action.choices for action in self._actions if isinstance(action.choices, dict)]  # subcommands
+            parsers = [self, *(parser for group in groups for parser in group.values())]
+            names = {action.dest: action.dest for parser in parsers for action in parser._actions}
+            names |= {typed: name for typed, name in SYNONYMS.items() if name in names}
+            cause = f"--{unknown[1]}: no such flag" if message.startswith("unrecognized") else message.rstrip(".")
+            raise UserError(f"{cause}.{suggest(unknown[1], names, cutoff=0.75)}") from ex
         for name in reversed(re.findall(r'Parser key "([^"]+)"', message)):
             if "bounds" in (row := table().get(name, {})):
                 value = (re.findall(r"(?:Got|Given) value: (.*)", message) or [""])[-1]
@@ -81,9 +112,10 @@ class RunParser(LightningArgumentParser):
 def _reason(message: str) -> str:
     """Return what is wrong with a flag's value, of a message that lists what every type of the flag says of it."""
     keys = re.findall(r'Parser key "([^"]+)"', message)
-    lines = list(dict.fromkeys(line.strip(" -") for line in message.splitlines()))
+    lines = list(dict.fromkeys(line.strip(" -").rstrip(".") for line in message.splitlines()))
     lines = [line for line in lines if line and not _OF_EVERY_MESSAGE.match(line)]
     causes = [line for line in lines if not _OF_ANOTHER_TYPE.match(line)] or lines  # what the type that is meant says
+    causes = [line for line in causes if not any(other != line and other.startswith(line) for other in causes)]
     text = clipped(re.sub("the following arguments are required", "required", "; ".join(causes)), 350).rstrip(".")
     if not keys:
         return f"{text}."
@@ -97,7 +129,8 @@ def _reason(message: str) -> str:
     if names and (library := _CLASSES.get(flag)):
         last, classes = names[-1].rpartition(".")[2], importlib.import_module(library).__all__
         hint += "" if last in classes else suggest(last, classes, cutoff=0.75)
-    return f"--{flag}{f' {names[-1]}' if names else ''}: {text}{'' if hint.startswith(';') else '.'}{hint}"
+    text += "" if hint.startswith(";") or text.endswith("?") else "."
+    return f"--{flag}{f' {names[-1]}' if names else ''}: {text}{hint}"
 
 
 def add_own_flags(parser: LightningArgumentParser) -> None:
@@ -106,12 +139,17 @@ def add_own_flags(parser: LightningArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     parser.add_lightning_class_args(AnnealingEarlyStopping, "early_stopping")
     parser.add_class_arguments(CheckpointSchedule, "checkpoint")
-    parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
-    parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
+    taken = {action.dest for action in parser._actions}  # a subclass may set them itself
+    for name in ("num_classes", "image_size"):
+        if f"model.{name}" in taken:
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
 
-def check_arguments(command: str, config: Namespace) -> None:
-    """Refuse what would fail after the run folder is made, or silently do something else."""
+def check_arguments(command: str, config: Namespace, defaults: Mapping[str, Any] | Namespace | None = None) -> None:
+    """Refuse what would fail after the run folder is made, or silently do something else.
+
+    `defaults` are those of the parser; by default those of the table, which a class of one's own may change.
+    """
     _refuse_nothing(config)
     model_kwargs = config.get("model.model_kwargs") or {}
     check_model_kwargs(model_kwargs)
@@ -129,7 +167,7 @@ def check_arguments(command: str, config: Namespace) -> None:
         if config.trainer.get("enable_checkpointing") is False and config.get(f"checkpoint.{name}") is not None:
             raise UserError(f"--checkpoint.{name} with --trainer.enable_checkpointing false: leave one of them out.")
     if command == "fit":
-        _refuse_what_is_not_read(config)
+        _refuse_what_is_not_read(config, defaults or {name: row["default"] for name, row in table().items()})
 
 
 def _refuse_with_fast_dev_run(command: str, config: Namespace) -> None:
@@ -142,29 +180,36 @@ def _refuse_with_fast_dev_run(command: str, config: Namespace) -> None:
             raise UserError(f"{flag} trains new weights for a few batches; leave out {flag} or --{other}.")
 
 
-def _refuse_what_is_not_read(config: Namespace) -> None:
-    """Refuse flags that the chosen optimizer or model ignores, and conflicting flags."""
-    unread = {name for names in READ_BY.values() for name in names}.difference(READ_BY[config.model.optimizer])
-    for name in sorted(unread):
-        value = config.get(f"model.{name}")
-        if value != table()[f"model.{name}"]["default"]:
-            raise UserError(f"--model.{name} {value}: {config.model.optimizer} does not use it; leave it out.")
-    if config.model.stem_train_fraction != 1 and config.model.name != "speednet":
+def _refuse_what_is_not_read(config: Namespace, defaults: Mapping[str, Any] | Namespace) -> None:
+    """Refuse flags that the chosen optimizer or model ignores, and conflicting flags; a subclass may lack any."""
+    model, data = config.model, config.data
+    if config.get("lr_scheduler") and not config.optimizer:
+        raise UserError("--lr_scheduler: needs --optimizer, such as --optimizer torch.optim.SGD --optimizer.lr 0.1.")
+    optimizer = model.get("optimizer")
+    unread = set(itertools.chain(*READ_BY.values())).difference(READ_BY[optimizer]) if optimizer else ()
+    for name in sorted(OF_OPTIMIZER):
+        value = config.get(name)
+        if value == defaults.get(name):
+            continue
+        if config.get("optimizer"):
+            raise UserError(f"--{name} {value} with --optimizer {config.optimizer.class_path}: {NOT_WITH_OPTIMIZER}")
+        if name.removeprefix("model.") in unread:
+            raise UserError(f"--{name} {value}: {optimizer} does not use it; leave it out.")
+    if model.get("stem_train_fraction", 1) != 1 and model.get("name") != "speednet":
         raise UserError(
-            f"--model.stem_train_fraction {config.model.stem_train_fraction}: {config.model.name} has no stem for it."
+            f"--model.stem_train_fraction {model.stem_train_fraction}: {model.get('name')} has no stem for it."
         )
-    epochs, unfreeze_epoch = config.trainer.max_epochs, config.model.unfreeze_epoch
+    epochs, unfreeze_epoch = config.trainer.max_epochs, model.get("unfreeze_epoch")
     if unfreeze_epoch and epochs not in (None, -1) and unfreeze_epoch >= epochs:
         raise UserError(f"--model.unfreeze_epoch {unfreeze_epoch}: the run ends with epoch {epochs}; leave it out.")
     for name in ("mixup", "cutmix"):
-        if config.model[name] and config.data.batch_size == 1:
+        if model.get(name) and data.get("batch_size") == 1:
             raise UserError(
-                f"--model.{name} {config.model[name]} with --batch_size 1: the images of a batch are mixed; "
-                "give 2 or more."
+                f"--model.{name} {model[name]} with --batch_size 1: the images of a batch are mixed; give 2 or more."
             )
-    if config.init_weights and config.model.pretrained is not False:
+    if config.init_weights and model.get("pretrained", False) is not False:
         raise UserError("--init_weights with --model.pretrained: give one of them.")
-    if config.data.class_weights == config.data.sampler == "balanced":
+    if data.get("class_weights") == data.get("sampler") == "balanced":
         raise UserError("--data.class_weights balanced with --data.sampler balanced: give one, or both would count.")
 
 

@@ -33,7 +33,13 @@ def tune(arguments: Sequence[str]) -> None:
 
 
 def apply_lr_finder(cli: TrainingCLI, model: ImageClassifier, data: ImageDataModule, trainer: Namespace) -> LrRange:
-    """Find the peak learning rate and set it, as if it had been given by a flag."""
+    """Find the peak learning rate and set it, as if it had been given by a flag.
+
+    Raises:
+        UserError: The model has another optimizer than its own, whose learning rate no flag gives.
+    """
+    if not model.plans_schedule:
+        raise UserError("--tune_lr and tune find --lr: leave --optimizer, or the model's configure_optimizers, out.")
     print("LR finder: raising the learning rate for a few steps.")
     found = find_lr(model, data, **trainer)
     cli.settings.tune_lr = False  # config.yaml repeats the run, not the LR finder

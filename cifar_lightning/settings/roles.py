@@ -1,5 +1,6 @@
 """Roles of settings: what an optimizer reads, what a resumed run may change, what the report shows."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,9 +11,21 @@ READ_BY = {
 }
 """The settings of the model that each optimizer reads, next to lr."""
 
+OWN_OPTIMIZER = ("optimizer", "lr_scheduler")
+"""Settings of an optimizer by its class, as LightningCLI has them, instead of those in `OF_OPTIMIZER`."""
+
+OF_OPTIMIZER = {
+    f"model.{name}" for name in ("lr", "optimizer", "schedule", "pct_start", *itertools.chain(*READ_BY.values()))
+}
+"""The settings that belong to the model's own optimizer and schedule."""
+NOT_WITH_OPTIMIZER = "it is of the model's own optimizer; leave one of them out."
+
 # -- resume; a setting that is in none of these sets may change -------------------------------------------------------
 
 FIXED = {
+    *OWN_OPTIMIZER,
+    "model_class",
+    "data_class",
     "model.name",
     "model.model_kwargs",
     "model.optimizer",

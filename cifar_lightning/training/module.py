@@ -259,7 +259,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     @property
     def plans_schedule(self) -> bool:
         """Whether optimizer and schedule are ours, which apply changed flags to a resumed run."""
-        return type(self).configure_optimizers is ImageClassifier.configure_optimizers
+        # Of the instance: --optimizer replaces it there.
+        return getattr(self.configure_optimizers, "__func__", None) is ImageClassifier.configure_optimizers
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return EMA, where it is on, and for `fit` the callbacks that every training needs."""

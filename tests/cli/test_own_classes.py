@@ -1,0 +1,170 @@
+"""Classes of one's own on the command line: --model, --data, --optimizer and --lr_scheduler."""
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import ReduceLROnPlateau
+
+from cifar_lightning import ImageClassifier, ImageDataModule
+from cifar_lightning.cli.flags import check_config, normalize_arguments
+from cifar_lightning.cli.lightning_cli import TrainingCLI, fit_parser
+from cifar_lightning.cli.main import training_arguments
+from cifar_lightning.errors import UserError
+from cifar_lightning.runs.schema import upgrade_config
+
+DATA = ["--data.dataset", "synthetic", "--data.image_size", "16"]
+
+
+class Mine(ImageClassifier):
+    def __init__(self, my_argument: int = 1, lr: float = 0.5, **kwargs):
+        super().__init__(lr=lr, **kwargs)
+        self.my_argument = my_argument
+
+
+class Narrow(ImageClassifier):
+    """Takes neither the number of classes nor an optimizer."""
+
+    def __init__(self, width: int = 2):
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, width), torch.nn.Linear(width, 10))
+        super().__init__(model=model, image_size=16)
+
+
+class MyData(ImageDataModule):
+    def __init__(self, my_fraction: float = 0.5, **kwargs):
+        super().__init__(**kwargs)
+        self.my_fraction = my_fraction
+
+
+class Foreign(LightningModule):
+    pass
+
+
+class Lion(torch.optim.SGD):
+    pass
+
+
+MINE, MY_DATA = f"{__name__}.Mine", f"{__name__}:MyData"
+ARGUMENTS = {"class_path": MINE, "init_args": {"my_argument": 3}}
+
+
+def command_line(*arguments):
+    return TrainingCLI("fit", training_arguments("fit", arguments)[0])
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return fit_parser()
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["--model", MINE, "--model.my_argument", "3"],
+        [f"--model={MINE}", "--model.init_args.my_argument=3"],
+        ["--model.class_path", MINE, "--model.my_argument", "3"],
+        ["--model_class", MINE, "--model.my_argument", "3"],
+        ["--model.my_argument", "3", "--model", MINE],
+    ],
+)
+def test_every_spelling_of_a_class_and_its_arguments_is_the_same(typed):
+    assert sorted(normalize_arguments("fit", typed)) == ["--model.my_argument=3", f"--model_class={MINE}"]
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_group_with_a_class_path_is_a_class_and_its_arguments(tmp_path, in_file):
+    value = yaml.safe_dump(ARGUMENTS, default_flow_style=True)
+    if in_file:
+        (tmp_path / "model.yaml").write_text(value)
+        value = str(tmp_path / "model.yaml")
+    assert normalize_arguments("fit", ["--model", value]) == [f"--model_class={MINE}", '--model={"my_argument": 3}']
+
+
+@pytest.mark.parametrize("typed", [["--model.my_argument", "3"], ["--data", MY_DATA, "--model.my_argument", "3"]])
+def test_without_a_class_an_unknown_flag_is_refused_at_once(typed):
+    with pytest.raises(UserError, match=r"--model\.my_argument: no such flag"):
+        normalize_arguments("fit", typed)
+
+
+def test_arguments_of_a_class_that_a_config_or_a_run_names_are_left_to_the_parser(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"model": ARGUMENTS}))
+    mine = ["--model.my_argument", "3"]
+    assert normalize_arguments("fit", ["--config", str(config), *mine])[-1] == "--model.my_argument=3"
+    assert normalize_arguments("fit", ["--resume", str(tmp_path), *mine])[-1] == "--model.my_argument=3"
+    assert normalize_arguments("test", mine, config) == ["--model.my_argument=3"]
+
+
+@pytest.mark.parametrize("model", [ARGUMENTS, {**ARGUMENTS["init_args"], "class_path": MINE}, MINE])
+def test_a_class_in_yaml_stands_apart_from_its_arguments(tmp_path, model):
+    flat = upgrade_config({"model": model, "data": {"root": "x"}})
+    assert flat["model_class"] == MINE
+    assert flat.get("model", {"my_argument": 3}) == {"my_argument": 3}
+    assert upgrade_config(flat) == flat
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"model": model}))
+    check_config(path)
+    (tmp_path / "checkpoints").mkdir()  # a run of somebody else
+    with pytest.raises(UserError, match=rf"--model_class {MINE}.*\n.*--trust_code true"):
+        check_config(path)
+
+
+def test_a_key_of_another_group_is_not_taken_for_a_class():
+    own_net = {"model": {"class_path": "my.Net"}}
+    for config in ({"trainer": {"model": MINE}}, {"model": "mine.yaml"}, {"model": own_net}):
+        assert upgrade_config(config) == config
+
+
+def test_subclasses_get_flags_defaults_and_the_data_and_their_config_repeats_them(tmp_path):
+    flags = ["--model", MINE, "--data", MY_DATA, "--data.my_fraction", "0.25", "--model.model_kwargs.widths", "[2, 2]"]
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"model": ARGUMENTS}))
+    cli = command_line("--config", str(path), *DATA, *flags)
+    model, data, _ = cli.instantiate()
+    assert (type(model), model.my_argument, model.num_classes) == (Mine, 3, 10)
+    assert (type(data), data.my_fraction) == (MyData, 0.25)
+    assert model.optimizer_settings.lr == 0.5
+    assert model.plans_schedule
+    path.write_text(cli.config_text)
+    assert command_line("--config", str(path)).config_text == cli.config_text
+
+
+def test_a_subclass_with_few_arguments_takes_an_optimizer_and_a_schedule():
+    cli = command_line(
+        *["--model", f"{__name__}:Narrow", *DATA, "--model.width", "3"],
+        *["--optimizer.lr", "0.25", "--optimizer", f"{__name__}.Lion"],  # in any order
+        *["--lr_scheduler", "ReduceLROnPlateau", "--lr_scheduler.monitor", "val/loss"],
+    )
+    model, _, _ = cli.instantiate()
+    made = model.configure_optimizers()
+    assert isinstance(made["optimizer"], Lion)
+    assert made["optimizer"].param_groups[0]["lr"] == 0.25
+    assert sum(map(len, (group["params"] for group in made["optimizer"].param_groups))) == 4
+    assert isinstance(made["lr_scheduler"]["scheduler"], ReduceLROnPlateau)
+    assert made["lr_scheduler"]["monitor"] == "val/loss"
+    assert not model.plans_schedule
+    assert cli.model_name == f"{__name__}:Narrow"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", f"{__name__}.Mien"], ["--model", "Did you mean Mine?"]),
+        (["--model", f"{__name__}x.Mine"], ["--model", f"Did you mean {__name__}"]),
+        (["--model", f"{__name__}.Foreign"], ["ImageClassifier", "lightning.Trainer", "docs/"]),
+        (["--model", "torch.nn.Linear"], ["not a subclass of ImageClassifier"]),
+        (["--data", "torch.utils.data:DataLoader"], ["not a subclass of ImageDataModule"]),
+        (["--data", f"{__name__}.command_line"], ["--data", "not a subclass of ImageDataModule"]),
+        (["--model", MINE, "--model.my_argment", "3"], ["--model.my_argment", "my_argument?"]),
+        (["--model", MINE, "--model.my_argument", "x"], ["--model.my_argument", "x", "int"]),
+        (["--optimizer", "SGD", "--optimizer.lr", "-1"], ["--optimizer torch.optim.SGD", "-1"]),
+        (["--optimizer", "SGD", "--tune_lr"], ["--tune_lr", "--optimizer SGD"]),
+        (["--optimizer", "SGD", "--lr", "0.1"], ["--model.lr", "--optimizer SGD"]),
+        (["--optimizer", "SGD", "--model.weight_decay", "0.05"], ["--model.weight_decay", "--optimizer SGD"]),
+    ],
+)
+def test_what_cannot_work_is_refused_with_what_to_give(flags, words):
+    with pytest.raises(UserError) as refused:
+        command_line(*DATA, *flags).instantiate()
+    assert [word for word in words if word not in str(refused.value)] == []
+    assert len(str(refused.value).splitlines()) <= 3
