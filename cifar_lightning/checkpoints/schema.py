@@ -5,6 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.runs.contents import FromZero, check_schema
 from cifar_lightning.runs.schema import SCHEMA_VERSION, upgrade_model_settings
 from cifar_lightning.settings.limits import ImageSize
@@ -40,6 +41,7 @@ class _DataState(_Schema):
     image_size: ImageSize
     mean: Annotated[list[float], Field(min_length=1)]
     std: list[Annotated[float, Field(gt=0)]]
+    resize: Resize = "crop"
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -96,7 +98,7 @@ def check_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 def with_data_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint with the state of a data module of any class under `DATA_STATE`."""
-    needed = _DataState.model_fields.keys()
+    needed = {name for name, field in _DataState.model_fields.items() if field.is_required()}
     states = [value for value in checkpoint.values() if isinstance(value, dict) and needed <= value.keys()]
     return checkpoint if DATA_STATE in checkpoint or not states else {**checkpoint, DATA_STATE: states[0]}
 

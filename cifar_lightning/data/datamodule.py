@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cifar_lightning.data.datasets import open_source
 from cifar_lightning.data.duplicates import find_duplicates
+from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.data.image_folder import ClassFolders, Skipped
 from cifar_lightning.data.image_set import SPLITS, ImageSet, Split
 from cifar_lightning.data.loaders import BatchTransform, ImageLoader, LoaderFactory, batch_device
@@ -70,6 +71,8 @@ class ImageDataModule(pl.LightningDataModule):
         drop_last: Drop a last, smaller training batch.
         labels: CSV or JSON lines of path, label and optionally split of the images of a folder, instead of class
             folders.
+        resize: How an image of a folder becomes a square: crop (the shorter side is resized, the centre is kept), pad
+            (the longer side is resized, the border is black) or squash (both sides are resized).
         skip_unreadable: Leave out images of a folder that cannot be read; otherwise they are an error. The run lists
             them in skipped_files.jsonl.
         device: Device that batches are made on; by default the Trainer's, without a Trainer the CPU.
@@ -114,6 +117,7 @@ class ImageDataModule(pl.LightningDataModule):
         ] = 0.0,
         drop_last: bool = False,
         labels: str | None = None,
+        resize: Resize = "crop",
         skip_unreadable: bool = False,
         device: str | None = None,
         class_names: list[str] | None = None,
@@ -122,9 +126,9 @@ class ImageDataModule(pl.LightningDataModule):
         check_settings("data", ImageDataModule.__init__, arguments)
         super().__init__()
         self.arguments = arguments  # for config.yaml
-        self.source = open_source(
-            dataset, root, image_size, class_names, labels=labels, skip_unreadable=skip_unreadable
-        )
+        of_folder = {"labels": labels, "resize": resize, "skip_unreadable": skip_unreadable}
+        self.source = open_source(dataset, root, image_size, class_names, **of_folder)
+        self.resize = resize
         self.class_names: tuple[str, ...] = self.source.class_names
         self.num_classes = len(self.class_names)
         if self.num_classes < 2:
@@ -377,13 +381,14 @@ class ImageDataModule(pl.LightningDataModule):
             "image_size": self.image_size,
             "mean": list(self.mean or ()),
             "std": list(self.std or ()),
+            "resize": self.resize,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Use the mean and std of a checkpoint; refuse one with other classes.
 
         Raises:
-            UserError: The class names or their order differ.
+            UserError: The class names, their order or how images are resized differ.
         """
         if tuple(state_dict["class_names"]) != self.class_names:
             raise UserError(
@@ -391,4 +396,6 @@ class ImageDataModule(pl.LightningDataModule):
                 f"the data has {printable(', '.join(self.class_names[:5]))}...; "
                 "give --data.dataset and --data.root of its run."
             )
+        if (theirs := state_dict.get("resize", "crop")) != self.resize:
+            raise UserError(f"--data.resize {self.resize}: the checkpoint is of images with {theirs}.")
         self.use_normalization(tuple(state_dict["mean"]), tuple(state_dict["std"]))

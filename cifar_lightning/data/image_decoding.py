@@ -1,4 +1,4 @@
-"""Decode image files to uint8 RGB squares: one file, or many in parallel into an array or a file.
+"""Decode image files to uint8 squares, RGB or gray: one file, or many in parallel into an array or a file.
 
 The rules (raise `RULES` when they change: caches depend on it):
 
@@ -10,6 +10,9 @@ The rules (raise `RULES` when they change: caches depend on it):
   keeps every bit. Images of up to 4:1 are resized and then cropped, longer ones cropped first. Cropping all of them
   first would change the results of earlier runs: Pillow rounds between its two passes, whose order depends on the size;
   the difference is at most 22 of 255 in noise, 0.4 on average;
+- that is `resize="crop"`. "pad" resizes the longer side and centres the image on black, as torchvision's `Pad` fills;
+  "squash" resizes both sides to `image_size`;
+- with `in_channels=1` the finished square is converted to gray: the luma of ITU-R 601, Pillow's mode "L";
 - transparency is composited on white, unless alpha is 0 everywhere: it is then unused and the colours count; CMYK,
   palette, gray and 1-bit images are converted to RGB by Pillow;
 - 16-bit and 12-bit gray keep their high byte; images of signed samples, of 32 bits and of floating point are refused,
@@ -44,7 +47,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -93,8 +96,9 @@ _UPRIGHT = {
 _TEXT_BYTES = 1 << 20  # of a text in a PNG: Pillow's limit
 _MESSAGE_BYTES = 500  # of the messages of C libraries about an image
 _UNUSED_ALPHA = "have alpha 0 everywhere; their colours are used"
-_CONSTANT = "have one colour in all of their centre square"
+_CONSTANT = "have one colour in all of the decoded square"
 
+Resize = Literal["crop", "pad", "squash"]
 Read = Callable[[str], bytes]
 Decode = Callable[[str, int, list[str], Read], np.ndarray]
 Unreadable = tuple[int, str]  # index of an image, and why it cannot be read
@@ -110,8 +114,16 @@ def read_file(path: str) -> bytes:
         return file.read()
 
 
-def decode_image(path: str, image_size: int, remarks: list[str] | None = None, read: Read = read_file) -> np.ndarray:
-    """Decode one image by the rules at the top of this file, to uint8 RGB (image_size, image_size, 3).
+def decode_image(
+    path: str,
+    image_size: int,
+    remarks: list[str] | None = None,
+    read: Read = read_file,
+    *,
+    resize: Resize = "crop",
+    in_channels: int = 3,
+) -> np.ndarray:
+    """Decode one image by the rules at the top of this file, to uint8 (image_size, image_size, in_channels).
 
     `remarks` receives what is unusual about the image; `read` reads the file.
 
@@ -135,7 +147,8 @@ def decode_image(path: str, image_size: int, remarks: list[str] | None = None, r
             if has_unused_alpha and remarks is not None:
                 remarks.append(_UNUSED_ALPHA)
             size = original if draft else image.size  # TIFF: load turns the image
-            return np.asarray(_square(image, size, reduction, image_size, to_rgb))
+            square = _square(image, size, reduction, image_size, to_rgb, resize)
+            return np.asarray(square) if in_channels == 3 else np.asarray(square.convert("L"))[:, :, None]
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
         reason = "not an image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UserError(f"{path} cannot be read ({' '.join(reason.split()) or type(error).__name__})") from error
@@ -299,8 +312,9 @@ def _square(
     reduction: float,
     image_size: int,
     to_rgb: Callable[[Image.Image], Image.Image],
+    resize: Resize = "crop",
 ) -> Image.Image:
-    """Resize the centre square of a loaded image and turn it upright.
+    """Resize a loaded image, or its centre square, and turn it upright.
 
     `original` is width and height in the file; `image` may be smaller, by `reduction`. `to_rgb` converts a piece to
     RGB.
@@ -309,6 +323,15 @@ def _square(
     if image.size == (image_size, image_size):  # 15 of 200 us faster
         square = to_rgb(image)
         return square.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else square
+    if resize != "crop":
+        scale = image_size / max(original)
+        wanted = [max(1, round(side * scale)) if resize == "pad" else image_size for side in original]
+        box = [min(side / reduction, available) for side, available in zip(original, image.size, strict=True)]
+        whole = _resized(_in_strips(image, to_rgb), (wanted[0], wanted[1]), (0, 0, box[0], box[1]))
+        whole = whole.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else whole
+        square = Image.new("RGB", (image_size, image_size))
+        square.paste(whole, ((image_size - whole.width) // 2, (image_size - whole.height) // 2))
+        return square
     scale = image_size / min(original)
     axes = []
     for side, available, flipping in zip(original, image.size, (_FLIPS_X, _FLIPS_Y), strict=True):
@@ -330,6 +353,15 @@ def _square(
     resized_image = _in_strips(image, to_rgb).resize((width, height), Image.Resampling.BICUBIC, (x, y, x_end, y_end))
     square = resized_image.crop((x_cut, y_cut, x_cut + image_size, y_cut + image_size))
     return square.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else square
+
+
+def _resized(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
+    """Resize `box` of an image to a size, in memory of at most the larger of both."""
+    if size[0] > image.width and size[1] < image.height:
+        # Pillow resizes rows first: an image of 1 x 60,000 pixels would become larger before it becomes smaller.
+        image = image.resize((image.width, size[1]), Image.Resampling.BICUBIC, (0, 0, image.width, box[3]))
+        box = (0, 0, box[2], size[1])
+    return image.resize(size, Image.Resampling.BICUBIC, box)
 
 
 def _orientation(image: Image.Image) -> int | None:
@@ -432,7 +464,7 @@ def decode_all(
     Args:
         paths: Files to decode.
         image_size: Height and width in pixels.
-        out: uint8 (len(paths), image_size, image_size, 3): an array, or an existing `.npy` file.
+        out: uint8 (len(paths), image_size, image_size, channels): an array, or an existing `.npy` file.
         decode: Decodes one image, or raises `UserError` if it cannot. Workers import it by name.
         hashes: Receives the SHA-256 of each file, 0 for one that cannot be opened, as its field `content`, and the
             images' `pixel_hashes` as `pixels`.
@@ -447,10 +479,12 @@ def decode_all(
     began = time.monotonic()
     states = multiprocessing.RawArray("b", max(1, len(paths)))
     file = str(out) if isinstance(out, Path) else None
+    channels = (np.load(out, mmap_mode="r") if isinstance(out, Path) else out).shape[-1]
+    shape = (image_size, image_size, channels)
     with _workers(num_workers, _set_work, file, decode, states) as pool:
         chunks = {
-            pool.submit(_decode_chunk, paths[start:stop], start, image_size, hashes is not None): (start, stop)
-            for start, stop in _chunks(len(paths), num_workers, 3 * image_size**2)
+            pool.submit(_decode_chunk, paths[start:stop], start, shape, hashes is not None): (start, stop)
+            for start, stop in _chunks(len(paths), num_workers, math.prod(shape))
         }
         try:
             bad, remarks = _collect(chunks, pool, None if isinstance(out, Path) else out, hashes)
@@ -585,10 +619,10 @@ def _take_c_messages() -> str:
     return " ".join(text.split()) or "a C library printed an empty message"
 
 
-def _decode_chunk(paths: Sequence[str], start: int, image_size: int, is_hashed: bool) -> Chunk:
+def _decode_chunk(paths: Sequence[str], start: int, shape: tuple[int, ...], is_hashed: bool) -> Chunk:
     """Decode images into the file or return them; set the state of each: 1 is in progress, 2 is done."""
     images, decode, states = _work
-    own = np.zeros((len(paths), image_size, image_size, 3), np.uint8) if images is None else None
+    own = np.zeros((len(paths), *shape), np.uint8) if images is None else None
     into: Any = own if images is None else images[start : start + len(paths)]
     bad: list[Unreadable] = []
     remarks: list[Remark] = []
@@ -604,7 +638,7 @@ def _decode_chunk(paths: Sequence[str], start: int, image_size: int, is_hashed: 
         unusual: list[str] = []
         reason = ""
         try:
-            into[at] = decode(path, image_size, unusual, read_and_hash if is_hashed else read_file)
+            into[at] = decode(path, shape[0], unusual, read_and_hash if is_hashed else read_file)
         except UserError as error:
             reason = str(error)
         if message := _take_c_messages():  # names the cause that Pillow lacks, or an error that it ignores
@@ -615,10 +649,10 @@ def _decode_chunk(paths: Sequence[str], start: int, image_size: int, is_hashed: 
             remarks += [(start + at, remark) for remark in unusual]
         states[start + at] = 2
     unreadable = {index for index, _ in bad}
-    flat = into.reshape(len(paths), -1, 3)
+    flat = into.reshape(len(paths), -1, shape[-1])
     alike = (flat[:, 0] == flat[:, -1]).all(1) & (flat[:, 0] == flat[:, flat.shape[1] // 3]).all(1)
     for at in np.flatnonzero(alike).tolist():
-        if start + at not in unreadable and image_size > 1 and (flat[at] == flat[at, 0]).all():
+        if start + at not in unreadable and shape[0] > 1 and (flat[at] == flat[at, 0]).all():
             remarks.append((start + at, _CONSTANT))
     content = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, 32)
     return bad, remarks, own, (content, pixel_hashes(into)) if is_hashed else None

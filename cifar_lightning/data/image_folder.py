@@ -2,7 +2,7 @@
 
 Or images anywhere below ROOT, with their classes and splits in a labels file (labels_file.py).
 
-Images of any format and size are decoded once to uint8 RGB squares (rules: image_decoding.py) in a `.npy` file that
+Images of any format and size are decoded once to uint8 squares (rules: image_decoding.py) in a `.npy` file that
 later starts map into memory: a set larger than memory is never held there, and a second start decodes nothing. The
 file is valid for the contents of the folder: names, and the SHA-256 of every file. Files with unchanged size, times and
 inode are not hashed again.
@@ -22,13 +22,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cifar_lightning.data import image_decoding
-from cifar_lightning.data.image_decoding import RULES, Remarks, decode_all, find_image_size, read_file, remark_lines
+from cifar_lightning.data.image_decoding import (
+    RULES,
+    Remarks,
+    Resize,
+    decode_all,
+    decode_image,
+    find_image_size,
+    read_file,
+    remark_lines,
+)
 from cifar_lightning.data.image_set import SPLIT_OF_WORD, SPLITS, ImageSet, Split, digest
 from cifar_lightning.data.labels_file import read_labels
 from cifar_lightning.errors import UserError, is_first_process
@@ -105,6 +115,8 @@ class ClassFolders:
         image_size: Height and width in pixels. By default that of the images if all of a sample are squares of one size
             up to 224, otherwise the median of their shorter sides, rounded to a multiple of 32 from 32 to 224.
         labels: Labels file, which then decides classes and splits.
+        resize: How images become squares; see `ImageDataModule`.
+        in_channels: 3 for RGB, 1 for gray.
         skip_unreadable: Leave out images that cannot be read; otherwise they are an error.
 
     Raises:
@@ -120,9 +132,13 @@ class ClassFolders:
         image_size: int | None = None,
         *,
         labels: str | Path | None = None,
+        resize: Resize = "crop",
+        in_channels: int = 3,
         skip_unreadable: bool = False,
     ) -> None:
         self.root, self.labels, self.skip_unreadable = Path(root), labels, skip_unreadable
+        self.resize: Resize = resize
+        self.in_channels = in_channels
         self.class_names, self._listed = scan(self.root, None if labels is None else Path(labels))
         self.listings = dict(self._listed)  # once decoded, without the images that cannot be read
         if image_size is not None and image_size < 1:
@@ -220,10 +236,16 @@ class ClassFolders:
         return f"folder: {counts} images, {len(self.class_names)} classes, {size}, in {self.root}{labels}"
 
     def _cache_name(self, split: Split) -> str:
-        if self.labels is None:
-            return f"{split}-{self.image_size}.npy"
-        of_labels = hashlib.sha256(os.fsencode(Path(self.labels).name)).hexdigest()[:8]  # so that folds do not compete
-        return f"{split}-{self.image_size}-{of_labels}.npy"
+        words = [split, str(self.image_size), *map(str, self._variant.values())]
+        if self.labels is not None:  # by name, so that the labels of several folds do not compete
+            words.append(hashlib.sha256(os.fsencode(Path(self.labels).name)).hexdigest()[:8])
+        return f"{'-'.join(words)}.npy"
+
+    @property
+    def _variant(self) -> dict[str, Any]:
+        """How images are decoded, where it is not the default: caches of the default have no word of it."""
+        channels = {} if self.in_channels == 3 else {"in_channels": self.in_channels}
+        return channels if self.resize == "crop" else {"resize": self.resize, **channels}
 
     def _decoded(self, split: Split) -> Decoded:
         decoded, listing = self._uncached.get(split) or self._read(split) or self._build(split), self._listed[split]
@@ -239,6 +261,7 @@ class ClassFolders:
             "image_size": self.image_size,
             "class_names": list(self.class_names),
             "counts": list(self._listed[split].counts),
+            **self._variant,
         }
 
     def _read(self, split: Split) -> Decoded | None:
@@ -253,7 +276,7 @@ class ClassFolders:
 
     def _build(self, split: Split) -> Decoded:
         listing = self._listed[split]
-        shape = (len(listing.names), self.image_size, self.image_size, 3)
+        shape = (len(listing.names), self.image_size, self.image_size, self.in_channels)
         for folder in cache_folders(self.root):
             with allocated(folder, self._cache_name(split), shape) as temporary:
                 if temporary is None:
@@ -272,7 +295,8 @@ class ClassFolders:
 
     def _decode(self, listing: Listing, out: Path | np.ndarray) -> tuple[Decoded, np.ndarray]:
         files, paths = np.zeros(len(listing.names), _FILE), listing.paths
-        bad, remarks = decode_all(paths, self.image_size, out, hashes=files)
+        decode = partial(decode_image, resize=self.resize, in_channels=self.in_channels)
+        bad, remarks = decode_all(paths, self.image_size, out, decode, hashes=files)
         files["stat"] = listing.stats * files["content"].any(axis=1, keepdims=True)
         unreadable = {index: reason.removeprefix(f"{paths[index]} ") for index, reason in bad}
         if isinstance(out, Path):
@@ -496,7 +520,7 @@ def read_cache(path: Path, about: dict[str, Any], listing: Listing) -> Decoded |
     except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, OverflowError):
         return None  # missing, cut short, overwritten
     size = about["image_size"]
-    fits = images.shape == (len(pixels), size, size, 3) and images.dtype == np.uint8
+    fits = images.shape == (len(pixels), size, size, about.get("in_channels", 3)) and images.dtype == np.uint8
     if not fits or not all(0 <= first < len(files) for _, first in remarks.values()):
         return None
     if (files["stat"] != before).any():

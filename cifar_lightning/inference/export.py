@@ -121,6 +121,7 @@ def _describe(run: RunFolder, trained: TrainedModel, path: Path, kind: str, inpu
         "checkpoint_sha256": trained.sha256,
         "class_names": list(trained.class_names),
         "image_size": trained.image_size,
+        "resize": trained.resize,
         "epoch": trained.epoch,
         "tta": trained.tta,
         "images": "" if kind == "safetensors" else f"RGB, {'uint8 0-255' if input == 'uint8' else 'float32 0-1'}",
@@ -139,6 +140,7 @@ def metadata_of(trained: TrainedModel, input: str) -> dict[str, str]:
     return {
         "class_names": json.dumps(trained.class_names),
         "image_size": str(trained.image_size),
+        "resize": trained.resize,
         "input": f"RGB, {'uint8 0-255' if input == 'uint8' else 'float32 0-1'}, NCHW",
         "mean": json.dumps(trained.mean),
         "std": json.dumps(trained.std),

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -208,7 +209,7 @@ def _predictions(
     has_remarked = False
     for start in range(0, len(paths), chunk_size):
         chunk = paths[start : start + chunk_size]
-        images, bad, unusual = _decoded(chunk, trained.image_size)
+        images, bad, unusual = _decoded(chunk, trained)
         for text, (num, first) in unusual.items():
             before, first_of_all = remarks.get(text, (0, start + first))
             remarks[text] = before + num, first_of_all
@@ -237,11 +238,12 @@ def _predictions(
 
 
 def _decoded(
-    paths: Sequence[str], image_size: int
+    paths: Sequence[str], trained: TrainedModel
 ) -> tuple[np.ndarray, list[image_decoding.Unreadable], image_decoding.Remarks]:
-    images = np.empty((len(paths), image_size, image_size, 3), np.uint8)
+    images = np.empty((len(paths), trained.image_size, trained.image_size, 3), np.uint8)
+    decode = partial(image_decoding.decode_image, resize=trained.resize)
     with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON lines only
-        return images, *image_decoding.decode_all(paths, image_size, images)
+        return images, *image_decoding.decode_all(paths, trained.image_size, images, decode)
 
 
 # -- output -----------------------------------------------------------------------------------------------------

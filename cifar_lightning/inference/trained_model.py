@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint
 from cifar_lightning.checkpoints.schema import DATA_STATE
+from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256
 from cifar_lightning.models.memory_format import use_memory_format
@@ -28,6 +29,7 @@ class TrainedModel:
     tta: TTA
     class_names: tuple[str, ...]  # in the order of the logits
     image_size: int
+    resize: Resize  # how an image becomes a square
     mean: tuple[float, ...]  # per channel, of images scaled to 0-1
     std: tuple[float, ...]  # the same
     architecture: dict[str, Any]  # arguments of `build_model`
@@ -84,6 +86,7 @@ def load_trained_model(run: RunFolder, *, trust_code: bool = False) -> TrainedMo
         tta=hparams.get("tta", "none"),
         class_names=tuple(data["class_names"]),
         image_size=data["image_size"],
+        resize=data.get("resize", "crop"),
         mean=tuple(map(float, data["mean"])),
         std=tuple(map(float, data["std"])),
         architecture=architecture,

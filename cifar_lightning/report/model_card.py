@@ -18,6 +18,11 @@ from cifar_lightning.runs.folder import RunFolder
 
 NAME = "MODEL_CARD.md"
 _MARKER = "<!-- Made by cifar_lightning; the next export overwrites it. -->"
+_RESIZE = {
+    "crop": "shorter side resized to that size and centre-cropped",
+    "pad": "longer side resized to that size and centred on black",
+    "squash": "both sides resized to that size",
+}
 _OF_A_FILE = ("file", "format", "images", "outputs")
 
 
@@ -25,8 +30,8 @@ def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> P
     """Write the model card of a run, with the numbers of its report and all exported files of the same weights.
 
     `card` has the facts of the export into `folder`: `file`, `format`, `checkpoint_sha256`, `class_names`,
-    `image_size`, `epoch`, `tta`, `images` (input of the graph; empty for weights) and `outputs`. Return the card's
-    path, or None if a file of that name is not ours, which is then left alone.
+    `image_size`, `resize`, `epoch`, `tta`, `images` (input of the graph; empty for weights) and `outputs`. Return the
+    card's path, or None if a file of that name is not ours, which is then left alone.
     """
     path = folder / NAME
     try:
@@ -50,6 +55,7 @@ def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> P
         "model_card.md",
         marker=Markup(f"{_MARKER}\n<!-- {known_files} -->"),
         files=files,
+        resize_text=_RESIZE[card.get("resize", "crop")],
         card={**card, **describe_run(run, known)},
         f=findings,
         facts=facts_of(known),

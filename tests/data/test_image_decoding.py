@@ -216,7 +216,8 @@ Image.init()
 decode_image(sys.argv[1], 224)
 before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
 for path in sys.argv[2:]:
-    decode_image(path, 224)
+    for resize in ("crop", "pad", "squash"):
+        decode_image(path, 224, resize=resize)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
@@ -252,6 +253,39 @@ def test_a_long_image_is_cut_where_the_whole_one_would_be(size, image_size, tmp_
     whole = np.asarray(source.resize((width, height), Image.Resampling.BICUBIC))
     expected = whole[top : top + image_size, left : left + image_size].astype(int)
     assert np.abs(decode_image(saved(source, tmp_path / "a.png"), image_size) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("image_size", [8, 9])
+@pytest.mark.parametrize("size", [(90, 31), (31, 90), (900, 1), (1, 900), (5, 3), (3, 400), (8, 8), (9, 9), (40, 40)])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+def test_pad_keeps_the_whole_image_on_black_and_squash_fills_the_square(orientation, size, image_size, tmp_path):
+    source = Image.fromarray(noise(6, 6)).resize(size, Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(source, tmp_path / "a.png", exif=exif)
+    upright = ImageOps.exif_transpose(tagged(source, exif))
+    squashed = decode_image(path, image_size, resize="squash").astype(int)
+    expected = np.asarray(upright.resize((image_size, image_size), Image.Resampling.BICUBIC))
+    most = 0 if orientation == 1 and 1 not in size else 20  # Pillow rounds and clips between rows and columns
+    assert np.abs(squashed - expected).max() <= most
+    assert np.abs(squashed - expected).mean() < 0.6
+    scale = image_size / max(size)
+    width, height = (max(1, round(side * scale)) for side in upright.size)
+    left, top = (image_size - width) // 2, (image_size - height) // 2
+    whole = np.zeros((image_size, image_size, 3), int)
+    whole[top : top + height, left : left + width] = upright.resize((width, height), Image.Resampling.BICUBIC)
+    padded = decode_image(path, image_size, resize="pad").astype(int)
+    assert np.abs(padded - whole).max() <= most
+    assert np.abs(padded - whole).mean() < 0.6
+    assert (padded[whole.sum(-1) == 0] == 0).all()
+
+
+@pytest.mark.parametrize("resize", ["pad", "squash"])
+def test_a_large_jpeg_is_padded_and_squashed_as_the_png_of_it(resize, tmp_path):
+    image = Image.fromarray(noise(9, 7)).resize((701, 333), Image.Resampling.BICUBIC)
+    jpeg, png = saved(image, tmp_path / "a.jpg", quality=100), saved(image, tmp_path / "a.png")
+    difference = decode_image(jpeg, 32, resize=resize).astype(int) - decode_image(png, 32, resize=resize)
+    assert np.abs(difference).mean() < 2
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

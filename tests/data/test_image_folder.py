@@ -143,6 +143,18 @@ def test_each_image_size_has_its_own_cache(root, decoded):
     assert decoded == [6, 4, 6]
 
 
+def test_each_way_to_resize_has_its_own_cache(root, decoded):
+    Image.linear_gradient("L").rotate(90).resize((16, 8)).save(root / "train" / "ant" / "0.png")
+    images = {}
+    for _ in range(2):
+        for resize in ("crop", "pad", "squash"):
+            images[resize] = ClassFolders(root, 8, resize=resize).load("train").images
+    assert decoded == [6, 6, 6]
+    assert len({image_set[0].tobytes() for image_set in images.values()}) == 3
+    assert {image_set[1].tobytes() for image_set in images.values()} == {images["crop"][1].tobytes()}
+    assert (root / CACHE_FOLDER / "train-8.npy").exists()  # as before there was a choice
+
+
 def add(root: Path) -> None:
     put(root / "train" / "ant" / "9.png", 9)
 
