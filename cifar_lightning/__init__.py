@@ -12,22 +12,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cifar_lightning.data.datamodule import ImageDataModule as ImageDataModule
     from cifar_lightning.errors import UserError as UserError
+    from cifar_lightning.inference.predict_images import Prediction as Prediction
     from cifar_lightning.models.registry import build_model as build_model
     from cifar_lightning.models.smallnet import SmallNet as SmallNet
     from cifar_lightning.models.speednet import SpeedNet as SpeedNet
     from cifar_lightning.optim.muon import Muon as Muon
+    from cifar_lightning.python_api import Run as Run
     from cifar_lightning.python_api import fit as fit
+    from cifar_lightning.python_api import load as load
     from cifar_lightning.training.module import ImageClassifier as ImageClassifier
+    from cifar_lightning.training.run_report import RunReport as RunReport
+    from cifar_lightning.training.tensorboard import Dashboard as Dashboard
 
 _HOMES = {
+    "Dashboard": "training.tensorboard",
     "ImageClassifier": "training.module",
     "ImageDataModule": "data.datamodule",
     "Muon": "optim.muon",
+    "Prediction": "inference.predict_images",
+    "Run": "python_api",
+    "RunReport": "training.run_report",
     "SmallNet": "models.smallnet",
     "SpeedNet": "models.speednet",
     "UserError": "errors",
     "build_model": "models.registry",
     "fit": "python_api",
+    "load": "python_api",
 }
 __all__ = list(_HOMES)
 

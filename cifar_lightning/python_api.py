@@ -1,27 +1,50 @@
-"""The command line's work from Python: `fit` trains into a run folder."""
+"""The command line's work from Python: `fit` trains into a run folder, `load` opens one."""
 
 import contextlib
+import functools
+import html
+import itertools
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import yaml
-from torch import nn
+from rich.console import Console
+from torch import Tensor, nn
 
+from cifar_lightning.cli.evaluate import evaluate
 from cifar_lightning.cli.fit import fit as fit_run
 from cifar_lightning.cli.flags import ALIASES, GROUPS, object_name
 from cifar_lightning.cli.lightning_cli import PythonObjects, training_process
 from cifar_lightning.cli.main import training_arguments
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.datasets import DATASETS
+from cifar_lightning.data.image_folder import Skipped
+from cifar_lightning.data.object_source import to_square
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import expand_home
-from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.formatting import percent, plural
+from cifar_lightning.inference.predict_images import (
+    Prediction,
+    choose_top_k,
+    default_batch_size,
+    find_images,
+    predict_files,
+    rank_classes,
+)
+from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
+from cifar_lightning.metrics.classification import test_metrics
+from cifar_lightning.report.report import make_report
+from cifar_lightning.report.results import Predictions, read_predictions
+from cifar_lightning.runs.contents import read_table, read_test_metrics
+from cifar_lightning.runs.folder import RunFolder, open_run
 from cifar_lightning.runs.processes import forget_run
 from cifar_lightning.settings.import_path import is_import_path
 from cifar_lightning.training.module import ImageClassifier
@@ -30,7 +53,7 @@ from cifar_lightning.training.signals import Stopped
 
 def fit(
     model: str | nn.Module | None = None, data: Any = None, *, callbacks: Sequence[pl.Callback] = (), **settings: Any
-) -> RunFolder:
+) -> "Run":
     """Train a model, test its best checkpoint and write its run folder, as the command `fit` does.
 
     Nothing of the process stays changed but the global seed. Ctrl-C ends the epoch's batch, saves a checkpoint and
@@ -56,16 +79,174 @@ def fit(
     if chosen.get("trainer.fast_dev_run"):
         raise UserError("trainer.fast_dev_run: leaves no run to return; give trainer.limit_train_batches.")
     objects = PythonObjects(_model_object(model), _data_object(data), callbacks)
-    given = _refuse_settings_of_objects(objects, chosen)
     if isinstance(model, str):
         chosen["model.name"] = model
     if isinstance(data, str | os.PathLike):
         chosen |= _data_settings(os.fspath(data))
     with _unchanged_process(), training_process("fit") as signals:
-        flags, resumed = training_arguments("fit", [f"--{name}={_text(name, chosen[name])}" for name in chosen], given)
+        flags, resumed = training_arguments("fit", *_typed(chosen, objects))
         run = fit_run(flags, signals, resumed, objects)
     assert run is not None
-    return run
+    return Run(run, objects, trust_code=chosen.get("trust_code") is True)
+
+
+def load(
+    run: str | os.PathLike[str], *, model: nn.Module | None = None, data: Any = None, trust_code: bool = False
+) -> "Run":
+    """Open a run folder.
+
+    Args:
+        run: The folder.
+        model: For a run whose model was given as an object that nothing makes again: a model of the same class.
+        data: Likewise for its data.
+        trust_code: Import code of one's own that the run names.
+
+    Raises:
+        UserError: It is not a run folder, or holds links or special files.
+    """
+    folder = open_run(Path(expand_home(os.fspath(run))), results=True)
+    return Run(folder, PythonObjects(_model_object(model), data), trust_code=trust_code)
+
+
+class Run:
+    """A trained run: `cifar_lightning.load` and `fit` return it. Files are read when they are asked for.
+
+    Attributes:
+        path: The folder.
+    """
+
+    def __init__(self, folder: RunFolder, objects: PythonObjects, *, trust_code: bool) -> None:
+        self.path = folder.path
+        self._folder, self._objects, self._trust_code = RunFolder(folder.path), objects, trust_code
+
+    def __repr__(self) -> str:
+        try:
+            accuracy = f"test accuracy {percent(self.metrics['accuracy'], 2)}"
+        except (UserError, KeyError):
+            accuracy = "not tested"
+        return f"Run({str(self.path)!r}: {accuracy})"
+
+    @functools.cached_property
+    def _trained(self) -> TrainedModel:
+        given = self._objects.model
+        given = given.model if isinstance(given, ImageClassifier) else given
+        return load_trained_model(self._folder, trust_code=self._trust_code, model=given)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model of the best checkpoint, in eval mode: normalized images to raw logits."""
+        return self._trained.model
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the logits."""
+        return self._trained.class_names
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Test metrics, as in test_metrics.json."""
+        self._folder.require(self._folder.test_metrics)
+        return read_test_metrics(self._folder.test_metrics)
+
+    @property
+    def epochs(self) -> list[dict[str, float]]:
+        """Loss, accuracy and learning rate of each epoch, as in metrics.csv."""
+        self._folder.require(self._folder.metrics_csv)
+        return read_table(self._folder.metrics_csv)
+
+    @property
+    def predictions(self) -> Predictions:
+        """Predictions for the test images, as arrays; `to_dataframe()` makes a DataFrame of them."""
+        self._folder.require(self._folder.predictions)
+        return read_predictions(self._folder.predictions)
+
+    def predict(self, images: Any, *, top_k: int | None = None, batch_size: int | None = None) -> Any:
+        """Predict the classes of images of any size, which are cropped and resized as for training.
+
+        Args:
+            images: Path of an image or of a folder; Pillow image; array or tensor (H, W), (H, W, C) or (C, H, W), uint8
+                from 0 to 255 or float from 0 to 1; a batch of them with one more dimension; or a list of any of these.
+            top_k: Number of classes for an image; by default 3, or all of fewer.
+            batch_size: Images at a time; by default 256 on a GPU, else 64.
+
+        Returns:
+            A `Prediction` for one image; a list of them for a folder, a batch or a list. Files of a folder that cannot
+            be read are left out, with a warning.
+
+        Raises:
+            UserError: An image cannot be read, or has another form.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size {batch_size}: 1 or more.")
+        is_list, size = isinstance(images, list | tuple), batch_size or default_batch_size()
+        top_k = choose_top_k(self._trained, top_k)
+        predictions: list[Prediction] = []
+        for is_path, group in itertools.groupby(images if is_list else [images], key=_is_path):
+            if is_path:
+                predictions += self._predict_files([Path(expand_home(os.fspath(path))) for path in group], top_k, size)
+            else:
+                each = (image for given in group for image in (given if _is_batch(given) else [given]))
+                while batch := list(itertools.islice(each, size)):
+                    squares = np.stack([to_square(image, self._trained.image_size) for image in batch])
+                    predictions += [Prediction("", top) for top in rank_classes(self._trained, squares, top_k)]
+        is_one = not is_list and not _is_batch(images) and not (_is_path(images) and Path(images).expanduser().is_dir())
+        return predictions[0] if is_one else predictions
+
+    def _predict_files(self, paths: Sequence[Path], top_k: int, batch_size: int) -> Iterable[Prediction]:
+        found, _ = find_images(paths)
+        unreadable: list[Skipped] = []
+        predictions = list(predict_files(self._trained, found, unreadable, {}, top_k=top_k, batch_size=batch_size))
+        for path, reason in unreadable:
+            if Path(path) in paths:
+                raise UserError(f"{path} {reason}")
+        if unreadable:
+            (path, reason), num = unreadable[0], plural(len(unreadable), "file")
+            warnings.warn(f"{num} cannot be read and left out, the first: {path} {reason}", stacklevel=3)
+        return predictions
+
+    def test(self, data: Any = None) -> dict[str, Any]:
+        """Evaluate the best checkpoint on the test images, as the command `test` does; return the metrics.
+
+        Args:
+            data: Other data with the same classes, as `fit` takes it; the files of the run then stay as they are.
+
+        Raises:
+            UserError: The run has no checkpoint, or the data has other classes.
+        """
+        objects = PythonObjects(self._objects.model, self._objects.data if data is None else _data_object(data))
+        chosen = _data_settings(os.fspath(data)) if isinstance(data, str | os.PathLike) else {}
+        arguments, given = _typed({**chosen, "trust_code": self._trust_code}, objects)
+        with _unchanged_process(), training_process("test"):
+            flags, _ = training_arguments("test", [str(self.path), *arguments], given)
+            tested = evaluate("test", flags, objects).test
+        return {} if tested is None else test_metrics(tested.logits, tested.targets, tested.class_names)
+
+    def report(self) -> "ReportPage":
+        """Write the report again; in a notebook it is shown."""
+        make_report(self._folder, console=Console(quiet=True))
+        return ReportPage(self._folder.report)
+
+
+@dataclass(frozen=True)
+class ReportPage(os.PathLike[str]):
+    """The page of a report, at `path`; a notebook shows it."""
+
+    path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def _repr_html_(self) -> str:
+        page = html.escape(self.path.read_text(encoding="utf-8"))
+        return f'<iframe srcdoc="{page}" style="width: 100%; height: 80vh; border: 0"></iframe>'
+
+
+def _is_path(image: Any) -> bool:
+    return isinstance(image, str | os.PathLike)
+
+
+def _is_batch(images: Any) -> bool:
+    return isinstance(images, np.ndarray | Tensor) and images.ndim == 4
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,8 +295,13 @@ def _data_object(data: Any) -> Any:
     return None if isinstance(data, str | os.PathLike) else data
 
 
-def _refuse_settings_of_objects(objects: PythonObjects, chosen: dict[str, Any]) -> list[str]:
-    """Return the settings that objects stand for; refuse those that a given object has itself."""
+def _typed(settings: dict[str, Any], objects: PythonObjects) -> tuple[list[str], list[str]]:
+    """Return settings as typed, and the names of those that objects stand for.
+
+    Raises:
+        UserError: A setting that a given object has itself, or one that cannot be typed.
+    """
+    chosen = dict(settings)
     for group, given, kind in (("model", objects.model, ImageClassifier), ("data", objects.data, ImageDataModule)):
         for name in chosen:
             if isinstance(given, kind) and ALIASES.get(name, name).startswith(f"{group}."):
@@ -126,7 +312,7 @@ def _refuse_settings_of_objects(objects: PythonObjects, chosen: dict[str, Any]) 
     if objects.data is not None:
         given.append("data.dataset")
         chosen["data.dataset"] = object_name(objects.data)
-    return given
+    return [f"--{name}={_text(name, value)}" for name, value in chosen.items()], given
 
 
 def _data_settings(data: str) -> dict[str, str]:

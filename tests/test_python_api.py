@@ -1,19 +1,32 @@
 """Training and trained runs from Python."""
 
+import json
 import logging
 import os
+import re
 import signal
+import sys
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
+import torch
 import yaml
+from fitting import NARROW
+from made_run import make_run
+from PIL import Image
+from program import decode_here
 from torch import nn
 
 import cifar_lightning
-from cifar_lightning import ImageDataModule, UserError
+from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.cli import fit as fit_module
 from cifar_lightning.cli.main import run_command
+from cifar_lightning.files import write_json
+from cifar_lightning.runs.folder import RunFolder
 
 SMALL = {"data.limit": 200, "batch_size": 50, "data.image_size": 16, "trainer": {"accelerator": "cpu"}}
 SMALL |= {"data.eval_batch_size": 500}
@@ -40,7 +53,7 @@ class Counter(pl.Callback):
 
 
 def config_of(run):
-    return yaml.safe_load(run.config.read_text())
+    return yaml.safe_load((run.path / "config.yaml").read_text())
 
 
 def state_of_process():
@@ -62,11 +75,12 @@ def test_an_own_model_trains_and_resumes_and_the_process_stays_as_it_was(here):
     run = cifar_lightning.fit(Net(), "synthetic", epochs=1, run_dir="run", callbacks=[counter], **SMALL)
     assert config_of(run)["model"]["name"] == "test_python_api:Net"
     assert counter.num_batches == 4
-    assert cifar_lightning.fit(Net(), resume=run.path, epochs=2) == run
-    assert len(run.metrics_csv.read_text().splitlines()) == 3
+    assert cifar_lightning.fit(Net(), resume=run.path, epochs=2).path == run.path
+    assert len((run.path / "metrics.csv").read_text().splitlines()) == 3
     assert state_of_process() == before
 
 
+@pytest.mark.slow
 def test_objects_that_no_command_makes_again_are_named_and_can_be_given_again(here):
     model, data = (
         nn.Sequential(nn.Flatten(), nn.Linear(768, 10)),
@@ -78,3 +92,144 @@ def test_objects_that_no_command_makes_again_are_named_and_can_be_given_again(he
     with pytest.raises(UserError, match=r"run: its model <Sequential> is an object of Python"):
         run_command(["test", "run"])
     cifar_lightning.fit(model, resume="run", epochs=2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of eight images a class, dark and light, made without training."""
+    folder = RunFolder(tmp_path_factory.mktemp("runs") / "made")
+    make_run(folder.path, names=("dark", "light"), n=40, image_size=8)
+    module = ImageClassifier("smallnet", 2, 8, model_kwargs=NARROW)
+    data = {"class_names": ["dark", "light"], "image_size": 8, "mean": [0.5] * 3, "std": [0.25] * 3}
+    hparams = dict(module.hparams)
+    checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": hparams, "ImageDataModule": data, "epoch": 4}
+    torch.save(checkpoint, folder.best_checkpoint)
+    write_json(folder.test_metrics, {"accuracy": 0.75})
+    return folder.path
+
+
+@pytest.fixture
+def run(trained, monkeypatch):
+    decode_here(monkeypatch)
+    return cifar_lightning.load(trained)
+
+
+def photo(path, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_a_run_gives_what_its_files_hold(run):
+    assert repr(run) == f"Run({str(run.path)!r}: test accuracy 75.00 %)"
+    assert run.class_names == ("dark", "light")
+    assert [row["epoch"] for row in run.epochs] == [0, 1, 2, 3, 4]
+    predictions = run.predictions
+    np.testing.assert_allclose(predictions.probs.sum(1), 1)
+    assert (predictions.preds == predictions.logits.argmax(1)).all()
+    assert not run.model.training
+
+
+def test_predictions_become_a_table_where_pandas_is(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UserError, match="pip install pandas"):
+        run.predictions.to_dataframe()
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=dict))
+    table = run.predictions.to_dataframe()
+    assert list(table) == ["index", "label", "prediction", "dark", "light"]
+    assert {len(column) for column in table.values()} == {40}
+    assert table["label"][0] == "dark"
+
+
+def test_paths_are_predicted_as_by_the_command(run, tmp_path):
+    (tmp_path / "folder").mkdir()
+    paths = [photo(tmp_path / "folder" / f"{k}.png", seed=k) for k in range(3)]
+    run_command(["predict-images", str(run.path), str(tmp_path / "folder"), "--output", str(tmp_path / "out.jsonl")])
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    expected = [(row["path"], [(top["class"], top["probability"]) for top in row["top"]]) for row in rows]
+    assert run.predict(tmp_path / "folder") == expected
+    assert run.predict([str(path) for path in paths]) == expected
+    one = run.predict(paths[0], top_k=1)
+    assert (one.class_name, one.probability) == expected[0][1][0]
+    assert len(one.top) == 1
+
+
+def test_what_cannot_be_read_is_named(run, tmp_path):
+    (tmp_path / "bad.png").write_text("no image")
+    with pytest.raises(UserError, match=r"bad\.png cannot be read"):
+        run.predict(tmp_path / "bad.png")
+    photo(tmp_path / "good.png")
+    with pytest.warns(UserWarning, match=r"1 file cannot be read .*bad\.png"):
+        assert [Path(each.path).name for each in run.predict(tmp_path)] == ["good.png"]
+    with pytest.raises(UserError, match=r"no such file or folder"):
+        run.predict("nowhere.jpg")
+    with pytest.raises(UserError, match="--top_k 3: the run has 2 classes"):
+        run.predict(tmp_path, top_k=3)
+
+
+def test_an_image_is_the_same_as_file_pillow_image_array_or_tensor(run, tmp_path):
+    image = Image.open(photo(tmp_path / "a.png"))
+    pixels = np.asarray(image)
+    chw = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    kinds = [image, pixels, np.moveaxis(pixels, 2, 0), chw, chw / 255, pixels.astype(np.int64), pixels / 255]
+    (expected,) = {tuple(run.predict(kind).top) for kind in [*kinds, str(tmp_path / "a.png")]}
+    assert all(isinstance(run.predict(kind), cifar_lightning.Prediction) for kind in kinds)
+    batches = [np.stack([pixels] * 3), torch.stack([chw / 255] * 3), [image, str(tmp_path / "a.png"), chw]]
+    for batch in batches:
+        assert [tuple(each.top) for each in run.predict(batch, batch_size=2)] == [expected] * 3
+    gray = np.asarray(image.convert("L"))
+    assert run.predict(gray).top == run.predict(Image.fromarray(gray)).top
+    assert run.predict([]) == []
+    for bad, message in (
+        (chw / 255 * 4 - 2, "pixels of type float32 from -2 to 2"),
+        (np.zeros((8, 8, 2), np.uint8), "shape (8, 8, 2)"),
+        (np.zeros((2, 2, 8, 8, 3), np.uint8), "shape (2, 2, 8, 8, 3)"),
+        (5, "an image of type int"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            run.predict(bad)
+
+
+def test_what_is_no_run_or_has_no_checkpoint_says_so(run, tmp_path):
+    with pytest.raises(UserError, match="nowhere: there is no such folder"):
+        cifar_lightning.load(tmp_path / "nowhere")
+    made = make_run(tmp_path / "made", n=40)
+    opened = cifar_lightning.load(made.path)
+    assert "not tested" in repr(opened)
+    assert len(opened.predictions.targets) == 40
+    with pytest.raises(UserError, match=r"(best|last)\.ckpt is missing"):
+        opened.predict(np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match="no checkpoint found"):
+        opened.test()
+    made.predictions.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"predictions\.npz: damaged"):
+        opened.predictions  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"learning_rate": 1}, "--learning_rate: no such flag. Did you mean --lr?"),
+        ({"flip": "none"}, "--flip: no such flag. Did you mean --data.flip?"),
+        ({"model": "smalnet"}, "smalnet"),
+        ({"data": "cifar11"}, "Did you mean cifar10?"),
+        ({"data": "./nowhere"}, "nowhere"),
+        ({"model": Net}, "model=Net: a class"),
+        ({"model": 5}, "model: a int"),
+        ({"model": pl.LightningModule()}, "model: a LightningModule"),
+        ({"data": pl.LightningDataModule()}, "data: a LightningDataModule"),
+        ({"model": ImageClassifier(model_kwargs=NARROW), "lr": 1e-3}, "lr: the ImageClassifier that is given has"),
+        ({"trainer": {"callbacks": [Counter()]}}, "trainer.callbacks: a list; give plain values"),
+        ({"callbacks": [pl.callbacks.BatchSizeFinder()]}, "BatchSizeFinder: the schedule counts"),
+        ({"resume": "nowhere"}, "nowhere: there is no such folder"),
+        ({"trainer.fast_dev_run": True}, "trainer.fast_dev_run"),
+        ({"epochs": 0}, "--epochs 0"),
+    ],
+)
+def test_a_wrong_setting_or_object_is_an_exception(arguments, message, here, tmp_path):
+    before = state_of_process()
+    with pytest.raises(UserError) as raised:
+        cifar_lightning.fit(**{"data": "synthetic", **arguments})
+    assert message in str(raised.value)
+    assert state_of_process() == before
+    assert list(tmp_path.iterdir()) == []

@@ -1,11 +1,12 @@
 """validate, test and predict: a checkpoint's metrics and predictions."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cifar_lightning.checkpoints.resume import split_difference
-from cifar_lightning.cli.lightning_cli import TrainingCLI, build_trainer, prepare_data
+from cifar_lightning.cli.lightning_cli import PythonObjects, TrainingCLI, build_trainer, prepare_data
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.report.terminal import print_validation
@@ -14,9 +15,9 @@ from cifar_lightning.training.error_messages import restoring
 from cifar_lightning.training.predictions import PredictionWriter
 
 
-def evaluate(command: str, arguments: Sequence[str]) -> None:
+def evaluate(command: str, arguments: Sequence[str], objects: PythonObjects | None = None) -> PredictionWriter:
     """Evaluate a checkpoint; its run's files are updated where they are of this checkpoint and these images."""
-    cli = TrainingCLI(command, arguments)
+    cli = TrainingCLI(command, arguments, objects)
     model, data, settings = cli.instantiate()
     prepare_data(data, model)
     output = Path(settings.output) if settings.output else None
@@ -26,14 +27,16 @@ def evaluate(command: str, arguments: Sequence[str]) -> None:
     # weights_only: a checkpoint is data and must not be able to run code.
     common: dict[str, Any] = {"datamodule": data, "ckpt_path": settings.ckpt_path, "weights_only": True}
     quiet = {"return_predictions": False} if command == "predict" else {"verbose": False}
-    with restoring(settings.ckpt_path):
+    lock = run.lock if run is not None else None
+    with lock or contextlib.nullcontext(), restoring(settings.ckpt_path):
         getattr(trainer, command)(model, **quiet, **common)
-    if command == "test":
-        predictions.report()
-    elif trainer.is_global_zero and command == "predict":
+        if command == "test":
+            predictions.report()
+    if trainer.is_global_zero and command == "predict":
         print(f"Logits and probabilities of {predictions.num_written:,} test images: {predictions.written_to}")
-    elif trainer.is_global_zero:
+    elif trainer.is_global_zero and command == "validate":
         print_validation({name: float(value) for name, value in trainer.callback_metrics.items()})
+    return predictions
 
 
 def find_run(command: str, checkpoint: Path, data: ImageDataModule, output: Path | None) -> RunFolder | None:

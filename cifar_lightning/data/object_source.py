@@ -266,7 +266,7 @@ class _Samples(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[np.ndarray, int | str] | str:
         try:
             image, label = self._pair(self.dataset[index])
-            return _convert(image, self.image_size), _label(label)
+            return to_square(image, self.image_size), _label(label)
         except Exception as error:  # code of the user's raises anything
             return self._problem(index, error)
 
@@ -432,7 +432,7 @@ def _size(image: Any) -> tuple[int, int]:
     return width, height
 
 
-def _convert(image: Any, image_size: int) -> np.ndarray:
+def to_square(image: Any, image_size: int) -> np.ndarray:
     """Return an image as uint8 RGB (image_size, image_size, 3)."""
     if isinstance(image, Image.Image):
         return square_of(image, image_size)

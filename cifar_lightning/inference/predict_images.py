@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -44,7 +44,29 @@ _TOP_K = 3  # by default
 _MOST_FREQUENT = 5  # classes in the summary
 _DIGITS = 7  # of a probability in float32
 
-Prediction = tuple[str, list[tuple[str, float]]]  # path of an image; class and probability, most probable first
+
+class Prediction(NamedTuple):
+    """What a model predicts for an image.
+
+    Attributes:
+        path: Its file; empty for an image that is not from a file.
+        top: Class names with their probabilities, the most probable first.
+    """
+
+    path: str
+    top: list[tuple[str, float]]
+
+    @property
+    def class_name(self) -> str:
+        """The most probable class."""
+        return self.top[0][0]
+
+    @property
+    def probability(self) -> float:
+        """Its probability."""
+        return self.top[0][1]
+
+
 Write = Callable[[Prediction], None]
 
 
@@ -78,30 +100,26 @@ def predict_images(
     Raises:
         UserError: An argument is wrong, or the output cannot be written; an old file is then unchanged.
     """
-    for flag, number in (("top_k", top_k), ("batch_size", batch_size)):
-        if number is not None and number < 1:
-            raise UserError(f"--{flag} {number}: 1 or more.")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"--batch_size {batch_size}: 1 or more.")
     if output is not None:
         if output.suffix.lower() not in (".csv", ".jsonl", ".json"):
             raise UserError(f"--output {output}: give a .csv, or a .jsonl for JSON lines.")
         check_output(output, force)
     found, skipped = find_images(paths)
     trained = load_trained_model(run, trust_code=trust_code)
-    if top_k is None:
-        top_k = min(_TOP_K, len(trained.class_names))
-    if top_k > len(trained.class_names):
-        raise UserError(f"--top_k {top_k}: the run has {len(trained.class_names)} classes; give at most as many.")
+    top_k = choose_top_k(trained, top_k)
     began = time.monotonic()
     counts: Counter[str] = Counter()
     unreadable: list[Skipped] = []
     remarks: image_decoding.Remarks = {}
     hide_bar = output is None and sys.stdout.isatty()  # the printed lines show the progress
-    predictions = _predictions(
+    predictions = predict_files(
         trained, found, unreadable, remarks, top_k=top_k, batch_size=batch_size, hide_bar=hide_bar
     )
     with _rows(output, top_k) as write, closing(predictions):  # not by the garbage collector, as it shows a bar
         for prediction in predictions:
-            counts[prediction[1][0][0]] += 1
+            counts[prediction.class_name] += 1
             write(prediction)
     for line in image_decoding.remark_lines(remarks, found):
         print(printable(line), file=sys.stderr)
@@ -192,19 +210,56 @@ def top_classes(
     return logits.softmax(1).gather(1, classes), classes
 
 
-def _predictions(
+def choose_top_k(trained: TrainedModel, top_k: int | None) -> int:
+    """Return how many classes are predicted for an image: `top_k`, or by default 3, or all of fewer classes."""
+    num_classes = len(trained.class_names)
+    if top_k is None:
+        return min(_TOP_K, num_classes)
+    if top_k < 1:
+        raise UserError(f"--top_k {top_k}: 1 or more.")
+    if top_k > num_classes:
+        raise UserError(f"--top_k {top_k}: the run has {num_classes} classes; give at most as many.")
+    return top_k
+
+
+def rank_classes(
+    trained: TrainedModel, images: UInt8[np.ndarray, "n height width 3"], top_k: int
+) -> list[list[tuple[str, float]]]:
+    """Return the most probable classes of a batch of images at the model's size, on CUDA if there is any.
+
+    Raises:
+        UserError: The model's logits are not finite.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mean, std = (torch.tensor(values, device=device) for values in (trained.mean, trained.std))
+    with torch.inference_mode():
+        raw = torch.from_numpy(images).to(device)
+        probs, classes = top_classes(trained.model.to(device), raw, mean=mean, std=std, top_k=top_k, tta=trained.tta)
+    if not probs.isfinite().all():
+        raise UserError(f"{trained.checkpoint}: the model predicts NaN; its training diverged.")
+    return [
+        [(trained.class_names[k], float(f"{prob:.{_DIGITS}g}")) for k, prob in zip(ranked, row, strict=True)]
+        for row, ranked in zip(probs.tolist(), classes.tolist(), strict=True)
+    ]
+
+
+def default_batch_size() -> int:
+    """Return the number of images at a time, by device."""
+    return _BATCH_SIZE["cuda" if torch.cuda.is_available() else "cpu"]
+
+
+def predict_files(
     trained: TrainedModel,
     paths: Sequence[str],
     unreadable: list[Skipped],
     remarks: image_decoding.Remarks,
     *,
     top_k: int,
-    batch_size: int | None,
-    hide_bar: bool,
+    batch_size: int | None = None,
+    hide_bar: bool = False,
 ) -> Generator[Prediction, None, None]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, size = trained.model.to(device), batch_size or _BATCH_SIZE[device.type]
-    mean, std = (torch.tensor(values, device=device) for values in (trained.mean, trained.std))
+    """Yield a prediction for each image file that can be read; the others are added to `unreadable`."""
+    size = batch_size or default_batch_size()
     chunk_size = max(1, _CHUNK_BYTES // (3 * trained.image_size**2))
     has_remarked = False
     for start in range(0, len(paths), chunk_size):
@@ -225,14 +280,8 @@ def _predictions(
                     has_remarked = True
             for at in range(0, len(good), size):
                 batch = good[at : at + size]
-                with torch.inference_mode():
-                    raw = torch.from_numpy(images[batch]).to(device)
-                    probs, classes = top_classes(model, raw, mean=mean, std=std, top_k=top_k, tta=trained.tta)
-                if not probs.isfinite().all():
-                    raise UserError(f"{trained.checkpoint}: the model predicts NaN; its training diverged.")
-                for index, row, ranked in zip(batch.tolist(), probs.tolist(), classes.tolist(), strict=True):
-                    pairs = zip(ranked, row, strict=True)
-                    yield chunk[index], [(trained.class_names[k], float(f"{prob:.{_DIGITS}g}")) for k, prob in pairs]
+                for index, top in zip(batch.tolist(), rank_classes(trained, images[batch], top_k), strict=True):
+                    yield Prediction(chunk[index], top)
                 done += len(batch)
                 show(done)
 

@@ -1,5 +1,6 @@
 """The trained model of a run with its preprocessing. Imports no Lightning."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,13 @@ class TrainedModel:
             return tta_logits(self.model, normalized, self.tta)[0]
 
 
-def load_trained_model(run: RunFolder, *, trust_code: bool = False) -> TrainedModel:
+def load_trained_model(run: RunFolder, *, trust_code: bool = False, model: nn.Module | None = None) -> TrainedModel:
     """Load the model of a run from its best checkpoint, or else the last.
 
     Args:
         run: A run with a checkpoint.
         trust_code: Import a model of one's own, which the checkpoint names, from any package.
+        model: A model of one's own, in place of one that the checkpoint names; a copy of it is used.
 
     Raises:
         UserError: The checkpoint is missing or damaged, or its model cannot be built by name or is not trusted.
@@ -62,27 +64,28 @@ def load_trained_model(run: RunFolder, *, trust_code: bool = False) -> TrainedMo
         raise UserError(f"{path}: has no class names, mean and std; fit did not write it.")
     imported = hparams.get("imported") or {}
     name, kwargs = (imported.get("path") or hparams.get("name")), imported.get("kwargs") or hparams.get("model_kwargs")
-    if not name:
+    if model is None and not name:
         raise UserError(
             f"{path}: its model has no import path that makes it again; in Python give it to "
-            "ImageClassifier.load_from_checkpoint(..., model=...).\nTrain with --model.name package.module:name "
+            "cifar_lightning.load(RUN, model=...).\nTrain with --model.name package.module:name "
             "and --model.model_kwargs to have every command make it."
         )
-    if is_import_path(name):
+    if model is None and is_import_path(name):
         import_trusted(name, "--model.name", path, trust_code=trust_code)
     check_model_kwargs(kwargs or {})
     architecture = {
-        "name": name,
+        "name": name or type(model).__name__,
         "num_classes": len(data["class_names"]),
         "image_size": data["image_size"],
         **(kwargs or {}),
     }
     if len(data["mean"]) != 3:
         raise UserError(f"{path}: mean and std of {len(data['mean'])} channels; images have 3.")
-    model = use_memory_format(build_model(**architecture), hparams.get("memory_format", "channels_last")).eval()
-    load_weights(model, path, checkpoint)
+    made = build_model(**architecture) if model is None else copy.deepcopy(model)
+    made = use_memory_format(made, hparams.get("memory_format", "channels_last")).eval()
+    load_weights(made, path, checkpoint)
     return TrainedModel(
-        model=model,
+        model=made,
         tta=hparams.get("tta", "none"),
         class_names=tuple(data["class_names"]),
         image_size=data["image_size"],

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64, UInt8
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import MAX_TABLE_BYTES, read_bytes
 from cifar_lightning.formatting import command_line
+from cifar_lightning.metrics.calibration import softmax
 from cifar_lightning.metrics.classification import confusion_matrix
 from cifar_lightning.runs.contents import (
     read_arrays,
@@ -41,9 +42,34 @@ class Predictions:
     class_names: tuple[str, ...]
 
     @property
+    def probs(self) -> Float[np.ndarray, "n classes"]:
+        """Probabilities."""
+        return softmax(self.logits)
+
+    @property
+    def preds(self) -> Int64[np.ndarray, " n"]:
+        """Predicted classes."""
+        preds: Int64[np.ndarray, " n"] = self.logits.argmax(1)
+        return preds
+
+    def to_dataframe(self) -> Any:
+        """Return a pandas DataFrame with a row for each image: index, label, prediction and each class's probability.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise UserError("to_dataframe() needs pandas: pip install pandas") from error
+        names = np.array(self.class_names)
+        columns = {"index": self.indices, "label": names[self.targets], "prediction": names[self.preds]}
+        return pandas.DataFrame(columns | dict(zip(self.class_names, self.probs.T, strict=True)))
+
+    @property
     def confusion(self) -> Int64[np.ndarray, "classes classes"]:
         """The confusion matrix; rows: true class."""
-        return confusion_matrix(self.targets, self.logits.argmax(1), len(self.class_names))
+        return confusion_matrix(self.targets, self.preds, len(self.class_names))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, co
 
     `findings` are those of `findings.find`, with that of `comparison.compare` as `comparison` if there is one.
     """
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, force_jupyter=False)
     names = [printable(row["name"], console.encoding) for row in findings["classes"]]
     _print_summary(console, findings)
     if run_path is not None and RunFolder(run_path).best_checkpoint.exists():  # otherwise the last weights were tested
@@ -63,7 +63,7 @@ def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, co
 
 def print_validation(metrics: Mapping[str, float], console: Console | None = None) -> None:
     """Print the metrics of `validate`: val/acc, val/loss, val/f1 and val/ece."""
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, force_jupyter=False)
     line = Text("Validation accuracy ")
     line.append(percent(metrics["val/acc"], 2), style="bold")
     console.print(line)

@@ -1,6 +1,7 @@
 """PredictionWriter: collects the logits of an evaluation from all ranks and writes the run's files of them."""
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from cifar_lightning.data.image_set import Split
 from cifar_lightning.data.sampler import Rank
+from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_bytes_durably, write_json
 from cifar_lightning.metrics.classification import test_metrics
 from cifar_lightning.report.findings import find
@@ -20,7 +22,7 @@ from cifar_lightning.report.report import make_report
 from cifar_lightning.report.results import Predictions, Results
 from cifar_lightning.report.terminal import print_findings
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.data_protocol import require_training_data
+from cifar_lightning.training.data_protocol import training_data
 from cifar_lightning.training.module import Batch
 
 
@@ -30,10 +32,13 @@ class PredictionWriter(pl.Callback):
     Args:
         run: The run's folder; None writes nothing.
         output: The file that `predict` writes instead of predictions.npz.
+        class_names: Names of the classes where the Trainer has no `ImageDataModule`; by default their numbers.
     """
 
-    def __init__(self, run: RunFolder | None, output: Path | None = None) -> None:
-        self.run, self.output = run, output
+    def __init__(
+        self, run: RunFolder | None, output: Path | None = None, class_names: Sequence[str] | None = None
+    ) -> None:
+        self.run, self.output, self.class_names = run, output, class_names
         self.num_written, self.written_to = 0, Path()
         self.test: Predictions | None = None
         self.is_test_written = False
@@ -43,22 +48,22 @@ class PredictionWriter(pl.Callback):
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
-        self._collect(outputs, batch)
+        self._collect(pl_module, outputs, batch)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
         """Collect the batches of `trainer.validate`, not of the validations within `fit`."""
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._collect(outputs, batch)
+            self._collect(pl_module, outputs, batch)
 
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
-        self._collect(outputs, batch)
+        self._collect(pl_module, outputs, batch)
 
-    def _collect(self, logits: Tensor, batch: Batch) -> None:
-        self._logits.append(logits.float().cpu())
+    def _collect(self, pl_module: pl.LightningModule, outputs: Any, batch: Batch) -> None:
+        self._logits.append(logits_of(pl_module, outputs, batch).float().cpu())
         self._targets.append(batch[1].cpu())
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -84,22 +89,23 @@ class PredictionWriter(pl.Callback):
         arrays = self._gather(trainer, "test")
         if arrays is None:
             return
-        data = require_training_data(trainer)
+        data, class_names = training_data(trainer), tuple(arrays["class_names"].tolist())
         logits, targets, indices = (arrays[name] for name in ("logits", "targets", "indices"))
-        self.test = Predictions(logits, targets, indices, data.class_names)
+        self.test = Predictions(logits, targets, indices, class_names)
         self.is_test_written = self._is_complete(trainer, "test", arrays)
         if not self.is_test_written:
             return
         assert self.run is not None
         _write_predictions(self.run.predictions, arrays)
-        metrics = test_metrics(logits, targets, data.class_names)
+        metrics = test_metrics(logits, targets, class_names)
         if "test/acc_no_tta" in trainer.callback_metrics:
             metrics["accuracy_no_tta"] = trainer.callback_metrics["test/acc_no_tta"].item()
         write_json(self.run.test_metrics, metrics)
         _write_tensor(self.run.confusion_matrix_pt, torch.from_numpy(self.test.confusion))
-        shown = indices[gallery_positions(logits, targets)]
-        images = data.images("test", shown)
-        _write_npz(self.run.gallery, images=images, indices=shown, class_names=arrays["class_names"])
+        if data is not None:
+            shown = indices[gallery_positions(logits, targets)]
+            images = data.images("test", shown)
+            _write_npz(self.run.gallery, images=images, indices=shown, class_names=arrays["class_names"])
 
     def report(self) -> None:
         """Write the run's report of the last test, or print its findings where no run holds the predictions."""
@@ -112,7 +118,8 @@ class PredictionWriter(pl.Callback):
 
     def _is_complete(self, trainer: pl.Trainer, split: Split, arrays: dict[str, np.ndarray]) -> bool:
         """Whether the run gets files: they are written only of a whole split."""
-        num_predictions, num_images = len(arrays["targets"]), require_training_data(trainer).num_images(split)
+        data, num_predictions = training_data(trainer), len(arrays["targets"])
+        num_images = num_predictions if data is None else data.num_images(split)
         if self.run is not None and num_predictions < num_images:
             print(f"Only {num_predictions:,} of {num_images:,} {split} images were evaluated: no file is written.")
         return self.run is not None and num_predictions == num_images
@@ -128,18 +135,46 @@ class PredictionWriter(pl.Callback):
             of_ranks = gathered or []
         if not trainer.is_global_zero:
             return None
-        data = require_training_data(trainer)
+        data = training_data(trainer)
         positions = [
             data.rank_positions(split, Rank(rank, trainer.world_size))[: len(targets)]
+            if data is not None
+            else np.arange(len(targets))
             for rank, (_, targets) in enumerate(of_ranks)
         ]
+        num_classes = of_ranks[0][0].shape[1]
+        class_names = self.class_names or (data.class_names if data is not None else range(num_classes))
+        if len(class_names) != num_classes:
+            raise UserError(f"class_names: {len(class_names)} names; the model has {num_classes} classes.")
         order = np.argsort(np.concatenate(positions))
         return {
             "logits": np.concatenate([logits for logits, _ in of_ranks])[order],
             "targets": np.concatenate([targets for _, targets in of_ranks])[order],
             "indices": np.concatenate(positions)[order],
-            "class_names": np.array(data.class_names),
+            "class_names": np.array(list(map(str, class_names))),
         }
+
+
+def logits_of(pl_module: pl.LightningModule, outputs: Any, batch: Batch) -> Tensor:
+    """Return the logits of a batch: what the step returned, alone or as "logits", or else what `forward` returns.
+
+    Raises:
+        UserError: The batch is no pair of images and labels, or `forward` returns no logits.
+    """
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+        raise UserError(
+            f"{type(pl_module).__name__}: a batch of (images, labels) is needed, not {type(batch).__name__}."
+        )
+    given = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
+    if isinstance(given, Tensor) and given.ndim == 2 and len(given) == len(batch[1]):
+        return given
+    with torch.inference_mode():
+        logits = pl_module(batch[0])
+    if not (isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(batch[1])):
+        raise UserError(
+            f"{type(pl_module).__name__}: its test_step returns no logits (batch, classes), and nor does its forward."
+        )
+    return logits
 
 
 def _write_predictions(path: Path, arrays: dict[str, np.ndarray]) -> None:

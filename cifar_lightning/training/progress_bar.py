@@ -1,4 +1,4 @@
-"""RunProgress: a summary of the run, one progress bar and one line per epoch on the terminal."""
+"""RunProgress: a summary of the run, one progress bar and one line per epoch, on the terminal or in a notebook."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 
 from cifar_lightning.checkpoints.resume import has_stopped
 from cifar_lightning.formatting import clock, percent, plural, printable
@@ -25,7 +25,7 @@ _PLAIN_LINE_S = 60.0  # without a terminal, in long epochs
 
 
 class RunProgress(ProgressBar):
-    """A bar per epoch with loss, accuracy, images/s and time left; plain lines without a terminal.
+    """A bar per epoch with loss, accuracy, images/s and time left; plain lines with neither terminal nor notebook.
 
     Args:
         run: The run's folder; None in test and validate.
@@ -34,7 +34,9 @@ class RunProgress(ProgressBar):
     def __init__(self, run: RunFolder | None = None) -> None:
         super().__init__()
         self.run = run
-        self.console = Console(file=sys.stdout, highlight=False)
+        self.console = Console(file=sys.stdout, highlight=False, force_jupyter=False)
+        self._is_notebook = Console().is_jupyter
+        self._shown: Any = None  # a notebook's display, of which there is one for all bars
         self._bar: Progress | None = None
         self._enabled = True
         self._next_s = 0.0
@@ -86,7 +88,7 @@ class RunProgress(ProgressBar):
         assert isinstance(pl_module, ImageClassifier)
         text = self._training_text(trainer, pl_module, batch_idx + 1, now_s)
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=batch_idx + 1, text=text)
+            self._bar.update(self._bar.task_ids[0], completed=batch_idx + 1, text=text, refresh=True)
         else:
             fraction = (batch_idx + 1) / self.total_train_batches
             self._print(f"{_epoch_of(trainer)} {fraction:4.0%}  {text}")
@@ -175,12 +177,12 @@ class RunProgress(ProgressBar):
     # -- the terminal ----------------------------------------------------------------------------------------------
 
     def _has_bar(self) -> bool:
-        return self._enabled and self.console.is_terminal and not self.console.no_color
+        return self._enabled and (self._is_notebook or (self.console.is_terminal and not self.console.no_color))
 
     def _open_bar(self, label: str, total: float) -> None:
         self._close_bar()
         if self._has_bar():
-            self._bar = Progress(
+            self._bar = (self._notebook_bar if self._is_notebook else Progress)(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.percentage:3.0f}%  {task.fields[text]}"),
@@ -190,6 +192,13 @@ class RunProgress(ProgressBar):
             self._bar.add_task(label, total=total, text="")
             self._bar.start()
 
+    def _notebook_bar(self, *columns: ProgressColumn, **settings: Any) -> Progress:
+        from IPython.display import display
+
+        nothing = {"text/plain": ""}
+        self._shown = self._shown or display(nothing, raw=True, display_id=True)  # type: ignore[no-untyped-call]  # untyped
+        return _NotebookBar(self._shown, *columns, **settings)
+
     def _close_bar(self) -> None:
         if self._bar is not None:
             self._bar.stop()
@@ -197,6 +206,25 @@ class RunProgress(ProgressBar):
 
     def _print(self, text: str) -> None:
         self.console.print(printable(text, self.console.encoding), markup=False, soft_wrap=True)
+
+
+class _NotebookBar(Progress):
+    """A bar that is replaced in place in a notebook's display; rich's own needs ipywidgets and warns without them."""
+
+    def __init__(self, shown: Any, *columns: ProgressColumn, **settings: Any) -> None:
+        super().__init__(*columns, **settings)
+        self._shown = shown
+
+    def start(self) -> None:
+        self.refresh()
+
+    def refresh(self) -> None:
+        with self.console.capture() as captured:
+            self.console.print(self.get_renderable())
+        self._shown.update({"text/plain": captured.get().rstrip()}, raw=True)
+
+    def stop(self) -> None:
+        self._shown.update({"text/plain": ""}, raw=True)
 
 
 def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | None) -> list[tuple[str, str]]:

@@ -85,14 +85,7 @@ class RunRecorder(pl.Callback):
             write_text_durably(self.run.config, self.config)
         split = require_training_data(trainer).split_summary()
         write_json(self.run.split, portable(split))
-        device = trainer.strategy.root_device
-        environment = describe_environment() | {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-            "num_devices": trainer.world_size,
-            "precision": str(trainer.precision),
-            "num_threads": torch.get_num_threads(),
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-        }
+        environment = environment_of(trainer)
         if self.resumed is not None:
             before = read_environment(self.run.environment)
             again = {key: environment[key] for key in _OF_A_RESUME}
@@ -170,6 +163,18 @@ class RunRecorder(pl.Callback):
                 "peak_memory_mb": peak_memory_mb(trainer.strategy.root_device),
             }
         )
+
+
+def environment_of(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return the content of environment.json."""
+    device = trainer.strategy.root_device
+    return describe_environment() | {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "num_devices": trainer.world_size,
+        "precision": str(trainer.precision),
+        "num_threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 All is for TensorBoard; other loggers get hyperparameters, loss and lr by step, and images where they take them.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,13 +20,14 @@ from torch.utils.tensorboard.summary import hparams
 from cifar_lightning.data.sampler import Rank
 from cifar_lightning.formatting import percent
 from cifar_lightning.metrics.calibration import softmax
-from cifar_lightning.metrics.classification import per_class
+from cifar_lightning.metrics.classification import confusion_matrix, per_class
 from cifar_lightning.report.figures import confusion_figure, figure_to_array, images_figure
 from cifar_lightning.report.gallery import rank_images
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.settings.roles import augmentations
-from cifar_lightning.training.data_protocol import require_training_data
+from cifar_lightning.training.data_protocol import require_training_data, training_data
 from cifar_lightning.training.module import Batch
+from cifar_lightning.training.predictions import logits_of
 from cifar_lightning.training.step_count import current_lr
 
 MAX_DRAWINGS = 20  # per run; one takes about a second on a CPU core
@@ -42,14 +44,17 @@ class Dashboard(pl.Callback):
     evenly spread and at its end. Of several processes the first one draws: the confusion matrix of all, mistakes and PR
     curves of its own images.
 
+    It works in any `Trainer`. Of a LightningModule other than `ImageClassifier` the predictions of a validation that is
+    drawn are taken as `RunReport` takes them; images are drawn where the data is an `ImageDataModule`.
+
     Args:
-        class_names: Names of the classes.
-        config: The config of the run; the important values become columns of the HPARAMS tab.
+        class_names: Names of the classes; by default those of the data module, or numbers.
+        config: The config of the run; the important values become columns of the HPARAMS tab. Without it Lightning logs
+            the hyperparameters of module and data.
     """
 
-    def __init__(self, class_names: tuple[str, ...], config: Mapping[str, Any]) -> None:
-        self.class_names, self.config = class_names, config
-        self._tags = tags_of(class_names)
+    def __init__(self, class_names: Sequence[str] | None = None, config: Mapping[str, Any] | None = None) -> None:
+        self.class_names, self.config = tuple(class_names or ()), config
         self._last_step = 0
         self._drawn_at_step = 0
         self._is_drawing = False
@@ -67,9 +72,10 @@ class Dashboard(pl.Callback):
         self._last_step = step
         if not (trainer.loggers and trainer.is_global_zero):
             return
-        if step == 1 and takers_of_images(trainer):
+        if step == 1 and takers_of_images(trainer) and training_data(trainer) is not None:
             log_image(trainer, "train/batch_as_trained_on", self._draw_batch(trainer, batch), 0)
-        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        is_known = isinstance(outputs, Mapping) and "loss" in outputs  # not of a step that optimizes by hand
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches if is_known else math.nan
         for logger in trainer.loggers:
             logger.log_metrics({"step/train_loss": loss, "step/lr": current_lr(trainer)}, step)
 
@@ -83,12 +89,17 @@ class Dashboard(pl.Callback):
         return figure_to_array(images_figure(shown, [self.class_names[target] for target in targets.tolist()]))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Have Lightning log no hyperparameters: the config has those of data and Trainer, too."""
-        pl_module._log_hyperparams = False
+        """Have Lightning log no hyperparameters where the config has them, and those of data and Trainer, too."""
+        data = training_data(trainer)
+        self.class_names = self.class_names or (data.class_names if data is not None else ())
+        if self.config is not None:
+            pl_module._log_hyperparams = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the config; TensorBoard's row of the HPARAMS tab is written after the test, with its metrics."""
-        for logger in trainer.loggers if trainer.enable_autolog_hparams and trainer.is_global_zero else ():
+        if self.config is None or not (trainer.enable_autolog_hparams and trainer.is_global_zero):
+            return
+        for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.hparams.update(self.config)  # for its hparams.yaml
             else:
@@ -112,7 +123,7 @@ class Dashboard(pl.Callback):
     ) -> None:
         """Keep the predictions of a validation that is drawn, on the device."""
         if self._is_drawing and sum(len(targets) for _, targets in self._predictions) < _NUM_KEPT:
-            self._predictions.append((outputs, batch[1]))
+            self._predictions.append((logits_of(pl_module, outputs, batch), batch[1]))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log each class's accuracy and draw; of the validation after training keep the best checkpoint's metrics."""
@@ -120,15 +131,20 @@ class Dashboard(pl.Callback):
             self._best = {name: float(value) for name, value in trainer.callback_metrics.items()}
             return
         confusion = getattr(pl_module, "val_confusion", None)
-        if confusion is None or not trainer.is_global_zero:
+        if not trainer.is_global_zero or (confusion is None and not self._is_drawing):
             return
-        matrix, board = confusion.numpy(), board_of(trainer)
-        for tag, recall in zip(self._tags, per_class(matrix).recall, strict=True) if board else ():
+        matrix, board = self._confusion() if confusion is None else confusion.numpy(), board_of(trainer)
+        self.class_names = self.class_names or tuple(map(str, range(len(matrix))))
+        for tag, recall in zip(tags_of(self.class_names), per_class(matrix).recall, strict=True) if board else ():
             board.add_scalar(f"val_acc_of_class/{tag}", recall, trainer.global_step)
         if self._is_drawing:
             image = figure_to_array(confusion_figure(matrix, self.class_names))
             log_image(trainer, "val/confusion_matrix", image, trainer.global_step)
             self._draw_predictions(trainer, board)
+
+    def _confusion(self) -> np.ndarray:
+        logits, targets = (torch.cat(tensors).cpu() for tensors in zip(*self._predictions, strict=True))
+        return confusion_matrix(targets.numpy(), logits.argmax(1).numpy(), logits.shape[1])
 
     def _draw_predictions(self, trainer: pl.Trainer, board: Any) -> None:
         logits, targets = (torch.cat(tensors).cpu().numpy() for tensors in zip(*self._predictions, strict=True))
@@ -137,12 +153,12 @@ class Dashboard(pl.Callback):
         if not np.isfinite(logits).all():  # diverged
             return
         probs = softmax(logits)
-        for index, tag in enumerate(self._tags[:_CURVES_SHOWN]) if board else ():
+        for index, tag in enumerate(tags_of(self.class_names)[:_CURVES_SHOWN]) if board else ():
             board.add_pr_curve(f"pr_of_class/{tag}", targets == index, probs[:, index], step)
         worst = rank_images(logits, targets).mistakes[:_MISTAKES_SHOWN]
-        if not len(worst):
+        data = training_data(trainer)
+        if not len(worst) or data is None:
             return
-        data = require_training_data(trainer)
         images = data.images("val", data.rank_positions("val", Rank(0, trainer.world_size))[worst])
         names = [(self.class_names[targets[p]], self.class_names[probs[p].argmax()]) for p in worst]
         titles = [
@@ -161,7 +177,7 @@ class Dashboard(pl.Callback):
             board.add_scalar("best/val_acc", metrics["best/val_acc"], trainer.global_step)
         logged = trainer.callback_metrics
         metrics |= {name: float(logged[name]) for name in ("test/acc", "test/loss") if name in logged}
-        if not trainer.enable_autolog_hparams:
+        if self.config is None or not trainer.enable_autolog_hparams:
             return
         # `SummaryWriter.add_hparams` writes the same into a folder below the run.
         for summary in hparams(hyperparameters_of(self.config), metrics):

@@ -9,7 +9,7 @@ from program import REPO, start
 
 EXAMPLES = REPO / "examples"
 TAKE_OTHER_IMAGES = ["plain_pytorch", "other_lightning_module", "timm_model"]
-NAMES = [*TAKE_OTHER_IMAGES, "own_dataset"]
+NAMES = [*TAKE_OTHER_IMAGES, "own_dataset", "report_from_plain_trainer"]
 
 
 def accuracy_of(name, *arguments, cwd):
@@ -58,3 +58,13 @@ def test_without_timm_the_example_says_how_to_install_it(tmp_path):
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "pip install -e '.[timm]'" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_module_in_a_plain_trainer_gets_a_report(tmp_path):
+    done = start(cwd=tmp_path, program=EXAMPLES / "report_from_plain_trainer.py", PYTHONPATH=str(REPO))
+    assert 0.5 < float(done.stdout.splitlines()[-1].removeprefix("test accuracy ")) <= 1
+    run = tmp_path / "runs" / "mine"
+    assert "train/loss" in (run / "metrics.csv").read_text()
+    assert "OtherModule" in (run / "report.html").read_text(encoding="utf-8")
+    assert list(tmp_path.glob("lightning_logs/version_0/events.out.tfevents.*"))

@@ -1,0 +1,115 @@
+"""RunReport: the files and the report of a run, for any LightningModule in a Trainer of one's own."""
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+import yaml
+
+from cifar_lightning.checkpoints.loading import plain
+from cifar_lightning.errors import UserError
+from cifar_lightning.files import MetricsTable, write_json, write_text_durably
+from cifar_lightning.report.report import make_report
+from cifar_lightning.runs.environment import portable
+from cifar_lightning.runs.folder import RUNS, create_run
+from cifar_lightning.training.data_protocol import training_data
+from cifar_lightning.training.predictions import PredictionWriter
+from cifar_lightning.training.run_recorder import environment_of, peak_memory_mb
+from cifar_lightning.training.step_count import current_lr
+
+_OTHER_NAME = re.compile(r"(train|val|valid|validation)[_/](loss|acc|accuracy)(_epoch)?")
+_NAMES = {"valid": "val", "validation": "val", "accuracy": "acc"}
+
+
+class RunReport(PredictionWriter):
+    """Writes a run folder in any `Trainer`: a row of metrics.csv an epoch; after `trainer.test` predictions and report.
+
+    The logits are what `test_step` returns (a tensor, or "logits" of a dict), or else what `forward` returns for the
+    images of a batch. What the module logs as train_loss, val_acc or the like is named train/loss, val/acc. With an
+    `ImageDataModule` the report also shows images. `cifar_lightning.load` and the command `analyze` read the folder.
+
+    Args:
+        run_dir: A new folder; by default runs/CLASS/N.
+        class_names: Names of the classes in the order of the labels; by default those of the data module, or numbers.
+
+    Raises:
+        UserError: The folder holds a run with results.
+    """
+
+    def __init__(self, run_dir: str | Path | None = None, class_names: Sequence[str] | None = None) -> None:
+        super().__init__(None, class_names=class_names)
+        self.run_dir = run_dir
+        self._epoch: tuple[int, int, float] | None = None  # one that is trained: number, steps, seconds
+        self._val: dict[str, float] = {}
+        self._started_s = 0.0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make the folder, once."""
+        if trainer.world_size > 1 and training_data(trainer) is None:
+            raise UserError("RunReport: on several processes a loader repeats images; give Trainer(devices=1).")
+        if self.run is not None or not trainer.is_global_zero or stage not in ("fit", "test"):
+            return
+        name = type(pl_module).__name__
+        self.run = create_run(RUNS, name, self.run_dir)
+        config = {"model": {**plain(dict(pl_module.hparams)), "name": f"<{name}>"}}
+        config["trainer"] = {"max_epochs": trainer.max_epochs, "enable_checkpointing": False}  # none of ours
+        write_text_durably(self.run.config, yaml.safe_dump(portable(plain(config))))
+        write_json(self.run.environment, environment_of(trainer))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Release the folder."""
+        if self.run is not None and self.run.lock is not None:
+            self.run.lock.release()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the row of the epoch before, whose metrics are complete by now."""
+        self._write_row(trainer)
+        self._val, self._started_s = {}, time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the metrics of a validation."""
+        super().on_validation_end(trainer, pl_module)
+        self._val = {name: value for name, value in metrics_of(trainer).items() if name.startswith("val")}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epoch = trainer.current_epoch, trainer.global_step, time.perf_counter() - self._started_s
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the last row."""
+        self._write_row(trainer)
+
+    def _write_row(self, trainer: pl.Trainer) -> None:
+        if self._epoch is None or self.run is None:
+            return
+        (epoch, step, elapsed_s), self._epoch = self._epoch, None
+        logged = {name: math.nan if name.startswith("val") else value for name, value in metrics_of(trainer).items()}
+        row = {"epoch": epoch, "step": step, "lr": current_lr(trainer), **logged, **self._val}
+        table = MetricsTable(self.run.metrics_csv)
+        known = (table.read() or [row])[0]
+        table.append({name: value for name, value in row.items() if name in known})
+        memory = peak_memory_mb(trainer.strategy.root_device)
+        MetricsTable(self.run.timing_csv).append({"epoch": epoch, "elapsed_s": elapsed_s, "peak_memory_mb": memory})
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write predictions and the report."""
+        data = training_data(trainer)
+        if self.run is not None:
+            sizes = {"test": sum(map(len, self._targets))}
+            write_json(self.run.split, {"sizes": sizes} if data is None else portable(data.split_summary()))
+        super().on_test_end(trainer, pl_module)
+        if self.is_test_written and self.run is not None:
+            make_report(self.run)
+
+
+def metrics_of(trainer: pl.Trainer) -> dict[str, float]:
+    """Return what a Trainer has logged of training and validation, by the names that a report knows."""
+    named: dict[str, float] = {}
+    for name, value in trainer.callback_metrics.items():
+        match = _OTHER_NAME.fullmatch(name)
+        words = [_NAMES.get(word, word) for word in match.groups()[:2]] if match else []
+        is_known = words and (words[1] == "loss" or 0 <= float(value) <= 1)  # not a percentage
+        named["/".join(words) if is_known else name] = float(value)
+    return {name: value for name, value in named.items() if not name.startswith("test")}

@@ -1,0 +1,106 @@
+"""RunReport and Dashboard with modules, data and Trainers of somebody else."""
+
+import csv
+import json
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from fitting import quiet_trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn, optim
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from cifar_lightning import Dashboard, RunReport, UserError, load
+from cifar_lightning.training import run_report
+from cifar_lightning.training.predictions import logits_of
+
+
+class Other(pl.LightningModule):
+    """A module that returns nothing from its steps and names its metrics as it likes."""
+
+    def __init__(self, width=2):
+        super().__init__()
+        self.save_hyperparameters()
+        self.layers = nn.Sequential(nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
+
+    def forward(self, images):
+        return self.layers(images)
+
+    def training_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        correct = (self(batch[0]).argmax(1) == batch[1]).float().mean()
+        self.log_dict({"valid_accuracy": correct, "val_acc_percent": 100 * correct})
+
+    def test_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return optim.Adam(self.parameters())
+
+
+@pytest.fixture
+def loader():
+    images = torch.rand(30, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(images, torch.arange(30) % 3), batch_size=8)
+
+
+@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+def test_any_module_gets_a_run_folder_and_figures(loader, tmp_path, monkeypatch):
+    reported = []
+    monkeypatch.setattr(run_report, "make_report", reported.append)
+    module, board = Other(), TensorBoardLogger(tmp_path, "board", "1")
+    callbacks = [RunReport(tmp_path / "run", class_names=["a", "b", "c"]), Dashboard()]
+    trainer = quiet_trainer(tmp_path, max_epochs=2, logger=board, callbacks=callbacks, check_val_every_n_epoch=2)
+    trainer.fit(module, loader, loader)
+    trainer.test(module, loader, verbose=False)
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    assert [(row["epoch"], row["step"]) for row in rows] == [("0", "4"), ("1", "8")]
+    assert all(float(row["train/loss"]) > 0 for row in rows)
+    run = load(tmp_path / "run")
+    images, targets = loader.dataset.tensors
+    np.testing.assert_allclose(run.predictions.logits, module(images).detach().numpy(), atol=1e-5)
+    assert run.predictions.class_names == ("a", "b", "c")
+    correct = (run.predictions.preds == targets.numpy()).mean()
+    assert run.metrics["accuracy"] == correct
+    assert [folder.path for folder in reported] == [tmp_path / "run"]
+    assert "width: 2" in (tmp_path / "run" / "config.yaml").read_text()
+    tags = [EventAccumulator(str(file)).Reload().Tags() for file in (tmp_path / "board" / "1").glob("events*")]
+    assert any("val_acc_of_class/2" in each["scalars"] and "val/confusion_matrix" in each["images"] for each in tags)
+    with pytest.raises(UserError, match="holds a run with results"):
+        quiet_trainer(tmp_path, callbacks=[RunReport(tmp_path / "run")]).test(module, loader)
+
+
+def test_validation_metrics_are_of_the_epoch_and_percentages_keep_their_name(loader, tmp_path):
+    callback = RunReport(tmp_path / "run")
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[callback]).fit(Other(), loader, loader)
+    (row,) = csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines())
+    assert 0 <= float(row["val/acc"]) <= 1
+    assert float(row["val_acc_percent"]) == pytest.approx(100 * float(row["val/acc"]))
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["device"] == "cpu"
+
+
+def test_logits_are_what_the_step_returns_or_else_what_forward_returns():
+    module, images, targets = Other().eval(), torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
+    logits = torch.rand(2, 3)
+    for outputs in (logits, {"logits": logits}):
+        assert logits_of(module, outputs, (images, targets)) is logits
+    for outputs in (None, torch.tensor(0.5), {"loss": torch.tensor(0.5)}, torch.rand(2)):
+        torch.testing.assert_close(logits_of(module, outputs, [images, targets]), module(images))
+    with pytest.raises(UserError, match=r"a batch of \(images, labels\)"):
+        logits_of(module, None, {"image": images})
+    module.forward = lambda images: images
+    with pytest.raises(UserError, match="Other: its test_step returns no logits"):
+        logits_of(module, None, (images, targets))
+
+
+def test_names_of_another_number_of_classes_are_refused(loader, tmp_path):
+    with pytest.raises(UserError, match="class_names: 2 names; the model has 3 classes"):
+        quiet_trainer(tmp_path, callbacks=[RunReport(tmp_path / "run", ["a", "b"])]).test(Other(), loader)
