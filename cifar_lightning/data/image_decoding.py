@@ -167,16 +167,13 @@ def square_of(image: Image.Image, image_size: int) -> np.ndarray:
     return np.asarray(_square(image, image.size, 1.0, image_size, to_rgb))
 
 
-def header_size(file: str | bytes) -> tuple[int, int]:
-    """Return width and height of an image file, by its path or content.
-
-    Raises:
-        ValueError: Not an image, or too large.
-    """
+def open_image(file: bytes | str | os.PathLike[str]) -> Image.Image:
+    """Return an image file, by its content or path, as a Pillow image that is not decoded yet; may raise anything."""
     _refuse_formats()
-    with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image:
-        _check_header(image)
-        return image.size
+    data = file if isinstance(file, bytes) else read_file(os.fspath(file))
+    image = Image.open(BytesIO(_checked_png(data) if data.startswith(b"\x89PNG") else data))
+    _check_header(image)
+    return image
 
 
 @functools.cache

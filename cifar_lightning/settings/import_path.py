@@ -95,8 +95,11 @@ def import_trusted(path: str, flag: str, file: Path, *, trust_code: bool) -> Any
 
 
 def check_trust(path: str, flag: str, file: Path, *, trust_code: bool) -> None:
-    """Refuse, without importing it, a path in a file of a run folder whose top package is not in `TRUSTED`."""
-    if not trust_code and not _is_trusted(path):
+    """Refuse, without importing it, a path in a file of a run folder whose top package is not in `TRUSTED`.
+
+    A data set is refused in any package: it may be a function, and is called.
+    """
+    if not trust_code and (flag == "--data.dataset" or not _is_trusted(path)):
         raise _untrusted(path, flag, file)
 
 

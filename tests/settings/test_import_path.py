@@ -70,6 +70,15 @@ def test_code_named_in_a_run_folder_is_not_imported_without_trust(
     check_trust(path, "--model.name", Path("config.yaml"), trust_code=True)
 
 
+@pytest.mark.parametrize("path", ["torch:os.abort", "torchvision.datasets:FakeData", "my.sets:birds"])
+def test_a_data_set_that_a_run_names_is_code_in_any_package(path: str, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text(f"data: {{dataset: '{path}'}}\n")
+    with pytest.raises(UserError, match="--trust_code true"):
+        check_config(tmp_path / "config.yaml")
+    check_config(tmp_path / "config.yaml", trust_code=True)
+
+
 @pytest.mark.parametrize("path", ["torch.hub:load", "torch:os.system", "torch:load", "torch.utils.data:dataloader"])
 def test_what_runs_code_in_a_trusted_package_is_not_trusted(path: str) -> None:
     with pytest.raises(UserError, match="trust"):
