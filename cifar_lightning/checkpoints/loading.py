@@ -181,7 +181,9 @@ def load_weights(model: nn.Module, path: Path, checkpoint: dict[str, Any] | None
         UserError: A tensor does not fit; the model is unchanged.
     """
     ours = model.state_dict()
-    theirs = without_wrappers(read_weights(path) if checkpoint is None else weights_of(checkpoint, path), ours)
+    theirs = {} if checkpoint is None else find_weights(checkpoint)
+    if theirs.keys() != ours.keys():  # of an inner model
+        theirs = without_wrappers(read_weights(path) if checkpoint is None else weights_of(checkpoint, path), ours)
     misfits = describe_misfits(theirs, ours)
     if misfits and has_other_classes(theirs, ours):
         raise UserError(

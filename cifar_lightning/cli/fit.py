@@ -89,7 +89,8 @@ def fit(
         model, data, settings = cli.instantiate()
         prepare_data(data, model)
         validates = bool(data.num_images("val")) and settings.trainer.limit_val_batches != 0
-        check_monitors(as_list(settings.trainer.callbacks), validates)
+        plateau = cli.settings.get("lr_scheduler.init_args.monitor")
+        check_monitors(as_list(settings.trainer.callbacks), validates, model, plateau)
         if not validates:
             refuse_early_stopping(cli.settings)
         if settings.trainer.fast_dev_run:

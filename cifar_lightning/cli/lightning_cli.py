@@ -159,6 +159,8 @@ class TrainingCLI(LightningCLI):
         if self._objects.model is not None:
             _update(self.settings.model, made_from(made.model))
         made.trainer.callbacks = [*as_list(made.trainer.callbacks), *self._objects.callbacks] or None
+        if self.settings.model_class:
+            made.model.init_args = {key: each for key, each in self.settings.model.as_dict().items() if key != "model"}
         self._use_optimizer(made)
         return made.model, made.data, made
 

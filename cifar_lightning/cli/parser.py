@@ -183,18 +183,7 @@ def _refuse_with_fast_dev_run(command: str, config: Namespace) -> None:
 def _refuse_what_is_not_read(config: Namespace, defaults: Mapping[str, Any] | Namespace) -> None:
     """Refuse flags that the chosen optimizer or model ignores, and conflicting flags; a subclass may lack any."""
     model, data = config.model, config.data
-    if config.get("lr_scheduler") and not config.optimizer:
-        raise UserError("--lr_scheduler: needs --optimizer, such as --optimizer torch.optim.SGD --optimizer.lr 0.1.")
-    optimizer = model.get("optimizer")
-    unread = set(itertools.chain(*READ_BY.values())).difference(READ_BY[optimizer]) if optimizer else ()
-    for name in sorted(OF_OPTIMIZER):
-        value = config.get(name)
-        if value == defaults.get(name):
-            continue
-        if config.get("optimizer"):
-            raise UserError(f"--{name} {value} with --optimizer {config.optimizer.class_path}: {NOT_WITH_OPTIMIZER}")
-        if name.removeprefix("model.") in unread:
-            raise UserError(f"--{name} {value}: {optimizer} does not use it; leave it out.")
+    _check_optimizer(config, defaults)
     if model.get("stem_train_fraction", 1) != 1 and model.get("name") != "speednet":
         raise UserError(
             f"--model.stem_train_fraction {model.stem_train_fraction}: {model.get('name')} has no stem for it."
@@ -211,6 +200,26 @@ def _refuse_what_is_not_read(config: Namespace, defaults: Mapping[str, Any] | Na
         raise UserError("--init_weights with --model.pretrained: give one of them.")
     if data.get("class_weights") == data.get("sampler") == "balanced":
         raise UserError("--data.class_weights balanced with --data.sampler balanced: give one, or both would count.")
+
+
+def _check_optimizer(config: Namespace, defaults: Mapping[str, Any] | Namespace) -> None:
+    if config.get("lr_scheduler") and not config.optimizer:
+        raise UserError("--lr_scheduler: needs --optimizer, such as --optimizer torch.optim.SGD --optimizer.lr 0.1.")
+    if config.get("lr_scheduler.class_path") == "torch.optim.lr_scheduler.ReduceLROnPlateau":
+        raise UserError(
+            "--lr_scheduler torch.optim.lr_scheduler.ReduceLROnPlateau: monitors nothing; give "
+            "--lr_scheduler ReduceLROnPlateau --lr_scheduler.monitor val/loss."
+        )
+    optimizer = config.get("model.optimizer")
+    unread = set(itertools.chain(*READ_BY.values())).difference(READ_BY[optimizer]) if optimizer else ()
+    for name in sorted(OF_OPTIMIZER):
+        value = config.get(name)
+        if value == defaults.get(name):
+            continue
+        if config.get("optimizer"):
+            raise UserError(f"--{name} {value} with --optimizer {config.optimizer.class_path}: {NOT_WITH_OPTIMIZER}")
+        if name.removeprefix("model.") in unread:
+            raise UserError(f"--{name} {value}: {optimizer} does not use it; leave it out.")
 
 
 def refuse_early_stopping(config: Namespace) -> None:

@@ -132,7 +132,7 @@ def _imported_model(path: str, num_classes: int, image_size: int, kwargs: dict[s
         takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
         known = {"num_classes": num_classes} if takes_any or "num_classes" in taken else {}
         known |= {"image_size": image_size} if "image_size" in taken else {}
-        model = make(**known, **kwargs)
+        model = make(**{**known, **kwargs.get("init_args", kwargs)})  # of a class by LightningCLI's name for them
     except Exception as error:  # code of one's own raises anything
         raise UserError(f"{given}: cannot be made ({type(error).__name__}: {reason_of(error)}).") from error
     if not isinstance(model, nn.Module):

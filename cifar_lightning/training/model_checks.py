@@ -83,25 +83,34 @@ def check_sizes(model: nn.Module, train_sizes: Sequence[int]) -> None:
             )
 
 
-def check_monitors(callbacks: Sequence[pl.Callback], validates: bool) -> None:
-    """Raise if a callback monitors a metric that is not logged; callbacks of one's own may log further ones."""
-    logged = (*TRAIN_METRICS, *VAL_METRICS) if all(_is_of_a_library(callback) for callback in callbacks) else None
-    for callback in callbacks:
-        monitor = getattr(callback, "monitor", None)
-        if monitor is None:  # ModelCheckpoint's default
+def check_monitors(
+    callbacks: Sequence[pl.Callback], validates: bool, module: Any = None, plateau: str | None = None
+) -> None:
+    """Raise if a callback monitors a metric that is not logged; callbacks and modules of one's own may log others.
+
+    Args:
+        callbacks: The user's.
+        validates: Whether the metrics of a validation are logged.
+        module: The LightningModule.
+        plateau: What --lr_scheduler monitors.
+    """
+    logged = (*TRAIN_METRICS, *VAL_METRICS) if all(map(_is_of_a_library, (*callbacks, module))) else None
+    monitors = [(f"--trainer.callbacks {type(each).__name__}", getattr(each, "monitor", None)) for each in callbacks]
+    for flag, given in [*monitors, ("--lr_scheduler", plateau)]:
+        if given is None:  # ModelCheckpoint's default
             continue
-        monitor = str(monitor)
+        monitor = str(given)
         if monitor.startswith("val/") and not validates:
             raise UserError(
-                f"--trainer.callbacks {type(callback).__name__}: monitors {monitor}, but this run does not validate.\n"
+                f"{flag}: monitors {monitor}, but this run does not validate.\n"
                 "Hold images out (--data.val_fraction 0.1, --trainer.limit_val_batches above 0), or remove it."
             )
         if logged is not None and monitor not in logged:
             raise UserError(
-                f"--trainer.callbacks {type(callback).__name__}: monitors {clipped(monitor)}, which is not logged; "
+                f"{flag}: monitors {clipped(monitor)}, which is not logged; "
                 f"one of {', '.join(logged)}.{suggest(monitor, logged)}"
             )
 
 
-def _is_of_a_library(callback: pl.Callback) -> bool:
-    return type(callback).__module__.partition(".")[0] in ("lightning", "pytorch_lightning", "cifar_lightning")
+def _is_of_a_library(each: Any) -> bool:
+    return each is None or type(each).__module__.startswith(("lightning.", "pytorch_lightning.", "cifar_lightning."))

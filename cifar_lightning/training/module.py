@@ -1,5 +1,7 @@
 """ImageClassifier: a model with its loss, metrics, optimizer and schedule, for the Lightning Trainer."""
 
+import contextlib
+import inspect
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -16,13 +18,19 @@ from torchmetrics import MetricCollection
 
 from cifar_lightning.checkpoints.loading import plain, progress_of
 from cifar_lightning.checkpoints.pretrained import load_pretrained
-from cifar_lightning.checkpoints.schema import SCHEMA_KEY, VERSION_KEY, upgrade_checkpoint
+from cifar_lightning.checkpoints.schema import (
+    DATA_STATE,
+    SCHEMA_KEY,
+    VERSION_KEY,
+    upgrade_checkpoint,
+    with_data_state,
+)
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.metrics.classification import accuracy, macro_f1
 from cifar_lightning.models.compile import compile_model
 from cifar_lightning.models.fine_tuning import FrozenLayers, lr_scales
 from cifar_lightning.models.memory_format import MemoryFormat, use_memory_format
-from cifar_lightning.models.registry import DEFAULT_MODEL, choose_model, import_path_of
+from cifar_lightning.models.registry import DEFAULT_MODEL, build_model, choose_model, import_path_of
 from cifar_lightning.models.state_dicts import describe_misfits
 from cifar_lightning.optim.optimizers import OptimizerName, OptimizerSettings, build_optimizer
 from cifar_lightning.optim.schedules import ScheduleName, ScheduleSettings, make_schedule
@@ -140,6 +148,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self._pretrained = pretrained
         self.imported: dict[str, Any] | None = None
         """{"path", "kwargs"} that make a model of one's own again; None where it has a name or they are not known."""
+        self.init_args: dict[str, Any] | None = None
+        """Arguments of a subclass, if they are known better than from `hparams`."""
         self.model = use_memory_format(built, memory_format)
         if model is not None:
             self.remember_model({})
@@ -161,10 +171,29 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         size = self._architecture["image_size"]
         self.imported = import_path_of(self.model, self.num_classes, size, model_kwargs)
 
+    def _remember_class(self) -> None:
+        """Have checkpoints name a subclass with its arguments, where its model alone does not give its logits."""
+        kind = type(self)
+        if kind is ImageClassifier:
+            return
+        known = self.imported or {"path": self.hparams.get("name"), "kwargs": self.hparams.get("model_kwargs")}
+        size = self._architecture["image_size"]
+        if known["path"] and kind.forward is ImageClassifier.forward:
+            with contextlib.suppress(UserError), torch.random.fork_rng():
+                named = build_model(known["path"], self.num_classes, size, **(known["kwargs"] or {}))
+                if not describe_misfits(named.state_dict(), self.model.state_dict()):
+                    return
+        taken = inspect.signature(kind).parameters
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
+        given = {**self.hparams, "num_classes": self.num_classes, "image_size": size} | (self.init_args or {})
+        init_args = {name: value for name, value in given.items() if takes_any or name in taken}
+        self.imported = import_path_of(self, self.num_classes, size, {"init_args": plain(init_args)})
+
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return raw logits of normalized images."""
         logits: Tensor = self.model(images)
-        check_logits(logits, len(images), self.num_classes)
+        if not torch.compiler.is_compiling():  # an exported graph would be of one batch size
+            check_logits(logits, len(images), self.num_classes)
         return logits
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -187,6 +216,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         """Check the data, compile, and take from the data what training needs."""
         self.totals = TrainMetrics(self.device)  # a run resumed inside an epoch has no start of it
         check_classes(self.trainer, self.num_classes)
+        self._remember_class()
         if self._is_to_compile:
             compile_model(self.model, self.device)
             self._is_to_compile = False
@@ -316,7 +346,10 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         Raises:
             UserError: The weights do not have the names and shapes of this model's.
         """
-        checkpoint.update(upgrade_checkpoint(checkpoint))  # Lightning's own loading does not upgrade
+        checkpoint.update(with_data_state(upgrade_checkpoint(checkpoint)))  # Lightning's own loading does not upgrade
+        data = training_data(self._trainer) if self._trainer is not None else None
+        if data is not None and DATA_STATE in checkpoint:  # where Lightning, which restores it next, looks for it
+            checkpoint.setdefault(type(data).__qualname__, checkpoint[DATA_STATE])
         self._resumed_from, self._pretrained = progress_of(checkpoint), False
         misfits = describe_misfits(checkpoint["state_dict"], self.state_dict())
         if misfits:
