@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cifar_lightning.training.module import ImageClassifier as ImageClassifier
     from cifar_lightning.training.run_report import RunReport as RunReport
     from cifar_lightning.training.tensorboard import Dashboard as Dashboard
+    from cifar_lightning.transforms.transform import Transform as Transform
 
 _HOMES = {
     "Dashboard": "training.tensorboard",
@@ -34,6 +35,7 @@ _HOMES = {
     "RunReport": "training.run_report",
     "SmallNet": "models.smallnet",
     "SpeedNet": "models.speednet",
+    "Transform": "transforms.transform",
     "UserError": "errors",
     "build_model": "models.registry",
     "fit": "python_api",

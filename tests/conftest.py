@@ -12,6 +12,7 @@ from jaxtyping import install_import_hook
 
 # Before the first import of these modules: their jaxtyping annotations are checked at every call.
 CHECKED = ("transforms.augmentation", "transforms.operations", "transforms.policies", "transforms.mixup")
+CHECKED += ("transforms.pipeline", "transforms.photographs")
 CHECKED += ("models", "optim.optimizers", "optim.muon", "data.loaders", "data.splits")
 CHECKED += ("metrics.classification", "metrics.calibration", "report.figures", "report.gallery", "report.results")
 CHECKED += ("report.insights", "report.findings", "report.comparison", "inference", "checkpoints.loading")

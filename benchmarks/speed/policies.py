@@ -22,7 +22,8 @@ from torchvision.transforms import v2
 
 from benchmarks.speed.results import print_rates, spread, write_results
 from cifar_lightning.runs.environment import describe_environment
-from cifar_lightning.transforms.augmentation import Augmentation, augment, draw_epoch
+from cifar_lightning.transforms.augmentation import Augmentation
+from cifar_lightning.transforms.pipeline import Pipeline, augment, rows_of
 from cifar_lightning.transforms.policies import Policy
 
 BATCH_SIZE = 500
@@ -34,14 +35,14 @@ Epoch = Callable[[int], Iterable[Tensor]]
 
 def our_epochs(images: Tensor, policy: Policy) -> Epoch:
     """Return a function that runs an epoch of whole batches."""
-    chosen = Augmentation(crop_padding_px=0, flip="none", policy=policy)
+    pipeline = Pipeline(Augmentation(crop_padding_px=0, flip="none", policy=policy))
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
     shape = {"num_images": len(images), "image_size": images.shape[1]}
 
     def epoch(number: int) -> Iterable[Tensor]:
-        draws = draw_epoch(chosen, seed=0, epoch=number, device=images.device, **shape)
+        _, draws = pipeline.draw(seed=0, epoch=number, device=images.device, **shape)
         for raw_images in torch.arange(len(images)).split(BATCH_SIZE):
-            yield augment(images[raw_images], draws.of(raw_images), chosen, mean=mean, std=std)
+            yield augment(images[raw_images], rows_of(draws, raw_images), mean=mean, std=std)
 
     return epoch
 

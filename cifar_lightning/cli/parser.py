@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -68,11 +69,20 @@ _OF_EVERY_MESSAGE = re.compile(
     "Subclass types expect|a class path|a dict with"
 )
 _OF_ANOTHER_TYPE = re.compile(
-    "Expected a (<class(?!.*Got value)|path)|Not a valid subclass of|Import path .* not correspond to a subclass"
+    "Expected a (<class(?!.*Got value)|path|typing.Literal)|Not a valid subclass of|"
+    "Import path .* not correspond to a subclass"
 )
 _UNKNOWN = re.compile(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.]+)")
-_CLASSES = {f"trainer.{name}": f"lightning.pytorch.{name.rstrip('s')}s" for name in ("callbacks", "logger", "profiler")}
-_CLASSES |= {"optimizer": "torch.optim", "lr_scheduler": "torch.optim.lr_scheduler"}
+# What may be given by class: libraries, and the prefix of their names where a class's name alone is not found.
+_CLASSES = {
+    **{
+        f"trainer.{name}": {f"lightning.pytorch.{name.rstrip('s')}s": ""}
+        for name in ("callbacks", "logger", "profiler")
+    },
+    "optimizer": {"torch.optim": ""},
+    "lr_scheduler": {"torch.optim.lr_scheduler": ""},
+    "data.transforms": {"cifar_lightning": "", "torchvision.transforms.v2": "torchvision.transforms.v2."},
+}
 _KINDS = {int: "int", float: "float", bool: "bool", str: "str", Path: "str", types.NoneType: "null"}
 
 
@@ -126,11 +136,21 @@ def _reason(message: str) -> str:
         r"(?:Given value: |class_path'?[:=] ?'|given class_path ')([A-Za-z_][\w.]*)(?:'|$)", message, re.M
     )
     hint = "; quote it if it is text" if "Expected a <class 'str'>" in text else ""
-    if names and (library := _CLASSES.get(flag)):
-        last, classes = names[-1].rpartition(".")[2], importlib.import_module(library).__all__
-        hint += "" if last in classes else suggest(last, classes, cutoff=0.75)
+    if "Expected a <class 'list'>" in text:
+        hint = f"; give a list, or --{flag}+=VALUE to add one"
+    if names and flag in _CLASSES:
+        hint += _nearest_class(flag, names[-1])
     text += "" if hint.startswith(";") or text.endswith("?") else "."
     return f"--{flag}{f' {names[-1]}' if names else ''}: {text}{hint}"
+
+
+def _nearest_class(flag: str, path: str) -> str:
+    """Return " Did you mean CLASS?" where a flag takes a class of a similar name, or of this name in another module."""
+    module, _, name = path.rpartition(".")
+    classes = {each: f"{module}.{each}" for each in dir(sys.modules.get(module))} if module in sys.modules else {}
+    for library, prefix in reversed(_CLASSES[flag].items()):
+        classes |= {each: prefix + each for each in dir(importlib.import_module(library)) if each[:1].isupper()}
+    return "" if path.endswith(classes.get(name, " ")) else suggest(name, classes, cutoff=0.75)
 
 
 def add_own_flags(parser: LightningArgumentParser) -> None:

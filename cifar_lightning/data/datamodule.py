@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from cifar_lightning.data.datasets import open_source
 from cifar_lightning.data.duplicates import find_duplicates
@@ -23,7 +23,9 @@ from cifar_lightning.errors import UserError, remark
 from cifar_lightning.formatting import percent, plural, printable, reason_of
 from cifar_lightning.settings.limits import Count, ImageSize, Pixels, Strength, check_settings
 from cifar_lightning.transforms.augmentation import Augmentation, CropMode, FlipMode, normalize
+from cifar_lightning.transforms.pipeline import CHECKED_IMAGES, DEFAULT, Pipeline
 from cifar_lightning.transforms.policies import Policy
+from cifar_lightning.transforms.transform import Transform
 
 Balance = Literal["none", "balanced"]
 _MAX_NAMES = 12  # class names that are printed
@@ -68,6 +70,8 @@ class ImageDataModule(pl.LightningDataModule):
         policy: Augmentation policy of random geometric and colour operations: trivial (TrivialAugmentWide), rand
             (RandAugment) or none.
         erasing: Fraction of the training images with a random rectangle set to the mean colour; 0 disables it.
+        transforms: Transforms of training images: default (the flags above, from crop_padding_px on), and your own
+            or torchvision's by class. --data.transforms+=CLASS adds one; a list without default replaces them.
         drop_last: Drop a last, smaller training batch.
         labels: CSV or JSON lines of path, label and optionally split of the images of a folder, instead of class
             folders.
@@ -115,6 +119,7 @@ class ImageDataModule(pl.LightningDataModule):
         erasing: Annotated[
             float, Field(ge=0, le=1, allow_inf_nan=False, description="0 (off) to 1 (every image)")
         ] = 0.0,
+        transforms: list[Literal["default"] | Transform | nn.Module] = DEFAULT,
         drop_last: bool = False,
         labels: str | None = None,
         resize: Resize = "crop",
@@ -123,7 +128,7 @@ class ImageDataModule(pl.LightningDataModule):
         class_names: list[str] | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        check_settings("data", ImageDataModule.__init__, arguments)
+        check_settings("data", ImageDataModule.__init__, {**arguments, "transforms": None})  # Pipeline checks them
         super().__init__()
         self.arguments = arguments  # for config.yaml
         of_folder = {"labels": labels, "resize": resize, "skip_unreadable": skip_unreadable}
@@ -144,6 +149,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.augmentation = Augmentation(
             crop_padding_px, crop_mode, flip, cutout_px, brightness, contrast, policy=policy, erasing=erasing
         )
+        self.pipeline = Pipeline(self.augmentation, DEFAULT if transforms is None else transforms)
         self.train_sizes = tuple(train_sizes or [self.image_size])
         self._check_train_sizes()
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
@@ -192,6 +198,8 @@ class ImageDataModule(pl.LightningDataModule):
             self.mean, self.std = self.source.mean, self.source.std
         if self.mean is None or self.std is None:
             self.mean, self.std = channel_statistics(images["train"].images, train.numpy())
+        some = torch.from_numpy(images["train"].images[train[:CHECKED_IMAGES].numpy()])
+        self.pipeline.check(some, self.train_sizes)
         self.duplicates = self._find_duplicates(images)
         self._images = images
         self._loaders = LoaderFactory(images, self.num_workers)
@@ -279,7 +287,7 @@ class ImageDataModule(pl.LightningDataModule):
             self.mean,
             self.std,
             sizes=self.train_sizes if training else (self.image_size,),
-            augmentation=self.augmentation if training else None,
+            pipeline=self.pipeline if training else None,
         )
         sampler = self._sampler(split, training=training, rank=rank)
         return self._loaders.make(

@@ -5,7 +5,7 @@ the images, for sets that do not fit in memory. Both give the same batches for t
 
 Loaders are not `DataLoader` instances. A stopped run resumes bit for bit because nothing depends on an earlier batch:
 
-- the order is a function of (seed, epoch), the augmentation one of (seed, epoch, image);
+- the order is a function of (seed, epoch), the draws of transforms are one of (seed, epoch, image);
 - `sampler.set_epoch` (called by Lightning) sets the epoch; without it each iteration is the next epoch;
 - `state_dict` and `load_state_dict` (called by Lightning) hold the epoch and the number of batches already given.
 """
@@ -14,8 +14,8 @@ import os
 import signal
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -27,7 +27,10 @@ from cifar_lightning.data.image_set import ImageSet, Split
 from cifar_lightning.data.memory import choose_num_workers, free_device_bytes, give_back_pages
 from cifar_lightning.data.sampler import EpochSampler, Rank
 from cifar_lightning.errors import UserError
-from cifar_lightning.transforms.augmentation import Augmentation, augment, draw_epoch, normalize, resize
+from cifar_lightning.transforms.augmentation import normalize, resize
+from cifar_lightning.transforms.per_image import one_thread
+from cifar_lightning.transforms.pipeline import Drawn, Pipeline, apply_stage, augment, rows_of
+from cifar_lightning.transforms.transform import Tables, Transform
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -40,7 +43,7 @@ class BatchTransform:
     mean: tuple[float, ...]  # per channel, of images scaled to 0-1
     std: tuple[float, ...]  # the same
     sizes: tuple[int, ...]  # image size of each epoch in pixels; the last one stays
-    augmentation: Augmentation | None = None  # None for evaluation, which only normalizes
+    pipeline: Pipeline | None = None  # None for evaluation, which only normalizes
 
 
 class ImageLoader(ABC):
@@ -58,7 +61,7 @@ class ImageLoader(ABC):
     def __init__(
         self, sampler: EpochSampler, transform: BatchTransform, *, source_size: tuple[int, int], device: torch.device
     ) -> None:
-        self.sampler, self.augmentation, self.sizes = sampler, transform.augmentation, transform.sizes
+        self.sampler, self.pipeline, self.sizes = sampler, transform.pipeline, transform.sizes
         self.mean, self.std = torch.tensor(transform.mean, device=device), torch.tensor(transform.std, device=device)
         self.num_images, self.image_size = source_size
         self.device = device
@@ -80,10 +83,9 @@ class ImageLoader(ABC):
             )
         batches = self.sampler.begin()
         size = self.sizes[min(self.sampler.epoch, len(self.sizes) - 1)]
-        draws = None
-        if self.augmentation is not None:
-            draws = draw_epoch(
-                self.augmentation,
+        on_cpu, on_device = Drawn(), Drawn()
+        if self.pipeline is not None:
+            on_cpu, on_device = self.pipeline.draw(
                 num_images=self.num_images,
                 image_size=size,
                 seed=self.sampler.seed,
@@ -91,17 +93,17 @@ class ImageLoader(ABC):
                 device=self.device,
             )
         # An image that is repeated in an epoch has draws of its own each time: those of its place, not of its index.
-        places = None if self.sampler.places is None else iter(_on_device(self.sampler.places, self.device))
-        for image_indices, images, targets in self._gather(batches):
-            if size != self.image_size:
+        of_epoch = self.sampler.places
+        places = None if of_epoch is None else iter(_on_device(of_epoch, self.device))
+        on_cpu_rows = (
+            rows_of(on_cpu, batch, None if of_epoch is None else of_epoch[k]) for k, batch in enumerate(batches)
+        )
+        for image_indices, images, targets in self._gather(batches, size, on_cpu_rows if on_cpu else None):
+            if images.shape[1] != size:
                 images = resize(images, size)
-            if self.augmentation is not None and draws is not None:
-                rows = image_indices if places is None else next(places)
-                drawn = draws.of(rows)
-                if places is not None and self.augmentation.flip == "alternating" and draws.mirrored is not None:
-                    # Only this draw belongs to the image: the next epoch must show the other side, whatever its place.
-                    drawn = replace(drawn, mirrored=draws.mirrored.index_select(0, image_indices))
-                finished = augment(images, drawn, self.augmentation, mean=self.mean, std=self.std)
+            if self.pipeline is not None:
+                drawn = rows_of(on_device, image_indices, None if places is None else next(places))
+                finished = augment(images, drawn, mean=self.mean, std=self.std)
             else:
                 finished = normalize(images, mean=self.mean, std=self.std)
             # Before the yield: code after the last one does not run, since Lightning stops at the length.
@@ -109,8 +111,13 @@ class ImageLoader(ABC):
             yield finished, targets
 
     @abstractmethod
-    def _gather(self, batches: list[Tensor]) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (indices, uint8 images (batch, height, width, channels), targets) of each batch on the device."""
+    def _gather(
+        self, batches: list[Tensor], size: int, drawn: Iterator[Drawn] | None
+    ) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (indices, uint8 images (batch, height, width, channels), targets) of each batch on the device.
+
+        Where some transforms run on the CPU, `drawn` yields their rows of each batch, for images of `size` pixels.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch and position."""
@@ -132,9 +139,15 @@ class ResidentLoader(ImageLoader):
         self.images, self.targets = images, targets
         self.dataset = _subset(TensorDataset(images, targets), sampler)
 
-    def _gather(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _gather(
+        self, batches: list[Tensor], size: int, drawn: Iterator[Drawn] | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for indices in _on_device(batches, self.device):
-            yield indices, self.images.index_select(0, indices), self.targets.index_select(0, indices)
+            images = self.images.index_select(0, indices)
+            if drawn is not None:
+                with one_thread():
+                    images = _transform_on_cpu(images.cpu(), size, next(drawn)).to(self.device)
+            yield indices, images, self.targets.index_select(0, indices)
 
 
 class StreamingLoader(ImageLoader):
@@ -155,7 +168,7 @@ class StreamingLoader(ImageLoader):
     ) -> None:
         super().__init__(sampler, transform, source_size=(images.shape[0], images.shape[1]), device=device)
         self._index_batches = _IndexBatches()
-        rows = _Rows(images, targets)
+        rows = _Rows(images, targets, transform.pipeline.on_cpu if transform.pipeline is not None else ())
         self.dataset = _subset(rows, sampler)
         self._workers: DataLoader[tuple[Tensor, ...]] = DataLoader(
             rows,
@@ -172,9 +185,11 @@ class StreamingLoader(ImageLoader):
         # workers, which then do not hear of it, and torch waits 5 s for each.
         weakref.finalize(self, _end_workers, self._workers).atexit = False
 
-    def _gather(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _gather(
+        self, batches: list[Tensor], size: int, drawn: Iterator[Drawn] | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         # Arrays, not lists: a set's indices as Python objects would take five times the memory.
-        self._index_batches.batches = [batch.numpy() for batch in batches]
+        self._index_batches.begin([batch.numpy() for batch in batches], size, drawn)
         for image_indices, images, targets in self._workers:
             yield (
                 image_indices.to(self.device, non_blocking=True),
@@ -200,7 +215,8 @@ class LoaderFactory:
         num_workers = self.num_workers
         if num_workers is None:
             num_bytes = sum(images.images.nbytes for images in self.images.values())
-            num_workers = choose_num_workers(num_bytes, free_device_bytes(device))
+            is_slow = transform.pipeline is not None and transform.pipeline.on_cpu
+            num_workers = choose_num_workers(num_bytes, 0 if is_slow else free_device_bytes(device))
         if num_workers == 0:
             images, targets = self._on_device(source, device)
             return ResidentLoader(images, targets, sampler, transform)
@@ -228,23 +244,33 @@ def batch_device(device: torch.device | None, trainer: "pl.Trainer | None") -> t
 
 
 class _IndexBatches:
-    """Batch sampler of the workers' DataLoader; `batches` is set before each epoch."""
+    """Batch sampler of the workers' DataLoader; `begin` sets its batches before each epoch."""
 
     def __init__(self) -> None:
-        self.batches: list[np.ndarray] = []
+        self.begin([], 0, None)
+
+    def begin(self, batches: list[np.ndarray], size: int, drawn: Iterator[Drawn] | None) -> None:
+        """Set the indices of each batch; with rows of transforms that run in the workers, also these and the size."""
+        self.batches, self._size, self._drawn = batches, size, drawn
 
     def __iter__(self) -> Iterator[Any]:  # arrays; DataLoader is typed for lists and accepts any
-        return iter(self.batches)
+        if self._drawn is None:
+            return iter(self.batches)
+        tables = ([rows for _, rows in drawn] for drawn in self._drawn)
+        return ((batch, self._size, rows) for batch, rows in zip(self.batches, tables, strict=True))
 
     def __len__(self) -> int:
         return len(self.batches)
 
 
 class _Rows(Dataset[tuple[Tensor, ...]]):
-    """Reads batches of images; a memory-mapped array is sent to a spawned worker as its path, not its content."""
+    """Reads batches of images, and transforms them where rows of `transforms` come with the indices.
 
-    def __init__(self, images: np.ndarray, targets: np.ndarray) -> None:
-        self.images, self.targets = images, targets
+    A memory-mapped array is sent to a spawned worker as its path, not its content.
+    """
+
+    def __init__(self, images: np.ndarray, targets: np.ndarray, transforms: Sequence[Transform] = ()) -> None:
+        self.images, self.targets, self.transforms = images, targets, transforms
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -253,14 +279,20 @@ class _Rows(Dataset[tuple[Tensor, ...]]):
         _, images, targets = self.__getitems__([int(index)])
         return images[0], targets[0]
 
-    def __getitems__(self, indices: np.ndarray | list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitems__(
+        self, batch: np.ndarray | list[int] | tuple[np.ndarray, int, list[Tables]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        indices, size, rows = batch if isinstance(batch, tuple) else (batch, 0, [])
         image_indices = np.asarray(indices, dtype=np.int64)
         # Sorted reads of a memory-mapped file touch each page once and in order.
         by_index = np.argsort(image_indices)
         images = np.empty((len(image_indices), *self.images.shape[1:]), np.uint8)
         images[by_index] = self.images[image_indices[by_index]]
         give_back_pages(self.images)  # otherwise a worker would grow by everything it reads
-        return torch.from_numpy(image_indices), torch.from_numpy(images), torch.from_numpy(self.targets[image_indices])
+        batch_images = torch.from_numpy(images)
+        if rows:
+            batch_images = _transform_on_cpu(batch_images, size, list(zip(self.transforms, rows, strict=True)))
+        return torch.from_numpy(image_indices), batch_images, torch.from_numpy(self.targets[image_indices])
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -274,6 +306,10 @@ class _Rows(Dataset[tuple[Tensor, ...]]):
             path, offset, shape = state["images"]
             state["images"] = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=shape)
         self.__dict__.update(state)
+
+
+def _transform_on_cpu(images: Tensor, size: int, drawn: Drawn) -> Tensor:
+    return apply_stage("uint8", images if images.shape[1] == size else resize(images, size), drawn)
 
 
 def _on_device(batches: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:

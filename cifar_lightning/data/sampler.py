@@ -7,7 +7,7 @@ from jaxtyping import Int64
 from torch import Tensor, distributed
 from torch.utils.data import SequentialSampler
 
-from cifar_lightning.transforms.augmentation import seeded_generator
+from cifar_lightning.transforms.transform import seeded_generator
 
 _ORDER = 0  # purpose of the order's generator; the draws of transforms/augmentation.py use 1 and up
 _EVALUATION = 1_000_037  # purpose of the generator of a shuffled evaluation; see splits.py for its neighbours

@@ -11,7 +11,7 @@ from torch import Tensor
 from cifar_lightning.data.image_set import Split
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import printable
-from cifar_lightning.transforms.augmentation import seeded_generator
+from cifar_lightning.transforms.transform import seeded_generator
 
 # Purposes of the generators; the purposes of an epoch are far below.
 _SPLIT, _SUBSET, _TEST = 1_000_003, 1_000_033, 1_000_081

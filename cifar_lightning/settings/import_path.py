@@ -17,7 +17,12 @@ _PATH = re.compile(rf"{_NAME}(\.{_NAME})*[:.]{_NAME}(\.{_NAME})*")
 TRUSTED = ("cifar_lightning", "torch", "torchvision", "timm", "torchmetrics", "lightning")
 """Top packages whose classes a run folder may name. Their functions may not: `torch.hub.load` runs any code."""
 _MAY_BE_PATHS = {"class_path", "init_args", "name", "dataset", "loss", "model_class", "data_class"}
-_TRUSTED_FUNCTIONS = ("cifar_lightning.models.", "torchvision.models.", "timm.models.")
+_MAY_BE_PATHS |= {"transforms", "callbacks", "logger", "profiler", "plugins", "strategy", "optimizer", "lr_scheduler"}
+_ARE_CLASSES = {"model", "data", "model.model"}
+_TRUSTED_FUNCTIONS = (
+    *("cifar_lightning.models.", "torchvision.models.", "timm.models."),
+    *("torch.nn.functional.", "torchvision.ops.", "torchvision.transforms.", "torch.float", "torch.int", "torch.uint"),
+)
 
 
 def is_import_path(text: object) -> bool:
@@ -95,11 +100,13 @@ def import_trusted(path: str, flag: str, file: Path, *, trust_code: bool) -> Any
 
 
 def check_trust(path: str, flag: str, file: Path, *, trust_code: bool) -> None:
-    """Refuse, without importing it, a path in a file of a run folder whose top package is not in `TRUSTED`.
+    """Refuse, without importing it, a path in a file of a run folder: not in `TRUSTED`, or by its name a function.
 
     A data set is refused in any package: it may be a function, and is called.
     """
-    if not trust_code and (flag == "--data.dataset" or not _is_trusted(path)):
+    name = re.split("[.:]", path)[-1]
+    is_function = name[:1].islower() and not path.replace(":", ".").startswith(_TRUSTED_FUNCTIONS)
+    if not trust_code and (flag == "--data.dataset" or is_function or not _is_trusted(path)):
         raise _untrusted(path, flag, file)
 
 
@@ -111,7 +118,9 @@ def import_paths(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(settings, list | tuple):
         for value in settings:
             yield from import_paths(value, prefix)
-    elif is_import_path(settings) and (":" in settings or _MAY_BE_PATHS & set(prefix.split("."))):
+    elif is_import_path(settings) and (
+        ":" in settings or prefix in _ARE_CLASSES or _MAY_BE_PATHS & set(prefix.split("."))
+    ):
         yield prefix, settings
 
 

@@ -94,6 +94,7 @@ NOT_AUGMENTATION = {
     "seed",
     "eval_batch_size",
     "train_sizes",
+    "transforms",
     "crop_mode",
     "drop_last",
     "labels",
@@ -106,8 +107,16 @@ NOT_AUGMENTATION = {
 
 
 def augmentations(data: Mapping[str, Any]) -> list[str]:
-    """Return name and value of the random augmentations that are on."""
-    return switched_on(data, (name for name in data if name not in NOT_AUGMENTATION))
+    """Return name and value of the random augmentations that are on, and the names of transforms of one's own."""
+    listed = data.get("transforms") or ["default"]
+    own = [_class_name(each) for each in listed if each != "default"]
+    named = switched_on(data, (name for name in data if name not in NOT_AUGMENTATION)) if "default" in listed else []
+    return [*named, *([f"transforms {', '.join(own)}"] if own else [])]
+
+
+def _class_name(transform: Any) -> str:
+    path = transform.get("class_path", "") if isinstance(transform, Mapping) else transform
+    return str(path).rpartition(".")[2]
 
 
 def switched_on(settings: Mapping[str, Any], names: Iterable[str]) -> list[str]:

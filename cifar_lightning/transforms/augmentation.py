@@ -1,30 +1,30 @@
-"""Batched augmentation on the device, with separate random draws for each image.
+"""The default transforms: crop, flip, policy, jitter, cutout and erasing, with separate random draws for each image.
 
 The draws of an epoch are small tables, a function of (seed, epoch) and indexed by image. No batch depends on the
 batches before it, so a resumed run sees the same images, with any loader and on any device.
 
-To add an augmentation: give `Augmentation` a field whose default turns it off, give `EpochDraws` a table, fill it in
-`draw_epoch` from `seeded_generator(seed, epoch, N)` with an N that no other draw uses, and apply it in `augment`. The
-flag is an argument of the same name in `ImageDataModule`, which passes it to `Augmentation`; then write the table of
-flags again: `python -m cifar_lightning.cli.lightning_cli`. A new operation of the policies belongs in operations.py.
+To add one that has a short flag: write a `Transform`, give `Augmentation` a field whose default turns it off, and make
+it in `transforms()`. Draw from `generator.stream(N)` with an N that no other uses: it leaves the draws of the others.
+The flag is an argument of the same name in `ImageDataModule`, which passes it to `Augmentation`; then write the table
+of flags again: `python -m cifar_lightning.cli.lightning_cli`. A new operation of the policies belongs in operations.py.
 
-Input is uint8 RGB, 0-255, `(batch, height, width, channels)`; output is float32 `(batch, channels, height, width)` in
-NHWC memory, which PyTorch calls channels_last.
+Images are uint8, 0-255, `(batch, height, width, channels)`; finished they are float32 `(batch, channels, height,
+width)` in NHWC memory, which PyTorch calls channels_last.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.settings.limits import Pixels, check_settings
+from cifar_lightning.settings.limits import Pixels, Strength, check_settings
 from cifar_lightning.transforms.operations import apply_operations
 from cifar_lightning.transforms.policies import Policy, draw_erasing, draw_operations, erase_
+from cifar_lightning.transforms.transform import EpochGenerator, Tables, Transform
 
 CropMode = Literal["reflect", "zeros"]
 FlipMode = Literal["random", "alternating", "none"]
@@ -55,127 +55,142 @@ class Augmentation:
         if not 0 <= self.cutout_px <= image_size:
             raise UserError(f"--data.cutout_px {self.cutout_px}: 0 (off) to {image_size}, the image size.")
 
-
-@dataclass(frozen=True)
-class EpochDraws:
-    """Tables of one epoch with a row per image of the training source; None if the operation is off."""
-
-    shift_y: Int64[Tensor, " images"] | None
-    shift_x: Int64[Tensor, " images"] | None
-    mirrored: Bool[Tensor, " images"] | None
-    cutout_y: Int64[Tensor, " images"] | None
-    cutout_x: Int64[Tensor, " images"] | None
-    brightness: Float[Tensor, " images"] | None
-    contrast: Float[Tensor, " images"] | None
-    operations: Int64[Tensor, "images num_ops"] | None
-    magnitudes: Float[Tensor, "images num_ops"] | None
-    erased: Int64[Tensor, "images 4"] | None
-
-    def of(self, images: Int64[Tensor, " batch"]) -> "EpochDraws":
-        """Return the rows of a batch."""
-        tables = (getattr(self, field.name) for field in fields(self))
-        return EpochDraws(*(None if table is None else table.index_select(0, images) for table in tables))
+    def transforms(self) -> list[Transform]:
+        """Return the transforms that are on, in order."""
+        made: list[Transform] = []
+        if self.crop_padding_px or self.flip != "none":
+            made.append(CropAndFlip(self.crop_padding_px, self.crop_mode, self.flip))
+        if self.policy != "none":
+            made.append(RandomPolicy(self.policy))
+        if self.brightness or self.contrast:
+            made.append(Jitter(self.brightness, self.contrast))
+        # After normalization the mean colour is 0; earlier, the jitter would shift it.
+        if self.cutout_px:
+            made.append(Cutout(self.cutout_px))
+        if self.erasing:
+            made.append(Erasing(self.erasing))
+        return made
 
 
-def seeded_generator(*key: int) -> torch.Generator:
-    """Return a CPU generator seeded by the non-negative integers `key`: (seed, epoch, purpose)."""
-    state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    return torch.Generator().manual_seed(state >> 1)  # manual_seed takes 63 bits
-
-
-def draw_epoch(
-    augmentation: Augmentation, *, num_images: int, image_size: int, seed: int, epoch: int, device: torch.device
-) -> EpochDraws:
-    """Draw the tables of one epoch, a pure function of the arguments.
-
-    Each operation has its own generator, so enabling one does not change the draws of the others. The draws are made on
-    the CPU and moved, since generators of other devices give other numbers.
-    """
-
-    def integers(purpose: int, low: int, high: int) -> Tensor:
-        generator = seeded_generator(seed, epoch, purpose)
-        return torch.randint(low, high + 1, (num_images,), generator=generator).to(device)
-
-    def factors(purpose: int, strength: float) -> Tensor:
-        generator = seeded_generator(seed, epoch, purpose)
-        return (1 + strength * (2 * torch.rand(num_images, generator=generator) - 1)).to(device)
-
-    pad, inside = augmentation.crop_padding_px, image_size - augmentation.cutout_px
-    operations, magnitudes, erased = None, None, None
-    if augmentation.policy != "none":
-        kinds, strengths = seeded_generator(seed, epoch, 8), seeded_generator(seed, epoch, 9)
-        drawn = draw_operations(augmentation.policy, num_images, image_size, kinds=kinds, strengths=strengths)
-        operations, magnitudes = (table.to(device) for table in drawn)
-    if augmentation.erasing:
-        generator = seeded_generator(seed, epoch, 10)
-        erased = draw_erasing(num_images, image_size, augmentation.erasing, generator).to(device)
-    return EpochDraws(
-        shift_y=integers(1, -pad, pad) if pad else None,
-        shift_x=integers(2, -pad, pad) if pad else None,
-        mirrored=_draw_mirrored(augmentation.flip, num_images, seed, epoch, device),
-        cutout_y=integers(4, 0, inside) if augmentation.cutout_px else None,
-        cutout_x=integers(5, 0, inside) if augmentation.cutout_px else None,
-        brightness=factors(6, augmentation.brightness) if augmentation.brightness else None,
-        contrast=factors(7, augmentation.contrast) if augmentation.contrast else None,
-        operations=operations,
-        magnitudes=magnitudes,
-        erased=erased,
-    )
-
-
-def _draw_mirrored(flip: FlipMode, num_images: int, seed: int, epoch: int, device: torch.device) -> Tensor | None:
-    """Draw which images are mirrored.
+class CropAndFlip(Transform):
+    """Shifts each image and mirrors it horizontally, in one pass.
 
     "alternating" mirrors a random half in epoch 0, and from then on each image in every second epoch, so that two
     consecutive epochs show both sides of it (airbench, arXiv:2404.00498, section 3.6).
-    """
-    if flip == "none":
-        return None
-    drawn_in = 0 if flip == "alternating" else epoch
-    mirrored = torch.rand(num_images, generator=seeded_generator(seed, drawn_in, 3)) < 0.5
-    if flip == "alternating" and epoch % 2 == 1:
-        mirrored = ~mirrored
-    return mirrored.to(device)
-
-
-def augment(
-    images: UInt8[Tensor, "batch height width channels"],
-    draws: EpochDraws,
-    augmentation: Augmentation,
-    *,
-    mean: Float[Tensor, " channels"],
-    std: Float[Tensor, " channels"],
-) -> Float[Tensor, "batch channels height width"]:
-    """Crop, mirror, apply the policy, jitter, normalize, cut out and erase.
 
     Args:
-        images: uint8 RGB, 0-255.
-        draws: One row per image.
-        augmentation: The settings that the draws were made with.
-        mean: Per channel, of images scaled to 0-1, on their device.
-        std: Per channel, of images scaled to 0-1, on their device.
+        padding_px: Largest shift in each direction, in pixels.
+        mode: Padding of shifted images: reflect or zeros.
+        flip: random, alternating or none.
     """
-    images = crop_and_mirror(
-        images,
-        draws.shift_y,
-        draws.shift_x,
-        draws.mirrored,
-        padding_px=augmentation.crop_padding_px,
-        crop_mode=augmentation.crop_mode,
-    )
-    if draws.operations is not None and draws.magnitudes is not None:
-        images = apply_operations(images, draws.operations, draws.magnitudes)
-    if draws.brightness is None and draws.contrast is None:
-        finished = normalize(images, mean=mean, std=std)
-    else:
-        unit = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
-        finished = _standardize_(jitter(unit, draws.brightness, draws.contrast), mean, std)
-    if draws.cutout_y is not None and draws.cutout_x is not None:
-        # After normalization the mean colour is 0; earlier, the jitter would shift it.
-        cutout_(finished, draws.cutout_y, draws.cutout_x, augmentation.cutout_px)
-    if draws.erased is not None:
-        erase_(finished, draws.erased)
-    return finished
+
+    def __init__(self, padding_px: Pixels = 4, mode: CropMode = "reflect", flip: FlipMode = "random") -> None:
+        self.padding_px, self.mode, self.flip = padding_px, mode, flip
+        # The next epoch must show the other side of an image, whatever its place there.
+        self.of_image = ("mirrored",) if flip == "alternating" else ()
+
+    def draw(self, generator: EpochGenerator, num_images: int, image_size: int) -> Tables:
+        tables = {}
+        if pad := self.padding_px:
+            for purpose, name in ((1, "shift_y"), (2, "shift_x")):
+                tables[name] = _integers(generator.stream(purpose), -pad, pad, num_images)
+        if self.flip != "none":
+            drawn_in = 0 if self.flip == "alternating" else generator.epoch
+            mirrored = torch.rand(num_images, generator=generator.stream(3, drawn_in)) < 0.5
+            is_turned = self.flip == "alternating" and generator.epoch % 2 == 1
+            tables["mirrored"] = ~mirrored if is_turned else mirrored
+        return tables
+
+    def apply(self, images: Tensor, rows: Tables) -> Tensor:
+        shifts = rows.get("shift_y"), rows.get("shift_x"), rows.get("mirrored")
+        return crop_and_mirror(images, *shifts, padding_px=self.padding_px, crop_mode=self.mode)
+
+
+class RandomPolicy(Transform):
+    """An augmentation policy.
+
+    Args:
+        policy: trivial (TrivialAugmentWide) or rand (RandAugment).
+    """
+
+    def __init__(self, policy: Policy = "trivial") -> None:
+        self.policy: Policy = policy
+
+    def draw(self, generator: EpochGenerator, num_images: int, image_size: int) -> Tables:
+        kinds, strengths = generator.stream(8), generator.stream(9)
+        drawn = draw_operations(self.policy, num_images, image_size, kinds=kinds, strengths=strengths)
+        return dict(zip(("operations", "magnitudes"), drawn, strict=True))
+
+    def apply(self, images: Tensor, rows: Tables) -> Tensor:
+        return apply_operations(images, rows["operations"], rows["magnitudes"])
+
+
+class Jitter(Transform):
+    """Random brightness, then contrast.
+
+    Args:
+        brightness: Largest relative change.
+        contrast: Largest relative change.
+    """
+
+    stage = "float"
+
+    def __init__(self, brightness: Strength = 0.0, contrast: Strength = 0.0) -> None:
+        self._strengths = {"brightness": (6, brightness), "contrast": (7, contrast)}
+
+    def draw(self, generator: EpochGenerator, num_images: int, image_size: int) -> Tables:
+        def factors(purpose: int, strength: float) -> Tensor:
+            return 1 + strength * (2 * torch.rand(num_images, generator=generator.stream(purpose)) - 1)
+
+        return {name: factors(*drawn) for name, drawn in self._strengths.items() if drawn[1]}
+
+    def apply(self, images: Tensor, rows: Tables) -> Tensor:
+        jittered = jitter(images.permute(0, 2, 3, 1), rows.get("brightness"), rows.get("contrast"))
+        return jittered.permute(0, 3, 1, 2)
+
+
+class Cutout(Transform):
+    """Sets a square of each image to the mean colour.
+
+    Args:
+        size_px: Its side in pixels.
+    """
+
+    stage = "normalized"
+
+    def __init__(self, size_px: Pixels) -> None:
+        self.size_px = size_px
+
+    def draw(self, generator: EpochGenerator, num_images: int, image_size: int) -> Tables:
+        inside = image_size - self.size_px
+        names = ((4, "cutout_y"), (5, "cutout_x"))
+        return {name: _integers(generator.stream(purpose), 0, inside, num_images) for purpose, name in names}
+
+    def apply(self, images: Tensor, rows: Tables) -> Tensor:
+        return cutout_(images, rows["cutout_y"], rows["cutout_x"], self.size_px)
+
+
+class Erasing(Transform):
+    """Sets a rectangle of some images to the mean colour, as torchvision's RandomErasing.
+
+    Args:
+        p: Fraction of the images.
+    """
+
+    stage = "normalized"
+
+    def __init__(self, p: Strength = 0.5) -> None:
+        self.p = p
+
+    def draw(self, generator: EpochGenerator, num_images: int, image_size: int) -> Tables:
+        return {"erased": draw_erasing(num_images, image_size, self.p, generator.stream(10))}
+
+    def apply(self, images: Tensor, rows: Tables) -> Tensor:
+        return erase_(images, rows["erased"])
+
+
+def _integers(generator: torch.Generator, low: int, high: int, num_images: int) -> Tensor:
+    return torch.randint(low, high + 1, (num_images,), generator=generator)
 
 
 def resize(
@@ -295,10 +310,10 @@ def normalize(
 
     `mean` and `std` are of images scaled to 0-1, on the images' device: making a tensor here would block the host.
     """
-    return _standardize_(images.to(torch.float32, memory_format=torch.contiguous_format), 255 * mean, 255 * std)
+    return standardize_(images.to(torch.float32, memory_format=torch.contiguous_format), 255 * mean, 255 * std)
 
 
-def _standardize_(
+def standardize_(
     images: Float[Tensor, "batch height width channels"],
     mean: Float[Tensor, " channels"],
     std: Float[Tensor, " channels"],

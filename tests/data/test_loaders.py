@@ -15,11 +15,12 @@ from cifar_lightning.data.loaders import BatchTransform, ResidentLoader, Streami
 from cifar_lightning.data.sampler import EpochSampler, Rank
 from cifar_lightning.errors import UserError
 from cifar_lightning.transforms.augmentation import Augmentation
+from cifar_lightning.transforms.pipeline import Pipeline
 
 COUNT = 50
 IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, 8, 8, 3), np.uint8)
 TARGETS = np.arange(COUNT) % 7
-TRANSFORM = BatchTransform((0.5,) * 3, (0.2,) * 3, (6, 8), Augmentation(crop_padding_px=2, cutout_px=3))
+TRANSFORM = BatchTransform((0.5,) * 3, (0.2,) * 3, (6, 8), Pipeline(Augmentation(crop_padding_px=2, cutout_px=3)))
 
 
 def sampler(**kwargs):

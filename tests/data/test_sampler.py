@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cifar_lightning.data.sampler import EpochSampler, Rank, balanced_order, evaluation_order
-from cifar_lightning.transforms.augmentation import seeded_generator
+from cifar_lightning.transforms.transform import seeded_generator
 
 COUNT = 50
 UNEVEN = torch.repeat_interleave(torch.arange(4), torch.tensor([300, 70, 25, 5]))

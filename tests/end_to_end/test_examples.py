@@ -8,7 +8,7 @@ from PIL import Image
 from program import REPO, start
 
 EXAMPLES = REPO / "examples"
-TAKE_OTHER_IMAGES = ["plain_pytorch", "other_lightning_module", "timm_model"]
+TAKE_OTHER_IMAGES = ["plain_pytorch", "other_lightning_module", "own_transform", "timm_model"]
 NAMES = [*TAKE_OTHER_IMAGES, "own_dataset", "report_from_plain_trainer"]
 
 

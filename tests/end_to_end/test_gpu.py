@@ -10,7 +10,8 @@ from cifar_lightning.checkpoints.loading import read_checkpoint
 from cifar_lightning.errors import RunError
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.signals import Stopped
-from cifar_lightning.transforms.augmentation import Augmentation, augment, draw_epoch
+from cifar_lightning.transforms.augmentation import Augmentation
+from cifar_lightning.transforms.pipeline import Pipeline, augment
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,16 +49,16 @@ def test_a_resident_epoch_makes_the_host_wait_for_nothing():
 @pytest.mark.parametrize("policy", ["trivial", "rand"])
 def test_a_policy_on_the_gpu_gives_the_images_of_the_cpu_and_makes_the_host_wait_for_nothing(policy):
     torch.use_deterministic_algorithms(True)
-    chosen = Augmentation(policy=policy, erasing=0.5)
+    pipeline = Pipeline(Augmentation(policy=policy, erasing=0.5))
     images = torch.randint(0, 256, (512, 24, 24, 3), dtype=torch.uint8)
     mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
     finished = {}
     for device in ("cpu", "cuda"):
-        draws = draw_epoch(chosen, num_images=512, image_size=24, seed=0, epoch=0, device=torch.device(device))
+        _, draws = pipeline.draw(num_images=512, image_size=24, seed=0, epoch=0, device=torch.device(device))
         batch, statistics = images.to(device), {"mean": mean.to(device), "std": std.to(device)}
         torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
         try:
-            finished[device] = augment(batch, draws, chosen, **statistics)
+            finished[device] = augment(batch, draws, **statistics)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     differing = (finished["cpu"] - finished["cuda"].cpu()).abs().amax(1) > 1e-5

@@ -105,7 +105,17 @@ def test_import_paths_of_a_config_are_found() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["model: {name: 'my:Net'}", "model: {name: my.Net}", "trainer: {callbacks: [{class_path: my.Callback}]}"],
+    [
+        "model: {name: 'my:Net'}",
+        "model: {name: my.Net}",
+        "trainer: {callbacks: [{class_path: my.Callback}]}",
+        "data: {transforms: [default, {class_path: my.Noise}]}",
+        "data: {transforms: [my.Noise]}",
+        "trainer: {callbacks: [my.Callback]}",
+        "trainer: {logger: my.Logger}",
+        "model: {model: my.Net}",
+        "data: {transforms: [{class_path: torch.nn.Sequential, init_args: {a: {class_path: torch.load}}}]}",
+    ],
 )
 def test_the_config_of_a_run_needs_trust_and_a_config_elsewhere_does_not(line: str, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
@@ -115,3 +125,12 @@ def test_the_config_of_a_run_needs_trust_and_a_config_elsewhere_does_not(line: s
     with pytest.raises(UserError, match="--trust_code true"):
         check_config(config)
     check_config(config, trust_code=True)
+
+
+def test_the_config_of_a_run_may_name_classes_and_plain_functions_of_known_libraries(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    inner = "{class_path: torchvision.transforms.v2.ToDtype, init_args: {dtype: torch.uint8}}"
+    transform = f"{{class_path: torchvision.transforms.v2.Compose, init_args: {{transforms: [{inner}]}}}}"
+    (tmp_path / "config.yaml").write_text(f"data: {{transforms: [default, {transform}]}}")
+    check_config(tmp_path / "config.yaml")
+    check_trust("torch.nn.functional:cross_entropy", "--x", tmp_path / "best.ckpt", trust_code=False)
