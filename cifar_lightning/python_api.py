@@ -308,7 +308,7 @@ def _typed(settings: dict[str, Any], objects: PythonObjects) -> tuple[list[str],
                 raise UserError(f"{name}: the {type(given).__name__} that is given has its own; set it there.")
     given = []
     if objects.model is not None:
-        given.append("model.name")
+        given += ["model.name", "model.loss"]
     if objects.data is not None:
         given.append("data.dataset")
         chosen["data.dataset"] = object_name(objects.data)

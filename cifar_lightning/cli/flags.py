@@ -28,7 +28,7 @@ from cifar_lightning.settings.safe_yaml import MAX_BYTES, read_yaml
 ALIASES = {"epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "lr": "model.lr"}
 GROUPS = ("trainer", "model", "data", "early_stopping", "checkpoint")  # each also takes a YAML file of its keys
 OF_FIT = ("early_stopping", "checkpoint")  # groups that the other commands have no use for
-MAY_BE_OBJECTS = ("model.name", "data.dataset")  # settings in whose place Python gives an object
+MAY_BE_OBJECTS = ("model.name", "model.loss", "data.dataset")  # settings in whose place Python gives an object
 FRONT_ONLY = ("config", "resume", "print_config", "trust_code")  # not keys of a config
 # What people type who come from elsewhere.
 SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "max_lr": "lr", "bs": "batch_size", "seed": "data.seed"}
@@ -198,8 +198,8 @@ def check_value(name: str, value: str, typed: str, folder: Path = Path()) -> Non
                 read_bytes(Path(path), MAX_BYTES, follow_links=True)
             except OSError as error:
                 raise UserError(f"{typed}: cannot be read ({error.strerror}).") from error
-    if name == "model.model_kwargs":
-        _check_mapping(value, typed)
+    if name in ("model.model_kwargs", "model.loss_kwargs"):
+        _check_mapping(value, typed, "{gamma: 2}" if name == "model.loss_kwargs" else "{widths: [32, 64, 128]}")
     if row is None or row.get("prefixes"):
         return  # a library's names are known to those who import it
     if not row.get("open") and not _fits(row, value):
@@ -209,11 +209,11 @@ def check_value(name: str, value: str, typed: str, folder: Path = Path()) -> Non
         raise UserError(f"{typed}: {row['allowed']}.")
 
 
-def _check_mapping(value: str, typed: str) -> None:
+def _check_mapping(value: str, typed: str, example: str) -> None:
     with contextlib.suppress(yaml.YAMLError):
         if isinstance(read_yaml(value), dict | None):
             return
-    raise UserError(f"{typed}: names and values, such as '{{widths: [32, 64, 128]}}'.")
+    raise UserError(f"{typed}: names and values, such as '{example}'.")
 
 
 def _fits(row: dict[str, Any], value: str) -> bool:

@@ -1,6 +1,6 @@
 """Optimizers: AdamW, Nesterov SGD, and Muon with Nesterov SGD."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ def build_optimizer(
     *,
     fused: bool = True,
     later: Collection[nn.Parameter] = (),
+    others: Iterable[nn.Parameter] = (),
     lr_scales: Mapping[nn.Parameter, float] | None = None,
 ) -> torch.optim.Optimizer:
     """Build the optimizer of a model.
@@ -44,6 +45,7 @@ def build_optimizer(
         settings: Which optimizer, and its values.
         fused: Whether AdamW and SGD may run as one kernel; Lightning cannot clip their gradients in 16-mixed.
         later: Parameters that will require gradients later in the run.
+        others: Parameters outside the model, such as those of a loss, trained as norms are: without weight decay.
         lr_scales: Factors of the learning rates, with adamw and sgd; each has groups of its own, the largest first.
 
     Raises:
@@ -55,11 +57,11 @@ def build_optimizer(
     if settings.name == "muon":
         if lr_scales is not None:
             raise UserError("--model.layer_decay: not with muon, which keeps the norm of filters; give adamw or sgd.")
-        return _build_muon(trainable, getattr(model, "stem", nn.Module()), settings)
+        return _build_muon(trainable, [*others], getattr(model, "stem", nn.Module()), settings)
     # Norm scales and biases have one dimension and get no weight decay: pulling them to zero shrinks the signal instead
     # of simplifying the function (arXiv:1812.01187, section 3.1).
     matrices = [parameter for parameter in trainable if parameter.ndim > 1]
-    vectors = [parameter for parameter in trainable if parameter.ndim <= 1]
+    vectors = [*(parameter for parameter in trainable if parameter.ndim <= 1), *others]
     decays: list[tuple[list[nn.Parameter], float]] = [(matrices, settings.weight_decay), (vectors, 0.0)]
     groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
     if lr_scales is not None:
@@ -73,13 +75,15 @@ def build_optimizer(
 def _scaled(groups: list[dict[str, Any]], lr: float, lr_scales: Mapping[nn.Parameter, float]) -> list[dict[str, Any]]:
     return [
         {**group, "lr": lr * scale, "params": parameters}
-        for scale in sorted({*lr_scales.values()}, reverse=True)
+        for scale in sorted({1.0, *lr_scales.values()}, reverse=True)
         for group in groups
-        if (parameters := [parameter for parameter in group["params"] if lr_scales[parameter] == scale])
+        if (parameters := [parameter for parameter in group["params"] if lr_scales.get(parameter, 1) == scale])
     ]
 
 
-def _build_muon(trainable: list[nn.Parameter], stem: nn.Module, settings: OptimizerSettings) -> Muon:
+def _build_muon(
+    trainable: list[nn.Parameter], others: list[nn.Parameter], stem: nn.Module, settings: OptimizerSettings
+) -> Muon:
     in_stem = {id(parameter) for parameter in stem.parameters()}
     head_lr = settings.sgd_lr if settings.head_lr is None else settings.head_lr
     lrs = {"stem": settings.sgd_lr, "vectors": settings.sgd_lr, "matrices": head_lr}
@@ -88,6 +92,7 @@ def _build_muon(trainable: list[nn.Parameter], stem: nn.Module, settings: Optimi
         if parameter.ndim != 4:
             role = "matrices" if parameter.ndim > 1 else "vectors"
             by_role["stem" if id(parameter) in in_stem else role].append(parameter)
+    by_role["vectors"] += others
     groups: list[dict[str, Any]] = [
         {"params": by_role[role], "lr": lr, "role": role, "weight_decay": settings.sgd_weight_decay / lr}
         for role, lr in lrs.items()

@@ -102,11 +102,13 @@ def import_trusted(path: str, flag: str, file: Path, *, trust_code: bool) -> Any
 def check_trust(path: str, flag: str, file: Path, *, trust_code: bool) -> None:
     """Refuse, without importing it, a path in a file of a run folder: not in `TRUSTED`, or by its name a function.
 
-    A data set is refused in any package: it may be a function, and is called.
+    A data set is refused in any package: it may be a function, and is called. So is an attribute of what stands behind
+    a colon, which may be a module that the trusted one has imported.
     """
     name = re.split("[.:]", path)[-1]
-    is_function = name[:1].islower() and not path.replace(":", ".").startswith(_TRUSTED_FUNCTIONS)
-    if not trust_code and (flag == "--data.dataset" or is_function or not _is_trusted(path)):
+    is_function = name.lstrip("_")[:1].islower() and not path.replace(":", ".").startswith(_TRUSTED_FUNCTIONS)
+    is_nested = "." in path.partition(":")[2]
+    if not trust_code and (flag == "--data.dataset" or is_function or is_nested or not _is_trusted(path)):
         raise _untrusted(path, flag, file)
 
 

@@ -32,6 +32,7 @@ FIXED = {
     "model.schedule",
     "model.ema_decay",
     "model.pretrained",
+    "model.loss",
     "model.freeze",
     "model.unfreeze_epoch",
     "model.layer_decay",

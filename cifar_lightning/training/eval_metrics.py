@@ -1,8 +1,9 @@
 """Validation and test metrics."""
 
+from collections.abc import Callable
+
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
 
@@ -28,9 +29,10 @@ def update_evaluation(
     logits: Float[Tensor, "batch classes"],
     plain_logits: Float[Tensor, "batch classes"],
     targets: Int64[Tensor, " batch"],
+    loss: Callable[..., Tensor],
 ) -> None:
-    """Update the metrics with a batch."""
-    metrics["loss"].update(F.cross_entropy(logits, targets), weight=len(targets))
+    """Update the metrics with a batch; `loss` is a function of logits and targets."""
+    metrics["loss"].update(loss(logits, targets), weight=len(targets))
     metrics["ece"].update(logits.softmax(1), targets)
     metrics["confusion"].update(logits.argmax(1), targets)
     metrics["acc_no_tta"].update((plain_logits.argmax(1) == targets).float())

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import lightning.pytorch as pl
@@ -42,6 +42,7 @@ from cifar_lightning.training.data_protocol import TrainingData, training_data
 from cifar_lightning.training.ema import EmaWeights
 from cifar_lightning.training.eval_metrics import evaluation_metrics, update_evaluation
 from cifar_lightning.training.lightning_patches import PlainHookNames
+from cifar_lightning.training.losses import DEFAULT_LOSS, check_loss, make_loss, name_of
 from cifar_lightning.training.model_checks import check_batches, check_classes, check_logits, check_optimizers
 from cifar_lightning.training.nan_guard import NanGuard
 from cifar_lightning.training.resumed_settings import ResumedSettings
@@ -53,13 +54,14 @@ from cifar_lightning.transforms.mixup import Mixing
 
 Batch = tuple[Tensor, Tensor] | list[Tensor]
 """Images and targets; a list from PyTorch's DataLoader."""
+_DEFAULT_SMOOTHING = 0.1
 
 
 class ImageClassifier(PlainHookNames, pl.LightningModule):
     """Trains a model with label-smoothed cross entropy, by default AdamW with OneCycle, and evaluates it.
 
     Logged once an epoch: train/loss, train/acc, lr; val/loss, val/acc, val/f1, val/ece; the same four for test. The
-    loss of validation and test is cross entropy without smoothing, comparable between runs.
+    loss of validation and test is cross entropy without smoothing, comparable between runs, or the loss of one's own.
 
     Args:
         name: Name of the model, as `build_model` knows it, or package.module:function_or_class.
@@ -73,7 +75,9 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         sgd_momentum: Momentum of sgd, alone or with muon.
         weight_decay: Weight decay of adamw and sgd; none for norms and biases.
         sgd_weight_decay: With muon, fraction of sgd's parameters that a step at the peak learning rate subtracts.
-        label_smoothing: Fraction of the target spread evenly over all classes.
+        loss: cross_entropy, or package.module:name of a class or function: (logits, labels) -> scalar.
+        loss_kwargs: Further arguments of such a loss, such as {gamma: 2}.
+        label_smoothing: Fraction of the target spread evenly over all classes, in cross_entropy.
         mixup: Alpha of MixUp; 0 disables it, 0.2 is usual.
         cutmix: Alpha of CutMix; 0 disables it, 1 is usual.
         schedule: Learning rate schedule: one_cycle, linear (a line to 0) or cosine (half a cosine to 0).
@@ -109,7 +113,9 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         sgd_momentum: Fraction = 0.9,
         weight_decay: WeightDecay = 0.05,
         sgd_weight_decay: Fraction = 0.0,
-        label_smoothing: Fraction = 0.1,
+        loss: str | Callable[..., Any] | None = DEFAULT_LOSS,
+        loss_kwargs: dict[str, Any] | None = None,
+        label_smoothing: Fraction = _DEFAULT_SMOOTHING,
         mixup: MixStrength = 0.0,
         cutmix: MixStrength = 0.0,
         schedule: ScheduleName = "one_cycle",
@@ -134,7 +140,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     ) -> None:
         check_settings("model", ImageClassifier.__init__, locals())
         super().__init__()
-        self.save_hyperparameters(ignore=["model"])
+        self.save_hyperparameters(ignore=["model", "loss"])
+        self.hparams["loss"] = name_of(loss)
         if model is not None:
             self.hparams["name"] = None
         # Plain types, since the optimizer's state holds them: a checkpoint with NumPy's does not load as data.
@@ -143,6 +150,13 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self.schedule_settings = ScheduleSettings(schedule, plain(pct_start), plain(stem_train_fraction))
         self.label_smoothing, self.ema_decay, self.tta = plain(label_smoothing), plain(ema_decay), tta
         self.num_classes = num_classes
+        self.loss_function = make_loss(loss, loss_kwargs)
+        """The loss of one's own; None is cross entropy."""
+        if self.loss_function is not None and label_smoothing not in (0, _DEFAULT_SMOOTHING):
+            raise UserError(
+                f"--model.label_smoothing {label_smoothing}: only cross_entropy uses it; give --model.loss_kwargs what "
+                f"{name_of(loss)} takes."
+            )
         self._mixing = Mixing(num_classes, mixup=mixup, cutmix=cutmix) if mixup or cutmix else None
         built, self._architecture = choose_model(model, name, num_classes, image_size, model_kwargs, pretrained)
         self._pretrained = pretrained
@@ -226,9 +240,22 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         """Take class weights from the data; load pretrained weights, once, and have images normalized for them.
 
         Raises:
-            UserError: The pretrained weights cannot be loaded, or do not fit.
+            UserError: The pretrained weights cannot be loaded, or do not fit; or a loss of one's own is none.
         """
         weights = None if data is None else data.class_weights
+        if self.loss_function is not None:
+            if weights is not None:
+                raise UserError(
+                    f"--data.class_weights: only cross_entropy uses them, not {self.hparams['loss']}; "
+                    "give --data.sampler balanced."
+                )
+            check_loss(
+                self.loss_function,
+                self.hparams["loss"],
+                self.num_classes,
+                self.device,
+                takes_probs=self._mixing is not None,
+            )
         self._class_weights = None if weights is None else torch.tensor(weights, device=self.device)
         if self._pretrained is False:
             return
@@ -262,12 +289,15 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             self._frozen.drop_gradients()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the label-smoothed loss of a batch; add it to the epoch's sums, without a sync."""
+        """Return the loss of a batch; add it to the epoch's sums, without a sync."""
         images, targets = batch
         if self._mixing is not None:
             images, targets = self._mixing(images, targets)
         logits = self(images)
-        loss = F.cross_entropy(logits, targets, weight=self._class_weights, label_smoothing=self.label_smoothing)
+        if self.loss_function is None:
+            loss = F.cross_entropy(logits, targets, weight=self._class_weights, label_smoothing=self.label_smoothing)
+        else:
+            loss = self.loss_function(logits, targets)
         self.totals.add(loss, logits, targets)
         return loss
 
@@ -309,7 +339,10 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         fused = not self.trainer.gradient_clip_val
         later = () if self._frozen is None or self._frozen.unfreeze_epoch is None else self._frozen.parameters
         scales = None if self._layer_decay == 1 else lr_scales(self.model, self._layer_decay)
-        optimizer = build_optimizer(self.model, self.optimizer_settings, fused=fused, later=later, lr_scales=scales)
+        others = self.loss_function.parameters() if isinstance(self.loss_function, nn.Module) else ()
+        optimizer = build_optimizer(
+            self.model, self.optimizer_settings, fused=fused, later=later, others=others, lr_scales=scales
+        )
         schedule = self.make_schedule(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -338,6 +371,9 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             if self.imported is not None:
                 # Not as `name`: load_from_checkpoint would import it, whoever wrote the checkpoint.
                 hparams |= {"name": None, "imported": portable(plain(self.imported))}
+            if self.loss_function is not None:
+                imported_loss = {"path": hparams["loss"], "kwargs": hparams["loss_kwargs"]}
+                hparams |= {"loss": None, "loss_kwargs": None, "imported_loss": imported_loss}
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -376,7 +412,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         # float32, since NumPy has no bfloat16.
         logits, plain_logits = (tensor.float() for tensor in tta_logits(self, images, tta))
         if len(targets) > 0:  # a rank without further images gets an empty batch
-            update_evaluation(metrics, logits, plain_logits, targets)
+            update_evaluation(metrics, logits, plain_logits, targets, self.loss_function or F.cross_entropy)
         return logits
 
     def on_validation_epoch_end(self) -> None:

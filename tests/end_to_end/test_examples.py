@@ -9,7 +9,7 @@ from program import REPO, start
 
 EXAMPLES = REPO / "examples"
 TAKE_OTHER_IMAGES = ["plain_pytorch", "other_lightning_module", "own_transform", "timm_model"]
-NAMES = [*TAKE_OTHER_IMAGES, "own_dataset", "report_from_plain_trainer"]
+NAMES = [*TAKE_OTHER_IMAGES, "own_dataset", "report_from_plain_trainer", "focal_loss"]
 
 
 def accuracy_of(name, *arguments, cwd):
@@ -28,6 +28,11 @@ def test_every_example_is_tested_and_shorter_than_40_lines():
 @pytest.mark.parametrize("name", ["plain_pytorch", "other_lightning_module", "own_dataset"])
 def test_an_example_trains_a_model_that_has_learned(name, tmp_path):
     assert 0.5 < accuracy_of(name, cwd=tmp_path) <= 1, "ten classes: chance is 0.1"
+
+
+@pytest.mark.slow
+def test_the_focal_loss_trains_a_model_that_has_learned(tmp_path):
+    assert 0.5 < accuracy_of("focal_loss", cwd=tmp_path) <= 1
 
 
 @pytest.mark.slow

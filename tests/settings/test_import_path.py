@@ -85,9 +85,23 @@ def test_what_runs_code_in_a_trusted_package_is_not_trusted(path: str) -> None:
         import_trusted(path, "--model.name", Path("best.ckpt"), trust_code=False)
 
 
+@pytest.mark.parametrize(
+    "path", ["torch.hub:load", "torch:os.system", "torch.utils.cpp_extension:subprocess.Popen", "torch.load"]
+)
+def test_neither_is_it_in_a_config_which_is_read_without_torch(path: str) -> None:
+    with pytest.raises(UserError, match="trust"):
+        check_trust(path, "--model.loss", Path("config.yaml"), trust_code=False)
+
+
 def test_classes_of_known_libraries_are_trusted() -> None:
-    for path in ("torch.nn:CrossEntropyLoss", "torch.optim.RAdam", "torchvision.models:resnet18"):
+    for path in (
+        "torch.nn:CrossEntropyLoss",
+        "torch.optim.RAdam",
+        "torchvision.models:resnet18",
+        "torch.nn.functional.nll_loss",
+    ):
         assert callable(import_trusted(path, "--x", Path("best.ckpt"), trust_code=False))
+        check_trust(path, "--x", Path("config.yaml"), trust_code=False)
     assert import_trusted("torch.nn.Linear", "--x", Path("best.ckpt"), trust_code=False) is torch.nn.Linear
 
 

@@ -12,7 +12,7 @@ def test_uneven_batches_count_image_by_image():
     logits, plain, targets = torch.randn(50, 4), torch.randn(50, 4), torch.randint(0, 4, (50,))
     metrics = evaluation_metrics(4)
     for part in (slice(0, 32), slice(32, 47), slice(47, 50)):
-        update_evaluation(metrics, logits[part], plain[part], targets[part])
+        update_evaluation(metrics, logits[part], plain[part], targets[part], F.cross_entropy)
     values = metrics.compute()
     assert values["loss"].item() == pytest.approx(F.cross_entropy(logits, targets).item(), abs=1e-6)
     assert values["acc_no_tta"].item() == pytest.approx((plain.argmax(1) == targets).float().mean().item(), abs=1e-6)
