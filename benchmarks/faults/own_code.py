@@ -39,10 +39,10 @@ from cifar_lightning.runs.folder import RunFolder
 COLUMNS = ("fit", "resume", "test", "predict", "export", "analyze")
 SIZE, NUM_TRAIN, NUM_TEST, NUM_CLASSES = 16, 180, 60, 3
 TIMEOUT_S = 240
-MINE = '''
+MINE = """
 import numpy as np
 import torch
-from cifar_lightning import ImageClassifier, ImageDataModule
+from cifar_lightning import ImageClassifier, ImageDataModule, Transform
 from torch import nn
 from torch.nn import functional as F
 
@@ -87,17 +87,18 @@ def arrays():
     return (saved["train"], saved["train_targets"]), (saved["test"], saved["test_targets"])
 
 
-class Noise:
-    """Adds noise to float images."""
+class Noise(Transform):
+    stage = "float"
 
     def __init__(self, std: float = 0.1):
         self.std = std
 
     def draw(self, generator, num_images, image_size):
-        return torch.randint(1 << 30, (num_images,), generator=generator)
+        return {"seed": torch.randint(1 << 30, (num_images,), generator=generator)}
 
     def apply(self, images, rows):
-        noise = [torch.randn(images[0].shape, generator=torch.Generator().manual_seed(int(row))) for row in rows]
+        seeds = rows["seed"].tolist()
+        noise = [torch.randn(images[0].shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return images + self.std * torch.stack(noise).to(images)
 
 
@@ -134,7 +135,7 @@ class DataModule(ImageDataModule):
     def __init__(self, *args, gain: int = 1, **kwargs):
         super().__init__(*args, **kwargs)
         self.gain = gain
-'''
+"""
 OWN_DATA = ["--data.dataset", "mine:pair"]
 FOLDER = ["--data.dataset", "folder", "--data.root"]
 ROWS: dict[str, list[str]] = {

@@ -108,14 +108,19 @@ def own_classes(flags: Iterable[str]) -> dict[str, str]:
     paths = dict[str, Any]()
     for name, _, value in (flag[2:].partition("=") for flag in flags):
         if name in ("config", "resume"):
-            file = find_config(value) if name == "config" else Path(value, "config.yaml")
-            with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # reported by `check_config`
-                tree = upgrade_config(read_yaml(read_bytes(file, MAX_BYTES, follow_links=True).decode()))
-                paths |= tree if isinstance(tree, dict) else {}
+            paths |= config_tree(find_config(value) if name == "config" else Path(value, "config.yaml"))
         elif name.endswith("_class"):
             paths[name] = value
     given = {group: str(paths.get(f"{group}_class") or "") for group in CLASS_GROUPS}
     return {group: path for group, path in given.items() if path.lower() not in NULL}
+
+
+def config_tree(file: Path) -> dict[str, Any]:
+    """Return the settings in a config; empty where it cannot be read, which `check_config` reports."""
+    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+        tree = upgrade_config(read_yaml(read_bytes(file, MAX_BYTES, follow_links=True).decode()))
+        return tree if isinstance(tree, dict) else {}
+    return {}
 
 
 def flag_value(arguments: Sequence[str], name: str) -> str | None:

@@ -4,6 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +16,7 @@ from torch import nn
 
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.checkpoints.loading import plain
-from cifar_lightning.cli.flags import object_name, own_classes
+from cifar_lightning.cli.flags import config_tree, object_name, own_classes
 from cifar_lightning.cli.parser import (
     TABLE,
     RunParser,
@@ -32,7 +33,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, program
 from cifar_lightning.models.registry import DEFAULT_MODEL
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.settings.import_path import add_working_directory, import_object
+from cifar_lightning.settings.import_path import add_working_directory, import_modules, import_object
 from cifar_lightning.settings.roles import OWN_OPTIMIZER
 from cifar_lightning.training.error_messages import cause_of, explained, of_settings, of_users_objects
 from cifar_lightning.training.lightning_patches import NoProfiler, check_cuda_once
@@ -42,7 +43,6 @@ from cifar_lightning.training.precision import settle_precision
 from cifar_lightning.training.progress_bar import RunProgress
 from cifar_lightning.training.quiet_lightning import quiet
 from cifar_lightning.training.signals import StopSignals
-from cifar_lightning.transforms.pipeline import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,9 @@ class TrainingCLI(LightningCLI):
     def __init__(self, command: str, arguments: Sequence[str], objects: PythonObjects | None = None) -> None:
         self._arguments, self._objects = [command, *arguments], objects or PythonObjects()
         add_working_directory()
+        for flag in arguments:
+            if flag.startswith("--config="):
+                import_modules(config_tree(Path(flag.removeprefix("--config="))))
         own = own_classes(arguments)
         super().__init__(
             _class_of("model", own, ImageClassifier, pl.LightningModule),
@@ -126,10 +129,9 @@ class TrainingCLI(LightningCLI):
         if isinstance(model, ImageClassifier):
             _update(self.settings.model, {**model.hparams, **made_from(model)})
         if isinstance(data, ImageDataModule):
-            dataset, has_objects = data.arguments["dataset"], data.arguments["transforms"] != DEFAULT
-            is_named = type(data) is ImageDataModule and isinstance(dataset, str) and not has_objects
-            named = {"dataset": dataset if is_named else object_name(data), "transforms": DEFAULT}
-            _update(self.settings.data, {**data.arguments, **named})
+            dataset = data.arguments["dataset"]
+            is_named = type(data) is ImageDataModule and isinstance(dataset, str)
+            _update(self.settings.data, {**data.arguments, "dataset": dataset if is_named else object_name(data)})
 
     def _make_model(self, kind: type[ImageClassifier], **settings: Any) -> ImageClassifier:
         given = self._objects.model
@@ -252,7 +254,7 @@ def prepare_data(data: ImageDataModule, model: ImageClassifier) -> None:
     """Download or decode the images, split them, and check that they fit the model."""
     data.prepare_data()
     data.setup()
-    check_sizes(model.model, data.train_sizes, data.in_channels)
+    check_sizes(model.model, data.train_sizes)
 
 
 def build_trainer(

@@ -1,5 +1,6 @@
 """Import paths, "package.module:name": code of one's own by name, and which of those in a run folder are trusted."""
 
+import contextlib
 import importlib
 import importlib.util
 import pkgutil
@@ -54,6 +55,18 @@ def import_object(path: str, flag: str) -> Any:
             raise UserError(f"{flag} {clipped(path)}: {where} has no {name}.{suggest(name, names)}")
         value = getattr(value, name)
     return value
+
+
+def import_modules(settings: Any) -> None:
+    """Import the modules of one's own that settings name, in the working directory.
+
+    jsonargparse would do it in the folder of the config, where files that a module reads by relative paths are missing.
+    It reports what cannot be imported.
+    """
+    for _, path in import_paths(settings):
+        if not _is_trusted(path):
+            with contextlib.suppress(UserError):
+                import_object(path, "")
 
 
 def add_working_directory() -> None:

@@ -1,5 +1,7 @@
 """Classes of one's own on the command line: --model, --data, --optimizer and --lr_scheduler."""
 
+import sys
+
 import pytest
 import torch
 import yaml
@@ -127,6 +129,30 @@ def test_subclasses_get_flags_defaults_and_the_data_and_their_config_repeats_the
     assert model.plans_schedule
     path.write_text(cli.config_text)
     assert command_line("--config", str(path)).config_text == cli.config_text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": {"class_path": "reads_a_file.Model"}},
+        {"data": {"transforms": ["default", {"class_path": "reads_a_file.Shift"}]}},
+        {"trainer": {"callbacks": [{"class_path": "reads_a_file.Watch"}]}},
+    ],
+)
+def test_code_that_a_config_elsewhere_names_is_imported_in_the_working_directory(settings, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    config = tmp_path / "elsewhere" / "mine.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    (tmp_path / "names.txt").write_text("a")
+    (tmp_path / "reads_a_file.py").write_text(
+        "from lightning.pytorch import Callback\nfrom cifar_lightning import ImageClassifier, Transform\n"
+        "open('names.txt').close()\nclass Model(ImageClassifier): pass\nclass Shift(Transform): pass\n"
+        "class Watch(Callback): pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    assert "reads_a_file" in command_line("--config", str(config), *DATA).config_text
+    sys.modules.pop("reads_a_file")
 
 
 def test_a_subclass_with_few_arguments_takes_an_optimizer_and_a_schedule():
