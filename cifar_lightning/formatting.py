@@ -158,6 +158,11 @@ def program() -> str:
     return "python -m cifar_lightning" if is_module else "cifar-lightning"
 
 
+def is_program() -> bool:
+    """Whether this process is this program, and not another one that uses the package."""
+    return Path(sys.argv[0]).stem == "cifar-lightning" or program() != "cifar-lightning" if sys.argv else False
+
+
 def command_line(*words: str | Path) -> str:
     """Return a command of this program, as it was called."""
     return f"{program()} {shell_line(*words)}"

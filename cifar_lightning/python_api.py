@@ -45,14 +45,19 @@ from cifar_lightning.report.report import make_report
 from cifar_lightning.report.results import Predictions, read_predictions
 from cifar_lightning.runs.contents import read_table, read_test_metrics
 from cifar_lightning.runs.folder import RunFolder, open_run
-from cifar_lightning.runs.processes import forget_run
+from cifar_lightning.runs.processes import RUN_OF_FIRST
 from cifar_lightning.settings.import_path import is_import_path
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.signals import Stopped
 
 
 def fit(
-    model: str | nn.Module | None = None, data: Any = None, *, callbacks: Sequence[pl.Callback] = (), **settings: Any
+    model: str | nn.Module | None = None,
+    data: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    callbacks: Sequence[pl.Callback] = (),
+    **flags: Any,
 ) -> "Run":
     """Train a model, test its best checkpoint and write its run folder, as the command `fit` does.
 
@@ -64,9 +69,10 @@ def fit(
             ImageClassifier.
         data: A name or package.module:name, as --data.dataset; the path of a folder of images; an ImageDataModule; or
             what `ImageDataModule(dataset=...)` takes.
+        settings: Settings by the names of the flags, such as `{"data.flip": "none", "trainer.max_steps": 100}`.
         callbacks: Further callbacks of the Trainer.
-        settings: By the names of the flags: `epochs=3`, `lr=1e-3`, `run_dir="runs/mine"`, `config="quickstart"`,
-            `resume="runs/smallnet/1"`; those with a point as `**{"data.flip": "none"}` or `trainer={"max_steps": 100}`.
+        flags: Settings whose names have no point: `epochs=3`, `lr=1e-3`, `run_dir="runs/mine"`, `config="quickstart"`,
+            `resume="runs/smallnet/1"`; or groups of them: `trainer={"max_steps": 100}`.
 
     Returns:
         The run.
@@ -75,7 +81,7 @@ def fit(
         UserError: A wrong setting, object or data.
         RunError: Training failed after it began.
     """
-    chosen = _flat(settings)
+    chosen = _flat({**(settings or {}), **flags})
     if chosen.get("trainer.fast_dev_run"):
         raise UserError("trainer.fast_dev_run: leaves no run to return; give trainer.limit_train_batches.")
     objects = PythonObjects(_model_object(model), _data_object(data), callbacks)
@@ -84,10 +90,10 @@ def fit(
     if isinstance(data, str | os.PathLike):
         chosen |= _data_settings(os.fspath(data))
     with _unchanged_process(), training_process("fit") as signals:
-        flags, resumed = training_arguments("fit", *_typed(chosen, objects))
-        run = fit_run(flags, signals, resumed, objects)
+        arguments, resumed = training_arguments("fit", *_typed(chosen, objects))
+        run = fit_run(arguments, signals, resumed, objects)
     assert run is not None
-    return Run(run, objects, trust_code=chosen.get("trust_code") is True)
+    return Run(run, objects, trust_code=True)  # its code has just been run
 
 
 def load(
@@ -326,6 +332,7 @@ def _unchanged_process() -> Iterator[None]:
     """Restore signal handlers and the environment; raise `KeyboardInterrupt` where Ctrl-C stopped training."""
     in_main = threading.current_thread() is threading.main_thread()
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
+    announced = {name: value for name, value in os.environ.items() if name == RUN_OF_FIRST}
     try:
         yield
     except Stopped as stopped:
@@ -333,6 +340,7 @@ def _unchanged_process() -> Iterator[None]:
             raise KeyboardInterrupt from stopped
         raise
     finally:
-        forget_run()
+        os.environ.pop(RUN_OF_FIRST, None)
+        os.environ.update(announced)
         for signum, handler in handlers.items():
             signal.signal(signum, handler)

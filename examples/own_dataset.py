@@ -32,7 +32,7 @@ make_dataset = Shapes  # a function or class without arguments; (train, test) of
 
 if __name__ == "__main__":
     data = ImageDataModule(make_dataset(), batch_size=50)
-    trainer = pl.Trainer(max_epochs=int(*sys.argv[1:] or [4]), logger=False, enable_checkpointing=False)
+    trainer = pl.Trainer(max_epochs=int(*sys.argv[1:] or ["4"]), logger=False, enable_checkpointing=False)
     classifier = ImageClassifier(num_classes=3, image_size=24, lr=1e-2, model_kwargs={"widths": [8, 16, 32]})
     trainer.fit(classifier, datamodule=data)
     print("test accuracy", trainer.test(classifier, datamodule=data, verbose=False)[0]["test/acc"])

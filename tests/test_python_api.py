@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fitting import NARROW
+from fitting import NARROW, Signal
 from made_run import make_run
 from PIL import Image
 from program import decode_here
@@ -233,3 +234,52 @@ def test_a_wrong_setting_or_object_is_an_exception(arguments, message, here, tmp
     assert message in str(raised.value)
     assert state_of_process() == before
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_fit_in_a_thread_or_resumed_after_ctrl_c_ends_as_the_command_does(here, tmp_path):
+    flags = [f"--{name}={value}" for name, value in SMALL.items() if name != "trainer"]
+    run_command(
+        [
+            "fit",
+            *flags,
+            "--data.dataset=synthetic",
+            "--trainer.accelerator=cpu",
+            "--epochs=2",
+            "--lr=0.01",
+            "--run_dir=command",
+        ]
+    )
+    settings = {**SMALL, "epochs": 2, "lr": 0.01}
+    before = state_of_process()
+    with pytest.raises(KeyboardInterrupt):
+        cifar_lightning.fit(
+            data="synthetic", run_dir="stopped", callbacks=[Signal("on_train_batch_end", 3, signal.SIGINT)], **settings
+        )
+    assert state_of_process() == before
+    cifar_lightning.fit(resume="stopped")
+    thread = threading.Thread(target=lambda: cifar_lightning.fit("smallnet", "synthetic", run_dir="thread", **settings))
+    thread.start()
+    thread.join()
+    for name in ("stopped", "thread"):
+        for file in ("metrics.csv", "test_metrics.json", "predictions.npz"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "command" / file).read_bytes(), (name, file)
+
+
+@pytest.mark.slow
+def test_a_run_of_objects_is_tested_with_them_and_by_commands_where_its_code_is_trusted(here, tmp_path):
+    dataset = [(Image.fromarray(np.full((12, 12), 20 * (k % 3) + k, np.uint8)), k % 3) for k in range(60)]
+    run = cifar_lightning.fit(Net(3), dataset, epochs=1, run_dir="run", batch_size=10, trainer={"accelerator": "cpu"})
+    metrics = {name: value for name, value in run.metrics.items() if name != "schema_version"}
+    assert cifar_lightning.load("run", data=dataset, trust_code=True).test() == run.test() == metrics
+    assert run.test((dataset, dataset[:30]))["num_pictures"] == 30
+    assert run.metrics["num_pictures"] == metrics["num_pictures"], "the files are of the run's own images"
+    with pytest.raises(UserError, match=r"its data <list> is an object of Python"):
+        cifar_lightning.load("run", trust_code=True).test()
+    with pytest.raises(UserError, match=r"test_python_api:Net: .*\n.*from Python trust_code=True"):
+        cifar_lightning.load("run").predict(dataset[0][0])
+    top = cifar_lightning.load("run", trust_code=True).predict(dataset[0][0]).top
+    assert top == run.predict(dataset[0][0]).top
+    named = cifar_lightning.fit("test_python_api:Net", "synthetic", epochs=1, run_dir="named", **SMALL)
+    run_command(["test", "named", "--trust_code", "true"])
+    assert named.test()["accuracy"] == named.metrics["accuracy"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cifar_lightning.errors import UserError
 
-_RUN_OF_FIRST = "CIFAR_LIGHTNING_RUN_DIR"
+RUN_OF_FIRST = "CIFAR_LIGHTNING_RUN_DIR"
 
 
 NEEDS_RUN_DIR = "several processes started from outside (torchrun, SLURM) need one --run_dir for all."
@@ -13,17 +13,12 @@ NEEDS_RUN_DIR = "several processes started from outside (torchrun, SLURM) need o
 
 def announce_run(path: Path) -> None:
     """Pass the run folder to the processes that Lightning's launcher starts, which run the same command."""
-    os.environ[_RUN_OF_FIRST] = str(path)
-
-
-def forget_run() -> None:
-    """Undo `announce_run`, before this process makes another run."""
-    os.environ.pop(_RUN_OF_FIRST, None)
+    os.environ[RUN_OF_FIRST] = str(path)
 
 
 def announced_run(given: str | Path | None) -> Path:
     """Return the run folder that the first process announced, or else the one given by --run_dir."""
-    chosen = os.environ.get(_RUN_OF_FIRST) or given
+    chosen = os.environ.get(RUN_OF_FIRST) or given
     if chosen is None:
         raise UserError(NEEDS_RUN_DIR)
     return Path(chosen)

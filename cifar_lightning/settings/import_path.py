@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import clipped, command_line, reason_of, suggest
+from cifar_lightning.formatting import clipped, command_line, is_program, reason_of, suggest
 
 _NAME = r"[^\W\d]\w*"
 _PATH = re.compile(rf"{_NAME}(\.{_NAME})*[:.]{_NAME}(\.{_NAME})*")
@@ -144,7 +144,11 @@ def _is_trusted(path: str) -> bool:
 
 
 def _untrusted(path: str, flag: str, file: Path) -> UserError:
-    again = command_line(*sys.argv[1:], "--trust_code", "true")
+    again = (
+        command_line(*sys.argv[1:], "--trust_code", "true")
+        if is_program()
+        else "give --trust_code true, from Python trust_code=True"
+    )
     return UserError(
         f"{flag} {clipped(path)}: named in {file}, and code that a command runs only where you trust it.\n"
         f"If you do: {again}"

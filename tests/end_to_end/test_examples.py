@@ -9,7 +9,8 @@ from program import REPO, start
 
 EXAMPLES = REPO / "examples"
 TAKE_OTHER_IMAGES = ["plain_pytorch", "other_lightning_module", "own_transform", "timm_model"]
-NAMES = [*TAKE_OTHER_IMAGES, "own_dataset", "report_from_plain_trainer", "focal_loss"]
+NAMES = [*TAKE_OTHER_IMAGES, "own_dataset", "report_from_plain_trainer", "focal_loss", "k_fold"]
+NAMES += ["frozen_backbone"]
 
 
 def accuracy_of(name, *arguments, cwd):
@@ -73,3 +74,15 @@ def test_a_module_in_a_plain_trainer_gets_a_report(tmp_path):
     assert "train/loss" in (run / "metrics.csv").read_text()
     assert "OtherModule" in (run / "report.html").read_text(encoding="utf-8")
     assert list(tmp_path.glob("lightning_logs/version_0/events.out.tfevents.*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "arguments", "chance"), [("k_fold", (2, 2), 1 / 3), ("frozen_backbone", (), 0.1)])
+def test_an_example_that_makes_runs_leaves_them(name, arguments, chance, tmp_path):
+    done = start(*arguments, cwd=tmp_path, program=EXAMPLES / f"{name}.py", PYTHONPATH=str(REPO))
+    lines = done.stdout.splitlines()
+    assert 1.3 * chance < float(lines[-1].removeprefix("test accuracy ")) <= 1
+    assert done.stderr == ""
+    runs = sorted(path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("report.html"))
+    assert runs == {"k_fold": ["runs/k_fold/0", "runs/k_fold/1"], "frozen_backbone": ["runs/frozen_backbone"]}[name]
+    assert name == "k_fold" or "trained fc.weight fc.bias" in lines

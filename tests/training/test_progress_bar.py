@@ -1,6 +1,7 @@
 """What a terminal shows of a run."""
 
 import io
+import sys
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -162,3 +163,23 @@ def test_too_few_epochs_for_the_image_sizes_are_reported(tmp_path):
         file = io.StringIO()
         fit_with(tmp_path, bar_on(file), train_sizes=sizes)  # two epochs
         assert ("trains at 12 pixels, tests run at 16" in " ".join(file.getvalue().split())) is is_reported
+
+
+def test_a_notebook_shows_all_bars_in_one_place_without_widgets(monkeypatch):
+    shown, places = [], []
+
+    def display(data, *, raw, display_id):
+        places.append(data)
+        return SimpleNamespace(update=lambda data, raw: shown.append(data["text/plain"]))
+
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    bar = RunProgress()
+    bar._is_notebook = True
+    for epoch in (1, 2):
+        bar._open_bar(f"epoch {epoch}/2", 4)
+        bar._bar.update(bar._bar.task_ids[0], completed=2, text="loss 0.5", refresh=True)
+        assert shown[-1].startswith(f"epoch {epoch}/2")
+        assert shown[-1].endswith("50%  loss 0.5")
+        bar._close_bar()
+        assert shown[-1] == ""
+    assert len(places) == 1
