@@ -303,9 +303,6 @@ def check_config(path: Path, *, trust_code: bool = False, given: Collection[str]
 def _check_code_of_run(path: Path, tree: dict[str, Any], trust_code: bool, given: Collection[str]) -> None:
     if not (path.parent / "checkpoints").is_dir():
         return
-    for name, import_path in import_paths(tree):  # of a run, which may be somebody else's
-        if name not in given:
-            check_trust(import_path, f"--{name}", path, trust_code=trust_code)
     for name in MAY_BE_OBJECTS:
         group, _, key = name.partition(".")
         value = (tree.get(group) or {}).get(key)
@@ -314,6 +311,9 @@ def _check_code_of_run(path: Path, tree: dict[str, Any], trust_code: bool, given
                 f"{path.parent}: its {group} {clipped(str(value))} is an object of Python, which no command makes.\n"
                 f"In Python: cifar_lightning.load(RUN, {group}=...).test(), or fit(resume=RUN, {group}=...)."
             )
+    for name, import_path in import_paths(tree):  # of a run, which may be somebody else's
+        if name not in given:
+            check_trust(import_path, f"--{name}", path, trust_code=trust_code)
 
 
 def _check_nothing(name: str, file: str) -> None:
