@@ -95,6 +95,17 @@ def most_confused(cm: Int[np.ndarray, "classes classes"], top: int = 10) -> list
     return pairs
 
 
+TOP_K = 5
+"""Accuracy among so many classes is reported where there are more than `TOP_K_FROM`."""
+TOP_K_FROM = 10
+
+
+def top_k_accuracy(scores: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"]) -> float:
+    """Return the fraction of images whose class is among the `TOP_K` with the highest logits or probabilities."""
+    best = np.argpartition(scores, -TOP_K, axis=1)[:, -TOP_K:]
+    return float((best == targets[:, None]).any(axis=1).mean())
+
+
 def test_metrics(
     logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"], class_names: Sequence[str]
 ) -> dict[str, Any]:
@@ -102,7 +113,8 @@ def test_metrics(
 
     Keys: `accuracy`, `accuracy_interval_95` [low, high] (Wilson), `num_pictures`, `loss` (`cross_entropy`), `ece`
     (`expected_calibration_error`, 15 bins), `macro_f1`, `per_class` {name: {support, precision, recall, f1}}, and
-    `most_confused` [{true, predicted, count, share}] with class names. Undefined metrics are None.
+    `most_confused` [{true, predicted, count, share}] with class names; with more than ten classes `accuracy_top5`.
+    Undefined metrics are None.
 
     Raises:
         ValueError: No images, or the names are not distinct or not as many as the columns of the logits.
@@ -117,6 +129,7 @@ def test_metrics(
     return {
         "accuracy": accuracy(cm),
         "accuracy_interval_95": list(wilson_interval(int(np.trace(cm)), len(targets))),
+        **({"accuracy_top5": top_k_accuracy(logits, targets)} if num_classes > TOP_K_FROM else {}),
         "num_pictures": len(targets),
         "loss": _plain(cross_entropy(logits, targets)),
         "ece": _plain(expected_calibration_error(softmax(logits), targets)),

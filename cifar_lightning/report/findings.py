@@ -9,7 +9,14 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from cifar_lightning.metrics.calibration import Reliability, cross_entropy, fit_temperature, reliability, softmax
-from cifar_lightning.metrics.classification import accuracy, macro_f1, most_confused, per_class
+from cifar_lightning.metrics.classification import (
+    TOP_K_FROM,
+    accuracy,
+    macro_f1,
+    most_confused,
+    per_class,
+    top_k_accuracy,
+)
 from cifar_lightning.metrics.significance import wilson_interval
 from cifar_lightning.report.gallery import rank_images
 from cifar_lightning.report.insights import (
@@ -59,6 +66,11 @@ def summary_of(cm: Matrix, test: Predictions | None) -> dict[str, Any]:
     return {
         "accuracy": accuracy(cm),
         "accuracy_interval_95": list(wilson_interval(num_correct, num_images)),
+        **(
+            {"accuracy_top5": top_k_accuracy(test.logits, test.targets)}
+            if test is not None and len(cm) > TOP_K_FROM
+            else {}
+        ),
         "num_right": num_correct,
         "num_images": num_images,
         "num_classes": len(cm),

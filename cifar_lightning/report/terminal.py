@@ -61,13 +61,17 @@ def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, co
         _print_files(console, RunFolder(run_path))
 
 
+_NOT_PRINTED = ("val/acc", "val/acc_no_tta")
+
+
 def print_validation(metrics: Mapping[str, float], console: Console | None = None) -> None:
-    """Print the metrics of `validate`: val/acc, val/loss, val/f1 and val/ece."""
+    """Print the metrics of `validate`: val/acc, val/loss, val/f1, val/ece, and further ones by their names."""
     console = console or Console(highlight=False, force_jupyter=False)
     line = Text("Validation accuracy ")
     line.append(percent(metrics["val/acc"], 2), style="bold")
     console.print(line)
     rest = {"loss": "val/loss", "macro F1": "val/f1", "calibration error": "val/ece"}
+    rest |= {name.removeprefix("val/"): name for name in metrics if name not in (*rest.values(), *_NOT_PRINTED)}
     console.print(", ".join(f"{words} {decimal(metrics[name], 4)}" for words, name in rest.items()))
 
 
@@ -76,6 +80,8 @@ def _print_summary(console: Console, findings: Mapping[str, Any]) -> None:
     line = Text("Test accuracy ")
     line.append(percent(summary["accuracy"], 2), style="bold")
     line.append(f"  (95 % interval {span(summary['accuracy_interval_95'], 2)}; {images(summary['num_images'])})")
+    if "accuracy_top5" in summary:
+        line.append(f", top 5 {percent(summary['accuracy_top5'], 2)}")
     console.print(line)
     if summary["accuracy_no_tta"] is not None:
         no_tta = percent(summary["accuracy_no_tta"], 2)

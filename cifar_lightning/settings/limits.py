@@ -58,7 +58,7 @@ def check_setting(flag: str, annotation: Any, value: object) -> None:
         return
     for kind in members(annotation):
         if typing.get_origin(kind) is list:
-            for item in typing.cast("list[object]", value):
+            for item in value if isinstance(value, list) else ():
                 check_setting(flag, typing.get_args(kind)[0], item)
         elif typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
             raise UserError(f"--{flag} {value}: one of {', '.join(typing.get_args(kind))}.")

@@ -1,15 +1,27 @@
 """Validation and test metrics."""
 
+import re
+import warnings
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.formatting import clipped, reason_of
+from cifar_lightning.metrics.classification import TOP_K, TOP_K_FROM
+
+_IN_FILES = ("accuracy", "accuracy_interval_95", "accuracy_top5", "accuracy_no_tta", "num_pictures", "macro_f1")
+OURS = ("loss", "acc", "f1", "ece", "acc_top5", "acc_no_tta", "per_class", "most_confused", *_IN_FILES)
+"""Names that metrics of one's own cannot have."""
 
 
 def evaluation_metrics(num_classes: int) -> MetricCollection:
-    """Return loss, calibration error (15 bins), confusion matrix, and accuracy without TTA.
+    """Return loss, calibration error (15 bins), confusion matrix, accuracy without TTA, and top 5 of many classes.
 
     Accuracy and F1 are computed from the confusion matrix.
     """
@@ -19,6 +31,7 @@ def evaluation_metrics(num_classes: int) -> MetricCollection:
             "ece": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False),
             "confusion": MulticlassConfusionMatrix(num_classes, validate_args=False),
             "acc_no_tta": MeanMetric(),
+            **({"acc_top5": MeanMetric()} if num_classes > TOP_K_FROM else {}),
         },
         compute_groups=False,
     )
@@ -36,3 +49,55 @@ def update_evaluation(
     metrics["ece"].update(logits.softmax(1), targets)
     metrics["confusion"].update(logits.argmax(1), targets)
     metrics["acc_no_tta"].update((plain_logits.argmax(1) == targets).float())
+    if "acc_top5" in metrics:
+        metrics["acc_top5"].update((logits.topk(TOP_K).indices == targets[:, None]).any(1).float())
+
+
+def own_metrics(given: Any) -> MetricCollection | None:
+    """Return metrics of one's own by name.
+
+    Args:
+        given: A Metric, a MetricCollection, a list, named by their classes, or a dict; None and empty ones give None.
+
+    Raises:
+        UserError: Something else, or a name that is ours or given twice.
+    """
+    items: Any = given.items() if isinstance(given, dict | MetricCollection) else given
+    if isinstance(given, Metric) or given is None:
+        items = [] if given is None else [given]
+    named = items if items is not given and not isinstance(items, list) else [(type(x).__name__, x) for x in items]
+    metrics = dict[str, Metric]()
+    for name, metric in named:
+        if not isinstance(metric, Metric):
+            raise UserError(f"--model.metrics {clipped(str(name))}: a {type(metric).__name__}, no torchmetrics.Metric.")
+        if name in OURS or name in metrics or not re.fullmatch(r"[\w.-]+", name):
+            reason = "given twice; name them in a dict" if name in metrics else f"no name; {', '.join(OURS)} are taken"
+            raise UserError(f"--model.metrics {clipped(name)}: {reason}.")
+        metrics[name] = metric
+    return MetricCollection(dict(metrics), compute_groups=False) if metrics else None
+
+
+def values_of(metrics: MetricCollection) -> dict[str, Tensor]:
+    """Return the value of each metric; syncs the processes."""
+    return {name: metric.compute() for name, metric in metrics.items(copy_state=False)}
+
+
+def check_metrics(metrics: MetricCollection, num_classes: int, device: torch.device) -> None:
+    """Try metrics of one's own on the probabilities of a few images; they and the random state are not changed.
+
+    Raises:
+        UserError: One fails, or gives something else than one number.
+    """
+    labels = torch.arange(2 * num_classes, device=device) % num_classes
+    probs = torch.randn(len(labels), num_classes, generator=torch.Generator().manual_seed(0)).softmax(1).to(device)
+    for name, metric in metrics.clone().to(device).items():
+        given = f"--model.metrics {name}: for probabilities {tuple(probs.shape)} and labels {tuple(labels.shape)} it"
+        try:
+            with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
+                metric.update(probs, labels)
+                value = metric.compute()
+        except Exception as error:  # a metric of one's own raises anything
+            raise UserError(f"{given} fails ({type(error).__name__}: {reason_of(error)}).") from error
+        if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.numel() == 1):
+            kind = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise UserError(f"{given} gives {kind}, not one number; give average='macro' or a wrapper.")

@@ -16,6 +16,11 @@ TRAIN_METRICS = ("train/loss", "train/acc", "lr")
 VAL_METRICS = ("val/loss", "val/acc", "val/f1", "val/ece")
 
 
+def validated_by(module: Any) -> tuple[str, ...]:
+    """Return the metrics that a validation of a module logs."""
+    return (*VAL_METRICS, *(f"val/{name}" for name in getattr(module, "further_metrics", ())))
+
+
 def check_logits(logits: Any, num_images: int, num_classes: int) -> None:
     """Raise unless a model's output is a tensor of logits (images, classes); reads shapes alone, without a sync."""
     if not isinstance(logits, Tensor):
@@ -94,7 +99,7 @@ def check_monitors(
         module: The LightningModule.
         plateau: What --lr_scheduler monitors.
     """
-    logged = (*TRAIN_METRICS, *VAL_METRICS) if all(map(_is_of_a_library, (*callbacks, module))) else None
+    logged = (*TRAIN_METRICS, *validated_by(module)) if all(map(_is_of_a_library, (*callbacks, module))) else None
     monitors = [(f"--trainer.callbacks {type(each).__name__}", getattr(each, "monitor", None)) for each in callbacks]
     for flag, given in [*monitors, ("--lr_scheduler", plateau)]:
         if given is None:  # ModelCheckpoint's default

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from cifar_lightning.checkpoints.loading import plain, progress_of
 from cifar_lightning.checkpoints.pretrained import load_pretrained
@@ -40,7 +40,13 @@ from cifar_lightning.settings.import_path import is_import_path
 from cifar_lightning.settings.limits import Count, Fraction, LearningRate, MixStrength, WeightDecay, check_settings
 from cifar_lightning.training.data_protocol import TrainingData, training_data
 from cifar_lightning.training.ema import EmaWeights
-from cifar_lightning.training.eval_metrics import evaluation_metrics, update_evaluation
+from cifar_lightning.training.eval_metrics import (
+    check_metrics,
+    evaluation_metrics,
+    own_metrics,
+    update_evaluation,
+    values_of,
+)
 from cifar_lightning.training.lightning_patches import PlainHookNames
 from cifar_lightning.training.losses import DEFAULT_LOSS, check_loss, make_loss, name_of
 from cifar_lightning.training.model_checks import check_batches, check_classes, check_logits, check_optimizers
@@ -84,6 +90,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         pct_start: Fraction of the steps in which the learning rate rises; default 0.3 with one_cycle, else 0.
         ema_decay: EMA decay per step; EMA weights are evaluated and saved. 0 disables EMA.
         stem_train_fraction: Fraction of the steps in which speednet's stem is trained.
+        metrics: Your own torchmetrics, a list or a dict by name, of probabilities and labels; logged as val/NAME and
+            test/NAME.
         tta: Test-time augmentation in test, validate and predict: none, mirror (average with the mirror image) or six
             (mirrored and shifted by a pixel).
         model_kwargs: Further arguments of the model, such as {widths: [16, 32, 64], dropout: 0.2}.
@@ -126,6 +134,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         stem_train_fraction: Annotated[
             float, Field(ge=0, le=1, allow_inf_nan=False, description="0 (never) to 1 (always)")
         ] = 1.0,
+        metrics: Metric | list[Metric] | dict[str, Metric] | MetricCollection | None = None,
         tta: TTA = "none",
         model_kwargs: dict[str, Any] | None = None,
         pretrained: bool | str = False,
@@ -140,7 +149,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     ) -> None:
         check_settings("model", ImageClassifier.__init__, locals())
         super().__init__()
-        self.save_hyperparameters(ignore=["model", "loss"])
+        self.save_hyperparameters(ignore=["model", "loss", "metrics"])
         self.hparams["loss"] = name_of(loss)
         if model is not None:
             self.hparams["name"] = None
@@ -175,6 +184,10 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self._layer_decay = layer_decay
         self._is_to_compile = compile
         self.val_metrics, self.test_metrics = evaluation_metrics(num_classes), evaluation_metrics(num_classes)
+        self.own_metrics = own_metrics(metrics)
+        """Metrics of one's own, of the validation or test that is running."""
+        if self.own_metrics is not None:
+            self.own_metrics.persistent(mode=False)
         self.totals = TrainMetrics(self.device)
         """Sums over this process's images of the epoch so far."""
         self._resumed_from: tuple[int, int] | None = None  # finished epochs and their steps, of a checkpoint
@@ -240,7 +253,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         """Take class weights from the data; load pretrained weights, once, and have images normalized for them.
 
         Raises:
-            UserError: The pretrained weights cannot be loaded, or do not fit; or a loss of one's own is none.
+            UserError: The pretrained weights cannot be loaded, or do not fit; or a loss or metric of one's own fails.
         """
         weights = None if data is None else data.class_weights
         if self.loss_function is not None:
@@ -256,6 +269,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
                 self.device,
                 takes_probs=self._mixing is not None,
             )
+        if self.own_metrics is not None:
+            check_metrics(self.own_metrics, self.num_classes, self.device)
         self._class_weights = None if weights is None else torch.tensor(weights, device=self.device)
         if self._pretrained is False:
             return
@@ -413,6 +428,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         logits, plain_logits = (tensor.float() for tensor in tta_logits(self, images, tta))
         if len(targets) > 0:  # a rank without further images gets an empty batch
             update_evaluation(metrics, logits, plain_logits, targets, self.loss_function or F.cross_entropy)
+            if self.own_metrics is not None:
+                self.own_metrics.update(logits.softmax(1), targets)
         return logits
 
     def on_validation_epoch_end(self) -> None:
@@ -428,10 +445,20 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         logged = {"loss": values["loss"], "acc": accuracy(matrix), "f1": macro_f1(matrix), "ece": values["ece"]}
         if self.tta != "none" and self.trainer.state.fn != TrainerFn.FITTING:
             logged["acc_no_tta"] = values["acc_no_tta"]
+        if "acc_top5" in values:
+            logged["acc_top5"] = values["acc_top5"]
+        if self.own_metrics is not None:
+            logged |= {name: float(value) for name, value in values_of(self.own_metrics).items()}
+            self.own_metrics.reset()
         # torchmetrics has summed over ranks, image by image; sync_dist would average ranks.
         self.log_dict({f"{stage}/{name}": value for name, value in logged.items()}, sync_dist=False)
         setattr(self, f"{stage}_confusion", confusion)
         metrics.reset()
+
+    @property
+    def further_metrics(self) -> tuple[str, ...]:
+        """Names of what a validation logs next to loss, acc, f1 and ece, in the order of metrics.csv."""
+        return (*(["acc_top5"] if "acc_top5" in self.val_metrics else []), *(self.own_metrics or {}))
 
     val_confusion: Tensor | None = None
     """int64 (classes, classes) of the last validation; rows: true class."""

@@ -109,5 +109,5 @@ def _num_processes() -> int:
 def _diverged(step: int, epoch: int) -> RunError:
     return RunError(
         f"the loss became NaN or infinite in epoch {epoch + 1}, step {step + 1}; the weights were not updated by it.\n"
-        "Lower --lr, or clip with --trainer.gradient_clip_val 1. Earlier checkpoints are kept."
+        "Lower --lr or --model.weight_decay, or clip with --trainer.gradient_clip_val 1. Earlier checkpoints are kept."
     )

@@ -100,6 +100,8 @@ class PredictionWriter(pl.Callback):
         metrics = test_metrics(logits, targets, class_names)
         if "test/acc_no_tta" in trainer.callback_metrics:
             metrics["accuracy_no_tta"] = trainer.callback_metrics["test/acc_no_tta"].item()
+        own = getattr(pl_module, "own_metrics", None) or ()
+        metrics |= {name: trainer.callback_metrics[f"test/{name}"].item() for name in own}
         write_json(self.run.test_metrics, metrics)
         _write_tensor(self.run.confusion_matrix_pt, torch.from_numpy(self.test.confusion))
         if data is not None:

@@ -16,7 +16,7 @@ from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.ending import describe_ending, is_cut
 from cifar_lightning.training.lightning_patches import skip_idle_hooks
-from cifar_lightning.training.model_checks import VAL_METRICS
+from cifar_lightning.training.model_checks import validated_by
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.nan_guard import check_losses
 from cifar_lightning.training.signals import Stopped
@@ -140,7 +140,7 @@ class RunRecorder(pl.Callback):
         self._validation_s += time.perf_counter() - self._validation_start_s
         self._validation_start_s = None
         logged = trainer.callback_metrics
-        self._val_metrics = {name: float(logged[name]) for name in VAL_METRICS if name in logged}
+        self._val_metrics = {name: float(logged[name]) for name in validated_by(pl_module) if name in logged}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the epoch's rows, before the checkpoint of the epoch."""
@@ -152,7 +152,7 @@ class RunRecorder(pl.Callback):
             return
         row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step, **train}
         if require_training_data(trainer).num_images("val"):
-            row |= {name: self._val_metrics.get(name, math.nan) for name in VAL_METRICS}
+            row |= {name: self._val_metrics.get(name, math.nan) for name in validated_by(pl_module)}
         self.metrics.append(row)
         self.timing.append(
             {
