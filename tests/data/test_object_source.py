@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from cifar_lightning import ImageDataModule, UserError
 from cifar_lightning.data import object_source
 from cifar_lightning.data.image_set import ImageSet, digest
+from cifar_lightning.data.object_source import ObjectSource
 
 N, SIZE = 24, 8
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, SIZE, SIZE, 3), dtype=np.uint8)
@@ -226,7 +227,7 @@ def test_reading_leaves_random_states_alone():
         return image, label
 
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    loaded(Own(noisy))
+    ObjectSource(Own(noisy), None, None, "noisy").load("train")  # beartype draws for lists in the data module
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
