@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -103,6 +104,12 @@ def clipped(text: str, most: int = 80) -> str:
 def reason_of(error: BaseException) -> str:
     """Return an error's message on one short line, or its type where it has none."""
     return clipped(" ".join(str(error).split()) or type(error).__name__, 200)
+
+
+def raised_by(error: BaseException) -> str:
+    """Return what code of the user's raised, and its line: "OSError: broken file, my_data.py:18"."""
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {reason_of(error)}, {line.filename}:{line.lineno}"
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:

@@ -204,7 +204,12 @@ def check_value(name: str, value: str, typed: str, folder: Path = Path()) -> Non
             except OSError as error:
                 raise UserError(f"{typed}: cannot be read ({error.strerror}).") from error
     if name in ("model.model_kwargs", "model.loss_kwargs"):
-        _check_mapping(value, typed, "{gamma: 2}" if name == "model.loss_kwargs" else "{widths: [32, 64, 128]}")
+        example = "{gamma: 2}" if name == "model.loss_kwargs" else "{widths: [32, 64, 128]}"
+        _check_mapping(value, typed, f"names and values, such as '{example}'.")
+    if name in GROUPS and re.fullmatch(r"\w+", value) and value.lower() not in NULL and not os.path.isfile(path):
+        by_name = {"model": f"--model.name {clipped(value)}", "data": f"--data.dataset {clipped(value)}"}.get(name)
+        own = f", or the import path of a class; by name: {by_name}" if by_name else ""
+        _check_mapping(value, typed, f"settings, a file of them{own}.")
     if row is None or row.get("prefixes"):
         return  # a library's names are known to those who import it
     if not row.get("open") and not _fits(row, value):
@@ -214,11 +219,11 @@ def check_value(name: str, value: str, typed: str, folder: Path = Path()) -> Non
         raise UserError(f"{typed}: {row['allowed']}.")
 
 
-def _check_mapping(value: str, typed: str, example: str) -> None:
+def _check_mapping(value: str, typed: str, allowed: str) -> None:
     with contextlib.suppress(yaml.YAMLError):
         if isinstance(read_yaml(value), dict | None):
             return
-    raise UserError(f"{typed}: names and values, such as '{example}'.")
+    raise UserError(f"{typed}: {allowed}")
 
 
 def _fits(row: dict[str, Any], value: str) -> bool:
@@ -247,7 +252,8 @@ def _number(value: str) -> float | None:
 def _words(row: dict[str, Any]) -> str:
     choices = [f"one of {', '.join(map(str, row['choices']))}"] if row.get("choices") else []
     kinds = [_WORDS[kind] for kind in row.get("types", ()) if kind in _WORDS]  # null is the default: nobody asks for it
-    return ", or ".join([*choices, *kinds]) or "such as --flag VALUE"
+    paths = ["package.module:name"] if choices and "str" in row["types"] else []
+    return ", or ".join([*choices, *paths, *kinds]) or "such as --flag VALUE"
 
 
 def object_name(value: object) -> str:

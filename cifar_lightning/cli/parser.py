@@ -127,6 +127,7 @@ def _reason(message: str) -> str:
     causes = [line for line in lines if not _OF_ANOTHER_TYPE.match(line)] or lines  # what the type that is meant says
     causes = [line for line in causes if not any(other != line and other.startswith(line) for other in causes)]
     text = clipped(re.sub("the following arguments are required", "required", "; ".join(causes)), 350).rstrip(".")
+    text = re.sub(r"(?<=required: )(fit|validate|test|predict)\.", "--", text)
     if not keys:
         return f"{text}."
     flag = next((key for key in reversed(keys) if key in table()), keys[0])

@@ -24,7 +24,7 @@ from cifar_lightning.data.download import ARCHIVES, download
 from cifar_lightning.data.image_folder import ClassFolders, holds_class_folders
 from cifar_lightning.data.image_set import ImageSet, Split, digest
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import clipped, suggest
+from cifar_lightning.formatting import clipped, raised_by, suggest
 from cifar_lightning.settings.import_path import import_object, is_import_path
 
 Channels = tuple[float, float, float]
@@ -242,4 +242,9 @@ def _made(make: Callable[[], Any], name: str) -> Any:
         raise UserError(f"--data.dataset {name}: {error}; it is called without arguments.") from error
     except ValueError:  # of builtins, which may have no signature
         pass
-    return make()
+    try:
+        return make()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # code of the user's raises anything
+        raise UserError(f"--data.dataset {name}: it raises {raised_by(error)}.") from error

@@ -9,11 +9,11 @@ import os
 import pickle
 import sys
 import time
-import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 from torch import Tensor
@@ -26,7 +26,7 @@ from cifar_lightning.data.memory import free_host_bytes, usable_cpus
 from cifar_lightning.data.progress import progress
 from cifar_lightning.data.statistics import evenly_spaced
 from cifar_lightning.errors import UserError, remark
-from cifar_lightning.formatting import clipped, printable, reason_of
+from cifar_lightning.formatting import clipped, printable, raised_by
 
 # Keys of samples that are dicts; the first one that is there.
 _IMAGE_KEYS, _LABEL_KEYS = ("image", "img", "pixel_values"), ("label", "labels", "fine_label", "target")
@@ -103,11 +103,12 @@ class ObjectSource:
             if labels.dtype.kind == "U":
                 return tuple(map(str, np.unique(labels)))
             self._refuse_negative("train", labels)
-            names = [str(label) for label in range(int(labels.max()) + 1)]
-            if missing := sorted({*range(len(names))} - {*labels.tolist()}):
+            present = sorted({*labels.tolist()})
+            names = [str(label) for label in present]
+            if (missing := next((at for at, label in enumerate(present) if at != label), None)) is not None:
                 raise UserError(
-                    f"--data.dataset {self.name}: labels must be 0 to n-1; the largest is {len(names) - 1}, and no "
-                    f"training image has {missing[0]}.\nNumber them again, or give --data.class_names if it is right."
+                    f"--data.dataset {self.name}: labels must be 0 to n-1; the largest is {present[-1]}, and no "
+                    f"training image has {missing}.\nNumber them again, or give --data.class_names if it is right."
                 )
         if len({*names}) < len(names):
             raise UserError(f"--data.class_names: {printable(max(names, key=list(names).count))} is given twice.")
@@ -171,6 +172,8 @@ def _samples_of(given: Any, where: str) -> "_Samples":
     problem = ""
     if isinstance(given, IterableDataset) or (hasattr(given, "features") and not hasattr(given, "__len__")):
         problem = "it has no order and no length; give a list of its samples"
+    elif isinstance(given, tuple) and all(map(_is_array, given)):
+        problem = f"{len(given)} arrays; pair images and labels, ((images, labels), (images, labels))"
     elif isinstance(given, DataLoader):
         problem = "give its dataset"
     elif missing := [each for each in ("__len__", "__getitem__") if not hasattr(given, each)]:
@@ -230,8 +233,8 @@ class _Samples(Dataset[Any]):
         try:
             self._num = len(dataset)
         except Exception as error:  # code of the user's raises anything
-            reason = f"{type(error).__name__}: {reason_of(error)}"
-            raise UserError(f"{self.where}: {type(dataset).__name__}: its __len__ fails ({reason}).") from error
+            kind = type(dataset).__name__
+            raise UserError(f"{self.where}: {kind}: its __len__ fails ({raised_by(error)}).") from error
         if not self._num:
             raise UserError(f"{self.where}: empty; it needs images of every class.")
         self._probes = evenly_spaced(self._num, _NUM_PROBES).tolist()
@@ -247,17 +250,16 @@ class _Samples(Dataset[Any]):
 
     def _sample(self, index: int) -> tuple[Any, int | str]:
         """Return image and label; as long as there is no `image_size`, the image is as it is opened."""
+        sample: Any = None
         try:
             sample = self.dataset[index]
             self.form = self.form or f"\nThe first sample is {_form(sample)}."
             image, label = self._pair(sample)
             return to_square(image, self.image_size) if self.image_size else _opened(image), _label(label)
         except UserError as error:  # of the form of a sample
-            raise UserError(f"{self.where}: sample {index:,}: {error}{self.form}") from error
-        except Exception as error:  # code of the user's raises anything
-            line = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"{type(error).__name__}: {reason_of(error)}, {line.filename}:{line.lineno}"
-            raise UserError(f"{self.where}: sample {index:,} cannot be read ({reason}).") from error
+            raise UserError(f"{self.where}: sample {index:,}: {error}\nThe sample is {_form(sample)}.") from error
+        except (Exception, SystemExit) as error:  # code of the user's raises anything
+            raise UserError(f"{self.where}: sample {index:,} cannot be read ({raised_by(error)}).") from error
 
     def _pair(self, sample: Any) -> tuple[Any, Any]:
         if isinstance(sample, Mapping):
@@ -394,6 +396,8 @@ def _opened(image: Any) -> "Image.Image | np.ndarray":
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes | str | os.PathLike):
         return open_image(image)
+    if isinstance(image, Image.Image) and image.format is None and image.mode[0] in "IF":  # no file says its white
+        image = np.asarray(image)
     return image if isinstance(image, Image.Image) else _pixels(image)
 
 
@@ -415,7 +419,10 @@ def _pixels(image: Any, *, is_batch: bool = False) -> np.ndarray:
     """Return an array or tensor (..., H, W), (..., H, W, C) or (..., C, H, W) as uint8 (..., H, W, C)."""
     if not _is_array(image):
         raise UserError(f"an image of type {type(image).__name__}; a Pillow image, an array or a tensor is needed.")
-    array: np.ndarray = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        image = image.float() if image.dtype == torch.bfloat16 else image  # which NumPy lacks
+    array: np.ndarray = np.asarray(image)
     shape = array.shape[is_batch:]
     if len(shape) == 2:
         array = array[..., None]
@@ -423,6 +430,8 @@ def _pixels(image: Any, *, is_batch: bool = False) -> np.ndarray:
         array = np.moveaxis(array, -3, -1)
     elif len(shape) != 3 or shape[2] not in _CHANNELS:
         raise UserError(f"an image of shape {tuple(shape)}; (H, W, C) or (C, H, W) of 1, 3 or 4 channels is needed.")
+    if array.size == 0:
+        raise UserError(f"an image of shape {tuple(shape)}, without pixels.")
     if array.dtype == np.uint8:
         return array
     if array.dtype.kind == "b":

@@ -87,10 +87,10 @@ def _import_module(name: str, typed: str) -> Any:
         parent = missing.rpartition(".")[0]
         paths = getattr(sys.modules[parent], "__path__", []) if parent else [str(Path.cwd()), *sys.path]
         known = [f"{parent}.{found.name}".lstrip(".") for found in pkgutil.iter_modules(paths)]
-        hint = suggest(missing, known, cutoff=0.75)
+        hint = " Leave .py out." if missing.endswith(".py") else suggest(missing, known, cutoff=0.75)
         place = "" if parent else f" in {Path.cwd()} or installed"
         raise UserError(f"{typed}: no module {missing}{place}.{hint}") from error
-    except Exception as error:  # whatever the module's own code raises
+    except (Exception, SystemExit) as error:  # whatever the module's own code raises
         raise UserError(f"{typed}: {name} cannot be imported ({type(error).__name__}: {reason_of(error)}).") from error
 
 

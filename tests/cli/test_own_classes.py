@@ -1,5 +1,6 @@
 """Classes of one's own on the command line: --model, --data, --optimizer and --lr_scheduler."""
 
+import re
 import sys
 
 import pytest
@@ -80,6 +81,20 @@ def test_a_group_with_a_class_path_is_a_class_and_its_arguments(tmp_path, in_fil
         (tmp_path / "model.yaml").write_text(value)
         value = str(tmp_path / "model.yaml")
     assert normalize_arguments("fit", ["--model", value]) == [f"--model_class={MINE}", '--model={"my_argument": 3}']
+
+
+@pytest.mark.parametrize(
+    ("typed", "way_out"),
+    [
+        (["--model", "smallnet"], "--model.name smallnet"),
+        (["--data", "folder"], "--data.dataset folder"),
+        (["--trainer", "gpu"], "settings"),
+        (["--data.dataset", "./mine:make"], "package.module:name"),
+    ],
+)
+def test_a_word_that_is_neither_settings_nor_a_path_is_refused_with_the_way_out(typed, way_out):
+    with pytest.raises(UserError, match=re.escape(" ".join(typed)) + ".*" + re.escape(way_out)):
+        normalize_arguments("fit", typed)
 
 
 @pytest.mark.parametrize("typed", [["--model.my_argument", "3"], ["--data", MY_DATA, "--model.my_argument", "3"]])

@@ -2,6 +2,7 @@
 
 import io
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -105,6 +106,7 @@ ARRAYS = {
     "floats": (TENSORS / 255, IMAGES),
     "gray": (GRAY, GRAY[..., None].repeat(3, -1)),
     "gray tensors": (torch.from_numpy(GRAY)[:, None], GRAY[..., None].repeat(3, -1)),
+    "bfloat16": (torch.from_numpy(GRAY > 127).bfloat16(), np.where(GRAY > 127, 255, 0)[..., None].repeat(3, -1)),
     "booleans": (GRAY > 127, np.where(GRAY > 127, 255, 0)[..., None].repeat(3, -1)),
 }
 
@@ -115,6 +117,12 @@ def test_arrays_become_images_at_once(given, expected, labels):
     images, targets, _ = loaded((given, labels))
     np.testing.assert_array_equal(images, expected)
     assert targets == LABELS.tolist()
+
+
+@pytest.mark.parametrize(("kind", "white"), [(np.int32, 1), (np.uint16, 1), (np.float32, 255)])
+def test_a_pillow_image_of_more_than_8_bits_is_read_as_an_array_is(kind, white):
+    given = Own(lambda image, label: (Image.fromarray((image[..., 0] / white).astype(kind)), label))
+    np.testing.assert_array_equal(loaded(given)[0], GRAY[..., None].repeat(3, -1))
 
 
 WRAPPED = {
@@ -255,6 +263,10 @@ class BadLength(Own):
         raise NotImplementedError
 
 
+def none_at_17(image, label):
+    return None if np.array_equal(image, IMAGES[17]) else (image, label)
+
+
 def failing(image, label):
     if label == 2:
         raise KeyError("path")
@@ -289,6 +301,14 @@ BAD = {
     "label object": (Own(lambda image, label: (image, object())), ["label of type object"]),
     "gap": (Own(labels=LABELS * 2), ["0 to n-1", "has 1", "--data.class_names"]),
     "from 1": (Own(labels=LABELS + 1), ["0 to n-1", "has 0"]),
+    "huge label": (Own(labels=[0, 1, 10**12] * 8), ["0 to n-1", "is 1000000000000", "has 2"]),
+    "beyond int64": (Own(labels=[0, 1, 10**30] * 8), ["0 to n-1", "has 2"]),
+    "four arrays": ((IMAGES, LABELS, IMAGES, LABELS), ["4 arrays", "((images, labels), (images, labels))"]),
+    "no pixels": (Own(lambda image, label: (image[:0], label)), ["(0, 8, 3)", "without pixels"]),
+    "exits": (Own(lambda image, label: sys.exit("no data")), ["sample 0 ", "no data", "test_object_source.py:"]),
+    "made of nothing": (lambda: Own(None).missing, ["AttributeError", "missing", "test_object_source.py:"]),
+    "made of no file": (lambda: np.load("missing.npy"), ["FileNotFoundError", "missing.npy"]),
+    "one None": (Own(none_at_17), ["sample 17", "sample is NoneType"]),
     "negative": (Own(labels=LABELS - 1), ["label -1"]),
     "above classes": (Named(labels=LABELS + 1), ["label 3", "0 to 2"]),
     "mixed labels": (Own(labels=[0, "1"] * 12), ["text", "numbers"]),
@@ -297,14 +317,14 @@ BAD = {
     "two channels": (Own(lambda image, label: (image[..., :2], label)), ["(8, 8, 2)", "channels"]),
     "flat": ((IMAGES.reshape(N, -1), LABELS), ["(192,)", "(H, W, C)"]),
     "path": (Own(lambda image, label: ("cat.jpg", label)), ["sample 0 ", "FileNotFoundError", "cat.jpg"]),
-    "lists": (Own(lambda image, label: (image.tolist(), label)), ["image of type list", "first sample is (list, int"]),
+    "lists": (Own(lambda image, label: (image.tolist(), label)), ["image of type list", "sample is (list, int"]),
     "normalized": (Own(lambda image, label: (as_float(image) * 4 - 2, label)), ["Normalize", "from -", "float32"]),
     "normalized array": ((TENSORS / 127.5 - 1, LABELS), ["Normalize"]),
     "0 to 255 float": ((TENSORS.float(), LABELS), ["float32 from 0 to ", "uint8"]),
     "NaN": ((TENSORS / 0.0, LABELS), ["nan", "uint8"]),
     "raises": (Own(failing), ["sample 2 ", "KeyError", "path", "test_object_source.py:"]),
     "damaged": (Own(lambda image, label: (b"\x89PNG no", label)), ["sample 0 ", "cannot be read"]),
-    "32-bit": (Own(lambda image, label: (Image.new("F", (8, 8)), label)), ["white"]),
+    "32-bit": (Own(lambda image, label: (Image.new("F", (8, 8), 300), label)), ["white"]),
     "random": (
         Own(lambda image, label: (np.roll(image, random.randrange(9)), label)),
         ["two reads", "--data.transforms"],
