@@ -167,7 +167,7 @@ class Run:
         return read_predictions(self._folder.predictions)
 
     def predict(self, images: Any, *, top_k: int | None = None, batch_size: int | None = None) -> Any:
-        """Predict the classes of images of any size, which are cropped and resized as for training.
+        """Predict the classes of images of any size, which become squares as for training.
 
         Args:
             images: Path of an image or of a folder; Pillow image; array or tensor (H, W), (H, W, C) or (C, H, W), uint8
@@ -192,8 +192,9 @@ class Run:
                 predictions += self._predict_files([Path(expand_home(os.fspath(path))) for path in group], top_k, size)
             else:
                 each = (image for given in group for image in (given if _is_batch(given) else [given]))
+                wanted = (self._trained.image_size, self._trained.resize, self._trained.in_channels)
                 while batch := list(itertools.islice(each, size)):
-                    squares = np.stack([to_square(image, self._trained.image_size) for image in batch])
+                    squares = np.stack([to_square(image, *wanted) for image in batch])
                     predictions += [Prediction("", top) for top in rank_classes(self._trained, squares, top_k)]
         is_one = not is_list and not _is_batch(images) and not (_is_path(images) and Path(images).expanduser().is_dir())
         return predictions[0] if is_one else predictions

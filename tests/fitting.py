@@ -82,7 +82,7 @@ def fit_run(
         plugins=[DurableCheckpointIO()],
     )
     module = module or ImageClassifier(image_size=16, model_kwargs=NARROW, lr=0.01)
-    images = ImageDataModule("synthetic", image_size=16, **{"batch_size": 100, "limit": 1000, **data})
+    images = ImageDataModule(**{"dataset": "synthetic", "image_size": 16, "batch_size": 100, "limit": 1000, **data})
     trainer.fit(module, images, ckpt_path=ckpt_path, weights_only=True)
     return run, trainer
 

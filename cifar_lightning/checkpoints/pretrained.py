@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from torch import nn
@@ -40,7 +41,10 @@ def load_pretrained(
     name = str(architecture["name"])
     weights = published_weights(architecture) if source is True else _of_file(Path(source), name)
     load_all_but_head(model, architecture, weights)
-    return weights.normalization
+    expected = weights.normalization
+    if expected is not None and architecture.get("in_channels") == 1:
+        return Normalization((fmean(expected.mean),), (fmean(expected.std),))
+    return expected
 
 
 def _of_file(path: Path, name: str) -> PretrainedWeights:

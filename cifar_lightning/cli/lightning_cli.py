@@ -254,7 +254,7 @@ def prepare_data(data: ImageDataModule, model: ImageClassifier) -> None:
     """Download or decode the images, split them, and check that they fit the model."""
     data.prepare_data()
     data.setup()
-    check_sizes(model.model, data.train_sizes)
+    check_sizes(model.model, data.train_sizes, data.in_channels)
 
 
 def build_trainer(

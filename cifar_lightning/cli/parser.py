@@ -161,7 +161,7 @@ def add_own_flags(parser: LightningArgumentParser) -> None:
     parser.add_lightning_class_args(AnnealingEarlyStopping, "early_stopping")
     parser.add_class_arguments(CheckpointSchedule, "checkpoint")
     taken = {action.dest for action in parser._actions}  # a subclass may set them itself
-    for name in ("num_classes", "image_size"):
+    for name in ("num_classes", "image_size", "in_channels"):
         if f"model.{name}" in taken:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
@@ -175,7 +175,9 @@ def check_arguments(command: str, config: Namespace, defaults: Mapping[str, Any]
     model_kwargs = config.get("model.model_kwargs") or {}
     check_model_kwargs(model_kwargs)
     if "in_channels" in model_kwargs:  # from Python there may be other images
-        raise UserError("--model.model_kwargs: in_channels cannot be set; images are RGB with 3 channels.")
+        raise UserError(
+            "--model.model_kwargs: in_channels cannot be set here; --data.in_channels 1 trains on gray images."
+        )
     if config.get("model.name") is not None:
         check_name(config.model.name)  # before the data is downloaded: the model is built after it
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():

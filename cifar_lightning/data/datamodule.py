@@ -14,7 +14,7 @@ from cifar_lightning.data.datasets import open_source
 from cifar_lightning.data.duplicates import find_duplicates
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.data.image_folder import ClassFolders, Skipped
-from cifar_lightning.data.image_set import SPLITS, ImageSet, Split
+from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, as_gray
 from cifar_lightning.data.loaders import BatchTransform, ImageLoader, LoaderFactory, batch_device
 from cifar_lightning.data.sampler import EpochSampler, Rank, evaluation_order
 from cifar_lightning.data.splits import SplitIndices, SplitSettings, make_splits
@@ -77,6 +77,7 @@ class ImageDataModule(pl.LightningDataModule):
             folders.
         resize: How an image of a folder becomes a square: crop (the shorter side is resized, the centre is kept), pad
             (the longer side is resized, the border is black) or squash (both sides are resized).
+        in_channels: 3 for RGB images, 1 for gray ones; colours become their luma.
         skip_unreadable: Leave out images of a folder that cannot be read; otherwise they are an error. The run lists
             them in skipped_files.jsonl.
         device: Device that batches are made on; by default the Trainer's, without a Trainer the CPU.
@@ -123,6 +124,7 @@ class ImageDataModule(pl.LightningDataModule):
         drop_last: bool = False,
         labels: str | None = None,
         resize: Resize = "crop",
+        in_channels: Literal[1, 3] = 3,
         skip_unreadable: bool = False,
         device: str | None = None,
         class_names: list[str] | None = None,
@@ -131,9 +133,11 @@ class ImageDataModule(pl.LightningDataModule):
         check_settings("data", ImageDataModule.__init__, {**arguments, "transforms": None})  # Pipeline checks them
         super().__init__()
         self.arguments = arguments  # for config.yaml
-        of_folder = {"labels": labels, "resize": resize, "skip_unreadable": skip_unreadable}
+        of_folder: dict[str, Any] = {"labels": labels, "resize": resize, "skip_unreadable": skip_unreadable}
+        if dataset == "folder":  # decodes to gray; images of others are converted
+            of_folder["in_channels"] = in_channels
         self.source = open_source(dataset, root, image_size, class_names, **of_folder)
-        self.resize = resize
+        self.resize, self.in_channels = resize, in_channels
         self.class_names: tuple[str, ...] = self.source.class_names
         self.num_classes = len(self.class_names)
         if self.num_classes < 2:
@@ -189,12 +193,14 @@ class ImageDataModule(pl.LightningDataModule):
             return
         loaded = {split: self.source.load(split) for split in SPLITS}
         images = {split: image_set for split, image_set in loaded.items() if image_set is not None}
+        if self.in_channels == 1:
+            images = {split: as_gray(image_set) for split, image_set in images.items()}
         targets = {split: image_set.targets for split, image_set in images.items()}
         self._splits = make_splits(targets, self.split_settings, self.class_names)
         train = self._splits.train
         self._fit_batch_size(len(train))
         self._remark_on_splits(sum(map(len, targets.values())))
-        if self.mean is None or self.std is None:
+        if (self.mean is None or self.std is None) and self.in_channels == 3:
             self.mean, self.std = self.source.mean, self.source.std
         if self.mean is None or self.std is None:
             self.mean, self.std = channel_statistics(images["train"].images, train.numpy())
@@ -396,7 +402,7 @@ class ImageDataModule(pl.LightningDataModule):
         """Use the mean and std of a checkpoint; refuse one with other classes.
 
         Raises:
-            UserError: The class names, their order or how images are resized differ.
+            UserError: The class names, their order, the channels or how images are resized differ.
         """
         if tuple(state_dict["class_names"]) != self.class_names:
             raise UserError(
@@ -404,6 +410,8 @@ class ImageDataModule(pl.LightningDataModule):
                 f"the data has {printable(', '.join(self.class_names[:5]))}...; "
                 "give --data.dataset and --data.root of its run."
             )
+        if (channels := len(state_dict["mean"])) != self.in_channels:
+            raise UserError(f"--data.in_channels {self.in_channels}: the checkpoint is of images with {channels}.")
         if (theirs := state_dict.get("resize", "crop")) != self.resize:
             raise UserError(f"--data.resize {self.resize}: the checkpoint is of images with {theirs}.")
         self.use_normalization(tuple(state_dict["mean"]), tuple(state_dict["std"]))

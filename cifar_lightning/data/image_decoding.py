@@ -147,15 +147,14 @@ def decode_image(
             if has_unused_alpha and remarks is not None:
                 remarks.append(_UNUSED_ALPHA)
             size = original if draft else image.size  # TIFF: load turns the image
-            square = _square(image, size, reduction, image_size, to_rgb, resize)
-            return np.asarray(square) if in_channels == 3 else np.asarray(square.convert("L"))[:, :, None]
+            return _array(_square(image, size, reduction, image_size, to_rgb, resize), in_channels)
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
         reason = "not an image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UserError(f"{path} cannot be read ({' '.join(reason.split()) or type(error).__name__})") from error
 
 
-def square_of(image: Image.Image, image_size: int) -> np.ndarray:
-    """Return a Pillow image by the rules at the top of this file, as uint8 RGB (image_size, image_size, 3).
+def square_of(image: Image.Image, image_size: int, resize: Resize = "crop", in_channels: int = 3) -> np.ndarray:
+    """Return a Pillow image by the rules at the top of this file, as uint8 (image_size, image_size, in_channels).
 
     Raises:
         ValueError: Samples whose white is not defined.
@@ -164,7 +163,11 @@ def square_of(image: Image.Image, image_size: int) -> np.ndarray:
     image.load()
     if _has_unused_alpha(image):
         to_rgb = _colours
-    return np.asarray(_square(image, image.size, 1.0, image_size, to_rgb))
+    return _array(_square(image, image.size, 1.0, image_size, to_rgb, resize), in_channels)
+
+
+def _array(square: Image.Image, in_channels: int) -> np.ndarray:
+    return np.asarray(square) if in_channels == 3 else np.asarray(square.convert("L"))[:, :, None]
 
 
 def open_image(file: bytes | str | os.PathLike[str]) -> Image.Image:
@@ -309,7 +312,7 @@ def _square(
     reduction: float,
     image_size: int,
     to_rgb: Callable[[Image.Image], Image.Image],
-    resize: Resize = "crop",
+    resize: Resize,
 ) -> Image.Image:
     """Resize a loaded image, or its centre square, and turn it upright.
 

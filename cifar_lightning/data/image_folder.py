@@ -231,7 +231,7 @@ class ClassFolders:
         counts = " + ".join(
             f"{len(listing.names):,}{'' if is_one else f' {split}'}" for split, listing in self.listings.items()
         )
-        size = f"{self.image_size}x{self.image_size}"
+        size = f"{self.image_size}x{self.image_size}{' gray' if self.in_channels == 1 else ''}"
         labels = "" if self.labels is None else f", labels of {self.labels}"
         return f"folder: {counts} images, {len(self.class_names)} classes, {size}, in {self.root}{labels}"
 

@@ -12,15 +12,28 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SPLIT_OF_WORD: dict[str, Split] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_OF_WORD |= {"val": "val", "valid": "val", "validation": "val"}  # what people call it, in lower case
+_LUMA = np.array([19_595, 38_470, 7_471], np.uint32)  # of red, green and blue, in 1/65536: ITU-R 601 as Pillow's "L"
 _HASHED_BYTES = 1 << 26  # of images at a time
 
 
 class ImageSet(NamedTuple):
     """The images of one split."""
 
-    images: np.ndarray  # uint8 RGB (N, H, W, 3), 0-255; may be mapped from a file, read-only
+    images: np.ndarray  # uint8 (N, H, W, channels), RGB or gray, 0-255; may be mapped from a file, read-only
     targets: np.ndarray  # int64 (N,), indices into the source's class names
     sha256: str  # `digest` of both
+
+
+def as_gray(image_set: ImageSet) -> ImageSet:
+    """Return RGB images as images of one channel, with the values of Pillow's mode "L"; gray ones are not changed."""
+    images = image_set.images
+    if images.shape[-1] == 1:
+        return image_set
+    gray = np.empty((*images.shape[:-1], 1), np.uint8)
+    for start in range(0, len(images), 1024):
+        rows = slice(start, start + 1024)
+        gray[rows] = ((images[rows].astype(np.uint32) * _LUMA).sum(-1, keepdims=True, dtype=np.uint32) + 0x8000) >> 16
+    return image_set._replace(images=gray, targets=image_set.targets.copy())  # both writable, as tensors need
 
 
 def digest(images: np.ndarray, targets: np.ndarray) -> str:

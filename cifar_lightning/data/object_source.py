@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, StackDataset, Subset, TensorDataset
 
-from cifar_lightning.data.image_decoding import choose_image_size, open_image, square_of
+from cifar_lightning.data.image_decoding import Resize, choose_image_size, open_image, square_of
 from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, digest
 from cifar_lightning.data.loaders import leave_signals_to_parent
 from cifar_lightning.data.memory import free_host_bytes, usable_cpus
@@ -378,16 +378,16 @@ def _label(label: Any) -> int | str:
 # -- images -------------------------------------------------------------------------------------------------------
 
 
-def to_square(image: Any, image_size: int) -> np.ndarray:
-    """Return an image of a sample as uint8 RGB (image_size, image_size, 3); may raise anything."""
+def to_square(image: Any, image_size: int, resize: Resize = "crop", in_channels: int = 3) -> np.ndarray:
+    """Return an image of a sample as uint8 (image_size, image_size, in_channels); may raise anything."""
     opened = _opened(image)
     if isinstance(opened, Image.Image):
-        return square_of(opened, image_size)
+        return square_of(opened, image_size, resize, in_channels)
     if opened.shape[2] == 1:
         opened = opened.repeat(3, axis=2)
-    if opened.shape == (image_size, image_size, 3):
+    if opened.shape == (image_size, image_size, in_channels):
         return opened
-    return square_of(Image.fromarray(np.ascontiguousarray(opened)), image_size)
+    return square_of(Image.fromarray(np.ascontiguousarray(opened)), image_size, resize, in_channels)
 
 
 def _opened(image: Any) -> "Image.Image | np.ndarray":

@@ -30,7 +30,7 @@ from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.tta import tta_logits
 
 ExportFormat = Literal["onnx", "torch", "safetensors"]
-Images = UInt8[Tensor, "batch 3 height width"]
+Images = UInt8[Tensor, "batch channels height width"]
 FILES = {"onnx": "model.onnx", "torch": "model.pt2", "safetensors": "model.safetensors"}
 NUM_CHECKED = 256
 TOLERANCE = 1e-4  # of a probability, between two runtimes in float32
@@ -42,7 +42,7 @@ class ExportedModel(nn.Module):
 
     Args:
         trained: Model and preprocessing.
-        input: "uint8" for RGB 0-255, "float" for RGB 0-1.
+        input: "uint8" for 0-255, "float" for 0-1.
         probs: Also return probabilities.
     """
 
@@ -53,14 +53,14 @@ class ExportedModel(nn.Module):
         super().__init__()
         self.model, self.tta, self.probs = trained.model, trained.tta, probs
         scale = 255 if input == "uint8" else 1
-        self.register_buffer("mean", scale * torch.tensor(trained.mean).view(1, 3, 1, 1))
-        self.register_buffer("std", scale * torch.tensor(trained.std).view(1, 3, 1, 1))
+        self.register_buffer("mean", scale * torch.tensor(trained.mean).view(1, -1, 1, 1))
+        self.register_buffer("std", scale * torch.tensor(trained.std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return logits (batch, classes) and, if `probs`, probabilities of the same shape.
 
         Args:
-            images: RGB (batch, 3, image_size, image_size), uint8 0-255 or float32 0-1.
+            images: RGB or gray (batch, channels, image_size, image_size), uint8 0-255 or float32 0-1.
         """
         logits, _ = tta_logits(self.model, (images.float() - self.mean) / self.std, self.tta)
         return (logits, logits.softmax(1)) if self.probs else (logits,)
@@ -82,7 +82,7 @@ def export_run(
         run: A run with a checkpoint.
         kind: onnx, torch (a torch.export archive) or safetensors (weights only, for `fit --init_weights`).
         output: Default: model.onnx, model.pt2 or model.safetensors in the run.
-        input: Input `images` (batch, 3, size, size) of the graph: RGB as uint8 0-255 or float32 0-1.
+        input: Input `images` (batch, channels, size, size) of the graph: as uint8 0-255 or float32 0-1.
         probs: Add an output `probs` to `logits`.
         force: Overwrite the file.
         trust_code: Import a model of one's own, which the checkpoint names.
@@ -100,13 +100,14 @@ def export_run(
     if kind == "safetensors" and (probs or input != "uint8"):
         raise UserError("--probs and --input are for onnx and torch; safetensors has weights only.")
     trained = load_trained_model(run, trust_code=trust_code)
-    images, origin = images_to_check(run, trained.image_size)
+    images, origin = images_to_check(run, trained.image_size, trained.in_channels)
     module = ExportedModel(trained, input, probs).eval()
     exporters = silenced("torch.onnx", "torch.export", "onnxscript", "onnx_ir")  # they warn of their own internals
     with replacing(path) as temporary, exporters, warnings.catch_warnings(action="ignore"):
         run_exported = _WRITERS[kind](module, trained, temporary, input)
         difference = _compare(trained, images, run_exported, input)
-    graph = "" if kind == "safetensors" else f", images {input} (batch, 3, {trained.image_size}, {trained.image_size})"
+    shape = f"(batch, {trained.in_channels}, {trained.image_size}, {trained.image_size})"
+    graph = "" if kind == "safetensors" else f", images {input} {shape}"
     outputs = "" if kind == "safetensors" else f" -> {', '.join(_outputs(probs))} (batch, {len(trained.class_names)})"
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB{graph}{outputs}")
     print(f"Parity on {origin}: largest difference of a probability {difference:.1e}, all top-1 predictions equal")
@@ -124,11 +125,16 @@ def _describe(run: RunFolder, trained: TrainedModel, path: Path, kind: str, inpu
         "resize": trained.resize,
         "epoch": trained.epoch,
         "tta": trained.tta,
-        "images": "" if kind == "safetensors" else f"RGB, {'uint8 0-255' if input == 'uint8' else 'float32 0-1'}",
+        "in_channels": trained.in_channels,
+        "images": "" if kind == "safetensors" else _input(trained, input),
         "outputs": _outputs(probs),
     }
     written = write_model_card(run, card, path.parent)
     print(f"{written}: model card" if written else f"{path.parent / CARD}: not a model card, not overwritten")
+
+
+def _input(trained: TrainedModel, input: str) -> str:
+    return f"{'RGB' if trained.in_channels == 3 else 'gray'}, {'uint8 0-255' if input == 'uint8' else 'float32 0-1'}"
 
 
 def _outputs(probs: bool) -> list[str]:
@@ -141,7 +147,7 @@ def metadata_of(trained: TrainedModel, input: str) -> dict[str, str]:
         "class_names": json.dumps(trained.class_names),
         "image_size": str(trained.image_size),
         "resize": trained.resize,
-        "input": f"RGB, {'uint8 0-255' if input == 'uint8' else 'float32 0-1'}, NCHW",
+        "input": f"{_input(trained, input)}, NCHW",
         "mean": json.dumps(trained.mean),
         "std": json.dumps(trained.std),
         "architecture": json.dumps(trained.architecture),
@@ -213,22 +219,27 @@ _WRITERS: dict[str, Callable[[ExportedModel, TrainedModel, Path, str], Exported]
 
 
 def _example(trained: TrainedModel, input: str) -> Tensor:
-    size = (2, 3, trained.image_size, trained.image_size)  # two: a batch of one would be traced as a constant
+    size = (
+        2,
+        trained.in_channels,
+        trained.image_size,
+        trained.image_size,
+    )  # two: a batch of one would be traced as a constant
     return torch.zeros(size, dtype=torch.uint8 if input == "uint8" else torch.float32)
 
 
 # -- parity ----------------------------------------------------------------------------------------------------------
 
 
-def images_to_check(run: RunFolder, image_size: int) -> tuple[Images, str]:
+def images_to_check(run: RunFolder, image_size: int, in_channels: int = 3) -> tuple[Images, str]:
     """Return `NUM_CHECKED` images (NCHW, 0-255), of the run's gallery and then random ones, and a description."""
-    saved = np.empty((0, image_size, image_size, 3), np.uint8)
+    saved = np.empty((0, image_size, image_size, in_channels), np.uint8)
     if run.gallery.is_file():
         saved = read_gallery(run.gallery)[0][:NUM_CHECKED]
-        if saved.shape[1:3] != (image_size, image_size):
+        if saved.shape[1:] != (image_size, image_size, in_channels):
             raise UserError(f"{run.gallery}: images of another size than {image_size}; run test {run.path} again.")
     missing = NUM_CHECKED - len(saved)
-    shape = (missing, image_size, image_size, 3)
+    shape = (missing, image_size, image_size, in_channels)
     random = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     origins = [f"{len(saved)} test images"] * bool(len(saved)) + [f"{missing} random images"] * bool(missing)
     return torch.from_numpy(np.concatenate([saved, random])).permute(0, 3, 1, 2).contiguous(), " and ".join(origins)

@@ -187,10 +187,10 @@ def _images_below(top: Path, skipped: list[Skipped]) -> Iterator[str]:
 
 def top_classes(
     model: nn.Module,
-    images: UInt8[Tensor, "batch height width 3"],
+    images: UInt8[Tensor, "batch height width channels"],
     *,
-    mean: Float[Tensor, "3"],
-    std: Float[Tensor, "3"],
+    mean: Float[Tensor, " channels"],
+    std: Float[Tensor, " channels"],
     top_k: int,
     tta: TTA = "none",
 ) -> tuple[Float[Tensor, "batch top_k"], Int64[Tensor, "batch top_k"]]:
@@ -198,7 +198,7 @@ def top_classes(
 
     Args:
         model: In eval mode.
-        images: uint8 RGB, 0-255, on the model's device.
+        images: uint8, 0-255, on the model's device.
         mean: Of images scaled to 0-1.
         std: Of images scaled to 0-1.
         top_k: Number of classes.
@@ -223,7 +223,7 @@ def choose_top_k(trained: TrainedModel, top_k: int | None) -> int:
 
 
 def rank_classes(
-    trained: TrainedModel, images: UInt8[np.ndarray, "n height width 3"], top_k: int
+    trained: TrainedModel, images: UInt8[np.ndarray, "n height width channels"], top_k: int
 ) -> list[list[tuple[str, float]]]:
     """Return the most probable classes of a batch of images at the model's size, on CUDA if there is any.
 
@@ -260,7 +260,7 @@ def predict_files(
 ) -> Generator[Prediction, None, None]:
     """Yield a prediction for each image file that can be read; the others are added to `unreadable`."""
     size = batch_size or default_batch_size()
-    chunk_size = max(1, _CHUNK_BYTES // (3 * trained.image_size**2))
+    chunk_size = max(1, _CHUNK_BYTES // (trained.in_channels * trained.image_size**2))
     has_remarked = False
     for start in range(0, len(paths), chunk_size):
         chunk = paths[start : start + chunk_size]
@@ -289,8 +289,8 @@ def predict_files(
 def _decoded(
     paths: Sequence[str], trained: TrainedModel
 ) -> tuple[np.ndarray, list[image_decoding.Unreadable], image_decoding.Remarks]:
-    images = np.empty((len(paths), trained.image_size, trained.image_size, 3), np.uint8)
-    decode = partial(image_decoding.decode_image, resize=trained.resize)
+    images = np.empty((len(paths), trained.image_size, trained.image_size, trained.in_channels), np.uint8)
+    decode = partial(image_decoding.decode_image, resize=trained.resize, in_channels=trained.in_channels)
     with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON lines only
         return images, *image_decoding.decode_all(paths, trained.image_size, images, decode)
 

@@ -26,7 +26,7 @@ from cifar_lightning.transforms.augmentation import normalize
 class TrainedModel:
     """A trained model, on the CPU in eval mode, with its preprocessing."""
 
-    model: nn.Module  # normalised float images (batch, 3, image_size, image_size) -> raw logits (batch, classes)
+    model: nn.Module  # normalised float images (batch, channels, image_size, image_size) -> raw logits (batch, classes)
     tta: TTA
     class_names: tuple[str, ...]  # in the order of the logits
     image_size: int
@@ -38,8 +38,13 @@ class TrainedModel:
     sha256: str  # of that file
     epoch: int  # of the weights, counted from 1
 
-    def logits(self, images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch classes"]:
-        """Return the logits of uint8 RGB images at `image_size`, averaged over the views of the run's TTA."""
+    @property
+    def in_channels(self) -> int:
+        """3 for RGB, 1 for gray images."""
+        return len(self.mean)
+
+    def logits(self, images: UInt8[Tensor, "batch height width channels"]) -> Float[Tensor, "batch classes"]:
+        """Return the logits of uint8 images, RGB or gray, at `image_size`, averaged over the views of the run's TTA."""
         with torch.inference_mode():
             normalized = normalize(images, mean=torch.tensor(self.mean), std=torch.tensor(self.std))
             return tta_logits(self.model, normalized, self.tta)[0]
@@ -77,10 +82,11 @@ def load_trained_model(run: RunFolder, *, trust_code: bool = False, model: nn.Mo
         "name": name or type(model).__name__,
         "num_classes": len(data["class_names"]),
         "image_size": data["image_size"],
+        **({} if len(data["mean"]) == 3 else {"in_channels": len(data["mean"])}),
         **(kwargs or {}),
     }
-    if len(data["mean"]) != 3:
-        raise UserError(f"{path}: mean and std of {len(data['mean'])} channels; images have 3.")
+    if len(data["mean"]) not in (1, 3):
+        raise UserError(f"{path}: mean and std of {len(data['mean'])} channels; images have 1 or 3.")
     made = build_model(**architecture) if model is None else copy.deepcopy(model)
     made = use_memory_format(made, hparams.get("memory_format", "channels_last")).eval()
     load_weights(made, path, checkpoint)

@@ -1,7 +1,8 @@
 """Pretrained weights of torchvision, timm or a file, loaded into all layers but the head.
 
-Two kinds of weights are fitted to another image size, with a printed line:
+Weights are fitted to gray images and to another image size, with a printed line:
 
+- Filters of RGB images are summed over its channels for gray ones; mean and std are averaged. Both as timm does.
 - Filters of the stem that are larger than ours of 3x3 are resampled by area, so that the sum over a filter, its
   response to a constant area, stays what the norm after it expects. A crop would not keep the sum, and new filters
   would feed noise to the trained layers behind them. How much each of these costs was not measured.
@@ -72,7 +73,7 @@ def load_all_but_head(model: nn.Module, architecture: Mapping[str, Any], weights
     # Weights from before torch 0.4.1 lack num_batches_tracked, which no norm with a fixed momentum reads.
     kept |= {key for key in ours if key.endswith("num_batches_tracked") and key not in theirs}
     theirs |= {key: ours[key] for key in kept}
-    changes = _fit_to_size(theirs, ours)
+    changes = _fit_to_images(theirs, ours)
     misfits = describe_misfits(theirs, ours, num_named=_NUM_NAMED)
     if misfits:
         raise UserError(f"{origin} do not fit: {misfits}.\nGive weights of {name} with the same --model.model_kwargs.")
@@ -120,13 +121,18 @@ def _overlaps(old: int, new: int) -> Float[Tensor, "new old"]:
     return overlaps.clamp(min=0)
 
 
-def _fit_to_size(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> list[str]:
+def _fit_to_images(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> list[str]:
     changes = []
     for key, tensor in ours.items():
         other = theirs.get(key)
         if other is None or other.shape == tensor.shape:
             continue
-        is_stem = tensor.ndim == other.ndim == 4 and tensor.shape[:2] == other.shape[:2] and tensor.shape[1] == 3
+        if tensor.ndim == other.ndim == 4 and (tensor.shape[1], other.shape[1]) == (1, 3):
+            theirs[key] = other = other.sum(1, keepdim=True)
+            changes.append(f"{key} summed over RGB, for gray images")
+            if other.shape == tensor.shape:
+                continue
+        is_stem = tensor.ndim == other.ndim == 4 and tensor.shape[:2] == other.shape[:2] and tensor.shape[1] in (1, 3)
         if is_stem:
             theirs[key] = resample_filters(other, (tensor.shape[2], tensor.shape[3]))
             changes.append(f"{key} resampled from {_rows_by_columns(other)} to {_rows_by_columns(tensor)}")
@@ -187,7 +193,7 @@ def _published_by_timm(own_name: str, architecture: Mapping[str, Any]) -> tuple[
     config = importlib.import_module("timm.models").get_pretrained_cfg(own_name)
     if config is None or not config.has_weights:
         raise UserError(f"--model.pretrained true: timm has no weights of {own_name}; give a file.")
-    arguments = {key: value for key, value in architecture.items() if key not in ("name", "keep_stem")}
+    arguments = {key: value for key, value in architecture.items() if key not in ("name", "keep_stem", "in_channels")}
     address = config.hf_hub_id or config.url
     remark(f"--model.pretrained true: timm downloads {address} unless it is cached.")
     try:

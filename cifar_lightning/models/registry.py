@@ -94,13 +94,16 @@ LIBRARIES: dict[str, Callable[..., nn.Module]] = {"torchvision": torchvision_mod
 _NAMES_OF: dict[str, Callable[[], list[str]]] = {"torchvision": torchvision_names, "timm": timm_names}
 
 
-def build_model(name: str, num_classes: int = 10, image_size: int = 32, **kwargs: Any) -> nn.Module:
+def build_model(
+    name: str, num_classes: int = 10, image_size: int = 32, *, in_channels: int = 3, **kwargs: Any
+) -> nn.Module:
     """Build an untrained model by name.
 
     Args:
         name: A key of `MODELS`, torchvision/NAME or timm/NAME, or an import path, package.module:function_or_class.
         num_classes: Number of logits.
         image_size: Height and width in pixels. Up to 64 the stem keeps the resolution: see `stems`.
+        in_channels: 3 for RGB, 1 for gray images.
         **kwargs: Arguments of the model, such as `widths` and `dropout` of SmallNet.
 
     Raises:
@@ -108,44 +111,48 @@ def build_model(name: str, num_classes: int = 10, image_size: int = 32, **kwargs
     """
     check_name(name)
     if is_import_path(name):
-        return _imported_model(name, num_classes, image_size, kwargs)
+        return _imported_model(name, num_classes, image_size, in_channels, kwargs)
     library, _, own_name = name.partition("/")
     make = MODELS[name] if name in MODELS else partial(LIBRARIES[library], own_name)
     try:
-        return make(num_classes, image_size, **kwargs)
+        of_channels = {} if in_channels == 3 else {"in_channels": in_channels}
+        return make(num_classes, image_size, **of_channels, **kwargs)
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
         reason = clipped(str(error).partition("\n")[0], 200)  # torch appends its C++ stack
         if not kwargs:
-            raise UserError(f"--data.image_size {image_size}: {name} does not take it ({reason}).") from error
+            channels = "" if in_channels == 3 else f" with --data.in_channels {in_channels}"
+            raise UserError(f"--data.image_size {image_size}{channels}: {name} does not take it ({reason}).") from error
         size = "" if isinstance(error, TypeError) else f" at --data.image_size {image_size}"
         raise UserError(f"--model.model_kwargs {kwargs}: {name} does not take them{size} ({reason}).") from error
 
 
-def _imported_model(path: str, num_classes: int, image_size: int, kwargs: dict[str, Any]) -> nn.Module:
-    """Call what is imported, with `num_classes` and `image_size` where it takes them; check what it returns."""
+def _imported_model(
+    path: str, num_classes: int, image_size: int, in_channels: int, kwargs: dict[str, Any]
+) -> nn.Module:
+    """Call what is imported, with what it takes of the data; check what it returns."""
     make = import_object(path, "--model.name")
     given = f"--model.name {path}" + (f" with --model.model_kwargs {kwargs}" if kwargs else "")
     try:
         taken = inspect.signature(make).parameters
         takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
         known = {"num_classes": num_classes} if takes_any or "num_classes" in taken else {}
-        known |= {"image_size": image_size} if "image_size" in taken else {}
+        of_images = {"image_size": image_size, "in_channels": in_channels}
+        known |= {key: value for key, value in of_images.items() if key in taken}
         model = make(**{**known, **kwargs.get("init_args", kwargs)})  # of a class by LightningCLI's name for them
     except Exception as error:  # code of one's own raises anything
         raise UserError(f"{given}: cannot be made ({type(error).__name__}: {reason_of(error)}).") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{given}: returns a {type(model).__name__}, not an nn.Module that returns raw logits.")
-    if reason := input_error(model, image_size, num_classes):
-        raise UserError(
-            f"{given}: does not fit images of {image_size} pixels in {num_classes} classes ({clipped(reason, 200)})."
-        )
+    if reason := input_error(model, image_size, num_classes, in_channels):
+        images = f"{in_channels}-channel images of {image_size} pixels"
+        raise UserError(f"{given}: does not fit {images} in {num_classes} classes ({clipped(reason, 200)}).")
     return model
 
 
 def import_path_of(
-    model: nn.Module, num_classes: int, image_size: int, model_kwargs: Mapping[str, Any]
+    model: nn.Module, num_classes: int, image_size: int, model_kwargs: Mapping[str, Any], in_channels: int = 3
 ) -> dict[str, Any] | None:
     """Return {"path", "kwargs"} from which `build_model` makes a model with the same logits again.
 
@@ -158,9 +165,9 @@ def import_path_of(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
         with torch.random.fork_rng():
-            twin = build_model(path, num_classes, image_size, **kwargs).to(device)
+            twin = build_model(path, num_classes, image_size, **{"in_channels": in_channels, **kwargs}).to(device)
             twin.load_state_dict(model.state_dict())
-            images = torch.rand(2, 3, image_size, image_size, device=device)
+            images = torch.rand(2, in_channels, image_size, image_size, device=device)
             with in_eval_mode(model), in_eval_mode(twin):
                 is_same = torch.allclose(model(images), twin(images), rtol=1e-4, atol=1e-5)
     except Exception:  # code of one's own raises anything; then the model is not remembered
@@ -200,7 +207,13 @@ def check_model_kwargs(model_kwargs: Any) -> None:
 
 
 def choose_model(
-    model: Any, name: str | None, num_classes: int, image_size: int, model_kwargs: Any, pretrained: bool | str
+    model: Any,
+    name: str | None,
+    num_classes: int,
+    image_size: int,
+    in_channels: int,
+    model_kwargs: Any,
+    pretrained: bool | str,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the given model or else the one built by name, and the arguments of `build_model`.
 
@@ -208,7 +221,8 @@ def choose_model(
         UserError: Neither a model nor a name is given, or both are; or `build_model` raises.
     """
     check_model_kwargs(model_kwargs or {})
-    architecture = {"name": name, "num_classes": num_classes, "image_size": image_size, **(model_kwargs or {})}
+    architecture: dict[str, Any] = {"name": name, "num_classes": num_classes, "image_size": image_size}
+    architecture |= ({} if in_channels == 3 else {"in_channels": in_channels}) | dict(model_kwargs or {})
     if model is None:
         if name is None:
             raise UserError(

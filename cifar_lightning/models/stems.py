@@ -49,18 +49,29 @@ def adapt_stem(model: nn.Module) -> bool:
     return changed
 
 
-def input_error(model: nn.Module, image_size: int, num_classes: int | None = None) -> str:
+def take_gray(model: nn.Module) -> None:
+    """Have a model of RGB images take gray ones, which it sees as it saw RGB images of three equal channels.
+
+    The filters of convolutions on RGB are summed over its channels, as timm does.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == 3 and layer.groups == 1:
+            layer.in_channels, layer.weight = 1, nn.Parameter(layer.weight.detach().sum(1, keepdim=True))
+
+
+def input_error(model: nn.Module, image_size: int, num_classes: int | None = None, in_channels: int = 3) -> str:
     """Return why a model does not give logits, of `num_classes` where given, for images of a size; empty if it does.
 
     The forward pass runs on the meta device, in about the time that making the model takes. Only if that fails (a layer
     may lack a meta kernel) does it run on real tensors. The model is not changed.
     """
     try:
-        logits = _forward_on_meta(model, image_size)
+        logits = _forward_on_meta(model, image_size, in_channels=in_channels)
     except Exception:  # layers of other libraries raise nearly anything
         try:
             with in_eval_mode(model):
-                logits = model(torch.zeros(2, 3, image_size, image_size, device=next(model.parameters()).device))
+                device = next(model.parameters()).device
+                logits = model(torch.zeros(2, in_channels, image_size, image_size, device=device))
         except Exception as error:
             return str(error).strip().partition("\n")[0] or type(error).__name__
     if not isinstance(logits, Tensor):
@@ -71,14 +82,14 @@ def input_error(model: nn.Module, image_size: int, num_classes: int | None = Non
     return "" if num_classes in (None, width) else f"it returns {width} logits an image for {num_classes} classes"
 
 
-def fails_on_single_image(model: nn.Module, image_size: int) -> bool:
+def fails_on_single_image(model: nn.Module, image_size: int, in_channels: int = 3) -> bool:
     """Whether training on a batch of one image fails: some BatchNorm gets a single value per channel."""
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return False
     try:
         with torch.random.fork_rng(devices=[]):
             # A copy, as a forward pass of another library may store tensors.
-            _forward_on_meta(copy.deepcopy(model), image_size, num_images=1, training=True)
+            _forward_on_meta(copy.deepcopy(model), image_size, num_images=1, training=True, in_channels=in_channels)
     except ValueError as error:
         return "more than 1 value per channel" in str(error)
     except Exception:  # a layer without a meta kernel; training will show
@@ -121,9 +132,11 @@ def _shrink_filters(conv: nn.Conv2d) -> None:
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
 
-def _forward_on_meta(model: nn.Module, image_size: int, num_images: int = 2, training: bool = False) -> Any:
+def _forward_on_meta(
+    model: nn.Module, image_size: int, num_images: int = 2, training: bool = False, in_channels: int = 3
+) -> Any:
     state = [*model.named_parameters(), *model.named_buffers()]
-    images = torch.empty(num_images, 3, image_size, image_size, device="meta")
+    images = torch.empty(num_images, in_channels, image_size, image_size, device="meta")
     shapes = {name: tensor.to("meta") for name, tensor in state}
     with in_eval_mode(model, training):
         return torch.func.functional_call(model, shapes, (images,))

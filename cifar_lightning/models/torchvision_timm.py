@@ -15,7 +15,7 @@ from torch import nn
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import reason_of
-from cifar_lightning.models.stems import SMALL_PX, adapt_stem, input_error
+from cifar_lightning.models.stems import SMALL_PX, adapt_stem, input_error, take_gray
 
 # Arguments that download or read weights, while a model is built from the same arguments wherever its run is used; and
 # arguments that make it return something else than logits.
@@ -32,7 +32,7 @@ def torchvision_names() -> list[str]:
 
 
 def torchvision_model(
-    name: str, num_classes: int, image_size: int, *, keep_stem: bool = False, **kwargs: Any
+    name: str, num_classes: int, image_size: int, *, keep_stem: bool = False, in_channels: int = 3, **kwargs: Any
 ) -> nn.Module:
     """Build a torchvision classifier, without auxiliary heads; `keep_stem` keeps ImageNet's stem for small images.
 
@@ -51,10 +51,11 @@ def torchvision_model(
         size = {"image_size": image_size}
     elif name.startswith("maxvit"):
         size = {"input_size": (image_size, image_size)}
-    return _adapted(partial(models.get_model, name, num_classes=num_classes, **size, **kwargs), image_size, keep_stem)
+    make = partial(models.get_model, name, num_classes=num_classes, **size, **kwargs)
+    return _adapted(make, image_size, in_channels, keep_stem)
 
 
-def vision_transformer(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
+def vision_transformer(num_classes: int, image_size: int, in_channels: int = 3, **kwargs: Any) -> nn.Module:
     """Build torchvision's vision transformer (arXiv:2010.11929) in a size that torchvision has no name for.
 
     Raises:
@@ -62,7 +63,7 @@ def vision_transformer(num_classes: int, image_size: int, **kwargs: Any) -> nn.M
     """
     from torchvision.models import VisionTransformer
 
-    return _adapted(partial(VisionTransformer, image_size, num_classes=num_classes, **kwargs), image_size)
+    return _adapted(partial(VisionTransformer, image_size, num_classes=num_classes, **kwargs), image_size, in_channels)
 
 
 def is_timm_installed() -> bool:
@@ -80,7 +81,9 @@ def timm_names() -> list[str]:
     return names
 
 
-def timm_model(name: str, num_classes: int, image_size: int, *, keep_stem: bool = False, **kwargs: Any) -> nn.Module:
+def timm_model(
+    name: str, num_classes: int, image_size: int, *, keep_stem: bool = False, in_channels: int = 3, **kwargs: Any
+) -> nn.Module:
     """Build a model of timm.
 
     Raises:
@@ -88,7 +91,7 @@ def timm_model(name: str, num_classes: int, image_size: int, *, keep_stem: bool 
         ValueError: The model does not take images of this size, or an argument is wrong.
     """
     _check_kwargs(kwargs)
-    return _adapted(partial(create_timm, name, num_classes, image_size, **kwargs), image_size, keep_stem)
+    return _adapted(partial(create_timm, name, num_classes, image_size, **kwargs), image_size, in_channels, keep_stem)
 
 
 def create_timm(name: str, num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:
@@ -120,7 +123,9 @@ def _timm() -> Any:
 def _check_kwargs(kwargs: Iterable[str]) -> None:
     for name in kwargs:
         if name == "in_chans":
-            raise UserError(f"--model.model_kwargs: {name} cannot be set; images are RGB with 3 channels.")
+            raise UserError(
+                f"--model.model_kwargs: {name} cannot be set here; --data.in_channels 1 is for gray images."
+            )
         if name in _REFUSED:
             raise UserError(
                 f"--model.model_kwargs: {name} cannot be set; models return logits only, and pretrained weights are "
@@ -128,12 +133,14 @@ def _check_kwargs(kwargs: Iterable[str]) -> None:
             )
 
 
-def _adapted(make: Callable[[], nn.Module], image_size: int, keep_stem: bool = False) -> nn.Module:
+def _adapted(make: Callable[[], nn.Module], image_size: int, in_channels: int, keep_stem: bool = False) -> nn.Module:
     try:
         model = make()
         if image_size <= SMALL_PX and not keep_stem and adapt_stem(model) and input_error(model, image_size):
             model = make()  # the adapted stem does not fit; use the original one
-        reason = input_error(model, image_size)
+        if in_channels == 1:
+            take_gray(model)
+        reason = input_error(model, image_size, in_channels=in_channels)
     except (TypeError, UserError):  # an unknown argument, or a missing library
         raise
     except Exception as error:  # the libraries raise nearly anything: asserts, indices, divisions by zero

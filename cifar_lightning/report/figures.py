@@ -130,7 +130,7 @@ def shorten(name: str, length: int = _MAX_NAME) -> str:
     return name if len(name) <= length else name[: length - 2] + ".."
 
 
-def images_figure(images: UInt8[np.ndarray, "n height width 3"], titles: Sequence[str]) -> Figure:
+def images_figure(images: UInt8[np.ndarray, "n height width channels"], titles: Sequence[str]) -> Figure:
     """Draw images, 0-255, in a grid, enlarged without smoothing, each with its title of one or more lines above.
 
     Raises:
@@ -152,6 +152,7 @@ def images_figure(images: UInt8[np.ndarray, "n height width 3"], titles: Sequenc
         center, bottom = (column + 0.5) * width, (row + 1) * height - margin
         scale = side / max(image.shape[:2])
         half, top = scale * image.shape[1] / 2, bottom - scale * image.shape[0]
+        image = image.repeat(3 // image.shape[-1], axis=-1)  # gray
         axes.imshow(image, interpolation="nearest", extent=(center - half, center + half, bottom, top), aspect="auto")
         lines = [shorten(printable(line)) for line in title.split("\n")]
         axes.text(center, top - margin, "\n".join(lines), fontsize=8, ha="center", va="bottom", parse_math=False)

@@ -30,8 +30,8 @@ def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> P
     """Write the model card of a run, with the numbers of its report and all exported files of the same weights.
 
     `card` has the facts of the export into `folder`: `file`, `format`, `checkpoint_sha256`, `class_names`,
-    `image_size`, `resize`, `epoch`, `tta`, `images` (input of the graph; empty for weights) and `outputs`. Return the
-    card's path, or None if a file of that name is not ours, which is then left alone.
+    `image_size`, `in_channels`, `resize`, `epoch`, `tta`, `images` (input of the graph; empty for weights) and
+    `outputs`. Return the card's path, or None if a file of that name is not ours, which is then left alone.
     """
     path = folder / NAME
     try:

@@ -90,7 +90,7 @@ class Results:
         confusion: Confusion matrix of the test images; rows: true class.
         test: Predictions of the test split; None if only the confusion matrix can be read.
         val: Predictions of the validation split; None without a validation split or a readable file.
-        images: Test images by their index, uint8 RGB (height, width, 3), 0-255.
+        images: Test images by their index, uint8 RGB (height, width, 3), 0-255; gray ones have three equal channels.
         epochs: Rows of metrics.csv.
         timing: Rows of timing.csv.
         cut_tables: Names of those two files that lack epochs.
@@ -144,7 +144,9 @@ def read_results(run: RunFolder) -> Results:
         confusion=confusion,
         test=test,
         val=val,
-        images=dict(zip(map(int, shown), images, strict=True)),
+        images=dict(
+            zip(map(int, shown), (image.repeat(3 // image.shape[-1], axis=-1) for image in images), strict=True)
+        ),
         epochs=tables[run.metrics_csv] or [],
         timing=tables[run.timing_csv] or [],
         cut_tables=tuple(cut),

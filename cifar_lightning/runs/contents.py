@@ -193,11 +193,11 @@ def _read_array(archive: zipfile.ZipFile, name: str, kinds: str, ndim: int, max_
 
 
 def read_gallery(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read gallery.npz: uint8 images (n, height, width, 3), 0-255, and their indices."""
+    """Read gallery.npz: uint8 images (n, height, width, channels), RGB or gray, 0-255, and their indices."""
     arrays = read_arrays(path, {"images": ("u", 4), "indices": ("iu", 1)})
     images, indices = arrays["images"], arrays["indices"]
-    if images.dtype != np.uint8 or images.shape[-1] != 3 or len(images) != len(indices):
-        raise UserError(f"{path}: damaged: not RGB images.")
+    if images.dtype != np.uint8 or images.shape[-1] not in (1, 3) or len(images) != len(indices):
+        raise UserError(f"{path}: damaged: not RGB or gray images.")
     return images, indices
 
 

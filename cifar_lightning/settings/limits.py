@@ -61,7 +61,7 @@ def check_setting(flag: str, annotation: Any, value: object) -> None:
             for item in value if isinstance(value, list) else ():
                 check_setting(flag, typing.get_args(kind)[0], item)
         elif typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
-            raise UserError(f"--{flag} {value}: one of {', '.join(typing.get_args(kind))}.")
+            raise UserError(f"--{flag} {value}: one of {', '.join(map(str, typing.get_args(kind)))}.")
         elif typing.get_origin(kind) is Annotated:
             bounds, allowed = limits_of(kind)
             number = Integral if typing.get_args(kind)[0] is int else Real

@@ -59,6 +59,11 @@ class TrainingData(Protocol):
         """Return the classes in one or two lines."""
 
 
+def channels_of(data: TrainingData) -> int:
+    """Return the number of channels of the images, which is known after `setup()`."""
+    return len(data.mean or ()) or 3
+
+
 def training_data(trainer: pl.Trainer) -> TrainingData | None:
     """Return the Trainer's data module if it is a `TrainingData`, None for plain loaders and other data modules."""
     data = getattr(trainer, "datamodule", None)  # Lightning sets it only where one is given

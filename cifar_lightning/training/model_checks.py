@@ -9,7 +9,7 @@ from torch import Tensor, nn, optim
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, suggest
 from cifar_lightning.models.stems import fails_on_single_image, input_error
-from cifar_lightning.training.data_protocol import training_data
+from cifar_lightning.training.data_protocol import channels_of, training_data
 from cifar_lightning.training.step_count import takes_last_batch
 
 TRAIN_METRICS = ("train/loss", "train/acc", "lr")
@@ -35,13 +35,18 @@ def check_logits(logits: Any, num_images: int, num_classes: int) -> None:
         )
 
 
-def check_classes(trainer: pl.Trainer, num_classes: int) -> None:
-    """Raise if the data has another number of classes than the model."""
+def check_classes(trainer: pl.Trainer, num_classes: int, in_channels: int) -> None:
+    """Raise if the data has another number of classes or channels than the model."""
     data = training_data(trainer)
     if data is not None and data.num_classes != num_classes:
         raise UserError(
             f"num_classes {num_classes}: the data has {data.num_classes} classes; "
             f"give ImageClassifier(num_classes={data.num_classes})."
+        )
+    if data is not None and channels_of(data) != in_channels:
+        raise UserError(
+            f"in_channels {in_channels}: the data has {channels_of(data)}; "
+            f"give ImageClassifier(in_channels={channels_of(data)})."
         )
 
 
@@ -57,7 +62,7 @@ def check_batches(trainer: pl.Trainer, model: nn.Module) -> None:
     batches, num_images = data.num_train_batches(num_ranks), data.num_images("train")
     in_last = num_images - (batches - 1) * size * num_ranks
     is_single = size == 1 or (in_last < 2 * num_ranks and takes_last_batch(trainer, batches))
-    if not is_single or not fails_on_single_image(model, min(data.train_sizes)):
+    if not is_single or not fails_on_single_image(model, min(data.train_sizes), channels_of(data)):
         return
     if size == 1:
         raise UserError("--batch_size 1: this model's BatchNorm cannot be trained with one image; give 2 or more.")
@@ -78,10 +83,10 @@ def check_optimizers(optimizers: Sequence[optim.Optimizer], model: nn.Module) ->
         )
 
 
-def check_sizes(model: nn.Module, train_sizes: Sequence[int]) -> None:
+def check_sizes(model: nn.Module, train_sizes: Sequence[int], in_channels: int = 3) -> None:
     """Raise if the model cannot take the images of an epoch."""
     for size in sorted({*train_sizes} - {train_sizes[-1]}):
-        reason = input_error(model, size)
+        reason = input_error(model, size, in_channels=in_channels)
         if reason:
             raise UserError(
                 f"--data.train_sizes {list(train_sizes)}: the model cannot take images of {size} pixels ({reason})."

@@ -73,6 +73,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         name: Name of the model, as `build_model` knows it, or package.module:function_or_class.
         num_classes: Number of classes; on the command line taken from the data.
         image_size: Height and width of the images in pixels; on the command line taken from the data.
+        in_channels: Channels of the images, 3 for RGB; on the command line taken from the data.
         lr: Peak learning rate; 3e-3 suits adamw, about 0.05 muon.
         optimizer: adamw, sgd (Nesterov), or muon (orthogonalized momentum) for convolutions with sgd for the rest.
         sgd_lr: With muon, peak learning rate of the parameters that sgd trains.
@@ -113,6 +114,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         num_classes: int = 10,
         image_size: int = 32,
         *,
+        in_channels: int = 3,
         lr: LearningRate = 3e-3,
         optimizer: OptimizerName = "adamw",
         sgd_lr: LearningRate = 0.1,
@@ -167,7 +169,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
                 f"{name_of(loss)} takes."
             )
         self._mixing = Mixing(num_classes, mixup=mixup, cutmix=cutmix) if mixup or cutmix else None
-        built, self._architecture = choose_model(model, name, num_classes, image_size, model_kwargs, pretrained)
+        of_images = (num_classes, image_size, in_channels)
+        built, self._architecture = choose_model(model, name, *of_images, model_kwargs, pretrained)
         self._pretrained = pretrained
         self.imported: dict[str, Any] | None = None
         """{"path", "kwargs"} that make a model of one's own again; None where it has a name or they are not known."""
@@ -195,8 +198,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
 
     def remember_model(self, model_kwargs: Mapping[str, Any]) -> None:
         """Have checkpoints name the class of a given model, if it makes the same model from these arguments."""
-        size = self._architecture["image_size"]
-        self.imported = import_path_of(self.model, self.num_classes, size, model_kwargs)
+        size, channels = self._architecture["image_size"], self._architecture.get("in_channels", 3)
+        self.imported = import_path_of(self.model, self.num_classes, size, model_kwargs, channels)
 
     def _remember_class(self) -> None:
         """Have checkpoints name a subclass with its arguments, where its model alone does not give its logits."""
@@ -204,17 +207,18 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         if kind is ImageClassifier:
             return
         known = self.imported or {"path": self.hparams.get("name"), "kwargs": self.hparams.get("model_kwargs")}
-        size = self._architecture["image_size"]
+        size, channels = self._architecture["image_size"], self._architecture.get("in_channels", 3)
         if known["path"] and kind.forward is ImageClassifier.forward:
             with contextlib.suppress(UserError), torch.random.fork_rng():
-                named = build_model(known["path"], self.num_classes, size, **(known["kwargs"] or {}))
+                kwargs = {"in_channels": channels, **(known["kwargs"] or {})}
+                named = build_model(known["path"], self.num_classes, size, **kwargs)
                 if not describe_misfits(named.state_dict(), self.model.state_dict()):
                     return
         taken = inspect.signature(kind).parameters
         takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
         given = {**self.hparams, "num_classes": self.num_classes, "image_size": size} | (self.init_args or {})
         init_args = {name: value for name, value in given.items() if takes_any or name in taken}
-        self.imported = import_path_of(self, self.num_classes, size, {"init_args": plain(init_args)})
+        self.imported = import_path_of(self, self.num_classes, size, {"init_args": plain(init_args)}, channels)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return raw logits of normalized images."""
@@ -242,7 +246,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     def on_fit_start(self) -> None:
         """Check the data, compile, and take from the data what training needs."""
         self.totals = TrainMetrics(self.device)  # a run resumed inside an epoch has no start of it
-        check_classes(self.trainer, self.num_classes)
+        check_classes(self.trainer, self.num_classes, self._architecture.get("in_channels", 3))
         self._remember_class()
         if self._is_to_compile:
             compile_model(self.model, self.device)

@@ -263,10 +263,10 @@ def _reflect(index: Int[Tensor, "*shape"], size: int) -> Int[Tensor, "*shape"]:
 
 
 def jitter(
-    images: Float[Tensor, "batch height width 3"],
+    images: Float[Tensor, "batch height width channels"],
     brightness: Float[Tensor, " batch"] | None,
     contrast: Float[Tensor, " batch"] | None,
-) -> Float[Tensor, "batch height width 3"]:
+) -> Float[Tensor, "batch height width channels"]:
     """Scale the brightness, then the contrast, of each image by its own factor, as torchvision's ColorJitter does.
 
     Contrast is the distance from the mean grey of the image (ITU-R 601); both results are clamped to 0-1.
@@ -274,8 +274,10 @@ def jitter(
     if brightness is not None:
         images = (images * brightness[:, None, None, None]).clamp(0, 1)
     if contrast is not None:
-        red, green, blue = images.unbind(-1)
-        luma = 0.2989 * red + 0.587 * green + 0.114 * blue  # torchvision's rgb_to_grayscale
+        luma = images[..., 0]
+        if images.shape[-1] == 3:
+            red, green, blue = images.unbind(-1)
+            luma = 0.2989 * red + 0.587 * green + 0.114 * blue  # torchvision's rgb_to_grayscale
         grey = luma.mean((1, 2))[:, None, None, None]
         images = (grey + (images - grey) * contrast[:, None, None, None]).clamp(0, 1)
     return images

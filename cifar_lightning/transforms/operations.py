@@ -1,7 +1,8 @@
 """Operations of augmentation policies on uint8 batches, with a magnitude per image.
 
 The operations, their order and their results are those of torchvision.transforms.v2 on uint8 tensors, value for value
-on a CPU; `apply_operation` states where they may differ. Images are uint8 RGB, 0-255, `(batch, height, width, 3)`.
+on a CPU; `apply_operation` states where they may differ. Images are uint8 `(batch, height, width, channels)`, 0-255,
+RGB or gray.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-Images = UInt8[Tensor, "batch height width 3"]
+Images = UInt8[Tensor, "batch height width channels"]
 Magnitudes = Float[Tensor, " batch"]
 
 OPERATIONS = (
@@ -165,6 +166,8 @@ def _brightness(images: Images, magnitudes: Magnitudes) -> Images:
 
 
 def _color(images: Images, magnitudes: Magnitudes) -> Images:
+    if images.shape[-1] == 1:
+        return images
     # In NCHW memory: with the channels last, the innermost loop of the blend has 3 steps.
     planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return _blend(planes, _grey(planes), magnitudes).permute(0, 2, 3, 1)
@@ -177,8 +180,10 @@ def _contrast(images: Images, magnitudes: Magnitudes) -> Images:
     return _blend(images.float(), mean, magnitudes)
 
 
-def _grey(planes: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 1 height width"]:
-    """Return the luma (ITU-R 601), rounded down."""
+def _grey(planes: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 1 height width"]:
+    """Return the luma (ITU-R 601), rounded down; of gray images, these."""
+    if planes.shape[1] == 1:
+        return planes
     red, green, blue = planes.unbind(1)
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()[:, None]
 

@@ -117,7 +117,7 @@ def test_yaml_that_jsonargparse_would_never_end_with_is_refused(parser, flag):
         (["--data={crop_padding_px: null}"], "--data.crop_padding_px: needs a value"),
         (["--model.model_kwargs={num_classes: 3}"], "num_classes cannot be set"),
         (["--model.model_kwargs={1: 2}"], "1 cannot be set"),
-        (["--model.model_kwargs={in_channels: 1}"], "in_channels cannot be set; images are RGB"),
+        (["--model.model_kwargs={in_channels: 1}"], "in_channels cannot be set here; --data.in_channels 1"),
         (
             ["--trainer.enable_checkpointing=false", "--checkpoint.every_n_minutes=5"],
             "--checkpoint.every_n_minutes with --trainer.enable_checkpointing false",

@@ -116,7 +116,7 @@ def test_timms_models_of_one_size_are_built_for_the_image_size(name):
 def test_images_are_rgb(name):
     if name.startswith("timm"):
         pytest.importorskip("timm")
-    with pytest.raises(UserError, match="in_chans cannot be set; images are RGB"):
+    with pytest.raises(UserError, match=r"in_chans cannot be set here; --data\.in_channels 1"):
         build_model(name, in_chans=1)
 
 
