@@ -23,14 +23,24 @@ if TYPE_CHECKING:
     from cifar_lightning.training.module import ImageClassifier as ImageClassifier
     from cifar_lightning.training.run_report import RunReport as RunReport
     from cifar_lightning.training.tensorboard import Dashboard as Dashboard
+    from cifar_lightning.transforms.photographs import GaussianBlur as GaussianBlur
+    from cifar_lightning.transforms.photographs import RandomAffine as RandomAffine
+    from cifar_lightning.transforms.photographs import RandomGrayscale as RandomGrayscale
+    from cifar_lightning.transforms.photographs import RandomResizedCrop as RandomResizedCrop
+    from cifar_lightning.transforms.photographs import RandomRotation as RandomRotation
     from cifar_lightning.transforms.transform import Transform as Transform
 
 _HOMES = {
     "Dashboard": "training.tensorboard",
+    "GaussianBlur": "transforms.photographs",
     "ImageClassifier": "training.module",
     "ImageDataModule": "data.datamodule",
     "Muon": "optim.muon",
     "Prediction": "inference.predict_images",
+    "RandomAffine": "transforms.photographs",
+    "RandomGrayscale": "transforms.photographs",
+    "RandomResizedCrop": "transforms.photographs",
+    "RandomRotation": "transforms.photographs",
     "Run": "python_api",
     "RunReport": "training.run_report",
     "SmallNet": "models.smallnet",

@@ -43,6 +43,7 @@ from cifar_lightning.training.precision import settle_precision
 from cifar_lightning.training.progress_bar import RunProgress
 from cifar_lightning.training.quiet_lightning import quiet
 from cifar_lightning.training.signals import StopSignals
+from cifar_lightning.transforms.pipeline import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,10 @@ class TrainingCLI(LightningCLI):
         if isinstance(model, ImageClassifier):
             _update(self.settings.model, {**model.hparams, **made_from(model)})
         if isinstance(data, ImageDataModule):
-            dataset = data.arguments["dataset"]
-            is_named = type(data) is ImageDataModule and isinstance(dataset, str)
-            _update(self.settings.data, {**data.arguments, "dataset": dataset if is_named else object_name(data)})
+            dataset, has_objects = data.arguments["dataset"], data.arguments["transforms"] != DEFAULT
+            is_named = type(data) is ImageDataModule and isinstance(dataset, str) and not has_objects
+            named = {"dataset": dataset if is_named else object_name(data), "transforms": DEFAULT}
+            _update(self.settings.data, {**data.arguments, **named})
 
     def _make_model(self, kind: type[ImageClassifier], **settings: Any) -> ImageClassifier:
         given = self._objects.model

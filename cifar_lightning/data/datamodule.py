@@ -22,6 +22,7 @@ from cifar_lightning.data.statistics import balanced_weights, channel_statistics
 from cifar_lightning.errors import UserError, remark
 from cifar_lightning.formatting import percent, plural, printable, reason_of
 from cifar_lightning.settings.limits import Count, ImageSize, Pixels, Strength, check_settings
+from cifar_lightning.transforms import photographs  # noqa: F401 - the command line finds them by name
 from cifar_lightning.transforms.augmentation import Augmentation, CropMode, FlipMode, normalize
 from cifar_lightning.transforms.pipeline import CHECKED_IMAGES, DEFAULT, Pipeline
 from cifar_lightning.transforms.policies import Policy
