@@ -135,7 +135,7 @@ class ImageDataModule(pl.LightningDataModule):
         super().__init__()
         self.arguments = arguments  # for config.yaml
         of_folder: dict[str, Any] = {"labels": labels, "resize": resize, "skip_unreadable": skip_unreadable}
-        if dataset == "folder":  # decodes to gray; images of others are converted
+        if isinstance(dataset, str) and dataset == "folder":  # decodes to gray; images of others are converted
             of_folder["in_channels"] = in_channels
         self.source = open_source(dataset, root, image_size, class_names, **of_folder)
         self.resize, self.in_channels = resize, in_channels
