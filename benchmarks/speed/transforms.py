@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -85,7 +86,7 @@ def in_workers(transform: Callable[[Tensor], Tensor], num: int) -> dict[str, Epo
     data = ImageDataModule("synthetic", batch_size=BATCH_SIZE, num_workers=2, transforms=listed, **shared)
     loader = data.train_dataloader()
     finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(data.mean or ()), list(data.std or ()))]
-    images, targets = next(iter(DataLoader(loader.dataset, batch_size=num)))
+    images, targets = torch.from_numpy(data.images("train", np.arange(num))), torch.zeros(num, dtype=torch.int64)
     peer = DataLoader(
         Images(images.permute(0, 3, 1, 2).contiguous(), targets, v2.Compose([transform, *finish])),
         BATCH_SIZE,
