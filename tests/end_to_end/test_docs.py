@@ -91,7 +91,11 @@ def checkout_with_a_run(parser, tmp_path, monkeypatch):
     run.best_checkpoint.touch()
     run.last_checkpoint.touch()
     run.config.write_text(config_text(parser, parser.parse_args([])), encoding="utf-8")
+    blocks = read_blocks(ROOT / "docs" / "extending.md")
+    own = next(block.text for block in blocks if "class ChannelShift" in block.text)
+    (tmp_path / "my_package.py").write_text(own, encoding="utf-8")  # what commands of the pages name
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     return run
 
 
