@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def percent(fraction: float | None, decimals: int = 1) -> str:
@@ -187,6 +188,16 @@ def suggest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str:
     suggested = words if isinstance(words, Mapping) else {each: each for each in words}
     near = difflib.get_close_matches(word, suggested, n=1, cutoff=cutoff)
     return f" Did you mean {suggested[near[0]]}?" if near else ""
+
+
+def object_text(setting: Any) -> str:
+    """Return a setting as text; of an object that is given by `class_path`, "torch.optim.SGD lr 0.1 momentum 0.9"."""
+    if not isinstance(setting, dict):
+        return str(setting)
+    given = setting.get("init_args")
+    pairs = given.items() if isinstance(given, dict) else ()
+    text = " ".join([str(setting.get("class_path")), *(f"{name} {value}" for name, value in pairs if value)])
+    return clipped(text, 200)
 
 
 def run_name(path: Path) -> str:

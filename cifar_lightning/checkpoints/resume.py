@@ -13,7 +13,7 @@ from cifar_lightning.checkpoints.loading import is_inside_epoch, progress_of
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import write_json
-from cifar_lightning.formatting import clipped, printable, shell_line
+from cifar_lightning.formatting import object_text, printable, shell_line
 from cifar_lightning.runs.contents import read_config, read_environment, read_split
 from cifar_lightning.runs.environment import describe_environment, portable
 from cifar_lightning.runs.folder import RunFolder, open_run
@@ -198,19 +198,11 @@ def find_changes(run: RunFolder, config_text: str) -> Changes:
     for key in changes:
         if key in FIXED:
             raise UserError(
-                f"--{key} {_words(changes[key][1])}: the checkpoint of {run.path} depends on "
-                f"{_words(changes[key][0])}.\n"
+                f"--{key} {object_text(changes[key][1])}: the checkpoint of {run.path} depends on "
+                f"{object_text(changes[key][0])}.\n"
                 f"Leave it out, or start a new run: fit --init_weights {shell_line(run.tested_checkpoint)}"
             )
     return changes
-
-
-def _words(setting: Any) -> str:
-    """Return a setting as text, of an object its class and what it is made from."""
-    if not isinstance(setting, dict):
-        return str(setting)
-    given = {name: value for name, value in (setting.get("init_args") or {}).items() if value not in (None, False)}
-    return clipped(f"{setting.get('class_path')} {given}", 200)
 
 
 def describe_changes(changes: Changes) -> list[str]:

@@ -3,9 +3,9 @@
 import argparse
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cifar_lightning.cli.configs import config_names
 from cifar_lightning.cli.flags import ALIASES, FRONT_ONLY, table
@@ -139,6 +139,18 @@ def training_help(name: str) -> str:
     return parser.format_help().rstrip()
 
 
+def group_help(group: str, rows: Mapping[str, dict[str, Any]]) -> str:
+    """Return what `--model.help` shows: the flags of a group, of the table or of a class of one's own."""
+    parser = QuickParser(f"fit --{group}.help", "", f"flags of --{group}")
+    for flag, row in rows.items():
+        if flag.startswith(f"{group}."):
+            default = row.get("default")
+            shown = f" (default: {str(default).lower() if isinstance(default, bool) else default})"
+            shown = "" if default is None else shown
+            parser.add_argument(f"--{flag}", metavar=_metavar(row), help=f"{row['help']}{shown}".replace("%", "%%"))
+    return parser.format_help().partition("\n\n")[2].rstrip()
+
+
 def _first_sentence(text: str) -> str:
     sentence = text.split(". ")[0].rstrip(".")
     return sentence[:1].lower() + sentence[1:] if sentence[1:2].islower() or sentence[1:2] == " " else sentence
@@ -147,7 +159,7 @@ def _first_sentence(text: str) -> str:
 def _metavar(row: dict[str, list[str]]) -> str:
     if row.get("choices") and "prefixes" not in row:
         return "|".join(row["choices"])
-    return {"int": "N", "float": "X", "bool": ""}.get(row["types"][0], "VALUE")
+    return {"int": "N", "float": "X", "bool": ""}.get((row["types"] or [""])[0], "VALUE")
 
 
 def completion(shell: str, quick: dict[str, list[str]]) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from cifar_lightning.cli.parser import (
     as_list,
     check_arguments,
     config_text,
+    describe_flags,
     table_text,
 )
 from cifar_lightning.cli.trainer_objects import check_kinds, drop_unserializable_defaults
@@ -78,8 +79,8 @@ class TrainingCLI(LightningCLI):
                 import_modules(config_tree(Path(flag.removeprefix("--config="))))
         own = own_classes(arguments)
         super().__init__(
-            _class_of("model", own, ImageClassifier, pl.LightningModule),
-            _class_of("data", own, ImageDataModule, pl.LightningDataModule),
+            _class_of("model", own.get("model")),
+            _class_of("data", own.get("data")),
             save_config_callback=None,
             seed_everything_default=0,
             trainer_defaults={"max_epochs": 100, "num_sanity_val_steps": 0, "enable_model_summary": False},
@@ -212,15 +213,26 @@ def made_from(model: ImageClassifier) -> dict[str, Any]:
     return {} if is_named else {"name": object_name(model if type(model) is not ImageClassifier else model.model)}
 
 
-def _class_of(group: str, own: Mapping[str, str], base: type, lightning_base: type) -> type:
-    """Import the class that takes the place of `base`, a subclass of it.
+_BASES = {"model": (ImageClassifier, pl.LightningModule), "data": (ImageDataModule, pl.LightningDataModule)}
+
+
+def class_rows(group: str, path: str) -> dict[str, dict[str, Any]]:
+    """Return the rows of `flags.table` for a class of one's own."""
+    parser = RunParser()
+    parser.add_lightning_class_args(_class_of(group, path), group)
+    return describe_flags(parser)
+
+
+def _class_of(group: str, path: str | None) -> Any:
+    """Import the class that makes the model or the data; None is ours.
 
     Raises:
-        UserError: It cannot be imported, or is none.
+        UserError: It cannot be imported, or is no subclass of ours.
     """
-    if group not in own:
+    base, lightning_base = _BASES[group]
+    if path is None:
         return base
-    made = import_object(own[group], f"--{group}")
+    made = import_object(path, f"--{group}")
     if isinstance(made, type) and issubclass(made, base):
         return made
     way_out = f"subclass cifar_lightning.{base.__name__}, whose arguments are the flags of --{group}"
@@ -229,7 +241,7 @@ def _class_of(group: str, own: Mapping[str, str], base: type, lightning_base: ty
             f"a {lightning_base.__name__} of another kind works with this package's classes and callbacks in a "
             f"lightning.Trainer: docs/python-api.md.\nOr {way_out}"
         )
-    raise UserError(f"--{group} {clipped(own[group])}: not a subclass of {base.__name__}; {way_out}.")
+    raise UserError(f"--{group} {clipped(path)}: not a subclass of {base.__name__}; {way_out}.")
 
 
 def fit_parser() -> LightningArgumentParser:

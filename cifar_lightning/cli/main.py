@@ -5,6 +5,7 @@ Help, quick commands and usage errors are handled without torch; training comman
 
 import argparse
 import io
+import itertools
 import logging
 import os
 import sys
@@ -14,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_lightning.cli.configs import find_config
-from cifar_lightning.cli.flags import NULL, check_config, flag_value, normalize_arguments, own_classes, table
-from cifar_lightning.cli.help import TRAINING, QuickParser, completion, overview, training_help
+from cifar_lightning.cli.flags import GROUPS, NULL, check_config, flag_value, normalize_arguments, own_classes, table
+from cifar_lightning.cli.help import TRAINING, QuickParser, completion, group_help, overview, training_help
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import expand_home
 from cifar_lightning.formatting import clipped, command_line, suggest
 from cifar_lightning.runs.environment import package_version
 from cifar_lightning.runs.folder import RunFolder, open_run
+from cifar_lightning.runs.schema import CLASS_GROUPS
 from cifar_lightning.settings.roles import NOT_WITH_OPTIMIZER, OF_OPTIMIZER
 
 # What `--resume` takes from the run, or what would start a new one.
@@ -88,6 +90,9 @@ def run_command(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(training_help(command))
         return 0
+    if shown := _group_help(arguments):
+        print(shown)
+        return 0
     return _run_training(command, arguments)
 
 
@@ -108,6 +113,21 @@ def _completion_script(arguments: Sequence[str]) -> str:
 
 
 # -- commands that go to LightningCLI --------------------------------------------------------------------------------
+
+
+def _group_help(arguments: Sequence[str]) -> str:
+    """Return the flags that `--model.help`, or `--data.help CLASS`, asks for; empty where none does."""
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
+        name, _, path = argument.removeprefix("--").partition("=")
+        group = name.removesuffix(".help")
+        if group != name and group in GROUPS:
+            path = path or ("" if following.startswith("--") else following)
+            if not path or group not in CLASS_GROUPS:
+                return group_help(group, table())
+            from cifar_lightning.cli.lightning_cli import class_rows  # imports torch
+
+            return group_help(group, class_rows(group, path))
+    return ""
 
 
 def _run_training(command: str, arguments: Sequence[str]) -> int:

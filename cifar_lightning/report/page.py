@@ -18,12 +18,12 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from cifar_lightning import formatting
-from cifar_lightning.formatting import percent, plural, printable, shell_line, unbroken
+from cifar_lightning.formatting import object_text, percent, plural, printable, shell_line, unbroken
 from cifar_lightning.report.charts import classes_figure, confidence_figure, curves_figure, reliability_figure
 from cifar_lightning.report.figures import MAX_CLASSES_WITH_NUMBERS, confusion_figure, figure_to_svg, themed
 from cifar_lightning.runs.ending import ending_text
 from cifar_lightning.runs.environment import inexact_resumes
-from cifar_lightning.settings.roles import READ_BY, augmentations, switched_on
+from cifar_lightning.settings.roles import OWN_OPTIMIZER, READ_BY, augmentations, switched_on
 
 TEMPLATES = Path(__file__).parent
 _FILTERS = ("percent", "span", "points", "points_span", "decimal", "count", "images", "pvalue", "duration")
@@ -128,15 +128,17 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     config, split, environment = run["config"], run["split"], run["environment"]
     model, data, trainer = (config.get(group) or {} for group in ("model", "data", "trainer"))
     lengths = [name for name in ("max_epochs", "max_steps") if trainer.get(name) != -1]
+    optimizer = [object_text(config[name]) for name in OWN_OPTIMIZER if config.get(name)]
     read = ("lr", *READ_BY.get(str(model.get("optimizer")), ()), "label_smoothing", "schedule", "tta")
+    read = ("label_smoothing", "tta") if optimizer else read
     changed = "with uncommitted changes" if environment.get("dirty") else None
     of_weights = switched_on(model, ("pct_start", "ema_decay", "pretrained"))
     of_data = switched_on(data, ("limit", "class_weights", "sampler"))
     mixes = switched_on(model, ("mixup", "cutmix"))
     num_resumed = len(environment.get("resumed") or [])
     facts: list[tuple[str, list[Any]]] = [
-        ("Model", [model.get("name"), model.get("model_kwargs")]),
-        ("Optimizer", [model.get("optimizer"), *_given(model, read), *of_weights]),
+        ("Model", [config.get("model_class"), model.get("name"), model.get("model_kwargs")]),
+        ("Optimizer", [*(optimizer or [str(model.get("optimizer") or "")]), *_given(model, read), *of_weights]),
         ("Training", [*_given(trainer, (*lengths, "precision")), *_given(data, ("batch_size",)), *of_data]),
         ("Augmentation", [*augmentations(data), *_given(data, ("train_sizes",)), *mixes]),
         ("Seeds", [f"training {config.get('seed_everything')}, split {split.get('seed')}"] if config else []),

@@ -56,7 +56,7 @@ def describe_run(run: RunFolder, known: dict[str, Any]) -> dict[str, str]:
     name = Path(str(data.get("root"))).name if kind == "folder" and data.get("root") else kind
     return {
         "name": run_name(run.path),
-        "model": str(model.get("name") or ""),
+        "model": str(model.get("name") or known["config"].get("model_class") or ""),
         "data": name,
         "command": command_of(known["environment"]),
     }

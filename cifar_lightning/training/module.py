@@ -216,9 +216,12 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
                     return
         taken = inspect.signature(kind).parameters
         takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
-        given = {**self.hparams, "num_classes": self.num_classes, "image_size": size} | (self.init_args or {})
-        init_args = {name: value for name, value in given.items() if takes_any or name in taken}
-        self.imported = import_path_of(self, self.num_classes, size, {"init_args": plain(init_args)}, channels)
+        given = dict(self.hparams if self.init_args is None else self.init_args)
+        for of_data in ({"num_classes": self.num_classes, "image_size": size}, {}):  # which it may set itself
+            init_args = {name: each for name, each in (given | of_data).items() if takes_any or name in taken}
+            self.imported = import_path_of(self, self.num_classes, size, {"init_args": plain(init_args)}, channels)
+            if self.imported is not None:
+                return
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return raw logits of normalized images."""

@@ -19,6 +19,7 @@ from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
 from cifar_lightning.training.module import Batch, ImageClassifier
 from cifar_lightning.training.nan_guard import check_losses
 from cifar_lightning.training.signals import Stopped
+from cifar_lightning.training.step_count import current_lr
 
 _REFRESH_S = 0.5  # on a GPU each refresh waits for the device once
 _PLAIN_LINE_S = 60.0  # without a terminal, in long epochs
@@ -239,6 +240,9 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
     a_step = plural(data.batch_size * trainer.accumulate_grad_batches, "image")
     length = f"{plural(module.total_steps(), 'step')} of {a_step}{ranks}"
     length = length if epochs is None else f"{plural(epochs, 'epoch')}, {length}"
+    rate = f"peak lr {module.optimizer_settings.lr:g}"
+    if not module.plans_schedule:
+        rate = f"{type(trainer.optimizers[0]).__name__}, lr {current_lr(trainer):g}"
     rows = [
         ("images", data.source.describe()),
         (
@@ -247,7 +251,7 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
         ),
         *zip(("classes", ""), data.describe_classes(), strict=False),
         ("model", f"{module.hparams['name'] or type(module.model).__name__}, {num_parameters:,} parameters"),
-        ("training", f"{length}, peak lr {module.optimizer_settings.lr:g}"),
+        ("training", f"{length}, {rate}"),
         ("hardware", f"{name}, precision {trainer.precision}"),
     ]
     last_size = data.train_sizes[min(epochs or len(data.train_sizes), len(data.train_sizes)) - 1]

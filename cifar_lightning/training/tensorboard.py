@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from cifar_lightning.data.sampler import Rank
-from cifar_lightning.formatting import percent
+from cifar_lightning.formatting import object_text, percent
 from cifar_lightning.metrics.calibration import softmax
 from cifar_lightning.metrics.classification import confusion_matrix, per_class
 from cifar_lightning.report.figures import confusion_figure, figure_to_array, images_figure
 from cifar_lightning.report.gallery import rank_images
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.settings.roles import augmentations
+from cifar_lightning.settings.roles import OWN_OPTIMIZER, augmentations
 from cifar_lightning.training.data_protocol import require_training_data, training_data
 from cifar_lightning.training.module import Batch
 from cifar_lightning.training.predictions import logits_of
@@ -253,15 +253,20 @@ def hyperparameters_of(config: Mapping[str, Any]) -> dict[str, bool | str | floa
     """
     model, data, trainer = (config.get(group) or {} for group in ("model", "data", "trainer"))
     of_model = ("label_smoothing", "lr", "optimizer", "pct_start", "schedule", "sgd_lr", "weight_decay")
+    own = {name: object_text(config[name]) for name in OWN_OPTIMIZER if config.get(name)}
+    if own:
+        given = config["optimizer"].get("init_args") or {}
+        model = {**model, "schedule": None, "lr": given.get("lr"), "weight_decay": given.get("weight_decay")}
     values = {
         "batch_size": data.get("batch_size"),
         "epochs": trainer.get("max_epochs"),
-        "model": model.get("name"),
+        "model": model.get("name") or config.get("model_class"),
         "dataset": data.get("dataset"),
         "precision": trainer.get("precision"),
         "random_augmentation": ", ".join(augmentations(data)) or None,
         "seed": config.get("seed_everything"),
         **{name: model.get(name) for name in of_model},
+        **own,
         **{name: model.get(name) or None for name in ("cutmix", "ema_decay", "mixup")},  # 0 is off
     }
     return {

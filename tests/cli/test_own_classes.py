@@ -12,9 +12,13 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.cli.flags import check_config, normalize_arguments
 from cifar_lightning.cli.lightning_cli import TrainingCLI, fit_parser
-from cifar_lightning.cli.main import training_arguments
+from cifar_lightning.cli.main import run_command, training_arguments
+from cifar_lightning.cli.parser import check_arguments
 from cifar_lightning.errors import UserError
+from cifar_lightning.report.page import facts_of
 from cifar_lightning.runs.schema import upgrade_config
+from cifar_lightning.training.model_checks import check_monitors
+from cifar_lightning.training.tensorboard import hyperparameters_of
 
 DATA = ["--data.dataset", "synthetic", "--data.image_size", "16"]
 
@@ -209,3 +213,71 @@ def test_what_cannot_work_is_refused_with_what_to_give(flags, words):
         command_line(*DATA, *flags).instantiate()
     assert [word for word in words if word not in str(refused.value)] == []
     assert len(str(refused.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--optimizer=RAdm"], ["--optimizer RAdm", "Did you mean RAdam?"]),
+        (["--optimizer=torch.optim.RAdm"], ["--optimizer torch.optim.RAdm", "Did you mean RAdam?"]),
+        (["--optimizer=SGD", "--optimizer.learning_rate=1"], ["learning_rate", "Did you mean lr?"]),
+        (["--optimizer={class_path: SGD, init_args: {momentun: 1}}"], ["momentun", "Did you mean momentum?"]),
+        (["--optimizer=SGD", "--lr_scheduler=StepLR"], ["StepLR: required: step_size."]),
+        (["--optimizer=SGD", "--lr_scheduler=ReduceLROnPlateau"], ["ReduceLROnPlateau: required: monitor."]),
+        (["--trainer.profiler=SimpleProfiler", "--trainer.profiler.dir_path=x"], ["Did you mean dirpath?"]),
+    ],
+)
+def test_a_misspelt_class_or_argument_gets_the_nearest_one(parser, flags, words):
+    with pytest.raises(UserError) as refused:
+        parser.parse_args(flags)
+    assert [word for word in words if word not in str(refused.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr_scheduler=StepLR", "--lr_scheduler.step_size=3"], ["--lr_scheduler", "--optimizer"]),
+        (["--optimizer=SGD", "--model.pct_start=0.2"], ["--model.pct_start 0.2", "--optimizer torch.optim.SGD"]),
+        (
+            ["--optimizer=SGD", "--lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau"],
+            ["--lr_scheduler.monitor val/loss"],
+        ),
+    ],
+)
+def test_settings_that_do_not_go_with_an_optimizer_are_refused_also_from_a_config(parser, flags, words):
+    parsed = parser.parse_args(flags)
+    with pytest.raises(UserError) as refused:
+        check_arguments("fit", parsed, parser.get_defaults())
+    assert [word for word in words if word not in str(refused.value)] == []
+
+
+def test_what_a_schedule_monitors_is_checked_before_training():
+    check_monitors([], validates=True, plateau="val/loss")
+    check_monitors([], validates=True, module=Narrow(), plateau="val/f2")  # may log it
+    for validates, monitor in ((True, "val/los"), (False, "val/loss")):
+        with pytest.raises(UserError, match=rf"--lr_scheduler: monitors {monitor}"):
+            check_monitors([], validates=validates, plateau=monitor)
+
+
+@pytest.mark.parametrize(
+    ("asked", "shown"),
+    [(["--model.help"], "--model.lr X"), (["--model.help", MINE], "--model.my_argument N")],
+)
+def test_the_flags_of_a_group_and_of_a_class_are_shown(capsys, asked, shown):
+    assert run_command(["fit", *asked]) == 0
+    assert shown in capsys.readouterr().out
+
+
+def test_report_and_board_name_the_optimizer_and_schedule_that_were_used():
+    config = {
+        "model": {"optimizer": "adamw", "lr": 0.003, "schedule": "one_cycle", "tta": "none"},
+        "model_class": "my.Classifier",
+        "optimizer": {"class_path": "torch.optim.RAdam", "init_args": {"lr": 0.25, "foreach": None}},
+        "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 3}},
+    }
+    facts = dict(facts_of({"config": config, "split": {}, "environment": {}}))
+    assert facts["Model"] == "my.Classifier"
+    assert facts["Optimizer"] == "torch.optim.RAdam lr 0.25, torch.optim.lr_scheduler.StepLR step_size 3, tta none"
+    board = hyperparameters_of(config)
+    assert (board["optimizer"], board["lr"]) == ("torch.optim.RAdam lr 0.25", 0.25)
+    assert "schedule" not in board

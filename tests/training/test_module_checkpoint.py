@@ -13,7 +13,9 @@ from benchmarks.faults.judge import differences
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.checkpoints.loading import read_checkpoint
 from cifar_lightning.checkpoints.schema import DATA_STATE
+from cifar_lightning.inference.trained_model import load_trained_model
 from cifar_lightning.models.registry import build_model
+from cifar_lightning.transforms.augmentation import normalize
 
 NARROW = {"widths": [4, 8, 8], "dropout": 0.0}
 ADAMW = {"optimizer": "adamw", "lr": 0.01, "model_kwargs": NARROW}
@@ -252,3 +254,61 @@ def test_the_state_of_a_data_module_of_any_class_is_found(tmp_path):
     trainer.save_checkpoint(tmp_path / "mine.ckpt")
     assert DATA_STATE not in torch.load(tmp_path / "mine.ckpt", weights_only=True)
     assert read_checkpoint(tmp_path / "mine.ckpt")[DATA_STATE]["image_size"] == 16
+    fresh = ImageDataModule("synthetic", image_size=16)
+    fresh.prepare_data()
+    fresh.setup()
+    fresh.use_normalization((0.0,) * 3, (1.0,) * 3)
+    quiet_trainer(tmp_path, limit_test_batches=1).test(
+        ImageClassifier(image_size=16, model_kwargs=NARROW), fresh, ckpt_path=tmp_path / "mine.ckpt", weights_only=True
+    )
+    assert fresh.mean == trainer.datamodule.mean
+
+
+class Scaled(ImageClassifier):
+    """Its logits are not those of its model alone."""
+
+    def __init__(self, power=1.0, **kwargs):
+        super().__init__(image_size=16, model_kwargs=NARROW, **kwargs)
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+        self.power = power
+
+    def forward(self, images):
+        return self.scale**self.power * super().forward(images)
+
+
+class OwnStep(ImageClassifier):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * 2
+
+
+class Replaced(ImageClassifier):
+    def __init__(self, width=2, num_classes=10):
+        super().__init__(num_classes=num_classes, image_size=16)
+        self.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, num_classes))
+
+
+@pytest.mark.parametrize(
+    ("module", "init_args"),
+    [
+        (Scaled(power=3.0), {"power": 3.0}),
+        (Replaced(width=5), {"width": 5}),
+        (OwnStep(image_size=16, model_kwargs=NARROW), None),  # made by its model's name
+    ],
+    ids=["forward", "another model", "training_step"],
+)
+def test_a_checkpoint_names_a_subclass_where_its_model_alone_has_other_logits(tmp_path, module, init_args):
+    module.init_args = init_args  # here, jaxtyping's wrappers hide them from `save_hyperparameters`
+    run, trainer = fit_run(tmp_path, module=module, epochs=1, trainer={"limit_train_batches": 1})
+    if init_args is None:
+        assert module.imported is None
+    else:
+        assert module.imported["path"] == f"{__name__}:{type(module).__qualname__}"
+        assert module.imported["kwargs"]["init_args"].items() >= init_args.items()
+    trained = load_trained_model(run, trust_code=True)
+    images = trainer.datamodule.images("test", np.arange(4))
+    with torch.inference_mode():
+        normalized = normalize(torch.from_numpy(images), mean=torch.tensor(trained.mean), std=torch.tensor(trained.std))
+        torch.testing.assert_close(trained.logits(torch.from_numpy(images)), module.eval()(normalized))
+    if init_args is not None:
+        with pytest.raises(UserError, match="--trust_code true"):
+            load_trained_model(run)
