@@ -192,7 +192,7 @@ def suggest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str:
 
 def object_text(setting: Any) -> str:
     """Return a setting as text; of an object that is given by `class_path`, "torch.optim.SGD lr 0.1 momentum 0.9"."""
-    if not isinstance(setting, dict):
+    if not isinstance(setting, dict) or "class_path" not in setting:
         return str(setting)
     given = setting.get("init_args")
     pairs = given.items() if isinstance(given, dict) else ()

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from cifar_lightning.data.image_decoding import Resize
+from cifar_lightning.models.memory_format import MemoryFormat
 from cifar_lightning.runs.contents import FromZero, check_schema
 from cifar_lightning.runs.schema import SCHEMA_VERSION, upgrade_model_settings
 from cifar_lightning.settings.limits import ImageSize
@@ -33,7 +34,7 @@ class _Hyperparameters(_Schema):
     model_kwargs: dict[str, Any] | None = None
     imported: _Imported | None = None
     tta: str = "none"
-    memory_format: str = "channels_last"
+    memory_format: MemoryFormat = "channels_last"
 
 
 class _DataState(_Schema):
@@ -47,6 +48,8 @@ class _DataState(_Schema):
     def _check_lengths(self) -> Self:
         if len(self.mean) != len(self.std):
             raise ValueError("mean and std of different lengths")
+        if len(set(self.class_names)) < len(self.class_names):
+            raise ValueError("equal class names")
         return self
 
 

@@ -52,6 +52,8 @@ WRONG = [
     ("ImageDataModule.image_size", "16"),
     ("ImageDataModule.class_names", []),
     ("ImageDataModule.class_names", [1, 2]),
+    ("ImageDataModule.class_names", ["ant"] * 10),
+    ("hyper_parameters.memory_format", "nhwc"),
     ("ImageDataModule", None),
     ("hyper_parameters.name", 5),
     ("hyper_parameters.model_kwargs", [4]),

@@ -215,7 +215,7 @@ def test_the_lines_and_recipes_are_valid_before_they_are_mutated(place, quick):
         status, err = run_in_process(place, arguments)
         assert (status, err) == (0, "") or (arguments[0] == "download" and "no network" in err)
     for path in sorted((REPO / "configs").glob("*.yaml")):
-        other_images = [*TINY[:6], "--data.train_sizes", "null"]
+        other_images = [*TINY[:6], "--data.train_sizes", "null", "--model.pretrained", "false"]  # no download
         assert run_in_process(place, ["fit", "--config", str(path), *other_images, "--run_dir", "out"]) == (0, "")
 
 

@@ -7,8 +7,15 @@ from program import TINY, start
 from cifar_lightning.formatting import markdown
 from cifar_lightning.report.model_card import NAME, write_model_card
 
-CARD = {"file": "model.onnx", "format": "onnx", "class_names": ["ant", "bee|2"], "image_size": 32, "epoch": 3}
-CARD |= {"checkpoint_sha256": "c0de", "tta": "none", "images": "RGB, uint8 0-255", "outputs": ["logits", "probs"]}
+CARD = {"file": "model.onnx", "format": "onnx", "class_names": ["ant", "bee|2"], "image_size": 32, "in_channels": 3}
+CARD |= {
+    "epoch": 3,
+    "resize": "crop",
+    "checkpoint_sha256": "c0de",
+    "tta": "none",
+    "images": "RGB, uint8 0-255",
+    "outputs": ["logits", "probs"],
+}
 
 
 @pytest.fixture
