@@ -1,6 +1,7 @@
 """TrainingCLI: LightningCLI that parses a command line and instantiates the model and the data, and runs nothing."""
 
 import contextlib
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instantiate_class
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.checkpoints.loading import plain
@@ -30,10 +33,11 @@ from cifar_lightning.cli.parser import (
 from cifar_lightning.cli.trainer_objects import check_kinds, drop_unserializable_defaults
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.memory import keep_freed_memory
-from cifar_lightning.errors import UserError
+from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.formatting import clipped, program
 from cifar_lightning.models.registry import DEFAULT_MODEL
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.runs.schema import CLASS_GROUPS
 from cifar_lightning.settings.import_path import add_working_directory, import_modules, import_object
 from cifar_lightning.settings.roles import OWN_OPTIMIZER
 from cifar_lightning.training.error_messages import cause_of, explained, of_settings, of_users_objects
@@ -159,7 +163,8 @@ class TrainingCLI(LightningCLI):
         if self._objects != PythonObjects():
             self._parser(self.subcommand).add_instantiator(self._make_model, ImageClassifier)
             self._parser(self.subcommand).add_instantiator(self._make_data, ImageDataModule)
-        with of_users_objects():
+        own = [f"--{group} {path}" for group in CLASS_GROUPS if (path := self.settings.get(f"{group}_class"))]
+        with _of_classes(own), of_users_objects():
             made = self.parser.instantiate_classes(self.config)[self.subcommand]
         if given := self.settings.model.get("model"):
             made.model.remember_model(dict(given.get("init_args") or {}))
@@ -182,6 +187,7 @@ class TrainingCLI(LightningCLI):
             if made.model.plans_schedule:  # it warns of every `configure_optimizers`, also of that which is meant
                 warnings.filterwarnings("ignore", ".*will be overridden.*")
             try:
+                _try_optimizer(made)
                 self._add_configure_optimizers_method_to_model(self.subcommand)
             except Exception as error:  # a class of the user's raises anything
                 flags = [f"--{name} {made[name].class_path}" for name in OWN_OPTIMIZER if made[name]]
@@ -211,6 +217,39 @@ def made_from(model: ImageClassifier) -> dict[str, Any]:
         return {"name": imported["path"], "model_kwargs": imported["kwargs"] or None}
     is_named = type(model) is ImageClassifier and model.hparams["name"]
     return {} if is_named else {"name": object_name(model if type(model) is not ImageClassifier else model.model)}
+
+
+@contextlib.contextmanager
+def _of_classes(flags: Sequence[str]) -> Iterator[None]:
+    """Raise as `UserError` what the constructor of a class of one's own raises, with its line."""
+    try:
+        yield
+    except (OSError, RunError, UserError):
+        raise
+    except Exception as error:  # a class of the user's raises anything
+        if not flags:
+            raise
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(f"{' with '.join(flags)}: {cause_of(error)} ({line.filename}:{line.lineno}).") from error
+
+
+def _try_optimizer(made: Namespace) -> None:
+    """Make a step of --optimizer and of --lr_scheduler: what fails in it would fail in a run."""
+    if not made.optimizer:
+        return
+    weight = nn.Parameter(torch.ones(2, 2))
+
+    def closure() -> torch.Tensor:
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer = instantiate_class([weight], made.optimizer.as_dict())
+    scheduler = instantiate_class(optimizer, made.lr_scheduler.as_dict()) if made.lr_scheduler else None
+    closure()
+    optimizer.step(closure)
+    if scheduler is not None:
+        scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
 
 
 _BASES = {"model": (ImageClassifier, pl.LightningModule), "data": (ImageDataModule, pl.LightningDataModule)}

@@ -30,8 +30,10 @@ def upgrade_config(config: Any) -> Any:
         settings = config.get(group)
         if isinstance(settings, dict) and "class_path" in settings:
             given = dict(settings)
-            upgraded[f"{group}_class"] = given.pop("class_path")
-            upgraded[group] = (given.pop("init_args", None) or {}) | given
+            init_args = given.pop("init_args", None) or {}
+            if isinstance(init_args, dict):  # others are left to the parser, which refuses them
+                upgraded[f"{group}_class"] = given.pop("class_path")
+                upgraded[group] = init_args | given
         elif is_import_path(settings) and not str(settings).endswith((".yaml", ".yml", ".json")):
             upgraded[f"{group}_class"] = upgraded.pop(group)
     if isinstance(upgraded.get("model"), dict):

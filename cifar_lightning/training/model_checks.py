@@ -74,7 +74,9 @@ def check_batches(trainer: pl.Trainer, model: nn.Module) -> None:
 
 
 def check_optimizers(optimizers: Sequence[optim.Optimizer], model: nn.Module) -> None:
-    """Raise if an optimizer flattens weights that are not contiguous, as LBFGS does in its first step."""
+    """Raise if there is no optimizer, or one that flattens weights that are not contiguous, as LBFGS does."""
+    if not any(optimizer.param_groups for optimizer in optimizers):  # Lightning's stand-in has none
+        raise UserError("configure_optimizers returns no optimizer; return one, for all parameters.")
     flattens = any(isinstance(optimizer, optim.LBFGS) for optimizer in optimizers)
     if flattens and not all(parameter.is_contiguous() for parameter in model.parameters()):
         raise UserError(

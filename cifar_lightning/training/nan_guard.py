@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, distributed
 
-from cifar_lightning.errors import RunError
+from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.optim.muon import Muon
 
 _NEVER = torch.iinfo(torch.int64).max
@@ -44,6 +44,13 @@ class NanGuard(pl.Callback):
             optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]  # GradScaler sets it likewise
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Test the loss.
+
+        Raises:
+            UserError: It is not one number.
+        """
+        if loss.numel() != 1:
+            raise UserError(f"training_step returns a loss of shape {tuple(loss.shape)}; return its mean, one number.")
         self.watch(loss, trainer.global_step, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,5 +1,6 @@
 """Classes of one's own on the command line: --model, --data, --optimizer and --lr_scheduler."""
 
+import abc
 import re
 import sys
 
@@ -249,6 +250,53 @@ def test_settings_that_do_not_go_with_an_optimizer_are_refused_also_from_a_confi
     with pytest.raises(UserError) as refused:
         check_arguments("fit", parsed, parser.get_defaults())
     assert [word for word in words if word not in str(refused.value)] == []
+
+
+class Abstract(ImageClassifier, abc.ABC):
+    @abc.abstractmethod
+    def penalty(self): ...
+
+
+class NotBegun(ImageClassifier):
+    def __init__(self, lr: float = 0.1):
+        self.layer = torch.nn.Linear(2, 2)
+
+
+class Raises(ImageDataModule):
+    def __init__(self, dataset: str = "synthetic"):
+        raise KeyError("photos")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", f"{__name__}.Abstract"], ["Abstract", "penalty"]),
+        (["--model", f"{__name__}.NotBegun"], ["NotBegun", "__init__"]),
+        (["--data", f"{__name__}.Raises"], ["Raises", "KeyError: 'photos'", f"{__file__}:"]),
+        (["--optimizer", "SparseAdam"], ["--optimizer torch.optim.SparseAdam", "dense gradients"]),
+        (
+            ["--optimizer", "SGD", "--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "0"],
+            ["StepLR", "ZeroDivision"],
+        ),
+        (
+            ["--optimizer", "SGD", "--lr_scheduler", "CosineAnnealingLR", "--lr_scheduler.T_max", "0"],
+            ["--lr_scheduler torch.optim.lr_scheduler.CosineAnnealingLR", "ZeroDivision"],
+        ),
+    ],
+)
+def test_what_fails_when_it_is_made_or_in_its_first_step_is_refused_before_a_run_is_made(flags, words):
+    data = DATA if "--data" not in flags else []
+    with pytest.raises(UserError) as refused:
+        command_line(*data, *flags).instantiate()
+    assert [word for word in words if word not in str(refused.value)] == []
+
+
+@pytest.mark.parametrize("init_args", [5, [1], "x"])
+def test_init_args_that_are_no_arguments_are_refused(init_args, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text(yaml.safe_dump({"model": {"class_path": MINE, "init_args": init_args}}))
+    with pytest.raises(UserError):
+        command_line("--config", str(config), *DATA)
 
 
 def test_what_a_schedule_monitors_is_checked_before_training():

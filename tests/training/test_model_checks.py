@@ -34,6 +34,28 @@ def test_what_is_no_logits_is_described(logits, message):
         check_logits(logits, 2, 4)
 
 
+class NoOptimizer(ImageClassifier):
+    def configure_optimizers(self):
+        return None
+
+
+class VectorLoss(ImageClassifier):
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        return nn.functional.cross_entropy(self(images), labels, reduction="none")
+
+
+@pytest.mark.filterwarnings("ignore:.*will run with no optimizer")
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(NoOptimizer, "returns no optimizer"), (VectorLoss, r"a loss of shape \(\d+,\)")],
+)
+def test_a_subclass_without_an_optimizer_or_with_several_losses_ends_in_a_sentence(kind, message, tmp_path):
+    data = small_data()
+    with pytest.raises(UserError, match=message):
+        quiet_trainer(tmp_path, max_epochs=1).fit(kind(image_size=16, model_kwargs={"widths": [2, 2]}), datamodule=data)
+
+
 @pytest.mark.parametrize(
     ("num_outputs", "num_classes", "message"),
     [(7, 10, r"returns \(\d+, 7\) for \d+ images of 10 classes"), (4, 4, "num_classes 4: the data has 10 classes")],
