@@ -143,17 +143,18 @@ def _peak_mb(trial: Trial, data: Path, name: str) -> float:
 
     def sample() -> bool:
         nonlocal most
-        pages = 0
+        kilobytes = 0
         for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended
+            with suppress(OSError, IndexError):  # it has ended
                 if os.getpgid(int(folder.name)) == process.pid:
-                    pages += int((folder / "statm").read_text().split()[1])
-        most = max(most, pages)
+                    # Pages that forked workers have in common count once.
+                    kilobytes += int((folder / "smaps_rollup").read_text().split("Pss:")[1].split()[0])
+        most = max(most, kilobytes)
         return False
 
     wait_for(sample, process)
     trial.worked(name, trial.bench.wait(process))
-    return most * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return most * 1024 / 1e6
 
 
 @row(43, "an image that holds a program's language: EPS in IPTC")
