@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from cifar_lightning.errors import remark
 from cifar_lightning.files import MetricsTable, write_json, write_text_durably
 from cifar_lightning.runs.contents import read_environment
 from cifar_lightning.runs.ending import write_ending
@@ -98,7 +99,7 @@ class RunRecorder(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the clock of an epoch that is resumed in its middle; otherwise the epoch's start resets it."""
-        self._is_training = True
+        self._is_training, self._first_step = True, trainer.global_step
         if self._loaded is None:
             return
         self._start_clock(self._loaded.get("clock", {"elapsed_s": math.nan, "validation_s": math.nan}))
@@ -106,7 +107,7 @@ class RunRecorder(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
-        self.has_begun = True
+        self.has_begun, self._first_step = True, trainer.global_step
         self._start_clock()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -148,8 +149,14 @@ class RunRecorder(pl.Callback):
         clock, own_s = self.clock(), time.perf_counter() - self._started_s - self._validation_s
         check_losses(trainer)
         train = pl_module.epoch_metrics()  # collective: all ranks
-        if not trainer.is_global_zero or pl_module.totals.num_images == 0:  # resumed at the epoch's very end
-            return
+        is_counted = pl_module.totals.num_images > 0
+        if not trainer.is_global_zero or not (is_counted or trainer.global_step > self._first_step):
+            return  # resumed at the epoch's very end
+        if not is_counted and trainer.current_epoch == 0:
+            remark(
+                "remark: train/loss and train/acc are not known (nan): training_step does not add to them; add them by "
+                "self.totals.add(loss, logits, labels), or call super().training_step."
+            )
         row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step, **train}
         if require_training_data(trainer).num_images("val"):
             row |= {name: self._val_metrics.get(name, math.nan) for name in validated_by(pl_module)}

@@ -1,6 +1,7 @@
 """What a run leaves behind, and early stopping that lets OneCycle finish."""
 
 import json
+import math
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -162,6 +163,20 @@ def test_the_recorder_writes_what_was_logged(tmp_path, folder):
     environment = json.loads(folder.environment.read_text())
     assert (environment["device"], environment["precision"], environment["num_devices"]) == ("cpu", "32-true", 1)
     assert json.loads(folder.split.read_text())["sizes"] == {"train": 450, "val": 50, "test": 1000}
+
+
+def test_a_training_step_that_counts_nothing_has_rows_with_the_validation_and_is_remarked(tmp_path, folder, capsys):
+    class Own(ImageClassifier):
+        def training_step(self, batch, batch_idx):
+            return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    run = fit(tmp_path, [RunRecorder(folder)], module=Own(image_size=16, model_kwargs=NARROW))
+    rows = MetricsTable(folder.metrics_csv).read()
+    assert [row["step"] for row in rows] == [5, 10]
+    assert rows[-1]["val/loss"] == pytest.approx(float(run.callback_metrics["val/loss"]), rel=1e-6)
+    assert math.isnan(rows[-1].get("train/loss", math.nan))
+    assert len(MetricsTable(folder.timing_csv).read()) == 2
+    assert capsys.readouterr().out.count("self.totals.add") == 1
 
 
 def test_a_changed_config_is_written_once_all_processes_have_begun(tmp_path, folder):
