@@ -1,6 +1,6 @@
 """Every command on runs with data, transforms, models, losses, optimizers and classes of one's own.
 
-    python -m benchmarks.faults.own_code --python /tmp/env/bin/python --json benchmarks/results/own_code.json
+    python -m benchmarks.faults.own_code --python ENV/bin/python --json benchmarks/results/own_code.json
 
 A row is one thing of one's own, given to `fit` on the command line; a column is what must work with it:
 

@@ -20,6 +20,7 @@ from benchmarks.faults.images import (
     small_set,
 )
 from benchmarks.faults.judge import Done, load
+from benchmarks.speed.process_memory import memory_of
 
 _SETTINGS = {"epochs": 1, "batch_size": 18, "workers": 0}
 _MORE_MB = 300  # of memory for images of a million pixels: 24 MB as RGB, and room for chance
@@ -139,22 +140,18 @@ def _peak_mb(trial: Trial, data: Path, name: str) -> float:
     process = trial.bench.start(
         trial.subject.fit(data, trial.place / name, **_SETTINGS), cwd=trial.place / f"in_{name}"
     )
-    most = 0
+    most = 0.0
 
     def sample() -> bool:
         nonlocal most
-        kilobytes = 0
-        for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError, IndexError):  # it has ended
-                if os.getpgid(int(folder.name)) == process.pid:
-                    # Pages that forked workers have in common count once.
-                    kilobytes += int((folder / "smaps_rollup").read_text().split("Pss:")[1].split()[0])
-        most = max(most, kilobytes)
+        with suppress(OSError):  # one has ended
+            pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+            most = max(most, memory_of([pid for pid in pids if os.getpgid(pid) == process.pid]).total_mb)
         return False
 
     wait_for(sample, process)
     trial.worked(name, trial.bench.wait(process))
-    return most * 1024 / 1e6
+    return most
 
 
 @row(43, "an image that holds a program's language: EPS in IPTC")

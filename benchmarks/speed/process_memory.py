@@ -1,6 +1,5 @@
 """Memory of a process and its workers, from Linux's /proc."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,10 @@ class Memory:
         return self.total_mb - self.mapped_mb
 
 
-def memory_of(workers: Sequence[int]) -> Memory:
-    """Return the memory of this process and some others."""
+def memory_of(pids: Sequence[int]) -> Memory:
+    """Return the memory of some processes by their ids; `OSError` if one has ended."""
     sums = {"Pss": 0, "Pss_File": 0}
-    for pid in (os.getpid(), *workers):
+    for pid in pids:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]:
             name, kilobytes = line.split()[:2]
             if (key := name.rstrip(":")) in sums:

@@ -18,6 +18,7 @@ import argparse
 import itertools
 import math
 import multiprocessing
+import os
 import shutil
 import statistics
 import sys
@@ -122,7 +123,7 @@ def watch(way: Way, epochs: int) -> tuple[list[Memory], float]:
         next(way.batches)
         if number % every == 0 and IS_KNOWN:
             sampled = time.perf_counter()
-            samples.append(memory_of(way.workers))
+            samples.append(memory_of([os.getpid(), *way.workers]))
             sampling_s += time.perf_counter() - sampled
     return samples, total / (time.perf_counter() - began - sampling_s)
 
