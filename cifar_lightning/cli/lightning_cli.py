@@ -1,7 +1,6 @@
 """TrainingCLI: LightningCLI that parses a command line and instantiates the model and the data, and runs nothing."""
 
 import contextlib
-import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from cifar_lightning.cli.trainer_objects import check_kinds, drop_unserializable
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.memory import keep_freed_memory
 from cifar_lightning.errors import RunError, UserError
-from cifar_lightning.formatting import clipped, program
+from cifar_lightning.formatting import clipped, program, raised_by
 from cifar_lightning.models.registry import DEFAULT_MODEL
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.runs.schema import CLASS_GROUPS
@@ -229,8 +228,7 @@ def _of_classes(flags: Sequence[str]) -> Iterator[None]:
     except Exception as error:  # a class of the user's raises anything
         if not flags:
             raise
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"{' with '.join(flags)}: {cause_of(error)} ({line.filename}:{line.lineno}).") from error
+        raise UserError(f"{' with '.join(flags)}: cannot be made ({raised_by(error)}).") from error
 
 
 def _try_optimizer(made: Namespace) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, StackDataset, Subset, TensorDataset
 
 from cifar_lightning.data.image_decoding import Resize, choose_image_size, open_image, square_of
-from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, digest
+from cifar_lightning.data.image_set import SPLIT_OF_WORD, SPLITS, ImageSet, Split, digest
 from cifar_lightning.data.loaders import leave_signals_to_parent
 from cifar_lightning.data.memory import free_host_bytes, usable_cpus
 from cifar_lightning.data.progress import progress
@@ -30,7 +30,6 @@ from cifar_lightning.formatting import clipped, printable, raised_by
 
 # Keys of samples that are dicts; the first one that is there.
 _IMAGE_KEYS, _LABEL_KEYS = ("image", "img", "pixel_values"), ("label", "labels", "fine_label", "target")
-_SPLIT_NAMES: dict[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _CHANNELS = (1, 3, 4)
 _NUM_PROBES = 32  # samples that decide the image size and are read twice; a random flip escapes in 1 of 2^32
 _SERIAL_S = 3.0  # of reading; starting worker processes pays above it
@@ -141,9 +140,9 @@ def _splits_of(given: Any, name: str) -> Iterator[tuple[Split, Any]]:
     if isinstance(given, Mapping):
         if "train" not in given:
             raise UserError(f"--data.dataset {name}: no train among its splits {clipped(', '.join(map(str, given)))}.")
-        if unused := [str(key) for key in given if key not in _SPLIT_NAMES]:
+        if unused := [str(key) for key in given if key not in SPLIT_OF_WORD]:
             remark(f"{name}: only train, validation and test are used, not {clipped(', '.join(unused))}")
-        yield from ((_SPLIT_NAMES[key], each) for key, each in given.items() if key in _SPLIT_NAMES)
+        yield from ((SPLIT_OF_WORD[key], each) for key, each in given.items() if key in SPLIT_OF_WORD)
     elif isinstance(given, tuple | list) and len(given) in (2, 3) and not _is_array(given[0]):
         splits: tuple[Split, ...] = ("train", "test") if len(given) == 2 else SPLITS
         for split, each in zip(splits, given, strict=True):

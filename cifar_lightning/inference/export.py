@@ -219,19 +219,15 @@ _WRITERS: dict[str, Callable[[ExportedModel, TrainedModel, Path, str], Exported]
 
 
 def _example(trained: TrainedModel, input: str) -> Tensor:
-    size = (
-        2,
-        trained.in_channels,
-        trained.image_size,
-        trained.image_size,
-    )  # two: a batch of one would be traced as a constant
+    num_images = 2  # a batch of one would be traced as a constant
+    size = (num_images, trained.in_channels, trained.image_size, trained.image_size)
     return torch.zeros(size, dtype=torch.uint8 if input == "uint8" else torch.float32)
 
 
 # -- parity ----------------------------------------------------------------------------------------------------------
 
 
-def images_to_check(run: RunFolder, image_size: int, in_channels: int = 3) -> tuple[Images, str]:
+def images_to_check(run: RunFolder, image_size: int, in_channels: int) -> tuple[Images, str]:
     """Return `NUM_CHECKED` images (NCHW, 0-255), of the run's gallery and then random ones, and a description."""
     saved = np.empty((0, image_size, image_size, in_channels), np.uint8)
     if run.gallery.is_file():
