@@ -61,8 +61,8 @@ def fit(
 ) -> "Run":
     """Train a model, test its best checkpoint and write its run folder, as the command `fit` does.
 
-    Nothing of the process stays changed but the global seed. Ctrl-C ends the epoch's batch, saves a checkpoint and
-    raises `KeyboardInterrupt`; `fit(resume=RUN)` continues.
+    Nothing of the process stays changed but the global seed, and that glibc keeps freed memory for reuse. Ctrl-C ends
+    the step, saves a checkpoint and raises `KeyboardInterrupt`; `fit(resume=RUN)` continues.
 
     Args:
         model: A name or package.module:name, as --model.name; an nn.Module that returns raw logits; or an
@@ -277,7 +277,8 @@ def _text(name: str, value: Any) -> str:
         text: str = yaml.safe_dump(value, default_flow_style=True, width=2**31, allow_unicode=True)
     except yaml.YAMLError as error:
         raise UserError(
-            f"{name}: a {type(value).__name__}; give plain values, or an object by class_path and init_args."
+            f"{name}: a {type(value).__name__}; a setting is a plain value. Give objects by callbacks=[...], or to an "
+            "ImageClassifier or ImageDataModule that fit gets as model= or data=."
         ) from error
     return text.removesuffix("...\n").strip()
 

@@ -204,7 +204,7 @@ def test_what_is_no_run_or_has_no_checkpoint_says_so(run, tmp_path):
         opened.test()
     made.predictions.write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"predictions\.npz: damaged"):
-        opened.predictions  # noqa: B018
+        opened.predictions  # noqa: B018 - a property that reads the file
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,10 @@ def test_what_is_no_run_or_has_no_checkpoint_says_so(run, tmp_path):
         ({"model": pl.LightningModule()}, "model: a LightningModule"),
         ({"data": pl.LightningDataModule()}, "data: a LightningDataModule"),
         ({"model": ImageClassifier(model_kwargs=NARROW), "lr": 1e-3}, "lr: the ImageClassifier that is given has"),
-        ({"trainer": {"callbacks": [Counter()]}}, "trainer.callbacks: a list; give plain values"),
+        (
+            {"trainer": {"callbacks": [Counter()]}},
+            "trainer.callbacks: a list; a setting is a plain value. Give objects by callbacks=",
+        ),
         ({"callbacks": [pl.callbacks.BatchSizeFinder()]}, "BatchSizeFinder: the schedule counts"),
         ({"resume": "nowhere"}, "nowhere: there is no such folder"),
         ({"trainer.fast_dev_run": True}, "trainer.fast_dev_run"),

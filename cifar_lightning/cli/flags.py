@@ -74,6 +74,8 @@ def normalize_arguments(command: str, arguments: Sequence[str], config: Path | N
             value = _value_left_out(plain, typed)
         elif not is_own:
             check_value(plain, value, f"--{typed} {clipped(value)}")
+            if is_import_path(value) and table().get(plain, {}).get("open") and plain not in MAY_BE_OBJECTS:
+                value = value.replace(":", ".")  # jsonargparse knows classes by points alone
         other, other_value = given.get(name, (typed, value or ""))
         if (other in ALIASES) != (typed in ALIASES) and other_value != (value or ""):
             raise UserError(

@@ -206,6 +206,9 @@ def _refuse_other_optimizers(flags: list[str], names: Sequence[str]) -> None:
     if "model.lr" in names and tunes:
         raise UserError("--tune_lr finds the learning rate that --lr gives; leave one of them out.")
     optimizer = flag_value(flags, "optimizer") or ""
+    of_none = [name for name in names if name.startswith("optimizer.")]
+    if of_none and not optimizer and "config" not in names:
+        raise UserError(f"--{of_none[0]}: of which optimizer? Give --optimizer CLASS, such as SGD, or --lr.")
     for name in names if optimizer else ():
         if name in OF_OPTIMIZER or (name == "tune_lr" and tunes):
             raise UserError(f"--{name} with --optimizer {clipped(optimizer)}: {NOT_WITH_OPTIMIZER}")

@@ -178,7 +178,7 @@ def test_code_that_a_config_elsewhere_names_is_imported_in_the_working_directory
 def test_a_subclass_with_few_arguments_takes_an_optimizer_and_a_schedule():
     cli = command_line(
         *["--model", f"{__name__}:Narrow", *DATA, "--model.width", "3"],
-        *["--optimizer.lr", "0.25", "--optimizer", f"{__name__}.Lion"],  # in any order
+        *["--optimizer.lr", "0.25", "--optimizer", f"{__name__}:Lion"],  # in any order
         *["--lr_scheduler", "ReduceLROnPlateau", "--lr_scheduler.monitor", "val/loss"],
     )
     model, _, _ = cli.instantiate()
@@ -203,6 +203,7 @@ def test_a_subclass_with_few_arguments_takes_an_optimizer_and_a_schedule():
         (["--data", f"{__name__}.command_line"], ["--data", "not a subclass of ImageDataModule"]),
         (["--model", MINE, "--model.my_argment", "3"], ["--model.my_argment", "my_argument?"]),
         (["--model", MINE, "--model.my_argument", "x"], ["--model.my_argument", "x", "int"]),
+        (["--optimizer.lr", "0.1"], ["--optimizer.lr", "--optimizer CLASS"]),
         (["--optimizer", "SGD", "--optimizer.lr", "-1"], ["--optimizer torch.optim.SGD", "-1"]),
         (["--optimizer", "SGD", "--tune_lr"], ["--tune_lr", "--optimizer SGD"]),
         (["--optimizer", "SGD", "--lr", "0.1"], ["--model.lr", "--optimizer SGD"]),
