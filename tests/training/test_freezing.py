@@ -11,7 +11,7 @@ from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.signals import Stopped
 from tests.fitting import NARROW, Signal, fit_run
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # of resumed runs
 SETTINGS = {"image_size": 16, "model_kwargs": NARROW, "lr": 0.01, "freeze": "backbone"}
 
 

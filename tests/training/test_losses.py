@@ -12,7 +12,7 @@ from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.signals import Stopped
 from tests.fitting import NARROW, Signal, fake_data, fit_run, quiet_trainer, small_data
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # of resumed runs
 HERE = "tests.training.test_losses"
 SETTINGS = {"image_size": 16, "model_kwargs": NARROW, "lr": 0.01}
 

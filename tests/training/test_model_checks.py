@@ -45,7 +45,7 @@ class VectorLoss(ImageClassifier):
         return nn.functional.cross_entropy(self(images), labels, reduction="none")
 
 
-@pytest.mark.filterwarnings("ignore:.*will run with no optimizer")
+@pytest.mark.filterwarnings("ignore:.*will run with no optimizer")  # which is tested
 @pytest.mark.parametrize(
     ("kind", "message"),
     [(NoOptimizer, "returns no optimizer"), (VectorLoss, r"a loss of shape \(\d+,\)")],

@@ -52,7 +52,7 @@ def loader():
     return DataLoader(TensorDataset(images, torch.arange(30) % 3), batch_size=8)
 
 
-@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")  # of few workers
 def test_any_module_gets_a_run_folder_and_figures(loader, tmp_path, monkeypatch):
     reported = []
     monkeypatch.setattr(run_report, "make_report", reported.append)
