@@ -95,6 +95,11 @@ def counted(number: int, one: str, many: str) -> str:
     return f"One {one}" if number == 1 else f"{number or 'No'} {many}"
 
 
+def index_name(split: str, index: int) -> str:
+    """Return the name of an image that has no file, by the data set's own split and index: "test[17]"."""
+    return f"{split}[{index}]"
+
+
 def clipped(text: str, most: int = 80) -> str:
     """Return what a user typed on one short line: without its middle, and with what does not print as \\xNN."""
     if len(text) > most:

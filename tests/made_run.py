@@ -31,9 +31,15 @@ def make_run(path, names=CIFAR10, n=2000, seed=0, image_size=32, epochs=5, **kwa
     names = tuple(names)
     logits, targets = made_predictions(len(names), n, seed, **kwargs)
     val_logits, val_targets = made_predictions(len(names), n // 2, seed + 1000, **kwargs)
-    for file, arrays in ((run.predictions, (logits, targets)), (run.predictions_val, (val_logits, val_targets))):
+    written = {
+        "test": (run.predictions, (logits, targets)),
+        "val": (run.predictions_val, (val_logits, val_targets)),
+    }
+    for split, (file, arrays) in written.items():
         indices = np.arange(len(arrays[1]))
-        _write_npz(file, logits=arrays[0], targets=arrays[1], indices=indices, class_names=np.array(names))
+        files = [f"{split}/{names[label]}/{index:05}.png" for index, label in enumerate(arrays[1])]
+        known = {"indices": indices, "names": np.array(files), "class_names": np.array(names)}
+        _write_npz(file, logits=arrays[0], targets=arrays[1], **known)
     shown = gallery_positions(logits, targets)
     # An image is the same in every run that keeps it.
     images = np.stack(

@@ -137,7 +137,7 @@ def test_predictions_become_a_table_where_pandas_is(run, monkeypatch):
         run.predictions.to_dataframe()
     monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=dict))
     table = run.predictions.to_dataframe()
-    assert list(table) == ["index", "label", "prediction", "dark", "light"]
+    assert list(table) == ["index", "name", "label", "prediction", "dark", "light"]
     assert {len(column) for column in table.values()} == {40}
     assert table["label"][0] == "dark"
 

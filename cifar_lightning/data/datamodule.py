@@ -20,7 +20,7 @@ from cifar_lightning.data.sampler import EpochSampler, Rank, evaluation_order
 from cifar_lightning.data.splits import SplitIndices, SplitSettings, make_splits
 from cifar_lightning.data.statistics import balanced_weights, channel_statistics, describe_imbalance, evenly_spaced
 from cifar_lightning.errors import UserError, remark
-from cifar_lightning.formatting import percent, plural, printable, reason_of
+from cifar_lightning.formatting import index_name, percent, plural, printable, reason_of
 from cifar_lightning.settings.limits import Count, ImageSize, Pixels, Strength, check_settings
 from cifar_lightning.transforms import photographs  # noqa: F401 - the command line finds them by name
 from cifar_lightning.transforms.augmentation import Augmentation, CropMode, FlipMode, normalize
@@ -344,6 +344,16 @@ class ImageDataModule(pl.LightningDataModule):
         """Return raw uint8 images (n, height, width, channels) at positions of a split."""
         images = self._images[self._splits.source_of(split)].images
         return np.asarray(images[self._splits.of(split).numpy()[positions]])
+
+    def image_names(self, split: Split) -> np.ndarray:
+        """Return the name of each image of a split, str (n,): its path below the root, as `test/cat/12.png`.
+
+        Images of data without files are named by the data set's own split and index, as `train[17]`. A source of your
+        own may have `image_name(split, index)`.
+        """
+        source_split = self._splits.source_of(split)
+        name = getattr(self.source, "image_name", index_name)
+        return np.array([name(source_split, index) for index in self._splits.of(split).tolist()], np.str_)
 
     def sample_of_training(self, num_images: int) -> Float[Tensor, "images channels height width"]:
         """Return `num_images` training images (all, if there are fewer), evenly spaced, normalized, on the CPU."""

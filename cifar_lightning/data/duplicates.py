@@ -8,6 +8,7 @@ import numpy as np
 
 from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, pixel_hashes
 from cifar_lightning.data.splits import SplitIndices
+from cifar_lightning.formatting import index_name
 
 _NUM_SHOWN = 5  # groups of identical images that are named, with up to 4 images each
 _ACROSS: tuple[tuple[Split, Split], ...] = (("test", "train"), ("test", "val"), ("val", "train"))
@@ -74,7 +75,7 @@ def _identical_groups(
         split, index = SPLITS[split_of[at]], int(index_of[at])
         source = splits.source_of(split)
         pixels = np.ascontiguousarray(images[source].images[index])
-        name = names[source][index] if source in names else f"{source} image {index}"
+        name = names[source][index] if source in names else index_name(source, index)
         row = _Row(split, int(images[source].targets[index]), name)
         same.setdefault(hashlib.blake2b(pixels.data).digest(), []).append(row)
     return [group for group in same.values() if len(group) > 1]

@@ -171,6 +171,12 @@ class ClassFolders:
             self.prepare()  # names the images of all splits
         return ImageSet(decoded.images, self.listings[split].targets, decoded.sha256)
 
+    def image_name(self, split: Split, index: int) -> str:
+        """Return the path of an image below the root, with slashes; bytes that are not UTF-8 as \\xff."""
+        listing = self.listings[split]
+        name = listing.below_root(listing.names[index]).replace(os.sep, "/")
+        return os.fsencode(name).decode("utf-8", "backslashreplace")
+
     @property
     def skipped_files(self) -> list[Skipped]:
         """Path below the root and reason of every file that is left out, after `prepare`."""

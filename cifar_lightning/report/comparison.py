@@ -24,9 +24,9 @@ def compare(path: Path, results: Results, other_path: Path, other: Results) -> d
     `difference_interval_95` (Newcombe, paired), `both_right`, `only_first`, `only_second`, `both_wrong`, `p` (McNemar's
     exact test), `classes` [{name, support, first, second, difference, difference_interval_95, only_first, only_second,
     p (Holm)}], `changed` {won, lost}: images that only the first or only the second run classifies correctly, the
-    most confident mistake first: their `count`, all `indices`, and `images` [{index, true, first, first_prob, second,
-    second_prob}], the first of those that the runs kept; `unchecked`: why the identity of the images could not be
-    checked, empty if it was.
+    most confident mistake first: their `count`, all `indices`, and `images` [{index, name, true, first, first_prob,
+    second, second_prob}], the first of those that the runs kept; `unchecked`: why the identity of the images could not
+    be checked, empty if it was.
 
     Raises:
         UserError: A run has no test predictions, or the test images differ.
@@ -169,6 +169,7 @@ def _changed(
         "images": [
             {
                 "index": int(first.indices[position]),
+                "name": first.names[position],
                 "true": names[first.targets[position]],
                 "first": names[preds[position]],
                 "first_prob": float(probs[position].max()),

@@ -211,6 +211,7 @@ def galleries_of(test: Predictions, available: set[int]) -> list[dict[str, Any]]
         return [
             {
                 "index": int(test.indices[position]),
+                "name": test.names[position],
                 "true": test.class_names[test.targets[position]],
                 "predicted": test.class_names[preds[position]],
                 "prob": float(probs[position].max()),

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64, UInt8
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import MAX_TABLE_BYTES, read_bytes
-from cifar_lightning.formatting import command_line
+from cifar_lightning.formatting import command_line, index_name
 from cifar_lightning.metrics.calibration import softmax
 from cifar_lightning.metrics.classification import confusion_matrix
 from cifar_lightning.runs.contents import (
@@ -34,12 +34,18 @@ class Predictions:
         targets: True classes.
         indices: Positions of the images in their split's file.
         class_names: In class order.
+        names: Names of the images (`ImageDataModule.image_names`); by default the test split's indices, as `test[17]`.
     """
 
     logits: Float[np.ndarray, "n classes"]
     targets: Int64[np.ndarray, " n"]
     indices: Int64[np.ndarray, " n"]
     class_names: tuple[str, ...]
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            object.__setattr__(self, "names", tuple(index_name("test", index) for index in self.indices.tolist()))
 
     @property
     def probs(self) -> Float[np.ndarray, "n classes"]:
@@ -53,7 +59,7 @@ class Predictions:
         return preds
 
     def to_dataframe(self) -> Any:
-        """Return a pandas DataFrame with a row for each image: index, label, prediction and each class's probability.
+        """Return a pandas DataFrame with a row for each image: index, name, label, prediction and probabilities.
 
         Raises:
             UserError: pandas is not installed.
@@ -63,7 +69,12 @@ class Predictions:
         except ImportError as error:
             raise UserError("to_dataframe() needs pandas: pip install pandas") from error
         names = np.array(self.class_names)
-        columns = {"index": self.indices, "label": names[self.targets], "prediction": names[self.preds]}
+        columns = {
+            "index": self.indices,
+            "name": self.names,
+            "label": names[self.targets],
+            "prediction": names[self.preds],
+        }
         return pandas.DataFrame(columns | dict(zip(self.class_names, self.probs.T, strict=True)))
 
     @property
@@ -166,21 +177,25 @@ def read_origin(run: RunFolder, problems: list[str]) -> Origin:
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read predictions.npz or predictions_val.npz.
+    """Read predictions.npz or predictions_val.npz; those of older runs have no names of the images.
 
     Raises:
         UserError: It cannot be read or is damaged.
     """
     kinds = {"logits": ("f", 2), "targets": ("iu", 1), "indices": ("iu", 1), "class_names": ("U", 1)}
-    logits, targets, indices, names = read_arrays(path, kinds).values()
-    class_names = tuple(map(str, names))
-    if logits.shape != (len(targets), len(class_names)) or len(indices) != len(targets):
+    logits, targets, indices, of_classes = read_arrays(path, kinds).values()
+    class_names, split = tuple(map(str, of_classes)), "val" if path.stem.endswith("_val") else "test"
+    of_images = read_arrays(path, {"names": ("U", 1)}, optional=True).get("names")
+    by_index = (index_name(split, index) for index in indices.tolist())
+    names = tuple(by_index if of_images is None else map(str, of_images))
+    if logits.shape != (len(targets), len(class_names)) or {len(indices), len(names)} != {len(targets)}:
         raise UserError(f"{path}: damaged: arrays have different lengths.")
     if not ((targets >= 0) & (targets < len(class_names))).all():
         raise UserError(f"{path}: damaged: a class is not in 0..{len(class_names) - 1}.")
     if len(np.unique(indices)) != len(indices):
         raise UserError(f"{path}: damaged: an image occurs twice.")
-    return Predictions(logits.astype(np.float32), targets.astype(np.int64), indices.astype(np.int64), class_names)
+    targets, indices = targets.astype(np.int64), indices.astype(np.int64)
+    return Predictions(logits.astype(np.float32), targets, indices, class_names, names)
 
 
 def _matrix_alone(run: RunFolder, problems: list[str]) -> tuple[tuple[str, ...], Int64[np.ndarray, "classes classes"]]:

@@ -158,12 +158,13 @@ def read_matrix(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     return tuple(map(csv_text, rows[0][1:])), np.array(counts, dtype=np.int64)
 
 
-def read_arrays(path: Path, kinds: Mapping[str, tuple[str, int]]) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, kinds: Mapping[str, tuple[str, int]], *, optional: bool = False) -> dict[str, np.ndarray]:
     """Read arrays of an .npz file; others in it are not read.
 
     Args:
         path: The file.
         kinds: Name of each array -> allowed kinds of its dtype (of `numpy.dtype.kind`), number of its dimensions.
+        optional: Leave out arrays that are missing.
 
     Raises:
         UserError: An array is missing, has another type or shape, or is much larger than the file.
@@ -171,7 +172,8 @@ def read_arrays(path: Path, kinds: Mapping[str, tuple[str, int]]) -> dict[str, n
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             largest = max(_MAX_ARRAY_BYTES, _MAX_RATIO * os.fstat(file.fileno()).st_size)
-            return {name: _read_array(archive, name, *kind, largest // len(kinds)) for name, kind in kinds.items()}
+            present = [name for name in kinds if not optional or f"{name}.npy" in archive.namelist()]
+            return {name: _read_array(archive, name, *kinds[name], largest // len(kinds)) for name in present}
     # On damaged archives zipfile and NumPy raise nearly anything.
     except Exception as error:
         raise _damaged(path, error) from error

@@ -43,6 +43,9 @@ class TrainingData(Protocol):
     def images(self, split: Split, positions: np.ndarray, /) -> np.ndarray:
         """Return raw uint8 images (n, height, width, channels) at positions of a split."""
 
+    def image_names(self, split: Split, /) -> np.ndarray:
+        """Return the name of each image of a split, str (n,)."""
+
     def rank_positions(self, split: Split, rank: Rank, /) -> np.ndarray:
         """Return the positions of a split that a rank evaluates, in the order of its loader."""
 

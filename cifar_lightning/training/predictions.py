@@ -15,6 +15,7 @@ from cifar_lightning.data.image_set import Split
 from cifar_lightning.data.sampler import Rank
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_bytes_durably, write_json
+from cifar_lightning.formatting import index_name
 from cifar_lightning.metrics.classification import test_metrics
 from cifar_lightning.report.findings import find
 from cifar_lightning.report.gallery import gallery_positions
@@ -91,7 +92,7 @@ class PredictionWriter(pl.Callback):
             return
         data, class_names = training_data(trainer), tuple(arrays["class_names"].tolist())
         logits, targets, indices = (arrays[name] for name in ("logits", "targets", "indices"))
-        self.test = Predictions(logits, targets, indices, class_names)
+        self.test = Predictions(logits, targets, indices, class_names, tuple(arrays["names"].tolist()))
         self.is_test_written = self._is_complete(trainer, "test", arrays)
         if not self.is_test_written:
             return
@@ -149,10 +150,13 @@ class PredictionWriter(pl.Callback):
         if len(class_names) != num_classes:
             raise UserError(f"class_names: {len(class_names)} names; the model has {num_classes} classes.")
         order = np.argsort(np.concatenate(positions))
+        indices = np.concatenate(positions)[order]
+        names = [index_name(split, at) for at in indices] if data is None else data.image_names(split)[indices]
         return {
             "logits": np.concatenate([logits for logits, _ in of_ranks])[order],
             "targets": np.concatenate([targets for _, targets in of_ranks])[order],
-            "indices": np.concatenate(positions)[order],
+            "indices": indices,
+            "names": np.array(names, np.str_),
             "class_names": np.array(list(map(str, class_names))),
         }
 

@@ -94,7 +94,7 @@ def test_validation_images_held_out_of_the_training_images_are_compared_too(caps
     val, train = (module._splits.of(split).numpy() % 20 for split in ("val", "train"))
     (kind, *_) = module.duplicates
     assert kind["num_images"] == np.isin(val, train).sum()
-    assert all(name.startswith("train image ") for group in kind["first"] for name in group)
+    assert all(name.startswith("train[") for group in kind["first"] for name in group)
     out = capsys.readouterr().out
     assert out.count("warning: ") == 1
     assert module.split_summary()["duplicates"] == module.duplicates

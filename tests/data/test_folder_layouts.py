@@ -1,5 +1,6 @@
 """Folders as people have them: what is a split, what is a class, what small sets are split into."""
 
+import os
 import shutil
 
 import numpy as np
@@ -113,6 +114,40 @@ def test_duplicates_and_left_out_images_of_a_flat_folder_are_named_below_the_roo
     assert sorted(found["other label"]["first"][0]) == ["ant/0.png", "bee/copy.png"]
     assert [path for path, _ in data.skipped_files] == ["cow/0.png"]
     assert sum(sizes(data)) == 36
+
+
+@pytest.mark.parametrize("layout", ["flat", "split folders"])
+def test_every_image_is_named_by_the_file_that_it_was_read_from(layout, tmp_path):
+    root = tmp_path / "photos"
+    for top in ("",) if layout == "flat" else ("train", "val", "Test"):
+        flat(root / top)
+        put(root / top / "cow" / "brown, young", 5)
+        (root / top / "bee" / "00.png").write_bytes(b"no image")
+    data = ready(root, skip_unreadable=True, num_workers=2)
+    for split in ("train", "val", "test"):
+        names = data.image_names(split)
+        assert names.dtype.kind == "U"
+        opened = [np.asarray(Image.open(root / name)) for name in names]
+        assert np.array_equal(opened, data.images(split, np.arange(data.num_images(split))))
+    all_names = np.concatenate([data.image_names(split) for split in ("train", "val", "test")])
+    assert len({*all_names}) == len(all_names) == (65 if layout == "flat" else 3 * 65)
+    assert any("cow/brown, young/" in name for name in all_names)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names of files are Unicode there")
+def test_a_name_that_is_not_utf8_is_escaped(tmp_path):
+    flat(tmp_path, num=2)
+    (tmp_path / "ant" / "0.png").rename(tmp_path / "ant" / os.fsdecode(b"caf\xe9.png"))
+    source = ClassFolders(tmp_path)
+    assert "ant/caf\\xe9.png" in [source.image_name("train", index) for index in range(6)]
+
+
+def test_images_without_files_are_named_by_the_index_in_their_data_set():
+    data = ImageDataModule("synthetic", image_size=16)
+    data.setup()
+    assert data.image_names("test").tolist() == [f"test[{index}]" for index in range(1000)]
+    indices = data.split_summary()["val"]
+    assert data.image_names("val").tolist() == [f"train[{index}]" for index in indices]
 
 
 @pytest.mark.parametrize("num", [2, 3, 4, 7, 43])

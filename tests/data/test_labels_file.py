@@ -82,6 +82,17 @@ def test_every_way_to_write_the_same_labels_gives_the_same_images(content, name,
     assert labelled(ClassFolders(root, labels=written(tmp_path, content, name))) == EXPECTED  # from the cache
 
 
+def test_images_are_named_below_the_root_however_the_labels_file_spells_them(root, tmp_path):
+    path = written(
+        root,
+        f"path,label\n./1.png,cat\n{root}/2.png,dog\n3.png,cat\nold, new\\6.png,dog\n".replace(
+            "old, new\\6.png", '"old, new\\6.png"'
+        ),
+    )
+    source = ClassFolders(root, labels=path)
+    assert [source.image_name("train", index) for index in range(4)] == ["1.png", "3.png", "2.png", "old, new/6.png"]
+
+
 def test_splits_have_the_names_of_split_folders_in_any_case(root, tmp_path):
     words = ["train", "Training", "valid", "validation", "TEST", "testing"]
     files = ["1.png", "2.png", "3.png", "4.png", "5.png", "old, new/6.png"]

@@ -3,7 +3,7 @@ import pytest
 from made_run import make_run
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.report.results import read_results
+from cifar_lightning.report.results import read_predictions, read_results
 
 
 @pytest.fixture
@@ -22,6 +22,23 @@ def test_a_whole_run_is_read_back_without_problems(run):
     assert len(results.epochs) == len(results.timing) == 5
     assert results.origin.config["model"]["name"] == "smallnet"
     assert all(image.shape == (32, 32, 3) for image in results.images.values())
+
+
+def test_images_have_the_names_in_the_file_and_in_runs_without_names_their_indices(run):
+    assert read_results(run).test.names[:2] == ("test/ant/00000.png", "test/bee/00001.png")
+    for file, split in ((run.predictions, "test"), (run.predictions_val, "val")):
+        with np.load(file) as arrays:
+            without = {name: arrays[name] for name in arrays if name != "names"}
+        np.savez(file, **(without | {"indices": without["indices"][::-1]}))
+        assert read_predictions(file).names[-2:] == (f"{split}[1]", f"{split}[0]")
+
+
+@pytest.mark.parametrize("names", [["a"], [1] * 200, [["a"]] * 200])
+def test_damaged_names_are_refused(names, run):
+    with np.load(run.predictions) as arrays:
+        np.savez(run.predictions, **({**arrays} | {"names": np.array(names)}))
+    with pytest.raises(UserError, match="damaged"):
+        read_predictions(run.predictions)
 
 
 FILES = ["predictions_val", "gallery", "metrics_csv", "timing_csv", "config", "environment", "split"]

@@ -52,6 +52,7 @@ def test_predictions_are_kept_in_the_order_of_the_split(tmp_path, folder):
     assert np.array_equal(predictions["logits"], logits.numpy())
     shown = np.load(folder.gallery)
     assert np.array_equal(shown["images"], run.datamodule._images["test"].images[shown["indices"]])
+    assert predictions["names"].tolist() == [f"test[{index}]" for index in range(1000)]
     assert keeper.is_test_written
     assert keeper.test.confusion.sum() == 1000
 
