@@ -100,6 +100,11 @@ def index_name(split: str, index: int) -> str:
     return f"{split}[{index}]"
 
 
+def is_index_name(name: str) -> bool:
+    """Whether `index_name` made the name of an image."""
+    return re.fullmatch(r"(train|val|test)\[\d+\]", name) is not None
+
+
 def clipped(text: str, most: int = 80) -> str:
     """Return what a user typed on one short line: without its middle, and with what does not print as \\xNN."""
     if len(text) > most:

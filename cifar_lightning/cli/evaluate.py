@@ -9,6 +9,7 @@ from cifar_lightning.checkpoints.resume import split_difference
 from cifar_lightning.cli.lightning_cli import PythonObjects, TrainingCLI, build_trainer, prepare_data
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
+from cifar_lightning.files import check_output
 from cifar_lightning.report.terminal import print_validation
 from cifar_lightning.runs.folder import RunFolder, open_run
 from cifar_lightning.training.error_messages import restoring
@@ -18,9 +19,13 @@ from cifar_lightning.training.predictions import PredictionWriter
 def evaluate(command: str, arguments: Sequence[str], objects: PythonObjects | None = None) -> PredictionWriter:
     """Evaluate a checkpoint; its run's files are updated where they are of this checkpoint and these images."""
     cli = TrainingCLI(command, arguments, objects)
+    output = Path(cli.settings.output) if cli.settings.output else None
+    if output is not None:
+        if output.suffix.lower() not in (".csv", ".npz"):
+            raise UserError(f"--output {output}: give a .csv or an .npz.")
+        check_output(output, force=True)
     model, data, settings = cli.instantiate()
     prepare_data(data, model)
-    output = Path(settings.output) if settings.output else None
     run = find_run(command, Path(settings.ckpt_path), data, output)
     predictions = PredictionWriter(run, output)
     trainer = build_trainer(settings.trainer, [predictions], logger=False)

@@ -50,7 +50,7 @@ _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
         (*TRAINING,),
     ),
     "data_class": (str | None, None, "Subclass of ImageDataModule; short: --data CLASS.", (*TRAINING,)),
-    "output": (str | None, None, "File for the predictions (.npz); default: RUN/predictions.npz.", ("predict",)),
+    "output": (str | None, None, "File for the predictions, .csv or .npz; default: RUN/predictions.npz.", ("predict",)),
 }
 # The signatures say str: a new data set or model is one more line in its table.
 _NAMES = {"model.name": tuple(MODELS), "data.dataset": tuple(DATASETS)}

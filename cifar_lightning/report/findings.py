@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int64
 
-from cifar_lightning.metrics.calibration import Reliability, cross_entropy, fit_temperature, reliability, softmax
+from cifar_lightning.formatting import is_index_name
+from cifar_lightning.metrics.calibration import (
+    Reliability,
+    cross_entropy,
+    fit_temperature,
+    log_softmax,
+    reliability,
+    softmax,
+)
 from cifar_lightning.metrics.classification import (
     TOP_K_FROM,
     accuracy,
@@ -34,6 +42,7 @@ from cifar_lightning.report.results import Origin, Predictions, Results
 _NUM_SHOWN = 24  # images of a gallery
 _NUM_SHOWN_OF_PAIR = 8
 _NUM_PAIRS = 10
+_NUM_MISTAKES = 500  # of a page's list
 Matrix = Int64[np.ndarray, "classes classes"]
 
 
@@ -41,7 +50,7 @@ def find(results: Results) -> dict[str, Any]:
     """Return the content of the report as plain types; values that are not defined are None or NaN.
 
     Keys: `summary`, `calibration` (None without test predictions), `classes` (in class order), `confusion_matrix`
-    (rows: true class), `confused_pairs`, `insights`, `galleries`, `epochs`, `training`, `run`, `problems`.
+    (rows: true class), `confused_pairs`, `insights`, `mistakes`, `galleries`, `epochs`, `training`, `run`, `problems`.
     """
     cm, test = results.confusion, results.test
     probs = softmax(test.logits) if test is not None else None
@@ -52,6 +61,7 @@ def find(results: Results) -> dict[str, Any]:
         "confusion_matrix": cm.tolist(),
         "confused_pairs": confused_pairs(cm, results.class_names),
         "insights": [asdict(insight) for insight in insights_of(results, probs)],
+        "mistakes": mistakes_of(test) if test is not None else None,
         "galleries": galleries_of(test, set(results.images)) if test is not None else [],
         "epochs": results.epochs,
         "training": training_of(results),
@@ -196,6 +206,31 @@ def insights_of(results: Results, probs: Float[np.ndarray, "n classes"] | None) 
     if val_cm is not None:
         insights.append(validation_gap(cm, val_cm, names))
     return insights
+
+
+def mistakes_of(test: Predictions) -> dict[str, Any]:
+    """Return the test images with wrong predictions by loss, the highest first: those of a page; mistakes.csv has all.
+
+    Keys: `count` of all, `named_by` ("path", or "index" of a data set without files), and `images` [{index, name, true,
+    predicted, prob, loss}], at most 500.
+    """
+    wrong, preds = np.flatnonzero(test.preds != test.targets), test.preds
+    log_probs = log_softmax(test.logits[wrong])
+    losses = -np.take_along_axis(log_probs, test.targets[wrong][:, None], axis=1)[:, 0]
+    order = np.argsort(-losses, kind="stable")[:_NUM_MISTAKES].tolist()
+    images = [
+        {
+            "index": int(test.indices[position]),
+            "name": test.names[position],
+            "true": test.class_names[test.targets[position]],
+            "predicted": test.class_names[preds[position]],
+            "prob": float(np.exp(log_probs[at].max())),
+            "loss": float(losses[at]),
+        }
+        for at, position in zip(order, wrong[order].tolist(), strict=True)
+    ]
+    named_by = "index" if all(map(is_index_name, test.names)) else "path"
+    return {"count": len(wrong), "named_by": named_by, "images": images}
 
 
 def galleries_of(test: Predictions, available: set[int]) -> list[dict[str, Any]]:

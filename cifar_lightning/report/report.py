@@ -14,13 +14,14 @@ from cifar_lightning.report.comparison import compare
 from cifar_lightning.report.figures import confusion_figure, figure_to_png, themed
 from cifar_lightning.report.findings import find
 from cifar_lightning.report.page import command_of, render_page
+from cifar_lightning.report.prediction_tables import write_prediction_tables
 from cifar_lightning.report.results import read_results
 from cifar_lightning.report.terminal import print_findings
 from cifar_lightning.runs.folder import RunFolder
 
 
 def make_report(run: RunFolder, other: RunFolder | None = None, console: Console | None = None) -> None:
-    """Print the report of a run and write findings.json, report.html and the confusion matrix into its folder.
+    """Print the report of a run and write its files: findings.json, report.html, confusion matrix, CSVs of predictions.
 
     Args:
         run: Run to report on.
@@ -42,6 +43,7 @@ def make_report(run: RunFolder, other: RunFolder | None = None, console: Console
     else:
         findings["comparison"] = None
     write_confusion(run, results.confusion, results.class_names)
+    write_prediction_tables(run, results)
     write_json(run.findings, findings)
     write_text_durably(run.report, render_page(findings, images))
     print_findings(findings, run.path, console)

@@ -49,6 +49,8 @@ class RunFiles:
     confusion_matrix_pt = RunFile("confusion_matrix.pt", "test")  # int64 tensor
     predictions = RunFile("predictions.npz", "test", "logits and label of every test image")  # and its index
     predictions_val = RunFile("predictions_val.npz", "test", "logits and label of every validation image")
+    predictions_csv = RunFile("predictions.csv", "test", "prediction and loss of every test and validation image")
+    mistakes_csv = RunFile("mistakes.csv", "test", "test and validation images with wrong predictions, by loss")
     gallery = RunFile("gallery.npz", "test", "test images shown in the report")  # at most 500: it needs no data set
     lr_range = RunFile("lr_range.json", "tune")  # result of the LR finder (`tune`, `fit --tune_lr`)
     lr_range_png = RunFile("lr_range.png", "tune")

@@ -14,11 +14,12 @@ from torch import Tensor
 from cifar_lightning.data.image_set import Split
 from cifar_lightning.data.sampler import Rank
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import write_bytes_durably, write_json
+from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
 from cifar_lightning.formatting import index_name
 from cifar_lightning.metrics.classification import test_metrics
 from cifar_lightning.report.findings import find
 from cifar_lightning.report.gallery import gallery_positions
+from cifar_lightning.report.prediction_tables import predictions_csv
 from cifar_lightning.report.report import make_report
 from cifar_lightning.report.results import Predictions, Results
 from cifar_lightning.report.terminal import print_findings
@@ -32,7 +33,7 @@ class PredictionWriter(pl.Callback):
 
     Args:
         run: The run's folder; None writes nothing.
-        output: The file that `predict` writes instead of predictions.npz.
+        output: The file that `predict` writes instead of predictions.npz; a .csv gets the rows of predictions.csv.
         class_names: Names of the classes where the Trainer has no `ImageDataModule`; by default their numbers.
     """
 
@@ -83,22 +84,24 @@ class PredictionWriter(pl.Callback):
             return
         self.written_to = self.output or (self.run.predictions if self.run is not None else Path("predictions.npz"))
         self.num_written = len(arrays["targets"])
-        _write_predictions(self.written_to, arrays)
+        if self.written_to.suffix.lower() == ".csv":
+            write_text_durably(self.written_to, predictions_csv({"test": _predictions_of(arrays)}))
+        else:
+            _write_predictions(self.written_to, arrays)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write predictions.npz, test_metrics.json, confusion_matrix.pt and gallery.npz."""
         arrays = self._gather(trainer, "test")
         if arrays is None:
             return
-        data, class_names = training_data(trainer), tuple(arrays["class_names"].tolist())
-        logits, targets, indices = (arrays[name] for name in ("logits", "targets", "indices"))
-        self.test = Predictions(logits, targets, indices, class_names, tuple(arrays["names"].tolist()))
+        data, self.test = training_data(trainer), _predictions_of(arrays)
+        logits, targets, indices = self.test.logits, self.test.targets, self.test.indices
         self.is_test_written = self._is_complete(trainer, "test", arrays)
         if not self.is_test_written:
             return
         assert self.run is not None
         _write_predictions(self.run.predictions, arrays)
-        metrics = test_metrics(logits, targets, class_names)
+        metrics = test_metrics(logits, targets, self.test.class_names)
         if "test/acc_no_tta" in trainer.callback_metrics:
             metrics["accuracy_no_tta"] = trainer.callback_metrics["test/acc_no_tta"].item()
         own = getattr(pl_module, "own_metrics", None) or ()
@@ -181,6 +184,11 @@ def logits_of(pl_module: pl.LightningModule, outputs: Any, batch: Batch) -> Tens
             f"{type(pl_module).__name__}: its test_step returns no logits (batch, classes), and nor does its forward."
         )
     return logits
+
+
+def _predictions_of(arrays: dict[str, np.ndarray]) -> Predictions:
+    class_names, names = (tuple(arrays[name].tolist()) for name in ("class_names", "names"))
+    return Predictions(arrays["logits"], arrays["targets"], arrays["indices"], class_names, names)
 
 
 def _write_predictions(path: Path, arrays: dict[str, np.ndarray]) -> None:
