@@ -137,11 +137,12 @@ def quick(place, monkeypatch):
     made = {}
 
     def set_up_once(self, *arguments):
-        if not made:
+        command = self._arguments[0]
+        if command not in made:
             real(self, *arguments)
             names = ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
-            made.update({name: getattr(self, name) for name in names})
-        vars(self).update(made)
+            made[command] = {name: getattr(self, name) for name in names}
+        vars(self).update(made[command])
 
     real = lightning_cli.TrainingCLI.setup_parser
     monkeypatch.setattr(lightning_cli.TrainingCLI, "setup_parser", set_up_once)
