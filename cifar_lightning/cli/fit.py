@@ -116,7 +116,7 @@ def fit(
             else:
                 report_ending(resume, settings.trainer)
                 if run.has_all_results(validates=validates):
-                    make_report(run)
+                    make_report(run, is_short=True)
                     return run
             evaluate_best_checkpoint(trainer, model, data, run, settings.trainer, validates=validates)
             predictions.report()

@@ -16,17 +16,20 @@ from cifar_lightning.report.findings import find
 from cifar_lightning.report.page import command_of, render_page
 from cifar_lightning.report.prediction_tables import write_prediction_tables
 from cifar_lightning.report.results import read_results
-from cifar_lightning.report.terminal import print_findings
+from cifar_lightning.report.terminal import print_findings, print_summary
 from cifar_lightning.runs.folder import RunFolder
 
 
-def make_report(run: RunFolder, other: RunFolder | None = None, console: Console | None = None) -> None:
+def make_report(
+    run: RunFolder, other: RunFolder | None = None, console: Console | None = None, *, is_short: bool = False
+) -> None:
     """Print the report of a run and write its files: findings.json, report.html, confusion matrix, CSVs of predictions.
 
     Args:
         run: Run to report on.
         other: Run to compare with, tested on the same images; its folder is only read.
         console: Console to print to. Default: the terminal.
+        is_short: Print the summary alone, as at the end of training.
 
     Raises:
         UserError: There are no test results, the runs cannot be compared, or a file cannot be written.
@@ -46,7 +49,7 @@ def make_report(run: RunFolder, other: RunFolder | None = None, console: Console
     write_prediction_tables(run, results)
     write_json(run.findings, findings)
     write_text_durably(run.report, render_page(findings, images))
-    print_findings(findings, run.path, console)
+    (print_summary if is_short else print_findings)(findings, run.path, console)
 
 
 def describe_run(run: RunFolder, known: dict[str, Any]) -> dict[str, str]:

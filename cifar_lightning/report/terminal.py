@@ -16,10 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from cifar_lightning.formatting import (
+    clipped,
     count,
     decimal,
     images,
     percent,
+    plural,
     points,
     points_span,
     printable,
@@ -35,6 +37,11 @@ _MAX_CLASSES = 20  # above, only the classes with the lowest F1 and the most con
 _NUM_WORST = 10
 _MAX_NAME = 28  # of 80 columns, next to the numbers of the per-class table
 _MAX_ITEMS = 3  # of an insight; the page lists more
+# The summary of fit and test:
+_NUM_WEAKEST = 3
+_MAX_INSIGHTS = 3
+_RELIABLE = 0.99  # accuracy for which the confidence is named
+_MAX_LINE = 230  # three lines of 80 columns: 6 lines of text and the rest fit on a screen
 
 
 def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, console: Console | None = None) -> None:
@@ -59,6 +66,62 @@ def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, co
             _print_words(console, problem)
     if run_path is not None:
         _print_files(console, RunFolder(run_path))
+
+
+def print_summary(findings: Mapping[str, Any], run_path: Path, console: Console | None = None) -> None:
+    """Print what `fit` and `test` end with, at most 30 lines of 80 columns; `print_findings` prints the rest.
+
+    That is the accuracy, the weakest classes, the most confused pair, at most three insights, likely label errors, the
+    confidence above which predictions can be relied on, the report and the next command.
+    """
+    console = console or Console(highlight=False, force_jupyter=False)
+    _print_summary(console, findings)
+    if RunFolder(run_path).best_checkpoint.exists():
+        _print_tested(console, findings["training"])
+    weakest = [row for row in findings["classes"] if row["support"]]
+    weakest = sorted(weakest, key=lambda row: row["recall"])[:_NUM_WEAKEST]
+    _print_heading(console, "Classes with the lowest recall" if len(weakest) < len(findings["classes"]) else "Classes")
+    _print_class_table(console, weakest, [printable(row["name"], console.encoding) for row in weakest])
+    lines = [_pair_text(pair) for pair in findings["confused_pairs"][:1]]
+    lines += _insight_lines(findings["insights"])
+    issues, problems = findings.get("label_issues") or [], findings["problems"]
+    if issues:
+        lines.append(
+            f"{plural(len(issues), 'likely label error')}, first {issues[0]['name']}: labelled {issues[0]['label']}, "
+            f"predicted {issues[0]['suggested']} (label_issues.csv)"
+        )
+    lines += [_coverage_text(row) for row in findings.get("coverage") or [] if row["target"] == _RELIABLE]
+    lines += [f"{plural(len(problems), 'problem')} with files of the run, first: {problem}" for problem in problems[:1]]
+    if lines:
+        _print_heading(console, "Findings")
+    for line in lines:
+        _print_words(console, clipped(line, _MAX_LINE), bullet="* ")
+    console.print()
+    _print_whole(console, f"Report  {RunFolder(run_path).report.absolute().as_uri()}")
+    _print_whole(console, f"Next    {program()} analyze {shell_line(run_path)}")
+
+
+# The others repeat the weakest classes and the most confused pair.
+_SUMMARY_INSIGHTS = ("confidence", "validation_gap", "over_predicted", "groups")
+
+
+def _insight_lines(insights: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = [insight for insight in insights if insight["is_found"] and insight["kind"] in _SUMMARY_INSIGHTS]
+    lines = []
+    for insight in sorted(found, key=lambda row: _SUMMARY_INSIGHTS.index(row["kind"]))[:_MAX_INSIGHTS]:
+        text = insight["title"] if insight["kind"] == "confidence" else insight["items"][0]["text"]
+        more = len(insight["items"]) - 1
+        lines.append(text.rstrip(".") + (f" ({count(more)} more)" if more and insight["kind"] != "groups" else ""))
+    return lines
+
+
+def _coverage_text(row: Mapping[str, Any]) -> str:
+    if row["threshold"] is None:
+        return f"No confidence is high enough for {percent(row['target'], 0)} correct predictions"
+    return (
+        f"With confidence of at least {decimal(row['threshold'], 3)}, {percent(row['accuracy'])} of the predictions "
+        f"are correct: {percent(row['coverage'])} of the images"
+    )
 
 
 _NOT_PRINTED = ("val/acc", "val/acc_no_tta")
@@ -114,21 +177,24 @@ def _print_classes(console: Console, classes: Sequence[Mapping[str, Any]], names
         shown = np.argsort(f1, kind="stable")[:_NUM_WORST].tolist()
     title = "Classes" if len(shown) == len(names) else f"The {_NUM_WORST} classes with the lowest F1"
     _print_heading(console, title)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("class", no_wrap=True)
-    for column in ("images", "precision", "recall", "F1", "confidence"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for index in shown:
-        row = classes[index]
-        percents = (percent(row[key], 1) for key in ("precision", "recall", "f1", "mean_confidence"))
-        table.add_row(Text(_cut(names[index], _MAX_NAME)), count(row["support"]), *percents)
-    console.print(table)
+    _print_class_table(console, [classes[index] for index in shown], [names[index] for index in shown])
     if len(shown) < len(names):
         console.print(f"All {len(names)} classes are in report.html and findings.json.")
     never = [name for name, row in zip(names, classes, strict=True) if row["support"] and not row["predicted"]]
     if never:
         more = f" and {len(never) - 5} more" if len(never) > 5 else ""
         console.print(Text(f"Never predicted (precision undefined): {', '.join(never[:5])}{more}"))
+
+
+def _print_class_table(console: Console, classes: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("class", no_wrap=True)
+    for column in ("images", "precision", "recall", "F1", "confidence"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row, name in zip(classes, names, strict=True):
+        percents = (percent(row[key], 1) for key in ("precision", "recall", "f1", "mean_confidence"))
+        table.add_row(Text(_cut(name, _MAX_NAME)), count(row["support"]), *percents)
+    console.print(table)
 
 
 def _print_confusions(console: Console, cm: Int[np.ndarray, "classes classes"], names: Sequence[str]) -> None:
@@ -175,15 +241,19 @@ def _print_pairs(console: Console, findings: Mapping[str, Any]) -> None:
     if not findings["confused_pairs"]:
         console.print("No image is misclassified.")
     for pair in findings["confused_pairs"]:
-        there = f"{count(pair['count'])} ({percent(pair['share'], 1)})"
-        back = f"{count(pair['reverse_count'])} ({percent(pair['reverse_share'], 1)})"
-        _print_words(console, f"{pair['true']} predicted as {pair['predicted']}: {there}; reverse: {back}")
+        _print_words(console, _pair_text(pair))
+
+
+def _pair_text(pair: Mapping[str, Any]) -> str:
+    there = f"{count(pair['count'])} ({percent(pair['share'], 1)})"
+    back = f"{count(pair['reverse_count'])} ({percent(pair['reverse_share'], 1)})"
+    return f"{pair['true']} predicted as {pair['predicted']}: {there}; reverse: {back}"
 
 
 def _print_insights(console: Console, insights: Sequence[Mapping[str, Any]]) -> None:
     _print_heading(console, "Insights (p-values with Holm's correction; report.html names the tests)")
     for insight in insights:
-        _print_words(console, f"* {insight['title']}.")
+        _print_words(console, f"{insight['title']}.", bullet="* ")
         for item in insight["items"][:_MAX_ITEMS]:
             _print_words(console, f"{item['text']} {pvalue(item['p'])}", indent=2)
         if len(insight["items"]) > _MAX_ITEMS:
@@ -250,11 +320,12 @@ def _print_heading(console: Console, title: str) -> None:
     console.print(Text(title, style="bold"))
 
 
-def _print_words(console: Console, text: str, indent: int = 0) -> None:
+def _print_words(console: Console, text: str, indent: int = 0, bullet: str = "") -> None:
     """Print text wrapped at words, never between a number and its unit."""
     joined = unbroken(printable(text, console.encoding))
-    margin = " " * indent
-    for line in textwrap.wrap(joined, console.width, initial_indent=margin, subsequent_indent=margin):
+    margin = " " * (indent + len(bullet))
+    first = " " * indent + bullet
+    for line in textwrap.wrap(joined, console.width, initial_indent=first, subsequent_indent=margin):
         console.print(Text(line.replace("\u00a0", " ")), no_wrap=True, overflow="ignore", crop=False)
 
 

@@ -118,7 +118,7 @@ class PredictionWriter(pl.Callback):
         if self.test is None:  # on every rank but the first
             return
         if self.is_test_written and self.run is not None:
-            make_report(self.run)
+            make_report(self.run, is_short=True)
         else:
             print_findings(find(Results(self.test.class_names, self.test.confusion, test=self.test)))
 

@@ -101,7 +101,7 @@ class RunReport(PredictionWriter):
             write_json(self.run.split, {"sizes": sizes} if data is None else portable(data.split_summary()))
         super().on_test_end(trainer, pl_module)
         if self.is_test_written and self.run is not None:
-            make_report(self.run)
+            make_report(self.run, is_short=True)
 
 
 def metrics_of(trainer: pl.Trainer) -> dict[str, float]:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cifar_lightning.report.findings import find
 from cifar_lightning.report.results import Predictions, Results
-from cifar_lightning.report.terminal import print_findings
+from cifar_lightning.report.terminal import print_findings, print_summary
 from cifar_lightning.runs.folder import RunFolder
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -223,3 +223,37 @@ def test_colours_change_nothing_but_colours():
 def test_the_report_never_loads_lightning_or_torch():
     code = "import sys, cifar_lightning.report.terminal; sys.exit('lightning' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def summary(findings: dict, run: Path, width: int = 80, **changed: object) -> list[str]:
+    stream = io.StringIO()
+    print_summary(findings | changed, run, Console(file=stream, width=width, highlight=False))
+    return stream.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 10, 100])
+def test_the_summary_fits_a_screen_whatever_is_found(num_classes, tmp_path):
+    names = [f"{'a long name of a class ' * 3}{index}" for index in range(num_classes)]
+    findings = findings_of(matrix(num_classes), names)
+    assert any(insight["is_found"] for insight in findings["insights"])
+    issue = {"name": "test/" + "long name/" * 30, "label": names[0], "suggested": names[1]}
+    reliable = {"target": 0.99, "threshold": 0.91, "coverage": 0.5, "num_images": 9, "accuracy": 0.992}
+    lines = summary(findings, tmp_path, problems=["damaged " * 90], label_issues=[issue] * 500, coverage=[reliable] * 3)
+    assert len(lines) <= 30
+    assert sum(line.startswith("* ") for line in lines) <= 1 + 3 + 1 + 3 + 1  # pair, insights, labels, coverage, files
+    assert max(map(len, lines[:-3])) <= 80
+
+
+def test_the_summary_lists_the_three_lowest_recalls_the_lowest_first(tmp_path):
+    cm = matrix(10)
+    cm[3, 3], cm[3, 4] = 500, 500
+    rows = section("\n".join(summary(findings_of(cm, CIFAR10), tmp_path)), "Classes with the lowest recall")
+    assert [row.split()[0] for row in rows[1:]] == ["cat", "airplane", "automobile"]
+    assert "50.0 %" in rows[1]
+
+
+def test_the_summary_ends_with_a_link_to_the_page_and_one_command(tmp_path):
+    run = tmp_path / "a run #1"
+    lines = summary(findings_of(matrix(10), CIFAR10), run)
+    assert lines[-2].split()[-1] == f"{tmp_path.as_uri()}/a%20run%20%231/report.html"
+    assert lines[-1].endswith(f"analyze '{run}'")
