@@ -25,6 +25,7 @@ from cifar_lightning.data.datasets import DATASETS
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, suggest
 from cifar_lightning.models.registry import LIBRARIES, MODELS, check_model_kwargs, check_name
+from cifar_lightning.optim.optimizers import OPTIMIZERS, check_optimizer
 from cifar_lightning.runs.schema import upgrade_config
 from cifar_lightning.settings.limits import check_setting, limits_of, members
 from cifar_lightning.settings.roles import NOT_WITH_OPTIMIZER, OF_OPTIMIZER, READ_BY
@@ -53,8 +54,9 @@ _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
     "output": (str | None, None, "File for the predictions, .csv or .npz; default: RUN/predictions.npz.", ("predict",)),
 }
 # The signatures say str: a new data set or model is one more line in its table.
-_NAMES = {"model.name": tuple(MODELS), "data.dataset": tuple(DATASETS)}
-_PREFIXES = {"model.name": tuple(f"{library}/" for library in LIBRARIES)}  # of further names, a library's
+_NAMES = {"model.name": tuple(MODELS), "data.dataset": tuple(DATASETS), "model.optimizer": OPTIMIZERS}
+# Of further names, a library's.
+_PREFIXES = {"model.name": tuple(f"{library}/" for library in LIBRARIES), "model.optimizer": ("timm/",)}
 # jsonargparse's own reader of YAML ends in a traceback for some values, and never for an alias inside what it names.
 _MODE = "checked_yaml"
 _read_checked = checked(get_loader("yaml"))
@@ -180,6 +182,8 @@ def check_arguments(command: str, config: Namespace, defaults: Mapping[str, Any]
         )
     if config.get("model.name") is not None:
         check_name(config.model.name)  # before the data is downloaded: the model is built after it
+    if config.get("model.optimizer") is not None:
+        check_optimizer(config.model.optimizer)
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise UserError(f"--ckpt_path {config.ckpt_path}: no such file; give a checkpoint, RUN/checkpoints/last.ckpt.")
     check_setting("seed_everything", _LIMITS["seed_everything"], config.get("seed_everything"))
@@ -234,7 +238,8 @@ def _check_optimizer(config: Namespace, defaults: Mapping[str, Any] | Namespace)
             "--lr_scheduler ReduceLROnPlateau --lr_scheduler.monitor val/loss."
         )
     optimizer = config.get("model.optimizer")
-    unread = set(itertools.chain(*READ_BY.values())).difference(READ_BY[optimizer]) if optimizer else ()
+    read = READ_BY[optimizer.partition("/")[0]] if optimizer else ()
+    unread = {*itertools.chain(*READ_BY.values())} - {*read} if optimizer else ()
     for name in sorted(OF_OPTIMIZER):
         value = config.get(name)
         if value == defaults.get(name):

@@ -16,14 +16,13 @@ from cifar_lightning.models.smallnet import SmallNet
 from cifar_lightning.models.speednet import SpeedNet
 from cifar_lightning.models.stems import SMALL_PX, in_eval_mode, input_error
 from cifar_lightning.models.torchvision_timm import (
-    is_timm_installed,
     timm_model,
     timm_names,
     torchvision_model,
     torchvision_names,
     vision_transformer,
 )
-from cifar_lightning.settings.import_path import import_object, is_import_path
+from cifar_lightning.settings.import_path import import_object, is_import_path, is_timm_installed
 
 
 def _smallnet(num_classes: int, image_size: int, **kwargs: Any) -> nn.Module:

@@ -5,8 +5,6 @@ torchvision's Swin. Models made for one image size are not changed: vision trans
 their names say, maxvit_t (multiples of 224 only), and timm's models with attention over fixed windows.
 """
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -14,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import reason_of
 from cifar_lightning.models.stems import SMALL_PX, adapt_stem, input_error, take_gray
+from cifar_lightning.settings.import_path import import_timm
 
 # Arguments that download or read weights, while a model is built from the same arguments wherever its run is used; and
 # arguments that make it return something else than logits.
@@ -66,18 +64,13 @@ def vision_transformer(num_classes: int, image_size: int, in_channels: int = 3, 
     return _adapted(partial(VisionTransformer, image_size, num_classes=num_classes, **kwargs), image_size, in_channels)
 
 
-def is_timm_installed() -> bool:
-    """Return whether timm is installed, without importing it."""
-    return importlib.util.find_spec("timm") is not None
-
-
 def timm_names() -> list[str]:
     """Return the names of timm's models.
 
     Raises:
         UserError: timm is not installed or cannot be imported.
     """
-    names: list[str] = _timm().list_models()
+    names: list[str] = import_timm().list_models()
     return names
 
 
@@ -100,7 +93,7 @@ def create_timm(name: str, num_classes: int, image_size: int, **kwargs: Any) -> 
     Raises:
         UserError: timm is not installed or cannot be imported.
     """
-    create = partial(_timm().create_model, name, num_classes=num_classes, in_chans=3, **kwargs)
+    create = partial(import_timm().create_model, name, num_classes=num_classes, in_chans=3, **kwargs)
     model: nn.Module
     try:
         model = create(img_size=image_size)
@@ -109,15 +102,6 @@ def create_timm(name: str, num_classes: int, image_size: int, **kwargs: Any) -> 
             raise
         model = create()
     return model
-
-
-def _timm() -> Any:
-    if not is_timm_installed():
-        raise UserError("timm is not installed; pip install -e '.[timm]'")
-    try:
-        return importlib.import_module("timm")
-    except Exception as error:  # its own imports may fail in any way, such as another torchvision version
-        raise UserError(f"timm is installed but cannot be imported ({reason_of(error)}).") from error
 
 
 def _check_kwargs(kwargs: Iterable[str]) -> None:

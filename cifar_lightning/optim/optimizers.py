@@ -1,24 +1,28 @@
-"""Optimizers: AdamW, Nesterov SGD, and Muon with Nesterov SGD."""
+"""Optimizers: AdamW, Nesterov SGD, Muon with Nesterov SGD, and timm's by name."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cifar_lightning.errors import UserError
+from cifar_lightning.formatting import clipped, raised_by, suggest
 from cifar_lightning.optim.muon import Muon
-from cifar_lightning.settings.limits import check_setting
+from cifar_lightning.settings.import_path import import_timm
 
-OptimizerName = Literal["adamw", "sgd", "muon"]
+OPTIMIZERS = ("adamw", "sgd", "muon")
+# Kron's random state is in no state_dict; Adahessian differentiates gradients, which have no graph here.
+_UNUSABLE = dict.fromkeys(("timm/kron", "timm/kronc", "timm/kronw"), "a resumed run would not be the same")
+_UNUSABLE |= {"timm/adahessian": "needs second derivatives, which are not computed"}
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
     """Settings of an optimizer; the fields are documented as flags in `ImageClassifier`."""
 
-    name: OptimizerName
+    name: str  # of OPTIMIZERS, or timm/NAME
     lr: float
     sgd_lr: float
     head_lr: float | None
@@ -26,6 +30,29 @@ class OptimizerSettings:
     sgd_momentum: float
     weight_decay: float
     sgd_weight_decay: float
+
+    def __post_init__(self) -> None:
+        check_optimizer(self.name)
+
+
+def check_optimizer(name: str) -> None:
+    """Check that there is an optimizer of a name.
+
+    Raises:
+        UserError: There is none, timm is not installed, or a run with this one could not be trained or resumed.
+    """
+    if name in OPTIMIZERS:
+        return
+    typed, known = f"--model.optimizer {clipped(str(name))}", [*OPTIMIZERS]
+    if str(name).startswith("timm/"):
+        try:
+            known = [f"timm/{each}" for each in import_timm().optim.list_optimizers()]
+        except UserError as error:
+            raise UserError(f"{typed}: {error}") from error
+    if name not in known:
+        raise UserError(f"{typed}: one of {', '.join(OPTIMIZERS)}, or timm/NAME.{suggest(str(name), known)}")
+    if reason := _UNUSABLE.get(name):
+        raise UserError(f"{typed}: {reason}; give another one.")
 
 
 def build_optimizer(
@@ -46,12 +73,11 @@ def build_optimizer(
         fused: Whether AdamW and SGD may run as one kernel; Lightning cannot clip their gradients in 16-mixed.
         later: Parameters that will require gradients later in the run.
         others: Parameters outside the model, such as those of a loss, trained as norms are: without weight decay.
-        lr_scales: Factors of the learning rates, with adamw and sgd; each has groups of its own, the largest first.
+        lr_scales: Factors of the learning rates, not with muon; each has groups of its own, the largest first.
 
     Raises:
-        UserError: An unknown name, or factors with muon.
+        UserError: Factors with muon, or an optimizer of timm that cannot be made here.
     """
-    check_setting("model.optimizer", OptimizerName, settings.name)
     is_later = set(later)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad or parameter in is_later]
     if settings.name == "muon":
@@ -69,7 +95,14 @@ def build_optimizer(
     if settings.name == "sgd":
         momentum = settings.sgd_momentum
         return torch.optim.SGD(groups, lr=settings.lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
-    return torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
+    make, name = import_timm().optim.create_optimizer_v2, settings.name.removeprefix("timm/")
+    try:
+        optimizer: torch.optim.Optimizer = make(groups, opt=name, lr=settings.lr, weight_decay=settings.weight_decay)
+    except Exception as error:  # some assert that there is a GPU, or another library
+        raise UserError(f"--model.optimizer {settings.name}: cannot be made here ({raised_by(error)}).") from error
+    return optimizer
 
 
 def _scaled(groups: list[dict[str, Any]], lr: float, lr_scales: Mapping[nn.Parameter, float]) -> list[dict[str, Any]]:

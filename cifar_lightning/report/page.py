@@ -129,7 +129,7 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     model, data, trainer = (config.get(group) or {} for group in ("model", "data", "trainer"))
     lengths = [name for name in ("max_epochs", "max_steps") if trainer.get(name) != -1]
     optimizer = [object_text(config[name]) for name in OWN_OPTIMIZER if config.get(name)]
-    read = ("lr", *READ_BY.get(str(model.get("optimizer")), ()), "label_smoothing", "schedule", "tta")
+    read = ("lr", *READ_BY.get(str(model.get("optimizer")).partition("/")[0], ()), "label_smoothing", "schedule", "tta")
     read = ("label_smoothing", "tta") if optimizer else read
     changed = "with uncommitted changes" if environment.get("dirty") else None
     of_weights = switched_on(model, ("pct_start", "ema_decay", "pretrained"))

@@ -57,6 +57,25 @@ def import_object(path: str, flag: str) -> Any:
     return value
 
 
+def is_timm_installed() -> bool:
+    """Return whether timm is installed, without importing it."""
+    return importlib.util.find_spec("timm") is not None
+
+
+def import_timm() -> Any:
+    """Import timm, whose models and optimizers go by name.
+
+    Raises:
+        UserError: It is not installed or cannot be imported.
+    """
+    if not is_timm_installed():
+        raise UserError("timm is not installed; pip install -e '.[timm]'")
+    try:
+        return importlib.import_module("timm.optim") and importlib.import_module("timm")
+    except Exception as error:  # its own imports may fail in any way, such as another torchvision version
+        raise UserError(f"timm is installed but cannot be imported ({reason_of(error)}).") from error
+
+
 def import_modules(settings: Any) -> None:
     """Import the modules of one's own that settings name, in the working directory.
 

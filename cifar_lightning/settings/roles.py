@@ -7,9 +7,10 @@ from typing import Any
 READ_BY = {
     "adamw": ("weight_decay", "layer_decay"),
     "sgd": ("sgd_momentum", "weight_decay", "layer_decay"),
+    "timm": ("weight_decay", "layer_decay"),
     "muon": ("sgd_lr", "head_lr", "momentum", "sgd_momentum", "sgd_weight_decay"),
 }
-"""The settings of the model that each optimizer reads, next to lr."""
+"""The settings of the model that each optimizer reads, next to lr; "timm" stands for each of timm/NAME."""
 
 OWN_OPTIMIZER = ("optimizer", "lr_scheduler")
 """Settings of an optimizer by its class, as LightningCLI has them, instead of those in `OF_OPTIMIZER`."""

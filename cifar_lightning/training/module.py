@@ -32,7 +32,7 @@ from cifar_lightning.models.fine_tuning import FrozenLayers, lr_scales
 from cifar_lightning.models.memory_format import MemoryFormat, use_memory_format
 from cifar_lightning.models.registry import DEFAULT_MODEL, build_model, choose_model, import_path_of
 from cifar_lightning.models.state_dicts import describe_misfits
-from cifar_lightning.optim.optimizers import OptimizerName, OptimizerSettings, build_optimizer
+from cifar_lightning.optim.optimizers import OptimizerSettings, build_optimizer
 from cifar_lightning.optim.schedules import ScheduleName, ScheduleSettings, make_schedule
 from cifar_lightning.runs.environment import package_version, portable
 from cifar_lightning.runs.schema import SCHEMA_VERSION
@@ -75,12 +75,13 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         image_size: Height and width of the images in pixels; on the command line taken from the data.
         in_channels: Channels of the images, 3 for RGB; on the command line taken from the data.
         lr: Peak learning rate; 3e-3 suits adamw, about 0.05 muon.
-        optimizer: adamw, sgd (Nesterov), or muon (orthogonalized momentum) for convolutions with sgd for the rest.
+        optimizer: adamw, sgd (Nesterov), muon (orthogonalized momentum) for convolutions with sgd for the rest, or
+            one of timm such as timm/lamb.
         sgd_lr: With muon, peak learning rate of the parameters that sgd trains.
         head_lr: With muon, peak learning rate of linear layers; default sgd_lr.
         momentum: Momentum of muon.
         sgd_momentum: Momentum of sgd, alone or with muon.
-        weight_decay: Weight decay of adamw and sgd; none for norms and biases.
+        weight_decay: Weight decay of adamw, sgd and timm's; none for norms and biases.
         sgd_weight_decay: With muon, fraction of sgd's parameters that a step at the peak learning rate subtracts.
         loss: cross_entropy, or package.module:name of a class or function: (logits, labels) -> scalar.
         loss_kwargs: Further arguments of such a loss, such as {gamma: 2}.
@@ -116,7 +117,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         *,
         in_channels: int = 3,
         lr: LearningRate = 3e-3,
-        optimizer: OptimizerName = "adamw",
+        optimizer: str = "adamw",
         sgd_lr: LearningRate = 0.1,
         head_lr: LearningRate | None = None,
         momentum: Fraction = 0.9,

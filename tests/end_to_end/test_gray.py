@@ -20,10 +20,10 @@ from cifar_lightning.inference.predict_images import predict_images
 from cifar_lightning.inference.trained_model import load_trained_model
 from cifar_lightning.models.pretrained import Normalization
 from cifar_lightning.models.registry import build_model, import_path_of
-from cifar_lightning.models.torchvision_timm import is_timm_installed
 from cifar_lightning.python_api import load
 from cifar_lightning.report.figures import figure_to_array, images_figure
 from cifar_lightning.report.report import make_report
+from cifar_lightning.settings.import_path import is_timm_installed
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.predictions import PredictionWriter
 from cifar_lightning.transforms.augmentation import Augmentation, jitter

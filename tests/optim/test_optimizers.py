@@ -12,6 +12,7 @@ from fitting import optimizer_settings
 from program import REPO
 from torch import nn
 
+from cifar_lightning.errors import UserError
 from cifar_lightning.models.smallnet import SmallNet
 from cifar_lightning.models.speednet import SpeedNet
 from cifar_lightning.optim.muon import Muon, orthogonalize
@@ -80,8 +81,11 @@ def train(model, optimizer, schedule, steps):
         schedule.step()
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw", "sgd"])
+@pytest.mark.parametrize("name", ["muon", "adamw", "sgd", "timm/lamb", "timm/nadamw", "timm/adafactor"])
 def test_an_optimizer_continues_bit_for_bit_from_its_state(name):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+
     def fresh():
         torch.manual_seed(0)
         model = SmallNet(widths=(4, 4, 8), dropout=0.0)
@@ -97,6 +101,37 @@ def test_an_optimizer_continues_bit_for_bit_from_its_state(name):
     for left, right in zip(unbroken[0].parameters(), resumed[0].parameters(), strict=True):
         assert torch.equal(left, right)
     assert not torch.equal(stopped[0].head.weight, resumed[0].head.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("timm/lambb", ["timm/lambb", "Did you mean timm/lamb?"]),
+        ("lamb", ["--model.optimizer lamb", "adamw, sgd, muon, or timm/NAME"]),
+        ("timm/kron", ["timm/kron", "resumed"]),
+        ("timm/adahessian", ["timm/adahessian", "second derivatives"]),
+    ],
+)
+def test_an_optimizer_that_is_not_known_or_not_resumable_is_refused(name, words):
+    pytest.importorskip("timm")
+    with pytest.raises(UserError) as refused:
+        optimizer_settings(name)
+    assert [word for word in words if word not in str(refused.value)] == []
+
+
+def test_without_timm_an_optimizer_of_it_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"--model\.optimizer timm/lamb: timm is not installed; pip .*'\.\[timm\]'"):
+        optimizer_settings("timm/lamb")
+    with pytest.raises(UserError, match=r"--model\.optimizer adamv: one of .*Did you mean adamw"):
+        optimizer_settings("adamv")
+
+
+def test_timms_optimizers_get_lr_and_the_decay_of_matrices_alone():
+    pytest.importorskip("timm")
+    optimizer = build_optimizer(nn.Linear(4, 3), optimizer_settings("timm/lamb", lr=0.1, weight_decay=0.07))
+    assert type(optimizer).__name__ == "Lamb"
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.1, 0.07), (0.1, 0.0)]
 
 
 def test_muon_moves_filters_that_begin_at_zero():
@@ -194,7 +229,7 @@ def test_unknown_names_are_refused_with_those_that_there_are():
     # A process of its own: the tests' check of types would refuse them before.
     done = subprocess.run([sys.executable, "-c", UNKNOWN], capture_output=True, text=True, cwd=REPO)
     assert done.stdout.splitlines() == [
-        "--model.optimizer adam: one of adamw, sgd, muon.",
+        "--model.optimizer adam: one of adamw, sgd, muon, or timm/NAME. Did you mean adamw?",
         "--model.tta flip: one of none, mirror, six.",
     ], done.stderr
 
