@@ -76,7 +76,7 @@ class ImageDataModule(pl.LightningDataModule):
         drop_last: Drop a last, smaller training batch.
         labels: CSV or JSON lines of path, label and optionally split of the images of a folder, instead of class
             folders.
-        resize: How an image of a folder becomes a square: crop (the shorter side is resized, the centre is kept), pad
+        resize: How an image of yours becomes a square: crop (the shorter side is resized, the centre is kept), pad
             (the longer side is resized, the border is black) or squash (both sides are resized).
         in_channels: 3 for RGB images, 1 for gray ones; colours become their luma.
         skip_unreadable: Leave out images of a folder that cannot be read; otherwise they are an error. The run lists
@@ -134,10 +134,10 @@ class ImageDataModule(pl.LightningDataModule):
         check_settings("data", ImageDataModule.__init__, {**arguments, "transforms": None})  # Pipeline checks them
         super().__init__()
         self.arguments = arguments  # for config.yaml
-        of_folder: dict[str, Any] = {"labels": labels, "resize": resize, "skip_unreadable": skip_unreadable}
+        of_folder: dict[str, Any] = {"labels": labels, "skip_unreadable": skip_unreadable}
         if isinstance(dataset, str) and dataset == "folder":  # decodes to gray; images of others are converted
             of_folder["in_channels"] = in_channels
-        self.source = open_source(dataset, root, image_size, class_names, **of_folder)
+        self.source = open_source(dataset, root, image_size, class_names, resize, **of_folder)
         self.resize, self.in_channels = resize, in_channels
         self.class_names: tuple[str, ...] = self.source.class_names
         self.num_classes = len(self.class_names)

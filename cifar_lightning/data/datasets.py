@@ -21,6 +21,7 @@ import numpy as np
 
 from cifar_lightning.data import synthetic
 from cifar_lightning.data.download import ARCHIVES, download
+from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.data.image_folder import ClassFolders, holds_class_folders
 from cifar_lightning.data.image_set import ImageSet, Split, digest
 from cifar_lightning.errors import UserError
@@ -197,6 +198,7 @@ def open_source(
     root: str | Path,
     image_size: int | None = None,
     class_names: Sequence[str] | None = None,
+    resize: Resize = "crop",
     **of_folder: Any,
 ) -> Source:
     """Return a data set by name, import path or object, without downloading or decoding.
@@ -211,9 +213,10 @@ def open_source(
     if name in DATASETS and class_names:
         raise UserError(f"--data.class_names: only for a data set of your own; {name} has names.")
     if name == "folder":
-        return ClassFolders(root, image_size, **of_folder)
+        return ClassFolders(root, image_size, resize=resize, **of_folder)
     defaults = inspect.signature(ClassFolders).parameters
-    for key, value in of_folder.items():
+    kept = {"resize": resize} if name in DATASETS else {}  # their images are squares
+    for key, value in {**of_folder, **kept}.items():
         if value != defaults[key].default:
             text, what = str(value).lower() if isinstance(value, bool) else value, name or type(dataset).__name__
             raise UserError(f"--data.{key} {text}: only for --data.dataset folder, not {clipped(what)}.")
@@ -226,13 +229,15 @@ def open_source(
     if isinstance(given, type) or (callable(given) and not hasattr(given, "__getitem__")):
         given = _made(given, name or getattr(given, "__name__", type(given).__name__))
     if isinstance(given, Source):
-        if class_names or image_size not in (None, given.image_size):
+        if class_names or image_size not in (None, given.image_size) or resize != "crop":
             kind = type(given).__name__
-            raise UserError(f"--data.image_size and --data.class_names: {kind} has its own; leave them out.")
+            raise UserError(
+                f"--data.image_size, --data.class_names and --data.resize: {kind} has its own; leave them out."
+            )
         return given
     from cifar_lightning.data.object_source import ObjectSource, kind_of  # imports torch and Lightning
 
-    return ObjectSource(given, image_size, class_names, name or kind_of(given))
+    return ObjectSource(given, image_size, class_names, name or kind_of(given), resize)
 
 
 def _made(make: Callable[[], Any], name: str) -> Any:

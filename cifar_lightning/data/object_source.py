@@ -53,6 +53,7 @@ class ObjectSource:
             size, otherwise chosen as for class folders.
         class_names: Names in the order of the labels; by default those that the data set knows.
         name: How messages call the object.
+        resize: How an image that is no square of `image_size` becomes one.
 
     Raises:
         UserError: Another object, another form of the samples, or labels that are not 0 to n-1.
@@ -61,9 +62,18 @@ class ObjectSource:
     mean: None = None
     std: None = None
 
-    def __init__(self, given: Any, image_size: int | None, class_names: Sequence[str] | None, name: str) -> None:
+    def __init__(
+        self,
+        given: Any,
+        image_size: int | None,
+        class_names: Sequence[str] | None,
+        name: str,
+        resize: Resize = "crop",
+    ) -> None:
         self.name = name
-        self._samples = {split: _samples_of(each, f"{name}: {split}") for split, each in _splits_of(given, name)}
+        self._samples = {
+            split: _samples_of(each, f"{name}: {split}", resize) for split, each in _splits_of(given, name)
+        }
         sizes = {split: samples.probe() for split, samples in self._samples.items()}
         self.image_size = image_size or choose_image_size(sizes["train"], is_square_kept=True)
         self._read: dict[Split, tuple[np.ndarray, np.ndarray]] = {}
@@ -163,11 +173,11 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, np.ndarray | Tensor)
 
 
-def _samples_of(given: Any, where: str) -> "_Samples":
+def _samples_of(given: Any, where: str, resize: Resize) -> "_Samples":
     if isinstance(given, tuple | list) and len(given) == 2 and _is_array(given[0]):
         if len(given[0]) != len(given[1]):
             raise UserError(f"--data.dataset {where}: {len(given[0]):,} images and {len(given[1]):,} labels.")
-        return _Samples(StackDataset(*given), where)
+        return _Samples(StackDataset(*given), where, resize)
     problem = ""
     if isinstance(given, IterableDataset) or (hasattr(given, "features") and not hasattr(given, "__len__")):
         problem = "it has no order and no length; give a list of its samples"
@@ -181,7 +191,7 @@ def _samples_of(given: Any, where: str) -> "_Samples":
         problem = "labels are missing" if _is_array(given) else "it holds no samples"
     if problem:
         raise UserError(f"--data.dataset {where}: {type(given).__name__}: {problem}.\nNeeded: {_FORMS}.")
-    return _Samples(given, where)
+    return _Samples(given, where, resize)
 
 
 def _arrays_of(dataset: Any) -> tuple[Any, Any] | None:
@@ -226,8 +236,9 @@ def _known_class_names(dataset: Any) -> list[str] | None:
 class _Samples(Dataset[Any]):
     """The samples of a split: uint8 image and label, or the text of an error, which a worker process can send."""
 
-    def __init__(self, dataset: Any, name: str) -> None:
+    def __init__(self, dataset: Any, name: str, resize: Resize) -> None:
         self.dataset, self.name, self.where = dataset, name, f"--data.dataset {name}"
+        self.resize: Resize = resize
         self.image_size, self.form = 0, ""
         try:
             self._num = len(dataset)
@@ -254,7 +265,8 @@ class _Samples(Dataset[Any]):
             sample = self.dataset[index]
             self.form = self.form or f"\nThe first sample is {_form(sample)}."
             image, label = self._pair(sample)
-            return to_square(image, self.image_size) if self.image_size else _opened(image), _label(label)
+            square = to_square(image, self.image_size, self.resize) if self.image_size else _opened(image)
+            return square, _label(label)
         except UserError as error:  # of the form of a sample
             raise UserError(f"{self.where}: sample {index:,}: {error}\nThe sample is {_form(sample)}.") from error
         except (Exception, SystemExit) as error:  # code of the user's raises anything
@@ -290,7 +302,7 @@ class _Samples(Dataset[Any]):
         with isolate_rng(include_cuda=False):  # a data set may draw random numbers
             arrays = _arrays_of(self.dataset)
             try:
-                images, labels = self._read_all() if arrays is None else _read_arrays(*arrays, image_size)
+                images, labels = self._read_all() if arrays is None else _read_arrays(*arrays, image_size, self.resize)
             except UserError as error:
                 raise UserError(f"{self.where}: {error}{self.form}" if arrays else str(error)) from error
             for index in self._probes:
@@ -400,7 +412,7 @@ def _opened(image: Any) -> "Image.Image | np.ndarray":
     return image if isinstance(image, Image.Image) else _pixels(image)
 
 
-def _read_arrays(images: Any, labels: Any, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_arrays(images: Any, labels: Any, image_size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray]:
     labels = np.asarray([_label(label) for label in labels])
     if images.shape[1:] == (image_size, image_size, 3) and str(images.dtype).endswith("uint8"):
         return np.ascontiguousarray(images), labels
@@ -410,7 +422,7 @@ def _read_arrays(images: Any, labels: Any, image_size: int) -> tuple[np.ndarray,
         if chunk.shape[1:3] == squares.shape[1:3] and chunk.shape[3] != 4:
             squares[start : start + _CHUNK] = chunk  # also of one channel
         else:
-            squares[start : start + _CHUNK] = [to_square(each, image_size) for each in chunk]
+            squares[start : start + _CHUNK] = [to_square(each, image_size, resize) for each in chunk]
     return squares, labels
 
 

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 
 from cifar_lightning import ImageDataModule, UserError
 from cifar_lightning.data import object_source
+from cifar_lightning.data.image_decoding import square_of
 from cifar_lightning.data.image_set import ImageSet, digest
 from cifar_lightning.data.object_source import ObjectSource
 
@@ -33,6 +34,21 @@ class Own(Dataset):
 
     def __getitem__(self, index):
         return self.make(self.images[index], self.own_labels[index])
+
+
+@pytest.mark.parametrize("resize", ["crop", "pad", "squash"])
+def test_images_of_an_object_become_squares_as_those_of_files_do(resize):
+    wide = np.random.default_rng(1).integers(0, 256, (N, 6, 12, 3), dtype=np.uint8)
+    expected = [square_of(Image.fromarray(image), SIZE, resize) for image in wide]
+    for given in (Own(images=wide), (wide, LABELS)):
+        images, _, _ = loaded(given, image_size=SIZE, resize=resize)
+        assert np.array_equal(images, expected)
+
+
+def test_data_sets_of_square_images_refuse_another_way_to_resize():
+    for given in ("synthetic", "cifar10"):
+        with pytest.raises(UserError, match=rf"--data\.resize pad: .*not {given}"):
+            ImageDataModule(given, resize="pad")
 
 
 class Named(Own):
