@@ -1,4 +1,4 @@
-"""Rows 16 to 18: several ranks with uneven numbers of images, one killed, all stopping together."""
+"""Rows 16 to 18 and 50: several ranks with uneven numbers of images, one killed, all stopping together; launchers."""
 
 import contextlib
 import json
@@ -131,3 +131,22 @@ def early_stop(trial: Trial) -> str:
     trial.expect(begun[0] == begun[1], f"epochs begun: {begun[0]} and {begun[1]}")
     trial.expect(int(begun[0]) < epochs, f"nothing stopped before epoch {epochs}")
     return f"both stop in epoch {begun[0]} of {epochs}"
+
+
+@row(50, "Lightning's fork, notebook and spawn launchers")
+def launchers(trial: Trial) -> str:
+    """Two processes that each of them would start; ours must refuse it, the peer may also train."""
+    names = ["ddp_spawn", "ddp_fork", "ddp_notebook"]
+    if not trial.subject.is_plain:
+        names.append("{class_path: lightning.pytorch.strategies.DDPStrategy, init_args: {start_method: spawn}}")
+    for number, name in enumerate(names):
+        out = trial.place / f"run{number}"
+        if trial.subject.is_plain:
+            extra = trial.subject.trainer_flags(strategy=name)
+            if trial.worked(name, trial.fit(out, devices=2, epochs=1, workers=0, extra=extra)):
+                trial.kept(bool(load(trial.subject.last(out))), f"{name}: no checkpoint")
+            continue
+        extra = ["--trainer.devices", 2, "--trainer.strategy", name]
+        trial.reported(name, trial.fit(out, epochs=1, extra=extra), "--trainer.strategy", status=2)
+        trial.expect(not out.exists(), f"{name}: {out.name} was made")
+    return "trains" if trial.subject.is_plain else "refused before step 1"
