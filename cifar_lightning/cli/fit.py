@@ -90,7 +90,8 @@ def fit(
         prepare_data(data, model)
         validates = bool(data.num_images("val")) and settings.trainer.limit_val_batches != 0
         plateau = cli.settings.get("lr_scheduler.init_args.monitor")
-        check_monitors(as_list(settings.trainer.callbacks), validates, model, plateau)
+        stops_by = settings.early_stopping.monitor if validates else None
+        check_monitors(as_list(settings.trainer.callbacks), validates, model, plateau, stops_by)
         if not validates:
             refuse_early_stopping(cli.settings)
         if settings.trainer.fast_dev_run:

@@ -1,31 +1,38 @@
 """AnnealingEarlyStopping: early stopping that waits for the learning rate to fall."""
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping
 from pydantic import Field
 
 from cifar_lightning.checkpoints.resume import has_stopped
+from cifar_lightning.errors import UserError
+from cifar_lightning.formatting import clipped
 from cifar_lightning.settings.limits import check_settings
 from cifar_lightning.training.ending import is_cut, is_validation_due
+from cifar_lightning.training.model_checks import VAL_METRICS
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.run_recorder import MONITOR
 
+_LOWER_IS_BETTER = {"loss", "ece"}
+
 
 class AnnealingEarlyStopping(EarlyStopping):
-    """Stops a run when val/acc no longer improves after the peak of the learning rate.
+    """Stops a run when a metric no longer improves after the peak of the learning rate.
 
     With OneCycle accuracy improves most while the learning rate falls. Validations before the peak are not counted, and
     the patience is at least a third of the epochs, however often an epoch is validated.
 
     Args:
         patience: Validations without improvement after the peak of the learning rate; at least a third of the epochs.
-        min_delta: Smallest increase of val/acc that counts as an improvement.
+        min_delta: Smallest change of the metric that counts as an improvement.
+        monitor: Metric of a validation; best.ckpt stays that of the best val/acc.
+        mode: max or min, whichever is better; by default min for val/loss and val/ece, else max.
 
     Raises:
-        UserError: A value outside its range.
+        UserError: A value outside its range, or a mode that contradicts the metric.
     """
 
     def __init__(
@@ -35,9 +42,14 @@ class AnnealingEarlyStopping(EarlyStopping):
             float,
             Field(ge=0, lt=1, allow_inf_nan=False, description="0 (any gain counts) to below 1, such as 0.001"),
         ] = 0.0,
+        monitor: str = MONITOR,
+        mode: Literal["min", "max"] | None = None,
     ) -> None:
         check_settings("early_stopping", AnnealingEarlyStopping.__init__, locals())
-        super().__init__(monitor=MONITOR, mode="max", patience=patience, min_delta=min_delta)
+        better = "min" if monitor.rpartition("/")[2] in _LOWER_IS_BETTER else "max"
+        if mode not in (None, better) and monitor in VAL_METRICS:
+            raise UserError(f"--early_stopping.mode {mode}: {monitor} is better at its {better}; leave it out.")
+        super().__init__(monitor=monitor, mode=mode or better, patience=patience, min_delta=min_delta)
         self._state_key = super().state_key
 
     @property
@@ -67,5 +79,9 @@ class AnnealingEarlyStopping(EarlyStopping):
         # A limit may cut an epoch, the first one too, before it was validated.
         if is_cut(trainer) and not is_validation_due(trainer):
             return
-        if trainer.global_step >= module.peak_step() and MONITOR in trainer.callback_metrics:
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics and MONITOR in metrics:
+            logged = ", ".join(name for name in metrics if name.startswith("val/"))
+            raise UserError(f"--early_stopping.monitor {clipped(self.monitor)}: not logged; one of {logged}.")
+        if trainer.global_step >= module.peak_step() and self.monitor in metrics:
             super()._run_early_stopping_check(trainer)

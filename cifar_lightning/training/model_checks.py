@@ -96,7 +96,11 @@ def check_sizes(model: nn.Module, train_sizes: Sequence[int], in_channels: int =
 
 
 def check_monitors(
-    callbacks: Sequence[pl.Callback], validates: bool, module: Any = None, plateau: str | None = None
+    callbacks: Sequence[pl.Callback],
+    validates: bool,
+    module: Any = None,
+    plateau: str | None = None,
+    early_stopping: str | None = None,
 ) -> None:
     """Raise if a callback monitors a metric that is not logged; callbacks and modules of one's own may log others.
 
@@ -105,13 +109,20 @@ def check_monitors(
         validates: Whether the metrics of a validation are logged.
         module: The LightningModule.
         plateau: What --lr_scheduler monitors.
+        early_stopping: What --early_stopping monitors.
     """
     logged = (*TRAIN_METRICS, *validated_by(module)) if all(map(_is_of_a_library, (*callbacks, module))) else None
     monitors = [(f"--trainer.callbacks {type(each).__name__}", getattr(each, "monitor", None)) for each in callbacks]
-    for flag, given in [*monitors, ("--lr_scheduler", plateau)]:
+    for flag, given in [*monitors, ("--lr_scheduler", plateau), ("--early_stopping", early_stopping)]:
         if given is None:  # ModelCheckpoint's default
             continue
         monitor = str(given)
+        if flag == "--early_stopping" and not monitor.startswith("val/"):
+            of_validation = validated_by(module)
+            raise UserError(
+                f"{flag}.monitor {clipped(monitor)}: not a metric of the validation; "
+                f"one of {', '.join(of_validation)}.{suggest(monitor, of_validation)}"
+            )
         if monitor.startswith("val/") and not validates:
             raise UserError(
                 f"{flag}: monitors {monitor}, but this run does not validate.\n"

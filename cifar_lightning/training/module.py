@@ -375,8 +375,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         return make_schedule(optimizer, self.schedule_settings, total_steps=total_steps, steps_done=steps_done)
 
     def peak_step(self) -> float:
-        """Return the step at which the learning rate is highest."""
-        return self.schedule_settings.warmup_fraction * self.total_steps()
+        """Return the step at which the learning rate of our schedule is highest; 0 with an optimizer of one's own."""
+        return self.schedule_settings.warmup_fraction * self.total_steps() if self.plans_schedule else 0.0
 
     def total_steps(self) -> int:
         """Return the optimizer steps of the whole run, also of a resumed one.

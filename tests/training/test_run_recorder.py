@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -85,6 +86,44 @@ def test_early_stopping_lets_a_run_that_improves_in_the_annealing_finish(tmp_pat
     module = scripted(0.9, 0.8, 0.7, 0.5, 0.5, 0.5, 0.5, 0.6, 0.5, 0.5, 0.5, 0.95)
     run = fit(tmp_path, [AnnealingEarlyStopping(patience=1)], epochs=12, module=module)
     assert run.current_epoch == 12
+
+
+def test_early_stopping_follows_another_metric_in_its_own_direction(tmp_path):
+    module = scripted(*[0.1 * epoch for epoch in range(9)])  # accuracy rises, loss too
+    module.losses = (1.0, 0.5, 0.4, 0.3, 0.6, 0.7, 0.8, 0.9, 1.0)
+    run = fit(tmp_path, [AnnealingEarlyStopping(patience=1, monitor="val/loss")], epochs=9, module=module)
+    assert run.current_epoch == 7  # the lowest loss is epoch 3's, patience 3
+
+
+def test_early_stopping_waits_for_no_peak_of_an_optimizer_of_ones_own(tmp_path):
+    module = scripted(0.9, 0.8, 0.7, 0.5, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.01)
+    with warnings.catch_warnings(action="ignore"):  # Lightning's, that the method is replaced
+        run = fit(tmp_path, [AnnealingEarlyStopping(patience=1)], epochs=12, module=module)
+    assert run.current_epoch == 5  # epoch 0 is the best, patience 4
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "expected"),
+    [("val/acc", None, "max"), ("val/ece", None, "min"), ("val/kappa", None, "max"), ("val/kappa", "min", "min")],
+)
+def test_the_direction_of_a_metric_is_known_or_given(monitor, mode, expected):
+    assert AnnealingEarlyStopping(monitor=monitor, mode=mode).mode == expected
+
+
+def test_a_direction_that_contradicts_the_metric_is_refused():
+    with pytest.raises(UserError, match=r"--early_stopping\.mode max: val/loss"):
+        AnnealingEarlyStopping(monitor="val/loss", mode="max")
+
+
+def test_early_stopping_by_a_metric_that_is_not_logged_is_refused(tmp_path):
+    check_monitors([], validates=True, early_stopping="val/f1")
+    for monitor in ("train/loss", "val_acc", "val/accuracy"):
+        with pytest.raises(UserError, match=rf"--early_stopping.*{monitor}.*val/loss"):
+            check_monitors([], validates=True, early_stopping=monitor)
+    stopper = AnnealingEarlyStopping(monitor="val/mine")  # a module of one's own might have logged it
+    with pytest.raises(UserError, match=r"--early_stopping\.monitor val/mine.*val/acc"):
+        fit(tmp_path, [stopper], epochs=1, module=scripted(0.5))
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")  # that of the run that goes on
