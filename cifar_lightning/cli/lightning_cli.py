@@ -112,6 +112,8 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check the settings and choose the precision by device."""
         self.settings: Namespace = self.config[self.subcommand]
+        for group in CLASS_GROUPS:
+            self.settings[group] = self.settings.get(group, Namespace())  # missing of a class without arguments
         self._take_settings_of_objects()
         model = self.settings.model
         if model.get("model") and model.get("name") == DEFAULT_MODEL:

@@ -26,7 +26,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, suggest
 from cifar_lightning.models.registry import LIBRARIES, MODELS, check_model_kwargs, check_name
 from cifar_lightning.optim.optimizers import OPTIMIZERS, check_optimizer
-from cifar_lightning.runs.schema import upgrade_config
+from cifar_lightning.runs.schema import CLASS_GROUPS, upgrade_config
 from cifar_lightning.settings.limits import check_setting, limits_of, members
 from cifar_lightning.settings.roles import NOT_WITH_OPTIMIZER, OF_OPTIMIZER, READ_BY
 from cifar_lightning.settings.safe_yaml import checked
@@ -150,10 +150,13 @@ def _reason(message: str) -> str:
 def _nearest_class(flag: str, path: str) -> str:
     """Return " Did you mean CLASS?" where a flag takes a class of a similar name, or of this name in another module."""
     module, _, name = path.rpartition(".")
-    classes = {each: f"{module}.{each}" for each in dir(sys.modules.get(module))} if module in sys.modules else {}
+    known = {each: f"{module}.{each}" for each in dir(sys.modules.get(module))} if module in sys.modules else {}
     for library, prefix in reversed(_CLASSES[flag].items()):
-        classes |= {each: prefix + each for each in dir(importlib.import_module(library)) if each[:1].isupper()}
-    return "" if path.endswith(classes.get(name, " ")) else suggest(name, classes, cutoff=0.75)
+        known |= {each: prefix + each for each in dir(importlib.import_module(library)) if each[:1].isupper()}
+    if path.endswith(known.get(name, " ")):
+        return ""
+    short = f" By name: --model.optimizer {path}." if flag == "optimizer" and path in OPTIMIZERS else ""
+    return suggest(name.lower(), {each.lower(): of for each, of in known.items()}, cutoff=0.75) + short
 
 
 def add_own_flags(parser: LightningArgumentParser) -> None:
@@ -275,7 +278,8 @@ def as_list(given: Any) -> list[Any]:
 def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
     """Return all settings of a run as YAML, without its path, so that the config starts the same run again."""
     own = config.clone()
-    for key in ("run_dir", "config", "ckpt_path", "output"):
+    empty = (group for group in CLASS_GROUPS if own.get(group) == Namespace())  # of a class without arguments
+    for key in ("run_dir", "config", "ckpt_path", "output", *empty):
         own.pop(key, None)
     return str(parser.dump(own, skip_none=False))
 

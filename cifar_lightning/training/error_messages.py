@@ -38,7 +38,7 @@ _OF_USERS = (pl.Callback, Logger, Profiler)
 
 @contextlib.contextmanager
 def explained(command: str, run: RunFolder | None = None) -> Iterator[None]:
-    """Raise known errors as `RunError`; see `explain`."""
+    """Raise known errors as ours; see `explain`."""
     try:
         yield
     except (RuntimeError, OSError) as error:
@@ -111,11 +111,15 @@ def cause_of(error: BaseException) -> str:
     return clipped(text, 450)
 
 
-def explain(error: RuntimeError | OSError, command: str, run: RunFolder | None = None) -> RunError | None:
+def explain(error: RuntimeError | OSError, command: str, run: RunFolder | None = None) -> RunError | UserError | None:
     """Return a known error as a message with a way out, None for any other."""
     text = " ".join(str(error).split())
     if isinstance(error, RunError):
         return None
+    if "multiple optimizers is only supported with manual" in text:  # Lightning's, of configure_optimizers
+        return UserError(
+            "configure_optimizers returns several optimizers; return one, with several groups of parameters."
+        )
     if isinstance(error, OSError):
         if error.errno in _FULL:
             where = error.filename or ("a file of the run" if run else "a file")

@@ -1,6 +1,6 @@
 """Checks that model and data agree: number of classes, shape of the logits, batch and image sizes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -83,6 +83,31 @@ def check_optimizers(optimizers: Sequence[optim.Optimizer], model: nn.Module) ->
             "--model.memory_format channels_last: LBFGS cannot flatten these weights; "
             "give --model.memory_format contiguous."
         )
+
+
+def check_schedules(trainer: pl.Trainer, num_steps: Callable[[], int]) -> None:
+    """Raise if a schedule of one's own ends before the run, or needs a metric in each step.
+
+    Args:
+        trainer: At its start.
+        num_steps: Returns the steps of the whole run.
+    """
+    for config in trainer.lr_scheduler_configs:
+        scheduler, is_per_step = config.scheduler, config.interval == "step"
+        if config.reduce_on_plateau and is_per_step and config.monitor in (*TRAIN_METRICS, *VAL_METRICS):
+            raise UserError(
+                f"ReduceLROnPlateau with interval step: {config.monitor} is logged once an epoch; give interval epoch."
+            )
+        max_epochs = trainer.max_epochs or -1
+        is_known = max_epochs + trainer.max_steps > -2 if is_per_step else trainer.max_steps == -1 < max_epochs
+        if isinstance(scheduler, optim.lr_scheduler.OneCycleLR) and is_known:
+            num_calls = (num_steps() if is_per_step else max_epochs) // config.frequency
+            if num_calls > scheduler.total_steps:
+                way_out = "give fewer --epochs" if scheduler.last_epoch > 0 else f"give total_steps={num_calls}"
+                raise UserError(
+                    f"OneCycleLR: ends after total_steps={scheduler.total_steps}, and the run has {num_calls} "
+                    f"{'steps' if is_per_step else 'epochs'}; {way_out}."
+                )
 
 
 def check_sizes(model: nn.Module, train_sizes: Sequence[int], in_channels: int = 3) -> None:

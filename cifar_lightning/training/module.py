@@ -49,7 +49,13 @@ from cifar_lightning.training.eval_metrics import (
 )
 from cifar_lightning.training.lightning_patches import PlainHookNames
 from cifar_lightning.training.losses import DEFAULT_LOSS, check_loss, make_loss, name_of
-from cifar_lightning.training.model_checks import check_batches, check_classes, check_logits, check_optimizers
+from cifar_lightning.training.model_checks import (
+    check_batches,
+    check_classes,
+    check_logits,
+    check_optimizers,
+    check_schedules,
+)
 from cifar_lightning.training.nan_guard import NanGuard
 from cifar_lightning.training.resumed_settings import ResumedSettings
 from cifar_lightning.training.step_count import count_steps, current_lr
@@ -295,6 +301,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         """Check the batch size against BatchNorm; the LR finder gets here, too, but not to on_fit_start."""
         check_batches(self.trainer, self.model)
         check_optimizers(self.trainer.optimizers, self.model)
+        if not self.plans_schedule:
+            check_schedules(self.trainer, self.total_steps)
         self._freeze_for_epoch()  # Lightning starts no epoch that is resumed in its middle
 
     def on_train_epoch_start(self) -> None:

@@ -44,6 +44,20 @@ class MyData(ImageDataModule):
         self.my_fraction = my_fraction
 
 
+class Fixed(ImageDataModule):
+    """Takes no arguments."""
+
+    def __init__(self):
+        super().__init__("synthetic", batch_size=100, limit=300, image_size=16)
+
+
+class FixedModel(ImageClassifier):
+    """Takes no arguments."""
+
+    def __init__(self):
+        super().__init__(image_size=16, model_kwargs={"widths": [2, 2, 2]})
+
+
 class Foreign(LightningModule):
     pass
 
@@ -220,6 +234,8 @@ def test_what_cannot_work_is_refused_with_what_to_give(flags, words):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--optimizer=adamw"], ["--optimizer adamw", "Did you mean AdamW?", "--model.optimizer adamw"]),
+        (["--optimizer=torch.optim.adamw"], ["Did you mean AdamW?"]),
         (["--optimizer=RAdm"], ["--optimizer RAdm", "Did you mean RAdam?"]),
         (["--optimizer=torch.optim.RAdm"], ["--optimizer torch.optim.RAdm", "Did you mean RAdam?"]),
         (["--optimizer=SGD", "--optimizer.learning_rate=1"], ["learning_rate", "Did you mean lr?"]),
@@ -251,6 +267,16 @@ def test_settings_that_do_not_go_with_an_optimizer_are_refused_also_from_a_confi
     with pytest.raises(UserError) as refused:
         check_arguments("fit", parsed, parser.get_defaults())
     assert [word for word in words if word not in str(refused.value)] == []
+
+
+def test_classes_whose_constructors_take_no_arguments_are_made_and_their_config_repeats_them(tmp_path):
+    flags = ["--data", f"{__name__}.Fixed", "--model", f"{__name__}.FixedModel"]
+    cli = command_line(*flags)
+    model, data, _ = cli.instantiate()
+    assert (type(model), type(data)) == (FixedModel, Fixed)
+    (tmp_path / "config.yaml").write_text(cli.config_text)
+    again, _, _ = command_line("--config", str(tmp_path / "config.yaml")).instantiate()
+    assert type(again) is FixedModel
 
 
 class Abstract(ImageClassifier, abc.ABC):

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fitting import fake_data, quiet_trainer, small_data
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from program import REPO
 from torch import nn
 
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.models.smallnet import SmallNet
-from cifar_lightning.training.model_checks import check_batches, check_logits
+from cifar_lightning.training.error_messages import explained
+from cifar_lightning.training.model_checks import check_batches, check_logits, check_schedules
 
 DEEP = SmallNet(widths=(2,) * 5)  # 16 pixels halved four times: BatchNorm sees one value of each image
 SHALLOW = SmallNet(widths=(2, 2))
@@ -54,6 +56,52 @@ def test_a_subclass_without_an_optimizer_or_with_several_losses_ends_in_a_senten
     data = small_data()
     with pytest.raises(UserError, match=message):
         quiet_trainer(tmp_path, max_epochs=1).fit(kind(image_size=16, model_kwargs={"widths": [2, 2]}), datamodule=data)
+
+
+class TwoOptimizers(ImageClassifier):
+    def configure_optimizers(self):
+        return [torch.optim.SGD([parameter], lr=0.1) for parameter in [*self.parameters()][:2]]
+
+
+def test_several_optimizers_end_in_a_sentence(tmp_path):
+    module = TwoOptimizers(image_size=16, model_kwargs={"widths": [2, 2]})
+    with pytest.raises(UserError, match="configure_optimizers returns several"), explained("fit"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(module, datamodule=small_data())
+
+
+def trainer_with(scheduler, max_epochs=3, max_steps=-1, **config):
+    configs = [LRSchedulerConfig(scheduler, **config)]
+    return SimpleNamespace(lr_scheduler_configs=configs, max_epochs=max_epochs, max_steps=max_steps)
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "settings", "allowed"),
+    [
+        (26, {"interval": "step"}, None),
+        (27, {"interval": "step"}, 27),
+        (13, {"interval": "step", "frequency": 2}, 13),
+        (2, {}, None),
+        (3, {}, 3),
+        (2, {"max_steps": 5}, 0),  # in an epoch or more: not known
+        (2, {"max_epochs": -1, "interval": "step"}, 0),  # max_time ends it
+    ],
+)
+def test_a_one_cycle_of_ones_own_that_ends_before_the_run_is_refused(total_steps, settings, allowed):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    trainer = trainer_with(torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=total_steps), **settings)
+    if allowed is not None:
+        check_schedules(trainer, lambda: 27)
+        return
+    with pytest.raises(UserError, match=f"total_steps={total_steps}.* give total_steps={total_steps + 1}"):
+        check_schedules(trainer, lambda: 27)
+
+
+def test_a_plateau_that_steps_before_its_metric_is_there_is_refused():
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+    settings = {"reduce_on_plateau": True, "monitor": "val/loss"}
+    check_schedules(trainer_with(plateau, **settings), lambda: 27)
+    with pytest.raises(UserError, match=r"val/loss.*interval epoch"):
+        check_schedules(trainer_with(plateau, interval="step", **settings), lambda: 27)
 
 
 @pytest.mark.parametrize(
