@@ -113,7 +113,8 @@ class TrainingCLI(LightningCLI):
         """Check the settings and choose the precision by device."""
         self.settings: Namespace = self.config[self.subcommand]
         for group in CLASS_GROUPS:
-            self.settings[group] = self.settings.get(group, Namespace())  # missing of a class without arguments
+            if group not in self.settings:  # of a class without arguments
+                self.settings[group] = Namespace()  # type: ignore[no-untyped-call]  # jsonargparse has no types for it
         self._take_settings_of_objects()
         model = self.settings.model
         if model.get("model") and model.get("name") == DEFAULT_MODEL:
