@@ -43,7 +43,7 @@ COMMANDS = [
     ["fit", *FIT, "--epochs", "1", "--run_dir", "OUT/new", "--init_weights", "RUN/checkpoints/best.ckpt"],
 ]
 FILES = ["config", "split", "environment", "metrics_csv", "timing_csv", "test_metrics", "confusion_matrix_csv"]
-FILES += ["predictions", "predictions_val", "gallery", "findings", "last_checkpoint", "best_checkpoint"]
+FILES += ["predictions", "predictions_val", "gallery", "explanations", "findings", "last_checkpoint", "best_checkpoint"]
 FILES += ["best_checkpoint", "last_checkpoint", "best_checkpoint"]  # the largest schema: more often
 _WORD = re.compile(rb'"[^"]*"|[-\w.]+')
 _TEXTS = ["null", "[]", "{}", '"x"', "-1", "1e308", "nan", "1e999", "9" * 5000, "true", '""', "2024-01-01", "!!set {a}"]

@@ -355,6 +355,11 @@ class ImageDataModule(pl.LightningDataModule):
         name = getattr(self.source, "image_name", index_name)
         return np.array([name(source_split, index) for index in self._splits.of(split).tolist()], np.str_)
 
+    def targets(self, split: Split, positions: np.ndarray) -> np.ndarray:
+        """Return the classes, int64, of the images at positions of a split."""
+        targets = self._images[self._splits.source_of(split)].targets
+        return np.asarray(targets[self._splits.of(split).numpy()[positions]])
+
     def sample_of_training(self, num_images: int) -> Float[Tensor, "images channels height width"]:
         """Return `num_images` training images (all, if there are fewer), evenly spaced, normalized, on the CPU."""
         images = self.images("train", evenly_spaced(self.num_images("train"), num_images))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64, Shaped, UInt8
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import MAX_TABLE_BYTES, read_bytes
@@ -16,6 +16,7 @@ from cifar_lightning.runs.contents import (
     read_arrays,
     read_config,
     read_environment,
+    read_explanations,
     read_gallery,
     read_matrix,
     read_split,
@@ -84,6 +85,25 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class Explanations:
+    """What the model looked at in its first mistakes, and what it knows that is like them.
+
+    Attributes:
+        indices: Positions of the images in the test split.
+        cam: Grad-CAM for the predicted class, 0-255, of the size of the images; None for a model without convolutions.
+        neighbours: The nearest training images, nearest first; None for a model that does not end with a linear layer.
+        neighbour_names: Their names.
+        neighbour_labels: Their classes.
+    """
+
+    indices: Int64[np.ndarray, " n"]
+    cam: UInt8[np.ndarray, "n height width"] | None = None
+    neighbours: UInt8[np.ndarray, "n k size size 3"] | None = None
+    neighbour_names: Shaped[np.ndarray, "n k"] | None = None
+    neighbour_labels: Int64[np.ndarray, "n k"] | None = None
+
+
+@dataclass(frozen=True)
 class Origin:
     """Content of config.yaml, environment.json and split.json."""
 
@@ -107,6 +127,8 @@ class Results:
         cut_tables: Names of those two files that lack epochs.
         origin: Settings, environment and split.
         accuracy_no_tta: Test accuracy without test-time augmentation; None if the run uses none.
+        explanations: Grad-CAM and nearest training images of the first mistakes; None without either.
+        explanations_reason: Why one or both are missing.
         problems: One message for each missing or damaged file.
     """
 
@@ -120,6 +142,8 @@ class Results:
     cut_tables: tuple[str, ...] = ()
     origin: Origin = field(default_factory=Origin)
     accuracy_no_tta: float | None = None
+    explanations: Explanations | None = None
+    explanations_reason: str = ""
     problems: list[str] = field(default_factory=list)
 
 
@@ -145,6 +169,7 @@ def read_results(run: RunFolder) -> Results:
     for path, predictions in ((run.predictions, test), (run.predictions_val, val)):
         problems += _non_finite_problems(path, predictions)
     images, shown = _try(read_gallery, run.gallery, problems) or ((), ())
+    explanations, reason = _explanations(run, len(names), problems)
     tables = {path: _try(read_table, path, problems) for path in (run.metrics_csv, run.timing_csv)}
     cut = _name_cut_tables(tables)
     no_tta = None
@@ -163,6 +188,8 @@ def read_results(run: RunFolder) -> Results:
         cut_tables=tuple(cut),
         origin=origin,
         accuracy_no_tta=no_tta,
+        explanations=explanations,
+        explanations_reason=reason,
         problems=[*problems, *cut.values()],
     )
 
@@ -196,6 +223,21 @@ def read_predictions(path: Path) -> Predictions:
         raise UserError(f"{path}: damaged: an image occurs twice.")
     targets, indices = targets.astype(np.int64), indices.astype(np.int64)
     return Predictions(logits.astype(np.float32), targets, indices, class_names, names)
+
+
+def _explanations(run: RunFolder, num_classes: int, problems: list[str]) -> tuple[Explanations | None, str]:
+    if not run.explanations.exists():  # of an earlier version
+        return None, f"No Grad-CAM and nearest images: the run has no {run.explanations.name}."
+    arrays, reasons = _try(read_explanations, run.explanations, problems) or ({}, ["it is damaged"] * 2)
+    labels = arrays.get("neighbour_labels", np.zeros(1))
+    if not ((labels >= 0) & (labels < num_classes)).all():
+        problems.append(f"{run.explanations.name} is damaged: a class is not in 0..{num_classes - 1}.")
+        arrays, reasons = {}, ["it is damaged"] * 2
+    missing = zip(("Grad-CAM", "nearest images"), reasons, strict=True)
+    texts = [f"No {what}: {reason}." for what, reason in missing if reason]
+    if reasons[0] and reasons[0] == reasons[1]:
+        texts = [f"No Grad-CAM and nearest images: {reasons[0]}."]
+    return Explanations(**arrays) if arrays else None, " ".join(texts)
 
 
 def _matrix_alone(run: RunFolder, problems: list[str]) -> tuple[tuple[str, ...], Int64[np.ndarray, "classes classes"]]:

@@ -203,6 +203,30 @@ def read_gallery(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return images, indices
 
 
+def read_explanations(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Read explanations.npz: its arrays, and the reasons why Grad-CAM or the nearest images are missing.
+
+    The arrays are "indices" (n,); "cam", uint8 (n, height, width), 0-255; "neighbours", uint8 RGB (n, k, height, width,
+    3), with "neighbour_names" and "neighbour_labels" (n, k). Those with a reason are missing.
+    """
+    reasons = read_arrays(path, {"reasons": ("U", 1)})["reasons"].tolist()
+    if len(reasons) != 2:
+        raise UserError(f"{path}: damaged: reasons: 2 are expected, got {len(reasons)}.")
+    kinds: dict[str, tuple[str, int]] = {} if all(reasons) else {"indices": ("iu", 1)}
+    if not reasons[0]:
+        kinds["cam"] = ("u", 3)
+    if not reasons[1]:
+        kinds |= {"neighbours": ("u", 5), "neighbour_names": ("U", 2), "neighbour_labels": ("iu", 2)}
+    arrays = read_arrays(path, kinds) if kinds else {}
+    nearest = [array for name, array in arrays.items() if name.startswith("neighbour")]
+    if len({len(array) for array in arrays.values()}) > 1 or len({array.shape[:2] for array in nearest}) > 1:
+        raise UserError(f"{path}: damaged: arrays have different lengths.")
+    images = [array for name, array in arrays.items() if name in ("cam", "neighbours")]
+    if any(array.dtype != np.uint8 for array in images) or (nearest and nearest[0].shape[-1] != 3):
+        raise UserError(f"{path}: damaged: not RGB images or not of 8 bits.")
+    return arrays, reasons
+
+
 def _text(path: Path, max_bytes: int) -> str:
     try:
         return read_bytes(path, max_bytes).decode()

@@ -52,6 +52,7 @@ class RunFiles:
     predictions_csv = RunFile("predictions.csv", "test", "prediction and loss of every test and validation image")
     mistakes_csv = RunFile("mistakes.csv", "test", "test and validation images with wrong predictions, by loss")
     gallery = RunFile("gallery.npz", "test", "test images shown in the report")  # at most 500: it needs no data set
+    explanations = RunFile("explanations.npz", "test", "Grad-CAM and nearest training images of the first mistakes")
     lr_range = RunFile("lr_range.json", "tune")  # result of the LR finder (`tune`, `fit --tune_lr`)
     lr_range_png = RunFile("lr_range.png", "tune")
     lock_file = RunFile(".lock")  # locked while the run is written; marks the folder as a run

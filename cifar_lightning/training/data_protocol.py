@@ -46,6 +46,9 @@ class TrainingData(Protocol):
     def image_names(self, split: Split, /) -> np.ndarray:
         """Return the name of each image of a split, str (n,)."""
 
+    def targets(self, split: Split, positions: np.ndarray, /) -> np.ndarray:
+        """Return the classes, int64, of the images at positions of a split."""
+
     def rank_positions(self, split: Split, rank: Rank, /) -> np.ndarray:
         """Return the positions of a split that a rank evaluates, in the order of its loader."""
 

@@ -25,6 +25,7 @@ from cifar_lightning.report.results import Predictions, Results
 from cifar_lightning.report.terminal import print_findings
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.data_protocol import training_data
+from cifar_lightning.training.explanations import explain_mistakes
 from cifar_lightning.training.module import Batch
 
 
@@ -90,7 +91,7 @@ class PredictionWriter(pl.Callback):
             _write_predictions(self.written_to, arrays)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write predictions.npz, test_metrics.json, confusion_matrix.pt and gallery.npz."""
+        """Write predictions.npz, test_metrics.json, confusion_matrix.pt, gallery.npz and explanations.npz."""
         arrays = self._gather(trainer, "test")
         if arrays is None:
             return
@@ -112,6 +113,7 @@ class PredictionWriter(pl.Callback):
             shown = indices[gallery_positions(logits, targets)]
             images = data.images("test", shown)
             _write_npz(self.run.gallery, images=images, indices=shown, class_names=arrays["class_names"])
+        _write_npz(self.run.explanations, **explain_mistakes(trainer, pl_module, self.test))
 
     def report(self) -> None:
         """Write the run's report of the last test, or print its findings where no run holds the predictions."""

@@ -35,6 +35,7 @@ FILES_OF_A_RUN = [
     "predictions.npz",
     "predictions_val.npz",
     "gallery.npz",
+    "explanations.npz",
     "report.html",
     "findings.json",
 ]

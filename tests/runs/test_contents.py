@@ -26,6 +26,7 @@ READERS = {
     "confusion_matrix_csv": contents.read_matrix,
     "predictions": read_predictions,
     "gallery": contents.read_gallery,
+    "explanations": contents.read_explanations,
 }
 
 

@@ -1,0 +1,111 @@
+"""Grad-CAM and neighbours of a test's mistakes, as arrays."""
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cifar_lightning import ImageClassifier, ImageDataModule
+from cifar_lightning.models.grad_cam import grad_cam
+from cifar_lightning.report.results import Predictions
+from cifar_lightning.training.explanations import explain_mistakes
+
+
+@pytest.fixture(scope="module")
+def data():
+    data = ImageDataModule("synthetic", batch_size=100, image_size=16, limit=700)
+    data.setup()
+    return data
+
+
+def evaluated(data, module, num=40, **kwargs):
+    """Return a Trainer as at the end of a test of the first images, and their predictions."""
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **kwargs)
+    trainer.datamodule = data
+    images, targets = next(iter(data.test_dataloader()))
+    with torch.no_grad():
+        logits = module.eval()(images[:num]).float().numpy()
+    return trainer, Predictions(logits, targets[:num].numpy(), np.arange(num), data.class_names), images
+
+
+def made(**kwargs):
+    return ImageClassifier(image_size=16, model_kwargs={"widths": [4, 4, 8]}, **kwargs)
+
+
+def test_the_most_confident_mistakes_have_their_grad_cam_and_nearest_training_images(data):
+    module = made()
+    trainer, test, images = evaluated(data, module)
+    random, requires = torch.get_rng_state(), [parameter.requires_grad for parameter in module.parameters()]
+    with torch.inference_mode():  # as Lightning tests
+        found = explain_mistakes(trainer, module, test)
+    assert torch.equal(random, torch.get_rng_state())
+    assert requires == [parameter.requires_grad for parameter in module.parameters()]
+    assert all(parameter.grad is None for parameter in module.parameters())
+    wrong = np.flatnonzero(test.preds != test.targets)
+    worst = wrong[np.argsort(-test.probs.max(1)[wrong], kind="stable")][:24]
+    assert found["reasons"].tolist() == ["", ""]
+    assert found["indices"].tolist() == worst.tolist()
+    cam = grad_cam(module, images[worst], torch.from_numpy(test.preds[worst]))
+    assert np.abs(found["cam"] / 255 - cam.numpy()).max() <= 0.5 / 255 + 1e-4
+    searched = np.sort(np.random.default_rng(0).choice(630, 126, replace=False))  # a fifth
+    features = np.concatenate([_features(module, data, "train", searched), _features(module, data, "test", worst)])
+    features = features / np.linalg.norm(features, axis=1, keepdims=True)
+    similarity = features[126:] @ features[:126].T
+    nearest = searched[np.argsort(-similarity, axis=1)[:, :3]]
+    assert np.array_equal(found["neighbour_names"], data.image_names("train")[nearest])
+    assert np.array_equal(found["neighbours"][5, 2], data.images("train", nearest[5, 2:])[0])
+    assert np.array_equal(found["neighbour_labels"], data.targets("train", nearest))
+
+
+def _features(module, data, split, positions):
+    pixels = torch.from_numpy(data.images(split, positions)).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+    with torch.no_grad():
+        return module.model.features((pixels - mean) / std).mean((2, 3)).numpy()
+
+
+def test_training_images_and_their_labels_are_those_that_the_loader_gives(data):
+    positions = np.arange(data.num_images("train"))
+    of_loader = np.concatenate([targets for _, targets in data.train_dataloader()])
+    assert np.array_equal(np.bincount(of_loader), np.bincount(data.targets("train", positions)))
+
+
+def test_a_compiled_model_in_bfloat16_is_explained(data):
+    module = made()
+    module.model.compile(backend="eager")
+    trainer, test, _ = evaluated(data, module, precision="bf16-mixed")
+    found = explain_mistakes(trainer, module, test)
+    assert found["reasons"].tolist() == ["", ""]
+    assert found["cam"].max() == 255
+
+
+class Broken(nn.Module):
+    """Fails where gradients are enabled."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, 10))
+
+    def forward(self, images):
+        if torch.is_grad_enabled():
+            raise RuntimeError("no gradients here")
+        return self.layers(images)
+
+
+def test_a_model_that_fails_has_a_reason_and_its_neighbours(data):
+    module = ImageClassifier(image_size=16, model=Broken())
+    trainer, test, _ = evaluated(data, module)
+    found = explain_mistakes(trainer, module, test)
+    assert "no gradients here" in found["reasons"][0]
+    assert found["reasons"][1] == ""
+    assert "cam" not in found
+    assert found["neighbours"].shape == (24, 3, 16, 16, 3)
+
+
+def test_neither_foreign_modules_nor_tests_without_mistakes_are_explained(data):
+    trainer, test, _ = evaluated(data, made())
+    for module, logits in ((pl.LightningModule(), test.logits), (made(), np.eye(10, dtype=np.float32)[test.targets])):
+        found = explain_mistakes(trainer, module, Predictions(logits, *list(vars(test).values())[1:]))
+        assert list(found) == ["reasons"]
+        assert all(found["reasons"])
