@@ -1,6 +1,7 @@
 """Grad-CAM and penultimate features of any model, by hooks on the layers that it runs."""
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -103,7 +104,7 @@ def _last_feature_map(calls: list[_Call]) -> _Call:
     It is that of the block that the convolution is in, such as layer4 of a ResNet. The convolution of a vision
     transformer, which cuts the image into patches, gives none: layers after it work on tokens or on channels last.
     """
-    maps = [at for at, call in enumerate(calls) if len(call.shape) == 4 and call.shape[2:].numel() > 1]
+    maps = [at for at, call in enumerate(calls) if len(call.shape) == 4 and math.prod(call.shape[2:]) > 1]
     convolutions = [at for at in maps if isinstance(calls[at].module, nn.Conv2d)]
     if not convolutions:
         raise UserError("the model has no convolution whose output has several pixels")
@@ -111,7 +112,9 @@ def _last_feature_map(calls: list[_Call]) -> _Call:
     channels = calls[last].shape[1]
     for module, _, shape in calls[last + 1 :]:
         has_tokens = len(shape) == 3 and shape[1] > 1
-        is_channels_last = len(shape) == 4 and shape[1] != channels and shape[1:3].numel() > 1 < shape[2:].numel()
+        is_channels_last = (
+            len(shape) == 4 and shape[1] != channels and min(math.prod(shape[1:3]), math.prod(shape[2:])) > 1
+        )
         if (has_tokens or is_channels_last) and any(True for _ in module.parameters(recurse=False)):
             raise UserError("the model's last layers work on tokens, not on the output of convolutions")
     return calls[last]

@@ -228,7 +228,8 @@ def read_predictions(path: Path) -> Predictions:
 def _explanations(run: RunFolder, num_classes: int, problems: list[str]) -> tuple[Explanations | None, str]:
     if not run.explanations.exists():  # of an earlier version
         return None, f"No Grad-CAM and nearest images: the run has no {run.explanations.name}."
-    arrays, reasons = _try(read_explanations, run.explanations, problems) or ({}, ["it is damaged"] * 2)
+    read: tuple[dict[str, np.ndarray], list[str]] | None = _try(read_explanations, run.explanations, problems)
+    arrays, reasons = read or ({}, ["it is damaged"] * 2)
     labels = arrays.get("neighbour_labels", np.zeros(1))
     if not ((labels >= 0) & (labels < num_classes)).all():
         problems.append(f"{run.explanations.name} is damaged: a class is not in 0..{num_classes - 1}.")

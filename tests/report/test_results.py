@@ -172,3 +172,58 @@ def test_a_run_without_held_out_images_misses_nothing(run):
     results = read_results(run)
     assert results.val is None
     assert results.problems == []
+
+
+EXPLAINED = {
+    "indices": np.array([5, 9]),
+    "cam": np.full((2, 32, 32), 7, np.uint8),
+    "neighbours": np.zeros((2, 3, 8, 8, 3), np.uint8),
+    "neighbour_names": np.array([["a", "b", "c"]] * 2),
+    "neighbour_labels": np.array([[0, 1, 2]] * 2),
+}
+
+
+@pytest.mark.parametrize("reasons", [("", ""), ("no map", ""), ("", "no layer"), ("no test", "no test")])
+def test_explanations_are_read_with_the_reasons_of_what_is_missing(run, reasons):
+    kept = dict(EXPLAINED)
+    for reason, start in zip(reasons, ("cam", "neighbour"), strict=True):
+        kept = {name: array for name, array in kept.items() if not (reason and name.startswith(start))}
+    np.savez(run.explanations, **(kept if len(kept) > 1 else {}), reasons=np.array(reasons))
+    results = read_results(run)
+    assert results.problems == []
+    assert all(reason in results.explanations_reason for reason in reasons)
+    assert (results.explanations_reason == "") == (reasons == ("", ""))
+    found = {} if results.explanations is None else vars(results.explanations)
+    assert {name for name, array in found.items() if array is not None} == (set(kept) if len(kept) > 1 else set())
+    assert all(np.array_equal(found[name], kept[name]) for name in kept if found)
+
+
+@pytest.mark.parametrize(
+    ("name", "odd"),
+    [
+        ("cam", np.zeros((3, 32, 32), np.uint8)),
+        ("cam", np.zeros((2, 32, 32), np.uint16)),
+        ("neighbours", np.zeros((2, 3, 8, 8, 1), np.uint8)),
+        ("neighbours", np.zeros((2, 2, 8, 8, 3), np.uint8)),
+        ("neighbour_labels", np.array([[0, 1, 99]] * 2)),
+        ("neighbour_labels", np.array([[0, 1, -1]] * 2)),
+        ("neighbour_names", np.zeros((2, 3))),
+        ("reasons", np.array(["", "", ""])),
+        ("reasons", np.array([3])),
+    ],
+)
+def test_strange_explanations_are_named_and_the_rest_is_there(run, name, odd):
+    np.savez(run.explanations, **{**EXPLAINED, "reasons": np.array(["", ""]), name: odd})
+    results = read_results(run)
+    assert results.explanations is None
+    (problem,) = results.problems
+    assert problem.startswith("explanations.npz is damaged: ")
+    assert "damaged" in results.explanations_reason
+    assert len(results.test.targets) == 200
+
+
+def test_a_run_of_an_earlier_version_has_no_explanations_and_no_problem(run):
+    results = read_results(run)
+    assert results.explanations is None
+    assert results.problems == []
+    assert "explanations.npz" in results.explanations_reason
