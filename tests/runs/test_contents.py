@@ -7,6 +7,7 @@ import random
 import tracemalloc
 import zipfile
 
+import numpy as np
 import pytest
 from made_run import make_run
 
@@ -203,6 +204,14 @@ def test_an_array_is_checked_before_memory_is_taken(images, tmp_path):
 SEED = int(os.environ.get("CIFAR_LIGHTNING_TEST_SEED", "0"))
 
 
+def explained():
+    buffer = io.BytesIO()
+    arrays = {"indices": np.arange(2), "cam": np.ones((2, 4, 4), np.uint8), "reasons": np.array(["", ""])}
+    arrays |= {"neighbours": np.ones((2, 3, 4, 4, 3), np.uint8), "neighbour_names": np.array([["a", "b", "c"]] * 2)}
+    np.savez_compressed(buffer, **arrays, neighbour_labels=np.ones((2, 3), np.int64))
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_any_mutation_is_read_or_refused_by_name(name, tmp_path):
     """CIFAR_LIGHTNING_TEST_SEED chooses other mutations."""
@@ -210,6 +219,7 @@ def test_any_mutation_is_read_or_refused_by_name(name, tmp_path):
     contents_of = {
         "test_metrics": b'{"accuracy": 0.5, "accuracy_no_tta": 0.5}',
         "confusion_matrix_csv": b"t,a,b\na,1,2\nb,3,4\n",
+        "explanations": explained(),
     }
     path = getattr(run, name)
     data = contents_of.get(name) or path.read_bytes()

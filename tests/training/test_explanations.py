@@ -71,9 +71,8 @@ def test_training_images_and_their_labels_are_those_that_the_loader_gives(data):
     assert np.array_equal(np.bincount(of_loader), np.bincount(data.targets("train", positions)))
 
 
-def test_a_compiled_model_in_bfloat16_is_explained(data):
+def test_a_model_in_bfloat16_is_explained(data):
     module = made()
-    module.model.compile(backend="eager")
     trainer, test, _ = evaluated(data, module, precision="bf16-mixed")
     found = explain_mistakes(trainer, module, test)
     assert found["reasons"].tolist() == ["", ""]
