@@ -31,7 +31,7 @@ from cifar_lightning.data.image_folder import write_skipped_files
 from cifar_lightning.data.image_set import SPLITS
 from cifar_lightning.errors import UserError, is_first_process, remark
 from cifar_lightning.files import MetricsTable, remove_empty, write_text_durably
-from cifar_lightning.formatting import printable
+from cifar_lightning.formatting import percent, plural, printable
 from cifar_lightning.report.report import make_report
 from cifar_lightning.runs.contents import read_environment
 from cifar_lightning.runs.ending import ending_text, is_short, write_ending
@@ -50,6 +50,8 @@ from cifar_lightning.training.run_recorder import RunRecorder
 from cifar_lightning.training.signals import StopSignals
 from cifar_lightning.training.step_count import check_evaluation
 from cifar_lightning.training.tensorboard import Dashboard, board_for
+
+_FEW_IMAGES = 50  # of a validation split: the standard error of its accuracy is up to 7 %
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def fit(
         model, data, settings = cli.instantiate()
         prepare_data(data, model)
         validates = bool(data.num_images("val")) and settings.trainer.limit_val_batches != 0
+        if validates:
+            remark_on_few(data.num_images("val"))
         plateau = cli.settings.get("lr_scheduler.init_args.monitor")
         stops_by = settings.early_stopping.monitor if validates else None
         check_monitors(as_list(settings.trainer.callbacks), validates, model, plateau, stops_by)
@@ -124,6 +128,15 @@ def fit(
         return run
 
 
+def remark_on_few(num_val: int) -> None:
+    """Say how uncertain the accuracy of a small validation split is."""
+    if num_val < _FEW_IMAGES:
+        remark(
+            f"remark: only {plural(num_val, 'validation image')} to choose the best epoch by: a standard error of up "
+            f"to {percent(0.5 / num_val**0.5, 0)} of val/acc."
+        )
+
+
 def fast_dev_run(cli: TrainingCLI, model: ImageClassifier, data: ImageDataModule, settings: Namespace) -> None:
     """Train, validate and test a few batches, and write nothing."""
     model.prepare(data)
@@ -136,11 +149,19 @@ def fast_dev_run(cli: TrainingCLI, model: ImageClassifier, data: ImageDataModule
 
 
 def load_initial_weights(cli: TrainingCLI, model: ImageClassifier) -> None:
-    """Load the weights of --init_weights."""
+    """Load the weights of --init_weights; warn of frozen layers that have none."""
     if cli.settings.init_weights:
         file = weights_file(Path(cli.settings.init_weights))
         load_weights(model.model, file)
         remark(printable(f"Initialized with the weights of {file}."))
+        return
+    settings = cli.settings.model
+    is_ours = bool(model.hparams["name"]) and model.imported is None  # a model of one's own may have its weights
+    if is_ours and settings.get("freeze") and not (settings.get("pretrained") or cli.settings.ckpt_path):
+        remark(
+            f"warning: --model.freeze {settings.freeze}: the weights that are not trained are random; give "
+            "--model.pretrained true, or --init_weights."
+        )
 
 
 def find_resume(cli: TrainingCLI, run: RunFolder) -> Resume:

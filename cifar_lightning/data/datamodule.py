@@ -20,7 +20,7 @@ from cifar_lightning.data.sampler import EpochSampler, Rank, evaluation_order
 from cifar_lightning.data.splits import SplitIndices, SplitSettings, make_splits
 from cifar_lightning.data.statistics import balanced_weights, channel_statistics, describe_imbalance, evenly_spaced
 from cifar_lightning.errors import UserError, remark
-from cifar_lightning.formatting import index_name, percent, plural, printable, reason_of
+from cifar_lightning.formatting import index_name, printable, reason_of
 from cifar_lightning.settings.limits import Count, ImageSize, Pixels, Strength, check_settings
 from cifar_lightning.transforms import photographs  # noqa: F401 - the command line finds them by name
 from cifar_lightning.transforms.augmentation import Augmentation, CropMode, FlipMode, normalize
@@ -30,7 +30,6 @@ from cifar_lightning.transforms.transform import Transform
 
 Balance = Literal["none", "balanced"]
 _MAX_NAMES = 12  # class names that are printed
-_FEW_IMAGES = 50  # of a validation split: the standard error of its accuracy is up to 7 %
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -236,11 +235,6 @@ class ImageDataModule(pl.LightningDataModule):
             remark(
                 f"No test split is given: of {num_images:,} images, {split_off}, stratified by class, seed "
                 f"{settings.seed} (--data.test_fraction, --data.val_fraction)."
-            )
-        if 0 < num_val < _FEW_IMAGES:
-            remark(
-                f"remark: only {plural(num_val, 'validation image')} to choose the best epoch by: a "
-                f"standard error of up to {percent(0.5 / num_val**0.5, 0)} of val/acc."
             )
 
     def _find_duplicates(self, images: dict[Split, ImageSet]) -> list[dict[str, Any]]:

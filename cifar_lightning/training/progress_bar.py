@@ -232,7 +232,11 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
     """Return the summary of a run as (label, text): images, split, classes, model, training, hardware, folder."""
     data = require_training_data(trainer)
     held_out = data.num_images("val")
-    num_parameters = sum(parameter.numel() for parameter in module.model.parameters())
+    parameters = [*module.model.parameters()]
+    num_parameters, num_trained = (
+        sum(each.numel() for each in some) for some in (parameters, [each for each in parameters if each.requires_grad])
+    )
+    trained = "" if num_trained == num_parameters else f", {num_trained:,} of them trained"
     ranks = f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""
     device = trainer.strategy.root_device
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
@@ -250,7 +254,7 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
             f"{data.num_images('train'):,} training, {held_out:,} validation, {data.num_images('test'):,} test",
         ),
         *zip(("classes", ""), data.describe_classes(), strict=False),
-        ("model", f"{module.hparams['name'] or type(module.model).__name__}, {num_parameters:,} parameters"),
+        ("model", f"{module.hparams['name'] or type(module.model).__name__}, {num_parameters:,} parameters{trained}"),
         ("training", f"{length}, {rate}"),
         ("hardware", f"{name}, precision {trainer.precision}"),
     ]

@@ -4,17 +4,19 @@ import csv
 import json
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from PIL import Image
 from program import REPO, TINY, fail, start
 
 from cifar_lightning import UserError
-from cifar_lightning.cli.fit import Resume, create_or_resume_run, keep_in_run
+from cifar_lightning.cli.fit import Resume, create_or_resume_run, keep_in_run, load_initial_weights, remark_on_few
 from cifar_lightning.cli.lightning_cli import TrainingCLI
 from cifar_lightning.cli.main import training_arguments
 from cifar_lightning.runs.folder import RunFolder, open_run
@@ -393,3 +395,22 @@ def test_a_linear_classifier_does_not_learn_the_images_of_the_quick_start():
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=100, tol=1e-2))
     linear.fit(train.images.reshape(len(train.images), -1), train.targets)
     assert linear.score(test.images.reshape(len(test.images), -1), test.targets) < 0.70
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_warned"),
+    [({}, True), ({"pretrained": True}, False), ({"freeze": None}, False), ({"name": "torch.nn:Flatten"}, False)],
+)
+def test_frozen_layers_with_random_weights_are_warned_of(changed, is_warned, capsys):
+    settings = {"freeze": ["stage1"], "pretrained": False, "name": "smallnet", **changed}
+    cli = SimpleNamespace(settings=SimpleNamespace(model=Namespace(**settings), init_weights=None, ckpt_path=None))
+    imported = {"path": settings["name"]} if ":" in settings["name"] else None
+    load_initial_weights(cli, SimpleNamespace(hparams=settings, imported=imported))
+    assert ("--model.freeze" in capsys.readouterr().out) is is_warned
+
+
+def test_a_small_validation_split_is_remarked_on(capsys):
+    remark_on_few(50)
+    assert capsys.readouterr().out == ""
+    remark_on_few(5)
+    assert "5 validation images" in capsys.readouterr().out
