@@ -146,7 +146,7 @@ class Run:
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, in the order of the logits."""
-        return self._trained.class_names
+        return self._trained.class_names if self._folder.has_checkpoint else self.predictions.class_names
 
     @property
     def metrics(self) -> dict[str, Any]:

@@ -159,7 +159,8 @@ def read_results(run: RunFolder) -> Results:
     test = _try(read_predictions, run.predictions, problems)
     names, confusion = (test.class_names, test.confusion) if test else _matrix_alone(run, problems)
     origin = read_origin(run, problems)
-    was_held_out = origin.split.get("sizes", {}).get("val", 0) > 0
+    is_validated = (origin.config.get("trainer") or {}).get("limit_val_batches") != 0
+    was_held_out = is_validated and origin.split.get("sizes", {}).get("val", 0) > 0
     val = None
     if was_held_out or run.predictions_val.exists():
         val = _try(read_predictions, run.predictions_val, problems)

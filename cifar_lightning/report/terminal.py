@@ -297,11 +297,8 @@ def _print_files(console: Console, run: RunFolder) -> None:
     _print_heading(console, "Next steps")
     _print_whole(console, f"  tensorboard --logdir {shell_line(_folder_of_runs(run.path))}")
     path = shell_line(run.path)
-    for command in (
-        f"analyze {path} --compare OTHER_RUN",
-        f"predict-images {path} MY_IMAGES",
-        f"export {path} --format onnx",
-    ):
+    of_checkpoint = (f"predict-images {path} MY_IMAGES", f"export {path} --format onnx") if run.has_checkpoint else ()
+    for command in (f"analyze {path} --compare OTHER_RUN", *of_checkpoint):
         _print_whole(console, f"  {program()} {command}")
 
 

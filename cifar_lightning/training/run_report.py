@@ -56,6 +56,7 @@ class RunReport(PredictionWriter):
         self.run = create_run(RUNS, name, self.run_dir)
         config = {"model": {**plain(dict(pl_module.hparams)), "name": f"<{name}>"}}
         config["trainer"] = {"max_epochs": trainer.max_epochs, "enable_checkpointing": False}  # none of ours
+        config["trainer"]["limit_val_batches"] = trainer.limit_val_batches
         write_text_durably(self.run.config, yaml.safe_dump(portable(plain(config))))
         write_json(self.run.environment, environment_of(trainer))
 

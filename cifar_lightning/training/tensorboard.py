@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from cifar_lightning.data.sampler import Rank
+from cifar_lightning.errors import UserError, remark
 from cifar_lightning.formatting import object_text, percent
 from cifar_lightning.metrics.calibration import softmax
 from cifar_lightning.metrics.classification import confusion_matrix, per_class
@@ -56,7 +57,7 @@ class Dashboard(pl.Callback):
     def __init__(self, class_names: Sequence[str] | None = None, config: Mapping[str, Any] | None = None) -> None:
         self.class_names, self.config = tuple(class_names or ()), config
         self._last_step = 0
-        self._drawn_at_step = 0
+        self._drawn_at_step = 0.0  # infinite where nothing can be drawn
         self._is_drawing = False
         self._predictions: list[tuple[Tensor, Tensor]] = []
         self._best: dict[str, float] = {}
@@ -113,7 +114,7 @@ class Dashboard(pl.Callback):
         """Draw one validation in each of `MAX_DRAWINGS` equal intervals of the run."""
         self._predictions = []
         total, step = trainer.estimated_stepping_batches, trainer.global_step
-        interval, last_drawn = (int(MAX_DRAWINGS * number / total) for number in (step, self._drawn_at_step))
+        interval, last_drawn = (MAX_DRAWINGS * number // total for number in (step, self._drawn_at_step))
         self._is_drawing = bool(takers_of_images(trainer)) and trainer.is_global_zero and interval > last_drawn
         if self._is_drawing:
             self._drawn_at_step = step
@@ -123,7 +124,11 @@ class Dashboard(pl.Callback):
     ) -> None:
         """Keep the predictions of a validation that is drawn, on the device."""
         if self._is_drawing and sum(len(targets) for _, targets in self._predictions) < _NUM_KEPT:
-            self._predictions.append((logits_of(pl_module, outputs, batch), batch[1]))
+            try:
+                self._predictions.append((logits_of(pl_module, outputs, batch), batch[1]))
+            except UserError as error:  # training goes on
+                self._is_drawing, self._drawn_at_step = False, math.inf
+                remark(f"Dashboard draws no predictions: {error}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log each class's accuracy and draw; of the validation after training keep the best checkpoint's metrics."""

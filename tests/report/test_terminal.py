@@ -187,11 +187,19 @@ def test_the_files_that_are_there_and_no_others_are_named(tmp_path):
     assert names == ["checkpoints/best.ckpt", "config.yaml", "events.out.tfevents.*"]
 
 
-def test_the_next_commands_can_be_copied_also_with_spaces_in_the_path():
-    text = report(matrix(3, 50), ["a", "b", "c"], Path("my place/runs/smallnet/3"), width=30)
-    assert section(text, "Next steps") == [
+def test_the_next_commands_can_be_copied_also_with_spaces_in_the_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = RunFolder(Path("my place/runs/smallnet/3"))
+    of_any = [
         "  tensorboard --logdir 'my place/runs'",
         "  cifar-lightning analyze 'my place/runs/smallnet/3' --compare OTHER_RUN",
+    ]
+    # A run of somebody else's module has no checkpoint that predicts or is exported.
+    assert section(report(matrix(3, 50), ["a", "b", "c"], run.path, width=30), "Next steps") == of_any
+    run.checkpoints.mkdir(parents=True)
+    run.best_checkpoint.touch()
+    assert section(report(matrix(3, 50), ["a", "b", "c"], run.path, width=30), "Next steps") == [
+        *of_any,
         "  cifar-lightning predict-images 'my place/runs/smallnet/3' MY_IMAGES",
         "  cifar-lightning export 'my place/runs/smallnet/3' --format onnx",
     ]

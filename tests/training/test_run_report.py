@@ -67,7 +67,7 @@ def test_any_module_gets_a_run_folder_and_figures(loader, tmp_path, monkeypatch)
     run = load(tmp_path / "run")
     images, targets = loader.dataset.tensors
     np.testing.assert_allclose(run.predictions.logits, module(images).detach().numpy(), atol=1e-5)
-    assert run.predictions.class_names == ("a", "b", "c")
+    assert run.predictions.class_names == run.class_names == ("a", "b", "c")
     correct = (run.predictions.preds == targets.numpy()).mean()
     assert run.metrics["accuracy"] == correct
     assert [folder.path for folder in reported] == [tmp_path / "run"]
@@ -99,6 +99,18 @@ def test_logits_are_what_the_step_returns_or_else_what_forward_returns():
     module.forward = lambda images: images
     with pytest.raises(UserError, match="Other: its test_step returns no logits"):
         logits_of(module, None, (images, targets))
+
+
+class WithoutForward(pl.LightningModule):
+    pass
+
+
+def test_a_module_without_forward_is_not_drawn_and_not_stopped(capsys):
+    board = Dashboard()
+    board._is_drawing = True
+    board.on_validation_batch_end(None, WithoutForward(), None, (torch.rand(2, 3, 8, 8), torch.zeros(2)), 0)
+    assert not board._is_drawing
+    assert "WithoutForward" in capsys.readouterr().out
 
 
 def test_names_of_another_number_of_classes_are_refused(loader, tmp_path):
