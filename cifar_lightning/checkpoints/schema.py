@@ -6,6 +6,8 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from cifar_lightning.data.image_decoding import Resize
+from cifar_lightning.errors import UserError
+from cifar_lightning.formatting import clipped
 from cifar_lightning.models.memory_format import MemoryFormat
 from cifar_lightning.runs.contents import FromZero, check_schema
 from cifar_lightning.runs.schema import SCHEMA_VERSION, upgrade_model_settings
@@ -91,8 +93,15 @@ def check_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Check the types of what a checkpoint of a run, or another one of Lightning, holds; nothing in other files.
 
     Raises:
-        UserError: Names the file and the field.
+        UserError: Names the file and the field; or it is of a newer version.
     """
+    schema = checkpoint.get(SCHEMA_KEY, SCHEMA_VERSION)
+    if not isinstance(schema, int) or schema > SCHEMA_VERSION:
+        version = clipped(str(checkpoint.get(VERSION_KEY, "a newer version")))
+        raise UserError(
+            f"{path}: written by cifar_lightning {version}, in schema {clipped(str(schema))}; this version reads "
+            f"schemas up to {SCHEMA_VERSION}. Install that version."
+        )
     if DATA_STATE in checkpoint:
         check_schema(path, checkpoint, _OfRun)
     elif "pytorch-lightning_version" in checkpoint:

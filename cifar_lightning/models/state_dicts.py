@@ -59,6 +59,7 @@ def _shape(state: Mapping[str, Tensor], name: str) -> str:
     shape = "x".join(map(str, tensor.shape)) or "a number"
     kinds = {"sparse": tensor.layout != torch.strided, "meta": tensor.is_meta, "quantized": tensor.is_quantized}
     kinds |= {"complex": tensor.is_complex(), "bool": tensor.dtype == torch.bool}
+    kinds |= {"integer": tensor.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32)}  # counters are int64
     return " ".join([shape, *(f"({kind})" for kind, is_so in kinds.items() if is_so)])
 
 

@@ -11,7 +11,14 @@ from benchmarks.faults.judge import differences
 from cifar_lightning import ImageClassifier
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint
-from cifar_lightning.checkpoints.schema import SCHEMA_KEY, SCHEMA_VERSION, upgrade_checkpoint
+from cifar_lightning.checkpoints.schema import (
+    SCHEMA_KEY,
+    SCHEMA_VERSION,
+    VERSION_KEY,
+    check_checkpoint,
+    upgrade_checkpoint,
+)
+from cifar_lightning.errors import UserError
 from cifar_lightning.inference.trained_model import load_trained_model
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.ema import EmaWeights
@@ -47,6 +54,13 @@ def fit(path, *more, **kwargs):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return fit(tmp_path_factory.mktemp("schema") / "run", EmaWeights(0.9))
+
+
+@pytest.mark.parametrize("schema", [99, "3", None])
+def test_a_checkpoint_of_a_newer_schema_is_refused(schema, tmp_path):
+    with pytest.raises(UserError, match=rf"new\.ckpt: written by cifar_lightning 9\.1, in schema {schema}"):
+        check_checkpoint(tmp_path / "new.ckpt", {SCHEMA_KEY: schema, VERSION_KEY: "9.1"})
+    check_checkpoint(tmp_path / "new.ckpt", {SCHEMA_KEY: SCHEMA_VERSION})
 
 
 def test_an_old_checkpoint_is_upgraded_to_the_current_one(run):

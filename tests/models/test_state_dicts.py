@@ -46,6 +46,7 @@ def test_misfits_are_named_with_both_shapes():
         (torch.ones(2, 3, device="meta"), "meta"),
         (torch.ones(2, 3, dtype=torch.complex64), "complex"),
         (torch.ones(2, 3, dtype=torch.bool), "bool"),
+        (torch.ones(2, 3, dtype=torch.int8), "integer"),
     ],
 )
 def test_a_tensor_that_is_no_dense_one_of_real_numbers_does_not_fit(tensor, kind):
