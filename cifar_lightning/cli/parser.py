@@ -278,9 +278,8 @@ def as_list(given: Any) -> list[Any]:
 def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
     """Return all settings of a run as YAML, without its path, so that the config starts the same run again."""
     own = config.clone()
-    empty = (
-        group for group in CLASS_GROUPS if group in own and not own[group].as_dict()
-    )  # of a class without arguments
+    # A class without arguments has a group that jsonargparse does not know.
+    empty = (group for group in CLASS_GROUPS if group in own and not own[group].as_dict())
     for key in ("run_dir", "config", "ckpt_path", "output", *empty):
         own.pop(key, None)
     return str(parser.dump(own, skip_none=False))
