@@ -158,6 +158,22 @@ def batches(num_workers, transforms, **more):
     return [images.clone() for _ in range(2) for images, _ in loader]
 
 
+def test_only_batches_without_a_slow_transform_are_finished_in_all_threads():
+    def threads(transforms):
+        seen = set()
+        batches(0, [*transforms, Returns(lambda images: seen.add(torch.get_num_threads()) or images, "float")])
+        return seen
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert threads([]) == {3}
+        assert 1 in threads([v2.RandomHorizontalFlip()])
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("more", [{}, {"sampler": "balanced", "train_sizes": [12, 16], "flip": "alternating"}])
 def test_workers_and_this_process_transform_alike_whatever_stands_before_and_after(more):
     transforms = [Add(), "default", draws_of_three_generators, v1.RandomErasing(p=1.0), Add()]
