@@ -13,6 +13,7 @@ from cifar_lightning.transforms.photographs import (
     RandomGrayscale,
     RandomResizedCrop,
     RandomRotation,
+    resized_crop,
 )
 from cifar_lightning.transforms.transform import EpochGenerator
 
@@ -33,11 +34,16 @@ def assert_near(got, expected, but=0.0):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [32, 96])
 def test_resized_crop_is_torchvisions_of_the_same_boxes(size, channels, monkeypatch):
+    images, _, rows = made(RandomResizedCrop(), size, channels=channels)
+    boxes = rows["boxes"]
+    boxes[:3] = torch.tensor([[0, 0, size, size], [size - 1, size - 1, 1, 1], [0, size - 5, size, 5]])
     for large in (photographs._LARGE_PX, 10_000):  # image by image, and the whole batch as on other devices
         monkeypatch.setattr(photographs, "_LARGE_PX", large)
-        images, got, rows = made(RandomResizedCrop(), size, channels=channels)
-        for image, crop, box in zip(images, got, rows["boxes"].tolist(), strict=True):
+        crops = resized_crop(images.permute(0, 2, 3, 1), boxes).permute(0, 3, 1, 2)
+        for image, crop, box in zip(images, crops, boxes.tolist(), strict=True):
             assert_near(crop, functional.resized_crop(image, *box, [size, size], antialias=True))
+        alone = resized_crop(images[5:6].permute(0, 2, 3, 1), boxes[5:6])
+        assert torch.equal(alone, crops[5:6].permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize(
