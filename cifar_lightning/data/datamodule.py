@@ -57,7 +57,8 @@ class ImageDataModule(pl.LightningDataModule):
         sampler: balanced shows every class equally often in training; images of small classes are repeated.
         num_workers: 0 keeps the images on the training device, 1 or more streams them with this many worker
             processes; by default 0 if the set fits in half of the free memory, else 2.
-        seed: Seed of split, order and augmentation.
+        seed: Seed of the split and, without order_seed, of order and augmentation.
+        order_seed: Seed of order and augmentation; by default `seed`. It leaves the split as it is.
         eval_batch_size: Images per step in validation, test and prediction.
         train_sizes: Image size of each training epoch in pixels, such as [24, 24, 28, 32]; the last one stays and must
             be image_size. Small images save time in early epochs. By default all epochs use image_size.
@@ -128,6 +129,7 @@ class ImageDataModule(pl.LightningDataModule):
         skip_unreadable: bool = False,
         device: str | None = None,
         class_names: list[str] | None = None,
+        order_seed: Annotated[int, Field(ge=0)] | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_settings("data", ImageDataModule.__init__, {**arguments, "transforms": None})  # Pipeline checks them
@@ -158,7 +160,7 @@ class ImageDataModule(pl.LightningDataModule):
         self._check_train_sizes()
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
         self.split_settings = SplitSettings(val_fraction, limit, seed, test_fraction)
-        self.num_workers, self.seed = num_workers, seed
+        self.num_workers, self.order_seed = num_workers, seed if order_seed is None else order_seed
         self.has_class_weights, self.has_balanced_sampler = class_weights == "balanced", sampler == "balanced"
         self.mean: tuple[float, ...] | None = None
         self.std: tuple[float, ...] | None = None
@@ -300,7 +302,7 @@ class ImageDataModule(pl.LightningDataModule):
         return EpochSampler(
             indices if training else indices[self._evaluation_order(split)],
             self.batch_size if training else self.eval_batch_size,
-            seed=self.seed,
+            seed=self.order_seed,
             training=training,
             drop_last=training and self.drop_last,
             rank=rank,
@@ -314,7 +316,7 @@ class ImageDataModule(pl.LightningDataModule):
         stages = ("test", "predict") if split == "test" else (split,)
         limits = [getattr(self.trainer, f"limit_{stage}_batches", 1.0) for stage in stages]
         is_whole = all(isinstance(limit, float) and limit == 1 for limit in limits)  # the integer 1 is one batch
-        return evaluation_order(self.num_images(split), seed=self.seed, shuffled=not is_whole)
+        return evaluation_order(self.num_images(split), seed=self.split_settings.seed, shuffled=not is_whole)
 
     # -- what training, reports and checkpoints read, after setup() ----------------------------------------------
 

@@ -58,6 +58,16 @@ def test_an_epoch_without_a_trainer_has_every_training_image_and_moves_on_by_its
     assert torch.equal(first.flatten(1).sum(1).sort().values, second.flatten(1).sum(1).sort().values)
 
 
+def test_order_seed_changes_order_and_augmentation_and_leaves_the_split():
+    plain, same, other = synthetic(seed=3), synthetic(seed=3, order_seed=3), synthetic(seed=3, order_seed=4)
+    first, again, changed = (next(iter(module.train_dataloader())) for module in (plain, same, other))
+    assert torch.equal(first[0], again[0])
+    assert not torch.equal(first[0], changed[0])
+    assert plain.split_summary() == same.split_summary() == other.split_summary()
+    # Also which images an evaluation that stops early takes.
+    assert torch.equal(plain._evaluation_order("val"), other._evaluation_order("val"))
+
+
 def test_validation_and_test_count_every_image_once_unaugmented():
     module = synthetic(eval_batch_size=300)
     for part, loader in (("val", module.val_dataloader()), ("test", module.test_dataloader())):
