@@ -6,6 +6,7 @@ Help, quick commands and usage errors are handled without torch; training comman
 import argparse
 import io
 import itertools
+import json
 import logging
 import os
 import sys
@@ -21,7 +22,7 @@ from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import expand_home
 from cifar_lightning.formatting import clipped, command_line, suggest
 from cifar_lightning.runs.environment import package_version
-from cifar_lightning.runs.folder import RunFolder, open_run
+from cifar_lightning.runs.folder import RUNS, RunFolder, open_run
 from cifar_lightning.runs.schema import CLASS_GROUPS
 from cifar_lightning.settings.roles import NOT_WITH_OPTIMIZER, OF_OPTIMIZER
 
@@ -317,6 +318,19 @@ def _analyze(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _runs_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", type=Path, nargs="?", default=RUNS, help="default: runs")
+    parser.add_argument("--json", action="store_true", help="as JSON, with more fields")
+
+
+def _runs(parsed: argparse.Namespace) -> int:
+    from cifar_lightning.runs.states import states_below, states_table  # imports pydantic and NumPy
+
+    states = states_below(parsed.folder)
+    print(json.dumps(states, indent=2) if parsed.json else states_table(states) if states else "no runs.")
+    return 0
+
+
 def _export_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
     parser.add_argument("--format", required=True, choices=("onnx", "torch", "safetensors"), help="kind of file")
@@ -375,6 +389,7 @@ QUICK = {
     "analyze": QuickCommand(
         "RUN [--compare RUN]", "what a run's test found: terminal, report.html", _analyze_flags, _analyze
     ),
+    "runs": QuickCommand("[DIR] [--json]", "list all runs and their state", _runs_flags, _runs),
     "export": QuickCommand(
         "RUN --format onnx|torch|safetensors [flags]", "export a run's model", _export_flags, _export
     ),

@@ -25,6 +25,7 @@ from cifar_lightning.settings.safe_yaml import MAX_BYTES, check_nesting, read_ya
 
 _MAX_JSON_BYTES = 256 << 20  # the split of 20 million images
 _MAX_MATRIX_BYTES = 256 << 20  # of 10,000 classes
+MAX_SEEDS = 1_000  # that `fit --seeds` takes
 _MAX_IMAGES = 10_000_000  # of a confusion matrix: the insights take some bytes for each
 _MAX_ARRAY_BYTES, _MAX_RATIO = 1 << 30, 20  # of an archive's arrays: this many bytes, or this many times its own size
 
@@ -82,7 +83,22 @@ class _Environment(_Schema):
 
 
 class _TestMetrics(_Schema):
+    accuracy: ZeroToOne | None = None
+    accuracy_interval_95: Annotated[list[ZeroToOne], Field(min_length=2, max_length=2)] | None = None
     accuracy_no_tta: ZeroToOne | None = None
+
+
+class _Spread(_Schema):
+    n: FromZero
+    mean: ZeroToOne
+    std: ZeroToOne | None  # of one run none
+    min: ZeroToOne
+    max: ZeroToOne
+
+
+class _Seeds(_Schema):
+    seeds: Annotated[list[FromZero], Field(min_length=1, max_length=MAX_SEEDS)]
+    accuracy: _Spread | None = None
 
 
 class _TableRow(_Schema):
@@ -118,6 +134,11 @@ def read_test_metrics(path: Path) -> dict[str, Any]:
     """Read test_metrics.json, upgraded to the current schema."""
     metrics = read_json(path)
     return _object(path, upgrade_test_metrics(metrics) if isinstance(metrics, dict) else metrics, _TestMetrics)
+
+
+def read_seeds(path: Path) -> dict[str, Any]:
+    """Read seeds.json."""
+    return _object(path, read_json(path), _Seeds)
 
 
 def read_table(path: Path) -> list[dict[str, float]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-Writer = Literal["fit", "test", "tune", "skip", ""]
+Writer = Literal["fit", "test", "tune", "skip", "compare", ""]
 
 
 class RunFile:
@@ -14,8 +14,8 @@ class RunFile:
 
     Args:
         name: Path relative to the folder.
-        by: The command that writes it: fit while it trains, test (also the one at the end of fit), tune; or skip, for a
-            file that fit writes only where it leaves files of the data out.
+        by: The command that writes it: fit while it trains, test (also the one at the end of fit), tune; skip, for a
+            file that fit writes only where it leaves files of the data out; or compare: `analyze --compare`.
         text: What it holds, as the terminal lists it; empty for a file that is not listed.
     """
 
@@ -55,6 +55,9 @@ class RunFiles:
     explanations = RunFile("explanations.npz", "test", "Grad-CAM and nearest training images of the first mistakes")
     lr_range = RunFile("lr_range.json", "tune")  # result of the LR finder (`tune`, `fit --tune_lr`)
     lr_range_png = RunFile("lr_range.png", "tune")
+    comparison = RunFile("comparison.html", "compare", "comparison with other runs; open in a browser")
+    comparison_json = RunFile("comparison.json", "compare", "every number of that page")
+    seeds = RunFile("seeds.json")  # in the folder that holds a run for each seed: the seeds, mean and spread
     lock_file = RunFile(".lock")  # locked while the run is written; marks the folder as a run
     tensorboard = "events.out.tfevents.*"  # pattern of TensorBoard's files
 
@@ -70,7 +73,7 @@ class RunFiles:
 
     def written_files(self) -> Iterator[Path]:
         """Yield the existing files with names that a run writes, except the lock file."""
-        for file in self.files_by("fit", "test", "tune", "skip"):
+        for file in self.files_by("fit", "test", "tune", "skip", "compare"):
             if file.parent == self.path:
                 yield from self.path.glob(file.name)
         yield from self.path.glob(self.tensorboard)

@@ -73,7 +73,7 @@ class RunFolder(RunFiles):
 
     def discard_results(self) -> None:
         """Remove the test results and the report, before training continues."""
-        for file in self.files_by("test"):
+        for file in self.files_by("test", "compare"):
             file.unlink(missing_ok=True)
 
     def require(self, *files: Path) -> None:

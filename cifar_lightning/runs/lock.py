@@ -9,7 +9,25 @@ from types import TracebackType
 from typing import Self
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import NO_LOCKS, check_is_only_link
+from cifar_lightning.files import NO_LOCKS, check_is_only_link, open_regular
+
+if sys.platform != "win32":
+    import fcntl
+
+_PATIENCE_S = 0.2  # `is_locked` of another process holds the lock for some microseconds
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock of a run folder, from its lock file, which is only read."""
+    try:
+        with open_regular(path) as file:
+            if sys.platform == "win32":
+                file.read(1)  # refused where it is locked
+            else:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:  # missing, a link, or a file system without locks
+        return isinstance(error, PermissionError if sys.platform == "win32" else BlockingIOError)
+    return False
 
 
 class RunLock:
@@ -26,7 +44,11 @@ class RunLock:
         from filelock import FileLock, Timeout  # takes 30 ms, which `--help` does not wait for
 
         self._lock = FileLock(
-            path, timeout=0, thread_local=False, preserve_lock_file=True, on_acquired=_check_and_write_process_id
+            path,
+            timeout=_PATIENCE_S,
+            thread_local=False,
+            preserve_lock_file=True,
+            on_acquired=_check_and_write_process_id,
         )
         try:
             self._lock.acquire()
