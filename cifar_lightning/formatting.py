@@ -211,6 +211,10 @@ def object_text(setting: Any) -> str:
 
 
 def run_name(path: Path) -> str:
-    """Return the name of a run: "smallnet/1" for runs/smallnet/1, the folder's name for a folder given by --run_dir."""
-    path = path.resolve()
-    return f"{path.parent.name}/{path.name}" if path.name.isdecimal() else path.name
+    """Return the name of a run: "smallnet/1" for runs/smallnet/1, the folder's name for a folder given by --run_dir.
+
+    That of a seed is "smallnet/1/0".
+    """
+    parts = path.resolve().parts
+    first = next((at for at in range(len(parts) - 1, 0, -1) if not parts[at].isdecimal()), len(parts) - 1)
+    return "/".join(parts[first:])

@@ -87,6 +87,7 @@ def test_no_line_breaks_between_a_number_and_its_sign():
 def test_a_run_is_called_by_recipe_and_number_or_its_folder():
     assert run_name(Path("runs/smallnet/1")) == "smallnet/1"
     assert run_name(Path("elsewhere/best run")) == "best run"
+    assert run_name(Path("runs/smallnet/1/0")) == "smallnet/1/0"
 
 
 # -- text from outside -------------------------------------------------------------------------------------------------

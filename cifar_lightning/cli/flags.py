@@ -29,7 +29,7 @@ ALIASES = {"epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "lr"
 GROUPS = ("trainer", "model", "data", "early_stopping", "checkpoint")  # each also takes a YAML file of its keys
 OF_FIT = ("early_stopping", "checkpoint")  # groups that the other commands have no use for
 MAY_BE_OBJECTS = ("model.name", "model.loss", "data.dataset")  # settings in whose place Python gives an object
-FRONT_ONLY = ("config", "resume", "print_config", "trust_code")  # not keys of a config
+FRONT_ONLY = ("config", "resume", "seeds", "print_config", "trust_code")  # not keys of a config
 # What people type who come from elsewhere.
 SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "max_lr": "lr", "bs": "batch_size", "seed": "data.seed"}
 SYNONYMS |= {"output_dir": "run_dir", "gpus": "trainer.devices", "arch": "model.name", "resume_from": "resume"}

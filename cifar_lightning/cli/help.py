@@ -16,6 +16,7 @@ from cifar_lightning.formatting import clipped, program, suggest
 _WORDS = {
     "config": ("FILE", "config in YAML, or the name of a shipped one; flags override it"),
     "resume": ("RUN", "resume a run in its folder, with its own config; flags override it"),
+    "seeds": ("N,N,...", "one run a seed, in DIR/N: other weights and order, the same split; then mean and spread"),
     "epochs": ("N", "how often training sees every image"),
     "batch_size": ("N", "training images a step and process"),
     "lr": ("X", "peak learning rate"),
@@ -43,7 +44,7 @@ TRAINING = {
     "fit": Command(
         "[--config FILE] [flags]",
         "train a model, test it once, write a run folder",
-        (*_OF_FIT, "run_dir", "resume", "init_weights", "tune_lr"),
+        (*_OF_FIT, "run_dir", "resume", "seeds", "init_weights", "tune_lr"),
         "fit --config smallnet_cpu --epochs 5",
     ),
     "validate": Command(

@@ -134,6 +134,10 @@ def _group_help(arguments: Sequence[str]) -> str:
 def _run_training(command: str, arguments: Sequence[str]) -> int:
     if "--help-all" in arguments:
         rest, run = ["--help"], None
+    elif command == "fit" and _is_of_seeds(flags := normalize_arguments(command, arguments)):
+        from cifar_lightning.cli.seeds import fit_seeds  # imports pydantic and NumPy
+
+        return fit_seeds(flags)
     else:
         rest, run = training_arguments(command, arguments)
     # These import torch and Lightning, which takes seconds.
@@ -150,6 +154,11 @@ def _run_training(command: str, arguments: Sequence[str]) -> int:
         else:
             evaluate(command, rest)
     return 0
+
+
+def _is_of_seeds(flags: Sequence[str]) -> bool:
+    resumed = flag_value(flags, "resume")
+    return flag_value(flags, "seeds") is not None or bool(resumed and RunFolder(Path(resumed)).seeds.is_file())
 
 
 def training_arguments(
@@ -172,6 +181,10 @@ def training_arguments(
     trust_code = _is_trusting(flag_value(flags, "trust_code"))
     flags = [flag for flag in flags if not flag.startswith("--trust_code=")]
     names = [flag[2:].partition("=")[0] for flag in flags]
+    if "seeds" in names:
+        raise UserError(
+            "--seeds: of the command fit alone; another fit for each seed is --seed_everything and --data.order_seed."
+        )
     resumed = flag_value(flags, "resume")
     if run is not None:
         _refuse_together(
@@ -303,19 +316,43 @@ def _predict_images(parsed: argparse.Namespace) -> int:
 
 def _analyze_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run; it may have been copied from elsewhere")
-    text = "another run, tested on the same images: which is better, and where"
-    parser.add_argument("--compare", metavar="RUN", type=Path, help=text)
+    text = "other runs, tested on the same images, or a folder of seeds: which is better, and is it chance?"
+    parser.add_argument("--compare", metavar="RUN", type=Path, nargs="+", action="extend", default=[], help=text)
 
 
 def _analyze(parsed: argparse.Namespace) -> int:
-    run = open_run(parsed.run, results=True)
-    other = open_run(parsed.compare, results=True) if parsed.compare is not None else None
-    if other is not None and other.path.resolve() == run.path.resolve():
-        raise UserError(f"--compare {parsed.compare}: is the run itself; name another one.")
-    from cifar_lightning.report.report import make_report  # imports NumPy and matplotlib
+    named = [parsed.run, *parsed.compare]
+    runs, left_out = dict[Path, RunFolder](), list[Path]()
+    for path in named:
+        for run in _runs_of(path):
+            if path != run.path and not run.predictions.is_file():
+                left_out.append(run.path)
+            elif run.path.resolve() in runs and path == run.path and len(named) == 2:
+                raise UserError(f"--compare {path}: is the run itself; name another one.")
+            else:
+                runs.setdefault(run.path.resolve(), run)
+    if not runs:
+        raise UserError(f"{parsed.run}: none of its runs is tested yet; {RunFolder(parsed.run).resume_command}")
+    first, *others = runs.values()
+    if len(others) > 1 or (others and first.path != parsed.run):
+        from cifar_lightning.report.several_runs import compare_runs  # imports NumPy and matplotlib
 
-    make_report(run, other)
+        compare_runs([first, *others], left_out, RunFolder(parsed.run))
+    else:
+        from cifar_lightning.report.report import make_report  # likewise
+
+        make_report(first, others[0] if others else None)
     return 0
+
+
+def _runs_of(path: Path) -> list[RunFolder]:
+    """Return a run, or the runs of a folder of several seeds."""
+    if not RunFolder(path).seeds.is_file():
+        return [open_run(path, results=True)]
+    from cifar_lightning.runs.contents import read_seeds  # imports pydantic and NumPy
+
+    folders = [path / str(seed) for seed in read_seeds(RunFolder(path).seeds)["seeds"]]
+    return [open_run(folder, results=True) if folder.exists() else RunFolder(folder) for folder in folders]
 
 
 def _runs_flags(parser: argparse.ArgumentParser) -> None:
@@ -387,7 +424,7 @@ QUICK = {
         "RUN PATH... [flags]", "classes of image files and folders", _predict_images_flags, _predict_images
     ),
     "analyze": QuickCommand(
-        "RUN [--compare RUN]", "what a run's test found: terminal, report.html", _analyze_flags, _analyze
+        "RUN [--compare RUN...]", "what a run's test found: terminal, report.html", _analyze_flags, _analyze
     ),
     "runs": QuickCommand("[DIR] [--json]", "list all runs and their state", _runs_flags, _runs),
     "export": QuickCommand(

@@ -14,6 +14,7 @@ whole numbers are cached: SciPy takes up to 1 ms for one, and small counts repea
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
@@ -180,6 +181,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Return `n`, `mean`, `std` (with n - 1; None for one value), `min` and `max` of at least one value."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"n": len(values), "mean": float(np.mean(values)), "std": std, "min": min(values), "max": max(values)}
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return Student's 95 % interval of the mean of normal values, such as differences of pairs; None for one value."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return None
+    half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
 def difference_interval(correct: int, total: int, other_correct: int, other_total: int) -> tuple[float, float]:

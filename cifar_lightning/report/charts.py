@@ -15,6 +15,9 @@ from cifar_lightning.report.figures import COLOURS, shorten
 
 _MAX_BARS = 40  # above, only the classes with the lowest recall are drawn
 _NUM_LOWEST = 30
+# Of Okabe and Ito's colours those that are legible on white and on black; see COLOURS.
+_OF_RUNS = (COLOURS["correct"], COLOURS["mistake"], "#009e73", "#cc79a7", "#8f8f00", "#7f7fd0")
+_MAX_LEGEND = 12
 _WIDTH = 5.4  # inches; text of 10 points stays legible on a phone, 350 px wide
 
 
@@ -113,6 +116,36 @@ def curves_figure(epochs: Sequence[dict[str, float]]) -> Figure:
     charts[2].set(xlabel="epoch", ylabel="learning\nrate")
     charts[2].xaxis.set_major_locator(MaxNLocator(integer=True))
     charts[2].grid()
+    return figure
+
+
+def runs_figure(tables: Sequence[Sequence[dict[str, float]]], groups: Sequence[int], names: Sequence[str]) -> Figure:
+    """Draw validation accuracy and loss of several runs over the epochs, counted from 1.
+
+    Args:
+        tables: Rows of metrics.csv of each run.
+        groups: Index into `names` of each run; the runs of one have one colour.
+        names: What the groups are called.
+    """
+    figure = Figure(figsize=(_WIDTH, 5.4), layout="constrained")
+    charts = figure.subplots(2, 1, sharex=True)
+    named = set[int]()
+    for rows, group in zip(tables, groups, strict=True):
+        colour, line = _OF_RUNS[group % len(_OF_RUNS)], ("-", "--", ":")[group // len(_OF_RUNS) % 3]
+        for axes, metric in zip(charts, ("val/acc", "val/loss"), strict=True):
+            values = [row.get(metric, math.nan) for row in rows]
+            axes.plot([row["epoch"] + 1 for row in rows], values, color=colour, linestyle=line, linewidth=1.3)
+        if rows and group not in named and len(named) < _MAX_LEGEND:
+            charts[0].plot([], [], color=colour, linestyle=line, label=shorten(printable(names[group])))
+            named.add(group)
+    for axes, label in zip(charts, ("validation accuracy", "validation loss"), strict=True):
+        axes.set_ylabel(label)
+        axes.grid()
+    charts[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    charts[1].set_xlabel("epoch")
+    charts[1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    for text in figure.legend(loc="outside upper center", ncols=3, frameon=False).get_texts():
+        text.set_parse_math(False)
     return figure
 
 

@@ -31,17 +31,17 @@ def compare(path: Path, results: Results, other_path: Path, other: Results) -> d
     Raises:
         UserError: A run has no test predictions, or the test images differ.
     """
-    first, second = _predictions_of(path, results), _predictions_of(other_path, other)
-    if reason := _other_images(first, second, results, other):
+    first, second = predictions_of(path, results), predictions_of(other_path, other)
+    if reason := other_images(first, second, results, other):
         raise UserError(f"--compare {other_path}: not tested on the same images as {path}: {reason}.")
     available = set(results.images) | set(other.images)
     # Reorder the second to match the first: the order of predictions does not matter.
     order = np.argsort(second.indices)[np.searchsorted(np.sort(second.indices), first.indices)]
     logits = second.logits[order]
     correct, other_correct = first.logits.argmax(1) == first.targets, logits.argmax(1) == first.targets
-    counts = _counts(correct, other_correct)
+    counts = counts_of(correct, other_correct)
     return {
-        "runs": [_run(path, first), _run(other_path, second)],
+        "runs": [summary_of_run(path, first), summary_of_run(other_path, second)],
         "difference": float(correct.mean() - other_correct.mean()),
         "difference_interval_95": list(paired_difference_interval(**counts)),
         "both_right": counts["both"],
@@ -58,7 +58,12 @@ def compare(path: Path, results: Results, other_path: Path, other: Results) -> d
     }
 
 
-def _predictions_of(path: Path, results: Results) -> Predictions:
+def predictions_of(path: Path, results: Results) -> Predictions:
+    """Return the test predictions of a run to compare.
+
+    Raises:
+        UserError: They cannot be read.
+    """
     if results.test is None:
         raise UserError(
             f"--compare: the predictions of {path} cannot be read ({' '.join(results.problems)})\n"
@@ -67,7 +72,8 @@ def _predictions_of(path: Path, results: Results) -> Predictions:
     return results.test
 
 
-def _other_images(first: Predictions, second: Predictions, results: Results, other: Results) -> str:
+def other_images(first: Predictions, second: Predictions, results: Results, other: Results) -> str:
+    """Return how the test images of two runs differ; empty if they do not."""
     hashes = [_hash_of(run) for run in (results, other)]
     if first.class_names != second.class_names:
         return f"{len(first.class_names)} and {len(second.class_names)} classes, or different names"
@@ -103,7 +109,8 @@ def _by_index(predictions: Predictions) -> dict[int, int]:
     return dict(zip(predictions.indices.tolist(), predictions.targets.tolist(), strict=True))
 
 
-def _run(path: Path, predictions: Predictions) -> dict[str, Any]:
+def summary_of_run(path: Path, predictions: Predictions) -> dict[str, Any]:
+    """Return `name`, `path`, `accuracy`, `accuracy_interval_95`, `loss` and `ece` of a run."""
     cm = predictions.confusion
     return {
         "name": run_name(path),
@@ -115,7 +122,8 @@ def _run(path: Path, predictions: Predictions) -> dict[str, Any]:
     }
 
 
-def _counts(correct: Bool[np.ndarray, " n"], other_correct: Bool[np.ndarray, " n"]) -> dict[str, int]:
+def counts_of(correct: Bool[np.ndarray, " n"], other_correct: Bool[np.ndarray, " n"]) -> dict[str, int]:
+    """Return how many images both of two models, only one, or neither classify correctly."""
     return {
         "both": int((correct & other_correct).sum()),
         "only_first": int((correct & ~other_correct).sum()),
@@ -130,7 +138,7 @@ def _classes(
     rows: list[dict[str, Any]] = []
     for index, name in enumerate(predictions.class_names):
         of_class = predictions.targets == index
-        counts = _counts(correct[of_class], other_correct[of_class])
+        counts = counts_of(correct[of_class], other_correct[of_class])
         support = int(of_class.sum())
         num_first, num_second = (counts["both"] + counts[key] for key in ("only_first", "only_second"))
         first, second = (part / support if support else math.nan for part in (num_first, num_second))

@@ -75,6 +75,7 @@ class _Environment(_Schema):
     precision: str | None = None
     num_devices: FromZero | None = None
     num_threads: FromZero | None = None
+    num_parameters: FromZero | None = None
     commit: str | None = None
     dirty: bool | None = None
     command: list[str] = []

@@ -171,6 +171,11 @@ def _make_numbered(folder: Path) -> Path:
 def _refuse_what_would_be_lost(run: RunFolder) -> None:
     run.check_files()
     files = tuple(run.written_files())
+    if run.seeds.exists() and any(run.path.glob("*/config.yaml")):
+        raise UserError(
+            f"--run_dir {run.path}: holds the runs of several seeds.\n"
+            f"Choose a new --run_dir; {run.resume_command} resumes them."
+        )
     if run.lock_file.exists() or run.config.exists():
         what = "checkpoints" if run.has_checkpoint else "results" if run.has_results else ""
         if what:
@@ -233,6 +238,9 @@ def _suggest_run(path: Path) -> str:
     for parent in path.parents[:2]:  # RUN/checkpoints or RUN/checkpoints/last.ckpt was given
         if RunFolder(parent).config.is_file():
             return f"Did you mean the run {parent}?"
+    if RunFolder(path).seeds.is_file():
+        seeds = ", ".join(str(config.parent) for config in sorted(path.glob("*/config.yaml")))
+        return f"It holds a run for each seed: give one of {seeds}. All together: {command_line('analyze', path)}"
     for pattern in ("*/config.yaml", "*/*/config.yaml"):
         configs = sorted(path.glob(pattern), key=lambda config: config.stat().st_mtime)
         if configs:
@@ -246,5 +254,6 @@ def config_name(configs: Sequence[object], model: str) -> str:
         # timm/resnet26d: one folder, as of all others; package.module:Net: that of its name.
         return model.replace("/", "_") if "/" in model else re.split("[:.]", model)[-1]
     config = Path(str(configs[-1])).resolve()
-    is_of_a_run = config.name == "config.yaml" and config.parent.name.isdecimal()
-    return config.parent.parent.name if is_of_a_run else config.stem
+    if config.name != "config.yaml" or not config.parent.name.isdecimal():
+        return config.stem
+    return next(parent.name for parent in config.parents if not parent.name.isdecimal())  # N, or N/SEED

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch.nn.parameter import is_lazy
 
 from cifar_lightning.errors import remark
 from cifar_lightning.files import MetricsTable, write_json, write_text_durably
@@ -180,6 +181,7 @@ def environment_of(trainer: pl.Trainer) -> dict[str, Any]:
         "num_devices": trainer.world_size,
         "precision": str(trainer.precision),
         "num_threads": torch.get_num_threads(),
+        "num_parameters": sum(each.numel() for each in trainer.lightning_module.parameters() if not is_lazy(each)),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
 

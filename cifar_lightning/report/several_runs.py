@@ -1,0 +1,188 @@
+"""Comparison of any number of runs on the same test images: comparison.html and comparison.json."""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+from markupsafe import Markup
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from cifar_lightning.errors import UserError
+from cifar_lightning.files import write_json, write_text_durably
+from cifar_lightning.formatting import (
+    clipped,
+    object_text,
+    percent,
+    plural,
+    points,
+    points_span,
+    printable,
+    run_name,
+    span,
+)
+from cifar_lightning.metrics.significance import holm, mcnemar_test, mean_interval, paired_difference_interval, spread
+from cifar_lightning.report.charts import runs_figure
+from cifar_lightning.report.comparison import counts_of, other_images, predictions_of, summary_of_run
+from cifar_lightning.report.figures import figure_to_svg, themed
+from cifar_lightning.report.page import TEMPLATES, render
+from cifar_lightning.report.results import Results, read_results
+from cifar_lightning.runs.folder import RunFolder
+
+_MAX_RUNS_OF_ALL_PAIRS = 15  # 105 pairs; of more runs the first is compared with each other one
+_SEEDS = ("seed_everything", "data.order_seed", "data.seed")  # of weights and dropout; of order; of split
+
+
+def compare_runs(runs: Sequence[RunFolder], left_out: Sequence[Path], written_to: RunFolder) -> None:
+    """Compare runs, print the result, and write comparison.html and comparison.json into a folder.
+
+    Args:
+        runs: Two or more, tested on the same images.
+        left_out: Runs that are named on the page as not tested.
+        written_to: The folder.
+
+    Raises:
+        UserError: A run has no test predictions, or other test images than the first.
+    """
+    compared, tables = _read(runs)
+    compared["problems"] += [f"{path}: not tested yet, left out." for path in left_out]
+    groups = [row["group"] for row in compared["runs"]]
+    names = [group["name"] for group in compared["groups"]]
+    with themed():
+        svg = Markup(figure_to_svg(runs_figure(tables, groups, names))) if any(tables) else None
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    write_json(written_to.comparison_json, compared)
+    write_text_durably(written_to.comparison, render("runs.html", c=compared, svg=svg, css=style, script=script))
+    _print(compared, written_to.comparison)
+
+
+def _read(runs: Sequence[RunFolder]) -> tuple[dict[str, Any], list[list[dict[str, float]]]]:
+    """Return the comparison, and the rows of metrics.csv of each run; one run's predictions are held at a time."""
+    first, problems = read_results(runs[0]), list[str]()
+    rows, correct, configs, tables = list[dict[str, Any]](), list[Bool[np.ndarray, " n"]](), [], []
+    for run in runs:
+        results = first if run == runs[0] else read_results(run)
+        predictions = predictions_of(run.path, results)
+        if reason := other_images(predictions_of(runs[0].path, first), predictions, first, results):
+            raise UserError(f"{run.path}: not tested on the same images as {runs[0].path}: {reason}.")
+        rows.append(summary_of_run(run.path, predictions) | _of_training(results))
+        correct.append((predictions.preds == predictions.targets)[np.argsort(predictions.indices)])
+        configs.append(_flat(results.origin.config))
+        tables.append(results.epochs)
+        problems += [f"{run.path}: {problem}" for problem in results.problems]
+    names = sorted(set(itertools.chain(*configs)) - set(_SEEDS))
+    differing = [name for name in names if any(config.get(name) != configs[0].get(name) for config in configs)]
+    for row, config in zip(rows, configs, strict=True):
+        seeds = [config.get(name) for name in _SEEDS]
+        row["seeds"] = [seeds[0], seeds[2] if seeds[1] is None else seeds[1], seeds[2]]
+        row["settings"] = {name: clipped(object_text(config.get(name))) for name in differing}
+    groups = _groups(rows)
+    pairs = _pairs(rows, correct)
+    compared = {"runs": rows, "settings": differing, "groups": groups, "by_seed": list(_by_seed(rows, groups))}
+    return compared | {"pairs": pairs, "num_images": len(correct[0]), "problems": problems}, tables
+
+
+def _of_training(results: Results) -> dict[str, Any]:
+    times = [row["elapsed_s"] for row in results.timing if math.isfinite(row.get("elapsed_s", math.nan))]
+    return {
+        "num_parameters": results.origin.environment.get("num_parameters"),
+        "num_epochs": len(results.epochs),
+        "elapsed_s": sum(times) if times else None,
+    }
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat = dict[str, Any]()
+    for group, settings in config.items():
+        is_group = isinstance(settings, dict) and "class_path" not in settings
+        flat |= {f"{group}.{name}": value for name, value in settings.items()} if is_group else {group: settings}
+    return flat
+
+
+def _groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return runs with the same settings but for the seeds, each with the spread of their accuracies."""
+    members = dict[str, list[dict[str, Any]]]()
+    for row in rows:
+        members.setdefault(json.dumps(row["settings"], sort_keys=True), []).append(row)
+    groups = []
+    for number, same in enumerate(members.values()):
+        parents = {str(Path(row["path"]).parent) for row in same}
+        name = run_name(Path(parents.pop())) if len(same) > 1 == len(parents) else same[0]["name"]
+        for row in same:
+            row["group"] = number
+        groups.append({"name": name, "settings": same[0]["settings"], **spread([row["accuracy"] for row in same])})
+    return groups
+
+
+def _by_seed(rows: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the mean difference of each two groups over the seeds that both have, where there are two or more."""
+    accuracies = [
+        {tuple(row["seeds"]): row["accuracy"] for row in rows if row["group"] == group} for group in range(len(groups))
+    ]
+    for one, other in itertools.combinations(range(len(groups)), 2):
+        common = accuracies[one].keys() & accuracies[other].keys()
+        differences = [accuracies[one][seed] - accuracies[other][seed] for seed in common]
+        if len(differences) > 1:
+            found = {
+                "n": len(common),
+                "difference": float(np.mean(differences)),
+                "interval_95": mean_interval(differences),
+            }
+            yield {"first": groups[one]["name"], "second": groups[other]["name"], **found}
+
+
+def _pairs(rows: Sequence[Mapping[str, Any]], correct: Sequence[Bool[np.ndarray, " n"]]) -> list[dict[str, Any]]:
+    """Return McNemar's test of each two runs, with Holm's correction for their number."""
+    chosen = itertools.combinations(range(len(rows)), 2)
+    if len(rows) > _MAX_RUNS_OF_ALL_PAIRS:
+        chosen = ((0, other) for other in range(1, len(rows)))  # type: ignore[assignment]  # another iterator of pairs
+    pairs = []
+    for one, other in chosen:
+        counts = counts_of(correct[one], correct[other])
+        only = {key: counts[key] for key in ("only_first", "only_second")}
+        difference = rows[one]["accuracy"] - rows[other]["accuracy"]
+        interval = list(paired_difference_interval(**counts))
+        found = {
+            "difference": difference,
+            "difference_interval_95": interval,
+            **only,
+            "p": mcnemar_test(*only.values()),
+        }
+        pairs.append({"first": rows[one]["name"], "second": rows[other]["name"], **found})
+    for pair, p in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):
+        pair["p"] = p
+    return pairs
+
+
+def _print_words(console: Console, text: str, indent: int = 0) -> None:
+    console.print(Padding(Text(printable(text, console.encoding)), (0, 0, 0, indent)))
+
+
+def _print(compared: Mapping[str, Any], page: Path) -> None:
+    console = Console(highlight=False, force_jupyter=False)
+    _print_words(console, f"{plural(len(compared['runs']), 'run')} on the same {compared['num_images']:,} test images:")
+    for row in sorted(compared["runs"], key=lambda row: -row["accuracy"]):
+        text = f"{percent(row['accuracy'], 2)} ({span(row['accuracy_interval_95'], 2)}) {row['name']}"
+        differing = "".join(f", {name} {value}" for name, value in row["settings"].items())
+        _print_words(console, clipped(f"{text}{differing}", 200), indent=2)
+    for group in compared["groups"]:
+        if group["n"] > 1:
+            text = f"{group['name']}: mean {percent(group['mean'], 2)}, standard deviation {percent(group['std'], 2)}"
+            _print_words(console, f"{text}, {span((group['min'], group['max']), 2)}, {plural(group['n'], 'run')}.")
+    for pair in compared["by_seed"]:
+        text = f"{pair['first']} minus {pair['second']}, paired by seed (n = {pair['n']}): "
+        interval = f"points (95 % interval {points_span(pair['interval_95'], 2)})."
+        _print_words(console, f"{text}{points(pair['difference'], 2)} {interval}")
+    found = sum(pair["p"] < 0.05 for pair in compared["pairs"])
+    _print_words(
+        console, f"McNemar's test, Holm's correction: {found} of {plural(len(compared['pairs']), 'pair')} differ."
+    )
+    for problem in compared["problems"]:
+        _print_words(console, problem)
+    print(page.resolve().as_uri())
