@@ -122,7 +122,7 @@ def _write_cells(axes: Axes, values: np.ndarray, opacity: Float[np.ndarray, "row
         if value or row == column:  # zeros off the diagonal stay empty, so that mistakes stand out
             color = COLOURS["face" if opacity[row, column] > _INVERTED_ABOVE else "ink"]
             text = f"{value:,.{decimals}f}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
+            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color, in_layout=False)
 
 
 def shorten(name: str, length: int = _MAX_NAME) -> str:
@@ -194,6 +194,8 @@ def figure_to_svg(figure: Figure) -> str:
     Colours follow the theme of the page, and text is text in the reader's fonts.
     """
     buffer = io.StringIO()
+    for artist in (artist for axes in figure.axes for artist in (*axes.lines, *axes.patches, *axes.collections)):
+        artist.set_in_layout(False)  # within its axes; without a clip path the layout would measure it
     for artist in figure.findobj(include_self=False):
         artist.set_clip_on(False)  # axes hold all data; a clip path an artist doubles the size
     for background in (figure.patch, *(axes.patch for axes in figure.axes)):
