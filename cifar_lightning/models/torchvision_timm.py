@@ -120,11 +120,13 @@ def _check_kwargs(kwargs: Iterable[str]) -> None:
 def _adapted(make: Callable[[], nn.Module], image_size: int, in_channels: int, keep_stem: bool = False) -> nn.Module:
     try:
         model = make()
-        if image_size <= SMALL_PX and not keep_stem and adapt_stem(model) and input_error(model, image_size):
-            model = make()  # the adapted stem does not fit; use the original one
+        is_adapted = image_size <= SMALL_PX and not keep_stem and adapt_stem(model)
+        if is_adapted and input_error(model, image_size):
+            model, is_adapted = make(), False  # the adapted stem does not fit; use the original one
         if in_channels == 1:
             take_gray(model)
-        reason = input_error(model, image_size, in_channels=in_channels)
+        is_checked = is_adapted and in_channels == 3
+        reason = "" if is_checked else input_error(model, image_size, in_channels=in_channels)
     except (TypeError, UserError):  # an unknown argument, or a missing library
         raise
     except Exception as error:  # the libraries raise nearly anything: asserts, indices, divisions by zero
