@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,59 +24,105 @@ TINY += ["--model.model_kwargs", "{widths: [4, 8, 8]}", "--trainer.accelerator",
 
 
 def start(*arguments, cwd, check=True, program=REPO / "train.py", **variables):
-    """Run `train.py`, or another program, in a new process with one thread: tests do not fight for cores.
+    """Run `train.py`, another file or a module (`-m`) in a new process, with one thread: tests do not fight for cores.
 
     Unless a variable of Python itself is given, the process is a fork of one that has imported the libraries.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **variables}
     environment.pop("CIFAR_LIGHTNING_RUN_DIR", None)
-    command = [str(program), *map(str, arguments)]
+    command = [sys.executable, str(program), *map(str, arguments)]
     of_python = {name for name in variables if name.startswith("PYTHON")} - {"PYTHONPATH"}
-    if not of_python and sys.platform == "linux":
-        done = _warm().run(command, cwd, environment)
-    else:
-        done = subprocess.run(
-            [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=300
-        )
+    begin = subprocess.Popen if of_python or sys.platform != "linux" else WarmProcess
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [Path(folder, name) for name in ("stdout", "stderr")]
+        with streams[0].open("wb") as stdout, streams[1].open("wb") as stderr:
+            status = begin(command, cwd=cwd, env=environment, stdout=stdout, stderr=stderr).wait(600)
+        done = subprocess.CompletedProcess(command, status, *(path.read_text(encoding="utf-8") for path in streams))
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-class _Warm:
-    """A process of `warm_start.py`."""
+class WarmProcess:
+    """A program in a process that `warm_start.py` forks; made, and used in part, as a `subprocess.Popen` is.
 
-    def __init__(self):
-        self._replies, replies = os.pipe()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-        self._process = subprocess.Popen(
-            [sys.executable, str(REPO / "tests" / "warm_start.py"), str(replies)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            env=environment,
-            pass_fds=[replies],
-            encoding="utf-8",
-        )
-        os.close(replies)
-        atexit.register(self._process.stdin.close)
+    Args:
+        command: This Python, and a file or `-m MODULE`, with arguments.
+        cwd: Its working directory.
+        env: Its environment.
+        stdout: A file with a name.
+        stderr: Likewise.
+        start_new_session: Whether it leads a process group.
+    """
 
-    def run(self, command, cwd, environment):
+    def __init__(self, command, *, cwd, env, stdout, stderr, stdin=subprocess.DEVNULL, start_new_session=False):
+        assert command[0] == sys.executable
+        assert stdin == subprocess.DEVNULL
+        self.args, self.returncode, self._heard = command, None, b""
         with tempfile.TemporaryDirectory() as folder:
-            streams = {name: Path(folder, name) for name in ("stdout", "stderr")}
-            for path in streams.values():
-                path.touch()
-            request = {"command": command, "cwd": str(cwd), "environment": environment}
-            request |= {name: str(path) for name, path in streams.items()}
-            print(json.dumps(request), file=self._process.stdin, flush=True)
-            assert select.select([self._replies], [], [], 300)[0], f"{command} runs for more than 300 s"
-            status = int(os.read(self._replies, 16))
-            output = (path.read_text(encoding="utf-8") for path in streams.values())
-            return subprocess.CompletedProcess(command, status, *output)
+            told = os.path.join(folder, "process")
+            os.mkfifo(told)
+            request = {"command": list(map(os.fsdecode, command[1:])), "cwd": os.fspath(cwd), "environment": dict(env)}
+            request |= {"stdout": stdout.name, "stderr": stderr.name, "process": told}
+            server = _server()
+            print(json.dumps(request | {"start_new_session": start_new_session}), file=server.stdin, flush=True)
+            self._told = open(told, "rb", buffering=0)  # noqa: SIM115 - closed at the end of the process
+            self.pid = self._hear(60)
+
+    def _hear(self, timeout_s):
+        """Return the next number that the process or its parent writes; None if there is none in time."""
+        while b"\n" not in self._heard:
+            if not select.select([self._told], [], [], timeout_s)[0]:
+                return None
+            new = self._told.read(64)
+            assert new, f"{self.args}: warm_start.py has ended"
+            self._heard += new
+        number, _, self._heard = self._heard.partition(b"\n")
+        return int(number)
+
+    def poll(self):
+        """Return the exit status, None before the end."""
+        return self._ended_within(0)
+
+    def wait(self, timeout=None):
+        """Return the exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: It does not end in time.
+        """
+        if self._ended_within(timeout) is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def _ended_within(self, timeout_s):
+        if self.returncode is None:
+            self.returncode = self._hear(timeout_s)
+            if self.returncode is not None:
+                self._told.close()
+        return self.returncode
+
+    def terminate(self):
+        """Send SIGTERM."""
+        os.kill(self.pid, signal.SIGTERM)
+
+
+def popen(command, **settings):
+    """Start a program as `subprocess.Popen` does, where that is possible in a process that has the libraries."""
+    is_warm = command[0] == sys.executable and sys.platform == "linux"
+    return (WarmProcess if is_warm else subprocess.Popen)(command, **settings)
 
 
 @functools.cache
-def _warm():
-    return _Warm()
+def _server():
+    server = subprocess.Popen(
+        [sys.executable, str(REPO / "tests" / "warm_start.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+        encoding="utf-8",
+    )
+    atexit.register(server.stdin.close)
+    return server
 
 
 def fail(monkeypatch, capsys, tmp_path, *arguments):

@@ -139,10 +139,19 @@ class Bench:
         subject: The program under test.
         data: Class folders of real images for the runs that are compared bit by bit; by default drawn ones.
         kills: Number of SIGKILLs of row 1.
+        popen: Starts each program.
     """
 
-    def __init__(self, folder: Path, subject: Subject, *, data: Path | None = None, kills: int = 5) -> None:
-        self.folder, self.subject, self.data, self.kills = folder, subject, data, kills
+    def __init__(
+        self,
+        folder: Path,
+        subject: Subject,
+        *,
+        data: Path | None = None,
+        kills: int = 5,
+        popen: Callable[..., subprocess.Popen] = subprocess.Popen,
+    ) -> None:
+        self.folder, self.subject, self.data, self.kills, self._popen = folder, subject, data, kills, popen
         self._lock = threading.RLock()
         self._running: set[subprocess.Popen] = set()
         self._is_stopped = False
@@ -186,7 +195,7 @@ class Bench:
         with files[0], files[1]:
             if self._is_stopped:
                 raise RuntimeError("stopped")
-            process = subprocess.Popen(
+            process = self._popen(
                 [a if isinstance(a, bytes) else str(a) for a in command],
                 cwd=cwd,
                 env={name: value if isinstance(value, bytes) else str(value) for name, value in variables.items()},
@@ -320,13 +329,15 @@ def kill_group(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def wait_for(is_there: Callable[[], bool], process: subprocess.Popen, timeout_s: float = TIMEOUT_S) -> bool:
+def wait_for(
+    is_there: Callable[[], bool], process: subprocess.Popen, timeout_s: float = TIMEOUT_S, poll_s: float = _POLL_S
+) -> bool:
     """Wait until a condition holds or the process has ended; return the condition."""
     until = time.monotonic() + timeout_s
     while not is_there():
         if process.poll() is not None or time.monotonic() > until:
             return is_there()
-        time.sleep(_POLL_S)
+        time.sleep(poll_s)
     return True
 
 

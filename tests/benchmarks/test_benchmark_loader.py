@@ -2,12 +2,10 @@
 
 import argparse
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from program import REPO
+from program import REPO, start
 
 from benchmarks.speed.loader import (
     AIRBENCH_BEGIN,
@@ -52,8 +50,8 @@ def test_another_version_of_the_peer_is_refused(tmp_path, loader, begin):
 
 
 def test_a_missing_peer_is_one_line_and_exit_status_2(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.speed.loader", "--peer", f"airbench={tmp_path / 'nowhere'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPO)
+    peer = f"airbench={tmp_path / 'nowhere'}"
+    done = start("benchmarks.speed.loader", "--peer", peer, program="-m", cwd=REPO, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
@@ -81,11 +79,8 @@ def test_an_epoch_that_lacks_a_batch_or_a_square_is_not_compared():
 
 @pytest.mark.slow
 def test_the_last_line_is_the_ratio_of_the_json(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.speed.loader", "--num", "1000", "--rounds", "1"]
-    done = subprocess.run(
-        [*command, "--json", tmp_path / "figures.json"], capture_output=True, text=True, timeout=300, cwd=REPO
-    )
-    assert done.returncode == 0, done.stderr
+    settings = ["--num", 1000, "--rounds", 1, "--json", tmp_path / "figures.json"]
+    done = start("benchmarks.speed.loader", *settings, program="-m", cwd=REPO)
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     ours, peer = (figures["images_per_s"][name][0] for name in ("ours", "torchvision"))
     assert done.stdout.splitlines()[-1] == f"ratio={ours / peer:.1f}"

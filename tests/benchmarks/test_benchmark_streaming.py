@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from program import REPO
+from program import REPO, start
 
 from benchmarks.speed.process_memory import IS_KNOWN, memory_of
 from benchmarks.speed.streaming import Way, compare, epochs_until_ahead
@@ -115,10 +115,9 @@ def test_memory_counts_a_files_pages_apart_and_pages_of_two_processes_once(tmp_p
 
 @pytest.mark.slow
 def test_the_last_line_is_the_ratio_of_the_json(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.speed.streaming", "--work", tmp_path / "work"]
-    command += ["--images", 400, "--batch_size", 50, "--rounds", 2, "--seconds", 0.2, "--json", tmp_path / "figures"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=REPO)
-    assert done.returncode == 0, done.stderr
+    settings = ["--work", tmp_path / "work", "--images", 400, "--batch_size", 50, "--rounds", 2, "--seconds", 0.2]
+    settings += ["--json", tmp_path / "figures"]
+    done = start("benchmarks.speed.streaming", *settings, program="-m", cwd=REPO)
     figures = json.loads((tmp_path / "figures").read_text(encoding="utf-8"))
     ours, peer = (figures["images_per_s"][name] for name in ("ours", "torchvision"))
     ratios = [one / other for one, other in zip(ours, peer, strict=True)]

@@ -2,14 +2,12 @@
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from program import popen, start
 
-from benchmarks import python_path
+from benchmarks import ROOT
 from benchmarks.accuracy import table
 from benchmarks.faults import run
 from benchmarks.faults.bench import ROWS, Bench, Row, Skipped, Trial
@@ -21,9 +19,9 @@ from benchmarks.faults.subjects import SUBJECTS
 OURS, PLAIN = SUBJECTS["ours"], SUBJECTS["plain"]
 
 
-@pytest.fixture
-def bench(tmp_path):
-    return Bench(tmp_path, OURS)
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return Bench(tmp_path_factory.mktemp("faults"), OURS, popen=popen)
 
 
 def test_every_row_of_the_table_is_there():
@@ -132,21 +130,17 @@ def test_the_row_is_handled(number, bench):
     assert result.clearly_reported
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=True)
 @pytest.mark.parametrize("number", [10, 12, 15, 23, 25, 27, 42, 43, 44])
 def test_the_longer_row_is_handled(number, bench):
     result = perform(ROWS[number], bench)
     assert result.verdict == "handled", result.line()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=True)
 def test_runs_stopped_anyhow_and_resumed_equal_the_unbroken_ones(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.faults.stops", "--stops", "15", "--per_run", "8"]
-    environment = {**os.environ, "PYTHONPATH": python_path()}
-    done = subprocess.run(
-        [*command, "--json", tmp_path / "stops.json"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    settings = ["--stops", 15, "--per_run", 8, "--json", tmp_path / "stops.json"]
+    start("benchmarks.faults.stops", *settings, program="-m", cwd=ROOT)
     verdicts = json.loads((tmp_path / "stops.json").read_text())["verdicts"]
     assert verdicts["equal"] + verdicts.get("refused", 0) == 15
     assert verdicts["equal"] >= 10

@@ -1,16 +1,19 @@
 """The real program on several processes that torchrun or SLURM starts: one run folder, every image counted once."""
 
+import contextlib
 import csv
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from program import REPO, TINY, start
+from program import REPO, TINY, popen, start
 
 from cifar_lightning.runs.folder import RunFolder
 
@@ -30,20 +33,25 @@ def run_together(*commands, cwd, variables=None):
     """Run commands at the same time, each with further environment variables; return what each printed on stdout."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     environment.pop("CIFAR_LIGHTNING_RUN_DIR", None)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    processes = []
-    try:
+    processes, files = [], []
+    with contextlib.ExitStack() as stack:
         for command, further in zip(commands, variables or [{}] * len(commands), strict=True):
             words = [sys.executable, *map(str, command)]
-            processes.append(subprocess.Popen(words, cwd=cwd, env=environment | further, **pipes))
-        printed = [process.communicate(timeout=TIMEOUT_S) for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()  # torchrun ends its processes, which SIGKILL would leave behind
-                process.communicate(timeout=60)
-    assert [process.returncode for process in processes] == [0] * len(processes), printed
+            pipes = [stack.enter_context(tempfile.NamedTemporaryFile("w+", encoding="utf-8")) for _ in range(2)]
+            processes.append(popen(words, cwd=cwd, env=environment | further, stdout=pipes[0], stderr=pipes[1]))
+            stack.callback(end, processes[-1])
+            files.append(pipes)
+        statuses = [process.wait(timeout=TIMEOUT_S) for process in processes]
+        printed = [[Path(file.name).read_text(encoding="utf-8") for file in pipes] for pipes in files]
+    assert statuses == [0] * len(processes), printed
     return [stdout for stdout, _ in printed]
+
+
+def end(process):
+    """End what still runs: torchrun ends its processes, which SIGKILL would leave behind."""
+    if process.poll() is None:
+        process.terminate()
+        process.wait(timeout=60)
 
 
 def rows_of(run):
@@ -97,7 +105,7 @@ def test_a_single_process_under_ddp_trains_on_where_the_stem_is_no_longer_traine
     assert rows_of(RunFolder(tmp_path / "run"))[0]["step"] == "9"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=True)
 def test_two_machines_make_one_run_and_a_third_start_resumes_it(tmp_path):
     # Two agents on one machine: what differs between machines (the network between them) is torchrun's.
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_id", "run", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]

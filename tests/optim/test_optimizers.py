@@ -2,14 +2,13 @@
 
 import copy
 import math
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from fitting import optimizer_settings
-from program import REPO
+from program import REPO, start
 from torch import nn
 
 from cifar_lightning.errors import UserError
@@ -225,9 +224,10 @@ for call in (
 """
 
 
-def test_unknown_names_are_refused_with_those_that_there_are():
+def test_unknown_names_are_refused_with_those_that_there_are(tmp_path):
     # A process of its own: the tests' check of types would refuse them before.
-    done = subprocess.run([sys.executable, "-c", UNKNOWN], capture_output=True, text=True, cwd=REPO)
+    (tmp_path / "unknown.py").write_text(UNKNOWN, encoding="utf-8")
+    done = start(program=tmp_path / "unknown.py", cwd=tmp_path, PYTHONPATH=str(REPO))
     assert done.stdout.splitlines() == [
         "--model.optimizer adam: one of adamw, sgd, muon, or timm/NAME. Did you mean adamw?",
         "--model.tta flip: one of none, mirror, six.",

@@ -1,14 +1,12 @@
 """What does not agree between network and data is said before the first step, or in it."""
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fitting import fake_data, quiet_trainer, small_data
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from program import REPO
+from program import REPO, start
 from torch import nn
 
 from cifar_lightning import ImageClassifier, UserError
@@ -192,9 +190,10 @@ except UserError as error:
 """
 
 
-def test_what_is_no_module_is_refused():
+def test_what_is_no_module_is_refused(tmp_path):
     # A process of its own: the tests' check of types would refuse it before.
-    done = subprocess.run([sys.executable, "-c", GIVEN], capture_output=True, text=True, cwd=REPO)
+    (tmp_path / "given.py").write_text(GIVEN, encoding="utf-8")
+    done = start(program=tmp_path / "given.py", cwd=tmp_path, PYTHONPATH=str(REPO))
     assert done.stdout.splitlines() == [
         "model=Net: a class; give an instance, model=Net(...).",
         "model: a str; give an nn.Module that returns raw logits.",
