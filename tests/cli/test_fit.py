@@ -172,7 +172,8 @@ def test_the_long_spelling_writes_the_same_config(finished):
 
 def test_the_saved_config_repeats_the_run_digit_for_digit(finished):
     run, _ = finished
-    start("fit", "--config", run / "config.yaml", "--run_dir", "again", cwd=run.parent)
+    again = ["--run_dir", "again", "--trainer.logger", "false"]
+    start("fit", "--config", run / "config.yaml", *again, cwd=run.parent)
     assert (run.parent / "again" / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
 
 
@@ -190,6 +191,7 @@ def test_predict_writes_logits_and_probabilities_of_the_test_images(finished, tm
 def test_weights_of_another_run_start_a_new_one(finished, tmp_path):
     run, _ = finished
     still = ["--epochs", 1, "--lr", 1e-9, "--data.flip", "none", "--data.crop_padding_px", 0]
+    still += ["--trainer.logger", "false"]
     done = start("fit", *TINY, *still, "--init_weights", run, cwd=tmp_path)
     best = max(float(row["val/acc"]) for row in csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     (row,) = csv.DictReader((tmp_path / "runs" / "smallnet" / "1" / "metrics.csv").read_text().splitlines())

@@ -38,7 +38,7 @@ def write_folders(root, num_classes, counts):
     return root
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=True)
 @pytest.mark.parametrize(
     ("num_classes", "counts", "epochs", "least"),
     # The larger class has 40 % more than an even share, and the smaller as much less.

@@ -207,7 +207,7 @@ def test_force_overwrites(run, tmp_path):
     assert there.stat().st_size > 1000
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=True)
 @pytest.mark.parametrize("name", ["smallnet", "resnet18"])
 def test_onnx_agrees_on_1000_test_images_in_batches_from_1_to_512(tmp_path, name):
     run = make_run(tmp_path / "run", name)
