@@ -54,7 +54,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
-from cifar_lightning.data.image_set import pixel_hashes
+from cifar_lightning.data.image_set import is_constant, pixel_hashes
 from cifar_lightning.data.memory import usable_cpus
 from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
@@ -649,10 +649,7 @@ def _decode_chunk(paths: Sequence[str], start: int, shape: tuple[int, ...], is_h
             remarks += [(start + at, remark) for remark in unusual]
         states[start + at] = 2
     unreadable = {index for index, _ in bad}
-    flat = into.reshape(len(paths), -1, shape[-1])
-    alike = (flat[:, 0] == flat[:, -1]).all(1) & (flat[:, 0] == flat[:, flat.shape[1] // 3]).all(1)
-    for at in np.flatnonzero(alike).tolist():
-        if start + at not in unreadable and shape[0] > 1 and (flat[at] == flat[at, 0]).all():
-            remarks.append((start + at, _CONSTANT))
+    constant = np.flatnonzero(is_constant(into)).tolist()
+    remarks += [(start + at, _CONSTANT) for at in constant if start + at not in unreadable]
     content = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, 32)
     return bad, remarks, own, (content, pixel_hashes(into)) if is_hashed else None
