@@ -27,6 +27,8 @@ _WORDS = {
 }
 _OF_FIT: tuple[str, ...] = ("config", "epochs", "batch_size", "lr", "data.dataset", "data.root", "data.val_fraction")
 _OF_FIT += ("data.limit", "model.name", "model.pretrained", "model.optimizer")
+_OF_DATA = tuple(f"data.{name}" for name in ("dataset", "root", "labels", "val_fraction", "test_fraction", "limit"))
+_OF_DATA += ("data.image_size", "data.resize", "data.in_channels")
 _OF_FIT += ("seed_everything", "trainer.precision", "trainer.devices")
 
 
@@ -70,6 +72,12 @@ TRAINING = {
         "find OneCycle's peak learning rate (LR finder)",
         (*(flag for flag in _OF_FIT if flag not in ("epochs", "lr")), "run_dir"),
         "tune --config smallnet",
+    ),
+    "inspect": Command(
+        "[--config FILE] [--data flags of fit]",
+        "what is in a data set: counts, duplicates, unreadable files",
+        (*_OF_DATA, "config", "output"),
+        "inspect --data.dataset folder --data.root photos",
     ),
 }
 

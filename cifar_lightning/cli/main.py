@@ -143,6 +143,7 @@ def _run_training(command: str, arguments: Sequence[str]) -> int:
     # These import torch and Lightning, which takes seconds.
     from cifar_lightning.cli.evaluate import evaluate
     from cifar_lightning.cli.fit import fit
+    from cifar_lightning.cli.inspect import inspect
     from cifar_lightning.cli.lightning_cli import training_process
     from cifar_lightning.cli.tune import tune
 
@@ -151,6 +152,8 @@ def _run_training(command: str, arguments: Sequence[str]) -> int:
             fit(rest, signals, run)
         elif command == "tune":
             tune(rest)
+        elif command == "inspect":
+            inspect(rest)
         else:
             evaluate(command, rest)
     return 0

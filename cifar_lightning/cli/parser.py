@@ -51,7 +51,13 @@ _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
         (*TRAINING,),
     ),
     "data_class": (str | None, None, "Subclass of ImageDataModule; short: --data CLASS.", (*TRAINING,)),
-    "output": (str | None, None, "File for the predictions, .csv or .npz; default: RUN/predictions.npz.", ("predict",)),
+    "output": (
+        str | None,
+        None,
+        "File for the predictions, .csv or .npz, default RUN/predictions.npz; for the page of inspect, default "
+        "inspect.html.",
+        ("predict", "inspect"),
+    ),
 }
 # The signatures say str: a new data set or model is one more line in its table.
 _NAMES = {"model.name": tuple(MODELS), "data.dataset": tuple(DATASETS), "model.optimizer": OPTIMIZERS}

@@ -14,13 +14,13 @@ from cifar_lightning.data.datasets import open_source
 from cifar_lightning.data.duplicates import find_duplicates
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.data.image_folder import ClassFolders, Skipped
-from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, as_gray
+from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, as_gray, is_constant
 from cifar_lightning.data.loaders import BatchTransform, ImageLoader, LoaderFactory, batch_device
 from cifar_lightning.data.sampler import EpochSampler, Rank, evaluation_order
 from cifar_lightning.data.splits import SplitIndices, SplitSettings, make_splits
 from cifar_lightning.data.statistics import balanced_weights, channel_statistics, describe_imbalance, evenly_spaced
 from cifar_lightning.errors import UserError, remark
-from cifar_lightning.formatting import index_name, printable, reason_of
+from cifar_lightning.formatting import counted, index_name, printable, reason_of
 from cifar_lightning.settings.limits import Count, ImageSize, Pixels, Strength, check_settings
 from cifar_lightning.transforms import photographs  # noqa: F401 - the command line finds them by name
 from cifar_lightning.transforms.augmentation import Augmentation, CropMode, FlipMode, normalize
@@ -209,6 +209,7 @@ class ImageDataModule(pl.LightningDataModule):
         some = torch.from_numpy(images["train"].images[train[:CHECKED_IMAGES].numpy()])
         self.pipeline.check(some, self.train_sizes)
         self.duplicates = self._find_duplicates(images)
+        self._remark_on_constant_images(images)
         self._images = images
         self._loaders = LoaderFactory(images, self.num_workers)
 
@@ -240,18 +241,21 @@ class ImageDataModule(pl.LightningDataModule):
             )
 
     def _find_duplicates(self, images: dict[Split, ImageSet]) -> list[dict[str, Any]]:
-        source, hashes, names = self.source, {}, {}
-        if isinstance(source, ClassFolders):  # whose cache has the hashes
-            hashes = source.pixel_hashes
-            names = {
-                split: [listing.below_root(name) for name in listing.names]
-                for split, listing in source.listings.items()
-            }
-        found = find_duplicates(images, self._splits, hashes, names)
+        hashes = self.source.pixel_hashes if isinstance(self.source, ClassFolders) else {}  # its cache has them
+        name_of = getattr(self.source, "image_name", index_name)
+        found = find_duplicates(images, self._splits, hashes, name_of)
         for kind in found:
             first = " = ".join(kind["first"][0])
             remark(printable(f"{'remark' if kind['kind'] == 'within splits' else 'warning'}: {kind['text']}: {first}"))
         return found
+
+    def _remark_on_constant_images(self, images: dict[Split, ImageSet]) -> None:
+        if isinstance(self.source, ClassFolders):  # which remarks on them when it decodes them
+            return
+        for split, image_set in images.items():
+            if len(constant := np.flatnonzero(is_constant(image_set.images))):
+                num, first = counted(len(constant), "image has", "images have"), index_name(split, int(constant[0]))
+                remark(f"remark: {num} one colour, such as {first}")
 
     @property
     def skipped_files(self) -> list[Skipped]:

@@ -1,7 +1,7 @@
 """Identical images: in several splits, under different labels, and repeated within a split."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,6 @@ from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, pixel_hashes
 from cifar_lightning.data.splits import SplitIndices
 from cifar_lightning.formatting import index_name
 
-_NUM_SHOWN = 5  # groups of identical images that are named, with up to 4 images each
 _ACROSS: tuple[tuple[Split, Split], ...] = (("test", "train"), ("test", "val"), ("val", "train"))
 
 
@@ -24,7 +23,8 @@ def find_duplicates(
     images: Mapping[Split, ImageSet],
     splits: SplitIndices,
     hashes: Mapping[Split, np.ndarray],
-    names: Mapping[Split, Sequence[str]],
+    name_of: Callable[[Split, int], str] = index_name,
+    num_shown: int = 5,
 ) -> list[dict[str, Any]]:
     """Find identical decoded images among the splits.
 
@@ -32,19 +32,20 @@ def find_duplicates(
         images: The image sets of a source.
         splits: The images of each split.
         hashes: `pixel_hashes` of the sets for which they are known.
-        names: Names of the images of a set, if they have names.
+        name_of: Name of an image of a set, by its index.
+        num_shown: Groups of identical images that are named, with up to 4 images each.
 
     Returns:
         For each kind of duplicates that there is: `kind` ("across splits", "other label" or "within splits"), `text`
         with the counts, `num_images`, and `first`: the names of the images of the first groups.
     """
-    groups = _identical_groups(images, splits, hashes, names)
+    groups = _identical_groups(images, splits, hashes, name_of)
     in_split = [{split: sum(row.split == split for row in group) for split in SPLITS} for group in groups]
     found = []
 
     def add(kind: str, text: str, nums: list[int], differing: Callable[[_Row], object]) -> None:
         if num := sum(nums):
-            chosen = [group for group, one in zip(groups, nums, strict=True) if one][:_NUM_SHOWN]
+            chosen = [group for group, one in zip(groups, nums, strict=True) if one][:num_shown]
             first = [list({differing(row): row.name for row in reversed(group)}.values())[-4:] for group in chosen]
             found.append({"kind": kind, "text": f"{num:,} {text}", "num_images": num, "first": first})
 
@@ -62,7 +63,7 @@ def _identical_groups(
     images: Mapping[Split, ImageSet],
     splits: SplitIndices,
     hashes: Mapping[Split, np.ndarray],
-    names: Mapping[Split, Sequence[str]],
+    name_of: Callable[[Split, int], str] = index_name,
 ) -> list[list[_Row]]:
     """Return the images of each group of identical ones; arguments as of `find_duplicates`."""
     hashes = {split: hashes[split] if split in hashes else pixel_hashes(images[split].images) for split in images}
@@ -75,7 +76,6 @@ def _identical_groups(
         split, index = SPLITS[split_of[at]], int(index_of[at])
         source = splits.source_of(split)
         pixels = np.ascontiguousarray(images[source].images[index])
-        name = names[source][index] if source in names else index_name(source, index)
-        row = _Row(split, int(images[source].targets[index]), name)
+        row = _Row(split, int(images[source].targets[index]), name_of(source, index))
         same.setdefault(hashlib.blake2b(pixels.data).digest(), []).append(row)
     return [group for group in same.values() if len(group) > 1]

@@ -382,15 +382,19 @@ def _in_strips(image: Image.Image, to_rgb: Callable[[Image.Image], Image.Image])
 
 def find_image_size(paths: Sequence[str]) -> int:
     """Return an `image_size` that suits the images, from the headers of a sample; `ClassFolders` states the rule."""
-    sample = list(paths[:: -(-len(paths) // _SAMPLE)])
+    return choose_image_size([header[:2] for header in read_headers(paths[:: -(-len(paths) // _SAMPLE)])])
+
+
+def read_headers(paths: Sequence[str]) -> list[tuple[int, int, str]]:
+    """Return width, height and Pillow's mode of the images whose header can be read; decoding reports the others."""
     with warnings.catch_warnings():
         _set_pillow_warnings()
-        sizes = {path: _header_size(path, _HEADER_IN_PYTHON) for path in sample}
-    unknown = [path for path in sample if sizes[path] is None]
+        headers = {path: _header(path, _HEADER_IN_PYTHON) for path in paths}
+    unknown = [path for path in paths if headers[path] is None]
     if unknown:
         with suppress(BrokenProcessPool), _workers(1) as pool:  # decoding all images will name the one that crashes it
-            sizes |= zip(unknown, pool.map(_header_size, unknown, chunksize=_SAMPLE), strict=True)
-    return choose_image_size([size for size in sizes.values() if size is not None])
+            headers |= zip(unknown, pool.map(_header, unknown, chunksize=_SAMPLE), strict=True)
+    return [header for header in headers.values() if header is not None]
 
 
 def choose_image_size(sizes: Sequence[tuple[int, int]], *, is_square_kept: bool = False) -> int:
@@ -403,15 +407,14 @@ def choose_image_size(sizes: Sequence[tuple[int, int]], *, is_square_kept: bool 
     return min(max(round(side / 32) * 32, 32), 224)
 
 
-def _header_size(path: str, formats: tuple[str, ...] | None = None) -> tuple[int, int] | None:
-    """Return width and height; None for a file that cannot be read, which `decode_all` reports."""
+def _header(path: str, formats: tuple[str, ...] | None = None) -> tuple[int, int, str] | None:
     with suppress(Exception):
         if formats is None:
             _refuse_formats()
         _check_file(path)
         with Image.open(path, formats=formats) as image:
             _check_header(image)
-            return image.size
+            return *image.size, image.mode
     return None
 
 

@@ -1,9 +1,9 @@
 """Near duplicates: images that differ by compression, brightness, contrast or a shift of a pixel.
 
 Candidates have perceptual hashes within a small Hamming distance (DCT hash: Zauner 2010, "Implementation and
-Benchmarking of Perceptual Image Hash Functions"). Natural images of 32 pixels collide in 64 bits, so that each candidate
-is confirmed: the correlation of brightness gradients, which does not depend on brightness and contrast, at the best
-shift.
+Benchmarking of Perceptual Image Hash Functions"). Natural images of 32 pixels collide in 64 bits, so that each is
+confirmed: by the correlation of brightness gradients at the best shift, which does not depend on brightness and
+contrast.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ _CHUNK = 1024  # images, or pairs, at a time
 # four times as many candidates), of JPEGs of quality 50 all within 10.
 _MAX_DISTANCE = 16
 _MIN_LOW_CORRELATION = 0.8  # of the hashed frequencies: leaves 6 % of the candidates, and all that are confirmed
-_MIN_CORRELATION, _MIN_GRADIENT_CORRELATION = 0.9, 0.6  # chosen on CIFAR-10: benchmarks/accuracy/near_duplicates.py
+_MIN_CORRELATION, MIN_GRADIENT_CORRELATION = 0.9, 0.6  # chosen on CIFAR-10: benchmarks/accuracy/near_duplicates.py
 _MIN_STD = 4.0  # of 255: images with less contrast, such as a sky, are all alike
 _ALL_PAIRS = 100_000  # images: 25 s on 2 cores; of more, images are compared that agree in 16 of the 64 bits
 _DCT = dct(np.eye(_SIDE), axis=0)[:_LOW].astype(np.float32)
@@ -134,7 +134,7 @@ def _are_near(one: Float[np.ndarray, "n 32 32"], other: Float[np.ndarray, "n 32 
             shifted = other[:, y : y + _SIDE - 2, x : x + _SIDE - 2]
             rows = np.flatnonzero(_correlation(inner, shifted) > _MIN_CORRELATION)
             gradients = _gradients(inner[rows]), _gradients(shifted[rows])
-            near[rows] |= _correlation(*gradients) > _MIN_GRADIENT_CORRELATION
+            near[rows] |= _correlation(*gradients) > MIN_GRADIENT_CORRELATION
     return near & (inner.std((1, 2)) > _MIN_STD)
 
 

@@ -9,8 +9,8 @@ def find_label_issues(
 ) -> Int64[np.ndarray, " issues"]:
     """Return the positions of the images whose label is probably wrong, the least plausible label first.
 
-    The confident joint estimates how many images of each class are labelled as each other one; so many are listed, those
-    with the largest margins ("prune by noise rate"), unless the label is the prediction. They are sorted by
+    The confident joint estimates how many images of each class are labelled as each other one; so many are listed,
+    those with the largest margins ("prune by noise rate"), unless the label is the prediction. They are sorted by
     `label_scores`.
 
     Args:

@@ -1,7 +1,7 @@
 """Findings: every number of the report in plain types, as findings.json holds them and the page shows them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +25,7 @@ from cifar_lightning.metrics.classification import (
     per_class,
     top_k_accuracy,
 )
+from cifar_lightning.metrics.label_issues import find_label_issues, label_scores
 from cifar_lightning.metrics.significance import wilson_interval
 from cifar_lightning.report.gallery import rank_images
 from cifar_lightning.report.insights import (
@@ -50,10 +51,14 @@ def find(results: Results) -> dict[str, Any]:
     """Return the content of the report as plain types; values that are not defined are None or NaN.
 
     Keys: `summary`, `calibration` (None without test predictions), `classes` (in class order), `confusion_matrix`
-    (rows: true class), `confused_pairs`, `insights`, `mistakes`, `galleries`, `epochs`, `training`, `run`, `problems`.
+    (rows: true class), `confused_pairs`, `insights`, `mistakes`, `galleries`, `label_issues` (all, the
+    surest first), `label_check` (`checked`: images by split; `num_issues`), `epochs`, `training`, `run`, `problems`.
     """
     cm, test = results.confusion, results.test
     probs = softmax(test.logits) if test is not None else None
+    of_splits = {"val": results.val, "test": test}
+    predictions = {split: each for split, each in of_splits.items() if each is not None}
+    issues = label_issues_of(predictions)
     return {
         "summary": {**summary_of(cm, test), "accuracy_no_tta": results.accuracy_no_tta},
         "calibration": calibration_of(test, results.val) if test is not None else None,
@@ -63,6 +68,11 @@ def find(results: Results) -> dict[str, Any]:
         "insights": [asdict(insight) for insight in insights_of(results, probs)],
         "mistakes": mistakes_of(test) if test is not None else None,
         "galleries": galleries_of(test, set(results.images)) if test is not None else [],
+        "label_issues": issues,
+        "label_check": {
+            "checked": {split: len(each.targets) for split, each in predictions.items()},
+            "num_issues": len(issues),
+        },
         "epochs": results.epochs,
         "training": training_of(results),
         "run": run_of(results.origin),
@@ -264,6 +274,35 @@ def galleries_of(test: Predictions, available: set[int]) -> list[dict[str, Any]]
         title = f"{test.class_names[pair.true]} predicted as {test.class_names[pair.pred]}"
         galleries.append({"kind": "pair", "title": title, "images": images(order, _NUM_SHOWN_OF_PAIR)})
     return [gallery for gallery in galleries if gallery["images"]]
+
+
+def label_issues_of(predictions: Mapping[str, Predictions]) -> list[dict[str, Any]]:
+    """Return the images whose label is probably wrong, the least plausible label first.
+
+    Each split is checked by itself: one may be labelled with more care. Predictions with NaN or infinite logits are
+    left out. Keys: `name`, `index`, `split`, `label`, `suggested`, `prob_of_label`, `prob_of_suggested`, `score` (-1 to
+    1).
+    """
+    found = []
+    for split, each in predictions.items():
+        finite = np.flatnonzero(np.isfinite(each.logits).all(1))
+        probs, labels = each.probs[finite], each.targets[finite]
+        scores = label_scores(probs, labels)
+        for at in find_label_issues(probs, labels).tolist():
+            suggested, position = int(probs[at].argmax()), int(finite[at])
+            found.append(
+                {
+                    "name": each.names[position],
+                    "index": int(each.indices[position]),
+                    "split": split,
+                    "label": each.class_names[labels[at]],
+                    "suggested": each.class_names[suggested],
+                    "prob_of_label": float(probs[at, labels[at]]),
+                    "prob_of_suggested": float(probs[at, suggested]),
+                    "score": float(scores[at]),
+                }
+            )
+    return sorted(found, key=lambda issue: float(issue["score"]))
 
 
 def training_of(results: Results) -> dict[str, Any]:

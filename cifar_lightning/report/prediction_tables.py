@@ -1,8 +1,9 @@
-"""predictions.csv and mistakes.csv: a row for each image, by its name."""
+"""predictions.csv, mistakes.csv and label_issues.csv: a row for each image, by its name."""
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int, Int64, Shaped
@@ -55,6 +56,18 @@ def predictions_csv(of_splits: Mapping[str, Predictions], *, only_mistakes: bool
     writer.writerow(header)
     writer.writerows(rows[position] for position in order)
     return table.getvalue()
+
+
+def write_label_issues(run: RunFolder, issues: Sequence[Mapping[str, Any]]) -> None:
+    """Write label_issues.csv, a row for each of `findings.label_issues_of`."""
+    columns = ("split", "label", "suggested", "prob_of_label", "prob_of_suggested", "score")
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["path", *columns])
+    for issue in issues:
+        cells = (issue[column] for column in ("name", *columns))
+        writer.writerow([csv_cell(cell) if isinstance(cell, str) else f"{cell:.{_DIGITS}g}" for cell in cells])
+    write_text_durably(run.label_issues, table.getvalue())
 
 
 def _rows(

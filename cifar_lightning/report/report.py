@@ -14,10 +14,12 @@ from cifar_lightning.report.comparison import compare
 from cifar_lightning.report.figures import confusion_figure, figure_to_png, themed
 from cifar_lightning.report.findings import find
 from cifar_lightning.report.page import command_of, render_page
-from cifar_lightning.report.prediction_tables import write_prediction_tables
+from cifar_lightning.report.prediction_tables import write_label_issues, write_prediction_tables
 from cifar_lightning.report.results import read_results
 from cifar_lightning.report.terminal import print_findings, print_summary
 from cifar_lightning.runs.folder import RunFolder
+
+_MAX_ISSUES = 500  # in findings.json and on the page; label_issues.csv has all
 
 
 def make_report(
@@ -47,6 +49,8 @@ def make_report(
         findings["comparison"] = None
     write_confusion(run, results.confusion, results.class_names)
     write_prediction_tables(run, results)
+    write_label_issues(run, findings["label_issues"])
+    findings["label_issues"] = findings["label_issues"][:_MAX_ISSUES]
     write_json(run.findings, findings)
     write_text_durably(run.report, render_page(findings, images))
     (print_summary if is_short else print_findings)(findings, run.path, console)

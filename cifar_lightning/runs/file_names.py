@@ -51,6 +51,7 @@ class RunFiles:
     predictions_val = RunFile("predictions_val.npz", "test", "logits and label of every validation image")
     predictions_csv = RunFile("predictions.csv", "test", "prediction and loss of every test and validation image")
     mistakes_csv = RunFile("mistakes.csv", "test", "test and validation images with wrong predictions, by loss")
+    label_issues = RunFile("label_issues.csv", "test", "test and validation images whose label may be wrong")
     gallery = RunFile("gallery.npz", "test", "test images shown in the report")  # at most 500: it needs no data set
     explanations = RunFile("explanations.npz", "test", "Grad-CAM and nearest training images of the first mistakes")
     lr_range = RunFile("lr_range.json", "tune")  # result of the LR finder (`tune`, `fit --tune_lr`)

@@ -67,7 +67,7 @@ class RunFolder(RunFiles):
     def has_all_results(self, *, validates: bool) -> bool:
         """Whether every result of a tested run exists and can be read, but for those that its report writes again."""
         again = {self.findings, self.report, self.confusion_matrix_csv, self.confusion_matrix_png}
-        again |= {self.predictions_csv, self.mistakes_csv}
+        again |= {self.predictions_csv, self.mistakes_csv, self.label_issues}
         needed = set(self.files_by("test")) - again - (set() if validates else {self.predictions_val})
         return all(_is_readable(file) for file in needed)
 

@@ -1,0 +1,161 @@
+"""What is in a data set: images by class and split, identical and near duplicates, constant and unreadable images."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+
+from cifar_lightning.data.datasets import Source
+from cifar_lightning.data.duplicates import find_duplicates
+from cifar_lightning.data.image_decoding import read_headers
+from cifar_lightning.data.image_folder import ClassFolders, cache_folders
+from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, as_gray, is_constant, pixel_hashes
+from cifar_lightning.data.near_duplicates import MIN_GRADIENT_CORRELATION, find_near_duplicates
+from cifar_lightning.data.splits import SplitIndices, SplitSettings, make_splits
+from cifar_lightning.data.statistics import describe_imbalance, evenly_spaced
+from cifar_lightning.errors import UserError
+from cifar_lightning.files import write_bytes_durably
+from cifar_lightning.formatting import index_name
+
+_MAX_HEADERS = 10_000  # files of which size and mode are read, evenly spaced; 0.1 ms each
+_MAX_PAIRS, _MAX_GROUPS = 60, 200  # near duplicates with their images, groups of identical images by name
+_MAX_SAMPLES, _MAX_ALL_SAMPLES = 10, 500  # images of a class, and of all
+_CHUNK = 1024
+
+
+def inspect_source(source: Source, settings: SplitSettings, *, in_channels: int = 3) -> dict[str, Any]:
+    """Look through a data set as `fit` would split it; images that cannot be read are left out.
+
+    Args:
+        source: The data set.
+        settings: How it is split.
+        in_channels: 1 compares gray images.
+
+    Returns:
+        `dataset`, `class_names`, `counts` (split -> images of each class), `problem` (why `fit` would not split it, or
+        empty), `headers` (width, height and mode of files -> their number), `left_out` (path and reason of files),
+        `duplicates` (as of `find_duplicates`), `constant` (names), `imbalance` (a sentence, or None), `num_near` (near
+        duplicates: "pairs", "across splits": images of val and test, "other label": pairs), `near` (the first pairs:
+        of each image `name`, `split`, `label` and `pixels`), `samples` (of each class some images).
+
+    Raises:
+        UserError: The data set is missing or damaged.
+    """
+    if isinstance(source, ClassFolders):
+        source.skip_unreadable = True
+    source.prepare()
+    loaded = {split: image_set for split in SPLITS if (image_set := source.load(split)) is not None}
+    sets = {split: as_gray(each) if in_channels == 1 else each for split, each in loaded.items()}
+    targets = {split: image_set.targets for split, image_set in sets.items()}
+    problem = ""
+    try:
+        splits = make_splits(targets, settings, source.class_names)
+    except UserError as error:
+        problem, splits = str(error), _unsplit(targets)
+    name = getattr(source, "image_name", index_name)
+    hashes = {split: pixel_hashes(image_set.images) for split, image_set in sets.items()}
+    rows = _Rows(sets, splits, source.class_names)
+    own = {split: sets[splits.source_of(split)].targets[splits.of(split).numpy()] for split in SPLITS}
+    counts = {split: np.bincount(of, minlength=len(source.class_names)) for split, of in own.items() if len(of)}
+    near = rows.near(_cached_pairs(source, [*sets.values()]), np.concatenate([*hashes.values()]))
+    headers = Counter(read_headers(_some_files(source))) if isinstance(source, ClassFolders) else Counter[Any]()
+    return {
+        "dataset": source.describe(),
+        "class_names": source.class_names,
+        "counts": counts,
+        "problem": problem,
+        "headers": headers,
+        "left_out": source.skipped_files if isinstance(source, ClassFolders) else [],
+        "duplicates": find_duplicates(sets, splits, hashes, name, num_shown=_MAX_GROUPS),
+        "constant": [rows.about(at, name)["name"] for at in rows.constant().tolist()],
+        "imbalance": describe_imbalance(torch.from_numpy(counts["train"]), source.class_names),
+        "num_near": {kind: len(pairs) for kind, pairs in near.items()},
+        "near": [[rows.about(at, name) for at in pair] for pair in near["pairs"][:_MAX_PAIRS].tolist()],
+        "samples": rows.samples(max(1, min(_MAX_SAMPLES, _MAX_ALL_SAMPLES // len(source.class_names)))),
+    }
+
+
+def _some_files(source: ClassFolders) -> list[str]:
+    paths = [path for listing in source.listings.values() for path in listing.paths]
+    return [paths[at] for at in evenly_spaced(len(paths), _MAX_HEADERS)]
+
+
+def _unsplit(targets: Mapping[Split, np.ndarray]) -> SplitIndices:
+    train, val, test = (torch.arange(len(targets.get(split, ()))) for split in SPLITS)
+    return SplitIndices(train, val, test, "val" if len(val) else "train", "test" if len(test) else "train")
+
+
+def _cached_pairs(source: Source, sets: Sequence[ImageSet]) -> np.ndarray:
+    """Return `find_near_duplicates`, kept next to the decoded images of a folder by their contents."""
+    key = hashlib.sha256(repr((MIN_GRADIENT_CORRELATION, [each.sha256 for each in sets])).encode()).hexdigest()[:16]
+    folders = cache_folders(source.root) if isinstance(source, ClassFolders) else ()
+    for folder in folders:
+        with suppress(OSError, ValueError):  # missing, damaged
+            pairs = np.frombuffer((folder / f"near_duplicates-{key}").read_bytes(), "<i8").reshape(-1, 2)
+            if not len(pairs) or 0 <= pairs.min() <= pairs.max() < sum(len(each.images) for each in sets):
+                return pairs
+    pairs = find_near_duplicates([each.images for each in sets])
+    for folder in folders:
+        with suppress(OSError):  # read-only or full: they are found again
+            write_bytes_durably(folder / f"near_duplicates-{key}", pairs.astype("<i8").tobytes())
+            break
+    return pairs
+
+
+class _Rows:
+    """The images of all sets, counted through, and in which split each is."""
+
+    def __init__(self, sets: Mapping[Split, ImageSet], splits: SplitIndices, class_names: Sequence[str]) -> None:
+        self.sets, self.splits, self.class_names = sets, splits, class_names
+        self.firsts = dict(zip(sets, np.cumsum([0, *(len(each.images) for each in sets.values())]), strict=False))
+        self.targets = np.concatenate([each.targets for each in sets.values()])
+        self.split_of = np.full(len(self.targets), -1)  # place in SPLITS; -1 is in none, by --data.limit
+        for place, split in enumerate(SPLITS):
+            if len(own := splits.of(split).numpy()):
+                self.split_of[self.firsts[splits.source_of(split)] + own] = place
+
+    def pixels(self, at: int) -> np.ndarray:
+        """Return an image, uint8 (height, width, channels)."""
+        source, index = self._of_set(at)
+        return np.asarray(self.sets[source].images[index])
+
+    def about(self, at: int, name: Callable[[Split, int], str]) -> dict[str, Any]:
+        """Return `name`, `split`, `label` and `pixels` of an image."""
+        split = SPLITS[self.split_of[at]]
+        label, pixels = self.class_names[self.targets[at]], self.pixels(at)
+        return {"name": name(*self._of_set(at)), "split": split, "label": label, "pixels": pixels}
+
+    def _of_set(self, at: int) -> tuple[Split, int]:
+        source = next(split for split in reversed([*self.sets]) if self.firsts[split] <= at)
+        return source, int(at - self.firsts[source])
+
+    def constant(self) -> np.ndarray:
+        """Return the images of one colour that are in a split."""
+        chunks = (
+            is_constant(each.images[start : start + _CHUNK])
+            for each in self.sets.values()
+            for start in range(0, len(each.images), _CHUNK)
+        )
+        return np.flatnonzero(np.concatenate([*chunks]) & (self.split_of >= 0))
+
+    def near(self, pairs: np.ndarray, hashes: np.ndarray) -> dict[str, np.ndarray]:
+        """Return pairs that are not identical, those of two labels first; of them, which images of test and validation
+        are in one across splits, and the pairs of two labels.
+        """
+        pairs = pairs[(self.split_of[pairs] >= 0).all(1) & (hashes[pairs[:, 0]] != hashes[pairs[:, 1]])]
+        across, mixed = (of[pairs[:, 0]] != of[pairs[:, 1]] for of in (self.split_of, self.targets))
+        order = np.lexsort((~across, ~mixed))
+        later = pairs[across][np.arange(across.sum()), self.split_of[pairs[across]].argmax(1)]
+        return {"pairs": pairs[order], "across splits": np.unique(later), "other label": pairs[mixed]}
+
+    def samples(self, num: int) -> list[list[np.ndarray]]:
+        """Return up to `num` images of each class, evenly spaced over those of the training split."""
+        found = []
+        for label in range(len(self.class_names)):
+            own = np.flatnonzero((self.targets == label) & (self.split_of == 0))
+            found.append([self.pixels(at) for at in own[evenly_spaced(len(own), num)].tolist()] if len(own) else [])
+        return found
