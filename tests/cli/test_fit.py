@@ -34,6 +34,7 @@ FILES_OF_A_RUN = [
     "confusion_matrix.pt",
     "confusion_matrix.csv",
     "confusion_matrix.png",
+    "label_issues.csv",
     "predictions.npz",
     "predictions_val.npz",
     "gallery.npz",

@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
+from photos import photos
 from PIL import Image
+from program import decode_here
 
 from cifar_lightning.data import inspection
 from cifar_lightning.data.datasets import Synthetic, open_source
 from cifar_lightning.data.inspection import inspect_source
 from cifar_lightning.data.splits import SplitSettings
-from tests.data.test_near_duplicates import photos
-from tests.program import decode_here
 
 
 @pytest.fixture

@@ -2,20 +2,13 @@ import io
 
 import numpy as np
 import pytest
+from photos import photos
 from PIL import Image
 from scipy.fft import dct
 
 from cifar_lightning.data import near_duplicates
 from cifar_lightning.data.image_set import is_constant
 from cifar_lightning.data.near_duplicates import find_near_duplicates, perceptual_hashes
-
-
-def photos(n, size=32, seed=0):
-    """Return RGB images of smooth random shapes with some detail, uint8 (n, size, size, 3)."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (n, size // 4, size // 4, 3), dtype=np.uint8)
-    smooth = [np.asarray(Image.fromarray(each).resize((size, size), Image.Resampling.BICUBIC)) for each in coarse]
-    return np.clip(np.stack(smooth) + rng.normal(0, 4, (n, size, size, 1)), 20, 235).astype(np.uint8)
 
 
 def jpeg(image, quality):

@@ -17,8 +17,8 @@ from scipy.special import log_softmax
 from sklearn import metrics as sk
 
 from cifar_lightning.files import MetricsTable, write_json
-from cifar_lightning.report.findings import find
-from cifar_lightning.report.results import read_results
+from cifar_lightning.report.findings import find, label_issues_of
+from cifar_lightning.report.results import Predictions, read_results
 from cifar_lightning.runs.folder import RunFolder
 
 REAL = os.environ.get("CIFAR_LIGHTNING_RUN")
@@ -256,3 +256,41 @@ def test_the_members_of_many_groups_are_all_there(tmp_path):
     assert len(groups) > 4
     assert {name for members in groups.values() for name in members} <= set(names)
     assert all(len(members) > 1 for members in groups.values())
+
+
+def test_label_issues_are_of_both_splits_by_name_the_surest_first(found):
+    findings, test, val = found
+    issues, arrays = findings["label_issues"], {"test": test, "val": val}
+    assert findings["label_check"] == {
+        "checked": {"val": len(val["targets"]), "test": len(test["targets"])},
+        "num_issues": len(issues),
+    }
+    assert {issue["split"] for issue in issues} == {"val", "test"}
+    assert [issue["score"] for issue in issues] == sorted(issue["score"] for issue in issues)
+    for issue in issues:
+        of = arrays[issue["split"]]
+        (row,) = np.flatnonzero(of["indices"] == issue["index"])
+        probs = np.exp(log_softmax(of["logits"][row].astype(float)))
+        names = of["class_names"].tolist()
+        assert issue["name"] == str(of["names"][row])
+        assert issue["label"] == names[of["targets"][row]]
+        assert issue["suggested"] == names[probs.argmax()] != issue["label"]
+        assert issue["prob_of_label"] == pytest.approx(probs[of["targets"][row]], rel=1e-6)
+        assert issue["score"] == pytest.approx(issue["prob_of_label"] - issue["prob_of_suggested"])
+
+
+def test_without_validation_predictions_the_test_images_alone_are_checked(tmp_path):
+    run = make_run(tmp_path / "run")
+    run.predictions_val.unlink()
+    findings = find(read_results(run))
+    assert findings["label_check"]["checked"] == {"test": 2000}
+    assert {issue["split"] for issue in findings["label_issues"]} == {"test"}
+
+
+def test_predictions_that_are_not_finite_are_no_label_issues():
+    logits = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
+    logits[:50, 1] = np.nan
+    predictions = Predictions(logits, np.arange(200) % 3, np.arange(200), ("a", "b", "c"))
+    issues = label_issues_of({"test": predictions})
+    assert issues
+    assert min(issue["index"] for issue in issues) >= 50
