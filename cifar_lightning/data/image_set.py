@@ -39,14 +39,15 @@ def luma(images: np.ndarray) -> np.ndarray:
     """Return RGB or gray images (n, height, width, channels) as uint8 of one channel, as Pillow's mode "L"."""
     if images.shape[-1] == 1:
         return images
-    return (((images * _LUMA).sum(-1, keepdims=True, dtype=np.uint32) + 0x8000) >> 16).astype(np.uint8)
+    gray: np.ndarray = (((images * _LUMA).sum(-1, keepdims=True, dtype=np.uint32) + 0x8000) >> 16).astype(np.uint8)
+    return gray
 
 
 def is_constant(images: np.ndarray) -> np.ndarray:
     """Return bool (n,): which images (n, height, width, channels) of more than one pixel have one colour."""
     flat = images.reshape(len(images), -1, images.shape[-1])
     # Three pixels of each rule most images out.
-    alike = (flat[:, 0] == flat[:, -1]).all(1) & (flat[:, 0] == flat[:, flat.shape[1] // 3]).all(1)
+    alike: np.ndarray = (flat[:, 0] == flat[:, -1]).all(1) & (flat[:, 0] == flat[:, flat.shape[1] // 3]).all(1)
     for at in np.flatnonzero(alike):
         alike[at] = flat.shape[1] > 1 and (flat[at] == flat[at, 0]).all()
     return alike

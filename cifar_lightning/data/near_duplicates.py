@@ -25,7 +25,9 @@ _MAX_DISTANCE = 16
 _MIN_LOW_CORRELATION = 0.8  # of the hashed frequencies: leaves 6 % of the candidates, and all that are confirmed
 _MIN_CORRELATION, MIN_GRADIENT_CORRELATION = 0.9, 0.6  # chosen on CIFAR-10: benchmarks/accuracy/near_duplicates.py
 _MIN_STD = 4.0  # of 255: images with less contrast, such as a sky, are all alike
-_ALL_PAIRS = 100_000  # images: 25 s on 2 cores; of more, images are compared that agree in 16 of the 64 bits
+_ALL_PAIRS = 100_000  # images: a minute on one core; of more, images are compared that agree in 16 of the 64 bits
+_ROWS = 128  # images that are compared with all at once: 8 MB for 60,000
+_MAX_CANDIDATES = 50  # of an image; CIFAR-10's largest group of near duplicates has fewer
 _DCT = dct(np.eye(_SIDE), axis=0)[:_LOW].astype(np.float32)
 
 
@@ -44,7 +46,8 @@ def perceptual_hashes(images: UInt8[np.ndarray, "n height width channels"]) -> U
 def find_near_duplicates(sets: Sequence[UInt8[np.ndarray, "_ height width channels"]]) -> Int64[np.ndarray, "pairs 2"]:
     """Return the pairs of near duplicates, identical images included, sorted; constant images are in none.
 
-    60,000 images of 32 pixels take 15 s on one core. The memory is bounded: 300 bytes an image.
+    60,000 images of 32 pixels take 23 s of CPU time. The memory is bounded: of each image at most `_MAX_CANDIDATES`
+    later ones are looked at, the most similar.
 
     Args:
         sets: Images, which may be mapped from files; they are counted through, in the order of the sets.
@@ -54,15 +57,21 @@ def find_near_duplicates(sets: Sequence[UInt8[np.ndarray, "_ height width channe
     low[:, 0] = 0  # brightness
     low /= np.maximum(np.linalg.norm(low, axis=1, keepdims=True), 1e-6)
 
-    def candidates(rows: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    def candidates(rows: tuple[np.ndarray, np.ndarray]) -> Int64[np.ndarray, "pairs 2"]:
         one, other = rows
         at, other_at = np.nonzero(np.bitwise_count(hashes[one, None] ^ hashes[None, other]) <= _MAX_DISTANCE)
-        pairs = np.stack([one[at], other[other_at]], axis=1)
+        pairs: np.ndarray = np.stack([one[at], other[other_at]], axis=1)
         pairs = pairs[pairs[:, 0] < pairs[:, 1]]
-        return pairs[np.einsum("ij,ij->i", low[pairs[:, 0]], low[pairs[:, 1]]) > _MIN_LOW_CORRELATION]
+        alike = np.einsum("ij,ij->i", low[pairs[:, 0]], low[pairs[:, 1]])
+        order = np.lexsort((-alike, pairs[:, 0]))
+        order = order[alike[order] > _MIN_LOW_CORRELATION]
+        _, firsts, counts = np.unique(pairs[order, 0], return_index=True, return_counts=True)
+        kept: np.ndarray = pairs[order[np.arange(len(order)) - firsts.repeat(counts) < _MAX_CANDIDATES]]
+        return kept
 
     def confirmed(pairs: np.ndarray) -> np.ndarray:
-        return pairs[_are_near(_taken(sets, pairs[:, 0]), _taken(sets, pairs[:, 1]))]
+        kept: np.ndarray = pairs[_are_near(_taken(sets, pairs[:, 0]), _taken(sets, pairs[:, 1]))]
+        return kept
 
     with ThreadPoolExecutor(usable_cpus()) as pool:  # NumPy computes without Python's lock
         found = pool.map(candidates, _compared(hashes))
@@ -86,16 +95,18 @@ def _thumbnails(images: UInt8[np.ndarray, "n height width channels"]) -> Float[n
 def _areas(side: int) -> Float[np.ndarray, "32 side"]:
     """Return the matrix that resizes an axis by area: how much of each old pixel is in a new one."""
     edges, old = np.arange(_SIDE + 1) * side / _SIDE, np.arange(side)
-    overlap = np.minimum(edges[1:, None], old + 1) - np.maximum(edges[:-1, None], old)
+    overlap: np.ndarray = np.minimum(edges[1:, None], old + 1) - np.maximum(edges[:-1, None], old)
     return (overlap.clip(0) * _SIDE / side).astype(np.float32)
 
 
 def _low_frequencies(thumbnails: Float[np.ndarray, "n 32 32"]) -> Float[np.ndarray, "n 64"]:
-    return (_DCT @ thumbnails @ _DCT.T).reshape(len(thumbnails), -1)
+    low: np.ndarray = _DCT @ thumbnails @ _DCT.T
+    return low.reshape(len(thumbnails), -1)
 
 
 def _bits(low: Float[np.ndarray, "n 64"]) -> UInt64[np.ndarray, " n"]:
-    return np.packbits(low > np.median(low, axis=1, keepdims=True), axis=1).view(">u8")[:, 0].astype(np.uint64)
+    bits: np.ndarray = low > np.median(low, axis=1, keepdims=True)
+    return np.packbits(bits, axis=1).view(">u8")[:, 0].astype(np.uint64)
 
 
 def _compared(hashes: UInt64[np.ndarray, " n"]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -112,8 +123,8 @@ def _compared(hashes: UInt64[np.ndarray, " n"]) -> Iterator[tuple[np.ndarray, np
         )
     for group in groups:
         group.sort()
-        for start in range(0, len(group), _CHUNK // 2):
-            yield group[start : start + _CHUNK // 2], group[start:]
+        for start in range(0, len(group), _ROWS):
+            yield group[start : start + _ROWS], group[start:]
 
 
 def _taken(sets: Sequence[np.ndarray], at: np.ndarray) -> Float[np.ndarray, "n 32 32"]:
@@ -128,14 +139,15 @@ def _taken(sets: Sequence[np.ndarray], at: np.ndarray) -> Float[np.ndarray, "n 3
 def _are_near(one: Float[np.ndarray, "n 32 32"], other: Float[np.ndarray, "n 32 32"]) -> np.ndarray:
     """Whether the images of a pair are near duplicates at a shift of up to one pixel."""
     inner = one[:, 1:-1, 1:-1]
-    near = np.zeros(len(one), bool)
+    near: np.ndarray = inner.std((1, 2)) > _MIN_STD
+    is_alike = np.zeros(len(one), bool)
     for y in range(3):
         for x in range(3):
             shifted = other[:, y : y + _SIDE - 2, x : x + _SIDE - 2]
             rows = np.flatnonzero(_correlation(inner, shifted) > _MIN_CORRELATION)
             gradients = _gradients(inner[rows]), _gradients(shifted[rows])
-            near[rows] |= _correlation(*gradients) > MIN_GRADIENT_CORRELATION
-    return near & (inner.std((1, 2)) > _MIN_STD)
+            is_alike[rows] |= _correlation(*gradients) > MIN_GRADIENT_CORRELATION
+    return near & is_alike
 
 
 def _gradients(images: Float[np.ndarray, "n height width"]) -> Float[np.ndarray, "n 2 height1 width1"]:

@@ -54,5 +54,5 @@ def noise_counts(
     np.add.at(joint, (labels[known], true[known]), 1)
     diagonal = np.arange(len(counts))
     joint[diagonal, diagonal] = np.maximum(joint[diagonal, diagonal], 1)
-    scaled = joint / joint.sum(1, keepdims=True) * counts[:, None]
-    return np.rint(scaled).astype(np.int64)
+    scaled: np.ndarray = np.rint(joint / joint.sum(1, keepdims=True) * counts[:, None])
+    return scaled.astype(np.int64)
