@@ -13,7 +13,8 @@ from PIL import Image
 from cifar_lightning.formatting import plural, printable
 from cifar_lightning.report.page import TEMPLATES, render
 
-_MAX_ROWS = 12  # classes on the terminal: of more, the largest and the smallest
+_MAX_LINES = 29  # and one of the page
+_MAX_ROWS = 10  # classes on the terminal: of more, the largest and the smallest
 _MAX_NAMES = 3  # of images, on the terminal
 _MAX_LISTED = 500  # names of one kind, on the page
 _WIDTH = 118  # characters of a line on the terminal
@@ -21,9 +22,9 @@ _TILE_PX, _SMALL_PX, _MANY_CLASSES = 64, 32, 100  # side of a sample image; of m
 
 
 def inspection_lines(found: Mapping[str, Any]) -> list[str]:
-    """Return what the terminal shows: at most 30 lines."""
+    """Return what the terminal shows: at most 29 lines."""
     names, counts = found["class_names"], found["counts"]
-    order, half = list(range(len(names))), _MAX_ROWS // 2
+    order, half, facts = list(range(len(names))), _MAX_ROWS // 2, facts_of(found)
     if len(names) > _MAX_ROWS:
         by_size = np.argsort(-sum(counts.values()), kind="stable").tolist()
         order = by_size[:half] + by_size[-half:]
@@ -34,8 +35,11 @@ def inspection_lines(found: Mapping[str, Any]) -> list[str]:
     if len(order) < len(names):
         lines.insert(3 + half, f"... {len(names) - len(order):,} other classes, by number of images")
     lines.append("")
-    for label, text, listed in facts_of(found):
-        lines.append(f"{label:<17}{text}{': ' if listed else ''}{'; '.join(listed[:_MAX_NAMES])}")
+    for left, (label, text, listed) in zip(range(len(facts) - 1, -1, -1), facts, strict=True):
+        shown = printable("; ".join(listed[:_MAX_NAMES]))
+        lines.append(f"{label:<17}{text}{': ' if shown else ''}{shown}")
+        if len(lines[-1]) > _WIDTH and shown and len(lines) + left < _MAX_LINES:  # the names on a line of their own
+            lines[-1:] = [f"{label:<17}{text}:", f"{'':<17}{shown}"]
     return [line if len(line) <= _WIDTH else f"{line[: _WIDTH - 3]}..." for line in map(printable, lines)]
 
 
