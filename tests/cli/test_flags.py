@@ -71,7 +71,7 @@ def test_what_people_may_type_is_understood(typed, normalized):
         (["--epochs", "1", "--trainer.max_epochs", "2"], "--epochs 1 and --trainer.max_epochs 2 are one setting"),
         (["recipe.yaml"], "fit --config recipe.yaml"),
         (["-lr", "1"], "Flags have two dashes: --lr"),
-        (["--output", "x"], "--output: a flag of predict, not of fit."),
+        (["--output", "x"], "--output: a flag of predict and inspect, not of fit."),
     ],
 )
 def test_a_mistake_is_named_with_the_nearest_right_thing(typed, expected):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 from made_run import made_predictions, make_run
 
 from cifar_lightning.formatting import csv_text
-from cifar_lightning.report.prediction_tables import predictions_csv, write_prediction_tables
+from cifar_lightning.report.findings import label_issues_of
+from cifar_lightning.report.prediction_tables import predictions_csv, write_label_issues, write_prediction_tables
 from cifar_lightning.report.results import Predictions, read_results
 
 NAMES = ("=1+1", "bee, wild", "cow", 'the "dog"', "elk\n", "fox")
@@ -81,3 +83,15 @@ def test_a_run_gets_both_files_with_the_splits_that_it_has(lacking, tmp_path):
     assert rows[0]["path"] == "test/ant/00000.png"
     num_wrong = 40 - np.trace(results.test.confusion) + (0 if lacking else 20 - np.trace(results.val.confusion))
     assert len(rows_of(run.mistakes_csv.read_text())) == num_wrong
+
+
+def test_label_issues_are_rows_that_no_spreadsheet_runs(tmp_path):
+    run = make_run(tmp_path / "run", NAMES[:5], 200)
+    issues = label_issues_of({"test": replace(made(200, 6), names=tuple(f"={at}.png" for at in range(200)))})
+    write_label_issues(run, issues)
+    rows = list(csv.DictReader(io.StringIO(run.label_issues.read_text(encoding="utf-8"), newline="")))
+    assert [csv_text(row["path"]) for row in rows] == [issue["name"] for issue in issues]
+    assert all(row["path"].startswith("'=") for row in rows)
+    assert [csv_text(row["suggested"]) for row in rows] == [issue["suggested"] for issue in issues]
+    for number in ("prob_of_label", "prob_of_suggested", "score"):
+        assert [float(row[number]) for row in rows] == pytest.approx([issue[number] for issue in issues], rel=1e-6)
