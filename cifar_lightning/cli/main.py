@@ -325,21 +325,17 @@ def _analyze_flags(parser: argparse.ArgumentParser) -> None:
 
 def _analyze(parsed: argparse.Namespace) -> int:
     named = [parsed.run, *parsed.compare]
-    runs, left_out = dict[Path, RunFolder](), list[Path]()
-    for path in named:
-        for run in _runs_of(path):
-            if path != run.path and not run.predictions.is_file():
-                left_out.append(run.path)
-            elif run.path.resolve() in runs and path == run.path and len(named) == 2:
-                raise UserError(f"--compare {path}: is the run itself; name another one.")
-            else:
-                runs.setdefault(run.path.resolve(), run)
-    if not runs:
+    found = [run for path in named for run in _runs_of(path)]
+    tested = [run for run in found if run.path in named or run.predictions.is_file()]
+    if not tested:
         raise UserError(f"{parsed.run}: none of its runs is tested yet; {RunFolder(parsed.run).resume_command}")
-    first, *others = runs.values()
+    first, *others = {run.path.resolve(): run for run in tested}.values()
+    if parsed.compare and not others:
+        raise UserError(f"--compare {parsed.compare[0]}: is the run itself; name another one.")
     if len(others) > 1 or (others and first.path != parsed.run):
         from cifar_lightning.report.several_runs import compare_runs  # imports NumPy and matplotlib
 
+        left_out = [run.path for run in found if run not in tested]
         compare_runs([first, *others], left_out, RunFolder(parsed.run))
     else:
         from cifar_lightning.report.report import make_report  # likewise

@@ -195,8 +195,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
     if len(values) < 2:
         return None
-    half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return float(np.mean(values)) - half, float(np.mean(values)) + half
+    mean, half = float(np.mean(values)), float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1))
+    return mean - half / math.sqrt(len(values)), mean + half / math.sqrt(len(values))
 
 
 def difference_interval(correct: int, total: int, other_correct: int, other_total: int) -> tuple[float, float]:

@@ -54,7 +54,7 @@ def compare(path: Path, results: Results, other_path: Path, other: Results) -> d
             "won": _changed(first, logits, correct & ~other_correct, available),
             "lost": _changed(first, logits, ~correct & other_correct, available),
         },
-        "unchecked": _unchecked(path, results, other_path, other),
+        "unchecked": unchecked_images(path, results, other_path, other),
     }
 
 
@@ -95,7 +95,8 @@ def _kept_others(results: Results, other: Results) -> bool:
     return any(first.shape == second.shape and (first != second).any() for first, second in pairs)
 
 
-def _unchecked(path: Path, results: Results, other_path: Path, other: Results) -> str:
+def unchecked_images(path: Path, results: Results, other_path: Path, other: Results) -> str:
+    """Return why it could not be checked whether the test images of two runs are the same; empty if it was."""
     lacking = [str(place) for place, run in ((path, results), (other_path, other)) if not _hash_of(run)]
     if not lacking:
         return ""

@@ -29,7 +29,7 @@ from cifar_lightning.formatting import (
 )
 from cifar_lightning.metrics.significance import holm, mcnemar_test, mean_interval, paired_difference_interval, spread
 from cifar_lightning.report.charts import runs_figure
-from cifar_lightning.report.comparison import counts_of, other_images, predictions_of, summary_of_run
+from cifar_lightning.report.comparison import counts_of, other_images, predictions_of, summary_of_run, unchecked_images
 from cifar_lightning.report.figures import figure_to_svg, themed
 from cifar_lightning.report.page import TEMPLATES, render
 from cifar_lightning.report.results import Results, read_results
@@ -75,11 +75,12 @@ def _read(runs: Sequence[RunFolder]) -> tuple[dict[str, Any], list[list[dict[str
         correct.append((predictions.preds == predictions.targets)[np.argsort(predictions.indices)])
         configs.append(_flat(results.origin.config))
         tables.append(results.epochs)
-        problems += [f"{run.path}: {problem}" for problem in results.problems]
+        unchecked = unchecked_images(runs[0].path, first, run.path, results) if run != runs[0] else ""
+        problems += [*(f"{run.path}: {problem}" for problem in results.problems), *([unchecked] if unchecked else [])]
     names = sorted(set(itertools.chain(*configs)) - set(_SEEDS))
     differing = [name for name in names if any(config.get(name) != configs[0].get(name) for config in configs)]
     for row, config in zip(rows, configs, strict=True):
-        seeds = [config.get(name) for name in _SEEDS]
+        seeds = [value if isinstance(value := config.get(name), int) else None for name in _SEEDS]
         row["seeds"] = [seeds[0], seeds[2] if seeds[1] is None else seeds[1], seeds[2]]
         row["settings"] = {name: clipped(object_text(config.get(name))) for name in differing}
     groups = _groups(rows)
@@ -106,17 +107,19 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return runs with the same settings but for the seeds, each with the spread of their accuracies."""
+    """Return runs with the same settings but for the seeds, with the spread of the accuracies of distinct seeds."""
     members = dict[str, list[dict[str, Any]]]()
     for row in rows:
-        members.setdefault(json.dumps(row["settings"], sort_keys=True), []).append(row)
+        is_known = row["seeds"][0] is not None  # a run without config.yaml is like no other one
+        members.setdefault(json.dumps(row["settings"], sort_keys=True) if is_known else row["path"], []).append(row)
     groups = []
     for number, same in enumerate(members.values()):
         parents = {str(Path(row["path"]).parent) for row in same}
         name = run_name(Path(parents.pop())) if len(same) > 1 == len(parents) else same[0]["name"]
         for row in same:
             row["group"] = number
-        groups.append({"name": name, "settings": same[0]["settings"], **spread([row["accuracy"] for row in same])})
+        by_seed = {tuple(row["seeds"]): row["accuracy"] for row in same}
+        groups.append({"name": name, "settings": same[0]["settings"], **spread(list(by_seed.values()))})
     return groups
 
 

@@ -236,7 +236,7 @@ def test_ci_runs_the_two_set_up_commands_as_they_stand_here():
 
 def test_ci_and_the_docs_name_every_file_of_a_run():
     run = RunFolder(Path("run"))
-    names = {path.relative_to("run").as_posix() for path in run.files_by("fit", "test", "tune", "skip")} | {
+    names = {path.relative_to("run").as_posix() for path in run.files_by("fit", "test", "tune", "skip", "compare")} | {
         run.tensorboard
     }
     section = PROSE["run-folder-and-resume.md"].partition("## Files")[2].partition("\n## ")[0]

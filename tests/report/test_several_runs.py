@@ -127,9 +127,25 @@ def test_other_test_images_are_refused_with_the_name_of_the_run(folders):
     assert not (folders / "comparison.html").exists()
 
 
+def test_runs_of_one_seed_count_once_and_runs_without_a_config_are_no_group(folders):
+    copy = RunFolder(shutil.copytree(folders / "1" / "0", folders / "copy"))
+    without = [RunFolder(shutil.copytree(folders / "1" / str(seed), folders / f"without{seed}")) for seed in (0, 1)]
+    for run in without:
+        run.config.unlink()
+    write_json(without[0].split, {"sizes": {"test": 300}})
+    compare_runs([*runs_of(folders / "1"), copy, *without], [], RunFolder(folders))
+    found = read_json(folders / "comparison.json")
+    assert [(group["name"], group["n"]) for group in found["groups"]] == [
+        ("net/1/0", 3),
+        ("without0", 1),
+        ("without1", 1),
+    ]
+    assert sum("without0" in problem and "split.json" in problem for problem in found["problems"]) == 1
+
+
 def test_names_and_settings_of_a_stranger_are_escaped(folders):
     run = RunFolder(shutil.copytree(folders / "1" / "0", folders / "<script>alert(1)</script>"))
-    config = {"model": {"lr": '"><img src=x onerror=alert(2)>', "$\\frac{": "\x1b[31m"}, "seed_everything": "<b>"}
+    config = {"model": {"lr": '"><img src=x onerror=alert(2)>', "$\\frac{": "\x1b[31m"}, "seed_everything": [1, "<b>"]}
     write_text_durably(run.config, yaml.safe_dump(config))
     run.environment.write_text('{"num_parameters": "<i>"}')
     compare_runs([*runs_of(folders / "1"), run], [], RunFolder(folders))
