@@ -46,7 +46,7 @@ TRAINING = {
     "fit": Command(
         "[--config FILE] [flags]",
         "train a model, test it once, write a run folder",
-        (*_OF_FIT, "run_dir", "resume", "seeds", "init_weights", "tune_lr"),
+        (*_OF_FIT, "run_dir", "resume", "seeds", "init_weights"),
         "fit --config smallnet_cpu --epochs 5",
     ),
     "validate": Command(

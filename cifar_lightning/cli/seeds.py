@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,13 +37,11 @@ def fit_seeds(flags: Sequence[str]) -> int:
         flags: As `normalize_arguments` returns them.
     """
     resumed = flag_value(flags, "resume")
-    refused = (*_OF_ONE_RUN, "resume") if resumed is None else (*_OF_ONE_RUN, *_OF_NEW_RUNS)
+    refused = _OF_ONE_RUN if resumed is None else (*_OF_ONE_RUN, *_OF_NEW_RUNS)
     names = [flag[2:].partition("=")[0] for flag in flags]
-    for name in refused:
-        if name in names:
-            what = "--seeds" if resumed is None or name == "seeds" else f"--resume {clipped(resumed)}, runs of seeds"
-            other = "--resume: the folder knows its seeds" if name == "seeds" else f"{what}: is of a single run"
-            raise UserError(f"--{name} with {other}; leave one of them out.")
+    for name in sorted(set(names).intersection(refused)):
+        other = "--seeds" if resumed is None else f"--resume {clipped(resumed)}"
+        raise UserError(f"--{name} with {other}: one of them only.")
     if is_started_from_outside():
         raise UserError(
             "--seeds: trains one run after another, not in several processes of torchrun or SLURM.\n"
@@ -69,14 +68,12 @@ def parse_seeds(text: str) -> list[int]:
     Raises:
         UserError: Not distinct whole numbers, separated by commas, that are seeds.
     """
-    words = [word.strip() for word in text.split(",")]
-    most = table()["seed_everything"]["bounds"]["lt"]
-    wrong = next((word for word in words if not (word.isdecimal() and word.isascii() and len(word) < 12)), None)
-    if wrong is not None or max(map(int, words)) >= most:
-        raise UserError(f"--seeds {clipped(text)}: whole numbers from 0 to {most - 1}, such as 0,1,2.")
-    seeds = list(map(int, words))
-    if len(set(seeds)) < len(seeds) or len(seeds) > MAX_SEEDS:
-        raise UserError(f"--seeds {clipped(text)}: at most {MAX_SEEDS:,} seeds, each once.")
+    most = table()["seed_everything"]["bounds"]["lt"] - 1
+    words = re.fullmatch(r" *[0-9]{1,10} *(, *[0-9]{1,10} *)*", text)
+    seeds = list(map(int, text.split(","))) if words else []
+    if not seeds or max(seeds) > most or len(set(seeds)) < len(seeds) or len(seeds) > MAX_SEEDS:
+        allowed = f"at most {MAX_SEEDS:,} whole numbers from 0 to {most}, each once, such as 0,1,2"
+        raise UserError(f"--seeds {clipped(text)}: {allowed}.")
     return seeds
 
 
@@ -146,7 +143,7 @@ def _run_program(*arguments: str) -> int:
 
     before = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        # As this process was started: python train.py, python -m cifar_lightning, cifar-lightning.
+        # As this process was started: by train.py, -m cifar_lightning or the installed command.
         program = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
         with subprocess.Popen(
             [sys.executable, *program, *arguments], process_group=0, preexec_fn=_end_with(os.getpid())

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 from jaxtyping import Bool
 from markupsafe import Markup
 from rich.console import Console
-from rich.padding import Padding
 from rich.text import Text
 
 from cifar_lightning.errors import UserError
@@ -31,8 +29,9 @@ from cifar_lightning.metrics.significance import holm, mcnemar_test, mean_interv
 from cifar_lightning.report.charts import runs_figure
 from cifar_lightning.report.comparison import counts_of, other_images, predictions_of, summary_of_run, unchecked_images
 from cifar_lightning.report.figures import figure_to_svg, themed
+from cifar_lightning.report.findings import training_of
 from cifar_lightning.report.page import TEMPLATES, render
-from cifar_lightning.report.results import Results, read_results
+from cifar_lightning.report.results import read_results
 from cifar_lightning.runs.folder import RunFolder
 
 _MAX_RUNS_OF_ALL_PAIRS = 15  # 105 pairs; of more runs the first is compared with each other one
@@ -71,7 +70,9 @@ def _read(runs: Sequence[RunFolder]) -> tuple[dict[str, Any], list[list[dict[str
         predictions = predictions_of(run.path, results)
         if reason := other_images(predictions_of(runs[0].path, first), predictions, first, results):
             raise UserError(f"{run.path}: not tested on the same images as {runs[0].path}: {reason}.")
-        rows.append(summary_of_run(run.path, predictions) | _of_training(results))
+        of_training = {key: training_of(results)[key] for key in ("num_epochs", "elapsed_s")}
+        of_training["num_parameters"] = results.origin.environment.get("num_parameters")
+        rows.append(summary_of_run(run.path, predictions) | of_training)
         correct.append((predictions.preds == predictions.targets)[np.argsort(predictions.indices)])
         configs.append(_flat(results.origin.config))
         tables.append(results.epochs)
@@ -87,15 +88,6 @@ def _read(runs: Sequence[RunFolder]) -> tuple[dict[str, Any], list[list[dict[str
     pairs = _pairs(rows, correct)
     compared = {"runs": rows, "settings": differing, "groups": groups, "by_seed": list(_by_seed(rows, groups))}
     return compared | {"pairs": pairs, "num_images": len(correct[0]), "problems": problems}, tables
-
-
-def _of_training(results: Results) -> dict[str, Any]:
-    times = [row["elapsed_s"] for row in results.timing if math.isfinite(row.get("elapsed_s", math.nan))]
-    return {
-        "num_parameters": results.origin.environment.get("num_parameters"),
-        "num_epochs": len(results.epochs),
-        "elapsed_s": sum(times) if times else None,
-    }
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,7 +156,7 @@ def _pairs(rows: Sequence[Mapping[str, Any]], correct: Sequence[Bool[np.ndarray,
 
 
 def _print_words(console: Console, text: str, indent: int = 0) -> None:
-    console.print(Padding(Text(printable(text, console.encoding)), (0, 0, 0, indent)))
+    console.print(Text(" " * indent + printable(text, console.encoding)))
 
 
 def _print(compared: Mapping[str, Any], page: Path) -> None:
