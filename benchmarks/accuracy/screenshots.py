@@ -1,38 +1,45 @@
-"""Make the README's images of the report and of the terminal: train the quickstart config, then photograph its results.
+"""Make the images of README and docs: train the quickstart config, then photograph terminal, report and TensorBoard.
 
 python -m benchmarks.accuracy.screenshots                  into docs/images/
-python -m benchmarks.accuracy.screenshots --output DIR
+python -m benchmarks.accuracy.screenshots --output DIR --run RUN    of a run that exists: no image of the terminal
 
 Needs Chromium with its driver (apt-get install chromium chromium-driver) and the `dev` extra.
 """
 
 import argparse
+import contextlib
 import io
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 from rich.console import Console
 from rich.text import Text
 from selenium import webdriver
+from selenium.webdriver.support.ui import WebDriverWait
 
 from benchmarks import ROOT
 
-MAX_BYTES = 200_000  # an image of the README
-COLUMNS = 88
-WIDTH_PX = 1180
-REPORT_LAST = "#confusions .pair"  # the confusion matrices
-NUM_COLORS = 160  # of an image: a palette makes its file a third as large, and this many show no steps
+MAX_BYTES = 100_000  # of an image
+COLUMNS = 100
+NUM_LINES = 30  # of the end of `fit`
+WIDTH_PX, HEIGHT_PX = 1180, 1500  # of the report's beginning
+BOARD_PX = (1280, 800)  # of the window of a small laptop: TensorBoard at its default size
+CARDS = "document.querySelectorAll('card-view').length > 5 && document.querySelector('image-card img')"
+NUM_COLORS = 128  # of an image: a palette makes its file a third as large, and this many show no steps
 # --no-sandbox: a container has no namespaces for it.
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
 
 
 def train(folder: Path) -> tuple[str, Path]:
-    """Train the quickstart config in a folder; return what the terminal showed, and the report."""
+    """Train the quickstart config in a folder; return what the terminal showed, and the run."""
     arguments = ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--trainer.enable_progress_bar", "false"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": str(COLUMNS), "FORCE_COLOR": "1"}
     done = subprocess.run(
@@ -43,22 +50,45 @@ def train(folder: Path) -> tuple[str, Path]:
         text=True,
         check=True,
     )
-    return done.stdout, folder / "runs" / "quickstart" / "1" / "report.html"
+    shown = done.stdout.replace(str(folder), "/home/me").replace(str(ROOT / "train.py"), "train.py")
+    return shown, folder / "runs" / "quickstart" / "1"
 
 
 def terminal_page(output: str, path: Path) -> None:
-    """Write a page that shows terminal output, down to the list of the run's files."""
-    shown = output[: output.index("Run folder")].rsplit("\n", 1)[0]
+    """Write a page that shows the end of a terminal's output."""
+    shown = "\n".join(output.rstrip().splitlines()[-NUM_LINES:])
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True)
         console.print(Text("$ python train.py fit --config configs/quickstart.yaml", style="bold"))
+        console.print(Text("..."))
         console.print(Text.from_ansi(shown))
         svg = console.export_svg(title="cifar_lightning")
     path.write_text(f'<meta charset="utf-8"><style>body {{ margin: 0 }}</style>{svg}', encoding="utf-8")
 
 
-def photograph(page: Path, image: Path, last: str) -> None:
-    """Save a page as PNG, down to the end of the first element that a CSS selector finds."""
+@contextlib.contextmanager
+def tensorboard(folder: Path) -> Iterator[str]:
+    """Serve the runs of a folder; yield the address."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = ["--logdir", str(folder), "--host", "localhost", "--port", str(port), "--load_fast", "false"]
+    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *flags], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while socket.socket().connect_ex(("localhost", port)):
+            if server.poll() is not None or time.monotonic() > deadline:
+                sys.exit("TensorBoard does not start")
+            time.sleep(0.2)
+        yield f"http://localhost:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[webdriver.Chrome]:
+    """Yield a headless browser with a fresh profile."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
@@ -66,36 +96,51 @@ def photograph(page: Path, image: Path, last: str) -> None:
             options.add_argument(flag)
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
         try:
-            metrics = {"width": WIDTH_PX, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-            driver.get(page.as_uri())
-            bottom = driver.execute_script(
-                "return document.querySelector(arguments[0]).getBoundingClientRect().bottom", last
-            )
-            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics | {"height": int(bottom) + 16})
-            pixels = Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")
+            yield driver
         finally:
             driver.quit()
+
+
+def photograph(driver: webdriver.Chrome, url: str, image: Path, size: tuple[int, int], ready: str = "true") -> None:
+    """Save a page as PNG, once a condition in JavaScript holds and two images of it are equal; print its size."""
+    metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    driver.get(url)
+    WebDriverWait(driver, 60).until(lambda _: driver.execute_script(f"return {ready}"), f"{url} is not complete")
+    before, deadline = b"", time.monotonic() + 30
+    while (shown := driver.get_screenshot_as_png()) != before and time.monotonic() < deadline:
+        before = shown
+        time.sleep(1)
+    pixels = Image.open(io.BytesIO(shown)).convert("RGB")
     pixels.quantize(NUM_COLORS, dither=Image.Dither.NONE).save(image, optimize=True)
+    num_bytes = image.stat().st_size
+    print(f"{image}: {num_bytes:,} bytes")
+    if num_bytes >= MAX_BYTES:
+        sys.exit(f"{image.name} is larger than {MAX_BYTES:,} bytes")
 
 
 def main() -> None:
-    """Make both images and print their sizes."""
+    """Make the images and print their sizes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images", help="folder of the images")
+    parser.add_argument("--run", type=Path, help="a run that exists")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, chromium() as driver:
         folder = Path(temporary)
-        output, report = train(folder)
-        terminal_page(output, folder / "terminal.html")
-        photograph(report, args.output / "report.png", REPORT_LAST)
-        photograph(folder / "terminal.html", args.output / "terminal.png", "svg")
-    for name in ("report.png", "terminal.png"):
-        size = (args.output / name).stat().st_size
-        print(f"{args.output / name}: {size:,} bytes")
-        if size >= MAX_BYTES:
-            sys.exit(f"{name} is larger than {MAX_BYTES:,} bytes")
+        run = args.run
+        if run is None:
+            output, run = train(folder)
+            terminal_page(output, page := folder / "terminal.html")
+            driver.get(page.as_uri())
+            box = "document.querySelector('svg').viewBox.baseVal"
+            ratio = driver.execute_script(f"return {box}.height / {box}.width")
+            photograph(driver, page.as_uri(), args.output / "terminal.png", (WIDTH_PX, int(WIDTH_PX * ratio)))
+        photograph(driver, (run / "report.html").resolve().as_uri(), args.output / "report.png", (WIDTH_PX, HEIGHT_PX))
+        with tensorboard(run.resolve().parent) as url:
+            photograph(driver, url, args.output / "tensorboard.png", BOARD_PX, CARDS)
+            custom = "document.readyState === 'complete'"
+            photograph(driver, f"{url}/#custom_scalars", args.output / "tensorboard_charts.png", BOARD_PX, custom)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from cifar_lightning.formatting import printable
+from cifar_lightning.metrics.calibration import reliability
 from cifar_lightning.metrics.classification import accuracy, per_class
 
 MAX_CLASSES_WITH_NUMBERS = 20
@@ -157,6 +158,23 @@ def images_figure(images: UInt8[np.ndarray, "n height width channels"], titles: 
         lines = [shorten(printable(line)) for line in title.split("\n")]
         axes.text(center, top - margin, "\n".join(lines), fontsize=8, ha="center", va="bottom", parse_math=False)
     axes.set(xlim=(0, width * columns), ylim=(height * rows, 0))  # `imshow` changes them
+    return figure
+
+
+def reliability_figure(probs: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"]) -> Figure:
+    """Draw accuracy over confidence of the bins of `reliability`, with the number of images as the size of a point."""
+    bins = reliability(probs.max(axis=1), probs.argmax(axis=1) == targets)
+    known = bins.num_images > 0
+    accuracies = bins.num_correct[known] / bins.num_images[known]
+    figure = Figure(figsize=(5.0, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], ":", color=COLOURS["ink"])
+    axes.plot(bins.confidence[known], accuracies, color=COLOURS["correct"])
+    sizes = 10 + 290 * bins.num_images[known] / bins.num_images.max()
+    axes.scatter(bins.confidence[known], accuracies, sizes, color=COLOURS["correct"])
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title=f"ECE {bins.error:.1%}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
 

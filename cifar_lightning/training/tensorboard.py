@@ -3,26 +3,31 @@
 All is for TensorBoard; other loggers get hyperparameters, loss and lr by step, and images where they take them.
 """
 
+import contextlib
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from google.protobuf.message import DecodeError
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from cifar_lightning.data.sampler import Rank
-from cifar_lightning.errors import UserError, remark
+from cifar_lightning.errors import UserError, is_first_process, remark
 from cifar_lightning.formatting import object_text, percent
 from cifar_lightning.metrics.calibration import softmax
 from cifar_lightning.metrics.classification import confusion_matrix, per_class
-from cifar_lightning.report.figures import confusion_figure, figure_to_array, images_figure
+from cifar_lightning.report.figures import confusion_figure, figure_to_array, images_figure, reliability_figure
 from cifar_lightning.report.gallery import rank_images
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.settings.roles import OWN_OPTIMIZER, augmentations
@@ -36,6 +41,12 @@ _NUM_KEPT = 10_000  # predictions of a validation that is drawn
 _BATCH_SHOWN = 32  # images of the first batch
 _MISTAKES_SHOWN = 16
 _CURVES_SHOWN = 20  # PR curves, of the first classes
+
+
+# Tags are regular expressions, and TensorBoard keeps this order; that of its TIME SERIES tab is alphabetical, with the
+# first two groups open. The groups are therefore train, val, and what sorts after them.
+_CHARTS = {"Accuracy": ["val/acc", "train/acc"], "Loss": ["val/loss", "train/loss$"], "Learning rate": ["train/lr"]}
+_CHARTS |= {"Accuracy of each class": ["val_acc_of_class/"]}
 
 
 class Dashboard(pl.Callback):
@@ -78,7 +89,7 @@ class Dashboard(pl.Callback):
         is_known = isinstance(outputs, Mapping) and "loss" in outputs  # not of a step that optimizes by hand
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches if is_known else math.nan
         for logger in trainer.loggers:
-            logger.log_metrics({"step/train_loss": loss, "step/lr": current_lr(trainer)}, step)
+            logger.log_metrics({"train/loss_step": loss, "train/lr": current_lr(trainer)}, step)
 
     def _draw_batch(self, trainer: pl.Trainer, batch: Batch) -> np.ndarray:
         images, targets = (tensor[:_BATCH_SHOWN].cpu() for tensor in batch)
@@ -95,9 +106,18 @@ class Dashboard(pl.Callback):
         self.class_names = self.class_names or (data.class_names if data is not None else ())
         if self.config is not None:
             pl_module._log_hyperparams = False
+        for logger in trainer.loggers:
+            if isinstance(logger, RunBoard):
+                logger.trainer = trainer
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the config; TensorBoard's row of the HPARAMS tab is written after the test, with its metrics."""
+        """Log the config; TensorBoard's row of the HPARAMS tab is written after the test, with its metrics.
+
+        Its CUSTOM SCALARS tab has a large chart each for accuracy, loss, learning rate and the classes.
+        """
+        board = board_of(trainer) if trainer.is_global_zero else None
+        if board is not None:
+            board.add_custom_scalars({"Training": {title: ["Multiline", tags] for title, tags in _CHARTS.items()}})
         if self.config is None or not (trainer.enable_autolog_hparams and trainer.is_global_zero):
             return
         for logger in trainer.loggers:
@@ -158,6 +178,7 @@ class Dashboard(pl.Callback):
         if not np.isfinite(logits).all():  # diverged
             return
         probs = softmax(logits)
+        log_image(trainer, "val/reliability", figure_to_array(reliability_figure(probs, targets)), step)
         for index, tag in enumerate(tags_of(self.class_names)[:_CURVES_SHOWN]) if board else ():
             board.add_pr_curve(f"pr_of_class/{tag}", targets == index, probs[:, index], step)
         worst = rank_images(logits, targets).mistakes[:_MISTAKES_SHOWN]
@@ -172,16 +193,18 @@ class Dashboard(pl.Callback):
         log_image(trainer, "val/most_confident_mistakes", figure_to_array(images_figure(images, titles)), step)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the run's row of the HPARAMS tab: test metrics, and val/acc of the best checkpoint."""
+        """Write the run's row of the HPARAMS tab: metrics of the checkpoint with the best val/acc."""
         board = board_of(trainer)
         if board is None or not trainer.is_global_zero:
             return
         metrics: dict[str, float] = {}
         if "val/acc" in self._best:  # the first column
-            metrics["best/val_acc"] = self._best["val/acc"]
-            board.add_scalar("best/val_acc", metrics["best/val_acc"], trainer.global_step)
+            metrics["val_best/acc"] = self._best["val/acc"]
         logged = trainer.callback_metrics
-        metrics |= {name: float(logged[name]) for name in ("test/acc", "test/loss") if name in logged}
+        of_test = {"val_best/test_acc": "test/acc", "val_best/test_loss": "test/loss"}
+        metrics |= {tag: float(logged[name]) for tag, name in of_test.items() if name in logged}
+        for tag, value in metrics.items():
+            board.add_scalar(tag, value, trainer.global_step)
         if self.config is None or not trainer.enable_autolog_hparams:
             return
         # `SummaryWriter.add_hparams` writes the same into a folder below the run.
@@ -191,34 +214,60 @@ class Dashboard(pl.Callback):
 
 
 def board_for(run: RunFolder, steps_done: int | None) -> "RunBoard | Literal[False]":
-    """Return the logger of a run; False where TensorBoard cannot write, since it takes only UTF-8 names."""
+    """Return the logger of a run, with the events up to `steps_done` of a resumed one.
+
+    False where TensorBoard cannot write, since it takes only UTF-8 names.
+    """
     try:
         str(run.path).encode()
     except UnicodeEncodeError:
         print("TensorBoard cannot write into a folder whose name is not UTF-8; it is off in this run.")
         return False
-    return RunBoard(run, steps_done)
+    board = RunBoard(run)
+    if steps_done is not None and is_first_process():
+        board.take_over(tuple(run.path.glob(run.tensorboard)), steps_done)
+    return board
 
 
 class RunBoard(TensorBoardLogger):
-    """Writes TensorBoard events into the run's folder, without hparams.yaml, which would repeat config.yaml.
+    """Writes TensorBoard events into one file of the run, without hparams.yaml, which would repeat config.yaml."""
 
-    Args:
-        run: The run's folder.
-        steps_done: Step that the run is resumed at; TensorBoard then hides what was logged of later steps.
-    """
+    trainer: pl.Trainer | None = None
+    """Its steps, which are those of metrics.csv, replace Lightning's, which count the last one from 0."""
 
-    def __init__(self, run: RunFolder, steps_done: int | None = None) -> None:
-        hidden: dict[str, Any] = {} if steps_done is None else {"purge_step": steps_done + 1}
-        super().__init__(save_dir=run.path, name="", version="", default_hp_metric=False, **hidden)
+    def __init__(self, run: RunFolder) -> None:
+        super().__init__(save_dir=run.path, name="", version="", default_hp_metric=False)
+
+    def take_over(self, files: Sequence[Path], steps_done: int) -> None:
+        """Copy the events up to a step into the file of this logger, and remove the files."""
+        for file in files:
+            with contextlib.suppress(DecodeError):  # damaged from here on
+                for record in RawEventFileLoader(str(file)).Load():
+                    event = Event.FromString(record)
+                    if event.step <= steps_done and any(_is_curve(value.tag) for value in event.summary.value):
+                        self.experiment.file_writer.event_writer.add_event(event)
+        self.experiment.flush()
+        for file in files:
+            file.unlink()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log all but Lightning's epoch and the lr, which is logged by step."""
-        super().log_metrics({name: value for name, value in metrics.items() if name not in ("epoch", "lr")}, step)
+        """Log all but Lightning's epoch, the lr, which the Dashboard logs by step, and test metrics, likewise."""
+        if self.trainer is not None and step == self.trainer.fit_loop.epoch_loop._batches_that_stepped:
+            step = self.trainer.global_step
+        is_left_out = re.compile("epoch|lr|test/.*").fullmatch
+        super().log_metrics({name: value for name, value in metrics.items() if not is_left_out(name)}, step)
 
     def save(self) -> None:
         """Flush the events; write no hparams.yaml."""
         self.experiment.flush()
+
+    def finalize(self, status: str) -> None:
+        """Flush the events; a closed writer would open a second file for the test."""
+        self.save()
+
+
+def _is_curve(tag: str) -> bool:
+    return not tag.startswith(("_hparams_/", "custom_scalars__config__"))  # written again
 
 
 def board_of(trainer: pl.Trainer) -> Any:

@@ -137,8 +137,8 @@ def test_tensorboard_has_scalars_classes_and_images(finished):
     run, _ = finished
     board = EventAccumulator(str(run)).Reload()
     scalars, images = board.Tags()["scalars"], board.Tags()["images"]
-    assert {"train/loss", "train/acc", "val/loss", "val/acc", "step/lr"} <= set(scalars)
-    assert not {"lr", "epoch"} & set(scalars)  # step/lr is the finer curve; the epoch says nothing
+    assert {"train/loss", "train/acc", "val/loss", "val/acc", "train/lr"} <= set(scalars)
+    assert not {"lr", "epoch"} & set(scalars)  # train/lr is the finer curve; the epoch says nothing
     predictions = np.load(run / "predictions_val.npz")
     of_disks = predictions["targets"] == 0
     best = int(np.argmax([event.value for event in board.Scalars("val/acc")]))

@@ -156,12 +156,12 @@ def test_loggers_get_the_config_metrics_by_step_and_the_figures_that_they_take(t
     drawn = ["train/batch_as_trained_on", "val/confusion_matrix", "val/most_confident_mistakes"]
     assert [key for key, _, _ in own.images] == [key for _, key, _ in to_mlflow] == drawn
     assert {(len(shape), dtype) for _, shape, dtype in own.images} == {(3, np.dtype("uint8"))}
-    assert {"step/train_loss", "step/lr", "train/loss", "val/acc"} <= set(own.metrics)
+    assert {"train/loss_step", "train/lr", "train/loss", "val/acc"} <= set(own.metrics)
     for folder in ("csv", "board"):
         path = tmp_path / folder / "version_0" / "hparams.yaml"
         assert yaml.safe_load(path.read_text(encoding="utf-8")) == given
     with open(tmp_path / "csv" / "version_0" / "metrics.csv", encoding="utf-8", newline="") as file:
-        assert {"step/train_loss", "val/acc"} <= set(next(csv.reader(file)))
+        assert {"train/loss_step", "val/acc"} <= set(next(csv.reader(file)))
 
 
 def test_from_python_loggers_get_the_hyperparameters_of_the_module(tmp_path):

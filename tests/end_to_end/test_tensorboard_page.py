@@ -54,22 +54,27 @@ def loaded(url):
         tags = ask(url, "plugin/scalars/tags")
     except OSError:
         return False
-    return len(tags) == 3 and all("best/val_acc" in of_run for of_run in tags.values())
+    return len(tags) == 3 and all("val_best/acc" in of_run for of_run in tags.values())
 
 
 def test_the_server_has_scalars_images_curves_and_hyperparameters_of_each_run(address):
     scalars = ask(address, "plugin/scalars/tags")
     assert sorted(scalars) == ["smallnet/1", "smallnet/2", "smallnet/3"]
     for tags in scalars.values():
-        assert {"train/loss", "val/acc", "val/loss", "step/lr", "test/acc", "best/val_acc"} <= set(tags)
+        assert {"train/loss", "val/acc", "val/loss", "train/lr", "val_best/acc"} <= set(tags)
         assert sum(tag.startswith("val_acc_of_class/") for tag in tags) == 10
     for tags in ask(address, "plugin/images/tags").values():
-        assert {"train/batch_as_trained_on", "val/confusion_matrix", "val/most_confident_mistakes"} <= set(tags)
+        assert {
+            "train/batch_as_trained_on",
+            "val/confusion_matrix",
+            "val/most_confident_mistakes",
+            "val/reliability",
+        } <= set(tags)
     curves = ask(address, "plugin/pr_curves/tags")
     assert all(len(tags) == 10 for tags in curves.values())
     experiment = ask(address, "plugin/hparams/experiment", {"experimentName": ""})
     assert {info["name"] for info in experiment["hparamInfos"]} >= {"lr", "model", "batch_size", "epochs"}
-    wanted = {"best/val_acc", "test/acc", "test/loss"}
+    wanted = {"val_best/acc", "val_best/test_acc", "val_best/test_loss"}
     assert {info["name"]["tag"] for info in experiment["metricInfos"]} == wanted
     columns = [{"metric": name} for name in sorted(wanted)]
     asked = {"experimentName": "", "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_RUNNING"]}
@@ -97,10 +102,11 @@ return texts.join(' ');
 @pytest.mark.parametrize(
     ("tab", "shown"),
     [
-        ("timeseries", ["/val_acc", "/train_loss", "train", "val_acc_of_class", "smallnet/1", "smallnet/3"]),
+        ("timeseries", ["/acc", "/loss_step", "val_acc_of_class", "smallnet/1", "smallnet/3"]),
+        ("custom_scalars", ["Accuracy", "Loss", "Learning rate", "Accuracy of each class"]),
         ("images", ["val", "most_confident_mistakes", "confusion_matrix", "smallnet/2"]),
         ("pr_curves", ["pr_of_class"]),
-        ("hparams", ["best/val_acc", "lr", "batch_size", "smallnet/1", "0.003"]),
+        ("hparams", ["val_best/acc", "lr", "batch_size", "smallnet/1", "0.003"]),
     ],
 )
 def test_the_browser_shows_each_tab_filled(address, tab, shown):

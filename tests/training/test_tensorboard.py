@@ -1,6 +1,8 @@
 """What TensorBoard is given: read back from the event files, against references."""
 
 import math
+import re
+from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
@@ -89,7 +91,7 @@ def test_each_class_has_its_recall_at_each_validation(trained):
 
 def test_figures_and_mistakes_come_with_each_validation_of_a_short_run(trained):
     events, *_ = trained
-    for tag in ("val/confusion_matrix", "val/most_confident_mistakes"):
+    for tag in ("val/confusion_matrix", "val/most_confident_mistakes", "val/reliability"):
         assert len(events.Images(tag)) == 2
     assert len(events.Images("train/batch_as_trained_on")) == 1
 
@@ -173,8 +175,8 @@ def test_the_run_has_its_line_in_the_hparams_tab_with_real_metrics(trained):
 
     events, _, predictions, trainer = trained
     logits, targets = predictions[-1]
-    assert events.Scalars("best/val_acc")[0].value == pytest.approx((logits.argmax(1) == targets).mean())
-    assert events.Scalars("test/acc")[0].value == pytest.approx(float(trainer.callback_metrics["test/acc"]))
+    assert events.Scalars("val_best/acc")[0].value == pytest.approx((logits.argmax(1) == targets).mean())
+    assert events.Scalars("val_best/test_acc")[0].value == pytest.approx(float(trainer.callback_metrics["test/acc"]))
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     values = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert values["model"].string_value == "smallnet"
@@ -183,12 +185,57 @@ def test_the_run_has_its_line_in_the_hparams_tab_with_real_metrics(trained):
     assert "sgd_lr" not in values
     experiment = events.summary_metadata["_hparams_/experiment"].plugin_data.content
     metrics = plugin_data_pb2.HParamsPluginData.FromString(experiment).experiment.metric_infos
-    assert {metric.name.tag for metric in metrics} == {"best/val_acc", "test/acc", "test/loss"}
+    assert {metric.name.tag for metric in metrics} == {"val_best/acc", "val_best/test_acc", "val_best/test_loss"}
 
 
-def test_groups_are_few_and_none_says_nothing(trained):
-    groups = {tag.partition("/")[0] for tag in trained[0].Tags()["scalars"]}
-    assert groups == {"train", "val", "test", "best", "step", "val_acc_of_class"}
+def test_the_groups_that_tensorboard_opens_at_first_are_train_and_val(trained):
+    tags = trained[0].Tags()
+    groups = {tag.partition("/")[0] for tag in (*tags["scalars"], *tags["images"])}
+    assert sorted(groups) == ["train", "val", "val_acc_of_class", "val_best"]
+
+
+def test_a_run_has_one_file_of_events_with_the_steps_of_its_tables(trained):
+    events, _, _, trainer = trained
+    assert len(list(Path(events.path).glob("events.out.tfevents.*"))) == 1
+    per_epoch = trainer.num_training_batches
+    for tag in ("train/loss", "train/acc", "val/loss", "val/acc"):
+        assert [event.step for event in events.Scalars(tag)] == [per_epoch, 2 * per_epoch]
+
+
+def test_the_charts_are_of_tags_that_exist_and_begin_with_the_accuracy_of_validation(trained):
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    events, *_ = trained
+    (tensor,) = events.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(tensor.tensor_proto.string_val[0])
+    charts = [list(chart.multiline.tag) for chart in layout.category[0].chart]
+    assert charts[0] == ["val/acc", "train/acc"]
+    tags = events.Tags()["scalars"]
+    assert all(any(re.match(pattern, tag) for tag in tags) for chart in charts for pattern in chart)
+
+
+def test_a_resumed_run_takes_over_the_events_up_to_its_step(tmp_path):
+    first = RunBoard(RunFolder(tmp_path))
+    for step in range(1, 6):
+        first.log_metrics({"val/acc": step / 10, "epoch": 1, "lr": 1}, step)
+    first.experiment.add_custom_scalars({})
+    first.finalize("success")
+    first.experiment.close()
+    damaged = tmp_path / "events.out.tfevents.1.damaged"
+    damaged.write_bytes(b"no events")
+    second = board_for(RunFolder(tmp_path), 3)
+    second.log_metrics({"val/acc": 0.9}, 4)
+    second.finalize("success")
+    assert len(list(tmp_path.iterdir())) == 1
+    shown = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, round(event.value, 6)) for event in shown.Scalars("val/acc")] == [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.3),
+        (4, 0.9),
+    ]
+    assert shown.Tags()["scalars"] == ["val/acc"]
+    assert shown.Tags()["tensors"] == []
 
 
 def test_tags_hold_what_tensorboard_takes_and_each_class_has_its_own():
