@@ -223,7 +223,8 @@ def board_for(run: RunFolder, steps_done: int | None) -> "RunBoard | Literal[Fal
     except UnicodeEncodeError:
         print("TensorBoard cannot write into a folder whose name is not UTF-8; it is off in this run.")
         return False
-    board = RunBoard(run)
+    # A TensorBoard that is open forgets what it has read, from step 0 on.
+    board = RunBoard(run, **({} if steps_done is None else {"purge_step": 0}))
     if steps_done is not None and is_first_process():
         board.take_over(tuple(run.path.glob(run.tensorboard)), steps_done)
     return board
@@ -235,8 +236,8 @@ class RunBoard(TensorBoardLogger):
     trainer: pl.Trainer | None = None
     """Its steps, which are those of metrics.csv, replace Lightning's, which count the last one from 0."""
 
-    def __init__(self, run: RunFolder) -> None:
-        super().__init__(save_dir=run.path, name="", version="", default_hp_metric=False)
+    def __init__(self, run: RunFolder, **kwargs: Any) -> None:
+        super().__init__(save_dir=run.path, name="", version="", default_hp_metric=False, **kwargs)
 
     def take_over(self, files: Sequence[Path], steps_done: int) -> None:
         """Copy the events up to a step into the file of this logger, and remove the files."""
