@@ -264,7 +264,8 @@ class RunBoard(TensorBoardLogger):
 
     def finalize(self, status: str) -> None:
         """Flush the events; a closed writer would open a second file for the test."""
-        self.save()
+        if self._experiment is not None:
+            self.save()
 
 
 def _is_curve(tag: str) -> bool:
