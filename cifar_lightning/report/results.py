@@ -18,6 +18,7 @@ from cifar_lightning.runs.contents import (
     read_environment,
     read_explanations,
     read_gallery,
+    read_learning_rates,
     read_matrix,
     read_split,
     read_table,
@@ -125,6 +126,7 @@ class Results:
         epochs: Rows of metrics.csv.
         timing: Rows of timing.csv.
         cut_tables: Names of those two files that lack epochs.
+        learning_rates: Optimizer step, counted from 0, and its learning rate; empty where they were not recorded.
         origin: Settings, environment and split.
         accuracy_no_tta: Test accuracy without test-time augmentation; None if the run uses none.
         explanations: Grad-CAM and nearest training images of the first mistakes; None without either.
@@ -140,6 +142,7 @@ class Results:
     epochs: list[dict[str, float]] = field(default_factory=list)
     timing: list[dict[str, float]] = field(default_factory=list)
     cut_tables: tuple[str, ...] = ()
+    learning_rates: list[tuple[int, float]] = field(default_factory=list)
     origin: Origin = field(default_factory=Origin)
     accuracy_no_tta: float | None = None
     explanations: Explanations | None = None
@@ -173,6 +176,8 @@ def read_results(run: RunFolder) -> Results:
     explanations, reason = _explanations(run, len(names), problems)
     tables = {path: _try(read_table, path, problems) for path in (run.metrics_csv, run.timing_csv)}
     cut = _name_cut_tables(tables)
+    # Runs of an earlier version, killed ones and those of a Trainer of one's own have none.
+    lrs = _try(read_learning_rates, run.learning_rates, problems) if run.learning_rates.exists() else []
     no_tta = None
     if (origin.config.get("model") or {}).get("tta", "none") != "none":
         no_tta = (_try(read_test_metrics, run.test_metrics, problems) or {}).get("accuracy_no_tta")
@@ -187,6 +192,7 @@ def read_results(run: RunFolder) -> Results:
         epochs=tables[run.metrics_csv] or [],
         timing=tables[run.timing_csv] or [],
         cut_tables=tuple(cut),
+        learning_rates=lrs or [],
         origin=origin,
         accuracy_no_tta=no_tta,
         explanations=explanations,

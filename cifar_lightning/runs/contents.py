@@ -102,6 +102,11 @@ class _Seeds(_Schema):
     accuracy: _Spread | None = None
 
 
+class _LearningRates(_Schema):
+    step: list[FromZero]
+    lr: list[Number]
+
+
 class _TableRow(_Schema):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Number]
@@ -149,6 +154,14 @@ def read_table(path: Path) -> list[dict[str, float]]:
     known = [{name: cell for name, cell in row.items() if math.isfinite(cell)} for row in rows]
     check_schema(path, known, list[_TableRow])
     return rows
+
+
+def read_learning_rates(path: Path) -> list[tuple[int, float]]:
+    """Read learning_rates.json: optimizer steps, counted from 0, and their learning rates."""
+    columns = _object(path, read_json(path), _LearningRates)
+    if len(columns["step"]) != len(columns["lr"]):
+        raise UserError(f"{path}: damaged: {len(columns['step'])} steps but {len(columns['lr'])} learning rates.")
+    return list(zip(columns["step"], columns["lr"], strict=True))
 
 
 def read_json(path: Path) -> Any:

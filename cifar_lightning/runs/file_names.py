@@ -40,6 +40,7 @@ class RunFiles:
     environment = RunFile("environment.json", "fit", "versions, device, precision, commit")
     skipped_files = RunFile("skipped_files.jsonl", "skip", "files of the data that are left out, with the reasons")
     metrics_csv = RunFile("metrics.csv", "fit", "loss, accuracy and learning rate of each epoch")  # no times
+    learning_rates = RunFile("learning_rates.json", "fit")  # of at most 2,000 steps
     timing_csv = RunFile("timing.csv", "fit", "seconds, images/s and memory of each epoch")
     report = RunFile("report.html", "test", "this report with charts and images; open in a browser")
     findings = RunFile("findings.json", "test", "every number of the page")

@@ -1,4 +1,4 @@
-"""RunRecorder: writes split.json, environment.json, metrics.csv and timing.csv of a run."""
+"""RunRecorder: writes split.json, environment.json, metrics.csv, timing.csv and learning_rates.json of a run."""
 
 import math
 import time
@@ -22,15 +22,20 @@ from cifar_lightning.training.model_checks import validated_by
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.nan_guard import check_losses
 from cifar_lightning.training.signals import Stopped
+from cifar_lightning.training.step_count import current_lr
 
 MONITOR = "val/acc"
 EPOCH_SO_FAR = "cifar_lightning_epoch"
 """Key of a checkpoint for what the row of an unfinished epoch needs."""
+_MAX_LRS = 2000  # learning rates that are kept of a run: more than a chart has pixels
 _OF_A_RESUME = ("versions", "cpu", "num_threads", "device", "precision", "commit", "dirty")
 
 
 class RunRecorder(pl.Callback):
     """Writes split.json and environment.json at the start and a row of metrics.csv and timing.csv each epoch.
+
+    The learning rates of the steps, evenly thinned to at most 2,000, are in the checkpoints and written at the end of
+    training.
 
     An epoch that is resumed in its middle counts the seconds up to its checkpoint, nan if the checkpoint does not have
     them. Its images per second are of this process alone.
@@ -49,6 +54,8 @@ class RunRecorder(pl.Callback):
         """Whether an epoch began in this process."""
         self._loaded: dict[str, Any] | None = None
         self._is_training = False
+        self._lrs: dict[int, float] = {}
+        self._lr_every = 1  # steps
         self._start_clock()
 
     def _start_clock(self, before: Mapping[str, float] | None = None) -> None:
@@ -69,8 +76,8 @@ class RunRecorder(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save the metrics of the epoch's last validation; the clock is saved in last.ckpt alone."""
-        checkpoint[EPOCH_SO_FAR] = {"figures": self._val_metrics}
+        """Save the metrics of the epoch's last validation and learning rates; the clock is saved in last.ckpt alone."""
+        checkpoint[EPOCH_SO_FAR] = {"figures": self._val_metrics, "lrs": dict(self._lrs)}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -100,9 +107,12 @@ class RunRecorder(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the clock of an epoch that is resumed in its middle; otherwise the epoch's start resets it."""
+        assert isinstance(pl_module, ImageClassifier)
         self._is_training, self._first_step = True, trainer.global_step
+        self._lr_every = -(-pl_module.total_steps() // _MAX_LRS)
         if self._loaded is None:
             return
+        self._lrs = dict(self._loaded.get("lrs", {}))
         self._start_clock(self._loaded.get("clock", {"elapsed_s": math.nan, "validation_s": math.nan}))
         self._val_metrics, self._loaded = self._loaded.get("figures", {}), None
 
@@ -110,6 +120,11 @@ class RunRecorder(pl.Callback):
         """Start the clock."""
         self.has_begun, self._first_step = True, trainer.global_step
         self._start_clock()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Keep the learning rate of the step; after a batch it is that of the next one."""
+        if trainer.global_step % self._lr_every == 0 and not math.isnan(lr := current_lr(trainer)):
+            self._lrs[trainer.global_step] = lr
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write what ended training into environment.json."""
@@ -131,6 +146,8 @@ class RunRecorder(pl.Callback):
     def _write_ending(self, trainer: pl.Trainer, ending: dict[str, Any]) -> None:
         if trainer.is_global_zero:
             write_ending(self.run, ending)
+            kept = sorted(self._lrs.items())[:: -(-len(self._lrs) // _MAX_LRS) or 1]  # resumed runs have had others
+            write_json(self.run.learning_rates, {"step": [step for step, _ in kept], "lr": [lr for _, lr in kept]})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock of training."""

@@ -27,6 +27,7 @@ FILES_OF_A_RUN = [
     "environment.json",
     "metrics.csv",
     "timing.csv",
+    "learning_rates.json",
     "checkpoints/best.ckpt",
     "checkpoints/last.ckpt",
     "checkpoints/previous.ckpt",
