@@ -51,10 +51,20 @@ def make_run(path, names=CIFAR10, n=2000, seed=0, image_size=32, epochs=5, **kwa
     write_json(run.environment, {"commit": "c0ffee", "dirty": False, "command": ["python", "train.py", "fit"]})
     config = {"seed_everything": 0, "model": {"name": "smallnet", "lr": 0.003}, "data": {"dataset": "cifar10"}}
     write_text_durably(run.config, yaml.safe_dump(config))
+    one_cycle = [
+        0.1 * min((step + 1) / (3 * epochs), (10 * epochs - step) / (7 * epochs)) for step in range(10 * epochs)
+    ]
+    write_json(run.learning_rates, {"step": list(range(10 * epochs)), "lr": one_cycle})
     metrics, timing = MetricsTable(run.metrics_csv), MetricsTable(run.timing_csv)
     for epoch in range(epochs):
         done = epoch / epochs
-        row = {"epoch": epoch, "step": 10 * epoch, "train/loss": 2 - done, "train/acc": done, "lr": 0.1 * (1 - done)}
+        row = {
+            "epoch": epoch,
+            "step": 10 * (epoch + 1),
+            "train/loss": 2 - done,
+            "train/acc": done,
+            "lr": 0.1 * (1 - done),
+        }
         metrics.append({**row, "val/loss": 2 - done, "val/acc": 0.9 * done, "val/f1": done, "val/ece": 0.1})
         timing.append({"epoch": epoch, "elapsed_s": 10.5, "train_images_per_s": 1000.0, "peak_memory_mb": 500.0})
     return run

@@ -1,157 +1,211 @@
-"""Charts of the findings: recall of the classes, reliability, confidence, learning curves."""
+"""Charts of the report as SVG: reliability, confidence and learning curves.
+
+They are drawn by hand, since matplotlib takes a third of the time of a report for them, in the colours and fonts of
+page.css, which follow the reader's theme. Lines differ by dashes and bars by hatching, too, for readers who see no
+colours.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib import rcParams
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from markupsafe import Markup, escape
+from matplotlib.ticker import MaxNLocator
 
-from cifar_lightning.formatting import printable
-from cifar_lightning.report.figures import COLOURS, shorten
+from cifar_lightning.formatting import percent, printable
 
-_MAX_BARS = 40  # above, only the classes with the lowest recall are drawn
-_NUM_LOWEST = 30
-# Of Okabe and Ito's colours those that are legible on white and on black; see COLOURS.
-_OF_RUNS = (COLOURS["correct"], COLOURS["mistake"], "#009e73", "#cc79a7", "#8f8f00", "#7f7fd0")
+_WIDTH, _HEIGHT = 400, 270  # of the view box; a chart is shown 300 to 500 pixels wide
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 376, 10, 226  # of the axes
+_MAX_MARKERS = 30
 _MAX_LEGEND = 12
-_WIDTH = 5.4  # inches; text of 10 points stays legible on a phone, 350 px wide
+_NUM_COLOURS = 6  # of lines, in page.css
+Points = Sequence[tuple[float, float]]
+Range = tuple[float, float]
+Scale = Callable[[float], float]  # value -> coordinate
+Tick = Callable[[float], str]
 
 
-def classes_figure(classes: Sequence[dict[str, Any]]) -> Figure:
-    """Draw recall, lowest first, 95 % intervals and the confidence of `classes` in the findings."""
-    rows = sorted((row for row in classes if row["support"]), key=lambda row: row["recall"])
-    title = ""
-    if len(rows) > _MAX_BARS:
-        title = f"{_NUM_LOWEST} lowest of {len(rows)} classes"
-        rows = rows[:_NUM_LOWEST]
-    figure, axes = _chart(1.3 + 0.25 * max(len(rows), 1))
-    recall = np.array([row["recall"] for row in rows])
-    low, high = (np.array([row["recall_interval_95"][end] for row in rows]) for end in (0, 1))
-    places = np.arange(len(rows))
-    ink = rcParams["text.color"]
-    axes.barh(places, recall, color=COLOURS["correct"], height=0.7, label="recall, 95 % interval")
-    errors = np.array([recall - low, high - recall]) if rows else None
-    axes.errorbar(recall, places, xerr=errors, fmt="none", color=ink, elinewidth=1, capsize=2)
-    confidence = [row["mean_confidence"] for row in rows]
-    if not all(map(math.isnan, confidence)):
-        style: dict[str, Any] = {"color": COLOURS["mistake"], "markeredgecolor": ink, "markersize": 5}
-        axes.plot(confidence, places, "D", label="mean confidence", **style)
-    axes.set_yticks(places, [shorten(printable(row["name"])) for row in rows], parse_math=False)
-    axes.set(xlim=(0, 1), xlabel="fraction of the class's images", title=title)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.invert_yaxis()
-    axes.grid(axis="x")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    return figure
+@dataclass(frozen=True)
+class Chart:
+    """A chart: `svg`, its text alternative, and its legend of (class of page.css, text)."""
+
+    title: str
+    alt: str
+    svg: Markup
+    legend: list[tuple[str, str]]
 
 
-def reliability_figure(calibration: dict[str, Any]) -> Figure:
-    """Draw accuracy over confidence, before and after temperature scaling; takes `calibration` of the findings."""
-    figure, axes = _chart(4.4)
-    axes.plot([0, 1], [0, 1], color=rcParams["text.color"], linewidth=1, linestyle=":")
-    _reliability_line(axes, calibration["before"], "as trained", COLOURS["correct"], "o-")
-    if calibration["after"] is not None:
-        label = f"temperature {calibration['temperature']:.2f}"
-        _reliability_line(axes, calibration["after"], label, COLOURS["mistake"], "s--")
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid()
-    figure.legend(loc="outside upper center", ncols=1, frameon=False)
-    return figure
+def reliability_chart(calibration: Mapping[str, Any]) -> Chart:
+    """Draw accuracy over confidence with 95 % intervals, before and after temperature scaling."""
+    marks, legend = [Markup('<path class="ideal" d="M{} {}L{} {}"/>').format(_LEFT, _BOTTOM, _RIGHT, _TOP)], []
+    x, y = _scales((0, 1), (0, 1))
+    stages = [
+        ("before", "s0", "as trained"),
+        ("after", "s1 dashed", f"temperature {calibration['temperature'] or 1:.2f}"),
+    ]
+    for key, style, label in stages:
+        if calibration[key] is None:
+            continue
+        bins = [row for row in calibration[key]["bins"] if row["num_images"]]
+        for row in bins:
+            low, high = row["accuracy_interval_95"]
+            marks.append(_path([(row["confidence"], low), (row["confidence"], high)], x, y, f"{style} thin"))
+        marks += _line([(row["confidence"], row["accuracy"]) for row in bins], x, y, style, has_markers=True)
+        legend.append((style, f"{label}: ECE {percent(calibration[key]['ece'])}"))
+    legend.append(("ideal", "calibrated"))
+    svg = _axes(marks, (0, 1), (0, 1), "confidence", (percent_tick, percent_tick))
+    return Chart("Accuracy by confidence", "reliability diagram", svg, legend)
 
 
-def _reliability_line(axes: Axes, calibration: dict[str, Any], label: str, color: str, style: str) -> None:
-    bins = [row for row in calibration["bins"] if row["num_images"]]
-    confidence, accuracy = (np.array([row[key] for row in bins]) for key in ("confidence", "accuracy"))
-    low, high = (np.array([row["accuracy_interval_95"][end] for row in bins]) for end in (0, 1))
-    label = f"{label}: ECE {100 * calibration['ece']:.1f} %"
-    errors = np.array([accuracy - low, high - accuracy])
-    axes.errorbar(confidence, accuracy, yerr=errors, fmt=style, color=color, label=label, markersize=5, elinewidth=1)
-
-
-def confidence_figure(calibration: dict[str, Any]) -> Figure:
-    """Draw the histogram of confidence, mistakes stacked on correct predictions; takes the findings' `calibration`."""
-    figure, axes = _chart(4.4)
+def confidence_chart(calibration: Mapping[str, Any]) -> Chart:
+    """Draw the histogram of confidence, mistakes stacked on correct predictions."""
     bins = calibration["before"]["bins"]
-    correct = np.array([row["num_right"] for row in bins])
-    mistakes = np.array([row["num_images"] for row in bins]) - correct
-    left, width = [row["low"] for row in bins], 0.92 / len(bins)
-    axes.bar(left, correct, width, align="edge", color=COLOURS["correct"], label="correct")
-    # Hatched, to be distinguishable without colours.
-    hatched = axes.bar(left, mistakes, width, bottom=correct, align="edge", label="mistakes", color=COLOURS["mistake"])
-    for bar in hatched:
-        bar.set(hatch="////", edgecolor=COLOURS["face"])
-    axes.set(xlim=(0, 1), xlabel="confidence", ylabel="images")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y")
-    axes.legend(loc="upper left")
-    return figure
+    top = (max(row["num_images"] for row in bins) or 1) * 1.05  # 0 of a diverged model
+    x, y = _scales((0, 1), (0, top))
+    marks = []
+    for row in bins:
+        left, width = x(row["low"]), x(row["high"]) - x(row["low"]) - 1.5
+        for style, low, high in (("b0", 0, row["num_right"]), ("b1", row["num_right"], row["num_images"])):
+            if high > low:
+                marks.append(
+                    Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
+                        style, left, y(high), width, y(low) - y(high)
+                    )
+                )
+    svg = _axes(marks, (0, 1), (0, top), "confidence", (percent_tick, count_tick))
+    return Chart("Images by confidence", "histogram of confidence", svg, [("b0", "correct"), ("b1", "mistakes")])
 
 
-def curves_figure(epochs: Sequence[dict[str, float]]) -> Figure:
-    """Draw accuracy, loss and learning rate over the epochs, counted from 1; takes rows of metrics.csv."""
-    figure = Figure(figsize=(_WIDTH, 6.0), layout="constrained")
-    charts = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1.6])
-    numbers = [row["epoch"] + 1 for row in epochs]
-    for axes, name, label in ((charts[0], "acc", "accuracy"), (charts[1], "loss", "loss")):
-        for stage, color, legend, line, marker in (
-            ("train", COLOURS["mistake"], "training (augmented)", "--", "s"),
-            ("val", COLOURS["correct"], "validation", "-", "o"),
-        ):
-            values = [row.get(f"{stage}/{name}", math.nan) for row in epochs]
-            if not all(map(math.isnan, values)):
-                style = {"color": color, "linestyle": line, "marker": marker if len(epochs) <= 30 else ""}
-                axes.plot(numbers, values, label=legend, markersize=4, **style)
-        axes.set_ylabel(label)
-        axes.grid()
-    charts[0].yaxis.set_major_formatter(PercentFormatter(1.0))
-    charts[0].legend(loc="lower right")
-    charts[2].plot(numbers, [row.get("lr", math.nan) for row in epochs], color=rcParams["text.color"])
-    charts[2].set(xlabel="epoch", ylabel="learning\nrate")
-    charts[2].xaxis.set_major_locator(MaxNLocator(integer=True))
-    charts[2].grid()
-    return figure
+@dataclass(frozen=True)
+class Curves:
+    """What is drawn of the training of a run.
 
-
-def runs_figure(tables: Sequence[Sequence[dict[str, float]]], groups: Sequence[int], names: Sequence[str]) -> Figure:
-    """Draw validation accuracy and loss of several runs over the epochs, counted from 1.
-
-    Args:
-        tables: Rows of metrics.csv of each run.
-        groups: Index into `names` of each run; the runs of one have one colour.
-        names: What the groups are called.
+    Attributes:
+        name: For the legend.
+        epochs: Rows of metrics.csv.
+        learning_rates: (Epochs done, learning rate).
+        group: Runs of a group have one colour, and the name of the first.
     """
-    figure = Figure(figsize=(_WIDTH, 5.4), layout="constrained")
-    charts = figure.subplots(2, 1, sharex=True)
-    named = set[int]()
-    for rows, group in zip(tables, groups, strict=True):
-        colour, line = _OF_RUNS[group % len(_OF_RUNS)], ("-", "--", ":")[group // len(_OF_RUNS) % 3]
-        for axes, metric in zip(charts, ("val/acc", "val/loss"), strict=True):
-            values = [row.get(metric, math.nan) for row in rows]
-            axes.plot([row["epoch"] + 1 for row in rows], values, color=colour, linestyle=line, linewidth=1.3)
-        if rows and group not in named and len(named) < _MAX_LEGEND:
-            charts[0].plot([], [], color=colour, linestyle=line, label=shorten(printable(names[group])))
-            named.add(group)
-    for axes, label in zip(charts, ("validation accuracy", "validation loss"), strict=True):
-        axes.set_ylabel(label)
-        axes.grid()
-    charts[0].yaxis.set_major_formatter(PercentFormatter(1.0))
-    charts[1].set_xlabel("epoch")
-    charts[1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    for text in figure.legend(loc="outside upper center", ncols=3, frameon=False).get_texts():
-        text.set_parse_math(False)
-    return figure
+
+    name: str
+    epochs: Sequence[Mapping[str, float]]
+    learning_rates: Points = ()
+    group: int = 0
 
 
-def _chart(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    return figure, axes
+def curves_charts(runs: Sequence[Curves]) -> list[Chart]:
+    """Draw accuracy and loss of each epoch, and the learning rate of each step, of all runs on the same axes.
+
+    Of more than two runs only the validation is drawn. Charts without a line are left out.
+    """
+    charts = []
+    stages = (("val", "validation", ""), ("train", "training", " dashed"))[: 2 if len(runs) <= 2 else 1]
+    for title, key, tick in (("Accuracy", "acc", percent_tick), ("Loss", "loss", number_tick)):
+        lines: list[tuple[str, str, Points]] = []
+        for run in runs:
+            for stage, words, dash in stages:
+                points = [(row["epoch"] + 1, row.get(f"{stage}/{key}", math.nan)) for row in run.epochs]
+                if any(math.isfinite(value) for _, value in points):
+                    lines.append((_style(run) + dash, f"{run.name}, {words}" if len(runs) > 1 else words, points))
+        charts.append(_curves(title, f"{title.lower()} over the epochs", lines, tick))
+    lines = [(_style(run), run.name if len(runs) > 1 else "each step", run.learning_rates) for run in runs]
+    charts.append(_curves("Learning rate", "learning rate of each step", lines, number_tick, from_zero=True))
+    return [chart for chart in charts if chart.legend]
+
+
+def _style(run: Curves) -> str:
+    return f"s{run.group % _NUM_COLOURS}" + ("", " dotted")[run.group // _NUM_COLOURS % 2]
+
+
+def _curves(
+    title: str, alt: str, lines: Sequence[tuple[str, str, Points]], tick: Tick, from_zero: bool = False
+) -> Chart:
+    lines = [line for line in lines if line[2]]
+    pairs = np.array([pair for *_, points in lines for pair in points], dtype=float).reshape(-1, 2)
+    values = pairs[np.isfinite(pairs[:, 1]), 1]
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    margin = 0.04 * (high - low) or 0.05 * abs(high) or 0.1
+    y_range = (0.0 if from_zero else low - margin, high + margin)
+    x_range = (0.0, float(pairs[:, 0].max(initial=1)))
+    x, y = _scales(x_range, y_range)
+    marks = []
+    for style, _, points in lines:
+        marks += _line(points, x, y, style, has_markers=len(points) <= _MAX_MARKERS)
+    svg = _axes(marks, x_range, y_range, "epoch", (number_tick, tick))
+    legend = {style: (style, printable(label)) for style, label, _ in reversed(lines)}  # the first of each group
+    return Chart(title, alt, svg, list(reversed(legend.values()))[:_MAX_LEGEND])
+
+
+def _scales(x_range: Range, y_range: Range) -> tuple[Scale, Scale]:
+    def scale(low: float, high: float, start: int, end: int) -> Scale:
+        return lambda value: start + (value - low) / (high - low) * (end - start)
+
+    return scale(*x_range, _LEFT, _RIGHT), scale(*y_range, _BOTTOM, _TOP)
+
+
+def _line(points: Points, x: Scale, y: Scale, style: str, has_markers: bool) -> list[Markup]:
+    """Return a line with gaps where a value is not known, and a marker at each point."""
+    parts: list[list[tuple[float, float]]] = [[]]
+    for point in points:
+        if math.isfinite(point[1]):
+            parts[-1].append(point)
+        else:
+            parts.append([])
+    known = [part for part in parts if part]
+    has_markers = has_markers or all(len(part) == 1 for part in known)
+    shape = '<rect class="{} dot" x="{:.1f}" y="{:.1f}" width="6" height="6"/>'
+    dots = [Markup(shape).format(style, x(a) - 3, y(b) - 3) for part in known for a, b in part if has_markers]
+    return [_path(part, x, y, style) for part in known] + dots
+
+
+def _path(points: Points, x: Scale, y: Scale, style: str) -> Markup:
+    path = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points)
+    return Markup('<path class="{}" d="M{}"/>').format(style, path)
+
+
+def _axes(
+    marks: Sequence[Markup],
+    x_range: Range,
+    y_range: Range,
+    x_label: str,
+    ticks: tuple[Tick, Tick],
+) -> Markup:
+    x, y = _scales(x_range, y_range)
+    grid, texts = [], []
+    whole = {"integer": True} if ticks[1] is count_tick else {}
+    for at in _ticks(x_range, integer=x_label == "epoch"):
+        grid.append(f"M{x(at):.1f} {_TOP}V{_BOTTOM}")
+        texts.append(_text(x(at), _BOTTOM + 17, "middle", ticks[0](at)))
+    for at in _ticks(y_range, **whole):
+        grid.append(f"M{_LEFT} {y(at):.1f}H{_RIGHT}")
+        texts.append(_text(_LEFT - 6, y(at) + 4.5, "end", ticks[1](at)))
+    texts.append(_text((_LEFT + _RIGHT) / 2, _HEIGHT - 8, "middle", x_label))
+    head = Markup('<svg viewBox="0 0 {} {}"><path class="grid" d="{}"/>').format(_WIDTH, _HEIGHT, "".join(grid))
+    return head + Markup("").join([*marks, *texts]) + Markup("</svg>")
+
+
+def _text(x: float, y: float, anchor: str, text: str) -> Markup:
+    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(x, y, anchor, escape(text))
+
+
+def _ticks(bounds: Range, integer: bool = False) -> list[float]:
+    ticks: Any = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=integer).tick_values(*bounds)
+    slack = 1e-9 * (bounds[1] - bounds[0])
+    return [float(tick) for tick in ticks if bounds[0] - slack <= tick <= bounds[1] + slack]
+
+
+def percent_tick(value: float) -> str:
+    """Return a fraction as "35 %", or as "35.5 %" where the axis is of a short range."""
+    return f"{100 * value:.4g} %"
+
+
+def count_tick(value: float) -> str:
+    """Return a whole number as "1,500"."""
+    return f"{value:,.0f}"
+
+
+def number_tick(value: float) -> str:
+    """Return a number in few digits."""
+    return f"{value:.4g}" if abs(value) > 1e-12 else "0"

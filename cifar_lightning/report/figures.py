@@ -6,7 +6,6 @@ Correct predictions are blue and mistakes orange, a pair that readers with any c
 import contextlib
 import io
 import math
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +15,6 @@ from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
@@ -29,10 +27,11 @@ from cifar_lightning.formatting import printable
 from cifar_lightning.metrics.calibration import reliability
 from cifar_lightning.metrics.classification import accuracy, per_class
 
-MAX_CLASSES_WITH_NUMBERS = 20
+_MAX_CLASSES_WITH_NUMBERS = 20
+_MAX_NAMED = 200  # classes; more are illegible and take matplotlib 10 s for 1,000
 _MAX_NAME = 24
-# Light theme of page.css, by the name of its variable; `figure_to_svg` puts the variables back. The blue is that of
-# M. Okabe and K. Ito, "Color Universal Design" (2008); their orange is darkened so that white text on it is legible.
+# Light theme of page.css, by the name of its variable. The blue is that of M. Okabe and K. Ito, "Color Universal
+# Design" (2008); their orange is darkened so that white text on it is legible.
 COLOURS = {"face": "#ffffff", "ink": "#1b1f24", "line": "#d9dde3", "correct": "#0072b2", "mistake": "#b34700"}
 _NUM_SHADES = 32
 _INVERTED_ABOVE = 0.75  # opacity of a cell from which text in the face's colour has more contrast, in both themes
@@ -51,13 +50,11 @@ def themed() -> Iterator[None]:
         yield
 
 
-def confusion_figure(
-    cm: Int[np.ndarray, "classes classes"], class_names: Sequence[str], normalize: bool = False
-) -> Figure:
+def confusion_figure(cm: Int[np.ndarray, "classes classes"], class_names: Sequence[str]) -> Figure:
     """Draw a confusion matrix: true classes in rows, correct predictions in blue, mistakes in orange.
 
     The opacity of a cell is its fraction of the true class. Mistakes have their own scale, so that 3 % is visible next
-    to 95 %. Up to 20 classes the cells hold counts, or with `normalize` percent of the true class.
+    to 95 %. Up to 20 classes the cells hold counts.
     """
     num_classes = len(class_names)
     support = per_class(cm).support[:, None]
@@ -83,8 +80,8 @@ def confusion_figure(
     _label_classes(axes, class_names)
     num_images = int(cm.sum())
     axes.set_title(f"Accuracy {accuracy(cm):.2%} of {num_images:,} images" if num_images else "No images")
-    if num_classes <= MAX_CLASSES_WITH_NUMBERS:
-        _write_cells(axes, 100 * fractions if normalize else cm, opacity, decimals=1 if normalize else 0)
+    if num_classes <= _MAX_CLASSES_WITH_NUMBERS:
+        _write_cells(axes, cm, opacity)
     return figure
 
 
@@ -97,7 +94,7 @@ def _ramp(name: str) -> Colormap:
 def _fill_cells(
     axes: Axes, opacity: Float[np.ndarray, "rows columns"], cells: Bool[np.ndarray, "rows columns"], cmap: Colormap
 ) -> None:
-    """Fill cells with one path a shade: for 100 classes an SVG of one path a cell is several megabytes."""
+    """Fill cells with one path a shade, since matplotlib is slow with one path a cell."""
     shades = np.ceil(opacity * _NUM_SHADES) * cells
     corners = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
     for shade in np.unique(shades[shades > 0]):
@@ -107,8 +104,8 @@ def _fill_cells(
 
 
 def _label_classes(axes: Axes, class_names: Sequence[str]) -> None:
-    names = [shorten(printable(name)) for name in class_names]
-    size = min(10.0, max(3.0, 650 / len(names)))  # points; the largest that fits the rows of the largest figure
+    names = [shorten(printable(name)) for name in class_names] if len(class_names) <= _MAX_NAMED else []
+    size = min(10.0, max(3.0, 650 / len(class_names)))  # points; the largest that fits the rows of the largest figure
     # parse_math=False: a folder called "$5 or $6" is no formula.
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size, parse_math=False)
     axes.set_yticks(range(len(names)), names, fontsize=size, parse_math=False)
@@ -117,13 +114,15 @@ def _label_classes(axes: Axes, class_names: Sequence[str]) -> None:
     axes.set_ylabel("true class")
 
 
-def _write_cells(axes: Axes, values: np.ndarray, opacity: Float[np.ndarray, "rows columns"], decimals: int) -> None:
-    size = 9 if len(values) <= 10 else 7
-    for (row, column), value in np.ndenumerate(values):
-        if value or row == column:  # zeros off the diagonal stay empty, so that mistakes stand out
+def _write_cells(
+    axes: Axes, cm: Int[np.ndarray, "classes classes"], opacity: Float[np.ndarray, "classes classes"]
+) -> None:
+    size = 9 if len(cm) <= 10 else 7
+    for (row, column), number in np.ndenumerate(cm):
+        if number or row == column:  # zeros off the diagonal stay empty, so that mistakes stand out
             color = COLOURS["face" if opacity[row, column] > _INVERTED_ABOVE else "ink"]
-            text = f"{value:,.{decimals}f}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color, in_layout=False)
+            place = {"ha": "center", "va": "center", "in_layout": False}
+            axes.text(column, row, f"{number:,}", fontsize=size, color=color, **place)
 
 
 def shorten(name: str, length: int = _MAX_NAME) -> str:
@@ -204,38 +203,6 @@ def figure_to_png(figure: Figure, dpi: float = 150.0) -> bytes:
     # `savefig` would compute the layout twice.
     Image.fromarray(figure_to_array(figure, dpi)).save(buffer, "png", dpi=(dpi, dpi))
     return buffer.getvalue()
-
-
-def figure_to_svg(figure: Figure) -> str:
-    """Return a figure as an `<svg>` element for HTML, in the CSS variables of the page.
-
-    Colours follow the theme of the page, and text is text in the reader's fonts.
-    """
-    buffer = io.StringIO()
-    for artist in (artist for axes in figure.axes for artist in (*axes.lines, *axes.patches, *axes.collections)):
-        artist.set_in_layout(False)  # within its axes; without a clip path the layout would measure it
-    for artist in figure.findobj(include_self=False):
-        artist.set_clip_on(False)  # axes hold all data; a clip path an artist doubles the size
-    for background in (figure.patch, *(axes.patch for axes in figure.axes)):
-        background.set_facecolor("none")
-    # The salt makes the ids, and so the page, the same each time.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}), _missing_glyphs_allowed():
-        # `savefig` would draw everything a second time, for the layout.
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})  # type: ignore[no-untyped-call]  # untyped
-    svg = buffer.getvalue()
-    svg = re.sub(
-        r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|<g id=\"[^\"]*\"/>",
-        "",
-        svg[svg.index("<svg") :],
-        flags=re.DOTALL,
-    )
-    svg = re.sub(r"<svg[^>]*(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1>", svg)
-    svg = re.sub(r"<g id=\"[^\"]*\">", "<g>", svg)  # the same in every chart of a page
-    svg = re.sub(r"\s*\n\s*", " ", svg).replace("xlink:href", "href")
-    svg = re.sub(r'fill="(#[0-9a-f]{6})"', r'style="fill: \1"', svg)  # the ground of a hatch pattern
-    for name, colour in COLOURS.items():
-        svg = re.sub(rf"(?<=fill: ){colour}|(?<=stroke: ){colour}", f"var(--{name})", svg)
-    return svg
 
 
 @contextlib.contextmanager

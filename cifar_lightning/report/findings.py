@@ -29,6 +29,7 @@ from cifar_lightning.metrics.label_issues import find_label_issues, label_scores
 from cifar_lightning.metrics.significance import wilson_interval
 from cifar_lightning.report.gallery import rank_images
 from cifar_lightning.report.insights import (
+    SECTIONS,
     Insight,
     asymmetric_pairs,
     confidence_gap,
@@ -41,7 +42,9 @@ from cifar_lightning.report.insights import (
 from cifar_lightning.report.results import Origin, Predictions, Results
 
 _NUM_SHOWN = 24  # images of a gallery
-_NUM_SHOWN_OF_PAIR = 8
+_NUM_FIRST = 12  # mistakes that are shown among all and not with their pair
+_NUM_SHOWN_OF_PAIR = 6
+_NUM_PAIRS_SHOWN = 5  # with images
 _NUM_PAIRS = 10
 _NUM_MISTAKES = 500  # of a page's list
 Matrix = Int64[np.ndarray, "classes classes"]
@@ -51,11 +54,13 @@ def find(results: Results) -> dict[str, Any]:
     """Return the content of the report as plain types; values that are not defined are None or NaN.
 
     Keys: `summary`, `calibration` (None without test predictions), `classes` (in class order), `confusion_matrix`
-    (rows: true class), `confused_pairs`, `insights`, `mistakes`, `galleries`, `label_issues` (all, the
-    surest first), `label_check` (`checked`: images by split; `num_issues`), `epochs`, `training`, `run`, `problems`.
+    (rows: true class), `confused_pairs`, `insights`, `mistakes`, `galleries`, `label_issues` (all, the surest first),
+    `label_check` (`checked`: images by split; `num_issues`), `epochs`, `learning_rates`, `training`, `run`, `problems`.
     """
     cm, test = results.confusion, results.test
     probs = softmax(test.logits) if test is not None else None
+    pairs = confused_pairs(cm, results.class_names)
+    galleries = galleries_of(test, set(results.images), pairs) if test is not None else []
     of_splits = {"val": results.val, "test": test}
     predictions = {split: each for split, each in of_splits.items() if each is not None}
     issues = label_issues_of(predictions)
@@ -64,16 +69,17 @@ def find(results: Results) -> dict[str, Any]:
         "calibration": calibration_of(test, results.val) if test is not None else None,
         "classes": classes_of(cm, results.class_names, probs, test.targets if test is not None else None),
         "confusion_matrix": cm.tolist(),
-        "confused_pairs": confused_pairs(cm, results.class_names),
-        "insights": [asdict(insight) for insight in insights_of(results, probs)],
+        "confused_pairs": pairs,
+        "insights": [asdict(it) | {"section": SECTIONS[it.kind]} for it in insights_of(results, probs)],
         "mistakes": mistakes_of(test) if test is not None else None,
-        "galleries": galleries_of(test, set(results.images)) if test is not None else [],
+        "galleries": galleries,
         "label_issues": issues,
         "label_check": {
             "checked": {split: len(each.targets) for split, each in predictions.items()},
             "num_issues": len(issues),
         },
         "epochs": results.epochs,
+        "learning_rates": learning_rates_of(results),
         "training": training_of(results),
         "run": run_of(results.origin),
         "problems": results.problems,
@@ -81,11 +87,18 @@ def find(results: Results) -> dict[str, Any]:
 
 
 def summary_of(cm: Matrix, test: Predictions | None) -> dict[str, Any]:
-    """Return accuracy, loss and macro F1; the loss is None without predictions."""
+    """Return accuracy, loss and macro F1; the loss is None without predictions.
+
+    `chance` is the expected accuracy of guesses, `majority` that of always predicting class number `majority_class`.
+    """
     num_correct, num_images = int(np.trace(cm)), int(cm.sum())
+    support = cm.sum(axis=1)
     return {
         "accuracy": accuracy(cm),
         "accuracy_interval_95": list(wilson_interval(num_correct, num_images)),
+        "chance": 1 / len(cm),
+        "majority": float(support.max() / num_images) if num_images else math.nan,
+        "majority_class": int(support.argmax()),
         **(
             {"accuracy_top5": top_k_accuracy(test.logits, test.targets)}
             if test is not None and len(cm) > TOP_K_FROM
@@ -181,7 +194,7 @@ def confused_pairs(cm: Matrix, names: Sequence[str], top: int = _NUM_PAIRS) -> l
     """Return the pairs of classes with the most confusions in both directions together.
 
     Keys: `true`, `predicted`, `count` and `share` (fraction of the images of `true`) of the more frequent direction;
-    `reverse_count`, `reverse_share` of the other.
+    `reverse_count`, `reverse_share` of the other; `images` and `elsewhere`, which `galleries_of` adds.
     """
     support = per_class(cm).support
     both = np.triu(cm + cm.T, 1)
@@ -197,6 +210,8 @@ def confused_pairs(cm: Matrix, names: Sequence[str], top: int = _NUM_PAIRS) -> l
                 "share": fractions[0],
                 "reverse_count": int(cm[j, i]),
                 "reverse_share": fractions[1],
+                "images": [],
+                "elsewhere": [],
             }
         )
     return pairs
@@ -243,36 +258,48 @@ def mistakes_of(test: Predictions) -> dict[str, Any]:
     return {"count": len(wrong), "named_by": named_by, "images": images}
 
 
-def galleries_of(test: Predictions, available: set[int]) -> list[dict[str, Any]]:
-    """Select the images of the page from those that the run kept.
+def galleries_of(test: Predictions, available: set[int], pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Select the images of the page from those that the run kept; none is shown twice.
 
-    Keys of each: `kind`, `title`, `images` [{index, true, predicted, prob, prob_of_true}].
+    Keys of each gallery: `kind`, `title`, `images` [{index, name, true, predicted, prob, prob_of_true}]. The mistakes
+    of both directions of each of the first `pairs` are added to it: `images`, and the indices of those `elsewhere`.
     """
     ranked = rank_images(test.logits, test.targets)
-    probs, preds = softmax(test.logits), test.logits.argmax(axis=1)
+    probs, preds, names = softmax(test.logits), test.logits.argmax(axis=1), test.class_names
+    left = set(available)
 
-    def images(order: Int64[np.ndarray, " positions"], limit: int) -> list[dict[str, Any]]:
-        kept = [position for position in order.tolist() if int(test.indices[position]) in available][:limit]
-        return [
-            {
-                "index": int(test.indices[position]),
-                "name": test.names[position],
-                "true": test.class_names[test.targets[position]],
-                "predicted": test.class_names[preds[position]],
-                "prob": float(probs[position].max()),
-                "prob_of_true": float(probs[position, test.targets[position]]),
-            }
-            for position in kept
-        ]
+    def images(positions: list[int], limit: int) -> list[dict[str, Any]]:
+        shown = []
+        for position in [at for at in positions if int(test.indices[at]) in left][:limit]:
+            true, index = test.targets[position], int(test.indices[position])
+            left.remove(index)
+            shown.append(
+                {
+                    "index": index,
+                    "name": test.names[position],
+                    "true": names[true],
+                    "predicted": names[preds[position]],
+                    "prob": float(probs[position].max()),
+                    "prob_of_true": float(probs[position, true]),
+                }
+            )
+        return shown
 
+    mistakes = images(ranked.mistakes.tolist(), _NUM_FIRST)
+    for pair in pairs[:_NUM_PAIRS_SHOWN]:
+        classes = {pair["true"], pair["predicted"]}
+        of_pair = [at for at in ranked.mistakes.tolist() if {names[test.targets[at]], names[preds[at]]} == classes]
+        pair["images"] = images(of_pair, _NUM_SHOWN_OF_PAIR)
+        pair["elsewhere"] = [item["index"] for item in mistakes if {item["true"], item["predicted"]} == classes]
+    mistakes += images(ranked.mistakes.tolist(), _NUM_SHOWN - _NUM_FIRST)
     galleries = [
-        {"kind": "mistakes", "title": "Most confident mistakes", "images": images(ranked.mistakes, _NUM_SHOWN)},
-        {"kind": "losses", "title": "Highest losses", "images": images(ranked.losses, _NUM_SHOWN)},
-        {"kind": "uncertain", "title": "Least certain", "images": images(ranked.uncertain, _NUM_SHOWN)},
+        {"kind": "mistakes", "title": "Most confident mistakes", "images": mistakes},
+        {
+            "kind": "uncertain",
+            "title": "Least certain of the other images",
+            "images": images(ranked.uncertain.tolist(), _NUM_SHOWN),
+        },
     ]
-    for pair, order in ranked.pairs:
-        title = f"{test.class_names[pair.true]} predicted as {test.class_names[pair.pred]}"
-        galleries.append({"kind": "pair", "title": title, "images": images(order, _NUM_SHOWN_OF_PAIR)})
     return [gallery for gallery in galleries if gallery["images"]]
 
 
@@ -303,6 +330,16 @@ def label_issues_of(predictions: Mapping[str, Predictions]) -> list[dict[str, An
                 }
             )
     return sorted(found, key=lambda issue: float(issue["score"]))
+
+
+def learning_rates_of(results: Results) -> list[tuple[float, float]]:
+    """Return (epochs done, lr) of the recorded steps, or of the end of each epoch where the steps were not recorded."""
+    ends = [(row.get("step", math.nan), row["epoch"] + 1) for row in results.epochs]
+    if not results.learning_rates or not ends:
+        return [(row["epoch"] + 1, row["lr"]) for row in results.epochs if "lr" in row]
+    steps, epochs = zip((0, 0), *ends, strict=True)
+    done = np.interp([step for step, _ in results.learning_rates], steps, epochs).tolist()
+    return list(zip(done, (lr for _, lr in results.learning_rates), strict=True))
 
 
 def training_of(results: Results) -> dict[str, Any]:

@@ -32,6 +32,15 @@ CIFAR10_GROUPS = {
     "animals": ("bird", "cat", "deer", "dog", "frog", "horse"),
     "vehicles": ("airplane", "automobile", "ship", "truck"),
 }
+# Kind of an insight -> section of the page that it belongs to.
+SECTIONS = {
+    "validation_gap": "accuracy",
+    "groups": "confusions",
+    "asymmetric_pairs": "pairs",
+    "hard_classes": "classes",
+    "over_predicted": "classes",
+    "confidence": "calibration",
+}
 Matrix = Int64[np.ndarray, "classes classes"]
 
 

@@ -11,15 +11,6 @@ const measure = () => {
 };
 addEventListener("load", measure);
 addEventListener("resize", measure);
-// Enlarge a chart with small letters, and back.
-for (const button of document.querySelectorAll(".enlarge button")) {
-  button.addEventListener("click", () => {
-    const enlarged = button.closest("p").nextElementSibling.classList.toggle("enlarged");
-    button.setAttribute("aria-pressed", enlarged);
-    button.textContent = enlarged ? "Fit to the page" : "Enlarge";
-    measure();
-  });
-}
 // Sort a table by the clicked column; rows without a number come last in both directions.
 for (const button of document.querySelectorAll("table.sortable th button")) {
   button.addEventListener("click", () => {

@@ -12,48 +12,73 @@ from typing import Any
 
 import numpy as np
 import yaml
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
 from cifar_lightning import formatting
 from cifar_lightning.formatting import object_text, percent, plural, printable, shell_line, unbroken
-from cifar_lightning.report.charts import classes_figure, confidence_figure, curves_figure, reliability_figure
-from cifar_lightning.report.figures import MAX_CLASSES_WITH_NUMBERS, confusion_figure, figure_to_svg, themed
+from cifar_lightning.metrics.classification import most_confused, per_class
+from cifar_lightning.report.charts import Curves, confidence_chart, curves_charts, reliability_chart
+from cifar_lightning.report.figures import shorten
+from cifar_lightning.report.results import Explanations
 from cifar_lightning.runs.ending import ending_text
 from cifar_lightning.runs.environment import inexact_resumes
 from cifar_lightning.settings.roles import OWN_OPTIMIZER, READ_BY, augmentations, switched_on
 
+Image3 = UInt8[np.ndarray, "height width 3"]
 TEMPLATES = Path(__file__).parent
 _FILTERS = ("percent", "span", "points", "points_span", "decimal", "count", "images", "pvalue", "duration")
-_LARGE_INCHES = 10.0  # a matrix of 100 classes is 14 wide: its names are legible where it is enlarged
+_MAX_IN_MATRIX = 20  # classes; above, the most confused of them
 _MAX_GROUPED = 12  # grouped classes above this number are folded
+_MAX_ITEMS = 5  # of an insight
+_MAX_ISSUES = 25
+_NUM_EXPLAINED = 12
 _CRISP_PX = 64  # images up to this size are scaled up without smoothing; larger ones are reduced to `_REDUCED_PX`
 _REDUCED_PX = 144  # shown 96 px wide; sharp on high-density screens
 
 
-def render_page(findings: Mapping[str, Any], kept: Mapping[int, UInt8[np.ndarray, "height width 3"]]) -> str:
+def render_page(
+    findings: Mapping[str, Any],
+    kept: Mapping[int, Image3],
+    explanations: Explanations | None = None,
+    explanations_reason: str = "",
+) -> str:
     """Return the page as HTML: the findings, with `report.describe_run` in `run`, and test images by index."""
     tested = [row for row in findings["classes"] if row["support"]]
     sizes = [max(image.shape[:2]) for image in kept.values()]
+    calibration, run, comparison = findings["calibration"], findings["run"], findings["comparison"]
+    curves = [Curves("this run", findings["epochs"], findings["learning_rates"])]
+    if comparison:
+        curves.append(Curves(comparison["runs"][1]["name"], **comparison["curves"], group=1))
+    groups = [*findings["galleries"], *findings["confused_pairs"]]
+    listed = {item["index"] for group in groups for item in group["images"]}
+    changed = [item for it in comparison["changed"].values() for item in it["images"]] if comparison else []
     return render(
         "page.html",
-        f=findings,
+        f={"coverage": None, "label_issues": None, **findings},
         css=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
         script=(TEMPLATES / "page.js").read_text(encoding="utf-8"),
-        figures=draw_figures(findings),
-        uris=_image_uris(findings, kept),
+        matrix=matrix_of(np.array(findings["confusion_matrix"]), [row["name"] for row in findings["classes"]]),
+        calibration_charts=[reliability_chart(calibration), confidence_chart(calibration)] if calibration else [],
+        curves=curves_charts(curves) if findings["epochs"] else [],
+        listed=listed,
+        uris={index: _image_uri(kept[index]) for index in listed | {item["index"] for item in changed}},
+        explained=_explained(explanations, kept, [row["name"] for row in findings["classes"]]),
+        explanations_reason=explanations_reason,
         image_class="crisp" if max(sizes, default=0) <= _CRISP_PX else "smooth",
         hardest=min(tested, key=lambda row: row["recall"], default=None) if len(tested) > 1 else None,
         never=[row["name"] for row in tested if not row["predicted"]],
+        worst_first=len(findings["classes"]) > _MAX_IN_MATRIX,
         groups_open=_MAX_GROUPED,
-        facts=facts_of(findings["run"]),
-        duplicates=duplicates_of(findings["run"]),
-        reproduce=reproduction_of(findings["run"]),
-        config=yaml.safe_dump(findings["run"]["config"], sort_keys=False, allow_unicode=True)
-        if findings["run"]["config"]
-        else "",
+        items_shown=_MAX_ITEMS,
+        issues_shown=_MAX_ISSUES,
+        facts=facts_of(run),
+        duplicates=duplicates_of(run),
+        inspect=_inspect_command(run["config"]),
+        reproduce=reproduction_of(run),
+        config=yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True) if run["config"] else "",
     )
 
 
@@ -67,6 +92,7 @@ def render(template: str, **values: Any) -> str:
         finalize=_shown if template.endswith(".html") else _in_markdown,
     )
     environment.filters["verbatim"] = lambda text: escape(_clean(text))  # for copying: no non-breaking spaces
+    environment.filters |= {"tail": _tail, "shorten": shorten}
     environment.filters["code"] = lambda text: Markup(formatting.markdown_code(text))  # escaped for Markdown
     environment.globals["command_line"] = formatting.command_line
     environment.filters.update({name: getattr(formatting, name) for name in _FILTERS})
@@ -75,45 +101,60 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values, **{key: Markup(text) for key, text in own.items()})
 
 
-def draw_figures(findings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the charts by name: `svg`, `alt` (text alternative), `width` (pixels) and `is_large`."""
-    cm = np.array(findings["confusion_matrix"], dtype=np.int64)
-    names = [row["name"] for row in findings["classes"]]
-    calibration, epochs = findings["calibration"], findings["epochs"]
-    with themed():
-        figures = {
-            "confusion": ("confusion matrix, images", confusion_figure(cm, names)),
-            "classes": ("recall of each class", classes_figure(findings["classes"])),
-        }
-        if len(names) <= MAX_CLASSES_WITH_NUMBERS:  # without numbers the two matrices are identical
-            alt = "confusion matrix, percent of each row"
-            figures["confusion_normalized"] = (alt, confusion_figure(cm, names, normalize=True))
-        if calibration is not None:
-            figures["reliability"] = ("accuracy over confidence", reliability_figure(calibration))
-            figures["confidence"] = ("histogram of confidence", confidence_figure(calibration))
-        if epochs:
-            figures["curves"] = ("accuracy, loss and learning rate over the epochs", curves_figure(epochs))
-        return {
-            name: {
-                "svg": Markup(figure_to_svg(figure)),  # matplotlib escapes text
-                "alt": alt,
-                "width": round(80 * figure.get_figwidth()),
-                "is_large": figure.get_figwidth() > _LARGE_INCHES,
+def matrix_of(cm: Int64[np.ndarray, "classes classes"], names: Sequence[str]) -> dict[str, Any]:
+    """Return the confusion matrix as the page shows it; of many classes those of the most confused pairs.
+
+    Keys: `rows` [{name, cells [{number, fraction (of the true class), opacity, is_correct}]}], `top` (fraction at which
+    a mistake is opaque), `is_part`.
+    """
+    shown = list(range(len(cm)))
+    if len(cm) > _MAX_IN_MATRIX:
+        pairs = most_confused(np.triu(cm + cm.T, 1), len(cm))
+        confused = dict.fromkeys(index for pair in pairs for index in (pair.true, pair.pred))
+        shown = sorted(list(dict.fromkeys([*confused, *shown]))[:_MAX_IN_MATRIX])
+    part, support = cm[np.ix_(shown, shown)], per_class(cm).support[shown, None]
+    fractions = np.divide(part, support, out=np.zeros(part.shape), where=support > 0)
+    is_correct = np.eye(len(shown), dtype=bool)
+    top = max(float(fractions[~is_correct].max(initial=0.0)), 0.01)
+    opacity = np.where(is_correct, fractions, fractions / top).round(2)
+    keys = ("number", "fraction", "opacity", "is_correct")
+    columns = zip(*(array.tolist() for array in (part, fractions, opacity, is_correct)), strict=True)
+    rows = [[dict(zip(keys, cell, strict=True)) for cell in zip(*row, strict=True)] for row in columns]
+    return {
+        "rows": [{"name": names[index], "cells": cells} for index, cells in zip(shown, rows, strict=True)],
+        "top": top,
+        "is_part": len(shown) < len(cm),
+    }
+
+
+def _explained(explanations: Any, kept: Mapping[int, Image3], names: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """Return Grad-CAM as an image, and the nearest training images, of the first mistakes by index."""
+    found: dict[int, dict[str, Any]] = {}
+    if explanations is None:
+        return found
+    nearest = (explanations.neighbours, explanations.neighbour_names, explanations.neighbour_labels)
+    for at, index in enumerate(explanations.indices[:_NUM_EXPLAINED].tolist()):
+        if index in kept:
+            cam = None if explanations.cam is None else _image_uri(lit(kept[index], explanations.cam[at]))
+            rows = zip(*(column[at] for column in nearest if column is not None), strict=True)
+            found[index] = {
+                "cam": cam,
+                "nearest": [
+                    {"uri": _image_uri(image), "name": str(name), "label": names[label]} for image, name, label in rows
+                ],
             }
-            for name, (alt, figure) in figures.items()
-        }
+    return found
 
 
-def _image_uris(
-    findings: Mapping[str, Any], kept: Mapping[int, UInt8[np.ndarray, "height width 3"]]
-) -> dict[int, Markup]:
-    galleries = [gallery["images"] for gallery in findings["galleries"]]
-    if findings.get("comparison"):
-        galleries += [changed["images"] for changed in findings["comparison"]["changed"].values()]
-    return {index: _image_uri(kept[index]) for index in {item["index"] for shown in galleries for item in shown}}
+def lit(image: Image3, cam: UInt8[np.ndarray, "rows columns"]) -> Image3:
+    """Return an image that is as bright as its Grad-CAM, 0-255, but nowhere dark: readable without colours."""
+    scaled = Image.fromarray(cam).resize(image.shape[1::-1], Image.Resampling.BILINEAR)
+    light = 0.2 + 0.8 * np.asarray(scaled)[:, :, None] / 255
+    result: Image3 = (image * light).round().astype(np.uint8)
+    return result
 
 
-def _image_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> Markup:
+def _image_uri(pixels: Image3) -> Markup:
     image, buffer = Image.fromarray(pixels), io.BytesIO()
     kind = "png"
     if max(image.size) > _CRISP_PX:
@@ -193,6 +234,18 @@ def command_of(environment: Mapping[str, Any]) -> str:
     if len(words) > 1 and words[1].endswith("cifar-lightning"):  # the script that pip installs
         return shell_line("cifar-lightning", *words[2:])
     return shell_line("python", *words[1:]) if words else ""
+
+
+def _inspect_command(config: Mapping[str, Any]) -> str:
+    data = config.get("data") or {}
+    words = [f"--data.{name}={data[name]}" for name in ("dataset", "root", "labels") if data.get(name)]
+    return shell_line("cifar-lightning", "inspect", *words)
+
+
+def _tail(name: str, length: int = 40) -> Markup:
+    """Return the end of a name, which tells files apart, to be broken after slashes where it is too long."""
+    shown = _clean(name if len(name) <= length else f"...{name[3 - length :]}")
+    return Markup("/<wbr>").join(shown.split("/"))
 
 
 def _shown(value: Any) -> Any:

@@ -12,7 +12,7 @@ from cifar_lightning.files import write_bytes_durably, write_json, write_text_du
 from cifar_lightning.formatting import csv_cell, run_name
 from cifar_lightning.report.comparison import compare
 from cifar_lightning.report.figures import confusion_figure, figure_to_png, themed
-from cifar_lightning.report.findings import find
+from cifar_lightning.report.findings import find, learning_rates_of
 from cifar_lightning.report.page import command_of, render_page
 from cifar_lightning.report.prediction_tables import write_label_issues, write_prediction_tables
 from cifar_lightning.report.results import read_results
@@ -43,6 +43,8 @@ def make_report(
     if other is not None:
         other_results = read_results(other)
         findings["comparison"] = compare(run.path, results, other.path, other_results)
+        curves = {"epochs": other_results.epochs, "learning_rates": learning_rates_of(other_results)}
+        findings["comparison"]["curves"] = curves
         findings["problems"] += [f"{other.path}: {problem}" for problem in other_results.problems]
         images = other_results.images | images
     else:
@@ -52,7 +54,7 @@ def make_report(
     write_label_issues(run, findings["label_issues"])
     findings["label_issues"] = findings["label_issues"][:_MAX_ISSUES]
     write_json(run.findings, findings)
-    write_text_durably(run.report, render_page(findings, images))
+    write_text_durably(run.report, render_page(findings, images, results.explanations, results.explanations_reason))
     (print_summary if is_short else print_findings)(findings, run.path, console)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
-from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
@@ -26,9 +25,8 @@ from cifar_lightning.formatting import (
     span,
 )
 from cifar_lightning.metrics.significance import holm, mcnemar_test, mean_interval, paired_difference_interval, spread
-from cifar_lightning.report.charts import runs_figure
+from cifar_lightning.report.charts import Curves, curves_charts
 from cifar_lightning.report.comparison import counts_of, other_images, predictions_of, summary_of_run, unchecked_images
-from cifar_lightning.report.figures import figure_to_svg, themed
 from cifar_lightning.report.findings import training_of
 from cifar_lightning.report.page import TEMPLATES, render
 from cifar_lightning.report.results import read_results
@@ -53,11 +51,12 @@ def compare_runs(runs: Sequence[RunFolder], left_out: Sequence[Path], written_to
     compared["problems"] += [f"{path}: not tested yet, left out." for path in left_out]
     groups = [row["group"] for row in compared["runs"]]
     names = [group["name"] for group in compared["groups"]]
-    with themed():
-        svg = Markup(figure_to_svg(runs_figure(tables, groups, names))) if any(tables) else None
+    curves = [Curves(names[group], rows, group=group) for rows, group in zip(tables, groups, strict=True)]
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     write_json(written_to.comparison_json, compared)
-    write_text_durably(written_to.comparison, render("runs.html", c=compared, svg=svg, css=style, script=script))
+    write_text_durably(
+        written_to.comparison, render("runs.html", c=compared, curves=curves_charts(curves), css=style, script=script)
+    )
     _print(compared, written_to.comparison)
 
 

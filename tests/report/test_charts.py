@@ -1,12 +1,15 @@
+"""Charts as SVG, read back from their paths in the units of the axes."""
+
 import math
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from made_run import make_run
 
-from cifar_lightning.report.charts import classes_figure, confidence_figure, curves_figure, reliability_figure
-from cifar_lightning.report.figures import COLOURS, figure_to_array, figure_to_svg, themed
+from cifar_lightning.report import charts
+from cifar_lightning.report.charts import Curves, confidence_chart, curves_charts, reliability_chart
 from cifar_lightning.report.findings import find
 from cifar_lightning.report.results import read_results
 
@@ -16,94 +19,88 @@ def findings(tmp_path_factory):
     return find(read_results(make_run(tmp_path_factory.mktemp("runs") / "run")))
 
 
-def inside(figure):
-    """Whether every text lies within the figure."""
-    height, width = figure_to_array(figure).shape[:2]
-    texts = [text for axes in figure.axes for text in (*axes.get_xticklabels(), *axes.get_yticklabels(), axes.title)]
-    boxes = [text.get_window_extent() for text in texts if text.get_text()]
-    return all(box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1 for box in boxes)
+def lines(chart, style):
+    """Return the points of each path of a style, between 0 and 1 on both axes."""
+    root = ElementTree.fromstring(chart.svg)
+    paths = [element.get("d") for element in root.iter("path") if element.get("class") == style]
+    scale = np.array([charts._RIGHT - charts._LEFT, charts._BOTTOM - charts._TOP])
+    for path in paths:
+        points = np.array(re.findall(r"[ML]([\d.-]+) ([\d.-]+)", path), dtype=float)
+        yield abs(points - [charts._LEFT, charts._BOTTOM]) / scale
 
 
-def test_the_bars_are_the_recalls_the_lowest_first(findings):
-    figure = classes_figure(findings["classes"])
-    axes = figure.axes[0]
-    widths = [bar.get_width() for bar in axes.patches]
-    assert widths == sorted(row["recall"] for row in findings["classes"])
-    names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == [row["name"] for row in sorted(findings["classes"], key=lambda row: row["recall"])]
-    assert inside(figure)
-
-
-@pytest.mark.parametrize(("num_classes", "num_bars"), [(1, 1), (3, 3), (40, 40), (100, 30)])
-def test_of_many_classes_the_lowest_are_drawn_and_the_title_says_so(num_classes, num_bars):
-    rows = [
-        {
-            "name": f"a_class_with_a_long_name_{index}",
-            "support": 10,
-            "recall": index / num_classes,
-            "recall_interval_95": [0.0, 1.0],
-            "mean_confidence": math.nan,
-        }
-        for index in range(num_classes)
-    ]
-    figure = classes_figure(rows)
-    assert len(figure.axes[0].patches) == num_bars
-    assert bool(figure.axes[0].get_title()) == (num_bars < num_classes)
-    assert inside(figure)
-
-
-def test_the_reliability_diagram_has_a_point_for_each_bin_that_is_not_empty(findings):
-    figure = reliability_figure(findings["calibration"])
-    axes = figure.axes[0]
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels[0].startswith("as trained: ECE ")
-    assert labels[1].startswith("temperature ")
-    line = axes.containers[0].lines[0]
-    bins = [part for part in findings["calibration"]["before"]["bins"] if part["num_images"]]
-    np.testing.assert_allclose(line.get_xdata(), [part["confidence"] for part in bins])
-    np.testing.assert_allclose(line.get_ydata(), [part["accuracy"] for part in bins])
-
-
-def test_without_a_temperature_there_is_one_line(findings):
-    figure = reliability_figure({**findings["calibration"], "after": None})
-    assert len(figure.legends[0].get_texts()) == 1
+def test_the_reliability_diagram_has_a_point_and_an_interval_for_each_bin_that_is_not_empty(findings):
+    calibration = findings["calibration"]
+    chart = reliability_chart(calibration)
+    for key, style in (("before", "s0"), ("after", "s1 dashed")):
+        bins = [row for row in calibration[key]["bins"] if row["num_images"]]
+        (line,) = lines(chart, style)
+        np.testing.assert_allclose(line, [(row["confidence"], row["accuracy"]) for row in bins], atol=1e-3)
+        intervals = [points[:, 1] for points in lines(chart, f"{style} thin")]
+        np.testing.assert_allclose(intervals, [row["accuracy_interval_95"] for row in bins], atol=1e-3)
+    assert len(reliability_chart({**calibration, "after": None}).legend) == len(chart.legend) - 1
 
 
 def test_the_histogram_stacks_mistakes_on_correct_predictions(findings):
-    right, wrong = confidence_figure(findings["calibration"]).axes[0].containers
     bins = findings["calibration"]["before"]["bins"]
-    assert [bar.get_height() for bar in right] == [part["num_right"] for part in bins]
-    assert [bar.get_height() for bar in wrong] == [part["num_images"] - part["num_right"] for part in bins]
-    assert [bar.get_y() for bar in wrong] == [part["num_right"] for part in bins]
+    root = ElementTree.fromstring(confidence_chart(findings["calibration"]).svg)
+    bars = {style: [bar for bar in root.iter("rect") if bar.get("class") == style] for style in ("b0", "b1")}
+    tallest = max(row["num_images"] for row in bins)
+    unit = (charts._BOTTOM - charts._TOP) / (1.05 * tallest)
+    for style, counts in (
+        ("b0", [row["num_right"] for row in bins]),
+        ("b1", [row["num_images"] - row["num_right"] for row in bins]),
+    ):
+        heights = [float(bar.get("height")) / unit for bar in bars[style]]
+        np.testing.assert_allclose(heights, [count for count in counts if count], atol=0.1 / unit)
+    ends = {bar.get("x"): float(bar.get("y")) for bar in bars["b0"]}
+    for bar in bars["b1"]:
+        assert float(bar.get("y")) + float(bar.get("height")) == pytest.approx(
+            ends.get(bar.get("x"), charts._BOTTOM), abs=0.2
+        )
 
 
-def test_the_histogram_of_few_images_counts_whole_ones(findings):
-    bins = [{**part, "num_images": 1, "num_right": 1} for part in findings["calibration"]["before"]["bins"]]
-    axes = confidence_figure({"before": {"bins": bins}}).axes[0]
-    assert all(float(tick).is_integer() for tick in axes.get_yticks())
+def test_few_images_are_counted_in_whole_ticks():
+    bins = [{"low": 0.0, "high": 1.0, "num_images": 2, "num_right": 1}]
+    root = ElementTree.fromstring(confidence_chart({"before": {"bins": bins}}).svg)
+    assert [text.text for text in root.iter("text") if text.text.isdigit()] == ["0", "1", "2"]
 
 
-def test_the_curves_count_epochs_from_one_and_leave_gaps_where_nothing_was_measured():
-    rows = [{"epoch": e, "train/acc": 0.5, "train/loss": 1.0, "lr": 0.1, "val/acc": math.nan} for e in range(3)]
-    rows[1]["val/acc"] = 0.7
-    accuracy, loss, rate = curves_figure(rows).axes
-    train, val = accuracy.lines
-    assert train.get_xdata().tolist() == [1, 2, 3]
-    np.testing.assert_array_equal(val.get_ydata(), [np.nan, 0.7, np.nan])
-    assert len(loss.lines) == 1  # no validation loss in the table
-    assert rate.lines[0].get_ydata().tolist() == [0.1] * 3
+def test_curves_leave_gaps_where_nothing_was_measured_and_charts_out_where_nothing_is_known():
+    rows = [{"epoch": e, "train/acc": 0.1 * e, "lr": 0.1, "val/acc": math.nan} for e in range(4)]
+    for epoch, value in ((0, 0.5), (1, 0.7), (3, 0.6)):
+        rows[epoch]["val/acc"] = value
+    (accuracy,) = curves_charts([Curves("a", rows)])
+    assert [label for _, label in accuracy.legend] == ["validation", "training"]
+    assert [len(line) for line in lines(accuracy, "s0")] == [2, 1]
+    (train,) = lines(accuracy, "s0 dashed")
+    np.testing.assert_allclose(train[:, 0], np.arange(1, 5) / 4, atol=1e-3)
 
 
-def test_every_colour_of_an_svg_is_a_variable_of_the_page(findings):
-    charts = (
-        lambda: classes_figure(findings["classes"]),
-        lambda: confidence_figure(findings["calibration"]),
-        lambda: reliability_figure(findings["calibration"]),
-        lambda: curves_figure(findings["epochs"]),
-    )
-    for chart in charts:
-        with themed():
-            svg, again = figure_to_svg(chart()), figure_to_svg(chart())
-        assert set(re.findall(r"(?:fill|stroke): (?!none|url)([^;\"]*)", svg)) <= {f"var(--{name})" for name in COLOURS}
-        assert not re.search("#[0-9a-f]{6}|https?:|clip-path", svg)
-        assert svg == again
+def test_two_runs_have_the_same_axes():
+    rows = [[{"epoch": e, "val/loss": loss / (e + 1)} for e in range(epochs)] for loss, epochs in ((1.0, 2), (2.0, 4))]
+    charts_of = curves_charts([Curves("a", rows[0], [(0, 0.1)]), Curves("b", rows[1], [(0, 0.2), (4, 0.0)], 1)])
+    loss, lr = charts_of
+    assert [label for _, label in loss.legend] == ["a, validation", "b, validation"]
+    (first,), (second,) = lines(loss, "s0"), lines(loss, "s1")
+    assert first[:, 0].tolist() == pytest.approx([1 / 4, 2 / 4], abs=1e-3)
+    assert first[0, 1] == pytest.approx(second[1, 1], abs=1e-3)  # both 1.0
+    assert [label for _, label in lr.legend] == ["a", "b"]
+
+
+def test_of_many_runs_the_validation_is_drawn_in_a_colour_for_each_group():
+    rows = [{"epoch": e, "val/acc": 0.1 * e, "train/acc": 0.2 * e} for e in range(3)]
+    (accuracy,) = curves_charts([Curves(name, rows, group=group) for name, group in (("a", 0), ("a2", 0), ("b", 7))])
+    assert accuracy.legend == [("s0", "a, validation"), ("s1 dotted", "b, validation")]
+    assert (len(list(lines(accuracy, "s0"))), len(list(lines(accuracy, "s1 dotted")))) == (2, 1)
+
+
+def test_every_colour_is_one_of_the_page_and_names_are_escaped(findings):
+    curves = [
+        Curves(name, findings["epochs"], findings["learning_rates"], at) for at, name in enumerate(("<b>", "a\x1b"))
+    ]
+    drawn = [reliability_chart(findings["calibration"]), confidence_chart(findings["calibration"])]
+    for chart in (*drawn, *curves_charts(curves)):
+        assert not re.search("#[0-9a-f]{6}|rgb|https?:|fill=|stroke=", chart.svg)
+        assert "<b>" not in chart.svg
+        assert all("\x1b" not in label for _, label in chart.legend)

@@ -1,7 +1,6 @@
 import io
 import subprocess
 import sys
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from cifar_lightning.report.figures import (
     confusion_figure,
     figure_to_array,
     figure_to_png,
-    figure_to_svg,
     images_figure,
 )
 
@@ -42,14 +40,6 @@ def test_counts_stand_at_row_true_and_column_predicted_and_empty_cells_stay_empt
     assert [label.get_text() for label in axes.get_xticklabels()] == NAMES
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("true class", "predicted class")
     assert axes.get_title() == "Accuracy 96.70% of 1,334 images"
-
-
-def test_normalized_cells_are_percent_of_the_true_class():
-    texts = cell_texts(confusion_figure(CM, NAMES, normalize=True))
-    assert texts[0, 0] == "97.2"
-    assert texts[0, 2] == "2.8"
-    assert texts[1, 1] == "90.0"
-    assert texts[2, 2] == "0.0"  # no images, and no warning
 
 
 def test_a_mistake_is_orange_and_a_correct_prediction_blue():
@@ -85,6 +75,11 @@ def test_everything_lies_inside_the_figure(num_classes):
         assert box.y0 >= 0, text
         assert box.x1 <= width, text
         assert box.y1 <= height, text
+
+
+def test_names_that_would_be_illegible_are_left_out():
+    figure = confusion_figure(np.eye(300, dtype=np.int64), [str(index) for index in range(300)])
+    assert not any(label.get_text() for label in figure.axes[0].get_yticklabels())
 
 
 def test_any_folder_name_can_be_drawn():
@@ -151,12 +146,3 @@ def test_the_scales_are_lettered_as_large_as_the_matrix():
     for scale in scales:
         sizes = [text.get_fontsize() for text in (scale.xaxis.label, *scale.get_xticklabels())]
         assert min(sizes) >= matrix.get_xticklabels()[0].get_fontsize()
-
-
-def test_the_text_of_an_svg_is_escaped_text():
-    names = ["<b>&", '"狗"', "c"]
-    svg = figure_to_svg(confusion_figure(CM, names))
-    texts = ["".join(element.itertext()) for element in ElementTree.fromstring(svg).iter("text")]
-    assert [text for text in texts if text in names] == [*names, *names]
-    assert "1,200" in texts
-    assert "<b>" not in svg

@@ -15,6 +15,7 @@ from scipy import stats
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from sklearn import metrics as sk
+from sklearn.dummy import DummyClassifier
 
 from cifar_lightning.files import MetricsTable, write_json
 from cifar_lightning.report.findings import find, label_issues_of
@@ -68,6 +69,10 @@ def test_the_summary(found):
     preds, targets = test["logits"].argmax(1), test["targets"]
     summary = findings["summary"]
     assert summary["accuracy"] == sk.accuracy_score(targets, preds)
+    dummy = DummyClassifier(strategy="most_frequent").fit(targets[:, None], targets)
+    assert summary["majority"] == dummy.score(targets[:, None], targets)
+    assert summary["majority_class"] == dummy.predict([[0]])[0]
+    assert summary["chance"] == 1 / len(test["class_names"])
     assert summary["num_right"] == (targets == preds).sum()
     assert summary["num_images"] == len(targets)
     assert summary["accuracy_interval_95"] == pytest.approx(wilson((targets == preds).sum(), len(targets)), abs=1e-6)
@@ -168,18 +173,25 @@ def test_the_galleries_show_what_they_say(found):
     galleries = {gallery["title"]: gallery["images"] for gallery in findings["galleries"]}
     wrong = probs.argmax(1) != targets
     mistakes = [position[item["index"]] for item in galleries["Most confident mistakes"]]
-    assert mistakes == [p for p in np.argsort(-probs.max(1), kind="stable") if wrong[p]][:24]
-    losses = [position[item["index"]] for item in galleries["Highest losses"]]
-    assert losses == np.argsort(log_probs[np.arange(len(targets)), targets], kind="stable")[:24].tolist()
-    for gallery in findings["galleries"]:
-        for item in gallery["images"]:
+    by_confidence, pairs = np.argsort(-probs.max(1), kind="stable").tolist(), findings["confused_pairs"]
+    first = [p for p in by_confidence if wrong[p]][:12]
+    of_pairs = {position[item["index"]] for pair in pairs for item in pair["images"]}
+    assert mistakes == [p for p in by_confidence if wrong[p] and (p in first or p not in of_pairs)][:24]
+    assert mistakes[:12] == first
+    everywhere = [item["index"] for group in (*pairs, *findings["galleries"]) for item in group["images"]]
+    assert len(set(everywhere)) == len(everywhere)
+    for group in (*pairs, *findings["galleries"]):
+        for item in group["images"]:
             place = position[item["index"]]
             assert item["true"] == names[targets[place]]
             assert item["predicted"] == names[probs[place].argmax()]
             assert item["prob"] == pytest.approx(probs[place].max())
             assert item["prob_of_true"] == pytest.approx(probs[place, targets[place]])
-    pair = next(gallery for gallery in findings["galleries"] if gallery["kind"] == "pair")
-    assert {f"{item['true']} predicted as {item['predicted']}" for item in pair["images"]} == {pair["title"]}
+    for pair in pairs[:5]:
+        classes = {pair["true"], pair["predicted"]}
+        of_pair = [p for p in by_confidence if wrong[p] and {names[targets[p]], names[probs[p].argmax()]} == classes]
+        assert [position[index] for index in pair["elsewhere"]] == [p for p in of_pair if p in first]
+        assert [position[item["index"]] for item in pair["images"]] == [p for p in of_pair if p not in first][:6]
 
 
 def test_a_class_that_is_never_predicted_or_not_there_raises_no_warning(tmp_path):
@@ -294,3 +306,14 @@ def test_predictions_that_are_not_finite_are_no_label_issues():
     issues = label_issues_of({"test": predictions})
     assert issues
     assert min(issue["index"] for issue in issues) >= 50
+
+
+def test_the_learning_rate_is_that_of_each_step_over_the_epochs_done(tmp_path):
+    run = make_run(tmp_path / "run", epochs=4)  # of ten steps
+    lrs = json.loads(run.learning_rates.read_text())["lr"]
+    found = find(read_results(run))["learning_rates"]
+    assert [epoch for epoch, _ in found] == pytest.approx([step / 10 for step in range(40)])
+    assert [lr for _, lr in found] == lrs
+    run.learning_rates.unlink()
+    found = find(read_results(run))
+    assert found["learning_rates"] == [(row["epoch"] + 1, row["lr"]) for row in found["epochs"]]

@@ -8,9 +8,10 @@ import pytest
 from browser import browser
 from jinja2 import UndefinedError
 from made_run import CIFAR10, make_run
+from selenium.webdriver.common.keys import Keys
 
 from cifar_lightning.formatting import count, percent, unbroken
-from cifar_lightning.report.page import command_of, facts_of, render, reproduction_of
+from cifar_lightning.report.page import command_of, facts_of, lit, matrix_of, render, reproduction_of
 from cifar_lightning.report.report import make_report
 
 HUNDRED = [f"a_class_{index:02}" for index in range(100)]
@@ -116,33 +117,49 @@ def test_many_and_few_classes_fit_as_well(tmp_path, names, n, image_size):
         assert driver.execute_script(rows) == len(names)
 
 
-def test_the_bars_stay_legible_next_to_long_names(tmp_path):
-    names = ("a_rather_long_name_of_a_class", "another_long_name_for_a_class", "short")
-    made = make_run(tmp_path / "run", names=names, n=60)
-    make_report(made)
+def test_the_matrix_is_switched_by_keyboard_and_printed_with_counts_and_percentages(run):
+    read = """return [...document.querySelectorAll('.matrix td')].slice(0, 1).flatMap(cell => [...cell.children])
+        .filter(e => getComputedStyle(e).display !== 'none').map(e => e.textContent)"""
+    cm = json.loads(run.findings.read_text(encoding="utf-8"))["confusion_matrix"]
+    number, share = count(cm[0][0]), f"{100 * cm[0][0] / sum(cm[0]):.1f}"
     with browser() as driver:
-        opened(driver, made.report)
-        assert driver.execute_script("return document.querySelector('#classes .chart svg').clientWidth") >= 335
-        box = "const b = document.querySelector('#classes .scroll'); return b.scrollWidth - b.clientWidth"
-        assert driver.execute_script(box) <= 0  # and the table is whole
+        opened(driver, run.report)
+        assert driver.execute_script(read) == [number]
+        driver.execute_script("document.querySelector('[name=matrix]').focus()")
+        driver.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+        assert driver.execute_script(read) == [share]
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+        assert driver.execute_script(read) == [number, share]
 
 
-def test_a_matrix_of_many_classes_is_enlarged_by_a_click_and_its_groups_are_named(tmp_path):
+def test_a_table_is_sorted_by_keyboard_alone(run):
+    recalls = {row["name"]: row["recall"] for row in json.loads(run.findings.read_text(encoding="utf-8"))["classes"]}
+    with browser() as driver:
+        opened(driver, run.report)
+        driver.execute_script("document.querySelector('#class-table button').focus()")
+        driver.switch_to.active_element.send_keys(Keys.TAB)
+        driver.switch_to.active_element.send_keys(Keys.ENTER)
+        shown = driver.execute_script(
+            "return [...document.querySelectorAll('#class-table tbody th')].map(e => e.textContent)"
+        )
+        assert [recalls[name] for name in shown] == sorted(recalls.values(), reverse=True)
+
+
+def test_of_many_classes_the_most_confused_are_in_the_matrix_and_all_groups_are_named(tmp_path):
     made = make_run(tmp_path / "run", names=HUNDRED, n=4000, skill=4)
     make_report(made)
-    groups = next(s["groups"] for s in json.loads(made.findings.read_text())["insights"] if s["kind"] == "groups")
-    width = "return document.querySelector('#confusions .chart svg').clientWidth"
-    with browser() as driver:
-        opened(driver, made.report)
-        before = driver.execute_script(width)
-        driver.find_element("css selector", ".enlarge button").click()
-        assert driver.execute_script(width) > 1.8 * before
-        assert driver.execute_script("return document.documentElement.scrollWidth") <= 1280
-        driver.find_element("css selector", ".enlarge button").click()
-        assert driver.execute_script(width) == before
-        shown = driver.execute_script("return document.querySelector('.groups').textContent")
-        assert len(groups) > 4
-        assert all(name in shown for members in groups.values() for name in members)
+    page = made.report.read_text(encoding="utf-8")
+    findings = json.loads(made.findings.read_text(encoding="utf-8"))
+    matrix = matrix_of(np.array(findings["confusion_matrix"]), HUNDRED)
+    shown = [row["name"] for row in matrix["rows"]]
+    assert len(shown) == 20
+    assert shown == sorted(shown)
+    assert {name for pair in findings["confused_pairs"] for name in (pair["true"], pair["predicted"])} <= set(shown)
+    assert "the 20 most confused of 100 classes" in page
+    (groups,) = (insight["groups"] for insight in findings["insights"] if insight["kind"] == "groups")
+    listed = re.search(r'<ul class="groups">(.*?)</ul>', page, re.DOTALL).group(1)
+    assert len(groups) > 4
+    assert all(name in listed for members in groups.values() for name in members)
 
 
 def test_what_is_moved_sideways_says_so_and_what_is_whole_does_not(run):
@@ -185,17 +202,31 @@ def test_every_number_of_the_class_table_is_in_findings(run, page):
     assert len(rows) == 10
     for row, found in zip(rows, findings["classes"], strict=True):
         cells = [cell.replace("\u00a0", " ") for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)]
-        expected = [found["name"], count(found["support"]), *(percent(found[key]) for key in ("precision", "recall"))]
         low, high = found["recall_interval_95"]
         assert cells == [
-            *expected,
+            found["name"],
+            percent(found["recall"]),
             f"{100 * low:.1f} to {percent(high)}",
+            percent(found["precision"]),
             percent(found["f1"]),
+            count(found["support"]),
+            count(found["predicted"]),
             percent(found["mean_confidence"]),
         ]
-        values = [float(value) for value in re.findall(r'class="number" data-value="([^"]*)"', row)]
-        keys = ("support", "precision", "recall", "f1", "mean_confidence")
+        values = [float(value) for value in re.findall(r'class="number[^"]*" data-value="([^"]*)"', row)]
+        keys = ("recall", "precision", "f1", "support", "predicted", "mean_confidence")
         assert values == [found[key] for key in keys]
+
+
+def test_the_matrix_holds_counts_and_their_fractions_of_the_true_class(run, page):
+    cm = np.array(json.loads(run.findings.read_text(encoding="utf-8"))["confusion_matrix"])
+    body = re.search(r'class="matrix">.*?<tbody>(.*?)</tbody>', page, re.DOTALL).group(1)
+    rows = [re.findall(r"<td(.*?)</td>", row, re.DOTALL) for row in body.split("</tr>")[:-1]]
+    for (row, column), number in np.ndenumerate(cm):
+        shown = re.findall(r'<span class="(?:count|percent)">(.*?)</span>', rows[row][column])
+        expected = [count(number), f"{100 * number / cm[row].sum():.1f}"]
+        assert shown == (expected if number or row == column else [])
+        assert ("right" in rows[row][column]) == (row == column)
 
 
 def test_the_tiles_and_the_calibration_say_what_findings_do(run, page):
@@ -235,7 +266,8 @@ def test_both_runs_are_called_the_same_throughout(run, page):
 def test_the_images_that_one_run_alone_classifies_correctly_are_called_a_selection(run, page):
     changed = json.loads(run.findings.read_text(encoding="utf-8"))["comparison"]["changed"]["won"]
     assert f"Correct in this run only: {changed['count']} images</h3>" in page
-    assert f"{len(changed['images'])} of {changed['count']} are shown: of the images that the runs kept" in page
+    number = int(re.search(rf"(\d+) of {changed['count']} are shown in this section", page).group(1))
+    assert 0 < number <= len(changed["images"])
     assert len(changed["indices"]) == changed["count"] > len(changed["images"])
 
 
@@ -247,13 +279,35 @@ def test_p_is_not_repeated_in_its_column_and_no_two_columns_are_called_the_same(
         assert len(set(labels)) == len(labels)
 
 
-def test_the_mark_is_grey_where_nothing_was_found_also_where_there_are_numbers(run, page):
+def test_insights_are_cards_in_the_section_of_their_subject_and_a_line_where_nothing_was_found(run, page):
     findings = json.loads(run.findings.read_text(encoding="utf-8"))
-    marked = re.findall(r"<article( class=\"nothing\")?>\s*<h3>(.*?)</h3>", page)
-    assert [(not mark, title) for mark, title in marked] == [
-        (insight["is_found"], unbroken(insight["title"])) for insight in findings["insights"]
-    ]
-    assert any(insight["items"] and not insight["is_found"] for insight in findings["insights"])
+    sections = dict(re.findall(r'<section id="(\w+)">(.*?)</section>', page, re.DOTALL))
+    where = {"accuracy": "accuracy", "calibration": "calibration"}
+    for insight in findings["insights"]:
+        title = unbroken(insight["title"])
+        mark = f'<article class="card"><p><b>{title}</b>'
+        mark = mark if insight["is_found"] else f'<details class="nothing"><summary>{title}</summary>'
+        assert page.count(mark) == sections[where.get(insight["section"], "errors")].count(mark) == 1
+    assert {insight["is_found"] for insight in findings["insights"]} == {True, False}
+
+
+def test_an_image_is_on_the_page_once_with_its_name(run, page):
+    shown = re.findall(r'<img src="([^"]*)"', page)
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(set(shown)) == len(shown) > 50
+    assert len(set(ids)) == len(ids)
+    findings = json.loads(run.findings.read_text(encoding="utf-8"))
+    for item in findings["galleries"][0]["images"]:
+        assert f'title="{item["name"]}"' in page
+        assert f'id="image-{item["index"]}"' in page
+    assert all(f"#{target}" != "#" and target in ids for target in re.findall(r'href="#([^"]*)"', page))
+
+
+def test_an_image_is_as_bright_as_its_grad_cam():
+    image = np.full((4, 4, 3), 200, dtype=np.uint8)
+    cam = np.zeros((4, 4), dtype=np.uint8)
+    cam[:, 2:] = 255
+    assert lit(image, cam)[0, :, 0].tolist() == [40, 40, 200, 200]
 
 
 def test_what_a_run_was_is_said_without_doubled_words():
@@ -340,8 +394,8 @@ def test_images_above_the_crisp_size_are_reduced(tmp_path):
     assert np.load(made.gallery)["images"].nbytes > 5 * len(page)
 
 
-def test_identical_images_have_a_section_only_where_there_are_any(tmp_path, page):
-    assert "Identical images" not in page
+def test_identical_images_are_named_and_their_absence_is_said(tmp_path, page):
+    assert "No identical images were found" in page
     run = make_run(tmp_path / "run")
     split = json.loads(run.split.read_text())
     first = [["test/<b>/0.png", "train/a/\x1b[31m.png"]]
@@ -349,6 +403,6 @@ def test_identical_images_have_a_section_only_where_there_are_any(tmp_path, page
     run.split.write_text(json.dumps(split))
     make_report(run)
     shown = run.report.read_text(encoding="utf-8")
-    assert 'id="duplicates"' in shown
+    assert "No identical images were found" not in shown
     assert "5 of 9 test images" in shown
     assert "test/&lt;b&gt;/0.png = train/a/\\x1b[31m.png" in shown
