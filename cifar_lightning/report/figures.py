@@ -121,7 +121,7 @@ def _write_cells(
     for (row, column), number in np.ndenumerate(cm):
         if number or row == column:  # zeros off the diagonal stay empty, so that mistakes stand out
             color = COLOURS["face" if opacity[row, column] > _INVERTED_ABOVE else "ink"]
-            place = {"ha": "center", "va": "center", "in_layout": False}
+            place: dict[str, Any] = {"ha": "center", "va": "center", "in_layout": False}
             axes.text(column, row, f"{number:,}", fontsize=size, color=color, **place)
 
 

@@ -57,7 +57,7 @@ def render_page(
     changed = [item for it in comparison["changed"].values() for item in it["images"]] if comparison else []
     return render(
         "page.html",
-        f={"coverage": None, "label_issues": None, **findings},
+        f={"coverage": None, **findings},
         css=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
         script=(TEMPLATES / "page.js").read_text(encoding="utf-8"),
         matrix=matrix_of(np.array(findings["confusion_matrix"]), [row["name"] for row in findings["classes"]]),
