@@ -82,6 +82,8 @@ def _train_all(folder: RunFolder, seeds: Sequence[int], flags: Sequence[str], *,
     failed, status = 0, 0
     if links := [run.path for run in runs.values() if run.path.is_symlink()]:
         raise UserError(f"{links[0]}: is a link; put a copy of the run there.")
+    if not is_new and not any(run.config.is_file() for run in runs.values()):
+        raise UserError(f"--resume {folder.path}: none of its runs has begun; start over with --seeds and --run_dir.")
     for number, (seed, run) in enumerate(runs.items(), 1):
         config = next((each.config for each in runs.values() if each.config.is_file()), None)
         if state_of(run)["state"] == "finished" and (is_new or not flags):

@@ -104,6 +104,20 @@ def test_a_resume_trains_what_is_not_finished_and_begins_what_is_missing(fits, t
     assert read_json(tmp_path / "out" / "seeds.json")["accuracy"]["n"] == 3
 
 
+def test_a_folder_in_which_nothing_has_begun_starts_over_and_links_in_it_are_refused(fits, tmp_path):
+    (tmp_path / "out").mkdir()
+    write_json(tmp_path / "out" / "seeds.json", {"seeds": [0, 1]})
+    with pytest.raises(UserError, match="--resume out"):
+        cli.run_command(["fit", "--resume", "out"])
+    assert fits.commands == []
+    assert cli.run_command(["fit", "--seeds", "2,0", "--run_dir", "out"]) == 0
+    assert [command[-1] for command in fits.commands] == ["--run_dir=out/2", "--run_dir=out/0"]
+    (tmp_path / "out" / "0").rename(tmp_path / "elsewhere")
+    (tmp_path / "out" / "0").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="out/0"):
+        cli.run_command(["fit", "--resume", "out"])
+
+
 def test_a_run_that_fails_keeps_no_other_from_training_a_mistake_and_a_kill_do(fits, tmp_path):
     fits.status[1] = 1
     assert cli.run_command(["fit", "--seeds", "0,1,2", "--run_dir", "failed"]) == 1
