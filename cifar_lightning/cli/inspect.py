@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_lightning.cli.lightning_cli import TrainingCLI
+from cifar_lightning.data.download import ARCHIVES
 from cifar_lightning.data.image_folder import holds_class_folders
 from cifar_lightning.data.inspection import inspect_source
 from cifar_lightning.errors import UserError
@@ -24,8 +25,12 @@ def inspect(arguments: Sequence[str]) -> None:
     if output.suffix.lower() != ".html":
         raise UserError(f"--output {output}: give an .html file.")
     check_output(output, force=True)
-    is_named = {"config", "data", "data_class", "data.dataset"} & flags.keys()
-    if not is_named and ("data.labels" in flags or holds_class_folders(Path(flags.get("data.root", "data")))):
+    is_named, root = (
+        {"config", "data", "data_class", "data.dataset"} & flags.keys(),
+        Path(flags.get("data.root", "data")),
+    )
+    is_cifar10 = any((root / name).exists() for name in (ARCHIVES["cifar10"].folder, ARCHIVES["cifar10"].filename))
+    if not is_named and not is_cifar10 and ({"data.labels", "data.root"} & flags.keys() or holds_class_folders(root)):
         arguments = [*arguments, "--data.dataset=folder"]
     cli = TrainingCLI("fit", arguments)
     cli.settings.model.pretrained = False  # the model is made, but not used

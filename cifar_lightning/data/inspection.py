@@ -11,7 +11,7 @@ import torch
 
 from cifar_lightning.data.datasets import Source
 from cifar_lightning.data.duplicates import find_duplicates
-from cifar_lightning.data.image_decoding import read_headers
+from cifar_lightning.data.image_decoding import read_file, read_headers
 from cifar_lightning.data.image_folder import ClassFolders, cache_folders
 from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, as_gray, is_constant, pixel_hashes
 from cifar_lightning.data.near_duplicates import MIN_GRADIENT_CORRELATION, find_near_duplicates
@@ -95,7 +95,7 @@ def _cached_pairs(source: Source, sets: Sequence[ImageSet]) -> np.ndarray:
     folders = cache_folders(source.root) if isinstance(source, ClassFolders) else ()
     for folder in folders:
         with suppress(OSError, ValueError):  # missing, damaged
-            pairs = np.frombuffer((folder / f"near_duplicates-{key}").read_bytes(), "<i8").reshape(-1, 2)
+            pairs = np.frombuffer(read_file(str(folder / f"near_duplicates-{key}")), "<i8").reshape(-1, 2)
             if not len(pairs) or 0 <= pairs.min() <= pairs.max() < sum(len(each.images) for each in sets):
                 return pairs
     pairs = find_near_duplicates([each.images for each in sets])

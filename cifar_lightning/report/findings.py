@@ -25,7 +25,7 @@ from cifar_lightning.metrics.classification import (
     per_class,
     top_k_accuracy,
 )
-from cifar_lightning.metrics.label_issues import find_label_issues, label_scores
+from cifar_lightning.metrics.label_issues import find_label_issues
 from cifar_lightning.metrics.significance import wilson_interval
 from cifar_lightning.report.gallery import rank_images
 from cifar_lightning.report.insights import (
@@ -307,14 +307,13 @@ def label_issues_of(predictions: Mapping[str, Predictions]) -> list[dict[str, An
     """Return the images whose label is probably wrong, the least plausible label first.
 
     Each split is checked by itself: one may be labelled with more care. Predictions with NaN or infinite logits are
-    left out. Keys: `name`, `index`, `split`, `label`, `suggested`, `prob_of_label`, `prob_of_suggested`, `score` (-1 to
-    1).
+    left out. Keys: `name`, `index`, `split`, `label`, `suggested`, `prob_of_label`, `prob_of_suggested`, `score`: the
+    self-confidence, which is the probability of the label.
     """
     found = []
     for split, each in predictions.items():
         finite = np.flatnonzero(np.isfinite(each.logits).all(1))
         probs, labels = each.probs[finite], each.targets[finite]
-        scores = label_scores(probs, labels)
         for at in find_label_issues(probs, labels).tolist():
             suggested, position = int(probs[at].argmax()), int(finite[at])
             found.append(
@@ -326,7 +325,7 @@ def label_issues_of(predictions: Mapping[str, Predictions]) -> list[dict[str, An
                     "suggested": each.class_names[suggested],
                     "prob_of_label": float(probs[at, labels[at]]),
                     "prob_of_suggested": float(probs[at, suggested]),
-                    "score": float(scores[at]),
+                    "score": float(probs[at, labels[at]]),
                 }
             )
     return sorted(found, key=lambda issue: float(issue["score"]))

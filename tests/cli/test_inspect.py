@@ -41,6 +41,7 @@ def test_inspect_prints_a_screen_and_writes_a_page_and_needs_no_dataset_flag(roo
         (["--epochs", "3"], ("--trainer.max_epochs", "inspect")),
         (["--run_dir", "x"], ("--run_dir", "not of inspect")),
         (["--data.dataset", "folder", "--data.root", "nowhere"], ("--data.root nowhere",)),
+        (["--data.root", "typo"], ("--data.root typo",)),  # and CIFAR-10 is not downloaded to it
         (["--data.dataset", "cifa"], ("--data.dataset", "cifar10")),
         (["photos"], ("photos",)),
     ],

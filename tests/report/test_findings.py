@@ -288,7 +288,7 @@ def test_label_issues_are_of_both_splits_by_name_the_surest_first(found):
         assert issue["label"] == names[of["targets"][row]]
         assert issue["suggested"] == names[probs.argmax()] != issue["label"]
         assert issue["prob_of_label"] == pytest.approx(probs[of["targets"][row]], rel=1e-6)
-        assert issue["score"] == pytest.approx(issue["prob_of_label"] - issue["prob_of_suggested"])
+        assert issue["score"] == issue["prob_of_label"]
 
 
 def test_without_validation_predictions_the_test_images_alone_are_checked(tmp_path):
