@@ -25,10 +25,8 @@ def inspect(arguments: Sequence[str]) -> None:
     if output.suffix.lower() != ".html":
         raise UserError(f"--output {output}: give an .html file.")
     check_output(output, force=True)
-    is_named, root = (
-        {"config", "data", "data_class", "data.dataset"} & flags.keys(),
-        Path(flags.get("data.root", "data")),
-    )
+    root = Path(flags.get("data.root", "data"))
+    is_named = {"config", "data", "data_class", "data.dataset"} & flags.keys()
     is_cifar10 = any((root / name).exists() for name in (ARCHIVES["cifar10"].folder, ARCHIVES["cifar10"].filename))
     if not is_named and not is_cifar10 and ({"data.labels", "data.root"} & flags.keys() or holds_class_folders(root)):
         arguments = [*arguments, "--data.dataset=folder"]
