@@ -30,9 +30,9 @@ from benchmarks import ROOT
 MAX_BYTES = 100_000  # of an image
 COLUMNS = 100
 NUM_LINES = 30  # of the end of `fit`
-WIDTH_PX, HEIGHT_PX = 1180, 1500  # of the report's beginning
+WIDTH_PX, HEIGHT_PX = 1000, 1100  # of the report's beginning
 BOARD_PX = (1280, 800)  # of the window of a small laptop: TensorBoard at its default size
-CARDS = "document.querySelectorAll('card-view').length > 5 && document.querySelector('image-card img')"
+CARDS = "document.querySelectorAll('card-view').length > 5"
 NUM_COLORS = (160, 64, 32)  # of a palette, which makes the file a third as large; the first small enough is taken
 # --no-sandbox: a container has no namespaces for it.
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")

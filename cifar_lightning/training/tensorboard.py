@@ -85,7 +85,7 @@ class Dashboard(pl.Callback):
         if not (trainer.loggers and trainer.is_global_zero):
             return
         if step == 1 and takers_of_images(trainer) and training_data(trainer) is not None:
-            log_image(trainer, "train/batch_as_trained_on", self._draw_batch(trainer, batch), 0)
+            log_image(trainer, "visuals/batch_as_trained_on", self._draw_batch(trainer, batch), 0)
         is_known = isinstance(outputs, Mapping) and "loss" in outputs  # not of a step that optimizes by hand
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches if is_known else math.nan
         for logger in trainer.loggers:
@@ -164,7 +164,7 @@ class Dashboard(pl.Callback):
             board.add_scalar(f"val_acc_of_class/{tag}", recall, trainer.global_step)
         if self._is_drawing:
             image = figure_to_array(confusion_figure(matrix, self.class_names))
-            log_image(trainer, "val/confusion_matrix", image, trainer.global_step)
+            log_image(trainer, "visuals/confusion_matrix", image, trainer.global_step)
             self._draw_predictions(trainer, board)
 
     def _confusion(self) -> np.ndarray:
@@ -178,7 +178,7 @@ class Dashboard(pl.Callback):
         if not np.isfinite(logits).all():  # diverged
             return
         probs = softmax(logits)
-        log_image(trainer, "val/reliability", figure_to_array(reliability_figure(probs, targets)), step)
+        log_image(trainer, "visuals/reliability", figure_to_array(reliability_figure(probs, targets)), step)
         for index, tag in enumerate(tags_of(self.class_names)[:_CURVES_SHOWN]) if board else ():
             board.add_pr_curve(f"pr_of_class/{tag}", targets == index, probs[:, index], step)
         worst = rank_images(logits, targets).mistakes[:_MISTAKES_SHOWN]
@@ -190,7 +190,7 @@ class Dashboard(pl.Callback):
         titles = [
             f"{true}\nas {pred} {percent(probs[p].max(), 0)}" for p, (true, pred) in zip(worst, names, strict=True)
         ]
-        log_image(trainer, "val/most_confident_mistakes", figure_to_array(images_figure(images, titles)), step)
+        log_image(trainer, "visuals/most_confident_mistakes", figure_to_array(images_figure(images, titles)), step)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the run's row of the HPARAMS tab: metrics of the checkpoint with the best val/acc."""

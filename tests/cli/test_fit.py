@@ -146,7 +146,7 @@ def test_tensorboard_has_scalars_classes_and_images(finished):
     shown = board.Scalars("val_acc_of_class/disk")[best].value
     assert shown == pytest.approx((predictions["logits"].argmax(1)[of_disks] == 0).mean())
     assert sum(tag.startswith("val_acc_of_class/") for tag in scalars) == 10
-    assert {"train/batch_as_trained_on", "val/confusion_matrix"} <= set(images)
+    assert {"visuals/batch_as_trained_on", "visuals/confusion_matrix"} <= set(images)
 
 
 def test_test_of_a_run_repeats_its_figures_and_validate_its_validation(finished):

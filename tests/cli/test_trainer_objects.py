@@ -153,7 +153,7 @@ def test_loggers_get_the_config_metrics_by_step_and_the_figures_that_they_take(t
     )
     trainer.fit(ImageClassifier(image_size=16, model_kwargs=NARROW), datamodule=data)
     assert own.hyperparameters == [given]
-    drawn = ["train/batch_as_trained_on", "val/confusion_matrix", "val/most_confident_mistakes"]
+    drawn = ["visuals/batch_as_trained_on", "visuals/confusion_matrix", "visuals/most_confident_mistakes"]
     assert [key for key, _, _ in own.images] == [key for _, key, _ in to_mlflow] == drawn
     assert {(len(shape), dtype) for _, shape, dtype in own.images} == {(3, np.dtype("uint8"))}
     assert {"train/loss_step", "train/lr", "train/loss", "val/acc"} <= set(own.metrics)

@@ -65,10 +65,10 @@ def test_the_server_has_scalars_images_curves_and_hyperparameters_of_each_run(ad
         assert sum(tag.startswith("val_acc_of_class/") for tag in tags) == 10
     for tags in ask(address, "plugin/images/tags").values():
         assert {
-            "train/batch_as_trained_on",
-            "val/confusion_matrix",
-            "val/most_confident_mistakes",
-            "val/reliability",
+            "visuals/batch_as_trained_on",
+            "visuals/confusion_matrix",
+            "visuals/most_confident_mistakes",
+            "visuals/reliability",
         } <= set(tags)
     curves = ask(address, "plugin/pr_curves/tags")
     assert all(len(tags) == 10 for tags in curves.values())
@@ -104,7 +104,7 @@ return texts.join(' ');
     [
         ("timeseries", ["/acc", "/loss_step", "val_acc_of_class", "smallnet/1", "smallnet/3"]),
         ("custom_scalars", ["Accuracy", "Loss", "Learning rate", "Accuracy of each class"]),
-        ("images", ["val", "most_confident_mistakes", "confusion_matrix", "smallnet/2"]),
+        ("images", ["visuals", "most_confident_mistakes", "confusion_matrix", "smallnet/2"]),
         ("pr_curves", ["pr_of_class"]),
         ("hparams", ["val_best/acc", "lr", "batch_size", "smallnet/1", "0.003"]),
     ],

@@ -73,7 +73,9 @@ def test_any_module_gets_a_run_folder_and_figures(loader, tmp_path, monkeypatch)
     assert [folder.path for folder in reported] == [tmp_path / "run"]
     assert "width: 2" in (tmp_path / "run" / "config.yaml").read_text()
     tags = [EventAccumulator(str(file)).Reload().Tags() for file in (tmp_path / "board" / "1").glob("events*")]
-    assert any("val_acc_of_class/2" in each["scalars"] and "val/confusion_matrix" in each["images"] for each in tags)
+    assert any(
+        "val_acc_of_class/2" in each["scalars"] and "visuals/confusion_matrix" in each["images"] for each in tags
+    )
     with pytest.raises(UserError, match="holds a run with results"):
         quiet_trainer(tmp_path, callbacks=[RunReport(tmp_path / "run")]).test(module, loader)
 

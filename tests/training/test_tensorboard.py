@@ -91,9 +91,9 @@ def test_each_class_has_its_recall_at_each_validation(trained):
 
 def test_figures_and_mistakes_come_with_each_validation_of_a_short_run(trained):
     events, *_ = trained
-    for tag in ("val/confusion_matrix", "val/most_confident_mistakes", "val/reliability"):
+    for tag in ("visuals/confusion_matrix", "visuals/most_confident_mistakes", "visuals/reliability"):
         assert len(events.Images(tag)) == 2
-    assert len(events.Images("train/batch_as_trained_on")) == 1
+    assert len(events.Images("visuals/batch_as_trained_on")) == 1
 
 
 def test_the_pr_curves_count_as_numpy_does(trained):
@@ -191,7 +191,7 @@ def test_the_run_has_its_line_in_the_hparams_tab_with_real_metrics(trained):
 def test_the_groups_that_tensorboard_opens_at_first_are_train_and_val(trained):
     tags = trained[0].Tags()
     groups = {tag.partition("/")[0] for tag in (*tags["scalars"], *tags["images"])}
-    assert sorted(groups) == ["train", "val", "val_acc_of_class", "val_best"]
+    assert sorted(groups) == ["train", "val", "val_acc_of_class", "val_best", "visuals"]
 
 
 def test_a_run_has_one_file_of_events_with_the_steps_of_its_tables(trained):
@@ -264,7 +264,7 @@ def test_predictions_that_are_not_finite_are_not_drawn_and_training_continues(tm
     monkeypatch.setattr(ImageClassifier, "forward", spoiled)
     run, data, *_ = fit(tmp_path, epochs=1, test=False)
     events = events_of(run)
-    assert "val/most_confident_mistakes" not in events.Tags()["images"]
+    assert "visuals/most_confident_mistakes" not in events.Tags()["images"]
     assert len(events.Scalars(f"val_acc_of_class/{data.class_names[0]}")) == 1
 
 
