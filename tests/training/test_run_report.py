@@ -55,7 +55,7 @@ def loader():
 @pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")  # of few workers
 def test_any_module_gets_a_run_folder_and_figures(loader, tmp_path, monkeypatch):
     reported = []
-    monkeypatch.setattr(run_report, "make_report", reported.append)
+    monkeypatch.setattr(run_report, "make_report", lambda run, **kwargs: reported.append(run))
     module, board = Other(), TensorBoardLogger(tmp_path, "board", "1")
     callbacks = [RunReport(tmp_path / "run", class_names=["a", "b", "c"]), Dashboard()]
     trainer = quiet_trainer(tmp_path, max_epochs=2, logger=board, callbacks=callbacks, check_val_every_n_epoch=2)
