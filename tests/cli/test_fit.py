@@ -36,6 +36,8 @@ FILES_OF_A_RUN = [
     "confusion_matrix.csv",
     "confusion_matrix.png",
     "label_issues.csv",
+    "predictions.csv",
+    "mistakes.csv",
     "predictions.npz",
     "predictions_val.npz",
     "gallery.npz",
