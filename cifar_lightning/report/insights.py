@@ -229,9 +229,11 @@ def group_effects(
         numbers = {"group": name, "accuracy": recall, "others": other, "interval_95": [low, high]}
         tests.append(Item(text, fisher_test(correct, size, other_correct, other_size), numbers))
     items = _significant(tests)
+    title = "Mistakes stay within groups" if items and "within" in items[0].numbers else "Groups of classes differ"
+    title = title if items else f"{_NO_DIFFERENCE} groups of classes"
     return Insight(
         "groups",
-        "Mistakes stay within groups" if items and "within" in items[0].numbers else "Groups of classes",
+        title,
         f"{len(groups)} group{'s' if len(groups) > 1 else ''} of classes, {origin}."
         + ("" if items else " No difference beyond chance was found."),
         "Monte Carlo test of mistakes within a group, given how often each class is predicted; Fisher's exact test of "

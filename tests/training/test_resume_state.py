@@ -19,6 +19,7 @@ from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.checkpoints.loading import RESUME_STATE, is_inside_epoch, read_checkpoint
 from cifar_lightning.files import MetricsTable
+from cifar_lightning.runs.contents import read_learning_rates
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training import run_recorder
 from cifar_lightning.training.last_checkpoint import CheckpointSchedule
@@ -34,7 +35,8 @@ def result_of(run):
     checkpoint = read_checkpoint(run.last_checkpoint)
     for rank in checkpoint.get(RESUME_STATE, {"ranks": []})["ranks"]:
         del rank["rng"]["python"]  # the tests' type checks draw from it: beartype looks at items at random
-    return {"last.ckpt": checkpoint, "metrics.csv": run.metrics_csv.read_bytes()}
+    lrs = read_learning_rates(run.learning_rates)
+    return {"last.ckpt": checkpoint, "metrics.csv": run.metrics_csv.read_bytes(), "learning_rates.json": lrs}
 
 
 def seed(number):
@@ -80,6 +82,24 @@ def start_again(run, without, **kwargs):
 )
 def test_a_run_stopped_anywhere_ends_as_an_unbroken_one(tmp_path, unbroken, hook, step):
     assert differences(result_of(stop_and_go_on(tmp_path / "run", hook, step)), unbroken) == []
+
+
+def test_each_step_has_the_learning_rate_of_its_schedule(unbroken):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=27, cycle_momentum=False)
+    steps, lrs = zip(*unbroken["learning_rates.json"], strict=True)
+    assert steps == tuple(range(27))
+    for lr in lrs:
+        assert lr == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        if lr is not lrs[-1]:
+            schedule.step()
+
+
+def test_of_a_long_run_at_most_2000_learning_rates_are_kept_evenly_spread(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_recorder, "_MAX_LRS", 5)
+    run, _ = start(tmp_path / "run")
+    assert [step for step, _ in read_learning_rates(run.learning_rates)] == [0, 6, 12, 18, 24]
 
 
 def test_it_does_so_with_worker_processes(tmp_path, unbroken):
