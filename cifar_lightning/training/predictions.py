@@ -19,7 +19,7 @@ from cifar_lightning.formatting import index_name
 from cifar_lightning.metrics.classification import test_metrics
 from cifar_lightning.report.findings import find
 from cifar_lightning.report.gallery import gallery_positions
-from cifar_lightning.report.prediction_tables import predictions_csv
+from cifar_lightning.report.prediction_tables import prediction_tables
 from cifar_lightning.report.report import make_report
 from cifar_lightning.report.results import Predictions, Results
 from cifar_lightning.report.terminal import print_findings
@@ -86,7 +86,7 @@ class PredictionWriter(pl.Callback):
         self.written_to = self.output or (self.run.predictions if self.run is not None else Path("predictions.npz"))
         self.num_written = len(arrays["targets"])
         if self.written_to.suffix.lower() == ".csv":
-            write_text_durably(self.written_to, predictions_csv({"test": _predictions_of(arrays)}))
+            write_text_durably(self.written_to, prediction_tables({"test": _predictions_of(arrays)})[0])
         else:
             _write_predictions(self.written_to, arrays)
 

@@ -40,6 +40,8 @@ FILES_OF_A_RUN = [
     "mistakes.csv",
     "predictions.npz",
     "predictions_val.npz",
+    "predictions.csv",
+    "mistakes.csv",
     "gallery.npz",
     "explanations.npz",
     "report.html",
@@ -97,6 +99,14 @@ def test_the_files_of_a_run_agree_with_each_other(finished):
     rows = list(csv.reader((run / "confusion_matrix.csv").read_text(encoding="utf-8").splitlines()))
     assert [row[0] for row in rows[1:]] == rows[0][1:] == predictions["class_names"].tolist()
     assert [[int(cell) for cell in row[1:]] for row in rows[1:]] == matrix.tolist()
+    named = list(csv.DictReader((run / "predictions.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["split"] for row in named] == ["test"] * 1000 + ["val"] * 500
+    assert [row["path"] for row in named[:1000]] == predictions["names"].tolist()
+    assert [row["prediction"] for row in named[:1000]] == predictions["class_names"][preds].tolist()
+    validation = json.loads((run / "split.json").read_text())["val"]
+    assert [row["path"] for row in named[1000:]] == [f"train[{index}]" for index in validation]
+    num_mistakes = sum(row["prediction"] != row["label"] for row in named)
+    assert len((run / "mistakes.csv").read_text(encoding="utf-8").splitlines()) == 1 + num_mistakes
     gallery = np.load(run / "gallery.npz")
     assert gallery["images"].dtype == np.uint8
     assert 0 < len(gallery["images"]) == len(set(gallery["indices"].tolist())) <= 500
@@ -264,7 +274,7 @@ def test_a_resumed_finished_run_reports_what_differs_and_plans_the_schedule_agai
 
 def test_every_missing_or_damaged_result_of_a_finished_run_is_made(finished, tmp_path):
     run = shutil.copytree(finished[0], tmp_path / "run")
-    for name in ("predictions_val.npz", "confusion_matrix.pt", "confusion_matrix.png", "report.html"):
+    for name in ("predictions_val.npz", "confusion_matrix.pt", "confusion_matrix.png", "mistakes.csv"):
         (run / name).unlink()
     (run / "gallery.npz").write_bytes((run / "gallery.npz").read_bytes()[:-100])
     start("fit", "--resume", run, cwd=tmp_path)

@@ -17,6 +17,8 @@ from cifar_lightning.data.datasets import open_source
 from cifar_lightning.errors import UserError
 from cifar_lightning.runs.folder import RunFolder
 
+PREDICT = ["predict", "--ckpt_path", __file__, "--data.dataset", "synthetic"]
+
 
 @pytest.fixture
 def run(tmp_path):
@@ -98,6 +100,9 @@ def test_a_reader_that_stops_early_is_no_error():
         (["test"], "give a run folder, or --ckpt_path"),
         (["validate", "--ckpt_path", "null"], "give a run folder, or --ckpt_path"),
         (["predict", "--data.dataset", "synthetic"], "give a run folder"),
+        ([*PREDICT, "--output", "preds.txt"], "--output preds.txt: give a .csv or an .npz"),
+        ([*PREDICT, "--output", "preds"], "--output preds: give a .csv or an .npz"),
+        ([*PREDICT, "--output", "absent/preds.csv"], "there is no folder absent"),
         (["test", "nowhere"], "there is no such folder"),
         (["test", "."], "is not a run folder"),
         (["fit", "--resume", "nowhere"], "there is no such folder"),

@@ -70,6 +70,9 @@ def check_run(path, *, num_processes, batch_size, printed):
     for predictions_path, num_images in ((run.predictions, NUM_TEST), (run.predictions_val, 500)):
         with np.load(predictions_path) as predictions:
             assert predictions["indices"].tolist() == list(range(num_images))
+            assert len(np.unique(predictions["names"])) == num_images
+    rows_by_name = run.predictions_csv.read_text(encoding="utf-8").splitlines()
+    assert len(rows_by_name) == 1 + NUM_TEST + 500
     confusion = torch.load(run.confusion_matrix_pt, weights_only=True)
     assert confusion.sum(1).tolist() == [NUM_TEST // 10] * 10
     assert json.loads(run.test_metrics.read_text(encoding="utf-8"))["num_pictures"] == NUM_TEST

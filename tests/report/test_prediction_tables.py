@@ -11,7 +11,7 @@ from made_run import made_predictions, make_run
 
 from cifar_lightning.formatting import csv_text
 from cifar_lightning.report.findings import label_issues_of
-from cifar_lightning.report.prediction_tables import predictions_csv, write_label_issues, write_prediction_tables
+from cifar_lightning.report.prediction_tables import prediction_tables, write_label_issues, write_prediction_tables
 from cifar_lightning.report.results import Predictions, read_results
 
 NAMES = ("=1+1", "bee, wild", "cow", 'the "dog"', "elk\n", "fox")
@@ -32,7 +32,7 @@ def rows_of(text):
 
 def test_every_row_has_the_label_the_ranked_classes_and_the_loss_of_its_image():
     test, val = made(50), made(20, seed=1)
-    rows = rows_of(predictions_csv({"test": test, "val": val}))
+    rows = rows_of(prediction_tables({"test": test, "val": val})[0])
     assert [row["split"] for row in rows] == ["test"] * 50 + ["val"] * 20
     assert [csv_text(row["path"]) for row in rows] == [*test.names, *val.names]
     logits = torch.from_numpy(np.concatenate([test.logits, val.logits]))
@@ -50,23 +50,23 @@ def test_every_row_has_the_label_the_ranked_classes_and_the_loss_of_its_image():
 
 def test_mistakes_are_all_wrong_images_of_both_splits_the_highest_loss_first():
     of_splits = {"test": made(50), "val": made(20, seed=1)}
-    everything = rows_of(predictions_csv(of_splits))
+    everything = rows_of(prediction_tables(of_splits)[0])
     wrong = [row for row in everything if row["prediction"] != row["label"]]
     assert 5 < len(wrong) < 65
     assert {row["split"] for row in wrong} == {"test", "val"}
-    rows = rows_of(predictions_csv(of_splits, only_mistakes=True))
+    rows = rows_of(prediction_tables(of_splits)[1])
     assert rows == sorted(wrong, key=lambda row: -float(row["loss"]))
 
 
 def test_two_classes_ties_and_nan_have_the_prediction_of_the_confusion_matrix():
     logits = np.array([[1, 1], [0, np.nan], [3, 1], [-np.inf, 0]], np.float32)
     predictions = Predictions(logits, np.array([1, 0, 0, 1]), np.arange(4), ("a", "b"))
-    rows = rows_of(predictions_csv({"test": predictions}))
+    rows = rows_of(prediction_tables({"test": predictions})[0])
     assert [row["prediction"] for row in rows] == [predictions.class_names[at] for at in predictions.preds]
     assert [row["class_2"] for row in rows] == ["b", "a", "b", "a"]
     assert list(rows[0])[-2:] == ["class_2", "probability_2"]
     equal = Predictions(np.zeros((1, 30), np.float32), np.array([7]), np.arange(1), tuple(map(str, range(30))))
-    (row,) = rows_of(predictions_csv({"test": equal}))
+    (row,) = rows_of(prediction_tables({"test": equal})[0])
     assert row["prediction"] == "0"
     assert len({row[name] for name in ("prediction", "class_2", "class_3", "class_4", "class_5")}) == 5
 

@@ -1,5 +1,7 @@
 """The files that a run's predictions are written to."""
 
+import csv
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -53,6 +55,11 @@ def test_predictions_are_kept_in_the_order_of_the_split(tmp_path, folder):
     shown = np.load(folder.gallery)
     assert np.array_equal(shown["images"], run.datamodule._images["test"].images[shown["indices"]])
     assert predictions["names"].tolist() == [f"test[{index}]" for index in range(1000)]
+    keeper.output = tmp_path / "predictions.CSV"
+    run.predict(run.lightning_module, run.datamodule, return_predictions=False)
+    named = list(csv.DictReader(keeper.output.read_text().splitlines()))
+    assert [row["path"] for row in named] == predictions["names"].tolist()
+    assert {row["split"] for row in named} == {"test"}
     assert keeper.is_test_written
     assert keeper.test.confusion.sum() == 1000
 
