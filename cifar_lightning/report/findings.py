@@ -12,7 +12,6 @@ from cifar_lightning.formatting import is_index_name
 from cifar_lightning.metrics.calibration import (
     Reliability,
     cross_entropy,
-    fit_temperature,
     log_softmax,
     reliability,
     softmax,
@@ -26,6 +25,7 @@ from cifar_lightning.metrics.classification import (
     top_k_accuracy,
 )
 from cifar_lightning.metrics.label_issues import find_label_issues
+from cifar_lightning.metrics.selective import confidence_threshold
 from cifar_lightning.metrics.significance import wilson_interval
 from cifar_lightning.report.gallery import rank_images
 from cifar_lightning.report.insights import (
@@ -40,7 +40,9 @@ from cifar_lightning.report.insights import (
     validation_gap,
 )
 from cifar_lightning.report.results import Origin, Predictions, Results
+from cifar_lightning.report.temperature import temperature_of
 
+COVERAGE_TARGETS = (0.95, 0.99, 0.999)  # accuracies
 _NUM_SHOWN = 24  # images of a gallery
 _NUM_FIRST = 12  # mistakes that are shown among all and not with their pair
 _NUM_SHOWN_OF_PAIR = 6
@@ -53,9 +55,10 @@ Matrix = Int64[np.ndarray, "classes classes"]
 def find(results: Results) -> dict[str, Any]:
     """Return the content of the report as plain types; values that are not defined are None or NaN.
 
-    Keys: `summary`, `calibration` (None without test predictions), `classes` (in class order), `confusion_matrix`
-    (rows: true class), `confused_pairs`, `insights`, `mistakes`, `galleries`, `label_issues` (all, the surest first),
-    `label_check` (`checked`: images by split; `num_issues`), `epochs`, `learning_rates`, `training`, `run`, `problems`.
+    Keys: `summary`, `calibration` (None without test predictions), `coverage`, `classes` (in class order),
+    `confusion_matrix` (rows: true class), `confused_pairs`, `insights`, `mistakes`, `galleries`, `label_issues` (all,
+    the surest first), `label_check` (`checked`: images by split; `num_issues`), `epochs`, `learning_rates`, `training`,
+    `run`, `problems`.
     """
     cm, test = results.confusion, results.test
     probs = softmax(test.logits) if test is not None else None
@@ -67,6 +70,7 @@ def find(results: Results) -> dict[str, Any]:
     return {
         "summary": {**summary_of(cm, test), "accuracy_no_tta": results.accuracy_no_tta},
         "calibration": calibration_of(test, results.val) if test is not None else None,
+        "coverage": coverage_of(test, results.val) if test is not None else [],
         "classes": classes_of(cm, results.class_names, probs, test.targets if test is not None else None),
         "confusion_matrix": cm.tolist(),
         "confused_pairs": pairs,
@@ -119,13 +123,7 @@ def calibration_of(test: Predictions, val: Predictions | None) -> dict[str, Any]
     and `after`, each with `ece`, `loss`, `mean_confidence`, `bins` [{low, high, num_images, num_right, accuracy,
     accuracy_interval_95, confidence}].
     """
-    temperature, why_none = None, ""
-    if val is None:
-        why_none = "There are no predictions of validation images."
-    else:
-        temperature = fit_temperature(val.logits, val.targets)
-        if temperature is None:
-            why_none = "The validation loss has no minimum: all predictions are correct, or no better than chance."
+    temperature, why_none = temperature_of(val)
     return {
         "temperature": temperature,
         "why_none": why_none,
@@ -133,6 +131,40 @@ def calibration_of(test: Predictions, val: Predictions | None) -> dict[str, Any]
         "before": _calibration_at(1.0, test),
         "after": _calibration_at(temperature, test) if temperature is not None else None,
     }
+
+
+def coverage_of(test: Predictions, val: Predictions | None) -> list[dict[str, Any]]:
+    """Return how many test images remain where only predictions above a confidence are accepted, for some accuracies.
+
+    A threshold is chosen on the validation images, and what it gives is measured on the test images; without validation
+    images it is chosen on the test images, whose accuracy then flatters. The confidence is the model's own, at
+    temperature 1.
+
+    Keys: `target` (accuracy), `threshold` (lowest accepted confidence), `coverage` (fraction of the test images),
+    `num_images`, `accuracy` (of these), `accuracy_interval_95`, `chosen_on` ("val" or "test"). Where no threshold
+    reaches the target, all but `target` and `chosen_on` are None.
+    """
+    chooser = val or test
+    chosen_by = softmax(chooser.logits).max(axis=1), chooser.preds == chooser.targets
+    confidence, correct = softmax(test.logits).max(axis=1), test.preds == test.targets
+    rows = []
+    for target in COVERAGE_TARGETS:
+        threshold = confidence_threshold(*chosen_by, target)
+        known = threshold is not None
+        accepted = confidence >= threshold if known else np.zeros(len(confidence), dtype=bool)
+        num_images, num_correct = int(accepted.sum()), int(correct[accepted].sum())
+        rows.append(
+            {
+                "target": target,
+                "threshold": threshold,
+                "coverage": num_images / len(confidence) if known else None,
+                "num_images": num_images if known else None,
+                "accuracy": num_correct / num_images if num_images else None,
+                "accuracy_interval_95": list(wilson_interval(num_correct, num_images)) if num_images else None,
+                "chosen_on": "test" if val is None else "val",
+            }
+        )
+    return rows
 
 
 def _calibration_at(temperature: float, test: Predictions) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from sklearn import metrics as sk
 from sklearn.dummy import DummyClassifier
 
 from cifar_lightning.files import MetricsTable, write_json
-from cifar_lightning.report.findings import find, label_issues_of
+from cifar_lightning.report.findings import coverage_of, find, label_issues_of
 from cifar_lightning.report.results import Predictions, read_results
 from cifar_lightning.runs.folder import RunFolder
 
@@ -218,6 +219,45 @@ def test_a_diverged_model_has_findings_without_numbers_of_calibration(tmp_path):
     findings = find(read_results(run))
     assert math.isnan(findings["calibration"]["before"]["ece"])
     assert "confidence" not in {insight["kind"] for insight in findings["insights"]}
+
+
+def test_coverage_is_chosen_on_validation_and_measured_on_test(tmp_path):
+    results = read_results(make_run(tmp_path / "run", skill=4, sharpness=1))
+    rows = find(results)["coverage"]
+    assert [row["target"] for row in rows] == [0.95, 0.99, 0.999]
+    confidence, correct = results.test.probs.max(1), results.test.preds == results.test.targets
+    val_confidence, val_correct = results.val.probs.max(1), results.val.preds == results.val.targets
+    for row in rows:
+        assert val_correct[val_confidence >= row["threshold"]].mean() >= row["target"]
+        accepted = confidence >= row["threshold"]
+        assert row["num_images"] == accepted.sum() == pytest.approx(row["coverage"] * 2000)
+        assert row["accuracy"] == correct[accepted].mean()
+        assert row["chosen_on"] == "val"
+    assert [row["num_images"] for row in rows] == sorted((row["num_images"] for row in rows), reverse=True)
+    alone = coverage_of(results.test, None)
+    assert {row["chosen_on"] for row in alone} == {"test"}
+    assert all(row["accuracy"] >= row["target"] for row in alone)
+
+
+def test_an_accuracy_that_no_confidence_reaches_has_no_coverage():
+    wrong = Predictions(np.array([[5, 0], [0, 9]], np.float32), np.array([1, 0]), np.arange(2), ("a", "b"))
+    for row in coverage_of(wrong, wrong):
+        assert {row[key] for key in ("threshold", "coverage", "num_images", "accuracy")} == {None}
+
+
+def test_mistakes_are_listed_by_loss_with_their_names_up_to_500(tmp_path):
+    results = read_results(make_run(tmp_path / "run", n=4000, skill=1))
+    test, mistakes = results.test, find(results)["mistakes"]
+    losses = -log_softmax(test.logits.astype(float), axis=1)[np.arange(4000), test.targets]
+    losses[test.preds == test.targets] = -1
+    assert mistakes["count"] == (losses >= 0).sum() > 500
+    assert mistakes["named_by"] == "path"
+    worst = np.argsort(-losses, kind="stable")[:500]
+    assert [image["index"] for image in mistakes["images"]] == worst.tolist()
+    assert [image["name"] for image in mistakes["images"]] == [test.names[at] for at in worst]
+    np.testing.assert_allclose([image["loss"] for image in mistakes["images"]], losses[worst])
+    by_index = replace(test, names=())
+    assert find(replace(results, test=by_index))["mistakes"]["named_by"] == "index"
 
 
 def test_training_is_summed_up(tmp_path):
