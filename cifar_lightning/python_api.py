@@ -9,7 +9,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from cifar_lightning.inference.trained_model import TrainedModel, load_trained_m
 from cifar_lightning.metrics.classification import test_metrics
 from cifar_lightning.report.report import make_report
 from cifar_lightning.report.results import Predictions, read_predictions
+from cifar_lightning.report.temperature import require_temperature
 from cifar_lightning.runs.contents import read_table, read_test_metrics
 from cifar_lightning.runs.folder import RunFolder, open_run
 from cifar_lightning.runs.processes import RUN_OF_FIRST
@@ -166,7 +167,9 @@ class Run:
         self._folder.require(self._folder.predictions)
         return read_predictions(self._folder.predictions)
 
-    def predict(self, images: Any, *, top_k: int | None = None, batch_size: int | None = None) -> Any:
+    def predict(
+        self, images: Any, *, top_k: int | None = None, batch_size: int | None = None, calibrated: bool = False
+    ) -> Any:
         """Predict the classes of images of any size, which become squares as for training.
 
         Args:
@@ -174,42 +177,33 @@ class Run:
                 from 0 to 255 or float from 0 to 1; a batch of them with one more dimension; or a list of any of these.
             top_k: Number of classes for an image; by default 3, or all of fewer.
             batch_size: Images at a time; by default 256 on a GPU, else 64.
+            calibrated: Divide the logits by the temperature that was fitted on the validation images.
 
         Returns:
             A `Prediction` for one image; a list of them for a folder, a batch or a list. Files of a folder that cannot
             be read are left out, with a warning.
 
         Raises:
-            UserError: An image cannot be read, or has another form.
+            UserError: An image cannot be read or has another form, or the run has no temperature.
         """
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size {batch_size}: 1 or more.")
         is_list, size = isinstance(images, list | tuple), batch_size or default_batch_size()
-        top_k = choose_top_k(self._trained, top_k)
+        trained = replace(self._trained, temperature=require_temperature(self._folder)) if calibrated else self._trained
+        top_k = choose_top_k(trained, top_k)
         predictions: list[Prediction] = []
         for is_path, group in itertools.groupby(images if is_list else [images], key=_is_path):
             if is_path:
-                predictions += self._predict_files([Path(expand_home(os.fspath(path))) for path in group], top_k, size)
+                paths = [Path(expand_home(os.fspath(path))) for path in group]
+                predictions += _predict_files(trained, paths, top_k, size)
             else:
                 each = (image for given in group for image in (given if _is_batch(given) else [given]))
-                wanted = (self._trained.image_size, self._trained.resize, self._trained.in_channels)
+                wanted = (trained.image_size, trained.resize, trained.in_channels)
                 while batch := list(itertools.islice(each, size)):
                     squares = np.stack([to_square(image, *wanted) for image in batch])
-                    predictions += [Prediction("", top) for top in rank_classes(self._trained, squares, top_k)]
+                    predictions += [Prediction("", top) for top in rank_classes(trained, squares, top_k)]
         is_one = not is_list and not _is_batch(images) and not (_is_path(images) and Path(images).expanduser().is_dir())
         return predictions[0] if is_one else predictions
-
-    def _predict_files(self, paths: Sequence[Path], top_k: int, batch_size: int) -> Iterable[Prediction]:
-        found, _ = find_images(paths)
-        unreadable: list[Skipped] = []
-        predictions = list(predict_files(self._trained, found, unreadable, {}, top_k=top_k, batch_size=batch_size))
-        for path, reason in unreadable:
-            if Path(path) in paths:
-                raise UserError(f"{path} {reason}")
-        if unreadable:
-            (path, reason), num = unreadable[0], plural(len(unreadable), "file")
-            warnings.warn(f"{num} cannot be read and left out, the first: {path} {reason}", stacklevel=3)
-        return predictions
 
     def test(self, data: Any = None) -> dict[str, Any]:
         """Evaluate the best checkpoint on the test images, as the command `test` does; return the metrics.
@@ -246,6 +240,19 @@ class ReportPage(os.PathLike[str]):
     def _repr_html_(self) -> str:
         page = html.escape(self.path.read_text(encoding="utf-8"))
         return f'<iframe srcdoc="{page}" style="width: 100%; height: 80vh; border: 0"></iframe>'
+
+
+def _predict_files(trained: TrainedModel, paths: Sequence[Path], top_k: int, batch_size: int) -> Iterable[Prediction]:
+    found, _ = find_images(paths)
+    unreadable: list[Skipped] = []
+    predictions = list(predict_files(trained, found, unreadable, {}, top_k=top_k, batch_size=batch_size))
+    for path, reason in unreadable:
+        if Path(path) in paths:
+            raise UserError(f"{path} {reason}")
+    if unreadable:
+        (path, reason), num = unreadable[0], plural(len(unreadable), "file")
+        warnings.warn(f"{num} cannot be read and left out, the first: {path} {reason}", stacklevel=3)
+    return predictions
 
 
 def _is_path(image: Any) -> bool:

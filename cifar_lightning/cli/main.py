@@ -290,8 +290,14 @@ def _predict_images_flags(parser: argparse.ArgumentParser) -> None:
         "--top_k", metavar="N", type=int, help="most probable classes an image (default: 3, or all of fewer)"
     )
     parser.add_argument("--batch_size", metavar="N", type=int, help="images at a time (default: 256 on a GPU, else 64)")
+    _calibrated_flag(parser)
     _trust_flag(parser)
     parser.add_argument("--force", action="store_true", help="overwrite the output")
+
+
+def _calibrated_flag(parser: argparse.ArgumentParser) -> None:
+    text = "divide the logits by the temperature that was fitted on the validation images"
+    parser.add_argument("--calibrated", action="store_true", help=text)
 
 
 def _trust_flag(parser: argparse.ArgumentParser) -> None:
@@ -311,6 +317,7 @@ def _predict_images(parsed: argparse.Namespace) -> int:
         output=output,
         top_k=parsed.top_k,
         batch_size=parsed.batch_size,
+        calibrated=parsed.calibrated,
         force=parsed.force,
         trust_code=_is_trusting(parsed.trust_code),
     )
@@ -374,6 +381,7 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
     text = "RGB as 0-255 or as 0-1 (default: uint8)"
     parser.add_argument("--input", choices=("uint8", "float"), default="uint8", help=text)
     parser.add_argument("--probs", action="store_true", help="also give probabilities")
+    _calibrated_flag(parser)
     _trust_flag(parser)
     parser.add_argument("--force", action="store_true", help="overwrite the output")
 
@@ -389,6 +397,7 @@ def _export(parsed: argparse.Namespace) -> int:
         output=parsed.output,
         input=parsed.input,
         probs=parsed.probs,
+        calibrated=parsed.calibrated,
         force=parsed.force,
         trust_code=_is_trusting(parsed.trust_code),
     )

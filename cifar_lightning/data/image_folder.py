@@ -390,17 +390,22 @@ def holds_class_folders(root: Path) -> bool:
     return any(mimetypes.guess_type(entry.name)[0] in _IMAGE_TYPES for entry in first)
 
 
-def _class_folders(folder: Path) -> dict[str, str]:
-    """Return the name of each class folder by its class name.
+def class_name_of(folder_name: str) -> str:
+    """Return the class name that a folder's name gives.
 
     Class names are in Unicode's form NFC, as macOS writes folder names in form NFD; bytes that are not UTF-8, which can
     be opened but not printed, are shown as \\xff.
     """
+    return unicodedata.normalize("NFC", os.fsencode(folder_name).decode("utf-8", "backslashreplace"))
+
+
+def _class_folders(folder: Path) -> dict[str, str]:
+    """Return the name of each class folder by its class name."""
     found: dict[str, str] = {}
     for entry in _entries(folder)[0]:
         if not _is_folder(entry):
             continue
-        name = unicodedata.normalize("NFC", os.fsencode(entry.name).decode("utf-8", "backslashreplace"))
+        name = class_name_of(entry.name)
         if name in found:
             raise UserError(
                 f"{folder}: the folders {found[name]!a} and {entry.name!a} would be one class, {printable(name)}\n"

@@ -51,7 +51,7 @@ class ExportedModel(nn.Module):
 
     def __init__(self, trained: TrainedModel, input: Literal["uint8", "float"], probs: bool) -> None:
         super().__init__()
-        self.model, self.tta, self.probs = trained.model, trained.tta, probs
+        self.model, self.tta, self.probs, self.temperature = trained.model, trained.tta, probs, trained.temperature
         scale = 255 if input == "uint8" else 1
         self.register_buffer("mean", scale * torch.tensor(trained.mean).view(1, -1, 1, 1))
         self.register_buffer("std", scale * torch.tensor(trained.std).view(1, -1, 1, 1))
@@ -63,6 +63,8 @@ class ExportedModel(nn.Module):
             images: RGB or gray (batch, channels, image_size, image_size), uint8 0-255 or float32 0-1.
         """
         logits, _ = tta_logits(self.model, (images.float() - self.mean) / self.std, self.tta)
+        if self.temperature != 1:
+            logits = logits / self.temperature
         return (logits, logits.softmax(1)) if self.probs else (logits,)
 
 
@@ -73,6 +75,7 @@ def export_run(
     output: Path | None = None,
     input: Literal["uint8", "float"] = "uint8",
     probs: bool = False,
+    calibrated: bool = False,
     force: bool = False,
     trust_code: bool = False,
 ) -> Path:
@@ -84,6 +87,7 @@ def export_run(
         output: Default: model.onnx, model.pt2 or model.safetensors in the run.
         input: Input `images` (batch, channels, size, size) of the graph: as uint8 0-255 or float32 0-1.
         probs: Add an output `probs` to `logits`.
+        calibrated: Divide the logits by the run's temperature.
         force: Overwrite the file.
         trust_code: Import a model of one's own, which the checkpoint names.
 
@@ -97,9 +101,9 @@ def export_run(
     path = output or run.path / FILES[kind]
     check_output(path, force)
     _check_extra(kind)
-    if kind == "safetensors" and (probs or input != "uint8"):
-        raise UserError("--probs and --input are for onnx and torch; safetensors has weights only.")
-    trained = load_trained_model(run, trust_code=trust_code)
+    if kind == "safetensors" and (probs or calibrated or input != "uint8"):
+        raise UserError("--probs, --calibrated and --input are for onnx and torch; safetensors has weights only.")
+    trained = load_trained_model(run, trust_code=trust_code, calibrated=calibrated)
     images, origin = images_to_check(run, trained.image_size, trained.in_channels)
     module = ExportedModel(trained, input, probs).eval()
     exporters = silenced("torch.onnx", "torch.export", "onnxscript", "onnx_ir")  # they warn of their own internals
@@ -109,7 +113,7 @@ def export_run(
     shape = f"(batch, {trained.in_channels}, {trained.image_size}, {trained.image_size})"
     graph = "" if kind == "safetensors" else f", images {input} {shape}"
     outputs = "" if kind == "safetensors" else f" -> {', '.join(_outputs(probs))} (batch, {len(trained.class_names)})"
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB{graph}{outputs}")
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB{graph}{outputs}{_divided(trained)}")
     print(f"Parity on {origin}: largest difference of a probability {difference:.1e}, all top-1 predictions equal")
     _describe(run, trained, path, kind, input, probs)
     return path
@@ -127,7 +131,7 @@ def _describe(run: RunFolder, trained: TrainedModel, path: Path, kind: str, inpu
         "tta": trained.tta,
         "in_channels": trained.in_channels,
         "images": "" if kind == "safetensors" else _input(trained, input),
-        "outputs": _outputs(probs),
+        "outputs": [f"logits{_divided(trained)}", *_outputs(probs)[1:]],
     }
     written = write_model_card(run, card, path.parent)
     print(f"{written}: model card" if written else f"{path.parent / CARD}: not a model card, not overwritten")
@@ -139,6 +143,10 @@ def _input(trained: TrainedModel, input: str) -> str:
 
 def _outputs(probs: bool) -> list[str]:
     return ["logits", "probs"] if probs else ["logits"]
+
+
+def _divided(trained: TrainedModel) -> str:
+    return "" if trained.temperature == 1 else f" (divided by the temperature {trained.temperature:.4g})"
 
 
 def metadata_of(trained: TrainedModel, input: str) -> dict[str, str]:
@@ -153,6 +161,7 @@ def metadata_of(trained: TrainedModel, input: str) -> dict[str, str]:
         "architecture": json.dumps(trained.architecture),
         "epoch": str(trained.epoch),
         "checkpoint_sha256": trained.sha256,
+        "temperature": str(trained.temperature),
         "cifar_lightning": str(package_version()),
     }
 

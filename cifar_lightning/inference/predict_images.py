@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,13 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from cifar_lightning.data import image_decoding
-from cifar_lightning.data.image_folder import CACHE_FOLDER, NOT_IMAGES, Skipped, write_skipped_files
+from cifar_lightning.data.image_folder import CACHE_FOLDER, NOT_IMAGES, Skipped, class_name_of, write_skipped_files
 from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_output, replacing
-from cifar_lightning.formatting import csv_cell, plural, printable
+from cifar_lightning.formatting import clipped, csv_cell, percent, plural, printable, span
 from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
+from cifar_lightning.metrics.significance import wilson_interval
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.tta import TTA, tta_logits
 from cifar_lightning.transforms.augmentation import normalize
@@ -77,10 +78,13 @@ def predict_images(
     output: Path | None,
     top_k: int | None = None,
     batch_size: int | None = None,
+    calibrated: bool = False,
     force: bool = False,
     trust_code: bool = False,
 ) -> int:
     """Predict image files and write a row for each, in order; see `find_images`.
+
+    Images in class folders (`find_labels`) get a label, and their accuracy is printed.
 
     Images that cannot be read get no row. They, and files in folders that are skipped, are counted on stderr and listed
     with their reasons next to `output`; see `skipped_path`.
@@ -91,6 +95,7 @@ def predict_images(
         output: A .csv, or a .jsonl or .json for JSON lines. None writes JSON lines to stdout.
         top_k: Number of most probable classes per image. Default: 3, or all of fewer classes.
         batch_size: Default: 256 on CUDA, 64 on CPU.
+        calibrated: Divide the logits by the run's temperature.
         force: Overwrite `output`.
         trust_code: Import a model of one's own, which the checkpoint names.
 
@@ -107,25 +112,37 @@ def predict_images(
             raise UserError(f"--output {output}: give a .csv, or a .jsonl for JSON lines.")
         check_output(output, force)
     found, skipped = find_images(paths)
-    trained = load_trained_model(run, trust_code=trust_code)
+    trained = load_trained_model(run, trust_code=trust_code, calibrated=calibrated)
+    labels = find_labels(paths, found, trained.class_names)
     top_k = choose_top_k(trained, top_k)
     began = time.monotonic()
     counts: Counter[str] = Counter()
+    num_labelled = num_correct = 0
     unreadable: list[Skipped] = []
     remarks: image_decoding.Remarks = {}
     hide_bar = output is None and sys.stdout.isatty()  # the printed lines show the progress
     predictions = predict_files(
         trained, found, unreadable, remarks, top_k=top_k, batch_size=batch_size, hide_bar=hide_bar
     )
-    with _rows(output, top_k) as write, closing(predictions):  # not by the garbage collector, as it shows a bar
+    with _rows(output, top_k, labels) as write, closing(predictions):  # not by the garbage collector, as it shows a bar
         for prediction in predictions:
             counts[prediction.class_name] += 1
+            if prediction.path in labels:
+                num_labelled += 1
+                num_correct += labels[prediction.path] == prediction.class_name
             write(prediction)
     for line in image_decoding.remark_lines(remarks, found):
         print(printable(line), file=sys.stderr)
     _report_skipped(unreadable, skipped, None if output is None else skipped_path(output, force))
     if output is not None:
         _summarize(output, counts, time.monotonic() - began)
+    if num_labelled:
+        interval = span(wilson_interval(num_correct, num_labelled))
+        print(
+            f"Accuracy {percent(num_correct / num_labelled)} (95 % interval {interval}): {num_correct:,} of "
+            f"{plural(num_labelled, 'image')} in class folders",
+            file=sys.stdout if output is not None else sys.stderr,
+        )
     return len(unreadable)
 
 
@@ -161,6 +178,31 @@ def find_images(paths: Sequence[Path]) -> tuple[list[str], list[Skipped]]:
     return found, skipped
 
 
+def find_labels(paths: Sequence[Path], found: Sequence[str], class_names: Sequence[str]) -> dict[str, str]:
+    """Return the class name by path of the images in class folders.
+
+    A given folder holds class folders if each of its subfolders has the name of a class; hidden ones and links do not
+    count. Of a folder with other subfolders as well, these are named on stderr and no image gets a label.
+    """
+    labels: dict[str, str] = {}
+    for top in (path for path in paths if path.is_dir()):
+        with os.scandir(top) as entries:
+            folders = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
+        class_of = {entry.name: class_name_of(entry.name) for entry in folders if not entry.name.startswith(".")}
+        others = sorted(name for name, class_name in class_of.items() if class_name not in class_names)
+        if others and len(others) < len(class_of):
+            text = f"{top}: no labels: {clipped(', '.join(others))} among its folders is no class of the run"
+            print(printable(text), file=sys.stderr)
+        if others:
+            continue
+        start = os.path.join(top, "")
+        for file in found:
+            folder, separator, _ = file.removeprefix(start).partition(os.sep)
+            if file.startswith(start) and separator:
+                labels[file] = class_of[folder]
+    return labels
+
+
 def _images_below(top: Path, skipped: list[Skipped]) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: this folder cannot be searched ({error.strerror}).") from error
@@ -193,6 +235,7 @@ def top_classes(
     std: Float[Tensor, " channels"],
     top_k: int,
     tta: TTA = "none",
+    temperature: float = 1.0,
 ) -> tuple[Float[Tensor, "batch top_k"], Int64[Tensor, "batch top_k"]]:
     """Return probabilities and indices of the most probable classes, the most probable first.
 
@@ -203,8 +246,9 @@ def top_classes(
         std: Of images scaled to 0-1.
         top_k: Number of classes.
         tta: Test-time augmentation.
+        temperature: Logits are divided by it.
     """
-    logits = tta_logits(model, normalize(images, mean=mean, std=std), tta)[0].float()
+    logits = tta_logits(model, normalize(images, mean=mean, std=std), tta)[0].float() / temperature
     # By logits, as probabilities of large ones are equal; stable, so that the first of equal ones wins, as in argmax.
     classes = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     return logits.softmax(1).gather(1, classes), classes
@@ -234,7 +278,8 @@ def rank_classes(
     mean, std = (torch.tensor(values, device=device) for values in (trained.mean, trained.std))
     with torch.inference_mode():
         raw = torch.from_numpy(images).to(device)
-        probs, classes = top_classes(trained.model.to(device), raw, mean=mean, std=std, top_k=top_k, tta=trained.tta)
+        options = {"top_k": top_k, "tta": trained.tta, "temperature": trained.temperature}
+        probs, classes = top_classes(trained.model.to(device), raw, mean=mean, std=std, **options)
     if not probs.isfinite().all():
         raise UserError(f"{trained.checkpoint}: the model predicts NaN; its training diverged.")
     return [
@@ -299,38 +344,40 @@ def _decoded(
 
 
 @contextmanager
-def _rows(output: Path | None, top_k: int) -> Iterator[Write]:
+def _rows(output: Path | None, top_k: int, labels: Mapping[str, str]) -> Iterator[Write]:
     if output is None:
-        yield _json_writer(sys.stdout.write, ensure_ascii=True)  # stdout may have any encoding
+        yield _json_writer(sys.stdout.write, labels, ensure_ascii=True)  # stdout may have any encoding
         sys.stdout.flush()
         return
     # Names of files that are not UTF-8 hold lone surrogates; they become \udcXX, which JSON reads back.
     with replacing(output) as path, open(path, "x", encoding="utf-8", errors="backslashreplace", newline="") as file:
         if output.suffix.lower() == ".csv":
-            yield _csv_writer(file, top_k)
+            yield _csv_writer(file, top_k, labels)
         else:
-            yield _json_writer(file.write, ensure_ascii=False)
+            yield _json_writer(file.write, labels, ensure_ascii=False)
 
 
-def _csv_writer(file: TextIO, top_k: int) -> Write:
+def _csv_writer(file: TextIO, top_k: int, labels: Mapping[str, str]) -> Write:
     writer = csv.writer(file, lineterminator="\n")
-    header = ["path", "class", "probability"]
+    header = ["path", *(["label"] if labels else []), "class", "probability"]
     for rank in range(2, top_k + 1):
         header += [f"class_{rank}", f"probability_{rank}"]
     writer.writerow(header)
 
     def write(prediction: Prediction) -> None:
         path, ranked = prediction
-        writer.writerow([csv_cell(path), *(cell for name, prob in ranked for cell in (csv_cell(name), prob))])
+        label = [csv_cell(labels.get(path, ""))] if labels else []
+        writer.writerow([csv_cell(path), *label, *(cell for name, prob in ranked for cell in (csv_cell(name), prob))])
 
     return write
 
 
-def _json_writer(write_text: Callable[[str], object], *, ensure_ascii: bool) -> Write:
+def _json_writer(write_text: Callable[[str], object], labels: Mapping[str, str], *, ensure_ascii: bool) -> Write:
     def write(prediction: Prediction) -> None:
         path, ranked = prediction
         top = [{"class": name, "probability": prob} for name, prob in ranked]
-        write_text(json.dumps({"path": path, **top[0], "top": top}, ensure_ascii=ensure_ascii) + "\n")
+        label = {"label": labels.get(path)} if labels else {}
+        write_text(json.dumps({"path": path, **label, **top[0], "top": top}, ensure_ascii=ensure_ascii) + "\n")
 
     return write
 

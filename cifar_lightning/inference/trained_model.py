@@ -16,6 +16,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256
 from cifar_lightning.models.memory_format import use_memory_format
 from cifar_lightning.models.registry import build_model, check_model_kwargs
+from cifar_lightning.report.temperature import require_temperature
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.settings.import_path import import_trusted, is_import_path
 from cifar_lightning.training.tta import TTA, tta_logits
@@ -37,6 +38,7 @@ class TrainedModel:
     checkpoint: Path  # file that the weights are from
     sha256: str  # of that file
     epoch: int  # of the weights, counted from 1
+    temperature: float = 1.0  # logits are divided by it; calibrated, that of `require_temperature`
 
     @property
     def in_channels(self) -> int:
@@ -44,25 +46,30 @@ class TrainedModel:
         return len(self.mean)
 
     def logits(self, images: UInt8[Tensor, "batch height width channels"]) -> Float[Tensor, "batch classes"]:
-        """Return the logits of uint8 images, RGB or gray, at `image_size`, averaged over the views of the run's TTA."""
+        """Return the logits of uint8 images, RGB or gray, at `image_size`, averaged over TTA, by temperature."""
         with torch.inference_mode():
             normalized = normalize(images, mean=torch.tensor(self.mean), std=torch.tensor(self.std))
-            return tta_logits(self.model, normalized, self.tta)[0]
+            return tta_logits(self.model, normalized, self.tta)[0] / self.temperature
 
 
-def load_trained_model(run: RunFolder, *, trust_code: bool = False, model: nn.Module | None = None) -> TrainedModel:
+def load_trained_model(
+    run: RunFolder, *, trust_code: bool = False, model: nn.Module | None = None, calibrated: bool = False
+) -> TrainedModel:
     """Load the model of a run from its best checkpoint, or else the last.
 
     Args:
         run: A run with a checkpoint.
         trust_code: Import a model of one's own, which the checkpoint names, from any package.
         model: A model of one's own, in place of one that the checkpoint names; a copy of it is used.
+        calibrated: Use the run's temperature.
 
     Raises:
-        UserError: The checkpoint is missing or damaged, or its model cannot be built by name or is not trusted.
+        UserError: The checkpoint is missing or damaged, its model cannot be built by name or is not trusted, or the
+            run has no temperature.
     """
     path = run.tested_checkpoint
     run.require(path)
+    temperature = require_temperature(run) if calibrated else 1.0
     checkpoint = read_checkpoint(path)
     hparams, data = checkpoint.get("hyper_parameters", {}), checkpoint.get(DATA_STATE)
     if data is None:
@@ -102,4 +109,5 @@ def load_trained_model(run: RunFolder, *, trust_code: bool = False, model: nn.Mo
         checkpoint=path,
         sha256=file_sha256(path),
         epoch=int(checkpoint["epoch"]) + 1,
+        temperature=temperature,
     )

@@ -3,12 +3,14 @@
 import importlib.metadata
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from made_run import made_predictions
 from torch import nn
 
 from cifar_lightning import ImageClassifier, UserError
@@ -17,6 +19,7 @@ from cifar_lightning.data.datasets import open_source
 from cifar_lightning.inference import export
 from cifar_lightning.inference.export import export_run
 from cifar_lightning.inference.trained_model import load_trained_model
+from cifar_lightning.metrics.calibration import fit_temperature
 from cifar_lightning.models.registry import build_model
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.tta import tta_logits
@@ -63,7 +66,10 @@ test_images.__test__ = False
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("export") / "run", widths=[4, 8])
+    run = make_run(tmp_path_factory.mktemp("export") / "run", widths=[4, 8])
+    logits, targets = made_predictions(10, 500, sharpness=2)
+    np.savez(run.predictions_val, logits=logits, targets=targets, indices=np.arange(500), class_names=np.array(CLASSES))
+    return run
 
 
 def ask_onnx(path, images, output="logits"):
@@ -111,6 +117,16 @@ def test_the_graph_has_the_promised_names_and_metadata(run, tmp_path):
     assert metadata["cifar_lightning"] == importlib.metadata.version("cifar-lightning")
 
 
+def test_calibrated_logits_are_refused_for_weights_alone_and_for_a_run_without_a_temperature(run, tmp_path):
+    with pytest.raises(UserError, match="safetensors"):
+        export_run(run, "safetensors", output=tmp_path / "net.safetensors", calibrated=True)
+    other = RunFolder(shutil.copytree(run.path, tmp_path / "other"))
+    other.predictions_val.unlink()
+    with pytest.raises(UserError, match="--calibrated"):
+        export_run(other, "torch", calibrated=True)
+    assert not (other.path / "model.pt2").exists()
+
+
 def test_float_input_and_uint8_input_give_the_same_predictions(run, tmp_path):
     images = np.ascontiguousarray(test_images(20).transpose(0, 3, 1, 2))
     raw = ask_onnx(export_run(run, "onnx", output=tmp_path / "raw.onnx"), images)(20)
@@ -119,13 +135,18 @@ def test_float_input_and_uint8_input_give_the_same_predictions(run, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, of its loader
-def test_the_torch_archive_runs_at_any_batch_size_and_holds_its_metadata(run, tmp_path):
-    path = export_run(run, "torch", output=tmp_path / "net.pt2", probs=True)
+def test_the_torch_archive_runs_at_any_batch_size_calibrated_and_holds_its_metadata(run, tmp_path):
+    path = export_run(run, "torch", output=tmp_path / "net.pt2", probs=True, calibrated=True)
     extra = {"metadata.json": ""}
     module = torch.export.load(path, extra_files=extra).module()
     assert json.loads(json.loads(extra["metadata.json"])["class_names"]) == CLASSES
     images = torch.from_numpy(test_images(9).copy())
-    expected = load_trained_model(run).logits(images)
+    with np.load(run.predictions_val) as val:
+        temperature = fit_temperature(val["logits"], val["targets"])
+    assert abs(temperature - 1) > 0.1
+    assert float(json.loads(extra["metadata.json"])["temperature"]) == temperature
+    assert f"temperature {temperature:.4g}" in (tmp_path / "MODEL_CARD.md").read_text()
+    expected = load_trained_model(run).logits(images) / temperature
     for size in (1, 2, 9):
         logits, probs = module(images[:size].permute(0, 3, 1, 2))
         torch.testing.assert_close(logits, expected[:size], atol=1e-4, rtol=0)

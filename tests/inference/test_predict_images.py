@@ -5,21 +5,25 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from made_run import made_predictions
 from PIL import Image
 from program import decode_here
 
 from benchmarks.faults.images import nested_eps, recorded_ghostscript
-from cifar_lightning import ImageClassifier, UserError
+from cifar_lightning import ImageClassifier, UserError, load
 from cifar_lightning.cli import main as cli
 from cifar_lightning.data import image_decoding
 from cifar_lightning.files import check_output
 from cifar_lightning.inference import predict_images as predict
 from cifar_lightning.inference.predict_images import predict_images, top_classes
+from cifar_lightning.metrics.calibration import fit_temperature
+from cifar_lightning.metrics.significance import wilson_interval
 from cifar_lightning.runs.folder import RunFolder
 
 SIZE = 16
@@ -369,6 +373,59 @@ def test_csv_and_json_hold_the_same_top_k(run, top_k):
     for row, line in zip(rows, Path("out.JSONL").read_text(encoding="utf-8").splitlines(), strict=True):
         top = [{"class": name, "probability": prob} for name, prob in ranked(row, top_k)]
         assert json.loads(line) == {"path": row["path"], **top[0], "top": top}
+
+
+def test_calibrated_probabilities_are_those_of_logits_divided_by_the_temperature(run):
+    paths = save_images(3)
+    with pytest.raises(UserError, match="--calibrated"):
+        predict_images(run, paths, output=Path("out.csv"), calibrated=True)
+    assert not Path("out.csv").exists()
+    logits, targets = made_predictions(3, 300, sharpness=2)
+    np.savez(run.predictions_val, logits=logits, targets=targets, indices=np.arange(300), class_names=np.array(CLASSES))
+    temperature = fit_temperature(logits, targets)
+    assert abs(temperature - 1) > 0.1
+    predict_images(run, paths, output=Path("out.csv"), calibrated=True)
+    for row in read_csv():
+        probs = (torch.tensor(naive_probs(run, row["path"])).log() / temperature).softmax(0).sort(descending=True)
+        assert [name for name, _ in ranked(row)] == [CLASSES[k] for k in probs.indices]
+        assert [prob for _, prob in ranked(row)] == pytest.approx(probs.values.tolist(), abs=1e-6)
+    run.config.write_text("{}")
+    from_python = load(run.path).predict(paths, calibrated=True)
+    assert [prediction.top for prediction in from_python] == [ranked(row) for row in read_csv()]
+
+
+def test_images_in_folders_of_classes_have_labels_and_an_accuracy(run, capsys):
+    for number, name in enumerate(CLASSES):
+        save_images(4, Path("photos", unicodedata.normalize("NFD", name), *["inner"] * (number == 1)))
+    (lone,) = save_images(1, Path("other"))
+    Path("photos/.hidden").mkdir()
+    Path("photos/notes.txt").write_text("")
+    predict_images(run, [Path("photos"), lone], output=Path("out.csv"))
+    *rows, last = read_csv()
+    assert [row["label"] for row in rows] == [name for name in CLASSES for _ in range(4)]
+    assert (last["path"], last["label"]) == (str(lone), "")
+    num_correct = sum(row["label"] == row["class"] for row in rows)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert f"{num_correct} of 12 " in line
+    assert "{:.1f} to {:.1f} %".format(*(100 * end for end in wilson_interval(num_correct, 12))) in line
+    predict_images(run, [Path("photos"), lone], output=None)
+    out, err = capsys.readouterr()
+    labels = [json.loads(line)["label"] for line in out.splitlines()]
+    assert labels == [row["label"] for row in rows] + [None]
+    assert f"{num_correct} of 12 " in err
+
+
+def test_folders_that_are_not_all_classes_give_no_labels(run, capsys):
+    for name in ("b, c", "d", "unknown"):
+        save_images(1, Path("photos") / name)
+    predict_images(run, [Path("photos")], output=Path("out.csv"))
+    assert "label" not in read_csv()[0]
+    out, err = capsys.readouterr()
+    assert "unknown" in err
+    assert "Accuracy" not in out
+    predict_images(run, [Path("photos/d"), Path("photos/unknown")], output=Path("out.csv"), force=True)
+    assert "label" not in read_csv()[0]
+    assert capsys.readouterr().err == ""
 
 
 def test_stdout_gets_json_lines_alone(run, capsys):
