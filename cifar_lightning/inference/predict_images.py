@@ -278,8 +278,8 @@ def rank_classes(
     mean, std = (torch.tensor(values, device=device) for values in (trained.mean, trained.std))
     with torch.inference_mode():
         raw = torch.from_numpy(images).to(device)
-        options = {"top_k": top_k, "tta": trained.tta, "temperature": trained.temperature}
-        probs, classes = top_classes(trained.model.to(device), raw, mean=mean, std=std, **options)
+        model, tta, temperature = trained.model.to(device), trained.tta, trained.temperature
+        probs, classes = top_classes(model, raw, mean=mean, std=std, top_k=top_k, tta=tta, temperature=temperature)
     if not probs.isfinite().all():
         raise UserError(f"{trained.checkpoint}: the model predicts NaN; its training diverged.")
     return [
