@@ -72,8 +72,9 @@ def tensorboard(folder: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = ["--logdir", str(folder), "--host", "localhost", "--port", str(port), "--load_fast", "false"]
-    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *flags], stderr=subprocess.DEVNULL)
+    flags = ["--logdir", folder.name, "--host", "localhost", "--port", str(port), "--load_fast", "false"]
+    command = [sys.executable, "-m", "tensorboard.main", *flags]
+    server = subprocess.Popen(command, cwd=folder.parent, stderr=subprocess.DEVNULL)  # the page shows the path
     try:
         deadline = time.monotonic() + 60
         while socket.socket().connect_ex(("localhost", port)):
@@ -137,7 +138,7 @@ def main() -> None:
             ratio = driver.execute_script(f"return {box}.height / {box}.width")
             photograph(driver, page.as_uri(), args.output / "terminal.png", (WIDTH_PX, int(WIDTH_PX * ratio)))
         photograph(driver, (run / "report.html").resolve().as_uri(), args.output / "report.png", (WIDTH_PX, HEIGHT_PX))
-        with tensorboard(run.resolve().parent) as url:
+        with tensorboard(run.resolve().parents[1]) as url:
             photograph(driver, url, args.output / "tensorboard.png", BOARD_PX, CARDS)
             custom = "document.readyState === 'complete'"
             photograph(driver, f"{url}/#custom_scalars", args.output / "tensorboard_charts.png", BOARD_PX, custom)
