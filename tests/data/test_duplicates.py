@@ -102,6 +102,17 @@ def test_validation_images_held_out_of_the_training_images_are_compared_too(caps
     assert capsys.readouterr().out == ""
 
 
+def test_images_of_one_colour_are_remarked_on_by_name(capsys):
+    rng = np.random.default_rng(0)
+    train, test = images(rng, 10), images(rng, 4)
+    train[[3, 6]], test[0, :, :, 0] = np.array([[[7]], [[9]]])[..., None], 7  # one channel alone is no colour
+    module_of(train=(train, [0, 1] * 5), test=(test, [0, 1, 0, 1]))
+    printed = capsys.readouterr().out
+    assert "2 images have one colour" in printed
+    assert "train[3]" in printed
+    assert "test[" not in printed
+
+
 def test_images_that_only_share_a_hash_are_not_duplicates(monkeypatch):
     rng = np.random.default_rng(0)
     monkeypatch.setattr("cifar_lightning.data.duplicates.pixel_hashes", lambda images: np.zeros(len(images), "<u8"))
