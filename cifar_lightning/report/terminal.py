@@ -41,7 +41,7 @@ _MAX_ITEMS = 3  # of an insight; the page lists more
 _NUM_WEAKEST = 3
 _MAX_INSIGHTS = 3
 _RELIABLE = 0.99  # accuracy for which the confidence is named
-_MAX_LINE = 230  # three lines of 80 columns: 6 lines of text and the rest fit on a screen
+_MAX_LINE = 150  # two lines of 80 columns, for at most seven findings
 
 
 def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, console: Console | None = None) -> None:
@@ -52,12 +52,29 @@ def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, co
     console = console or Console(highlight=False, force_jupyter=False)
     names = [printable(row["name"], console.encoding) for row in findings["classes"]]
     _print_summary(console, findings)
+    calibration = findings["calibration"]
+    if calibration and calibration["after"] is not None:
+        _print_words(
+            console,
+            f"Temperature {decimal(calibration['temperature'], 3)}, fitted on {count(calibration['fitted_on'])} "
+            f"validation images: ECE {percent(calibration['after']['ece'], 2)}, "
+            f"loss {decimal(calibration['after']['loss'], 4)}.",
+        )
     if run_path is not None and RunFolder(run_path).best_checkpoint.exists():  # otherwise the last weights were tested
         _print_tested(console, findings["training"])
     _print_classes(console, findings["classes"], names)
     _print_confusions(console, np.array(findings["confusion_matrix"], dtype=np.int64), names)
     _print_pairs(console, findings)
     _print_insights(console, findings["insights"])
+    to_look_at = _to_look_at(findings, _NUM_WORST)
+    if to_look_at:
+        _print_heading(console, "Images to look at")
+    for text in to_look_at:
+        _print_words(console, f"{text}.", bullet="* ")
+    if findings.get("coverage"):
+        _print_heading(console, "Confidence needed for a given accuracy")
+    for row in findings.get("coverage") or []:
+        _print_words(console, f"{_coverage_text(row)}.", bullet="* ")
     if findings.get("comparison"):
         _print_comparison(console, findings["comparison"])
     if findings["problems"]:
@@ -82,16 +99,14 @@ def print_summary(findings: Mapping[str, Any], run_path: Path, console: Console 
     weakest = sorted(weakest, key=lambda row: row["recall"])[:_NUM_WEAKEST]
     _print_heading(console, "Classes with the lowest recall" if len(weakest) < len(findings["classes"]) else "Classes")
     _print_class_table(console, weakest, [printable(row["name"], console.encoding) for row in weakest])
+    problems = findings["problems"]
     lines = [_pair_text(pair) for pair in findings["confused_pairs"][:1]]
     lines += _insight_lines(findings["insights"])
-    issues, problems = findings.get("label_issues") or [], findings["problems"]
-    if issues:
-        lines.append(
-            f"{plural(len(issues), 'likely label error')}, first {issues[0]['name']}: labelled {issues[0]['label']}, "
-            f"predicted {issues[0]['suggested']} (label_issues.csv)"
-        )
-    lines += [_coverage_text(row) for row in findings.get("coverage") or [] if row["target"] == _RELIABLE]
-    lines += [f"{plural(len(problems), 'problem')} with files of the run, first: {problem}" for problem in problems[:1]]
+    lines += _to_look_at(findings, 1)
+    if problems:
+        lines.append(f"{plural(len(problems), 'problem')} with files of the run, first: {problems[0]}")
+    else:
+        lines += [_coverage_text(row) for row in findings.get("coverage") or [] if row["target"] == _RELIABLE]
     if lines:
         _print_heading(console, "Findings")
     for line in lines:
@@ -113,6 +128,26 @@ def _insight_lines(insights: Sequence[Mapping[str, Any]]) -> list[str]:
         more = len(insight["items"]) - 1
         lines.append(text.rstrip(".") + (f" ({count(more)} more)" if more and insight["kind"] != "groups" else ""))
     return lines
+
+
+def _to_look_at(findings: Mapping[str, Any], most: int) -> list[str]:
+    """Return the first mistakes and likely label errors by the names of their images, each kind with its number."""
+    texts = []
+    mistakes = findings["mistakes"]
+    if mistakes and mistakes["count"]:
+        shown = [
+            f"{item['name']} ({item['true']}, predicted as {item['predicted']} with {percent(item['prob'])})"
+            for item in mistakes["images"][:most]
+        ]
+        texts.append(f"{plural(mistakes['count'], 'mistake')} in mistakes.csv, highest loss: {'; '.join(shown)}")
+    number = findings["label_check"]["num_issues"]
+    if number:
+        shown = [
+            f"{issue['name']} (labelled {issue['label']}, predicted as {issue['suggested']})"
+            for issue in findings["label_issues"][:most]
+        ]
+        texts.append(f"{plural(number, 'likely label error')} in label_issues.csv, likeliest: {'; '.join(shown)}")
+    return texts
 
 
 def _coverage_text(row: Mapping[str, Any]) -> str:
@@ -143,9 +178,11 @@ def _print_summary(console: Console, findings: Mapping[str, Any]) -> None:
     line = Text("Test accuracy ")
     line.append(percent(summary["accuracy"], 2), style="bold")
     line.append(f"  (95 % interval {span(summary['accuracy_interval_95'], 2)}; {images(summary['num_images'])})")
-    if "accuracy_top5" in summary:
-        line.append(f", top 5 {percent(summary['accuracy_top5'], 2)}")
     console.print(line)
+    largest = _cut(printable(findings["classes"][summary["majority_class"]]["name"], console.encoding), _MAX_NAME)
+    baseline = f"Chance {percent(summary['chance'], 2)}; always {largest} {percent(summary['majority'], 2)}"
+    top5 = f"; top 5 {percent(summary['accuracy_top5'], 2)}" if "accuracy_top5" in summary else ""
+    _print_words(console, baseline + top5)
     if summary["accuracy_no_tta"] is not None:
         no_tta = percent(summary["accuracy_no_tta"], 2)
         console.print(f"Accuracy without test-time augmentation (--model.tta): {no_tta}")
@@ -155,13 +192,6 @@ def _print_summary(console: Console, findings: Mapping[str, Any]) -> None:
         return
     ece = percent(calibration["before"]["ece"], 2)
     console.print(f"Loss {decimal(summary['loss'], 4)}, calibration error (ECE) {ece}, {macro_f1}")
-    if calibration["after"] is not None:
-        _print_words(
-            console,
-            f"Temperature {decimal(calibration['temperature'], 3)}, fitted on {count(calibration['fitted_on'])} "
-            f"validation images: ECE {percent(calibration['after']['ece'], 2)}, "
-            f"loss {decimal(calibration['after']['loss'], 4)}.",
-        )
 
 
 def _print_tested(console: Console, training: Mapping[str, Any]) -> None:
