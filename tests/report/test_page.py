@@ -380,6 +380,15 @@ def test_the_command_of_a_run_is_the_one_that_was_typed(program):
     assert command_of({"command": words}) == f"{python}{program} fit --lr 'a b'"
 
 
+def test_a_run_without_validation_images_has_a_page_that_says_what_was_not_checked(tmp_path):
+    made = make_run(tmp_path / "run", n=200)
+    made.predictions_val.unlink()
+    make_report(made)
+    text = made.report.read_text(encoding="utf-8")
+    assert "Validation images were not checked" in text
+    assert "Without validation images the confidence is chosen on the test images" in text
+
+
 def test_a_value_that_the_template_lacks_is_an_error():
     with pytest.raises(UndefinedError, match="files"):
         render("model_card.md", card={})
