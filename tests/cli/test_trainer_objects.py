@@ -153,7 +153,8 @@ def test_loggers_get_the_config_metrics_by_step_and_the_figures_that_they_take(t
     )
     trainer.fit(ImageClassifier(image_size=16, model_kwargs=NARROW), datamodule=data)
     assert own.hyperparameters == [given]
-    drawn = ["visuals/batch_as_trained_on", "visuals/confusion_matrix", "visuals/most_confident_mistakes"]
+    names = ("batch_as_trained_on", "confusion_matrix", "reliability", "most_confident_mistakes")
+    drawn = [f"visuals/{name}" for name in names]
     assert [key for key, _, _ in own.images] == [key for _, key, _ in to_mlflow] == drawn
     assert {(len(shape), dtype) for _, shape, dtype in own.images} == {(3, np.dtype("uint8"))}
     assert {"train/loss_step", "train/lr", "train/loss", "val/acc"} <= set(own.metrics)
@@ -175,7 +176,7 @@ def test_from_python_loggers_get_the_hyperparameters_of_the_module(tmp_path):
 @pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`")  # it knows no FLOPs of this model
 def test_every_callback_that_works_is_run_by_fit(tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(predictions_module, "make_report", lambda *args: None)
+    monkeypatch.setattr(predictions_module, "make_report", lambda *args, **kwargs: None)
     small = [*TINY, "--data.limit", "300", "--batch_size", "100", "--data.eval_batch_size", "500", "--epochs", "2"]
     for name, verdict in CALLBACKS.items():
         if verdict.refused:
