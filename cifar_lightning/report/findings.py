@@ -339,8 +339,7 @@ def label_issues_of(predictions: Mapping[str, Predictions]) -> list[dict[str, An
     """Return the images whose label is probably wrong, the least plausible label first.
 
     Each split is checked by itself: one may be labelled with more care. Predictions with NaN or infinite logits are
-    left out. Keys: `name`, `index`, `split`, `label`, `suggested`, `prob_of_label`, `prob_of_suggested`, `score`: the
-    self-confidence, which is the probability of the label.
+    left out. Keys: `name`, `index`, `split`, `label`, `suggested`, `prob_of_label`, `prob_of_suggested`.
     """
     found = []
     for split, each in predictions.items():
@@ -357,10 +356,9 @@ def label_issues_of(predictions: Mapping[str, Predictions]) -> list[dict[str, An
                     "suggested": each.class_names[suggested],
                     "prob_of_label": float(probs[at, labels[at]]),
                     "prob_of_suggested": float(probs[at, suggested]),
-                    "score": float(probs[at, labels[at]]),
                 }
             )
-    return sorted(found, key=lambda issue: float(issue["score"]))
+    return sorted(found, key=lambda issue: float(issue["prob_of_label"]))
 
 
 def learning_rates_of(results: Results) -> list[tuple[float, float]]:

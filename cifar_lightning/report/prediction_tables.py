@@ -54,7 +54,7 @@ def prediction_tables(of_splits: Mapping[str, Predictions]) -> tuple[str, str]:
 
 def write_label_issues(run: RunFolder, issues: Sequence[Mapping[str, Any]]) -> None:
     """Write label_issues.csv, a row for each of `findings.label_issues_of`."""
-    columns = ("split", "label", "suggested", "prob_of_label", "prob_of_suggested", "score")
+    columns = ("split", "label", "suggested", "prob_of_label", "prob_of_suggested")
     rows = ([issue[column] for column in ("name", *columns)] for issue in issues)
     cells = ([csv_cell(cell) if isinstance(cell, str) else f"{cell:.{_DIGITS}g}" for cell in row] for row in rows)
     write_text_durably(run.label_issues, _csv(["path", *columns], cells))

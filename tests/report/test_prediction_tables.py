@@ -93,5 +93,5 @@ def test_label_issues_are_rows_that_no_spreadsheet_runs(tmp_path):
     assert [csv_text(row["path"]) for row in rows] == [issue["name"] for issue in issues]
     assert all(row["path"].startswith("'=") for row in rows)
     assert [csv_text(row["suggested"]) for row in rows] == [issue["suggested"] for issue in issues]
-    for number in ("prob_of_label", "prob_of_suggested", "score"):
+    for number in ("prob_of_label", "prob_of_suggested"):
         assert [float(row[number]) for row in rows] == pytest.approx([issue[number] for issue in issues], rel=1e-6)
