@@ -237,6 +237,8 @@ def test_the_tiles_and_the_calibration_say_what_findings_do(run, page):
         percent(findings["summary"]["macro_f1"], 2),
         f"{findings['summary']['loss']:.4f}",
         percent(calibration["before"]["ece"], 2),
+        *(f">{row['threshold']:.3f}</td>" for row in findings["coverage"] if row["threshold"] is not None),
+        *(f">{percent(row['accuracy'], 2)}</td>" for row in findings["coverage"] if row["num_images"]),
         percent(calibration["after"]["ece"], 2),
         f"{calibration['temperature']:.3f}",
         *(item["text"].replace("'", "&#39;") for insight in findings["insights"] for item in insight["items"]),
