@@ -11,7 +11,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from cifar_lightning.formatting import plural, printable
-from cifar_lightning.report.page import TEMPLATES, render
+from cifar_lightning.report.page import render
 
 _MAX_LINES = 29  # and one of the page
 _MAX_ROWS = 10  # classes on the terminal: of more, the largest and the smallest
@@ -80,8 +80,6 @@ def render_inspection(found: Mapping[str, Any]) -> str:
     side = _TILE_PX if len(names) <= _MANY_CLASSES else _SMALL_PX
     return render(
         "inspection.html",
-        css=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
-        script=(TEMPLATES / "page.js").read_text(encoding="utf-8"),
         dataset=found["dataset"],
         totals=totals,
         facts=facts_of(found),

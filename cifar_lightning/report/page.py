@@ -28,7 +28,7 @@ from cifar_lightning.runs.environment import inexact_resumes
 from cifar_lightning.settings.roles import OWN_OPTIMIZER, READ_BY, augmentations, switched_on
 
 Image3 = UInt8[np.ndarray, "height width 3"]
-TEMPLATES = Path(__file__).parent
+_TEMPLATES = Path(__file__).parent
 _FILTERS = ("percent", "span", "points", "points_span", "decimal", "count", "images", "pvalue", "duration")
 _MAX_IN_MATRIX = 20  # classes; above, the most confused of them
 _MAX_GROUPED = 12  # grouped classes above this number are folded
@@ -57,9 +57,7 @@ def render_page(
     changed = [item for it in comparison["changed"].values() for item in it["images"]] if comparison else []
     return render(
         "page.html",
-        f={"coverage": None, **findings},
-        css=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
-        script=(TEMPLATES / "page.js").read_text(encoding="utf-8"),
+        f=findings,
         matrix=matrix_of(np.array(findings["confusion_matrix"]), [row["name"] for row in findings["classes"]]),
         calibration_charts=[reliability_chart(calibration), confidence_chart(calibration)] if calibration else [],
         curves=curves_charts(curves) if findings["epochs"] else [],
@@ -85,7 +83,7 @@ def render_page(
 def render(template: str, **values: Any) -> str:
     """Render a template of this package; values are escaped for HTML or Markdown, but for `Markup`."""
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+        loader=FileSystemLoader(_TEMPLATES),
         autoescape=template.endswith(".html"),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
@@ -96,9 +94,9 @@ def render(template: str, **values: Any) -> str:
     environment.filters["code"] = lambda text: Markup(formatting.markdown_code(text))  # escaped for Markdown
     environment.globals["command_line"] = formatting.command_line
     environment.filters.update({name: getattr(formatting, name) for name in _FILTERS})
-    # Styles and script are ours and need no escaping.
-    own = {key: values.pop(key) for key in ("css", "script") if key in values}
-    return environment.get_template(template).render(**values, **{key: Markup(text) for key, text in own.items()})
+    for name, file in (("css", "page.css"), ("script", "page.js")):  # ours, which need no escaping
+        environment.globals[name] = Markup((_TEMPLATES / file).read_text(encoding="utf-8"))
+    return environment.get_template(template).render(values)
 
 
 def matrix_of(cm: Int64[np.ndarray, "classes classes"], names: Sequence[str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from cifar_lightning.metrics.significance import holm, mcnemar_test, mean_interv
 from cifar_lightning.report.charts import Curves, curves_charts
 from cifar_lightning.report.comparison import counts_of, other_images, predictions_of, summary_of_run, unchecked_images
 from cifar_lightning.report.findings import training_of
-from cifar_lightning.report.page import TEMPLATES, render
+from cifar_lightning.report.page import render
 from cifar_lightning.report.results import read_results
 from cifar_lightning.runs.folder import RunFolder
 
@@ -52,11 +52,8 @@ def compare_runs(runs: Sequence[RunFolder], left_out: Sequence[Path], written_to
     groups = [row["group"] for row in compared["runs"]]
     names = [group["name"] for group in compared["groups"]]
     curves = [Curves(names[group], rows, group=group) for rows, group in zip(tables, groups, strict=True)]
-    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     write_json(written_to.comparison_json, compared)
-    write_text_durably(
-        written_to.comparison, render("runs.html", c=compared, curves=curves_charts(curves), css=style, script=script)
-    )
+    write_text_durably(written_to.comparison, render("runs.html", c=compared, curves=curves_charts(curves)))
     _print(compared, written_to.comparison)
 
 
@@ -84,9 +81,9 @@ def _read(runs: Sequence[RunFolder]) -> tuple[dict[str, Any], list[list[dict[str
         row["seeds"] = [seeds[0], seeds[2] if seeds[1] is None else seeds[1], seeds[2]]
         row["settings"] = {name: clipped(object_text(config.get(name))) for name in differing}
     groups = _groups(rows)
-    pairs = _pairs(rows, correct)
     compared = {"runs": rows, "settings": differing, "groups": groups, "by_seed": list(_by_seed(rows, groups))}
-    return compared | {"pairs": pairs, "num_images": len(correct[0]), "problems": problems}, tables
+    compared |= {"pairs": _pairs(rows, correct), "num_images": len(correct[0]), "problems": problems}
+    return compared, tables
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,12 +120,13 @@ def _by_seed(rows: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, An
         common = accuracies[one].keys() & accuracies[other].keys()
         differences = [accuracies[one][seed] - accuracies[other][seed] for seed in common]
         if len(differences) > 1:
-            found = {
+            yield {
+                "first": groups[one]["name"],
+                "second": groups[other]["name"],
                 "n": len(common),
                 "difference": float(np.mean(differences)),
                 "interval_95": mean_interval(differences),
             }
-            yield {"first": groups[one]["name"], "second": groups[other]["name"], **found}
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]], correct: Sequence[Bool[np.ndarray, " n"]]) -> list[dict[str, Any]]:
@@ -139,44 +137,39 @@ def _pairs(rows: Sequence[Mapping[str, Any]], correct: Sequence[Bool[np.ndarray,
     pairs = []
     for one, other in chosen:
         counts = counts_of(correct[one], correct[other])
-        only = {key: counts[key] for key in ("only_first", "only_second")}
-        difference = rows[one]["accuracy"] - rows[other]["accuracy"]
-        interval = list(paired_difference_interval(**counts))
-        found = {
-            "difference": difference,
-            "difference_interval_95": interval,
-            **only,
-            "p": mcnemar_test(*only.values()),
-        }
-        pairs.append({"first": rows[one]["name"], "second": rows[other]["name"], **found})
+        pairs.append(
+            {
+                "first": rows[one]["name"],
+                "second": rows[other]["name"],
+                "difference": rows[one]["accuracy"] - rows[other]["accuracy"],
+                "difference_interval_95": list(paired_difference_interval(**counts)),
+                "only_first": counts["only_first"],
+                "only_second": counts["only_second"],
+                "p": mcnemar_test(counts["only_first"], counts["only_second"]),
+            }
+        )
     for pair, p in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):
         pair["p"] = p
     return pairs
 
 
-def _print_words(console: Console, text: str, indent: int = 0) -> None:
-    console.print(Text(" " * indent + printable(text, console.encoding)))
-
-
 def _print(compared: Mapping[str, Any], page: Path) -> None:
-    console = Console(highlight=False, force_jupyter=False)
-    _print_words(console, f"{plural(len(compared['runs']), 'run')} on the same {compared['num_images']:,} test images:")
+    lines = [f"{plural(len(compared['runs']), 'run')} on the same {compared['num_images']:,} test images:"]
     for row in sorted(compared["runs"], key=lambda row: -row["accuracy"]):
         text = f"{percent(row['accuracy'], 2)} ({span(row['accuracy_interval_95'], 2)}) {row['name']}"
         differing = "".join(f", {name} {value}" for name, value in row["settings"].items())
-        _print_words(console, clipped(f"{text}{differing}", 200), indent=2)
+        lines.append(f"  {clipped(f'{text}{differing}', 200)}")
     for group in compared["groups"]:
         if group["n"] > 1:
             text = f"{group['name']}: mean {percent(group['mean'], 2)}, standard deviation {percent(group['std'], 2)}"
-            _print_words(console, f"{text}, {span((group['min'], group['max']), 2)}, {plural(group['n'], 'run')}.")
+            lines.append(f"{text}, {span((group['min'], group['max']), 2)}, {plural(group['n'], 'run')}.")
     for pair in compared["by_seed"]:
         text = f"{pair['first']} minus {pair['second']}, paired by seed (n = {pair['n']}): "
         interval = f"points (95 % interval {points_span(pair['interval_95'], 2)})."
-        _print_words(console, f"{text}{points(pair['difference'], 2)} {interval}")
+        lines.append(f"{text}{points(pair['difference'], 2)} {interval}")
     found = sum(pair["p"] < 0.05 for pair in compared["pairs"])
-    _print_words(
-        console, f"McNemar's test, Holm's correction: {found} of {plural(len(compared['pairs']), 'pair')} differ."
-    )
-    for problem in compared["problems"]:
-        _print_words(console, problem)
+    lines.append(f"McNemar's test, Holm's correction: {found} of {plural(len(compared['pairs']), 'pair')} differ.")
+    console = Console(highlight=False, force_jupyter=False)
+    for line in [*lines, *compared["problems"]]:
+        console.print(Text(printable(line, console.encoding)))
     print(page.resolve().as_uri())
