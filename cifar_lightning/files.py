@@ -238,6 +238,13 @@ def file_sha256(path: Path) -> str:
 MAX_TABLE_BYTES = 64 << 20  # a million epochs
 
 
+def csv_table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """Return the text of a CSV file; text from outside goes through `formatting.csv_cell` before."""
+    table = io.StringIO(newline="")
+    csv.writer(table, lineterminator="\n").writerows([header, *rows])
+    return table.getvalue()
+
+
 class MetricsTable:
     """A CSV file with one row per epoch, rewritten durably for each row.
 
@@ -299,11 +306,8 @@ class MetricsTable:
             raise UserError(f"{self.path}: damaged: {error}.") from error
 
     def _write(self, columns: list[str], rows: list[Mapping[str, float]]) -> None:
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([_number(row[column]) if column in row else "" for column in columns] for row in rows)
-        write_text_durably(self.path, buffer.getvalue())
+        cells = ([_number(row[column]) if column in row else "" for column in columns] for row in rows)
+        write_text_durably(self.path, csv_table(columns, cells))
 
 
 def _number(value: float) -> str:

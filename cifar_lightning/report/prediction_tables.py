@@ -1,14 +1,12 @@
 """predictions.csv, mistakes.csv and label_issues.csv: a row for each image, by its name."""
 
-import csv
-import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int64, Shaped
 
-from cifar_lightning.files import write_text_durably
+from cifar_lightning.files import csv_table, write_text_durably
 from cifar_lightning.formatting import csv_cell
 from cifar_lightning.metrics.calibration import log_softmax
 from cifar_lightning.report.results import Predictions, Results
@@ -49,7 +47,7 @@ def prediction_tables(of_splits: Mapping[str, Predictions]) -> tuple[str, str]:
     mistakes = [row for row in rows if row.is_mistake]
     order = np.argsort([-row.loss for row in mistakes], kind="stable")  # NaN last
     by_loss = (mistakes[position].cells for position in order)
-    return _csv(header, (row.cells for row in rows)), _csv(header, by_loss)
+    return csv_table(header, (row.cells for row in rows)), csv_table(header, by_loss)
 
 
 def write_label_issues(run: RunFolder, issues: Sequence[Mapping[str, Any]]) -> None:
@@ -57,15 +55,7 @@ def write_label_issues(run: RunFolder, issues: Sequence[Mapping[str, Any]]) -> N
     columns = ("split", "label", "suggested", "prob_of_label", "prob_of_suggested")
     rows = ([issue[column] for column in ("name", *columns)] for issue in issues)
     cells = ([csv_cell(cell) if isinstance(cell, str) else f"{cell:.{_DIGITS}g}" for cell in row] for row in rows)
-    write_text_durably(run.label_issues, _csv(["path", *columns], cells))
-
-
-def _csv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    table = io.StringIO(newline="")
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return table.getvalue()
+    write_text_durably(run.label_issues, csv_table(["path", *columns], cells))
 
 
 def _rows(split: str, predictions: Predictions, num_ranked: int) -> Iterator[_Row]:

@@ -1,14 +1,12 @@
 """Report of a run: tables on the terminal, findings.json, report.html and the confusion matrix."""
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
+from cifar_lightning.files import csv_table, write_bytes_durably, write_json, write_text_durably
 from cifar_lightning.formatting import csv_cell, run_name
 from cifar_lightning.report.comparison import compare
 from cifar_lightning.report.figures import confusion_figure, figure_to_png, themed
@@ -75,10 +73,8 @@ def describe_run(run: RunFolder, known: dict[str, Any]) -> dict[str, str]:
 
 def write_confusion(run: RunFolder, confusion: np.ndarray, class_names: tuple[str, ...]) -> None:
     """Write confusion_matrix.csv and confusion_matrix.png; rows: true class, columns: predicted class."""
-    table = io.StringIO(newline="")
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["true \\ predicted", *map(csv_cell, class_names)])
-    writer.writerows([csv_cell(name), *row] for name, row in zip(class_names, confusion.tolist(), strict=True))
-    write_text_durably(run.confusion_matrix_csv, table.getvalue())
+    names = [csv_cell(name) for name in class_names]
+    rows = ([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
+    write_text_durably(run.confusion_matrix_csv, csv_table(["true \\ predicted", *names], rows))
     with themed():
         write_bytes_durably(run.confusion_matrix_png, figure_to_png(confusion_figure(confusion, class_names)))
