@@ -1,6 +1,7 @@
 """Paired comparison of two runs on the same test images."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from jaxtyping import Bool
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import command_line, run_name
-from cifar_lightning.metrics.calibration import cross_entropy, expected_calibration_error, softmax
+from cifar_lightning.metrics.calibration import cross_entropy, expected_calibration_error
 from cifar_lightning.metrics.classification import accuracy
 from cifar_lightning.metrics.significance import holm, mcnemar_test, paired_difference_interval, wilson_interval
 from cifar_lightning.report.results import Predictions, Results
@@ -37,8 +38,8 @@ def compare(path: Path, results: Results, other_path: Path, other: Results) -> d
     available = set(results.images) | set(other.images)
     # Reorder the second to match the first: the order of predictions does not matter.
     order = np.argsort(second.indices)[np.searchsorted(np.sort(second.indices), first.indices)]
-    logits = second.logits[order]
-    correct, other_correct = first.logits.argmax(1) == first.targets, logits.argmax(1) == first.targets
+    ordered = replace(first, logits=second.logits[order])
+    correct, other_correct = (each.preds == first.targets for each in (first, ordered))
     counts = counts_of(correct, other_correct)
     return {
         "runs": [summary_of_run(path, first), summary_of_run(other_path, second)],
@@ -51,8 +52,8 @@ def compare(path: Path, results: Results, other_path: Path, other: Results) -> d
         "p": mcnemar_test(counts["only_first"], counts["only_second"]),
         "classes": _classes(first, correct, other_correct),
         "changed": {
-            "won": _changed(first, logits, correct & ~other_correct, available),
-            "lost": _changed(first, logits, ~correct & other_correct, available),
+            "won": _changed(first, ordered, correct & ~other_correct, available),
+            "lost": _changed(first, ordered, ~correct & other_correct, available),
         },
         "unchecked": unchecked_images(path, results, other_path, other),
     }
@@ -119,7 +120,7 @@ def summary_of_run(path: Path, predictions: Predictions) -> dict[str, Any]:
         "accuracy": accuracy(cm),
         "accuracy_interval_95": list(wilson_interval(int(np.trace(cm)), int(cm.sum()))),
         "loss": cross_entropy(predictions.logits, predictions.targets),
-        "ece": expected_calibration_error(softmax(predictions.logits), predictions.targets),
+        "ece": expected_calibration_error(predictions.probs, predictions.targets),
     }
 
 
@@ -162,11 +163,10 @@ def _classes(
 
 
 def _changed(
-    first: Predictions, second_logits: np.ndarray, changed: Bool[np.ndarray, " n"], available: set[int]
+    first: Predictions, second: Predictions, changed: Bool[np.ndarray, " n"], available: set[int]
 ) -> dict[str, Any]:
-    """Return the images of one direction, the most confident mistakes first."""
-    probs, other_probs = softmax(first.logits), softmax(second_logits)
-    preds, other_preds = probs.argmax(1), other_probs.argmax(1)
+    """Return the images of one direction, the most confident mistakes first; both are in the same order."""
+    probs, other_probs, preds, other_preds = first.probs, second.probs, first.preds, second.preds
     positions = np.flatnonzero(changed)
     wrong = np.where(preds == first.targets, other_probs.max(1), probs.max(1))
     positions = positions[np.argsort(-wrong[positions], kind="stable")]

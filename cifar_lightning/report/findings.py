@@ -57,15 +57,14 @@ def find(results: Results) -> dict[str, Any]:
 
     Keys: `summary`, `calibration` (None without test predictions), `coverage`, `classes` (in class order),
     `confusion_matrix` (rows: true class), `confused_pairs`, `insights`, `mistakes`, `galleries`, `label_issues` (all,
-    the surest first), `label_check` (`checked`: images by split; `num_issues`), `epochs`, `learning_rates`, `training`,
-    `run`, `problems`.
+    the least plausible label first), `label_check` (`checked`: images by split; `num_issues`), `epochs`,
+    `learning_rates`, `training`, `run`, `problems`.
     """
     cm, test = results.confusion, results.test
-    probs = softmax(test.logits) if test is not None else None
+    probs = test.probs if test is not None else None
     pairs = confused_pairs(cm, results.class_names)
     galleries = galleries_of(test, set(results.images), pairs) if test is not None else []
-    of_splits = {"val": results.val, "test": test}
-    predictions = {split: each for split, each in of_splits.items() if each is not None}
+    predictions = {split: each for split, each in (("val", results.val), ("test", test)) if each is not None}
     issues = label_issues_of(predictions)
     return {
         "summary": {**summary_of(cm, test), "accuracy_no_tta": results.accuracy_no_tta},
@@ -145,8 +144,8 @@ def coverage_of(test: Predictions, val: Predictions | None) -> list[dict[str, An
     reaches the target, all but `target` and `chosen_on` are None.
     """
     chooser = val or test
-    chosen_by = softmax(chooser.logits).max(axis=1), chooser.preds == chooser.targets
-    confidence, correct = softmax(test.logits).max(axis=1), test.preds == test.targets
+    chosen_by = chooser.probs.max(axis=1), chooser.preds == chooser.targets
+    confidence, correct = test.probs.max(axis=1), test.preds == test.targets
     rows = []
     for target in COVERAGE_TARGETS:
         threshold = confidence_threshold(*chosen_by, target)
@@ -169,7 +168,7 @@ def coverage_of(test: Predictions, val: Predictions | None) -> list[dict[str, An
 
 def _calibration_at(temperature: float, test: Predictions) -> dict[str, Any]:
     logits = test.logits.astype(np.float64) / temperature
-    confidence, correct = softmax(logits).max(axis=1), test.logits.argmax(axis=1) == test.targets
+    confidence, correct = softmax(logits).max(axis=1), test.preds == test.targets
     binned = reliability(confidence, correct)
     return {
         "ece": binned.error,
@@ -297,7 +296,7 @@ def galleries_of(test: Predictions, available: set[int], pairs: list[dict[str, A
     of both directions of each of the first `pairs` are added to it: `images`, and the indices of those `elsewhere`.
     """
     ranked = rank_images(test.logits, test.targets)
-    probs, preds, names = softmax(test.logits), test.logits.argmax(axis=1), test.class_names
+    probs, preds, names = test.probs, test.preds, test.class_names
     left = set(available)
 
     def images(positions: list[int], limit: int) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int, Int64
 
-from cifar_lightning.metrics.calibration import log_softmax, softmax
+from cifar_lightning.metrics.calibration import log_softmax
 from cifar_lightning.metrics.classification import ConfusedPair, confusion_matrix, most_confused
 
 Positions = Int64[np.ndarray, " _"]  # as many as there are
@@ -23,12 +23,13 @@ class Rankings:
 
 def rank_images(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"]) -> Rankings:
     """Rank the images by each criterion; ties stay in the order of the predictions."""
-    probs = softmax(logits)
+    log_probs = log_softmax(logits)
+    probs = np.exp(log_probs)
     preds = logits.argmax(axis=1)
     confidence = probs.max(axis=1)
     mistakes = np.flatnonzero(preds != targets)
     mistakes = mistakes[np.argsort(-confidence[mistakes], kind="stable")]
-    losses = -log_softmax(logits)[np.arange(len(targets)), targets]
+    losses = -log_probs[np.arange(len(targets)), targets]
     gaps = -np.diff(np.partition(probs, -2, axis=1)[:, -2:], axis=1)[:, 0] if probs.shape[1] > 1 else -confidence
     pairs = most_confused(confusion_matrix(targets, preds, logits.shape[1]))
     return Rankings(

@@ -1,6 +1,7 @@
 """Results of a run, read from its folder. Missing and damaged files are reported and the rest is kept."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Predictions:
         if not self.names:
             object.__setattr__(self, "names", tuple(index_name("test", index) for index in self.indices.tolist()))
 
-    @property
+    @cached_property
     def probs(self) -> Float[np.ndarray, "n classes"]:
         """Probabilities."""
         return softmax(self.logits)
