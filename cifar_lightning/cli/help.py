@@ -27,9 +27,9 @@ _WORDS = {
 }
 _OF_FIT: tuple[str, ...] = ("config", "epochs", "batch_size", "lr", "data.dataset", "data.root", "data.val_fraction")
 _OF_FIT += ("data.limit", "model.name", "model.pretrained", "model.optimizer")
+_OF_FIT += ("seed_everything", "trainer.precision", "trainer.devices")
 _OF_DATA = tuple(f"data.{name}" for name in ("dataset", "root", "labels", "val_fraction", "test_fraction", "limit"))
 _OF_DATA += ("data.image_size", "data.resize", "data.in_channels")
-_OF_FIT += ("seed_everything", "trainer.precision", "trainer.devices")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import numpy as np
 
 from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, pixel_hashes
 from cifar_lightning.data.splits import SplitIndices
-from cifar_lightning.formatting import index_name
 
 _ACROSS: tuple[tuple[Split, Split], ...] = (("test", "train"), ("test", "val"), ("val", "train"))
 
@@ -23,7 +22,7 @@ def find_duplicates(
     images: Mapping[Split, ImageSet],
     splits: SplitIndices,
     hashes: Mapping[Split, np.ndarray],
-    name_of: Callable[[Split, int], str] = index_name,
+    name_of: Callable[[Split, int], str],
     num_shown: int = 5,
 ) -> list[dict[str, Any]]:
     """Find identical decoded images among the splits.
@@ -63,7 +62,7 @@ def _identical_groups(
     images: Mapping[Split, ImageSet],
     splits: SplitIndices,
     hashes: Mapping[Split, np.ndarray],
-    name_of: Callable[[Split, int], str] = index_name,
+    name_of: Callable[[Split, int], str],
 ) -> list[list[_Row]]:
     """Return the images of each group of identical ones; arguments as of `find_duplicates`."""
     hashes = {split: hashes[split] if split in hashes else pixel_hashes(images[split].images) for split in images}

@@ -56,9 +56,9 @@ def inspect_source(source: Source, settings: SplitSettings, *, in_channels: int 
         splits = make_splits(targets, settings, source.class_names)
     except UserError as error:
         problem, splits = str(error), _unsplit(targets)
-    name = getattr(source, "image_name", index_name)
     hashes = {split: pixel_hashes(image_set.images) for split, image_set in sets.items()}
-    rows = _Rows(sets, splits, source.class_names)
+    name_of = getattr(source, "image_name", index_name)
+    rows = _Rows(sets, splits, source.class_names, name_of)
     own = {split: sets[splits.source_of(split)].targets[splits.of(split).numpy()] for split in SPLITS}
     counts = {split: np.bincount(of, minlength=len(source.class_names)) for split, of in own.items() if len(of)}
     near = rows.near(_cached_pairs(source, [*sets.values()]), np.concatenate([*hashes.values()]))
@@ -70,11 +70,11 @@ def inspect_source(source: Source, settings: SplitSettings, *, in_channels: int 
         "problem": problem,
         "headers": headers,
         "left_out": source.skipped_files if isinstance(source, ClassFolders) else [],
-        "duplicates": find_duplicates(sets, splits, hashes, name, num_shown=_MAX_GROUPS),
-        "constant": [rows.about(at, name)["name"] for at in rows.constant().tolist()],
+        "duplicates": find_duplicates(sets, splits, hashes, name_of, num_shown=_MAX_GROUPS),
+        "constant": [rows.name(at) for at in rows.constant().tolist()],
         "imbalance": describe_imbalance(torch.from_numpy(counts["train"]), source.class_names),
         "num_near": {kind: len(pairs) for kind, pairs in near.items()},
-        "near": [[rows.about(at, name) for at in pair] for pair in near["pairs"][:_MAX_PAIRS].tolist()],
+        "near": [[rows.about(at) for at in pair] for pair in near["pairs"][:_MAX_PAIRS].tolist()],
         "samples": rows.samples(max(1, min(_MAX_SAMPLES, _MAX_ALL_SAMPLES // len(source.class_names)))),
     }
 
@@ -109,8 +109,14 @@ def _cached_pairs(source: Source, sets: Sequence[ImageSet]) -> np.ndarray:
 class _Rows:
     """The images of all sets, counted through, and in which split each is."""
 
-    def __init__(self, sets: Mapping[Split, ImageSet], splits: SplitIndices, class_names: Sequence[str]) -> None:
-        self.sets, self.splits, self.class_names = sets, splits, class_names
+    def __init__(
+        self,
+        sets: Mapping[Split, ImageSet],
+        splits: SplitIndices,
+        class_names: Sequence[str],
+        name_of: Callable[[Split, int], str],
+    ) -> None:
+        self.sets, self.class_names, self.name_of = sets, class_names, name_of
         self.firsts = dict(zip(sets, np.cumsum([0, *(len(each.images) for each in sets.values())]), strict=False))
         self.targets = np.concatenate([each.targets for each in sets.values()])
         self.split_of = np.full(len(self.targets), -1)  # place in SPLITS; -1 is in none, by --data.limit
@@ -123,11 +129,14 @@ class _Rows:
         source, index = self._of_set(at)
         return np.asarray(self.sets[source].images[index])
 
-    def about(self, at: int, name: Callable[[Split, int], str]) -> dict[str, Any]:
+    def name(self, at: int) -> str:
+        """Return the name of an image."""
+        return self.name_of(*self._of_set(at))
+
+    def about(self, at: int) -> dict[str, Any]:
         """Return `name`, `split`, `label` and `pixels` of an image."""
-        split = SPLITS[self.split_of[at]]
-        label, pixels = self.class_names[self.targets[at]], self.pixels(at)
-        return {"name": name(*self._of_set(at)), "split": split, "label": label, "pixels": pixels}
+        split, label = SPLITS[self.split_of[at]], self.class_names[self.targets[at]]
+        return {"name": self.name(at), "split": split, "label": label, "pixels": self.pixels(at)}
 
     def _of_set(self, at: int) -> tuple[Split, int]:
         source = next(split for split in reversed([*self.sets]) if self.firsts[split] <= at)

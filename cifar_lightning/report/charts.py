@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
 from cifar_lightning.formatting import percent, printable
@@ -55,7 +55,7 @@ def reliability_chart(calibration: Mapping[str, Any]) -> Chart:
         marks += _line([(row["confidence"], row["accuracy"]) for row in bins], x, y, style, has_markers=True)
         legend.append((style, f"{label}: ECE {percent(calibration[key]['ece'])}"))
     legend.append(("ideal", "calibrated"))
-    svg = _axes(marks, (0, 1), (0, 1), "confidence", (percent_tick, percent_tick))
+    svg = _axes(marks, (0, 1), (0, 1), "confidence", (_percent_tick, _percent_tick))
     return Chart("Accuracy by confidence", "reliability diagram", svg, legend)
 
 
@@ -74,7 +74,7 @@ def confidence_chart(calibration: Mapping[str, Any]) -> Chart:
                         style, left, y(high), width, y(low) - y(high)
                     )
                 )
-    svg = _axes(marks, (0, 1), (0, top), "confidence", (percent_tick, count_tick))
+    svg = _axes(marks, (0, 1), (0, top), "confidence", (_percent_tick, _count_tick))
     return Chart("Images by confidence", "histogram of confidence", svg, [("b0", "correct"), ("b1", "mistakes")])
 
 
@@ -102,7 +102,7 @@ def curves_charts(runs: Sequence[Curves]) -> list[Chart]:
     """
     charts = []
     stages = (("val", "validation", ""), ("train", "training", " dashed"))[: 2 if len(runs) <= 2 else 1]
-    for title, key, tick in (("Accuracy", "acc", percent_tick), ("Loss", "loss", number_tick)):
+    for title, key, tick in (("Accuracy", "acc", _percent_tick), ("Loss", "loss", _number_tick)):
         lines: list[tuple[str, str, Points]] = []
         for run in runs:
             for stage, words, dash in stages:
@@ -111,7 +111,7 @@ def curves_charts(runs: Sequence[Curves]) -> list[Chart]:
                     lines.append((_style(run) + dash, f"{run.name}, {words}" if len(runs) > 1 else words, points))
         charts.append(_curves(title, f"{title.lower()} over the epochs", lines, tick))
     lines = [(_style(run), run.name if len(runs) > 1 else "each step", run.learning_rates) for run in runs]
-    charts.append(_curves("Learning rate", "learning rate of each step", lines, number_tick, from_zero=True))
+    charts.append(_curves("Learning rate", "learning rate of each step", lines, _number_tick, from_zero=True))
     return [chart for chart in charts if chart.legend]
 
 
@@ -133,7 +133,7 @@ def _curves(
     marks = []
     for style, _, points in lines:
         marks += _line(points, x, y, style, has_markers=len(points) <= _MAX_MARKERS)
-    svg = _axes(marks, x_range, y_range, "epoch", (number_tick, tick))
+    svg = _axes(marks, x_range, y_range, "epoch", (_number_tick, tick))
     legend = {style: (style, printable(label)) for style, label, _ in reversed(lines)}  # the first of each group
     return Chart(title, alt, svg, list(reversed(legend.values()))[:_MAX_LEGEND])
 
@@ -165,20 +165,13 @@ def _path(points: Points, x: Scale, y: Scale, style: str) -> Markup:
     return Markup('<path class="{}" d="M{}"/>').format(style, path)
 
 
-def _axes(
-    marks: Sequence[Markup],
-    x_range: Range,
-    y_range: Range,
-    x_label: str,
-    ticks: tuple[Tick, Tick],
-) -> Markup:
+def _axes(marks: Sequence[Markup], x_range: Range, y_range: Range, x_label: str, ticks: tuple[Tick, Tick]) -> Markup:
     x, y = _scales(x_range, y_range)
     grid, texts = [], []
-    whole = {"integer": True} if ticks[1] is count_tick else {}
     for at in _ticks(x_range, integer=x_label == "epoch"):
         grid.append(f"M{x(at):.1f} {_TOP}V{_BOTTOM}")
         texts.append(_text(x(at), _BOTTOM + 17, "middle", ticks[0](at)))
-    for at in _ticks(y_range, **whole):
+    for at in _ticks(y_range, integer=ticks[1] is _count_tick):
         grid.append(f"M{_LEFT} {y(at):.1f}H{_RIGHT}")
         texts.append(_text(_LEFT - 6, y(at) + 4.5, "end", ticks[1](at)))
     texts.append(_text((_LEFT + _RIGHT) / 2, _HEIGHT - 8, "middle", x_label))
@@ -187,25 +180,25 @@ def _axes(
 
 
 def _text(x: float, y: float, anchor: str, text: str) -> Markup:
-    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(x, y, anchor, escape(text))
+    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(x, y, anchor, text)
 
 
-def _ticks(bounds: Range, integer: bool = False) -> list[float]:
+def _ticks(bounds: Range, *, integer: bool) -> list[float]:
     ticks: Any = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=integer).tick_values(*bounds)
     slack = 1e-9 * (bounds[1] - bounds[0])
     return [float(tick) for tick in ticks if bounds[0] - slack <= tick <= bounds[1] + slack]
 
 
-def percent_tick(value: float) -> str:
+def _percent_tick(value: float) -> str:
     """Return a fraction as "35 %", or as "35.5 %" where the axis is of a short range."""
     return f"{100 * value:.4g} %"
 
 
-def count_tick(value: float) -> str:
+def _count_tick(value: float) -> str:
     """Return a whole number as "1,500"."""
     return f"{value:,.0f}"
 
 
-def number_tick(value: float) -> str:
+def _number_tick(value: float) -> str:
     """Return a number in few digits."""
     return f"{value:.4g}" if abs(value) > 1e-12 else "0"

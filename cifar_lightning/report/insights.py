@@ -229,8 +229,9 @@ def group_effects(
         numbers = {"group": name, "accuracy": recall, "others": other, "interval_95": [low, high]}
         tests.append(Item(text, fisher_test(correct, size, other_correct, other_size), numbers))
     items = _significant(tests)
-    title = "Mistakes stay within groups" if items and "within" in items[0].numbers else "Groups of classes differ"
-    title = title if items else f"{_NO_DIFFERENCE} groups of classes"
+    title = f"{_NO_DIFFERENCE} groups of classes"
+    if items:
+        title = "Mistakes stay within groups" if "within" in items[0].numbers else "Groups of classes differ"
     return Insight(
         "groups",
         title,

@@ -40,6 +40,7 @@ _MAX_ITEMS = 3  # of an insight; the page lists more
 # The summary of fit and test:
 _NUM_WEAKEST = 3
 _MAX_INSIGHTS = 3
+_SUMMARY_INSIGHTS = ("confidence", "validation_gap", "over_predicted", "groups")  # others repeat classes and pair
 _RELIABLE = 0.99  # accuracy for which the confidence is named
 _MAX_LINE = 150  # two lines of 80 columns, for at most seven findings
 
@@ -71,9 +72,9 @@ def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, co
         _print_heading(console, "Images to look at")
     for text in to_look_at:
         _print_words(console, f"{text}.", bullet="* ")
-    if findings.get("coverage"):
+    if findings["coverage"]:
         _print_heading(console, "Confidence needed for a given accuracy")
-    for row in findings.get("coverage") or []:
+    for row in findings["coverage"]:
         _print_words(console, f"{_coverage_text(row)}.", bullet="* ")
     if findings.get("comparison"):
         _print_comparison(console, findings["comparison"])
@@ -106,7 +107,7 @@ def print_summary(findings: Mapping[str, Any], run_path: Path, console: Console 
     if problems:
         lines.append(f"{plural(len(problems), 'problem')} with files of the run, first: {problems[0]}")
     else:
-        lines += [_coverage_text(row) for row in findings.get("coverage") or [] if row["target"] == _RELIABLE]
+        lines += [_coverage_text(row) for row in findings["coverage"] if row["target"] == _RELIABLE]
     if lines:
         _print_heading(console, "Findings")
     for line in lines:
@@ -114,10 +115,6 @@ def print_summary(findings: Mapping[str, Any], run_path: Path, console: Console 
     console.print()
     _print_whole(console, f"Report  {RunFolder(run_path).report.absolute().as_uri()}")
     _print_whole(console, f"Next    {program()} analyze {shell_line(run_path)}")
-
-
-# The others repeat the weakest classes and the most confused pair.
-_SUMMARY_INSIGHTS = ("confidence", "validation_gap", "over_predicted", "groups")
 
 
 def _insight_lines(insights: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -71,7 +71,8 @@ def import_timm() -> Any:
     if not is_timm_installed():
         raise UserError("timm is not installed; pip install -e '.[timm]'")
     try:
-        return importlib.import_module("timm.optim") and importlib.import_module("timm")
+        importlib.import_module("timm.optim")
+        return importlib.import_module("timm")
     except Exception as error:  # its own imports may fail in any way, such as another torchvision version
         raise UserError(f"timm is installed but cannot be imported ({reason_of(error)}).") from error
 

@@ -232,10 +232,8 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
     """Return the summary of a run as (label, text): images, split, classes, model, training, hardware, folder."""
     data = require_training_data(trainer)
     held_out = data.num_images("val")
-    parameters = [*module.model.parameters()]
-    num_parameters, num_trained = (
-        sum(each.numel() for each in some) for some in (parameters, [each for each in parameters if each.requires_grad])
-    )
+    num_parameters = sum(each.numel() for each in module.model.parameters())
+    num_trained = sum(each.numel() for each in module.model.parameters() if each.requires_grad)
     trained = "" if num_trained == num_parameters else f", {num_trained:,} of them trained"
     ranks = f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""
     device = trainer.strategy.root_device
