@@ -44,7 +44,8 @@ def perceptual_hashes(images: UInt8[np.ndarray, "n height width channels"]) -> U
 
 
 def find_near_duplicates(sets: Sequence[UInt8[np.ndarray, "_ height width channels"]]) -> Int64[np.ndarray, "pairs 2"]:
-    """Return the pairs of near duplicates, identical images included, sorted; constant images are in none.
+    """Return the pairs of near duplicates, identical images included, sorted; constant images are in none, and nor are
+    identical images after the first `_MAX_CANDIDATES`.
 
     60,000 images of 32 pixels take 18 s of CPU time. The memory is bounded: of each image at most `_MAX_CANDIDATES`
     later ones are looked at, the most similar.
@@ -52,13 +53,17 @@ def find_near_duplicates(sets: Sequence[UInt8[np.ndarray, "_ height width channe
     Args:
         sets: Images, which may be mapped from files; they are counted through, in the order of the sets.
     """
-    low = np.concatenate([_low_frequencies(_thumbnails(chunk)) for chunk in _chunks(sets)])
+    thumbnails = map(_thumbnails, _chunks(sets))
+    of_chunks = [(_low_frequencies(each), each[:, 1:-1, 1:-1].std((1, 2))) for each in thumbnails]
+    low, contrast = (np.concatenate(arrays) for arrays in zip(*of_chunks, strict=True))
     hashes = _bits(low)
+    # Without the others a set of black images, or of one image 60,000 times, takes hours: all pairs are candidates.
+    is_compared = (contrast > _MIN_STD) & (_num_equal_before(low) < _MAX_CANDIDATES)
     low[:, 0] = 0  # brightness
     low /= np.maximum(np.linalg.norm(low, axis=1, keepdims=True), 1e-6)
 
     def candidates(rows: tuple[np.ndarray, np.ndarray]) -> Int64[np.ndarray, "pairs 2"]:
-        one, other = rows
+        one, other = (row[is_compared[row]] for row in rows)
         at, other_at = np.nonzero(np.bitwise_count(hashes[one, None] ^ hashes[None, other]) <= _MAX_DISTANCE)
         pairs: np.ndarray = np.stack([one[at], other[other_at]], axis=1)
         pairs = pairs[pairs[:, 0] < pairs[:, 1]]
@@ -109,6 +114,15 @@ def _bits(low: Float[np.ndarray, "n 64"]) -> UInt64[np.ndarray, " n"]:
     return np.packbits(bits, axis=1).view(">u8")[:, 0].astype(np.uint64)
 
 
+def _num_equal_before(rows: Float[np.ndarray, "n 64"]) -> Int64[np.ndarray, " n"]:
+    """Return of each row how many earlier ones are equal to it."""
+    _, group = np.unique(rows.view(f"V{rows[0].nbytes}")[:, 0], return_inverse=True)
+    order = group.argsort(kind="stable")
+    num: Int64[np.ndarray, " n"] = np.empty(len(rows), np.int64)
+    num[order] = np.arange(len(rows)) - np.searchsorted(group[order], group[order])
+    return num
+
+
 def _compared(hashes: UInt64[np.ndarray, " n"]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield rows of images, and the rows of those to compare them with; many pairs come in both orders."""
     if len(hashes) <= _ALL_PAIRS:
@@ -139,7 +153,6 @@ def _taken(sets: Sequence[np.ndarray], at: np.ndarray) -> Float[np.ndarray, "n 3
 def _are_near(one: Float[np.ndarray, "n 32 32"], other: Float[np.ndarray, "n 32 32"]) -> np.ndarray:
     """Whether the images of a pair are near duplicates at a shift of up to one pixel."""
     inner = one[:, 1:-1, 1:-1]
-    near: np.ndarray = inner.std((1, 2)) > _MIN_STD
     is_alike = np.zeros(len(one), bool)
     for y in range(3):
         for x in range(3):
@@ -147,7 +160,7 @@ def _are_near(one: Float[np.ndarray, "n 32 32"], other: Float[np.ndarray, "n 32 
             rows = np.flatnonzero(_correlation(inner, shifted) > _MIN_CORRELATION)
             gradients = _gradients(inner[rows]), _gradients(shifted[rows])
             is_alike[rows] |= _correlation(*gradients) > MIN_GRADIENT_CORRELATION
-    return near & is_alike
+    return is_alike
 
 
 def _gradients(images: Float[np.ndarray, "n height width"]) -> Float[np.ndarray, "n 2 height1 width1"]:

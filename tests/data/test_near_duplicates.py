@@ -72,3 +72,15 @@ def test_images_of_one_colour_and_skies_are_not_near_duplicates():
     sky = np.broadcast_to(np.linspace(200, 208, 32)[None, :, None, None], (4, 32, 32, 3)).astype(np.uint8)
     assert not len(find_near_duplicates([constant, sky]))
     assert is_constant(np.concatenate([constant, sky])).tolist() == [True] * 4 + [False] * 4
+
+
+def test_many_identical_or_constant_images_are_compared_a_few_times(monkeypatch):
+    compared, are_near = [], near_duplicates._are_near
+    monkeypatch.setattr(near_duplicates, "_are_near", lambda *pairs: compared.append(len(pairs[0])) or are_near(*pairs))
+    constant = np.full((400, 32, 32, 3), 90, np.uint8)
+    images = photos(2)
+    pairs = find_near_duplicates([constant, images[:1].repeat(400, 0), images])
+    assert sum(compared) < 1500  # and not 320,000
+    assert [400, 401] in pairs.tolist()
+    assert [400, 800] not in pairs.tolist()
+    assert set(pairs.ravel().tolist()) == set(range(400, 450))
