@@ -468,7 +468,8 @@ def _files_below(folder: Path, name: str, skipped: list[Skipped]) -> Iterator[tu
     skipped += [(f"{name}/{each}", "hidden") for each in hidden]
     for entry in visible:
         below = f"{name}/{entry.name}"
-        if _is_folder(entry):
+        is_dangling = entry.is_symlink() and not os.path.exists(entry.path)  # an image that cannot be read
+        if not is_dangling and _is_folder(entry):
             if entry.is_symlink():  # perhaps to a folder that it lies in
                 skipped.append((below, _LINK))
             else:
@@ -477,7 +478,8 @@ def _files_below(folder: Path, name: str, skipped: list[Skipped]) -> Iterator[tu
             skipped.append((below, _BY_SUFFIX))
         else:
             # On Windows only os.stat has the inode.
-            yield below, _stat(os.stat(entry.path) if os.name == "nt" else entry.stat())
+            stat_of = partial(os.stat, entry.path) if os.name == "nt" else entry.stat
+            yield below, _stat(stat_of(follow_symlinks=not is_dangling))
 
 
 def _stat(about: os.stat_result) -> Stat:

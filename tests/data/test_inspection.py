@@ -12,7 +12,7 @@ from cifar_lightning.data.splits import SplitSettings
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """Class folders with a copy, a darker copy, a copy of another class, an image of one colour and a damaged file."""
+    """Class folders with a copy, a darker copy, one of another class, one colour, a damaged file, a link to nothing."""
     decode_here(monkeypatch)
     monkeypatch.setenv("CIFAR_LIGHTNING_CACHE", str(tmp_path / "cache"))
     images, root = photos(40), tmp_path / "data"
@@ -25,6 +25,7 @@ def root(tmp_path, monkeypatch):
     Image.fromarray(images[2]).save(root / "train" / "bee" / "mislabelled.png")
     Image.new("L", (50, 40), 90).save(root / "train" / "ant" / "blank.png")
     (root / "train" / "bee" / "broken.jpg").write_bytes(b"no image")
+    (root / "train" / "bee" / "moved.png").symlink_to("gone")
     return root
 
 
@@ -36,7 +37,7 @@ def test_what_was_planted_in_a_folder_is_named(root):
     found = inspect(root, val_fraction=0.0)
     assert {split: of.tolist() for split, of in found["counts"].items()} == {"train": [16, 16], "test": [7, 5]}
     assert found["headers"] == {(32, 32, "RGB"): 43, (50, 40, "L"): 1}
-    assert [path for path, _ in found["left_out"]] == ["train/bee/broken.jpg"]
+    assert [path for path, _ in found["left_out"]] == ["train/bee/broken.jpg", "train/bee/moved.png"]
     assert found["constant"] == ["train/ant/blank.png"]
     groups = {kind["kind"]: [set(group) for group in kind["first"]] for kind in found["duplicates"]}
     copies = {"train/ant/02.png", "train/bee/mislabelled.png"}
