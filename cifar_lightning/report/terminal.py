@@ -59,7 +59,7 @@ def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, co
             console,
             f"Temperature {decimal(calibration['temperature'], 3)}, fitted on {count(calibration['fitted_on'])} "
             f"validation images: ECE {percent(calibration['after']['ece'], 2)}, "
-            f"loss {decimal(calibration['after']['loss'], 4)}.",
+            f"loss {decimal(calibration['after']['loss'], 4)} with --calibrated of predict-images and export.",
         )
     if run_path is not None and RunFolder(run_path).best_checkpoint.exists():  # otherwise the last weights were tested
         _print_tested(console, findings["training"])
@@ -149,10 +149,11 @@ def _to_look_at(findings: Mapping[str, Any], most: int) -> list[str]:
 
 def _coverage_text(row: Mapping[str, Any]) -> str:
     if row["threshold"] is None:
-        return f"No confidence is high enough for {percent(row['target'], 0)} correct predictions"
+        return f"No confidence is high enough for {100 * row['target']:g} % correct predictions"
+    correct = f"; {percent(row['accuracy'])} of them correct" if row["num_images"] else ""
     return (
-        f"With confidence of at least {decimal(row['threshold'], 3)}, {percent(row['accuracy'])} of the predictions "
-        f"are correct: {percent(row['coverage'])} of the images"
+        f"For {100 * row['target']:g} % correct predictions: confidence of at least {percent(row['threshold'])} "
+        f"({plural(row['num_images'], 'test image')}, {percent(row['coverage'])}{correct})"
     )
 
 

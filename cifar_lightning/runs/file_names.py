@@ -51,10 +51,10 @@ class RunFiles:
     predictions = RunFile("predictions.npz", "test", "logits and label of every test image")  # and its index
     predictions_val = RunFile("predictions_val.npz", "test", "logits and label of every validation image")
     predictions_csv = RunFile("predictions.csv", "test", "prediction and loss of every test and validation image")
-    mistakes_csv = RunFile("mistakes.csv", "test", "test and validation images with wrong predictions, by loss")
+    mistakes_csv = RunFile("mistakes.csv", "test", "wrong predictions of test and validation, by loss")
     label_issues = RunFile("label_issues.csv", "test", "test and validation images whose label may be wrong")
     gallery = RunFile("gallery.npz", "test", "test images shown in the report")  # at most 500: it needs no data set
-    explanations = RunFile("explanations.npz", "test", "Grad-CAM and nearest training images of the first mistakes")
+    explanations = RunFile("explanations.npz", "test", "Grad-CAM and nearest training images of mistakes")
     lr_range = RunFile("lr_range.json", "tune")  # result of the LR finder (`tune`, `fit --tune_lr`)
     lr_range_png = RunFile("lr_range.png", "tune")
     comparison = RunFile("comparison.html", "compare", "comparison with other runs; open in a browser")

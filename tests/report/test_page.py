@@ -237,7 +237,7 @@ def test_the_tiles_and_the_calibration_say_what_findings_do(run, page):
         percent(findings["summary"]["macro_f1"], 2),
         f"{findings['summary']['loss']:.4f}",
         percent(calibration["before"]["ece"], 2),
-        *(f">{row['threshold']:.3f}</td>" for row in findings["coverage"] if row["threshold"] is not None),
+        *(f">{percent(row['threshold'])}</td>" for row in findings["coverage"] if row["threshold"] is not None),
         *(f">{percent(row['accuracy'], 2)}</td>" for row in findings["coverage"] if row["num_images"]),
         percent(calibration["after"]["ece"], 2),
         f"{calibration['temperature']:.3f}",

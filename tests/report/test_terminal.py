@@ -252,6 +252,20 @@ def test_the_summary_fits_a_screen_whatever_is_found(num_classes, tmp_path):
     assert max(map(len, lines[:-3])) <= 80
 
 
+def test_each_target_accuracy_is_named_with_what_its_confidence_gives():
+    reached = {"threshold": 0.667, "coverage": 1 / 9, "num_images": 8, "accuracy": 0.875}
+    nothing_left = {"target": 0.99, "threshold": 1.0, "coverage": 0.0, "num_images": 0, "accuracy": None}
+    not_reached = {"target": 0.999, "threshold": None, "coverage": None, "num_images": None, "accuracy": None}
+    stream = io.StringIO()
+    findings = findings_of(matrix(3), ["a", "b", "c"]) | {
+        "coverage": [{"target": 0.95} | reached, nothing_left, not_reached]
+    }
+    print_findings(findings, console=Console(file=stream, width=200, highlight=False))
+    lines = section(stream.getvalue(), "Confidence needed for a given accuracy")
+    figures = [re.findall(r"[\d.]+(?= %)|\d+(?= test)", line) for line in lines]
+    assert figures == [["95", "66.7", "8", "11.1", "87.5"], ["99", "100.0", "0", "0.0"], ["99.9"]]
+
+
 def test_the_summary_lists_the_three_lowest_recalls_the_lowest_first(tmp_path):
     cm = matrix(10)
     cm[3, 3], cm[3, 4] = 500, 500
