@@ -77,7 +77,8 @@ def other_images(first: Predictions, second: Predictions, results: Results, othe
     """Return how the test images of two runs differ; empty if they do not."""
     hashes = [_hash_of(run) for run in (results, other)]
     if first.class_names != second.class_names:
-        return f"{len(first.class_names)} and {len(second.class_names)} classes, or different names"
+        num, other_num = len(first.class_names), len(second.class_names)
+        return f"{num} and {other_num} classes" if num != other_num else "classes of other names, or in another order"
     if len(first.targets) != len(second.targets):
         return f"{len(first.targets):,} and {len(second.targets):,} images"
     if hashes[0] != hashes[1] if all(hashes) else _kept_others(results, other):
