@@ -67,8 +67,8 @@ def state_of_process():
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fit_module, "make_report", lambda *args: None)
-    monkeypatch.setattr("cifar_lightning.training.predictions.make_report", lambda *args: None)
+    monkeypatch.setattr(fit_module, "make_report", lambda *args, **kwargs: None)
+    monkeypatch.setattr("cifar_lightning.training.predictions.make_report", lambda *args, **kwargs: None)
 
 
 def test_an_own_model_trains_and_resumes_and_the_process_stays_as_it_was(here):

@@ -40,7 +40,8 @@ def inspection_lines(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"{label:<17}{text}{': ' if shown else ''}{shown}")
         if len(lines[-1]) > _WIDTH and shown and len(lines) + left < _MAX_LINES:  # the names on a line of their own
             lines[-1:] = [f"{label:<17}{text}:", f"{'':<17}{shown}"]
-    return [line if len(line) <= _WIDTH else f"{line[: _WIDTH - 3]}..." for line in map(printable, lines)]
+    data, *rest = map(printable, lines)  # the folder is printed whole, for copying
+    return [data, *(line if len(line) <= _WIDTH else f"{line[: _WIDTH - 3]}..." for line in rest)]
 
 
 def facts_of(found: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:

@@ -67,8 +67,8 @@ def place(tmp_path_factory, known_locks):
     place = tmp_path_factory.mktemp("place")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(fit, "make_report", lambda *arguments: None)
-        patch.setattr(predictions, "make_report", lambda *arguments: None)
+        patch.setattr(fit, "make_report", lambda *args, **kwargs: None)
+        patch.setattr(predictions, "make_report", lambda *args, **kwargs: None)
         patch.setattr(sys, "argv", ["train.py", "fit", *TINY, "--epochs", "1", "--run_dir", "run"])
         with pytest.raises(SystemExit, match="0"):
             cli.main()
@@ -118,7 +118,7 @@ def quick(place, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)  # no remark, whatever the machine
     monkeypatch.setattr(doctor, "look", lambda root: doctor.Findings())
     for module in (report, fit, predictions):
-        monkeypatch.setattr(module, "make_report", lambda *arguments: None)
+        monkeypatch.setattr(module, "make_report", lambda *args, **kwargs: None)
     for stage in ("train", "report_short_ending", "evaluate_best_checkpoint"):
         monkeypatch.setattr(fit, stage, lambda *arguments, **settings: None)
     monkeypatch.setattr(tune, "find_lr", lambda *arguments, **settings: LrRange([], [], 0.1, None, None))

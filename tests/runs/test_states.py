@@ -44,7 +44,7 @@ def test_the_states_of_a_run_follow_its_files(run):
     assert state_of(run)["state"] == "not begun"
     run.last_checkpoint.touch()
     state = state_of(run)
-    assert [state[key] for key in ("state", "epochs", "max_epochs", "step")] == ["stopped", 3, 5, 20]
+    assert [state[key] for key in ("state", "epochs", "max_epochs", "step")] == ["stopped", 3, 5, 30]
     assert state["elapsed_s"] == pytest.approx(3 * 10.5)
     ended(run, by="signal", epochs=2, step=25)
     state = state_of(run)
