@@ -60,21 +60,21 @@ class WarmProcess:
         assert stdin == subprocess.DEVNULL
         self.args, self.returncode, self._heard = command, None, b""
         with tempfile.TemporaryDirectory() as folder:
-            told = os.path.join(folder, "process")
-            os.mkfifo(told)
+            reports = os.path.join(folder, "process")
+            os.mkfifo(reports)
             request = {"command": list(map(os.fsdecode, command[1:])), "cwd": os.fspath(cwd), "environment": dict(env)}
-            request |= {"stdout": stdout.name, "stderr": stderr.name, "process": told}
+            request |= {"stdout": stdout.name, "stderr": stderr.name, "process": reports}
             server = _server()
             print(json.dumps(request | {"start_new_session": start_new_session}), file=server.stdin, flush=True)
-            self._told = open(told, "rb", buffering=0)  # noqa: SIM115 - closed at the end of the process
+            self._reports = open(reports, "rb", buffering=0)  # noqa: SIM115 - closed at the end of the process
             self.pid = self._hear(60)
 
     def _hear(self, timeout_s):
         """Return the next number that the process or its parent writes; None if there is none in time."""
         while b"\n" not in self._heard:
-            if not select.select([self._told], [], [], timeout_s)[0]:
+            if not select.select([self._reports], [], [], timeout_s)[0]:
                 return None
-            new = self._told.read(64)
+            new = self._reports.read(64)
             assert new, f"{self.args}: warm_start.py has ended"
             self._heard += new
         number, _, self._heard = self._heard.partition(b"\n")
@@ -98,7 +98,7 @@ class WarmProcess:
         if self.returncode is None:
             self.returncode = self._hear(timeout_s)
             if self.returncode is not None:
-                self._told.close()
+                self._reports.close()
         return self.returncode
 
     def terminate(self):

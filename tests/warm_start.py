@@ -14,7 +14,7 @@ import sys
 
 # Of this project nothing is imported here, so that a program imports it as a user's does.
 LIBRARIES = ["lightning.pytorch.cli", "torchmetrics", "torchvision.transforms.v2", "matplotlib.figure", "scipy.stats"]
-LIBRARIES += ["matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "tensorboard", "filelock"]
+LIBRARIES += ["matplotlib.backends.backend_agg", "tensorboard", "filelock"]
 LIBRARIES += ["torch.utils.tensorboard", "torch.utils.serialization.config", "tensorboard.plugins.hparams.api_pb2"]
 LIBRARIES += ["rich.console", "rich.progress", "jinja2", "jaxtyping", "concurrent.futures.process"]
 LIBRARIES += ["pydantic.main", "pydantic.types", "pydantic.functional_validators", "pydantic.type_adapter"]
@@ -24,8 +24,8 @@ def become(request):
     """Turn this process into the one that was asked for."""
     if request["start_new_session"]:
         os.setsid()
-    with open(request["process"], "w", encoding="utf-8") as told:
-        print(os.getpid(), file=told)
+    with open(request["process"], "w", encoding="utf-8") as reports:
+        print(os.getpid(), file=reports)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -56,11 +56,11 @@ def serve():
                 parents -= 1
             continue
         requests.close()
-        with open(request["process"], "w", encoding="utf-8") as told:
+        with open(request["process"], "w", encoding="utf-8") as reports:
             if (pid := os.fork()) == 0:
                 return request
-            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=told)
-            told.flush()
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=reports)
+            reports.flush()
         os._exit(0)
     return None
 

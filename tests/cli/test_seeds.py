@@ -217,17 +217,8 @@ def test_signals_reach_the_run_and_decide_the_exit_status(monkeypatch, tmp_path,
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a child notices the end of its parent on Linux")
 def test_seeds_killed_and_resumed_are_bit_for_bit_the_runs_of_single_fits(tmp_path):
-    flags = [
-        *TINY,
-        "--epochs",
-        "2",
-        "--data.seed",
-        "7",
-        "--trainer.enable_progress_bar",
-        "false",
-        "--trainer.logger",
-        "false",
-    ]
+    flags = [*TINY, "--epochs", "2", "--data.seed", "7"]
+    flags += ["--trainer.enable_progress_bar", "false", "--trainer.logger", "false"]
     command = [sys.executable, REPO / "train.py", "fit", *flags, "--seeds", "3,1", "--run_dir", "out"]
     first, second = (RunFolder(tmp_path / "out" / seed) for seed in "31")
     with (tmp_path / "log").open("w") as log:

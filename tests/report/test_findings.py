@@ -310,7 +310,7 @@ def test_the_members_of_many_groups_are_all_there(tmp_path):
     assert all(len(members) > 1 for members in groups.values())
 
 
-def test_label_issues_are_of_both_splits_by_name_the_surest_first(found):
+def test_label_issues_are_of_both_splits_by_name_the_least_plausible_first(found):
     findings, test, val = found
     issues, arrays = findings["label_issues"], {"test": test, "val": val}
     assert findings["label_check"] == {
