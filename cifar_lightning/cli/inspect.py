@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from cifar_lightning.cli.flags import GROUPS
 from cifar_lightning.cli.lightning_cli import TrainingCLI
 from cifar_lightning.data.download import ARCHIVES
 from cifar_lightning.data.image_folder import holds_class_folders
@@ -11,8 +12,9 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_output, write_text_durably
 from cifar_lightning.formatting import printable
 from cifar_lightning.report.inspection import inspection_lines, render_inspection
+from cifar_lightning.settings.roles import OWN_OPTIMIZER
 
-_NOT_DATA = ("trainer", "model", "early_stopping", "checkpoint", "optimizer", "lr_scheduler", "seed_everything")
+_NOT_DATA = {*GROUPS, *OWN_OPTIMIZER, "seed_everything"} - {"data"}
 
 
 def inspect(arguments: Sequence[str]) -> None:

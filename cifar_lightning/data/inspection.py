@@ -152,8 +152,10 @@ class _Rows:
         return np.flatnonzero(np.concatenate([*chunks]) & (self.split_of >= 0))
 
     def near(self, pairs: np.ndarray, hashes: np.ndarray) -> dict[str, np.ndarray]:
-        """Return pairs that are not identical, those of two labels first; of them, which images of test and validation
-        are in one across splits, and the pairs of two labels.
+        """Return near duplicates among pairs of images.
+
+        "pairs" are those in a split that are not identical, of two labels first; "across splits" are the images of val
+        and test that are like one of an earlier split; "other label" are the pairs of two labels.
         """
         pairs = pairs[(self.split_of[pairs] >= 0).all(1) & (hashes[pairs[:, 0]] != hashes[pairs[:, 1]])]
         across, mixed = (of[pairs[:, 0]] != of[pairs[:, 1]] for of in (self.split_of, self.targets))

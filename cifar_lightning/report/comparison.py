@@ -40,16 +40,12 @@ def compare(path: Path, results: Results, other_path: Path, other: Results) -> d
     order = np.argsort(second.indices)[np.searchsorted(np.sort(second.indices), first.indices)]
     ordered = replace(first, logits=second.logits[order])
     correct, other_correct = (each.preds == first.targets for each in (first, ordered))
-    counts = counts_of(correct, other_correct)
     return {
-        "runs": [summary_of_run(path, first), summary_of_run(other_path, second)],
+        "runs": [summarize(path, first), summarize(other_path, second)],
         "difference": float(correct.mean() - other_correct.mean()),
-        "difference_interval_95": list(paired_difference_interval(**counts)),
-        "both_right": counts["both"],
-        "only_first": counts["only_first"],
-        "only_second": counts["only_second"],
-        "both_wrong": counts["neither"],
-        "p": mcnemar_test(counts["only_first"], counts["only_second"]),
+        "both_right": int((correct & other_correct).sum()),
+        "both_wrong": int((~correct & ~other_correct).sum()),
+        **paired_test(correct, other_correct),
         "classes": _classes(first, correct, other_correct),
         "changed": {
             "won": _changed(first, ordered, correct & ~other_correct, available),
@@ -112,7 +108,7 @@ def _by_index(predictions: Predictions) -> dict[int, int]:
     return dict(zip(predictions.indices.tolist(), predictions.targets.tolist(), strict=True))
 
 
-def summary_of_run(path: Path, predictions: Predictions) -> dict[str, Any]:
+def summarize(path: Path, predictions: Predictions) -> dict[str, Any]:
     """Return `name`, `path`, `accuracy`, `accuracy_interval_95`, `loss` and `ece` of a run."""
     cm = predictions.confusion
     return {
@@ -125,13 +121,21 @@ def summary_of_run(path: Path, predictions: Predictions) -> dict[str, Any]:
     }
 
 
-def counts_of(correct: Bool[np.ndarray, " n"], other_correct: Bool[np.ndarray, " n"]) -> dict[str, int]:
-    """Return how many images both of two models, only one, or neither classify correctly."""
+def paired_test(correct: Bool[np.ndarray, " n"], other_correct: Bool[np.ndarray, " n"]) -> dict[str, Any]:
+    """Compare two models by which of the same images each classifies correctly.
+
+    Returns:
+        `difference_interval_95` of the accuracies, `only_first` and `only_second`: the images that one of them alone
+        classifies correctly, and `p` of McNemar's exact test.
+    """
+    only_first, only_second = int((correct & ~other_correct).sum()), int((~correct & other_correct).sum())
+    both, neither = int((correct & other_correct).sum()), int((~correct & ~other_correct).sum())
+    interval = paired_difference_interval(both=both, only_first=only_first, only_second=only_second, neither=neither)
     return {
-        "both": int((correct & other_correct).sum()),
-        "only_first": int((correct & ~other_correct).sum()),
-        "only_second": int((~correct & other_correct).sum()),
-        "neither": int((~correct & ~other_correct).sum()),
+        "difference_interval_95": list(interval),
+        "only_first": only_first,
+        "only_second": only_second,
+        "p": mcnemar_test(only_first, only_second),
     }
 
 
@@ -141,10 +145,9 @@ def _classes(
     rows: list[dict[str, Any]] = []
     for index, name in enumerate(predictions.class_names):
         of_class = predictions.targets == index
-        counts = counts_of(correct[of_class], other_correct[of_class])
         support = int(of_class.sum())
-        num_first, num_second = (counts["both"] + counts[key] for key in ("only_first", "only_second"))
-        first, second = (part / support if support else math.nan for part in (num_first, num_second))
+        parts = [each[of_class] for each in (correct, other_correct)]
+        first, second = (int(part.sum()) / support if support else math.nan for part in parts)
         rows.append(
             {
                 "name": name,
@@ -152,10 +155,7 @@ def _classes(
                 "first": first,
                 "second": second,
                 "difference": first - second,
-                "difference_interval_95": list(paired_difference_interval(**counts)),
-                "only_first": counts["only_first"],
-                "only_second": counts["only_second"],
-                "p": mcnemar_test(counts["only_first"], counts["only_second"]),
+                **paired_test(*parts),
             }
         )
     for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):

@@ -24,9 +24,15 @@ from cifar_lightning.formatting import (
     run_name,
     span,
 )
-from cifar_lightning.metrics.significance import holm, mcnemar_test, mean_interval, paired_difference_interval, spread
+from cifar_lightning.metrics.significance import holm, mean_interval, spread
 from cifar_lightning.report.charts import Curves, curves_charts
-from cifar_lightning.report.comparison import counts_of, other_images, predictions_of, summary_of_run, unchecked_images
+from cifar_lightning.report.comparison import (
+    other_images,
+    paired_test,
+    predictions_of,
+    summarize,
+    unchecked_images,
+)
 from cifar_lightning.report.findings import training_of
 from cifar_lightning.report.page import render
 from cifar_lightning.report.results import read_results
@@ -68,7 +74,7 @@ def _read(runs: Sequence[RunFolder]) -> tuple[dict[str, Any], list[list[dict[str
             raise UserError(f"{run.path}: not tested on the same images as {runs[0].path}: {reason}.")
         of_training = {key: training_of(results)[key] for key in ("num_epochs", "elapsed_s")}
         of_training["num_parameters"] = results.origin.environment.get("num_parameters")
-        rows.append(summary_of_run(run.path, predictions) | of_training)
+        rows.append(summarize(run.path, predictions) | of_training)
         correct.append((predictions.preds == predictions.targets)[np.argsort(predictions.indices)])
         configs.append(_flat(results.origin.config))
         tables.append(results.epochs)
@@ -136,16 +142,12 @@ def _pairs(rows: Sequence[Mapping[str, Any]], correct: Sequence[Bool[np.ndarray,
         chosen = ((0, other) for other in range(1, len(rows)))  # type: ignore[assignment]  # another iterator of pairs
     pairs = []
     for one, other in chosen:
-        counts = counts_of(correct[one], correct[other])
         pairs.append(
             {
                 "first": rows[one]["name"],
                 "second": rows[other]["name"],
                 "difference": rows[one]["accuracy"] - rows[other]["accuracy"],
-                "difference_interval_95": list(paired_difference_interval(**counts)),
-                "only_first": counts["only_first"],
-                "only_second": counts["only_second"],
-                "p": mcnemar_test(counts["only_first"], counts["only_second"]),
+                **paired_test(correct[one], correct[other]),
             }
         )
     for pair, p in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):

@@ -146,7 +146,7 @@ class Dashboard(pl.Callback):
         if self._is_drawing and sum(len(targets) for _, targets in self._predictions) < _NUM_KEPT:
             try:
                 self._predictions.append((logits_of(pl_module, outputs, batch), batch[1]))
-            except UserError as error:  # training goes on
+            except UserError as error:  # training continues
                 self._is_drawing, self._drawn_at_step = False, math.inf
                 remark(f"Dashboard draws no predictions: {error}")
 
