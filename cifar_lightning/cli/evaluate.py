@@ -24,6 +24,10 @@ def evaluate(command: str, arguments: Sequence[str], objects: PythonObjects | No
         if output.suffix.lower() not in (".csv", ".npz"):
             raise UserError(f"--output {output}: give a .csv or an .npz.")
         check_output(output, force=True)
+        neighbours = RunFolder(output.parent)
+        others = {*neighbours.files_by("fit", "test", "tune")} - {neighbours.predictions, neighbours.predictions_csv}
+        if output in others and neighbours.config.exists():
+            raise UserError(f"--output {output}: is a file of the run; choose another name.")
     model, data, settings = cli.instantiate()
     prepare_data(data, model)
     run = find_run(command, Path(settings.ckpt_path), data, output)

@@ -119,6 +119,13 @@ def test_a_mistake_gets_a_short_message(monkeypatch, capsys, tmp_path, arguments
     assert expected in fail(monkeypatch, capsys, tmp_path, *arguments)
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "mistakes.csv", "gallery.npz"])
+def test_predict_does_not_write_over_a_file_of_the_run(monkeypatch, capsys, tmp_path, name):
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / name).touch()
+    assert f"--output {name}: is a file of the run" in fail(monkeypatch, capsys, tmp_path, *PREDICT, "--output", name)
+
+
 def test_an_epochs_images_that_the_model_cannot_take_are_refused_before_a_run_is_made(monkeypatch, capsys, tmp_path):
     flags = ["--data.dataset", "synthetic", "--model.name", "speednet", "--data.train_sizes", "[8, 32]"]
     said = fail(monkeypatch, capsys, tmp_path, "fit", *flags)
