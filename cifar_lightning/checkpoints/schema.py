@@ -72,6 +72,10 @@ def _check_progress(loops: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return loops
 
 
+class _EpochSoFar(_Schema):
+    lrs: dict[FromZero, float] = {}
+
+
 class _Lightning(_Schema):
     epoch: FromZero = 0
     global_step: FromZero = 0
@@ -87,6 +91,7 @@ class _Lightning(_Schema):
 class _OfRun(_Lightning):
     hyper_parameters: _Hyperparameters = _Hyperparameters()  # type: ignore[assignment]  # narrower than Lightning's
     data: _DataState = Field(alias="ImageDataModule")  # DATA_STATE
+    epoch_so_far: _EpochSoFar = Field(_EpochSoFar(), alias="cifar_lightning_epoch")  # its EPOCH_SO_FAR
 
 
 def check_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ from cifar_lightning.training.model_checks import check_monitors
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.predictions import PredictionWriter
 from cifar_lightning.training.resume_state import ResumeState
-from cifar_lightning.training.run_recorder import RunRecorder
+from cifar_lightning.training.run_recorder import EPOCH_SO_FAR, RunRecorder, write_learning_rates
 from cifar_lightning.training.signals import StopSignals
 from cifar_lightning.training.step_count import check_evaluation
 from cifar_lightning.training.tensorboard import Dashboard, board_for
@@ -305,6 +305,8 @@ def report_ending(resume: Resume, trainer: Namespace) -> None:
         return
     ended = read_environment(resume.run.environment).get("ended")
     if not ending_text(ended):
+        lrs = read_checkpoint(resume.point.checkpoint).get(EPOCH_SO_FAR, {}).get("lrs", {})
+        write_learning_rates(resume.run, lrs)
         write_ending(resume.run, ended := resume.point.ending(trainer.max_epochs, trainer.max_steps))
     print(
         f"{resume.run.path}: training ended {ending_text(ended)}; nothing is left to train. More: "

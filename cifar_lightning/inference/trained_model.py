@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, UInt8
@@ -14,6 +14,7 @@ from cifar_lightning.checkpoints.schema import DATA_STATE
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256
+from cifar_lightning.formatting import clipped
 from cifar_lightning.models.memory_format import use_memory_format
 from cifar_lightning.models.registry import build_model, check_model_kwargs
 from cifar_lightning.report.temperature import require_temperature
@@ -94,12 +95,14 @@ def load_trained_model(
     }
     if len(data["mean"]) not in (1, 3):
         raise UserError(f"{path}: mean and std of {len(data['mean'])} channels; images have 1 or 3.")
+    if (tta := hparams.get("tta", "none")) not in get_args(TTA):
+        raise UserError(f"{path}: tta {clipped(tta)}: one of {', '.join(get_args(TTA))}.")
     made = build_model(**architecture) if model is None else copy.deepcopy(model)
     made = use_memory_format(made, hparams.get("memory_format", "channels_last")).eval()
     load_weights(made, path, checkpoint)
     return TrainedModel(
         model=made,
-        tta=hparams.get("tta", "none"),
+        tta=tta,
         class_names=tuple(data["class_names"]),
         image_size=data["image_size"],
         resize=data.get("resize", "crop"),

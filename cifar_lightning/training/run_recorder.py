@@ -145,9 +145,8 @@ class RunRecorder(pl.Callback):
 
     def _write_ending(self, trainer: pl.Trainer, ending: dict[str, Any]) -> None:
         if trainer.is_global_zero:
+            write_learning_rates(self.run, self._lrs)  # first: a run whose ending is known has them
             write_ending(self.run, ending)
-            kept = sorted(self._lrs.items())[:: -(-len(self._lrs) // _MAX_LRS) or 1]  # resumed runs have had others
-            write_json(self.run.learning_rates, {"step": [step for step, _ in kept], "lr": [lr for _, lr in kept]})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock of training."""
@@ -188,6 +187,12 @@ class RunRecorder(pl.Callback):
                 "peak_memory_mb": peak_memory_mb(trainer.strategy.root_device),
             }
         )
+
+
+def write_learning_rates(run: RunFolder, lrs: Mapping[int, float]) -> None:
+    """Write learning_rates.json, of at most 2,000 steps: a resumed run may have more."""
+    kept = sorted(lrs.items())[:: -(-len(lrs) // _MAX_LRS) or 1]
+    write_json(run.learning_rates, {"step": [step for step, _ in kept], "lr": [lr for _, lr in kept]})
 
 
 def environment_of(trainer: pl.Trainer) -> dict[str, Any]:

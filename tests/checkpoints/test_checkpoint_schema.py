@@ -19,6 +19,7 @@ from cifar_lightning.checkpoints.resume import stop_point
 from cifar_lightning.checkpoints.schema import VERSION_KEY
 from cifar_lightning.inference.trained_model import load_trained_model
 from cifar_lightning.runs.environment import package_version
+from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.error_messages import restoring
 
 SEED = int(os.environ.get("CIFAR_LIGHTNING_TEST_SEED", "0"))
@@ -67,6 +68,8 @@ WRONG = [
     ("state_dict", {5: torch.zeros(1)}),
     ("optimizer_states", {}),
     ("loops", 5),
+    ("cifar_lightning_epoch.lrs", {"first": 0.1}),
+    ("cifar_lightning_epoch.lrs", {0: "high"}),
 ]
 
 
@@ -80,6 +83,16 @@ def test_a_value_of_another_type_or_size_is_refused_with_file_and_field(name, va
     write(tmp_path / "best.ckpt", content)
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'best.ckpt'}: damaged: {name.rpartition('.')[0]}")):
         read_checkpoint(tmp_path / "best.ckpt")
+
+
+def test_an_unknown_test_time_augmentation_is_refused(checkpoint, tmp_path):
+    content = load(checkpoint)
+    content["hyper_parameters"]["tta"] = ""
+    other = RunFolder(tmp_path)
+    other.best_checkpoint.parent.mkdir()
+    write(other.best_checkpoint, content)
+    with pytest.raises(UserError, match=re.escape(f"{other.best_checkpoint}: tta ")):
+        load_trained_model(other)
 
 
 @pytest.mark.parametrize("count", [(3,), -1, 2.0, "3", None, True])
