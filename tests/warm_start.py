@@ -69,6 +69,8 @@ if __name__ == "__main__":
     os.fsync = lambda file: None  # as in conftest.py
     for library in LIBRARIES:
         importlib.import_module(library)
+    # Drawing takes a fifth of a short run. Here drawings are blank: tests look at those that their own process makes.
+    sys.modules["matplotlib.backends.backend_agg"].FigureCanvasAgg.draw = lambda canvas: canvas.get_renderer()
     gc.collect()
     gc.freeze()
     request = serve()
