@@ -8,6 +8,7 @@ from jaxtyping import Float, Int, Int64
 from cifar_lightning.metrics.calibration import log_softmax
 from cifar_lightning.metrics.classification import ConfusedPair, confusion_matrix, most_confused
 
+NUM_EXPLAINED = 12  # most confident mistakes: a test explains them, and the page shows them first
 Positions = Int64[np.ndarray, " _"]  # as many as there are
 
 

@@ -22,6 +22,7 @@ from cifar_lightning.formatting import object_text, percent, plural, printable, 
 from cifar_lightning.metrics.classification import most_confused, per_class
 from cifar_lightning.report.charts import Curves, confidence_chart, curves_charts, reliability_chart
 from cifar_lightning.report.figures import shorten
+from cifar_lightning.report.gallery import NUM_EXPLAINED
 from cifar_lightning.report.results import Explanations
 from cifar_lightning.runs.ending import ending_text
 from cifar_lightning.runs.environment import inexact_resumes
@@ -34,7 +35,6 @@ _MAX_IN_MATRIX = 20  # classes; above, the most confused of them
 _MAX_GROUPED = 12  # grouped classes above this number are folded
 _MAX_ITEMS = 5  # of an insight
 _MAX_ISSUES = 25
-_NUM_EXPLAINED = 12
 _CRISP_PX = 64  # images up to this size are scaled up without smoothing; larger ones are reduced to `_REDUCED_PX`
 _REDUCED_PX = 144  # shown 96 px wide; sharp on high-density screens
 
@@ -131,7 +131,7 @@ def _explained(explanations: Any, kept: Mapping[int, Image3], names: Sequence[st
     if explanations is None:
         return found
     nearest = (explanations.neighbours, explanations.neighbour_names, explanations.neighbour_labels)
-    for at, index in enumerate(explanations.indices[:_NUM_EXPLAINED].tolist()):
+    for at, index in enumerate(explanations.indices[:NUM_EXPLAINED].tolist()):
         if index in kept:
             cam = None if explanations.cam is None else _image_uri(lit(kept[index], explanations.cam[at]))
             rows = zip(*(column[at] for column in nearest if column is not None), strict=True)

@@ -15,13 +15,12 @@ from cifar_lightning.checkpoints.rng_state import restore_rng, rng_state
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import reason_of
 from cifar_lightning.models.grad_cam import grad_cam, penultimate_features
-from cifar_lightning.report.gallery import rank_images
+from cifar_lightning.report.gallery import NUM_EXPLAINED, rank_images
 from cifar_lightning.report.results import Predictions
 from cifar_lightning.training.data_protocol import TrainingData, training_data
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.transforms.augmentation import normalize, resize
 
-_NUM_MISTAKES = 24  # as many as the report shows
 _NUM_NEIGHBOURS = 3
 # Training images that are searched: a fifth of the split takes about 7 % of an epoch, as a forward pass is a third of a
 # step. Of fewer than 100, classes have hardly any.
@@ -38,7 +37,7 @@ def explain_mistakes(trainer: pl.Trainer, pl_module: pl.LightningModule, test: P
     One process does it alone. Model, gradients and random states stay as they are. A model that cannot be explained is
     a reason and no error.
     """
-    data, mistakes = training_data(trainer), rank_images(test.logits, test.targets).mistakes[:_NUM_MISTAKES]
+    data, mistakes = training_data(trainer), rank_images(test.logits, test.targets).mistakes[:NUM_EXPLAINED]
     if data is None or not isinstance(pl_module, ImageClassifier):
         return {"reasons": np.array(["only an ImageClassifier with an ImageDataModule is explained"] * 2)}
     if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):

@@ -8,6 +8,7 @@ from torch import nn
 
 from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.models.grad_cam import grad_cam
+from cifar_lightning.report.gallery import NUM_EXPLAINED
 from cifar_lightning.report.results import Predictions
 from cifar_lightning.training.explanations import explain_mistakes
 
@@ -43,7 +44,7 @@ def test_the_most_confident_mistakes_have_their_grad_cam_and_nearest_training_im
     assert requires == [parameter.requires_grad for parameter in module.parameters()]
     assert all(parameter.grad is None for parameter in module.parameters())
     wrong = np.flatnonzero(test.preds != test.targets)
-    worst = wrong[np.argsort(-test.probs.max(1)[wrong], kind="stable")][:24]
+    worst = wrong[np.argsort(-test.probs.max(1)[wrong], kind="stable")][:NUM_EXPLAINED]
     assert found["reasons"].tolist() == ["", ""]
     assert found["indices"].tolist() == worst.tolist()
     cam = grad_cam(module, images[worst], torch.from_numpy(test.preds[worst]))
@@ -99,7 +100,7 @@ def test_a_model_that_fails_has_a_reason_and_its_neighbours(data):
     assert "no gradients here" in found["reasons"][0]
     assert found["reasons"][1] == ""
     assert "cam" not in found
-    assert found["neighbours"].shape == (24, 3, 16, 16, 3)
+    assert found["neighbours"].shape == (NUM_EXPLAINED, 3, 16, 16, 3)
 
 
 def test_neither_foreign_modules_nor_tests_without_mistakes_are_explained(data):
