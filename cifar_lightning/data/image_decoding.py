@@ -149,7 +149,9 @@ def decode_image(
             size = original if draft else image.size  # TIFF: load turns the image
             return _array(_square(image, size, reduction, image_size, to_rgb, resize), in_channels)
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
-        reason = "not an image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)  # without the path a second time
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image format that Pillow knows"
         raise UserError(f"{path} cannot be read ({' '.join(reason.split()) or type(error).__name__})") from error
 
 

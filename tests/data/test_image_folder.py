@@ -544,6 +544,13 @@ def test_folders_that_do_not_fit_are_refused_with_the_difference(spoil, named, r
     assert str(caught.value).count("\n") <= 1
 
 
+def test_a_link_to_nothing_is_refused_as_an_image_that_cannot_be_read(root):
+    (root / "train" / "ant" / "x.png").symlink_to("gone")
+    with pytest.raises(UserError, match=r"ant/x\.png") as caught:
+        ClassFolders(root, 8).prepare()
+    assert "Errno" not in str(caught.value)
+
+
 def spoil(root: Path) -> dict[str, Path]:
     """Make images of both splits unreadable, in several ways."""
     bad = {
