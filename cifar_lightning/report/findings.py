@@ -27,7 +27,7 @@ from cifar_lightning.metrics.classification import (
 from cifar_lightning.metrics.label_issues import find_label_issues
 from cifar_lightning.metrics.selective import confidence_threshold
 from cifar_lightning.metrics.significance import wilson_interval
-from cifar_lightning.report.gallery import rank_images
+from cifar_lightning.report.gallery import NUM_EXPLAINED, rank_images
 from cifar_lightning.report.insights import (
     SECTIONS,
     Insight,
@@ -44,7 +44,6 @@ from cifar_lightning.report.temperature import temperature_of
 
 COVERAGE_TARGETS = (0.95, 0.99, 0.999)  # accuracies
 _NUM_SHOWN = 24  # images of a gallery
-_NUM_FIRST = 12  # mistakes that are shown among all and not with their pair
 _NUM_SHOWN_OF_PAIR = 6
 _NUM_PAIRS_SHOWN = 5  # with images
 _NUM_PAIRS = 10
@@ -57,7 +56,8 @@ def find(results: Results) -> dict[str, Any]:
 
     Keys: `summary`, `calibration` (None without test predictions), `coverage`, `classes` (in class order),
     `confusion_matrix` (rows: true class), `confused_pairs`, `insights`, `mistakes`, `galleries`, `label_issues` (all,
-    the least plausible label first), `label_check` (`checked`: images by split; `num_issues`), `epochs`,
+    the least plausible label first), `label_check` (`checked`: images by split; `num_issues`; `is_reliable`:
+    whether the model is better than always predicting the largest class), `epochs`,
     `learning_rates`, `training`, `run`, `problems`.
     """
     cm, test = results.confusion, results.test
@@ -65,9 +65,9 @@ def find(results: Results) -> dict[str, Any]:
     pairs = confused_pairs(cm, results.class_names)
     galleries = galleries_of(test, set(results.images), pairs) if test is not None else []
     predictions = {split: each for split, each in (("val", results.val), ("test", test)) if each is not None}
-    issues = label_issues_of(predictions)
+    issues, summary = label_issues_of(predictions), summary_of(cm, test)
     return {
-        "summary": {**summary_of(cm, test), "accuracy_no_tta": results.accuracy_no_tta},
+        "summary": {**summary, "accuracy_no_tta": results.accuracy_no_tta},
         "calibration": calibration_of(test, results.val) if test is not None else None,
         "coverage": coverage_of(test, results.val) if test is not None else [],
         "classes": classes_of(cm, results.class_names, probs, test.targets if test is not None else None),
@@ -80,6 +80,7 @@ def find(results: Results) -> dict[str, Any]:
         "label_check": {
             "checked": {split: len(each.targets) for split, each in predictions.items()},
             "num_issues": len(issues),
+            "is_reliable": bool(summary["accuracy_interval_95"][0] > summary["majority"]),
         },
         "epochs": results.epochs,
         "learning_rates": learning_rates_of(results),
@@ -316,13 +317,13 @@ def galleries_of(test: Predictions, available: set[int], pairs: list[dict[str, A
             )
         return shown
 
-    mistakes = images(ranked.mistakes.tolist(), _NUM_FIRST)
+    mistakes = images(ranked.mistakes.tolist(), NUM_EXPLAINED)
     for pair in pairs[:_NUM_PAIRS_SHOWN]:
         classes = {pair["true"], pair["predicted"]}
         of_pair = [at for at in ranked.mistakes.tolist() if {names[test.targets[at]], names[preds[at]]} == classes]
         pair["images"] = images(of_pair, _NUM_SHOWN_OF_PAIR)
         pair["elsewhere"] = [item["index"] for item in mistakes if {item["true"], item["predicted"]} == classes]
-    mistakes += images(ranked.mistakes.tolist(), _NUM_SHOWN - _NUM_FIRST)
+    mistakes += images(ranked.mistakes.tolist(), _NUM_SHOWN - NUM_EXPLAINED)
     galleries = [
         {"kind": "mistakes", "title": "Most confident mistakes", "images": mistakes},
         {
@@ -375,7 +376,7 @@ def training_of(results: Results) -> dict[str, Any]:
 
     `is_whole` is false if metrics.csv lacks epochs. `best_epoch` is None if no checkpoint was kept (the last weights
     were tested) or if an epoch was validated several times, of which the table has only the last. `elapsed_s` is None
-    if the time of any epoch is missing.
+    if the time of any epoch is missing. `has_learning_rates` is whether those of the steps were recorded.
     """
     validated = [row for row in results.epochs if not math.isnan(row.get("val/acc", math.nan))]
     trainer = results.origin.config.get("trainer") or {}
@@ -394,6 +395,7 @@ def training_of(results: Results) -> dict[str, Any]:
         "is_whole": "metrics.csv" not in results.cut_tables,
         "best_epoch": int(best["epoch"]) + 1 if best else None,  # shown counting from 1
         "best_val_acc": best["val/acc"] if best else None,
+        "has_learning_rates": bool(results.learning_rates),
         "elapsed_s": sum(elapsed) if elapsed and not math.isnan(sum(elapsed)) else None,
         "train_images_per_s": float(np.median(speeds)) if speeds else None,
         "peak_memory_mb": max(memory) if memory else None,

@@ -138,7 +138,7 @@ def _to_look_at(findings: Mapping[str, Any], most: int) -> list[str]:
         ]
         texts.append(f"{plural(mistakes['count'], 'mistake')} in mistakes.csv, highest loss: {'; '.join(shown)}")
     number = findings["label_check"]["num_issues"]
-    if number:
+    if number and findings["label_check"]["is_reliable"]:
         shown = [
             f"{issue['name']} (labelled {issue['label']}, predicted as {issue['suggested']})"
             for issue in findings["label_issues"][:most]

@@ -20,7 +20,7 @@ from sklearn.dummy import DummyClassifier
 
 from cifar_lightning.files import MetricsTable, write_json
 from cifar_lightning.report.findings import coverage_of, find, label_issues_of
-from cifar_lightning.report.results import Predictions, read_results
+from cifar_lightning.report.results import Predictions, Results, read_results
 from cifar_lightning.runs.folder import RunFolder
 
 REAL = os.environ.get("CIFAR_LIGHTNING_RUN")
@@ -316,6 +316,7 @@ def test_label_issues_are_of_both_splits_by_name_the_least_plausible_first(found
     assert findings["label_check"] == {
         "checked": {"val": len(val["targets"]), "test": len(test["targets"])},
         "num_issues": len(issues),
+        "is_reliable": True,
     }
     assert {issue["split"] for issue in issues} == {"val", "test"}
     assert issues == sorted(issues, key=lambda issue: issue["prob_of_label"])
@@ -328,6 +329,14 @@ def test_label_issues_are_of_both_splits_by_name_the_least_plausible_first(found
         assert issue["label"] == names[of["targets"][row]]
         assert issue["suggested"] == names[probs.argmax()] != issue["label"]
         assert issue["prob_of_label"] == pytest.approx(probs[of["targets"][row]], rel=1e-6)
+
+
+def test_label_issues_of_a_model_no_better_than_the_largest_class_are_not_reliable():
+    logits = np.random.default_rng(0).normal(size=(200, 2)).astype(np.float32)
+    guesses = Predictions(logits, np.arange(200) % 2, np.arange(200), ("ant", "bee"))
+    check = find(Results(guesses.class_names, guesses.confusion, test=guesses))["label_check"]
+    assert check["num_issues"] > 0
+    assert not check["is_reliable"]
 
 
 def test_without_validation_predictions_the_test_images_alone_are_checked(tmp_path):

@@ -391,6 +391,28 @@ def test_a_run_without_validation_images_has_a_page_that_says_what_was_not_check
     assert "Without validation images the confidence is chosen on the test images" in text
 
 
+def test_without_kept_images_mistakes_and_label_errors_are_listed_by_name(tmp_path):
+    made = make_run(tmp_path / "run", n=200)
+    made.gallery.unlink()
+    make_report(made)
+    page, findings = made.report.read_text(encoding="utf-8"), json.loads(made.findings.read_text())
+    assert findings["galleries"] == []
+    assert findings["mistakes"]["images"][0]["name"].rpartition("/")[2] in page
+    assert "Likely label errors" in page
+    assert 'href="#images"' in page
+
+
+def test_only_learning_rates_that_were_not_recorded_by_step_are_called_so(tmp_path):
+    made = make_run(tmp_path / "run", n=200)
+    lrs, epochs = json.loads(made.learning_rates.read_text()), len(made.metrics_csv.read_text().splitlines()) - 1
+    made.learning_rates.write_text(json.dumps({key: values[:epochs] for key, values in lrs.items()}))  # a step an epoch
+    make_report(made)
+    assert "were not recorded" not in made.report.read_text(encoding="utf-8")
+    made.learning_rates.unlink()
+    make_report(made)
+    assert "were not recorded" in made.report.read_text(encoding="utf-8")
+
+
 def test_a_value_that_the_template_lacks_is_an_error():
     with pytest.raises(UndefinedError, match="files"):
         render("model_card.md", card={})
