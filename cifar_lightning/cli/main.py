@@ -370,7 +370,13 @@ def _runs(parsed: argparse.Namespace) -> int:
     from cifar_lightning.runs.states import states_below, states_table  # imports pydantic and NumPy
 
     states = states_below(parsed.folder)
-    print(json.dumps(states, indent=2) if parsed.json else states_table(states) if states else "no runs.")
+    print(
+        json.dumps(states, indent=2)
+        if parsed.json
+        else states_table(states)
+        if states
+        else f"{parsed.folder}: no runs; fit makes them."
+    )
     return 0
 
 

@@ -1,7 +1,7 @@
 """Charts of the report as SVG: reliability, confidence and learning curves.
 
 They are drawn by hand, since matplotlib takes a third of the time of a report for them, in the colours and fonts of
-page.css, which follow the reader's theme. Lines differ by dashes and bars by hatching, too, for readers who see no
+page.css, which follow the reader's theme. Lines also differ by dashes and bars by their fill, for readers who see no
 colours.
 """
 

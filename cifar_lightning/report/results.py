@@ -218,9 +218,10 @@ def read_predictions(path: Path) -> Predictions:
         UserError: It cannot be read or is damaged.
     """
     kinds = {"logits": ("f", 2), "targets": ("iu", 1), "indices": ("iu", 1), "class_names": ("U", 1)}
-    logits, targets, indices, of_classes = read_arrays(path, kinds).values()
+    arrays = read_arrays(path, {**kinds, "names": ("U", 1)}, optional=("names",))
+    logits, targets, indices, of_classes = (arrays[name] for name in kinds)
     class_names, split = tuple(map(str, of_classes)), "val" if path.stem.endswith("_val") else "test"
-    of_images = read_arrays(path, {"names": ("U", 1)}, optional=True).get("names")
+    of_images = arrays.get("names")
     by_index = (index_name(split, index) for index in indices.tolist())
     names = tuple(by_index if of_images is None else map(str, of_images))
     if logits.shape != (len(targets), len(class_names)) or {len(indices), len(names)} != {len(targets)}:

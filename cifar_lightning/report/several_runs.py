@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +137,9 @@ def _by_seed(rows: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, An
 
 def _pairs(rows: Sequence[Mapping[str, Any]], correct: Sequence[Bool[np.ndarray, " n"]]) -> list[dict[str, Any]]:
     """Return McNemar's test of each two runs, with Holm's correction for their number."""
-    chosen = itertools.combinations(range(len(rows)), 2)
+    chosen: Iterable[tuple[int, int]] = itertools.combinations(range(len(rows)), 2)
     if len(rows) > _MAX_RUNS_OF_ALL_PAIRS:
-        chosen = ((0, other) for other in range(1, len(rows)))  # type: ignore[assignment]  # another iterator of pairs
+        chosen = ((0, other) for other in range(1, len(rows)))
     pairs = []
     for one, other in chosen:
         pairs.append(

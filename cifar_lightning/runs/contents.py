@@ -9,7 +9,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -193,13 +193,15 @@ def read_matrix(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     return tuple(map(csv_text, rows[0][1:])), np.array(counts, dtype=np.int64)
 
 
-def read_arrays(path: Path, kinds: Mapping[str, tuple[str, int]], *, optional: bool = False) -> dict[str, np.ndarray]:
+def read_arrays(
+    path: Path, kinds: Mapping[str, tuple[str, int]], *, optional: Collection[str] = ()
+) -> dict[str, np.ndarray]:
     """Read arrays of an .npz file; others in it are not read.
 
     Args:
         path: The file.
         kinds: Name of each array -> allowed kinds of its dtype (of `numpy.dtype.kind`), number of its dimensions.
-        optional: Leave out arrays that are missing.
+        optional: Those that may be missing.
 
     Raises:
         UserError: An array is missing, has another type or shape, or is much larger than the file.
@@ -207,7 +209,7 @@ def read_arrays(path: Path, kinds: Mapping[str, tuple[str, int]], *, optional: b
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             largest = max(_MAX_ARRAY_BYTES, _MAX_RATIO * os.fstat(file.fileno()).st_size)
-            present = [name for name in kinds if not optional or f"{name}.npy" in archive.namelist()]
+            present = [name for name in kinds if name not in optional or f"{name}.npy" in archive.namelist()]
             return {name: _read_array(archive, name, *kinds[name], largest // len(kinds)) for name in present}
     # On damaged archives zipfile and NumPy raise nearly anything.
     except Exception as error:

@@ -120,7 +120,8 @@ def states_table(states: Sequence[Mapping[str, Any]]) -> str:
 
 def _cells(state: Mapping[str, Any]) -> tuple[str, ...]:
     accuracy, interval, seeds = state["accuracy"], state["accuracy_interval_95"], state["seeds"]
-    more = f" ({span(interval, 2)})" if interval else f" (mean, SD {percent(state['std'], 2)})" if accuracy else ""
+    deviation = "" if state["std"] is None else f", SD {percent(state['std'], 2)}"
+    more = f" ({span(interval, 2)})" if interval else f" (mean{deviation})" if seeds and accuracy is not None else ""
     of = f" of {state['max_epochs']:,}" if state["max_epochs"] else ""
     step, planned = state["step"], state["planned_steps"]
     where = f" at step {step:,}{f' of {planned:,}' if planned else ''}" if state["state"] == "stopped" and step else ""

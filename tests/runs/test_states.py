@@ -115,6 +115,8 @@ def test_all_runs_are_listed_in_the_order_of_their_numbers_seeds_below_their_fol
     write_json(parent.seeds, {"seeds": [0, 2, 10], "accuracy": spread})
     state = state_of(parent)
     assert [state[key] for key in ("state", "accuracy", "std", "seeds")] == ["finished", 0.75, 0.01, [0, 2, 10]]
+    assert "75.00 % (mean, SD 1.00 %)" in states_table([state])
+    assert "75.00 % (mean) " in states_table([state | {"std": None}])
     with pytest.raises(UserError, match="elsewhere"):
         states_below(tmp_path / "elsewhere")
 
@@ -131,6 +133,8 @@ def test_the_command_prints_a_line_a_run_or_json(run, tmp_path, monkeypatch, cap
     (tmp_path / "empty").mkdir()
     assert cli.run_command(["runs", "empty", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
+    assert cli.run_command(["runs", "empty"]) == 0
+    assert capsys.readouterr().out.startswith("empty: ")
 
 
 def test_looking_at_a_lock_neither_takes_nor_changes_it(tmp_path):
