@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from cifar_lightning.cli.flags import flag_value, own_classes, table
+from cifar_lightning.cli.configs import find_config
+from cifar_lightning.cli.flags import config_tree, flag_value, own_classes, table
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_json
 from cifar_lightning.formatting import clipped, command_line, percent, plural, span
@@ -57,9 +58,22 @@ def fit_seeds(flags: Sequence[str]) -> int:
     model = own_classes(flags).get("model") or flag_value(flags, "model.name") or table()["model.name"]["default"]
     folder = create_run(RUNS, config_name(configs, model), flag_value(flags, "run_dir"))
     assert folder.lock is not None
+    for config in configs:
+        _report_replaced(config)
     with folder.lock:
         write_json(folder.seeds, {"schema_version": SCHEMA_VERSION, "seeds": seeds})
         return _train_all(folder, seeds, others, is_new=True)
+
+
+def _report_replaced(config: str) -> None:
+    """Print the seeds of a config that --seeds replaces."""
+    tree = config_tree(find_config(config))
+    data = tree.get("data")
+    own = {"seed_everything": tree.get("seed_everything")}
+    own["data.order_seed"] = data.get("order_seed") if isinstance(data, dict) else None
+    named = [f"{name} {clipped(str(value))}" for name, value in own.items() if value is not None]
+    if named:
+        print(f"--seeds replaces {' and '.join(named)} of {clipped(config)}.", file=sys.stderr)
 
 
 def parse_seeds(text: str) -> list[int]:

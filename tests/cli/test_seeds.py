@@ -72,6 +72,17 @@ def test_each_seed_is_a_run_and_the_later_ones_take_the_config_of_the_first(fits
     assert {"66.67", "19.09", "50.00", "87.50"} <= set(last.replace(",", "").split())
 
 
+def test_seeds_of_a_config_are_replaced_and_named(fits, capsys):
+    Path("own.yaml").write_text("seed_everything: 71\ndata: {order_seed: 53, seed: 29}\n")
+    assert cli.run_command(["fit", "--config", "own.yaml", "--seeds", "2", "--run_dir", "out"]) == 0
+    assert fits.commands[0][2:4] == ["--seed_everything=2", "--data.order_seed=2"]
+    told = capsys.readouterr().err
+    assert {"--seeds", "71", "53", "own.yaml."} <= set(told.split())
+    assert "29" not in told
+    assert cli.run_command(["fit", "--config", "quickstart", "--seeds", "2"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_the_name_of_the_folder_is_that_of_config_or_model_and_the_next_number(fits):
     assert cli.run_command(["fit", "--seeds", "1", "--config", "quickstart"]) == 0
     assert cli.run_command(["fit", "--seeds", "1", "--model.name", "speednet"]) == 0
