@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import ROOT
-from cifar_lightning.runs.environment import describe_environment
+from benchmarks.hardware import hardware_name, results_file
 
 BASE = "base"
 # Student's two-sided 5 % for n seeds.
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     parser.add_argument("--only", type=lambda text: text.split(","), help="these settings and the base")
     parser.add_argument("--precision", help="precision of all runs, such as bf16-mixed")
-    parser.add_argument("--json", type=Path, help="add the runs to this file")
+    parser.add_argument("--json", type=results_file, help="add the runs to this file")
     args = parser.parse_args()
     suite = SUITES[args.suite]
     unknown = sorted(set(args.only or ()) - (suite.settings.keys() - {BASE}))
@@ -178,7 +178,6 @@ def main() -> None:
     every = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else []
     lines = [line for line in every if (line["suite"], line["asked_precision"]) == (args.suite, args.precision)]
     wanted = [setting for setting in suite.settings if not args.only or setting == BASE or setting in args.only]
-    hardware = {key: describe_environment()[key] for key in ("num_usable_cpus", "cpu")}
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
             for setting in wanted:
@@ -192,8 +191,8 @@ def main() -> None:
                 run = Path(folder) / (BASE if setting in suite.tta else setting)
                 figures = measure(suite, setting, seed, args.data, run)
                 if not is_there:
-                    lines.append({"suite": args.suite, "setting": setting, "seed": seed, **figures, **hardware})
-                    lines[-1]["asked_precision"] = args.precision
+                    lines.append({"suite": args.suite, "setting": setting, "seed": seed, **figures})
+                    lines[-1] |= {"asked_precision": args.precision, "hardware": hardware_name()}
                     every.append(lines[-1])
                 print(
                     f"seed {seed}, {setting}: {100 * figures['accuracy']:.2f} % in {figures['seconds']:.0f} s",
@@ -201,7 +200,7 @@ def main() -> None:
                 )
                 if args.json:
                     args.json.write_text(json.dumps(every, indent=2) + "\n", encoding="utf-8")
-    print(f"{suite.about}; difference to it, paired by seed, {hardware['num_usable_cpus']} cores of {hardware['cpu']}:")
+    print(f"{suite.about}; difference to it, paired by seed, {hardware_name()}:")
     gains = {}
     for setting in suite.settings:
         points = differences(lines, setting)

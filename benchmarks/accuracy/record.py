@@ -12,12 +12,15 @@ import hashlib
 import json
 import math
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from benchmarks import CONFIGS, RESULTS
+from benchmarks.hardware import hardware_name
+from cifar_lightning.runs.environment import inexact_resumes
 
 _NOT_OF_A_RESULT = ("--config", "--data.root", "--run_dir", "--seed_everything", "--data.seed")
 _AS_FOLDERS = "--data.dataset folder"  # a config's own images, unpacked
@@ -37,6 +40,8 @@ def summarize(run: Path, note: str) -> dict[str, Any]:
     elapsed_s = sum(row["elapsed_s"] for row in timing)
     if math.isnan(elapsed_s):
         note = note or "some of an epoch was not timed"
+    if moved := inexact_resumes(environment):
+        note = "; ".join([*([note] if note else []), *moved])
     return {
         "commit": environment["commit"],
         "dirty": environment["dirty"],
@@ -51,7 +56,7 @@ def summarize(run: Path, note: str) -> dict[str, Any]:
         "elapsed_s": None if math.isnan(elapsed_s) else elapsed_s,
         "train_images_per_s": [round(row["train_images_per_s"], 1) for row in timing],
         "peak_memory_mb": max(row["peak_memory_mb"] for row in timing),
-        "hardware": f"{environment['num_usable_cpus']} cores of {environment['cpu']}, device {environment['device']}",
+        "hardware": hardware_name(environment),
         "precision": environment["precision"],
         "torch": environment["versions"]["torch"],
         "lightning": environment["versions"]["lightning"],
@@ -88,6 +93,19 @@ def comparable(lines: list[dict[str, Any]], recipe: str, compiled: bool = False)
     return [line for line in runs if line["who"] != "ours" or line.get("settings") == settings]
 
 
+def add_runs(path: Path, runs: Sequence[Path], note: str) -> None:
+    """Add runs to a results file and print its name."""
+    lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    for run in runs:
+        line = summarize(run, note)
+        keys = ("commit", "config_sha256")
+        if not any(all(old.get(key) == line[key] for key in keys) for old in lines):
+            lines.append(line)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+    print(f"{path}: {len(lines)} runs")
+
+
 def main() -> None:
     """Add the runs and print the file's name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,17 +113,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--note", default="", help="remark on the results")
     args = parser.parse_args()
-    path = RESULTS / f"{args.name}.json"
-    lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    for run in args.runs:
-        line = summarize(run, args.note)
-        keys = ("commit", "config_sha256")
-        same = [old for old in lines if all(old[key] == line[key] for key in keys)]
-        if not same:
-            lines.append(line)
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
-    print(f"{path}: {len(lines)} runs")
+    add_runs(RESULTS / f"{args.name}.json", args.runs, args.note)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables of README and docs, made from `benchmarks/results/*.json`: results, faults, models, ablations, false insights.
+"""Tables of README and docs, from `benchmarks/results/*.json`: results, speed, faults, models, ablations, insights.
 
 python -m benchmarks.accuracy.table            print them
 python -m benchmarks.accuracy.table --write    write them between the markers of the pages
@@ -7,6 +7,7 @@ python -m benchmarks.accuracy.table --write    write them between the markers of
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks import RESULTS, ROOT
@@ -17,6 +18,7 @@ from benchmarks.accuracy.record import comparable
 # Table: the page that holds it, between two comments with its name.
 PAGES_OF = {
     "results": ROOT / "README.md",
+    "speed": ROOT / "README.md",
     "faults": ROOT / "docs" / "faults.md",
     "models": ROOT / "docs" / "models.md",
     "ablations": ROOT / "docs" / "training.md",
@@ -47,6 +49,7 @@ def tables() -> dict[str, str]:
     """Return each table as Markdown, by name."""
     return {
         "results": results_table(),
+        "speed": speed_table(),
         "faults": faults_table(),
         "models": models_table(),
         "ablations": ablations_table(),
@@ -60,10 +63,52 @@ def results_table() -> str:
         "| what | test accuracy | training time | hardware | command |",
         "| --- | --- | --- | --- | --- |",
         *(row for plain_row in ROWS for row in _rows(*plain_row)),
-        *(row for speed_row in SPEED_ROWS for row in _speed_rows(*speed_row)),
+        *(row for speed_row in SPEED_ROWS for row in (*_speed_rows(*speed_row), *_rows(*speed_row))),
         REPLACED,
     ]
     return "\n".join(rows)
+
+
+def speed_table() -> str:
+    """Return how well the program does its work; what was not measured has no row."""
+    rows = ["| what | result | hardware | command |", "| --- | --- | --- | --- |"]
+
+    def add(name: str, what: str, result: Callable[[dict[str, Any]], str], command: str) -> None:
+        if (found := _read(name)) is not None:
+            hardware = found["hardware"].removesuffix(", no GPU")
+            rows.append(f"| {what} | {result(found)} | {hardware} | `python -m benchmarks.{command}` |")
+
+    def startup(found: dict[str, Any]) -> str:
+        row = next(row for row in found["results"] if row["asked"] == "fit --help")
+        ratios = [plain / ours for plain, ours in zip(row["plain_s"], row["ours_s"], strict=True)]
+        return f"{_ratio_of(ratios, 0, 'times as fast')}, {statistics.median(row['ours_s']):.2f} s"
+
+    def faults(found: dict[str, Any]) -> str:
+        simulated = sum(map(_is_simulated, found["results"]))
+        plain = _read("faults_plain")
+        of_plain = f"; plain Lightning {plain['summary'].partition(' handled')[0]}" if plain else ""
+        return f"{found['summary'].partition(',')[0]}, {simulated} of them simulated{of_plain}"
+
+    images = "times the images/s"
+    what = "`fit --help` against plain LightningCLI over the same classes"
+    add("startup", what, startup, "speed.startup")
+    what = "Loader against torchvision's v2 transforms in 2 workers"
+    add("loader", what, lambda found: _ratio_of(found["ratios"]["torchvision"], 0, images), "speed.loader --rounds 3")
+    what = "Streaming 200,000 files against ImageFolder in 2 workers"
+    command = "speed.streaming --work DIR --data ROOT --rounds 5"
+    add("streaming", what, lambda found: _ratio_of(found["ratios"], 0, images), command)
+    what = "Host time that `fit` adds to a step against plain Lightning"
+    add("overhead", what, lambda found: _ratio_of(found["added_over_plain"], 2, "of it"), "speed.overhead --rounds 3")
+    what = "Folder of images in `predict-images` against one image at a time"
+    add("predict", what, lambda found: _ratio_of(found["ratios"], 1, images), "speed.predict")
+    add("faults", "Faults: kills, full disks, damaged files, bad input", faults, "faults.run")
+    return "\n".join(rows)
+
+
+def _ratio_of(ratios: list[float], decimals: int, what: str) -> str:
+    """Return the median of paired rounds with their range."""
+    median, low, high = (f"{of(ratios):.{decimals}f}" for of in (statistics.median, min, max))
+    return f"{median} {what} ({low} to {high}, {len(ratios)} rounds)"
 
 
 def _command(recipe: str, flags: str = "") -> str:
@@ -76,6 +121,8 @@ def _rows(what: str, recipe: str) -> list[str]:
     lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
+        if "who" in line:  # of `benchmarks.speed.speedrun`
+            continue
         groups.setdefault((line["flags"], line["hardware"]), []).append(line)
     rows = []
     for (flags, hardware), runs in sorted(groups.items(), key=lambda item: item[0][0] != ""):
@@ -128,7 +175,7 @@ def _mean_of(percents: list[float]) -> str:
 
 def faults_table() -> str:
     """Return the verdict on each fault, for this program and for a plain Lightning script."""
-    ours, plain = _faults("faults"), _faults("faults_plain")
+    ours, plain = _read("faults"), _read("faults_plain")
     if ours is None:
         return "`python -m benchmarks.faults.run`: not measured."
     simulated = [
@@ -163,7 +210,7 @@ def _verdict(result: dict[str, Any]) -> str:
     return result["verdict"] + (" (simulated)" if _is_simulated(result) else "")
 
 
-def _faults(name: str) -> dict[str, Any] | None:
+def _read(name: str) -> dict[str, Any] | None:
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -200,7 +247,7 @@ def ablations_table() -> str:
         if not lines:
             continue
         base = [100 * line["accuracy"] for line in lines if line["setting"] == BASE]
-        where = f"{lines[0]['num_usable_cpus']} cores of {lines[0]['cpu']}, {lines[0]['precision']}"
+        where = f"{lines[0]['hardware']}, {lines[0]['precision']}"
         asked = f" --precision {lines[0]['asked_precision']}" if lines[0]["asked_precision"] else ""
         command = f"`python -m benchmarks.accuracy.ablations --data ROOT --suite {name}{asked}`"
         rows += [f"{command}, {where}: {suite.about}. Base: {_mean_of(base)}.", ""]

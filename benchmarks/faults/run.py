@@ -34,6 +34,7 @@ from benchmarks.faults import (
 )
 from benchmarks.faults.bench import ROWS, Bench, Row, Skipped, Trial
 from benchmarks.faults.subjects import SUBJECTS
+from benchmarks.hardware import hardware_name
 from cifar_lightning.runs.environment import describe_environment
 
 # Importing a module adds its rows to ROWS.
@@ -152,14 +153,14 @@ def summary(results: list[Result]) -> list[str]:
 
 def write_results(path: Path, args: argparse.Namespace, results: list[Result], environment: dict[str, Any]) -> None:
     """Replace rows of a results file; each has its commit, hardware and settings."""
-    hardware = f"{environment['num_usable_cpus']} cores of {environment['cpu']}"
-    how = {"commit": environment["commit"], "dirty": environment["dirty"], "hardware": hardware}
+    how = {"commit": environment["commit"], "dirty": environment["dirty"], "hardware": hardware_name()}
     how |= {"kills": args.kills, "images": "drawn" if args.data is None else "real"}
     known = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
     rows = {row["number"]: row for row in known} | {result.number: asdict(result) | how for result in results}
     ordered = [rows[number] for number in sorted(rows)]
     fields = Result.__dataclass_fields__
     all_results = [Result(**{name: row[name] for name in fields}) for row in ordered]
+    hardware = " and ".join(sorted({row["hardware"] for row in ordered}))
     about = {"subject": args.subject, "hardware": hardware, "summary": summary(all_results)[-2], "results": ordered}
     path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
@@ -183,8 +184,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:
         bench = Bench(Path(folder), SUBJECTS[args.subject], data=args.data, kills=args.kills)
         results = perform_all(args.only, bench, args.jobs, lambda line: print(line, flush=True))
-    hardware = f"{environment['num_usable_cpus']} cores of {environment['cpu']}"
-    print(f"{args.subject}, {time.monotonic() - began:.0f} s on {hardware}; the ratio is rows handled over rows tried.")
+    took = f"{time.monotonic() - began:.0f} s on {hardware_name()}"
+    print(f"{args.subject}, {took}; the ratio is rows handled over rows tried.")
     lines = summary(results)
     print("\n".join(lines[:-1]))
     if args.json:

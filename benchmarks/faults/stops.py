@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.faults.judge import differences, load
+from benchmarks.hardware import hardware_name
 from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.runs.folder import RunFolder
 
@@ -362,7 +363,7 @@ def write_results(path: Path, args: argparse.Namespace, results: Sequence[Result
         "elapsed_s": round(elapsed_s),
         "commit": environment["commit"],
         "dirty": environment["dirty"],
-        "hardware": f"{environment['num_usable_cpus']} cores of {environment['cpu']}",
+        "hardware": hardware_name(),
         "verdicts": _counts(results),
         "stopped_by": dict(sorted(kinds.items())),
         "not_equal": [dataclasses.asdict(result) for result in results if result.verdict != "equal"],

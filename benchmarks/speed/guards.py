@@ -27,12 +27,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 
+from benchmarks.hardware import results_file
 from benchmarks.speed.one_layer import SMALL_BATCH, one_layer, silence, step_us
 from benchmarks.speed.overhead import default_training, our_fit, register
 from benchmarks.speed.results import spread, write_results
 from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
-from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.last_checkpoint import CheckpointSchedule, LastCheckpoint
 from cifar_lightning.training.nan_guard import NanGuard
@@ -103,7 +103,7 @@ def main() -> None:
     """Measure and print; the last line is `ratio=X`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of both ways (default 5)")
-    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument("--json", type=results_file, help="write all results to this file")
     args = parser.parse_args()
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before: did other programs run?
     register(one_layer=one_layer)
@@ -117,10 +117,8 @@ def main() -> None:
         ours, lightning, num_bytes = save_costs(Path(folder))
     print(f"checkpoint of SmallNet with AdamW, {num_bytes / 1e6:.1f} MB, {NUM_SAVES} saves, milliseconds, synced:")
     print(f"  ours {spread(ours)}, Lightning's, not synced, {spread(lightning)}")
-    environment = describe_environment()
     write_results(
         args.json,
-        hardware=f"{environment['num_usable_cpus']} cores, {environment['cpu']}",
         device="cpu",
         num_processes=1,
         load_average=load_average,

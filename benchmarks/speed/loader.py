@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from benchmarks.hardware import hardware_name, results_file
 from benchmarks.speed import paired
 from benchmarks.speed.peers import changed_for_cpu, peer_of, read_peer
 from benchmarks.speed.results import print_rates, spread, write_results
@@ -40,7 +41,6 @@ from cifar_lightning import ImageDataModule
 from cifar_lightning.data.datasets import Channels, ImageSet
 from cifar_lightning.data.loaders import ResidentLoader
 from cifar_lightning.errors import UserError
-from cifar_lightning.runs.environment import describe_environment
 
 NUM_CORES = 2
 BATCH_SIZE = 500  # the default of airbench's loader
@@ -205,8 +205,7 @@ def compare_checkouts(args: argparse.Namespace) -> None:
     use_cores(NUM_CORES)
     folders = [str(args.data.resolve())] if args.data else []
     ratios = paired.ratios_to(args.against, "loader_epochs.py", folders, args.rounds)
-    environment = describe_environment()
-    device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores"
+    device = hardware_name()
     paired.report(f"time of epochs of the training loader, batch size {BATCH_SIZE}", ratios, device)
 
 
@@ -219,7 +218,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, metavar="ROOT", help="class folders; by default random images")
     parser.add_argument("--num", type=int, default=50_000, help="random images (default 50,000, as CIFAR-10 has)")
     parser.add_argument("--rounds", type=int, default=5, help="epochs of every loader (default 5)")
-    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument("--json", type=results_file, help="write all results to this file")
     paired.add_argument(parser)
     args = parser.parse_args()
     try:
@@ -244,8 +243,7 @@ def main() -> None:
 
 def report(rates: dict[str, list[float]], images: str, airbench_text: str | None, args: argparse.Namespace) -> None:
     """Print the results; with `--json` also write them."""
-    environment = describe_environment()
-    device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores"
+    device = hardware_name()
     print(f"{images}; batches of {BATCH_SIZE}, images/s:")
     print_rates(rates)
     where = f"{len(rates['ours'])} rounds of an epoch, {device}"
@@ -257,7 +255,6 @@ def report(rates: dict[str, list[float]], images: str, airbench_text: str | None
         print(f"ours over airbench, {where}: {spread(ratios['airbench'])}")
     write_results(
         args.json,
-        hardware=device,
         images=images,
         batch_size=BATCH_SIZE,
         images_per_s=rates,

@@ -14,16 +14,15 @@ import argparse
 import copy
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.hardware import results_file
 from benchmarks.speed.results import write_results
 from cifar_lightning.models.registry import MODELS, build_model
-from cifar_lightning.runs.environment import describe_environment
 
 NUM_CLASSES = 10
 NUM_WARM_UP = 2  # steps; cuDNN chooses its algorithms in the first
@@ -87,10 +86,9 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--batch", type=int, default=32, help="images a step (default 32)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default 5), after 2 to warm up")
-    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument("--json", type=results_file, help="write all results to this file")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    environment = describe_environment()
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(
         f"{args.image_size} pixels, {NUM_CLASSES} classes, batch {args.batch}, median of {args.steps} steps, {where}:"
@@ -115,7 +113,6 @@ def main() -> None:
     ratio = rows[one]["images_per_s"] / rows[other]["images_per_s"]
     write_results(
         args.json,
-        hardware=f"{environment['num_usable_cpus']} cores, {environment['cpu']}",
         device=where,
         image_size=args.image_size,
         batch_size=args.batch,

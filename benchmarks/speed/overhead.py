@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from benchmarks import CONFIGS
+from benchmarks.hardware import hardware_name, results_file
 from benchmarks.speed import paired
 from benchmarks.speed.one_layer import SMALL_BATCH, Clocked, one_layer, step_us
 from benchmarks.speed.results import spread, write_results
@@ -42,7 +44,6 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.models.registry import MODELS
 from cifar_lightning.optim.optimizers import OptimizerSettings, build_optimizer
 from cifar_lightning.optim.schedules import ScheduleSettings, make_schedule
-from cifar_lightning.runs.environment import describe_environment
 
 LR = 1e-3
 # Lightning sets it to 1; without a GPU torch's optimizers then look for the driver in every step.
@@ -201,9 +202,7 @@ def compare_checkouts(checkout: Path, rounds: int) -> None:
         ratios = paired.ratios_to(checkout, "one_layer.py", [], rounds)
     except UserError as error:
         sys.exit(f"error: {error}")
-    environment = describe_environment()
-    device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores"
-    paired.report(f"time of a step of `fit`, one-layer model, batch size {SMALL_BATCH}", ratios, device)
+    paired.report(f"time of a step of `fit`, one-layer model, batch size {SMALL_BATCH}", ratios, hardware_name())
 
 
 def main() -> None:
@@ -212,7 +211,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds (default 5)")
     parser.add_argument("--quick", action="store_true", help="one round of the one-layer model alone")
     parser.add_argument("--recipe", help="train the one-layer model with this config, such as speedrun94")
-    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument("--json", type=results_file, help="write all results to this file")
     paired.add_argument(parser)
     args = parser.parse_args()
     if args.against:
@@ -237,9 +236,7 @@ def main() -> None:
     rounds_us = zip(small["hand loop"], small["plain Lightning"], small["fit"], strict=True)
     ratios = [(ours - hand) / (plain - hand) for hand, plain, ours in rounds_us]
     print(f"added by fit over added by plain Lightning: {spread(ratios, 2)}")
-    environment = describe_environment()
-    results = {"hardware": f"{environment['num_usable_cpus']} cores, {environment['cpu']}"}
-    results |= {"one_layer_us": small, "added_over_plain": ratios}
+    results: dict[str, Any] = {"one_layer_us": small, "added_over_plain": ratios}
     ratio = statistics.median(ratios)
     if args.recipe:
         rounds_us = zip(small["hand loop"], small["barebones"], small["fit"], strict=True)

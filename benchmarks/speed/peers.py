@@ -1,6 +1,7 @@
 """Public programs that ours is compared with, each run from a checkout, with changes for a CPU."""
 
 import argparse
+import subprocess
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -17,6 +18,12 @@ def peer_of(names: Collection[str]) -> Callable[[str], tuple[str, Path]]:
         return name, Path(folder).resolve()
 
     return parse
+
+
+def commit_of(checkout: Path) -> str | None:
+    """Return the commit of a peer's checkout; None where git does not know it."""
+    found = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() or None
 
 
 def read_peer(name: str, checkout: Path, file: str) -> str:
@@ -41,6 +48,9 @@ def changed_for_cpu(name: str, checkout: Path, text: str, changes: Mapping[str, 
     """
     for original, changed in changes.items():
         if text.count(original) != 1:
-            raise UserError(f"--peer {name}={checkout}: another version: {original.strip()!r} is not in it once.")
+            raise UserError(
+                f"--peer {name}={checkout}: another version (commit {commit_of(checkout) or 'unknown'}): "
+                f"{original.strip()!r} is not in it once."
+            )
         text = text.replace(original, changed)
     return text

@@ -14,14 +14,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from benchmarks.hardware import hardware_name, results_file
 from benchmarks.speed.results import print_rates, spread, write_results
-from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.transforms.augmentation import Augmentation
 from cifar_lightning.transforms.pipeline import Pipeline, augment, rows_of
 from cifar_lightning.transforms.policies import Policy
@@ -84,20 +83,19 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32, help="image size in pixels (default 32)")
     parser.add_argument("--rounds", type=int, default=3, help="epochs of each (default 3)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each (default 2)")
-    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument("--json", type=results_file, help="write all results to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     images = torch.randint(0, 256, (args.num, args.size, args.size, 3), dtype=torch.uint8)
     ways = {"ours": our_epochs(images, args.policy), "torchvision": torchvision_epochs(images, args.policy)}
     rates = compare(ways, args.num, args.size, args.rounds)
-    environment = describe_environment()
-    device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores, {args.threads} threads"
+    device = f"{hardware_name()}, {args.threads} threads"
     print(f"{args.num:,} random images, {args.size}x{args.size}, policy {args.policy}, images/s:")
     print_rates(rates)
     ratios = [ours / peer for ours, peer in zip(rates["ours"], rates["torchvision"], strict=True)]
     asked = {"policy": args.policy, "num": args.num, "size": args.size}
-    write_results(args.json, hardware=device, **asked, images_per_s=rates, ratios=ratios)
+    write_results(args.json, num_threads=args.threads, **asked, images_per_s=rates, ratios=ratios)
     print(f"ours over torchvision, {len(ratios)} rounds of an epoch, {device}: {spread(ratios)}")
     print(f"ratio={statistics.median(ratios):.1f}")
 

@@ -26,12 +26,12 @@ import torch
 from PIL import Image
 
 from benchmarks import ROOT
+from benchmarks.hardware import hardware_name, results_file
 from benchmarks.speed.results import spread, write_results
 from cifar_lightning import ImageClassifier
 from cifar_lightning.inference import predict_images as predict
 from cifar_lightning.inference.predict_images import find_images, predict_images
 from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
-from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.runs.folder import RunFolder, open_run
 
 PROGRAM = ROOT / "train.py"
@@ -86,7 +86,7 @@ def loop(trained: TrainedModel, paths: Sequence[Path], output: Path) -> list[int
 def loaded(trained: TrainedModel) -> Iterator[None]:
     """Let `predict_images` use the model that was read already."""
     original = predict.load_trained_model
-    predict.load_trained_model = lambda run: trained
+    predict.load_trained_model = lambda run, **_: trained
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
@@ -124,10 +124,8 @@ def command_s(run: RunFolder, paths: Sequence[Path], num_starts: int) -> float:
 
 def report(what: str, ratios: Sequence[float], num: int) -> None:
     """Print what was compared, how often and on which device."""
-    environment = describe_environment()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {environment['cpu']}"
-    cores = f"{environment['num_usable_cpus']} cores, {torch.get_num_threads()} threads of torch"
-    print(f"{what}, seconds for {num:,} images, {len(ratios)} rounds, {device}, {cores}: {spread(ratios, 2)}")
+    where = f"{hardware_name()}, {torch.get_num_threads()} threads of torch"
+    print(f"{what}, seconds for {num:,} images, {len(ratios)} rounds, {where}: {spread(ratios, 2)}")
 
 
 def main() -> None:
@@ -138,7 +136,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=1000, help="images (default 1000)")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of both (default 5)")
     parser.add_argument("--command", action="store_true", help="also compare with one command per image")
-    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument("--json", type=results_file, help="write all results to this file")
     args = parser.parse_args()
     if args.run is not None and args.folder is None:
         parser.error("give RUN and a folder of images, or neither")

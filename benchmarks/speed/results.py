@@ -1,4 +1,4 @@
-"""A measurement's median with its spread, and results as JSON with commit and versions."""
+"""A measurement's median with its spread, and results as JSON with machine, commit and versions."""
 
 import json
 import statistics
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.hardware import hardware_name
 from cifar_lightning.runs.environment import describe_environment
 
 
@@ -22,8 +23,9 @@ def print_rates(rates: dict[str, list[float]]) -> None:
 
 
 def write_results(path: Path | None, **results: Any) -> None:
-    """Write results with the commit and versions that they are of, if `--json` named a file."""
+    """Write results with the machine, commit and versions that they are of, if `--json` named a file."""
     if path is not None:
         environment = describe_environment()
-        about = {key: environment[key] for key in ("commit", "versions")}
+        about = {key: environment[key] for key in ("commit", "dirty", "versions")}
+        about["hardware"] = hardware_name()
         path.write_text(json.dumps({**about, **results}, indent=2) + "\n", encoding="utf-8")

@@ -29,7 +29,8 @@ import yaml
 
 from benchmarks import CONFIGS, python_path
 from benchmarks.accuracy.record import comparable
-from benchmarks.speed.peers import peer_of
+from benchmarks.hardware import hardware_name
+from benchmarks.speed.peers import commit_of, peer_of
 from benchmarks.speed.speedrun_peers import PEERS
 from cifar_lightning.data.datasets import open_source
 from cifar_lightning.runs.environment import describe_environment
@@ -82,9 +83,8 @@ def peer_runs(
     command += [",".join(map(str, seeds)), str(output), *([] if steps is None else ["--steps", str(steps)])]
     execute(command)
     runs: list[dict[str, Any]] = json.loads(output.read_text(encoding="utf-8"))
-    commit = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
     precision = "as it is" if torch.cuda.is_available() else "32-true"
-    return [{**figures, "commit": commit.stdout.strip() or None, "precision": precision} for figures in runs]
+    return [{**figures, "commit": commit_of(checkout), "precision": precision} for figures in runs]
 
 
 def execute(command: list[str]) -> None:
@@ -188,11 +188,17 @@ def save(path: Path | None, lines: list[dict[str, Any]]) -> None:
         path.write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
 
 
-def hardware_name() -> str:
-    """Return the processor, and the GPU where there is one."""
-    environment = describe_environment()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{environment['num_usable_cpus']} cores of {environment['cpu']}, {device}"
+def other_versions(lines: list[dict[str, Any]], peers: dict[str, Path]) -> str:
+    """Return a sentence on runs of this machine by a peer's other commit, with which none may be averaged; or ""."""
+    for name, checkout in peers.items():
+        commit = commit_of(checkout)
+        own = [line for line in lines if line["who"] == name and line["hardware"] == hardware_name()]
+        if others := sorted({str(line["commit"]) for line in own} - {str(commit)}):
+            return (
+                f"--peer {name}={checkout}: of commit {commit}, and the file has runs of {others[0]} on this machine; "
+                "check that out, or name another --json"
+            )
+    return ""
 
 
 def summarize(lines: list[dict[str, Any]], peers: dict[str, Path]) -> None:
@@ -233,6 +239,8 @@ def main() -> None:
     if args.epochs and "airbench" not in peers:
         parser.error("--epochs needs --peer airbench=DIR")
     lines = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else []
+    if message := other_versions(lines, peers):
+        parser.error(message)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if peers:

@@ -1,13 +1,12 @@
 """Time of `--help`, `fit --help` and a typo, against plain LightningCLI with the same classes.
 
-    python -m benchmarks.speed.startup [--rounds 5] [--output benchmarks/results/startup.json]
+    python -m benchmarks.speed.startup [--rounds 5] [--json benchmarks/results/startup.json]
 
 Each command is a new process; both programs run in turn and are compared within a round. The last line is the smallest
 of the three median ratios, plain over ours.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -17,7 +16,8 @@ import time
 from pathlib import Path
 
 from benchmarks import ROOT, python_path
-from cifar_lightning.runs.environment import describe_environment
+from benchmarks.hardware import hardware_name, results_file
+from benchmarks.speed.results import write_results
 
 PLAIN = """
 from lightning.pytorch.cli import LightningCLI
@@ -47,7 +47,7 @@ def main() -> None:
     """Compare and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="also write the results as JSON")
+    parser.add_argument("--json", type=results_file, help="write all results to this file")
     parsed = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -71,10 +71,8 @@ def main() -> None:
                 f"plain LightningCLI {statistics.median(row['plain_s']):.2f} s and {row['lines'][1]} lines, "
                 f"{row['ratio']:.1f}x ({min(ratios):.1f} to {max(ratios):.1f}, {parsed.rounds} rounds)"
             )
-    if parsed.output:
-        about = {"rounds": parsed.rounds, "environment": describe_environment(), "results": results}
-        parsed.output.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    print("Plain LightningCLI over ours, the smallest of the three medians, new processes on the CPU:")
+    write_results(parsed.json, rounds=parsed.rounds, results=results)
+    print(f"Plain LightningCLI over ours, the smallest of the three medians, new processes, {hardware_name()}:")
     print(f"ratio={min(row['ratio'] for row in results):.1f}")
 
 

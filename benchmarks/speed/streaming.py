@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from benchmarks.hardware import hardware_name, results_file
 from benchmarks.speed.loader import NUM_CORES, PADDING_PX, use_cores
 from benchmarks.speed.process_memory import IS_KNOWN, Memory, memory_of
 from benchmarks.speed.results import print_rates, spread, write_results
@@ -41,7 +42,6 @@ from benchmarks.speed.streaming_images import SIDES_PX, make_images
 from cifar_lightning import ImageDataModule
 from cifar_lightning.data.image_folder import CACHE_FOLDER
 from cifar_lightning.errors import UserError
-from cifar_lightning.runs.environment import describe_environment
 
 NUM_WORKERS = 2
 PAUSE_S = 2.0
@@ -161,7 +161,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=500, help="(default 500)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each (default 5)")
     parser.add_argument("--seconds", type=float, default=20, help="seconds per round (default 20)")
-    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument("--json", type=results_file, help="write all results to this file")
     return parser.parse_args()
 
 
@@ -201,8 +201,7 @@ def report(
     rates: Rates, memory: dict[str, list[Memory]], starts: dict[str, float], decode_s: float, args: argparse.Namespace
 ) -> None:
     """Print the results; with `--json` also write them."""
-    environment = describe_environment()
-    device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores"
+    device = hardware_name()
     source = "generated" if args.data is None else "class folders in four variants"
     images = f"{args.images:,} images ({source}), PNG and JPEG of {SIDES_PX[0]} to {SIDES_PX[1]} pixels a side"
     print(f"{images}, as {args.image_size}x{args.image_size}; batches of {args.batch_size}, {NUM_WORKERS} workers")
@@ -221,7 +220,6 @@ def report(
     ratios = [one / other for one, other in zip(rates["ours"], rates["torchvision"], strict=True)]
     write_results(
         args.json,
-        hardware=device,
         images=images,
         image_size=args.image_size,
         batch_size=args.batch_size,

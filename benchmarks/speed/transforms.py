@@ -19,7 +19,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +27,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from benchmarks.hardware import hardware_name, results_file
 from benchmarks.speed.results import print_rates, spread, write_results
 from cifar_lightning import ImageDataModule, RandomResizedCrop
-from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.transforms.augmentation import Augmentation
 from cifar_lightning.transforms.pipeline import Pipeline, apply_stage, rows_of
 
@@ -122,12 +121,11 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=4_000, help="images of an epoch in workers (default 4,000)")
     parser.add_argument("--rounds", type=int, default=5, help="epochs of each (default 5)")
     parser.add_argument("--threads", type=int, default=2, help="threads of the main process (default 2)")
-    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument("--json", type=results_file, help="write all results to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    environment = describe_environment()
-    device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores, {args.threads} threads"
+    device = f"{hardware_name()}, {args.threads} threads"
     measured: dict[str, dict[str, Any]] = {}
 
     def measure(title: str, ways: dict[str, Epoch], asked: float) -> None:
@@ -145,7 +143,7 @@ def main() -> None:
     if args.only != "crops":
         title = f"RandomPerspective of {args.num:,} images, 32x32, in 2 workers"
         measure(title, in_workers(v2.RandomPerspective(p=1.0), args.num), 1.0)
-    write_results(args.json, hardware=device, rounds=args.rounds, measured=measured)
+    write_results(args.json, num_threads=args.threads, rounds=args.rounds, measured=measured)
     least = min(statistics.median(each["ratios"]) / each["asked"] for each in measured.values())
     print(f"least of ours over torchvision, over what is asked, {args.rounds} rounds of an epoch, {device}")
     print(f"ratio={least:.2f}")

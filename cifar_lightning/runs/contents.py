@@ -71,6 +71,7 @@ class _Environment(_Schema):
     versions: dict[str, str | None] = {}
     platform: str | None = None
     cpu: str | None = None
+    cpu_instructions: str | None = None
     device: str | None = None
     precision: str | None = None
     num_devices: FromZero | None = None

@@ -16,6 +16,8 @@ from cifar_lightning.runs.schema import SCHEMA_VERSION
 
 _START = r"(?<![\w~.:/])"  # of an absolute path, also within a sentence; not of a URL or of the rest of a path
 _FOLDERS = re.compile(rf"{_START}/(?:[^/\s]+/)+")
+# Flags of Linux's /proc/cpuinfo for what decides about a CPU's speed and rounding, the widest first.
+_INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
 _DISTRIBUTIONS = ("cifar-lightning", "torch", "torchvision", "lightning", "torchmetrics", "numpy")
 
 
@@ -36,6 +38,7 @@ def describe_environment() -> dict[str, Any]:
         "versions": versions,
         "platform": platform.platform(),
         "cpu": _cpu_name(),
+        "cpu_instructions": _cpu_instructions(),
         "num_cpus": os.cpu_count(),
         "num_usable_cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "commit": commit,
@@ -78,7 +81,10 @@ def processor_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     Another kind of processor, number of threads or version of torch rounds differently.
     """
     resumed = before.get("resumed") or []
-    then, today = _processor(before | resumed[-1] if resumed else before), _processor(now)
+    last = before | resumed[-1] if resumed else before
+    if last.get("cpu_instructions") is None:  # a run of an earlier version
+        now = {key: value for key, value in now.items() if key != "cpu_instructions"}
+    then, today = _processor(last), _processor(now)
     return f"{today} instead of {then}" if "device" in before and then != today else ""
 
 
@@ -91,7 +97,9 @@ def inexact_resumes(environment: Mapping[str, Any]) -> list[str]:
 def _processor(environment: Mapping[str, Any]) -> str:
     device, torch_version = environment.get("device"), (environment.get("versions") or {}).get("torch")
     if device == "cpu":  # whose threads sum in another order
-        device = f"{environment.get('cpu')} with {environment.get('num_threads')} threads"
+        instructions = environment.get("cpu_instructions")
+        cpu = f"{environment.get('cpu')} ({instructions})" if instructions else environment.get("cpu")
+        device = f"{cpu} with {environment.get('num_threads')} threads"
     return f"{device}, torch {torch_version}"
 
 
@@ -122,3 +130,11 @@ def _cpu_name() -> str:
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
             return subprocess.run(command, capture_output=True, check=True, timeout=10, text=True).stdout.strip()
     return platform.processor() or platform.machine()
+
+
+def _cpu_instructions() -> str | None:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        flags = next(line for line in lines if line.startswith("flags")).split()
+        return next(name for flag, name in _INSTRUCTIONS.items() if flag in flags)
+    return None

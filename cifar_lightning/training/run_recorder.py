@@ -28,7 +28,7 @@ MONITOR = "val/acc"
 EPOCH_SO_FAR = "cifar_lightning_epoch"
 """Key of a checkpoint for what the row of an unfinished epoch needs."""
 _MAX_LRS = 2000  # learning rates that are kept of a run: more than a chart has pixels
-_OF_A_RESUME = ("versions", "cpu", "num_threads", "device", "precision", "commit", "dirty")
+_OF_A_RESUME = ("versions", "cpu", "cpu_instructions", "num_threads", "device", "precision", "commit", "dirty")
 
 
 class RunRecorder(pl.Callback):

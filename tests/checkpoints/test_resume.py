@@ -232,6 +232,9 @@ def test_a_resume_on_another_processor_is_reported():
         assert processor_change(here, here | other)
         assert processor_change(here | {"resumed": [other]}, here)
         assert processor_change(here | {"resumed": [other]}, here | other) == ""
+    instructions = here | {"cpu_instructions": "AVX2"}
+    assert processor_change(here, instructions) == "", "a run of an earlier version"
+    assert "AVX2" in processor_change(instructions, here | {"cpu_instructions": "AVX-512"})
     change = processor_change(here, here | {"cpu": "B"})
     assert inexact_resumes({"resumed": [{}, {"processor_change": change}]}) == [f"not bitwise: {change}"]
 
