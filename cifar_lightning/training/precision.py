@@ -24,14 +24,15 @@ def settle_precision(trainer: Namespace) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 for float32 matmuls
     if trainer.precision is None:
         trainer.precision, _ = default_precision(on_cuda)
-    elif not on_cuda and (needed := _needed_for(str(trainer.precision))):
+    elif not on_cuda and (needed := needed_for(str(trainer.precision))):
         print(f"--trainer.precision {trainer.precision} needs {needed}: using 32-true.", file=sys.stderr)
         trainer.precision = "32-true"
     if trainer.benchmark is None:
         trainer.benchmark = not trainer.deterministic
 
 
-def _needed_for(precision: str) -> str:
+def needed_for(precision: str) -> str:
+    """Return what a precision needs and this machine's CPU lacks, in words; "" where the CPU does."""
     if precision in ("16", "16-mixed", "16-true"):
         return "a GPU"
     # torch's own tests for its kernels; torch 2.11 has no public names for them.

@@ -1,0 +1,125 @@
+"""The list of long runs: what is done comes from the results alone, and the next one is continued where it stopped."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.accuracy import jobs, record
+from benchmarks.accuracy.jobs import Wanted, next_run, read_jobs, states
+from cifar_lightning.errors import UserError
+
+CPU, GPU = "2 cores of A (AVX2), no GPU", "2 cores of A, B100"
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Configs, a job file and results that were made up, on a machine without a GPU and without bf16 instructions."""
+    for folder in ("configs", "results"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "configs" / "plain.yaml").write_text("trainer: {max_epochs: 3}\n")
+    (tmp_path / "configs" / "half.yaml").write_text("trainer: {precision: bf16-mixed}\ndata: {dataset: cifar100}\n")
+    job_file = tmp_path / "jobs.yaml"
+    job_file.write_text(
+        "- {config: plain, device: cpu, seeds: [0, 1], flags: --epochs  2}\n"
+        "- {config: half, device: cpu, seeds: [0]}\n"
+        "- {config: plain, device: gpu, seeds: [0]}\n"
+    )
+    monkeypatch.setattr(jobs, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(jobs, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(jobs, "needed_for", lambda precision: "bf16" if precision == "bf16-mixed" else "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return tmp_path
+
+
+def save_results(folder, *lines):
+    (folder / "results" / "plain.json").write_text(json.dumps(lines))
+
+
+def result(flags="--epochs 2", seed=0, hardware=CPU):
+    return {"flags": flags, "seed": seed, "hardware": hardware}
+
+
+def test_a_run_is_done_by_a_result_of_its_flags_seed_and_kind_of_machine_alone(made):
+    wanted = read_jobs(made / "jobs.yaml")
+    assert [one.seed for one in wanted] == [0, 1, 0, 0]
+    others = [result(""), result(seed=2), result(hardware=GPU), {"who": "ours", "seed": 0, "hardware": CPU}]
+    save_results(made, *others)
+    assert states(wanted, made / "runs")[:2] == ["not begun", "not begun"]
+    assert next_run(wanted, states(wanted, made / "runs")) == wanted[0]
+    save_results(made, *others, result())
+    found = states(wanted, made / "runs")
+    assert found[:2] == ["done", "not begun"]
+    assert next_run(wanted, found) == Wanted("plain", "cpu", "--epochs 2", 1)
+
+
+def test_what_this_machine_cannot_run_is_skipped_with_the_reason(made, monkeypatch):
+    wanted = read_jobs(made / "jobs.yaml")
+    save_results(made, result(), result(seed=1))
+    found = states(wanted, made / "runs")
+    assert next_run(wanted, found) is None
+    assert "bf16" in found[2].removeprefix("skipped: ")
+    assert "GPU" in found[3].removeprefix("skipped: ")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert next_run(wanted, states(wanted, made / "runs")) == wanted[3]
+
+
+def test_a_run_is_begun_with_its_seed_and_resumed_where_it_has_a_checkpoint(made):
+    one, half = Wanted("plain", "cpu", "--epochs 2", 1), Wanted("half", "cpu", "", 0)
+    run = one.run_in(made / "runs")
+    assert len({str(each.run_in(made)) for each in (one, half, Wanted("plain", "cpu", "", 1))}) == 3
+    begun = one.command(run, Path("images"))
+    assert begun[:3] == ["fit", "--config", str(made / "configs" / "plain.yaml")]
+    assert record.other_flags(begun) == "--epochs 2", "the result must have the flags of the job"
+    pairs = dict(zip(begun[1::2], begun[2::2], strict=True))
+    assert (pairs["--seed_everything"], pairs["--data.seed"], pairs["--data.root"]) == ("1", "1", "images")
+    assert pairs["--run_dir"] == str(run.path)
+    assert "images" not in half.command(half.run_in(made), Path("images")), "of another data set"
+    run.checkpoints.mkdir(parents=True)
+    run.last_checkpoint.touch()
+    assert one.command(run, Path("images")) == ["fit", "--resume", str(run.path)]
+
+
+def test_the_next_run_is_trained_and_recorded_and_a_stop_is_passed_on(made, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["jobs", "--jobs", str(made / "jobs.yaml"), "--runs", str(made / "runs")])
+    commands, recorded, statuses = [], [], [143, 0]
+    monkeypatch.setattr(jobs, "run_to_end", lambda command: commands.append(command) or statuses.pop(0))
+    monkeypatch.setattr(jobs, "add_runs", lambda path, runs, note: recorded.append((path.name, *runs)))
+    with pytest.raises(SystemExit) as stopped:
+        jobs.main()
+    assert stopped.value.code == 143
+    assert recorded == []
+    jobs.main()
+    assert commands[0] == commands[1]
+    assert recorded == [("plain.json", made / "runs" / "plain-cpu-epochs-2" / "0")]
+    monkeypatch.setattr("sys.argv", [*jobs.sys.argv, "--list"])
+    capsys.readouterr()
+    jobs.main()
+    assert len(commands) == 2
+    assert capsys.readouterr().out.splitlines()[-1].startswith("0 of 4 ")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("- {config: missing, device: cpu, seeds: [0]}", "missing"),
+        ("- {config: plain, device: tpu, seeds: [0]}", "device"),
+        ("- {config: plain, device: cpu, seeds: []}", "seeds"),
+        ("- {config: plain, device: cpu, seeds: [-1]}", "seeds"),
+        ("- {config: plain, device: cpu, seeds: [0], done: true}", "done"),
+        ("- {config: plain, device: cpu, seeds: [1, 1]}", "seed 1"),
+        ("- {config: plain, device: cpu, seeds: [0], flags: --seed_everything 3}", "--seed_everything 3"),
+        ("- {config: plain, device: cpu, seeds: [0], flags: epochs 3}", "epochs 3"),
+        ("config: plain", "jobs.yaml"),
+        ("- {", "jobs.yaml"),
+    ],
+)
+def test_a_wrong_job_file_is_refused_and_the_mistake_named(made, text, named):
+    (made / "jobs.yaml").write_text(text)
+    with pytest.raises(UserError, match=named):
+        read_jobs(made / "jobs.yaml")
+
+
+def test_the_shipped_list_is_readable():
+    assert read_jobs(jobs.ROOT / "benchmarks" / "jobs.yaml")
