@@ -94,7 +94,9 @@ def test_damaged_files_are_named_on_terminal_and_page_and_the_rest_is_shown(run)
         assert "no predictions of validation images" in page
     assert "Test accuracy" in printed
     assert 'id="training"' not in page
-    assert 'id="images"' not in page
+    # The mistakes of the test set are listed from predictions.npz; their images are gone.
+    assert 'href="#images"' in page
+    assert "<img" not in page.partition('<section id="images">')[2].partition("</section>")[0]
 
 
 def test_without_config_the_report_names_it_and_shows_the_rest(run):
