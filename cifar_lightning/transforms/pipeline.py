@@ -114,11 +114,11 @@ def rows_of(drawn: Drawn, images: Int64[Tensor, " batch"], places: Int64[Tensor,
         places: Their places in the epoch, where an image may have several; it then has draws of its own each time.
     """
     places = images if places is None else places
-
-    def select(transform: Transform, name: str, table: Tensor) -> Tensor:
-        return table.index_select(0, images if name in transform.of_image else places)
-
-    return [(own, {name: select(own, name, table) for name, table in tables.items()}) for own, tables in drawn]
+    rows: Drawn = []
+    for transform, tables in drawn:
+        chosen = {name: images if name in transform.of_image else places for name in tables}
+        rows.append((transform, {name: table.index_select(0, chosen[name]) for name, table in tables.items()}))
+    return rows
 
 
 def augment(
