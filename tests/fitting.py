@@ -39,7 +39,7 @@ def quiet_trainer(tmp_path, **kwargs):
 
 def small_data(**kwargs):
     """Return generated images of 16 pixels, 9 steps an epoch."""
-    return ImageDataModule("synthetic", **{"batch_size": 100, "limit": 1000, "image_size": 16, **kwargs})
+    return ImageDataModule("synthetic", **{"batch_size": 20, "limit": 200, "image_size": 16, **kwargs})
 
 
 def optimizer_settings(name="adamw", **changed):
@@ -82,7 +82,7 @@ def fit_run(
         plugins=[DurableCheckpointIO()],
     )
     module = module or ImageClassifier(image_size=16, model_kwargs=NARROW, lr=0.01)
-    images = ImageDataModule(**{"dataset": "synthetic", "image_size": 16, "batch_size": 100, "limit": 1000, **data})
+    images = ImageDataModule(**{"dataset": "synthetic", "image_size": 16, "batch_size": 20, "limit": 200, **data})
     trainer.fit(module, images, ckpt_path=ckpt_path, weights_only=True)
     return run, trainer
 

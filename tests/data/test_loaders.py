@@ -180,7 +180,7 @@ def test_the_dataset_of_a_loader_is_the_images_of_its_split(make):
 
 
 def test_its_length_is_that_of_the_split_whatever_the_batches():
-    data = small_data(limit=1000, drop_last=True)
+    data = small_data(limit=1000, batch_size=100, drop_last=True)
     data.setup()
     for loader, split in ((data.train_dataloader(), "train"), (data.val_dataloader(), "val")):
         assert len(loader.dataset) == data.num_images(split)
@@ -193,7 +193,7 @@ def in_process(monkeypatch, rank, count):
 
 
 def test_in_a_process_group_without_a_trainer_each_rank_has_its_own_images(monkeypatch):
-    data = small_data(eval_batch_size=300)
+    data = small_data(limit=1000, batch_size=100, eval_batch_size=300)
     data.setup()
     alone = [targets for _, targets in data.val_dataloader()]
     seen = []

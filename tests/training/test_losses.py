@@ -88,7 +88,7 @@ def test_parameters_and_buffers_of_a_loss_are_trained_saved_and_resumed(tmp_path
             del rank["rng"]["python"]
     assert differences({"last.ckpt": results[0]}, {"last.ckpt": results[1]}) == []
     raw = results[0]["current_model_state"]
-    assert raw["loss_function.num_seen"] == 900
+    assert raw["loss_function.num_seen"] == 180
     assert raw["loss_function.centers"].abs().min() > 0
     assert results[0]["hyper_parameters"]["loss"] is None, "load_from_checkpoint would import it"
     assert results[0]["hyper_parameters"]["imported_loss"]["path"] == f"{HERE}:Centers"

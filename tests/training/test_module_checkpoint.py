@@ -234,7 +234,7 @@ def step_lr(module):
 def test_a_run_with_any_optimizer_and_schedule_of_ones_own_resumes_to_the_bit(tmp_path, configure):
     def fit(name, **more):
         torch.manual_seed(0)
-        run, _ = fit_run(tmp_path / name, module=OwnOptimizer(configure), epochs=3, batch_size=300, **more)
+        run, _ = fit_run(tmp_path / name, module=OwnOptimizer(configure), epochs=3, batch_size=60, **more)
         return torch.load(run.last_checkpoint, weights_only=True)
 
     whole = fit("whole")

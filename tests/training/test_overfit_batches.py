@@ -32,7 +32,7 @@ class Watch(pl.Callback):
 def watch(tmp_path, ckpt_path=None, callbacks=(), data=(), **trainer):
     seen = Watch()
     run = quiet_trainer(tmp_path, num_sanity_val_steps=0, callbacks=[seen, *callbacks], **trainer)
-    images = small_data(**{**PLAIN, "eval_batch_size": 20, **dict(data)})
+    images = small_data(**{**PLAIN, "eval_batch_size": 4, **dict(data)})
     run.fit(ImageClassifier(image_size=16, model_kwargs={"widths": [2, 2, 2]}), images, ckpt_path=ckpt_path)
     return seen, run
 
