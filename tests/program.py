@@ -19,8 +19,8 @@ from cifar_lightning.cli import main as cli
 from cifar_lightning.data import image_decoding
 
 REPO = Path(__file__).parent.parent
-TINY = ["--data.dataset", "synthetic", "--data.image_size", "16", "--batch_size", "500"]
-TINY += ["--model.model_kwargs", "{widths: [4, 8, 8]}", "--trainer.accelerator", "cpu"]
+TINY = ["--data.dataset", "synthetic", "--data.image_size", "16", "--batch_size", "100"]
+TINY += ["--model.model_kwargs", "{widths: [4, 8, 8]}", "--trainer.accelerator", "cpu", "--data.limit", "1000"]
 
 
 def start(*arguments, cwd, check=True, program=REPO / "train.py", **variables):

@@ -61,18 +61,18 @@ def rows_of(run):
 def check_run(path, *, num_processes, batch_size, printed):
     """Everything that must hold of a run of one epoch, whoever started its processes."""
     run = RunFolder(path)
-    steps = -(-4500 // (batch_size * num_processes))
+    steps = -(-900 // (batch_size * num_processes))
     rows = rows_of(run)
     assert [(row["epoch"], int(row["step"])) for row in rows] == [("0", steps)]
     writers = {events.name.split(".")[-2] for events in path.glob("events.out.tfevents.*")}
     assert len(writers) == 1, "the process that wrote a file is in its name"
     assert json.loads(run.environment.read_text(encoding="utf-8"))["num_devices"] == num_processes
-    for predictions_path, num_images in ((run.predictions, NUM_TEST), (run.predictions_val, 500)):
+    for predictions_path, num_images in ((run.predictions, NUM_TEST), (run.predictions_val, 100)):
         with np.load(predictions_path) as predictions:
             assert predictions["indices"].tolist() == list(range(num_images))
             assert len(np.unique(predictions["names"])) == num_images
     rows_by_name = run.predictions_csv.read_text(encoding="utf-8").splitlines()
-    assert len(rows_by_name) == 1 + NUM_TEST + 500
+    assert len(rows_by_name) == 1 + NUM_TEST + 100
     confusion = torch.load(run.confusion_matrix_pt, weights_only=True)
     assert confusion.sum(1).tolist() == [NUM_TEST // 10] * 10
     assert json.loads(run.test_metrics.read_text(encoding="utf-8"))["num_pictures"] == NUM_TEST
@@ -84,9 +84,9 @@ def check_run(path, *, num_processes, batch_size, printed):
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_torchrun_makes_one_run_and_every_test_image_is_counted_once(num_processes, tmp_path):
     launcher = [*TORCHRUN, "--standalone", "--nproc_per_node", num_processes, REPO / "train.py"]
-    flags = [*TINY, *DDP, "--trainer.devices", num_processes, "--batch_size", 250, "--epochs", 1, "--run_dir", "run"]
+    flags = [*TINY, *DDP, "--trainer.devices", num_processes, "--batch_size", 50, "--epochs", 1, "--run_dir", "run"]
     printed = run_together([*launcher, "fit", *flags], cwd=tmp_path)
-    check_run(tmp_path / "run", num_processes=num_processes, batch_size=250, printed=printed)
+    check_run(tmp_path / "run", num_processes=num_processes, batch_size=50, printed=printed)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -98,7 +98,7 @@ def test_two_processes_at_batch_size_32_make_the_steps_of_one_at_64(tmp_path):
         rows = check_run(
             tmp_path / name, num_processes=2 if name == "two" else 1, batch_size=int(flags[-1]), printed=[done.stdout]
         )
-        assert rows[0]["step"] == "71"
+        assert rows[0]["step"] == "15"
 
 
 @pytest.mark.slow
@@ -114,9 +114,9 @@ def test_two_machines_make_one_run_and_a_third_start_resumes_it(tmp_path):
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_id", "run", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
     launcher = [*TORCHRUN, "--nnodes", 2, "--nproc_per_node", 1, *rendezvous, REPO / "train.py"]
     two = [*DDP, "--trainer.num_nodes", 2, "--trainer.devices", 1]
-    command = [*launcher, "fit", *TINY, *two, "--batch_size", 250, "--epochs", 1, "--run_dir", "run"]
+    command = [*launcher, "fit", *TINY, *two, "--batch_size", 50, "--epochs", 1, "--run_dir", "run"]
     printed = run_together(command, command, cwd=tmp_path)
-    check_run(tmp_path / "run", num_processes=2, batch_size=250, printed=printed)
+    check_run(tmp_path / "run", num_processes=2, batch_size=50, printed=printed)
     launcher[launcher.index(rendezvous[-1])] = f"127.0.0.1:{free_port()}"
     again = [*launcher, "fit", "--resume", "run", "--epochs", 2]
     printed = run_together(again, again, cwd=tmp_path)
@@ -131,9 +131,9 @@ def test_the_tasks_of_a_slurm_job_make_one_run(tmp_path):
     job |= {"SLURM_NNODES": "2", "SLURM_NODELIST": "localhost", "SLURM_LOCALID": "0", "MASTER_PORT": str(free_port())}
     tasks = [job | {"SLURM_PROCID": str(task), "SLURM_NODEID": str(task)} for task in (0, 1)]
     two = [*DDP, "--trainer.num_nodes", 2, "--trainer.devices", 1]
-    command = [REPO / "train.py", "fit", *TINY, *two, "--batch_size", 250, "--epochs", 1, "--run_dir", "run"]
+    command = [REPO / "train.py", "fit", *TINY, *two, "--batch_size", 50, "--epochs", 1, "--run_dir", "run"]
     printed = run_together(command, command, cwd=tmp_path, variables=tasks)
-    check_run(tmp_path / "run", num_processes=2, batch_size=250, printed=printed)
+    check_run(tmp_path / "run", num_processes=2, batch_size=50, printed=printed)
 
 
 @pytest.mark.slow
