@@ -232,7 +232,7 @@ def test_inside_an_epoch_another_number_of_processes_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_that_were_killed_inside_an_epoch_end_as_two_that_were_not(tmp_path):
-    settings = [*TINY, "--model.model_kwargs", "{widths: [4, 8, 8], dropout: 0.2}", "--lr", 0.01, "--batch_size", 250]
+    settings = [*TINY, "--model.model_kwargs", "{widths: [4, 8, 8], dropout: 0.2}", "--lr", 0.01, "--batch_size", 50]
     settings += ["--model.ema_decay", 0.9, "--model.mixup", 0.2]  # more states of each process, and an average of all
     settings += ["--epochs", 3, "--checkpoint.every_n_train_steps", 2, "--trainer.logger", "false"]
     settings += ["--trainer.strategy", "ddp", "--trainer.devices", 2]
