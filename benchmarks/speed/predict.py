@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed.predict                         SmallNet with random weights, 1,000 random 32x32 PNGs
     python -m benchmarks.speed.predict RUN FOLDER [--num N]    a run's model, the first N images of a folder
+    python -m benchmarks.speed.predict --model resnet18 --image_size 224 --side 500 --num 200      JPEGs of 500x500
     python -m benchmarks.speed.predict --command               also one command for each image
 
 The loop opens an image, converts it to a tensor and runs the same model on it, all in this process; both run in turn,
@@ -35,30 +36,32 @@ from cifar_lightning.inference.trained_model import TrainedModel, load_trained_m
 from cifar_lightning.runs.folder import RunFolder, open_run
 
 PROGRAM = ROOT / "train.py"
-IMAGE_SIZE = 32
 NUM_STARTS = 3  # of the command, each round
 
 
-def make_run(path: Path) -> RunFolder:
-    """Write a run of SmallNet with random weights."""
+def make_run(path: Path, model: str = "smallnet", image_size: int = 32) -> RunFolder:
+    """Write a run of a model with random weights."""
     run = RunFolder(path)
     run.checkpoints.mkdir(parents=True)
     run.config.write_text("{}\n")
     torch.manual_seed(0)
-    module = ImageClassifier("smallnet", 10, IMAGE_SIZE)
-    data = {"class_names": [f"class {k}" for k in range(10)], "image_size": IMAGE_SIZE}
+    module = ImageClassifier(model, 10, image_size)
+    data = {"class_names": [f"class {k}" for k in range(10)], "image_size": image_size}
     data |= {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
     checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "epoch": 0}
     torch.save(checkpoint | {"ImageDataModule": data}, run.best_checkpoint)
     return run
 
 
-def make_images(folder: Path, num: int) -> None:
-    """Write random PNGs."""
+def make_images(folder: Path, num: int, side: int | None = None) -> None:
+    """Write random PNGs of 32x32 pixels, or such images enlarged to JPEGs of `side` pixels."""
     folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (num, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    for k, image in enumerate(pixels):
-        Image.fromarray(image).save(folder / f"{k:06}.png")
+    for k, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (num, 32, 32, 3), dtype=np.uint8)):
+        image = Image.fromarray(pixels)
+        if side is None:
+            image.save(folder / f"{k:06}.png")
+        else:
+            image.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{k:06}.jpg")
 
 
 def loop(trained: TrainedModel, paths: Sequence[Path], output: Path) -> list[int]:
@@ -133,6 +136,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, help="a run; by default SmallNet with random weights")
     parser.add_argument("folder", nargs="?", type=Path, help="a folder of images; by default random ones")
+    parser.add_argument("--model", default="smallnet", help="without RUN: of this name (default smallnet)")
+    parser.add_argument("--image_size", type=int, default=32, help="without RUN: of the model (default 32)")
+    parser.add_argument("--side", type=int, help="without FOLDER: JPEGs of this many pixels a side in place of PNGs")
     parser.add_argument("--num", type=int, default=1000, help="images (default 1000)")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of both (default 5)")
     parser.add_argument("--command", action="store_true", help="also compare with one command per image")
@@ -143,13 +149,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary) / "images"
         if args.folder is None:
-            make_images(folder, args.num)
-        run = open_run(args.run) if args.run else make_run(Path(temporary) / "run")
+            make_images(folder, args.num, args.side)
+        run = open_run(args.run) if args.run else make_run(Path(temporary) / "run", args.model, args.image_size)
         paths = [Path(path) for path in find_images([folder])[0][: args.num]]
         times_s = compare(run, paths, args.rounds)
         for way, times in times_s.items():
             print(f"{way:<16} {1e6 * statistics.median(times) / len(paths):9,.0f} microseconds an image")
-        ratios = [slow / fast for slow, fast in zip(times_s["loop"], times_s["predict_images"], strict=True)]
+        of_loop = [slow / fast for slow, fast in zip(times_s["loop"], times_s["predict_images"], strict=True)]
+        ratios = of_loop
         report("loop of one image at a time over predict_images", ratios, len(paths))
         if args.command:
             times_s |= {"command an image": [], "command for all": []}
@@ -159,7 +166,7 @@ def main() -> None:
             both = zip(times_s["command an image"], times_s["command for all"], strict=True)
             ratios = [slow / fast for slow, fast in both]
             report(f"one command an image (from {NUM_STARTS} starts a round) over one for all", ratios, len(paths))
-    write_results(args.json, num_images=len(paths), seconds=times_s)
+    write_results(args.json, num_images=len(paths), seconds=times_s, ratios=of_loop)
     print(f"ratio={statistics.median(ratios):.3f}")
 
 

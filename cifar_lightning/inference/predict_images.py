@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 from cifar_lightning.data import image_decoding
 from cifar_lightning.data.image_folder import CACHE_FOLDER, NOT_IMAGES, Skipped, class_name_of, write_skipped_files
+from cifar_lightning.data.memory import keep_freed_memory
 from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_output, replacing
 from cifar_lightning.formatting import clipped, csv_cell, percent, plural, printable, span
 from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
 from cifar_lightning.metrics.significance import wilson_interval
+from cifar_lightning.models.winograd import fewer_multiplications
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.tta import TTA, tta_logits
 from cifar_lightning.transforms.augmentation import normalize
@@ -39,6 +41,7 @@ _CHUNK_BYTES = 1 << 28  # 87,381 images of 32 pixels, so that starting worker pr
 # Defaults of --batch_size. On two cores SmallNet takes 1.5 ms per image in batches of 32 or 64 and 2.1 ms in batches
 # of 256, whose activations exceed the cache.
 _BATCH_SIZE = {"cuda": 256, "cpu": 64}
+_WINOGRAD_FROM = 256  # images, which take longer than to transform the weights
 _NAMED = 2  # unreadable images on stderr, next to the line that counts all; without --output, which lists them, more
 _NAMED_WITHOUT_LIST = 20
 _TOP_K = 3  # by default
@@ -307,28 +310,32 @@ def predict_files(
     size = batch_size or default_batch_size()
     chunk_size = max(1, _CHUNK_BYTES // (trained.in_channels * trained.image_size**2))
     has_remarked = False
-    for start in range(0, len(paths), chunk_size):
-        chunk = paths[start : start + chunk_size]
-        images, bad, unusual = _decoded(chunk, trained)
-        for text, (num, first) in unusual.items():
-            before, first_of_all = remarks.get(text, (0, start + first))
-            remarks[text] = before + num, first_of_all
-        done = start + len(bad)
-        with progress(len(paths), "Classifying images", completed=done, hidden=hide_bar) as show:
-            unreadable += [(chunk[index], reason.removeprefix(f"{chunk[index]} ")) for index, reason in bad]
-            good = np.delete(np.arange(len(chunk)), [index for index, _ in bad])
-            if not has_remarked and len(good):
-                sample = good[:256]
-                remark = image_decoding.dark_16_bit_remark([chunk[index] for index in sample], images[sample])
-                if remark:
-                    print(f"warning: {remark}", file=sys.stderr)
-                    has_remarked = True
-            for at in range(0, len(good), size):
-                batch = good[at : at + size]
-                for index, top in zip(batch.tolist(), rank_classes(trained, images[batch], top_k), strict=True):
-                    yield Prediction(chunk[index], top)
-                done += len(batch)
-                show(done)
+    is_winograd = len(paths) >= _WINOGRAD_FROM and not torch.cuda.is_available()
+    if is_winograd:
+        keep_freed_memory()  # or the kernel may map and zero the outputs of layers again and again
+    with fewer_multiplications(trained.model) if is_winograd else contextlib.nullcontext():
+        for start in range(0, len(paths), chunk_size):
+            chunk = paths[start : start + chunk_size]
+            images, bad, unusual = _decoded(chunk, trained)
+            for text, (num, first) in unusual.items():
+                before, first_of_all = remarks.get(text, (0, start + first))
+                remarks[text] = before + num, first_of_all
+            done = start + len(bad)
+            with progress(len(paths), "Classifying images", completed=done, hidden=hide_bar) as show:
+                unreadable += [(chunk[index], reason.removeprefix(f"{chunk[index]} ")) for index, reason in bad]
+                good = np.delete(np.arange(len(chunk)), [index for index, _ in bad])
+                if not has_remarked and len(good):
+                    sample = good[:256]
+                    remark = image_decoding.dark_16_bit_remark([chunk[index] for index in sample], images[sample])
+                    if remark:
+                        print(f"warning: {remark}", file=sys.stderr)
+                        has_remarked = True
+                for at in range(0, len(good), size):
+                    batch = good[at : at + size]
+                    for index, top in zip(batch.tolist(), rank_classes(trained, images[batch], top_k), strict=True):
+                        yield Prediction(chunk[index], top)
+                    done += len(batch)
+                    show(done)
 
 
 def _decoded(

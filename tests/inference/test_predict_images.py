@@ -24,6 +24,7 @@ from cifar_lightning.inference import predict_images as predict
 from cifar_lightning.inference.predict_images import predict_images, top_classes
 from cifar_lightning.metrics.calibration import fit_temperature
 from cifar_lightning.metrics.significance import wilson_interval
+from cifar_lightning.models import winograd
 from cifar_lightning.runs.folder import RunFolder
 
 SIZE = 16
@@ -177,6 +178,26 @@ def test_the_batch_size_changes_nothing(run, batch_size):
     for one, other in zip(read_csv("a.csv"), read_csv("b.csv"), strict=True):
         assert [name for name, _ in ranked(one)] == [name for name, _ in ranked(other)]
         assert [prob for _, prob in ranked(one)] == pytest.approx([prob for _, prob in ranked(other)], abs=1e-6)
+
+
+def test_fewer_multiplications_from_some_images_on_change_no_class_and_hardly_a_probability(run, monkeypatch):
+    monkeypatch.setattr(predict, "_WINOGRAD_FROM", 40)
+    monkeypatch.setattr(predict, "keep_freed_memory", lambda: None)  # of this process, for the tests that follow
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 4)
+    made, transform = [], winograd.WinogradConv2d.transform
+    monkeypatch.setattr(winograd.WinogradConv2d, "transform", lambda conv: made.append(1) or transform(conv))
+    save_images(40)
+    (first := Path("one")).mkdir()
+    Path("images/000.png").rename(first / "000.png")
+    predict_images(run, [Path("images")], output=Path("plain.csv"))
+    assert not made
+    predict_images(run, [first, Path("images")], output=Path("fast.csv"))
+    assert len(made) == 5, "all but the first of the model's 6 convolutions"
+    plain, fast = read_csv(Path("plain.csv")), read_csv(Path("fast.csv"))[1:]
+    assert [row["class"] for row in plain] == [row["class"] for row in fast]
+    probs = [[float(row["probability"]) for row in rows] for rows in (plain, fast)]
+    assert probs[0] != probs[1]
+    assert probs[0] == pytest.approx(probs[1], abs=1e-4)
 
 
 def test_many_chunks_and_worker_processes_change_nothing(run, monkeypatch, capfd):

@@ -1,0 +1,83 @@
+"""3x3 convolutions with a quarter of the multiplications, for prediction in float32 on a CPU.
+
+Winograd's F(4x4, 3x3) of Lavin and Gray, https://arxiv.org/abs/1509.09308: 36 multiplications for a tile of 4x4 outputs
+and a pair of channels in place of 144. Tiles are transformed by products with small matrices, which with few channels
+cost more than that saves. Sums are rounded in another order.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MIN_CHANNELS = 128  # of the input; with 64 nothing is gained on AVX2 (benchmarks/LOG.md)
+_TILE_BYTES = 8 << 20  # of the tiles transformed at a time, which stay in the cache
+_INPUT = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0]]
+_INPUT += [[0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
+_WEIGHT = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]  # over 24
+_OUTPUT = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
+_CONSTANT = 7  # the product, of the 36, that every output of a tile has once: where a bias is added
+
+
+class WinogradConv2d(nn.Conv2d):
+    """A 3x3 convolution with stride 1 and padding 1, of weights that do not change."""
+
+    def transform(self) -> None:
+        """Transform the weights once, in float64."""
+        of_input, of_weight, of_output = (
+            torch.tensor(rows, dtype=torch.float64) for rows in (_INPUT, _WEIGHT, _OUTPUT)
+        )
+        weight = torch.einsum("ai,bj,ocij->abco", of_weight / 24, of_weight / 24, self.weight.detach().double())
+        self.transformed = weight.flatten(0, 1).float().contiguous()  # (36, in_channels, out_channels)
+        self.of_input = torch.kron(of_input, of_input).float()  # (36, 36)
+        self.of_output = torch.kron(of_output, of_output).float()  # (16, 36)
+
+    def forward(self, input: Float[Tensor, "batch channels height width"]) -> Tensor:
+        """Return the convolution, channels last; as `Conv2d` does where a gradient is wanted."""
+        num, channels, height, width = input.shape
+        if torch.is_grad_enabled() or min(height, width) < 4 or input.dtype != torch.float32:
+            return super().forward(input)
+        rows, columns = -(-height // 4), -(-width // 4)
+        padded = F.pad(input.permute(0, 2, 3, 1), (0, 0, 1, 4 * columns - width + 1, 1, 4 * rows - height + 1))
+        output = input.new_empty((num, height, width, self.out_channels))
+        at_once = max(1, _TILE_BYTES // (36 * 4 * rows * columns * channels))
+        for images, into in zip(padded.split(at_once), output.split(at_once), strict=True):
+            image, row, column, _ = images.stride()
+            shape, strides = (len(images), rows, columns, 6, 6, channels), (image, 4 * row, 4 * column, row, column, 1)
+            tiles = images.as_strided(shape, strides).reshape(-1, 36, channels)
+            products = (self.of_input @ tiles).transpose(0, 1) @ self.transformed  # (36, tiles, out_channels)
+            if self.bias is not None:
+                products[_CONSTANT] += self.bias
+            squares = (self.of_output @ products.transpose(0, 1)).view(*shape[:3], 4, 4, self.out_channels)
+            whole = squares.transpose(2, 3).reshape(len(images), 4 * rows, 4 * columns, self.out_channels)
+            into.copy_(whole[:, :height, :width])
+        return output.permute(0, 3, 1, 2)
+
+
+@contextmanager
+def fewer_multiplications(model: nn.Module) -> Iterator[None]:
+    """Let the convolutions of a model on the CPU that gain by it use Winograd's algorithm, for as long as it is open.
+
+    The transformed weights take 4 times the memory of the weights.
+    """
+    changed = [module for module in model.modules() if type(module) is nn.Conv2d and _gains(module)]
+    try:
+        for module in changed:
+            module.__class__ = WinogradConv2d  # and not another module, so that hooks and shared layers stay
+            assert isinstance(module, WinogradConv2d)
+            module.transform()
+        yield
+    finally:
+        for module in changed:
+            module.__class__ = nn.Conv2d
+            for name in ("transformed", "of_input", "of_output"):
+                module.__dict__.pop(name, None)
+
+
+def _gains(conv: nn.Conv2d) -> bool:
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    is_plain = shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+    return is_plain and conv.in_channels >= MIN_CHANNELS and conv.weight.dtype == torch.float32
