@@ -310,7 +310,8 @@ def predict_files(
     size = batch_size or default_batch_size()
     chunk_size = max(1, _CHUNK_BYTES // (trained.in_channels * trained.image_size**2))
     has_remarked = False
-    is_winograd = len(paths) >= _WINOGRAD_FROM and not torch.cuda.is_available()
+    # It was measured with MKL alone, whose products of small matrices it needs.
+    is_winograd = len(paths) >= _WINOGRAD_FROM and not torch.cuda.is_available() and torch.backends.mkl.is_available()
     if is_winograd:
         keep_freed_memory()  # or the kernel may map and zero the outputs of layers again and again
     with fewer_multiplications(trained.model) if is_winograd else contextlib.nullcontext():

@@ -184,6 +184,7 @@ def test_fewer_multiplications_from_some_images_on_change_no_class_and_hardly_a_
     monkeypatch.setattr(predict, "_WINOGRAD_FROM", 40)
     monkeypatch.setattr(predict, "keep_freed_memory", lambda: None)  # of this process, for the tests that follow
     monkeypatch.setattr(winograd, "MIN_CHANNELS", 4)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     made, transform = [], winograd.WinogradConv2d.transform
     monkeypatch.setattr(winograd.WinogradConv2d, "transform", lambda conv: made.append(1) or transform(conv))
     save_images(40)
