@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.hardware import results_file
-from benchmarks.speed.results import write_results
+from benchmarks.speed.results import spread, write_results
 from cifar_lightning.models.registry import MODELS, build_model
 
 NUM_CLASSES = 10
@@ -72,10 +72,10 @@ def step_times_s(model: nn.Module, image_size: int, batch_size: int, steps: int,
 def line(row: dict[str, Any]) -> str:
     """Return a row of the table."""
     side = "x".join(map(str, row["map"]))
-    spread = f"({row['slowest']:,.1f} to {row['fastest']:,.1f})"
+    range_of_steps = f"({row['slowest']:,.1f} to {row['fastest']:,.1f})"
     return (
         f"{row['name']:<22} {row['parameters'] / 1e6:8.2f} M {row['multiply_adds'] / 1e9:9.3f} G {side:>7} "
-        f"{row['images_per_s']:10,.1f}  {spread}"
+        f"{row['images_per_s']:10,.1f}  {range_of_steps}"
     )
 
 
@@ -94,7 +94,7 @@ def main() -> None:
         f"{args.image_size} pixels, {NUM_CLASSES} classes, batch {args.batch}, median of {args.steps} steps, {where}:"
     )
     print(f"{'model':<22} {'parameters':>10} {'mult.-adds':>11} {'map':>7} {'images/s':>10}")
-    rows = {}
+    rows, times = {}, {}
     for name in args.names or MODELS:
         torch.manual_seed(0)
         model = build_model(name, NUM_CLASSES, args.image_size)
@@ -106,11 +106,12 @@ def main() -> None:
             ("fastest", min(times_s)),
         ):
             row[what] = args.batch / chosen_s
-        rows[name] = row
+        rows[name], times[name] = row, times_s
         print(line(row), flush=True)
     names = list(rows)
     one, other = ("resnet18", "smallnet") if {"resnet18", "smallnet"} <= rows.keys() else (names[-1], names[0])
     ratio = rows[one]["images_per_s"] / rows[other]["images_per_s"]
+    of_steps = [other_s / one_s for one_s, other_s in zip(times[one], times[other], strict=True)]
     write_results(
         args.json,
         device=where,
@@ -121,7 +122,8 @@ def main() -> None:
         over=[one, other],
         ratio=ratio,
     )
-    print(f"Images/s of {one} over {other}, batch {args.batch}, {args.image_size} pixels, {where}:")
+    what = f"Images/s of {one} over {other}, batch {args.batch}, {args.image_size} pixels, {args.steps} steps, {where}"
+    print(f"{what}: {spread(of_steps, 3)}")
     print(f"ratio={ratio:.3f}")
 
 

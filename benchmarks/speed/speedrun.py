@@ -31,6 +31,7 @@ from benchmarks import CONFIGS, python_path
 from benchmarks.accuracy.record import comparable
 from benchmarks.hardware import hardware_name
 from benchmarks.speed.peers import commit_of, peer_of
+from benchmarks.speed.results import spread
 from benchmarks.speed.speedrun_peers import PEERS
 from cifar_lightning.data.datasets import open_source
 from cifar_lightning.runs.environment import describe_environment
@@ -210,13 +211,15 @@ def summarize(lines: list[dict[str, Any]], peers: dict[str, Path]) -> None:
     seconds = {group: statistics.median(line["seconds"] for line in own) for group, own in groups.items()}
     for (who, precision), own in groups.items():
         accuracies = [100 * line["accuracy"] for line in own]
-        spread = f"± {statistics.stdev(accuracies):.2f}, n={len(own)}" if len(own) > 1 else "n=1, no spread"
+        deviation = f"± {statistics.stdev(accuracies):.2f}, n={len(own)}" if len(own) > 1 else "n=1, no spread"
         took_s = seconds[who, precision]
-        print(f"{who}, {precision}: {statistics.mean(accuracies):.2f} % ({spread}), {took_s:.4g} s (median)")
+        print(f"{who}, {precision}: {statistics.mean(accuracies):.2f} % ({deviation}), {took_s:.4g} s (median)")
     for who, precision in reversed([group for group in groups if group[0] == "ours"]):
         for peer in (group for group in groups if group[0] != "ours"):
             runs = f"{len(groups[who, precision])} and {len(groups[peer])} whole runs, {hardware_name()}"
-            print(f"time of ours in {precision} over {peer[0]}'s in {peer[1]}, {runs}:")
+            ratios = [line["seconds"] / seconds[peer] for line in groups[who, precision]]
+            what = f"time of ours in {precision} over the median of {peer[0]}'s in {peer[1]}, {runs}"
+            print(f"{what}: {spread(ratios, 3)}")
             print(f"ratio={seconds[who, precision] / seconds[peer]:.3f}")
 
 
@@ -254,9 +257,8 @@ def main() -> None:
             lines.append({"who": "epochs in turn", **found, "hardware": hardware_name(), "note": args.note})
             save(args.json, lines)
             ratios = [one["ratio"] for one in found["rounds"]]
-            print(
-                f"training time of {args.recipe} over airbench's, epochs in turn, n={len(ratios)}, {hardware_name()}:"
-            )
+            what = f"training time of {args.recipe} over airbench's, epochs in turn, n={len(ratios)}, {hardware_name()}"
+            print(f"{what}: {spread(ratios, 3)}")
             print(f"ratio={statistics.median(ratios):.3f}")
             return
         whole_runs(args, peers, folder, lines)
