@@ -149,4 +149,4 @@ def decode_here(monkeypatch):
         with ThreadPoolExecutor(1) as pool:
             yield pool
 
-    monkeypatch.setattr(image_decoding, "_workers", workers)
+    monkeypatch.setattr(image_decoding, "worker_pool", workers)

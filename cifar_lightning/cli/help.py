@@ -138,7 +138,7 @@ def training_help(name: str) -> str:
         metavar, text = _WORDS.get(flag, ("", ""))
         default = row.get("default")
         shown = "" if default in (None, "auto") else f" (default: {'false' if default is False else default})"
-        text = text or _first_sentence(str(row["help"]))
+        text = text or first_sentence(str(row["help"]))
         if row.get("prefixes"):  # too many names for a metavar
             text = ", ".join([*row["choices"], *(f"{prefix}NAME" for prefix in row["prefixes"])])
         parser.add_argument(f"--{flag}", metavar=metavar or _metavar(row), help=f"{text}{shown}".replace("%", "%%"))
@@ -160,7 +160,8 @@ def group_help(group: str, rows: Mapping[str, dict[str, Any]]) -> str:
     return parser.format_help().partition("\n\n")[2].rstrip()
 
 
-def _first_sentence(text: str) -> str:
+def first_sentence(text: str) -> str:
+    """Return the first sentence of a flag's help, as argparse has it: without capital and full stop."""
     sentence = text.split(". ")[0].rstrip(".")
     return sentence[:1].lower() + sentence[1:] if sentence[1:2].islower() or sentence[1:2] == " " else sentence
 

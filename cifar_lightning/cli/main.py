@@ -16,16 +16,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_lightning.cli.configs import find_config
-from cifar_lightning.cli.flags import GROUPS, NULL, check_config, flag_value, normalize_arguments, own_classes, table
-from cifar_lightning.cli.help import TRAINING, QuickParser, completion, group_help, overview, training_help
+from cifar_lightning.cli.flags import (
+    GROUPS,
+    NULL,
+    check_config,
+    check_value,
+    flag_value,
+    normalize_arguments,
+    own_classes,
+    table,
+)
+from cifar_lightning.cli.help import (
+    TRAINING,
+    QuickParser,
+    completion,
+    first_sentence,
+    group_help,
+    overview,
+    training_help,
+)
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import expand_home
-from cifar_lightning.formatting import clipped, command_line, suggest
+from cifar_lightning.formatting import clipped, command_line, printable, suggest
 from cifar_lightning.runs.environment import package_version
 from cifar_lightning.runs.folder import RUNS, RunFolder, open_run
 from cifar_lightning.runs.schema import CLASS_GROUPS
 from cifar_lightning.settings.roles import NOT_WITH_OPTIMIZER, OF_OPTIMIZER
+from cifar_lightning.settings.safe_yaml import read_yaml
 
+_OF_SHARDS = ("image_size", "resize", "in_channels", "labels", "skip_unreadable")  # settings of the data
 # What `--resume` takes from the run, or what would start a new one.
 _NOT_WITH_RESUME = ("config", "ckpt_path", "run_dir", "init_weights", "tune_lr")
 
@@ -427,6 +446,29 @@ def _download(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _shard_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="a new folder for the shards")
+    for name in ("root", *_OF_SHARDS):
+        text = first_sentence(table()[f"data.{name}"]["help"])
+        parser.add_argument(f"--data.{name}", metavar="VALUE", required=name == "root", help=text)
+
+
+def _shard(parsed: argparse.Namespace) -> int:
+    values = {name: vars(parsed)[f"data.{name}"] for name in _OF_SHARDS}
+    given = {name: value for name, value in values.items() if value is not None}
+    for name, value in given.items():
+        check_value(f"data.{name}", value, f"--data.{name} {clipped(value)}")
+    from cifar_lightning.data.image_folder import ClassFolders
+    from cifar_lightning.data.shard_writer import write_shards  # imports torch
+
+    labels, size = given.pop("labels", None), given.pop("image_size", "null")
+    settings = {name: read_yaml(value) for name, value in given.items()}
+    folders = ClassFolders(vars(parsed)["data.root"], read_yaml(size), labels=labels, **settings)
+    print("\n".join(map(printable, write_shards(folders, parsed.output))))
+    print(f"Train with: {command_line('fit', '--data.dataset', 'shards', '--data.root', parsed.output)}")
+    return 0
+
+
 def _doctor(parsed: argparse.Namespace) -> int:
     from cifar_lightning.cli.doctor import examine
 
@@ -443,6 +485,9 @@ QUICK = {
     "runs": QuickCommand("[DIR] [--json]", "list all runs and their state", _runs_flags, _runs),
     "export": QuickCommand(
         "RUN --format onnx|torch|safetensors [flags]", "export a run's model", _export_flags, _export
+    ),
+    "shard": QuickCommand(
+        "--data.root DIR --output DIR [flags]", "write class folders as shards, for large sets", _shard_flags, _shard
     ),
     "download": QuickCommand("[flags]", "get CIFAR-10 or CIFAR-100", _download_flags, _download),
     "doctor": QuickCommand(

@@ -15,10 +15,17 @@ from cifar_lightning.data.duplicates import find_duplicates
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.data.image_folder import ClassFolders, Skipped
 from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, as_gray, is_constant
-from cifar_lightning.data.loaders import BatchTransform, ImageLoader, LoaderFactory, batch_device
-from cifar_lightning.data.sampler import EpochSampler, Rank, evaluation_order
+from cifar_lightning.data.loaders import BatchTransform, ImageLoader, LoaderFactory, batch_device, is_sharded
+from cifar_lightning.data.sampler import EpochSampler, Rank, ShardOrder, evaluation_order
+from cifar_lightning.data.shards import WINDOW, Cache, Shards
 from cifar_lightning.data.splits import SplitIndices, SplitSettings, make_splits
-from cifar_lightning.data.statistics import balanced_weights, channel_statistics, describe_imbalance, evenly_spaced
+from cifar_lightning.data.statistics import (
+    balanced_weights,
+    channel_statistics,
+    describe_imbalance,
+    evenly_spaced,
+    statistics_of_moments,
+)
 from cifar_lightning.errors import UserError, remark
 from cifar_lightning.formatting import counted, index_name, printable, reason_of
 from cifar_lightning.settings.limits import Count, ImageSize, Pixels, Strength, check_settings
@@ -39,10 +46,10 @@ class ImageDataModule(pl.LightningDataModule):
     to 0-1) after `setup()`. Without a Trainer: `prepare_data()`, `setup()`, then iterate `train_dataloader()`.
 
     Args:
-        dataset: Name of the data set: cifar10, cifar100, folder (class folders below root) or synthetic (generated);
-            or package.module:name of your own. From Python also the object: a Dataset, a Hugging Face data set,
-            (images, labels) arrays, or (train, test) or (train, val, test) of them.
-        root: Folder of the images, or to download them to.
+        dataset: Name of the data set: cifar10, cifar100, folder (class folders below root), shards (written by the
+            command shard) or synthetic (generated); or package.module:name of your own. From Python also the object: a
+            Dataset, a Hugging Face data set, (images, labels) arrays, or (train, test) or (train, val, test) of them.
+        root: Folder of the images, or to download them to; of shards also s3://bucket/folder.
         batch_size: Training images per step and process; the default is reduced to the size of a smaller training
             split.
         image_size: Height and width of the images in pixels; by default the data set's own; for a folder a size that
@@ -84,6 +91,8 @@ class ImageDataModule(pl.LightningDataModule):
         device: Device that batches are made on; by default the Trainer's, without a Trainer the CPU.
         class_names: Names of the classes of a data set of your own, in the order of its labels; by default those that
             it knows, else the numbers.
+        cache: How decoded images are kept: disk (in one file; the default of a folder), memory (decoded at each start)
+            or none (decoded by workers whenever they are shown; shards alone, and their default).
 
     Raises:
         UserError: An invalid value, or data that is missing, damaged or too small.
@@ -130,15 +139,19 @@ class ImageDataModule(pl.LightningDataModule):
         device: str | None = None,
         class_names: list[str] | None = None,
         order_seed: Annotated[int, Field(ge=0)] | None = None,
+        cache: Cache | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_settings("data", ImageDataModule.__init__, {**arguments, "transforms": None})  # Pipeline checks them
         super().__init__()
         self.arguments = arguments  # for config.yaml
         of_folder: dict[str, Any] = {"labels": labels, "skip_unreadable": skip_unreadable}
-        if isinstance(dataset, str) and dataset == "folder":  # decodes to gray; images of others are converted
+        if isinstance(dataset, str) and dataset in ("folder", "shards"):  # decode to gray; others are converted
             of_folder["in_channels"] = in_channels
-        self.source = open_source(dataset, root, image_size, class_names, resize, **of_folder)
+        self.source = open_source(dataset, root, image_size, class_names, resize, cache, **of_folder)
+        if isinstance(self.source, Shards) and self.source.cache == "none":
+            self._check_shards(num_workers, sampler)
+            num_workers = num_workers or 2  # also on one core: the order depends on it
         self.resize, self.in_channels = resize, in_channels
         self.class_names: tuple[str, ...] = self.source.class_names
         self.num_classes = len(self.class_names)
@@ -168,6 +181,15 @@ class ImageDataModule(pl.LightningDataModule):
         self._images: dict[Split, ImageSet] = {}  # filled by `setup`
         self._splits: SplitIndices
         self._loaders: LoaderFactory
+
+    def _check_shards(self, num_workers: int | None, sampler: Balance) -> None:
+        if num_workers == 0:
+            raise UserError("--data.num_workers 0: shards are read by 1 worker or more, or --data.cache memory.")
+        if sampler == "balanced":
+            raise UserError(
+                "--data.sampler balanced: would read all shards at once; give --data.class_weights balanced, or "
+                "--data.cache memory or disk."
+            )
 
     def _check_train_sizes(self) -> None:
         sizes = list(self.train_sizes)
@@ -205,7 +227,11 @@ class ImageDataModule(pl.LightningDataModule):
         if (self.mean is None or self.std is None) and self.in_channels == 3:
             self.mean, self.std = self.source.mean, self.source.std
         if self.mean is None or self.std is None:
-            self.mean, self.std = channel_statistics(images["train"].images, train.numpy())
+            of_train: Any = images["train"].images
+            if is_sharded(of_train):
+                self.mean, self.std = statistics_of_moments(of_train.moments[train.numpy()])
+            else:
+                self.mean, self.std = channel_statistics(of_train, train.numpy())
         some = torch.from_numpy(images["train"].images[train[:CHECKED_IMAGES].numpy()])
         self.pipeline.check(some, self.train_sizes)
         self.duplicates = self._find_duplicates(images)
@@ -241,7 +267,7 @@ class ImageDataModule(pl.LightningDataModule):
             )
 
     def _find_duplicates(self, images: dict[Split, ImageSet]) -> list[dict[str, Any]]:
-        hashes = self.source.pixel_hashes if isinstance(self.source, ClassFolders) else {}  # its cache has them
+        hashes = self.source.pixel_hashes if isinstance(self.source, ClassFolders | Shards) else {}
         name_of = getattr(self.source, "image_name", index_name)
         found = find_duplicates(images, self._splits, hashes, name_of)
         for kind in found:
@@ -250,7 +276,7 @@ class ImageDataModule(pl.LightningDataModule):
         return found
 
     def _remark_on_constant_images(self, images: dict[Split, ImageSet]) -> None:
-        if isinstance(self.source, ClassFolders):  # which remarks on them when it decodes them
+        if isinstance(self.source, ClassFolders | Shards):  # remarked on when they are decoded
             return
         for split, image_set in images.items():
             if len(constant := np.flatnonzero(is_constant(image_set.images))):
@@ -303,6 +329,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _sampler(self, split: Split, *, training: bool, rank: Rank) -> EpochSampler:
         indices = self._splits.of(split)
+        images: Any = self._images[self._splits.source_of(split)].images
+        in_shards = is_sharded(images) and training and self.num_workers
         return EpochSampler(
             indices if training else indices[self._evaluation_order(split)],
             self.batch_size if training else self.eval_batch_size,
@@ -313,6 +341,7 @@ class ImageDataModule(pl.LightningDataModule):
             balanced_by=self._train_targets() if training and self.has_balanced_sampler else None,
             # Lightning replaces the sampler of a DataLoader for it, which these loaders are not.
             repeats=training and getattr(self.trainer, "overfit_batches", 0) > 0,
+            shards=ShardOrder(images.starts, WINDOW, in_shards) if in_shards else None,
         )
 
     def _evaluation_order(self, split: Split) -> Tensor:

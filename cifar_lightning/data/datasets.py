@@ -1,4 +1,4 @@
-"""The table of data sets: cifar10, cifar100, folder and synthetic, all read as uint8 NumPy arrays.
+"""The table of data sets: cifar10, cifar100, folder, shards and synthetic, all read as uint8 NumPy arrays.
 
 To add a data set: write a class with the members of `Source` and give it a line in `DATASETS` at the end of this file.
 Its key is a value of `--data.dataset`, once `python -m cifar_lightning.cli.lightning_cli` has written the table of
@@ -24,6 +24,7 @@ from cifar_lightning.data.download import ARCHIVES, download
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.data.image_folder import ClassFolders, holds_class_folders
 from cifar_lightning.data.image_set import ImageSet, Split, digest
+from cifar_lightning.data.shards import Cache, Shards
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, raised_by, suggest
 from cifar_lightning.settings.import_path import import_object, is_import_path
@@ -188,6 +189,7 @@ DATASETS: dict[str, Callable[[Path, int | None], Source]] = {
         "cifar100", root, image_size, CIFAR100_CLASSES, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     ),
     "folder": ClassFolders,
+    "shards": lambda root, image_size: Shards(str(root), image_size),
     "synthetic": lambda root, image_size: Synthetic(image_size=32 if image_size is None else image_size),
 }
 """Makes a source of (root, image_size or None) by the name that `--data.dataset` takes."""
@@ -199,6 +201,7 @@ def open_source(
     image_size: int | None = None,
     class_names: Sequence[str] | None = None,
     resize: Resize = "crop",
+    cache: Cache | None = None,
     **of_folder: Any,
 ) -> Source:
     """Return a data set by name, import path or object, without downloading or decoding.
@@ -213,13 +216,14 @@ def open_source(
     if name in DATASETS and class_names:
         raise UserError(f"--data.class_names: only for a data set of your own; {name} has names.")
     if name == "folder":
-        return ClassFolders(root, image_size, resize=resize, **of_folder)
-    defaults = inspect.signature(ClassFolders).parameters
-    kept = {"resize": resize} if name in DATASETS else {}  # their images are squares
-    for key, value in {**of_folder, **kept}.items():
-        if value != defaults[key].default:
-            text, what = str(value).lower() if isinstance(value, bool) else value, name or type(dataset).__name__
-            raise UserError(f"--data.{key} {text}: only for --data.dataset folder, not {clipped(what)}.")
+        return ClassFolders(root, image_size, resize=resize, cache=cache or "disk", **of_folder)
+    in_shards = {"in_channels": of_folder.pop("in_channels", 3), "resize": resize, "cache": cache or "none"}
+    if name != "shards":
+        of_folder |= {"resize": resize} if name in DATASETS else {}  # their images are squares
+        of_folder |= {} if cache is None else {"cache": cache}
+    _refuse(of_folder, name or type(dataset).__name__)
+    if name == "shards":
+        return Shards(str(root), image_size, **in_shards)
     if name in DATASETS:
         return DATASETS[name](Path(root), image_size)
     if name and not is_import_path(name):
@@ -238,6 +242,16 @@ def open_source(
     from cifar_lightning.data.object_source import ObjectSource, kind_of  # imports torch and Lightning
 
     return ObjectSource(given, image_size, class_names, name or kind_of(given), resize)
+
+
+def _refuse(of_folder: dict[str, Any], what: str) -> None:
+    """Refuse settings of a folder that are not at their defaults, and any cache."""
+    defaults = inspect.signature(ClassFolders).parameters
+    for key, value in of_folder.items():
+        if value != defaults[key].default or key == "cache":
+            text = str(value).lower() if isinstance(value, bool) else value
+            which = "folder and shards" if key == "cache" else "folder"
+            raise UserError(f"--data.{key} {text}: only for --data.dataset {which}, not {clipped(what)}.")
 
 
 def _made(make: Callable[[], Any], name: str) -> Any:

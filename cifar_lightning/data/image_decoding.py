@@ -394,7 +394,10 @@ def read_headers(paths: Sequence[str]) -> list[tuple[int, int, str]]:
         headers = {path: _header(path, _HEADER_IN_PYTHON) for path in paths}
     unknown = [path for path in paths if headers[path] is None]
     if unknown:
-        with suppress(BrokenProcessPool), _workers(1) as pool:  # decoding all images will name the one that crashes it
+        with (
+            suppress(BrokenProcessPool),
+            worker_pool(1) as pool,
+        ):  # decoding all images will name the one that crashes it
             headers |= zip(unknown, pool.map(_header, unknown, chunksize=_SAMPLE), strict=True)
     return [header for header in headers.values() if header is not None]
 
@@ -486,7 +489,7 @@ def decode_all(
     file = str(out) if isinstance(out, Path) else None
     channels = (np.load(out, mmap_mode="r") if isinstance(out, Path) else out).shape[-1]
     shape = (image_size, image_size, channels)
-    with _workers(num_workers, _set_work, file, decode, states) as pool:
+    with worker_pool(num_workers, _set_work, file, decode, states) as pool:
         chunks = {
             pool.submit(_decode_chunk, paths[start:stop], start, shape, hashes is not None): (start, stop)
             for start, stop in _chunks(len(paths), num_workers, math.prod(shape))
@@ -557,7 +560,7 @@ def _collect(
 
 
 @contextmanager
-def _workers(num: int, prepare: Callable[..., None] | None = None, *arguments: Any) -> Iterator[ProcessPoolExecutor]:
+def worker_pool(num: int, prepare: Callable[..., None] | None = None, *arguments: Any) -> Iterator[ProcessPoolExecutor]:
     """Start a pool of processes that end with this one and ignore Ctrl-C."""
     context = multiprocessing.get_context("spawn")  # forking a process that has torch's threads can hang
     with _without_main(), ProcessPoolExecutor(num, context, _start_worker, (prepare, arguments)) as pool:
@@ -613,7 +616,7 @@ def _catch_c_messages() -> None:
     os.dup2(_c_messages.fileno(), 2)
 
 
-def _take_c_messages() -> str:
+def take_c_messages() -> str:
     """Return what C libraries printed since the last call, in one line."""
     if _c_messages is None or not os.fstat(_c_messages.fileno()).st_size:
         return ""
@@ -646,7 +649,7 @@ def _decode_chunk(paths: Sequence[str], start: int, shape: tuple[int, ...], is_h
             into[at] = decode(path, shape[0], unusual, read_and_hash if is_hashed else read_file)
         except UserError as error:
             reason = str(error)
-        if message := _take_c_messages():  # names the cause that Pillow lacks, or an error that it ignores
+        if message := take_c_messages():  # names the cause that Pillow lacks, or an error that it ignores
             reason = f"{path} cannot be read ({message})"
         if reason:
             bad.append((start + at, reason))

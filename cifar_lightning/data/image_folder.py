@@ -118,6 +118,7 @@ class ClassFolders:
         resize: How images become squares; see `ImageDataModule`.
         in_channels: 3 for RGB, 1 for gray.
         skip_unreadable: Leave out images that cannot be read; otherwise they are an error.
+        cache: Where decoded images are kept: disk, or memory alone.
 
     Raises:
         UserError: A folder is missing, or a class is empty or not in every split, or the labels file does not fit.
@@ -135,8 +136,15 @@ class ClassFolders:
         resize: Resize = "crop",
         in_channels: int = 3,
         skip_unreadable: bool = False,
+        cache: str = "disk",
     ) -> None:
+        if cache == "none":
+            raise UserError(
+                f"--data.cache none: {root} is decoded once, to memory or disk; to decode images whenever they are "
+                "shown, write shards of them with the command shard."
+            )
         self.root, self.labels, self.skip_unreadable = Path(root), labels, skip_unreadable
+        self._caches = cache_folders(self.root) if cache == "disk" else ()
         self.resize: Resize = resize
         self.in_channels = in_channels
         self.class_names, self._listed = scan(self.root, None if labels is None else Path(labels))
@@ -271,7 +279,7 @@ class ClassFolders:
         }
 
     def _read(self, split: Split) -> Decoded | None:
-        for folder in cache_folders(self.root):
+        for folder in self._caches:
             path = folder / self._cache_name(split)
             if found := read_cache(path, self._about(split), self._listed[split]):
                 if self.skip_unreadable or not found.unreadable:
@@ -283,7 +291,7 @@ class ClassFolders:
     def _build(self, split: Split) -> Decoded:
         listing = self._listed[split]
         shape = (len(listing.names), self.image_size, self.image_size, self.in_channels)
-        for folder in cache_folders(self.root):
+        for folder in self._caches:
             with allocated(folder, self._cache_name(split), shape) as temporary:
                 if temporary is None:
                     continue
@@ -295,7 +303,10 @@ class ClassFolders:
                     return publish(temporary, folder / self._cache_name(split), about, decoded, files)
                 except OSError as error:  # on Windows: while another process has the old images mapped
                     print(f"{folder}: decoded images cannot be cached ({error})", flush=True)
-        print(f"No folder for decoded images is writable (set {CACHE_VARIABLE}): decoding at each start", flush=True)
+        if self._caches:
+            print(
+                f"No folder for decoded images is writable (set {CACHE_VARIABLE}): decoding at each start", flush=True
+            )
         self._uncached[split], _ = self._decode(listing, np.empty(shape, np.uint8))
         return self._uncached[split]
 
@@ -498,12 +509,16 @@ def _settled(stats: Sequence[Stat], began_ns: int) -> np.ndarray:
 
 def cache_folders(root: Path) -> tuple[Path, Path]:
     """Return the folders for decoded images: next to the data, and in the user's cache by a name of its own."""
-    place = os.path.realpath(root)
-    name = f"{Path(place).name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}"
+    return root / CACHE_FOLDER, user_cache(os.path.realpath(root))
+
+
+def user_cache(place: str, version: str = "") -> Path:
+    """Return the folder in the user's cache for what comes from a folder or address, and for a version of it."""
+    name = f"{Path(place).name}-{hashlib.sha256(os.fsencode(place + version)).hexdigest()[:16]}"
     if chosen := os.environ.get(CACHE_VARIABLE):
-        return root / CACHE_FOLDER, Path(chosen) / name
+        return Path(chosen) / name
     variable, default = ("LOCALAPPDATA", "~/AppData/Local") if os.name == "nt" else ("XDG_CACHE_HOME", "~/.cache")
-    return root / CACHE_FOLDER, Path(os.environ.get(variable) or default).expanduser() / "cifar_lightning" / name
+    return Path(os.environ.get(variable) or default).expanduser() / "cifar_lightning" / name
 
 
 def write_skipped_files(path: Path, skipped: Iterable[Skipped]) -> None:

@@ -17,7 +17,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from cifar_lightning.data.image_set import ImageSet, Split
 from cifar_lightning.data.memory import choose_num_workers, free_device_bytes, give_back_pages
 from cifar_lightning.data.sampler import EpochSampler, Rank
-from cifar_lightning.errors import UserError
+from cifar_lightning.data.shards import WINDOW, ShardedImages
+from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.transforms.augmentation import normalize, resize
 from cifar_lightning.transforms.per_image import one_thread
 from cifar_lightning.transforms.pipeline import Drawn, Pipeline, apply_stage, augment, rows_of
@@ -157,12 +158,12 @@ class ResidentLoader(ImageLoader):
 class StreamingLoader(ImageLoader):
     """Reads the images in persistent worker processes, for sets larger than memory.
 
-    Images are uint8 (n, height, width, channels), usually a memory-mapped file; targets int64 (n,).
+    Images are uint8 (n, height, width, channels), usually a memory-mapped file, or in shards; targets int64 (n,).
     """
 
     def __init__(
         self,
-        images: np.ndarray,
+        images: np.ndarray | ShardedImages,
         targets: np.ndarray,
         sampler: EpochSampler,
         transform: BatchTransform,
@@ -171,7 +172,9 @@ class StreamingLoader(ImageLoader):
         device: torch.device,
     ) -> None:
         super().__init__(sampler, transform, source_size=(images.shape[0], images.shape[1]), device=device)
-        self._index_batches = _IndexBatches()
+        # A worker that begins a window of shards begins to download the next one.
+        steps = len(images) * WINDOW // (images.num_shards * sampler.batch_size) + 1 if is_sharded(images) else 0
+        self._index_batches = _IndexBatches(steps * num_workers)
         rows = _Rows(images, targets, transform.pipeline.on_cpu if transform.pipeline is not None else ())
         self.dataset = _subset(rows, sampler)
         self._workers: DataLoader[tuple[Tensor, ...]] = DataLoader(
@@ -194,7 +197,10 @@ class StreamingLoader(ImageLoader):
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         # Arrays, not lists: a set's indices as Python objects would take five times the memory.
         self._index_batches.begin([batch.numpy() for batch in batches], size, drawn)
-        for image_indices, images, targets in self._workers:
+        for batch in self._workers:
+            if isinstance(batch, Exception):
+                raise batch
+            image_indices, images, targets = batch
             yield (
                 image_indices.to(self.device, non_blocking=True),
                 images.to(self.device, non_blocking=True),
@@ -247,21 +253,36 @@ def batch_device(device: torch.device | None, trainer: "pl.Trainer | None") -> t
     return trainer.strategy.root_device if trainer else torch.device("cpu")
 
 
+def is_sharded(images: Any) -> TypeGuard[ShardedImages]:
+    """Return whether images of an `ImageSet` are read from shards by workers."""
+    return isinstance(images, ShardedImages)
+
+
+class _Batch(NamedTuple):
+    """What a worker is asked for."""
+
+    indices: np.ndarray
+    later: np.ndarray | None = None  # of a batch that this worker reads later, whose shards it begins to download
+    size: int = 0  # in pixels, for the rows of transforms that run in the worker
+    rows: Sequence[Tables] = ()
+
+
 class _IndexBatches:
     """Batch sampler of the workers' DataLoader; `begin` sets its batches before each epoch."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_ahead: int) -> None:
+        self.num_ahead = num_ahead  # batches from one to its `later`; 0 is none
         self.begin([], 0, None)
 
     def begin(self, batches: list[np.ndarray], size: int, drawn: Iterator[Drawn] | None) -> None:
         """Set the indices of each batch; with rows of transforms that run in the workers, also these and the size."""
         self.batches, self._size, self._drawn = batches, size, drawn
 
-    def __iter__(self) -> Iterator[Any]:  # arrays; DataLoader is typed for lists and accepts any
-        if self._drawn is None:
-            return iter(self.batches)
-        tables = ([rows for _, rows in drawn] for drawn in self._drawn)
-        return ((batch, self._size, rows) for batch, rows in zip(self.batches, tables, strict=True))
+    def __iter__(self) -> Iterator[Any]:  # DataLoader is typed for lists and accepts any
+        ahead: Iterator[np.ndarray | None] = iter(self.batches[self.num_ahead :] if self.num_ahead else ())
+        for batch in self.batches:
+            rows = () if self._drawn is None else [rows for _, rows in next(self._drawn)]
+            yield _Batch(batch, next(ahead, None), self._size, rows)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -273,29 +294,38 @@ class _Rows(Dataset[tuple[Tensor, ...]]):
     A memory-mapped array is sent to a spawned worker as its path, not its content.
     """
 
-    def __init__(self, images: np.ndarray, targets: np.ndarray, transforms: Sequence[Transform] = ()) -> None:
+    def __init__(
+        self, images: np.ndarray | ShardedImages, targets: np.ndarray, transforms: Sequence[Transform] = ()
+    ) -> None:
         self.images, self.targets, self.transforms = images, targets, transforms
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int | Tensor) -> tuple[Tensor, Tensor]:
-        _, images, targets = self.__getitems__([int(index)])
+        _, images, targets = self._read(_Batch(np.array([int(index)])))
         return images[0], targets[0]
 
-    def __getitems__(
-        self, batch: np.ndarray | list[int] | tuple[np.ndarray, int, list[Tables]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        indices, size, rows = batch if isinstance(batch, tuple) else (batch, 0, [])
-        image_indices = np.asarray(indices, dtype=np.int64)
+    def __getitems__(self, batch: _Batch | list[int]) -> tuple[Tensor, Tensor, Tensor] | UserError | RunError:
+        try:
+            return self._read(batch if isinstance(batch, _Batch) else _Batch(np.asarray(batch)))
+        except (UserError, RunError) as error:  # DataLoader would raise it with a traceback for its message
+            return error
+
+    def _read(self, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
+        image_indices = np.asarray(batch.indices, dtype=np.int64)
+        if batch.later is not None and is_sharded(self.images):
+            self.images.fetch_ahead(batch.later)
         # Sorted reads of a memory-mapped file touch each page once and in order.
         by_index = np.argsort(image_indices)
         images = np.empty((len(image_indices), *self.images.shape[1:]), np.uint8)
         images[by_index] = self.images[image_indices[by_index]]
-        give_back_pages(self.images)  # otherwise a worker would grow by everything it reads
+        if isinstance(self.images, np.ndarray):
+            give_back_pages(self.images)  # otherwise a worker would grow by everything it reads
         batch_images = torch.from_numpy(images)
-        if rows:
-            batch_images = _transform_on_cpu(batch_images, size, list(zip(self.transforms, rows, strict=True)))
+        if batch.rows:
+            drawn = list(zip(self.transforms, batch.rows, strict=True))
+            batch_images = _transform_on_cpu(batch_images, batch.size, drawn)
         return torch.from_numpy(image_indices), batch_images, torch.from_numpy(self.targets[image_indices])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor, distributed
 from torch.utils.data import SequentialSampler
 
+from cifar_lightning.errors import UserError
 from cifar_lightning.transforms.transform import seeded_generator
 
 _ORDER = 0  # purpose of the order's generator; the draws of transforms/augmentation.py use 1 and up
@@ -25,6 +27,53 @@ class Rank:
         """Return the rank in torch's process group, which accelerate, Fabric and torchrun's programs make."""
         is_single = not (distributed.is_available() and distributed.is_initialized())
         return cls() if is_single else cls(distributed.get_rank(), distributed.get_world_size())
+
+
+@dataclass(frozen=True)
+class ShardOrder:
+    """An order in which each worker reads shards of its own, one window after the other.
+
+    It is a function of seed and epoch, of the images, and of the numbers of ranks and workers:
+
+    1. the shards are put in a random order, each with its images;
+    2. of this row of images each rank has a piece of equal length, and in it each worker has one: worker `w` makes the
+       batches `w`, `w + num_workers`, ... of the rank;
+    3. a worker's piece is shuffled within windows of `window` shards.
+
+    Few shards are read by two workers: those where a piece ends. Images must be in the shards in a random order.
+    """
+
+    starts: np.ndarray  # int64 (shards + 1,): index of the first image of each shard, and the number of images
+    window: int
+    num_workers: int
+
+    def batches(
+        self, indices: Tensor, sizes: list[int], *, rank: "Rank", generator: torch.Generator
+    ) -> list[Int64[Tensor, " batch"]]:
+        """Return the batches of a rank.
+
+        Args:
+            indices: int64 (n,), the images of the epoch.
+            sizes: Images of each batch of the rank. Where that is more than there are, some are repeated.
+            rank: This process.
+            generator: The same for all ranks.
+        """
+        shard = torch.from_numpy(np.searchsorted(self.starts, indices.numpy(), side="right") - 1)
+        turn = torch.randperm(len(self.starts) - 1, generator=generator)[shard]
+        in_row = torch.argsort(turn, stable=True)
+        draws = torch.randperm(len(indices), generator=generator)
+        total = sum(sizes)
+        piece = in_row[torch.arange(rank.index * total, (rank.index + 1) * total).clamp(max=len(indices) - 1)]
+        batches, at = [piece[:0]] * len(sizes), 0
+        for worker in range(min(self.num_workers, len(sizes))):
+            own = sizes[worker :: self.num_workers]
+            part = piece[at : at + sum(own)]
+            at += len(part)
+            window = torch.unique_consecutive(turn[part], return_inverse=True)[1] // self.window
+            mixed = torch.argsort(draws[part])
+            mixed = mixed[torch.argsort(window[mixed], stable=True)]
+            batches[worker :: self.num_workers] = torch.split(indices[part[mixed]], own)
+        return batches
 
 
 class EpochSampler(SequentialSampler):
@@ -47,6 +96,7 @@ class EpochSampler(SequentialSampler):
         rank: This process.
         balanced_by: int64 (n,), the class of each image, to show every class equally often in training.
         repeats: Whether every epoch has the order of the first.
+        shards: The order of training images that are read from shards.
     """
 
     def __init__(
@@ -60,10 +110,12 @@ class EpochSampler(SequentialSampler):
         rank: Rank,
         balanced_by: Tensor | None = None,
         repeats: bool = False,
+        shards: ShardOrder | None = None,
     ) -> None:
         super().__init__(indices)
         self.indices, self.batch_size, self.rank, self.repeats = indices, batch_size, rank, repeats
         self.seed, self.training, self.drop_last, self.balanced_by = seed, training, drop_last, balanced_by
+        self.shards = shards
         self.epoch = 0
         self.position = 0  # batches of `epoch` already given
         self.places: list[Tensor] | None = None
@@ -82,11 +134,23 @@ class EpochSampler(SequentialSampler):
         self.epoch, self._is_epoch_named = epoch, True
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of its batches already given."""
-        return {"epoch": self.epoch, "position": self.position}
+        """Return the epoch and the number of its batches already given; of shards also how many workers read them."""
+        workers = {} if self.shards is None else {"num_workers": self.shards.num_workers}
+        return {"epoch": self.epoch, "position": self.position, **workers}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where `state` was taken."""
+        """Continue where `state` was taken.
+
+        Raises:
+            UserError: It is within an epoch whose order is that of another number of workers.
+        """
+        ours = None if self.shards is None else self.shards.num_workers
+        theirs = state.get("num_workers")
+        if 0 < state["position"] < len(self) and ours != theirs:
+            raise UserError(
+                f"--data.num_workers {ours}: the checkpoint is within an epoch whose shards are read by {theirs} "
+                f"workers; give --data.num_workers {theirs}, and the run's --data.cache."
+            )
         self.epoch, self.position = state["epoch"], state["position"]
         self._resume_at, self._is_epoch_named = self.position, True
 
@@ -104,6 +168,10 @@ class EpochSampler(SequentialSampler):
             # A rank with one image less may need an empty batch to make as many steps as the others.
             return [own[k * self.batch_size : (k + 1) * self.batch_size] for k in range(len(self))]
         generator = seeded_generator(self.seed, 0 if self.repeats else self.epoch, _ORDER)
+        if self.shards is not None:
+            count = -(-len(self.indices) // self.rank.count)
+            sizes = [min(self.batch_size, count - k * self.batch_size) for k in range(len(self))]
+            return self.shards.batches(self.indices, sizes, rank=self.rank, generator=generator)
         if self.balanced_by is None:
             order = torch.randperm(len(self.indices), generator=generator)
         else:

@@ -20,11 +20,29 @@ def channel_statistics(images: np.ndarray, indices: np.ndarray) -> tuple[tuple[f
         total += pixels.sum(0)
         squares += (pixels**2).sum(0)
         give_back_pages(images)
-    count = len(indices) * images.shape[1] * images.shape[2]
+    return _mean_and_std(total, squares, len(indices) * images.shape[1] * images.shape[2])
+
+
+def _mean_and_std(total: np.ndarray, squares: np.ndarray, count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean = total / count
     # At least 1e-3: normalizing a constant channel would divide by 0.
     std = np.sqrt(np.maximum(squares / count - mean**2, 1e-6))
     return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def moments(images: np.ndarray) -> np.ndarray:
+    """Return float32 (n, 2, channels): the mean of each image's values, scaled to 0-1, and that of their squares."""
+    rows = []
+    for image in images:
+        pixels = image.reshape(-1, image.shape[-1]) / 255.0
+        rows.append([pixels.mean(0), (pixels**2).mean(0)])
+    return np.array(rows, np.float32)
+
+
+def statistics_of_moments(of_images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return what `channel_statistics` does, from the `moments` of the images."""
+    total, squares = of_images.sum(0, dtype=np.float64)
+    return _mean_and_std(total, squares, len(of_images))
 
 
 def evenly_spaced(num_images: int, num_wanted: int) -> np.ndarray:

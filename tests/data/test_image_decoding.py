@@ -519,7 +519,7 @@ def test_no_more_workers_start_than_pay_off(monkeypatch):
         started.append(num)
         raise Stop
 
-    monkeypatch.setattr(image_decoding, "_workers", start)
+    monkeypatch.setattr(image_decoding, "worker_pool", start)
     monkeypatch.setattr(image_decoding, "usable_cpus", lambda: 8)
     for num in (1, 199, 200, 10_000):
         with pytest.raises(Stop):

@@ -1,0 +1,527 @@
+"""Shards: the images of a set beyond one disk in large files, on a disk or in a bucket, read as they are needed.
+
+`python train.py shard` writes them (shard_writer.py) with litdata, so that litdata reads them, too:
+
+    shards.json          `ShardsIndex`: class names, image size and hashes; written last, so that it marks a whole set
+    train/index.json     litdata's index of the split's shards
+    train/images.npz     of each image: class, name, checksum of its bytes, hash and moments of its pixels
+    train/chunk-0-K.bin  shard K: images as {"image": bytes, "label": class}
+
+The bytes of an image are a JPEG file where its shorter side is larger than `image_size`, else the decoded uint8 square.
+A worker reads single images with `pread`, at the offsets that a shard begins with: litdata's own reader holds one shard
+open at a time, and a mapped file that is cut would kill the process. Shards of a bucket are downloaded by litdata into
+the user's cache, ahead of their use, and stay there while the disk has room.
+"""
+
+import copy
+import errno
+import hashlib
+import os
+import shutil
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import numpy as np
+from pydantic import BaseModel, Field, ValidationError
+
+from cifar_lightning.data.image_decoding import Resize, decode_image
+from cifar_lightning.data.image_folder import allocated, user_cache
+from cifar_lightning.data.image_set import ImageSet, Split
+from cifar_lightning.data.memory import usable_cpus
+from cifar_lightning.errors import RunError, UserError
+from cifar_lightning.files import file_sha256, read_bytes
+from cifar_lightning.formatting import printable, reason_of
+
+Cache = Literal["none", "memory", "disk"]
+INDEX = "shards.json"
+WINDOW = 4  # shards among which a worker shuffles images, and that it downloads ahead
+_MAX_OPEN = 4 * WINDOW  # shards that a process keeps open
+_LEAVES = 8  # bytes before the image of an item: the sizes of its image and its label
+_MAX_INDEX_BYTES = 1 << 28
+_FREE = 0.1  # of the disk, below which downloaded shards are removed
+_ATTEMPTS, _TIMEOUT_S = 4, 20  # of a request to a bucket; litdata's default of 1,000 attempts hides that it is away
+_WAIT_S = 600  # for another process that downloads the same shard
+_DECODED_AT_ONCE = 256
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class SplitIndex(BaseModel):
+    """A split in `shards.json`."""
+
+    num_images: Annotated[int, Field(ge=1)]
+    sha256: Sha256  # of names, files and decoded images
+    files: dict[Literal["index.json", "images.npz"], Sha256]
+
+
+class ShardsIndex(BaseModel):
+    """What is in `shards.json`."""
+
+    version: Literal[1]
+    rules: int  # `image_decoding.RULES` when they were written
+    class_names: Annotated[list[str], Field(min_length=1)]
+    image_size: Annotated[int, Field(ge=1, le=4096)]
+    in_channels: Literal[1, 3]
+    resize: Resize
+    splits: dict[Split, SplitIndex]
+
+
+class _Shard(BaseModel):
+    """A shard in litdata's `index.json`."""
+
+    filename: Annotated[str, Field(pattern=r"^[\w.-]+\.bin$")]
+    chunk_bytes: Annotated[int, Field(ge=1)]
+    chunk_size: Annotated[int, Field(ge=1)]  # images
+
+
+class _LitdataIndex(BaseModel):
+    chunks: Annotated[list[_Shard], Field(min_length=1)]
+
+
+class Shards:
+    """The data set "shards": images that `python train.py shard` has written.
+
+    Args:
+        root: Their folder, or its address `s3://bucket/folder`.
+        image_size: Must be that of the shards.
+        resize: Likewise.
+        in_channels: Likewise.
+        cache: How decoded images are kept; see `ImageDataModule`.
+
+    Raises:
+        UserError: They are missing, incomplete or of other settings; or the bucket cannot be reached.
+    """
+
+    mean: None = None
+    std: None = None
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int | None = None,
+        *,
+        resize: Resize = "crop",
+        in_channels: int = 3,
+        cache: Cache = "none",
+    ) -> None:
+        self.root, self.cache = root, cache
+        self._place = _Bucket(root) if "://" in root else _Folder(Path(root))
+        text = self._place.read_index()
+        try:
+            self.index = ShardsIndex.model_validate_json(text)
+            if "train" not in self.index.splits:
+                raise ValueError("it has no training images")
+        except ValueError as error:
+            raise UserError(f"--data.root {root}: {INDEX} is damaged ({reason_of(error)}).") from error
+        self._place.version = hashlib.sha256(text).hexdigest()
+        self.class_names, self.image_size = tuple(self.index.class_names), self.index.image_size
+        given = {"image_size": image_size or self.image_size, "resize": resize, "in_channels": in_channels}
+        for name, value in given.items():
+            if value != (theirs := getattr(self.index, name)):
+                raise UserError(
+                    f"--data.{name} {value}: these shards have {theirs}; write others with the command shard and "
+                    f"--data.{name} {value}, or leave it out."
+                )
+        self.pixel_hashes: dict[Split, np.ndarray] = {}  # of the images of each split that was loaded
+        self._names: dict[Split, tuple[np.ndarray, np.ndarray]] = {}  # names that end with 0, and where they end
+
+    def prepare(self) -> None:
+        """Check that the shards in a folder are all there and whole; those in a bucket are checked when they come.
+
+        Raises:
+            UserError: One is missing or cut.
+        """
+        for split in self.index.splits:
+            self._place.check(split, _shards_of(self._file(split, "index.json")))
+
+    def load(self, split: Split) -> ImageSet | None:
+        """Return a split; its images are read when they are indexed, or now with a cache."""
+        if split not in self.index.splits:
+            return None
+        about = self.index.splits[split]
+        shards, table = _shards_of(self._file(split, "index.json")), self._table(split)
+        self.pixel_hashes[split] = table["pixels"]
+        self._names[split] = table["names"], np.flatnonzero(table["names"] == 0)
+        images = ShardedImages(self._place, split, shards, self.index, table)
+        # It has what loaders and statistics use of an array: shape, dtype, nbytes, length and indices.
+        held = cast(np.ndarray, images) if self.cache == "none" else self._decoded(split, images)
+        return ImageSet(held, table["targets"], about.sha256)
+
+    def image_name(self, split: Split, index: int) -> str:
+        """Return the path of an image below the root that was sharded."""
+        names, ends = self._names[split]
+        begin = ends[index - 1] + 1 if index else 0
+        return names[begin : ends[index]].tobytes().decode("utf-8", "backslashreplace")
+
+    def describe(self) -> str:
+        """Return one line for the terminal."""
+        counts = " + ".join(f"{about.num_images:,} {split}" for split, about in self.index.splits.items())
+        size = f"{self.image_size}x{self.image_size}{' gray' if self.index.in_channels == 1 else ''}"
+        return f"shards: {counts} images, {len(self.class_names)} classes, {size}, in {self.root}"
+
+    def _file(self, split: Split, name: Literal["index.json", "images.npz"]) -> Path:
+        path = self._place.fetch(split, name)
+        if file_sha256(path) != self.index.splits[split].files[name]:
+            self._place.forget(path)
+            raise UserError(f"{self._place.name(split, name)}: is damaged, or of other shards than {INDEX}.")
+        return path
+
+    def _table(self, split: Split) -> dict[str, np.ndarray]:
+        path = self._file(split, "images.npz")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                table = {name: file[name] for name in ("targets", "names", "is_jpeg", "checksums", "pixels", "moments")}
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise UserError(f"{self._place.name(split, 'images.npz')}: is damaged ({reason_of(error)}).") from error
+        targets, num = table["targets"], self.index.splits[split].num_images
+        if len(targets) != num or not 0 <= targets.min() <= targets.max() < len(self.class_names):
+            raise UserError(f"{self._place.name(split, 'images.npz')}: is of other classes or images than {INDEX}.")
+        return table
+
+    def _decoded(self, split: Split, images: "ShardedImages") -> np.ndarray:
+        """Decode all images of a split, into memory or once into a file of the user's cache."""
+        if self.cache == "memory":
+            return _fill(np.empty(images.shape, np.uint8), images)
+        folder, name = self._place.cache, f"{split}-{self.index.splits[split].sha256[:16]}.npy"
+        if not (folder / name).exists():
+            with allocated(folder, name, images.shape) as temporary:
+                if temporary is None:
+                    raise UserError(f"--data.cache disk: {folder} has no room for {images.nbytes:,} bytes.")
+                cast(np.memmap, _fill(np.load(temporary, mmap_mode="r+"), images)).flush()
+                os.replace(temporary, folder / name)
+        return cast(np.ndarray, np.load(folder / name, mmap_mode="r"))
+
+
+class ShardedImages:
+    """The images of a split, uint8 (n, height, width, channels), read from shards when they are indexed.
+
+    Args:
+        place: Where the shards are.
+        split: The split.
+        shards: Its shards.
+        index: Size and channels of the images.
+        table: The columns of `images.npz`.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(
+        self,
+        place: "_Folder | _Bucket",
+        split: Split,
+        shards: Sequence[_Shard],
+        index: ShardsIndex,
+        table: dict[str, np.ndarray],
+    ) -> None:
+        self._place, self._split, self._shards, self._index = place, split, shards, index
+        self._is_jpeg, self._checksums = table["is_jpeg"], table["checksums"]
+        self.moments: np.ndarray = table["moments"]
+        """float32 (n, 2, channels): mean of each image's values, scaled to 0-1, and of their squares."""
+        self.starts = np.cumsum([0, *(shard.chunk_size for shard in shards)])
+        """int64 (shards + 1,): index of the first image of each shard, and the number of images."""
+        self.num_shards = len(shards)
+        self.shape = (len(table["targets"]), index.image_size, index.image_size, index.in_channels)
+        self.nbytes = int(np.prod(self.shape))
+        self._open: dict[int, tuple[int, np.ndarray]] = {}  # file descriptor and offsets of each open shard
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: int | slice | np.ndarray) -> np.ndarray:
+        """Return the images of indices or a slice; of an integer, one image."""
+        indices = np.arange(len(self))[key] if isinstance(key, slice) else np.atleast_1d(np.asarray(key))
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"image {indices.max()} of {len(self)}")  # ends an iteration, too
+        images = np.empty((len(indices), *self.shape[1:]), np.uint8)
+        shards = self._shard_of(indices)
+        self.fetch_ahead(indices)
+        for at, shard in enumerate(shards.tolist()):
+            self._read(shard, int(indices[at]), images[at])
+        return images if isinstance(key, slice) or np.ndim(key) else images[0]
+
+    def fetch_ahead(self, indices: np.ndarray) -> None:
+        """Begin to download the shards of images, where they are in a bucket."""
+        if isinstance(self._place, _Bucket):
+            for shard in np.unique(self._shard_of(indices)).tolist():
+                if shard not in self._open:
+                    self._place.begin(self._split, self._shards[shard])
+
+    def _shard_of(self, indices: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.starts, indices, side="right") - 1
+
+    def _read(self, shard: int, index: int, into: np.ndarray) -> None:
+        fd, offsets = self._open.get(shard) or self._opened(shard)
+        place = index - int(self.starts[shard])
+        begin, end = int(offsets[place]), int(offsets[place + 1])
+        item = _pread(fd, end - begin, begin)
+        image = memoryview(item)[_LEAVES : _LEAVES + int.from_bytes(item[:4], "little")]
+        if zlib.crc32(image) != self._checksums[index]:
+            self._place.forget(self._place.path(self._split, self._shards[shard].filename))
+            raise UserError(f"{self._name(shard)}: is damaged: image {place} is not the one that was written.")
+        if self._is_jpeg[index]:
+            about = self._index
+            decoded = decode_image(
+                f"{self._name(shard)}, image {place},",
+                about.image_size,
+                read=lambda _: bytes(image),
+                resize=about.resize,
+                in_channels=about.in_channels,
+            )
+            into[:] = decoded
+        else:
+            into[:] = np.frombuffer(image, np.uint8).reshape(into.shape)
+
+    def _opened(self, shard: int) -> tuple[int, np.ndarray]:
+        about = self._shards[shard]
+        fd = self._place.open(self._split, about)
+        header = np.frombuffer(_pread(fd, 4 * (about.chunk_size + 2), 0), "<u4")
+        if len(header) < about.chunk_size + 2 or header[0] != about.chunk_size or header[-1] != about.chunk_bytes:
+            os.close(fd)
+            self._place.forget(self._place.path(self._split, about.filename))
+            raise UserError(f"{self._name(shard)}: is damaged, or another shard.")
+        while len(self._open) >= _MAX_OPEN:
+            os.close(self._open.pop(next(iter(self._open)))[0])
+        self._open[shard] = fd, header[1:]
+        return self._open[shard]
+
+    def _name(self, shard: int) -> str:
+        return self._place.name(self._split, self._shards[shard].filename)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}
+
+    def __del__(self) -> None:
+        for fd, _ in getattr(self, "_open", {}).values():
+            os.close(fd)
+
+
+# -- where shards are ---------------------------------------------------------------------------------------------
+
+
+class _Folder:
+    """Shards on a disk."""
+
+    version = ""  # SHA-256 of shards.json
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def cache(self) -> Path:
+        return user_cache(os.path.realpath(self.root), self.version)
+
+    def name(self, split: Split, file: str) -> str:
+        return printable(str(self.root / split / file))
+
+    def read_index(self) -> bytes:
+        path = self.root / INDEX
+        if self.root.is_dir() and not path.exists():
+            why = "its `shard` was stopped, or is not done" if any(self.root.glob("*/chunk-*.bin")) else "no shards"
+            raise UserError(f"--data.root {self.root}: has no {INDEX}: {why}; write them with the command shard.")
+        try:
+            return read_bytes(path, _MAX_INDEX_BYTES, follow_links=True)
+        except OSError as error:
+            raise UserError(f"--data.root {self.root}: {INDEX} cannot be read ({error.strerror}).") from error
+
+    def path(self, split: Split, file: str) -> Path:
+        return self.root / split / file
+
+    def forget(self, path: Path) -> None:
+        """Keep a damaged file: it is the user's."""
+
+    def fetch(self, split: Split, file: str) -> Path:
+        path = self.path(split, file)
+        if not path.is_file():
+            raise UserError(f"{self.name(split, file)}: is missing; copy it again, or write the shards again.")
+        return path
+
+    def check(self, split: Split, shards: Sequence[_Shard]) -> None:
+        bad = [reason for shard in shards if (reason := self._fault(split, shard))]
+        if bad:
+            raise UserError(
+                f"{bad[0]}; {len(bad):,} of {len(shards):,} {split} shards are missing or cut.\n"
+                "Copy them again, or write the shards again."
+            )
+
+    def _fault(self, split: Split, shard: _Shard) -> str:
+        try:
+            size = self.path(split, shard.filename).stat().st_size
+        except OSError as error:
+            return f"{self.name(split, shard.filename)}: cannot be read ({error.strerror})"
+        return "" if size == shard.chunk_bytes else cut(self.name(split, shard.filename), size, shard.chunk_bytes)
+
+    def open(self, split: Split, shard: _Shard) -> int:
+        if fault := self._fault(split, shard):
+            raise UserError(f"{fault}; copy it again, or write the shards again.")
+        return os.open(self.path(split, shard.filename), os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+
+class _Bucket:
+    """Shards in a bucket, downloaded by litdata into the user's cache."""
+
+    version = ""
+
+    def __init__(self, root: str) -> None:
+        if not root.startswith("s3://"):
+            raise UserError(f"--data.root {root}: a folder, or s3://bucket/folder.")
+        self.root = root.rstrip("/")
+        self._process = 0  # that the downloader and the threads belong to: neither outlives a fork
+
+    @property
+    def cache(self) -> Path:
+        return user_cache(self.root, self.version)
+
+    def name(self, split: Split, file: str) -> str:
+        return printable(f"{self.root}/{split}/{file}")
+
+    def read_index(self) -> bytes:
+        folder = user_cache(self.root, "index")
+        path = folder / f"{os.getpid()}-{time.time_ns()}.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._download(f"{self.root}/{INDEX}", path, UserError)
+            return read_bytes(path, _MAX_INDEX_BYTES)
+        finally:
+            path.unlink(missing_ok=True)
+
+    def path(self, split: Split, file: str) -> Path:
+        return self.cache / split / file
+
+    def forget(self, path: Path) -> None:
+        """Remove a damaged file, so that it is downloaded again."""
+        path.unlink(missing_ok=True)
+
+    def fetch(self, split: Split, file: str) -> Path:
+        path = self.path(split, file)
+        if not path.exists():
+            self._download(self.name(split, file), path, UserError)
+        return path
+
+    def check(self, split: Split, shards: Sequence[_Shard]) -> None:
+        pass
+
+    def begin(self, split: Split, shard: _Shard) -> None:
+        """Download a shard in a thread, unless it is here or on its way."""
+        self._of_this_process()
+        path = self.path(split, shard.filename)
+        if path not in self._pending and not path.exists():
+            self._pending[path] = self._threads.submit(self._fetch_shard, split, shard)
+
+    def open(self, split: Split, shard: _Shard) -> int:
+        self._of_this_process()
+        path = self.path(split, shard.filename)
+        while True:
+            if (pending := self._pending.pop(path, None)) is not None:
+                wait([pending])  # where it failed, perhaps long ago, it is tried again
+            if not path.exists():
+                self._fetch_shard(split, shard)
+            try:
+                fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            except FileNotFoundError:  # another process has just made room
+                continue
+            os.utime(path)  # the least recently used ones are removed first
+            if (size := os.fstat(fd).st_size) != shard.chunk_bytes:
+                os.close(fd)
+                self.forget(path)
+                raise UserError(f"{cut(self.name(split, shard.filename), size, shard.chunk_bytes)}; upload it again.")
+            return fd
+
+    def _fetch_shard(self, split: Split, shard: _Shard) -> None:
+        _make_room(self.cache, shard.chunk_bytes)
+        self._download(self.name(split, shard.filename), self.path(split, shard.filename), RunError)
+
+    def _of_this_process(self) -> None:
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._pending: dict[Path, Future[None]] = {}
+            self._threads = ThreadPoolExecutor(WINDOW)
+            self._local = threading.local()  # a client of boto3 for each thread
+
+    def _download(self, address: str, path: Path, kind: type[UserError | RunError]) -> None:
+        """Download a file, or wait for another process that downloads it.
+
+        Raises:
+            UserError, RunError: As `kind` says, where it cannot be read.
+        """
+        self._of_this_process()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        until = time.monotonic() + _WAIT_S
+        try:
+            if not hasattr(self._local, "downloader"):
+                self._local.downloader = _downloader(self.root)
+            while not path.exists():  # litdata returns at once where another process holds the file's lock
+                self._local.downloader.download_file(address, str(path))
+                if time.monotonic() > until:
+                    raise TimeoutError(errno.ETIMEDOUT, "another process does not finish its download")
+                if not path.exists():
+                    time.sleep(0.1)
+        except UserError:
+            raise
+        except Exception as error:  # boto3 raises its own, urllib3's and OSError
+            again = " fit --resume continues when it can be." if kind is RunError else ""
+            raise kind(f"{address}: cannot be read ({reason_of(error)}).{again}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "version": self.version, "_process": 0}
+
+
+def _downloader(root: str) -> Any:
+    try:
+        from botocore.config import Config
+        from litdata.streaming.downloader import S3Downloader
+    except ImportError as error:
+        raise UserError(
+            f"--data.root {root}: needs litdata ({reason_of(error)}); pip install 'cifar-lightning[shards]'"
+        ) from error
+    retries: Any = {"max_attempts": _ATTEMPTS, "mode": "standard"}
+    config = Config(retries=retries, connect_timeout=_TIMEOUT_S, read_timeout=_TIMEOUT_S)
+    return S3Downloader(root, "", [], {"config": config})
+
+
+def _make_room(cache: Path, num_bytes: int) -> None:
+    """Remove downloaded shards, the least recently used first, until the disk has room for another."""
+    usage = shutil.disk_usage(cache if cache.exists() else cache.parent.parent)
+    missing = num_bytes + int(_FREE * usage.total) - usage.free
+    if missing <= 0:
+        return
+    found = sorted((path.stat().st_mtime, path) for path in cache.glob("*/*.bin"))
+    for _, path in found:  # on Linux a process that has one open reads it to the end
+        if missing > 0:
+            missing -= path.stat().st_size
+            path.unlink(missing_ok=True)
+
+
+def cut(name: str, size: int, wanted: int) -> str:
+    """Return what is wrong with a shard of another size."""
+    return f"{name}: is cut or another shard: {size:,} of {wanted:,} bytes"
+
+
+def _shards_of(path: Path) -> list[_Shard]:
+    try:
+        return _LitdataIndex.model_validate_json(read_bytes(path, _MAX_INDEX_BYTES, follow_links=True)).chunks
+    except ValidationError as error:
+        raise UserError(f"{printable(str(path))}: is no index of litdata ({reason_of(error)}).") from error
+
+
+def _fill(out: np.ndarray, images: ShardedImages) -> np.ndarray:
+    """Decode all images into an array, with a thread for each core: Pillow decodes without Python's lock."""
+
+    def fill(start: int) -> None:
+        # A copy has files of its own: one thread must not close those of another.
+        out[start : start + _DECODED_AT_ONCE] = copy.copy(images)[start : start + _DECODED_AT_ONCE]
+
+    with ThreadPoolExecutor(usable_cpus()) as threads:
+        list(threads.map(fill, range(0, len(images), _DECODED_AT_ONCE)))
+    return out
+
+
+def _pread(fd: int, num_bytes: int, at: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(fd, num_bytes, at)
+    os.lseek(fd, at, os.SEEK_SET)  # Windows
+    return os.read(fd, num_bytes)

@@ -1,0 +1,271 @@
+"""Shards: what `shard` writes is what the folder holds, read in an order of their own, and damage is noticed."""
+
+import pickle
+import shutil
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from program import decode_here
+
+from cifar_lightning import ImageDataModule
+from cifar_lightning.data.image_folder import ClassFolders
+from cifar_lightning.data.sampler import EpochSampler, Rank, ShardOrder
+from cifar_lightning.data.shard_writer import write_shards
+from cifar_lightning.data.shards import Shards
+from cifar_lightning.data.statistics import channel_statistics, moments, statistics_of_moments
+from cifar_lightning.errors import UserError
+
+
+@contextmanager
+def refused(*words):
+    with pytest.raises(UserError) as caught:
+        yield
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+SIZE, NUM = 16, 24  # pixels of the finished images, training images of each class
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Class folders of small PNG files and of JPEG files twice as large as the finished images."""
+    root = tmp_path_factory.mktemp("folders") / "data"
+    random = np.random.default_rng(0)
+    for split, count in (("train", NUM), ("test", 4)):
+        for name in ("ant", "bee"):
+            (root / split / name).mkdir(parents=True)
+            for at in range(count):
+                is_jpeg = at % 2
+                size = 2 * SIZE if is_jpeg else SIZE
+                image = Image.fromarray(random.integers(0, 256, (size, size, 3), np.uint8))
+                image.save(root / split / name / f"{at}.{'jpg' if is_jpeg else 'png'}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def written(folders, tmp_path_factory):
+    """The same as shards of about six images."""
+    output = tmp_path_factory.mktemp("written") / "shards"
+    with pytest.MonkeyPatch.context() as patch:
+        decode_here(patch)
+        write_shards(ClassFolders(folders, SIZE), output, shard_bytes=6_000)
+    return output
+
+
+@pytest.fixture
+def shards(written, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(written, tmp_path / "shards")
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch, tmp_path):
+    decode_here(monkeypatch)
+    monkeypatch.setenv("CIFAR_LIGHTNING_CACHE", str(tmp_path / "cache"))
+
+
+def data_of(root, **settings):
+    settings = {"batch_size": 8, "val_fraction": 0.25, "num_workers": 1, **settings}
+    data = ImageDataModule("shards", str(root), **settings)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def test_shards_hold_the_images_of_the_folder_and_large_jpegs_stay_files(folders, written):
+    source, folder = Shards(str(written)), ClassFolders(folders, SIZE)
+    assert source.class_names == folder.class_names
+    for split in ("train", "test"):
+        ours, theirs = source.load(split), folder.load(split)
+        place = {folder.image_name(split, index): index for index in range(len(theirs.targets))}
+        order = [place[source.image_name(split, index)] for index in range(len(ours.targets))]
+        assert sorted(order) == list(range(len(order)))
+        assert np.array_equal(ours.images[:], theirs.images[order])
+        assert np.array_equal(ours.targets, theirs.targets[order])
+        assert np.array_equal(source.pixel_hashes[split], folder.pixel_hashes[split][order])
+    held = b"".join(path.read_bytes() for path in (written / "train").glob("*.bin"))
+    assert (folders / "train/ant/1.jpg").read_bytes() in held
+    assert (folders / "train/ant/0.png").read_bytes() not in held
+
+
+def test_litdata_reads_them_too(written):
+    from litdata import StreamingDataset
+
+    read = list(StreamingDataset(str(written / "test"), shuffle=False))
+    ours = Shards(str(written)).load("test")
+    assert [row["label"] for row in read] == ours.targets.tolist()
+    assert np.array_equal(np.frombuffer(read[0]["image"], np.uint8).reshape(SIZE, SIZE, 3), ours.images[0])
+
+
+def test_moments_give_the_statistics_of_the_images():
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
+    some = np.array([1, 4, 17])
+    ours, theirs = statistics_of_moments(moments(images)[some]), channel_statistics(images, some)
+    assert np.allclose(ours, theirs, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize(("num_ranks", "left_out"), [(1, 0), (2, 0), (3, 5)])
+def test_an_epoch_shows_each_image_once_and_a_shard_to_few_workers(num_ranks, num_workers, left_out):
+    num = 240
+    indices = torch.from_numpy(np.delete(np.arange(num), np.arange(left_out) * 7))
+    order = ShardOrder(np.arange(0, num + 1, 10), 4, num_workers)
+
+    def of_rank(rank, epoch=0):
+        settings = {"seed": 3, "training": True, "rank": Rank(rank, num_ranks), "shards": order}
+        sampler = EpochSampler(indices, 7, **settings)
+        sampler.set_epoch(epoch)
+        return sampler.begin()
+
+    dealt = [of_rank(rank) for rank in range(num_ranks)]
+    assert len({len(batches) for batches in dealt}) == 1
+    assert {len(batch) for batches in dealt for batch in batches[:-1]} == {7}
+    shown = torch.cat([torch.cat(batches) for batches in dealt])
+    assert set(shown.tolist()) == set(indices.tolist())
+    assert len(shown) - len(indices) < num_ranks  # repeated where the ranks do not divide them
+    readers = [{(rank, k % num_workers) for rank in range(num_ranks) for k, batch in enumerate(dealt[rank])
+                if (batch // 10 == shard).any()} for shard in range(24)]  # fmt: skip
+    assert sum(len(each) - 1 for each in readers) < num_ranks * num_workers
+    first = torch.cat([of_rank(0)[k] for k in range(0, len(dealt[0]), num_workers)][:5])
+    assert len(set((first // 10).tolist())) <= 4 + 1 + 1  # the first window, and a piece of a shard at its start
+    assert torch.cat(of_rank(0, 1)).tolist() != torch.cat(dealt[0]).tolist()
+    assert torch.cat(of_rank(0)).tolist() == torch.cat(dealt[0]).tolist()
+
+
+def test_a_loader_resumes_within_an_epoch_to_the_bit_at_the_same_workers_alone(written):
+    whole = [
+        (images.clone(), targets.clone()) for images, targets in data_of(written, num_workers=2).train_dataloader()
+    ]
+    loader = data_of(written, num_workers=2).train_dataloader()
+    batches = iter(loader)
+    for _ in range(2):
+        next(batches)
+    state = loader.state_dict()
+    again = data_of(written, num_workers=2).train_dataloader()
+    again.load_state_dict(state)
+    rest = list(again)
+    assert len(rest) == len(whole) - 2 > 1
+    for (images, targets), (other_images, other_targets) in zip(rest, whole[2:], strict=True):
+        assert torch.equal(images, other_images)
+        assert torch.equal(targets, other_targets)
+    with refused("--data.num_workers 1", "--data.num_workers 2"):
+        data_of(written, num_workers=1).train_dataloader().load_state_dict(state)
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_cache_holds_the_same_images_and_split(written, cache):
+    lazy, held = data_of(written), data_of(written, cache=cache, num_workers=0)
+    assert held.split_summary() == lazy.split_summary()
+    for split in ("train", "val", "test"):
+        every = np.arange(lazy.num_images(split))
+        assert np.array_equal(held.images(split, every), lazy.images(split, every))
+    assert np.allclose(held.mean, lazy.mean, rtol=1e-6)
+
+
+def test_a_folder_cached_in_memory_writes_nothing_and_is_the_same(folders, tmp_path):
+    root = shutil.copytree(folders, tmp_path / "data", ignore=shutil.ignore_patterns(".*"))
+    held = ClassFolders(root, SIZE, cache="memory").load("train")
+    assert not list(root.glob(".*"))
+    assert held.sha256 == ClassFolders(root, SIZE).load("train").sha256
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------
+
+
+def shard_of(root):
+    return sorted((root / "train").glob("*.bin"))[1]
+
+
+def cut_half(root):
+    shard_of(root).write_bytes(shard_of(root).read_bytes()[:-100])
+
+
+def remove(root):
+    shard_of(root).unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_half, remove])
+def test_a_missing_or_cut_shard_is_named_before_training(shards, damage):
+    damage(shards)
+    with refused(str(shard_of(shards)) if damage is cut_half else "chunk-0-1.bin", "1 of "):
+        data_of(shards)
+
+
+def test_a_shard_that_goes_away_or_is_another_is_named_by_the_worker_that_reads_it(shards):
+    data = data_of(shards)
+    one, other = sorted((shards / "train").glob("*.bin"))[:2]
+    flipped = bytearray(one.read_bytes())
+    flipped[-50] ^= 1
+    one.write_bytes(flipped)
+    with refused(one.name, "image 4"):
+        list(data.train_dataloader())
+    other.unlink()
+    one.write_bytes(bytes(flipped[:-50]) + bytes([flipped[-50] ^ 1]) + bytes(flipped[-49:]))
+    with refused(other.name):
+        list(data.train_dataloader())
+
+
+def test_shards_that_are_not_whole_or_of_another_set_are_refused(shards, folders, tmp_path):
+    index = shards / "shards.json"
+    text = index.read_text()
+    index.write_text(text[:50])
+    with refused("shards.json"):
+        Shards(str(shards))
+    other = tmp_path / "other"
+    write_shards(ClassFolders(folders, SIZE), other)
+    index.write_text((other / "shards.json").read_text())
+    with refused("index.json"):
+        data_of(shards)
+    index.unlink()
+    with refused(str(shards), "shards.json"):
+        Shards(str(shards))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"image_size": 8}, ["--data.image_size 8", "16"]),
+        ({"in_channels": 1}, ["--data.in_channels 1", "3"]),
+        ({"resize": "pad"}, ["--data.resize pad", "crop"]),
+        ({"num_workers": 0}, ["--data.num_workers 0", "--data.cache memory"]),
+        ({"sampler": "balanced"}, ["--data.sampler balanced"]),
+        ({"labels": "x.csv"}, ["--data.labels x.csv"]),
+    ],
+)
+def test_settings_that_shards_do_not_have_are_refused(written, settings, words):
+    with refused(*words):
+        data_of(written, **settings)
+
+
+def test_a_cache_that_a_data_set_does_not_have_is_refused(folders):
+    with refused("--data.cache none", "shard"):
+        ImageDataModule("folder", str(folders), cache="none")
+    with refused("--data.cache disk", "synthetic"):
+        ImageDataModule("synthetic", cache="disk")
+    with refused("--data.root gs://x"):
+        ImageDataModule("shards", "gs://x")
+
+
+def test_a_failed_or_second_writing_leaves_what_was_there(folders, written, tmp_path):
+    with refused(f"--output {written}"):
+        write_shards(ClassFolders(folders, SIZE), written)
+    assert Shards(str(written)).class_names == ("ant", "bee")
+    root = shutil.copytree(folders, tmp_path / "data")
+    (root / "train/ant/0.png").write_bytes(b"no image")
+    with refused("ant/0.png", "--data.skip_unreadable"):
+        write_shards(ClassFolders(root, SIZE), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    lines = write_shards(ClassFolders(root, SIZE, skip_unreadable=True), tmp_path / "new")
+    assert any("1 of 48" in line for line in lines)
+    assert len(Shards(str(tmp_path / "new")).load("train").targets) == 2 * NUM - 1
+
+
+def test_images_are_pickled_without_their_open_files(written):
+    images = Shards(str(written)).load("train").images
+    first = images[0]
+    assert np.array_equal(pickle.loads(pickle.dumps(images))[0], first)
+    with pytest.raises(IndexError):
+        images[len(images)]
