@@ -416,7 +416,7 @@ class ImageDataModule(pl.LightningDataModule):
     def split_summary(self) -> dict[str, Any]:
         """Return the split as plain types: indices into the source's images, and hashes of these images.
 
-        "sha256" hashes the uint8 images and int64 targets of each image set of the source.
+        "sha256" is that of each image set of the source.
         """
         settings, has_own_val = self.split_settings, self._splits.val_source == "val"
         return {

@@ -21,7 +21,7 @@ class ImageSet(NamedTuple):
 
     images: np.ndarray  # uint8 (N, H, W, channels), RGB or gray, 0-255; may be mapped from a file, read-only
     targets: np.ndarray  # int64 (N,), indices into the source's class names
-    sha256: str  # `digest` of both
+    sha256: str  # `digest` of both; of shards, of their names, files and pixels
 
 
 def as_gray(image_set: ImageSet) -> ImageSet:

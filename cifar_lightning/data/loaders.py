@@ -306,7 +306,9 @@ class _Rows(Dataset[tuple[Tensor, ...]]):
         _, images, targets = self._read(_Batch(np.array([int(index)])))
         return images[0], targets[0]
 
-    def __getitems__(self, batch: _Batch | list[int]) -> tuple[Tensor, Tensor, Tensor] | UserError | RunError:
+    def __getitems__(
+        self, batch: _Batch | np.ndarray | list[int]
+    ) -> tuple[Tensor, Tensor, Tensor] | UserError | RunError:
         try:
             return self._read(batch if isinstance(batch, _Batch) else _Batch(np.asarray(batch)))
         except (UserError, RunError) as error:  # DataLoader would raise it with a traceback for its message

@@ -1,4 +1,4 @@
-"""`python train.py shard`: class folders as shards, written in parallel; shards.py says what is in them."""
+"""The command `shard`: class folders as shards, written in parallel; shards.py says what is in them."""
 
 import hashlib
 import os

@@ -1,6 +1,6 @@
 """Shards: the images of a set beyond one disk in large files, on a disk or in a bucket, read as they are needed.
 
-`python train.py shard` writes them (shard_writer.py) with litdata, so that litdata reads them, too:
+The command `shard` writes them (shard_writer.py) with litdata, so that litdata reads them, too:
 
     shards.json          `ShardsIndex`: class names, image size and hashes; written last, so that it marks a whole set
     train/index.json     litdata's index of the split's shards
@@ -84,7 +84,7 @@ class _LitdataIndex(BaseModel):
 
 
 class Shards:
-    """The data set "shards": images that `python train.py shard` has written.
+    """The data set "shards": images that the command `shard` has written.
 
     Args:
         root: Their folder, or its address `s3://bucket/folder`.

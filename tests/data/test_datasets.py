@@ -112,7 +112,7 @@ def test_every_source_loads_what_the_protocol_promises(tmp_path, monkeypatch):
     write_cifar(tmp_path, monkeypatch, "cifar10")
     write_cifar(tmp_path, monkeypatch, "cifar100")
     write_folders(tmp_path)
-    for name in DATASETS:
+    for name in sorted(DATASETS.keys() - {"shards"}):  # test_shards.py compares those with a folder
         source = open_source(name, tmp_path)
         source.prepare()
         images = source.load("test")
