@@ -45,7 +45,8 @@ def small_images(root: Path, data: Path, num: int) -> None:
     names, listings = scan(data)
     listing = listings["train"]
     chosen = np.linspace(0, len(listing.names) - 1, num // len(VARIANTS)).astype(int)
-    jobs = [(listing.paths[at], names[listing.targets[at]]) for at in chosen]
+    paths, targets = listing.paths, listing.targets
+    jobs = [(paths[at], names[targets[at]]) for at in chosen]
     with ProcessPoolExecutor(NUM_CORES) as pool:
         list(pool.map(partial(_write_variants, root), enumerate(jobs), chunksize=500))
 

@@ -8,13 +8,12 @@ The command `shard` writes them (shard_writer.py) with litdata, so that litdata 
     train/chunk-0-K.bin  shard K: images as {"image": bytes, "label": class}
 
 The bytes of an image are a JPEG file where its shorter side is larger than `image_size`, else the decoded uint8 square.
-A worker reads single images with `pread`, at the offsets that a shard begins with: litdata's own reader holds one shard
-open at a time, and a mapped file that is cut would kill the process. Shards of a bucket are downloaded by litdata into
-the user's cache, ahead of their use, and stay there while the disk has room.
+A worker reads single images at the offsets that a shard begins with: litdata's own reader holds one shard at a time,
+and a mapped file that is cut would kill the process. Shards of a bucket are downloaded with litdata's client into the
+user's cache, ahead of their use, and stay there while the disk has room.
 """
 
 import copy
-import errno
 import hashlib
 import os
 import shutil
@@ -23,6 +22,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -31,7 +31,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from cifar_lightning.data.image_decoding import Resize, decode_image
 from cifar_lightning.data.image_folder import allocated, user_cache
-from cifar_lightning.data.image_set import ImageSet, Split
+from cifar_lightning.data.image_set import ImageSet, Split, pixel_hashes
 from cifar_lightning.data.memory import usable_cpus
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import file_sha256, read_bytes
@@ -41,11 +41,11 @@ Cache = Literal["none", "memory", "disk"]
 INDEX = "shards.json"
 WINDOW = 4  # shards among which a worker shuffles images, and that it downloads ahead
 _MAX_OPEN = 4 * WINDOW  # shards that a process keeps open
-_LEAVES = 8  # bytes before the image of an item: the sizes of its image and its label
+_BEFORE, _AFTER = 8, 8  # bytes of an item around its image: the sizes of image and label, and the label
+_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 _MAX_INDEX_BYTES = 1 << 28
 _FREE = 0.1  # of the disk, below which downloaded shards are removed
 _ATTEMPTS, _TIMEOUT_S = 4, 20  # of a request to a bucket; litdata's default of 1,000 attempts hides that it is away
-_WAIT_S = 600  # for another process that downloads the same shard
 _DECODED_AT_ONCE = 256
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -219,7 +219,7 @@ class ShardedImages:
         table: dict[str, np.ndarray],
     ) -> None:
         self._place, self._split, self._shards, self._index = place, split, shards, index
-        self._is_jpeg, self._checksums = table["is_jpeg"], table["checksums"]
+        self._is_jpeg, self._checksums, self._pixels = table["is_jpeg"], table["checksums"], table["pixels"]
         self.moments: np.ndarray = table["moments"]
         """float32 (n, 2, channels): mean of each image's values, scaled to 0-1, and of their squares."""
         self.starts = np.cumsum([0, *(shard.chunk_size for shard in shards)])
@@ -240,8 +240,9 @@ class ShardedImages:
         images = np.empty((len(indices), *self.shape[1:]), np.uint8)
         shards = self._shard_of(indices)
         self.fetch_ahead(indices)
-        for at, shard in enumerate(shards.tolist()):
-            self._read(shard, int(indices[at]), images[at])
+        for shard in np.unique(shards).tolist():
+            rows = np.flatnonzero(shards == shard)
+            self._read(shard, indices[rows], rows, images)
         return images if isinstance(key, slice) or np.ndim(key) else images[0]
 
     def fetch_ahead(self, indices: np.ndarray) -> None:
@@ -254,33 +255,42 @@ class ShardedImages:
     def _shard_of(self, indices: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.starts, indices, side="right") - 1
 
-    def _read(self, shard: int, index: int, into: np.ndarray) -> None:
+    def _read(self, shard: int, indices: np.ndarray, rows: np.ndarray, into: np.ndarray) -> None:
+        """Read images of a shard into rows of an array."""
         fd, offsets = self._open.get(shard) or self._opened(shard)
-        place = index - int(self.starts[shard])
-        begin, end = int(offsets[place]), int(offsets[place + 1])
-        item = _pread(fd, end - begin, begin)
-        image = memoryview(item)[_LEAVES : _LEAVES + int.from_bytes(item[:4], "little")]
-        if zlib.crc32(image) != self._checksums[index]:
-            self._place.forget(self._place.path(self._split, self._shards[shard].filename))
-            raise UserError(f"{self._name(shard)}: is damaged: image {place} is not the one that was written.")
-        if self._is_jpeg[index]:
-            about = self._index
-            decoded = decode_image(
-                f"{self._name(shard)}, image {place},",
-                about.image_size,
-                read=lambda _: bytes(image),
-                resize=about.resize,
-                in_channels=about.in_channels,
+        places, is_jpeg = indices - self.starts[shard], self._is_jpeg[indices]
+        begins, ends = offsets[places] + _BEFORE, offsets[places + 1] - _AFTER
+        squares = np.flatnonzero(~is_jpeg)
+        if len(squares):
+            read = np.empty((len(squares), *self.shape[1:]), np.uint8)
+            size, buffer = read[0].nbytes, memoryview(read).cast("B")
+            for at, begin in enumerate(begins[squares].tolist()):
+                buffer[at * size : (at + 1) * size] = _pread(fd, size, begin)
+            wrong = pixel_hashes(read) != self._pixels[indices[squares]]
+            self._refuse(shard, places[squares[wrong]])
+            into[rows[squares]] = read
+        for at in np.flatnonzero(is_jpeg).tolist():
+            file = _pread(fd, int(ends[at] - begins[at]), int(begins[at]))
+            if zlib.crc32(file) != self._checksums[indices[at]]:
+                self._refuse(shard, places[at : at + 1])
+            into[rows[at]] = decode_image(
+                f"{self._name(shard)}, image {places[at]},",
+                self._index.image_size,
+                read=lambda _, file=file: file,
+                resize=self._index.resize,
+                in_channels=self._index.in_channels,
             )
-            into[:] = decoded
-        else:
-            into[:] = np.frombuffer(image, np.uint8).reshape(into.shape)
+
+    def _refuse(self, shard: int, places: np.ndarray) -> None:
+        if len(places):
+            self._place.forget(self._place.path(self._split, self._shards[shard].filename))
+            raise UserError(f"{self._name(shard)}: is damaged: image {places[0]} is not the one that was written.")
 
     def _opened(self, shard: int) -> tuple[int, np.ndarray]:
         about = self._shards[shard]
         fd = self._place.open(self._split, about)
-        header = np.frombuffer(_pread(fd, 4 * (about.chunk_size + 2), 0), "<u4")
-        if len(header) < about.chunk_size + 2 or header[0] != about.chunk_size or header[-1] != about.chunk_bytes:
+        header = np.frombuffer(_pread(fd, 4 * (about.chunk_size + 2), 0), "<u4").astype(np.int64)
+        if header[0] != about.chunk_size or header[-1] != about.chunk_bytes or (np.diff(header[1:]) < 0).any():
             os.close(fd)
             self._place.forget(self._place.path(self._split, about.filename))
             raise UserError(f"{self._name(shard)}: is damaged, or another shard.")
@@ -358,11 +368,11 @@ class _Folder:
     def open(self, split: Split, shard: _Shard) -> int:
         if fault := self._fault(split, shard):
             raise UserError(f"{fault}; copy it again, or write the shards again.")
-        return os.open(self.path(split, shard.filename), os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        return os.open(self.path(split, shard.filename), _FLAGS)
 
 
 class _Bucket:
-    """Shards in a bucket, downloaded by litdata into the user's cache."""
+    """Shards in a bucket, downloaded into the user's cache."""
 
     version = ""
 
@@ -370,7 +380,7 @@ class _Bucket:
         if not root.startswith("s3://"):
             raise UserError(f"--data.root {root}: a folder, or s3://bucket/folder.")
         self.root = root.rstrip("/")
-        self._process = 0  # that the downloader and the threads belong to: neither outlives a fork
+        self._process = 0  # that the clients and the threads belong to: neither outlives a fork
 
     @property
     def cache(self) -> Path:
@@ -421,10 +431,11 @@ class _Bucket:
             if not path.exists():
                 self._fetch_shard(split, shard)
             try:
-                fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                fd = os.open(path, _FLAGS)
             except FileNotFoundError:  # another process has just made room
                 continue
-            os.utime(path)  # the least recently used ones are removed first
+            with suppress(FileNotFoundError):
+                os.utime(path)  # the least recently used ones are removed first
             if (size := os.fstat(fd).st_size) != shard.chunk_bytes:
                 os.close(fd)
                 self.forget(path)
@@ -443,44 +454,44 @@ class _Bucket:
             self._local = threading.local()  # a client of boto3 for each thread
 
     def _download(self, address: str, path: Path, kind: type[UserError | RunError]) -> None:
-        """Download a file, or wait for another process that downloads it.
+        """Download a file, in whose place there is never a part of it.
 
         Raises:
             UserError, RunError: As `kind` says, where it cannot be read.
         """
         self._of_this_process()
         path.parent.mkdir(parents=True, exist_ok=True)
-        until = time.monotonic() + _WAIT_S
+        part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+        bucket, _, key = address.removeprefix("s3://").partition("/")
         try:
-            if not hasattr(self._local, "downloader"):
-                self._local.downloader = _downloader(self.root)
-            while not path.exists():  # litdata returns at once where another process holds the file's lock
-                self._local.downloader.download_file(address, str(path))
-                if time.monotonic() > until:
-                    raise TimeoutError(errno.ETIMEDOUT, "another process does not finish its download")
-                if not path.exists():
-                    time.sleep(0.1)
+            if not hasattr(self._local, "s3"):
+                self._local.s3 = _s3_client(self.root)
+            self._local.s3.client.download_file(bucket, key, str(part))
+            os.replace(part, path)
         except UserError:
             raise
         except Exception as error:  # boto3 raises its own, urllib3's and OSError
             again = " fit --resume continues when it can be." if kind is RunError else ""
             raise kind(f"{address}: cannot be read ({reason_of(error)}).{again}") from error
+        finally:
+            part.unlink(missing_ok=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "version": self.version, "_process": 0}
 
 
-def _downloader(root: str) -> Any:
+def _s3_client(root: str) -> Any:
+    """Return litdata's client, which refreshes credentials; its downloader would retry for hours, and not by HTTP."""
     try:
         from botocore.config import Config
-        from litdata.streaming.downloader import S3Downloader
+        from litdata.streaming.client import S3Client
     except ImportError as error:
         raise UserError(
             f"--data.root {root}: needs litdata ({reason_of(error)}); pip install 'cifar-lightning[shards]'"
         ) from error
     retries: Any = {"max_attempts": _ATTEMPTS, "mode": "standard"}
     config = Config(retries=retries, connect_timeout=_TIMEOUT_S, read_timeout=_TIMEOUT_S)
-    return S3Downloader(root, "", [], {"config": config})
+    return S3Client(storage_options={"config": config})
 
 
 def _make_room(cache: Path, num_bytes: int) -> None:
@@ -521,7 +532,10 @@ def _fill(out: np.ndarray, images: ShardedImages) -> np.ndarray:
 
 
 def _pread(fd: int, num_bytes: int, at: int) -> bytes:
+    """Read from a file, of whose length `open` has made sure; one that is cut since gives fewer bytes."""
     if hasattr(os, "pread"):
-        return os.pread(fd, num_bytes, at)
-    os.lseek(fd, at, os.SEEK_SET)  # Windows
-    return os.read(fd, num_bytes)
+        data = os.pread(fd, num_bytes, at)
+    else:  # Windows
+        os.lseek(fd, at, os.SEEK_SET)
+        data = os.read(fd, num_bytes)
+    return data if len(data) == num_bytes else data.ljust(num_bytes, b"\0")
