@@ -5,8 +5,8 @@
 
 The 32-pixel images are those of class folders (CIFAR-10's), mirrored, upside down and both, as PNG files. Both loaders
 have 2 workers, make batches of 500 on 2 cores and give the same images, with crops and flips. The JPEGs are drawn from
-scikit-learn's two photographs: squares of 128 to 400 pixels, resized to 256, quality 90. ImageFolder decodes,
-transforms and normalizes in 2 workers as `benchmarks.speed.streaming` has it, in batches of 64.
+scikit-learn's two photographs: squares of 128 to 400 pixels, resized to 256 (--jpeg_px), quality 90. ImageFolder
+decodes, transforms and normalizes in 2 workers as `benchmarks.speed.streaming` has it, in batches of 64.
 
 A warm-up epoch of shards in which memory is sampled comes first (three epochs of the small images), then rounds in
 turn. The last line is shards over the other loader.
@@ -35,7 +35,7 @@ from cifar_lightning.data.shard_writer import write_shards
 from cifar_lightning.errors import UserError
 from cifar_lightning.runs.environment import describe_environment
 
-JPEG_PX, TRAINED_PX = 256, 224
+TRAINED_PX = 224
 VARIANTS = (None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.ROTATE_180)
 NUM_CLASSES = 10  # of the JPEGs
 
@@ -59,7 +59,7 @@ def _write_variants(root: Path, job: tuple[int, tuple[str, str]]) -> None:
         made.save(_folder(root, at, name) / f"{at:06}_{number}.png", compress_level=1)
 
 
-def jpegs(root: Path, num: int) -> None:
+def jpegs(root: Path, num: int, size: int) -> None:
     """Write squares of two photographs as JPEGs."""
     from sklearn.datasets import load_sample_images
 
@@ -68,7 +68,7 @@ def jpegs(root: Path, num: int) -> None:
     for at in range(num):
         photograph, side = photographs[at % 2], int(rng.integers(128, 401))
         x, y = (int(rng.integers(0, length - side + 1)) for length in photograph.size)
-        image = photograph.resize((JPEG_PX, JPEG_PX), Image.Resampling.BICUBIC, (x, y, x + side, y + side))
+        image = photograph.resize((size, size), Image.Resampling.BICUBIC, (x, y, x + side, y + side))
         image.save(_folder(root, at, str(at % NUM_CLASSES)) / f"{at:06}.jpg", quality=90)
 
 
@@ -86,7 +86,7 @@ def prepare(args: argparse.Namespace) -> tuple[Path, Path, float]:
     if not note.exists():
         shutil.rmtree(root, ignore_errors=True)
         if args.jpeg:
-            jpegs(root, args.images)
+            jpegs(root, args.images, args.jpeg_px)
         else:
             small_images(root, args.data, args.images)
         note.touch()
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder that the images are written to")
     parser.add_argument("--data", type=Path, metavar="ROOT", help="class folders of 32-pixel images")
     parser.add_argument("--jpeg", action="store_true", help="JPEGs of 256 pixels")
+    parser.add_argument("--jpeg_px", type=int, default=256, help="their width and height (default 256)")
     parser.add_argument("--images", type=int, help="training images (default 200,000; JPEGs 4,000)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each (default 5)")
     parser.add_argument("--seconds", type=float, default=8, help="seconds per round (default 8)")
@@ -154,7 +155,7 @@ def measure(args: argparse.Namespace) -> None:
     device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores"
     ratios = [one / two for one, two in zip(rates["shards"], rates[other], strict=True)]
     stored = sum(path.stat().st_size for path in folder.rglob("*.bin"))
-    kind = f"JPEGs of {JPEG_PX} pixels as {size}x{size}" if args.jpeg else f"images of {size} pixels"
+    kind = f"JPEGs of {args.jpeg_px} pixels as {size}x{size}" if args.jpeg else f"images of {size} pixels"
     print(f"{args.images:,} {kind}, batches of {batch_size}, {NUM_WORKERS} workers; shards of {stored / 1e6:,.0f} MB")
     print(f"  memory of shards {describe_memory(memory)}")
     print("images/s:")
