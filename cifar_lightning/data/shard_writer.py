@@ -29,7 +29,7 @@ from cifar_lightning.data.image_folder import ClassFolders, Listing
 from cifar_lightning.data.image_set import Split, is_constant, pixel_hashes
 from cifar_lightning.data.memory import usable_cpus
 from cifar_lightning.data.progress import progress
-from cifar_lightning.data.shards import INDEX, ShardsIndex, SplitIndex
+from cifar_lightning.data.shards import INDEX, ShardsIndex, SplitIndex, given
 from cifar_lightning.data.statistics import moments
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256, make_folder, sync_folder, write_json
@@ -222,7 +222,7 @@ def write_shard(
         try:
             data = read_file(path)
             square = decode_image(
-                path, image_size, unusual, read=partial(_given, data), resize=resize, in_channels=in_channels
+                path, image_size, unusual, read=partial(given, data), resize=resize, in_channels=in_channels
             )
         except (OSError, ValueError) as error:  # UserError is one
             shard.unreadable.append(str(error) if isinstance(error, UserError) else f"{path} ({reason_of(error)})")
@@ -250,10 +250,6 @@ def write_shard(
         os.fsync(file.fileno())
     shard.chunk, shard.config = writer._chunks_info[-1], writer.get_config()
     return shard
-
-
-def _given(data: bytes, path: str) -> bytes:
-    return data
 
 
 def _is_large_jpeg(data: bytes, image_size: int) -> bool:

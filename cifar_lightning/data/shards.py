@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -263,7 +264,7 @@ class ShardedImages:
         squares = np.flatnonzero(~is_jpeg)
         if len(squares):
             read = np.empty((len(squares), *self.shape[1:]), np.uint8)
-            size, buffer = read[0].nbytes, memoryview(read).cast("B")
+            size, buffer = read[0].nbytes, read.data.cast("B")
             for at, begin in enumerate(begins[squares].tolist()):
                 buffer[at * size : (at + 1) * size] = _pread(fd, size, begin)
             wrong = pixel_hashes(read) != self._pixels[indices[squares]]
@@ -276,7 +277,7 @@ class ShardedImages:
             into[rows[at]] = decode_image(
                 f"{self._name(shard)}, image {places[at]},",
                 self._index.image_size,
-                read=lambda _, file=file: file,
+                read=partial(given, file),
                 resize=self._index.resize,
                 in_channels=self._index.in_channels,
             )
@@ -505,6 +506,11 @@ def _make_room(cache: Path, num_bytes: int) -> None:
         if missing > 0:
             missing -= path.stat().st_size
             path.unlink(missing_ok=True)
+
+
+def given(data: bytes, path: str) -> bytes:
+    """Return bytes in place of a file's, as `decode_image` reads them."""
+    return data
 
 
 def cut(name: str, size: int, wanted: int) -> str:
