@@ -36,7 +36,7 @@ class WinogradConv2d(nn.Conv2d):
         self.of_output = torch.kron(of_output, of_output).float()  # (16, 36)
 
     def forward(self, input: Float[Tensor, "batch channels height width"]) -> Tensor:
-        """Return the convolution, channels last; as `Conv2d` does where a gradient is wanted."""
+        """Return the convolution in the memory format of `Conv2d`, which computes it where a gradient is wanted."""
         num, channels, height, width = input.shape
         if torch.is_grad_enabled() or min(height, width) < 4 or input.dtype != torch.float32:
             return super().forward(input)
@@ -54,7 +54,8 @@ class WinogradConv2d(nn.Conv2d):
             squares = (self.of_output @ products.transpose(0, 1)).view(*shape[:3], 4, 4, self.out_channels)
             whole = squares.transpose(2, 3).reshape(len(images), 4 * rows, 4 * columns, self.out_channels)
             into.copy_(whole[:, :height, :width])
-        return output.permute(0, 3, 1, 2)
+        found = output.permute(0, 3, 1, 2)
+        return found if any(map(_is_channels_last, (input, self.weight))) else found.contiguous()
 
 
 @contextmanager
@@ -75,6 +76,10 @@ def fewer_multiplications(model: nn.Module) -> Iterator[None]:
             module.__class__ = nn.Conv2d
             for name in ("transformed", "of_input", "of_output"):
                 module.__dict__.pop(name, None)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def _gains(conv: nn.Conv2d) -> bool:

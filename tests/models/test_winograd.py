@@ -23,11 +23,13 @@ def test_a_convolution_equals_the_one_in_float64(height, width, bias, tile_bytes
     monkeypatch.setattr(winograd, "_TILE_BYTES", tile_bytes)
     torch.manual_seed(height)
     conv, images = nn.Conv2d(8, 12, 3, padding=1, bias=bias), torch.randn(3, 8, height, width)
-    expected = copy.deepcopy(conv).double()(images.double())
+    expected, direct = copy.deepcopy(conv).double()(images.double()), copy.deepcopy(conv)
     with torch.inference_mode(), fewer_multiplications(conv):
         assert type(conv) is WinogradConv2d
         for given in (images, images.contiguous(memory_format=torch.channels_last)):
-            torch.testing.assert_close(conv(given).double(), expected, atol=2e-5, rtol=0)
+            found = conv(given)
+            torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
+            assert found.stride() == direct(given).stride(), "models that call view on contiguous outputs"
 
 
 def test_probabilities_of_a_model_differ_by_less_than_1e_4():
