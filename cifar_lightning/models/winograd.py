@@ -35,11 +35,12 @@ class WinogradConv2d(nn.Conv2d):
         self.of_input = torch.kron(of_input, of_input).float()  # (36, 36)
         self.of_output = torch.kron(of_output, of_output).float()  # (16, 36)
 
-    def forward(self, input: Float[Tensor, "batch channels height width"]) -> Tensor:
+    def forward(self, input: Float[Tensor, "*batch channels height width"]) -> Tensor:
         """Return the convolution in the memory format of `Conv2d`, which computes it where a gradient is wanted."""
-        num, channels, height, width = input.shape
-        if torch.is_grad_enabled() or min(height, width) < 4 or input.dtype != torch.float32:
+        is_batch = input.dim() == 4 and input.dtype == torch.float32
+        if torch.is_grad_enabled() or not is_batch or min(input.shape[2:]) < 4:
             return super().forward(input)
+        num, channels, height, width = input.shape
         rows, columns = -(-height // 4), -(-width // 4)
         padded = F.pad(input.permute(0, 2, 3, 1), (0, 0, 1, 4 * columns - width + 1, 1, 4 * rows - height + 1))
         output = input.new_empty((num, height, width, self.out_channels))

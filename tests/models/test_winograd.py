@@ -67,6 +67,8 @@ def test_other_layers_stay_and_the_model_is_as_before_after_an_error():
         with fewer_multiplications(model):
             assert [name for name, layer in model.items() if isinstance(layer, WinogradConv2d)] == ["plain"]
             assert torch.equal(model["plain"](images), before), "with gradients"
+            with torch.inference_mode():
+                assert torch.equal(model["plain"](images[0]), before[0]), "one image, not a batch"
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -74,4 +76,4 @@ def test_other_layers_stay_and_the_model_is_as_before_after_an_error():
     assert type(model["plain"]) is nn.Conv2d
     assert set(model["plain"].__dict__) == kept
     assert torch.equal(model["plain"](images), before)
-    assert len(seen) == 3
+    assert len(seen) == 4
