@@ -449,7 +449,7 @@ def _download(parsed: argparse.Namespace) -> int:
 def _shard_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="a new folder for the shards")
     for name in ("root", *_OF_SHARDS):
-        text = first_sentence(table()[f"data.{name}"]["help"])
+        text = "folder of the images" if name == "root" else first_sentence(table()[f"data.{name}"]["help"])
         parser.add_argument(f"--data.{name}", metavar="VALUE", required=name == "root", help=text)
 
 
