@@ -134,8 +134,11 @@ def measure(args: argparse.Namespace) -> None:
     batch_size, epochs, other = (64, 1, "ImageFolder") if args.jpeg else (500, 3, "streaming")
     args.work.mkdir(parents=True, exist_ok=True)
     root, folder, shard_s = prepare(args)
+    began = time.perf_counter()
     data = module("shards", folder, batch_size)
+    ready = time.perf_counter()
     theirs = None if args.jpeg else module("folder", root, batch_size)
+    print(f"set up in {ready - began:.1f} s, {other} {time.perf_counter() - ready:.1f} s", flush=True)
     if args.prepare:
         print(f"shards written in {shard_s:.1f} s")
         return
@@ -145,8 +148,10 @@ def measure(args: argparse.Namespace) -> None:
     ours = data.train_dataloader()
     ways = {"shards": begin(ours, len(ours), shape)}
     memory, batches_per_s = watch(ways["shards"], epochs)
+    print(f"warm-up: {batches_per_s * batch_size:,.0f} images/s", flush=True)
     ways[other] = begin(loader, len(loader), shape)
     _, other_per_s = watch(ways[other], 1)
+    print(f"warm-up of {other}: {other_per_s * batch_size:,.0f} images/s", flush=True)
     num_batches = {"shards": max(1, round(args.seconds * batches_per_s))}
     num_batches[other] = max(1, round(args.seconds * other_per_s))
     rates = compare(ways, num_batches, batch_size, args.rounds, min(1.0, args.seconds))

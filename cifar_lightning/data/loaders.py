@@ -70,6 +70,8 @@ class ImageLoader(ABC):
 
     dataset: Dataset[tuple[Tensor, ...]]
     """The split's images on all ranks, as (uint8 (height, width, channels), target) each."""
+    workers_decode = False
+    """Whether the workers decode images, and need the cores for it."""
     batch_sampler = None
     """Lightning reads it of anything that has a `sampler`."""
 
@@ -107,7 +109,7 @@ class ImageLoader(ABC):
                 drawn = rows_of(on_device, image_indices, None if places is None else next(places))
                 # The workers of slow transforms need the cores, and torch's threads spin while they wait for more work:
                 # on 2 cores this process took 20 to 26 ms of CPU a batch, and takes 5 to 13 (other programs ran).
-                with one_thread() if on_cpu else contextlib.nullcontext():
+                with one_thread() if on_cpu or self.workers_decode else contextlib.nullcontext():
                     finished = augment(images, drawn, mean=self.mean, std=self.std)
             else:
                 finished = normalize(images, mean=self.mean, std=self.std)
@@ -175,6 +177,7 @@ class StreamingLoader(ImageLoader):
         # A worker that begins a window of shards begins to download the next one.
         steps = len(images) * WINDOW // (images.num_shards * sampler.batch_size) + 1 if is_sharded(images) else 0
         self._index_batches = _IndexBatches(steps * num_workers)
+        self.workers_decode = is_sharded(images) and images.has_jpegs
         rows = _Rows(images, targets, transform.pipeline.on_cpu if transform.pipeline is not None else ())
         self.dataset = _subset(rows, sampler)
         self._workers: DataLoader[tuple[Tensor, ...]] = DataLoader(
@@ -318,11 +321,13 @@ class _Rows(Dataset[tuple[Tensor, ...]]):
         image_indices = np.asarray(batch.indices, dtype=np.int64)
         if batch.later is not None and is_sharded(self.images):
             self.images.fetch_ahead(batch.later)
-        # Sorted reads of a memory-mapped file touch each page once and in order.
-        by_index = np.argsort(image_indices)
-        images = np.empty((len(image_indices), *self.images.shape[1:]), np.uint8)
-        images[by_index] = self.images[image_indices[by_index]]
-        if isinstance(self.images, np.ndarray):
+        if isinstance(self.images, ShardedImages):
+            images = self.images[image_indices]
+        else:
+            # Sorted reads of a memory-mapped file touch each page once and in order.
+            by_index = np.argsort(image_indices)
+            images = np.empty((len(image_indices), *self.images.shape[1:]), np.uint8)
+            images[by_index] = self.images[image_indices[by_index]]
             give_back_pages(self.images)  # otherwise a worker would grow by everything it reads
         batch_images = torch.from_numpy(images)
         if batch.rows:

@@ -225,7 +225,7 @@ class ShardedImages:
         """float32 (n, 2, channels): mean of each image's values, scaled to 0-1, and of their squares."""
         self.starts = np.cumsum([0, *(shard.chunk_size for shard in shards)])
         """int64 (shards + 1,): index of the first image of each shard, and the number of images."""
-        self.num_shards = len(shards)
+        self.num_shards, self.has_jpegs = len(shards), bool(self._is_jpeg.any())
         self.shape = (len(table["targets"]), index.image_size, index.image_size, index.in_channels)
         self.nbytes = int(np.prod(self.shape))
         self._open: dict[int, tuple[int, np.ndarray]] = {}  # file descriptor and offsets of each open shard
