@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from benchmarks.speed.loader import NUM_CORES, PADDING_PX, use_cores
@@ -122,6 +123,7 @@ def main() -> None:
     if not args.jpeg and args.data is None:
         parser.error("--data ROOT, or --jpeg")
     use_cores(NUM_CORES)
+    torch.set_num_threads(1)  # more would spin on the cores of the workers, in both loaders
     try:
         measure(args)
     except UserError as error:
