@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.hardware import hardware_name, results_file
 from benchmarks.speed.loader import NUM_CORES, PADDING_PX, use_cores
 from benchmarks.speed.results import print_rates, spread, write_results
 from benchmarks.speed.streaming import NUM_WORKERS, begin, compare, describe_memory, make_peer, watch
@@ -34,7 +35,6 @@ from cifar_lightning import ImageDataModule
 from cifar_lightning.data.image_folder import ClassFolders, scan
 from cifar_lightning.data.shard_writer import write_shards
 from cifar_lightning.errors import UserError
-from cifar_lightning.runs.environment import describe_environment
 
 TRAINED_PX = 224
 VARIANTS = (None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.ROTATE_180)
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each (default 5)")
     parser.add_argument("--seconds", type=float, default=8, help="seconds per round (default 8)")
     parser.add_argument("--prepare", action="store_true", help="only write images and shards")
-    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument("--json", type=results_file, help="write all results to this file")
     args = parser.parse_args()
     args.images = args.images or (4_000 if args.jpeg else 200_000)
     if not args.jpeg and args.data is None:
@@ -157,8 +157,7 @@ def measure(args: argparse.Namespace) -> None:
     num_batches = {"shards": max(1, round(args.seconds * batches_per_s))}
     num_batches[other] = max(1, round(args.seconds * other_per_s))
     rates = compare(ways, num_batches, batch_size, args.rounds, min(1.0, args.seconds))
-    environment = describe_environment()
-    device = f"CPU, {environment['cpu']}, {environment['num_usable_cpus']} cores"
+    device = hardware_name()
     ratios = [one / two for one, two in zip(rates["shards"], rates[other], strict=True)]
     stored = sum(path.stat().st_size for path in folder.rglob("*.bin"))
     kind = f"JPEGs of {args.jpeg_px} pixels as {size}x{size}" if args.jpeg else f"images of {size} pixels"
@@ -168,7 +167,6 @@ def measure(args: argparse.Namespace) -> None:
     print_rates(rates)
     write_results(
         args.json,
-        hardware=device,
         images=f"{args.images:,} {kind}",
         batch_size=batch_size,
         num_workers=NUM_WORKERS,

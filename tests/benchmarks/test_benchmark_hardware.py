@@ -16,6 +16,7 @@ from benchmarks.speed import (
     overhead,
     policies,
     predict,
+    shards,
     speedrun,
     startup,
     streaming,
@@ -48,9 +49,9 @@ def test_results_of_another_machine_are_refused_before_anything_is_measured(tmp_
         with pytest.raises(argparse.ArgumentTypeError, match="elsewhere" if "elsewhere" in str(content) else "results"):
             results_file(str(path))
     path.write_text('{"hardware": "elsewhere"}')
-    measure = (ablations, guards, loader, models, overhead, policies, predict, startup, streaming, transforms)
+    measure = (ablations, guards, loader, models, overhead, policies, predict, shards, startup, streaming, transforms)
     for program in measure:
-        needed = ["--data", "x"] if program is ablations else ["--work", "x"] if program is streaming else []
+        needed = ["--data", "x"] if program is ablations else ["--work", "x"] if program in (shards, streaming) else []
         monkeypatch.setattr("sys.argv", ["program", *needed, "--json", str(path)])
         with pytest.raises(SystemExit) as stopped:
             program.main()
