@@ -86,4 +86,6 @@ def _is_channels_last(tensor: Tensor) -> bool:
 def _gains(conv: nn.Conv2d) -> bool:
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     is_plain = shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
-    return is_plain and conv.in_channels >= MIN_CHANNELS and conv.weight.dtype == torch.float32
+    # Pruning and the hooks of spectral_norm and weight_norm compute a weight that is no parameter in every forward.
+    is_fixed = isinstance(conv.weight, nn.Parameter) and conv.weight.dtype == torch.float32
+    return is_plain and is_fixed and conv.in_channels >= MIN_CHANNELS

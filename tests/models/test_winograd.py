@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from cifar_lightning.models import winograd
 from cifar_lightning.models.registry import build_model
@@ -56,6 +57,7 @@ def test_other_layers_stay_and_the_model_is_as_before_after_an_error():
         "grouped": nn.Conv2d(8, 8, 3, padding=1, groups=2),
         "reflected": nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
         "float64": nn.Conv2d(8, 8, 3, padding=1).double(),
+        "pruned": prune.identity(nn.Conv2d(8, 8, 3, padding=1), "weight"),  # computes its weight in every forward
         "own": type("Own", (nn.Conv2d,), {})(8, 8, 3, padding=1),
     }
     model = nn.ModuleDict({**layers, "plain": nn.Conv2d(8, 8, 3, padding=1)})
