@@ -394,10 +394,8 @@ def read_headers(paths: Sequence[str]) -> list[tuple[int, int, str]]:
         headers = {path: _header(path, _HEADER_IN_PYTHON) for path in paths}
     unknown = [path for path in paths if headers[path] is None]
     if unknown:
-        with (
-            suppress(BrokenProcessPool),
-            worker_pool(1) as pool,
-        ):  # decoding all images will name the one that crashes it
+        # Where one crashes it, decoding all images will name it.
+        with suppress(BrokenProcessPool), worker_pool(1) as pool:
             headers |= zip(unknown, pool.map(_header, unknown, chunksize=_SAMPLE), strict=True)
     return [header for header in headers.values() if header is not None]
 
