@@ -330,7 +330,10 @@ class ImageDataModule(pl.LightningDataModule):
     def _sampler(self, split: Split, *, training: bool, rank: Rank) -> EpochSampler:
         indices = self._splits.of(split)
         images: Any = self._images[self._splits.source_of(split)].images
-        in_shards = is_sharded(images) and training and self.num_workers
+        shards = None
+        if training and is_sharded(images):
+            assert self.num_workers  # set by __init__
+            shards = ShardOrder(images.starts, WINDOW, self.num_workers)
         return EpochSampler(
             indices if training else indices[self._evaluation_order(split)],
             self.batch_size if training else self.eval_batch_size,
@@ -341,7 +344,7 @@ class ImageDataModule(pl.LightningDataModule):
             balanced_by=self._train_targets() if training and self.has_balanced_sampler else None,
             # Lightning replaces the sampler of a DataLoader for it, which these loaders are not.
             repeats=training and getattr(self.trainer, "overfit_batches", 0) > 0,
-            shards=ShardOrder(images.starts, WINDOW, in_shards) if in_shards else None,
+            shards=shards,
         )
 
     def _evaluation_order(self, split: Split) -> Tensor:

@@ -319,9 +319,9 @@ class _Rows(Dataset[tuple[Tensor, ...]]):
 
     def _read(self, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
         image_indices = np.asarray(batch.indices, dtype=np.int64)
-        if batch.later is not None and is_sharded(self.images):
-            self.images.fetch_ahead(batch.later)
         if isinstance(self.images, ShardedImages):
+            if batch.later is not None:
+                self.images.fetch_ahead(batch.later)
             images = self.images[image_indices]
         else:
             # Sorted reads of a memory-mapped file touch each page once and in order.

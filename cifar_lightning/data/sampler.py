@@ -9,6 +9,7 @@ from torch import Tensor, distributed
 from torch.utils.data import SequentialSampler
 
 from cifar_lightning.errors import UserError
+from cifar_lightning.formatting import plural
 from cifar_lightning.transforms.transform import seeded_generator
 
 _ORDER = 0  # purpose of the order's generator; the draws of transforms/augmentation.py use 1 and up
@@ -142,14 +143,16 @@ class EpochSampler(SequentialSampler):
         """Continue where `state` was taken.
 
         Raises:
-            UserError: It is within an epoch whose order is that of another number of workers.
+            UserError: It is within an epoch whose order is that of another number of workers, or of another cache.
         """
         ours = None if self.shards is None else self.shards.num_workers
         theirs = state.get("num_workers")
         if 0 < state["position"] < len(self) and ours != theirs:
+            if ours is None or theirs is None:
+                raise UserError("--data.cache: the checkpoint is within an epoch of another; give the run's own.")
             raise UserError(
-                f"--data.num_workers {ours}: the checkpoint is within an epoch whose shards are read by {theirs} "
-                f"workers; give --data.num_workers {theirs}, and the run's --data.cache."
+                f"--data.num_workers {ours}: the checkpoint is within an epoch whose shards are read by "
+                f"{plural(theirs, 'worker')}; give --data.num_workers {theirs}."
             )
         self.epoch, self.position = state["epoch"], state["position"]
         self._resume_at, self._is_epoch_named = self.position, True

@@ -153,6 +153,8 @@ def test_a_loader_resumes_within_an_epoch_to_the_bit_at_the_same_workers_alone(w
         assert torch.equal(targets, other_targets)
     with refused("--data.num_workers 1", "--data.num_workers 2"):
         data_of(written, num_workers=1).train_dataloader().load_state_dict(state)
+    with refused("--data.cache"):
+        data_of(written, cache="memory", num_workers=0).train_dataloader().load_state_dict(state)
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
