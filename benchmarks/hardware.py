@@ -12,22 +12,19 @@ from typing import Any
 
 import torch
 
-from cifar_lightning.runs.environment import describe_environment
+from cifar_lightning.runs.environment import describe_environment, processor_name
 
 
 def hardware_name(environment: Mapping[str, Any] | None = None) -> str:
     """Return cores, processor and GPU of this machine, or of the one that a run's environment.json describes.
 
-    Such as "2 cores of AMD EPYC (AVX2), no GPU". One name of a processor may stand for several, so the vector
-    instructions are given where they are known.
+    Such as "2 cores of AMD EPYC (AVX2), no GPU".
     """
     if environment is None:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         environment = describe_environment() | {"device": device}
-    instructions = environment.get("cpu_instructions")
-    cpu = f"{environment['cpu']} ({instructions})" if instructions else environment["cpu"]
     gpu = "no GPU" if environment["device"] == "cpu" else environment["device"]
-    return f"{environment['num_usable_cpus']} cores of {cpu}, {gpu}"
+    return f"{environment['num_usable_cpus']} cores of {processor_name(environment)}, {gpu}"
 
 
 def results_file(text: str) -> Path:
@@ -44,7 +41,9 @@ def results_file(text: str) -> Path:
         lines = content if isinstance(content, list) else [content]
         found = {line["hardware"] for line in lines}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise argparse.ArgumentTypeError(f"{text}: no file of results ({type(error).__name__}: {error})") from error
+        raise argparse.ArgumentTypeError(
+            f"{text}: no file of results ({type(error).__name__}: {error}). Name another file"
+        ) from error
     if others := sorted(found - {hardware_name()}):
         raise argparse.ArgumentTypeError(
             f"{text}: has results of {others[0]}; this machine is {hardware_name()}. Name another file"

@@ -97,9 +97,7 @@ def inexact_resumes(environment: Mapping[str, Any]) -> list[str]:
 def _processor(environment: Mapping[str, Any]) -> str:
     device, torch_version = environment.get("device"), (environment.get("versions") or {}).get("torch")
     if device == "cpu":  # whose threads sum in another order
-        instructions = environment.get("cpu_instructions")
-        cpu = f"{environment.get('cpu')} ({instructions})" if instructions else environment.get("cpu")
-        device = f"{cpu} with {environment.get('num_threads')} threads"
+        device = f"{processor_name(environment)} with {environment.get('num_threads')} threads"
     return f"{device}, torch {torch_version}"
 
 
@@ -119,6 +117,12 @@ def _describe_checkout(tracked_file: Path) -> tuple[str | None, bool | None]:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
         return None, None
+
+
+def processor_name(environment: Mapping[str, Any]) -> str:
+    """Return the processor that environment.json has, such as "AMD EPYC (AVX2)": one name may stand for several."""
+    instructions = environment.get("cpu_instructions")
+    return f"{environment.get('cpu')} ({instructions})" if instructions else str(environment.get("cpu"))
 
 
 def _cpu_name() -> str:
