@@ -121,7 +121,10 @@ def read_jobs(path: Path) -> list[Wanted]:
     for job in jobs:
         if not (CONFIGS / f"{job.config}.yaml").is_file():
             raise UserError(f"--jobs {path}: config {job.config}: there is no such file in {CONFIGS}.")
-        words = shlex.split(job.flags)
+        try:
+            words = shlex.split(job.flags)
+        except ValueError as error:
+            raise UserError(f"--jobs {path}: flags {job.flags}: {error}.") from error
         if (words and not words[0].startswith("--")) or other_flags(["fit", *words]) != shlex.join(words):
             raise UserError(f"--jobs {path}: flags {job.flags}: not as a result has them: no seeds and no paths.")
         runs += [Wanted(job.config, job.device, shlex.join(words), seed) for seed in job.seeds]
@@ -134,9 +137,12 @@ def states(wanted: list[Wanted], folder: Path) -> list[str]:
     """Return the state of each run: "done", "skipped: ..." or that of its folder, as `runs` names it."""
     found = []
     for one in wanted:
-        reason = "" if one.is_done else one.why_not_here()
-        state = "done" if one.is_done else f"skipped: {reason}" if reason else state_of(one.run_in(folder))["state"]
-        found.append(str(state))
+        if one.is_done:
+            found.append("done")
+        elif reason := one.why_not_here():
+            found.append(f"skipped: {reason}")
+        else:
+            found.append(str(state_of(one.run_in(folder))["state"]))
     return found
 
 

@@ -98,7 +98,7 @@ def add_runs(path: Path, runs: Sequence[Path], note: str) -> None:
     lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     for run in runs:
         line = summarize(run, note)
-        keys = ("commit", "config_sha256")
+        keys = ("commit", "config_sha256", "hardware")
         if not any(all(old.get(key) == line[key] for key in keys) for old in lines):
             lines.append(line)
     path.parent.mkdir(exist_ok=True)

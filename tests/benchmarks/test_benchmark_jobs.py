@@ -111,6 +111,7 @@ def test_the_next_run_is_trained_and_recorded_and_a_stop_is_passed_on(made, monk
         ("- {config: plain, device: cpu, seeds: [1, 1]}", "seed 1"),
         ("- {config: plain, device: cpu, seeds: [0], flags: --seed_everything 3}", "--seed_everything 3"),
         ("- {config: plain, device: cpu, seeds: [0], flags: epochs 3}", "epochs 3"),
+        ("- {config: plain, device: cpu, seeds: [0], flags: --model.name 'a}", "--model.name 'a"),
         ("config: plain", "jobs.yaml"),
         ("- {", "jobs.yaml"),
     ],
