@@ -32,7 +32,7 @@ from cifar_lightning.data.progress import progress
 from cifar_lightning.data.shards import INDEX, ShardsIndex, SplitIndex, given
 from cifar_lightning.data.statistics import moments
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import file_sha256, make_folder, sync_folder, write_json
+from cifar_lightning.files import file_sha256, make_folder, remove_empty, sync_folder, write_json
 from cifar_lightning.formatting import plural, reason_of
 
 SHARD_BYTES = 64 << 20  # about: litdata's own default
@@ -93,8 +93,7 @@ def write_shards(folders: ClassFolders, output: Path, shard_bytes: int = SHARD_B
     except BaseException as error:
         for path in output.iterdir() if output.is_dir() else ():
             shutil.rmtree(path, ignore_errors=True)
-        for folder in made:
-            folder.rmdir()
+        remove_empty(made)
         if isinstance(error, OSError):
             raise UserError(f"--output {output}: cannot be written ({error.strerror}).") from error
         raise
@@ -120,6 +119,7 @@ def _write_split(folders: ClassFolders, split: Split, output: Path, shard_bytes:
     if missing.any():
         name = folders.class_names[int(missing.argmax())]
         raise UserError(f"{listing.folder}: no image of the class {name} can be read")
+    remarks = _remark_lines(listing, parts, written)
     written = [each for each in written if each.kept]
     chunks = [each.chunk for each in written]
     write_json(folder / "index.json", {"chunks": chunks, "config": written[0].config, "updated_at": "0"})
@@ -148,12 +148,12 @@ def _write_split(folders: ClassFolders, split: Split, output: Path, shard_bytes:
     size_mb, jpegs = sum(chunk["chunk_bytes"] for chunk in chunks) / 1e6, int(columns["is_jpeg"].sum())
     lines = [f"{split}: {len(kept):,} images ({jpegs:,} as JPEG) in {plural(len(chunks), 'shard')}, {size_mb:,.1f} MB"]
     lines += [f"warning: {len(bad):,} of {num:,} {split} images are left out ({bad[0]})"] if bad else []
-    return about, [*lines, *_remark_lines(listing, parts, written)]
+    return about, lines + remarks
 
 
 def _remark_lines(listing: Listing, parts: Sequence[np.ndarray], written: Sequence[Written]) -> list[str]:
     of_text: dict[str, list[int]] = {}
-    for part, each in zip(parts, written, strict=False):
+    for part, each in zip(parts, written, strict=True):
         for place, text in each.remarks:
             of_text.setdefault(text, []).append(int(part[place]))
     remarks = {text: (len(indices), min(indices)) for text, indices in sorted(of_text.items())}
@@ -248,7 +248,7 @@ def write_shard(
     path = writer.write_chunk(on_done=True)
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-    shard.chunk, shard.config = writer._chunks_info[-1], writer.get_config()
+    shard.chunk, shard.config = writer._chunks_info[-1], writer.get_config()  # litdata 0.2.76 has no public name for it
     return shard
 
 

@@ -31,7 +31,7 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from cifar_lightning.data.image_decoding import Resize, decode_image
-from cifar_lightning.data.image_folder import allocated, user_cache
+from cifar_lightning.data.image_folder import CACHE_VARIABLE, allocated, user_cache
 from cifar_lightning.data.image_set import ImageSet, Split, pixel_hashes
 from cifar_lightning.data.memory import usable_cpus
 from cifar_lightning.errors import RunError, UserError
@@ -192,7 +192,10 @@ class Shards:
         if not (folder / name).exists():
             with allocated(folder, name, images.shape) as temporary:
                 if temporary is None:
-                    raise UserError(f"--data.cache disk: {folder} has no room for {images.nbytes:,} bytes.")
+                    raise UserError(
+                        f"--data.cache disk: {folder} is not writable, or has no room for {images.nbytes:,} bytes; set "
+                        f"{CACHE_VARIABLE}, or give --data.cache none."
+                    )
                 cast(np.memmap, _fill(np.load(temporary, mmap_mode="r+"), images)).flush()
                 os.replace(temporary, folder / name)
         return cast(np.ndarray, np.load(folder / name, mmap_mode="r"))
@@ -285,16 +288,20 @@ class ShardedImages:
     def _refuse(self, shard: int, places: np.ndarray) -> None:
         if len(places):
             self._place.forget(self._place.path(self._split, self._shards[shard].filename))
-            raise UserError(f"{self._name(shard)}: is damaged: image {places[0]} is not the one that was written.")
+            raise UserError(
+                f"{self._name(shard)}: is damaged: image {places[0]} is not the one that was written; "
+                f"{self._place.repair}."
+            )
 
     def _opened(self, shard: int) -> tuple[int, np.ndarray]:
         about = self._shards[shard]
         fd = self._place.open(self._split, about)
         header = np.frombuffer(_pread(fd, 4 * (about.chunk_size + 2), 0), "<u4").astype(np.int64)
-        if header[0] != about.chunk_size or header[-1] != about.chunk_bytes or (np.diff(header[1:]) < 0).any():
+        is_short = (np.diff(header[1:]) < _BEFORE + _AFTER).any()
+        if header[0] != about.chunk_size or header[-1] != about.chunk_bytes or is_short:
             os.close(fd)
             self._place.forget(self._place.path(self._split, about.filename))
-            raise UserError(f"{self._name(shard)}: is damaged, or another shard.")
+            raise UserError(f"{self._name(shard)}: is damaged, or another shard; {self._place.repair}.")
         while len(self._open) >= _MAX_OPEN:
             os.close(self._open.pop(next(iter(self._open)))[0])
         self._open[shard] = fd, header[1:]
@@ -318,6 +325,7 @@ class _Folder:
     """Shards on a disk."""
 
     version = ""  # SHA-256 of shards.json
+    repair = "copy it again, or write the shards again"
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -348,7 +356,7 @@ class _Folder:
     def fetch(self, split: Split, file: str) -> Path:
         path = self.path(split, file)
         if not path.is_file():
-            raise UserError(f"{self.name(split, file)}: is missing; copy it again, or write the shards again.")
+            raise UserError(f"{self.name(split, file)}: is missing; {self.repair}.")
         return path
 
     def check(self, split: Split, shards: Sequence[_Shard]) -> None:
@@ -368,7 +376,7 @@ class _Folder:
 
     def open(self, split: Split, shard: _Shard) -> int:
         if fault := self._fault(split, shard):
-            raise UserError(f"{fault}; copy it again, or write the shards again.")
+            raise UserError(f"{fault}; {self.repair}.")
         return os.open(self.path(split, shard.filename), _FLAGS)
 
 
@@ -376,6 +384,7 @@ class _Bucket:
     """Shards in a bucket, downloaded into the user's cache."""
 
     version = ""
+    repair = "start again, which downloads it again, or upload it again"
 
     def __init__(self, root: str) -> None:
         if not root.startswith("s3://"):
@@ -393,9 +402,8 @@ class _Bucket:
     def read_index(self) -> bytes:
         folder = user_cache(self.root, "index")
         path = folder / f"{os.getpid()}-{time.time_ns()}.json"
-        folder.mkdir(parents=True, exist_ok=True)
+        self._download(f"{self.root}/{INDEX}", path, UserError)
         try:
-            self._download(f"{self.root}/{INDEX}", path, UserError)
             return read_bytes(path, _MAX_INDEX_BYTES)
         finally:
             path.unlink(missing_ok=True)
@@ -440,7 +448,7 @@ class _Bucket:
             if (size := os.fstat(fd).st_size) != shard.chunk_bytes:
                 os.close(fd)
                 self.forget(path)
-                raise UserError(f"{cut(self.name(split, shard.filename), size, shard.chunk_bytes)}; upload it again.")
+                raise UserError(f"{cut(self.name(split, shard.filename), size, shard.chunk_bytes)}; {self.repair}.")
             return fd
 
     def _fetch_shard(self, split: Split, shard: _Shard) -> None:
@@ -461,7 +469,10 @@ class _Bucket:
             UserError, RunError: As `kind` says, where it cannot be read.
         """
         self._of_this_process()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path.parent}: cannot be made ({error.strerror}); set {CACHE_VARIABLE}.") from error
         part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
         bucket, _, key = address.removeprefix("s3://").partition("/")
         try:
@@ -501,10 +512,13 @@ def _make_room(cache: Path, num_bytes: int) -> None:
     missing = num_bytes + int(_FREE * usage.total) - usage.free
     if missing <= 0:
         return
-    found = sorted((path.stat().st_mtime, path) for path in cache.glob("*/*.bin"))
-    for _, path in found:  # on Linux a process that has one open reads it to the end
+    found = []
+    for path in cache.glob("*/*.bin"):
+        with suppress(FileNotFoundError):  # another process makes room, too
+            found.append((path.stat().st_mtime, path.stat().st_size, path))
+    for _, size, path in sorted(found):  # on Linux a process that has one open reads it to the end
         if missing > 0:
-            missing -= path.stat().st_size
+            missing -= size
             path.unlink(missing_ok=True)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from program import decode_here
 
 from cifar_lightning import ImageDataModule
+from cifar_lightning.data import shards as shards_module
 from cifar_lightning.data.image_folder import ClassFolders
 from cifar_lightning.data.sampler import EpochSampler, Rank, ShardOrder
 from cifar_lightning.data.shard_writer import write_shards
@@ -271,3 +272,39 @@ def test_images_are_pickled_without_their_open_files(written):
     assert np.array_equal(pickle.loads(pickle.dumps(images))[0], first)
     with pytest.raises(IndexError):
         images[len(images)]
+
+
+def test_a_remark_names_its_image_also_after_a_shard_of_which_nothing_can_be_read(folders, tmp_path):
+    root = shutil.copytree(folders, tmp_path / "data")
+    first, second = sorted((root / "test/ant").iterdir())[:2]
+    first.write_bytes(b"no image")
+    Image.new("RGB", (SIZE, SIZE)).save(second)
+    lines = write_shards(ClassFolders(root, SIZE, skip_unreadable=True), tmp_path / "new", shard_bytes=1)
+    assert any(str(second) in line for line in lines), lines
+
+
+def test_a_shard_whose_header_is_damaged_is_named(shards):
+    data = shard_of(shards).read_bytes()
+    images = Shards(str(shards)).load("train").images
+    jpeg = int(np.flatnonzero(images._is_jpeg[images.starts[1] :])[0])
+    header = np.frombuffer(data, "<u4", jpeg + 3).copy()
+    header[jpeg + 2] = header[jpeg + 1] + 4  # no room for the sizes of an image
+    shard_of(shards).write_bytes(header.tobytes() + data[header.nbytes :])
+    with refused(shard_of(shards).name):
+        images[:]
+
+
+def test_room_is_made_next_to_another_process_that_makes_it(tmp_path, monkeypatch):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/held.bin").write_bytes(b"12")
+    (tmp_path / "train/gone.bin").symlink_to("nowhere")  # as a file that is removed after it was listed
+    monkeypatch.setattr(shards_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    shards_module._make_room(tmp_path, 1)
+    assert not (tmp_path / "train/held.bin").exists()
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CIFAR_LIGHTNING_CACHE", str(tmp_path / "file"))
+    with refused(str(tmp_path / "file"), "CIFAR_LIGHTNING_CACHE"):
+        Shards("s3://photos/set")
