@@ -78,8 +78,9 @@ class StopPoint:
         changed = sorted(MAKES_BATCHES & changes.keys())
         if self.is_inside_epoch and changed:
             before, now = changes[changed[0]]
+            what = "its default" if before is None else before
             raise UserError(
-                f"--{changed[0]} {now}: the run stopped inside an epoch with {before}.\n"
+                f"--{changed[0]} {now}: the run stopped inside an epoch with {what}.\n"
                 "It can change only after the end of an epoch; leave it out."
             )
 

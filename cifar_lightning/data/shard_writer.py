@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Sequence
@@ -74,6 +75,8 @@ def write_shards(folders: ClassFolders, output: Path, shard_bytes: int = SHARD_B
         import litdata  # noqa: F401 - takes seconds, and the workers need it
     except ImportError as error:
         raise UserError(f"shard needs litdata ({reason_of(error)}); pip install 'cifar-lightning[shards]'") from error
+    if re.match("[a-z][a-z0-9]+:/", os.fspath(output)):  # a Path has made one slash of two
+        raise UserError(f"--output {output}: a folder; copy it into a bucket afterwards, as with `aws s3 sync`.")
     if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output {output}: exists; name a new folder, or delete this one.")
     made: list[Path] = []
@@ -89,6 +92,7 @@ def write_shards(folders: ClassFolders, output: Path, shard_bytes: int = SHARD_B
             resize=folders.resize,
             splits={split: about for split, (about, _) in splits.items()},
         )
+        index.sha256 = index.content_sha256()
         write_json(output / INDEX, index.model_dump())  # last: without it nothing reads the shards
     except BaseException as error:
         for path in output.iterdir() if output.is_dir() else ():

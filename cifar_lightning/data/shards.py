@@ -16,6 +16,7 @@ user's cache, ahead of their use, and stay there while the disk has room.
 import copy
 import hashlib
 import os
+import re
 import shutil
 import threading
 import time
@@ -70,6 +71,11 @@ class ShardsIndex(BaseModel):
     in_channels: Literal[1, 3]
     resize: Resize
     splits: dict[Split, SplitIndex]
+    sha256: str = ""  # of all other fields
+
+    def content_sha256(self) -> str:
+        """Return the SHA-256 of all other fields: names of classes are in no image, so nothing else shows a change."""
+        return hashlib.sha256(self.model_dump_json(exclude={"sha256"}).encode()).hexdigest()
 
 
 class _Shard(BaseModel):
@@ -117,8 +123,14 @@ class Shards:
             self.index = ShardsIndex.model_validate_json(text)
             if "train" not in self.index.splits:
                 raise ValueError("it has no training images")
+            if self.index.sha256 != self.index.content_sha256():
+                raise ValueError("it is not as `shard` wrote it")
         except ValueError as error:
-            raise UserError(f"--data.root {root}: {INDEX} is damaged ({reason_of(error)}).") from error
+            if isinstance(error, ValidationError):
+                reason = error.errors(include_url=False)[0]["msg"]
+            else:
+                reason = reason_of(error)
+            raise UserError(f"--data.root {root}: {INDEX} is damaged ({reason}); {self._place.repair}.") from error
         self._place.version = hashlib.sha256(text).hexdigest()
         self.class_names, self.image_size = tuple(self.index.class_names), self.index.image_size
         given = {"image_size": image_size or self.image_size, "resize": resize, "in_channels": in_channels}
@@ -387,7 +399,7 @@ class _Bucket:
     repair = "start again, which downloads it again, or upload it again"
 
     def __init__(self, root: str) -> None:
-        if not root.startswith("s3://"):
+        if not re.match("s3://[^/]", root):
             raise UserError(f"--data.root {root}: a folder, or s3://bucket/folder.")
         self.root = root.rstrip("/")
         self._process = 0  # that the clients and the threads belong to: neither outlives a fork

@@ -1,8 +1,10 @@
 """Shards: what `shard` writes is what the folder holds, read in an order of their own, and damage is noticed."""
 
+import json
 import pickle
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,6 +219,16 @@ def test_shards_that_are_not_whole_or_of_another_set_are_refused(shards, folders
     index.write_text(text[:50])
     with refused("shards.json"):
         Shards(str(shards))
+    content = json.loads(text)
+    for edited in (
+        {"class_names": content["class_names"][::-1]},
+        {"image_size": 2 * SIZE},
+        {"sha256": ""},
+        {"image_size": "big"},
+    ):
+        index.write_text(json.dumps(content | edited))
+        with refused("shards.json"):
+            Shards(str(shards))
     other = tmp_path / "other"
     write_shards(ClassFolders(folders, SIZE), other)
     index.write_text((other / "shards.json").read_text())
@@ -248,14 +260,17 @@ def test_a_cache_that_a_data_set_does_not_have_is_refused(folders):
         ImageDataModule("folder", str(folders), cache="none")
     with refused("--data.cache disk", "synthetic"):
         ImageDataModule("synthetic", cache="disk")
-    with refused("--data.root gs://x"):
-        ImageDataModule("shards", "gs://x")
+    for address in ("gs://x", "s3://"):
+        with refused(f"--data.root {address}"):
+            ImageDataModule("shards", address)
 
 
 def test_a_failed_or_second_writing_leaves_what_was_there(folders, written, tmp_path):
     with refused(f"--output {written}"):
         write_shards(ClassFolders(folders, SIZE), written)
     assert Shards(str(written)).class_names == ("ant", "bee")
+    with refused("--output s3:/bucket/set"):
+        write_shards(ClassFolders(folders, SIZE), Path("s3://bucket/set"))
     root = shutil.copytree(folders, tmp_path / "data")
     (root / "train/ant/0.png").write_bytes(b"no image")
     with refused("ant/0.png", "--data.skip_unreadable"):
