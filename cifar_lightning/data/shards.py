@@ -201,7 +201,7 @@ class Shards:
         if self.cache == "memory":
             return _fill(np.empty(images.shape, np.uint8), images)
         folder, name = self._place.cache, f"{split}-{self.index.splits[split].sha256[:16]}.npy"
-        if not (folder / name).exists():
+        if (cached := _cached(folder / name, images.shape)) is None:
             with allocated(folder, name, images.shape) as temporary:
                 if temporary is None:
                     raise UserError(
@@ -210,7 +210,8 @@ class Shards:
                     )
                 cast(np.memmap, _fill(np.load(temporary, mmap_mode="r+"), images)).flush()
                 os.replace(temporary, folder / name)
-        return cast(np.ndarray, np.load(folder / name, mmap_mode="r"))
+            cached = cast(np.ndarray, np.load(folder / name, mmap_mode="r"))
+        return cached
 
 
 class ShardedImages:
@@ -258,7 +259,12 @@ class ShardedImages:
         self.fetch_ahead(indices)
         for shard in np.unique(shards).tolist():
             rows = np.flatnonzero(shards == shard)
-            self._read(shard, indices[rows], rows, images)
+            try:
+                self._read(shard, indices[rows], rows, images)
+            except OSError as error:
+                raise RunError(
+                    f"{self._name(shard)}: cannot be read ({reason_of(error)}). fit --resume continues when it can be."
+                ) from error
         return images if isinstance(key, slice) or np.ndim(key) else images[0]
 
     def fetch_ahead(self, indices: np.ndarray) -> None:
@@ -516,6 +522,15 @@ def _s3_client(root: str) -> Any:
     retries: Any = {"max_attempts": _ATTEMPTS, "mode": "standard"}
     config = Config(retries=retries, connect_timeout=_TIMEOUT_S, read_timeout=_TIMEOUT_S)
     return S3Client(storage_options={"config": config})
+
+
+def _cached(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Map the file of decoded images; return None where it is missing, cut or another."""
+    try:
+        images = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return images if (images.shape, images.dtype) == (shape, np.uint8) else None
 
 
 def _make_room(cache: Path, num_bytes: int) -> None:

@@ -1,6 +1,8 @@
 """Shards: what `shard` writes is what the folder holds, read in an order of their own, and damage is noticed."""
 
+import errno
 import json
+import os
 import pickle
 import shutil
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from cifar_lightning.data.sampler import EpochSampler, Rank, ShardOrder
 from cifar_lightning.data.shard_writer import write_shards
 from cifar_lightning.data.shards import Shards
 from cifar_lightning.data.statistics import channel_statistics, moments, statistics_of_moments
-from cifar_lightning.errors import UserError
+from cifar_lightning.errors import RunError, UserError
 
 
 @contextmanager
@@ -168,6 +170,23 @@ def test_a_cache_holds_the_same_images_and_split(written, cache):
         every = np.arange(lazy.num_images(split))
         assert np.array_equal(held.images(split, every), lazy.images(split, every))
     assert np.allclose(held.mean, lazy.mean, rtol=1e-6)
+
+
+def test_a_cached_file_that_is_cut_is_made_again(shards, tmp_path):
+    images = Shards(str(shards), cache="disk").load("train").images.copy()
+    (cached,) = (tmp_path / "cache").rglob("train-*.npy")
+    cached.write_bytes(cached.read_bytes()[:1000])
+    assert np.array_equal(Shards(str(shards), cache="disk").load("train").images, images)
+
+
+def test_a_disk_that_cannot_be_read_is_named_with_the_shard(shards, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    images = Shards(str(shards)).load("train").images
+    monkeypatch.setattr(shards_module, "_pread", fail)
+    with pytest.raises(RunError, match=r"chunk-.*Input/output error"):
+        images[np.arange(3)]
 
 
 def test_a_folder_cached_in_memory_writes_nothing_and_is_the_same(folders, tmp_path):
