@@ -139,11 +139,11 @@ def test_the_longer_row_is_handled(number, bench):
 
 @pytest.mark.slow(first=True)
 def test_runs_stopped_anyhow_and_resumed_equal_the_unbroken_ones(tmp_path):
-    settings = ["--stops", 8, "--per_run", 4, "--json", tmp_path / "stops.json"]
+    settings = ["--stops", 15, "--per_run", 8, "--json", tmp_path / "stops.json"]
     start("benchmarks.faults.stops", *settings, program="-m", cwd=ROOT)
     verdicts = json.loads((tmp_path / "stops.json").read_text())["verdicts"]
-    assert verdicts["equal"] + verdicts.get("refused", 0) == 8
-    assert verdicts["equal"] >= 5
+    assert verdicts["equal"] + verdicts.get("refused", 0) == 15
+    assert verdicts["equal"] >= 10
 
 
 def test_the_readmes_table_says_which_row_was_simulated(monkeypatch, tmp_path):
