@@ -389,13 +389,10 @@ def _runs(parsed: argparse.Namespace) -> int:
     from cifar_lightning.runs.states import states_below, states_table  # imports pydantic and NumPy
 
     states = states_below(parsed.folder)
-    print(
-        json.dumps(states, indent=2)
-        if parsed.json
-        else states_table(states)
-        if states
-        else f"{parsed.folder}: no runs; fit makes them."
-    )
+    if parsed.json:
+        print(json.dumps(states, indent=2))
+    else:
+        print(states_table(states) if states else f"{parsed.folder}: no runs; fit makes them.")
     return 0
 
 

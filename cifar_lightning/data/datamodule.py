@@ -14,10 +14,10 @@ from cifar_lightning.data.datasets import open_source
 from cifar_lightning.data.duplicates import find_duplicates
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.data.image_folder import ClassFolders, Skipped
-from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, as_gray, is_constant
+from cifar_lightning.data.image_set import SPLITS, Cache, ImageSet, Split, as_gray, is_constant
 from cifar_lightning.data.loaders import BatchTransform, ImageLoader, LoaderFactory, batch_device, is_sharded
 from cifar_lightning.data.sampler import EpochSampler, Rank, ShardOrder, evaluation_order
-from cifar_lightning.data.shards import WINDOW, Cache, Shards
+from cifar_lightning.data.shards import WINDOW, Shards
 from cifar_lightning.data.splits import SplitIndices, SplitSettings, make_splits
 from cifar_lightning.data.statistics import (
     balanced_weights,

@@ -23,8 +23,8 @@ from cifar_lightning.data import synthetic
 from cifar_lightning.data.download import ARCHIVES, download
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.data.image_folder import ClassFolders, holds_class_folders
-from cifar_lightning.data.image_set import ImageSet, Split, digest
-from cifar_lightning.data.shards import Cache, Shards
+from cifar_lightning.data.image_set import Cache, ImageSet, Split, digest
+from cifar_lightning.data.shards import Shards
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, raised_by, suggest
 from cifar_lightning.settings.import_path import import_object, is_import_path

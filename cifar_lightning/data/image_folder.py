@@ -39,7 +39,7 @@ from cifar_lightning.data.image_decoding import (
     read_file,
     remark_lines,
 )
-from cifar_lightning.data.image_set import SPLIT_OF_WORD, SPLITS, ImageSet, Split, digest
+from cifar_lightning.data.image_set import SPLIT_OF_WORD, SPLITS, Cache, ImageSet, Split, digest
 from cifar_lightning.data.labels_file import read_labels
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
@@ -136,7 +136,7 @@ class ClassFolders:
         resize: Resize = "crop",
         in_channels: int = 3,
         skip_unreadable: bool = False,
-        cache: str = "disk",
+        cache: Cache = "disk",
     ) -> None:
         if cache == "none":
             raise UserError(

@@ -9,6 +9,7 @@ import numpy as np
 from cifar_lightning.data.memory import give_back_pages
 
 Split = Literal["train", "val", "test"]
+Cache = Literal["none", "memory", "disk"]  # how decoded images are kept
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SPLIT_OF_WORD: dict[str, Split] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_OF_WORD |= {"val": "val", "valid": "val", "validation": "val"}  # what people call it, in lower case

@@ -55,7 +55,7 @@ class ShardOrder:
 
         Args:
             indices: int64 (n,), the images of the epoch.
-            sizes: Images of each batch of the rank. Where that is more than there are, some are repeated.
+            sizes: Images of each batch of the rank. If all ranks need more than there are, the last is repeated.
             rank: This process.
             generator: The same for all ranks.
         """

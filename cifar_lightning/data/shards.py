@@ -33,13 +33,12 @@ from pydantic import BaseModel, Field, ValidationError
 
 from cifar_lightning.data.image_decoding import Resize, decode_image
 from cifar_lightning.data.image_folder import CACHE_VARIABLE, allocated, user_cache
-from cifar_lightning.data.image_set import ImageSet, Split, pixel_hashes
+from cifar_lightning.data.image_set import Cache, ImageSet, Split, pixel_hashes
 from cifar_lightning.data.memory import usable_cpus
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import file_sha256, read_bytes
 from cifar_lightning.formatting import printable, reason_of
 
-Cache = Literal["none", "memory", "disk"]
 INDEX = "shards.json"
 WINDOW = 4  # shards among which a worker shuffles images, and that it downloads ahead
 _MAX_OPEN = 4 * WINDOW  # shards that a process keeps open
@@ -181,19 +180,21 @@ class Shards:
         path = self._place.fetch(split, name)
         if file_sha256(path) != self.index.splits[split].files[name]:
             self._place.forget(path)
-            raise UserError(f"{self._place.name(split, name)}: is damaged, or of other shards than {INDEX}.")
+            raise UserError(
+                f"{self._place.name(split, name)}: is damaged, or of other shards than {INDEX}; {self._place.repair}."
+            )
         return path
 
     def _table(self, split: Split) -> dict[str, np.ndarray]:
-        path = self._file(split, "images.npz")
+        path, name = self._file(split, "images.npz"), self._place.name(split, "images.npz")
         try:
             with np.load(path, allow_pickle=False) as file:
                 table = {name: file[name] for name in ("targets", "names", "is_jpeg", "checksums", "pixels", "moments")}
         except (OSError, ValueError, KeyError, EOFError) as error:
-            raise UserError(f"{self._place.name(split, 'images.npz')}: is damaged ({reason_of(error)}).") from error
+            raise UserError(f"{name}: is damaged ({reason_of(error)}); {self._place.repair}.") from error
         targets, num = table["targets"], self.index.splits[split].num_images
         if len(targets) != num or not 0 <= targets.min() <= targets.max() < len(self.class_names):
-            raise UserError(f"{self._place.name(split, 'images.npz')}: is of other classes or images than {INDEX}.")
+            raise UserError(f"{name}: is of other classes or images than {INDEX}; {self._place.repair}.")
         return table
 
     def _decoded(self, split: Split, images: "ShardedImages") -> np.ndarray:
