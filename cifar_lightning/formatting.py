@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 
 def percent(fraction: float | None, decimals: int = 1) -> str:
@@ -113,8 +113,19 @@ def clipped(text: str, most: int = 80) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return an error's message on one short line, or its type where it has none."""
+    """Return an error's message on one short line, or its type where it has none; pydantic's names its first field."""
+    if type(error).__module__.startswith("pydantic"):
+        return _invalid_field(cast(Any, error).errors(include_url=False)[0])
     return clipped(" ".join(str(error).split()) or type(error).__name__, 200)
+
+
+def _invalid_field(found: Mapping[str, Any]) -> str:
+    """Return what is wrong with a field in the words of pydantic, whose own message has many lines and an address."""
+    wrong = "not a mapping" if found["type"].startswith("model") else found["msg"]
+    if not (field := ".".join(map(str, found["loc"]))):
+        return clipped(wrong, 200)
+    got = f", got {clipped(str(found['input']), 40)}" if isinstance(found["input"], str | int | float) else ""
+    return f"{clipped(field)}: {clipped(wrong, 200)}{got}"
 
 
 def raised_by(error: BaseException) -> str:

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from cifar_lightning.formatting import (
     clipped,
@@ -23,6 +24,7 @@ from cifar_lightning.formatting import (
     points_span,
     printable,
     pvalue,
+    reason_of,
     run_name,
     shell_line,
     span,
@@ -60,6 +62,18 @@ def test_what_was_typed_stays_on_one_short_line_and_cannot_steer_a_terminal():
     assert clipped("configs/Bär.yaml") == "configs/Bär.yaml"
     assert clipped("\x1b[31m\n\udcff\u202e") == r"\x1b[31m\n\udcff\u202e"
     assert clipped("a" * 500 + "z" * 500, 80) == "a" * 40 + "..." + "z" * 20
+
+
+def test_the_reason_of_a_wrong_field_is_one_sentence_with_its_name_and_value():
+    with pytest.raises(ValidationError) as wrong:
+        TypeAdapter(list[dict[str, int]]).validate_python([{}, {"lr": "x" * 99}])
+    reason = reason_of(wrong.value)
+    assert reason.startswith("1.lr: ")
+    assert reason.endswith(clipped("x" * 99, 40))
+    with pytest.raises(ValidationError) as whole:
+        TypeAdapter(list[int]).validate_json(b"{")
+    assert reason_of(whole.value).startswith("Invalid JSON")
+    assert not any("http" in reason_of(each.value) or ": :" in reason_of(each.value) for each in (wrong, whole))
 
 
 def test_printable_leaves_ordinary_names_and_escapes_the_rest():

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, 
 from benchmarks import CONFIGS, RESULTS, ROOT
 from benchmarks.accuracy.record import add_runs, other_flags
 from cifar_lightning.errors import UserError
+from cifar_lightning.formatting import reason_of
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.runs.states import state_of
 from cifar_lightning.training.precision import needed_for
@@ -113,10 +114,9 @@ def read_jobs(path: Path) -> list[Wanted]:
     try:
         jobs = TypeAdapter(list[Job]).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--jobs {path}: cannot be read ({' '.join(str(error).split())}).") from error
+        raise UserError(f"--jobs {path}: cannot be read ({reason_of(error)}).") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"--jobs {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+        raise UserError(f"--jobs {path}: {reason_of(error)}.") from error
     runs = []
     for job in jobs:
         if not (CONFIGS / f"{job.config}.yaml").is_file():

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from cifar_lightning.data.image_decoding import Resize, decode_image
 from cifar_lightning.data.image_folder import CACHE_VARIABLE, allocated, user_cache
@@ -125,11 +125,9 @@ class Shards:
             if self.index.sha256 != self.index.content_sha256():
                 raise ValueError("it is not as `shard` wrote it")
         except ValueError as error:
-            if isinstance(error, ValidationError):
-                reason = error.errors(include_url=False)[0]["msg"]
-            else:
-                reason = reason_of(error)
-            raise UserError(f"--data.root {root}: {INDEX} is damaged ({reason}); {self._place.repair}.") from error
+            raise UserError(
+                f"--data.root {root}: {INDEX} is damaged ({reason_of(error)}); {self._place.repair}."
+            ) from error
         self._place.version = hashlib.sha256(text).hexdigest()
         self.class_names, self.image_size = tuple(self.index.class_names), self.index.image_size
         given = {"image_size": image_size or self.image_size, "resize": resize, "in_channels": in_channels}
@@ -149,14 +147,14 @@ class Shards:
             UserError: One is missing or cut.
         """
         for split in self.index.splits:
-            self._place.check(split, _shards_of(self._file(split, "index.json")))
+            self._place.check(split, self._shards(split))
 
     def load(self, split: Split) -> ImageSet | None:
         """Return a split; its images are read when they are indexed, or now with a cache."""
         if split not in self.index.splits:
             return None
         about = self.index.splits[split]
-        shards, table = _shards_of(self._file(split, "index.json")), self._table(split)
+        shards, table = self._shards(split), self._table(split)
         self.pixel_hashes[split] = table["pixels"]
         self._names[split] = table["names"], np.flatnonzero(table["names"] == 0)
         images = ShardedImages(self._place, split, shards, self.index, table)
@@ -184,6 +182,13 @@ class Shards:
                 f"{self._place.name(split, name)}: is damaged, or of other shards than {INDEX}; {self._place.repair}."
             )
         return path
+
+    def _shards(self, split: Split) -> list[_Shard]:
+        path, name = self._file(split, "index.json"), self._place.name(split, "index.json")
+        try:
+            return _LitdataIndex.model_validate_json(read_bytes(path, _MAX_INDEX_BYTES, follow_links=True)).chunks
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name}: is no index of litdata ({reason_of(error)}); {self._place.repair}.") from error
 
     def _table(self, split: Split) -> dict[str, np.ndarray]:
         path, name = self._file(split, "images.npz"), self._place.name(split, "images.npz")
@@ -558,13 +563,6 @@ def given(data: bytes, path: str) -> bytes:
 def cut(name: str, size: int, wanted: int) -> str:
     """Return what is wrong with a shard of another size."""
     return f"{name}: is cut or another shard: {size:,} of {wanted:,} bytes"
-
-
-def _shards_of(path: Path) -> list[_Shard]:
-    try:
-        return _LitdataIndex.model_validate_json(read_bytes(path, _MAX_INDEX_BYTES, follow_links=True)).chunks
-    except ValidationError as error:
-        raise UserError(f"{printable(str(path))}: is no index of litdata ({reason_of(error)}).") from error
 
 
 def _fill(out: np.ndarray, images: ShardedImages) -> np.ndarray:

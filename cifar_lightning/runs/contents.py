@@ -283,11 +283,7 @@ def check_schema(path: Path, value: Any, schema: Any) -> None:
     try:
         TypeAdapter(schema).validate_python(value, strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field, given = ".".join(map(str, first["loc"])), first["input"]
-        got = f", got {clipped(str(given), 40)}" if isinstance(given, str | int | float) else ""
-        reason = f"{clipped(field)}: {first['msg']}{got}" if field else "not a mapping"
-        raise _damaged(path, ValueError(reason)) from error
+        raise _damaged(path, error) from error
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

@@ -118,8 +118,10 @@ def test_the_next_run_is_trained_and_recorded_and_a_stop_is_passed_on(made, monk
 )
 def test_a_wrong_job_file_is_refused_and_the_mistake_named(made, text, named):
     (made / "jobs.yaml").write_text(text)
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=named) as refused:
         read_jobs(made / "jobs.yaml")
+    assert ": :" not in str(refused.value)
+    assert "http" not in str(refused.value)
 
 
 def test_the_shipped_list_is_readable():

@@ -22,6 +22,7 @@ from cifar_lightning.data.shard_writer import write_shards
 from cifar_lightning.data.shards import Shards
 from cifar_lightning.data.statistics import channel_statistics, moments, statistics_of_moments
 from cifar_lightning.errors import RunError, UserError
+from cifar_lightning.files import file_sha256
 
 
 @contextmanager
@@ -29,6 +30,7 @@ def refused(*words):
     with pytest.raises(UserError) as caught:
         yield
     assert all(word in str(caught.value) for word in words), caught.value
+    assert "http" not in str(caught.value)
 
 
 SIZE, NUM = 16, 24  # pixels of the finished images, training images of each class
@@ -248,6 +250,15 @@ def test_shards_that_are_not_whole_or_of_another_set_are_refused(shards, folders
         index.write_text(json.dumps(content | edited))
         with refused("shards.json"):
             Shards(str(shards))
+    listing = shards / "train" / "index.json"
+    whole = listing.read_bytes()
+    listing.write_text('{"chunks": [{"filename": "../a.bin", "chunk_bytes": 1, "chunk_size": 1}]}')
+    index.write_text(text)
+    source = Shards(str(shards))
+    source.index.splits["train"].files["index.json"] = file_sha256(listing)
+    with refused(str(listing), "chunks.0.filename", "copy it again"):
+        source.load("train")
+    listing.write_bytes(whole)
     other = tmp_path / "other"
     write_shards(ClassFolders(folders, SIZE), other)
     index.write_text((other / "shards.json").read_text())
