@@ -181,18 +181,18 @@ def _drawn(split: str, count: int, image_size: int) -> ImageSet:
     return ImageSet(images, targets, digest(images, targets))
 
 
-DATASETS: dict[str, Callable[[Path, int | None], Source]] = {
+DATASETS: dict[str, Callable[..., Source]] = {
     "cifar10": lambda root, image_size: Cifar(
-        "cifar10", root, image_size, CIFAR10_CLASSES, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+        "cifar10", Path(root), image_size, CIFAR10_CLASSES, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
     ),
     "cifar100": lambda root, image_size: Cifar(
-        "cifar100", root, image_size, CIFAR100_CLASSES, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+        "cifar100", Path(root), image_size, CIFAR100_CLASSES, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     ),
     "folder": ClassFolders,
-    "shards": lambda root, image_size: Shards(str(root), image_size),
+    "shards": Shards,
     "synthetic": lambda root, image_size: Synthetic(image_size=32 if image_size is None else image_size),
 }
-"""Makes a source of (root, image_size or None) by the name that `--data.dataset` takes."""
+"""Makes a source by the name that `--data.dataset` takes, of root, image_size or None and settings by their names."""
 
 
 def open_source(
@@ -213,19 +213,15 @@ def open_source(
             object that is no data set.
     """
     name = dataset if isinstance(dataset, str) else ""
-    if name in DATASETS and class_names:
-        raise UserError(f"--data.class_names: only for a data set of your own; {name} has names.")
-    if name == "folder":
-        return ClassFolders(root, image_size, resize=resize, cache=cache or "disk", **of_folder)
-    in_shards = {"in_channels": of_folder.pop("in_channels", 3), "resize": resize, "cache": cache or "none"}
-    if name != "shards":
-        of_folder |= {"resize": resize} if name in DATASETS else {}  # their images are squares
-        of_folder |= {} if cache is None else {"cache": cache}
-    _refuse(of_folder, name or type(dataset).__name__)
-    if name == "shards":
-        return Shards(str(root), image_size, **in_shards)
+    settings = of_folder | ({} if cache is None else {"cache": cache})
     if name in DATASETS:
-        return DATASETS[name](Path(root), image_size)
+        if class_names:
+            raise UserError(f"--data.class_names: only for a data set of your own; {name} has names.")
+        settings |= {"resize": resize}  # the others' images are squares
+        taken = settings.keys() & inspect.signature(DATASETS[name]).parameters.keys()
+        _refuse({key: value for key, value in settings.items() if key not in taken}, name)
+        return DATASETS[name](root, image_size, **{key: settings[key] for key in taken})
+    _refuse(settings, name or type(dataset).__name__)
     if name and not is_import_path(name):
         hint, names = suggest(name, [*DATASETS]), ", ".join(DATASETS)
         raise UserError(f"--data.dataset {clipped(name)}: unknown; one of {names}, or package.module:name.{hint}")
@@ -250,8 +246,8 @@ def _refuse(of_folder: dict[str, Any], what: str) -> None:
     for key, value in of_folder.items():
         if value != defaults[key].default or key == "cache":
             text = str(value).lower() if isinstance(value, bool) else value
-            which = "folder and shards" if key == "cache" else "folder"
-            raise UserError(f"--data.{key} {text}: only for --data.dataset {which}, not {clipped(what)}.")
+            which = [name for name, make in DATASETS.items() if key in inspect.signature(make).parameters]
+            raise UserError(f"--data.{key} {text}: only for --data.dataset {' and '.join(which)}, not {clipped(what)}.")
 
 
 def _made(make: Callable[[], Any], name: str) -> Any:

@@ -108,15 +108,15 @@ class Shards:
 
     def __init__(
         self,
-        root: str,
+        root: str | Path,
         image_size: int | None = None,
         *,
         resize: Resize = "crop",
         in_channels: int = 3,
         cache: Cache = "none",
     ) -> None:
-        self.root, self.cache = root, cache
-        self._place = _Bucket(root) if "://" in root else _Folder(Path(root))
+        self.root, self.cache = str(root), cache
+        self._place = _Bucket(self.root) if "://" in self.root else _Folder(Path(root))
         text = self._place.read_index()
         try:
             self.index = ShardsIndex.model_validate_json(text)

@@ -156,6 +156,22 @@ def test_a_size_that_a_data_set_does_not_have_is_refused(name, size, tmp_path):
         open_source(name, tmp_path, size)
 
 
+@pytest.mark.parametrize("name", [*DATASETS, "package:own"])
+def test_a_data_set_takes_the_settings_of_its_constructor_and_refuses_the_others(name, tmp_path, monkeypatch):
+    made = []
+
+    def make(root, image_size, *, resize="crop", labels=None):
+        made.append((root, image_size, resize, labels))
+
+    if name in DATASETS:
+        monkeypatch.setitem(DATASETS, name, make)
+        open_source(name, "s3://bucket/set", 8, resize="pad", labels="a.csv")
+        assert made == [("s3://bucket/set", 8, "pad", "a.csv")]
+    for setting, value in (("cache", "memory"), ("skip_unreadable", True)):
+        with pytest.raises(UserError, match=f"--data.{setting} {str(value).lower()}"):
+            open_source(name, "data", **{setting: value})
+
+
 def test_opening_a_source_does_not_import_torch(tmp_path):
     code = "import sys; from cifar_lightning.data.datasets import open_source; open_source('cifar10', 'x'); "
     code += "sys.exit('torch' in sys.modules or 'torchvision' in sys.modules)"
