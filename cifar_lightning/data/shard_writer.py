@@ -30,7 +30,7 @@ from cifar_lightning.data.image_folder import ClassFolders, Listing
 from cifar_lightning.data.image_set import Split, is_constant, pixel_hashes
 from cifar_lightning.data.memory import usable_cpus
 from cifar_lightning.data.progress import progress
-from cifar_lightning.data.shards import INDEX, ShardsIndex, SplitIndex, given
+from cifar_lightning.data.shards import INDEX, ShardsIndex, SplitIndex, given, is_unfinished
 from cifar_lightning.data.statistics import moments
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256, make_folder, remove_empty, sync_folder, write_json
@@ -78,7 +78,8 @@ def write_shards(folders: ClassFolders, output: Path, shard_bytes: int = SHARD_B
     if re.match("[a-z][a-z0-9]+:/", os.fspath(output)):  # a Path has made one slash of two
         raise UserError(f"--output {output}: a folder; copy it into a bucket afterwards, as with `aws s3 sync`.")
     if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"--output {output}: exists; name a new folder, or delete this one.")
+        what = f"a set without {INDEX}, whose `shard` was killed or still runs" if is_unfinished(output) else "exists"
+        raise UserError(f"--output {output}: {what}; name a new folder, or delete this one.")
     made: list[Path] = []
     try:
         made = make_folder(output)

@@ -364,7 +364,7 @@ class _Folder:
     def read_index(self) -> bytes:
         path = self.root / INDEX
         if self.root.is_dir() and not path.exists():
-            why = "its `shard` was stopped, or is not done" if any(self.root.glob("*/chunk-*.bin")) else "no shards"
+            why = "its `shard` was stopped, or is not done" if is_unfinished(self.root) else "no shards"
             raise UserError(f"--data.root {self.root}: has no {INDEX}: {why}; write them with the command shard.")
         try:
             return read_bytes(path, _MAX_INDEX_BYTES, follow_links=True)
@@ -553,6 +553,11 @@ def _make_room(cache: Path, num_bytes: int) -> None:
         if missing > 0:
             missing -= size
             path.unlink(missing_ok=True)
+
+
+def is_unfinished(root: Path) -> bool:
+    """Whether a folder is what a `shard` has written that was killed or still runs."""
+    return not (root / INDEX).exists() and any(root.glob("*/chunk-*.bin"))
 
 
 def given(data: bytes, path: str) -> bytes:

@@ -311,6 +311,16 @@ def test_a_failed_or_second_writing_leaves_what_was_there(folders, written, tmp_
     assert len(Shards(str(tmp_path / "new")).load("train").targets) == 2 * NUM - 1
 
 
+def test_a_set_of_a_killed_shard_is_called_that_and_kept(folders, shards):
+    (shards / "shards.json").unlink()
+    before = sorted(shards.rglob("*"))
+    with refused(f"--output {shards}", "shards.json", "killed", "delete"):
+        write_shards(ClassFolders(folders, SIZE), shards)
+    with refused(f"--data.root {shards}", "stopped"):
+        Shards(str(shards))
+    assert sorted(shards.rglob("*")) == before
+
+
 def test_images_are_pickled_without_their_open_files(written):
     images = Shards(str(written)).load("train").images
     first = images[0]
