@@ -113,23 +113,50 @@ def _write_split(folders: ClassFolders, split: Split, output: Path, shard_bytes:
     per_shard = _images_per_shard(listing.paths, folders.image_size, folders.in_channels, shard_bytes)
     parts = [order[start : start + per_shard] for start in range(0, num, per_shard)]
     written = _write_parts(folders, listing, parts, folder)
+    kept = np.concatenate([part[each.kept] for part, each in zip(parts, written, strict=True)])
     bad = [reason for each in written for reason in each.unreadable]
+    _check_kept(folders, split, kept, bad)
+    remarks = _remark_lines(listing, parts, written)
+    written = [each for each in written if each.kept]
+    chunks, table = [each.chunk for each in written], _table(listing, kept, written)
+    write_json(folder / "index.json", {"chunks": chunks, "config": written[0].config, "updated_at": "0"})
+    with (folder / "images.npz").open("wb") as file:
+        np.savez(file, **table)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+    sha256 = hashlib.sha256(table["names"].tobytes() + table["pixels"].tobytes())
+    sha256.update(b"".join(each.contents for each in written))
+    sha256.update(table["targets"].astype("<i8").tobytes())
+    about = SplitIndex(
+        num_images=len(kept),
+        sha256=sha256.hexdigest(),
+        files={"index.json": file_sha256(folder / "index.json"), "images.npz": file_sha256(folder / "images.npz")},
+    )
+    size_mb, jpegs = sum(chunk["chunk_bytes"] for chunk in chunks) / 1e6, int(table["is_jpeg"].sum())
+    lines = [f"{split}: {len(kept):,} images ({jpegs:,} as JPEG) in {plural(len(chunks), 'shard')}, {size_mb:,.1f} MB"]
+    lines += [f"warning: {len(bad):,} of {num:,} {split} images are left out ({bad[0]})"] if bad else []
+    return about, lines + remarks
+
+
+def _check_kept(folders: ClassFolders, split: Split, kept: np.ndarray, bad: Sequence[str]) -> None:
+    """Refuse images that cannot be read, unless they may be skipped and each class has others."""
+    listing = folders.listings[split]
     if bad and not folders.skip_unreadable:
         raise UserError(
-            f"{bad[0]}; {len(bad):,} of {num:,} {split} images cannot be read\n"
+            f"{bad[0]}; {len(bad):,} of {len(listing.names):,} {split} images cannot be read\n"
             "Repair or remove them, or leave them out: --data.skip_unreadable true"
         )
-    kept = np.concatenate([part[each.kept] for part, each in zip(parts, written, strict=True)])
     missing = np.bincount(listing.targets[kept], minlength=len(folders.class_names)) == 0
     if missing.any():
         name = folders.class_names[int(missing.argmax())]
         raise UserError(f"{listing.folder}: no image of the class {name} can be read")
-    remarks = _remark_lines(listing, parts, written)
-    written = [each for each in written if each.kept]
-    chunks = [each.chunk for each in written]
-    write_json(folder / "index.json", {"chunks": chunks, "config": written[0].config, "updated_at": "0"})
+
+
+def _table(listing: Listing, kept: np.ndarray, written: Sequence[Written]) -> dict[str, np.ndarray]:
+    """Return the columns of `images.npz`."""
     names = [os.fsencode(listing.below_root(listing.names[at]).replace(os.sep, "/")) for at in kept.tolist()]
-    columns = {
+    return {
         "targets": listing.targets[kept],
         "names": np.frombuffer(b"".join(name + b"\0" for name in names), np.uint8),
         "is_jpeg": np.concatenate([each.is_jpeg for each in written]).astype(bool),
@@ -137,23 +164,6 @@ def _write_split(folders: ClassFolders, split: Split, output: Path, shard_bytes:
         "pixels": np.concatenate([each.pixels for each in written]),
         "moments": np.concatenate([each.moments for each in written]),
     }
-    with (folder / "images.npz").open("wb") as file:
-        np.savez(file, **columns)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(folder)
-    sha256 = hashlib.sha256(columns["names"].tobytes() + columns["pixels"].tobytes())
-    sha256.update(b"".join(each.contents for each in written))
-    sha256.update(columns["targets"].astype("<i8").tobytes())
-    about = SplitIndex(
-        num_images=len(kept),
-        sha256=sha256.hexdigest(),
-        files={"index.json": file_sha256(folder / "index.json"), "images.npz": file_sha256(folder / "images.npz")},
-    )
-    size_mb, jpegs = sum(chunk["chunk_bytes"] for chunk in chunks) / 1e6, int(columns["is_jpeg"].sum())
-    lines = [f"{split}: {len(kept):,} images ({jpegs:,} as JPEG) in {plural(len(chunks), 'shard')}, {size_mb:,.1f} MB"]
-    lines += [f"warning: {len(bad):,} of {num:,} {split} images are left out ({bad[0]})"] if bad else []
-    return about, lines + remarks
 
 
 def _remark_lines(listing: Listing, parts: Sequence[np.ndarray], written: Sequence[Written]) -> list[str]:
