@@ -6,14 +6,16 @@
 
 Multiply-adds are those of convolutions and matrix products for one image, counted by torch from shapes. The map is
 the output of the last convolution (of a vision transformer: its patches). Images/s are of training steps (forward,
-backward, SGD with momentum) in float32 on random images on the device, channels_last as in `fit`. The last line is the
-images/s of resnet18 over those of smallnet; without both, of the last named model over the first.
+backward, SGD with momentum) in float32 on random images on the device, channels_last as in `fit`; the models take their
+steps in turn, and in parentheses are the slowest and the fastest step. The last line is the images/s of resnet18 over
+those of smallnet; without both, of the last named model over the first.
 """
 
 import argparse
 import copy
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,24 +51,25 @@ def costs(model: nn.Module, image_size: int) -> dict[str, Any]:
     }
 
 
-def step_times_s(model: nn.Module, image_size: int, batch_size: int, steps: int, device: torch.device) -> list[float]:
-    """Return the seconds of some training steps."""
+def trainer_of(model: nn.Module, image_size: int, batch_size: int, device: torch.device) -> Callable[[], float]:
+    """Return a function that trains the model for a step and returns its seconds."""
     model = model.to(device, memory_format=torch.channels_last).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
     images = torch.randn(batch_size, 3, image_size, image_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     targets = torch.randint(NUM_CLASSES, (batch_size,), device=device)
-    times_s = []
-    for _ in range(NUM_WARM_UP + steps):
+
+    def step() -> float:
         began = time.perf_counter()
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images), targets).backward()
         optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times_s.append(time.perf_counter() - began)
-    return times_s[NUM_WARM_UP:]
+        return time.perf_counter() - began
+
+    return step
 
 
 def line(row: dict[str, Any]) -> str:
@@ -94,24 +97,25 @@ def main() -> None:
         f"{args.image_size} pixels, {NUM_CLASSES} classes, batch {args.batch}, median of {args.steps} steps, {where}:"
     )
     print(f"{'model':<22} {'parameters':>10} {'mult.-adds':>11} {'map':>7} {'images/s':>10}")
-    rows, times = {}, {}
-    for name in args.names or MODELS:
+    names = args.names or list(MODELS)
+    rows: dict[str, dict[str, Any]] = {}
+    steps, times_s = {}, {}
+    for name in names:
         torch.manual_seed(0)
         model = build_model(name, NUM_CLASSES, args.image_size)
-        row = {"name": name, **costs(model, args.image_size)}
-        times_s = step_times_s(model, args.image_size, args.batch, args.steps, device)
-        for what, chosen_s in (
-            ("images_per_s", statistics.median(times_s)),
-            ("slowest", max(times_s)),
-            ("fastest", min(times_s)),
-        ):
-            row[what] = args.batch / chosen_s
-        rows[name], times[name] = row, times_s
-        print(line(row), flush=True)
-    names = list(rows)
+        rows[name] = {"name": name, **costs(model, args.image_size)}
+        steps[name], times_s[name] = trainer_of(model, args.image_size, args.batch, device), list[float]()
+    for _ in range(NUM_WARM_UP + args.steps):  # a step of each in turn: what disturbs the machine disturbs all alike
+        for name in names:
+            times_s[name].append(steps[name]())
+    for name in names:
+        del times_s[name][:NUM_WARM_UP]
+        for what, choose in (("images_per_s", statistics.median), ("slowest", max), ("fastest", min)):
+            rows[name][what] = args.batch / choose(times_s[name])
+        print(line(rows[name]))
     one, other = ("resnet18", "smallnet") if {"resnet18", "smallnet"} <= rows.keys() else (names[-1], names[0])
     ratio = rows[one]["images_per_s"] / rows[other]["images_per_s"]
-    of_steps = [other_s / one_s for one_s, other_s in zip(times[one], times[other], strict=True)]
+    of_steps = [other_s / one_s for one_s, other_s in zip(times_s[one], times_s[other], strict=True)]
     write_results(
         args.json,
         device=where,

@@ -29,6 +29,7 @@ from PIL import Image
 
 from benchmarks.hardware import hardware_name, results_file
 from benchmarks.speed.loader import NUM_CORES, PADDING_PX, use_cores
+from benchmarks.speed.process_memory import Memory
 from benchmarks.speed.results import print_rates, spread, write_results
 from benchmarks.speed.streaming import NUM_WORKERS, begin, compare, describe_memory, make_peer, watch
 from cifar_lightning import ImageDataModule
@@ -132,7 +133,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Prepare, measure, print."""
+    """Prepare, measure in turn, print."""
     batch_size, epochs, other = (64, 1, "ImageFolder") if args.jpeg else (500, 3, "streaming")
     args.work.mkdir(parents=True, exist_ok=True)
     root, folder, shard_s = prepare(args)
@@ -157,11 +158,22 @@ def measure(args: argparse.Namespace) -> None:
     num_batches = {"shards": max(1, round(args.seconds * batches_per_s))}
     num_batches[other] = max(1, round(args.seconds * other_per_s))
     rates = compare(ways, num_batches, batch_size, args.rounds, min(1.0, args.seconds))
-    device = hardware_name()
+    report(args, rates, memory, batch_size, size, sum(path.stat().st_size for path in folder.rglob("*.bin")) / 1e6)
+
+
+def report(
+    args: argparse.Namespace,
+    rates: dict[str, list[float]],
+    memory: list[Memory],
+    batch_size: int,
+    size: int,
+    stored_mb: float,
+) -> None:
+    """Print the results; with `--json` also write them."""
+    _, other = rates
     ratios = [one / two for one, two in zip(rates["shards"], rates[other], strict=True)]
-    stored = sum(path.stat().st_size for path in folder.rglob("*.bin"))
     kind = f"JPEGs of {args.jpeg_px} pixels as {size}x{size}" if args.jpeg else f"images of {size} pixels"
-    print(f"{args.images:,} {kind}, batches of {batch_size}, {NUM_WORKERS} workers; shards of {stored / 1e6:,.0f} MB")
+    print(f"{args.images:,} {kind}, batches of {batch_size}, {NUM_WORKERS} workers; shards of {stored_mb:,.0f} MB")
     print(f"  memory of shards {describe_memory(memory)}")
     print("images/s:")
     print_rates(rates)
@@ -170,12 +182,14 @@ def measure(args: argparse.Namespace) -> None:
         images=f"{args.images:,} {kind}",
         batch_size=batch_size,
         num_workers=NUM_WORKERS,
-        stored_mb=stored / 1e6,
+        stored_mb=stored_mb,
         memory=[asdict(sample) for sample in memory],
         images_per_s=rates,
         ratios=ratios,
     )
-    print(f"shards over {other}, {len(ratios)} rounds of about {args.seconds:g} s, {device}: {spread(ratios, 2)}")
+    print(
+        f"shards over {other}, {len(ratios)} rounds of about {args.seconds:g} s, {hardware_name()}: {spread(ratios, 2)}"
+    )
     print(f"ratio={statistics.median(ratios):.2f}")
 
 

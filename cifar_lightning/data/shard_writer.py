@@ -153,7 +153,7 @@ def _check_kept(folders: ClassFolders, split: Split, kept: np.ndarray, bad: Sequ
         raise UserError(f"{listing.folder}: no image of the class {name} can be read")
 
 
-def _table(listing: Listing, kept: np.ndarray, written: Sequence[Written]) -> dict[str, np.ndarray]:
+def _table(listing: Listing, kept: np.ndarray, written: Sequence[Written]) -> dict[str, Any]:
     """Return the columns of `images.npz`."""
     names = [os.fsencode(listing.below_root(listing.names[at]).replace(os.sep, "/")) for at in kept.tolist()]
     return {
