@@ -53,7 +53,8 @@ _LITTER = frozenset({"thumbs.db", "desktop.ini"})  # written by Windows; such fi
 _NOTES = {".cfg", ".csv", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".tsv", ".txt", ".xml"}
 NOT_IMAGES = _NOTES | {".aae", ".db", ".lnk", ".pdf", ".py", ".url", ".xls", ".xlsx", ".xmp", ".yaml", ".yml"}
 _IMAGE_TYPES = {"image/jpeg", "image/png", "image/webp", "image/bmp", "image/tiff", "image/gif"}
-_STALE_S = 86_400  # a temporary file this old belongs to a process that was killed
+_CACHED = {".bin", ".npz", ".npy", ".json", ".files", ".part", ".tmp"}  # of files in the user's cache
+STALE_S = 86_400  # a temporary file this old belongs to a process that was killed
 _RACY_NS = 2_000_000_000  # a file changed this shortly before may change again within the resolution of its times
 # Of each image: `Listing.stats`, the SHA-256 of the file (0 where it cannot be opened), `pixel_hashes` once decoded.
 _FILE = np.dtype([("stat", "<i8", 4), ("content", "u1", 32), ("pixels", "<u8")])
@@ -521,6 +522,13 @@ def user_cache(place: str, version: str = "") -> Path:
     return Path(os.environ.get(variable) or default).expanduser() / "cifar_lightning" / name
 
 
+def in_user_cache(root: Path) -> Iterator[Path]:
+    """Yield the files that `user_cache` is for, in all of its folders: the user may keep others next to them."""
+    for folder in root.glob(f"*-{'[0-9a-f]' * 16}"):
+        files = () if folder.is_symlink() else folder.rglob("*")
+        yield from (path for path in files if path.suffix in _CACHED and path.is_file() and not path.is_symlink())
+
+
 def write_skipped_files(path: Path, skipped: Iterable[Skipped]) -> None:
     """Write path and reason of each file, as a line of JSON in ASCII: no name can reach a terminal unescaped."""
     rows = (json.dumps({"path": file, "reason": reason}) for file, reason in skipped)
@@ -602,7 +610,7 @@ def _allocate(temporary: Path, name: str, shape: tuple[int, ...]) -> bool:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         for stale in temporary.parent.glob(f".{name}.*.tmp"):
             with suppress(FileNotFoundError):  # another process has just finished it
-                if time.time() - stale.stat().st_mtime > _STALE_S:
+                if time.time() - stale.stat().st_mtime > STALE_S:
                     stale.unlink()
         np.lib.format.open_memmap(str(temporary), "w+", np.uint8, shape).flush()
         if hasattr(os, "posix_fallocate"):

@@ -32,7 +32,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from cifar_lightning.data.image_decoding import Resize, decode_image
-from cifar_lightning.data.image_folder import CACHE_VARIABLE, allocated, user_cache
+from cifar_lightning.data.image_folder import CACHE_VARIABLE, STALE_S, allocated, in_user_cache, user_cache
 from cifar_lightning.data.image_set import Cache, ImageSet, Split, pixel_hashes
 from cifar_lightning.data.memory import usable_cpus
 from cifar_lightning.errors import RunError, UserError
@@ -45,7 +45,7 @@ _MAX_OPEN = 4 * WINDOW  # shards that a process keeps open
 _BEFORE, _AFTER = 8, 8  # bytes of an item around its image: the sizes of image and label, and the label
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 _MAX_INDEX_BYTES = 1 << 28
-_FREE = 0.1  # of the disk, below which downloaded shards are removed
+_FREE = 0.1  # of the disk, below which files of the cache are removed
 _ATTEMPTS, _TIMEOUT_S = 4, 20  # of a request to a bucket; litdata's default of 1,000 attempts hides that it is away
 _DECODED_AT_ONCE = 256
 
@@ -208,6 +208,7 @@ class Shards:
             return _fill(np.empty(images.shape, np.uint8), images)
         folder, name = self._place.cache, f"{split}-{self.index.splits[split].sha256[:16]}.npy"
         if (cached := _cached(folder / name, images.shape)) is None:
+            _make_room(folder, images.nbytes)
             with allocated(folder, name, images.shape) as temporary:
                 if temporary is None:
                     raise UserError(
@@ -441,7 +442,9 @@ class _Bucket:
 
     def fetch(self, split: Split, file: str) -> Path:
         path = self.path(split, file)
-        if not path.exists():
+        try:
+            os.utime(path)  # the least recently used files are removed first
+        except FileNotFoundError:
             self._download(self.name(split, file), path, UserError)
         return path
 
@@ -468,7 +471,7 @@ class _Bucket:
             except FileNotFoundError:  # another process has just made room
                 continue
             with suppress(FileNotFoundError):
-                os.utime(path)  # the least recently used ones are removed first
+                os.utime(path)
             if (size := os.fstat(fd).st_size) != shard.chunk_bytes:
                 os.close(fd)
                 self.forget(path)
@@ -540,19 +543,28 @@ def _cached(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _make_room(cache: Path, num_bytes: int) -> None:
-    """Remove downloaded shards, the least recently used first, until the disk has room for another."""
-    usage = shutil.disk_usage(cache if cache.exists() else cache.parent.parent)
+    """Remove files of the user's cache, the least recently used first, until the disk has room for another one.
+
+    Of this set those are its shards; of other sets and versions, and of downloads that were stopped, every file.
+    """
+    usage = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists()))
     missing = num_bytes + int(_FREE * usage.total) - usage.free
     if missing <= 0:
         return
     found = []
-    for path in cache.glob("*/*.bin"):
+    for path in in_user_cache(cache.parent):
+        if cache in path.parents and path.suffix not in (".bin", ".part"):
+            continue
         with suppress(FileNotFoundError):  # another process makes room, too
-            found.append((path.stat().st_mtime, path.stat().st_size, path))
+            about = path.lstat()
+            used = max(about.st_atime, about.st_mtime)
+            if path.suffix not in (".part", ".tmp") or time.time() - used > STALE_S:
+                found.append((used, about.st_size, path))
     for _, size, path in sorted(found):  # on Linux a process that has one open reads it to the end
         if missing > 0:
-            missing -= size
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # Windows keeps what is open
+                path.unlink()
+                missing -= size
 
 
 def is_unfinished(root: Path) -> bool:

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from program import decode_here
 
 from cifar_lightning import ImageDataModule
 from cifar_lightning.data import shards as shards_module
-from cifar_lightning.data.image_folder import ClassFolders
+from cifar_lightning.data.image_folder import ClassFolders, user_cache
 from cifar_lightning.data.sampler import EpochSampler, Rank, ShardOrder
 from cifar_lightning.data.shard_writer import write_shards
 from cifar_lightning.data.shards import Shards
@@ -350,12 +351,42 @@ def test_a_shard_whose_header_is_damaged_is_named(shards):
 
 
 def test_room_is_made_next_to_another_process_that_makes_it(tmp_path, monkeypatch):
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train/held.bin").write_bytes(b"12")
-    (tmp_path / "train/gone.bin").symlink_to("nowhere")  # as a file that is removed after it was listed
+    cache = user_cache("s3://photos/set")
+    held, gone = (cache / "train" / name for name in ("held.bin", "gone.bin"))
+    held.parent.mkdir(parents=True)
+    held.write_bytes(b"12")
+    monkeypatch.setattr(shards_module, "in_user_cache", lambda _: [gone, held])
     monkeypatch.setattr(shards_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
-    shards_module._make_room(tmp_path, 1)
-    assert not (tmp_path / "train/held.bin").exists()
+    shards_module._make_room(cache, 1)
+    assert not held.exists()
+
+
+def test_room_is_made_of_all_that_is_cached_the_oldest_first_but_not_of_what_is_in_use(tmp_path, monkeypatch):
+    ours, earlier, folder = (user_cache("s3://photos/set", "1"), user_cache("s3://photos/set"), user_cache("/photos"))
+    root, now, days = ours.parent, time.time(), 86_400
+    # In the order of their use, each of 10 bytes.
+    may_go = [earlier / "train/chunk-0-0.bin", earlier / "train/images.npz", folder / "train.npy"]
+    may_go += [ours / "train/.chunk-0-1.bin.1-1.part", ours / "train/chunk-0-0.bin", folder / "train.json"]
+    kept = [ours / "train/index.json", ours / "train/images.npz", ours / "train-0.npy", root / "users.bin"]
+    kept += [folder / "notes.txt", root / "photos-0123" / "a.npy"]
+    written = [folder / ".train.npy.1-1.tmp", ours / "train/.chunk-0-2.bin.1-1.part"]
+    for at, path in enumerate([*kept, *may_go, *written]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(10))
+        used = now - (0.5 if path in written else 20 - at) * days
+        os.utime(path, (used, used))
+    (root / "photos-0123456789abcdef").symlink_to(tmp_path)
+
+    monkeypatch.setattr(shards_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
+
+    def room_for(num_bytes):
+        shards_module._make_room(ours, num_bytes)
+        return [path for path in may_go if not path.exists()]
+
+    assert room_for(0) == []
+    assert room_for(21) == may_go[:3]
+    assert room_for(10**6) == may_go
+    assert all(path.exists() for path in [*kept, *written])
 
 
 def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
