@@ -221,6 +221,29 @@ def test_a_missing_or_cut_shard_is_named_before_training(shards, damage):
         data_of(shards)
 
 
+@pytest.mark.parametrize("kind", ["jpeg", "square"])
+def test_a_flipped_byte_of_a_test_shard_is_named_before_training(shards, kind, monkeypatch):
+    images = Shards(str(shards)).load("test").images
+    path = shards / "test" / "chunk-0-0.bin"
+    at = int(np.flatnonzero(images._is_jpeg == (kind == "jpeg"))[0])
+    data = bytearray(path.read_bytes())
+    data[int(np.frombuffer(bytes(data), "<u4", at + 2)[1 + at]) + 100] ^= 1
+    path.write_bytes(data)
+    with refused(str(path), f"image {at}", "copy it again"):
+        ImageDataModule("shards", str(shards)).prepare_data()
+    monkeypatch.setattr(shards_module, "_READ_BEFORE_BYTES", 100)
+    ImageDataModule("shards", str(shards)).prepare_data()
+
+
+def test_a_test_shard_that_the_disk_cannot_read_is_named_before_training(shards, monkeypatch):
+    def fail(fd, num_bytes, at):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(shards_module, "_pread", fail)
+    with pytest.raises(RunError, match=r"test/chunk-0-0.*Input/output error"):
+        Shards(str(shards)).prepare()
+
+
 def test_a_shard_that_goes_away_or_is_another_is_named_by_the_worker_that_reads_it(shards):
     data = data_of(shards)
     one, other = sorted((shards / "train").glob("*.bin"))[:2]
