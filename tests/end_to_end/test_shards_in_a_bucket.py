@@ -1,4 +1,4 @@
-"""Shards in a bucket: trained from it as from a folder, also when a shard or the whole bucket was away."""
+"""Shards in a bucket: trained from it as from a folder, also when a shard or the bucket was away."""
 
 import json
 import shutil
@@ -10,12 +10,11 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 from program import TINY, decode_here, start
 
-from cifar_lightning import ImageDataModule
 from cifar_lightning.data import shards as shards_module
 from cifar_lightning.data.image_folder import ClassFolders
 from cifar_lightning.data.shard_writer import write_shards
 from cifar_lightning.data.shards import Shards
-from cifar_lightning.errors import UserError
+from cifar_lightning.errors import RunError, UserError
 
 pytestmark = pytest.mark.slow
 BATCH = 10
@@ -36,12 +35,18 @@ def root(tmp_path, monkeypatch):
     return tmp_path / "shards"
 
 
-@pytest.fixture
-def bucket(monkeypatch, tmp_path):
+def started(monkeypatch):
+    """Start a server; all that run in this process have the same buckets."""
     server = ThreadedMotoServer("127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    return server
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    server = started(monkeypatch)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
@@ -64,23 +69,37 @@ def results_of(run):
     return rows, json.loads((run / "test_metrics.json").read_text())["accuracy"]
 
 
-def test_a_fit_resumes_when_a_shard_is_back_and_ends_as_from_a_folder(root, bucket, tmp_path):
+def stop_after(server, num_shards):
+    """Let the server hand out some training shards and then be away, in the middle of a request."""
+    answer, asked = server._server.app, []
+
+    def app(environ, start_response):
+        path = environ["PATH_INFO"]
+        if "/train/chunk" in path and environ["REQUEST_METHOD"] == "GET":
+            asked.append(path)
+        if len(asked) > num_shards:
+            server._server.shutdown()
+            server._server.server_close()
+            raise ConnectionAbortedError("away")
+        return answer(environ, start_response)
+
+    server._server.app = app
+
+
+def test_a_fit_resumes_when_the_bucket_is_back_and_ends_as_from_a_folder(root, bucket, tmp_path, monkeypatch):
     server, client = bucket
     upload(client, root)
+    stop_after(server, 10)  # a worker has 4 shards of its own and 4 ahead when the first batches are trained
     flags = ["--data.dataset", "shards", *TINY[2:], "--batch_size", BATCH, "--epochs", 2]
-    flags += ["--checkpoint.every_n_train_steps", 1]
-    data = ImageDataModule("shards", str(root), BATCH)
-    data.setup()
-    *_, last = data.train_dataloader().sampler.begin()
-    number = int(np.searchsorted(data._images["train"].images.starts, int(last[-1]), side="right")) - 1
-    key = f"train/chunk-0-{number}.bin"
-    client.delete_object(Bucket="photos", Key=f"set/{key}")
-
+    flags += ["--data.num_workers", 1, "--trainer.num_sanity_val_steps", 0, "--checkpoint.every_n_train_steps", 1]
     stopped = start("fit", *flags, "--data.root", "s3://photos/set", "--run_dir", "run", cwd=tmp_path, check=False)
     assert stopped.returncode == 1, stopped.stderr
-    assert f"s3://photos/set/{key}" in stopped.stderr
+    assert "s3://photos/set/train/chunk-0-" in stopped.stderr
+    assert "--resume" in stopped.stderr
     assert "Traceback" not in stopped.stderr
-    upload(client, root)
+    assert (tmp_path / "run/checkpoints/last.ckpt").exists(), "it was to stop in the middle of training"
+    assert not (tmp_path / "run/test_metrics.json").exists()
+    server = started(monkeypatch)
     start("fit", "--resume", "run", cwd=tmp_path)
     start("fit", *flags, "--data.root", root, "--run_dir", "local", cwd=tmp_path)
     assert results_of(tmp_path / "run") == results_of(tmp_path / "local")
@@ -90,8 +109,12 @@ def test_a_fit_resumes_when_a_shard_is_back_and_ends_as_from_a_folder(root, buck
         Shards("s3://photos/set")
 
 
-def test_downloaded_shards_make_room_and_a_cut_one_is_downloaded_again(root, bucket, monkeypatch):
+def test_downloaded_shards_make_room_and_one_that_is_missing_or_cut_is_downloaded_again(root, bucket, monkeypatch):
     _, client = bucket
+    upload(client, root)
+    client.delete_object(Bucket="photos", Key="set/train/chunk-0-3.bin")
+    with pytest.raises(RunError, match=r"s3://photos/set/train/chunk-0-3\.bin"):
+        Shards("s3://photos/set").load("train").images[:]
     upload(client, root)
     ours, local = (Shards(place) for place in ("s3://photos/set", str(root)))
     images, expected = ours.load("train").images, local.load("train").images[:]
