@@ -1,8 +1,11 @@
 """Operations of augmentation policies on uint8 batches, with a magnitude per image.
 
-The operations, their order and their results are those of torchvision.transforms.v2 on uint8 tensors, value for value
-on a CPU; `apply_operation` states where they may differ. Images are uint8 `(batch, height, width, channels)`, 0-255,
-RGB or gray.
+The operations, their order and their results are those of torchvision.transforms.v2 on uint8 tensors (nearest
+neighbour, black outside), value for value on a CPU. On a device that rounds float32 differently, a pixel whose source
+is within 1e-4 of the midpoint of two pixels may take either. Without float64 (MPS) blended colours may differ by 1, and
+so may the contrast of images of more than 65,793 pixels, whose sum exceeds float32.
+
+Images are uint8 `(batch, height, width, channels)`, 0-255, RGB or gray.
 """
 
 from collections.abc import Callable
@@ -83,21 +86,6 @@ def _apply_everywhere(
         result = _apply_group(group, images, operations, torch.where(own, magnitudes, 0.0))
         changed = torch.where(own[:, None, None, None], result, changed)
     return changed
-
-
-def apply_operation(images: Images, operation: str, magnitudes: Magnitudes) -> Images:
-    """Apply one of `OPERATIONS` to all images, each with its own signed magnitude in the units of `magnitude_table`.
-
-    The values are those of torchvision.transforms.v2 on uint8 tensors (nearest neighbour, black outside); no difference
-    was found on a CPU. On a device that rounds float32 differently, a pixel whose source is within 1e-4 of the midpoint
-    of two pixels may take either. Without float64 (MPS) blended colours may differ by 1, and so may the contrast of
-    images of more than 65,793 pixels, whose sum exceeds float32.
-    """
-    index = OPERATIONS.index(operation)
-    if operation == "Identity":
-        return images.clone()
-    group = next(group for group in _GROUPS if index in group)
-    return _apply_group(group, images, torch.full_like(magnitudes, index, dtype=torch.int64), magnitudes)
 
 
 def _apply_group(group: range, images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from cifar_lightning.settings.import_path import is_timm_installed
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.predictions import PredictionWriter
 from cifar_lightning.transforms.augmentation import Augmentation, jitter
-from cifar_lightning.transforms.operations import OPERATIONS, apply_operation
+from cifar_lightning.transforms.operations import OPERATIONS, apply_operations
 from cifar_lightning.transforms.pipeline import Pipeline, augment
 
 
@@ -96,7 +96,8 @@ def test_operations_of_policies_change_gray_images_as_torchvision_does(operation
         "Rotate": torch.linspace(-90, 90, 9),
     }
     magnitudes = strengths.get(operation, torch.linspace(-0.9, 0.9, 9))
-    changed = apply_operation(images.clone(), operation, magnitudes)
+    chosen = torch.full((9, 1), OPERATIONS.index(operation)), magnitudes[:, None]
+    changed = apply_operations(images.clone(), *chosen)
     functional = v2.functional
     of_torchvision = {
         "Brightness": lambda image, by: functional.adjust_brightness(image, 1 + by),
@@ -113,7 +114,7 @@ def test_operations_of_policies_change_gray_images_as_torchvision_does(operation
         for image, by, got in zip(images, magnitudes.tolist(), changed, strict=True):
             assert torch.equal(got.permute(2, 0, 1), of_torchvision[operation](image.permute(2, 0, 1), by))
     else:  # moves, which do not know channels
-        rgb = apply_operation(images.expand(-1, -1, -1, 3).contiguous(), operation, magnitudes)
+        rgb = apply_operations(images.expand(-1, -1, -1, 3).contiguous(), *chosen)
         assert torch.equal(changed, rgb[..., :1])
 
 

@@ -11,7 +11,6 @@ from cifar_lightning.transforms.operations import (
     SIGNED,
     _apply_everywhere,
     _apply_sorted,
-    apply_operation,
     apply_operations,
 )
 
@@ -21,6 +20,12 @@ STRONGEST = dict(zip(SIGNED, [0.99, 0.99, 32.0, 32.0, 135.0, 0.99, 0.99, 0.99, 0
 
 def random_images(count=16, height=32, width=32):
     return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
+
+
+def apply_operation(images, operation, magnitudes):
+    """One operation on all images, each with its own magnitude."""
+    operations = torch.full((len(images), 1), OPERATIONS.index(operation))
+    return apply_operations(images, operations, magnitudes[:, None])
 
 
 def odd_images():
