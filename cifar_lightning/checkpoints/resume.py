@@ -17,7 +17,7 @@ from cifar_lightning.formatting import object_text, printable, shell_line
 from cifar_lightning.runs.contents import read_config, read_environment, read_split
 from cifar_lightning.runs.environment import describe_environment, portable
 from cifar_lightning.runs.folder import RunFolder, open_run
-from cifar_lightning.settings.roles import FIXED, MAKES_BATCHES, OWN_OPTIMIZER, PLANS_SCHEDULE
+from cifar_lightning.settings.roles import FIXED, MAKES_BATCHES, OWN_OPTIMIZER, PLANS_SCHEDULE, flat_settings
 from cifar_lightning.settings.safe_yaml import read_yaml
 
 Changes = dict[str, tuple[Any, Any]]
@@ -194,7 +194,7 @@ def find_changes(run: RunFolder, config_text: str) -> Changes:
         UserError: A setting that cannot change differs, or the run's config is damaged.
     """
     new = dict.fromkeys((*OWN_OPTIMIZER, "model_class", "data_class"))  # configs of older runs lack them
-    before, now = (_flat(new | config) for config in (read_config(run.config), read_yaml(config_text)))
+    before, now = (flat_settings(new | config) for config in (read_config(run.config), read_yaml(config_text)))
     changes = {key: (before[key], now[key]) for key in sorted(before.keys() & now.keys()) if before[key] != now[key]}
     for key in changes:
         if key in FIXED:
@@ -209,16 +209,6 @@ def find_changes(run: RunFolder, config_text: str) -> Changes:
 def describe_changes(changes: Changes) -> list[str]:
     """Return a line for each change."""
     return [f"--{key} {now} instead of {before}" for key, (before, now) in changes.items()]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and not prefix and key not in OWN_OPTIMIZER:
-            flat |= _flat(value, f"{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def has_stopped(state: Mapping[str, Any]) -> bool:

@@ -37,6 +37,7 @@ from cifar_lightning.report.findings import training_of
 from cifar_lightning.report.page import render
 from cifar_lightning.report.results import read_results
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.settings.roles import flat_settings
 
 _MAX_RUNS_OF_ALL_PAIRS = 15  # 105 pairs; of more runs the first is compared with each other one
 _SEEDS = ("seed_everything", "data.order_seed", "data.seed")  # of weights and dropout; of order; of split
@@ -76,7 +77,7 @@ def _read(runs: Sequence[RunFolder]) -> tuple[dict[str, Any], list[list[dict[str
         of_training["num_parameters"] = results.origin.environment.get("num_parameters")
         rows.append(summarize(run.path, predictions) | of_training)
         correct.append((predictions.preds == predictions.targets)[np.argsort(predictions.indices)])
-        configs.append(_flat(results.origin.config))
+        configs.append(flat_settings(results.origin.config))
         tables.append(results.epochs)
         unchecked = unchecked_images(runs[0].path, first, run.path, results) if run != runs[0] else ""
         problems += [*(f"{run.path}: {problem}" for problem in results.problems), *([unchecked] if unchecked else [])]
@@ -90,14 +91,6 @@ def _read(runs: Sequence[RunFolder]) -> tuple[dict[str, Any], list[list[dict[str
     compared = {"runs": rows, "settings": differing, "groups": groups, "by_seed": list(_by_seed(rows, groups))}
     compared |= {"pairs": _pairs(rows, correct), "num_images": len(correct[0]), "problems": problems}
     return compared, tables
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    flat = dict[str, Any]()
-    for group, settings in config.items():
-        is_group = isinstance(settings, dict) and "class_path" not in settings
-        flat |= {f"{group}.{name}": value for name, value in settings.items()} if is_group else {group: settings}
-    return flat
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -21,6 +21,16 @@ OF_OPTIMIZER = {
 """The settings that belong to the model's own optimizer and schedule."""
 NOT_WITH_OPTIMIZER = "it is of the model's own optimizer; leave one of them out."
 
+
+def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a config by their flags: "model.lr" for lr under model; a class of one's own is whole."""
+    flat: dict[str, Any] = {}
+    for group, settings in config.items():
+        is_group = isinstance(settings, dict) and group not in OWN_OPTIMIZER
+        flat |= {f"{group}.{name}": value for name, value in settings.items()} if is_group else {group: settings}
+    return flat
+
+
 # -- resume; a setting that is in none of these sets may change -------------------------------------------------------
 
 FIXED = {
