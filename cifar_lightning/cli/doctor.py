@@ -15,7 +15,7 @@ from cifar_lightning.data.download import ARCHIVES
 from cifar_lightning.data.image_folder import holds_class_folders
 from cifar_lightning.data.memory import choose_num_workers, free_device_bytes, free_host_bytes
 from cifar_lightning.formatting import program, reason_of, shell_line
-from cifar_lightning.runs.environment import describe_environment
+from cifar_lightning.runs.environment import describe_environment, version_of
 
 _SHOWN = ("torch", "torchvision", "lightning", "torchmetrics")
 _EXTRAS = ("onnx", "onnxscript", "onnxruntime", "safetensors", "timm")
@@ -60,16 +60,16 @@ def look(root: Path) -> Findings:
 
 def _look_at_packages(found: Findings) -> None:
     found.rows.append(("Python", platform.python_version()))
-    found.rows += [(name, _version(name) or "not installed") for name in _SHOWN]
-    extras = {name: _version(name) for name in _EXTRAS}
+    found.rows += [(name, version_of(name) or "not installed") for name in _SHOWN]
+    extras = {name: version_of(name) for name in _EXTRAS}
     found.rows.append(("extras", ", ".join(f"{name} {version or '-'}" for name, version in extras.items())))
     if not all(extras.values()):
         found.hints.append("extras: pip install 'cifar-lightning[export,timm]', for `export` and timm's models")
-    if _version("cifar-lightning") is None:
+    if version_of("cifar-lightning") is None:
         found.hints.append("cifar-lightning is not installed: pip install -e . in a copy of the repository")
     for text in _requirements():
         requirement = Requirement(text)
-        version = _version(requirement.name)
+        version = version_of(requirement.name)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         if version is None or not requirement.specifier.contains(version, prereleases=True):
@@ -83,12 +83,6 @@ def _requirements() -> list[str]:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.requires("cifar-lightning") or []
     return []
-
-
-def _version(name: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(name)
-    return None
 
 
 def _look_at_machine(found: Findings, root: Path) -> None:

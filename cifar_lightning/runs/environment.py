@@ -26,16 +26,10 @@ def describe_environment() -> dict[str, Any]:
 
     `commit` and `dirty` are None unless the package runs from a git checkout that tracks it.
     """
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     commit, dirty = _describe_checkout(Path(__file__))
     return {
         "schema_version": SCHEMA_VERSION,
-        "versions": versions,
+        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in _DISTRIBUTIONS},
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cpu_instructions": _cpu_instructions(),
@@ -47,12 +41,17 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def version_of(distribution: str) -> str | None:
+    """Return the installed version of a distribution; None if it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(distribution)
+    return None
+
+
 @functools.cache
 def package_version() -> str | None:
     """Return the installed version of this project; None if it is not installed."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version("cifar-lightning")
-    return None
+    return version_of("cifar-lightning")
 
 
 def portable(value: Any) -> Any:
