@@ -12,7 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from jsonargparse import Namespace
 from pydantic import Field
 
@@ -20,6 +19,7 @@ from cifar_lightning.cli.trainer_objects import check_callbacks
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped
 from cifar_lightning.settings.limits import Count, check_setting, limits_of
+from cifar_lightning.training.precision import is_on_cuda
 
 PAGE = Path("docs/trainer-arguments.md")
 _HEAD = """# Trainer arguments
@@ -85,10 +85,6 @@ def _num_devices(trainer: Namespace) -> int:
     """Return how many devices are asked for by number or list; 1 for auto."""
     devices = str(trainer.devices)
     return int(devices) if devices.isdecimal() else len(re.findall(r"\d+", devices)) or 1
-
-
-def _on_cuda(trainer: Namespace) -> bool:
-    return torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
 
 
 def _paths(value: Any) -> list[str]:
@@ -255,7 +251,7 @@ ARGUMENTS: dict[str, Argument] = {
     ),
     "sync_batchnorm": Argument(
         "BatchNorm over the images of all GPUs",
-        refused={"SyncBatchNorm needs GPUs; leave it out": lambda value, trainer: value and not _on_cuda(trainer)},
+        refused={"SyncBatchNorm needs GPUs; leave it out": lambda value, trainer: value and not is_on_cuda(trainer)},
     ),
     "reload_dataloaders_every_n_epochs": Argument("makes the loaders again; changes no result", _FROM_0),
     "default_root_dir": Argument(refused={"a run's folder is --run_dir": lambda value, _: True}),

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, distributed
 
+from cifar_lightning.data.sampler import Rank
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.optim.muon import Muon
 
@@ -30,7 +31,7 @@ class NanGuard(pl.Callback):
     def start(self, device: torch.device, *, is_deferred: bool) -> None:
         """Forget earlier losses."""
         self.is_deferred = is_deferred
-        self._num_processes = _num_processes()
+        self._num_processes = Rank.of_process().count
         self.found_inf = torch.zeros((), device=device)
         self._first_bad_step = torch.full((), _NEVER, device=device)
 
@@ -107,10 +108,6 @@ def check_losses(trainer: pl.Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
         if isinstance(callback, NanGuard):
             callback.check(trainer.current_epoch)
-
-
-def _num_processes() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _diverged(step: int, epoch: int) -> RunError:

@@ -13,13 +13,18 @@ def default_precision(on_cuda: bool) -> tuple[str, str]:
     return "32-true", "half precision is slower on most CPUs"
 
 
+def is_on_cuda(trainer: Namespace) -> bool:
+    """Whether a Trainer with these arguments runs on a CUDA device."""
+    return torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
+
+
 def settle_precision(trainer: Namespace) -> None:
     """Set precision and cuDNN's benchmark mode of the Trainer's arguments by device where they are not given.
 
     A precision without hardware support is replaced by 32-true, with a line on stderr: on a CPU half precision is
     emulated then, 90 times slower.
     """
-    on_cuda = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
+    on_cuda = is_on_cuda(trainer)
     if on_cuda:
         torch.set_float32_matmul_precision("high")  # TF32 for float32 matmuls
     if trainer.precision is None:
