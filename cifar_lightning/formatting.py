@@ -55,11 +55,6 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
-def images(number: int) -> str:
-    """Return "1 image" or "12,345 images"."""
-    return plural(number, "image")
-
-
 def pvalue(p: float | None) -> str:
     """Return a p-value as "p = 0.0123"; empty for None."""
     if p is None:

@@ -16,10 +16,10 @@ from cifar_lightning.formatting import (
     csv_text,
     decimal,
     duration,
-    images,
     markdown,
     markdown_code,
     percent,
+    plural,
     points,
     points_span,
     printable,
@@ -89,8 +89,8 @@ def test_seconds_read_as_a_clock(seconds, text):
     assert clock(seconds) == text
 
 
-def test_images_are_one_or_several():
-    assert [images(number) for number in (0, 1, 1234)] == ["0 images", "1 image", "1,234 images"]
+def test_nouns_are_one_or_several():
+    assert [plural(number, "image") for number in (0, 1, 1234)] == ["0 images", "1 image", "1,234 images"]
 
 
 def test_no_line_breaks_between_a_number_and_its_sign():

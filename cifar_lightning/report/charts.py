@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
-from cifar_lightning.formatting import percent, printable
+from cifar_lightning.formatting import count, percent, printable
 
 _WIDTH, _HEIGHT = 400, 270  # of the view box; a chart is shown 300 to 500 pixels wide
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 376, 10, 226  # of the axes
@@ -74,7 +74,7 @@ def confidence_chart(calibration: Mapping[str, Any]) -> Chart:
                         style, left, y(high), width, y(low) - y(high)
                     )
                 )
-    svg = _axes(marks, (0, 1), (0, top), "confidence", (_percent_tick, _count_tick))
+    svg = _axes(marks, (0, 1), (0, top), "confidence", (_percent_tick, count))
     return Chart("Images by confidence", "histogram of confidence", svg, [("b0", "correct"), ("b1", "mistakes")])
 
 
@@ -171,7 +171,7 @@ def _axes(marks: Sequence[Markup], x_range: Range, y_range: Range, x_label: str,
     for at in _ticks(x_range, integer=x_label == "epoch"):
         grid.append(f"M{x(at):.1f} {_TOP}V{_BOTTOM}")
         texts.append(_text(x(at), _BOTTOM + 17, "middle", ticks[0](at)))
-    for at in _ticks(y_range, integer=ticks[1] is _count_tick):
+    for at in _ticks(y_range, integer=ticks[1] is count):
         grid.append(f"M{_LEFT} {y(at):.1f}H{_RIGHT}")
         texts.append(_text(_LEFT - 6, y(at) + 4.5, "end", ticks[1](at)))
     texts.append(_text((_LEFT + _RIGHT) / 2, _HEIGHT - 8, "middle", x_label))
@@ -192,11 +192,6 @@ def _ticks(bounds: Range, *, integer: bool) -> list[float]:
 def _percent_tick(value: float) -> str:
     """Return a fraction as "35 %", or as "35.5 %" where the axis is of a short range."""
     return f"{100 * value:.4g} %"
-
-
-def _count_tick(value: float) -> str:
-    """Return a whole number as "1,500"."""
-    return f"{value:,.0f}"
 
 
 def _number_tick(value: float) -> str:

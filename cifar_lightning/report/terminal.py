@@ -19,7 +19,6 @@ from cifar_lightning.formatting import (
     clipped,
     count,
     decimal,
-    images,
     percent,
     plural,
     points,
@@ -175,7 +174,8 @@ def _print_summary(console: Console, findings: Mapping[str, Any]) -> None:
     summary, calibration = findings["summary"], findings["calibration"]
     line = Text("Test accuracy ")
     line.append(percent(summary["accuracy"], 2), style="bold")
-    line.append(f"  (95 % interval {span(summary['accuracy_interval_95'], 2)}; {images(summary['num_images'])})")
+    num_images = plural(summary["num_images"], "image")
+    line.append(f"  (95 % interval {span(summary['accuracy_interval_95'], 2)}; {num_images})")
     console.print(line)
     largest = _cut(printable(findings["classes"][summary["majority_class"]]["name"], console.encoding), _MAX_NAME)
     baseline = f"Chance {percent(summary['chance'], 2)}; always {largest} {percent(summary['majority'], 2)}"
