@@ -39,13 +39,12 @@ from cifar_lightning.inference.predict_images import (
     predict_files,
     rank_classes,
 )
-from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
+from cifar_lightning.inference.trained_model import TrainedModel, fitted_temperature, load_trained_model
 from cifar_lightning.metrics.classification import test_metrics
 from cifar_lightning.report.report import make_report
 from cifar_lightning.report.results import Predictions, read_predictions
-from cifar_lightning.report.temperature import require_temperature
 from cifar_lightning.runs.contents import read_table, read_test_metrics
-from cifar_lightning.runs.folder import RunFolder, open_run
+from cifar_lightning.runs.folder import RunFolder, open_model
 from cifar_lightning.runs.processes import RUN_OF_FIRST
 from cifar_lightning.settings.import_path import is_import_path
 from cifar_lightning.training.module import ImageClassifier
@@ -100,10 +99,10 @@ def fit(
 def load(
     run: str | os.PathLike[str], *, model: nn.Module | None = None, data: Any = None, trust_code: bool = False
 ) -> "Run":
-    """Open a run folder.
+    """Open a run folder, or a trained model that comes with the package.
 
     Args:
-        run: The folder.
+        run: The folder; or "smallnet", SmallNet trained on CIFAR-10.
         model: For a run whose model was given as an object that nothing makes again: a model of the same class.
         data: Likewise for its data.
         trust_code: Import code of one's own that the run names.
@@ -111,7 +110,7 @@ def load(
     Raises:
         UserError: It is not a run folder, or holds links or special files.
     """
-    folder = open_run(Path(expand_home(os.fspath(run))), results=True)
+    folder = open_model(Path(expand_home(os.fspath(run))), results=True)
     return Run(folder, PythonObjects(_model_object(model), data), trust_code=trust_code)
 
 
@@ -147,7 +146,7 @@ class Run:
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, in the order of the logits."""
-        return self._trained.class_names if self._folder.has_checkpoint else self.predictions.class_names
+        return self._trained.class_names if self._folder.weights.exists() else self.predictions.class_names
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -189,7 +188,7 @@ class Run:
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size {batch_size}: 1 or more.")
         is_list, size = isinstance(images, list | tuple), batch_size or default_batch_size()
-        trained = replace(self._trained, temperature=require_temperature(self._folder)) if calibrated else self._trained
+        trained = replace(self._trained, temperature=fitted_temperature(self._folder)) if calibrated else self._trained
         top_k = choose_top_k(trained, top_k)
         predictions: list[Prediction] = []
         for is_path, group in itertools.groupby(images if is_list else [images], key=_is_path):

@@ -3,6 +3,7 @@
 A checkpoint holds plain types only and is loaded with `weights_only=True`, so that it cannot run code.
 """
 
+import json
 import os
 import pickle
 import re
@@ -15,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cifar_lightning.checkpoints.checksum import has_checksum, is_intact
 from cifar_lightning.checkpoints.schema import (
     DATA_STATE,
     RESUME_STATE,
+    TEMPERATURE,
     check_checkpoint,
     upgrade_checkpoint,
     with_data_state,
@@ -146,17 +149,42 @@ def _check_zip(data: bytes) -> None:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the tensors by name of a checkpoint, a saved state_dict or a .safetensors file."""
     if path.suffix == ".safetensors":
-        try:
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise UserError(f"{path}: reading it needs safetensors: pip install 'cifar-lightning[export]'") from error
-        try:
-            with open_regular(path, follow_links=True):  # load_file would wait for a FIFO
-                return dict(load_file(path))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read as safetensors ({error}).") from error
+        return read_safetensors(path)[0]
     return weights_of(read_checkpoint(path), path)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors by name of a .safetensors file, and its metadata."""
+    try:
+        with open_regular(path, follow_links=True), safe_open(path, framework="pt") as file:  # which waits for a FIFO
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error}).") from error
+
+
+def read_export(path: Path) -> dict[str, Any]:
+    """Return what `export` wrote into a .safetensors file as the checkpoint of a run, with all that prediction needs.
+
+    Raises:
+        UserError: It cannot be read, or its metadata are not those of an export.
+    """
+    tensors, about = read_safetensors(path)
+    try:
+        architecture = json.loads(about["architecture"])
+        data = {key: json.loads(about[key]) for key in ("class_names", "image_size", "mean", "std")}
+        name, *_ = (architecture.pop(key, None) for key in ("name", "num_classes", "image_size", "in_channels"))
+        checkpoint = {
+            "state_dict": tensors,
+            "epoch": int(about["epoch"]) - 1,
+            "hyper_parameters": {"name": name, "model_kwargs": architecture}
+            | {key: about[key] for key in ("tta", "memory_format")},
+            DATA_STATE: data | {"resize": about["resize"]},
+            TEMPERATURE: json.loads(about.get(TEMPERATURE, "null")),
+        }
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: its metadata are not those of an export ({reason_of(error)}).") from error
+    check_checkpoint(path, checkpoint)
+    return checkpoint
 
 
 def weights_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from cifar_lightning.checkpoints.loading import read_checkpoint, read_weights, statistics_of, weights_of
+from cifar_lightning.checkpoints.loading import read_checkpoint, read_safetensors, statistics_of, weights_of
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped
 from cifar_lightning.models.pretrained import (
@@ -30,7 +30,8 @@ def load_pretrained(
         model: Built by `build_model(**architecture)`; changed in place.
         architecture: name, num_classes, image_size and further arguments of the model.
         source: True for the library's best published weights (of timm, those of the tag in the name), downloaded once;
-            or a file: a checkpoint of a run, a state_dict or .safetensors.
+            or a file: a checkpoint of a run, a state_dict or .safetensors; or the name of a model that comes with the
+            package.
 
     Returns:
         Normalization that the weights expect; None if unknown, as for a state_dict of our own models.
@@ -57,20 +58,17 @@ def _of_file(path: Path, name: str) -> PretrainedWeights:
         raise UserError(f"--model.pretrained {path}: no such file; give true, a run or a file of weights.")
     origin = f"--model.pretrained {clipped(str(path), 200)}: its weights"
     if path.suffix == ".safetensors":
-        weights = read_weights(path)
-        return PretrainedWeights(weights, _exported_normalization(path) or torchvision_normalization(name), origin)
+        weights, about = read_safetensors(path)
+        normalization = _exported_normalization(path, about) or torchvision_normalization(name)
+        return PretrainedWeights(weights, normalization, origin)
     checkpoint = read_checkpoint(path)
     statistics = statistics_of(checkpoint)
     normalization = Normalization(*statistics) if statistics else torchvision_normalization(name)
     return PretrainedWeights(weights_of(checkpoint, path), normalization, origin)
 
 
-def _exported_normalization(path: Path) -> Normalization | None:
+def _exported_normalization(path: Path, about: Mapping[str, str]) -> Normalization | None:
     """Return the normalization in the metadata that `export` writes; None without it."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        about = file.metadata() or {}
     if not {"mean", "std"} <= about.keys():
         return None
     try:

@@ -18,6 +18,8 @@ VERSION_KEY = "cifar_lightning_version"
 """The key of the version of this project, for people who have nothing but the file."""
 DATA_STATE = "ImageDataModule"
 """The key of the data module's state; Lightning names it by the class, see `with_data_state`."""
+TEMPERATURE = "fitted_temperature"
+"""The key of the temperature in an export of weights, whose logits are not divided by it."""
 RESUME_STATE = "cifar_lightning"
 """The key of the states of each rank for an exact resume: see `training.resume_state`."""
 
@@ -92,6 +94,7 @@ class _OfRun(_Lightning):
     hyper_parameters: _Hyperparameters = _Hyperparameters()  # type: ignore[assignment]  # narrower than Lightning's
     data: _DataState = Field(alias="ImageDataModule")  # DATA_STATE
     epoch_so_far: _EpochSoFar = Field(_EpochSoFar(), alias="cifar_lightning_epoch")  # its EPOCH_SO_FAR
+    fitted_temperature: Annotated[float, Field(gt=0)] | None = None  # of an export, TEMPERATURE
 
 
 def check_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:

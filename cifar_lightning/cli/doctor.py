@@ -18,7 +18,7 @@ from cifar_lightning.formatting import program, reason_of, shell_line
 from cifar_lightning.runs.environment import describe_environment, version_of
 
 _SHOWN = ("torch", "torchvision", "lightning", "torchmetrics")
-_EXTRAS = ("onnx", "onnxscript", "onnxruntime", "safetensors", "timm")
+_EXTRAS = ("onnx", "onnxscript", "onnxruntime", "timm")
 _NEEDED_BYTES = 1e9  # archive, what it unpacks to, and a few runs
 _CIFAR_BYTES = 185e6  # decoded: 60,000 images of 3,072 bytes
 _SHARED_BYTES = 2e8  # batches on their way from two workers

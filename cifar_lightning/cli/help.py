@@ -47,7 +47,7 @@ TRAINING = {
         "[--config FILE] [flags]",
         "train a model, test it once, write a run folder",
         (*_OF_FIT, "run_dir", "resume", "seeds", "init_weights"),
-        "fit --config smallnet_cpu --epochs 5",
+        "fit --config smallnet_cpu --seeds 0,1,2",
     ),
     "validate": Command(
         "RUN [flags]",

@@ -39,7 +39,7 @@ from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import expand_home
 from cifar_lightning.formatting import clipped, command_line, printable, suggest
 from cifar_lightning.runs.environment import package_version
-from cifar_lightning.runs.folder import RUNS, RunFolder, open_run
+from cifar_lightning.runs.folder import RUNS, RunFolder, open_model, open_run
 from cifar_lightning.runs.schema import CLASS_GROUPS
 from cifar_lightning.settings.roles import NOT_WITH_OPTIMIZER, OF_OPTIMIZER
 from cifar_lightning.settings.safe_yaml import read_yaml
@@ -301,7 +301,8 @@ def _run_quick(name: str, arguments: Sequence[str]) -> int:
 
 
 def _predict_images_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run; nothing else is needed")
+    text = "folder of a run, nothing else is needed; or smallnet, trained on CIFAR-10, which comes with the package"
+    parser.add_argument("run", metavar="RUN", type=Path, help=text)
     parser.add_argument("paths", metavar="PATH", type=Path, nargs="+", help="images, or folders of them")
     text = "a .csv, or .jsonl for JSON lines; - for JSON lines on stdout (default: predictions.csv)"
     parser.add_argument("--output", metavar="FILE", default="predictions.csv", help=text)
@@ -325,8 +326,8 @@ def _trust_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict_images(parsed: argparse.Namespace) -> int:
-    run = open_run(parsed.run)
-    run.require(run.tested_checkpoint)
+    run = open_model(parsed.run)
+    run.require(run.weights)
     from cifar_lightning.inference.predict_images import predict_images  # imports torch
 
     output = None if parsed.output == "-" else Path(parsed.output)
@@ -404,6 +405,7 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", choices=("uint8", "float"), default="uint8", help=text)
     parser.add_argument("--probs", action="store_true", help="also give probabilities")
     _calibrated_flag(parser)
+    parser.add_argument("--half", action="store_true", help="safetensors: weights in float16, half the size")
     _trust_flag(parser)
     parser.add_argument("--force", action="store_true", help="overwrite the output")
 
@@ -420,6 +422,7 @@ def _export(parsed: argparse.Namespace) -> int:
         input=parsed.input,
         probs=parsed.probs,
         calibrated=parsed.calibrated,
+        half=parsed.half,
         force=parsed.force,
         trust_code=_is_trusting(parsed.trust_code),
     )

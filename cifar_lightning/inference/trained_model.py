@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint
-from cifar_lightning.checkpoints.schema import DATA_STATE
+from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint, read_export
+from cifar_lightning.checkpoints.schema import DATA_STATE, TEMPERATURE
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256
 from cifar_lightning.formatting import clipped
-from cifar_lightning.models.memory_format import use_memory_format
+from cifar_lightning.models.memory_format import MemoryFormat, use_memory_format
 from cifar_lightning.models.registry import build_model, check_model_kwargs
 from cifar_lightning.report.temperature import require_temperature
 from cifar_lightning.runs.folder import RunFolder
@@ -39,7 +39,9 @@ class TrainedModel:
     checkpoint: Path  # file that the weights are from
     sha256: str  # of that file
     epoch: int  # of the weights, counted from 1
-    temperature: float = 1.0  # logits are divided by it; calibrated, that of `require_temperature`
+    memory_format: MemoryFormat = "channels_last"
+    fitted_temperature: float | None = None  # that a file of weights tells
+    temperature: float = 1.0  # logits are divided by it; calibrated, by `fitted_temperature`
 
     @property
     def in_channels(self) -> int:
@@ -56,22 +58,22 @@ class TrainedModel:
 def load_trained_model(
     run: RunFolder, *, trust_code: bool = False, model: nn.Module | None = None, calibrated: bool = False
 ) -> TrainedModel:
-    """Load the model of a run from its best checkpoint, or else the last.
+    """Load the model of a run from its best checkpoint, or else the last, or else its exported weights.
 
     Args:
-        run: A run with a checkpoint.
+        run: A run with a checkpoint or exported weights.
         trust_code: Import a model of one's own, which the checkpoint names, from any package.
         model: A model of one's own, in place of one that the checkpoint names; a copy of it is used.
         calibrated: Use the run's temperature.
 
     Raises:
-        UserError: The checkpoint is missing or damaged, its model cannot be built by name or is not trusted, or the
+        UserError: The file is missing or damaged, its model cannot be built by name or is not trusted, or the
             run has no temperature.
     """
-    path = run.tested_checkpoint
+    path = run.weights
     run.require(path)
-    temperature = require_temperature(run) if calibrated else 1.0
-    checkpoint = read_checkpoint(path)
+    temperature = fitted_temperature(run) if calibrated else 1.0
+    checkpoint = read_export(path) if path == run.exported_weights else read_checkpoint(path)
     hparams, data = checkpoint.get("hyper_parameters", {}), checkpoint.get(DATA_STATE)
     if data is None:
         raise UserError(f"{path}: has no class names, mean and std; fit did not write it.")
@@ -98,7 +100,8 @@ def load_trained_model(
     if (tta := hparams.get("tta", "none")) not in get_args(TTA):
         raise UserError(f"{path}: tta {clipped(tta)}: one of {', '.join(get_args(TTA))}.")
     made = build_model(**architecture) if model is None else copy.deepcopy(model)
-    made = use_memory_format(made, hparams.get("memory_format", "channels_last")).eval()
+    memory_format = hparams.get("memory_format", "channels_last")
+    made = use_memory_format(made, memory_format).eval()
     load_weights(made, path, checkpoint)
     return TrainedModel(
         model=made,
@@ -112,5 +115,20 @@ def load_trained_model(
         checkpoint=path,
         sha256=file_sha256(path),
         epoch=int(checkpoint["epoch"]) + 1,
+        memory_format=memory_format,
         temperature=temperature,
     )
+
+
+def fitted_temperature(run: RunFolder) -> float:
+    """Return the temperature of a run, or of its exported weights where nothing else of it is there.
+
+    Raises:
+        UserError: It has none.
+    """
+    if run.weights != run.exported_weights:
+        return require_temperature(run)
+    temperature: float | None = read_export(run.weights)[TEMPERATURE]
+    if temperature is None:
+        raise UserError(f"--calibrated: {run.weights} was exported without a temperature. Leave --calibrated out.")
+    return temperature

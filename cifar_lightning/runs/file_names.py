@@ -60,6 +60,9 @@ class RunFiles:
     comparison = RunFile("comparison.html", "compare", "comparison with other runs; open in a browser")
     comparison_json = RunFile("comparison.json", "compare", "every number of that page")
     seeds = RunFile("seeds.json")  # in the folder that holds a run for each seed: the seeds, mean and spread
+    exported_onnx = RunFile("model.onnx")  # by `export`, as the next two
+    exported_program = RunFile("model.pt2")
+    exported_weights = RunFile("model.safetensors")  # a model that comes with the package has no other weights
     lock_file = RunFile(".lock")  # locked while the run is written; marks the folder as a run
     tensorboard = "events.out.tfevents.*"  # pattern of TensorBoard's files
 

@@ -20,6 +20,7 @@ from cifar_lightning.runs.lock import RunLock
 from cifar_lightning.runs.processes import NEEDS_RUN_DIR, is_started_from_outside
 
 RUNS = Path("runs")
+_SHIPPED = Path(__file__).parents[1] / "shipped"  # a folder for each trained model that comes with the package
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class RunFolder(RunFiles):
     def tested_checkpoint(self) -> Path:
         """The checkpoint that is tested: the best, or the last without a validation split."""
         return self.best_checkpoint if self.best_checkpoint.exists() else self.last_checkpoint
+
+    @property
+    def weights(self) -> Path:
+        """The file that a trained model is read from: a checkpoint or, where there is none, the exported weights."""
+        is_export = not self.tested_checkpoint.exists() and self.exported_weights.exists()
+        return self.exported_weights if is_export else self.tested_checkpoint
 
     @property
     def resumed_checkpoints(self) -> tuple[Path, ...]:
@@ -212,6 +219,15 @@ def open_run(path: Path, *, lock: bool = False, results: bool = False) -> RunFol
     return replace(run, lock=RunLock(run.lock_file)) if lock else run
 
 
+def open_model(path: Path, *, results: bool = False) -> RunFolder:
+    """Open a run, as `open_run` does, or a model that comes with the package, by its name."""
+    return RunFolder(_SHIPPED / path) if _is_shipped(path) else open_run(path, results=results)
+
+
+def _is_shipped(path: Path) -> bool:
+    return path.name == str(path) and not os.path.lexists(path) and (_SHIPPED / path).is_dir()
+
+
 def _is_readable(file: Path) -> bool:
     """Whether a result exists and is whole: a JSON object, or an intact zip archive (.npz, .pt)."""
     if not file.is_file():
@@ -226,12 +242,12 @@ def _is_readable(file: Path) -> bool:
 
 
 def weights_file(path: Path) -> Path:
-    """Return a file of weights, which a flag may also name by its run: the checkpoint that the run tests."""
-    if not path.is_dir():
+    """Return a file of weights, which a flag may also name by its run or as a shipped model."""
+    if not path.is_dir() and not _is_shipped(path):
         return path
-    run = open_run(path)
-    run.require(run.tested_checkpoint)
-    return run.tested_checkpoint
+    run = open_model(path)
+    run.require(run.weights)
+    return run.weights
 
 
 def _suggest_run(path: Path) -> str:
@@ -241,6 +257,8 @@ def _suggest_run(path: Path) -> str:
     if RunFolder(path).seeds.is_file():
         seeds = ", ".join(str(config.parent) for config in sorted(path.glob("*/config.yaml")))
         return f"It holds a run for each seed: give one of {seeds}. All together: {command_line('analyze', path)}"
+    if _is_shipped(path):
+        return f"{path} is a model that comes with the package: for predict-images, --init_weights and Python's load."
     for pattern in ("*/config.yaml", "*/*/config.yaml"):
         configs = sorted(path.glob(pattern), key=lambda config: config.stat().st_mtime)
         if configs:

@@ -1,0 +1,167 @@
+"""A file of `export --format safetensors` is a model again, with its preprocessing, without the run."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from made_run import made_predictions
+from PIL import Image
+from program import decode_here
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_export import CLASSES, make_run, test_images
+
+from cifar_lightning import UserError, load
+from cifar_lightning.cli.main import run_command
+from cifar_lightning.inference.export import export_run
+from cifar_lightning.inference.trained_model import fitted_temperature, load_trained_model
+from cifar_lightning.metrics.calibration import fit_temperature
+from cifar_lightning.runs.folder import RunFolder, weights_file
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("exported") / "run", tta="mirror", widths=[4, 8])
+    run.config.touch()
+    logits, targets = made_predictions(10, 500, sharpness=2)
+    np.savez(run.predictions_val, logits=logits, targets=targets, indices=np.arange(500), class_names=np.array(CLASSES))
+    return run
+
+
+def exported(run, folder, **how):
+    """Export into a folder that holds nothing else of the run but its config."""
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    export_run(run, "safetensors", output=folder / "model.safetensors", **how)
+    return RunFolder(folder)
+
+
+def test_it_predicts_as_the_run_does_and_has_its_temperature(run, tmp_path):
+    alone = exported(run, tmp_path / "alone")
+    ours, theirs = load_trained_model(alone), load_trained_model(run)
+    images = torch.from_numpy(test_images(50).copy())
+    assert torch.equal(ours.logits(images), theirs.logits(images))
+    for name in ("tta", "class_names", "image_size", "resize", "mean", "std", "architecture", "memory_format", "epoch"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    with np.load(run.predictions_val) as val:
+        expected = fit_temperature(val["logits"], val["targets"])
+    assert fitted_temperature(alone) == fitted_temperature(run) == expected != 1
+    assert load_trained_model(alone, calibrated=True).temperature == expected
+    both = [load(each).predict(images.numpy(), calibrated=True) for each in (alone.path, run.path)]
+    assert both[0] == both[1]
+    assert load(alone.path).class_names == tuple(CLASSES)
+    assert weights_file(alone.path) == alone.exported_weights
+
+
+def test_a_checkpoint_next_to_it_is_preferred(run, tmp_path):
+    export_run(run, "safetensors", force=True)
+    assert load_trained_model(run).checkpoint == run.best_checkpoint
+    run.exported_weights.unlink()
+
+
+def test_half_precision_halves_the_file_and_hardly_changes_the_predictions(run, tmp_path):
+    whole, half = exported(run, tmp_path / "whole"), exported(run, tmp_path / "half", half=True)
+    with safe_open(half.exported_weights, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16, torch.int64}  # counters of batches
+    num_bytes = [each.exported_weights.stat().st_size for each in (half, whole)]
+    num_values = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
+    assert num_bytes[1] - num_bytes[0] == pytest.approx(2 * num_values, abs=200)
+    images = torch.from_numpy(test_images(200).copy())
+    probs = [load_trained_model(each).logits(images).softmax(1) for each in (half, run)]
+    assert 0 < (probs[0] - probs[1]).abs().max() < 1e-2
+    assert next(load_trained_model(half).model.parameters()).dtype == torch.float32
+    with pytest.raises(UserError, match="--half"):
+        export_run(run, "torch", output=tmp_path / "m.pt2", half=True)
+
+
+def test_weights_that_float16_cannot_hold_are_no_file(tmp_path):
+    run = make_run(tmp_path / "run", widths=[4])
+    checkpoint = torch.load(run.best_checkpoint, weights_only=True)
+    checkpoint["state_dict"]["model.head.bias"] += 1e5
+    torch.save(checkpoint, run.best_checkpoint)
+    with pytest.raises(RuntimeError, match="differ"):
+        export_run(run, "safetensors", half=True)
+    assert not run.exported_weights.exists()
+
+
+def test_without_validation_predictions_there_is_no_temperature(tmp_path):
+    run = make_run(tmp_path / "run", widths=[4])
+    alone = exported(run, tmp_path / "alone")
+    with pytest.raises(UserError, match="without a temperature"):
+        load_trained_model(alone, calibrated=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": None}, "not those of an export"),
+        ({"class_names": "[1"}, "not those of an export"),
+        ({"architecture": "[]"}, "not those of an export"),
+        ({"class_names": "[" * 5000 + "]" * 5000}, "not those of an export"),
+        ({"epoch": "many"}, "not those of an export"),
+        ({"class_names": '["a", "a"]'}, "equal class names"),
+        ({"class_names": '["a", "b"]'}, "of other classes|for other classes"),
+        ({"mean": "[0.5]"}, "different lengths"),
+        ({"std": "[0, 0, 0]"}, "std"),
+        ({"image_size": "-3"}, "image_size"),
+        ({"resize": "stretch"}, "resize"),
+        ({"tta": "many"}, "tta"),
+        ({"memory_format": "diagonal"}, "memory_format"),
+        ({"fitted_temperature": "NaN"}, "fitted_temperature"),
+        ({"fitted_temperature": "-1"}, "fitted_temperature"),
+        ({"architecture": '{"name": "os:system", "num_classes": 10, "image_size": 32}'}, "trust_code"),
+        ({"architecture": '{"name": "smallnet", "num_classes": 10, "image_size": 32, "widths": [8]}'}, "another model"),
+    ],
+)
+def test_metadata_of_strangers_end_in_a_sentence(run, tmp_path, changes, message):
+    alone = exported(run, tmp_path / "alone")
+    with safe_open(alone.exported_weights, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+        about = {key: value for key, value in (file.metadata() | changes).items() if value is not None}
+    save_file(tensors, alone.exported_weights, about)
+    with pytest.raises(UserError, match=message) as error:
+        load_trained_model(alone)
+    assert str(alone.exported_weights) in str(error.value)
+
+
+def test_a_damaged_file_ends_in_a_sentence(run, tmp_path):
+    alone = exported(run, tmp_path / "alone")
+    whole = alone.exported_weights.read_bytes()
+    for content in (b"", whole[:100], whole[:-1], b"\xff" * 64):
+        alone.exported_weights.write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read as safetensors"):
+            load_trained_model(alone)
+
+
+# -- the model that comes with the package ---------------------------------------------------------------------------
+
+
+def test_smallnet_comes_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = load("smallnet")
+    assert sum(parameter.numel() for parameter in model.model.parameters()) == 1_148_874
+    assert model.class_names[:3] == ("airplane", "automobile", "bird")
+    assert model.path.joinpath("model.safetensors").stat().st_size < 2.5e6
+    assert model.metrics["accuracy"] > 0.91
+    assert f"{100 * model.metrics['accuracy']:.2f} %" in model.path.joinpath("MODEL_CARD.md").read_text("utf-8")
+    image = np.full((48, 64, 3), 120, np.uint8)
+    one = model.predict(image, calibrated=True)
+    assert one.class_name in model.class_names
+    assert math.isfinite(one.probability)
+    # A folder of that name is the user's own.
+    (tmp_path / "smallnet").mkdir()
+    with pytest.raises(UserError, match="not a run folder"):
+        load("smallnet")
+
+
+def test_predict_images_takes_it_by_name_and_other_commands_say_what_it_is_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    decode_here(monkeypatch)
+    Image.new("RGB", (50, 40), (90, 160, 240)).save("cat.jpg")
+    assert run_command(["predict-images", "smallnet", "cat.jpg", "--calibrated"]) == 0
+    assert (tmp_path / "predictions.csv").read_text().splitlines()[1].startswith("cat.jpg,")
+    for command in (["export", "smallnet", "--format", "onnx"], ["test", "smallnet"], ["analyze", "smallnet"]):
+        with pytest.raises(UserError, match="comes with the package: for predict-images"):
+            run_command(command)
