@@ -76,7 +76,7 @@ def test_a_card_tells_of_every_file_of_the_same_weights_that_is_still_there(run)
     for text in (written("w.safetensors", **weights), written("w.safetensors", **weights)):
         assert "tags: [image-classification, pytorch, onnx, safetensors]" in text
         assert text.count("- `a --> b.onnx` takes `images`: RGB, uint8 0-255") == 1
-        assert text.count("- `w.safetensors` holds only the weights") == 1
+        assert text.count("- `w.safetensors` holds the weights") == 1
     (run.path / "a --> b.onnx").unlink()
     assert "b.onnx" not in written("w.safetensors", **weights)
     assert "w.safetensors" not in written("other.onnx", checkpoint_sha256="beef")
