@@ -257,8 +257,8 @@ def _suggest_run(path: Path) -> str:
     if RunFolder(path).seeds.is_file():
         seeds = ", ".join(str(config.parent) for config in sorted(path.glob("*/config.yaml")))
         return f"It holds a run for each seed: give one of {seeds}. All together: {command_line('analyze', path)}"
-    if _is_shipped(path):
-        return f"{path} is a model that comes with the package: for predict-images, --init_weights and Python's load."
+    if _is_shipped(path) or path.parent == _SHIPPED:
+        return f"{path.name} comes with the package: for predict-images, --init_weights and Python's load alone."
     for pattern in ("*/config.yaml", "*/*/config.yaml"):
         configs = sorted(path.glob(pattern), key=lambda config: config.stat().st_mtime)
         if configs:

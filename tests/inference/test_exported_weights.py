@@ -150,6 +150,8 @@ def test_smallnet_comes_with_the_package(tmp_path, monkeypatch):
     one = model.predict(image, calibrated=True)
     assert one.class_name in model.class_names
     assert math.isfinite(one.probability)
+    with pytest.raises(UserError, match="comes with the package"):
+        model.test()
     # A folder of that name is the user's own.
     (tmp_path / "smallnet").mkdir()
     with pytest.raises(UserError, match="not a run folder"):
@@ -163,5 +165,5 @@ def test_predict_images_takes_it_by_name_and_other_commands_say_what_it_is_for(t
     assert run_command(["predict-images", "smallnet", "cat.jpg", "--calibrated"]) == 0
     assert (tmp_path / "predictions.csv").read_text().splitlines()[1].startswith("cat.jpg,")
     for command in (["export", "smallnet", "--format", "onnx"], ["test", "smallnet"], ["analyze", "smallnet"]):
-        with pytest.raises(UserError, match="comes with the package: for predict-images"):
+        with pytest.raises(UserError, match="smallnet comes with the package: for predict-images"):
             run_command(command)
