@@ -156,7 +156,7 @@ def test_a_command_is_one_that_the_program_takes(command, parser, checkout_with_
     name, *arguments = arguments_of(command)
     if name in QUICK:
         parsed = QUICK[name].parser(name).parse(arguments)
-        assert "run" not in parsed or parsed.run == Path("runs/smallnet/1")
+        assert "run" not in parsed or parsed.run in (Path("runs/smallnet/1"), Path("smallnet"))
         return
     if any(word.endswith(".help") for word in arguments):
         assert run_command([name, *arguments]) == 0
