@@ -23,7 +23,7 @@ _CONSTANT = 7  # the product, of the 36, that every output of a tile has once: w
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A 3x3 convolution with stride 1 and padding 1, of weights that do not change."""
+    """A 3x3 convolution with stride 1 and padding 1, whose weights are transformed once."""
 
     def transform(self) -> None:
         """Transform the weights once, in float64."""
@@ -31,14 +31,19 @@ class WinogradConv2d(nn.Conv2d):
             torch.tensor(rows, dtype=torch.float64) for rows in (_INPUT, _WEIGHT, _OUTPUT)
         )
         weight = torch.einsum("ai,bj,ocij->abco", of_weight / 24, of_weight / 24, self.weight.detach().double())
+        self.transformed_from = self.weight.detach().clone()
         self.transformed = weight.flatten(0, 1).float().contiguous()  # (36, in_channels, out_channels)
         self.of_input = torch.kron(of_input, of_input).float()  # (36, 36)
         self.of_output = torch.kron(of_output, of_output).float()  # (16, 36)
 
     def forward(self, input: Float[Tensor, "*batch channels height width"]) -> Tensor:
-        """Return the convolution in the memory format of `Conv2d`, which computes it where a gradient is wanted."""
-        is_batch = input.dim() == 4 and input.dtype == torch.float32
-        if torch.is_grad_enabled() or not is_batch or min(input.shape[2:]) < 4:
+        """Return the convolution in the memory format of `Conv2d`.
+
+        `Conv2d` computes it where a gradient is wanted, under autocast, and where the weights have changed.
+        """
+        is_batch = input.dim() == 4 and input.dtype == torch.float32 and min(input.shape[2:]) >= 4
+        is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        if not (is_batch and is_plain and torch.equal(self.weight, self.transformed_from)):
             return super().forward(input)
         num, channels, height, width = input.shape
         rows, columns = -(-height // 4), -(-width // 4)
@@ -63,7 +68,7 @@ class WinogradConv2d(nn.Conv2d):
 def fewer_multiplications(model: nn.Module) -> Iterator[None]:
     """Let the convolutions of a model on the CPU that gain by it use Winograd's algorithm, for as long as it is open.
 
-    The transformed weights take 4 times the memory of the weights.
+    The weights are kept a second time, and transformed ones take 4 times their memory.
     """
     changed = [module for module in model.modules() if type(module) is nn.Conv2d and _gains(module)]
     try:
@@ -75,7 +80,7 @@ def fewer_multiplications(model: nn.Module) -> Iterator[None]:
     finally:
         for module in changed:
             module.__class__ = nn.Conv2d
-            for name in ("transformed", "of_input", "of_output"):
+            for name in ("transformed", "transformed_from", "of_input", "of_output"):
                 module.__dict__.pop(name, None)
 
 

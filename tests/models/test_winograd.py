@@ -47,6 +47,45 @@ def test_probabilities_of_a_model_differ_by_less_than_1e_4():
     assert (scale * again).softmax(1).sub((scale * logits).softmax(1)).abs().max() < 1e-4
 
 
+class ChangesWeights(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.conv, self.change = nn.Conv2d(8, 8, 3, padding=1), change
+
+    def forward(self, images):
+        self.change(self.conv)
+        return self.conv(images)
+
+
+class InAutocast(nn.Sequential):
+    def forward(self, images):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(images)
+
+
+MODELS = {
+    "changed": lambda: ChangesWeights(lambda conv: conv.weight.mul_(0.9)),
+    "changed_data": lambda: ChangesWeights(lambda conv: conv.weight.data.mul_(0.9)),
+    "assigned": lambda: ChangesWeights(lambda conv: setattr(conv, "weight", nn.Parameter(conv.weight + 0.1))),
+    "changed_bias": lambda: ChangesWeights(lambda conv: conv.bias.add_(1)),
+    "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3, padding=1)),
+    "autocast": lambda: InAutocast(nn.Conv2d(8, 8, 3, padding=1)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_changes_weights_or_precision_itself_predicts_as_without(name):
+    def make():
+        torch.manual_seed(0)
+        return MODELS[name]().eval()
+
+    model, plain, images = make(), make(), torch.randn(2, 8, 7, 10)
+    with torch.no_grad(), fewer_multiplications(model):
+        found = [model(images) for _ in range(3)]
+    with torch.no_grad():
+        torch.testing.assert_close(found, [plain(images) for _ in range(3)], atol=5e-5, rtol=0)
+
+
 def test_other_layers_stay_and_the_model_is_as_before_after_an_error():
     layers = {
         "few": nn.Conv2d(4, 8, 3, padding=1),
