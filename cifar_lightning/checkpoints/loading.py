@@ -154,10 +154,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors by name of a .safetensors file, and its metadata."""
+    """Return the tensors by name of a .safetensors file, and its metadata.
+
+    Raises:
+        UserError: It cannot be read, or is none.
+    """
     try:
-        with open_regular(path, follow_links=True), safe_open(path, framework="pt") as file:  # which waits for a FIFO
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
+        # `open_regular` first, as safe_open would wait for a FIFO.
+        with open_regular(path, follow_links=True), safe_open(path, framework="pt") as file:
+            names = file.keys()  # safe_open has no iteration
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error}).") from error
 
@@ -182,7 +188,11 @@ def read_export(path: Path) -> dict[str, Any]:
             TEMPERATURE: json.loads(about.get(TEMPERATURE, "null")),
         }
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: its metadata are not those of an export ({reason_of(error)}).") from error
+        wrong = f"no {error.args[0]}" if isinstance(error, KeyError) else reason_of(error)
+        raise UserError(
+            f"{path}: its metadata are not those of an export ({wrong}).\n"
+            "Write it again from the run: export RUN --format safetensors --force"
+        ) from error
     check_checkpoint(path, checkpoint)
     return checkpoint
 

@@ -27,6 +27,8 @@ def test_a_row_is_the_mean_over_runs_with_one_hardware_and_one_set_of_flags(tmp_
     assert table._rows("Mine", "mine") == [row]
     path.write_text(json.dumps([run("a CPU", 0.85, 60, flags="--epochs 2"), *runs]))
     assert table._rows("Mine", "mine") == [*rows, row]
+    path.write_text(json.dumps([run("a CPU", 0.85, 120, "busy")]))
+    assert table._rows("Mine", "mine")[0].split(" | ")[2] == "at most 2.0 min (n=1): busy"
     assert table._rows("Mine", "not measured") == []
 
 

@@ -1,6 +1,8 @@
 """A file of `export --format safetensors` is a model again, with its preprocessing, without the run."""
 
 import math
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ from cifar_lightning.inference.trained_model import fitted_temperature, load_tra
 from cifar_lightning.metrics.calibration import fit_temperature
 from cifar_lightning.runs.folder import RunFolder, weights_file
 
+TEST_BATCH = Path(__file__).parents[2] / "data" / "cifar-10-batches-py" / "test_batch"
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -35,6 +39,11 @@ def exported(run, folder, **how):
     (folder / "config.yaml").touch()
     export_run(run, "safetensors", output=folder / "model.safetensors", **how)
     return RunFolder(folder)
+
+
+def tensors_of(file):
+    names = file.keys()
+    return {name: file.get_tensor(name) for name in names}
 
 
 def test_it_predicts_as_the_run_does_and_has_its_temperature(run, tmp_path):
@@ -63,7 +72,7 @@ def test_a_checkpoint_next_to_it_is_preferred(run, tmp_path):
 def test_half_precision_halves_the_file_and_hardly_changes_the_predictions(run, tmp_path):
     whole, half = exported(run, tmp_path / "whole"), exported(run, tmp_path / "half", half=True)
     with safe_open(half.exported_weights, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+        tensors = tensors_of(file)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16, torch.int64}  # counters of batches
     num_bytes = [each.exported_weights.stat().st_size for each in (half, whole)]
     num_values = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
@@ -96,7 +105,8 @@ def test_without_validation_predictions_there_is_no_temperature(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": None}, "not those of an export"),
+        ({"architecture": None}, "no architecture"),
+        ({"tta": None}, "no tta"),
         ({"class_names": "[1"}, "not those of an export"),
         ({"architecture": "[]"}, "not those of an export"),
         ({"class_names": "[" * 5000 + "]" * 5000}, "not those of an export"),
@@ -118,7 +128,7 @@ def test_without_validation_predictions_there_is_no_temperature(tmp_path):
 def test_metadata_of_strangers_end_in_a_sentence(run, tmp_path, changes, message):
     alone = exported(run, tmp_path / "alone")
     with safe_open(alone.exported_weights, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+        tensors = tensors_of(file)
         about = {key: value for key, value in (file.metadata() | changes).items() if value is not None}
     save_file(tensors, alone.exported_weights, about)
     with pytest.raises(UserError, match=message) as error:
@@ -156,6 +166,17 @@ def test_smallnet_comes_with_the_package(tmp_path, monkeypatch):
     (tmp_path / "smallnet").mkdir()
     with pytest.raises(UserError, match="not a run folder"):
         load("smallnet")
+
+
+@pytest.mark.skipif(not TEST_BATCH.is_file(), reason="needs CIFAR-10 in data/")
+def test_smallnet_is_as_accurate_as_its_card_says_on_500_test_images():
+    model, batch = load("smallnet"), pickle.loads(TEST_BATCH.read_bytes(), encoding="latin1")
+    images = batch["data"][:500].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    correct = [
+        one.class_name == model.class_names[k] for one, k in zip(model.predict(images), batch["labels"], strict=False)
+    ]
+    expected = model.metrics["accuracy"]
+    assert abs(np.mean(correct) - expected) < 4 * math.sqrt(expected * (1 - expected) / 500)
 
 
 def test_predict_images_takes_it_by_name_and_other_commands_say_what_it_is_for(tmp_path, monkeypatch):
