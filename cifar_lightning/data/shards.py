@@ -34,7 +34,7 @@ from pydantic import BaseModel, Field
 
 from cifar_lightning.data.image_decoding import Resize, decode_image
 from cifar_lightning.data.image_folder import CACHE_VARIABLE, STALE_S, allocated, in_user_cache, user_cache
-from cifar_lightning.data.image_set import Cache, ImageSet, Split, pixel_hashes
+from cifar_lightning.data.image_set import READ_BEFORE_BYTES, Cache, ImageSet, Split, pixel_hashes
 from cifar_lightning.data.memory import usable_cpus
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import file_sha256, read_bytes
@@ -49,7 +49,6 @@ _MAX_INDEX_BYTES = 1 << 28
 _FREE = 0.1  # of the disk, below which files of the cache are removed
 _ATTEMPTS, _TIMEOUT_S = 4, 20  # of a request to a bucket; litdata's default of 1,000 attempts hides that it is away
 _DECODED_AT_ONCE = 256
-_READ_BEFORE_BYTES = 1 << 30  # of validation and test, read before training: half a second from memory (2.1 GB/s)
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -158,7 +157,7 @@ class Shards:
             self._place.check(split, shards)
             if split != "train":
                 later[split] = shards
-        is_small = sum(shard.chunk_bytes for shards in later.values() for shard in shards) <= _READ_BEFORE_BYTES
+        is_small = sum(shard.chunk_bytes for shards in later.values() for shard in shards) <= READ_BEFORE_BYTES
         if isinstance(self._place, _Folder) and is_small and not self._is_checked:
             for split, shards in later.items():
                 ShardedImages(self._place, split, shards, self.index, self._table(split)).check()
@@ -221,8 +220,8 @@ class Shards:
         """Decode all images of a split, into memory or once into a file of the user's cache."""
         if self.cache == "memory":
             return _fill(np.empty(images.shape, np.uint8), images)
-        folder, name = self._place.cache, f"{split}-{self.index.splits[split].sha256[:16]}.npy"
-        if (cached := _cached(folder / name, images.shape)) is None:
+        folder, name = self._place.cache, f"{split}-{self.index.splits[split].sha256[:16]}"
+        if (cached := _cached(folder, name, images.shape)) is None:
             _make_room(folder, images.nbytes)
             with allocated(folder, name, images.shape) as temporary:
                 if temporary is None:
@@ -230,9 +229,11 @@ class Shards:
                         f"--data.cache disk: {folder} is not writable, or has no room for {images.nbytes:,} bytes; set "
                         f"{CACHE_VARIABLE}, or give --data.cache none."
                     )
-                cast(np.memmap, _fill(np.load(temporary, mmap_mode="r+"), images)).flush()
-                os.replace(temporary, folder / name)
-            cached = cast(np.ndarray, np.load(folder / name, mmap_mode="r"))
+                cast(np.memmap, filled := _fill(np.load(temporary, mmap_mode="r+"), images)).flush()
+                path = folder / f"{name}-{_hash_of(filled)}.npy"
+                del filled  # Windows renames no mapped file
+                os.replace(temporary, path)
+            cached = cast(np.ndarray, np.load(path, mmap_mode="r"))
         return cached
 
 
@@ -564,13 +565,22 @@ def _s3_client(root: str) -> Any:
     return S3Client(storage_options={"config": config})
 
 
-def _cached(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Map the file of decoded images; return None where it is missing, cut or another."""
-    try:
-        images = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        return None
-    return images if (images.shape, images.dtype) == (shape, np.uint8) else None
+def _cached(folder: Path, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Map the file of decoded images, whose name ends with their hash; return None where it is missing or damaged.
+
+    Of more than `READ_BEFORE_BYTES` only the size is checked.
+    """
+    for path in folder.glob(f"{name}-*.npy"):
+        with suppress(OSError, ValueError, EOFError):
+            images = np.load(path, mmap_mode="r")
+            is_whole = (images.shape, images.dtype) == (shape, np.uint8)
+            if is_whole and (images.nbytes > READ_BEFORE_BYTES or path.stem == f"{name}-{_hash_of(images)}"):
+                return cast(np.ndarray, images)
+    return None
+
+
+def _hash_of(images: np.ndarray) -> str:
+    return hashlib.sha256(pixel_hashes(images).tobytes()).hexdigest()[:16]
 
 
 def _make_room(cache: Path, num_bytes: int) -> None:

@@ -295,8 +295,14 @@ def garble(path: Path) -> None:
     path.write_bytes(b"x" * path.stat().st_size)
 
 
+def flip(path: Path) -> None:
+    """Change one bit, as a failing disk does."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
 @pytest.mark.parametrize("name", ["train-8.npy", "train-8.json", "train-8.files"])
-@pytest.mark.parametrize("damage", [cut, lengthen, empty, garble, Path.unlink])
+@pytest.mark.parametrize("damage", [cut, lengthen, empty, garble, flip, Path.unlink])
 def test_a_damaged_cache_is_noticed_and_made_again(damage, name, root, decoded):
     ClassFolders(root).prepare()
     damage(root / CACHE_FOLDER / name)

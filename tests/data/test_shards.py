@@ -175,11 +175,22 @@ def test_a_cache_holds_the_same_images_and_split(written, cache):
     assert np.allclose(held.mean, lazy.mean, rtol=1e-6)
 
 
-def test_a_cached_file_that_is_cut_is_made_again(shards, tmp_path):
+def cut(content):
+    return content[:1000]
+
+
+def flip(content):
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_a_cached_file_that_is_damaged_is_made_again(damage, shards, tmp_path):
     images = Shards(str(shards), cache="disk").load("train").images.copy()
     (cached,) = (tmp_path / "cache").rglob("train-*.npy")
-    cached.write_bytes(cached.read_bytes()[:1000])
+    whole = cached.read_bytes()
+    cached.write_bytes(damage(whole))
     assert np.array_equal(Shards(str(shards), cache="disk").load("train").images, images)
+    assert cached.read_bytes() == whole
 
 
 def test_a_disk_that_cannot_be_read_is_named_with_the_shard(shards, monkeypatch):
@@ -231,7 +242,7 @@ def test_a_flipped_byte_of_a_test_shard_is_named_before_training(shards, kind, m
     path.write_bytes(data)
     with refused(str(path), f"image {at}", "copy it again"):
         ImageDataModule("shards", str(shards)).prepare_data()
-    monkeypatch.setattr(shards_module, "_READ_BEFORE_BYTES", 100)
+    monkeypatch.setattr(shards_module, "READ_BEFORE_BYTES", 100)
     ImageDataModule("shards", str(shards)).prepare_data()
 
 
