@@ -3,14 +3,14 @@
     python -m benchmarks.accuracy.jobs --list         what is wanted, begun and done, and what this machine cannot run
     python -m benchmarks.accuracy.jobs --data ROOT    the list; then the next run, to its end, and its result
 
-A run is done if `benchmarks/results/CONFIG.json` has its result: nothing else is kept of it. Until then its folder is
-`runs/jobs/CONFIG-DEVICE/SEED`, which `fit --resume` continues; start this program again after every stop. A run for a
-GPU is skipped where there is none, one for a CPU where there is a GPU or where the CPU lacks its precision.
+A run is done if `benchmarks/results/CONFIG.json` has its result with the settings that the config has now: nothing else
+is kept of it. Until then its folder is `runs/jobs/CONFIG-DEVICE/SEED`, which `fit --resume` continues; start this
+program again after every stop. A run for a GPU is skipped where there is none, one for a CPU where there is a GPU or
+where the CPU lacks its precision.
 """
 
 import argparse
 import collections
-import json
 import re
 import shlex
 import signal
@@ -24,8 +24,8 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 
-from benchmarks import CONFIGS, RESULTS, ROOT
-from benchmarks.accuracy.record import add_runs, other_flags
+from benchmarks import CONFIGS, ROOT
+from benchmarks.accuracy.record import add_runs, other_flags, present_settings, results_of
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import reason_of
 from cifar_lightning.runs.folder import RunFolder
@@ -72,13 +72,10 @@ class Wanted:
     @property
     def is_done(self) -> bool:
         """Whether its result is there."""
-        path = RESULTS / f"{self.config}.json"
-        lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         return any(
             (line["flags"], line["seed"], line["hardware"].endswith("no GPU"))
             == (self.flags, self.seed, self.device == "cpu")
-            for line in lines
-            if "flags" in line  # a speed benchmark's have none
+            for line in results_of(self.config)
         )
 
     def why_not_here(self) -> str:
@@ -88,7 +85,7 @@ class Wanted:
         if torch.cuda.is_available():
             return "is for a machine without a GPU"
         given = re.search(r"--trainer\.precision[ =](\S+)", self.flags)
-        precision = given[1] if given else (self._settings().get("trainer") or {}).get("precision")
+        precision = given[1] if given else present_settings(self.config).get("trainer", {}).get("precision")
         needed = needed_for(str(precision))
         return needed and f"{precision} needs {needed}"
 
@@ -98,11 +95,8 @@ class Wanted:
             return ["fit", "--resume", str(run.path)]
         command = ["fit", "--config", str(CONFIGS / f"{self.config}.yaml"), *shlex.split(self.flags)]
         command += ["--seed_everything", str(self.seed), "--data.seed", str(self.seed), "--run_dir", str(run.path)]
-        is_cifar10 = (self._settings().get("data") or {}).get("dataset", "cifar10") == "cifar10"
+        is_cifar10 = present_settings(self.config).get("data", {}).get("dataset", "cifar10") == "cifar10"
         return [*command, "--data.dataset", "folder", "--data.root", str(data)] if data and is_cifar10 else command
-
-    def _settings(self) -> dict[str, dict[str, str]]:
-        return yaml.safe_load((CONFIGS / f"{self.config}.yaml").read_text(encoding="utf-8")) or {}
 
 
 def read_jobs(path: Path) -> list[Wanted]:
@@ -188,7 +182,7 @@ def main() -> None:
         status = run_to_end(one.command(run, args.data and args.data.resolve()))
         if status != 0:
             sys.exit(status if status > 0 else 128 - status)
-    add_runs(RESULTS / f"{one.config}.json", [run.path], args.note)
+    add_runs(one.config, [run.path], args.note)
     print("The tables: python -m benchmarks.accuracy.table --write")
 
 

@@ -3,22 +3,23 @@
     python -m benchmarks.accuracy.record smallnet_cpu runs/smallnet_cpu/1    benchmarks/results/smallnet_cpu.json
     python -m benchmarks.accuracy.record smallnet_cpu runs/smallnet_cpu/1 --note "other programs were running"
 
-A run of a commit and a config (seeds included) that is there already is not added twice, so that only seeds add up.
+A run that is there already is not added twice, so that only seeds add up. Each line keeps the settings of its config at
+the run's commit: the tables and the list of wanted runs count those of the present config alone.
 """
 
 import argparse
 import csv
-import hashlib
 import json
 import math
 import shlex
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks import CONFIGS, RESULTS
+from benchmarks import CONFIGS, RESULTS, ROOT
 from benchmarks.hardware import hardware_name
 from cifar_lightning.runs.environment import inexact_resumes
 
@@ -26,8 +27,8 @@ _NOT_OF_A_RESULT = ("--config", "--data.root", "--run_dir", "--seed_everything",
 _AS_FOLDERS = "--data.dataset folder"  # a config's own images, unpacked
 
 
-def summarize(run: Path, note: str) -> dict[str, Any]:
-    """Return one run as a line of a results file, from the run's own files."""
+def summarize(run: Path, recipe: str, note: str) -> dict[str, Any]:
+    """Return one run of a config as a line of a results file, from the run's own files."""
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     if any(resumed["changed"] for resumed in environment.get("resumed", [])):
         raise SystemExit(f"{run}: it was resumed with other flags, which no single command repeats.")
@@ -48,7 +49,7 @@ def summarize(run: Path, note: str) -> dict[str, Any]:
         "flags": other_flags(environment["command"]),
         "seed": config["seed_everything"],
         "data_seed": config["data"]["seed"],
-        "config_sha256": hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest(),
+        "settings": committed_settings(environment["commit"], recipe),
         "epochs": len(timing),
         "test_accuracy": metrics["accuracy"],
         "test_accuracy_interval_95": metrics["accuracy_interval_95"],
@@ -82,23 +83,46 @@ def other_flags(command: list[str]) -> str:
     return shlex.join(word for flag in kept for word in flag)
 
 
+def committed_settings(commit: str, recipe: str) -> dict[str, Any]:
+    """Return what a config contains at a commit."""
+    command = ["git", "-C", str(ROOT), "show", f"{commit}:configs/{recipe}.yaml"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{recipe}: the run's commit has no such config ({done.stderr.strip()}).")
+    return yaml.safe_load(done.stdout)
+
+
+def present_settings(recipe: str) -> dict[str, Any]:
+    """Return what a config contains."""
+    return yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text(encoding="utf-8"))
+
+
+def results_of(recipe: str) -> list[dict[str, Any]]:
+    """Return the recorded runs of the present config; those of `benchmarks.speed.speedrun` have no flags."""
+    path = RESULTS / f"{recipe}.json"
+    lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    settings = present_settings(recipe) if lines else {}
+    return [line for line in lines if "flags" in line and line["settings"] == settings]
+
+
 def comparable(lines: list[dict[str, Any]], recipe: str, compiled: bool = False) -> list[dict[str, Any]]:
     """Return the whole runs among a speed config's results: those of the present config, and its peers'.
 
     With `compiled` those with --model.compile.
     """
-    settings = yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    settings = present_settings(recipe)
     settings["model"] |= {"compile": True} if compiled else {}
     runs = [line for line in lines if "accuracy" in line and line["recipe"] == recipe]
     return [line for line in runs if line["who"] != "ours" or line.get("settings") == settings]
 
 
-def add_runs(path: Path, runs: Sequence[Path], note: str) -> None:
-    """Add runs to a results file and print its name."""
+def add_runs(recipe: str, runs: Sequence[Path], note: str) -> None:
+    """Add runs to a config's results file and print its name."""
+    path = RESULTS / f"{recipe}.json"
     lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     for run in runs:
-        line = summarize(run, note)
-        keys = ("commit", "config_sha256", "hardware")
+        line = summarize(run, recipe, note)
+        keys = ("commit", "flags", "seed", "data_seed", "hardware")
         if not any(all(old.get(key) == line[key] for key in keys) for old in lines):
             lines.append(line)
     path.parent.mkdir(exist_ok=True)
@@ -109,11 +133,11 @@ def add_runs(path: Path, runs: Sequence[Path], note: str) -> None:
 def main() -> None:
     """Add the runs and print the file's name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="name of the results file: the config")
+    parser.add_argument("name", help="name of the config and so of the results file")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--note", default="", help="remark on the results")
     args = parser.parse_args()
-    add_runs(RESULTS / f"{args.name}.json", args.runs, args.note)
+    add_runs(args.name, args.runs, args.note)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import RESULTS, ROOT
 from benchmarks.accuracy.ablations import BASE, SUITES, differences, verdict
 from benchmarks.accuracy.insight_rates import FINDINGS, NOT_BY_CLASS
-from benchmarks.accuracy.record import comparable
+from benchmarks.accuracy.record import comparable, results_of
 
 # Table: the page that holds it, between two comments with its name.
 PAGES_OF = {
@@ -117,12 +117,8 @@ def _command(recipe: str, flags: str = "") -> str:
 
 def _rows(what: str, recipe: str) -> list[str]:
     """Return a row for each kind of hardware and each set of flags that was added to the config."""
-    path = RESULTS / f"{recipe}.json"
-    lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for line in lines:
-        if "who" in line:  # of `benchmarks.speed.speedrun`
-            continue
+    for line in results_of(recipe):
         groups.setdefault((line["flags"], line["hardware"]), []).append(line)
     rows = []
     for (flags, hardware), runs in sorted(groups.items(), key=lambda item: item[0][0] != ""):

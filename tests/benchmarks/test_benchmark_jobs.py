@@ -1,6 +1,7 @@
 """The list of long runs: what is done comes from the results alone, and the next one is continued where it stopped."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,9 @@ def made(tmp_path, monkeypatch):
         "- {config: half, device: cpu, seeds: [0]}\n"
         "- {config: plain, device: gpu, seeds: [0]}\n"
     )
-    monkeypatch.setattr(jobs, "CONFIGS", tmp_path / "configs")
-    monkeypatch.setattr(jobs, "RESULTS", tmp_path / "results")
+    for module in (jobs, record):
+        monkeypatch.setattr(module, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(jobs, "needed_for", lambda precision: "bf16" if precision == "bf16-mixed" else "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return tmp_path
@@ -37,14 +39,16 @@ def save_results(folder, *lines):
     (folder / "results" / "plain.json").write_text(json.dumps(lines))
 
 
-def result(flags="--epochs 2", seed=0, hardware=CPU):
-    return {"flags": flags, "seed": seed, "hardware": hardware}
+def result(flags="--epochs 2", seed=0, hardware=CPU, max_epochs=3):
+    settings = {"trainer": {"max_epochs": max_epochs}}
+    return {"flags": flags, "seed": seed, "hardware": hardware, "settings": settings}
 
 
-def test_a_run_is_done_by_a_result_of_its_flags_seed_and_kind_of_machine_alone(made):
+def test_a_run_is_done_by_a_result_of_its_config_flags_seed_and_kind_of_machine_alone(made):
     wanted = read_jobs(made / "jobs.yaml")
     assert [one.seed for one in wanted] == [0, 1, 0, 0]
-    others = [result(""), result(seed=2), result(hardware=GPU), {"who": "ours", "seed": 0, "hardware": CPU}]
+    others = [result(""), result(seed=2), result(hardware=GPU), result(max_epochs=2)]
+    others.append({"who": "ours", "seed": 0, "hardware": CPU})
     save_results(made, *others)
     assert states(wanted, made / "runs")[:2] == ["not begun", "not begun"]
     assert next_run(wanted, states(wanted, made / "runs")) == wanted[0]
@@ -85,14 +89,14 @@ def test_the_next_run_is_trained_and_recorded_and_a_stop_is_passed_on(made, monk
     monkeypatch.setattr("sys.argv", ["jobs", "--jobs", str(made / "jobs.yaml"), "--runs", str(made / "runs")])
     commands, recorded, statuses = [], [], [143, 0]
     monkeypatch.setattr(jobs, "run_to_end", lambda command: commands.append(command) or statuses.pop(0))
-    monkeypatch.setattr(jobs, "add_runs", lambda path, runs, note: recorded.append((path.name, *runs)))
+    monkeypatch.setattr(jobs, "add_runs", lambda config, runs, note: recorded.append((config, *runs)))
     with pytest.raises(SystemExit) as stopped:
         jobs.main()
     assert stopped.value.code == 143
     assert recorded == []
     jobs.main()
     assert commands[0] == commands[1]
-    assert recorded == [("plain.json", made / "runs" / "plain-cpu-epochs-2" / "0")]
+    assert recorded == [("plain", made / "runs" / "plain-cpu-epochs-2" / "0")]
     monkeypatch.setattr("sys.argv", [*jobs.sys.argv, "--list"])
     capsys.readouterr()
     jobs.main()
@@ -122,6 +126,22 @@ def test_a_wrong_job_file_is_refused_and_the_mistake_named(made, text, named):
         read_jobs(made / "jobs.yaml")
     assert ": :" not in str(refused.value)
     assert "http" not in str(refused.value)
+
+
+def test_a_recorded_run_keeps_the_settings_of_its_config_at_its_commit(made, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+        return subprocess.check_output(["git", "-C", str(made), *identity, *arguments], text=True).strip()
+
+    monkeypatch.setattr(record, "ROOT", made)
+    git("init", "-q")
+    git("add", "configs")
+    git("commit", "-qm", "Configs")
+    commit = git("rev-parse", "HEAD")
+    (made / "configs" / "plain.yaml").write_text("trainer: {max_epochs: 9}\n")
+    assert record.committed_settings(commit, "plain") == {"trainer": {"max_epochs": 3}}
+    with pytest.raises(SystemExit, match="no such config"):
+        record.committed_settings(commit, "none")
 
 
 def test_the_shipped_list_is_readable():

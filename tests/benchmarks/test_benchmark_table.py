@@ -8,13 +8,16 @@ from benchmarks.accuracy import record, table
 
 
 def test_a_row_is_the_mean_over_runs_with_one_hardware_and_one_set_of_flags(tmp_path, monkeypatch):
-    def run(hardware, accuracy, seconds, note="", flags=""):
-        return {"flags": flags, "hardware": hardware, "test_accuracy": accuracy, "elapsed_s": seconds, "note": note}
+    def run(hardware, accuracy, seconds, note="", flags="", settings=None):
+        line = {"flags": flags, "hardware": hardware, "test_accuracy": accuracy, "elapsed_s": seconds, "note": note}
+        return line | {"settings": settings or {"seed": 1}}
 
     runs = [run("a CPU", 0.90, 600), run("a GPU", 0.93, 30), run("a CPU", 0.92, 660), run("a GPU", 0.93, 50, "busy")]
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(runs))
-    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    (tmp_path / "mine.yaml").write_text("seed: 1")
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "CONFIGS", tmp_path)
     whole = "`python train.py fit --config configs/mine.yaml`"
     rows = [
         f"| Mine | 91.00 % ± 1.41 (n=2, standard deviation) | 10.5 min (n=2) | a CPU | {whole} |",
@@ -29,6 +32,8 @@ def test_a_row_is_the_mean_over_runs_with_one_hardware_and_one_set_of_flags(tmp_
     assert table._rows("Mine", "mine") == [*rows, row]
     path.write_text(json.dumps([run("a CPU", 0.85, 120, "busy")]))
     assert table._rows("Mine", "mine")[0].split(" | ")[2] == "at most 2.0 min (n=1): busy"
+    path.write_text(json.dumps([*runs, run("a CPU", 0.99, 600, settings={"seed": 2})]))
+    assert table._rows("Mine", "mine") == rows, "a result of another version of the config counts no more"
     assert table._rows("Mine", "not measured") == []
 
 
