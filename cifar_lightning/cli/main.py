@@ -398,9 +398,10 @@ def _runs(parsed: argparse.Namespace) -> int:
 
 
 def _export_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, or smallnet")
     parser.add_argument("--format", required=True, choices=("onnx", "torch", "safetensors"), help="kind of file")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="default: RUN/model.onnx, .pt2 or .safetensors")
+    text = "default: RUN/model.onnx, .pt2 or .safetensors; for smallnet, here"
+    parser.add_argument("--output", metavar="FILE", type=Path, help=text)
     text = "RGB as 0-255 or as 0-1 (default: uint8)"
     parser.add_argument("--input", choices=("uint8", "float"), default="uint8", help=text)
     parser.add_argument("--probs", action="store_true", help="also give probabilities")
@@ -411,8 +412,8 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(parsed: argparse.Namespace) -> int:
-    run = open_run(parsed.run)
-    run.require(run.tested_checkpoint)
+    run = open_model(parsed.run)
+    run.require(run.weights)
     from cifar_lightning.inference.export import export_run  # imports torch
 
     export_run(

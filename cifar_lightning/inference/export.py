@@ -87,9 +87,10 @@ def export_run(
     """Export a run's model to a file and print how far its probabilities are from PyTorch's.
 
     Args:
-        run: A run with a checkpoint.
+        run: A run with a checkpoint or exported weights, or a model that comes with the package.
         kind: onnx, torch (a torch.export archive) or safetensors (weights and what makes the model again).
-        output: Default: model.onnx, model.pt2 or model.safetensors in the run.
+        output: Default: model.onnx, model.pt2 or model.safetensors in the run; of a model that comes with the package,
+            its name in the working directory.
         input: Input `images` (batch, channels, size, size) of the graph: as uint8 0-255 or float32 0-1.
         probs: Add an output `probs` to `logits`.
         calibrated: Divide the logits by the run's temperature.
@@ -104,7 +105,8 @@ def export_run(
         UserError: An argument is wrong, a package is missing, or the file cannot be written.
         RuntimeError: The predictions of the file differ from PyTorch's; it is deleted.
     """
-    path = output or {"onnx": run.exported_onnx, "torch": run.exported_program}.get(kind, run.exported_weights)
+    path = {"onnx": run.exported_onnx, "torch": run.exported_program}.get(kind, run.exported_weights)
+    path = output or (Path(f"{run.path.name}{path.suffix}") if run.is_shipped else path)
     check_output(path, force)
     if kind == "onnx":
         _check_extra()
@@ -128,7 +130,10 @@ def export_run(
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB{graph}{outputs}{_divided(trained)}")
     equal = "all" if num_equal == len(images) else f"{num_equal} of {len(images)}"
     print(f"Parity on {origin}: largest difference of a probability {difference:.1e}, {equal} top-1 predictions equal")
-    _describe(run, trained, path, kind, input, probs)
+    if run.is_shipped:
+        print(f"{run.path / CARD}: model card")
+    else:
+        _describe(run, trained, path, kind, input, probs)
     return path
 
 

@@ -41,6 +41,11 @@ class RunFolder(RunFiles):
         return self.best_checkpoint if self.best_checkpoint.exists() else self.last_checkpoint
 
     @property
+    def is_shipped(self) -> bool:
+        """Whether it is a trained model that comes with the package."""
+        return self.path.parent == _SHIPPED
+
+    @property
     def weights(self) -> Path:
         """The file that a trained model is read from: a checkpoint or, where there is none, the exported weights."""
         is_export = not self.tested_checkpoint.exists() and self.exported_weights.exists()
@@ -258,7 +263,9 @@ def _suggest_run(path: Path) -> str:
         seeds = ", ".join(str(config.parent) for config in sorted(path.glob("*/config.yaml")))
         return f"It holds a run for each seed: give one of {seeds}. All together: {command_line('analyze', path)}"
     if _is_shipped(path) or path.parent == _SHIPPED:
-        return f"{path.name} comes with the package: for predict-images, --init_weights and Python's load alone."
+        return (
+            f"{path.name} comes with the package: for predict-images, export, --init_weights and Python's load alone."
+        )
     for pattern in ("*/config.yaml", "*/*/config.yaml"):
         configs = sorted(path.glob(pattern), key=lambda config: config.stat().st_mtime)
         if configs:
