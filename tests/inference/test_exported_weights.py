@@ -188,3 +188,13 @@ def test_predict_images_takes_it_by_name_and_other_commands_say_what_it_is_for(t
     for command in (["export", "smallnet", "--format", "onnx"], ["test", "smallnet"], ["analyze", "smallnet"]):
         with pytest.raises(UserError, match="smallnet comes with the package: for predict-images"):
             run_command(command)
+
+
+def test_the_model_predicts_in_eval_mode_whatever_mode_it_was_left_in(tmp_path):
+    run, images = load("smallnet"), test_images(8)
+    expected = run.predict(images)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    run.model.train()
+    assert run.predict(images) == expected
+    assert run.model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
