@@ -198,3 +198,11 @@ def test_the_model_predicts_in_eval_mode_whatever_mode_it_was_left_in(tmp_path):
     assert run.predict(images) == expected
     assert run.model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
+
+
+def test_a_model_loaded_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        run = load("smallnet")
+        run.predict(test_images(1))
+    run.model(torch.zeros(1, 3, 32, 32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in run.model.parameters())
