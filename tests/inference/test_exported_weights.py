@@ -116,6 +116,7 @@ def test_without_validation_predictions_there_is_no_temperature(tmp_path):
         ({"mean": "[0.5]"}, "different lengths"),
         ({"std": "[0, 0, 0]"}, "std"),
         ({"image_size": "-3"}, "image_size"),
+        ({"image_size": "24"}, "image_size 24"),
         ({"resize": "stretch"}, "resize"),
         ({"tta": "many"}, "tta"),
         ({"memory_format": "diagonal"}, "memory_format"),
