@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 from test_export import CLASSES, make_run, test_images
 
 from cifar_lightning import UserError, load
+from cifar_lightning.checkpoints.pretrained import load_pretrained
 from cifar_lightning.cli.main import run_command
 from cifar_lightning.inference.export import export_run
 from cifar_lightning.inference.trained_model import fitted_temperature, load_trained_model
 from cifar_lightning.metrics.calibration import fit_temperature
+from cifar_lightning.models.registry import build_model
 from cifar_lightning.runs.folder import RunFolder, create_run, weights_file
 from cifar_lightning.runs.lock import RunLock
 
@@ -231,6 +233,15 @@ def test_what_only_a_run_has_is_not_said_to_be_made_by_test_or_fit(tmp_path, mon
         assert "fit makes" not in str(error.value)
     assert load(model.path).class_names == model.class_names
     assert weights_file(model.path) == model.path / "model.safetensors"
+
+
+@pytest.mark.parametrize("given", ["SmallNet", "small_net", "smalnet"])
+def test_a_name_that_is_nearly_that_of_the_model_is_put_right(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"Did you mean smallnet\?"):
+        load(given)
+    with pytest.raises(UserError, match=rf"--model.pretrained {given}: .*Did you mean smallnet\?"):
+        load_pretrained(build_model("smallnet", 3), {"name": "smallnet", "num_classes": 3}, given)
 
 
 def test_a_file_or_folder_of_the_models_name_is_named_as_what_hides_it(tmp_path, monkeypatch):
