@@ -252,7 +252,7 @@ def shipped_models() -> list[str]:
 
 def suggest_shipped(path: Path) -> str:
     """Return " Did you mean X?" for a path that does not exist and is nearly the name of a shipped model."""
-    is_name = path.name == str(path) and not os.path.lexists(path)
+    is_name = path.name == str(path) and not os.path.lexists(path) and not _is_shipped(path)
     return suggest(path.name.lower(), shipped_models(), cutoff=0.8) if is_name else ""
 
 

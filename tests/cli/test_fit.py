@@ -438,8 +438,9 @@ def test_frozen_layers_with_random_weights_are_warned_of(changed, is_warned, cap
 def test_initial_weights_that_do_not_load_are_named_by_their_flag(given, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cli = SimpleNamespace(settings=SimpleNamespace(init_weights=given))
-    with pytest.raises(UserError, match=f"--init_weights {given}: .*{message}"):
+    with pytest.raises(UserError, match=f"--init_weights {given}: .*{message}") as error:
         load_initial_weights(cli, ImageClassifier("smallnet", 3))
+    assert ("Did you mean" in str(error.value)) is (given == "SmallNet")
 
 
 def test_a_small_validation_split_is_remarked_on(capsys):
