@@ -1,16 +1,17 @@
 """Pretrained weights for a model, published or from a file."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, FiniteFloat, TypeAdapter
 from torch import nn
 
 from cifar_lightning.checkpoints.loading import read_checkpoint, read_safetensors, statistics_of, weights_of
+from cifar_lightning.checkpoints.schema import DATA_STATE
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import clipped
+from cifar_lightning.formatting import clipped, plural
 from cifar_lightning.models.pretrained import (
     Normalization,
     PretrainedWeights,
@@ -18,7 +19,9 @@ from cifar_lightning.models.pretrained import (
     published_weights,
     torchvision_normalization,
 )
-from cifar_lightning.runs.folder import weights_file
+from cifar_lightning.runs.folder import shipped_models, suggest_shipped, weights_file
+
+_CHANNELS = TypeAdapter(Annotated[tuple[FiniteFloat, ...], Field(min_length=1)])  # a number for each
 
 
 def load_pretrained(
@@ -40,10 +43,18 @@ def load_pretrained(
         UserError: There are none, they cannot be downloaded or read, or they do not fit; the model is unchanged.
     """
     name = str(architecture["name"])
+    if source is True and name in shipped_models():
+        raise UserError(
+            f"--model.pretrained true: {name} has no published weights; give a file, or {name}, which comes with the "
+            "package."
+        )
     weights = published_weights(architecture) if source is True else _of_file(Path(source), name)
+    expected, num_channels = weights.normalization, architecture.get("in_channels", 3)
+    if expected is not None and len(expected.mean) not in (3, num_channels):
+        known = plural(len(expected.mean), "channel")
+        raise UserError(f"{weights.origin} have mean and std of {known}, here images have {num_channels}.")
     load_all_but_head(model, architecture, weights)
-    expected = weights.normalization
-    if expected is not None and architecture.get("in_channels") == 1:
+    if expected is not None and num_channels == 1:
         return Normalization((fmean(expected.mean),), (fmean(expected.std),))
     return expected
 
@@ -55,24 +66,31 @@ def _of_file(path: Path, name: str) -> PretrainedWeights:
     except UserError as error:
         raise UserError(f"--model.pretrained {path}: {error}") from error
     if not path.is_file():
-        raise UserError(f"--model.pretrained {path}: no such file; give true, a run or a file of weights.")
+        way_out = f"give true, a run or a file of weights.{suggest_shipped(path)}"
+        raise UserError(f"--model.pretrained {path}: no such file; {way_out}")
     origin = f"--model.pretrained {clipped(str(path), 200)}: its weights"
     if path.suffix == ".safetensors":
         weights, about = read_safetensors(path)
-        normalization = _exported_normalization(path, about) or torchvision_normalization(name)
-        return PretrainedWeights(weights, normalization, origin)
+        normalization, image_size = _of_export(path, about)
+        return PretrainedWeights(weights, normalization or torchvision_normalization(name), origin, image_size)
     checkpoint = read_checkpoint(path)
     statistics = statistics_of(checkpoint)
     normalization = Normalization(*statistics) if statistics else torchvision_normalization(name)
-    return PretrainedWeights(weights_of(checkpoint, path), normalization, origin)
+    image_size = checkpoint.get(DATA_STATE, {}).get("image_size")
+    return PretrainedWeights(weights_of(checkpoint, path), normalization, origin, image_size)
 
 
-def _exported_normalization(path: Path, about: Mapping[str, str]) -> Normalization | None:
-    """Return the normalization in the metadata that `export` writes; None without it."""
-    if not {"mean", "std"} <= about.keys():
-        return None
+def _of_export(path: Path, about: Mapping[str, str]) -> tuple[Normalization | None, int | None]:
+    """Return the normalization and the image size in the metadata that `export` writes; None without them."""
     try:
-        mean, std = (tuple(map(float, json.loads(about[key]))) for key in ("mean", "std"))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged: mean and std in its metadata are no lists of numbers.") from error
-    return Normalization(mean, std)
+        image_size = int(about["image_size"]) if "image_size" in about else None
+        if not {"mean", "std"} <= about.keys():
+            return None, image_size
+        mean, std = _CHANNELS.validate_json(about["mean"]), _CHANNELS.validate_json(about["std"])
+    except ValueError as error:  # pydantic's is one, too
+        raise UserError(
+            f"{path}: damaged: its metadata mean, std and image_size are not those of an export."
+        ) from error
+    if len(mean) != len(std) or min(std) <= 0:
+        raise UserError(f"{path}: damaged: mean {mean} and std {std} in its metadata.")
+    return Normalization(mean, std), image_size

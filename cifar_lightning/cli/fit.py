@@ -36,7 +36,16 @@ from cifar_lightning.report.report import make_report
 from cifar_lightning.runs.contents import read_environment
 from cifar_lightning.runs.ending import ending_text, is_short, write_ending
 from cifar_lightning.runs.environment import portable
-from cifar_lightning.runs.folder import RUNS, RunFolder, config_name, create_run, discard_run, weights_file
+from cifar_lightning.runs.folder import (
+    RUNS,
+    RunFolder,
+    config_name,
+    create_run,
+    discard_run,
+    shipped_models,
+    suggest_shipped,
+    weights_file,
+)
 from cifar_lightning.runs.processes import announce_run, announced_run
 from cifar_lightning.training.best_checkpoint import BestCheckpoint
 from cifar_lightning.training.error_messages import explained, of_users_objects, restoring
@@ -151,16 +160,21 @@ def fast_dev_run(cli: TrainingCLI, model: ImageClassifier, data: ImageDataModule
 def load_initial_weights(cli: TrainingCLI, model: ImageClassifier) -> None:
     """Load the weights of --init_weights; warn of frozen layers that have none."""
     if cli.settings.init_weights:
-        file = weights_file(Path(cli.settings.init_weights))
-        load_weights(model.model, file)
+        given = Path(cli.settings.init_weights)
+        try:
+            file = weights_file(given)
+            load_weights(model.model, file)
+        except UserError as error:
+            raise UserError(f"--init_weights {given}: {error}{suggest_shipped(given)}") from error
         remark(printable(f"Initialized with the weights of {file}."))
         return
     settings = cli.settings.model
     is_ours = bool(model.hparams["name"]) and model.imported is None  # a model of one's own may have its weights
     if is_ours and settings.get("freeze") and not (settings.get("pretrained") or cli.settings.ckpt_path):
+        source = model.hparams["name"] if model.hparams["name"] in shipped_models() else "true"
         remark(
             f"warning: --model.freeze {settings.freeze}: the weights that are not trained are random; give "
-            "--model.pretrained true, or --init_weights."
+            f"--model.pretrained {source}, or --init_weights."
         )
 
 

@@ -258,8 +258,7 @@ def _is_trusting(value: str | None) -> bool:
 
 def _of_run(run: RunFolder, checkpoint: Path, flags: list[str], trust_code: bool, given: Collection[str]) -> list[str]:
     if not checkpoint.exists():
-        again = command_line("fit", "--config", run.config, "--run_dir", run.path)
-        raise UserError(f"{run.path}: no checkpoint found; nothing to resume or evaluate.\nTo start it over: {again}")
+        raise UserError(f"{run.path}: no checkpoint found; nothing to resume or evaluate.\n{run.what_to_do}")
     from cifar_lightning.runs.contents import read_config  # imports pydantic and NumPy
 
     read_config(run.config)

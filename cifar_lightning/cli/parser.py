@@ -40,7 +40,7 @@ _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
     "init_weights": (
         str | None,
         None,
-        "Start from these weights: a run, a checkpoint, a .safetensors export or a state_dict file.",
+        "Start from these weights: a run, a checkpoint, a .safetensors export, a state_dict file or smallnet.",
         ("fit",),
     ),
     "tune_lr": (bool, False, "Find OneCycle's peak learning rate first (LR finder).", ("fit",)),

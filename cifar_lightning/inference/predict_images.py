@@ -32,6 +32,7 @@ from cifar_lightning.files import check_output, replacing
 from cifar_lightning.formatting import clipped, csv_cell, percent, plural, printable, span
 from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
 from cifar_lightning.metrics.significance import wilson_interval
+from cifar_lightning.models.stems import in_eval_mode
 from cifar_lightning.models.winograd import fewer_multiplications
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.tta import TTA, tta_logits
@@ -279,7 +280,7 @@ def rank_classes(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mean, std = (torch.tensor(values, device=device) for values in (trained.mean, trained.std))
-    with torch.inference_mode():
+    with torch.inference_mode(), in_eval_mode(trained.model):  # in which `Run.model` may not have been left
         raw = torch.from_numpy(images).to(device)
         model, tta, temperature = trained.model.to(device), trained.tta, trained.temperature
         probs, classes = top_classes(model, raw, mean=mean, std=std, top_k=top_k, tta=tta, temperature=temperature)

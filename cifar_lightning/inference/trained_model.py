@@ -55,6 +55,7 @@ class TrainedModel:
             return tta_logits(self.model, normalized, self.tta)[0] / self.temperature
 
 
+@torch.inference_mode(False)  # or it could not be trained where the caller is in that mode
 def load_trained_model(
     run: RunFolder, *, trust_code: bool = False, model: nn.Module | None = None, calibrated: bool = False
 ) -> TrainedModel:

@@ -49,6 +49,7 @@ class PretrainedWeights:
     tensors: dict[str, Tensor]  # by name
     normalization: Normalization | None  # of the images they were trained on; None if unknown
     origin: str  # flag and source, for messages
+    image_size: int | None = None  # of the images they were trained on; None if unknown
 
 
 def load_all_but_head(model: nn.Module, architecture: Mapping[str, Any], weights: PretrainedWeights) -> None:
@@ -79,6 +80,10 @@ def load_all_but_head(model: nn.Module, architecture: Mapping[str, Any], weights
         raise UserError(f"{origin} do not fit: {misfits}.\nGive weights of {name} with the same --model.model_kwargs.")
     model.load_state_dict(theirs)
     notes = changes if weights.normalization is None else ["images are normalised as in their training", *changes]
+    if weights.image_size not in (None, image_size := architecture.get("image_size")):
+        notes.append(
+            f"they were trained on images of {weights.image_size} pixels, here of {image_size} (--data.image_size)"
+        )
     remark("; ".join([f"{origin} are loaded, except the head", *notes]) + ".")
 
 

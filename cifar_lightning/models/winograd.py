@@ -31,20 +31,25 @@ class WinogradConv2d(nn.Conv2d):
             torch.tensor(rows, dtype=torch.float64) for rows in (_INPUT, _WEIGHT, _OUTPUT)
         )
         weight = torch.einsum("ai,bj,ocij->abco", of_weight / 24, of_weight / 24, self.weight.detach().double())
-        self.transformed_from = self.weight.detach().clone()
-        self.transformed = weight.flatten(0, 1).float().contiguous()  # (36, in_channels, out_channels)
-        self.of_input = torch.kron(of_input, of_input).float()  # (36, 36)
-        self.of_output = torch.kron(of_output, of_output).float()  # (16, 36)
+        self.transformed = (
+            self.weight.detach().clone(),
+            weight.flatten(0, 1).float().contiguous(),  # (36, in_channels, out_channels)
+            torch.kron(of_input, of_input).float(),  # (36, 36)
+            torch.kron(of_output, of_output).float(),  # (16, 36)
+        )
 
     def forward(self, input: Float[Tensor, "*batch channels height width"]) -> Tensor:
         """Return the convolution in the memory format of `Conv2d`.
 
         `Conv2d` computes it where a gradient is wanted, under autocast, and where the weights have changed.
         """
+        # Another thread may take the transformed weights, and the class, away in between: `fewer_multiplications`.
+        transformed = self.__dict__.get("transformed")
         is_batch = input.dim() == 4 and input.dtype == torch.float32 and min(input.shape[2:]) >= 4
         is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        if not (is_batch and is_plain and torch.equal(self.weight, self.transformed_from)):
-            return super().forward(input)
+        if transformed is None or not (is_batch and is_plain and torch.equal(self.weight, transformed[0])):
+            return nn.Conv2d.forward(self, input)
+        _, weight, of_input, of_output = transformed
         num, channels, height, width = input.shape
         rows, columns = -(-height // 4), -(-width // 4)
         padded = F.pad(input.permute(0, 2, 3, 1), (0, 0, 1, 4 * columns - width + 1, 1, 4 * rows - height + 1))
@@ -54,10 +59,10 @@ class WinogradConv2d(nn.Conv2d):
             image, row, column, _ = images.stride()
             shape, strides = (len(images), rows, columns, 6, 6, channels), (image, 4 * row, 4 * column, row, column, 1)
             tiles = images.as_strided(shape, strides).reshape(-1, 36, channels)
-            products = (self.of_input @ tiles).transpose(0, 1) @ self.transformed  # (36, tiles, out_channels)
+            products = (of_input @ tiles).transpose(0, 1) @ weight  # (36, tiles, out_channels)
             if self.bias is not None:
                 products[_CONSTANT] += self.bias
-            squares = (self.of_output @ products.transpose(0, 1)).view(*shape[:3], 4, 4, self.out_channels)
+            squares = (of_output @ products.transpose(0, 1)).view(*shape[:3], 4, 4, self.out_channels)
             whole = squares.transpose(2, 3).reshape(len(images), 4 * rows, 4 * columns, self.out_channels)
             into.copy_(whole[:, :height, :width])
         found = output.permute(0, 3, 1, 2)
@@ -68,20 +73,19 @@ class WinogradConv2d(nn.Conv2d):
 def fewer_multiplications(model: nn.Module) -> Iterator[None]:
     """Let the convolutions of a model on the CPU that gain by it use Winograd's algorithm, for as long as it is open.
 
-    The weights are kept a second time, and transformed ones take 4 times their memory.
+    The weights are kept a second time, and transformed ones take 4 times their memory. Other threads may call the model
+    meanwhile: they get its predictions by either algorithm.
     """
     changed = [module for module in model.modules() if type(module) is nn.Conv2d and _gains(module)]
     try:
         for module in changed:
+            WinogradConv2d.transform(module)  # type: ignore[arg-type]  # before its class: it may be in use
             module.__class__ = WinogradConv2d  # and not another module, so that hooks and shared layers stay
-            assert isinstance(module, WinogradConv2d)
-            module.transform()
         yield
     finally:
         for module in changed:
             module.__class__ = nn.Conv2d
-            for name in ("transformed", "transformed_from", "of_input", "of_output"):
-                module.__dict__.pop(name, None)
+            module.__dict__.pop("transformed", None)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

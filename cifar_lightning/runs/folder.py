@@ -14,13 +14,14 @@ from pathlib import Path
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import make_folder, remove_empty, sync_folder
-from cifar_lightning.formatting import command_line
+from cifar_lightning.formatting import command_line, suggest
 from cifar_lightning.runs.file_names import RunFiles
 from cifar_lightning.runs.lock import RunLock
 from cifar_lightning.runs.processes import NEEDS_RUN_DIR, is_started_from_outside
 
 RUNS = Path("runs")
 _SHIPPED = Path(__file__).parents[1] / "shipped"  # a folder for each trained model that comes with the package
+_USES = "for predict-images, export, --init_weights, --model.pretrained and Python's load alone"  # of weights without a run
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,15 @@ class RunFolder(RunFiles):
         return command_line("fit", "--resume", self.path)
 
     @property
+    def what_to_do(self) -> str:
+        """The way out where there is no checkpoint: what exported weights are for, or the command to start over."""
+        if self.is_shipped:
+            return f"{self.path.name} comes with the package: {_USES}."
+        if self.exported_weights.exists():
+            return f"It has exported weights and no checkpoint: {_USES}."
+        return f"To start it over: {command_line('fit', '--config', self.config, '--run_dir', self.path)}"
+
+    @property
     def has_results(self) -> bool:
         """Whether the run has test results."""
         return self.test_metrics.exists() or self.predictions.exists()
@@ -97,6 +107,8 @@ class RunFolder(RunFiles):
             remedy = (
                 "fit makes them: train again." if from_fit else f"Make them with: {command_line('test', self.path)}"
             )
+            if self.weights == self.exported_weights:  # from which test and fit make nothing
+                remedy = self.what_to_do
             raise UserError(f"run {self.path}: {names} {'is' if len(missing) == 1 else 'are'} missing.\n{remedy}")
 
     def check_files(self) -> None:
@@ -188,6 +200,10 @@ def _refuse_what_would_be_lost(run: RunFolder) -> None:
             f"--run_dir {run.path}: holds the runs of several seeds.\n"
             f"Choose a new --run_dir; {run.resume_command} resumes them."
         )
+    if run.exported_weights.exists() and not run.has_checkpoint:  # they would be taken for those of the new run
+        raise UserError(
+            f"--run_dir {run.path}: holds exported weights, {run.exported_weights.name}.\nChoose a new --run_dir."
+        )
     if run.lock_file.exists() or run.config.exists():
         what = "checkpoints" if run.has_checkpoint else "results" if run.has_results else ""
         if what:
@@ -225,12 +241,24 @@ def open_run(path: Path, *, lock: bool = False, results: bool = False) -> RunFol
 
 
 def open_model(path: Path, *, results: bool = False) -> RunFolder:
-    """Open a run, as `open_run` does, or a model that comes with the package, by its name."""
+    """Open a run, as `open_run` does, or a model that comes with the package, by its name or its folder there."""
     return RunFolder(_SHIPPED / path) if _is_shipped(path) else open_run(path, results=results)
 
 
 def _is_shipped(path: Path) -> bool:
-    return path.name == str(path) and not os.path.lexists(path) and (_SHIPPED / path).is_dir()
+    is_meant = path.parent == _SHIPPED or (path.name == str(path) and not os.path.lexists(path))
+    return is_meant and path.name in shipped_models()
+
+
+def shipped_models() -> list[str]:
+    """Return the names of the trained models that come with the package."""
+    return sorted(file.parent.name for file in _SHIPPED.glob(f"*/{RunFolder(_SHIPPED).exported_weights.name}"))
+
+
+def suggest_shipped(path: Path) -> str:
+    """Return " Did you mean X?" for a path that does not exist and is nearly the name of a shipped model."""
+    is_name = path.name == str(path) and not os.path.lexists(path) and not _is_shipped(path)
+    return suggest(path.name.lower(), shipped_models(), cutoff=0.8) if is_name else ""
 
 
 def _is_readable(file: Path) -> bool:
@@ -262,15 +290,17 @@ def _suggest_run(path: Path) -> str:
     if RunFolder(path).seeds.is_file():
         seeds = ", ".join(str(config.parent) for config in sorted(path.glob("*/config.yaml")))
         return f"It holds a run for each seed: give one of {seeds}. All together: {command_line('analyze', path)}"
-    if _is_shipped(path) or path.parent == _SHIPPED:
-        return (
-            f"{path.name} comes with the package: for predict-images, export, --init_weights and Python's load alone."
-        )
+    if _is_shipped(path):
+        return RunFolder(path).what_to_do
+    if RunFolder(path).exported_weights.is_file() or (path.is_file() and path.suffix == ".safetensors"):
+        return "Exported weights need a folder: model.safetensors with the config.yaml of its run next to it."
     for pattern in ("*/config.yaml", "*/*/config.yaml"):
         configs = sorted(path.glob(pattern), key=lambda config: config.stat().st_mtime)
         if configs:
             return f"Did you mean its newest run, {configs[-1].parent}?"
-    return "Give the folder that fit named at its end, for example runs/smallnet/1."
+    if path.name == str(path) and path.name in shipped_models():
+        return f"It hides the model {path.name} that comes with the package: rename it, or run in another folder."
+    return f"Give the folder that fit named at its end, for example runs/smallnet/1.{suggest_shipped(path)}"
 
 
 def config_name(configs: Sequence[object], model: str) -> str:

@@ -103,7 +103,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         tta: Test-time augmentation in test, validate and predict: none, mirror (average with the mirror image) or six
             (mirrored and shifted by a pixel).
         model_kwargs: Further arguments of the model, such as {widths: [16, 32, 64], dropout: 0.2}.
-        pretrained: Load pretrained weights into all layers but the last: true for published ones, or a run or file.
+        pretrained: Load pretrained weights into all layers but the last: true for published ones, a run or file, or
+            smallnet.
         freeze: Layers that are not trained: backbone (all but the head), or globs of parameter names such as layer1.
         unfreeze_epoch: Train the frozen layers, too, after so many epochs.
         layer_decay: Factor of the learning rate from each layer to the one below it; 1 disables it, 0.75 is usual.

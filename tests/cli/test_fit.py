@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from PIL import Image
 from program import REPO, TINY, fail, start
 
-from cifar_lightning import UserError
+from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.cli.fit import Resume, create_or_resume_run, keep_in_run, load_initial_weights, remark_on_few
 from cifar_lightning.cli.lightning_cli import TrainingCLI
 from cifar_lightning.cli.main import training_arguments
@@ -422,7 +422,25 @@ def test_frozen_layers_with_random_weights_are_warned_of(changed, is_warned, cap
     cli = SimpleNamespace(settings=SimpleNamespace(model=Namespace(**settings), init_weights=None, ckpt_path=None))
     imported = {"path": settings["name"]} if ":" in settings["name"] else None
     load_initial_weights(cli, SimpleNamespace(hparams=settings, imported=imported))
-    assert ("--model.freeze" in capsys.readouterr().out) is is_warned
+    remark = capsys.readouterr().out
+    assert ("--model.freeze" in remark) is is_warned
+    assert ("--model.pretrained smallnet" in remark) is is_warned, "no weights of smallnet are published"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("SmallNet", r"no such file[\s\S]*Did you mean smallnet\?"),
+        ("nowhere.ckpt", "no such file"),
+        ("smallnet", r"other classes[\s\S]*--model.pretrained"),
+    ],
+)
+def test_initial_weights_that_do_not_load_are_named_by_their_flag(given, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli = SimpleNamespace(settings=SimpleNamespace(init_weights=given))
+    with pytest.raises(UserError, match=f"--init_weights {given}: .*{message}") as error:
+        load_initial_weights(cli, ImageClassifier("smallnet", 3))
+    assert ("Did you mean" in str(error.value)) is (given == "SmallNet")
 
 
 def test_a_small_validation_split_is_remarked_on(capsys):

@@ -15,11 +15,14 @@ from safetensors.torch import save_file
 from test_export import CLASSES, make_run, test_images
 
 from cifar_lightning import UserError, load
+from cifar_lightning.checkpoints.pretrained import load_pretrained
 from cifar_lightning.cli.main import run_command
 from cifar_lightning.inference.export import export_run
 from cifar_lightning.inference.trained_model import fitted_temperature, load_trained_model
 from cifar_lightning.metrics.calibration import fit_temperature
-from cifar_lightning.runs.folder import RunFolder, weights_file
+from cifar_lightning.models.registry import build_model
+from cifar_lightning.runs.folder import RunFolder, create_run, weights_file
+from cifar_lightning.runs.lock import RunLock
 
 TEST_BATCH = Path(__file__).parents[2] / "data" / "cifar-10-batches-py" / "test_batch"
 
@@ -116,6 +119,7 @@ def test_without_validation_predictions_there_is_no_temperature(tmp_path):
         ({"mean": "[0.5]"}, "different lengths"),
         ({"std": "[0, 0, 0]"}, "std"),
         ({"image_size": "-3"}, "image_size"),
+        ({"image_size": "24"}, "image_size 24"),
         ({"resize": "stretch"}, "resize"),
         ({"tta": "many"}, "tta"),
         ({"memory_format": "diagonal"}, "memory_format"),
@@ -143,6 +147,35 @@ def test_a_damaged_file_ends_in_a_sentence(run, tmp_path):
         alone.exported_weights.write_bytes(content)
         with pytest.raises(UserError, match="cannot be read as safetensors"):
             load_trained_model(alone)
+
+
+def test_a_folder_of_exported_weights_alone_says_what_it_is_for(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    alone = exported(run, Path("alone"))
+    for command in (["test", "alone"], ["fit", "--resume", "alone"], ["export", "alone", "--format", "onnx"]):
+        with pytest.raises(
+            UserError, match=r"exported weights and no checkpoint[\s\S]*predict-images[\s\S]*pretrained"
+        ):
+            run_command(command)
+    for read in (lambda run: run.epochs, lambda run: run.predictions, lambda run: run.report(), lambda run: run.test()):
+        with pytest.raises(UserError, match="exported weights and no checkpoint"):
+            read(load("alone"))
+    with pytest.raises(UserError, match=r"--run_dir alone: .*exported weights"):
+        create_run(tmp_path, "x", Path("alone"))
+    RunLock(alone.lock_file).release()  # as of a copied run
+    with pytest.raises(UserError, match=r"--run_dir alone: .*exported weights"):
+        create_run(tmp_path, "x", Path("alone"))
+    assert alone.config.exists()
+
+
+def test_weights_without_the_config_of_their_run_are_named_with_what_is_missing(run, tmp_path):
+    alone = exported(run, tmp_path / "alone")
+    with pytest.raises(UserError, match=f"Did you mean the run {alone.path}"):
+        load(alone.exported_weights)
+    alone.config.unlink()
+    for given in (alone.path, alone.exported_weights):
+        with pytest.raises(UserError, match=r"config\.yaml of its run"):
+            load(given)
 
 
 # -- the model that comes with the package ---------------------------------------------------------------------------
@@ -203,3 +236,52 @@ def test_predict_images_takes_it_by_name_and_other_commands_say_what_it_is_for(t
     for command in (["test", "smallnet"], ["analyze", "smallnet"]):
         with pytest.raises(UserError, match="smallnet comes with the package: for predict-images"):
             run_command(command)
+
+
+def test_what_only_a_run_has_is_not_said_to_be_made_by_test_or_fit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = load("smallnet")
+    for read in (lambda run: run.epochs, lambda run: run.predictions, lambda run: run.report()):
+        with pytest.raises(UserError, match="smallnet comes with the package") as error:
+            read(model)
+        assert "--model.pretrained" in str(error.value)
+        assert "fit makes" not in str(error.value)
+    assert load(model.path).class_names == model.class_names
+    assert weights_file(model.path) == model.path / "model.safetensors"
+
+
+@pytest.mark.parametrize("given", ["SmallNet", "small_net", "smalnet"])
+def test_a_name_that_is_nearly_that_of_the_model_is_put_right(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"Did you mean smallnet\?"):
+        load(given)
+    with pytest.raises(UserError, match=rf"--model.pretrained {given}: .*Did you mean smallnet\?"):
+        load_pretrained(build_model("smallnet", 3), {"name": "smallnet", "num_classes": 3}, given)
+
+
+def test_a_file_or_folder_of_the_models_name_is_named_as_what_hides_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "smallnet"
+    for make, remove in ((own.mkdir, own.rmdir), (own.touch, own.unlink)):
+        make()
+        with pytest.raises(UserError, match="hides the model smallnet that comes with the package"):
+            load("smallnet")
+        remove()
+
+
+def test_the_model_predicts_in_eval_mode_whatever_mode_it_was_left_in(tmp_path):
+    run, images = load("smallnet"), test_images(8)
+    expected = run.predict(images)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    run.model.train()
+    assert run.predict(images) == expected
+    assert run.model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
+
+
+def test_a_model_loaded_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        run = load("smallnet")
+        run.predict(test_images(1))
+    run.model(torch.zeros(1, 3, 32, 32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in run.model.parameters())

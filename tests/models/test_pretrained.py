@@ -1,5 +1,6 @@
 """Pretrained weights: loaded into all layers but the head, fitted to the image size, or refused."""
 
+import json
 import logging
 import re
 
@@ -254,3 +255,43 @@ def test_an_export_of_a_run_brings_the_normalisation_of_its_images(tmp_path):
         path = tmp_path / f"{name}.safetensors"
         safetensors.save_file(model.state_dict(), path, metadata=metadata)
         assert load_pretrained(build_model(**NARROW), NARROW, path) == expected
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"std": "[0.4, 0, 0.6]"},
+        {"mean": "[NaN, 0.2, 0.3]"},
+        {"mean": "[0.1]", "std": "[0.4]"},
+        {"mean": "[0.1, 0.2]"},
+        {"mean": '"123"'},
+        {"mean": "0.1"},
+        {"image_size": "many"},
+    ],
+)
+def test_wrong_metadata_of_an_export_are_named(tmp_path, wrong):
+    safetensors = pytest.importorskip("safetensors.torch")
+    about = {"mean": "[0.1, 0.2, 0.3]", "std": "[0.4, 0.5, 0.6]", **wrong}
+    safetensors.save_file(build_model(**NARROW).state_dict(), tmp_path / "model.safetensors", metadata=about)
+    with pytest.raises(UserError, match=f"model.safetensors: .*{next(iter(wrong))}"):
+        load_pretrained(build_model(**NARROW), NARROW, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "export"])
+@pytest.mark.parametrize("image_size", [16, 24])
+def test_weights_of_images_of_another_size_are_remarked_on(tmp_path, capsys, image_size, kind):
+    safetensors = pytest.importorskip("safetensors.torch")
+    state, about = build_model(**NARROW).state_dict(), {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    about |= {"image_size": image_size, "class_names": ["a"]}
+    path = tmp_path / ("model.safetensors" if kind == "export" else "best.ckpt")
+    if kind == "export":
+        safetensors.save_file(state, path, metadata={key: json.dumps(value) for key, value in about.items()})
+    else:
+        torch.save({"state_dict": state, "ImageDataModule": about}, path)
+    load_pretrained(build_model(**NARROW), NARROW, path)
+    assert ("24 pixels, here of 16 (--data.image_size)" in capsys.readouterr().out) is (image_size == 24)
+
+
+def test_smallnets_weights_that_come_with_the_package_are_named_where_none_are_published():
+    with pytest.raises(UserError, match="or smallnet, which comes with the package"):
+        load_pretrained(build_model(**NARROW), NARROW, True)

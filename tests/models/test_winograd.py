@@ -1,6 +1,7 @@
 """Winograd's convolutions equal the direct ones, and a model gets its own back."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -118,3 +119,41 @@ def test_other_layers_stay_and_the_model_is_as_before_after_an_error():
     assert set(model["plain"].__dict__) == kept
     assert torch.equal(model["plain"](images), before)
     assert len(seen) == 4
+
+
+def test_a_model_in_use_by_another_thread_predicts_on():
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    images = torch.randn(1, 8, 8, 8)
+    expected = conv(images).detach()
+
+    def check():
+        with torch.no_grad():
+            torch.testing.assert_close(conv(images), expected, atol=2e-5, rtol=0)
+
+    # As another thread may see it: while weights are transformed, and between two lines of a forward pass.
+    transform, kept = WinogradConv2d.transform, torch.equal
+
+    def transform_and_predict(module):
+        check()
+        transform(module)
+
+    def equal_and_end(*tensors):
+        conv.__class__ = nn.Conv2d
+        del conv.transformed
+        return kept(*tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WinogradConv2d, "transform", transform_and_predict)
+        with fewer_multiplications(conv):
+            patch.setattr(torch, "equal", equal_and_end)
+            check()
+            check()
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda _: _predict_faster(conv, images, expected), range(20)))
+    assert type(conv) is nn.Conv2d
+    assert "transformed" not in conv.__dict__
+
+
+def _predict_faster(conv, images, expected):
+    with torch.no_grad(), fewer_multiplications(conv):
+        torch.testing.assert_close(conv(images), expected, atol=2e-5, rtol=0)
