@@ -21,7 +21,8 @@ from cifar_lightning.runs.processes import NEEDS_RUN_DIR, is_started_from_outsid
 
 RUNS = Path("runs")
 _SHIPPED = Path(__file__).parents[1] / "shipped"  # a folder for each trained model that comes with the package
-_USES = "for predict-images, export, --init_weights, --model.pretrained and Python's load alone"  # of weights without a run
+# What weights without a run are for.
+_USES = "for predict-images, export, --init_weights, --model.pretrained and Python's load alone"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class RunFolder(RunFiles):
     @property
     def is_shipped(self) -> bool:
         """Whether it is a trained model that comes with the package."""
-        return self.path.parent == _SHIPPED
+        return _is_shipped(self.path)
 
     @property
     def weights(self) -> Path:

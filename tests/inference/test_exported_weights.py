@@ -152,7 +152,7 @@ def test_a_damaged_file_ends_in_a_sentence(run, tmp_path):
 def test_a_folder_of_exported_weights_alone_says_what_it_is_for(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     alone = exported(run, Path("alone"))
-    for command in (["test", "alone"], ["fit", "--resume", "alone"], ["export", "alone", "--format", "onnx"]):
+    for command in (["test", "alone"], ["fit", "--resume", "alone"]):
         with pytest.raises(
             UserError, match=r"exported weights and no checkpoint[\s\S]*predict-images[\s\S]*pretrained"
         ):
@@ -160,6 +160,8 @@ def test_a_folder_of_exported_weights_alone_says_what_it_is_for(run, tmp_path, m
     for read in (lambda run: run.epochs, lambda run: run.predictions, lambda run: run.report(), lambda run: run.test()):
         with pytest.raises(UserError, match="exported weights and no checkpoint"):
             read(load("alone"))
+    assert run_command(["export", "alone", "--format", "torch"]) == 0
+    assert alone.exported_program.is_file()
     with pytest.raises(UserError, match=r"--run_dir alone: .*exported weights"):
         create_run(tmp_path, "x", Path("alone"))
     RunLock(alone.lock_file).release()  # as of a copied run
