@@ -155,7 +155,7 @@ def decode_image(
         raise UserError(f"{path} cannot be read ({' '.join(reason.split()) or type(error).__name__})") from error
 
 
-def square_of(image: Image.Image, image_size: int, resize: Resize = "crop", in_channels: int = 3) -> np.ndarray:
+def square_of(image: Image.Image, image_size: int, resize: Resize, in_channels: int = 3) -> np.ndarray:
     """Return a Pillow image by the rules at the top of this file, as uint8 (image_size, image_size, in_channels).
 
     Raises:

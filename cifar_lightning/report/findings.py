@@ -46,7 +46,6 @@ COVERAGE_TARGETS = (0.95, 0.99, 0.999)  # accuracies
 _NUM_SHOWN = 24  # images of a gallery
 _NUM_SHOWN_OF_PAIR = 6
 _NUM_PAIRS_SHOWN = 5  # with images
-_NUM_PAIRS = 10
 _NUM_MISTAKES = 500  # of a page's list
 Matrix = Int64[np.ndarray, "classes classes"]
 
@@ -222,7 +221,7 @@ def classes_of(
     return rows
 
 
-def confused_pairs(cm: Matrix, names: Sequence[str], top: int = _NUM_PAIRS) -> list[dict[str, Any]]:
+def confused_pairs(cm: Matrix, names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the pairs of classes with the most confusions in both directions together.
 
     Keys: `true`, `predicted`, `count` and `share` (fraction of the images of `true`) of the more frequent direction;
@@ -231,7 +230,7 @@ def confused_pairs(cm: Matrix, names: Sequence[str], top: int = _NUM_PAIRS) -> l
     support = per_class(cm).support
     both = np.triu(cm + cm.T, 1)
     pairs = []
-    for pair in most_confused(both, top):
+    for pair in most_confused(both):
         i, j = sorted((pair.true, pair.pred), key=lambda index: -int(cm[index, pair.true + pair.pred - index]))
         fractions = [float(cm[a, b] / support[a]) if support[a] else math.nan for a, b in ((i, j), (j, i))]
         pairs.append(

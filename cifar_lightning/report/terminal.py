@@ -159,9 +159,9 @@ def _coverage_text(row: Mapping[str, Any]) -> str:
 _NOT_PRINTED = ("val/acc", "val/acc_no_tta")
 
 
-def print_validation(metrics: Mapping[str, float], console: Console | None = None) -> None:
+def print_validation(metrics: Mapping[str, float]) -> None:
     """Print the metrics of `validate`: val/acc, val/loss, val/f1, val/ece, and further ones by their names."""
-    console = console or Console(highlight=False, force_jupyter=False)
+    console = Console(highlight=False, force_jupyter=False)
     line = Text("Validation accuracy ")
     line.append(percent(metrics["val/acc"], 2), style="bold")
     console.print(line)
