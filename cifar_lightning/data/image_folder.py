@@ -43,7 +43,7 @@ from cifar_lightning.data.image_set import SPLIT_OF_WORD, SPLITS, Cache, ImageSe
 from cifar_lightning.data.labels_file import read_labels
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
-from cifar_lightning.formatting import counted, printable
+from cifar_lightning.formatting import counted, first_of, printable
 
 CACHE_FOLDER = ".cifar_lightning_cache"
 CACHE_VARIABLE = "CIFAR_LIGHTNING_CACHE"
@@ -451,7 +451,7 @@ def _entries(folder: str | Path) -> tuple[list[os.DirEntry[str]], list[str]]:
 
 
 def _some(names: Sequence[str]) -> str:
-    return printable(", ".join(names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return printable(first_of(names, 5))
 
 
 def _list_split(root: Path, within: str, class_folders: Sequence[str]) -> Listing:

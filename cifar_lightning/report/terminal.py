@@ -19,6 +19,7 @@ from cifar_lightning.formatting import (
     clipped,
     count,
     decimal,
+    first_of,
     percent,
     plural,
     points,
@@ -210,8 +211,7 @@ def _print_classes(console: Console, classes: Sequence[Mapping[str, Any]], names
         console.print(f"All {len(names)} classes are in report.html and findings.json.")
     never = [name for name, row in zip(names, classes, strict=True) if row["support"] and not row["predicted"]]
     if never:
-        more = f" and {len(never) - 5} more" if len(never) > 5 else ""
-        console.print(Text(f"Never predicted (precision undefined): {', '.join(never[:5])}{more}"))
+        console.print(Text(f"Never predicted (precision undefined): {first_of(never, 5)}"))
 
 
 def _print_class_table(console: Console, classes: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
