@@ -131,12 +131,7 @@ def decode_image(
         UserError: The file is damaged, not an image, unsupported or too large; the message starts with `path`.
     """
     try:
-        _refuse_formats()
-        data = read(path)
-        if data.startswith(b"\x89PNG"):
-            data = _checked_png(data)
-        with Image.open(BytesIO(data)) as image:
-            _check_header(image)
+        with open_image(read(path)) as image:
             to_rgb = _conversion(image)
             original = image.size
             draft = image.draft(None, (2 * image_size, 2 * image_size))  # large JPEGs: decode at 1/2, 1/4 or 1/8
