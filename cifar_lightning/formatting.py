@@ -90,6 +90,11 @@ def counted(number: int, one: str, many: str) -> str:
     return f"One {one}" if number == 1 else f"{number or 'No'} {many}"
 
 
+def first_of(texts: Sequence[str], most: int) -> str:
+    """Return the first of some texts and how many more there are: "a, b, c and 4 more"."""
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")
+
+
 def index_name(split: str, index: int) -> str:
     """Return the name of an image that has no file, by the data set's own split and index: "test[17]"."""
     return f"{split}[{index}]"

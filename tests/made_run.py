@@ -3,9 +3,10 @@
 import numpy as np
 import yaml
 
-from cifar_lightning.files import MetricsTable, write_json, write_text_durably
+from cifar_lightning.files import write_json, write_text_durably
 from cifar_lightning.report.gallery import gallery_positions
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.runs.metrics_table import MetricsTable
 from cifar_lightning.training.predictions import _write_npz
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

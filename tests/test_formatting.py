@@ -16,6 +16,7 @@ from cifar_lightning.formatting import (
     csv_text,
     decimal,
     duration,
+    first_of,
     markdown,
     markdown_code,
     percent,
@@ -56,6 +57,7 @@ def test_counts_p_values_and_times():
         "One dog is",
         "2 dogs are",
     ]
+    assert [first_of(texts, 2) for texts in ("", "ab", "abc")] == ["", "a, b", "a, b and 1 more"]
 
 
 def test_what_was_typed_stays_on_one_short_line_and_cannot_steer_a_terminal():

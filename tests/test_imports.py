@@ -95,6 +95,25 @@ def test_help_and_mistakes_import_nothing_heavy(arguments, status, tmp_path):
     assert imported_by(HEAVY, *arguments, cwd=tmp_path) == (status, [])
 
 
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("cli.main", "filelock"),  # which takes 30 ms
+        ("inference.predict_images", "lightning"),
+        ("metrics.calibration", "torch,lightning"),
+        ("metrics.classification", "torch,lightning"),
+        ("report.figures", "matplotlib.pyplot,torch"),
+        ("report.terminal", "torch,lightning"),
+        ("runs.folder", "torch,numpy"),
+    ],
+)
+def test_a_module_imports_nothing_heavy_that_it_does_not_need(module, unwanted):
+    code = f"import sys, cifar_lightning.{module}; print(*set(sys.argv[1].split(',')) & sys.modules.keys())"
+    command = [sys.executable, "-c", code, unwanted]
+    done = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
+    assert done.stdout == "\n"
+
+
 def test_analyze_imports_no_torch(tmp_path):
     run = make_run(tmp_path / "runs" / "made" / "1")
     assert imported_by("torch,lightning", "analyze", run.path, cwd=tmp_path) == (["0"], [])

@@ -15,6 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from cifar_lightning.data import synthetic
 from cifar_lightning.data.image_folder import Listing, scan
+from cifar_lightning.data.memory import usable_cpus
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_json
 
@@ -104,7 +105,7 @@ def _write(root: Path, sources: Sources) -> None:
         (root / "test" / name).mkdir(parents=True, exist_ok=True)
     class_names = [sources.class_names[target] for target in sources.targets]
     starts = range(0, len(class_names), _CHUNK)
-    with ProcessPoolExecutor(_num_cores(), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(usable_cpus(), multiprocessing.get_context("spawn")) as pool:
         images = (sources.images[start : start + _CHUNK] for start in starts)
         classes = (class_names[start : start + _CHUNK] for start in starts)
         list(pool.map(partial(_write_variants, root / "train"), starts, images, classes))
@@ -138,7 +139,3 @@ def _vary(image: Image.Image, variant: int, rng: np.random.Generator) -> Image.I
             x, y = (int(offset) for offset in rng.integers(-SHIFT_PX, SHIFT_PX, 2, endpoint=True))
             return image.transform(image.size, Image.Transform.AFFINE, (1, 0, x, 0, 1, y))
     return image
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -30,7 +30,7 @@ from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.image_folder import write_skipped_files
 from cifar_lightning.data.image_set import SPLITS
 from cifar_lightning.errors import UserError, is_first_process, remark
-from cifar_lightning.files import MetricsTable, remove_empty, write_text_durably
+from cifar_lightning.files import remove_empty, write_text_durably
 from cifar_lightning.formatting import percent, plural, printable
 from cifar_lightning.report.report import make_report
 from cifar_lightning.runs.contents import read_environment
@@ -46,6 +46,7 @@ from cifar_lightning.runs.folder import (
     suggest_shipped,
     weights_file,
 )
+from cifar_lightning.runs.metrics_table import MetricsTable
 from cifar_lightning.runs.processes import announce_run, announced_run
 from cifar_lightning.training.best_checkpoint import BestCheckpoint
 from cifar_lightning.training.error_messages import explained, of_users_objects, restoring

@@ -19,7 +19,7 @@ import yaml
 from cifar_lightning.cli.configs import find_config, suggest_config
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import read_bytes
-from cifar_lightning.formatting import clipped, shell_line, suggest
+from cifar_lightning.formatting import clipped, reason_of, shell_line, suggest
 from cifar_lightning.runs.schema import CLASS_GROUPS, upgrade_config
 from cifar_lightning.settings.comparison import within
 from cifar_lightning.settings.import_path import check_trust, import_paths, is_import_path
@@ -281,8 +281,7 @@ def check_config(path: Path, *, trust_code: bool = False, given: Collection[str]
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}).{suggest_config(path)}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file}: not YAML ({clipped(reason, 200)}).") from error
+        raise UserError(f"{file}: not YAML ({reason_of(error)}).") from error
     if tree is None:
         return
     if not isinstance(tree, dict):

@@ -205,10 +205,7 @@ ARGUMENTS: dict[str, Argument] = {
     "enable_checkpointing": Argument("`false`: no checkpoint, the last weights are tested"),
     "enable_progress_bar": Argument("`false`: no progress"),
     "enable_model_summary": Argument("`true` prints the layers"),
-    "accumulate_grad_batches": Argument(
-        "batches whose gradients make a step",
-        Annotated[int, Field(ge=1, lt=2**31, description="1 or more, below 2^31")],
-    ),
+    "accumulate_grad_batches": Argument("batches whose gradients make a step", Count),
     "gradient_clip_val": Argument(
         "clips gradients", Annotated[float, Field(ge=0, description="0 (off) or more, such as 1")]
     ),

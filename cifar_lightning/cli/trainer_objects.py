@@ -126,15 +126,12 @@ def drop_unserializable_defaults(settings: Any) -> None:
 
 def _objects(settings: Any) -> Iterator[Namespace]:
     """Yield what is given by `class_path` among settings, also as an argument of another."""
-    children = settings if isinstance(settings, list) else vars(settings).values() if _is_node(settings) else ()
-    if _is_node(settings) and isinstance(settings.get("class_path"), str):
+    is_node = isinstance(settings, Namespace)
+    children = settings if isinstance(settings, list) else vars(settings).values() if is_node else ()
+    if is_node and isinstance(settings.get("class_path"), str):
         yield settings
     for child in children:
         yield from _objects(child)
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, Namespace)
 
 
 def _class_of(node: Namespace) -> type:

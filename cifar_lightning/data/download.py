@@ -91,7 +91,7 @@ class _Interrupted(Exception):
     """A transfer ended before its time; the message says why."""
 
 
-def download(name: str, root: str | Path = "data") -> Path:
+def download(name: str, root: str | Path) -> Path:
     """Download and unpack a data set below `root`, unless it is there, with a progress bar or lines in a log.
 
     An unpacked folder is not checked (torchvision checks each file's MD5 on reading). An archive with the right hash is

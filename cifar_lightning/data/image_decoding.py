@@ -41,7 +41,7 @@ import time
 import types
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -96,7 +96,7 @@ _UPRIGHT = {
 _TEXT_BYTES = 1 << 20  # of a text in a PNG: Pillow's limit
 _MESSAGE_BYTES = 500  # of the messages of C libraries about an image
 _UNUSED_ALPHA = "have alpha 0 everywhere; their colours are used"
-_CONSTANT = "have one colour in all of the decoded square"
+CONSTANT = "have one colour in all of the decoded square"
 
 Resize = Literal["crop", "pad", "squash"]
 Read = Callable[[str], bytes]
@@ -131,12 +131,7 @@ def decode_image(
         UserError: The file is damaged, not an image, unsupported or too large; the message starts with `path`.
     """
     try:
-        _refuse_formats()
-        data = read(path)
-        if data.startswith(b"\x89PNG"):
-            data = _checked_png(data)
-        with Image.open(BytesIO(data)) as image:
-            _check_header(image)
+        with open_image(read(path)) as image:
             to_rgb = _conversion(image)
             original = image.size
             draft = image.draft(None, (2 * image_size, 2 * image_size))  # large JPEGs: decode at 1/2, 1/4 or 1/8
@@ -155,7 +150,7 @@ def decode_image(
         raise UserError(f"{path} cannot be read ({' '.join(reason.split()) or type(error).__name__})") from error
 
 
-def square_of(image: Image.Image, image_size: int, resize: Resize = "crop", in_channels: int = 3) -> np.ndarray:
+def square_of(image: Image.Image, image_size: int, resize: Resize, in_channels: int = 3) -> np.ndarray:
     """Return a Pillow image by the rules at the top of this file, as uint8 (image_size, image_size, in_channels).
 
     Raises:
@@ -502,10 +497,15 @@ def decode_all(
             ) from error
     if len(paths) >= _LOGGED_FROM and not sys.stderr.isatty():
         print(f"Decoded {len(paths):,} images in {time.monotonic() - began:.1f} s", flush=True)
+    return sorted(bad), counted_remarks(remarks)
+
+
+def counted_remarks(remarks: Iterable[tuple[int, str]]) -> Remarks:
+    """Return the number of images of each remark, and the index of the first, of (index, text) of each image."""
     of_text: dict[str, list[int]] = {}
     for index, text in remarks:
         of_text.setdefault(text, []).append(index)
-    return sorted(bad), {text: (len(indices), min(indices)) for text, indices in sorted(of_text.items())}
+    return {text: (len(indices), min(indices)) for text, indices in sorted(of_text.items())}
 
 
 def remark_lines(remarks: Remarks, paths: Sequence[str]) -> list[str]:
@@ -656,6 +656,6 @@ def _decode_chunk(paths: Sequence[str], start: int, shape: tuple[int, ...], is_h
         states[start + at] = 2
     unreadable = {index for index, _ in bad}
     constant = np.flatnonzero(is_constant(into)).tolist()
-    remarks += [(start + at, _CONSTANT) for at in constant if start + at not in unreadable]
+    remarks += [(start + at, CONSTANT) for at in constant if start + at not in unreadable]
     content = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, 32)
     return bad, remarks, own, (content, pixel_hashes(into)) if is_hashed else None

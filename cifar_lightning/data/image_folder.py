@@ -53,7 +53,7 @@ from cifar_lightning.data.image_set import (
 from cifar_lightning.data.labels_file import read_labels
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
-from cifar_lightning.formatting import counted, printable
+from cifar_lightning.formatting import counted, first_of, printable
 
 CACHE_FOLDER = ".cifar_lightning_cache"
 CACHE_VARIABLE = "CIFAR_LIGHTNING_CACHE"
@@ -160,8 +160,6 @@ class ClassFolders:
         self.in_channels = in_channels
         self.class_names, self._listed = scan(self.root, None if labels is None else Path(labels))
         self.listings = dict(self._listed)  # once decoded, without the images that cannot be read
-        if image_size is not None and image_size < 1:
-            raise UserError(f"--data.image_size {image_size}: 1 pixel or more")
         self.image_size = image_size or find_image_size(self.listings["train"].paths)
         self.pixel_hashes: dict[Split, np.ndarray] = {}  # of the images of each split that was loaded
         self._uncached: dict[Split, Decoded] = {}
@@ -461,7 +459,7 @@ def _entries(folder: str | Path) -> tuple[list[os.DirEntry[str]], list[str]]:
 
 
 def _some(names: Sequence[str]) -> str:
-    return printable(", ".join(names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return printable(first_of(names, 5))
 
 
 def _list_split(root: Path, within: str, class_folders: Sequence[str]) -> Listing:

@@ -31,18 +31,6 @@ _MAX_CANDIDATES = 50  # of an image; CIFAR-10's largest group of near duplicates
 _DCT = dct(np.eye(_SIDE), axis=0)[:_LOW].astype(np.float32)
 
 
-def perceptual_hashes(images: UInt8[np.ndarray, "n height width channels"]) -> UInt64[np.ndarray, " n"]:
-    """Return the DCT hash of each image: 64 bits, whether a low frequency of the gray image is above their median.
-
-    That of a gray image of 32 x 32 pixels is `imagehash.phash`; others are resized to it by area. A shift of the
-    brightness changes no bit, and nor does a change of contrast.
-
-    Args:
-        images: RGB or gray, 0-255.
-    """
-    return _bits(_low_frequencies(_thumbnails(images)))
-
-
 def find_near_duplicates(sets: Sequence[UInt8[np.ndarray, "_ height width channels"]]) -> Int64[np.ndarray, "pairs 2"]:
     """Return the pairs of near duplicates, identical images included, sorted; constant images are in none, and nor are
     identical images after the first `_MAX_CANDIDATES`.
@@ -110,6 +98,7 @@ def _low_frequencies(thumbnails: Float[np.ndarray, "n 32 32"]) -> Float[np.ndarr
 
 
 def _bits(low: Float[np.ndarray, "n 64"]) -> UInt64[np.ndarray, " n"]:
+    """Return the DCT hash of each image, `imagehash.phash`: whether a low frequency is above their median."""
     bits: np.ndarray = low > np.median(low, axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view(">u8")[:, 0].astype(np.uint64)
 

@@ -19,8 +19,10 @@ from PIL import Image
 
 from cifar_lightning.data import image_decoding
 from cifar_lightning.data.image_decoding import (
+    CONSTANT,
     RULES,
     Resize,
+    counted_remarks,
     decode_image,
     read_file,
     remark_lines,
@@ -116,7 +118,8 @@ def _write_split(folders: ClassFolders, split: Split, output: Path, shard_bytes:
     kept = np.concatenate([part[each.kept] for part, each in zip(parts, written, strict=True)])
     bad = [reason for each in written for reason in each.unreadable]
     _check_kept(folders, split, kept, bad)
-    remarks = _remark_lines(listing, parts, written)
+    unusual = [(int(part[at]), text) for part, each in zip(parts, written, strict=True) for at, text in each.remarks]
+    remarks = remark_lines(counted_remarks(unusual), listing.paths)
     written = [each for each in written if each.kept]
     chunks, table = [each.chunk for each in written], _table(listing, kept, written)
     write_json(folder / "index.json", {"chunks": chunks, "config": written[0].config, "updated_at": "0"})
@@ -164,15 +167,6 @@ def _table(listing: Listing, kept: np.ndarray, written: Sequence[Written]) -> di
         "pixels": np.concatenate([each.pixels for each in written]),
         "moments": np.concatenate([each.moments for each in written]),
     }
-
-
-def _remark_lines(listing: Listing, parts: Sequence[np.ndarray], written: Sequence[Written]) -> list[str]:
-    of_text: dict[str, list[int]] = {}
-    for part, each in zip(parts, written, strict=True):
-        for place, text in each.remarks:
-            of_text.setdefault(text, []).append(int(part[place]))
-    remarks = {text: (len(indices), min(indices)) for text, indices in sorted(of_text.items())}
-    return remark_lines(remarks, listing.paths)
 
 
 def _images_per_shard(paths: Sequence[str], image_size: int, in_channels: int, shard_bytes: int) -> int:
@@ -259,7 +253,7 @@ def write_shard(
     images = np.stack(squares)
     shard.pixels, shard.moments, shard.contents = pixel_hashes(images), moments(images), b"".join(contents)
     constant = np.flatnonzero(is_constant(images)).tolist()
-    shard.remarks += [(shard.kept[at], "have one colour in all of the decoded square") for at in constant]
+    shard.remarks += [(shard.kept[at], CONSTANT) for at in constant]
     path = writer.write_chunk(on_done=True)
     with open(path, "rb+") as file:
         os.fsync(file.fileno())

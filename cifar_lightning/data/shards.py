@@ -39,6 +39,7 @@ from cifar_lightning.data.memory import usable_cpus
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import file_sha256, read_bytes
 from cifar_lightning.formatting import printable, reason_of
+from cifar_lightning.settings.limits import ImageSize
 
 INDEX = "shards.json"
 WINDOW = 4  # shards among which a worker shuffles images, and that it downloads ahead
@@ -67,7 +68,7 @@ class ShardsIndex(BaseModel):
     version: Literal[1]
     rules: int  # `image_decoding.RULES` when they were written
     class_names: Annotated[list[str], Field(min_length=1)]
-    image_size: Annotated[int, Field(ge=1, le=4096)]
+    image_size: ImageSize
     in_channels: Literal[1, 3]
     resize: Resize
     splits: dict[Split, SplitIndex]

@@ -304,7 +304,7 @@ def predict_files(
     remarks: image_decoding.Remarks,
     *,
     top_k: int,
-    batch_size: int | None = None,
+    batch_size: int | None,
     hide_bar: bool = False,
 ) -> Generator[Prediction, None, None]:
     """Yield a prediction for each image file that can be read; the others are added to `unreadable`."""

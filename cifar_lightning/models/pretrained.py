@@ -24,13 +24,12 @@ from cifar_lightning.errors import UserError, remark, silenced
 from cifar_lightning.formatting import reason_of
 from cifar_lightning.models.registry import torchvision_name
 from cifar_lightning.models.state_dicts import describe_misfits, without_wrappers
-from cifar_lightning.models.torchvision_timm import create_timm
+from cifar_lightning.models.torchvision_timm import INCEPTIONS, create_timm
 
 # densenet's published weights are from an old torch.nn, in which names of modules could contain a point.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
-_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inception_v3 that our models lack
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of `INCEPTIONS` that our models lack
 _POSITIONS = "encoder.pos_embedding"
-_TORCHVISION_INCEPTIONS = ("googlenet", "inception_v3")
 _NUM_NAMED = 3  # tensors that do not fit, in a message
 
 
@@ -185,7 +184,7 @@ def torchvision_normalization(name: str) -> Normalization | None:
     own_name = torchvision_name(name)
     if own_name is None:
         return None
-    if own_name in _TORCHVISION_INCEPTIONS:
+    if own_name in INCEPTIONS:
         # Their published weights are used with transform_input, which turns ImageNet's mean and std into these.
         return Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     from torchvision.models import get_model_weights

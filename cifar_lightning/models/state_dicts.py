@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from cifar_lightning.formatting import clipped
+from cifar_lightning.formatting import clipped, first_of
 
 # Prepended to all names by torch.compile, data parallelism and other LightningModules.
 _WRAPPERS = ("module.", "model.", "net.", "network.", "_orig_mod.")
@@ -24,10 +24,8 @@ def find_weights(content: object, depth: int = 3) -> dict[str, Tensor]:
 
 
 def named(keys: Iterable[object], most: int = 3) -> str:
-    """Return the first of some keys and how many more there are: "a, b, c and 4 more"."""
-    names = [clipped(str(key)) for key in keys]
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return f"{', '.join(names[:most]) or 'nothing'}{more}"
+    """Return the first of some keys and how many more there are; "nothing" of none."""
+    return first_of([clipped(str(key)) for key in keys], most) or "nothing"
 
 
 def without_wrappers(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -47,9 +45,8 @@ def describe_misfits(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], n
     if ours and theirs.keys().isdisjoint(ours):
         return f"it has {named(theirs)}; expected {named(ours)}"
     wrong = [name for name in {**ours, **theirs} if _shape(theirs, name) != _shape(ours, name)]
-    shapes = [f"{name} is {_shape(theirs, name)} in it and {_shape(ours, name)} here" for name in wrong[:num_named]]
-    others = f" and {len(wrong) - num_named} more" if len(wrong) > num_named else ""
-    return f"{', '.join(shapes)}{others}"
+    shapes = [f"{name} is {_shape(theirs, name)} in it and {_shape(ours, name)} here" for name in wrong]
+    return first_of(shapes, num_named)
 
 
 def _shape(state: Mapping[str, Tensor], name: str) -> str:

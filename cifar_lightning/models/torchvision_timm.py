@@ -15,6 +15,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.models.stems import SMALL_PX, adapt_stem, input_error, take_gray
 from cifar_lightning.settings.import_path import import_timm
 
+INCEPTIONS = ("googlenet", "inception_v3")  # of torchvision, with auxiliary heads and a normalization of their own
 # Arguments that download or read weights, while a model is built from the same arguments wherever its run is used; and
 # arguments that make it return something else than logits.
 _REFUSED = {"weights", "weights_backbone", "progress", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
@@ -41,7 +42,7 @@ def torchvision_model(
     from torchvision import models
 
     _check_kwargs(kwargs)
-    if name in ("googlenet", "inception_v3"):
+    if name in INCEPTIONS:
         # Auxiliary heads would make the output a tuple; without init_weights both warn that its default will change.
         kwargs = {"aux_logits": False, "init_weights": True} | kwargs
     size: dict[str, Any] = {}

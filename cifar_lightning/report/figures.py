@@ -125,9 +125,9 @@ def _write_cells(
             axes.text(column, row, f"{number:,}", fontsize=size, color=color, **place)
 
 
-def shorten(name: str, length: int = _MAX_NAME) -> str:
-    """Return a name of at most `length` characters."""
-    return name if len(name) <= length else name[: length - 2] + ".."
+def shorten(name: str) -> str:
+    """Return a name of at most `_MAX_NAME` characters."""
+    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 2] + ".."
 
 
 def images_figure(images: UInt8[np.ndarray, "n height width channels"], titles: Sequence[str]) -> Figure:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 
 from cifar_lightning.formatting import is_index_name
 from cifar_lightning.metrics.calibration import (
@@ -46,7 +46,6 @@ COVERAGE_TARGETS = (0.95, 0.99, 0.999)  # accuracies
 _NUM_SHOWN = 24  # images of a gallery
 _NUM_SHOWN_OF_PAIR = 6
 _NUM_PAIRS_SHOWN = 5  # with images
-_NUM_PAIRS = 10
 _NUM_MISTAKES = 500  # of a page's list
 Matrix = Int64[np.ndarray, "classes classes"]
 
@@ -61,7 +60,6 @@ def find(results: Results) -> dict[str, Any]:
     `learning_rates`, `training`, `run`, `problems`.
     """
     cm, test = results.confusion, results.test
-    probs = test.probs if test is not None else None
     pairs = confused_pairs(cm, results.class_names)
     galleries = galleries_of(test, set(results.images), pairs) if test is not None else []
     predictions = {split: each for split, each in (("val", results.val), ("test", test)) if each is not None}
@@ -70,10 +68,10 @@ def find(results: Results) -> dict[str, Any]:
         "summary": {**summary, "accuracy_no_tta": results.accuracy_no_tta},
         "calibration": calibration_of(test, results.val) if test is not None else None,
         "coverage": coverage_of(test, results.val) if test is not None else [],
-        "classes": classes_of(cm, results.class_names, probs, test.targets if test is not None else None),
+        "classes": classes_of(cm, results.class_names, test),
         "confusion_matrix": cm.tolist(),
         "confused_pairs": pairs,
-        "insights": [asdict(it) | {"section": SECTIONS[it.kind]} for it in insights_of(results, probs)],
+        "insights": [asdict(it) | {"section": SECTIONS[it.kind]} for it in insights_of(results)],
         "mistakes": mistakes_of(test) if test is not None else None,
         "galleries": galleries,
         "label_issues": issues,
@@ -192,19 +190,14 @@ def _bin(binned: Reliability, index: int) -> dict[str, Any]:
     }
 
 
-def classes_of(
-    cm: Matrix,
-    names: Sequence[str],
-    probs: Float[np.ndarray, "n classes"] | None,
-    targets: Int64[np.ndarray, " n"] | None,
-) -> list[dict[str, Any]]:
+def classes_of(cm: Matrix, names: Sequence[str], test: Predictions | None) -> list[dict[str, Any]]:
     """Return the metrics of each class; `mean_confidence` is the mean confidence over its images."""
     rates = per_class(cm)
     rows = []
     for index, name in enumerate(names):
         confidence = math.nan
-        if probs is not None and targets is not None and (targets == index).any():
-            confidence = float(probs[targets == index].max(axis=1).mean())
+        if test is not None and (test.targets == index).any():
+            confidence = float(test.probs[test.targets == index].max(axis=1).mean())
         correct, support = int(cm[index, index]), int(rates.support[index])
         rows.append(
             {
@@ -222,7 +215,7 @@ def classes_of(
     return rows
 
 
-def confused_pairs(cm: Matrix, names: Sequence[str], top: int = _NUM_PAIRS) -> list[dict[str, Any]]:
+def confused_pairs(cm: Matrix, names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the pairs of classes with the most confusions in both directions together.
 
     Keys: `true`, `predicted`, `count` and `share` (fraction of the images of `true`) of the more frequent direction;
@@ -231,7 +224,7 @@ def confused_pairs(cm: Matrix, names: Sequence[str], top: int = _NUM_PAIRS) -> l
     support = per_class(cm).support
     both = np.triu(cm + cm.T, 1)
     pairs = []
-    for pair in most_confused(both, top):
+    for pair in most_confused(both):
         i, j = sorted((pair.true, pair.pred), key=lambda index: -int(cm[index, pair.true + pair.pred - index]))
         fractions = [float(cm[a, b] / support[a]) if support[a] else math.nan for a, b in ((i, j), (j, i))]
         pairs.append(
@@ -249,17 +242,17 @@ def confused_pairs(cm: Matrix, names: Sequence[str], top: int = _NUM_PAIRS) -> l
     return pairs
 
 
-def insights_of(results: Results, probs: Float[np.ndarray, "n classes"] | None) -> list[Insight]:
+def insights_of(results: Results) -> list[Insight]:
     """Return the insights in the order of the report; those that cannot be computed are left out."""
-    cm, names = results.confusion, list(results.class_names)
+    cm, names, test = results.confusion, list(results.class_names), results.test
     val_cm = results.val.confusion if results.val is not None else None
     insights = [hard_classes(cm, names), over_predicted(cm, names)]
     groups = groups_of(names, val_cm)
     if groups is not None:
         insights.append(group_effects(cm, names, *groups))
     insights.append(asymmetric_pairs(cm, names))
-    if probs is not None and results.test is not None and np.isfinite(probs).all():
-        insights.append(confidence_gap(probs.max(axis=1), probs.argmax(axis=1) == results.test.targets))
+    if test is not None and np.isfinite(test.probs).all():
+        insights.append(confidence_gap(test.probs.max(axis=1), test.probs.argmax(axis=1) == test.targets))
     if val_cm is not None:
         insights.append(validation_gap(cm, val_cm, names))
     return insights

@@ -35,6 +35,7 @@ _MAX_IN_MATRIX = 20  # classes; above, the most confused of them
 _MAX_GROUPED = 12  # grouped classes above this number are folded
 _MAX_ITEMS = 5  # of an insight
 _MAX_ISSUES = 25
+_MAX_NAME = 40  # characters of an image's name
 _CRISP_PX = 64  # images up to this size are scaled up without smoothing; larger ones are reduced to `_REDUCED_PX`
 _REDUCED_PX = 144  # shown 96 px wide; sharp on high-density screens
 
@@ -42,8 +43,8 @@ _REDUCED_PX = 144  # shown 96 px wide; sharp on high-density screens
 def render_page(
     findings: Mapping[str, Any],
     kept: Mapping[int, Image3],
-    explanations: Explanations | None = None,
-    explanations_reason: str = "",
+    explanations: Explanations | None,
+    explanations_reason: str,
 ) -> str:
     """Return the page as HTML: the findings, with `report.describe_run` in `run`, and test images by index."""
     tested = [row for row in findings["classes"] if row["support"]]
@@ -240,9 +241,9 @@ def _inspect_command(config: Mapping[str, Any]) -> str:
     return shell_line("cifar-lightning", "inspect", *words)
 
 
-def _tail(name: str, length: int = 40) -> Markup:
+def _tail(name: str) -> Markup:
     """Return the end of a name, which tells files apart, to be broken after slashes where it is too long."""
-    shown = _clean(name if len(name) <= length else f"...{name[3 - length :]}")
+    shown = _clean(name if len(name) <= _MAX_NAME else f"...{name[3 - _MAX_NAME :]}")
     return Markup("/<wbr>").join(shown.split("/"))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int64, Shaped, UInt8
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import MAX_TABLE_BYTES, read_bytes
+from cifar_lightning.files import read_bytes
 from cifar_lightning.formatting import command_line, index_name
 from cifar_lightning.metrics.calibration import softmax
 from cifar_lightning.metrics.classification import confusion_matrix
@@ -26,6 +26,7 @@ from cifar_lightning.runs.contents import (
     read_test_metrics,
 )
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.runs.metrics_table import MAX_TABLE_BYTES
 
 
 @dataclass(frozen=True)

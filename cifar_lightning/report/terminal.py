@@ -19,6 +19,7 @@ from cifar_lightning.formatting import (
     clipped,
     count,
     decimal,
+    first_of,
     percent,
     plural,
     points,
@@ -60,8 +61,7 @@ def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, co
             f"validation images: ECE {percent(calibration['after']['ece'], 2)}, "
             f"loss {decimal(calibration['after']['loss'], 4)} with --calibrated of predict-images and export.",
         )
-    if run_path is not None and RunFolder(run_path).best_checkpoint.exists():  # otherwise the last weights were tested
-        _print_tested(console, findings["training"])
+    _print_tested(console, findings["training"], run_path)
     _print_classes(console, findings["classes"], names)
     _print_confusions(console, np.array(findings["confusion_matrix"], dtype=np.int64), names)
     _print_pairs(console, findings)
@@ -93,8 +93,7 @@ def print_summary(findings: Mapping[str, Any], run_path: Path, console: Console 
     """
     console = console or Console(highlight=False, force_jupyter=False)
     _print_summary(console, findings)
-    if RunFolder(run_path).best_checkpoint.exists():
-        _print_tested(console, findings["training"])
+    _print_tested(console, findings["training"], run_path)
     weakest = [row for row in findings["classes"] if row["support"]]
     weakest = sorted(weakest, key=lambda row: row["recall"])[:_NUM_WEAKEST]
     _print_heading(console, "Classes with the lowest recall" if len(weakest) < len(findings["classes"]) else "Classes")
@@ -159,9 +158,9 @@ def _coverage_text(row: Mapping[str, Any]) -> str:
 _NOT_PRINTED = ("val/acc", "val/acc_no_tta")
 
 
-def print_validation(metrics: Mapping[str, float], console: Console | None = None) -> None:
+def print_validation(metrics: Mapping[str, float]) -> None:
     """Print the metrics of `validate`: val/acc, val/loss, val/f1, val/ece, and further ones by their names."""
-    console = console or Console(highlight=False, force_jupyter=False)
+    console = Console(highlight=False, force_jupyter=False)
     line = Text("Validation accuracy ")
     line.append(percent(metrics["val/acc"], 2), style="bold")
     console.print(line)
@@ -192,8 +191,9 @@ def _print_summary(console: Console, findings: Mapping[str, Any]) -> None:
     console.print(f"Loss {decimal(summary['loss'], 4)}, calibration error (ECE) {ece}, {macro_f1}")
 
 
-def _print_tested(console: Console, training: Mapping[str, Any]) -> None:
-    if training["best_epoch"] is not None and training["is_whole"]:
+def _print_tested(console: Console, training: Mapping[str, Any], run_path: Path | None) -> None:
+    is_best = run_path is not None and RunFolder(run_path).best_checkpoint.exists()  # otherwise the last was tested
+    if is_best and training["best_epoch"] is not None and training["is_whole"]:
         val_acc = percent(training["best_val_acc"], 2)
         console.print(f"Tested weights: epoch {training['best_epoch']}, best validation accuracy ({val_acc})")
 
@@ -210,8 +210,7 @@ def _print_classes(console: Console, classes: Sequence[Mapping[str, Any]], names
         console.print(f"All {len(names)} classes are in report.html and findings.json.")
     never = [name for name, row in zip(names, classes, strict=True) if row["support"] and not row["predicted"]]
     if never:
-        more = f" and {len(never) - 5} more" if len(never) > 5 else ""
-        console.print(Text(f"Never predicted (precision undefined): {', '.join(never[:5])}{more}"))
+        console.print(Text(f"Never predicted (precision undefined): {first_of(never, 5)}"))
 
 
 def _print_class_table(console: Console, classes: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:

@@ -18,8 +18,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import MetricsTable, open_regular, read_bytes
+from cifar_lightning.files import open_regular, read_bytes
 from cifar_lightning.formatting import clipped, csv_text, reason_of
+from cifar_lightning.runs.metrics_table import MetricsTable
 from cifar_lightning.runs.schema import upgrade_config, upgrade_test_metrics
 from cifar_lightning.settings.safe_yaml import MAX_BYTES, check_nesting, read_yaml
 

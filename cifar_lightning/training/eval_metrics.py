@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassCo
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, reason_of
+from cifar_lightning.metrics.calibration import NUM_BINS
 from cifar_lightning.metrics.classification import TOP_K, TOP_K_FROM
 
 _IN_FILES = ("accuracy", "accuracy_interval_95", "accuracy_top5", "accuracy_no_tta", "num_pictures", "macro_f1")
@@ -28,7 +29,7 @@ def evaluation_metrics(num_classes: int) -> MetricCollection:
     return MetricCollection(
         {
             "loss": MeanMetric(),
-            "ece": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False),
+            "ece": MulticlassCalibrationError(num_classes, n_bins=NUM_BINS, validate_args=False),
             "confusion": MulticlassConfusionMatrix(num_classes, validate_args=False),
             "acc_no_tta": MeanMetric(),
             **({"acc_top5": MeanMetric()} if num_classes > TOP_K_FROM else {}),

@@ -110,7 +110,7 @@ def check_schedules(trainer: pl.Trainer, num_steps: Callable[[], int]) -> None:
                 )
 
 
-def check_sizes(model: nn.Module, train_sizes: Sequence[int], in_channels: int = 3) -> None:
+def check_sizes(model: nn.Module, train_sizes: Sequence[int], in_channels: int) -> None:
     """Raise if the model cannot take the images of an epoch."""
     for size in sorted({*train_sizes} - {train_sizes[-1]}):
         reason = input_error(model, size, in_channels=in_channels)

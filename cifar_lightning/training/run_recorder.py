@@ -10,11 +10,12 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from cifar_lightning.errors import remark
-from cifar_lightning.files import MetricsTable, write_json, write_text_durably
+from cifar_lightning.files import write_json, write_text_durably
 from cifar_lightning.runs.contents import read_environment
 from cifar_lightning.runs.ending import write_ending
 from cifar_lightning.runs.environment import describe_environment, portable, processor_change
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.runs.metrics_table import MetricsTable
 from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.ending import describe_ending, is_cut
 from cifar_lightning.training.lightning_patches import skip_idle_hooks

@@ -11,10 +11,11 @@ import yaml
 
 from cifar_lightning.checkpoints.loading import plain
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import MetricsTable, write_json, write_text_durably
+from cifar_lightning.files import write_json, write_text_durably
 from cifar_lightning.report.report import make_report
 from cifar_lightning.runs.environment import portable
 from cifar_lightning.runs.folder import RUNS, create_run
+from cifar_lightning.runs.metrics_table import MetricsTable
 from cifar_lightning.training.data_protocol import training_data
 from cifar_lightning.training.predictions import PredictionWriter
 from cifar_lightning.training.run_recorder import environment_of, peak_memory_mb

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.transforms.transform import EpochGenerator, Tables, Transform, name_of
@@ -92,12 +92,9 @@ def _inside(transform: Any) -> Iterator[Any]:
     """Yield a transform and those that it applies, such as v2.Compose's."""
     yield transform
     inner = getattr(transform, "transforms", None)
-    for each in inner if isinstance(inner, Iterable) else transform.children() if _has_children(transform) else ():
+    children = transform.children() if isinstance(transform, nn.Module) else ()
+    for each in inner if isinstance(inner, Iterable) else children:
         yield from _inside(each)
-
-
-def _has_children(transform: Any) -> bool:
-    return isinstance(transform, torch.nn.Module)
 
 
 @contextlib.contextmanager

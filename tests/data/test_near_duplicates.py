@@ -8,7 +8,11 @@ from scipy.fft import dct
 
 from cifar_lightning.data import near_duplicates
 from cifar_lightning.data.image_set import is_constant
-from cifar_lightning.data.near_duplicates import find_near_duplicates, perceptual_hashes
+from cifar_lightning.data.near_duplicates import find_near_duplicates
+
+
+def perceptual_hashes(images):
+    return near_duplicates._bits(near_duplicates._low_frequencies(near_duplicates._thumbnails(images)))
 
 
 def jpeg(image, quality):

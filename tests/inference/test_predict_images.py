@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import subprocess
 import sys
 import unicodedata
 from pathlib import Path
@@ -560,8 +559,3 @@ def test_whole_commands_with_worker_processes_start_no_program_for_an_eps_in_an_
         assert "nested.jpg" in capsys.readouterr().err
     assert len(read_csv()) == 12
     assert not calls.exists()
-
-
-def test_predicting_imports_no_lightning():
-    code = "import sys, cifar_lightning.inference.predict_images; sys.exit('lightning' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

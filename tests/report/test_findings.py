@@ -18,10 +18,11 @@ from scipy.special import log_softmax
 from sklearn import metrics as sk
 from sklearn.dummy import DummyClassifier
 
-from cifar_lightning.files import MetricsTable, write_json
+from cifar_lightning.files import write_json
 from cifar_lightning.report.findings import coverage_of, find, label_issues_of
 from cifar_lightning.report.results import Predictions, Results, read_results
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.runs.metrics_table import MetricsTable
 
 REAL = os.environ.get("CIFAR_LIGHTNING_RUN")
 

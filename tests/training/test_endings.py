@@ -13,10 +13,10 @@ from cifar_lightning import ImageClassifier
 from cifar_lightning.checkpoints.durable import newest_checkpoint
 from cifar_lightning.checkpoints.loading import RESUME_STATE, is_inside_epoch, progress_of, read_checkpoint
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import MetricsTable
 from cifar_lightning.runs.contents import read_json
 from cifar_lightning.runs.ending import ending_text, is_short
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.runs.metrics_table import MetricsTable
 from cifar_lightning.training.last_checkpoint import CheckpointSchedule
 from cifar_lightning.training.signals import Stopped, StopSignals
 

@@ -18,9 +18,9 @@ from benchmarks.faults.judge import differences
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.checkpoints.loading import RESUME_STATE, is_inside_epoch, read_checkpoint
-from cifar_lightning.files import MetricsTable
 from cifar_lightning.runs.contents import read_learning_rates
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.runs.metrics_table import MetricsTable
 from cifar_lightning.training import run_recorder
 from cifar_lightning.training.last_checkpoint import CheckpointSchedule
 from cifar_lightning.training.resume_state import ResumeState

@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoi
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.checkpoints.resume import has_stopped
-from cifar_lightning.files import MetricsTable
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.runs.metrics_table import MetricsTable
 from cifar_lightning.training.best_checkpoint import BestCheckpoint
 from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
