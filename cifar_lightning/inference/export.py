@@ -130,10 +130,10 @@ def export_run(
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB{graph}{outputs}{_divided(trained)}")
     equal = "all" if num_equal == len(images) else f"{num_equal} of {len(images)}"
     print(f"Parity on {origin}: largest difference of a probability {difference:.1e}, {equal} top-1 predictions equal")
-    if run.is_shipped:
-        print(f"{run.path / CARD}: model card")
-    else:
+    if trained.checkpoint != run.exported_weights:
         _describe(run, trained, path, kind, input, probs)
+    elif (run.path / CARD).is_file():  # it has test results, which a card of exported weights alone would lack
+        print(f"{run.path / CARD}: model card")
     return path
 
 

@@ -117,6 +117,7 @@ def load_trained_model(
         sha256=file_sha256(path),
         epoch=int(checkpoint["epoch"]) + 1,
         memory_format=memory_format,
+        fitted_temperature=checkpoint.get(TEMPERATURE),
         temperature=temperature,
     )
 

@@ -152,6 +152,7 @@ def test_a_damaged_file_ends_in_a_sentence(run, tmp_path):
 def test_a_folder_of_exported_weights_alone_says_what_it_is_for(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     alone = exported(run, Path("alone"))
+    card = (alone.path / "MODEL_CARD.md").read_bytes()
     for command in (["test", "alone"], ["fit", "--resume", "alone"]):
         with pytest.raises(
             UserError, match=r"exported weights and no checkpoint[\s\S]*predict-images[\s\S]*pretrained"
@@ -162,6 +163,7 @@ def test_a_folder_of_exported_weights_alone_says_what_it_is_for(run, tmp_path, m
             read(load("alone"))
     assert run_command(["export", "alone", "--format", "torch"]) == 0
     assert alone.exported_program.is_file()
+    assert (alone.path / "MODEL_CARD.md").read_bytes() == card, "a new one would have no test results"
     with pytest.raises(UserError, match=r"--run_dir alone: .*exported weights"):
         create_run(tmp_path, "x", Path("alone"))
     RunLock(alone.lock_file).release()  # as of a copied run
@@ -226,6 +228,13 @@ def test_it_is_exported_into_the_working_directory(kind, name, tmp_path, monkeyp
         graph = torch.export.load(tmp_path / name).module()
         numbers = graph(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())[0].argmax(1)
         assert [load("smallnet").class_names[number] for number in numbers] == expected
+    else:
+        copy = RunFolder(tmp_path / "copy")
+        copy.path.mkdir()
+        copy.config.touch()
+        (tmp_path / name).rename(copy.exported_weights)
+        assert [one.class_name for one in load(copy.path).predict(images)] == expected
+        assert fitted_temperature(copy) == fitted_temperature(RunFolder(load("smallnet").path))
     assert {path: path.read_bytes() for path in load("smallnet").path.iterdir()} == before
 
 
