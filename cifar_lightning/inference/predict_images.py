@@ -280,9 +280,10 @@ def rank_classes(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mean, std = (torch.tensor(values, device=device) for values in (trained.mean, trained.std))
-    with torch.inference_mode(), in_eval_mode(trained.model):  # in which `Run.model` may not have been left
-        raw = torch.from_numpy(images).to(device)
-        model, tta, temperature = trained.model.to(device), trained.tta, trained.temperature
+    with torch.inference_mode(False):  # parameters that it moves in that mode could not be trained afterwards
+        model = trained.model.to(device)
+    with torch.inference_mode(), in_eval_mode(model):  # `Run.model` may be in training mode
+        raw, tta, temperature = torch.from_numpy(images).to(device), trained.tta, trained.temperature
         probs, classes = top_classes(model, raw, mean=mean, std=std, top_k=top_k, tta=tta, temperature=temperature)
     if not probs.isfinite().all():
         raise UserError(f"{trained.checkpoint}: the model predicts NaN; its training diverged.")

@@ -294,5 +294,5 @@ def test_a_model_loaded_in_inference_mode_can_be_trained():
     with torch.inference_mode():
         run = load("smallnet")
         run.predict(test_images(1))
-    run.model(torch.zeros(1, 3, 32, 32)).sum().backward()
+    run.model(torch.zeros(1, 3, 32, 32, device=next(run.model.parameters()).device)).sum().backward()
     assert all(parameter.grad is not None for parameter in run.model.parameters())
