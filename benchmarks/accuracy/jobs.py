@@ -5,12 +5,13 @@
 
 A run is done if `benchmarks/results/CONFIG.json` has its result with the settings that the config has now: nothing else
 is kept of it. Until then its folder is `runs/jobs/CONFIG-DEVICE/SEED`, which `fit --resume` continues; start this
-program again after every stop. A run for a GPU is skipped where there is none, one for a CPU where there is a GPU or
-where the CPU lacks its precision.
+program again after every stop. A folder of another version of the config is refused. A run for a GPU is skipped where
+there is none, one for a CPU where there is a GPU or where the CPU lacks its precision.
 """
 
 import argparse
 import collections
+import json
 import re
 import shlex
 import signal
@@ -25,7 +26,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 
 from benchmarks import CONFIGS, ROOT
-from benchmarks.accuracy.record import add_runs, other_flags, present_settings, results_of
+from benchmarks.accuracy.record import add_runs, committed_settings, other_flags, present_settings, results_of
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import reason_of
 from cifar_lightning.runs.folder import RunFolder
@@ -88,6 +89,14 @@ class Wanted:
         precision = given[1] if given else present_settings(self.config).get("trainer", {}).get("precision")
         needed = needed_for(str(precision))
         return needed and f"{precision} needs {needed}"
+
+    def check_settings(self, run: RunFolder) -> None:
+        """Refuse to begin or continue a run whose result would not count as one of the config that is there now."""
+        is_begun = run.has_checkpoint
+        commit = json.loads(run.environment.read_text(encoding="utf-8"))["commit"] if is_begun else "HEAD"
+        if committed_settings(commit, self.config) != present_settings(self.config):
+            changed, way_out = f"configs/{self.config}.yaml has changed since", "move this folder away"
+            raise SystemExit(f"{run.path}: {changed} commit {commit}; {way_out if is_begun else 'commit it'} first.")
 
     def command(self, run: RunFolder, data: Path | None) -> list[str]:
         """Return the arguments of `fit` that continue the run, or begin it with the class folders `data`."""
@@ -178,6 +187,7 @@ def main() -> None:
         return
     run = one.run_in(args.runs.resolve())
     print(f"Next: {one}, in {run.path}", flush=True)
+    one.check_settings(run)
     if state_of(run)["state"] != "finished":
         status = run_to_end(one.command(run, args.data and args.data.resolve()))
         if status != 0:

@@ -88,7 +88,7 @@ def committed_settings(commit: str, recipe: str) -> dict[str, Any]:
     command = ["git", "-C", str(ROOT), "show", f"{commit}:configs/{recipe}.yaml"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     if done.returncode != 0:
-        raise SystemExit(f"{recipe}: the run's commit has no such config ({done.stderr.strip()}).")
+        raise SystemExit(f"{recipe}: there is no such config at commit {commit} ({done.stderr.strip()}).")
     return yaml.safe_load(done.stdout)
 
 

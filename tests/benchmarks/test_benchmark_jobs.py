@@ -10,6 +10,7 @@ import torch
 from benchmarks.accuracy import jobs, record
 from benchmarks.accuracy.jobs import Wanted, next_run, read_jobs, states
 from cifar_lightning.errors import UserError
+from cifar_lightning.runs.folder import RunFolder
 
 CPU, GPU = "2 cores of A (AVX2), no GPU", "2 cores of A, B100"
 
@@ -30,6 +31,7 @@ def made(tmp_path, monkeypatch):
     for module in (jobs, record):
         monkeypatch.setattr(module, "CONFIGS", tmp_path / "configs")
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(record, "ROOT", tmp_path)
     monkeypatch.setattr(jobs, "needed_for", lambda precision: "bf16" if precision == "bf16-mixed" else "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return tmp_path
@@ -87,6 +89,7 @@ def test_a_run_is_begun_with_its_seed_and_resumed_where_it_has_a_checkpoint(made
 
 def test_the_next_run_is_trained_and_recorded_and_a_stop_is_passed_on(made, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["jobs", "--jobs", str(made / "jobs.yaml"), "--runs", str(made / "runs")])
+    commit_configs(made)
     commands, recorded, statuses = [], [], [143, 0]
     monkeypatch.setattr(jobs, "run_to_end", lambda command: commands.append(command) or statuses.pop(0))
     monkeypatch.setattr(jobs, "add_runs", lambda config, runs, note: recorded.append((config, *runs)))
@@ -102,6 +105,11 @@ def test_the_next_run_is_trained_and_recorded_and_a_stop_is_passed_on(made, monk
     jobs.main()
     assert len(commands) == 2
     assert capsys.readouterr().out.splitlines()[-1].startswith("0 of 4 ")
+    (made / "configs" / "plain.yaml").write_text("trainer: {max_epochs: 9}\n")
+    monkeypatch.setattr("sys.argv", jobs.sys.argv[:-1])
+    with pytest.raises(SystemExit, match="has changed"):
+        jobs.main()
+    assert len(commands) == 2
 
 
 @pytest.mark.parametrize(
@@ -128,20 +136,40 @@ def test_a_wrong_job_file_is_refused_and_the_mistake_named(made, text, named):
     assert "http" not in str(refused.value)
 
 
-def test_a_recorded_run_keeps_the_settings_of_its_config_at_its_commit(made, monkeypatch):
+def commit_configs(folder):
     def git(*arguments):
         identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
-        return subprocess.check_output(["git", "-C", str(made), *identity, *arguments], text=True).strip()
+        return subprocess.check_output(["git", "-C", str(folder), *identity, *arguments], text=True).strip()
 
-    monkeypatch.setattr(record, "ROOT", made)
     git("init", "-q")
     git("add", "configs")
     git("commit", "-qm", "Configs")
-    commit = git("rev-parse", "HEAD")
+    return git("rev-parse", "HEAD")
+
+
+def test_a_recorded_run_keeps_the_settings_of_its_config_at_its_commit(made):
+    commit = commit_configs(made)
     (made / "configs" / "plain.yaml").write_text("trainer: {max_epochs: 9}\n")
     assert record.committed_settings(commit, "plain") == {"trainer": {"max_epochs": 3}}
     with pytest.raises(SystemExit, match="no such config"):
         record.committed_settings(commit, "none")
+
+
+def test_a_run_is_neither_begun_nor_continued_whose_result_would_not_count(made):
+    one = Wanted("plain", "cpu", "--epochs 2", 0)
+    new, begun = RunFolder(made / "new"), RunFolder(made / "begun")
+    begun.checkpoints.mkdir(parents=True)
+    begun.last_checkpoint.touch()
+    begun.environment.write_text(json.dumps({"commit": commit_configs(made)}))
+    for run in (new, begun):
+        one.check_settings(run)
+    (made / "configs" / "plain.yaml").write_text("trainer: {max_epochs: 9}\n")
+    with pytest.raises(SystemExit, match=r"plain\.yaml has changed.*commit it"):
+        one.check_settings(new)
+    commit_configs(made)
+    one.check_settings(new)
+    with pytest.raises(SystemExit, match=r"begun: configs/plain\.yaml has changed.*move"):
+        one.check_settings(begun)
 
 
 def test_the_shipped_list_is_readable():
