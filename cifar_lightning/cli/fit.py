@@ -172,10 +172,10 @@ def load_initial_weights(cli: TrainingCLI, model: ImageClassifier) -> None:
     settings = cli.settings.model
     is_ours = bool(model.hparams["name"]) and model.imported is None  # a model of one's own may have its weights
     if is_ours and settings.get("freeze") and not (settings.get("pretrained") or cli.settings.ckpt_path):
-        source = model.hparams["name"] if model.hparams["name"] in shipped_models() else "true"
+        source = f" {model.hparams['name']}" if model.hparams["name"] in shipped_models() else ""
         remark(
             f"warning: --model.freeze {settings.freeze}: the weights that are not trained are random; give "
-            f"--model.pretrained {source}, or --init_weights."
+            f"--model.pretrained{source}, or --init_weights."
         )
 
 

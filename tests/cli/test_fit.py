@@ -415,7 +415,13 @@ def test_a_linear_classifier_does_not_learn_the_images_of_the_quick_start():
 
 @pytest.mark.parametrize(
     ("changed", "is_warned"),
-    [({}, True), ({"pretrained": True}, False), ({"freeze": None}, False), ({"name": "torch.nn:Flatten"}, False)],
+    [
+        ({}, True),
+        ({"name": "speednet"}, True),
+        ({"pretrained": True}, False),
+        ({"freeze": None}, False),
+        ({"name": "torch.nn:Flatten"}, False),
+    ],
 )
 def test_frozen_layers_with_random_weights_are_warned_of(changed, is_warned, capsys):
     settings = {"freeze": ["stage1"], "pretrained": False, "name": "smallnet", **changed}
@@ -424,7 +430,8 @@ def test_frozen_layers_with_random_weights_are_warned_of(changed, is_warned, cap
     load_initial_weights(cli, SimpleNamespace(hparams=settings, imported=imported))
     remark = capsys.readouterr().out
     assert ("--model.freeze" in remark) is is_warned
-    assert ("--model.pretrained smallnet" in remark) is is_warned, "no weights of smallnet are published"
+    assert ("--model.pretrained smallnet" in remark) is (is_warned and settings["name"] == "smallnet")
+    assert "--model.pretrained true" not in remark, "no weights of ours are published"
 
 
 @pytest.mark.parametrize(
