@@ -180,7 +180,7 @@ def read_export(path: Path) -> dict[str, Any]:
         data = {key: json.loads(about[key]) for key in ("class_names", "image_size", "mean", "std")}
         keys = ("name", "num_classes", "image_size", "in_channels")
         name, _, image_size, _ = (architecture.pop(key, None) for key in keys)
-        if image_size not in (None, data["image_size"]):  # sizes that a model takes predict otherwise, and fit
+        if image_size not in (None, data["image_size"]):  # the weights may fit and predict otherwise
             raise ValueError(f"image_size {data['image_size']}, of its architecture {image_size}")
         checkpoint = {
             "state_dict": tensors,

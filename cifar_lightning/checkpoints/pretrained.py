@@ -21,7 +21,7 @@ from cifar_lightning.models.pretrained import (
 )
 from cifar_lightning.runs.folder import shipped_models, suggest_shipped, weights_file
 
-_CHANNELS = TypeAdapter(Annotated[tuple[FiniteFloat, ...], Field(min_length=1)])  # a number for each
+_CHANNELS = TypeAdapter(Annotated[tuple[FiniteFloat, ...], Field(min_length=1)])  # mean or std
 
 
 def load_pretrained(
@@ -92,5 +92,5 @@ def _of_export(path: Path, about: Mapping[str, str]) -> tuple[Normalization | No
             f"{path}: damaged: its metadata mean, std and image_size are not those of an export."
         ) from error
     if len(mean) != len(std) or min(std) <= 0:
-        raise UserError(f"{path}: damaged: mean {mean} and std {std} in its metadata.")
+        raise UserError(f"{path}: damaged: mean {mean} and std {std} in its metadata; each channel has a std above 0.")
     return Normalization(mean, std), image_size

@@ -5,8 +5,8 @@ Or images anywhere below ROOT, with their classes and splits in a labels file (l
 Images of any format and size are decoded once to uint8 squares (rules: image_decoding.py) in a `.npy` file that
 later starts map into memory: a set larger than memory is never held there, and a second start decodes nothing. The
 file is valid for the contents of the folder: names, and the SHA-256 of every file. Files with unchanged size, times and
-inode are not hashed again. Nor are decoded images of more than `READ_BEFORE_BYTES`: of fewer, each start finds a byte
-that the disk has changed.
+inode are not hashed again. The decoded images of a split are hashed at each start, to find a byte that the disk has
+changed; above `READ_BEFORE_BYTES` only their size is checked.
 """
 
 import errno

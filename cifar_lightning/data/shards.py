@@ -230,7 +230,8 @@ class Shards:
                         f"--data.cache disk: {folder} is not writable, or has no room for {images.nbytes:,} bytes; set "
                         f"{CACHE_VARIABLE}, or give --data.cache none."
                     )
-                cast(np.memmap, filled := _fill(np.load(temporary, mmap_mode="r+"), images)).flush()
+                filled = cast(np.memmap, _fill(np.load(temporary, mmap_mode="r+"), images))
+                filled.flush()
                 path = folder / f"{name}-{_hash_of(filled)}.npy"
                 del filled  # Windows renames no mapped file
                 os.replace(temporary, path)

@@ -138,8 +138,8 @@ def create_run(base: Path, name: str, run_dir: str | Path | None = None) -> RunF
     - new or empty: it is used;
     - without a run but with other files (a scheduler's log, notes): it is used, the files are kept;
     - of a run without checkpoints and results: the files of the run are removed and it starts over;
-    - of a run with a checkpoint or results, or holding a file that this run would overwrite although no run made the
-      folder (`config.yaml` without `.lock`: somebody's own config): refused, and nothing is touched.
+    - of a run with a checkpoint, results or exported weights, or holding a file that this run would overwrite although
+      no run made the folder (`config.yaml` without `.lock`: somebody's own config): refused, and nothing is touched.
 
     Raises:
         UserError: The folder is refused, is in use, or cannot be made; or others could not know which it is.
