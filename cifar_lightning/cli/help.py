@@ -21,7 +21,7 @@ _WORDS = {
     "batch_size": ("N", "training images a step and process"),
     "lr": ("X", "peak learning rate"),
     "seed_everything": ("N", "seed of weights and dropout; --data.seed is that of split, order and augmentation"),
-    "trainer.precision": ("P", "16-mixed, bf16-mixed or 32-true; by default 16-mixed on a GPU, else 32-true"),
+    "trainer.precision": ("P", "16-mixed, bf16-mixed or 32-true; by default the fastest: doctor says which, and why"),
     "trainer.devices": ("N", "number of processes; by default all GPUs, or one process on the CPU"),
     "ckpt_path": ("FILE", "a checkpoint, instead of a run folder; in a run it brings the run's config"),
 }

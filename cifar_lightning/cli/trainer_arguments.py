@@ -129,7 +129,8 @@ ARGUMENTS: dict[str, Argument] = {
         },
     ),
     "precision": Argument(
-        "`16-mixed` on CUDA, else `32-true`; what the device does not support is replaced, with a remark",
+        "`16-mixed` on CUDA, `bf16-mixed` on a CPU that is faster in it, else `32-true`; what the device does not "
+        "support is replaced, with a remark",
         refused={
             "it replaces layers, whose weights no other command loads; give 16-mixed, bf16-mixed or 32-true": (
                 lambda value, _: str(value).startswith("transformer-engine")

@@ -12,6 +12,7 @@ import torch
 
 from cifar_lightning.cli import doctor
 from cifar_lightning.data.download import ARCHIVES
+from cifar_lightning.training.precision import default_precision
 
 
 @pytest.fixture(autouse=True)
@@ -75,9 +76,10 @@ def test_a_driver_without_a_usable_gpu_is_a_hint(root, monkeypatch):
 def test_choices_are_those_of_fit(root, monkeypatch):
     monkeypatch.setattr("cifar_lightning.data.memory.free_host_bytes", lambda: 8e9)
     on_cpu = doctor.look(root)
+    chosen = default_precision(on_cuda=False)
     plug_in_gpu(monkeypatch)
     on_gpu = doctor.look(root)
-    assert row(on_cpu, "precision")[0].startswith("32-true: ")
+    assert row(on_cpu, "precision") == [": ".join(chosen)]
     assert row(on_gpu, "precision")[0].startswith("16-mixed: ")
     assert row(on_gpu, "GPU") == ["NVIDIA H200, 150 GB, compute capability 9.0"]
     assert row(on_cpu, "workers")[0].startswith("0: ")

@@ -14,7 +14,6 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mutations import FORMATS, command_lines, encoded, image_files, recipes
@@ -29,7 +28,7 @@ from cifar_lightning.data.image_folder import CACHE_FOLDER, ClassFolders
 from cifar_lightning.errors import UserError
 from cifar_lightning.report import report
 from cifar_lightning.runs.lock import RunLock
-from cifar_lightning.training import predictions
+from cifar_lightning.training import precision, predictions
 from cifar_lightning.training.lr_finder import LrRange
 
 SAME_EACH_TIME = settings(
@@ -115,7 +114,8 @@ def quick(place, monkeypatch):
         raise UserError(f"{archive.filename} could not be downloaded: no network.")
 
     monkeypatch.setattr(download, "_download_archive", no_network)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)  # no remark, whatever the machine
+    monkeypatch.setattr(precision, "_has_bfloat16", lambda: True)  # no remark, whatever the machine
+    monkeypatch.setattr(precision, "bfloat16_gain", lambda: 1.1)
     monkeypatch.setattr(doctor, "look", lambda root: doctor.Findings())
     for module in (report, fit, predictions):
         monkeypatch.setattr(module, "make_report", lambda *args, **kwargs: None)

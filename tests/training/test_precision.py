@@ -1,37 +1,69 @@
-"""Precision by device; what the processor can do is simulated."""
+"""Precision by device; what the processor can do, and how fast, is simulated."""
+
+import itertools
 
 import pytest
 import torch
 from jsonargparse import Namespace
 
+from cifar_lightning.training import precision as module
 from cifar_lightning.training.precision import settle_precision
 
 
-def settled(precision, monkeypatch, *, has_bf16, deterministic=False):
+def settled(precision, monkeypatch, *, gain=None, deterministic=False):
+    """Return the Trainer's arguments on a CPU; `gain` is its rate in bfloat16, None without instructions for it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(module, "_has_bfloat16", lambda: gain is not None)
+    monkeypatch.setattr(module, "bfloat16_gain", lambda: gain)
     trainer = Namespace(precision=precision, accelerator="auto", benchmark=None, deterministic=deterministic)
     settle_precision(trainer)
     return trainer
 
 
 @pytest.mark.parametrize(
-    ("asked", "has_bf16", "got"),
+    ("asked", "gain", "got", "said"),
     [
-        (None, True, "32-true"),
-        ("16-mixed", True, "32-true"),
-        ("bf16-mixed", True, "bf16-mixed"),
-        ("bf16-mixed", False, "32-true"),
-        ("64-true", False, "64-true"),
+        (None, None, "32-true", []),
+        (None, 0.5, "32-true", []),
+        (None, 1.1, "32-true", []),
+        (None, 1.9, "bf16-mixed", []),
+        ("16-mixed", 1.9, "32-true", ["--trainer.precision 16-mixed", "a GPU"]),
+        ("bf16-mixed", 1.9, "bf16-mixed", []),
+        ("bf16-mixed", 0.5, "bf16-mixed", ["--trainer.precision bf16-mixed", "0.5 times", "32-true"]),
+        ("bf16-true", 0.5, "bf16-true", ["--trainer.precision bf16-true", "0.5 times", "32-true"]),
+        ("bf16-mixed", None, "32-true", ["--trainer.precision bf16-mixed", "a GPU", "AVX512-BF16"]),
+        ("32-true", 1.9, "32-true", []),
+        ("64-true", None, "64-true", []),
     ],
 )
-def test_a_cpu_gets_what_it_has_instructions_for(asked, has_bf16, got, monkeypatch, capsys):
-    assert settled(asked, monkeypatch, has_bf16=has_bf16).precision == got
-    said = capsys.readouterr().err
-    assert said == "" if got == asked or asked is None else f"--trainer.precision {asked} needs a GPU" in said
+def test_a_cpu_computes_in_bfloat16_where_that_is_faster(asked, gain, got, said, monkeypatch, capsys):
+    assert settled(asked, monkeypatch, gain=gain).precision == got
+    printed = capsys.readouterr().err
+    assert [part for part in said if part not in printed] == []
+    assert bool(printed) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("machine", "instructions", "expected"),
+    [("x86_64", "_is_amx_tile_supported", True), ("AMD64", "_is_avx512_bf16_supported", True), ("x86_64", "", False)],
+)
+def test_instructions_for_bfloat16_are_torchs_own_answer(machine, instructions, expected, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == instructions)
+    assert (module.needed_for("bf16-mixed") == "") is expected
+
+
+def test_the_gain_is_the_ratio_of_two_times(monkeypatch):
+    """A clock that runs twice as far during float32's convolutions as during bfloat16's."""
+    clock = itertools.cycle([0, 4, 4, 6])
+    begun = itertools.count()
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock) + 6 * (next(begun) // 4))
+    module.bfloat16_gain.cache_clear()
+    assert module.bfloat16_gain() == 2
+    module.bfloat16_gain.cache_clear()
 
 
 def test_autotune_is_off_where_runs_are_to_be_deterministic(monkeypatch):
-    assert settled(None, monkeypatch, has_bf16=False).benchmark is True
-    assert settled(None, monkeypatch, has_bf16=False, deterministic=True).benchmark is False
+    assert settled(None, monkeypatch).benchmark is True
+    assert settled(None, monkeypatch, deterministic=True).benchmark is False
