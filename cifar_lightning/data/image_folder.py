@@ -160,6 +160,8 @@ class ClassFolders:
         self.in_channels = in_channels
         self.class_names, self._listed = scan(self.root, None if labels is None else Path(labels))
         self.listings = dict(self._listed)  # once decoded, without the images that cannot be read
+        if image_size is not None and image_size < 1:
+            raise UserError(f"--data.image_size {image_size}: 1 pixel or more")
         self.image_size = image_size or find_image_size(self.listings["train"].paths)
         self.pixel_hashes: dict[Split, np.ndarray] = {}  # of the images of each split that was loaded
         self._uncached: dict[Split, Decoded] = {}
