@@ -25,19 +25,6 @@ _CONSTANT = 7  # the product, of the 36, that every output of a tile has once: w
 class WinogradConv2d(nn.Conv2d):
     """A 3x3 convolution with stride 1 and padding 1, whose weights are transformed once."""
 
-    def transform(self) -> None:
-        """Transform the weights once, in float64."""
-        of_input, of_weight, of_output = (
-            torch.tensor(rows, dtype=torch.float64) for rows in (_INPUT, _WEIGHT, _OUTPUT)
-        )
-        weight = torch.einsum("ai,bj,ocij->abco", of_weight / 24, of_weight / 24, self.weight.detach().double())
-        self.transformed = (
-            self.weight.detach().clone(),
-            weight.flatten(0, 1).float().contiguous(),  # (36, in_channels, out_channels)
-            torch.kron(of_input, of_input).float(),  # (36, 36)
-            torch.kron(of_output, of_output).float(),  # (16, 36)
-        )
-
     def forward(self, input: Float[Tensor, "*batch channels height width"]) -> Tensor:
         """Return the convolution in the memory format of `Conv2d`.
 
@@ -79,13 +66,25 @@ def fewer_multiplications(model: nn.Module) -> Iterator[None]:
     changed = [module for module in model.modules() if type(module) is nn.Conv2d and _gains(module)]
     try:
         for module in changed:
-            WinogradConv2d.transform(module)  # type: ignore[arg-type]  # before its class: it may be in use
+            module.__dict__["transformed"] = _transformed(module.weight.detach())  # first: it may be in use
             module.__class__ = WinogradConv2d  # and not another module, so that hooks and shared layers stay
         yield
     finally:
         for module in changed:
             module.__class__ = nn.Conv2d
             module.__dict__.pop("transformed", None)
+
+
+def _transformed(weight: Float[Tensor, "out_channels in_channels 3 3"]) -> tuple[Tensor, ...]:
+    """Return a copy of the weights, and what the algorithm multiplies by, computed in float64.
+
+    That is the transformed weights (36, in_channels, out_channels), and the matrices that transform tiles of the input
+    (36, 36) and of the output (16, 36).
+    """
+    of_input, of_weight, of_output = (torch.tensor(rows, dtype=torch.float64) for rows in (_INPUT, _WEIGHT, _OUTPUT))
+    products = torch.einsum("ai,bj,ocij->abco", of_weight / 24, of_weight / 24, weight.double())
+    kron = (torch.kron(matrix, matrix).float() for matrix in (of_input, of_output))
+    return weight.clone(), products.flatten(0, 1).float().contiguous(), *kron
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

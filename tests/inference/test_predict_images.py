@@ -184,8 +184,8 @@ def test_fewer_multiplications_from_some_images_on_change_no_class_and_hardly_a_
     monkeypatch.setattr(predict, "keep_freed_memory", lambda: None)  # of this process, for the tests that follow
     monkeypatch.setattr(winograd, "MIN_CHANNELS", 4)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    made, transform = [], winograd.WinogradConv2d.transform
-    monkeypatch.setattr(winograd.WinogradConv2d, "transform", lambda conv: made.append(1) or transform(conv))
+    made, transformed = [], winograd._transformed
+    monkeypatch.setattr(winograd, "_transformed", lambda weight: made.append(1) or transformed(weight))
     save_images(40)
     (first := Path("one")).mkdir()
     Path("images/000.png").rename(first / "000.png")

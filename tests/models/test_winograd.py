@@ -131,11 +131,11 @@ def test_a_model_in_use_by_another_thread_predicts_on():
             torch.testing.assert_close(conv(images), expected, atol=2e-5, rtol=0)
 
     # As another thread may see it: while weights are transformed, and between two lines of a forward pass.
-    transform, kept = WinogradConv2d.transform, torch.equal
+    transformed, kept = winograd._transformed, torch.equal
 
-    def transform_and_predict(module):
+    def transform_and_predict(weight):
         check()
-        transform(module)
+        return transformed(weight)
 
     def equal_and_end(*tensors):
         conv.__class__ = nn.Conv2d
@@ -143,7 +143,7 @@ def test_a_model_in_use_by_another_thread_predicts_on():
         return kept(*tensors)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WinogradConv2d, "transform", transform_and_predict)
+        patch.setattr(winograd, "_transformed", transform_and_predict)
         with fewer_multiplications(conv):
             patch.setattr(torch, "equal", equal_and_end)
             check()
