@@ -133,6 +133,10 @@ class Run:
         return f"Run({str(self.path)!r}: {accuracy})"
 
     @functools.cached_property
+    def _temperature(self) -> float:
+        return fitted_temperature(self._folder)
+
+    @functools.cached_property
     def _trained(self) -> TrainedModel:
         given = self._objects.model
         given = given.model if isinstance(given, ImageClassifier) else given
@@ -188,7 +192,7 @@ class Run:
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size {batch_size}: 1 or more.")
         is_list, size = isinstance(images, list | tuple), batch_size or default_batch_size()
-        trained = replace(self._trained, temperature=fitted_temperature(self._folder)) if calibrated else self._trained
+        trained = replace(self._trained, temperature=self._temperature) if calibrated else self._trained
         top_k = choose_top_k(trained, top_k)
         predictions: list[Prediction] = []
         for is_path, group in itertools.groupby(images if is_list else [images], key=_is_path):
