@@ -20,7 +20,7 @@ def default_precision(on_cuda: bool) -> tuple[str, str]:
     if needed_for("bf16-mixed"):
         return "32-true", "this CPU has no instructions for half precision"
     gain = bfloat16_gain()
-    why = f"convolutions in bfloat16 are {gain:.1f} times as fast as in float32 here"
+    why = f"convolutions in bfloat16 are {gain:.2f} times as fast as in float32 here"
     return "bf16-mixed" if gain >= _WORTHWHILE else "32-true", why
 
 
@@ -67,7 +67,7 @@ def settle_precision(trainer: Namespace) -> None:
         trainer.precision = "32-true"
     elif not on_cuda and str(trainer.precision).startswith("bf16") and (gain := bfloat16_gain()) < 1:
         print(
-            f"--trainer.precision {trainer.precision}: convolutions in bfloat16 are {gain:.1f} times as fast as in "
+            f"--trainer.precision {trainer.precision}: convolutions in bfloat16 are {gain:.2f} times as fast as in "
             "float32 here; 32-true is faster.",
             file=sys.stderr,
         )
