@@ -1,37 +1,102 @@
-"""Winograd's convolutions equal the direct ones, and a model gets its own back."""
+"""Winograd's convolutions and their gradients equal the direct ones, and a model gets its own back."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from fitting import quiet_trainer, small_data
 from torch import nn
-from torch.nn.utils import prune
 
+from cifar_lightning import ImageClassifier, SmallNet
 from cifar_lightning.models import winograd
 from cifar_lightning.models.registry import build_model
-from cifar_lightning.models.winograd import WinogradConv2d, fewer_multiplications
+from cifar_lightning.models.winograd import WinogradConv2d, fewer_multiplications, use_winograd
+
+SIZES = [(2, 3), (4, 4), (5, 9), (7, 7), (8, 6), (17, 12)]
 
 
 @pytest.fixture(autouse=True)
-def few_channels(monkeypatch):
-    monkeypatch.setattr(winograd, "MIN_CHANNELS", 8)
+def with_mkl(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
 
 
-@pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 9), (7, 7), (8, 6), (17, 12)])
+@pytest.fixture
+def always(monkeypatch):
+    monkeypatch.setattr(winograd, "_WORTHWHILE", 0)
+
+
+def refuse(*tensors):
+    raise AssertionError("not by Winograd's algorithm")
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tile_bytes", [1, 1 << 20])
-def test_a_convolution_equals_the_one_in_float64(height, width, bias, tile_bytes, monkeypatch):
+def test_a_convolution_and_its_gradients_equal_those_in_float64(height, width, bias, tile_bytes, monkeypatch):
     monkeypatch.setattr(winograd, "_TILE_BYTES", tile_bytes)
     torch.manual_seed(height)
-    conv, images = nn.Conv2d(8, 12, 3, padding=1, bias=bias), torch.randn(3, 8, height, width)
-    expected, direct = copy.deepcopy(conv).double()(images.double()), copy.deepcopy(conv)
-    with torch.inference_mode(), fewer_multiplications(conv):
-        assert type(conv) is WinogradConv2d
-        for given in (images, images.contiguous(memory_format=torch.channels_last)):
-            found = conv(given)
-            torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
-            assert found.stride() == direct(given).stride(), "models that call view on contiguous outputs"
+    conv, images = nn.Conv2d(8, 12, 3, padding=1, bias=bias), torch.randn(3, 8, height, width, requires_grad=True)
+    exact, direct = copy.deepcopy(conv).double(), copy.deepcopy(conv)
+    use_winograd(conv)
+    for given in (images, images.contiguous(memory_format=torch.channels_last)):
+        found, expected = conv(given), exact(images.double())
+        torch.testing.assert_close(found.double(), expected, atol=5e-5, rtol=0)
+        assert found.stride() == direct(given).stride(), "models that call view on contiguous outputs"
+        grad = torch.randn_like(found)
+        of_found = torch.autograd.grad(found, (images, *conv.parameters()), grad)
+        of_expected = torch.autograd.grad(expected, (images, *exact.parameters()), grad.double())
+        for one, other in zip(of_found, of_expected, strict=True):
+            torch.testing.assert_close(one.double(), other.double(), atol=5e-4, rtol=0)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("size", range(2, 7))
+def test_each_size_of_tile_gives_the_same(size, monkeypatch):
+    monkeypatch.setattr(winograd, "_tiling", lambda *_: winograd._Tiling(size, -(-11 // size), -(-9 // size)))
+    torch.manual_seed(size)
+    images, weight = torch.randn(2, 4, 11, 9), torch.randn(6, 4, 3, 3)
+    expected = nn.functional.conv2d(images.double(), weight.double(), padding=1)
+    torch.testing.assert_close(winograd._convolve(images, weight).double(), expected, atol=3e-4, rtol=0)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("wanted", ["images", "weight"])
+def test_one_gradient_alone_and_a_gradient_of_a_gradient(wanted):
+    torch.manual_seed(0)
+    conv, images = nn.Conv2d(4, 6, 3, padding=1, bias=False), torch.randn(2, 4, 7, 10)
+    direct = copy.deepcopy(conv)
+    use_winograd(conv)
+    penalties = []
+    for layer in (conv, direct):
+        leaf = images.clone().requires_grad_(wanted == "images")
+        layer.weight.requires_grad_(wanted == "weight")
+        variable = leaf if wanted == "images" else layer.weight
+        (grad,) = torch.autograd.grad(layer(leaf).square().sum(), variable, create_graph=True)
+        (penalty,) = torch.autograd.grad(grad.square().sum(), variable)
+        (plain,) = torch.autograd.grad(layer(leaf).square().sum(), variable)
+        penalties.append((grad.detach(), penalty, plain))
+    for one, other in zip(*penalties, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4 * float(other.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "filters", "expected"),
+    [
+        ((1000, 64, 15, 15), 256, True),
+        ((128, 128, 16, 16), 128, True),
+        ((500, 256, 3, 3), 256, True),
+        ((500, 24, 31, 31), 64, False),  # few channels: the transforms cost more
+        ((128, 64, 32, 32), 64, False),
+        ((1, 256, 8, 8), 256, False),  # the weights' transform costs more for one image
+        ((128, 16, 16, 16), 32, False),
+        ((0, 256, 8, 8), 256, False),
+    ],
+)
+def test_it_is_used_where_it_was_measured_to_gain(shape, filters, expected):
+    assert winograd._is_worthwhile(torch.Size(shape), filters) is expected
 
 
 def test_probabilities_of_a_model_differ_by_less_than_1e_4():
@@ -70,10 +135,14 @@ MODELS = {
     "assigned": lambda: ChangesWeights(lambda conv: setattr(conv, "weight", nn.Parameter(conv.weight + 0.1))),
     "changed_bias": lambda: ChangesWeights(lambda conv: conv.bias.add_(1)),
     "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3, padding=1)),
+    "spectral_norm_of_old": lambda: nn.utils.spectral_norm(nn.Conv2d(8, 8, 3, padding=1)),
+    "pruned": lambda: nn.utils.prune.l1_unstructured(nn.Conv2d(8, 8, 3, padding=1), "weight", 0.5),
+    "float64": lambda: nn.Conv2d(8, 8, 3, padding=1).double(),
     "autocast": lambda: InAutocast(nn.Conv2d(8, 8, 3, padding=1)),
 }
 
 
+@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_that_changes_weights_or_precision_itself_predicts_as_without(name):
     def make():
@@ -81,23 +150,22 @@ def test_a_model_that_changes_weights_or_precision_itself_predicts_as_without(na
         return MODELS[name]().eval()
 
     model, plain, images = make(), make(), torch.randn(2, 8, 7, 10)
+    images = images.to(next(plain.parameters()).dtype)
     with torch.no_grad(), fewer_multiplications(model):
         found = [model(images) for _ in range(3)]
     with torch.no_grad():
-        torch.testing.assert_close(found, [plain(images) for _ in range(3)], atol=5e-5, rtol=0)
+        torch.testing.assert_close(found, [plain(images) for _ in range(3)], atol=5e-5, rtol=1e-5)
 
 
-def test_other_layers_stay_and_the_model_is_as_before_after_an_error():
+@pytest.mark.usefixtures("always")
+def test_other_layers_stay_and_the_model_is_as_before_after_an_error(monkeypatch):
     layers = {
-        "few": nn.Conv2d(4, 8, 3, padding=1),
         "strided": nn.Conv2d(8, 8, 3, 2, 1),
         "unpadded": nn.Conv2d(8, 8, 3),
         "wide": nn.Conv2d(8, 8, 5, padding=2),
         "dilated": nn.Conv2d(8, 8, 3, padding=1, dilation=2),
         "grouped": nn.Conv2d(8, 8, 3, padding=1, groups=2),
         "reflected": nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
-        "float64": nn.Conv2d(8, 8, 3, padding=1).double(),
-        "pruned": prune.identity(nn.Conv2d(8, 8, 3, padding=1), "weight"),  # computes its weight in every forward
         "own": type("Own", (nn.Conv2d,), {})(8, 8, 3, padding=1),
     }
     model = nn.ModuleDict({**layers, "plain": nn.Conv2d(8, 8, 3, padding=1)})
@@ -108,9 +176,9 @@ def test_other_layers_stay_and_the_model_is_as_before_after_an_error():
     def stop():
         with fewer_multiplications(model):
             assert [name for name, layer in model.items() if isinstance(layer, WinogradConv2d)] == ["plain"]
-            assert torch.equal(model["plain"](images), before), "with gradients"
-            with torch.inference_mode():
-                assert torch.equal(model["plain"](images[0]), before[0]), "one image, not a batch"
+            model["plain"](images)
+            monkeypatch.setattr(winograd, "_convolve", refuse)
+            assert torch.equal(model["plain"](images[0]), before[0]), "one image, not a batch"
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -121,39 +189,60 @@ def test_other_layers_stay_and_the_model_is_as_before_after_an_error():
     assert len(seen) == 4
 
 
+@pytest.mark.usefixtures("always")
+@pytest.mark.filterwarnings("ignore")  # of torch.jit.trace
+def test_a_trace_and_a_compiled_graph_have_the_direct_convolution(monkeypatch):
+    conv, images = nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 8, 8)
+    use_winograd(conv)
+    monkeypatch.setattr(winograd, "_convolve", refuse)
+    assert "_convolution" in str(torch.jit.trace(conv, images).graph)
+    exported = torch.export.export(conv, (images,)).graph
+    assert any(node.target is torch.ops.aten.conv2d.default for node in exported.nodes)
+
+
+@pytest.mark.usefixtures("always")
 def test_a_model_in_use_by_another_thread_predicts_on():
     conv = nn.Conv2d(8, 8, 3, padding=1)
     images = torch.randn(1, 8, 8, 8)
     expected = conv(images).detach()
-
-    def check():
-        with torch.no_grad():
-            torch.testing.assert_close(conv(images), expected, atol=2e-5, rtol=0)
-
-    # As another thread may see it: while weights are transformed, and between two lines of a forward pass.
-    transformed, kept = winograd._transformed, torch.equal
-
-    def transform_and_predict(weight):
-        check()
-        return transformed(weight)
-
-    def equal_and_end(*tensors):
-        conv.__class__ = nn.Conv2d
-        del conv.transformed
-        return kept(*tensors)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(winograd, "_transformed", transform_and_predict)
-        with fewer_multiplications(conv):
-            patch.setattr(torch, "equal", equal_and_end)
-            check()
-            check()
-    with ThreadPoolExecutor(2) as threads:
-        list(threads.map(lambda _: _predict_faster(conv, images, expected), range(20)))
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: _predict_faster(conv, images, expected), range(40)))
     assert type(conv) is nn.Conv2d
-    assert "transformed" not in conv.__dict__
 
 
 def _predict_faster(conv, images, expected):
     with torch.no_grad(), fewer_multiplications(conv):
         torch.testing.assert_close(conv(images), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("always")
+def test_training_on_a_cpu_uses_it_and_leaves_the_model_as_it_was(monkeypatch, tmp_path):
+    counts, convolve = {"forward": 0, "backward": 0}, winograd._convolve
+    gradients = winograd._gradients
+
+    def counted(name, function):
+        def call(*arguments):
+            counts[name] += 1
+            return function(*arguments)
+
+        return call
+
+    def train(patched):
+        with monkeypatch.context() as patch:
+            if patched:
+                patch.setattr(winograd, "_convolve", counted("forward", convolve))
+                patch.setattr(winograd, "_gradients", counted("backward", gradients))
+            else:
+                patch.setattr(winograd, "_WORTHWHILE", 1e9)
+            pl.seed_everything(0)
+            model = SmallNet(10, widths=(4, 8, 16))
+            classifier = ImageClassifier(model=model, num_classes=10, lr=1e-3)
+            quiet_trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(classifier, small_data())
+        assert all(type(module) is not WinogradConv2d for module in model.modules())
+        return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+
+    found, expected = train(True), train(False)
+    assert counts["forward"] == counts["backward"] > 0
+    assert counts["forward"] % 6 == 0, "each convolution of each step"
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
