@@ -20,7 +20,7 @@ from cifar_lightning.runs.lock import RunLock
 from cifar_lightning.runs.processes import NEEDS_RUN_DIR, is_started_from_outside
 
 RUNS = Path("runs")
-_SHIPPED = Path(__file__).parents[1] / "shipped"  # a folder for each trained model that comes with the package
+_SHIPPED = Path(__file__).resolve().parents[1] / "shipped"  # a folder for each model that comes with the package
 # What weights without a run are for.
 _USES = "for predict-images, export, --init_weights, --model.pretrained and Python's load alone"
 
@@ -243,11 +243,12 @@ def open_run(path: Path, *, lock: bool = False, results: bool = False) -> RunFol
 
 def open_model(path: Path, *, results: bool = False) -> RunFolder:
     """Open a run, as `open_run` does, or a model that comes with the package, by its name or its folder there."""
-    return RunFolder(_SHIPPED / path) if _is_shipped(path) else open_run(path, results=results)
+    return RunFolder(_SHIPPED / path.name) if _is_shipped(path) else open_run(path, results=results)
 
 
 def _is_shipped(path: Path) -> bool:
-    is_meant = path.parent == _SHIPPED or (path.name == str(path) and not os.path.lexists(path))
+    is_there = os.path.realpath(path.parent) == str(_SHIPPED)
+    is_meant = is_there or (path.name == str(path) and not os.path.lexists(path))
     return is_meant and path.name in shipped_models()
 
 

@@ -1,6 +1,7 @@
 """A file of `export --format safetensors` is a model again, with its preprocessing, without the run."""
 
 import math
+import os
 import pickle
 from pathlib import Path
 
@@ -199,6 +200,10 @@ def test_smallnet_comes_with_the_package(tmp_path, monkeypatch):
     assert math.isfinite(one.probability)
     with pytest.raises(UserError, match="comes with the package"):
         model.test()
+    assert load(os.path.relpath(model.path)).path == model.path
+    with monkeypatch.context() as there:
+        there.chdir(model.path.parent)
+        assert load("smallnet").path == model.path
     # A folder of that name is the user's own.
     (tmp_path / "smallnet").mkdir()
     with pytest.raises(UserError, match="not a run folder"):

@@ -195,7 +195,7 @@ def test_a_trace_and_a_compiled_graph_have_the_direct_convolution(monkeypatch):
     conv, images = nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 8, 8)
     use_winograd(conv)
     monkeypatch.setattr(winograd, "_convolve", refuse)
-    assert "_convolution" in str(torch.jit.trace(conv, images).graph)
+    assert "_convolution" in str(torch.jit.trace(conv, images, check_trace=False).graph)
     exported = torch.export.export(conv, (images,)).graph
     assert any(node.target is torch.ops.aten.conv2d.default for node in exported.nodes)
 
