@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _WORTHWHILE = 2.4  # times fewer multiplications, from which on a convolution is faster: benchmarks/LOG.md
-_TILE_BYTES = 4 << 20  # of the tiles transformed at a time, which stay in the cache
+_TILE_BYTES = 8 << 20  # of the tiles transformed at a time, which stay in the cache
 _POINTS = [0, 1, -1, 2, -2, 0.5, -0.5]  # where polynomials are evaluated: small numbers, so that rounding stays small
 _LARGEST_TILE = len(_POINTS) - 1
 
