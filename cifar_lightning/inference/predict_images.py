@@ -42,7 +42,7 @@ _CHUNK_BYTES = 1 << 28  # 87,381 images of 32 pixels, so that starting worker pr
 # Defaults of --batch_size. On two cores SmallNet takes 1.5 ms per image in batches of 32 or 64 and 2.1 ms in batches
 # of 256, whose activations exceed the cache.
 _BATCH_SIZE = {"cuda": 256, "cpu": 64}
-_WINOGRAD_FROM = 256  # images, which take longer than to transform the weights
+_FASTER_FROM = 256  # images; for few it is not worthwhile to change how the process keeps memory
 _NAMED = 2  # unreadable images on stderr, next to the line that counts all; without --output, which lists them, more
 _NAMED_WITHOUT_LIST = 20
 _TOP_K = 3  # by default
@@ -334,8 +334,8 @@ def predict_files(
 
 @contextmanager
 def _faster_on_cpu(model: nn.Module, num_images: int) -> Iterator[None]:
-    """Let a model on the CPU predict many images faster, where that was measured: with MKL."""
-    if num_images < _WINOGRAD_FROM or torch.cuda.is_available() or not torch.backends.mkl.is_available():
+    """Let a model on the CPU predict many images faster."""
+    if num_images < _FASTER_FROM or torch.cuda.is_available():
         yield
         return
     keep_freed_memory()  # or the kernel may map and zero the outputs of layers again and again

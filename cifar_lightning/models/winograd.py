@@ -6,7 +6,8 @@ with few channels cost more than that saves. Sums are rounded in another order.
 """
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 _WORTHWHILE = 2.4  # times fewer multiplications, from which on a convolution is faster: benchmarks/LOG.md
 _TILE_BYTES = 8 << 20  # of the tiles transformed at a time, which stay in the cache
 _POINTS = [0, 1, -1, 2, -2, 0.5, -0.5]  # where polynomials are evaluated: small numbers, so that rounding stays small
-_LARGEST_TILE = len(_POINTS) - 1
+_TILE_SIZES = range(2, len(_POINTS))
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -26,43 +27,42 @@ class WinogradConv2d(nn.Conv2d):
 
     def forward(self, input: Float[Tensor, "*batch channels height width"]) -> Tensor:
         """Return the convolution in the memory format of `Conv2d`."""
-        weight = self.weight
-        is_float = input.dtype == weight.dtype == torch.float32 and input.device.type == "cpu"
-        is_traced = torch.compiler.is_compiling() or torch._C._is_tracing()
-        is_plain = is_float and not torch.is_autocast_enabled("cpu") and not is_traced
-        if not (is_plain and input.dim() == 4 and _is_worthwhile(input.shape, len(weight))):
+        if not (_is_computable(self, input) and _is_worthwhile(input.shape, len(self.weight))):
             return nn.Conv2d.forward(self, input)
-        output: Tensor = _Winograd.apply(input, weight)
+        output: Tensor = _Winograd.apply(input, self.weight)
         if self.bias is not None:
             output = output + self.bias.view(-1, 1, 1)
-        return output if any(map(_is_channels_last, (input, weight))) else output.contiguous()
+        return output if any(map(_is_channels_last, (input, self.weight))) else output.contiguous()
 
 
-def use_winograd(model: nn.Module) -> None:
-    """Let the 3x3 convolutions of a model on the CPU use Winograd's algorithm where they gain by it.
+def use_winograd(model: nn.Module) -> list[nn.Conv2d]:
+    """Let convolutions of a model on the CPU use Winograd's algorithm where they gain by it; return those changed.
 
-    Without MKL nothing changes: the products of matrices that the algorithm needs were not measured there.
+    Their class changes, and not the modules, so that hooks and shared layers stay. Without MKL nothing changes: the
+    products of matrices that the algorithm needs were not measured there.
     """
-    for module in model.modules():
-        if type(module) is nn.Conv2d and _is_3x3(module) and torch.backends.mkl.is_available():
-            _become(module, WinogradConv2d)
+    if not torch.backends.mkl.is_available():
+        return []
+    changed = [module for module in model.modules() if type(module) is nn.Conv2d and _is_3x3(module)]
+    for module in changed:
+        module.__class__ = WinogradConv2d
+    return changed
 
 
-def use_direct(model: nn.Module) -> None:
+def use_direct(changed: Iterable[nn.Conv2d]) -> None:
     """Undo `use_winograd`."""
-    for module in model.modules():
-        if type(module) is WinogradConv2d:
-            _become(module, nn.Conv2d)
+    for module in changed:
+        module.__class__ = nn.Conv2d
 
 
 @contextmanager
 def fewer_multiplications(model: nn.Module) -> Iterator[None]:
-    """`use_winograd` for as long as it is open. Other threads may call the model meanwhile, by either algorithm."""
+    """Use Winograd's algorithm while open. Other threads may call the model meanwhile: they get either algorithm's."""
+    changed = use_winograd(model)
     try:
-        use_winograd(model)
         yield
     finally:
-        use_direct(model)
+        use_direct(changed)
 
 
 class _Winograd(torch.autograd.Function):
@@ -71,112 +71,136 @@ class _Winograd(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        images: Float[Tensor, "batch channels height width"],
-        weight: Float[Tensor, "filters channels 3 3"],
-    ) -> Float[Tensor, "batch filters height width"]:
+        images: Float[Tensor, "batch in_channels height width"],
+        weight: Float[Tensor, "out_channels in_channels 3 3"],
+    ) -> Float[Tensor, "batch out_channels height width"]:
         ctx.save_for_backward(images, weight)
         return _convolve(images, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Float[Tensor, "batch filters height width"]) -> tuple[Tensor | None, Tensor | None]:
+    def backward(
+        ctx: Any, grad: Float[Tensor, "batch out_channels height width"]
+    ) -> tuple[Tensor | None, Tensor | None]:
         images, weight = ctx.saved_tensors
-        of_images, of_weight = ctx.needs_input_grad
         if torch.is_grad_enabled():  # a gradient of the gradient is wanted, which the loop over tiles has not
-            ones, needed = (1, 1), (of_images, of_weight, False)
+            ones, needed = (1, 1), (*ctx.needs_input_grad, False)
             direct = torch.ops.aten.convolution_backward
             of_each = direct(grad, images, weight, None, ones, ones, ones, False, (0, 0), 1, needed)
             return of_each[0], of_each[1]
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        return _gradients(images, weight, grad, of_images, of_weight)
+        with torch.autocast("cpu", enabled=False):
+            return _gradients(images, weight, grad, *ctx.needs_input_grad)
 
 
 class _Tiling(NamedTuple):
-    """How a batch is divided into tiles of size x size outputs."""
+    """How an image is divided into tiles of size x size outputs."""
 
     size: int
     rows: int
     columns: int
 
-    def at_once(self, num: int, channels: int) -> int:
-        """Return how many images' tiles fit into the cache."""
+    def chunk_size(self, num: int, channels: int) -> int:
+        """Return the tiles of how many images fit into the cache."""
         return max(1, min(num, _TILE_BYTES // (4 * (self.size + 2) ** 2 * self.rows * self.columns * channels)))
 
 
-def _convolve(images: Tensor, weight: Tensor) -> Tensor:
+def _convolve(
+    images: Float[Tensor, "batch in_channels height width"], weight: Float[Tensor, "out_channels in_channels 3 3"]
+) -> Float[Tensor, "batch out_channels height width"]:
     """Return the convolution, channels_last."""
-    (num, channels, height, width), filters = images.shape, len(weight)
-    tiling = _tiling(images.shape, filters)
+    (num, in_channels, height, width), out_channels = images.shape, len(weight)
+    tiling = _tiling(images.shape, out_channels)
     size, rows, columns = tiling
-    n = size + 2
-    of_input, of_weight, of_output = _transforms(size)
-    transformed = (of_weight @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(n * n, channels, filters)
-    at_once = tiling.at_once(num, max(channels, filters))
-    padded = images.new_zeros(at_once, size * rows + 2, size * columns + 2, channels)
-    a, b = (images.new_empty(n * n * at_once * rows * columns * max(channels, filters)) for _ in range(2))
-    output = images.new_empty(num, height, width, filters)
-    for some, into in zip(images.permute(0, 2, 3, 1).split(at_once), output.split(at_once), strict=True):
-        padded[: len(some), 1 : height + 1, 1 : width + 1] = some
-        tiles = _transformed_tiles(padded[: len(some)], tiling, of_input, a, b)
-        products = torch.bmm(tiles, transformed, out=_part(a, n * n, tiles.shape[1], filters))
-        squares = torch.mm(of_output, products.flatten(1), out=_part(b, size * size, products[0].numel()))
-        whole = squares.view(size, size, len(some), rows, columns, filters).permute(2, 3, 0, 4, 1, 5)
-        if (size * rows, size * columns) == (height, width):
+    n, bottom, right = size + 2, size * rows, size * columns
+    input_matrix, weight_matrix, output_matrix = _matrices(size)
+    weights = (weight_matrix @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(n * n, in_channels, out_channels)
+    most_channels = max(in_channels, out_channels)
+    chunk_size = tiling.chunk_size(num, most_channels)
+    padded = images.new_zeros(chunk_size, bottom + 2, right + 2, in_channels)
+    scratch, other = (images.new_empty(n * n * chunk_size * rows * columns * most_channels) for _ in range(2))
+    # Not a view of a tensor (height, width, channels), which autograd lets nobody change in place.
+    output = torch.empty(num, out_channels, height, width, memory_format=torch.channels_last)
+    chunks = (tensor.permute(0, 2, 3, 1).split(chunk_size) for tensor in (images, output))
+    for chunk, into in zip(*chunks, strict=True):
+        count = len(chunk)
+        padded[:count, 1 : height + 1, 1 : width + 1] = chunk
+        tiles = _transformed_tiles(padded[:count], tiling, input_matrix, scratch, other)
+        products = torch.bmm(tiles, weights, out=_part(scratch, n * n, tiles.shape[1], out_channels))
+        squares = torch.mm(output_matrix, products.flatten(1), out=_part(other, size * size, products[0].numel()))
+        whole = squares.view(size, size, count, rows, columns, out_channels).permute(2, 3, 0, 4, 1, 5)
+        if (bottom, right) == (height, width):
             into.view(whole.shape).copy_(whole)
         else:
-            into.copy_(whole.reshape(len(some), size * rows, size * columns, filters)[:, :height, :width])
-    return output.permute(0, 3, 1, 2)
+            into.copy_(whole.reshape(count, bottom, right, out_channels)[:, :height, :width])
+    return output
 
 
 def _gradients(
-    images: Tensor, weight: Tensor, grad: Tensor, of_images: bool, of_weight: bool
+    images: Float[Tensor, "batch in_channels height width"],
+    weight: Float[Tensor, "out_channels in_channels 3 3"],
+    grad: Float[Tensor, "batch out_channels height width"],
+    needs_images: bool,
+    needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of the images, channels_last, and of the weight: the transposes of each step."""
-    (num, channels, height, width), filters = images.shape, len(weight)
-    tiling = _tiling(images.shape, filters)
+    """Return the gradients of the images, channels_last, and of the weight: the transpose of each step."""
+    (num, in_channels, height, width), out_channels = images.shape, len(weight)
+    tiling = _tiling(images.shape, out_channels)
     size, rows, columns = tiling
     n, bottom, right = size + 2, size * rows, size * columns
-    by_input, by_weight, by_output = _transforms(size)
-    transformed = (by_weight @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(n * n, filters, channels)
-    at_once = tiling.at_once(num, max(channels, filters))
-    padded = images.new_zeros(at_once, bottom + 2, right + 2, channels)
-    padded_grad = images.new_zeros(at_once, bottom, right, filters)
-    a, b, c = (images.new_empty(n * n * at_once * rows * columns * max(channels, filters)) for _ in range(3))
-    sums = images.new_zeros(at_once, rows + 1, size, columns + 1, size, channels)
-    image_grad = images.new_empty(num, height, width, channels)
-    transformed_grad = images.new_zeros(n * n, channels, filters)
-    parts = (tensor.permute(0, 2, 3, 1).split(at_once) for tensor in (images, grad))
-    for some, some_grad, into in zip(*parts, image_grad.split(at_once), strict=True):
-        k = len(some)
-        padded_grad[:k, :height, :width] = some_grad
-        squares = _part(a, size, size, k, rows, columns, filters)
-        squares.copy_(padded_grad[:k].view(k, rows, size, columns, size, filters).permute(2, 4, 0, 1, 3, 5))
-        products = torch.mm(by_output.T, squares.view(size * size, -1), out=_part(c, n * n, squares[0, 0].numel()))
-        products = products.view(n * n, -1, filters)
-        if of_weight:
-            padded[:k, 1 : height + 1, 1 : width + 1] = some
-            tiles = _transformed_tiles(padded[:k], tiling, by_input, a, b)
-            transformed_grad.baddbmm_(tiles.transpose(1, 2), products)
-        if of_images:
-            tiles = torch.bmm(products, transformed, out=_part(b, n * n, products.shape[1], channels))
-            tiles = torch.mm(by_input.T, tiles.flatten(1), out=_part(a, n * n, tiles[0].numel()))
-            into.copy_(_overlapping_sums(tiles.view(n, n, k, rows, columns, channels), sums[:k])[:, :height, :width])
-    weight_grad = (by_weight.T @ transformed_grad.flatten(1)).view(3, 3, channels, filters).permute(3, 2, 0, 1)
-    return image_grad.permute(0, 3, 1, 2) if of_images else None, weight_grad if of_weight else None
+    input_matrix, weight_matrix, output_matrix = _matrices(size)
+    weights = (weight_matrix @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(n * n, out_channels, in_channels)
+    most_channels = max(in_channels, out_channels)
+    chunk_size = tiling.chunk_size(num, most_channels)
+    padded = images.new_zeros(chunk_size, bottom + 2, right + 2, in_channels)
+    padded_grad = images.new_zeros(chunk_size, bottom, right, out_channels)
+    buffers = (images.new_empty(n * n * chunk_size * rows * columns * most_channels) for _ in range(3))
+    scratch, other, products_buffer = buffers
+    sums = images.new_empty(chunk_size, rows + 1, size, columns + 1, size, in_channels)
+    image_grad = torch.empty_like(images, memory_format=torch.channels_last)
+    weights_grad = images.new_zeros(n * n, in_channels, out_channels)
+    chunks = (tensor.permute(0, 2, 3, 1).split(chunk_size) for tensor in (images, grad, image_grad))
+    for chunk, chunk_grad, into in zip(*chunks, strict=True):
+        count = len(chunk)
+        padded_grad[:count, :height, :width] = chunk_grad
+        squares = _part(scratch, size, size, count, rows, columns, out_channels)
+        of_tiles = padded_grad[:count].view(count, rows, size, columns, size, out_channels)
+        squares.copy_(of_tiles.permute(2, 4, 0, 1, 3, 5))
+        flat = squares.view(size * size, -1)
+        products = torch.mm(output_matrix.T, flat, out=_part(products_buffer, n * n, flat.shape[1]))
+        products = products.view(n * n, -1, out_channels)
+        if needs_weight:
+            padded[:count, 1 : height + 1, 1 : width + 1] = chunk
+            tiles = _transformed_tiles(padded[:count], tiling, input_matrix, scratch, other)
+            weights_grad.baddbmm_(tiles.mT, products)
+        if needs_images:
+            tiles = torch.bmm(products, weights, out=_part(other, n * n, products.shape[1], in_channels))
+            tiles = torch.mm(input_matrix.T, tiles.flatten(1), out=_part(scratch, n * n, tiles[0].numel()))
+            tiles = tiles.view(n, n, count, rows, columns, in_channels)
+            into.copy_(_overlapping_sums(tiles, sums[:count])[:, :height, :width])
+    weight_grad = (weight_matrix.T @ weights_grad.flatten(1)).view(3, 3, in_channels, out_channels)
+    return image_grad if needs_images else None, weight_grad.permute(3, 2, 0, 1) if needs_weight else None
 
 
-def _transformed_tiles(padded: Tensor, tiling: _Tiling, of_input: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return the transformed overlapping tiles of padded images, (n * n, tiles, channels), in `b`; `a` is scratch."""
+def _transformed_tiles(
+    padded: Float[Tensor, "batch bottom right channels"],
+    tiling: _Tiling,
+    input_matrix: Float[Tensor, "points points"],
+    scratch: Tensor,
+    out: Tensor,
+) -> Float[Tensor, "points tiles channels"]:
+    """Return the transformed overlapping tiles of padded images, in the buffer `out`."""
     size, rows, columns = tiling
     image, row, column, _ = padded.stride()
     shape = (size + 2, size + 2, len(padded), rows, columns, padded.shape[-1])
-    tiles = _part(a, *shape)
+    tiles = _part(scratch, *shape)
     tiles.copy_(padded.as_strided(shape, (row, column, image, size * row, size * column, 1)))
-    flat = tiles.view(len(of_input), -1)
-    return torch.mm(of_input, flat, out=_part(b, *flat.shape)).view(len(of_input), -1, shape[-1])
+    flat = tiles.view(len(input_matrix), -1)
+    return torch.mm(input_matrix, flat, out=_part(out, *flat.shape)).view(len(input_matrix), -1, shape[-1])
 
 
-def _overlapping_sums(tiles: Tensor, sums: Tensor) -> Tensor:
-    """Add tiles (n, n, batch, rows, columns, channels) up where they overlap; return them without the padding of 1."""
+def _overlapping_sums(
+    tiles: Float[Tensor, "n n batch rows columns channels"], sums: Float[Tensor, "batch rows+1 m columns+1 m channels"]
+) -> Float[Tensor, "batch bottom right channels"]:
+    """Add tiles up where they overlap, in the buffer `sums`; return them without the padding of 1."""
     n, _, num, rows, columns, channels = tiles.shape
     size = n - 2
     tiles = tiles.permute(2, 3, 0, 4, 1, 5)
@@ -193,31 +217,31 @@ def _overlapping_sums(tiles: Tensor, sums: Tensor) -> Tensor:
 
 def _part(buffer: Tensor, *shape: int) -> Tensor:
     """Return the first elements of a buffer, in a shape."""
-    return buffer[: functools.reduce(int.__mul__, shape)].view(shape)
+    return buffer[: math.prod(shape)].view(shape)
 
 
 @functools.lru_cache
-def _tiling(shape: torch.Size, filters: int) -> _Tiling:
+def _tiling(shape: torch.Size, out_channels: int) -> _Tiling:
     """Return the tiling with the fewest multiplications for images (batch, channels, height, width)."""
-    size = min(range(2, _LARGEST_TILE + 1), key=lambda size: _multiplications(size, shape, filters))
+    size = min(_TILE_SIZES, key=lambda size: _multiplications(size, shape, out_channels))
     return _Tiling(size, -(-shape[2] // size), -(-shape[3] // size))
 
 
-def _multiplications(size: int, shape: torch.Size, filters: int) -> int:
+def _multiplications(size: int, shape: torch.Size, out_channels: int) -> int:
     """Return how many multiplications tiles of a size need, those of the transforms included."""
-    num, channels, height, width = shape
+    num, in_channels, height, width = shape
     points = (size + 2) ** 2
-    a_tile = points * (channels * filters + points * channels + size**2 * filters)
-    return num * -(-height // size) * -(-width // size) * a_tile + 9 * points * channels * filters
+    a_tile = points * (in_channels * out_channels + points * in_channels + size**2 * out_channels)
+    return num * -(-height // size) * -(-width // size) * a_tile + 9 * points * in_channels * out_channels
 
 
-def _is_worthwhile(shape: torch.Size, filters: int) -> bool:
-    needed = _multiplications(_tiling(shape, filters).size, shape, filters)
-    return 9 * shape.numel() * filters > _WORTHWHILE * needed
+def _is_worthwhile(shape: torch.Size, out_channels: int) -> bool:
+    needed = _multiplications(_tiling(shape, out_channels).size, shape, out_channels)
+    return 9 * shape.numel() * out_channels > _WORTHWHILE * needed
 
 
 @functools.cache
-def _transforms(size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _matrices(size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the matrices that transform tiles of the input (n^2, n^2), weights (n^2, 9) and outputs (size^2, n^2).
 
     n is size + 2. By Cook and Toom: a convolution is a product of polynomials, and that is the product of their values
@@ -225,18 +249,17 @@ def _transforms(size: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     points = torch.tensor(_POINTS[: size + 1], dtype=torch.float64)
     others = [torch.cat([points[:k], points[k + 1 :]]) for k in range(len(points))]
-    leading = torch.eye(3, dtype=torch.float64)[2]
     of_input = torch.stack([F.pad(_with_roots(roots), (0, 1)) for roots in others] + [_with_roots(points)])
     values = [point ** torch.arange(3) / (point - roots).prod() for point, roots in zip(points, others, strict=True)]
-    of_weight = torch.stack([*values, leading])
+    of_weight = torch.stack([*values, torch.eye(3, dtype=torch.float64)[2]])
     of_output = torch.cat([points ** torch.arange(size)[:, None], torch.eye(size, dtype=torch.float64)[:, -1:]], 1)
-    kron_of_input, kron_of_weight, kron_of_output = (
+    input_matrix, weight_matrix, output_matrix = (
         torch.kron(matrix, matrix).float() for matrix in (of_input, of_weight, of_output)
     )
-    return kron_of_input, kron_of_weight, kron_of_output
+    return input_matrix, weight_matrix, output_matrix
 
 
-def _with_roots(roots: Tensor) -> Tensor:
+def _with_roots(roots: Float[Tensor, " degree"]) -> Float[Tensor, " degree+1"]:
     """Return the coefficients of the polynomial with these roots, the constant first."""
     coefficients = torch.ones(1, dtype=torch.float64)
     for root in roots:
@@ -244,8 +267,15 @@ def _with_roots(roots: Tensor) -> Tensor:
     return coefficients
 
 
-def _become(module: nn.Module, kind: type[nn.Conv2d]) -> None:
-    module.__class__ = kind  # and no other module, so that hooks and shared layers stay
+def _is_computable(conv: nn.Conv2d, input: Tensor) -> bool:
+    """Whether the algorithm computes what `Conv2d` does, and as precisely, of such an input at this moment."""
+    is_batch = input.dim() == 4 and input.shape[1] == conv.weight.shape[1] and _is_3x3(conv)
+    is_float32 = input.dtype == conv.weight.dtype == torch.float32 and input.device.type == "cpu"
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # of the class that replaces the module
+    is_precise = matmul.fp32_precision in ("none", "ieee")  # else products are rounded to bfloat16 or TF32
+    is_traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+    is_transformed = is_traced or torch._C._are_functorch_transforms_active()  # as by torch.func.vmap
+    return is_batch and is_float32 and is_precise and not is_transformed and not torch.is_autocast_enabled("cpu")
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

@@ -32,7 +32,6 @@ from cifar_lightning.models.fine_tuning import FrozenLayers, lr_scales
 from cifar_lightning.models.memory_format import MemoryFormat, use_memory_format
 from cifar_lightning.models.registry import DEFAULT_MODEL, build_model, choose_model, import_path_of
 from cifar_lightning.models.state_dicts import describe_misfits
-from cifar_lightning.models.winograd import use_direct, use_winograd
 from cifar_lightning.optim.optimizers import OptimizerSettings, build_optimizer
 from cifar_lightning.optim.schedules import ScheduleName, ScheduleSettings, make_schedule
 from cifar_lightning.runs.environment import package_version, portable
@@ -48,6 +47,7 @@ from cifar_lightning.training.eval_metrics import (
     update_evaluation,
     values_of,
 )
+from cifar_lightning.training.faster_convolutions import FasterConvolutions
 from cifar_lightning.training.lightning_patches import PlainHookNames
 from cifar_lightning.training.losses import DEFAULT_LOSS, check_loss, make_loss, name_of
 from cifar_lightning.training.model_checks import (
@@ -242,17 +242,11 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     # -- training ------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Convolve faster on a CPU. Forget an earlier resume; a checkpoint to resume from is loaded after this."""
-        if self.trainer.strategy.root_device.type == "cpu":
-            use_winograd(self.model)
+        """Forget an earlier resume; a checkpoint to resume from is loaded after this."""
         if stage == "fit":
             self._resumed_from = None
             if self._frozen is not None:
                 self._frozen.set_epoch(self.current_epoch, self.trainer.world_size)
-
-    def teardown(self, stage: str) -> None:
-        """Leave the model as it was given."""
-        use_direct(self.model)
 
     def train(self, mode: bool = True) -> "ImageClassifier":
         """Set the mode of all modules but frozen norms, which keep their statistics."""
@@ -362,8 +356,10 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         return getattr(self.configure_optimizers, "__func__", None) is ImageClassifier.configure_optimizers
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Return EMA, where it is on, and for `fit` the callbacks that every training needs."""
-        callbacks: list[pl.Callback] = [EmaWeights(self.ema_decay)] if self.ema_decay else []
+        """Return faster convolutions, EMA, where it is on, and for `fit` the callbacks that every training needs."""
+        callbacks: list[pl.Callback] = [FasterConvolutions()]
+        if self.ema_decay:
+            callbacks.append(EmaWeights(self.ema_decay))
         if self.trainer.state.fn == TrainerFn.FITTING:
             callbacks.append(NanGuard())
             if self.plans_schedule:

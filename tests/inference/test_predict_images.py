@@ -180,7 +180,7 @@ def test_the_batch_size_changes_nothing(run, batch_size):
 
 
 def test_fewer_multiplications_from_some_images_on_change_no_class_and_hardly_a_probability(run, monkeypatch):
-    monkeypatch.setattr(predict, "_WINOGRAD_FROM", 40)
+    monkeypatch.setattr(predict, "_FASTER_FROM", 40)
     monkeypatch.setattr(predict, "keep_freed_memory", lambda: None)  # of this process, for the tests that follow
     monkeypatch.setattr(winograd, "_WORTHWHILE", 0)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)

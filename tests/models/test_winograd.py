@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
@@ -54,12 +55,17 @@ def test_a_convolution_and_its_gradients_equal_those_in_float64(height, width, b
 
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("size", range(2, 7))
-def test_each_size_of_tile_gives_the_same(size, monkeypatch):
-    monkeypatch.setattr(winograd, "_tiling", lambda *_: winograd._Tiling(size, -(-11 // size), -(-9 // size)))
+def test_each_size_of_tile_and_a_last_chunk_that_is_smaller_give_the_same(size, monkeypatch):
+    monkeypatch.setattr(winograd, "_tiling", lambda *_: winograd._Tiling(size, -(-11 // size), -(-12 // size)))
+    monkeypatch.setattr(winograd._Tiling, "chunk_size", lambda *_: 2)
     torch.manual_seed(size)
-    images, weight = torch.randn(2, 4, 11, 9), torch.randn(6, 4, 3, 3)
-    expected = nn.functional.conv2d(images.double(), weight.double(), padding=1)
-    torch.testing.assert_close(winograd._convolve(images, weight).double(), expected, atol=3e-4, rtol=0)
+    images, weight = torch.randn(3, 8, 11, 12), torch.randn(6, 8, 3, 3)
+    exact = [tensor.double().requires_grad_() for tensor in (images, weight)]
+    expected = nn.functional.conv2d(*exact, padding=1)
+    grad = torch.randn_like(expected)
+    found = [winograd._convolve(images, weight), *winograd._gradients(images, weight, grad.float(), True, True)]
+    for one, other in zip(found, (expected.detach(), *torch.autograd.grad(expected, exact, grad)), strict=True):
+        torch.testing.assert_close(one.double(), other, atol=2e-5 * float(other.abs().max()), rtol=0)
 
 
 @pytest.mark.usefixtures("always")
@@ -201,13 +207,22 @@ def test_a_trace_and_a_compiled_graph_have_the_direct_convolution(monkeypatch):
 
 
 @pytest.mark.usefixtures("always")
-def test_a_model_in_use_by_another_thread_predicts_on():
+def test_a_model_in_use_by_another_thread_predicts_on(monkeypatch):
     conv = nn.Conv2d(8, 8, 3, padding=1)
     images = torch.randn(1, 8, 8, 8)
     expected = conv(images).detach()
+    convolve, calls = winograd._convolve, []
+
+    def end_and_convolve(*tensors):
+        calls.append(1)
+        conv.__class__ = nn.Conv2d  # as another thread may, in the midst of a forward pass
+        return convolve(*tensors)
+
+    monkeypatch.setattr(winograd, "_convolve", end_and_convolve)
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda _: _predict_faster(conv, images, expected), range(40)))
     assert type(conv) is nn.Conv2d
+    assert calls
 
 
 def _predict_faster(conv, images, expected):
@@ -216,33 +231,122 @@ def _predict_faster(conv, images, expected):
 
 
 @pytest.mark.usefixtures("always")
-def test_training_on_a_cpu_uses_it_and_leaves_the_model_as_it_was(monkeypatch, tmp_path):
-    counts, convolve = {"forward": 0, "backward": 0}, winograd._convolve
-    gradients = winograd._gradients
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_an_output_can_be_changed_in_place(memory_format):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, padding=1, bias=False).to(memory_format=memory_format)
+    direct, images = copy.deepcopy(conv), torch.randn(2, 8, 8, 8)
+    use_winograd(conv)
+    outputs = []
+    for layer in (conv, direct):
+        output = layer(images)
+        output += images
+        output.relu_().sum().backward()
+        outputs.append((output.detach(), layer.weight.grad))
+    torch.testing.assert_close(*outputs, atol=1e-3, rtol=1e-4)
 
-    def counted(name, function):
-        def call(*arguments):
-            counts[name] += 1
-            return function(*arguments)
 
-        return call
+@pytest.mark.usefixtures("always")
+def test_it_is_not_used_where_products_are_less_precise_or_transformed(monkeypatch):
+    conv, images = nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 8, 8)
+    expected = conv(images)
+    use_winograd(conv)
+    assert not torch.equal(conv(images), expected)
+    monkeypatch.setattr(winograd, "_convolve", refuse)
+    for precision in ("bf16", "tf32"):
+        torch.backends.mkldnn.matmul.fp32_precision = precision
+        try:
+            torch.testing.assert_close(conv(images), expected)
+        finally:
+            torch.backends.mkldnn.matmul.fp32_precision = "none"
+    each = torch.func.vmap(lambda image: conv(image[None])[0])(images)
+    torch.testing.assert_close(each, expected)
+    conv.stride = (2, 2)  # by code of one's own, in the midst of a run
+    assert conv(images).shape == (2, 8, 4, 4)
+    with pytest.raises(RuntimeError, match="channels"):
+        conv(images[:, :4])
+
+
+def test_without_mkl_nothing_changes(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))
+    with fewer_multiplications(model):
+        assert type(model[0]) is nn.Conv2d
+
+
+def test_one_within_another_ends_alone():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))
+    with fewer_multiplications(model):
+        with fewer_multiplications(model):
+            pass
+        assert type(model[0]) is WinogradConv2d
+    assert type(model[0]) is nn.Conv2d
+
+
+def is_changed(model):
+    return any(type(module) is WinogradConv2d for module in model.modules())
+
+
+class Note(pl.Callback):
+    """Notes whether the model has other convolutions in each stage, and may end training by an error."""
+
+    def __init__(self, error=None):
+        self.seen, self.error = {}, error
+
+    def note(self, trainer, pl_module, *_):
+        self.seen[trainer.state.stage.value] = is_changed(pl_module)
+        if self.error and trainer.training:
+            raise self.error
+
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = note
+
+
+def small_classifier():
+    pl.seed_everything(0)
+    model = SmallNet(10, widths=(4, 8, 16))
+    return model, ImageClassifier(model=model, num_classes=10, lr=1e-3)
+
+
+@pytest.mark.usefixtures("always")
+def test_training_on_a_cpu_uses_it_forward_and_backward(monkeypatch, tmp_path):
+    counts = {"_convolve": 0, "_gradients": 0}
 
     def train(patched):
+        model, classifier = small_classifier()
         with monkeypatch.context() as patch:
             if patched:
-                patch.setattr(winograd, "_convolve", counted("forward", convolve))
-                patch.setattr(winograd, "_gradients", counted("backward", gradients))
+                for name in counts:
+                    patch.setattr(winograd, name, partial(counted, name, getattr(winograd, name)))
             else:
                 patch.setattr(winograd, "_WORTHWHILE", 1e9)
-            pl.seed_everything(0)
-            model = SmallNet(10, widths=(4, 8, 16))
-            classifier = ImageClassifier(model=model, num_classes=10, lr=1e-3)
             quiet_trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(classifier, small_data())
-        assert all(type(module) is not WinogradConv2d for module in model.modules())
         return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
 
+    def counted(name, function, *arguments):
+        counts[name] += 1
+        return function(*arguments)
+
     found, expected = train(True), train(False)
-    assert counts["forward"] == counts["backward"] > 0
-    assert counts["forward"] % 6 == 0, "each convolution of each step"
+    assert counts == dict.fromkeys(counts, 9 * 6), "6 convolutions in 9 steps"
     assert not torch.equal(found, expected)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+def test_every_stage_uses_it_and_the_model_is_left_as_it_was(tmp_path):
+    model, classifier = small_classifier()
+    note = Note()
+    trainer = quiet_trainer(tmp_path, max_epochs=1, num_sanity_val_steps=1, callbacks=[note])
+    for stage in (trainer.fit, trainer.validate, trainer.test, trainer.predict):
+        stage(classifier, datamodule=small_data())
+        assert not is_changed(model)
+    assert note.seen == dict.fromkeys(("sanity_check", "train", "validate", "test", "predict"), True)
+
+
+@pytest.mark.parametrize("error", [ValueError("stop"), KeyboardInterrupt()])
+def test_a_model_whose_training_ends_by_an_error_is_left_as_it_was(error, tmp_path):
+    model, classifier = small_classifier()
+    note = Note(error)
+    with pytest.raises((ValueError, SystemExit, KeyboardInterrupt)):
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[note]).fit(classifier, small_data())
+    assert note.seen["train"]
+    assert not is_changed(model)

@@ -25,7 +25,7 @@ def settled(precision, monkeypatch, *, gain=None, deterministic=False):
     [
         (None, None, "32-true", []),
         (None, 0.5, "32-true", []),
-        (None, 1.1, "32-true", []),
+        (None, 1.4, "32-true", []),  # with fewer multiplications float32 is about as fast
         (None, 1.9, "bf16-mixed", []),
         ("16-mixed", 1.9, "32-true", ["--trainer.precision 16-mixed", "a GPU"]),
         ("bf16-mixed", 1.9, "bf16-mixed", []),
