@@ -99,6 +99,8 @@ def speed_table() -> str:
     add("streaming", what, lambda found: _ratio_of(found["ratios"], 0, images), command)
     what = "Host time that `fit` adds to a step against plain Lightning"
     add("overhead", what, lambda found: _ratio_of(found["added_over_plain"], 2, "of it"), "speed.overhead --rounds 3")
+    what = "Training steps of SmallNet on a CPU in float32 against steps with torch's convolutions"
+    add("winograd", what, lambda found: _ratio_of(found["rows"][-1]["ratios"], 2, images), "speed.winograd")
     what = "Folder of images in `predict-images` against one image at a time"
     add("predict", what, lambda found: _ratio_of(found["ratios"], 1, images), "speed.predict")
     add("faults", "Faults: kills, full disks, damaged files, bad input", faults, "faults.run")

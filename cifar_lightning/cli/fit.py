@@ -261,7 +261,8 @@ def build_fit_trainer(
 ) -> pl.Trainer:
     """Return the Trainer with the callbacks that write the run's files.
 
-    `ImageClassifier.configure_callbacks` adds those of the model: NaN guard, EMA, whitening stem and resumed settings.
+    `ImageClassifier.configure_callbacks` adds those of the model: convolutions, NaN guard, EMA, whitening stem
+    and resumed settings.
     """
     keep_in_run(as_list(settings.trainer.callbacks), run)
     record = resume.point.record(resume.changes) if resume is not None else None

@@ -33,7 +33,7 @@ from cifar_lightning.formatting import clipped, csv_cell, percent, plural, print
 from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
 from cifar_lightning.metrics.significance import wilson_interval
 from cifar_lightning.models.stems import in_eval_mode
-from cifar_lightning.models.winograd import fewer_multiplications
+from cifar_lightning.models.winograd import winograd_convolutions
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.tta import TTA, tta_logits
 from cifar_lightning.transforms.augmentation import normalize
@@ -339,7 +339,7 @@ def _faster_on_cpu(model: nn.Module, num_images: int) -> Iterator[None]:
         yield
         return
     keep_freed_memory()  # or the kernel may map and zero the outputs of layers again and again
-    with fewer_multiplications(model):
+    with winograd_convolutions(model):
         yield
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _WORTHWHILE = 2.4  # times fewer multiplications, from which on a convolution is faster: benchmarks/LOG.md
-_TILE_BYTES = 8 << 20  # of the tiles transformed at a time, which stay in the cache
-_POINTS = [0, 1, -1, 2, -2, 0.5, -0.5]  # where polynomials are evaluated: small numbers, so that rounding stays small
+_TILE_BYTES = 4 << 20  # a thread, of the tiles transformed at a time, which stay in the cache
+_POINTS = (0, 1, -1, 2, -2, 0.5, -0.5)  # where polynomials are evaluated: small numbers, so that rounding stays small
 _TILE_SIZES = range(2, len(_POINTS))
 
 
@@ -31,8 +31,13 @@ class WinogradConv2d(nn.Conv2d):
             return nn.Conv2d.forward(self, input)
         output: Tensor = _Winograd.apply(input, self.weight)
         if self.bias is not None:
-            output = output + self.bias.view(-1, 1, 1)
+            output += self.bias.view(-1, 1, 1)
         return output if any(map(_is_channels_last, (input, self.weight))) else output.contiguous()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Let a copy, also a saved one, be a plain `Conv2d`, as the model is afterwards."""
+        make, arguments, *state = super().__reduce_ex__(protocol)
+        return make, (nn.Conv2d, *arguments[1:]), *state
 
 
 def use_winograd(model: nn.Module) -> list[nn.Conv2d]:
@@ -52,11 +57,12 @@ def use_winograd(model: nn.Module) -> list[nn.Conv2d]:
 def use_direct(changed: Iterable[nn.Conv2d]) -> None:
     """Undo `use_winograd`."""
     for module in changed:
-        module.__class__ = nn.Conv2d
+        if type(module) is WinogradConv2d:  # and not parametrized meanwhile, which makes a class of its own
+            module.__class__ = nn.Conv2d
 
 
 @contextmanager
-def fewer_multiplications(model: nn.Module) -> Iterator[None]:
+def winograd_convolutions(model: nn.Module) -> Iterator[None]:
     """Use Winograd's algorithm while open. Other threads may call the model meanwhile: they get either algorithm's."""
     changed = use_winograd(model)
     try:
@@ -85,8 +91,8 @@ class _Winograd(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient of the gradient is wanted, which the loop over tiles has not
             ones, needed = (1, 1), (*ctx.needs_input_grad, False)
             direct = torch.ops.aten.convolution_backward
-            of_each = direct(grad, images, weight, None, ones, ones, ones, False, (0, 0), 1, needed)
-            return of_each[0], of_each[1]
+            gradients = direct(grad, images, weight, None, ones, ones, ones, False, (0, 0), 1, needed)
+            return gradients[0], gradients[1]
         with torch.autocast("cpu", enabled=False):
             return _gradients(images, weight, grad, *ctx.needs_input_grad)
 
@@ -100,7 +106,8 @@ class _Tiling(NamedTuple):
 
     def chunk_size(self, num: int, channels: int) -> int:
         """Return the tiles of how many images fit into the cache."""
-        return max(1, min(num, _TILE_BYTES // (4 * (self.size + 2) ** 2 * self.rows * self.columns * channels)))
+        image_bytes = 4 * (self.size + 2) ** 2 * self.rows * self.columns * channels
+        return max(1, min(num, torch.get_num_threads() * _TILE_BYTES // image_bytes))
 
 
 def _convolve(
@@ -116,16 +123,18 @@ def _convolve(
     most_channels = max(in_channels, out_channels)
     chunk_size = tiling.chunk_size(num, most_channels)
     padded = images.new_zeros(chunk_size, bottom + 2, right + 2, in_channels)
-    scratch, other = (images.new_empty(n * n * chunk_size * rows * columns * most_channels) for _ in range(2))
+    scratch, transformed = (images.new_empty(n * n * chunk_size * rows * columns * most_channels) for _ in range(2))
     # Not a view of a tensor (height, width, channels), which autograd lets nobody change in place.
-    output = torch.empty(num, out_channels, height, width, memory_format=torch.channels_last)
+    output = torch.empty(
+        (num, out_channels, height, width), dtype=images.dtype, device=images.device, memory_format=torch.channels_last
+    )
     chunks = (tensor.permute(0, 2, 3, 1).split(chunk_size) for tensor in (images, output))
     for chunk, into in zip(*chunks, strict=True):
         count = len(chunk)
         padded[:count, 1 : height + 1, 1 : width + 1] = chunk
-        tiles = _transformed_tiles(padded[:count], tiling, input_matrix, scratch, other)
+        tiles = _transformed_tiles(padded[:count], tiling, input_matrix, scratch, transformed)
         products = torch.bmm(tiles, weights, out=_part(scratch, n * n, tiles.shape[1], out_channels))
-        squares = torch.mm(output_matrix, products.flatten(1), out=_part(other, size * size, products[0].numel()))
+        squares = torch.mm(output_matrix, products.flatten(1), out=_part(transformed, size * size, products[0].numel()))
         whole = squares.view(size, size, count, rows, columns, out_channels).permute(2, 3, 0, 4, 1, 5)
         if (bottom, right) == (height, width):
             into.view(whole.shape).copy_(whole)
@@ -153,7 +162,7 @@ def _gradients(
     padded = images.new_zeros(chunk_size, bottom + 2, right + 2, in_channels)
     padded_grad = images.new_zeros(chunk_size, bottom, right, out_channels)
     buffers = (images.new_empty(n * n * chunk_size * rows * columns * most_channels) for _ in range(3))
-    scratch, other, products_buffer = buffers
+    scratch, transformed, products_buffer = buffers
     sums = images.new_empty(chunk_size, rows + 1, size, columns + 1, size, in_channels)
     image_grad = torch.empty_like(images, memory_format=torch.channels_last)
     weights_grad = images.new_zeros(n * n, in_channels, out_channels)
@@ -169,10 +178,10 @@ def _gradients(
         products = products.view(n * n, -1, out_channels)
         if needs_weight:
             padded[:count, 1 : height + 1, 1 : width + 1] = chunk
-            tiles = _transformed_tiles(padded[:count], tiling, input_matrix, scratch, other)
+            tiles = _transformed_tiles(padded[:count], tiling, input_matrix, scratch, transformed)
             weights_grad.baddbmm_(tiles.mT, products)
         if needs_images:
-            tiles = torch.bmm(products, weights, out=_part(other, n * n, products.shape[1], in_channels))
+            tiles = torch.bmm(products, weights, out=_part(transformed, n * n, products.shape[1], in_channels))
             tiles = torch.mm(input_matrix.T, tiles.flatten(1), out=_part(scratch, n * n, tiles[0].numel()))
             tiles = tiles.view(n, n, count, rows, columns, in_channels)
             into.copy_(_overlapping_sums(tiles, sums[:count])[:, :height, :width])
@@ -231,8 +240,8 @@ def _multiplications(size: int, shape: torch.Size, out_channels: int) -> int:
     """Return how many multiplications tiles of a size need, those of the transforms included."""
     num, in_channels, height, width = shape
     points = (size + 2) ** 2
-    a_tile = points * (in_channels * out_channels + points * in_channels + size**2 * out_channels)
-    return num * -(-height // size) * -(-width // size) * a_tile + 9 * points * in_channels * out_channels
+    per_tile = points * (in_channels * out_channels + points * in_channels + size**2 * out_channels)
+    return num * -(-height // size) * -(-width // size) * per_tile + 9 * points * in_channels * out_channels
 
 
 def _is_worthwhile(shape: torch.Size, out_channels: int) -> bool:
@@ -269,13 +278,14 @@ def _with_roots(roots: Float[Tensor, " degree"]) -> Float[Tensor, " degree+1"]:
 
 def _is_computable(conv: nn.Conv2d, input: Tensor) -> bool:
     """Whether the algorithm computes what `Conv2d` does, and as precisely, of such an input at this moment."""
+    # First, as a compiler would not get past the others; the last is of torch.func.vmap and its like.
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
     is_batch = input.dim() == 4 and input.shape[1] == conv.weight.shape[1] and _is_3x3(conv)
     is_float32 = input.dtype == conv.weight.dtype == torch.float32 and input.device.type == "cpu"
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # of the class that replaces the module
     is_precise = matmul.fp32_precision in ("none", "ieee")  # else products are rounded to bfloat16 or TF32
-    is_traced = torch.compiler.is_compiling() or torch._C._is_tracing()
-    is_transformed = is_traced or torch._C._are_functorch_transforms_active()  # as by torch.func.vmap
-    return is_batch and is_float32 and is_precise and not is_transformed and not torch.is_autocast_enabled("cpu")
+    return is_batch and is_float32 and is_precise and not torch.is_autocast_enabled("cpu")
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

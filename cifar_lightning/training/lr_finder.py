@@ -21,6 +21,7 @@ from lightning.pytorch.tuner.tuning import Tuner
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, silenced
 from cifar_lightning.files import write_bytes_durably, write_json
+from cifar_lightning.models.winograd import winograd_convolutions
 from cifar_lightning.optim.optimizers import OptimizerSettings
 from cifar_lightning.report.figures import figure_to_png, lr_range_figure
 from cifar_lightning.runs.folder import RunFolder
@@ -80,6 +81,7 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
         silenced("lightning.pytorch"),  # it logs the checkpoint that it restores
         contextlib.redirect_stderr(bar),
         warnings.catch_warnings(action="ignore"),
+        winograd_convolutions(tuned),  # Lightning leaves out the callback that does it
     ):
         trainer = pl.Trainer(**{**trainer_settings, **quiet, "default_root_dir": folder})
         if trainer.world_size > 1:

@@ -47,7 +47,6 @@ from cifar_lightning.training.eval_metrics import (
     update_evaluation,
     values_of,
 )
-from cifar_lightning.training.faster_convolutions import FasterConvolutions
 from cifar_lightning.training.lightning_patches import PlainHookNames
 from cifar_lightning.training.losses import DEFAULT_LOSS, check_loss, make_loss, name_of
 from cifar_lightning.training.model_checks import (
@@ -63,6 +62,7 @@ from cifar_lightning.training.step_count import count_steps, current_lr
 from cifar_lightning.training.train_metrics import TrainMetrics, means_of
 from cifar_lightning.training.tta import TTA, tta_logits
 from cifar_lightning.training.whitening_stem import WhiteningStem, whitening_stem_of
+from cifar_lightning.training.winograd_convolutions import WinogradConvolutions
 from cifar_lightning.transforms.mixup import Mixing
 
 Batch = tuple[Tensor, Tensor] | list[Tensor]
@@ -356,8 +356,10 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         return getattr(self.configure_optimizers, "__func__", None) is ImageClassifier.configure_optimizers
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Return faster convolutions, EMA, where it is on, and for `fit` the callbacks that every training needs."""
-        callbacks: list[pl.Callback] = [FasterConvolutions()]
+        """Return those of convolutions and EMA, and for `fit` the callbacks that every training needs."""
+        callbacks: list[pl.Callback] = []
+        if WinogradConvolutions not in map(type, self.trainer.callbacks):  # it is of an earlier call of this Trainer
+            callbacks.append(WinogradConvolutions())
         if self.ema_decay:
             callbacks.append(EmaWeights(self.ema_decay))
         if self.trainer.state.fn == TrainerFn.FITTING:

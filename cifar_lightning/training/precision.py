@@ -9,9 +9,9 @@ import torch
 from jsonargparse import Namespace
 from torch.nn import functional as F
 
-# bfloat16 is the default from here on: a step is not convolutions alone, and those of float32 have fewer
-# multiplications, with which steps are 1.2 to 1.5 times as fast (models/winograd.py).
-_WORTHWHILE = 1.5
+# bfloat16 is the default from here on: a step is not convolutions alone; and with MKL those of float32 have fewer
+# multiplications than the ones that are timed (models/winograd.py).
+_WORTHWHILE = 1.5 if torch.backends.mkl.is_available() else 1.25
 
 
 def default_precision(on_cuda: bool) -> tuple[str, str]:

@@ -1,6 +1,9 @@
 """Winograd's convolutions and their gradients equal the direct ones, and a model gets its own back."""
 
 import copy
+import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -8,12 +11,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from fitting import quiet_trainer, small_data
+from program import REPO
 from torch import nn
 
 from cifar_lightning import ImageClassifier, SmallNet
 from cifar_lightning.models import winograd
 from cifar_lightning.models.registry import build_model
-from cifar_lightning.models.winograd import WinogradConv2d, fewer_multiplications, use_winograd
+from cifar_lightning.models.winograd import WinogradConv2d, use_winograd, winograd_convolutions
+from cifar_lightning.training.winograd_convolutions import WinogradConvolutions
 
 SIZES = [(2, 3), (4, 4), (5, 9), (7, 7), (8, 6), (17, 12)]
 
@@ -112,7 +117,7 @@ def test_probabilities_of_a_model_differ_by_less_than_1e_4():
         model(images)  # statistics of BatchNorm
         logits = model.eval()(images)
         scale = 10 / logits.std()  # so that some predictions are sure and some are not
-        with fewer_multiplications(model):
+        with winograd_convolutions(model):
             assert any(type(module) is WinogradConv2d for module in model.modules())
             again = model(images)
     assert not torch.equal(again, logits), "another order of sums"
@@ -157,7 +162,7 @@ def test_a_model_that_changes_weights_or_precision_itself_predicts_as_without(na
 
     model, plain, images = make(), make(), torch.randn(2, 8, 7, 10)
     images = images.to(next(plain.parameters()).dtype)
-    with torch.no_grad(), fewer_multiplications(model):
+    with torch.no_grad(), winograd_convolutions(model):
         found = [model(images) for _ in range(3)]
     with torch.no_grad():
         torch.testing.assert_close(found, [plain(images) for _ in range(3)], atol=5e-5, rtol=1e-5)
@@ -180,7 +185,7 @@ def test_other_layers_stay_and_the_model_is_as_before_after_an_error(monkeypatch
     before = model["plain"](images)
 
     def stop():
-        with fewer_multiplications(model):
+        with winograd_convolutions(model):
             assert [name for name, layer in model.items() if isinstance(layer, WinogradConv2d)] == ["plain"]
             model["plain"](images)
             monkeypatch.setattr(winograd, "_convolve", refuse)
@@ -197,7 +202,7 @@ def test_other_layers_stay_and_the_model_is_as_before_after_an_error(monkeypatch
 
 @pytest.mark.usefixtures("always")
 @pytest.mark.filterwarnings("ignore")  # of torch.jit.trace
-def test_a_trace_and_a_compiled_graph_have_the_direct_convolution(monkeypatch):
+def test_a_trace_and_an_export_have_the_direct_convolution(monkeypatch):
     conv, images = nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 8, 8)
     use_winograd(conv)
     monkeypatch.setattr(winograd, "_convolve", refuse)
@@ -226,7 +231,7 @@ def test_a_model_in_use_by_another_thread_predicts_on(monkeypatch):
 
 
 def _predict_faster(conv, images, expected):
-    with torch.no_grad(), fewer_multiplications(conv):
+    with torch.no_grad(), winograd_convolutions(conv):
         torch.testing.assert_close(conv(images), expected, atol=2e-5, rtol=0)
 
 
@@ -270,14 +275,54 @@ def test_it_is_not_used_where_products_are_less_precise_or_transformed(monkeypat
 def test_without_mkl_nothing_changes(monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))
-    with fewer_multiplications(model):
+    with winograd_convolutions(model):
         assert type(model[0]) is nn.Conv2d
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_a_plain_convolution(copied):
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))
+    with winograd_convolutions(model):
+        assert type(copied(model)[0]) is nn.Conv2d
+        assert type(model[0]) is WinogradConv2d
+    assert torch.equal(copied(model)[0].weight, model[0].weight)
+
+
+@pytest.mark.usefixtures("always")
+def test_a_layer_that_is_parametrized_meanwhile_stays_so():
+    model, images = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)), torch.randn(2, 8, 8, 8)
+    with winograd_convolutions(model):
+        nn.utils.parametrizations.weight_norm(model[0])
+        inside = model(images)
+    torch.testing.assert_close(model(images), inside, atol=2e-5, rtol=0)
+    torch.testing.assert_close(nn.functional.conv2d(images, model[0].weight, model[0].bias, padding=1), inside)
+
+
+COMPILED = """
+import torch
+from torch import nn
+from cifar_lightning.models import winograd
+
+winograd._WORTHWHILE = 0
+conv, images = nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 8, 8)
+expected = conv(images)
+winograd.use_winograd(conv)
+winograd._convolve = None
+torch.testing.assert_close(torch.compile(conv, backend="eager", fullgraph=True)(images), expected)
+"""
+
+
+@pytest.mark.slow  # torch's compiler takes seconds to import
+def test_a_compiled_graph_is_whole_and_has_the_direct_convolution():
+    # A process of its own: the tests' check of types cannot be compiled.
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_within_another_ends_alone():
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))
-    with fewer_multiplications(model):
-        with fewer_multiplications(model):
+    with winograd_convolutions(model):
+        with winograd_convolutions(model):
             pass
         assert type(model[0]) is WinogradConv2d
     assert type(model[0]) is nn.Conv2d
@@ -332,14 +377,17 @@ def test_training_on_a_cpu_uses_it_forward_and_backward(monkeypatch, tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.usefixtures("always")
 def test_every_stage_uses_it_and_the_model_is_left_as_it_was(tmp_path):
+    winograd._matrices.cache_clear()  # so that they are made in inference mode, and then used to train
     model, classifier = small_classifier()
     note = Note()
     trainer = quiet_trainer(tmp_path, max_epochs=1, num_sanity_val_steps=1, callbacks=[note])
-    for stage in (trainer.fit, trainer.validate, trainer.test, trainer.predict):
+    for stage in (trainer.validate, trainer.fit, trainer.test, trainer.predict):
         stage(classifier, datamodule=small_data())
         assert not is_changed(model)
     assert note.seen == dict.fromkeys(("sanity_check", "train", "validate", "test", "predict"), True)
+    assert sum(isinstance(callback, WinogradConvolutions) for callback in trainer.callbacks) == 1
 
 
 @pytest.mark.parametrize("error", [ValueError("stop"), KeyboardInterrupt()])

@@ -6,7 +6,7 @@ from torch import nn
 from cifar_lightning.models.winograd import use_direct, use_winograd
 
 
-class FasterConvolutions(pl.Callback):
+class WinogradConvolutions(pl.Callback):
     """Lets the model's convolutions use Winograd's algorithm on a CPU, and gives it back as it was, also on errors."""
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class FasterConvolutions(pl.Callback):
         if trainer.strategy.root_device.type == "cpu":
             self._changed += use_winograd(pl_module)
 
-    on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = _begin
+    on_train_start = on_validation_start = on_test_start = on_predict_start = _begin
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         use_direct(self._changed)
