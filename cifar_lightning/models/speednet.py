@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cifar_lightning.models.winograd import PooledConv2d
+
 _NUM_WHITENING = 5000  # at up to 32 pixels, as airbench
 
 
@@ -94,7 +96,8 @@ class _SpeedGroup(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, depth: int) -> None:
         super().__init__()
-        convs = [_identity_conv(in_channels if k == 0 else out_channels, out_channels) for k in range(depth)]
+        convs = [_identity_conv(in_channels, out_channels, PooledConv2d)]
+        convs += [_identity_conv(out_channels, out_channels) for _ in range(depth - 1)]
         self.convs = nn.ModuleList(convs)
         self.norms = nn.ModuleList(_BiasedNorm(out_channels) for _ in range(depth))
         self.pool = nn.MaxPool2d(2)
@@ -115,9 +118,9 @@ class _BiasedNorm(nn.BatchNorm2d):
         self.weight.requires_grad_(False)
 
 
-def _identity_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
+def _identity_conv(in_channels: int, out_channels: int, kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
     """Return a 3x3 convolution whose first filters are the identity, one per input channel."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+    conv = kind(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
     channels = torch.arange(min(in_channels, out_channels))
     with torch.no_grad():  # faster than nn.init.dirac_, which loops over filters
         conv.weight[: len(channels)] = 0

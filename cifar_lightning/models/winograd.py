@@ -25,19 +25,43 @@ _TILE_SIZES = range(2, len(_POINTS))
 class WinogradConv2d(nn.Conv2d):
     """A 3x3 convolution with stride 1 and padding 1 that uses Winograd's algorithm where it needs less time."""
 
+    is_pooled = False
+
     def forward(self, input: Float[Tensor, "*batch channels height width"]) -> Tensor:
         """Return the convolution in the memory format of `Conv2d`."""
-        if not (_is_computable(self, input) and _is_worthwhile(input.shape, len(self.weight))):
+        if not _is_computable(self, input):
             return nn.Conv2d.forward(self, input)
-        output: Tensor = _Winograd.apply(input, self.weight)
+        kept = _kept(input.shape) if self.is_pooled else input.shape
+        if _saving(kept, len(self.weight)) <= _WORTHWHILE:
+            return nn.Conv2d.forward(self, input)
+        output: Tensor = _Winograd.apply(input, self.weight, kept)
         if self.bias is not None:
             output += self.bias.view(-1, 1, 1)
         return output if any(map(_is_channels_last, (input, self.weight))) else output.contiguous()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Let a copy, also a saved one, be a plain `Conv2d`, as the model is afterwards."""
-        make, arguments, *state = super().__reduce_ex__(protocol)
-        return make, (nn.Conv2d, *arguments[1:]), *state
+        """Let a copy, also a saved one, be of the class that the model's layer is of afterwards."""
+        return object.__new__, (_DIRECT[type(self)],), self.__dict__
+
+
+class PooledConv2d(nn.Conv2d):
+    """A convolution before a 2x2 max-pool with stride 2, which drops a last row and column of an odd number.
+
+    `use_winograd` therefore need not compute them.
+    """
+
+
+class WinogradPooledConv2d(WinogradConv2d):
+    """`WinogradConv2d` for `PooledConv2d`."""
+
+    is_pooled = True
+
+
+_WINOGRAD: dict[type[nn.Conv2d], type[WinogradConv2d]] = {
+    nn.Conv2d: WinogradConv2d,
+    PooledConv2d: WinogradPooledConv2d,
+}
+_DIRECT: dict[type[nn.Conv2d], type[nn.Conv2d]] = {ours: direct for direct, ours in _WINOGRAD.items()}
 
 
 def use_winograd(model: nn.Module) -> list[nn.Conv2d]:
@@ -48,17 +72,18 @@ def use_winograd(model: nn.Module) -> list[nn.Conv2d]:
     """
     if not torch.backends.mkl.is_available():
         return []
-    changed = [module for module in model.modules() if type(module) is nn.Conv2d and _is_3x3(module)]
-    for module in changed:
-        module.__class__ = WinogradConv2d
+    convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    changed = [conv for conv in convs if type(conv) in _WINOGRAD and _is_3x3(conv)]
+    for conv in changed:
+        conv.__class__ = _WINOGRAD[type(conv)]
     return changed
 
 
 def use_direct(changed: Iterable[nn.Conv2d]) -> None:
     """Undo `use_winograd`."""
-    for module in changed:
-        if type(module) is WinogradConv2d:  # and not parametrized meanwhile, which makes a class of its own
-            module.__class__ = nn.Conv2d
+    for conv in changed:
+        if type(conv) in _DIRECT:  # and not parametrized meanwhile, which makes a class of its own
+            conv.__class__ = _DIRECT[type(conv)]
 
 
 @contextmanager
@@ -79,22 +104,24 @@ class _Winograd(torch.autograd.Function):
         ctx: Any,
         images: Float[Tensor, "batch in_channels height width"],
         weight: Float[Tensor, "out_channels in_channels 3 3"],
-    ) -> Float[Tensor, "batch out_channels height width"]:
+        kept: torch.Size,
+    ) -> Float[Tensor, "batch out_channels kept_height kept_width"]:
         ctx.save_for_backward(images, weight)
-        return _convolve(images, weight)
+        return _convolve(images, weight, kept)
 
     @staticmethod
     def backward(
-        ctx: Any, grad: Float[Tensor, "batch out_channels height width"]
-    ) -> tuple[Tensor | None, Tensor | None]:
+        ctx: Any, grad: Float[Tensor, "batch out_channels kept_height kept_width"]
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         images, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # a gradient of the gradient is wanted, which the loop over tiles has not
-            ones, needed = (1, 1), (*ctx.needs_input_grad, False)
-            direct = torch.ops.aten.convolution_backward
-            gradients = direct(grad, images, weight, None, ones, ones, ones, False, (0, 0), 1, needed)
-            return gradients[0], gradients[1]
+            ones, direct = (1, 1), torch.ops.aten.convolution_backward
+            grad = F.pad(grad, (0, images.shape[3] - grad.shape[3], 0, images.shape[2] - grad.shape[2]))
+            gradients = direct(grad, images, weight, None, ones, ones, ones, False, (0, 0), 1, (*needed, False))
+            return gradients[0], gradients[1], None
         with torch.autocast("cpu", enabled=False):
-            return _gradients(images, weight, grad, *ctx.needs_input_grad)
+            return *_gradients(images, weight, grad, *needed), None
 
 
 class _Tiling(NamedTuple):
@@ -111,11 +138,13 @@ class _Tiling(NamedTuple):
 
 
 def _convolve(
-    images: Float[Tensor, "batch in_channels height width"], weight: Float[Tensor, "out_channels in_channels 3 3"]
-) -> Float[Tensor, "batch out_channels height width"]:
-    """Return the convolution, channels_last."""
-    (num, in_channels, height, width), out_channels = images.shape, len(weight)
-    tiling = _tiling(images.shape, out_channels)
+    images: Float[Tensor, "batch in_channels height width"],
+    weight: Float[Tensor, "out_channels in_channels 3 3"],
+    kept: torch.Size,
+) -> Float[Tensor, "batch out_channels kept_height kept_width"]:
+    """Return the convolution, channels_last, of as many rows and columns as `kept` has, a shape as that of `images`."""
+    (num, in_channels, height, width), out_channels = kept, len(weight)
+    tiling = _tiling(kept, out_channels)
     size, rows, columns = tiling
     n, bottom, right = size + 2, size * rows, size * columns
     input_matrix, weight_matrix, output_matrix = _matrices(size)
@@ -131,8 +160,7 @@ def _convolve(
     chunks = (tensor.permute(0, 2, 3, 1).split(chunk_size) for tensor in (images, output))
     for chunk, into in zip(*chunks, strict=True):
         count = len(chunk)
-        padded[:count, 1 : height + 1, 1 : width + 1] = chunk
-        tiles = _transformed_tiles(padded[:count], tiling, input_matrix, scratch, transformed)
+        tiles = _transformed_tiles(chunk, padded[:count], tiling, input_matrix, scratch, transformed)
         products = torch.bmm(tiles, weights, out=_part(scratch, n * n, tiles.shape[1], out_channels))
         squares = torch.mm(output_matrix, products.flatten(1), out=_part(transformed, size * size, products[0].numel()))
         whole = squares.view(size, size, count, rows, columns, out_channels).permute(2, 3, 0, 4, 1, 5)
@@ -146,13 +174,13 @@ def _convolve(
 def _gradients(
     images: Float[Tensor, "batch in_channels height width"],
     weight: Float[Tensor, "out_channels in_channels 3 3"],
-    grad: Float[Tensor, "batch out_channels height width"],
+    grad: Float[Tensor, "batch out_channels kept_height kept_width"],
     needs_images: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of the images, channels_last, and of the weight: the transpose of each step."""
-    (num, in_channels, height, width), out_channels = images.shape, len(weight)
-    tiling = _tiling(images.shape, out_channels)
+    (num, in_channels, height, width), (out_channels, *kept) = images.shape, grad.shape[1:]
+    tiling = _tiling(torch.Size((num, in_channels, *kept)), out_channels)
     size, rows, columns = tiling
     n, bottom, right = size + 2, size * rows, size * columns
     input_matrix, weight_matrix, output_matrix = _matrices(size)
@@ -169,7 +197,7 @@ def _gradients(
     chunks = (tensor.permute(0, 2, 3, 1).split(chunk_size) for tensor in (images, grad, image_grad))
     for chunk, chunk_grad, into in zip(*chunks, strict=True):
         count = len(chunk)
-        padded_grad[:count, :height, :width] = chunk_grad
+        padded_grad[:count, : kept[0], : kept[1]] = chunk_grad
         squares = _part(scratch, size, size, count, rows, columns, out_channels)
         of_tiles = padded_grad[:count].view(count, rows, size, columns, size, out_channels)
         squares.copy_(of_tiles.permute(2, 4, 0, 1, 3, 5))
@@ -177,8 +205,7 @@ def _gradients(
         products = torch.mm(output_matrix.T, flat, out=_part(products_buffer, n * n, flat.shape[1]))
         products = products.view(n * n, -1, out_channels)
         if needs_weight:
-            padded[:count, 1 : height + 1, 1 : width + 1] = chunk
-            tiles = _transformed_tiles(padded[:count], tiling, input_matrix, scratch, transformed)
+            tiles = _transformed_tiles(chunk, padded[:count], tiling, input_matrix, scratch, transformed)
             weights_grad.baddbmm_(tiles.mT, products)
         if needs_images:
             tiles = torch.bmm(products, weights, out=_part(transformed, n * n, products.shape[1], in_channels))
@@ -190,14 +217,18 @@ def _gradients(
 
 
 def _transformed_tiles(
+    images: Float[Tensor, "batch height width channels"],
     padded: Float[Tensor, "batch bottom right channels"],
     tiling: _Tiling,
     input_matrix: Float[Tensor, "points points"],
     scratch: Tensor,
     out: Tensor,
 ) -> Float[Tensor, "points tiles channels"]:
-    """Return the transformed overlapping tiles of padded images, in the buffer `out`."""
+    """Return the transformed overlapping tiles of images, in the buffer `out`; the border of `padded` is of zeros."""
     size, rows, columns = tiling
+    _, height, width, _ = images.shape
+    inside = padded[:, 1 : height + 1, 1 : width + 1]  # with `kept`, the last row may lie outside
+    inside.copy_(images[:, : inside.shape[1], : inside.shape[2]])
     image, row, column, _ = padded.stride()
     shape = (size + 2, size + 2, len(padded), rows, columns, padded.shape[-1])
     tiles = _part(scratch, *shape)
@@ -244,9 +275,15 @@ def _multiplications(size: int, shape: torch.Size, out_channels: int) -> int:
     return num * -(-height // size) * -(-width // size) * per_tile + 9 * points * in_channels * out_channels
 
 
-def _is_worthwhile(shape: torch.Size, out_channels: int) -> bool:
-    needed = _multiplications(_tiling(shape, out_channels).size, shape, out_channels)
-    return 9 * shape.numel() * out_channels > _WORTHWHILE * needed
+def _kept(shape: torch.Size) -> torch.Size:
+    """Return the shape of images (batch, channels, height, width) without what a 2x2 pooling drops."""
+    num, channels, height, width = shape
+    return torch.Size((num, channels, height - height % 2, width - width % 2))
+
+
+def _saving(shape: torch.Size, out_channels: int) -> float:
+    """Return how many times fewer multiplications there are than in a direct convolution."""
+    return 9 * shape.numel() * out_channels / _multiplications(_tiling(shape, out_channels).size, shape, out_channels)
 
 
 @functools.cache

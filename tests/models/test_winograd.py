@@ -17,7 +17,7 @@ from torch import nn
 from cifar_lightning import ImageClassifier, SmallNet
 from cifar_lightning.models import winograd
 from cifar_lightning.models.registry import build_model
-from cifar_lightning.models.winograd import WinogradConv2d, use_winograd, winograd_convolutions
+from cifar_lightning.models.winograd import PooledConv2d, WinogradConv2d, use_winograd, winograd_convolutions
 from cifar_lightning.training.winograd_convolutions import WinogradConvolutions
 
 SIZES = [(2, 3), (4, 4), (5, 9), (7, 7), (8, 6), (17, 12)]
@@ -68,9 +68,34 @@ def test_each_size_of_tile_and_a_last_chunk_that_is_smaller_give_the_same(size, 
     exact = [tensor.double().requires_grad_() for tensor in (images, weight)]
     expected = nn.functional.conv2d(*exact, padding=1)
     grad = torch.randn_like(expected)
-    found = [winograd._convolve(images, weight), *winograd._gradients(images, weight, grad.float(), True, True)]
+    found = [
+        winograd._convolve(images, weight, images.shape),
+        *winograd._gradients(images, weight, grad.float(), True, True),
+    ]
     for one, other in zip(found, (expected.detach(), *torch.autograd.grad(expected, exact, grad)), strict=True):
         torch.testing.assert_close(one.double(), other, atol=2e-5 * float(other.abs().max()), rtol=0)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize(("height", "width"), [(7, 7), (5, 8), (15, 11), (13, 3), (2, 2)])
+def test_before_a_pooling_what_it_drops_need_not_be_computed(height, width):
+    torch.manual_seed(height)
+    conv, images = PooledConv2d(8, 12, 3, padding=1, bias=False), torch.randn(3, 8, height, width, requires_grad=True)
+    direct, pool = copy.deepcopy(conv).double(), nn.MaxPool2d(2)
+    grad = torch.randn(3, 12, height // 2, width // 2)
+    expected = pool(direct(images.double()))
+    gradients = torch.autograd.grad(expected, (images, direct.weight), grad.double())
+    with winograd_convolutions(conv):
+        output = conv(images)
+        assert output.shape[2:] == (height // 2 * 2, width // 2 * 2)
+        found = torch.autograd.grad(pool(output), (images, conv.weight), grad)
+        (of_grad,) = torch.autograd.grad(pool(conv(images)).square().sum(), images, create_graph=True)
+    assert type(conv) is PooledConv2d
+    torch.testing.assert_close(pool(output).double(), expected, atol=1e-4, rtol=0)
+    for one, other in zip(found, gradients, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), atol=5e-4, rtol=0)
+    (of_direct,) = torch.autograd.grad(pool(direct(images.double())).square().sum(), images)
+    torch.testing.assert_close(of_grad, of_direct, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.usefixtures("always")
@@ -107,7 +132,7 @@ def test_one_gradient_alone_and_a_gradient_of_a_gradient(wanted):
     ],
 )
 def test_it_is_used_where_it_was_measured_to_gain(shape, filters, expected):
-    assert winograd._is_worthwhile(torch.Size(shape), filters) is expected
+    assert (winograd._saving(torch.Size(shape), filters) > winograd._WORTHWHILE) is expected
 
 
 def test_probabilities_of_a_model_differ_by_less_than_1e_4():
