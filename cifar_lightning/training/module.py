@@ -358,7 +358,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return those of convolutions and EMA, and for `fit` the callbacks that every training needs."""
         callbacks: list[pl.Callback] = []
-        if WinogradConvolutions not in map(type, self.trainer.callbacks):  # it is of an earlier call of this Trainer
+        present = map(type, self.trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+        if WinogradConvolutions not in present:  # else it is of an earlier call of this Trainer
             callbacks.append(WinogradConvolutions())
         if self.ema_decay:
             callbacks.append(EmaWeights(self.ema_decay))
@@ -454,6 +455,21 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
                 self.own_metrics.update(logits.softmax(1), targets)
         return logits
 
+    def on_validation_epoch_start(self) -> None:
+        self._reset(self.val_metrics)
+
+    def on_test_epoch_start(self) -> None:
+        self._reset(self.test_metrics)
+
+    def _reset(self, metrics: MetricCollection) -> None:
+        """Reset metrics before they are used: an evaluation before may have been cut, or in inference mode.
+
+        What is reset in inference mode, as by `Trainer.validate`, cannot be updated outside of it.
+        """
+        metrics.reset()
+        if self.own_metrics is not None:
+            self.own_metrics.reset()
+
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val", self.val_metrics)
 
@@ -471,11 +487,9 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             logged["acc_top5"] = values["acc_top5"]
         if self.own_metrics is not None:
             logged |= {name: float(value) for name, value in values_of(self.own_metrics).items()}
-            self.own_metrics.reset()
         # torchmetrics has summed over ranks, image by image; sync_dist would average ranks.
         self.log_dict({f"{stage}/{name}": value for name, value in logged.items()}, sync_dist=False)
         setattr(self, f"{stage}_confusion", confusion)
-        metrics.reset()
 
     @property
     def further_metrics(self) -> tuple[str, ...]:

@@ -101,6 +101,20 @@ def test_test_metrics_equal_functions_of_all_logits(tmp_path):
     assert torch.equal(module.test_confusion, expected)
 
 
+def test_a_validation_before_training_or_one_that_was_cut_leaves_nothing_in_the_metrics(tmp_path):
+    class Stop(pl.Callback):
+        def on_validation_batch_end(self, *_):
+            raise ZeroDivisionError
+
+    module, data = ImageClassifier(image_size=16, model_kwargs={"widths": (2, 4)}), small_data()
+    (first,) = quiet_trainer(tmp_path).validate(module, data, verbose=False)
+    with pytest.raises(ZeroDivisionError):
+        quiet_trainer(tmp_path, callbacks=[Stop()]).validate(module, data, verbose=False)
+    (again,) = quiet_trainer(tmp_path).validate(module, data, verbose=False)
+    assert again == first
+    quiet_trainer(tmp_path, max_epochs=1).fit(module.train(), data)  # outside of inference mode
+
+
 def test_fit_steps_one_cycle_to_its_end_and_logs_every_figure(tmp_path):
     module, data = ImageClassifier(image_size=16, lr=0.01, model_kwargs=NARROW), small_data()
     run = quiet_trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0)
