@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import RESULTS, ROOT
 from benchmarks.accuracy.ablations import BASE, SUITES, differences, verdict
 from benchmarks.accuracy.insight_rates import FINDINGS, NOT_BY_CLASS
-from benchmarks.accuracy.record import comparable, results_of
+from benchmarks.accuracy.record import comparable, present_settings, results_of
 
 # Table: the page that holds it, between two comments with its name.
 PAGES_OF = {
@@ -146,9 +146,10 @@ def _speed_rows(what: str, recipe: str) -> list[str]:
         accuracy += f"; {_mean_of([100 * run['accuracy_no_tta'] for run in runs])} without TTA"
         timed = [run["seconds"] for run in runs if not run["note"]]
         took = _time_of(timed) if timed else _at_most([run["seconds"] for run in runs], runs[0]["note"])
-        rows.append(
-            f"| {name} | {accuracy} | {took} | {hardware} | {_command(recipe) if who == 'ours' else SPEEDRUN} |"
-        )
+        is_given = precision == present_settings(recipe)["trainer"]["precision"]
+        flags = "" if is_given else f"--trainer.precision {precision}"
+        command = _command(recipe, flags) if who == "ours" else SPEEDRUN
+        rows.append(f"| {name} | {accuracy} | {took} | {hardware} | {command} |")
     return rows
 
 
