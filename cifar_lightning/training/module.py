@@ -462,7 +462,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self._reset(self.test_metrics)
 
     def _reset(self, metrics: MetricCollection) -> None:
-        """Reset metrics before they are used: an evaluation before may have been cut, or in inference mode.
+        """Reset metrics, also before they are used: the evaluation before may have been cut, or in inference mode.
 
         What is reset in inference mode, as by `Trainer.validate`, cannot be updated outside of it.
         """
@@ -490,6 +490,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         # torchmetrics has summed over ranks, image by image; sync_dist would average ranks.
         self.log_dict({f"{stage}/{name}": value for name, value in logged.items()}, sync_dist=False)
         setattr(self, f"{stage}_confusion", confusion)
+        self._reset(metrics)  # here, too: a subclass may have a start of its own
 
     @property
     def further_metrics(self) -> tuple[str, ...]:
