@@ -17,6 +17,7 @@ from torch import nn
 from cifar_lightning import ImageClassifier, SmallNet
 from cifar_lightning.models import winograd
 from cifar_lightning.models.registry import build_model
+from cifar_lightning.models.speednet import SpeedNet
 from cifar_lightning.models.winograd import PooledConv2d, WinogradConv2d, use_winograd, winograd_convolutions
 from cifar_lightning.training.winograd_convolutions import WinogradConvolutions
 
@@ -135,6 +136,33 @@ def test_it_is_used_where_it_was_measured_to_gain(shape, filters, expected):
     assert (winograd._saving(torch.Size(shape), filters) > winograd._WORTHWHILE) is expected
 
 
+@pytest.mark.usefixtures("always")
+def test_gradients_computed_under_autocast_are_those_in_float32():
+    torch.manual_seed(0)
+    conv, images = nn.Conv2d(8, 12, 3, padding=1), torch.randn(2, 8, 7, 10)
+    use_winograd(conv)
+    loss = conv(images).square().sum()
+    (expected,) = torch.autograd.grad(loss, conv.weight, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):  # as where `backward` is called by hand
+        (found,) = torch.autograd.grad(loss, conv.weight)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("size", [24, 28, 32])
+@pytest.mark.parametrize("depth", [2, 3])
+def test_speednet_whose_poolings_drop_rows_and_columns_is_the_same(size, depth):
+    torch.manual_seed(0)
+    model, images = SpeedNet(widths=(4, 8, 8), depth=depth).double(), torch.randn(8, 3, size, size)
+    found = copy.deepcopy(model).float()
+    nn.functional.cross_entropy(model(images.double()), torch.arange(8)).backward()
+    with winograd_convolutions(found):
+        nn.functional.cross_entropy(found(images), torch.arange(8)).backward()
+    for one, other in zip(found.parameters(), model.parameters(), strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad.double(), other.grad, atol=2e-3, rtol=1e-2)
+
+
 def test_probabilities_of_a_model_differ_by_less_than_1e_4():
     torch.manual_seed(0)
     model, images = build_model("smallnet", 10, 16).train(), torch.randn(16, 3, 16, 16)
@@ -226,7 +254,8 @@ def test_other_layers_stay_and_the_model_is_as_before_after_an_error(monkeypatch
 
 
 @pytest.mark.usefixtures("always")
-@pytest.mark.filterwarnings("ignore")  # of torch.jit.trace
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")  # deprecated, and what TensorBoard traces with
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the tests' check of types
 def test_a_trace_and_an_export_have_the_direct_convolution(monkeypatch):
     conv, images = nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 8, 8)
     use_winograd(conv)
