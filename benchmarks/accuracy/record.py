@@ -30,8 +30,7 @@ _AS_FOLDERS = "--data.dataset folder"  # a config's own images, unpacked
 def summarize(run: Path, recipe: str, note: str) -> dict[str, Any]:
     """Return one run of a config as a line of a results file, from the run's own files."""
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    if any(resumed["changed"] for resumed in environment.get("resumed", [])):
-        raise SystemExit(f"{run}: it was resumed with other flags, which no single command repeats.")
+    moved = moves(run, environment)
     metrics = json.loads((run / "test_metrics.json").read_text(encoding="utf-8"))
     split = json.loads((run / "split.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -41,8 +40,7 @@ def summarize(run: Path, recipe: str, note: str) -> dict[str, Any]:
     elapsed_s = sum(row["elapsed_s"] for row in timing)
     if math.isnan(elapsed_s):
         note = note or "some of an epoch was not timed"
-    if moved := inexact_resumes(environment):
-        note = "; ".join([*([note] if note else []), *moved])
+    note = "; ".join([*([note] if note else []), *moved])
     return {
         "commit": environment["commit"],
         "dirty": environment["dirty"],
@@ -64,6 +62,20 @@ def summarize(run: Path, recipe: str, note: str) -> dict[str, Any]:
         "test_sha256": split["sha256"]["test"],
         "note": note,
     }
+
+
+def moves(run: Path, environment: dict[str, Any]) -> list[str]:
+    """Return to which processors a run moved, and to which precisions: another one is faster on another processor.
+
+    A run that was resumed with any other flag is refused.
+    """
+    resumed = environment.get("resumed", [])
+    if any(set(one["changed"]) - {"trainer.precision"} for one in resumed):
+        raise SystemExit(f"{run}: it was resumed with other flags, which no single command repeats.")
+    precisions = [
+        f"{one['changed']['trainer.precision']} from epoch {one['epoch'] + 1} on" for one in resumed if one["changed"]
+    ]
+    return inexact_resumes(environment) + precisions
 
 
 def other_flags(command: list[str]) -> str:

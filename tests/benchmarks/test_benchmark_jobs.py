@@ -174,3 +174,15 @@ def test_a_run_is_neither_begun_nor_continued_whose_result_would_not_count(made)
 
 def test_the_shipped_list_is_readable():
     assert read_jobs(jobs.ROOT / "benchmarks" / "jobs.yaml")
+
+
+def test_a_result_tells_another_processor_and_precision_and_no_other_flag_may_change():
+    def resumed(**changed):
+        return {"epoch": 29, "changed": changed}
+
+    moved = resumed(**{"trainer.precision": "32-true"}) | {"processor_change": "Xeon instead of EPYC"}
+    found = record.moves(Path("run"), {"resumed": [resumed(), moved]})
+    assert found == ["not bitwise: Xeon instead of EPYC", "32-true from epoch 30 on"]
+    assert record.moves(Path("run"), {}) == []
+    with pytest.raises(SystemExit):
+        record.moves(Path("run"), {"resumed": [moved, resumed(**{"trainer.max_epochs": 200})]})
