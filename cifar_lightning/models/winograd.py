@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 _WORTHWHILE = 2.4  # times fewer multiplications, from which on a convolution is faster: benchmarks/LOG.md
@@ -115,7 +116,8 @@ class _Winograd(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None]:
         images, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():  # a gradient of the gradient is wanted, which the loop over tiles has not
+        # A gradient of the gradient is wanted, which the loop over tiles has not, or gradients of several outputs.
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
             ones, direct = (1, 1), torch.ops.aten.convolution_backward
             grad = F.pad(grad, (0, images.shape[3] - grad.shape[3], 0, images.shape[2] - grad.shape[2]))
             gradients = direct(grad, images, weight, None, ones, ones, ones, False, (0, 0), 1, (*needed, False))
@@ -317,6 +319,8 @@ def _is_computable(conv: nn.Conv2d, input: Tensor) -> bool:
     """Whether the algorithm computes what `Conv2d` does, and as precisely, of such an input at this moment."""
     # First, as a compiler would not get past the others; the last is of torch.func.vmap and its like.
     if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    if forward_ad._current_level >= 0:  # derivatives are computed with the output
         return False
     is_batch = input.dim() == 4 and input.shape[1] == conv.weight.shape[1] and _is_3x3(conv)
     is_float32 = input.dtype == conv.weight.dtype == torch.float32 and input.device.type == "cpu"

@@ -326,6 +326,21 @@ def test_it_is_not_used_where_products_are_less_precise_or_transformed(monkeypat
         conv(images[:, :4])
 
 
+@pytest.mark.usefixtures("always")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # torch's forward mode uses it
+def test_derivatives_of_other_modes_are_those_of_the_direct_convolution():
+    torch.manual_seed(0)
+    conv, images = nn.Conv2d(4, 6, 3, padding=1), torch.randn(2, 4, 5, 5)
+    direct = copy.deepcopy(conv)
+    use_winograd(conv)
+    for strategy in ("reverse-mode", "forward-mode"):
+        found, expected = (
+            torch.autograd.functional.jacobian(layer, images, vectorize=True, strategy=strategy)
+            for layer in (conv, direct)
+        )
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_without_mkl_nothing_changes(monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))
