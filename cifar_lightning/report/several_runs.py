@@ -1,7 +1,6 @@
 """Comparison of any number of runs on the same test images: comparison.html and comparison.json."""
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,18 +86,24 @@ def _read(runs: Sequence[RunFolder]) -> tuple[dict[str, Any], list[list[dict[str
         seeds = [value if isinstance(value := config.get(name), int) else None for name in _SEEDS]
         row["seeds"] = [seeds[0], seeds[2] if seeds[1] is None else seeds[1], seeds[2]]
         row["settings"] = {name: clipped(object_text(config.get(name))) for name in differing}
-    groups = _groups(rows)
+    values = [[config.get(name) for name in differing] for config in configs]
+    groups = _groups(rows, [values.index(each) for each in values])
     compared = {"runs": rows, "settings": differing, "groups": groups, "by_seed": list(_by_seed(rows, groups))}
     compared |= {"pairs": _pairs(rows, correct), "num_images": len(correct[0]), "problems": problems}
     return compared, tables
 
 
-def _groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return runs with the same settings but for the seeds, with the spread of the accuracies of distinct seeds."""
-    members = dict[str, list[dict[str, Any]]]()
-    for row in rows:
+def _groups(rows: Sequence[dict[str, Any]], first_alike: Sequence[int]) -> list[dict[str, Any]]:
+    """Return runs with the same settings but for the seeds, with the spread of the accuracies of distinct seeds.
+
+    Args:
+        rows: The runs.
+        first_alike: For each run the first with the same settings; their texts are clipped.
+    """
+    members = dict[int | str, list[dict[str, Any]]]()
+    for row, first in zip(rows, first_alike, strict=True):
         is_known = row["seeds"][0] is not None  # a run without config.yaml is like no other one
-        members.setdefault(json.dumps(row["settings"], sort_keys=True) if is_known else row["path"], []).append(row)
+        members.setdefault(first if is_known else row["path"], []).append(row)
     groups = []
     for number, same in enumerate(members.values()):
         parents = {str(Path(row["path"]).parent) for row in same}

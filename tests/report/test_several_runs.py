@@ -185,3 +185,32 @@ def test_runs_of_a_folder_of_seeds_that_are_not_tested_are_left_out_and_named(fo
         shutil.rmtree(folders / "2" / str(seed))
     with pytest.raises(UserError, match="--resume 2"):
         cli.run_command(["analyze", "2"])
+
+
+def transforms(middle):
+    names = ("RandomResizedCrop", middle, "RandomHorizontalFlip")
+    return {"data": {"transforms": [{"class_path": f"torchvision.transforms.v2.{name}"} for name in names]}}
+
+
+def optimizer(**further):
+    return {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9, **further}}}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (transforms("RandomGrayscale"), transforms("ColorJitter")),
+        (optimizer(nesterov=True, dampening=0), optimizer(nesterov=True, dampening=0.0, maximize=False)),
+        ({"model": {"model_kwargs": {"widths": [32] * 40}}}, {"model": {"model_kwargs": {"widths": [32] * 41}}}),
+    ],
+    ids=["transforms", "optimizer", "model_kwargs"],
+)
+def test_runs_whose_settings_differ_where_the_text_of_them_does_not_are_no_seeds_of_each_other(one, other, folders):
+    runs = runs_of(folders / "1")
+    for run, seed, config in zip(runs, (0, 1, 2), (one, one, other), strict=True):
+        write_text_durably(run.config, yaml.safe_dump({"seed_everything": seed, **config}))
+    compare_runs(runs, [], RunFolder(folders))
+    found = read_json(folders / "comparison.json")
+    assert len(found["settings"]) == 1
+    assert [group["n"] for group in found["groups"]] == [2, 1]
+    assert [row["group"] for row in found["runs"]] == [0, 0, 1]
