@@ -1,6 +1,7 @@
 """Comparison of any number of runs on the same test images: comparison.html and comparison.json."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def _read(runs: Sequence[RunFolder]) -> tuple[dict[str, Any], list[list[dict[str
         tables.append(results.epochs)
         unchecked = unchecked_images(runs[0].path, first, run.path, results) if run != runs[0] else ""
         problems += [*(f"{run.path}: {problem}" for problem in results.problems), *([unchecked] if unchecked else [])]
+    _tell_apart(rows, [row["path"] for row in rows])
     names = sorted(set(itertools.chain(*configs)) - set(_SEEDS))
     differing = [name for name in names if any(config.get(name) != configs[0].get(name) for config in configs)]
     for row, config in zip(rows, configs, strict=True):
@@ -112,7 +114,15 @@ def _groups(rows: Sequence[dict[str, Any]], first_alike: Sequence[int]) -> list[
             row["group"] = number
         by_seed = {tuple(row["seeds"]): row["accuracy"] for row in same}
         groups.append({"name": name, "settings": same[0]["settings"], **spread(list(by_seed.values()))})
+    _tell_apart(groups, [same[0]["path"] for same in members.values()])
     return groups
+
+
+def _tell_apart(rows: Sequence[dict[str, Any]], paths: Sequence[str]) -> None:
+    """Replace names that several rows have by their paths: runs/net/1 and old/runs/net/1 are both called net/1."""
+    times = Counter(row["name"] for row in rows)
+    for row, path in zip(rows, paths, strict=True):
+        row["name"] = path if times[row["name"]] > 1 else row["name"]
 
 
 def _by_seed(rows: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -214,3 +214,17 @@ def test_runs_whose_settings_differ_where_the_text_of_them_does_not_are_no_seeds
     assert len(found["settings"]) == 1
     assert [group["n"] for group in found["groups"]] == [2, 1]
     assert [row["group"] for row in found["runs"]] == [0, 0, 1]
+
+
+def test_no_two_runs_and_no_two_groups_have_one_name(folders, tmp_path):
+    paths = [folders / str(number) / str(seed) for number in (1, 2) for seed in (0, 1)]
+    runs = [RunFolder(shutil.copytree(path, folders / "all" / str(at))) for at, path in enumerate(paths)]
+    elsewhere = RunFolder(shutil.copytree(paths[0], tmp_path / "elsewhere" / "all" / "0"))
+    configure(elsewhere, 0.5, 0)
+    compare_runs([*runs, elsewhere], [], RunFolder(folders))
+    found = read_json(folders / "comparison.json")
+    names, groups = ([row["name"] for row in found[key]] for key in ("runs", "groups"))
+    assert names == [str(runs[0].path), "all/1", "all/2", "all/3", str(elsewhere.path)]
+    assert groups == [str(runs[0].path), str(runs[2].path), str(elsewhere.path)]
+    (paired,) = found["by_seed"]
+    assert [paired["first"], paired["second"]] == groups[:2]
