@@ -126,7 +126,10 @@ def _tell_apart(rows: Sequence[dict[str, Any]], paths: Sequence[str]) -> None:
 
 
 def _by_seed(rows: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the mean difference of each two groups over the seeds that both have, where there are two or more."""
+    """Yield the mean difference of each two groups over the seeds that both have, where there are two or more.
+
+    Equal differences have no interval: it would have no width, and of few seeds and test images they are often equal.
+    """
     accuracies = [
         {tuple(row["seeds"]): row["accuracy"] for row in rows if row["group"] == group} for group in range(len(groups))
     ]
@@ -139,7 +142,7 @@ def _by_seed(rows: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, An
                 "second": groups[other]["name"],
                 "n": len(common),
                 "difference": float(np.mean(differences)),
-                "interval_95": mean_interval(differences),
+                "interval_95": mean_interval(differences) if np.ptp(differences) > 1e-9 else None,
             }
 
 
@@ -175,8 +178,10 @@ def _print(compared: Mapping[str, Any], page: Path) -> None:
             lines.append(f"{text}, {span((group['min'], group['max']), 2)}, {plural(group['n'], 'run')}.")
     for pair in compared["by_seed"]:
         text = f"{pair['first']} minus {pair['second']}, paired by seed (n = {pair['n']}): "
-        interval = f"points (95 % interval {points_span(pair['interval_95'], 2)})."
-        lines.append(f"{text}{points(pair['difference'], 2)} {interval}")
+        interval = "equal for all seeds, so their spread is not known"
+        if pair["interval_95"] is not None:
+            interval = f"95 % interval {points_span(pair['interval_95'], 2)}"
+        lines.append(f"{text}{points(pair['difference'], 2)} points ({interval}).")
     found = sum(pair["p"] < 0.05 for pair in compared["pairs"])
     lines.append(f"McNemar's test, Holm's correction: {found} of {plural(len(compared['pairs']), 'pair')} differ.")
     console = Console(highlight=False, force_jupyter=False)

@@ -1,6 +1,7 @@
 """Comparison of several runs: every number against SciPy and statistics, refusals, the page."""
 
 import itertools
+import re
 import shutil
 import statistics
 
@@ -228,3 +229,20 @@ def test_no_two_runs_and_no_two_groups_have_one_name(folders, tmp_path):
     assert groups == [str(runs[0].path), str(runs[2].path), str(elsewhere.path)]
     (paired,) = found["by_seed"]
     assert [paired["first"], paired["second"]] == groups[:2]
+
+
+def test_equal_differences_of_seeds_have_no_interval_and_are_not_marked_as_sure(folders, capsys):
+    runs = runs_of(folders / "1", folders / "2")
+    for run, num_correct in zip(runs, (200, 210, 217, 203, 213, 220), strict=True):  # of 300
+        arrays = dict(np.load(run.predictions))
+        preds = (arrays["targets"] + (np.arange(300) >= num_correct)) % 10
+        np.savez(run.predictions, **{**arrays, "logits": np.eye(10, dtype=np.float32)[preds]})
+    compare_runs(runs, [], RunFolder(folders))
+    (paired,) = read_json(folders / "comparison.json")["by_seed"]
+    assert (paired["n"], paired["difference"], paired["interval_95"]) == (3, pytest.approx(-0.01), None)
+    page = (folders / "comparison.html").read_text(encoding="utf-8")
+    (table,) = re.findall(r"<h3>Paired by seed</h3>.*?</table>", page, re.DOTALL)
+    assert ">-1.00<" in table
+    assert "sure" not in table
+    (said,) = re.findall(r"paired by seed \(n = 3\): -1\.00 points(.*?)\)\.", " ".join(capsys.readouterr().out.split()))
+    assert "interval" not in said
