@@ -6,6 +6,7 @@ names of classes and folders.
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def render_page(
         image_class="crisp" if max(sizes, default=0) <= _CRISP_PX else "smooth",
         hardest=min(tested, key=lambda row: row["recall"], default=None) if len(tested) > 1 else None,
         never=[row["name"] for row in tested if not row["predicted"]],
-        worst_first=len(findings["classes"]) > _MAX_IN_MATRIX,
+        worst_first=worst_first_of(findings["classes"]) if len(findings["classes"]) > _MAX_IN_MATRIX else [],
         groups_open=_MAX_GROUPED,
         items_shown=_MAX_ITEMS,
         issues_shown=_MAX_ISSUES,
@@ -124,6 +125,11 @@ def matrix_of(cm: Int64[np.ndarray, "classes classes"], names: Sequence[str]) ->
         "top": top,
         "is_part": len(shown) < len(cm),
     }
+
+
+def worst_first_of(classes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return classes by recall, the lowest first; those without images, whose recall is NaN, last."""
+    return sorted(classes, key=lambda row: row["recall"] if row["support"] else math.inf)
 
 
 def _explained(explanations: Any, kept: Mapping[int, Image3], names: Sequence[str]) -> dict[int, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from selenium.webdriver.common.keys import Keys
 from cifar_lightning.formatting import count, percent, unbroken
 from cifar_lightning.report.page import command_of, facts_of, lit, matrix_of, render, reproduction_of
 from cifar_lightning.report.report import make_report
+from cifar_lightning.runs.folder import RunFolder
 
 HUNDRED = [f"a_class_{index:02}" for index in range(100)]
 
@@ -439,3 +441,25 @@ def test_identical_images_are_named_and_their_absence_is_said(tmp_path, page):
     assert "No identical images were found" not in shown
     assert "5 of 9 test images" in shown
     assert "test/&lt;b&gt;/0.png = train/a/\\x1b[31m.png" in shown
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A run of 24 classes, every other one without test images, and two of these predicted, against its copy."""
+    made = make_run(tmp_path_factory.mktemp("runs") / "half", names=HUNDRED[:24], n=480)
+    arrays = dict(np.load(made.predictions))
+    kept = arrays["targets"] % 2 == 0
+    logits = arrays["logits"][kept]
+    logits[:, 5::2] = -50
+    of_images = {name: arrays[name][kept] for name in ("targets", "indices", "names")}
+    np.savez(made.predictions, logits=logits, class_names=arrays["class_names"], **of_images)
+    make_report(made, RunFolder(shutil.copytree(made.path, made.path.with_name("copy"))))
+    return made
+
+
+def test_the_worst_classes_are_first_and_those_without_images_last(half):
+    findings = json.loads(half.findings.read_text(encoding="utf-8"))
+    recalls = {row["name"]: row["recall"] for row in findings["classes"]}
+    table = re.search(r'id="class-table">.*?</table>', half.report.read_text(encoding="utf-8"), re.DOTALL).group()
+    shown = [recalls[name] for name in re.findall(r'<th scope="row" data-value="(.*?)"', table)]
+    assert shown == [*sorted(recall for recall in recalls.values() if recall is not None), *[None] * 12]
