@@ -69,6 +69,7 @@ def render_page(
         explanations_reason=explanations_reason,
         image_class="crisp" if max(sizes, default=0) <= _CRISP_PX else "smooth",
         hardest=min(tested, key=lambda row: row["recall"], default=None) if len(tested) > 1 else None,
+        num_rated=sum(row["support"] + row["predicted"] > 0 for row in findings["classes"]),
         never=[row["name"] for row in tested if not row["predicted"]],
         worst_first=worst_first_of(findings["classes"]) if len(findings["classes"]) > _MAX_IN_MATRIX else [],
         groups_open=_MAX_GROUPED,

@@ -463,3 +463,8 @@ def test_the_worst_classes_are_first_and_those_without_images_last(half):
     table = re.search(r'id="class-table">.*?</table>', half.report.read_text(encoding="utf-8"), re.DOTALL).group()
     shown = [recalls[name] for name in re.findall(r'<th scope="row" data-value="(.*?)"', table)]
     assert shown == [*sorted(recall for recall in recalls.values() if recall is not None), *[None] * 12]
+
+
+def test_macro_f1_names_the_number_of_classes_that_it_is_the_mean_of(half, page):
+    assert "mean over 14 of 24 classes" in half.report.read_text(encoding="utf-8")
+    assert "mean over 10 classes" in page
