@@ -468,3 +468,10 @@ def test_the_worst_classes_are_first_and_those_without_images_last(half):
 def test_macro_f1_names_the_number_of_classes_that_it_is_the_mean_of(half, page):
     assert "mean over 14 of 24 classes" in half.report.read_text(encoding="utf-8")
     assert "mean over 10 classes" in page
+
+
+def test_a_class_without_images_has_no_interval_of_a_difference(half):
+    shown = half.report.read_text(encoding="utf-8")
+    section = re.search(r'<section id="comparison">.*?</section>', shown, re.DOTALL).group()
+    (row,) = [row for row in re.findall(r"<tr>.*?</tr>", section) if ">a_class_01<" in row]
+    assert re.findall(r">([^<]+)</td>", row) == ["0", "-", "-", "-", "-", "1.0000"]
