@@ -22,6 +22,14 @@ def percent(fraction: float | None, decimals: int = 1) -> str:
     return "-" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.{decimals}f} %"
 
 
+def confidence(fraction: float) -> str:
+    """Return a confidence to compare others with as "12.3 %", with more decimals where one below 1 would be 100 %."""
+    decimals = 1
+    while fraction < 1 and float(f"{100 * fraction:.{decimals}f}") == 100:
+        decimals += 1
+    return percent(fraction, decimals)
+
+
 def span(interval: Sequence[float], decimals: int = 1) -> str:
     """Return an interval of fractions as "12.3 to 45.6 %"."""
     return f"{100 * interval[0]:.{decimals}f} to {percent(interval[1], decimals)}"

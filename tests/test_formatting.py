@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from cifar_lightning.formatting import (
     clipped,
     clock,
+    confidence,
     count,
     counted,
     csv_cell,
@@ -40,6 +41,11 @@ def test_fractions_and_differences():
     assert points(0.0123) == "+1.2"
     assert points(-0.0001) == points(0.0) == "0.0"
     assert points_span((-0.007, 0.019)) == "-0.7 to +1.9"
+
+
+def test_a_confidence_below_one_is_never_shown_as_one():
+    shown = {0.5: "50.0 %", 0.9994: "99.9 %", 0.99996: "99.996 %", 1 - 2**-53: "99.99999999999999 %", 1.0: "100.0 %"}
+    assert {value: confidence(value) for value in shown} == shown
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan])

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from cifar_lightning.formatting import (
     clipped,
+    confidence,
     count,
     decimal,
     first_of,
@@ -150,7 +151,7 @@ def _coverage_text(row: Mapping[str, Any]) -> str:
         return f"No confidence is high enough for {100 * row['target']:g} % correct predictions"
     correct = f"; {percent(row['accuracy'])} of them correct" if row["num_images"] else ""
     return (
-        f"For {100 * row['target']:g} % correct predictions: confidence of at least {percent(row['threshold'])} "
+        f"For {100 * row['target']:g} % correct predictions: confidence of at least {confidence(row['threshold'])} "
         f"({plural(row['num_images'], 'test image')}, {percent(row['coverage'])}{correct})"
     )
 

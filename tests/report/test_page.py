@@ -12,8 +12,9 @@ from made_run import CIFAR10, make_run
 from selenium.webdriver.common.keys import Keys
 
 from cifar_lightning.formatting import count, percent, unbroken
-from cifar_lightning.report.page import command_of, facts_of, lit, matrix_of, render, reproduction_of
+from cifar_lightning.report.page import command_of, facts_of, lit, matrix_of, render, render_page, reproduction_of
 from cifar_lightning.report.report import make_report
+from cifar_lightning.report.results import read_results
 from cifar_lightning.runs.folder import RunFolder
 
 HUNDRED = [f"a_class_{index:02}" for index in range(100)]
@@ -475,3 +476,10 @@ def test_a_class_without_images_has_no_interval_of_a_difference(half):
     section = re.search(r'<section id="comparison">.*?</section>', shown, re.DOTALL).group()
     (row,) = [row for row in re.findall(r"<tr>.*?</tr>", section) if ">a_class_01<" in row]
     assert re.findall(r">([^<]+)</td>", row) == ["0", "-", "-", "-", "-", "1.0000"]
+
+
+def test_a_confidence_below_one_is_not_rounded_to_one(half):
+    findings = json.loads(half.findings.read_text(encoding="utf-8"))
+    findings["comparison"] = None
+    findings["coverage"][0] |= {"threshold": 0.99996, "num_images": 8, "coverage": 0.004, "accuracy": 0.875}
+    assert unbroken(">99.996 %</td>") in render_page(findings, read_results(half).images, None, "")
