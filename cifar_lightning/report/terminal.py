@@ -150,6 +150,8 @@ def _coverage_text(row: Mapping[str, Any]) -> str:
     if row["threshold"] is None:
         return f"No confidence is high enough for {100 * row['target']:g} % correct predictions"
     correct = f"; {percent(row['accuracy'])} of them correct" if row["num_images"] else ""
+    if row.get("chosen_on") == "test":  # so the accuracy is too good
+        correct += "; chosen on these images"
     return (
         f"For {100 * row['target']:g} % correct predictions: confidence of at least {confidence(row['threshold'])} "
         f"({plural(row['num_images'], 'test image')}, {percent(row['coverage'])}{correct})"

@@ -280,3 +280,13 @@ def test_the_summary_ends_with_a_link_to_the_page_and_one_command(tmp_path):
     lines = summary(findings_of(matrix(10), CIFAR10), run)
     assert lines[-2].split()[-1] == f"{tmp_path.as_uri()}/a%20run%20%231/report.html"
     assert lines[-1].endswith(f"analyze '{run}'")
+
+
+def test_a_confidence_that_is_chosen_on_the_test_images_is_called_so_and_is_not_rounded_to_one(tmp_path):
+    reached = {"target": 0.99, "threshold": 0.99996, "coverage": 0.5, "num_images": 8, "accuracy": 1.0}
+    findings = findings_of(matrix(3), ["a", "b", "c"])
+    assert {row["chosen_on"] for row in findings["coverage"]} == {"test"}  # there are no others
+    for chosen_on, is_said in (("test", True), ("val", False)):
+        lines = summary(findings, tmp_path, coverage=[reached | {"chosen_on": chosen_on}], width=200)
+        (line,) = [line for line in lines if "99.996 %" in line]
+        assert ("chosen on these images" in line) == is_said
