@@ -18,8 +18,8 @@ from typing import Any, cast
 
 
 def percent(fraction: float | None, decimals: int = 1) -> str:
-    """Return a fraction as "12.3 %"."""
-    return "-" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.{decimals}f} %"
+    """Return a fraction as "12.3 %"; zero has no sign."""
+    return "-" if fraction is None or math.isnan(fraction) else f"{100 * fraction:z.{decimals}f} %"
 
 
 def confidence(fraction: float) -> str:
@@ -32,7 +32,7 @@ def confidence(fraction: float) -> str:
 
 def span(interval: Sequence[float], decimals: int = 1) -> str:
     """Return an interval of fractions as "12.3 to 45.6 %"."""
-    return f"{100 * interval[0]:.{decimals}f} to {percent(interval[1], decimals)}"
+    return f"{100 * interval[0]:z.{decimals}f} to {percent(interval[1], decimals)}"
 
 
 def points(difference: float, decimals: int = 1) -> str:
@@ -49,8 +49,8 @@ def points_span(interval: Sequence[float], decimals: int = 1) -> str:
 
 
 def decimal(value: float | None, decimals: int) -> str:
-    """Return a number with a fixed count of decimals."""
-    return "-" if value is None or math.isnan(value) else f"{value:.{decimals}f}"
+    """Return a number with a fixed count of decimals; zero has no sign."""
+    return "-" if value is None or math.isnan(value) else f"{value:z.{decimals}f}"
 
 
 def count(value: float) -> str:

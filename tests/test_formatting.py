@@ -43,6 +43,13 @@ def test_fractions_and_differences():
     assert points_span((-0.007, 0.019)) == "-0.7 to +1.9"
 
 
+def test_zero_has_no_sign():
+    assert percent(-0.0) == percent(-1e-9) == "0.0 %"
+    assert decimal(-0.0, 4) == decimal(-1e-9, 4) == "0.0000"
+    assert span((-1e-9, 0.5)) == "0.0 to 50.0 %"
+    assert decimal(-0.5, 1) == "-0.5"
+
+
 def test_a_confidence_below_one_is_never_shown_as_one():
     shown = {0.5: "50.0 %", 0.9994: "99.9 %", 0.99996: "99.996 %", 1 - 2**-53: "99.99999999999999 %", 1.0: "100.0 %"}
     assert {value: confidence(value) for value in shown} == shown

@@ -107,3 +107,7 @@ def test_where_no_temperature_is_best_there_is_none():
     assert fit_temperature(np.zeros((4, 3), dtype=np.float32), np.zeros(4, dtype=np.int64)) is None
     assert fit_temperature(np.full((2, 3), np.nan, dtype=np.float32), np.zeros(2, dtype=np.int64)) is None
     assert fit_temperature(LOGITS[:0], TARGETS[:0]) is None
+
+
+def test_the_loss_of_perfect_predictions_is_zero_and_has_no_sign():
+    assert str(cross_entropy(100 * np.eye(3, dtype=np.float32), np.arange(3))) == "0.0"
