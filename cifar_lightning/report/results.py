@@ -65,6 +65,8 @@ class Predictions:
     def to_dataframe(self) -> Any:
         """Return a pandas DataFrame with a row for each image: index, name, label, prediction and probabilities.
 
+        These are named by their classes; that of a class called "label" is "probability of label".
+
         Raises:
             UserError: pandas is not installed.
         """
@@ -79,7 +81,8 @@ class Predictions:
             "label": names[self.targets],
             "prediction": names[self.preds],
         }
-        return pandas.DataFrame(columns | dict(zip(self.class_names, self.probs.T, strict=True)))
+        of_classes = (f"probability of {name}" if name in columns else name for name in self.class_names)
+        return pandas.DataFrame(columns | dict(zip(of_classes, self.probs.T, strict=True)))
 
     @property
     def confusion(self) -> Int64[np.ndarray, "classes classes"]:

@@ -1,9 +1,12 @@
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from made_run import make_run
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.report.results import read_predictions, read_results
+from cifar_lightning.report.results import Predictions, read_predictions, read_results
 
 
 @pytest.fixture
@@ -227,3 +230,13 @@ def test_a_run_of_an_earlier_version_has_no_explanations_and_no_problem(run):
     assert results.explanations is None
     assert results.problems == []
     assert "explanations.npz" in results.explanations_reason
+
+
+def test_no_class_takes_the_place_of_another_column(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=dict))
+    names = ("index", "name", "label", "prediction", "cat")
+    predictions = Predictions(np.eye(5, dtype=np.float32), np.arange(5)[::-1].copy(), np.arange(5) + 7, names)
+    table = predictions.to_dataframe()
+    assert [str(table[name][0]) for name in names[:4]] == ["7", "test[7]", "cat", "index"]
+    probs = [table[name][0] for name in [*(f"probability of {name}" for name in names[:4]), "cat"]]
+    assert probs == predictions.probs[0].tolist()
