@@ -108,10 +108,14 @@ class RunProgress(ProgressBar):
 
     def _seconds_left(self, trainer: pl.Trainer, num_done: int, elapsed_s: float) -> float:
         """Estimate the time left: this epoch at its own speed, the others at the last epoch's, with validation."""
-        per_batch_s = elapsed_s / self._batches_done
-        this_epoch_s = per_batch_s * (float(self.total_train_batches) - num_done)
-        others_s = self._epochs_timed[-1] if self._epochs_timed else per_batch_s * float(self.total_train_batches)
-        return this_epoch_s + others_s * max(0, (trainer.max_epochs or 0) - trainer.current_epoch - 1)
+        per_batch_s, num_batches = elapsed_s / self._batches_done, float(trainer.num_training_batches)
+        in_epoch, epochs = num_batches - num_done, float(max(0, (trainer.max_epochs or 0) - trainer.current_epoch - 1))
+        if trainer.max_steps != -1:
+            batches = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+            in_epoch, others = min(in_epoch, batches), max(0.0, (batches - in_epoch) / num_batches)
+            epochs = others if trainer.max_epochs in (None, -1) else min(epochs, others)
+        epoch_s = self._epochs_timed[-1] if self._epochs_timed else per_batch_s * num_batches
+        return per_batch_s * in_epoch + epoch_s * epochs
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report early stopping in this process."""

@@ -129,6 +129,19 @@ def test_the_time_left_counts_this_process_batches_and_the_epochs_to_come(monkey
     assert bar._seconds_left(bar._trainer, 50, 20.0) == pytest.approx(2 * 50 + 90)
 
 
+@pytest.mark.parametrize(
+    ("max_epochs", "max_steps", "seconds"),
+    [(50, 45, 2 * 30), (50, 140, 2 * 100 + 160 * 0.8), (-1, 140, 2 * 100 + 160 * 0.8), (3, 1000, 2 * 100 + 160)],
+    ids=["in this epoch", "in the next", "without epochs", "after the epochs"],
+)
+def test_the_time_left_ends_with_max_steps(max_epochs, max_steps, seconds):
+    bar = RunProgress()
+    counts = {"num_training_batches": 150, "current_epoch": 1, "global_step": 30, "accumulate_grad_batches": 2}
+    bar._trainer = SimpleNamespace(**counts, max_epochs=max_epochs, max_steps=max_steps)
+    bar._batches_done, bar._epochs_timed = 50, [160.0]
+    assert bar._seconds_left(bar._trainer, 50, 100.0) == pytest.approx(seconds)
+
+
 def test_a_run_that_steps_alone_end_has_no_number_of_epochs(tmp_path):
     file = io.StringIO()
     fit_with(tmp_path, bar_on(file), max_epochs=-1, max_steps=7)
