@@ -201,8 +201,9 @@ def find_labels(paths: Sequence[Path], found: Sequence[str], class_names: Sequen
             continue
         start = os.path.join(top, "")
         for file in found:
-            folder, separator, _ = file.removeprefix(start).partition(os.sep)
-            if file.startswith(start) and separator:
+            folder = file.removeprefix(start).partition(os.sep)[0]
+            # Not of files that are given by name and lie in a hidden folder, behind a link or behind "..".
+            if file.startswith(start) and folder in class_of:
                 labels[file] = class_of[folder]
     return labels
 

@@ -436,6 +436,15 @@ def test_images_in_folders_of_classes_have_labels_and_an_accuracy(run, capsys):
     assert f"{num_correct} of 12 " in err
 
 
+def test_a_given_file_in_no_class_folder_of_a_given_folder_gets_no_label(run):
+    save_images(1, Path("photos/d"))
+    given = [*save_images(1, Path("photos/.hidden")), *save_images(1, Path("aside"))]
+    Path("photos/link").symlink_to("../aside")
+    given += [Path("photos/link/000.png"), Path("photos/../aside/000.png")]
+    predict_images(run, [Path("photos"), *given], output=Path("out.csv"))
+    assert [row["label"] for row in read_csv()] == ["d", "", "", "", ""]
+
+
 def test_folders_that_are_not_all_classes_give_no_labels(run, capsys):
     for name in ("b, c", "d", "unknown"):
         save_images(1, Path("photos") / name)
