@@ -90,8 +90,12 @@ class CropAndFlip(Transform):
         self.of_image = ("mirrored",) if flip == "alternating" else ()
 
     def draw(self, generator: EpochGenerator, num_images: int, image_size: int) -> Tables:
-        tables = {}
-        if pad := self.padding_px:
+        tables, pad = {}, self.padding_px
+        if not 0 <= pad < image_size:  # a larger shift would show rows of other images
+            raise UserError(
+                f"--data.transforms CropAndFlip: padding_px {pad}: 0 to {image_size - 1} for {image_size}-pixel images."
+            )
+        if pad:
             for purpose, name in ((1, "shift_y"), (2, "shift_x")):
                 tables[name] = _integers(generator.stream(purpose), -pad, pad, num_images)
         if self.flip != "none":

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from cifar_lightning import Transform
 from cifar_lightning.errors import UserError
-from cifar_lightning.transforms.augmentation import Augmentation
+from cifar_lightning.transforms.augmentation import Augmentation, CropAndFlip
 from cifar_lightning.transforms.per_image import PerImage
 from cifar_lightning.transforms.pipeline import Pipeline, augment
 
@@ -85,6 +85,9 @@ def test_a_transform_gets_the_images_of_its_stage(stage, scale):
         (Returns(lambda images: images @ 3), "Returns: TypeError"),
         (Add(by=torch.zeros(3)), r"Add: draw returned by as float32 \(3,\).* 4 rows"),
         (Add(by=[1, 2, 3, 4]), "Add: draw returned by as list"),
+        (CropAndFlip(8), "CropAndFlip: padding_px 8: 0 to 7 for 8-pixel images"),
+        (CropAndFlip(9, "zeros"), "CropAndFlip: padding_px 9: 0 to 7"),
+        (CropAndFlip(-1), "CropAndFlip: padding_px -1: 0 to 7"),
         (v2.RandomCrop(6), r"RandomCrop: returned uint8 \(3, 6, 6\) for an image.*--data.image_size"),
         (v2.ToPILImage(), "ToPILImage: returned Image for an image"),
         (v2.Lambda(lambda image: image / 2), r"Lambda: returned float32 \(3, 8, 8\)"),
