@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from cifar_lightning.data.image_set import ImageSet, Split
+from cifar_lightning.data.image_set import ImageSet, Split, pixel_hashes
 from cifar_lightning.data.memory import choose_num_workers, free_device_bytes, give_back_pages
 from cifar_lightning.data.sampler import EpochSampler, Rank
 from cifar_lightning.data.shards import WINDOW, ShardedImages
+from cifar_lightning.data.statistics import evenly_spaced
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.transforms.augmentation import normalize, resize
 from cifar_lightning.transforms.per_image import one_thread
@@ -36,6 +37,8 @@ from cifar_lightning.transforms.transform import Tables, Transform
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+
+_COMPARED = 64  # images of a mapped file that tell whether a worker has opened the same one
 
 
 @dataclass(frozen=True)
@@ -294,13 +297,15 @@ class _IndexBatches:
 class _Rows(Dataset[tuple[Tensor, ...]]):
     """Reads batches of images, and transforms them where rows of `transforms` come with the indices.
 
-    A memory-mapped array is sent to a spawned worker as its path, not its content.
+    A memory-mapped array is sent to a spawned worker as its path, not its content. Where another run has put other
+    images at this path since, or it is gone, reading is a `RunError`.
     """
 
     def __init__(
         self, images: np.ndarray | ShardedImages, targets: np.ndarray, transforms: Sequence[Transform] = ()
     ) -> None:
-        self.images, self.targets, self.transforms = images, targets, transforms
+        self.images: np.ndarray | ShardedImages | _MappedFile = images
+        self.targets, self.transforms = targets, transforms
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -319,6 +324,8 @@ class _Rows(Dataset[tuple[Tensor, ...]]):
 
     def _read(self, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
         image_indices = np.asarray(batch.indices, dtype=np.int64)
+        if isinstance(self.images, _MappedFile):
+            raise RunError(f"{self.images.path}: the decoded images were removed or replaced meanwhile; start again.")
         if isinstance(self.images, ShardedImages):
             if batch.later is not None:
                 self.images.fetch_ahead(batch.later)
@@ -339,14 +346,29 @@ class _Rows(Dataset[tuple[Tensor, ...]]):
         state = self.__dict__.copy()
         if isinstance(self.images, np.memmap):
             array = self.images
-            state["images"] = (array.filename, array.offset, array.shape)
+            state["images"] = _MappedFile(str(array.filename), array.offset, array.shape, _some_hashes(array))
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if isinstance(state["images"], tuple):
-            path, offset, shape = state["images"]
-            state["images"] = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=shape)
         self.__dict__.update(state)
+        if isinstance(file := self.images, _MappedFile):
+            with contextlib.suppress(OSError, ValueError):  # missing, too short
+                mapped = np.memmap(file.path, dtype=np.uint8, mode="r", offset=file.offset, shape=file.shape)
+                if np.array_equal(_some_hashes(mapped), file.hashes):
+                    self.images = mapped
+
+
+class _MappedFile(NamedTuple):
+    """A memory-mapped array on its way to a worker."""
+
+    path: str
+    offset: int
+    shape: tuple[int, ...]
+    hashes: np.ndarray
+
+
+def _some_hashes(images: np.ndarray) -> np.ndarray:
+    return pixel_hashes(images[evenly_spaced(len(images), _COMPARED)])
 
 
 def _transform_on_cpu(images: Tensor, size: int, drawn: Drawn) -> Tensor:

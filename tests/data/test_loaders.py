@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 
 from cifar_lightning.data.loaders import BatchTransform, ResidentLoader, StreamingLoader, _Rows
 from cifar_lightning.data.sampler import EpochSampler, Rank
-from cifar_lightning.errors import UserError
+from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.transforms.augmentation import Augmentation
 from cifar_lightning.transforms.pipeline import Pipeline
 
@@ -141,6 +141,22 @@ def test_a_memory_mapped_set_travels_to_workers_as_its_path(tmp_path):
     sent = pickle.dumps(_Rows(mapped, TARGETS))
     assert len(sent) < IMAGES.nbytes / 4
     _, images, _ = pickle.loads(sent).__getitems__([7, 3])
+    assert np.array_equal(images.numpy(), IMAGES[[7, 3]])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a mapped file cannot be replaced")
+@pytest.mark.parametrize("others", [IMAGES[::-1], IMAGES[1:], np.concatenate([IMAGES[:1], IMAGES]), None])
+def test_a_mapped_file_that_was_replaced_is_noticed_by_workers(others, tmp_path):
+    path = tmp_path / "images.npy"
+    np.save(path, IMAGES)
+    rows = _Rows(np.load(path, mmap_mode="r"), TARGETS)
+    path.unlink()
+    if others is not None:
+        np.save(path, others)
+    error = pickle.loads(pickle.dumps(rows)).__getitems__([7, 3])
+    assert isinstance(error, RunError)
+    assert str(path) in str(error)
+    _, images, _ = rows.__getitems__([7, 3])  # a forked worker has the file itself
     assert np.array_equal(images.numpy(), IMAGES[[7, 3]])
 
 
