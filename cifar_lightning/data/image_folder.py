@@ -675,4 +675,6 @@ def publish(temporary: Path, path: Path, about: dict[str, Any], decoded: Decoded
     write_json(note, about)
     if sys.platform == "win32":
         decoded = decoded._replace(images=np.load(path, mmap_mode="r"))
+    elif isinstance(decoded.images, np.memmap):
+        decoded.images.filename = os.path.abspath(path)  # where workers that are not forked open it, as on macOS
     return decoded

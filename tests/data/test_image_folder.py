@@ -396,6 +396,14 @@ def test_several_at_once_all_read_the_same_and_leave_no_litter(root):
     assert {path.name for path in (root / CACHE_FOLDER).iterdir()} == {"train-8.files", "train-8.json", "train-8.npy"}
 
 
+def test_images_have_the_path_of_the_cache_when_they_were_just_decoded_too(root):
+    for _ in range(2):
+        images = ClassFolders(root).load("train").images
+        assert os.path.samefile(images.filename, root / CACHE_FOLDER / "train-8.npy")
+        again = np.memmap(images.filename, np.uint8, "r", images.offset, images.shape)  # as a spawned worker opens it
+        assert np.array_equal(again, images)
+
+
 def test_what_a_killed_process_left_is_cleared_away(root):
     stale = root / CACHE_FOLDER / ".train-8.npy.1-abc.tmp"
     stale.parent.mkdir()
