@@ -70,6 +70,7 @@ _RACY_NS = 2_000_000_000  # a file changed this shortly before may change again 
 _FILE = np.dtype([("stat", "<i8", 4), ("content", "u1", 32), ("pixels", "<u8")])
 Stat = tuple[int, int, int, int]
 Skipped = tuple[str, str]  # path of a file or folder, and why it is left out
+_MOST_DIGITS = 1000  # of a label that is a number; Python converts 4,300
 _BY_SUFFIX, _LOOSE, _LINK = "not an image, by its suffix", "in no class folder", "a link to a folder inside a class"
 
 
@@ -370,7 +371,7 @@ def _scan_labels(root: Path, labels: Path) -> tuple[tuple[str, ...], dict[Split,
     began_ns, listings = time.time_ns(), dict[Split, Listing]()
     rows = read_labels(labels, root)
     found = {row.label for row in rows}
-    are_numbers = all(label.removeprefix("-").isdecimal() for label in found)
+    are_numbers = all(label.removeprefix("-").isdecimal() and len(label) <= _MOST_DIGITS for label in found)
     names = tuple(sorted(found, key=lambda label: (int(label) if are_numbers else 0, label)))
     places = {name: place for place, name in enumerate(names)}
     for split in SPLITS:

@@ -140,7 +140,8 @@ def _columns(path: Path, line: int, names: Sequence[str]) -> dict[str, int]:
 def _label(path: Path, line: int, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         _refuse(path, line, f"label {json.dumps(value)} is not a name; give a text or a whole number")
-    label = unicodedata.normalize("NFC", str(value).strip())
+    # JSON may hold half of a surrogate pair, which UTF-8 cannot: shown as \ud83d.
+    label = unicodedata.normalize("NFC", str(value).strip().encode("utf-8", "backslashreplace").decode())
     if not label:
         _refuse(path, line, "the label is empty")
     return label

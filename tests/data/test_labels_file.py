@@ -126,6 +126,7 @@ def test_names_in_either_unicode_form_find_their_files(root, tmp_path):
         (["10", "-1", "2"], ("-1", "2", "10")),
         (["10", "2", "x"], ("10", "2", "x")),
         (["b", "B", "a"], ("B", "a", "b")),
+        (["2", "9" * 5000, "10"], ("10", "2", "9" * 5000)),
     ],
 )
 @pytest.mark.parametrize("is_json", [False, True])
@@ -133,11 +134,18 @@ def test_classes_are_sorted_by_name_and_whole_numbers_by_value(labels, expected,
     rows = [(f"{at + 1}.png", label) for at, label in enumerate(labels)]
     content = "path,label\n" + "".join(f"{path},{label}\n" for path, label in rows)
     if is_json:
-        values = [(path, int(label) if label.lstrip("-").isdigit() else label) for path, label in rows]
+        values = [
+            (path, int(label) if label.lstrip("-").isdigit() and len(label) < 9 else label) for path, label in rows
+        ]
         content = "".join(json.dumps({"path": path, "label": label}) + "\n" for path, label in values)
     data = ClassFolders(root, labels=written(tmp_path, content))
     assert data.class_names == expected
     assert {class_name for _, class_name in labelled(data).values()} == set(expected)
+
+
+def test_a_label_that_is_no_unicode_text_is_shown_escaped(root, tmp_path):
+    content = "".join(f'{{"path": "{at}.png", "label": "{name}"}}\n' for at, name in ((1, "cat"), (2, "\\ud83d dog")))
+    assert ClassFolders(root, labels=written(tmp_path, content)).class_names == ("\\ud83d dog", "cat")
 
 
 @pytest.mark.parametrize(
