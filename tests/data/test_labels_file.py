@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from program import decode_here
 
+from cifar_lightning.data import image_folder
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.image_folder import CACHE_FOLDER, ClassFolders
 from cifar_lightning.errors import UserError
@@ -234,6 +235,22 @@ def test_the_data_module_splits_labels_without_splits_as_flat_folders_and_saves_
         *next(kind for kind in data.duplicates if kind["kind"] == "other label")["first"][0]
     }
     assert str(path) in data.split_summary()["dataset"]
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_images_that_another_process_has_put_in_the_place_of_these_are_noticed(limit, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_folder, "READ_BEFORE_BYTES", limit)
+    rows = "path,label,split\n1.png,cat,train\n2.png,dog,train\n3.png,cat,test\n4.png,dog,test\n"
+    ours = written(tmp_path, rows)
+    (tmp_path / "fold2").mkdir()
+    theirs = written(tmp_path / "fold2", rows.replace("1.png", "5.png"))  # the name is that of our labels
+    expected = {10: ("train", "cat"), 20: ("train", "dog"), 30: ("test", "cat"), 40: ("test", "dog")}
+    assert labelled(ClassFolders(root, labels=ours)) == expected
+    notes = {path: path.read_bytes() for path in (root / CACHE_FOLDER).glob("train*") if path.suffix != ".npy"}
+    assert 50 in labelled(ClassFolders(root, labels=theirs))
+    for path, content in notes.items():
+        path.write_bytes(content)  # as where both publish at once
+    assert labelled(ClassFolders(root, labels=ours)) == expected
 
 
 def test_changed_labels_are_noticed_though_no_image_changed(root, tmp_path):
