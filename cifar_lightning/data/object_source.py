@@ -228,8 +228,10 @@ def _known_class_names(dataset: Any) -> list[str] | None:
         return getattr(features.get(_columns(features, features)[1]), "names", None)
     classes = getattr(dataset, "classes", None)
     if isinstance(classes, list | tuple) and classes:  # those of ImageNet are tuples of synonyms
-        return [name if isinstance(name, str) else ", ".join(map(str, name)) for name in classes]
-    inner = getattr(dataset, "dataset", None) or next(iter(getattr(dataset, "datasets", None) or ()), None)
+        return [", ".join(map(str, name)) if isinstance(name, list | tuple) else str(name) for name in classes]
+    inner, several = getattr(dataset, "dataset", None), getattr(dataset, "datasets", None)
+    if inner is None and isinstance(several, list | tuple):
+        inner = next(iter(several), None)
     return None if inner is None else _known_class_names(inner)
 
 

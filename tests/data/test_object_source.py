@@ -158,6 +158,15 @@ def test_class_names_come_from_classes_features_and_what_is_wrapped(given):
     assert targets == LABELS.tolist()
 
 
+@pytest.mark.parametrize(
+    "attributes", [{"classes": [0, 1, 2]}, {"dataset": IMAGES}, {"datasets": IMAGES}, {"datasets": [IMAGES, LABELS]}]
+)
+def test_attributes_may_be_called_as_those_with_class_names_are(attributes):
+    given = Own()
+    vars(given).update(attributes)
+    assert loaded(given)[2] == ("0", "1", "2")
+
+
 def test_class_names_can_be_given_and_outnumber_the_labels():
     module = data(Named(), class_names=["a", "b", "c", "d"], class_weights="balanced", val_fraction=0.2)
     module.setup()
