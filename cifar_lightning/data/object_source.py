@@ -78,6 +78,8 @@ class ObjectSource:
         self.image_size = image_size or choose_image_size(sizes["train"], is_square_kept=True)
         self._read: dict[Split, tuple[np.ndarray, np.ndarray]] = {}
         self._loaded: dict[Split, ImageSet] = {}
+        known = {} if class_names else {split: _class_names_in(each.dataset) for split, each in self._samples.items()}
+        self._known: dict[Split, list[list[str]]] = known
         self.class_names = self._find_class_names(class_names)
 
     def prepare(self) -> None:
@@ -106,7 +108,7 @@ class ObjectSource:
         return self._read[split]
 
     def _find_class_names(self, chosen: Sequence[str] | None) -> tuple[str, ...]:
-        names = chosen or _known_class_names(self._samples["train"].dataset)
+        names = chosen or next(iter(self._known["train"]), None)
         if names is None:
             labels = self._of("train")[1]  # read now, as their number is not known
             if labels.dtype.kind == "U":
@@ -131,9 +133,22 @@ class ObjectSource:
                 raise UserError(f"{where}: label {printable(unknown[0])} is none of {names}; see --data.class_names.")
             return np.array([index[label] for label in labels.tolist()], np.int64)
         self._refuse_negative(split, labels)
+        self._refuse_other_names(split)
         if labels.max() >= len(index):
             raise UserError(f"{where}: label {labels.max()}; for {names} they must be 0 to {len(index) - 1}.")
         return labels.astype(np.int64)
+
+    def _refuse_other_names(self, split: Split) -> None:
+        """Refuse numbers that name other classes than the same ones of the training images."""
+        if not self._known.get("train"):
+            return
+        for names in self._known[split]:
+            for label, (name, ours) in enumerate(zip(names, self.class_names, strict=False)):
+                if name != ours:
+                    raise UserError(
+                        f"--data.dataset {self.name}: {split}: label {label} is {printable(name)}, in the training "
+                        f"images {printable(ours)}.\nNumber the classes alike, or give --data.class_names if they are."
+                    )
 
     def _refuse_negative(self, split: Split, labels: np.ndarray) -> None:
         where, low = f"--data.dataset {self.name}: {split}", int(labels.min())
@@ -222,17 +237,18 @@ def _columns(names: Collection[Any], features: Mapping[str, Any] | None) -> tupl
     return image, label
 
 
-def _known_class_names(dataset: Any) -> list[str] | None:
-    """Return the names that a data set has, or the one that it wraps."""
+def _class_names_in(dataset: Any) -> list[list[str]]:
+    """Return the names that a data set has, or those of each that it wraps; empty where none has any."""
     if isinstance(features := getattr(dataset, "features", None), Mapping):
-        return getattr(features.get(_columns(features, features)[1]), "names", None)
+        names = getattr(features.get(_columns(features, features)[1]), "names", None)
+        return [names] if names else []
     classes = getattr(dataset, "classes", None)
     if isinstance(classes, list | tuple) and classes:  # those of ImageNet are tuples of synonyms
-        return [", ".join(map(str, name)) if isinstance(name, list | tuple) else str(name) for name in classes]
+        return [[", ".join(map(str, name)) if isinstance(name, list | tuple) else str(name) for name in classes]]
     inner, several = getattr(dataset, "dataset", None), getattr(dataset, "datasets", None)
-    if inner is None and isinstance(several, list | tuple):
-        inner = next(iter(several), None)
-    return None if inner is None else _known_class_names(inner)
+    if inner is not None:
+        return _class_names_in(inner)
+    return [names for each in several for names in _class_names_in(each)] if isinstance(several, list | tuple) else []
 
 
 # -- samples ------------------------------------------------------------------------------------------------------

@@ -167,6 +167,36 @@ def test_attributes_may_be_called_as_those_with_class_names_are(attributes):
     assert loaded(given)[2] == ("0", "1", "2")
 
 
+def with_classes(*names, labels=LABELS):
+    given = Own(labels=labels)
+    given.classes = names
+    return given
+
+
+OTHER_NAMES = {
+    "another order": (with_classes("ant", "bee", "cat"), with_classes("ant", "cat", "bee")),
+    "a class is missing": (with_classes("ant", "bee", "cat"), with_classes("ant", "cat", labels=LABELS % 2)),
+    "of a part": ConcatDataset([Named(), with_classes("ape", "cat", "bee")]),
+    "of a part of the test split": (Named(), ConcatDataset([Subset(Named(), range(9)), with_classes("bee", "ant")])),
+    "of features": {"train": hugging_face(), "test": with_classes("cat", "bee", "ant")},
+}
+
+
+@pytest.mark.parametrize("given", OTHER_NAMES.values(), ids=OTHER_NAMES)
+def test_the_same_number_for_another_class_is_refused(given):
+    with pytest.raises(UserError, match=r"label \d is \w+, in the training images \w+.\n.*--data\.class_names"):
+        data(given).setup()
+    data(given, class_names=["a", "b", "c"]).setup()  # whoever names them says what the numbers mean
+
+
+def test_fewer_classes_and_labels_that_are_text_do_not_count_as_other_classes():
+    assert loaded((Named(), with_classes("ant", "bee", labels=LABELS % 2)), "test")[1] == (LABELS % 2).tolist()
+    assert loaded(((IMAGES, LABELS), Named()), "test")[2] == ("0", "1", "2")
+    words = np.array(["ant", "bee", "cat"])[LABELS]
+    given = with_classes("ant", "bee", "cat", labels=words), with_classes("cat", "bee", "ant", labels=words)
+    assert loaded(given, "test")[1] == LABELS.tolist()
+
+
 def test_class_names_can_be_given_and_outnumber_the_labels():
     module = data(Named(), class_names=["a", "b", "c", "d"], class_weights="balanced", val_fraction=0.2)
     module.setup()
