@@ -193,9 +193,15 @@ def _is_array(value: Any) -> bool:
 
 def _samples_of(given: Any, where: str, resize: Resize) -> "_Samples":
     if isinstance(given, tuple | list) and len(given) == 2 and _is_array(given[0]):
-        if len(given[0]) != len(given[1]):
-            raise UserError(f"--data.dataset {where}: {len(given[0]):,} images and {len(given[1]):,} labels.")
-        return _Samples(StackDataset(*given), where, resize)
+        images, labels = given
+        try:
+            labels = labels if _is_array(labels) else list(labels)  # a Series of pandas is indexed by its rows' names
+            if len(images) != len(labels):
+                raise UserError(f"--data.dataset {where}: {len(images):,} images and {len(labels):,} labels.")
+        except TypeError as error:  # None, a number
+            kinds = f"{type(images).__name__} and {type(labels).__name__}"
+            raise UserError(f"--data.dataset {where}: {kinds}: {error}.\nNeeded: {_FORMS}.") from error
+        return _Samples(StackDataset(images, labels), where, resize)
     problem = ""
     if isinstance(given, IterableDataset) or (hasattr(given, "features") and not hasattr(given, "__len__")):
         problem = "it has no order and no length; give a list of its samples"
@@ -217,10 +223,13 @@ def _arrays_of(dataset: Any) -> tuple[Any, Any] | None:
     reads: Any = type(dataset).__getitem__
     if reads is TensorDataset.__getitem__ and len(dataset.tensors) == 2:
         return dataset.tensors[0], dataset.tensors[1]
-    if reads is StackDataset.__getitem__ and _is_array(dataset.datasets[0]):
-        return dataset.datasets[0], dataset.datasets[1]
+    if reads is StackDataset.__getitem__ and isinstance(dataset.datasets, tuple):  # a dict gives dicts
+        images, labels = dataset.datasets
+        return (images, labels) if _is_array(images) and (_is_array(labels) or isinstance(labels, list)) else None
     if reads is Subset.__getitem__ and (inner := _arrays_of(dataset.dataset)):
-        return inner[0][dataset.indices], np.asarray(inner[1])[dataset.indices]
+        rows = np.asarray(dataset.indices, np.int64)  # a tuple would be one index, and booleans a mask
+        images, labels = inner
+        return images[rows], labels[rows] if _is_array(labels) else [labels[row] for row in rows.tolist()]
     is_torchvisions = getattr(reads, "__module__", "").startswith("torchvision.datasets.")
     if is_torchvisions and getattr(dataset, "transforms", True) is None and _is_array(getattr(dataset, "data", None)):
         labels: Any = getattr(dataset, "targets", getattr(dataset, "labels", None))
@@ -326,6 +335,8 @@ class _Samples(Dataset[Any]):
                 images, labels = self._read_all() if arrays is None else _read_arrays(*arrays, image_size, self.resize)
             except UserError as error:
                 raise UserError(f"{self.where}: {error}{self.form}" if arrays else str(error)) from error
+            if len({type(label) for label in labels}) > 1:
+                raise UserError(f"{self.where}: some labels are text and some are numbers.")
             for index in self._probes:
                 image, label = self._sample(index)
                 if label != labels[index] or not np.array_equal(image, images[index]):
@@ -333,9 +344,9 @@ class _Samples(Dataset[Any]):
                         f"{self.where}: sample {index:,} differs between two reads; images are read once.\n"
                         "Take random transforms out of the data set and give them by --data.transforms."
                     )
-        return images, labels
+        return images, np.asarray(labels)
 
-    def _read_all(self) -> tuple[np.ndarray, np.ndarray]:
+    def _read_all(self) -> tuple[np.ndarray, list[int | str]]:
         num, began = len(self), time.monotonic()
         images = np.empty((num, self.image_size, self.image_size, 3), np.uint8)
         labels: list[int | str] = []
@@ -347,11 +358,9 @@ class _Samples(Dataset[Any]):
                     images[len(labels)], label = sample
                     labels.append(label)
                 show(len(labels))
-        if len({type(label) for label in labels}) > 1:
-            raise UserError(f"{self.where}: some labels are text and some are numbers.")
         if num >= _LOGGED_FROM and not sys.stderr.isatty():
             remark(f"Read {num:,} images of {self.name} in {time.monotonic() - began:.1f} s")
-        return images, np.asarray(labels)
+        return images, labels
 
     def _batches(self) -> Iterator[list[Any]]:
         began, num_first = time.monotonic(), min(_NUM_PROBES, len(self))
@@ -433,8 +442,9 @@ def _opened(image: Any) -> "Image.Image | np.ndarray":
     return image if isinstance(image, Image.Image) else _pixels(image)
 
 
-def _read_arrays(images: Any, labels: Any, image_size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray]:
-    labels = np.asarray([_label(label) for label in labels])
+def _read_arrays(images: Any, targets: Any, image_size: int, resize: Resize) -> tuple[np.ndarray, list[int | str]]:
+    labels = [_label(target) for target in targets]
+    images = images.detach().cpu() if isinstance(images, Tensor) else images
     if images.shape[1:] == (image_size, image_size, 3) and str(images.dtype).endswith("uint8"):
         return np.ascontiguousarray(images), labels
     squares = np.empty((len(images), image_size, image_size, 3), np.uint8)

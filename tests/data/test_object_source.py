@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, random_split
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    StackDataset,
+    Subset,
+    TensorDataset,
+    random_split,
+)
 from torchvision.transforms import v2
 
 from cifar_lightning import ImageDataModule, UserError
@@ -133,6 +142,46 @@ def test_arrays_become_images_at_once(given, expected, labels):
     images, targets, _ = loaded((given, labels))
     np.testing.assert_array_equal(images, expected)
     assert targets == LABELS.tolist()
+
+
+class ByName:
+    """Labels as a Series of pandas has them: iterated by place, indexed by names of rows, which sorting has changed."""
+
+    def __init__(self, labels):
+        self.labels = list(labels)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __iter__(self):
+        return iter(self.labels)
+
+    def __getitem__(self, name):
+        return self.labels[len(self) - 1 - name]
+
+
+ROWS = [23, 1, 5, 2, 3, 9, 12, 22, 20, 4, 6, 7]
+PAIRS = TensorDataset(TENSORS, torch.tensor(LABELS))
+STACKED = {
+    "labels by name": ((IMAGES, ByName(LABELS)), range(N)),
+    "dicts of arrays": (StackDataset(image=IMAGES, label=LABELS.tolist()), range(N)),
+    "images with a gradient": ((torch.zeros(N, SIZE, SIZE, 3, requires_grad=True), LABELS), None),
+    "a list": (Subset(PAIRS, ROWS), ROWS),
+    "a tuple": (Subset(PAIRS, tuple(ROWS)), ROWS),
+    "a tuple of three": (Subset(Subset(PAIRS, (0, 1, 2)), [2, 1, 0] * 3), [2, 1, 0] * 3),
+    "small integers": (Subset(PAIRS, np.array(ROWS, np.uint8)), ROWS),
+    "tensors": (Subset(PAIRS, list(torch.tensor(ROWS))), ROWS),
+    "from the end": (Subset(PAIRS, [-row - 1 for row in ROWS]), [N - 1 - row for row in ROWS]),
+    "of a list of labels": (Subset(StackDataset(IMAGES, LABELS.tolist()), tuple(ROWS)), ROWS),
+}
+
+
+@pytest.mark.parametrize(("given", "rows"), STACKED.values(), ids=STACKED)
+def test_rows_of_arrays_keep_their_labels_however_they_are_chosen(given, rows):
+    images, targets, _ = loaded(given)
+    rows, expected = (range(N), IMAGES * 0) if rows is None else (rows, IMAGES)
+    np.testing.assert_array_equal(images, expected[np.array(rows)])
+    assert targets == LABELS[np.array(rows)].tolist()
 
 
 @pytest.mark.parametrize(("kind", "white"), [(np.int32, 1), (np.uint16, 1), (np.float32, 255)])
@@ -368,6 +417,9 @@ BAD = {
     "negative": (Own(labels=LABELS - 1), ["label -1"]),
     "above classes": (Named(labels=LABELS + 1), ["label 3", "0 to 2"]),
     "mixed labels": (Own(labels=[0, "1"] * 12), ["text", "numbers"]),
+    "mixed labels of arrays": ((IMAGES, [0, "1"] * 12), ["text", "numbers"]),
+    "no labels": ((IMAGES, None), ["ndarray and NoneType", "(images, labels)"]),
+    "a label": ((IMAGES, np.array(3)), ["ndarray and ndarray", "(images, labels)"]),
     "test only": ((Own(), Own(labels=LABELS + 1)), ["test", "label 3"]),
     "one class": (Own(labels=LABELS * 0), ["only one class"]),
     "two channels": (Own(lambda image, label: (image[..., :2], label)), ["(8, 8, 2)", "channels"]),
