@@ -231,8 +231,10 @@ def _arrays_of(dataset: Any) -> tuple[Any, Any] | None:
         images, labels = inner
         return images[rows], labels[rows] if _is_array(labels) else [labels[row] for row in rows.tolist()]
     is_torchvisions = getattr(reads, "__module__", "").startswith("torchvision.datasets.")
-    if is_torchvisions and getattr(dataset, "transforms", True) is None and _is_array(getattr(dataset, "data", None)):
-        labels: Any = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    # `transforms` is of its making; a transform that it is given later is only in the other two.
+    changes = (getattr(dataset, name, True) for name in ("transforms", "transform", "target_transform"))
+    if is_torchvisions and all(each is None for each in changes) and _is_array(getattr(dataset, "data", None)):
+        labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
         if np.shape(labels) == (len(dataset),):
             return dataset.data, labels
     return None

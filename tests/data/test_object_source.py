@@ -295,12 +295,26 @@ def test_images_of_several_sizes_become_squares_as_those_of_folders():
     assert loaded((IMAGES, LABELS), image_size=5)[0].shape == (N, 5, 5, 3)
 
 
-def test_torchvision_and_tensor_datasets_are_not_read_one_by_one(monkeypatch, tmp_path):
+def torchvisions():
+    """Return torchvision's CIFAR10 of these images, without a transform."""
     from torchvision.datasets import CIFAR10
 
     cifar = CIFAR10.__new__(CIFAR10)
     vars(cifar).update(data=IMAGES, targets=LABELS.tolist(), transform=None, target_transform=None, transforms=None)
     cifar.classes = ["ant", "bee", "cat"]
+    return cifar
+
+
+def test_a_transform_that_torchvisions_set_is_given_later_is_applied():
+    cifar = torchvisions()
+    cifar.transform, cifar.target_transform = v2.RandomInvert(1.0), lambda label: (label + 1) % 3
+    images, targets, _ = loaded(cifar)
+    np.testing.assert_array_equal(images, 255 - IMAGES)
+    assert targets == ((LABELS + 1) % 3).tolist()
+
+
+def test_torchvision_and_tensor_datasets_are_not_read_one_by_one(monkeypatch, tmp_path):
+    cifar = torchvisions()
     monkeypatch.setattr(object_source._Samples, "_read_all", None)
     for given in (cifar, Subset(cifar, range(N)), TensorDataset(TENSORS, torch.tensor(LABELS))):
         images, targets, _ = loaded(given)
