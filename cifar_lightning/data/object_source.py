@@ -4,6 +4,7 @@ Every image is read once, as uint8 RGB. Nothing is cached on disk: whether an ob
 yesterday is only known after it has returned all of it.
 """
 
+import io
 import multiprocessing
 import os
 import pickle
@@ -368,9 +369,10 @@ class _Samples(Dataset[Any]):
         began, num_first = time.monotonic(), min(_NUM_PROBES, len(self))
         yield [self[index] for index in range(num_first)]
         seconds = (time.monotonic() - began) / num_first * (len(self) - num_first)
-        num_workers = min(usable_cpus(), _MAX_WORKERS) if seconds > _SERIAL_S and _is_forkable(self.dataset) else 0
+        copied = _copy_for_workers(self) if seconds > _SERIAL_S else None
+        num_workers = 0 if copied is None else min(usable_cpus(), _MAX_WORKERS)
         yield from DataLoader(
-            Subset(self, range(num_first, len(self))),
+            Subset(self if copied is None else copied, range(num_first, len(self))),
             batch_size=_BATCH,
             collate_fn=list,
             num_workers=num_workers,
@@ -379,19 +381,49 @@ class _Samples(Dataset[Any]):
         )
 
 
-def _is_forkable(dataset: Any) -> bool:
-    """Whether forked processes can read a data set at once.
+class _Pickler(pickle.Pickler):
+    """Leaves arrays, tensors and bytes where they are: most of a data set in memory."""
 
-    One that cannot be pickled may hold an open file, whose position they would have in common: images would be mixed.
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.kept: list[Any] = []
+
+    def persistent_id(self, obj: Any) -> int | None:
+        """Return the place of what is left where it is."""
+        if not isinstance(obj, np.ndarray | Tensor | bytes):
+            return None
+        self.kept.append(obj)
+        return len(self.kept) - 1
+
+
+class _Unpickler(pickle.Unpickler):
+    """Takes again what `_Pickler` has left."""
+
+    def __init__(self, file: io.BytesIO, kept: list[Any]) -> None:
+        super().__init__(file)
+        self.kept = kept
+
+    def persistent_load(self, pid: int) -> Any:
+        """Return what is left at a place."""
+        return self.kept[pid]
+
+
+def _copy_for_workers(samples: _Samples) -> _Samples | None:
+    """Return samples that forked processes can read at once; None if there are none.
+
+    Processes that read one open file move its position for each other: images would be mixed. A data set that cannot be
+    pickled may hold such a file. One that can has none once it is unpickled, and opens its own in each process.
     """
     if "fork" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin":  # unsafe there
-        return False
+        return None
     try:
-        with open(os.devnull, "wb") as nowhere:
-            pickle.Pickler(nowhere, protocol=5, buffer_callback=lambda buffer: None).dump(dataset)
+        pickler = _Pickler(file := io.BytesIO())
+        pickler.dump(samples)
+        file.seek(0)
+        copied: _Samples = _Unpickler(file, pickler.kept).load()
     except Exception:  # code of the user's raises anything
-        return False
-    return True
+        return None
+    return copied
 
 
 def _form(sample: Any, depth: int = 1) -> str:

@@ -1,6 +1,7 @@
 """Data sets given as objects become the images and labels that they hold, or an error says what is missing."""
 
 import io
+import os
 import random
 import sys
 
@@ -330,15 +331,52 @@ def test_worker_processes_read_the_same_images(monkeypatch):
     monkeypatch.setattr(object_source, "_SERIAL_S", 0.0)
     monkeypatch.setattr(object_source, "usable_cpus", lambda: 2)
     monkeypatch.setattr(object_source, "_NUM_PROBES", 4)
-    assert not object_source._is_forkable(Own())  # a lambda cannot be pickled
+    assert copy_for_workers(Own()) is None  # a lambda cannot be pickled
     picklable = Own(_pair)
-    assert object_source._is_forkable(picklable)
+    copied = copy_for_workers(picklable)
+    assert copied is not picklable
+    assert copied.images is IMAGES  # and not in memory twice
     torch.manual_seed(3)
     images, targets, _ = loaded(picklable)
     np.testing.assert_array_equal(images, IMAGES)
     assert targets == LABELS.tolist()
     with pytest.raises(UserError, match=r"sample 17 cannot be read .ZeroDivisionError"):
         loaded(Own(_pair, labels=[*range(3)] * 5 + [0, 1, None] + [0] * 6))
+
+
+def copy_for_workers(given):
+    copied = object_source._copy_for_workers(object_source._Samples(given, "own: train", "crop"))
+    return copied and copied.dataset
+
+
+class OneFile(Own):
+    """Images of one file, which a process opens when it reads the first and which is left out where it is pickled."""
+
+    def __init__(self, path):
+        super().__init__(_pair)
+        self.path, self.file, self.opened_by = path, None, None
+
+    def __getitem__(self, index):
+        if self.file is None:
+            self.file, self.opened_by = self.path.open("rb"), os.getpid()
+        assert self.opened_by == os.getpid(), "another process moves the position in this file, too"
+        self.file.seek(index * IMAGES[0].nbytes)
+        image = np.frombuffer(self.file.read(IMAGES[0].nbytes), np.uint8).reshape(IMAGES[0].shape)
+        return image, self.own_labels[index]
+
+    def __getstate__(self):
+        return self.__dict__ | {"file": None}
+
+
+def test_worker_processes_open_files_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(object_source, "_SERIAL_S", 0.0)
+    monkeypatch.setattr(object_source, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(object_source, "_NUM_PROBES", 4)
+    path = tmp_path / "images.bin"
+    path.write_bytes(IMAGES.tobytes())
+    given = OneFile(path)
+    np.testing.assert_array_equal(loaded(given)[0], IMAGES)
+    given.file.close()
 
 
 def _pair(image, label):
