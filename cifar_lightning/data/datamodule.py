@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from cifar_lightning.data.datasets import open_source
+from cifar_lightning.data.datasets import load_splits, open_source
 from cifar_lightning.data.duplicates import find_duplicates
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.data.image_folder import ClassFolders, Skipped
@@ -215,8 +215,7 @@ class ImageDataModule(pl.LightningDataModule):
         """
         if self._images:
             return
-        loaded = {split: self.source.load(split) for split in SPLITS}
-        images = {split: image_set for split, image_set in loaded.items() if image_set is not None}
+        images = load_splits(self.source, self.in_channels)
         if self.in_channels == 1:
             images = {split: as_gray(image_set) for split, image_set in images.items()}
         targets = {split: image_set.targets for split, image_set in images.items()}

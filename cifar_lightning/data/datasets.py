@@ -23,7 +23,7 @@ from cifar_lightning.data import synthetic
 from cifar_lightning.data.download import ARCHIVES, download
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.data.image_folder import ClassFolders, holds_class_folders
-from cifar_lightning.data.image_set import Cache, ImageSet, Split, digest
+from cifar_lightning.data.image_set import SPLITS, Cache, ImageSet, Split, digest
 from cifar_lightning.data.shards import Shards
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, raised_by, suggest
@@ -75,7 +75,7 @@ class Source(Protocol):
         """Download, or decode into a cache, once; safe to call again and from several processes."""
 
     def load(self, split: Split) -> ImageSet | None:
-        """Read a split; return None if the source does not have it."""
+        """Read a split, uint8 RGB squares of `image_size` with their classes; return None if the source lacks it."""
 
     def describe(self) -> str:
         """Return one line for the terminal."""
@@ -238,6 +238,45 @@ def open_source(
     from cifar_lightning.data.object_source import ObjectSource, kind_of  # imports torch and Lightning
 
     return ObjectSource(given, image_size, class_names, name or kind_of(given), resize)
+
+
+def load_splits(source: Source, in_channels: int) -> dict[Split, ImageSet]:
+    """Read the splits that a source has.
+
+    Raises:
+        UserError: It returns other arrays than `Source` says.
+    """
+    loaded = {split: source.load(split) for split in SPLITS}
+    found = {split: image_set for split, image_set in loaded.items() if image_set is not None}
+    for split, image_set in found.items():
+        if fault := _fault_of(image_set, source.image_size, {3, in_channels}, len(source.class_names)):
+            size, last = source.image_size, len(source.class_names) - 1
+            raise UserError(
+                f"--data.dataset {type(source).__name__}: load({split!r}) returns {clipped(fault)}.\nNeeded: "
+                f"ImageSet(images, targets, sha256) of uint8 (n, {size}, {size}, {in_channels}) and int64 (n,), "
+                f"0 to {last}."
+            )
+    return found
+
+
+def _fault_of(image_set: Any, image_size: int, channels: set[int], num_classes: int) -> str:
+    """Return what is wrong with an image set; empty if nothing is."""
+    if not isinstance(image_set, ImageSet):
+        return f"{type(image_set).__name__}, not an ImageSet"
+    images, targets, _ = image_set
+    shape: tuple[int, ...] = tuple(getattr(images, "shape", ()))
+    is_square = len(shape) == 4 and shape[0] > 0 and shape[1] == shape[2] == image_size and shape[3] in channels
+    if not is_square or getattr(images, "dtype", None) != np.uint8:
+        return f"images {_kind_of(images)}"
+    if not isinstance(targets, np.ndarray) or targets.dtype != np.int64 or targets.shape != shape[:1]:
+        return f"targets {_kind_of(targets)} of {shape[0]:,} images"
+    low, high = int(targets.min()), int(targets.max())
+    return "" if 0 <= low <= high < num_classes else f"targets from {low} to {high}"
+
+
+def _kind_of(array: Any) -> str:
+    about = (str(getattr(array, name)) for name in ("dtype", "shape") if hasattr(array, name))
+    return " ".join([type(array).__name__, *about])
 
 
 def _refuse(of_folder: dict[str, Any], what: str) -> None:

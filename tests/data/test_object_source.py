@@ -529,6 +529,33 @@ def test_a_source_of_ones_own_is_used_as_it_is():
         data(Ready(), image_size=9)
 
 
+NO_IMAGE_SETS = {
+    "a pair": ((IMAGES, LABELS % 2), ["tuple", "ImageSet"]),
+    "floats": (ImageSet(IMAGES / 255, LABELS % 2, ""), ["float64 (24, 8, 8, 3)", "uint8 (n, 8, 8, 3)"]),
+    "channels first": (ImageSet(TENSORS.numpy(), LABELS % 2, ""), ["(24, 3, 8, 8)"]),
+    "tensors": (ImageSet(torch.from_numpy(IMAGES), LABELS % 2, ""), ["Tensor torch.uint8"]),
+    "lists": (ImageSet(IMAGES.tolist(), LABELS % 2, ""), ["images list"]),
+    "another size": (ImageSet(IMAGES[:, :6, :6], LABELS % 2, ""), ["(24, 6, 6, 3)"]),
+    "gray": (ImageSet(IMAGES[..., :1], LABELS % 2, ""), ["(24, 8, 8, 1)"]),
+    "empty": (ImageSet(IMAGES[:0], LABELS[:0], ""), ["(0, 8, 8, 3)"]),
+    "32 bits": (ImageSet(IMAGES, (LABELS % 2).astype(np.int32), ""), ["targets", "int32", "int64"]),
+    "a list of labels": (ImageSet(IMAGES, (LABELS % 2).tolist(), ""), ["targets list"]),
+    "too few labels": (ImageSet(IMAGES, LABELS[:5] % 2, ""), ["(5,) of 24 images"]),
+    "from 1": (ImageSet(IMAGES, LABELS % 2 + 1, ""), ["targets from 1 to 2", "0 to 1"]),
+    "negative": (ImageSet(IMAGES, LABELS % 2 - 1, ""), ["targets from -1 to 0"]),
+}
+
+
+@pytest.mark.parametrize(("given", "reasons"), NO_IMAGE_SETS.values(), ids=NO_IMAGE_SETS)
+def test_what_a_source_of_ones_own_loads_is_checked(given, reasons):
+    source = Ready()
+    source.load = lambda split: given if split == "test" else Ready.load(source, split)
+    with pytest.raises(UserError) as caught:
+        data(source).setup()
+    for reason in ["--data.dataset Ready", "load('test')", *reasons]:
+        assert reason in str(caught.value)
+
+
 MODULE = """
 import numpy as np
 from torch.utils.data import Dataset
