@@ -180,6 +180,7 @@ class StreamingLoader(ImageLoader):
         # A worker that begins a window of shards begins to download the next one.
         steps = len(images) * WINDOW // (images.num_shards * sampler.batch_size) + 1 if is_sharded(images) else 0
         self._index_batches = _IndexBatches(steps * num_workers)
+        self._num_begun = 0  # iterations
         self.workers_decode = is_sharded(images) and images.has_jpegs
         rows = _Rows(images, targets, transform.pipeline.on_cpu if transform.pipeline is not None else ())
         self.dataset = _subset(rows, sampler)
@@ -203,7 +204,15 @@ class StreamingLoader(ImageLoader):
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         # Arrays, not lists: a set's indices as Python objects would take five times the memory.
         self._index_batches.begin([batch.numpy() for batch in batches], size, drawn)
-        for batch in self._workers:
+        self._num_begun += 1
+        turn, read = self._num_begun, iter(self._workers)
+        for _ in batches:
+            if turn != self._num_begun:
+                raise UserError(
+                    "this loader is iterated again before the end of an epoch, and its workers read for one iteration "
+                    "at a time; iterate another one, as train_dataloader() makes."
+                )
+            batch = next(read)
             if isinstance(batch, Exception):
                 raise batch
             image_indices, images, targets = batch

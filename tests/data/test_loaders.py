@@ -122,6 +122,23 @@ def test_streaming_starts_the_next_epoch_cleanly_after_a_break():
     assert_same(drawn(streamed), drawn(kept))
 
 
+def test_a_loader_that_is_iterated_within_its_own_epoch_gives_no_batch_of_another():
+    streamed, kept = streaming(), resident()
+    outer = iter(streamed)
+    next(outer)
+    next(iter(streamed))  # a look at some images
+    with pytest.raises(UserError, match="train_dataloader"):
+        next(outer)
+    for loader in (streamed, kept):
+        loader.sampler.set_epoch(5)
+    assert_same(drawn(streamed), drawn(kept))
+    outer = iter(streamed)
+    for _ in range(len(streamed)):
+        next(outer)
+    drawn(streamed)
+    assert next(outer, None) is None  # it has had all of its own
+
+
 def test_workers_end_by_themselves_where_the_collector_finds_their_loader():
     loader = streaming()
     loader.trainer_that_refers_to_it = [loader]  # a cycle
