@@ -1,6 +1,7 @@
 """Memory and CPUs of this machine, and how many worker processes they suggest. Imports no torch."""
 
 import ctypes
+import math
 import mmap
 import os
 import platform
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+_CGROUP = Path("/sys/fs/cgroup")
 _MOST_BYTES = 2**31 - 1  # mallopt takes an int
 
 
@@ -44,10 +46,20 @@ def free_host_bytes() -> float:
     if not meminfo.exists():
         return 8e9  # the standard library does not know it outside Linux: a small laptop's memory
     free = next(1024.0 * int(line.split()[1]) for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and limit.read_text().strip() != "max":  # a container may have less than its machine
-        free = min(free, float(limit.read_text()) - float(used.read_text()))
-    return free
+    return min(free, _free_in_container(_CGROUP))  # a container may have less than its machine
+
+
+def _free_in_container(cgroup: Path) -> float:
+    """Return the bytes that are left to a container of Linux; infinite where it has no limit of its own.
+
+    What it has read from disks counts as used until the kernel needs the room, so that the inactive part of it is free:
+    Docker and Kubernetes subtract the same.
+    """
+    limit, used, parts = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not limit.exists() or limit.read_text().strip() == "max":
+        return math.inf
+    of_part = dict(line.split() for line in parts.read_text().splitlines())
+    return float(limit.read_text()) - float(used.read_text()) + float(of_part["inactive_file"])
 
 
 def keep_freed_memory() -> None:

@@ -1,5 +1,6 @@
 """Free memory notices what is taken; freed memory may be kept, pages of a mapped file given back."""
 
+import math
 import platform
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cifar_lightning.data import memory
 from cifar_lightning.data.memory import free_host_bytes, give_back_pages
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
@@ -22,6 +24,24 @@ def test_taking_memory_leaves_less_of_it():
         before.append(free_host_bytes())
     assert np.median(-np.diff(before)) > 1e8
     assert all(array[0] == 1 for array in taken)
+
+
+def write_cgroup(folder, limit):
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text("15000000000\n")
+    (folder / "memory.stat").write_text("anon 1000000000\nfile 14000000000\ninactive_file 12000000000\n")
+
+
+@on_linux
+def test_a_container_that_has_read_many_files_still_has_the_memory_they_are_cached_in(tmp_path, monkeypatch):
+    without = memory.free_host_bytes()
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory.free_host_bytes() > without / 2  # no container
+    for limit, free in ((16_000_000_000, 13e9), ("max", math.inf)):
+        write_cgroup(tmp_path, limit)
+        assert memory._free_in_container(tmp_path) == free
+    write_cgroup(tmp_path, 3_500_000_000)
+    assert memory.free_host_bytes() == 5e8
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to")
