@@ -472,15 +472,20 @@ class _Bucket:
 
     def forget(self, path: Path) -> None:
         """Remove a damaged file, so that it is downloaded again."""
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # it may be another user's
+            path.unlink()
 
     def fetch(self, split: Split, file: str) -> Path:
         path = self.path(split, file)
-        try:
-            os.utime(path)  # the least recently used files are removed first
-        except FileNotFoundError:
+        if not path.exists():
             self._download(self.name(split, file), path, UserError)
+        self._note_use(path)
         return path
+
+    def _note_use(self, path: Path) -> None:
+        """Set its times: the least recently used files are removed first."""
+        with suppress(OSError):  # those of another user's file cannot be set
+            os.utime(path)
 
     def check(self, split: Split, shards: Sequence[_Shard]) -> None:
         pass
@@ -504,8 +509,7 @@ class _Bucket:
                 fd = os.open(path, _FLAGS)
             except FileNotFoundError:  # another process has just made room
                 continue
-            with suppress(FileNotFoundError):
-                os.utime(path)
+            self._note_use(path)
             if (size := os.fstat(fd).st_size) != shard.chunk_bytes:
                 os.close(fd)
                 self.forget(path)

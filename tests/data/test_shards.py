@@ -423,6 +423,28 @@ def test_room_is_made_of_all_that_is_cached_the_oldest_first_but_not_of_what_is_
     assert all(path.exists() for path in [*kept, *written])
 
 
+def test_a_cache_of_another_user_is_read(monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    place, shard = (
+        shards_module._Bucket("s3://photos/set"),
+        shards_module._Shard(filename="chunk-0-0.bin", chunk_bytes=3, chunk_size=1),
+    )
+    paths = [place.path("train", name) for name in ("index.json", shard.filename)]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"123")
+    monkeypatch.setattr(os, "utime", refuse)
+    assert place.fetch("train", "index.json") == paths[0]
+    fd = place.open("train", shard)
+    assert os.read(fd, 9) == b"123"
+    os.close(fd)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with refused("chunk-0-0.bin", "3 of 5 bytes"):  # and not why it cannot be removed
+        place.open("train", shard.model_copy(update={"chunk_bytes": 5}))
+
+
 def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("CIFAR_LIGHTNING_CACHE", str(tmp_path / "file"))
