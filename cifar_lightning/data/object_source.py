@@ -168,10 +168,11 @@ def _splits_of(given: Any, name: str) -> Iterator[tuple[Split, Any]]:
             raise UserError(f"--data.dataset {name}: no train among its splits {clipped(', '.join(map(str, given)))}.")
         if unused := [str(key) for key in given if key not in SPLIT_OF_WORD]:
             remark(f"{name}: only train, validation and test are used, not {clipped(', '.join(unused))}")
-        used = {key: SPLIT_OF_WORD[key] for key in given if key in SPLIT_OF_WORD}
-        if len({*used.values()}) < len(used):
-            raise UserError(f"--data.dataset {name}: of its splits {', '.join(used)} two are one; keep one of them.")
-        yield from ((split, given[key]) for key, split in used.items())
+        keys: dict[Split, str] = {}
+        for key in (key for key in given if key in SPLIT_OF_WORD):
+            if (first := keys.setdefault(SPLIT_OF_WORD[key], key)) != key:
+                raise UserError(f"--data.dataset {name}: has {first} and {key}; keep one of them.")
+        yield from ((split, given[key]) for split, key in keys.items())
     elif isinstance(given, tuple | list) and len(given) in (2, 3) and not _is_array(given[0]):
         splits: tuple[Split, ...] = ("train", "test") if len(given) == 2 else SPLITS
         for split, each in zip(splits, given, strict=True):

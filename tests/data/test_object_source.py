@@ -434,7 +434,7 @@ BAD = {
     "number": (5, ["int", "__len__"]),
     "dict": ({"a": 1}, ["no train", "a"]),
     "no train": ({"test": Own()}, ["no train", "test"]),
-    "one split twice": ({"train": Own(), "val": Own(), "validation": Own()}, ["train, val, validation", "one"]),
+    "two validation splits": ({"train": Own(), "val": Own(), "validation": Own()}, ["val and validation", "keep one"]),
     "IterableDataset": (Endless(), ["Endless", "no length"]),
     "no length": (NoLength(), ["NoLength", "__len__"]),
     "length that fails": (BadLength(), ["BadLength", "__len__"]),
