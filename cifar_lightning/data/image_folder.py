@@ -51,6 +51,7 @@ from cifar_lightning.data.image_set import (
     pixel_hashes,
 )
 from cifar_lightning.data.labels_file import read_labels
+from cifar_lightning.data.memory import check_fits
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
 from cifar_lightning.formatting import counted, first_of, printable
@@ -320,6 +321,9 @@ class ClassFolders:
             print(
                 f"No folder for decoded images is writable (set {CACHE_VARIABLE}): decoding at each start", flush=True
             )
+        what = f"--data.root {self.root}" if self._caches else "--data.cache memory"
+        way_out = f"Make room for them on a disk, which {CACHE_VARIABLE} may name, or give a smaller --data.image_size."
+        check_fits(shape, what, way_out)
         self._uncached[split], _ = self._decode(listing, np.empty(shape, np.uint8))
         return self._uncached[split]
 

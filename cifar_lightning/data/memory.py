@@ -8,6 +8,8 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cifar_lightning.errors import UserError
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -47,6 +49,15 @@ def free_host_bytes() -> float:
         return 8e9  # the standard library does not know it outside Linux: a small laptop's memory
     free = next(1024.0 * int(line.split()[1]) for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
     return min(free, _free_in_container(_CGROUP))  # a container may have less than its machine
+
+
+def check_fits(shape: tuple[int, ...], what: str, way_out: str) -> None:
+    """Raise `UserError` where decoded images, uint8 of this shape, need more memory than is free."""
+    if (needed := math.prod(shape)) > free_host_bytes():
+        raise UserError(
+            f"{what}: {shape[0]:,} images of {shape[1]} pixels need {needed / 1e9:,.1f} GB of memory, more than is "
+            f"free.\n{way_out}"
+        )
 
 
 def _free_in_container(cgroup: Path) -> float:

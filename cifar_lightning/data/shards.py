@@ -35,7 +35,7 @@ from pydantic import BaseModel, Field
 from cifar_lightning.data.image_decoding import Resize, decode_image
 from cifar_lightning.data.image_folder import CACHE_VARIABLE, STALE_S, allocated, in_user_cache, user_cache
 from cifar_lightning.data.image_set import READ_BEFORE_BYTES, Cache, ImageSet, Split, pixel_hashes
-from cifar_lightning.data.memory import usable_cpus
+from cifar_lightning.data.memory import check_fits, usable_cpus
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import file_sha256, read_bytes
 from cifar_lightning.formatting import printable, reason_of
@@ -220,6 +220,7 @@ class Shards:
     def _decoded(self, split: Split, images: "ShardedImages") -> np.ndarray:
         """Decode all images of a split, into memory or once into a file of the user's cache."""
         if self.cache == "memory":
+            check_fits(images.shape, "--data.cache memory", "Give --data.cache none, or disk.")
             return _fill(np.empty(images.shape, np.uint8), images)
         folder, name = self._place.cache, f"{split}-{self.index.splits[split].sha256[:16]}"
         if (cached := _cached(folder, name, images.shape)) is None:

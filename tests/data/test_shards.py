@@ -16,6 +16,7 @@ from PIL import Image
 from program import decode_here
 
 from cifar_lightning import ImageDataModule
+from cifar_lightning.data import image_folder, memory
 from cifar_lightning.data import shards as shards_module
 from cifar_lightning.data.image_folder import ClassFolders, user_cache
 from cifar_lightning.data.sampler import EpochSampler, Rank, ShardOrder
@@ -201,6 +202,19 @@ def test_a_disk_that_cannot_be_read_is_named_with_the_shard(shards, monkeypatch)
     monkeypatch.setattr(shards_module, "_pread", fail)
     with pytest.raises(RunError, match=r"chunk-.*Input/output error"):
         images[np.arange(3)]
+
+
+def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_decoded(folders, written, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 100.0)
+    with refused("--data.cache memory", f"images of {SIZE} pixels", "none"):
+        Shards(written, cache="memory").load("train")
+    with refused("--data.cache memory", "CIFAR_LIGHTNING_CACHE"):
+        ClassFolders(folders, SIZE, cache="memory").prepare()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CIFAR_LIGHTNING_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(image_folder, "_allocate", lambda *_: False)  # as on a full disk
+    with refused(f"--data.root {folders}", "CIFAR_LIGHTNING_CACHE"):
+        ClassFolders(folders, SIZE).prepare()
 
 
 def test_a_folder_cached_in_memory_writes_nothing_and_is_the_same(folders, tmp_path):
