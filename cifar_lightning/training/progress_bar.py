@@ -133,7 +133,8 @@ class RunProgress(ProgressBar):
         train = pl_module.epoch_metrics()  # collective: all ranks
         self._close_bar()
         elapsed_s = time.monotonic() - self._epoch_start_s
-        self._epochs_timed.append(elapsed_s)
+        if self._batches_done == self.total_train_batches:  # and not the rest of one that was resumed
+            self._epochs_timed.append(elapsed_s)
         self._where = f"after epoch {trainer.current_epoch + 1}"
         if not self._enabled:
             return

@@ -142,6 +142,23 @@ def test_the_time_left_ends_with_max_steps(max_epochs, max_steps, seconds):
     assert bar._seconds_left(bar._trainer, 50, 100.0) == pytest.approx(seconds)
 
 
+@pytest.mark.parametrize(("batches_before", "num_timed"), [(0, 2), (1, 1)])
+def test_the_rest_of_a_resumed_epoch_does_not_count_as_an_epochs_time(batches_before, num_timed, tmp_path):
+    class Resumed(RunProgress):
+        def on_train_start(self, trainer, pl_module):
+            super().on_train_start(trainer, pl_module)
+            self.first = True
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if self.first:
+                self.first, self._batches_done = False, -batches_before
+
+    bar = Resumed()
+    bar.console = Console(file=io.StringIO())
+    fit_with(tmp_path, bar)
+    assert len(bar._epochs_timed) == num_timed
+
+
 def test_a_run_that_steps_alone_end_has_no_number_of_epochs(tmp_path):
     file = io.StringIO()
     fit_with(tmp_path, bar_on(file), max_epochs=-1, max_steps=7)
