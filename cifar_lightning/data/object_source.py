@@ -242,9 +242,10 @@ def _arrays_of(dataset: Any) -> tuple[Any, Any] | None:
     return None
 
 
-def _columns(names: Collection[Any], features: Mapping[str, Any] | None) -> tuple[Any, Any]:
+def _columns(names: Collection[Any], features: Any) -> tuple[Any, Any]:
     """Return the names of the image and the label, of those of a dict's keys; None for one that is not there."""
-    kinds = {type(feature).__name__: name for name, feature in reversed([*(features or {}).items()])}
+    by_name = features if isinstance(features, Mapping) else {}
+    kinds = {type(feature).__name__: name for name, feature in reversed([*by_name.items()])}
     wanted = (_IMAGE_KEYS, "Image"), (_LABEL_KEYS, "ClassLabel")
     image, label = (next((key for key in keys if key in names), kinds.get(kind)) for keys, kind in wanted)
     return image, label

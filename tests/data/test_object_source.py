@@ -208,11 +208,19 @@ def test_class_names_come_from_classes_features_and_what_is_wrapped(given):
     assert targets == LABELS.tolist()
 
 
+@pytest.mark.parametrize("make", [SAMPLES["PIL"], SAMPLES["dict"]])
 @pytest.mark.parametrize(
-    "attributes", [{"classes": [0, 1, 2]}, {"dataset": IMAGES}, {"datasets": IMAGES}, {"datasets": [IMAGES, LABELS]}]
+    "attributes",
+    [
+        {"classes": [0, 1, 2]},
+        {"dataset": IMAGES},
+        {"datasets": IMAGES},
+        {"datasets": [IMAGES, LABELS]},
+        {"features": IMAGES},
+    ],
 )
-def test_attributes_may_be_called_as_those_with_class_names_are(attributes):
-    given = Own()
+def test_attributes_may_be_called_as_those_with_class_names_are(attributes, make):
+    given = Own(make)
     vars(given).update(attributes)
     assert loaded(given)[2] == ("0", "1", "2")
 
