@@ -1,6 +1,7 @@
 """fit: train a model into a run folder, test the best checkpoint, write the report."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -288,10 +289,24 @@ def build_fit_trainer(
 
 
 def keep_in_run(callbacks: Sequence[pl.Callback], run: RunFolder) -> None:
-    """Have the user's checkpoint callbacks save into the run, unless they have a folder: Lightning's is outside."""
+    """Have the user's checkpoint callbacks save into the run, unless they have a folder: Lightning's is outside.
+
+    Raises:
+        UserError: One would overwrite a checkpoint of the run, such as best.ckpt, which is tested.
+    """
     for callback in callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        if callback.dirpath is None:
             callback.dirpath = str(run.checkpoints)
+        if os.path.realpath(callback.dirpath) != os.path.realpath(run.checkpoints):
+            continue
+        if callback.filename in [path.stem for path in run.resumed_checkpoints]:
+            raise UserError(
+                f"--trainer.callbacks ModelCheckpoint: filename {callback.filename}: the run writes a checkpoint of "
+                "this name; give another one, or a dirpath."
+            )
+        callback.save_last = False  # the run has a last.ckpt, by stricter rules
 
 
 def train(

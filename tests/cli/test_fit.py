@@ -354,6 +354,18 @@ def test_checkpoints_of_the_user_go_into_the_run_unless_they_have_a_folder(tmp_p
     assert (plain.dirpath, own.dirpath) == (str(tmp_path / "run" / "checkpoints"), str(tmp_path / "own"))
 
 
+@pytest.mark.parametrize("name", ["best", "last", "previous"])
+def test_a_checkpoint_of_the_user_does_not_take_the_place_of_one_of_the_run(tmp_path, name):
+    run = RunFolder(tmp_path / "run")
+    for folder in (None, run.checkpoints):
+        with pytest.raises(UserError, match=f"ModelCheckpoint: filename {name}"):
+            keep_in_run([ModelCheckpoint(dirpath=folder, filename=name)], run)
+    elsewhere = ModelCheckpoint(dirpath=tmp_path / "own", filename=name, save_last=True)
+    inside = [ModelCheckpoint(filename=f"{name}-{{epoch}}", save_last=save_last) for save_last in (True, "link")]
+    keep_in_run([elsewhere, *inside], run)
+    assert [callback.save_last for callback in (elsewhere, *inside)] == [True, False, False]
+
+
 # -- LR finder --------------------------------------------------------------------------------------------------------
 
 
