@@ -72,7 +72,7 @@ def build_optimizer(
         settings: Which optimizer, and its values.
         fused: Whether AdamW and SGD may run as one kernel; Lightning cannot clip their gradients in 16-mixed.
         later: Parameters that will require gradients later in the run.
-        others: Parameters outside the model, such as those of a loss, trained as norms are: without weight decay.
+        others: Parameters outside the model, of a loss or a subclass, trained as norms are: without weight decay.
         lr_scales: Factors of the learning rates, not with muon; each has groups of its own, the largest first.
 
     Raises:

@@ -377,7 +377,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         fused = not self.trainer.gradient_clip_val
         later = () if self._frozen is None or self._frozen.unfreeze_epoch is None else self._frozen.parameters
         scales = None if self._layer_decay == 1 else lr_scales(self.model, self._layer_decay)
-        others = self.loss_function.parameters() if isinstance(self.loss_function, nn.Module) else ()
+        of_model = set(self.model.parameters())
+        others = [parameter for parameter in self.parameters() if parameter not in of_model]
         optimizer = build_optimizer(
             self.model, self.optimizer_settings, fused=fused, later=later, others=others, lr_scales=scales
         )

@@ -226,6 +226,48 @@ def test_a_model_and_loaders_of_ones_own_train_too(tmp_path):
     assert not torch.equal(model[1].weight, before)
 
 
+class Tempered(ImageClassifier):
+    """Has a parameter and a layer of its own next to the model."""
+
+    def __init__(self, **kwargs):
+        super().__init__(image_size=16, model_kwargs=NARROW, lr=0.01, **kwargs)
+        self.temperature, self.mixed = nn.Parameter(torch.ones(())), nn.Linear(10, 10)
+
+    def forward(self, images):
+        return self.mixed(super().forward(images)) / self.temperature
+
+
+class WithModel(nn.Module):
+    """A loss that holds the model, to penalize its weights."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, logits, labels):
+        return F.cross_entropy(logits, labels) + 1e-3 * self.model[1].weight.square().sum()
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "muon"}, {"optimizer": "sgd", "freeze": "backbone"}])
+def test_parameters_of_a_subclass_next_to_its_model_are_trained(tmp_path, settings):
+    module = Tempered(**settings)
+    before = [parameter.detach().clone() for parameter in (module.temperature, module.mixed.weight)]
+    run = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=3, limit_val_batches=0)
+    run.fit(module, small_data())
+    for old, new in zip(before, (module.temperature, module.mixed.weight), strict=True):
+        assert not torch.equal(old, new)
+    groups = run.optimizers[0].param_groups
+    assert next(group["weight_decay"] for group in groups if module.temperature in set(group["params"])) == 0
+
+
+def test_a_loss_may_hold_the_model(tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+    before = model[1].weight.detach().clone()
+    run = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=3, limit_val_batches=0)
+    run.fit(ImageClassifier(model=model, image_size=16, loss=WithModel(model)), small_data())
+    assert not torch.equal(model[1].weight, before)
+
+
 def test_steps_that_there_are_none_of_are_refused(tmp_path):
     with pytest.raises(UserError, match="no step to train"):
         quiet_trainer(tmp_path, max_epochs=0).fit(ImageClassifier(image_size=16, model_kwargs=NARROW), small_data())
