@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from cifar_lightning.checkpoints.checksum import add_checksum
 from cifar_lightning.checkpoints.loading import UnreadableError, read_checkpoint, require_resumable
@@ -23,13 +24,17 @@ from cifar_lightning.runs.folder import RunFolder
 class DurableCheckpointIO(CheckpointIO):
     """Lightning plugin that writes checkpoints durably and with a checksum, and loads them with `weights_only=True`."""
 
+    def __init__(self) -> None:
+        self._is_loadable = False  # what the first checkpoint holds; later ones hold the same types
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
         """Write a checkpoint, or leave the old file; a replaced last.ckpt becomes previous.ckpt.
 
         Raises:
-            RunError: The file cannot be written, or weights are not finite; the old file is intact.
+            RunError: The file cannot be written, weights are not finite, or it could not be loaded; the old file is
+                intact.
         """
         target = Path(path)
         not_finite = next((name for name, value in checkpoint["state_dict"].items() if not _is_finite(value)), None)
@@ -40,6 +45,9 @@ class DurableCheckpointIO(CheckpointIO):
             )
         buffer = BytesIO()
         torch.save(checkpoint, buffer)
+        if not self._is_loadable:
+            _require_loadable(checkpoint, buffer, target)
+            self._is_loadable = True
         run = RunFolder(target.parent.parent)
         try:
             make_folder(target.parent)
@@ -64,6 +72,26 @@ class DurableCheckpointIO(CheckpointIO):
 
 def _is_finite(value: Any) -> bool:
     return not (isinstance(value, Tensor) and value.is_floating_point()) or bool(value.isfinite().all())
+
+
+def _require_loadable(checkpoint: dict[str, Any], saved: BytesIO, target: Path) -> None:
+    """Raise if a checkpoint holds more than tensors and plain types, and name the states that do."""
+    kinds = _not_plain(saved)
+    if not kinds:
+        return
+    states, where = {**checkpoint, **checkpoint.get("callbacks", {})}, list[str]()
+    for name in states.keys() - {"callbacks"}:
+        torch.save(states[name], alone := BytesIO())
+        where += [name] if _not_plain(alone) else []
+    raise RunError(
+        f"{target}: not written, as {', '.join(sorted(where))} has {', '.join(sorted(kinds))}, and it could not be "
+        "loaded.\nKeep only tensors, numbers, strings, lists and dicts there: float(x) of a NumPy number."
+    )
+
+
+def _not_plain(saved: BytesIO) -> list[str]:
+    saved.seek(0)
+    return get_unsafe_globals_in_checkpoint(saved)
 
 
 def newest_checkpoint(run: RunFolder) -> tuple[Path, dict[str, Any], list[tuple[Path, str]]]:

@@ -5,6 +5,7 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,6 +67,22 @@ def test_weights_with_nan_or_infinity_do_not_replace_a_checkpoint(path, bad):
     before = path.read_bytes()
     with pytest.raises(RunError, match="weight has NaN or infinity after step 7"):
         DurableCheckpointIO().save_checkpoint(checkpoint_of(torch.tensor([1.0, bad])), path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("more", "name", "kind"),
+    [
+        ({"callbacks": {"Mine": {"best": np.float64(0.5)}, "Other": {"count": 1}}}, "Mine", "numpy"),
+        ({"optimizer_states": [{"param_groups": [{"lr": np.float64(0.1)}]}]}, "optimizer_states", "numpy"),
+        ({"lr_schedulers": [{"shape": checkpoint_of}]}, "lr_schedulers", "checkpoint_of"),
+        ({"mine": Path("photo.jpg")}, "mine", "Path"),
+    ],
+)
+def test_a_state_that_could_not_be_loaded_is_refused_when_it_is_first_saved(path, more, name, kind):
+    before = path.read_bytes()
+    with pytest.raises(RunError, match=rf"not written, as {name} has .*{kind}"):
+        DurableCheckpointIO().save_checkpoint(checkpoint_of(torch.ones(3), **more), path)
     assert path.read_bytes() == before
 
 
