@@ -32,7 +32,7 @@ class FrozenLayers:
         self, model: nn.Module, globs: str | Sequence[str], num_classes: int, unfreeze_epoch: int | None = None
     ) -> None:
         self.unfreeze_epoch, self._is_frozen_now = unfreeze_epoch, True
-        self._globs = [globs] if isinstance(globs, str) else list(globs)
+        self._globs, self._num_classes = [globs] if isinstance(globs, str) else list(globs), num_classes
         self._heads = heads_of(model, num_classes, "--model.freeze") if BACKBONE in self._globs else ()
         names = [name for name, _ in model.named_parameters()]
         for glob in self._globs:
@@ -58,6 +58,12 @@ class FrozenLayers:
         return any(
             not name.startswith(self._heads) if glob == BACKBONE else _matches(name, glob) for glob in self._globs
         )
+
+    def of(self, model: nn.Module) -> "FrozenLayers":
+        """Return the frozen layers of a model that has replaced the one at hand, or these of the same."""
+        if set(model.parameters()).intersection(self.parameters):
+            return self
+        return FrozenLayers(model, self._globs, self._num_classes, self.unfreeze_epoch)
 
     def set_epoch(self, epoch: int, num_processes: int = 1) -> None:
         """Freeze the parameters, or have them trained from `unfreeze_epoch` on.

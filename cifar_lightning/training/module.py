@@ -246,6 +246,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         if stage == "fit":
             self._resumed_from = None
             if self._frozen is not None:
+                self._frozen = self._frozen.of(self.model)  # which a subclass may have replaced
                 self._frozen.set_epoch(self.current_epoch, self.trainer.world_size)
 
     def train(self, mode: bool = True) -> "ImageClassifier":

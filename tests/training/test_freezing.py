@@ -82,6 +82,23 @@ def test_a_resume_across_the_unfreezing_is_bit_for_bit(tmp_path, step, settings)
     assert differences(*results) == []
 
 
+class Replaced(ImageClassifier):
+    """Makes its model itself."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        convolution = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+        self.model = torch.nn.Sequential(convolution, torch.nn.Flatten(), torch.nn.Linear(784, 10))
+
+
+def test_layers_of_a_model_that_a_subclass_makes_are_frozen_and_unfrozen(tmp_path):
+    module, states = Replaced(unfreeze_epoch=1, **SETTINGS), States()
+    start = {name: value.clone() for name, value in module.model.state_dict().items()}
+    fit_run(tmp_path / "run", states, module=module, epochs=2)
+    assert [changed(start, weights) for weights in states.weights] == [{"2"}, {"0", "2"}]
+    assert states.in_eval == [{"0.1"}, set()]
+
+
 def test_layers_are_unfrozen_only_where_some_are_frozen():
     with pytest.raises(UserError, match=r"--model\.unfreeze_epoch 2"):
         ImageClassifier(unfreeze_epoch=2)
