@@ -65,13 +65,15 @@ class AnnealingEarlyStopping(EarlyStopping):
         again = {"wait_count": 0, "stopped_epoch": 0} if has_stopped(state_dict) else {}
         super().load_state_dict({**state_dict, "patience": self.patience, **again})
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise the patience to a third of the epochs."""
-        if trainer.max_epochs and trainer.max_epochs > 0:
-            per_epoch = 1 / (trainer.check_val_every_n_epoch or 1)
-            if isinstance(trainer.val_check_interval, float):
-                per_epoch /= trainer.val_check_interval
-            self.patience = max(self.patience, math.ceil(trainer.max_epochs * per_epoch / 3))
+        assert isinstance(pl_module, ImageClassifier)
+        interval, batches, epochs = trainer.val_check_interval, trainer.num_training_batches, trainer.max_epochs
+        if not epochs or epochs < 0:
+            epochs = math.ceil(pl_module.total_steps() / math.ceil(batches / trainer.accumulate_grad_batches))
+        per_epoch = 1 / (trainer.check_val_every_n_epoch or 1)
+        per_epoch /= interval if isinstance(interval, float) else interval / batches
+        self.patience = max(self.patience, math.ceil(epochs * per_epoch / 3))
 
     def _run_early_stopping_check(self, trainer: pl.Trainer) -> None:
         module = trainer.lightning_module

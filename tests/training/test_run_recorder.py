@@ -88,6 +88,32 @@ def test_early_stopping_lets_a_run_that_improves_in_the_annealing_finish(tmp_pat
     assert run.current_epoch == 12
 
 
+@pytest.mark.parametrize(
+    ("settings", "patience"),
+    [
+        ({"val_check_interval": 0.5}, 6),
+        ({"val_check_interval": 3}, 9),  # of 9 batches an epoch
+        ({"val_check_interval": 3, "accumulate_grad_batches": 3}, 9),
+        ({"val_check_interval": 18, "check_val_every_n_epoch": None}, 2),
+        ({"check_val_every_n_epoch": 2}, 2),
+        ({"max_epochs": -1, "max_steps": 81}, 3),
+    ],
+)
+def test_the_patience_is_a_third_of_the_epochs_however_often_they_are_validated(tmp_path, settings, patience):
+    module, stopper = ImageClassifier(image_size=16, model_kwargs=NARROW), AnnealingEarlyStopping(patience=0)
+    limits = {"accelerator": "cpu", "max_epochs": 9, "logger": False, "enable_checkpointing": False, **settings}
+    trainer = pl.Trainer(**limits, enable_progress_bar=False, enable_model_summary=False, callbacks=[stopper, StopAt()])
+    trainer.fit(module, ImageDataModule("synthetic", image_size=16, batch_size=20, limit=200))
+    assert stopper.patience == patience
+
+
+class StopAt(pl.Callback):
+    """Ends training after the first step."""
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = True
+
+
 def test_early_stopping_follows_another_metric_in_its_own_direction(tmp_path):
     module = scripted(*[0.1 * epoch for epoch in range(9)])  # accuracy rises, loss too
     module.losses = (1.0, 0.5, 0.4, 0.3, 0.6, 0.7, 0.8, 0.9, 1.0)
