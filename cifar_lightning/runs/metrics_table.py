@@ -14,7 +14,7 @@ MAX_TABLE_BYTES = 64 << 20  # a million epochs
 class MetricsTable:
     """A CSV file with one row per epoch, rewritten durably for each row.
 
-    The first row determines the columns; a row without some of them leaves their cells empty. Numbers read back equal.
+    A row adds its new columns; cells of rows without a column are empty. Numbers read back equal.
     """
 
     def __init__(self, path: Path) -> None:
@@ -24,15 +24,12 @@ class MetricsTable:
         """Add a row.
 
         Raises:
-            ValueError: It has no `epoch`, or a column that the first row has not.
+            ValueError: It has no `epoch`.
         """
         if "epoch" not in row:
             raise ValueError(f"a row of {self.path.name} needs an epoch, got {sorted(row)}")
-        columns = self._cells()[:1] or [["epoch", *(column for column in row if column != "epoch")]]
-        unknown = sorted(set(row).difference(columns[0]))
-        if unknown:
-            raise ValueError(f"{self.path.name} has no column {unknown[0]!r}; the first row has {columns[0]}")
-        self._write(columns[0], [*self.read(), row])
+        (header,) = self._cells()[:1] or [["epoch"]]
+        self._write([*header, *(column for column in row if column not in header)], [*self.read(), row])
 
     def read(self) -> list[dict[str, float]]:
         """Return the rows in order, without empty cells; no rows if there is no file.

@@ -89,9 +89,7 @@ class RunReport(PredictionWriter):
         (epoch, step, elapsed_s), self._epoch = self._epoch, None
         logged = {name: math.nan if name.startswith("val") else value for name, value in metrics_of(trainer).items()}
         row = {"epoch": epoch, "step": step, "lr": current_lr(trainer), **logged, **self._val}
-        table = MetricsTable(self.run.metrics_csv)
-        known = (table.read() or [row])[0]
-        table.append({name: value for name, value in row.items() if name in known})
+        MetricsTable(self.run.metrics_csv).append(row)
         memory = peak_memory_mb(trainer.strategy.root_device)
         MetricsTable(self.run.timing_csv).append({"epoch": epoch, "elapsed_s": elapsed_s, "peak_memory_mb": memory})
 

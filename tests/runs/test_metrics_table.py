@@ -27,14 +27,15 @@ def test_nan_is_kept_and_an_absent_column_stays_absent(tmp_path):
     assert second == {"epoch": 1, "train/loss": 2.0}
 
 
-def test_a_column_that_the_first_row_had_not_is_refused(tmp_path):
+def test_a_column_that_the_first_row_had_not_is_added(tmp_path):
     table = MetricsTable(tmp_path / "metrics.csv")
     table.append(ROWS[0])
-    with pytest.raises(ValueError, match="lr"):
-        table.append({"epoch": 1, "lr": 0.1})
     with pytest.raises(ValueError, match="needs an epoch"):
         table.append({"train/loss": 0.1})
-    assert table.read() == ROWS[:1]
+    more = {"epoch": 1, "lr": 0.1, "val/kappa": 0.5}
+    table.append(more)
+    assert table.read() == [ROWS[0], more]
+    assert table.path.read_text().splitlines()[0] == "epoch,train/loss,val/acc,lr,val/kappa"
 
 
 @pytest.mark.parametrize("cut", range(1, 24))

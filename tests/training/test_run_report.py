@@ -64,6 +64,7 @@ def test_any_module_gets_a_run_folder_and_figures(loader, tmp_path, monkeypatch)
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
     assert [(row["epoch"], row["step"]) for row in rows] == [("0", "4"), ("1", "8")]
     assert all(float(row["train/loss"]) > 0 for row in rows)
+    assert [bool(row["val/acc"]) for row in rows] == [False, True]  # validated in the second epoch alone
     run = load(tmp_path / "run")
     images, targets = loader.dataset.tensors
     np.testing.assert_allclose(run.predictions.logits, module(images).detach().numpy(), atol=1e-5)
