@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,10 @@ class Resume:
 
     def is_fully_trained(self, trainer: Namespace) -> bool:
         """Whether nothing is left to train."""
-        return self.point.is_end(trainer.max_epochs, trainer.max_steps, self.changes)
+        done, least = self.point, (trainer.min_epochs or 0, trainer.min_steps or 0)
+        is_kept = done.epochs_done < least[0] or done.steps_done < least[1]  # from its early stop
+        point = replace(done, stopped_early=done.stopped_early and not is_kept)
+        return point.is_end(trainer.max_epochs, trainer.max_steps, self.changes)
 
 
 def fit(

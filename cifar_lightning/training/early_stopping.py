@@ -51,6 +51,7 @@ class AnnealingEarlyStopping(EarlyStopping):
             raise UserError(f"--early_stopping.mode {mode}: {monitor} is better at its {better}; leave it out.")
         super().__init__(monitor=monitor, mode=mode or better, patience=patience, min_delta=min_delta)
         self._state_key = super().state_key
+        self._has_stopped = False  # before the resume
 
     @property
     def state_key(self) -> str:
@@ -58,15 +59,16 @@ class AnnealingEarlyStopping(EarlyStopping):
         return self._state_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the count, with this run's patience; a run that was stopped starts to count again.
-
-        Such a run is resumed only with changed settings, and would otherwise be stopped after an epoch.
-        """
-        again = {"wait_count": 0, "stopped_epoch": 0} if has_stopped(state_dict) else {}
-        super().load_state_dict({**state_dict, "patience": self.patience, **again})
+        """Load the count, with this run's patience."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+        self._has_stopped = has_stopped(state_dict)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise the patience to a third of the epochs."""
+        """Raise the patience to a third of the epochs; count again in a run that was stopped.
+
+        Such a run is resumed only with changed settings, and would otherwise be stopped after an epoch. One that
+        `min_epochs` or `min_steps` still keeps from its stop stops there.
+        """
         assert isinstance(pl_module, ImageClassifier)
         interval, batches, epochs = trainer.val_check_interval, trainer.num_training_batches, trainer.max_epochs
         if not epochs or epochs < 0:
@@ -74,6 +76,11 @@ class AnnealingEarlyStopping(EarlyStopping):
         per_epoch = 1 / (trainer.check_val_every_n_epoch or 1)
         per_epoch /= interval if isinstance(interval, float) else interval / batches
         self.patience = max(self.patience, math.ceil(epochs * per_epoch / 3))
+        if self._has_stopped and trainer.fit_loop._can_stop_early:
+            self.wait_count = self.stopped_epoch = 0
+        elif self._has_stopped:
+            trainer.should_stop = True
+        self._has_stopped = False
 
     def _run_early_stopping_check(self, trainer: pl.Trainer) -> None:
         module = trainer.lightning_module

@@ -1,5 +1,6 @@
 """What a run leaves behind, and early stopping that lets OneCycle finish."""
 
+import contextlib
 import json
 import math
 import warnings
@@ -8,12 +9,15 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from fitting import fit_run
+from fitting import Signal, fit_run
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
-from cifar_lightning.checkpoints.resume import has_stopped
+from cifar_lightning.checkpoints.resume import has_stopped, stop_point
+from cifar_lightning.cli.fit import Resume
+from cifar_lightning.runs.contents import read_json
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.runs.metrics_table import MetricsTable
 from cifar_lightning.training.best_checkpoint import BestCheckpoint
@@ -22,7 +26,7 @@ from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
 from cifar_lightning.training.last_checkpoint import CheckpointSchedule, LastCheckpoint
 from cifar_lightning.training.model_checks import check_monitors
 from cifar_lightning.training.run_recorder import RunRecorder, peak_memory_mb
-from cifar_lightning.training.signals import StopSignals
+from cifar_lightning.training.signals import Stopped, StopSignals
 
 NARROW = {"widths": [2, 2, 2]}
 
@@ -112,6 +116,30 @@ class StopAt(pl.Callback):
 
     def on_train_batch_end(self, trainer, *args):
         trainer.should_stop = True
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # that of the run that goes on
+def test_a_resumed_run_that_min_epochs_keeps_from_its_early_stop_ends_there(tmp_path):
+    falling = [0.9 - 0.05 * epoch for epoch in range(12)]
+    settings = {"epochs": 9, "trainer": {"min_epochs": 8}}
+    ends = []
+    for name in ("whole", "stopped"):
+        signals = [Signal("on_train_batch_start", 57)] if name == "stopped" else []  # in the epoch after the stop
+        stopper = AnnealingEarlyStopping(patience=1)  # the peak is in epoch 2, a third of 9 epochs later it stops
+        with pytest.raises(Stopped) if signals else contextlib.nullcontext():
+            fit_run(tmp_path / name, stopper, *signals, module=scripted(*falling), **settings)
+        run = RunFolder(tmp_path / name)
+        if signals:
+            point = stop_point(run)
+            assert (point.epochs_done, point.stopped_early) == (6, True)
+            limits = {"max_epochs": 9, "max_steps": -1, "min_epochs": 8, "min_steps": None}
+            assert not Resume(run, point, {}).is_fully_trained(Namespace(**limits))
+            assert Resume(run, point, {}).is_fully_trained(Namespace(**limits | {"min_epochs": 6}))
+            MetricsTable(run.metrics_csv).cut_after(5)
+            again = AnnealingEarlyStopping(patience=1)
+            fit_run(run.path, again, module=scripted(*falling), ckpt_path=run.last_checkpoint, **settings)
+        ends.append((len(MetricsTable(run.metrics_csv).read()), read_json(run.environment)["ended"]["by"]))
+    assert ends == [(8, "early_stopping"), (8, "early_stopping")]
 
 
 def test_early_stopping_follows_another_metric_in_its_own_direction(tmp_path):
