@@ -258,6 +258,12 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Check the data, compile, and take from the data what training needs."""
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        if not any(isinstance(callback, NanGuard) for callback in callbacks):
+            raise UserError(
+                "configure_callbacks: leaves out those of ImageClassifier, such as EMA's; "
+                "return [*super().configure_callbacks(), ...]."
+            )
         self.totals = TrainMetrics(self.device)  # a run resumed inside an epoch has no start of it
         check_classes(self.trainer, self.num_classes, self._architecture.get("in_channels", 3))
         self._remember_class()

@@ -9,7 +9,7 @@ from fitting import NARROW, Signal, fit_run
 from test_resume_state import result_of, seed
 
 from benchmarks.faults.judge import differences
-from cifar_lightning import ImageClassifier
+from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.loading import read_checkpoint
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.ema import EmaWeights
@@ -89,6 +89,18 @@ def test_a_test_after_training_uses_the_average_without_a_warning(tmp_path):
     trainer.test(made, trainer.datamodule, ckpt_path=run.last_checkpoint, weights_only=True, verbose=False)
     average = read_checkpoint(run.last_checkpoint)["state_dict"]["model.head.weight"]
     assert torch.equal(made.model.head.weight, average)
+
+
+class Own(ImageClassifier):
+    """Has callbacks of its own, and none of those that average."""
+
+    def configure_callbacks(self):
+        return [pl.Callback()]
+
+
+def test_a_subclass_that_leaves_the_average_out_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"configure_callbacks.*super"):
+        fit_run(tmp_path, module=Own(image_size=16, model_kwargs=NARROW, ema_decay=0.9))
 
 
 def test_without_a_decay_there_is_no_average():

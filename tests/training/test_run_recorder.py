@@ -238,6 +238,24 @@ def test_the_last_checkpoint_carries_the_best_score_of_its_own_epoch(tmp_path, f
     assert float(best["best_model_score"]) == pytest.approx(0.6)
 
 
+class OwnStart(ImageClassifier):
+    """Has a start of the epoch of its own."""
+
+    def on_train_epoch_start(self):
+        pass
+
+
+def test_epochs_are_counted_and_layers_unfrozen_where_a_subclass_has_a_start_of_its_own(tmp_path):
+    settings = {"image_size": 16, "model_kwargs": NARROW, "freeze": "backbone", "unfreeze_epoch": 1}
+    tables = []
+    for kind in (ImageClassifier, OwnStart):
+        torch.manual_seed(0)
+        run, trainer = fit_run(tmp_path / kind.__name__, module=kind(**settings), val_fraction=0.0)
+        assert trainer.lightning_module.totals.num_images == 200
+        tables.append(run.metrics_csv.read_text())
+    assert tables[0] == tables[1]
+
+
 def test_without_validation_only_the_last_checkpoint_is_kept(tmp_path, folder):
     fit(tmp_path, [last(folder)], val_fraction=0.0)
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["last.ckpt", "previous.ckpt"]
