@@ -60,6 +60,10 @@ def progress_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
     epochs, steps = loop["epoch_progress"]["current"], int(checkpoint["global_step"])
     if epochs["ready"] > epochs["processed"]:  # saved inside an epoch, or before its end was counted
         steps -= loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["current"]["completed"]
+        by_hand = loop.get("epoch_loop.manual_optimization.optim_step_progress", {}).get("total", {}).get("completed")
+        if by_hand:  # which Lightning does not count by epochs
+            batches = loop["epoch_loop.batch_progress"]
+            steps -= round(by_hand * batches["current"]["processed"] / batches["total"]["processed"])
     return int(epochs["processed"]), steps
 
 

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from fitting import Signal, fit_run
+from fitting import NARROW, Signal, fit_run
 from lightning.pytorch.trainer.states import TrainerFn
 from program import REPO, TINY
 from program import start as run_program
@@ -65,6 +65,35 @@ def stop_and_go_on(path, hook, step, without=(), **kwargs):
 
 def start_again(run, without, **kwargs):
     return fit_run(run.path, epochs=3, eval_batch_size=100, ckpt_path=run.last_checkpoint, without=without, **kwargs)[0]
+
+
+class ByHand(ImageClassifier):
+    """Takes its optimizer's and schedule's steps itself."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss, optimizer = super().training_step(batch, batch_idx), self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        self.lr_schedulers().step()
+        return loss
+
+
+def by_hand():
+    seed(0)
+    return ByHand(image_size=16, model_kwargs=NARROW, lr=0.01)
+
+
+@pytest.mark.parametrize("step", [4, 13])
+def test_a_run_whose_module_optimizes_by_hand_resumes_with_its_schedule(tmp_path, step):
+    whole, _ = start(tmp_path / "whole", module=by_hand())
+    with pytest.raises(Stopped):
+        start(tmp_path / "run", Signal("on_train_batch_start", step), module=by_hand())
+    seed(1)
+    run = start_again(RunFolder(tmp_path / "run"), (), module=by_hand())
+    assert differences(result_of(run), result_of(whole)) == []
 
 
 @pytest.mark.parametrize(
