@@ -42,7 +42,7 @@ class BestCheckpoint(ModelCheckpoint):
         """Whether this epoch is the best so far, by the metrics of all processes."""
         if current is None:
             return False
-        loss, best = float(trainer.callback_metrics["val/loss"]), self.best_model_score
+        loss, best = float(trainer.callback_metrics.get("val/loss", math.nan)), self.best_model_score
         is_better = super().check_monitor_top_k(trainer, current)
         is_better = is_better or (best is not None and bool(current == best) and loss < self._best_loss)
         if is_better:

@@ -215,6 +215,13 @@ def test_of_equal_accuracies_the_lowest_loss_is_the_best_also_over_a_resume(tmp_
     assert best_epoch(longer, epochs=6, ckpt_path=run.last_checkpoint)[0] == 1
 
 
+def test_the_best_epoch_is_that_of_the_accuracy_where_no_loss_is_logged(tmp_path):
+    module = scripted(0.2, 0.6, 0.6)
+    module.on_validation_epoch_end = lambda: module.log("val/acc", module.script[module.current_epoch])
+    run, _ = fit_run(tmp_path, module=module, epochs=3)
+    assert torch.load(run.best_checkpoint, weights_only=True)["epoch"] == 1
+
+
 def test_a_run_whose_steps_end_before_the_first_validation_is_not_stopped_by_an_error(tmp_path):
     module = ImageClassifier(image_size=16, model_kwargs=NARROW)
     _, run_trainer = fit_run(
