@@ -485,6 +485,12 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self._log_evaluation("test", self.test_metrics)
 
     def _log_evaluation(self, stage: str, metrics: MetricCollection) -> None:
+        if not metrics["confusion"].update_called and self.trainer.world_size == 1:  # else a rank may have no image
+            step = "test_step" if stage == "test" else "validation_step"
+            raise UserError(
+                f"{step} leaves the metrics out; return super().{step}(batch, batch_idx), or override "
+                f"on_{step.removesuffix('step')}epoch_end, too."
+            )
         values = metrics.compute()
         confusion = values["confusion"].cpu()
         matrix = confusion.numpy()

@@ -237,6 +237,19 @@ class Tempered(ImageClassifier):
         return self.mixed(super().forward(images)) / self.temperature
 
 
+class OwnValidation(ImageClassifier):
+    """Validates as other LightningModules do."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+
+def test_a_validation_step_that_leaves_the_metrics_out_is_refused_with_what_to_do(tmp_path):
+    module = OwnValidation(image_size=16, model_kwargs=NARROW)
+    with pytest.raises(UserError, match=r"validation_step.*super\(\)\.validation_step"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(module, small_data())
+
+
 class WithModel(nn.Module):
     """A loss that holds the model, to penalize its weights."""
 
