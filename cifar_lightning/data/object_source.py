@@ -11,7 +11,7 @@ import pickle
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -197,7 +197,8 @@ def _samples_of(given: Any, where: str, resize: Resize) -> "_Samples":
     if isinstance(given, tuple | list) and len(given) == 2 and _is_array(given[0]):
         images, labels = given
         try:
-            labels = labels if _is_array(labels) else list(labels)  # a Series of pandas is indexed by its rows' names
+            # A Series of pandas is indexed by its rows' names.
+            labels = cast(Any, labels if _is_array(labels) else list(labels))
             if len(images) != len(labels):
                 raise UserError(f"--data.dataset {where}: {len(images):,} images and {len(labels):,} labels.")
         except TypeError as error:  # None, a number
@@ -236,7 +237,7 @@ def _arrays_of(dataset: Any) -> tuple[Any, Any] | None:
     # `transforms` is of its making; a transform that it is given later is only in the other two.
     changes = (getattr(dataset, name, True) for name in ("transforms", "transform", "target_transform"))
     if is_torchvisions and all(each is None for each in changes) and _is_array(getattr(dataset, "data", None)):
-        labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
+        labels = cast(Any, getattr(dataset, "targets", getattr(dataset, "labels", None)))
         if np.shape(labels) == (len(dataset),):
             return dataset.data, labels
     return None
