@@ -5,6 +5,7 @@ With it, usage errors are reported without torch; LightningCLI checks the rest.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -23,7 +24,7 @@ from cifar_lightning.formatting import clipped, reason_of, shell_line, suggest
 from cifar_lightning.runs.schema import CLASS_GROUPS, upgrade_config
 from cifar_lightning.settings.comparison import within
 from cifar_lightning.settings.import_path import check_trust, import_paths, is_import_path
-from cifar_lightning.settings.safe_yaml import MAX_BYTES, read_yaml
+from cifar_lightning.settings.safe_yaml import MAX_BYTES, read_setting, read_yaml
 
 ALIASES = {"epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "lr": "model.lr"}
 GROUPS = ("trainer", "model", "data", "early_stopping", "checkpoint")  # each also takes a YAML file of its keys
@@ -34,6 +35,7 @@ FRONT_ONLY = ("config", "resume", "seeds", "print_config", "trust_code")  # not 
 SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "max_lr": "lr", "bs": "batch_size", "seed": "data.seed"}
 SYNONYMS |= {"output_dir": "run_dir", "gpus": "trainer.devices", "arch": "model.name", "resume_from": "resume"}
 _AFTER_CLASS = ("--optimizer.", "--lr_scheduler.")  # jsonargparse knows them once it knows the class
+_MAX_FILES = 10  # of settings, each named by the one before
 _INTEGER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+|[0-9][0-9_]*)")
 NULL = ("null", "none", "~", "")  # what YAML reads as None, in lower case
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
@@ -312,15 +314,44 @@ def _check_code_of_run(path: Path, tree: dict[str, Any], trust_code: bool, given
         return
     for name in MAY_BE_OBJECTS:
         group, _, key = name.partition(".")
-        value = (tree.get(group) or {}).get(key)
+        settings = tree.get(group)
+        value = settings.get(key) if isinstance(settings, dict) else None
         if name not in given and is_object_name(value):
             raise UserError(
                 f"{path.parent}: its {group} {clipped(str(value))} is an object of Python, which no command makes.\n"
                 f"In Python: cifar_lightning.load(RUN, {group}=...).test(), or fit(resume=RUN, {group}=...)."
             )
-    for name, import_path in import_paths(tree):  # of a run, which may be somebody else's
+    if trust_code:
+        return
+    for name, import_path in import_paths(_as_read(tree, path.parent)):  # of a run, which may be somebody else's
         if name not in given:
-            check_trust(import_path, f"--{name}", path, trust_code=trust_code)
+            check_trust(import_path, f"--{name}", path, trust_code=False)
+
+
+def _as_read(value: Any, folder: str | Path, name: str = "", depth: int = 0) -> Any:
+    """Return settings as jsonargparse reads them: what is in text that is YAML, or in a file that text names.
+
+    Text of settings that take no class stays as it is.
+    """
+    if isinstance(value, dict):
+        return {key: _as_read(item, folder, f"{name}.{key}".lstrip("."), depth) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_read(item, folder, name, depth) for item in value]
+    if not isinstance(value, str) or not table().get(name, {}).get("open", True):
+        return value
+    file = os.path.join(folder, value)
+    is_file = os.path.isfile(file)
+    try:
+        if depth > _MAX_FILES:
+            raise OSError(errno.ELOOP, "named by one of too many files of settings")
+        content = read_setting(read_bytes(Path(file), MAX_BYTES, follow_links=True).decode() if is_file else value)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{clipped(file, 200)}: cannot be read ({reason_of(error)}).") from error
+    except yaml.YAMLError:  # nor does jsonargparse read it
+        return value
+    if is_file or isinstance(content, dict | list):
+        return _as_read(content, os.path.dirname(file) if is_file else folder, name, depth + 1)
+    return value
 
 
 def _check_nothing(name: str, file: str) -> None:

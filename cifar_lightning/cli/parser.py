@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
-from jsonargparse import Namespace, get_loader, set_loader
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 from pydantic import Field
 
@@ -67,6 +67,7 @@ _PREFIXES = {"model.name": tuple(f"{library}/" for library in LIBRARIES), "model
 _MODE = "checked_yaml"
 _read_checked = checked(get_loader("yaml"))
 set_loader(_MODE, _read_checked, (yaml.YAMLError,))
+set_parsing_settings(config_read_mode_fsspec_enabled=False)  # Lightning's: a value would be fetched from an address
 # Limits of the flags whose annotations are Lightning's.
 _LIMITS = LIMITS | {
     "seed_everything": Annotated[int, Field(ge=0, lt=2**32, description="0 to 4294967295, what NumPy takes")]

@@ -19,6 +19,7 @@ TRUSTED = ("cifar_lightning", "torch", "torchvision", "timm", "torchmetrics", "l
 """Top packages whose classes a run folder may name. Their functions may not: `torch.hub.load` runs any code."""
 _MAY_BE_PATHS = {"class_path", "init_args", "name", "dataset", "loss", "model_class", "data_class"}
 _MAY_BE_PATHS |= {"transforms", "callbacks", "logger", "profiler", "plugins", "strategy", "optimizer", "lr_scheduler"}
+_MAY_BE_PATHS |= {"metrics", "accelerator"}
 _ARE_CLASSES = {"model", "data", "model.model"}
 _TRUSTED_FUNCTIONS = (
     *("cifar_lightning.models.", "torchvision.models.", "timm.models."),

@@ -27,6 +27,22 @@ def read_yaml(text: str) -> Any:
     return checked(lambda text: yaml.load(text, Loader=_LOADER))(text)
 
 
+class _Undated(_LOADER):  # type: ignore[misc, valid-type]  # with or without libyaml
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own
+        first: [(tag, pattern) for tag, pattern in each if tag != "tag:yaml.org,2002:timestamp"]
+        for first, each in _LOADER.yaml_implicit_resolvers.items()
+    }
+
+
+def read_setting(text: str) -> Any:
+    """Read the text of a setting as `read_yaml` does, but for dates, which are text as for jsonargparse.
+
+    Raises:
+        yaml.YAMLError: As `read_yaml`.
+    """
+    return checked(lambda text: yaml.load(text, Loader=_Undated))(text)
+
+
 def checked(load: Callable[[str], Any]) -> Callable[[str], Any]:
     """Return a reader of YAML that raises nothing but `yaml.YAMLError`.
 

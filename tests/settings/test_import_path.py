@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar_lightning.cli.flags import check_config
+from cifar_lightning.cli.flags import check_config, table
 from cifar_lightning.errors import UserError
 from cifar_lightning.settings.import_path import check_trust, import_object, import_paths, import_trusted
 
@@ -128,6 +128,11 @@ def test_import_paths_of_a_config_are_found() -> None:
         "trainer: {callbacks: [my.Callback]}",
         "trainer: {logger: my.Logger}",
         "model: {model: my.Net}",
+        "model: {metrics: my.Metric}",
+        "model: {metrics: {kappa: my.Metric}}",
+        "trainer: {accelerator: my.Accelerator}",
+        "trainer: {callbacks: '[{class_path: my.Callback, of: 2024-01-01}]'}",
+        "optimizer: '{class_path: my.Optimizer}'",
         "data: {transforms: [{class_path: torch.nn.Sequential, init_args: {a: {class_path: torch.load}}}]}",
     ],
 )
@@ -139,6 +144,38 @@ def test_the_config_of_a_run_needs_trust_and_a_config_elsewhere_does_not(line: s
     with pytest.raises(UserError, match="--trust_code true"):
         check_config(config)
     check_config(config, trust_code=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "settings"),
+    [
+        ("trainer: {callbacks: settings.yaml}", "my.Class"),
+        ("trainer: {callbacks: [./settings.yaml]}", "{class_path: my.Class}"),
+        ("trainer: settings.yaml", "{callbacks: [my.Class]}"),
+        ("optimizer: sub/outer.yaml", "{class_path: torch.load}"),
+        ("trainer: {logger: settings.yaml}", "{class_path: my.Class}  # \xff"),
+        ("model: {model: {class_path: torch.nn.Sequential, init_args: {a: settings.yaml}}}", "my.Class"),
+        ("model: {metrics: settings.yaml}", "settings.yaml"),
+    ],
+)
+def test_neither_is_code_that_it_names_in_a_file_of_settings(line: str, settings: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "outer.yaml").write_text("../settings.yaml")
+    (tmp_path / "settings.yaml").write_bytes(settings.encode("latin-1"))
+    config.write_text(line)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"--trust_code true|settings\.yaml: cannot be read"):
+        check_config(config)
+    (tmp_path / "settings.yaml").write_text("{}")
+    check_config(config)
+
+
+def test_every_setting_that_takes_a_class_may_be_its_path() -> None:
+    plain = {"trainer.devices", "trainer.max_time", "trainer.val_check_interval", "model.loss_kwargs"}
+    plain |= {"model.model_kwargs", "model.freeze", "data.train_sizes", "data.class_names"}
+    for name in {name for name, row in table().items() if row.get("open")} - plain:
+        assert list(import_paths({name: "my.Class"})) == [(name, "my.Class")]
 
 
 def test_the_config_of_a_run_may_name_classes_and_plain_functions_of_known_libraries(tmp_path: Path) -> None:
