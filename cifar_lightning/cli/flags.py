@@ -61,6 +61,8 @@ def normalize_arguments(command: str, arguments: Sequence[str], config: Path | N
     """
     normalized, given = [], dict[str, tuple[str, str]]()
     flags = [flag for typed, value in _pairs(command, arguments) for flag in _without_class_path(typed, value)]
+    # jsonargparse takes the last: a flag overrides a config wherever it stands, and a config of a group that of all.
+    flags.sort(key=lambda flag: (flag[1] != "config", "." in flag[1]))
     named = [f"--{name}={value}" for _, name, value in flags if value is not None]
     own = own_classes([*([f"--config={config}"] if config else []), *named])
     for typed, name, value in flags:
