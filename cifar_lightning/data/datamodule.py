@@ -446,10 +446,11 @@ class ImageDataModule(pl.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Use the mean and std of a checkpoint; refuse one with other classes.
+        """Use the mean and std of a checkpoint; refuse one of other data.
 
         Raises:
-            UserError: The class names, their order, the channels or how images are resized differ.
+            UserError: The class names, their order, the channels, how images are resized or the size that the data
+                chose differ. Another size may be given.
         """
         if tuple(state_dict["class_names"]) != self.class_names:
             raise UserError(
@@ -461,4 +462,9 @@ class ImageDataModule(pl.LightningDataModule):
             raise UserError(f"--data.in_channels {self.in_channels}: the checkpoint is of images with {channels}.")
         if (theirs := state_dict.get("resize", "crop")) != self.resize:
             raise UserError(f"--data.resize {self.resize}: the checkpoint is of images with {theirs}.")
+        if self.arguments["image_size"] is None and (size := state_dict["image_size"]) != self.image_size:
+            raise UserError(
+                f"{self.source.describe()}: the checkpoint is of images of {size} pixels; give --data.image_size "
+                f"{size}, or another size to evaluate at."
+            )
         self.use_normalization(tuple(state_dict["mean"]), tuple(state_dict["std"]))

@@ -163,6 +163,18 @@ def test_a_checkpoint_of_other_classes_is_refused():
         module.load_state_dict({**state, "class_names": ["x", "y"]})
 
 
+def test_a_checkpoint_of_another_image_size_than_the_data_chose_is_refused_unless_it_is_given():
+    def arrays(size):
+        return np.zeros((20, size, size, 3), np.uint8), np.arange(20) % 2
+
+    state = {"class_names": ["0", "1"], "image_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
+    ImageDataModule(arrays(16)).load_state_dict(state)
+    ImageDataModule(arrays(32), image_size=16).load_state_dict(state)
+    ImageDataModule(arrays(32), image_size=32).load_state_dict(state)
+    with pytest.raises(UserError, match="32x32: the checkpoint is of images of 16 pixels; give --data"):
+        ImageDataModule(arrays(32)).load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
