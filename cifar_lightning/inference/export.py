@@ -4,11 +4,12 @@ Each file is read back and compared with PyTorch on test images before it gets i
 take images and normalise them, so that users need no statistics. Imports no Lightning.
 """
 
+import contextlib
 import copy
 import importlib.util
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from cifar_lightning.checkpoints.loading import load_weights
 from cifar_lightning.checkpoints.schema import TEMPERATURE
-from cifar_lightning.errors import UserError, silenced
+from cifar_lightning.errors import RunError, UserError, silenced
 from cifar_lightning.files import check_output, replacing
+from cifar_lightning.formatting import reason_of
 from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
 from cifar_lightning.models.registry import build_model
 from cifar_lightning.report.model_card import NAME as CARD
@@ -102,8 +104,9 @@ def export_run(
         Path of the file.
 
     Raises:
-        UserError: An argument is wrong, a package is missing, or the file cannot be written.
-        RuntimeError: The predictions of the file differ from PyTorch's; it is deleted.
+        UserError: An argument is wrong, a package is missing, the format cannot hold the model, or the file cannot be
+            written.
+        RunError: The predictions of the file differ from PyTorch's; it is deleted.
     """
     path = {"onnx": run.exported_onnx, "torch": run.exported_program}.get(kind, run.exported_weights)
     path = output or (Path(f"{run.path.name}{path.suffix}") if run.is_shipped else path)
@@ -117,11 +120,11 @@ def export_run(
     trained = load_trained_model(run, trust_code=trust_code, calibrated=calibrated)
     images, origin = images_to_check(run, trained.image_size, trained.in_channels)
     module = ExportedModel(trained, input, probs).eval()
-    exporters = silenced("torch.onnx", "torch.export", "onnxscript", "onnx_ir")  # they warn of their own internals
+    exporters = silenced("torch", "onnxscript", "onnx_ir")  # they warn of their own internals
     written = replace(trained, model=copy.deepcopy(trained.model).half()) if half else trained
     if kind == "safetensors" and run.predictions_val.is_file():
         written = replace(written, fitted_temperature=temperature_of(read_predictions(run.predictions_val))[0])
-    with replacing(path) as temporary, exporters, warnings.catch_warnings(action="ignore"):
+    with replacing(path) as temporary, exporters, warnings.catch_warnings(action="ignore"), _explained(kind):
         run_exported = _WRITERS[kind](module, written, temporary, input)
         difference, num_equal = _compare(trained, images, run_exported, input, HALF_TOLERANCE if half else TOLERANCE)
     shape = f"(batch, {trained.in_channels}, {trained.image_size}, {trained.image_size})"
@@ -135,6 +138,23 @@ def export_run(
     elif (run.path / CARD).is_file():  # it has test results, which a card of exported weights alone would lack
         print(f"{run.path / CARD}: model card")
     return path
+
+
+@contextlib.contextmanager
+def _explained(kind: ExportFormat) -> Iterator[None]:
+    """Raise as `UserError` what the exporters raise, which may be anything for a model of one's own."""
+    try:
+        yield
+    except (OSError, RunError, UserError):
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise UserError(
+            f"--format {kind}: cannot hold this model ({type(cause).__name__}: {reason_of(cause)}).\n"
+            "Its forward must not depend on values or on the number of images, as by if and loops."
+        ) from error
 
 
 def _describe(run: RunFolder, trained: TrainedModel, path: Path, kind: str, input: str, probs: bool) -> None:
@@ -232,7 +252,9 @@ def _write_torch(module: ExportedModel, trained: TrainedModel, path: Path, input
 def _write_safetensors(module: ExportedModel, trained: TrainedModel, path: Path, input: str) -> Exported:
     from safetensors.torch import save
 
-    weights = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    weights = {  # copies, as safetensors refuses weights that two layers share
+        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in trained.model.state_dict().items()
+    }
     path.write_bytes(save(weights, metadata_of(trained, input)))
     model = build_model(**trained.architecture).eval()
     load_weights(model, path)
@@ -283,7 +305,11 @@ def _compare(
     difference = float((probs - expected).abs().max())
     num_equal = int((probs.argmax(1) == expected.argmax(1)).sum())
     if not difference <= tolerance or (tolerance == TOLERANCE and num_equal < len(images)):
-        raise RuntimeError(f"the predictions of the file differ from PyTorch's: a probability by {difference:.1e}.")
+        way_out = "Does the model draw random numbers in eval mode?" if tolerance == TOLERANCE else "Leave --half out."
+        raise RunError(
+            f"the predictions of the file differ from PyTorch's: a probability by {difference:.1e}; it is deleted.\n"
+            f"{way_out}"
+        )
     return difference, num_equal
 
 

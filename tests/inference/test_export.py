@@ -16,6 +16,7 @@ from torch import nn
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.loading import load_weights
 from cifar_lightning.data.datasets import open_source
+from cifar_lightning.errors import RunError
 from cifar_lightning.inference import export
 from cifar_lightning.inference.export import export_run
 from cifar_lightning.inference.trained_model import load_trained_model
@@ -197,6 +198,46 @@ def test_a_file_that_predicts_differently_is_not_kept(run, tmp_path, monkeypatch
     with pytest.raises(RuntimeError, match="differ from PyTorch"):
         export_run(run, "torch", output=tmp_path / "net.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+class Own(nn.Module):
+    """A linear model with a layer that has the weight of another, or a forward that no graph holds."""
+
+    def __init__(self, kind, num_classes=10):
+        super().__init__()
+        self.kind = kind
+        self.tied, self.head = nn.Linear(3, num_classes, bias=False), nn.Linear(3, num_classes)
+        self.tied.weight = self.head.weight
+
+    def forward(self, images):
+        features = images.mean((2, 3))
+        if self.kind == "random":
+            features = nn.functional.dropout(features, 0.9)
+        if self.kind == "branch" and features.sum() > 0:
+            features = -features
+        return self.head(features) + self.tied(features)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch", "safetensors"])
+def test_a_model_with_a_weight_in_two_layers_is_exported(kind, tmp_path):
+    run = make_run(tmp_path / "run", f"{__name__}:Own", kind="plain")
+    assert export_run(run, kind, trust_code=True).stat().st_size > 0
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_a_model_that_no_graph_holds_is_refused_with_the_reason(kind, tmp_path):
+    run = make_run(tmp_path / "run", f"{__name__}:Own", kind="branch")
+    with pytest.raises(UserError, match=rf"--format {kind}: .*data-dependent"):
+        export_run(run, kind, output=tmp_path / "net.file", trust_code=True)
+    assert not (tmp_path / "net.file").exists()
+
+
+def test_a_model_that_is_random_or_inexact_in_float16_ends_without_a_traceback(run, tmp_path, monkeypatch):
+    with pytest.raises(RunError, match="random"):
+        export_run(make_run(tmp_path / "run", f"{__name__}:Own", kind="random"), "safetensors", trust_code=True)
+    monkeypatch.setattr(export, "HALF_TOLERANCE", 1e-9)
+    with pytest.raises(RunError, match="--half"):
+        export_run(run, "safetensors", output=tmp_path / "net.safetensors", half=True)
 
 
 def test_what_is_in_the_way_is_named_before_any_work(run, tmp_path, monkeypatch):
