@@ -33,7 +33,8 @@ def inspect(arguments: Sequence[str]) -> None:
     if not is_named and not is_cifar10 and ({"data.labels", "data.root"} & flags.keys() or holds_class_folders(root)):
         arguments = [*arguments, "--data.dataset=folder"]
     cli = TrainingCLI("fit", arguments)
-    cli.settings.model.pretrained = False  # the model is made, but not used
+    if "pretrained" in cli.settings.model:  # a subclass may lack it
+        cli.settings.model.pretrained = False  # the model is made, but not used
     _, data, _ = cli.instantiate()
     found = inspect_source(data.source, data.split_settings, in_channels=data.in_channels)
     write_text_durably(output, render_inspection(found))

@@ -36,14 +36,21 @@ def apply_lr_finder(cli: TrainingCLI, model: ImageClassifier, data: ImageDataMod
     """Find the peak learning rate and set it, as if it had been given by a flag.
 
     Raises:
-        UserError: The model has another optimizer than its own, whose learning rate no flag gives.
+        UserError: The model has another optimizer than its own, or no argument lr: no flag gives its learning rate.
     """
     if not model.plans_schedule:
         raise UserError("--tune_lr and tune find --lr: leave --optimizer, or the model's configure_optimizers, out.")
+    own = cli.settings.model
+    if "lr" not in own:
+        raise UserError(
+            f"--tune_lr and tune find --lr, which --model {cli.settings.model_class} does not take; add the argument."
+        )
     print("LR finder: raising the learning rate for a few steps.")
     found = find_lr(model, data, **trainer)
     cli.settings.tune_lr = False  # config.yaml repeats the run, not the LR finder
     model.optimizer_settings = found.with_peaks(model.optimizer_settings)
     for name in ("lr", "sgd_lr", "head_lr"):
-        model.hparams[name] = cli.settings.model[name] = getattr(model.optimizer_settings, name)
+        model.hparams[name] = getattr(model.optimizer_settings, name)
+        if name in own:  # a subclass may lack any
+            own[name] = model.hparams[name]
     return found

@@ -279,6 +279,17 @@ def test_classes_whose_constructors_take_no_arguments_are_made_and_their_config_
     assert type(again) is FixedModel
 
 
+def test_inspect_reads_the_config_of_such_a_class_and_tune_says_what_it_lacks(tmp_path, monkeypatch):
+    config = tmp_path / "config.yaml"
+    config.write_text(command_line("--model", f"{__name__}.Narrow", *DATA, "--data.limit", "100").config_text)
+    monkeypatch.setattr("cifar_lightning.cli.inspect.inspect_source", lambda *_, **__: pytest.fail("is called"))
+    with pytest.raises(pytest.fail.Exception, match="is called"):
+        run_command(["inspect", "--config", str(config), "--output", str(tmp_path / "page.html")])
+    with pytest.raises(UserError, match=r"find --lr, which --model .*Narrow does not take"):
+        run_command(["tune", "--config", str(config), "--run_dir", str(tmp_path / "tuned")])
+    assert not (tmp_path / "tuned").exists()
+
+
 class Abstract(ImageClassifier, abc.ABC):
     @abc.abstractmethod
     def penalty(self): ...
