@@ -15,6 +15,8 @@ from typing import Any
 from jsonargparse import Namespace
 
 from cifar_lightning.errors import UserError
+from cifar_lightning.runs.schema import CLASS_GROUPS
+from cifar_lightning.settings.import_path import import_object
 
 PAGE = Path("docs/callbacks-and-loggers.md")
 _HEAD = """# Callbacks and loggers
@@ -110,17 +112,22 @@ def check_kinds(kinds: Iterable[type]) -> None:
                 raise UserError(f"--trainer.callbacks {kind.__name__}: {verdict.refused}.")
 
 
-def drop_unserializable_defaults(settings: Any) -> None:
+def drop_unserializable_defaults(settings: Namespace) -> None:
     """Leave arguments of classes out that have the class's default where YAML cannot hold it, such as a torch.device.
 
     jsonargparse writes such a default as text, which the next command would read as the argument, or fails.
     """
-    for node in _objects(settings):
-        parameters = inspect.signature(_class_of(node)).parameters
-        arguments = vars(node["init_args"]) if node.get("init_args") else {}
+    made: list[tuple[Any, Any]] = [(_class_of(node), node.get("init_args")) for node in _objects(settings)]
+    own = {group: settings.get(f"{group}_class") for group in CLASS_GROUPS}
+    made += [(import_object(path, f"--{group}"), settings.get(group)) for group, path in own.items() if path]
+    for kind, given in made:
+        arguments = vars(given) if given else {}
+        makers = [vars(base).get("__init__") for base in kind.__mro__] if isinstance(kind, type) else [kind]
+        signatures = [inspect.signature(maker) for maker in reversed(makers) if inspect.isfunction(maker)]
+        defaults = {name: each.default for signature in signatures for name, each in signature.parameters.items()}
         for name, value in list(arguments.items()):
             is_plain = isinstance(value, str | int | float | list | dict | Namespace | None)
-            if name in parameters and value is parameters[name].default and (isinstance(value, Enum) or not is_plain):
+            if name in defaults and value is defaults[name] and (isinstance(value, Enum) or not is_plain):
                 del arguments[name]
 
 

@@ -290,6 +290,31 @@ def test_inspect_reads_the_config_of_such_a_class_and_tune_says_what_it_lacks(tm
     assert not (tmp_path / "tuned").exists()
 
 
+RELU = torch.nn.ReLU()
+
+
+class Activated(ImageClassifier):
+    def __init__(self, activation: torch.nn.Module = RELU, **kwargs):
+        super().__init__(**kwargs)
+        self.activation = activation
+
+
+class FurtherActivated(Activated):
+    def __init__(self, scale: float = 1.0, **kwargs):
+        super().__init__(**kwargs)
+
+
+@pytest.mark.parametrize("kind", ["Activated", "FurtherActivated"])
+def test_a_default_that_yaml_cannot_hold_stays_the_default_of_the_class(kind, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(command_line("--model", f"{__name__}.{kind}", *DATA).config_text)
+    model, _, _ = command_line("--config", str(config)).instantiate()
+    assert isinstance(model.activation, torch.nn.ReLU)
+    given = command_line("--config", str(config), "--model.activation", "torch.nn.GELU")
+    config.write_text(given.config_text)
+    assert isinstance(command_line("--config", str(config)).instantiate()[0].activation, torch.nn.GELU)
+
+
 class Abstract(ImageClassifier, abc.ABC):
     @abc.abstractmethod
     def penalty(self): ...
