@@ -21,6 +21,7 @@ from cifar_lightning.cli.flags import (
     NULL,
     check_config,
     check_value,
+    config_tree,
     flag_value,
     normalize_arguments,
     own_classes,
@@ -238,7 +239,10 @@ def training_arguments(
 
 
 def _refuse_other_optimizers(flags: list[str], names: Sequence[str]) -> None:
-    tunes = flag_value(flags, "tune_lr") == "true"
+    configs = [config_tree(Path(flag.removeprefix("--config="))) for flag in flags if flag.startswith("--config=")]
+    given = [tree["tune_lr"] for tree in configs if "tune_lr" in tree]
+    given += [read_yaml(flag.partition("=")[2]) for flag in flags if flag.startswith("--tune_lr=")]
+    tunes = bool(given) and given[-1] is True
     if "model.lr" in names and tunes:
         raise UserError("--tune_lr finds the learning rate that --lr gives; leave one of them out.")
     optimizer = flag_value(flags, "optimizer") or ""

@@ -95,6 +95,7 @@ def test_a_reader_that_stops_early_is_no_error():
         (["fit", "--epochs", "1", "--trainer.max_epochs", "2"], "one setting with two values"),
         (["fit", "--config", "absent.yaml"], "absent.yaml: cannot be read"),
         (["fit", "--tune_lr", "--lr", "1"], "leave one of them out"),
+        (["fit", "--tune_lr=yes", "--lr", "1"], "leave one of them out"),
         (["fit", "runs"], "fit takes no argument 'runs'"),
         (["fti"], "Did you mean fit?"),
         (["test"], "give a run folder, or --ckpt_path"),
@@ -117,6 +118,14 @@ def test_a_reader_that_stops_early_is_no_error():
 )
 def test_a_mistake_gets_a_short_message(monkeypatch, capsys, tmp_path, arguments, expected):
     assert expected in fail(monkeypatch, capsys, tmp_path, *arguments)
+
+
+def test_a_learning_rate_next_to_a_config_that_finds_one_is_not_ignored(monkeypatch, capsys, tmp_path):
+    (tmp_path / "tuned.yaml").write_text("tune_lr: true\n")
+    words = ["fit", "--config", "tuned.yaml", "--lr", "1"]
+    assert "leave one of them out" in fail(monkeypatch, capsys, tmp_path, *words)
+    flags, _ = training_arguments("fit", [*words[1:], "--tune_lr=False"])
+    assert "--model.lr=1" in flags
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "mistakes.csv", "gallery.npz"])
