@@ -6,9 +6,10 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from cifar_lightning.cli.configs import find_config
 from cifar_lightning.cli.flags import config_tree, flag_value, own_classes, table
@@ -22,8 +23,10 @@ from cifar_lightning.runs.lock import RunLock
 from cifar_lightning.runs.processes import is_started_from_outside
 from cifar_lightning.runs.schema import SCHEMA_VERSION
 from cifar_lightning.runs.states import state_of, states_table
+from cifar_lightning.settings.roles import flat_settings
 
-_OF_ONE_RUN = ("ckpt_path", "seed_everything", "data.order_seed", "tune_lr", "trainer.fast_dev_run", "print_config")
+_SEEDS = ("seed_everything", "data.order_seed")
+_OF_ONE_RUN = ("ckpt_path", *_SEEDS, "tune_lr", "trainer.fast_dev_run", "print_config")
 _OF_NEW_RUNS = ("seeds", "config", "run_dir", "init_weights")
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
@@ -56,22 +59,25 @@ def fit_seeds(flags: Sequence[str]) -> int:
     seeds = parse_seeds(flag_value(flags, "seeds") or "")
     configs = [flag.partition("=")[2] for flag in flags if flag.startswith("--config=")]
     model = own_classes(flags).get("model") or flag_value(flags, "model.name") or table()["model.name"]["default"]
-    folder = create_run(RUNS, config_name(configs, model), flag_value(flags, "run_dir"))
-    assert folder.lock is not None
+    run_dir = None
     for config in configs:
-        _report_replaced(config)
+        settings = flat_settings(config_tree(find_config(config)))
+        _report_replaced(config, settings)
+        if isinstance(settings.get("run_dir"), str):  # the first fit refuses anything else
+            run_dir = settings["run_dir"]
+    folder = create_run(RUNS, config_name(configs, model), flag_value(flags, "run_dir") or run_dir)
+    assert folder.lock is not None
     with folder.lock:
         write_json(folder.seeds, {"schema_version": SCHEMA_VERSION, "seeds": seeds})
         return _train_all(folder, seeds, others, is_new=True)
 
 
-def _report_replaced(config: str) -> None:
-    """Print the seeds of a config that --seeds replaces."""
-    tree = config_tree(find_config(config))
-    data = tree.get("data")
-    own = {"seed_everything": tree.get("seed_everything")}
-    own["data.order_seed"] = data.get("order_seed") if isinstance(data, dict) else None
-    named = [f"{name} {clipped(str(value))}" for name, value in own.items() if value is not None]
+def _report_replaced(config: str, settings: Mapping[str, Any]) -> None:
+    """Print the seeds of a config that --seeds replaces; refuse what is of one run."""
+    for name in _OF_ONE_RUN:
+        if name not in _SEEDS and settings.get(name):
+            raise UserError(f"--config {clipped(config)}: {name} with --seeds: one of them only.")
+    named = [f"{name} {clipped(str(settings[name]))}" for name in _SEEDS if settings.get(name) is not None]
     if named:
         print(f"--seeds replaces {' and '.join(named)} of {clipped(config)}.", file=sys.stderr)
 

@@ -83,6 +83,14 @@ def test_seeds_of_a_config_are_replaced_and_named(fits, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_config_may_name_the_folder_of_the_runs(fits):
+    Path("own.yaml").write_text("run_dir: mine\n")
+    assert cli.run_command(["fit", "--config", "own.yaml", "--seeds", "0,1"]) == 0
+    assert [command[-1] for command in fits.commands] == ["--run_dir=mine/0", "--run_dir=mine/1"]
+    assert cli.run_command(["fit", "--config", "own.yaml", "--seeds", "1", "--run_dir", "out"]) == 0
+    assert fits.commands[-1][-1] == "--run_dir=out/1"
+
+
 def test_the_name_of_the_folder_is_that_of_config_or_model_and_the_next_number(fits):
     assert cli.run_command(["fit", "--seeds", "1", "--config", "quickstart"]) == 0
     assert cli.run_command(["fit", "--seeds", "1", "--model.name", "speednet"]) == 0
@@ -181,6 +189,13 @@ def test_other_values_than_distinct_seeds_are_refused(monkeypatch, capsys, tmp_p
 )
 def test_what_is_of_a_single_run_is_refused_with_seeds(monkeypatch, capsys, tmp_path, words):
     assert "--seeds" in fail(monkeypatch, capsys, tmp_path, *words)
+
+
+@pytest.mark.parametrize("line", ["tune_lr: true", "ckpt_path: last.ckpt", "trainer: {fast_dev_run: 1}"])
+def test_neither_does_a_config_have_it(monkeypatch, capsys, tmp_path, line):
+    (tmp_path / "own.yaml").write_text(line)
+    said = fail(monkeypatch, capsys, tmp_path, "fit", "--seeds", "0,1", "--config", "own.yaml")
+    assert f"own.yaml: {line.strip('}').replace(': {', '.').partition(':')[0]} with --seeds" in said
 
 
 def test_the_folder_of_seeds_takes_no_settings_of_new_runs_and_may_be_damaged(monkeypatch, capsys, tmp_path):
