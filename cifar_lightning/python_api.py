@@ -26,11 +26,12 @@ from cifar_lightning.cli.lightning_cli import PythonObjects, training_process
 from cifar_lightning.cli.main import training_arguments
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.datasets import DATASETS
+from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.data.image_folder import Skipped
 from cifar_lightning.data.object_source import to_square
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import expand_home
-from cifar_lightning.formatting import percent, plural
+from cifar_lightning.formatting import percent, plural, reason_of
 from cifar_lightning.inference.predict_images import (
     Prediction,
     choose_top_k,
@@ -203,7 +204,7 @@ class Run:
                 each = (image for given in group for image in (given if _is_batch(given) else [given]))
                 wanted = (trained.image_size, trained.resize, trained.in_channels)
                 while batch := list(itertools.islice(each, size)):
-                    squares = np.stack([to_square(image, *wanted) for image in batch])
+                    squares = np.stack([_square(image, *wanted) for image in batch])
                     predictions += [Prediction("", top) for top in rank_classes(trained, squares, top_k)]
         is_one = not is_list and not _is_batch(images) and not (_is_path(images) and Path(images).expanduser().is_dir())
         return predictions[0] if is_one else predictions
@@ -256,6 +257,15 @@ def _predict_files(trained: TrainedModel, paths: Sequence[Path], top_k: int, bat
         (path, reason), num = unreadable[0], plural(len(unreadable), "file")
         warnings.warn(f"{num} cannot be read and left out, the first: {path} {reason}", stacklevel=3)
     return predictions
+
+
+def _square(image: Any, image_size: int, resize: Resize, in_channels: int) -> np.ndarray:
+    try:
+        return to_square(image, image_size, resize, in_channels)
+    except UserError:
+        raise
+    except Exception as error:  # Pillow, NumPy and torch raise anything
+        raise UserError(f"an image cannot be read ({type(image).__name__}: {reason_of(error)}).") from error
 
 
 def _is_path(image: Any) -> bool:

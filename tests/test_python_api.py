@@ -1,5 +1,6 @@
 """Training and trained runs from Python."""
 
+import io
 import json
 import logging
 import os
@@ -164,6 +165,11 @@ def test_what_cannot_be_read_is_named(run, tmp_path):
         assert [Path(each.path).name for each in run.predict(tmp_path)] == ["good.png"]
     with pytest.raises(UserError, match=r"no such file or folder"):
         run.predict("nowhere.jpg")
+    whole = (tmp_path / "good.png").read_bytes()
+    cut = Image.open(io.BytesIO(whole[: len(whole) // 2]))
+    for bad in (cut, {"path": "nowhere.jpg"}, np.array([["cat"]]), torch.zeros(3, 8, 8).to_sparse()):
+        with pytest.raises(UserError, match=rf"an image cannot be read \({type(bad).__name__}: "):
+            run.predict(bad)
     with pytest.raises(UserError, match="--top_k 3: the run has 2 classes"):
         run.predict(tmp_path, top_k=3)
 
