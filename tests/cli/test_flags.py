@@ -59,6 +59,9 @@ def test_what_people_may_type_is_understood(typed, normalized):
         (["--epochs", "3.5"], "--epochs 3.5: a whole number."),
         (["--epochs"], "--epochs: needs a value, a whole number."),
         (["--epochs", "--lr", "1"], "--epochs: needs a value"),
+        (["--run_dir="], "--run_dir: is empty"),
+        (["--init_weights", ""], "--init_weights: is empty"),
+        (["--resume", " "], "--resume: is empty"),
         (["--lr", "-1"], "--lr -1: a positive number up to 1e30"),
         (["--lr", "-1e-3"], "--lr -1e-3: a positive"),
         (["--lr", "nan"], "--lr nan: a positive"),
@@ -160,6 +163,12 @@ def test_a_recipe_may_leave_things_to_files_lists_and_classes(tmp_path):
     check_config(recipe)
     (tmp_path / "empty.yaml").write_text("")
     check_config(tmp_path / "empty.yaml")
+
+
+def test_neither_is_a_setting_of_a_recipe_empty(tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: {freeze: ''}\n")
+    with pytest.raises(UserError, match=r"mine\.yaml: model\.freeze: is empty"):
+        check_config(tmp_path / "mine.yaml")
 
 
 def test_a_missing_recipe_suggests_those_that_are_there(tmp_path, monkeypatch):
