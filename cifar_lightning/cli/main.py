@@ -56,7 +56,11 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     _escape_warnings()
     try:
-        status = run_command(sys.argv[1:])
+        try:
+            status = run_command(sys.argv[1:])
+        finally:
+            if sys.stdout is not None:  # as where it is closed
+                sys.stdout.flush()  # not by Python at its end, which prints what a pipe without a reader raises
     except (UserError, RunError) as error:
         # Three lines at most: what is wrong and what to do, not how the program found out.
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
