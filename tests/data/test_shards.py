@@ -210,11 +210,12 @@ def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_decoded(fo
         Shards(written, cache="memory").load("train")
     with refused("--data.cache memory", "CIFAR_LIGHTNING_CACHE"):
         ClassFolders(folders, SIZE, cache="memory").prepare()
+    root = shutil.copytree(folders, tmp_path / "data", ignore=shutil.ignore_patterns(".*"))
     (tmp_path / "file").touch()
     monkeypatch.setenv("CIFAR_LIGHTNING_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(image_folder, "_allocate", lambda *_: False)  # as on a full disk
-    with refused(f"--data.root {folders}", "CIFAR_LIGHTNING_CACHE"):
-        ClassFolders(folders, SIZE).prepare()
+    with refused(f"--data.root {root}", "CIFAR_LIGHTNING_CACHE"):
+        ClassFolders(root, SIZE).prepare()
 
 
 def test_a_folder_cached_in_memory_writes_nothing_and_is_the_same(folders, tmp_path):
