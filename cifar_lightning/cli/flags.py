@@ -36,6 +36,7 @@ SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "max_lr": "lr", "bs":
 SYNONYMS |= {"output_dir": "run_dir", "gpus": "trainer.devices", "arch": "model.name", "resume_from": "resume"}
 _AFTER_CLASS = ("--optimizer.", "--lr_scheduler.")  # jsonargparse knows them once it knows the class
 _MAX_FILES = 10  # of settings, each named by the one before
+_FILE_SCHEME = re.compile("^file:///?")  # as jsonargparse has it
 _INTEGER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+|[0-9][0-9_]*)")
 NULL = ("null", "none", "~", "")  # what YAML reads as None, in lower case
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
@@ -205,7 +206,7 @@ def check_value(name: str, value: str, typed: str, folder: Path = Path()) -> Non
     if name in MAY_BE_OBJECTS and is_object_name(value):
         return
     if name in GROUPS or (row is not None and row.get("open")):
-        path = os.path.join(folder, value)  # pathlib's raises for long names
+        path = _file_of(value, folder)
         if os.path.exists(path) and not os.path.isdir(path):
             try:  # jsonargparse would wait for a FIFO, and read a device without end
                 read_bytes(Path(path), MAX_BYTES, follow_links=True)
@@ -343,7 +344,7 @@ def _as_read(value: Any, folder: str | Path, name: str = "", depth: int = 0) -> 
         return [_as_read(item, folder, name, depth) for item in value]
     if not isinstance(value, str) or not table().get(name, {}).get("open", True):
         return value
-    file = os.path.join(folder, value)
+    file = _file_of(value, folder)
     is_file = os.path.isfile(file)
     try:
         if depth > _MAX_FILES:
@@ -356,6 +357,12 @@ def _as_read(value: Any, folder: str | Path, name: str = "", depth: int = 0) -> 
     if is_file or isinstance(content, dict | list):
         return _as_read(content, os.path.dirname(file) if is_file else folder, name, depth + 1)
     return value
+
+
+def _file_of(value: str, folder: str | Path) -> str:
+    """Return the file of settings that jsonargparse reads in the place of a value, if there is one."""
+    path = _FILE_SCHEME.sub("" if os.name == "nt" else "/", os.path.expanduser(value))
+    return os.path.join(folder, path)  # pathlib's raises for long names
 
 
 def _check_nothing(name: str, file: str) -> None:

@@ -156,9 +156,16 @@ def test_the_config_of_a_run_needs_trust_and_a_config_elsewhere_does_not(line: s
         ("trainer: {logger: settings.yaml}", "{class_path: my.Class}  # \xff"),
         ("model: {model: {class_path: torch.nn.Sequential, init_args: {a: settings.yaml}}}", "my.Class"),
         ("model: {metrics: settings.yaml}", "settings.yaml"),
+        ("trainer: {callbacks: ~/settings.yaml}", "my.Class"),
+        ("trainer: {callbacks: 'file://HERE/settings.yaml'}", "my.Class"),
+        ("trainer: {callbacks: 'file:/HERE/settings.yaml'}", "my.Class"),
     ],
 )
-def test_neither_is_code_that_it_names_in_a_file_of_settings(line: str, settings: str, tmp_path: Path) -> None:
+def test_neither_is_code_that_it_names_in_a_file_of_settings(
+    line: str, settings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    line = line.replace("HERE", str(tmp_path))
     config = tmp_path / "config.yaml"
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "outer.yaml").write_text("../settings.yaml")
