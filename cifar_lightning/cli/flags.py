@@ -201,7 +201,9 @@ def check_value(name: str, value: str, typed: str, folder: Path = Path()) -> Non
     A path among the values, of a file with further settings, is relative to `folder`.
     """
     row = table().get(name)
-    if not value.strip():  # as of a shell's variable that is not set; the parser takes it for the working directory
+    # As of a shell's variable that is not set; the parser takes it for the working directory. Arguments of a class may
+    # be empty, such as a logger's name.
+    if not value.strip() and (row is not None or "." not in name):
         raise UserError(f"{typed.rstrip()}: is empty; give a value, or leave it out.")
     if name in MAY_BE_OBJECTS and is_object_name(value):
         return

@@ -33,6 +33,7 @@ def test_aliases_become_long_names_and_every_flag_one_token():
         (["--trainer.callbacks.duration", "x"], ["--trainer.callbacks.duration=x"]),
         (["--model.model_kwargs.dropout", "0.2"], ["--model.model_kwargs.dropout=0.2"]),
         (["--data", "data.yaml"], ["--data=data.yaml"]),
+        (["--trainer.logger.name", ""], ["--trainer.logger.name="]),
         (["--lr", "1", "--lr", "2"], ["--model.lr=1", "--model.lr=2"]),
         (
             ["--lr", "1", "--model=a.yaml", "--lr=2", "-c", "b.yaml", "-c", "c.yaml"],
