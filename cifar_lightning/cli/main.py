@@ -55,12 +55,11 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: a name that is not UTF-8 must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     _escape_warnings()
+    status: int | str | None
     try:
-        try:
-            status = run_command(sys.argv[1:])
-        finally:
-            if sys.stdout is not None:  # as where it is closed
-                sys.stdout.flush()  # not by Python at its end, which prints what a pipe without a reader raises
+        status = run_command(sys.argv[1:])
+    except SystemExit as ended:  # of a parser's --help
+        status = ended.code
     except (UserError, RunError) as error:
         # Three lines at most: what is wrong and what to do, not how the program found out.
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
@@ -69,13 +68,18 @@ def main() -> None:
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except OSError as error:
         if error.filename is None:  # not about a file of the user's: a mistake of the program
             raise
         print(f"error: {clipped(str(error.filename), 300)}: {error.strerror}.", file=sys.stderr)
         status = 2
+    try:
+        if sys.stdout is not None:  # as where it is closed
+            sys.stdout.flush()  # not by Python at its end, which prints what a pipe without a reader raises
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = status or 1
     sys.exit(status)
 
 

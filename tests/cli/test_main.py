@@ -3,6 +3,7 @@
 import csv
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 
@@ -78,6 +79,24 @@ def test_a_reader_that_stops_early_is_no_error(reader, monkeypatch):
     command = f"{sys.executable} {REPO / 'train.py'} fit --help | {reader}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
+
+
+def test_an_error_is_told_also_where_nobody_reads_what_was_printed_before_it(monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    program = """
+from cifar_lightning.cli import main
+from cifar_lightning.errors import UserError
+def run_command(argv):
+    print('a table')
+    raise UserError('--lr 0: a positive number.')
+main.run_command = run_command
+main.main()
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=REPO)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (2, "error: --lr 0: a positive number.\n")
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------------
