@@ -71,8 +71,10 @@ class AnnealingEarlyStopping(EarlyStopping):
         """
         assert isinstance(pl_module, ImageClassifier)
         interval, batches, epochs = trainer.val_check_interval, trainer.num_training_batches, trainer.max_epochs
-        if not epochs or epochs < 0:
-            epochs = math.ceil(pl_module.total_steps() / math.ceil(batches / trainer.accumulate_grad_batches))
+        if not epochs or epochs < 0 or (isinstance(interval, int) and math.isinf(batches)):
+            total, window = pl_module.total_steps(), trainer.accumulate_grad_batches
+            batches = min(batches, total * window)  # a loader without a length is read once
+            epochs = math.ceil(total / math.ceil(batches / window))
         per_epoch = 1 / (trainer.check_val_every_n_epoch or 1)
         per_epoch /= interval if isinstance(interval, float) else interval / batches
         self.patience = max(self.patience, math.ceil(epochs * per_epoch / 3))

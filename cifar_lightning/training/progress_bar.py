@@ -115,7 +115,7 @@ class RunProgress(ProgressBar):
             in_epoch, others = min(in_epoch, batches), max(0.0, (batches - in_epoch) / num_batches)
             epochs = others if trainer.max_epochs in (None, -1) else min(epochs, others)
         epoch_s = self._epochs_timed[-1] if self._epochs_timed else per_batch_s * num_batches
-        return per_batch_s * in_epoch + epoch_s * epochs
+        return per_batch_s * in_epoch + (epoch_s * epochs if epochs else 0.0)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report early stopping in this process."""

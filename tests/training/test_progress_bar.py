@@ -1,6 +1,7 @@
 """What a terminal shows of a run."""
 
 import io
+import math
 import sys
 from types import SimpleNamespace
 
@@ -140,6 +141,13 @@ def test_the_time_left_ends_with_max_steps(max_epochs, max_steps, seconds):
     bar._trainer = SimpleNamespace(**counts, max_epochs=max_epochs, max_steps=max_steps)
     bar._batches_done, bar._epochs_timed = 50, [160.0]
     assert bar._seconds_left(bar._trainer, 50, 100.0) == pytest.approx(seconds)
+
+
+def test_the_time_left_of_a_loader_without_a_length_ends_with_max_steps():
+    bar, counts = RunProgress(), {"num_training_batches": math.inf, "current_epoch": 0, "global_step": 30}
+    bar._trainer = SimpleNamespace(**counts, accumulate_grad_batches=1, max_epochs=-1, max_steps=45)
+    bar._batches_done = 30
+    assert bar._seconds_left(bar._trainer, 30, 60.0) == pytest.approx(2 * 15)
 
 
 @pytest.mark.parametrize(("batches_before", "num_timed"), [(0, 2), (1, 1)])

@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from fitting import Signal, fit_run
+from fitting import Signal, fit_run, quiet_trainer
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 
@@ -108,6 +108,22 @@ def test_the_patience_is_a_third_of_the_epochs_however_often_they_are_validated(
     limits = {"accelerator": "cpu", "max_epochs": 9, "logger": False, "enable_checkpointing": False, **settings}
     trainer = pl.Trainer(**limits, enable_progress_bar=False, enable_model_summary=False, callbacks=[stopper, StopAt()])
     trainer.fit(module, ImageDataModule("synthetic", image_size=16, batch_size=20, limit=200))
+    assert stopper.patience == patience
+
+
+class Unsized:
+    """A loader that has no length."""
+
+    def __iter__(self):
+        while True:
+            yield torch.zeros(20, 3, 16, 16), torch.zeros(20, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(("settings", "patience"), [({"val_check_interval": 3}, 9), ({}, 1)])
+def test_the_patience_of_a_loader_without_a_length_is_a_third_of_the_validations(tmp_path, settings, patience):
+    module, stopper = ImageClassifier(image_size=16, model_kwargs=NARROW), AnnealingEarlyStopping(patience=0)
+    trainer = quiet_trainer(tmp_path, max_steps=81, limit_val_batches=1, callbacks=[stopper, StopAt()], **settings)
+    trainer.fit(module, Unsized(), Unsized())
     assert stopper.patience == patience
 
 
