@@ -321,9 +321,10 @@ class ClassFolders:
             print(
                 f"No folder for decoded images is writable (set {CACHE_VARIABLE}): decoding at each start", flush=True
             )
-        what = f"--data.root {self.root}" if self._caches else "--data.cache memory"
-        way_out = f"Make room for them on a disk, which {CACHE_VARIABLE} may name, or give a smaller --data.image_size."
-        check_fits(shape, what, way_out)
+        what, room = "--data.cache memory", "Give --data.cache disk"
+        if self._caches:
+            what, room = f"--data.root {self.root}", f"Make room for them on a disk, which {CACHE_VARIABLE} may name"
+        check_fits(shape, what, f"{room}, or give a smaller --data.image_size.")
         self._uncached[split], _ = self._decode(listing, np.empty(shape, np.uint8))
         return self._uncached[split]
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, StackDataset,
 from cifar_lightning.data.image_decoding import Resize, choose_image_size, open_image, square_of
 from cifar_lightning.data.image_set import SPLIT_OF_WORD, SPLITS, ImageSet, Split, digest
 from cifar_lightning.data.loaders import leave_signals_to_parent
-from cifar_lightning.data.memory import free_host_bytes, usable_cpus
+from cifar_lightning.data.memory import check_fits, usable_cpus
 from cifar_lightning.data.progress import progress
 from cifar_lightning.data.statistics import evenly_spaced
 from cifar_lightning.errors import UserError, remark
@@ -330,11 +330,8 @@ class _Samples(Dataset[Any]):
     def read(self, image_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return all images uint8 (N, image_size, image_size, 3), and labels, integers or text (N,)."""
         self.image_size = image_size
-        if (needed := 3.0 * len(self) * image_size**2) > free_host_bytes():
-            raise UserError(
-                f"{self.where}: {len(self):,} images of {image_size} pixels need {needed / 1e9:,.0f} GB of memory, "
-                "more than is free.\nGive a smaller --data.image_size, or class folders, which are cached on disk."
-            )
+        way_out = "Give a smaller --data.image_size, or class folders, which are cached on disk."
+        check_fits((len(self), image_size, image_size, 3), self.where, way_out)
         with isolate_rng(include_cuda=False):  # a data set may draw random numbers
             arrays = _arrays_of(self.dataset)
             try:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_lightning.data.memory import free_host_bytes
+from cifar_lightning.data.memory import check_fits
 from cifar_lightning.errors import UserError
 
 SHAPES = ("disk", "square", "triangle", "ring", "cross")
@@ -63,12 +63,7 @@ def check(count: int, image_size: int) -> None:
         raise UserError(f"--data.image_size {image_size}: the synthetic set needs {MIN_IMAGE_SIZE} pixels or more")
     if count < 1:
         raise UserError(f"the synthetic set needs 1 image or more of each split, got {count}")
-    needed = 3.0 * count * image_size**2
-    if needed > free_host_bytes():
-        raise UserError(
-            f"--data.image_size {image_size}: {count:,} synthetic images of that size need {needed / 1e9:,.0f} GB of "
-            "memory, more than is free; give a smaller size"
-        )
+    check_fits((count, image_size, image_size, 3), f"--data.image_size {image_size}", "Give a smaller size.")
 
 
 def _draw_chunk(rng: np.random.Generator, targets: _Array, image_size: int) -> _Array:

@@ -4,6 +4,7 @@ import math
 import platform
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from cifar_lightning.data import memory
 from cifar_lightning.data.memory import free_host_bytes, give_back_pages
+from cifar_lightning.errors import UserError
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
 
@@ -42,6 +44,15 @@ def test_a_container_that_has_read_many_files_still_has_the_memory_they_are_cach
         assert memory._free_in_container(tmp_path) == free
     write_cgroup(tmp_path, 3_500_000_000)
     assert memory.free_host_bytes() == 5e8
+
+
+@pytest.mark.parametrize(("system", "is_refused"), [("linux", True), ("darwin", False)])
+def test_images_are_refused_only_where_the_free_memory_is_known(system, is_refused, monkeypatch):
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 8e9)
+    monkeypatch.setattr(memory.sys, "platform", system)
+    memory.check_fits((1000, 1000, 1000, 3), "--data.root photos", "")
+    with pytest.raises(UserError, match=r"--data.root photos: 3,000 .* 9\.0 GB") if is_refused else nullcontext():
+        memory.check_fits((3000, 1000, 1000, 3), "--data.root photos", "")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to")

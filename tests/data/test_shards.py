@@ -208,7 +208,7 @@ def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_decoded(fo
     monkeypatch.setattr(memory, "free_host_bytes", lambda: 100.0)
     with refused("--data.cache memory", f"images of {SIZE} pixels", "none"):
         Shards(written, cache="memory").load("train")
-    with refused("--data.cache memory", "CIFAR_LIGHTNING_CACHE"):
+    with refused("--data.cache memory", "--data.cache disk"):
         ClassFolders(folders, SIZE, cache="memory").prepare()
     root = shutil.copytree(folders, tmp_path / "data", ignore=shutil.ignore_patterns(".*"))
     (tmp_path / "file").touch()
