@@ -382,10 +382,11 @@ class _Samples(Dataset[Any]):
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves arrays, tensors and bytes where they are: most of a data set in memory."""
+    """Leaves arrays, tensors, bytes and buffers, as of Arrow tables, where they are: most of a data set in memory."""
 
     def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
+        self.buffers: list[pickle.PickleBuffer] = []
+        super().__init__(file, protocol=5, buffer_callback=self.buffers.append)
         self.kept: list[Any] = []
 
     def persistent_id(self, obj: Any) -> int | None:
@@ -399,9 +400,9 @@ class _Pickler(pickle.Pickler):
 class _Unpickler(pickle.Unpickler):
     """Takes again what `_Pickler` has left."""
 
-    def __init__(self, file: io.BytesIO, kept: list[Any]) -> None:
-        super().__init__(file)
-        self.kept = kept
+    def __init__(self, file: io.BytesIO, pickler: _Pickler) -> None:
+        super().__init__(file, buffers=pickler.buffers)
+        self.kept = pickler.kept
 
     def persistent_load(self, pid: int) -> Any:
         """Return what is left at a place."""
@@ -420,7 +421,7 @@ def _copy_for_workers(samples: _Samples) -> _Samples | None:
         pickler = _Pickler(file := io.BytesIO())
         pickler.dump(samples)
         file.seek(0)
-        copied: _Samples = _Unpickler(file, pickler.kept).load()
+        copied: _Samples = _Unpickler(file, pickler).load()
     except Exception:  # code of the user's raises anything
         return None
     return copied

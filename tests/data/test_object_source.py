@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import random
 import sys
 
@@ -355,6 +356,18 @@ def test_worker_processes_read_the_same_images(monkeypatch):
 def copy_for_workers(given):
     copied = object_source._copy_for_workers(object_source._Samples(given, "own: train", "crop"))
     return copied and copied.dataset
+
+
+class Table(Own):
+    """Holds its images in a buffer that pickle may leave where it is, as a table of Arrow does."""
+
+    def __getstate__(self):
+        return self.__dict__ | {"images": pickle.PickleBuffer(self.images.reshape(-1))}
+
+
+def test_buffers_of_a_data_set_are_not_copied_for_worker_processes():
+    given = Table(_pair)
+    assert np.shares_memory(np.frombuffer(copy_for_workers(given).images, np.uint8), given.images)
 
 
 class OneFile(Own):
