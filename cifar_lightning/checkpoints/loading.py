@@ -63,7 +63,7 @@ def progress_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
         by_hand = loop.get("epoch_loop.manual_optimization.optim_step_progress", {}).get("total", {}).get("completed")
         if by_hand:  # which Lightning does not count by epochs
             batches = loop["epoch_loop.batch_progress"]
-            steps -= round(by_hand * batches["current"]["processed"] / batches["total"]["processed"])
+            steps -= round(by_hand * batches["current"]["processed"] / max(1, batches["total"]["processed"]))
     return int(epochs["processed"]), steps
 
 

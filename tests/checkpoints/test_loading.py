@@ -12,7 +12,7 @@ import torchvision
 
 from benchmarks.faults.judge import Payload
 from cifar_lightning import ImageClassifier, UserError
-from cifar_lightning.checkpoints.loading import load_weights, plain, read_checkpoint, read_weights
+from cifar_lightning.checkpoints.loading import load_weights, plain, progress_of, read_checkpoint, read_weights
 from cifar_lightning.models.registry import build_model
 from cifar_lightning.models.smallnet import SmallNet
 
@@ -22,6 +22,18 @@ def save(path):
     module = ImageClassifier("smallnet", 3, 16, model_kwargs={"widths": [2, 4, 4]})
     torch.save({"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}, path)
     return module.model
+
+
+@pytest.mark.parametrize(("current", "total", "steps"), [(3, 12, 18), (0, 9, 24), (0, 0, 24)])
+def test_steps_by_hand_are_those_of_finished_epochs_in_proportion_to_the_batches(current, total, steps):
+    by_hand = {"total": {"completed": 24}}  # two a batch, as of two optimizers
+    epoch = {"current": {"ready": 2, "processed": 1}}
+    counts = {"current": {"processed": current}, "total": {"processed": total}}
+    loop = {"epoch_progress": epoch, "epoch_loop.batch_progress": counts}
+    automatic = {"optimizer": {"step": {"current": {"completed": 0}}}}
+    loop |= {"epoch_loop.automatic_optimization.optim_progress": automatic}
+    loop |= {"epoch_loop.manual_optimization.optim_step_progress": by_hand}
+    assert progress_of({"loops": {"fit_loop": loop}, "global_step": 24}) == (1, steps)
 
 
 def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(tmp_path):
