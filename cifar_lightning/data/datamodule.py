@@ -465,6 +465,6 @@ class ImageDataModule(pl.LightningDataModule):
         if self.arguments["image_size"] is None and (size := state_dict["image_size"]) != self.image_size:
             raise UserError(
                 f"{self.source.describe()}: the checkpoint is of images of {size} pixels; give --data.image_size "
-                f"{size}, or another size to evaluate at."
+                f"{size}, or {self.image_size} to evaluate at that size."
             )
         self.use_normalization(tuple(state_dict["mean"]), tuple(state_dict["std"]))
