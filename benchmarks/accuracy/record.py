@@ -65,9 +65,10 @@ def summarize(run: Path, recipe: str, note: str) -> dict[str, Any]:
 
 
 def moves(run: Path, environment: dict[str, Any]) -> list[str]:
-    """Return to which processors a run moved, and to which precisions: another one is faster on another processor.
+    """Return the processors and precisions that a run moved to, as not every precision is fast on every processor.
 
-    A run that was resumed with any other flag is refused.
+    Raises:
+        SystemExit: The run was resumed with another flag, which no single command repeats.
     """
     resumed = environment.get("resumed", [])
     if any(set(one["changed"]) - {"trainer.precision"} for one in resumed):

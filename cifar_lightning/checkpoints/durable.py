@@ -25,7 +25,7 @@ class DurableCheckpointIO(CheckpointIO):
     """Lightning plugin that writes checkpoints durably and with a checksum, and loads them with `weights_only=True`."""
 
     def __init__(self) -> None:
-        self._is_loadable = False  # what the first checkpoint holds; later ones hold the same types
+        self._is_loadable = False  # the first checkpoint; later ones hold the same types
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None

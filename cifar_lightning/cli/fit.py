@@ -75,9 +75,9 @@ class Resume:
 
     def is_fully_trained(self, trainer: Namespace) -> bool:
         """Whether nothing is left to train."""
-        done, least = self.point, (trainer.min_epochs or 0, trainer.min_steps or 0)
-        is_kept = done.epochs_done < least[0] or done.steps_done < least[1]  # from its early stop
-        point = replace(done, stopped_early=done.stopped_early and not is_kept)
+        point = self.point
+        if point.epochs_done < (trainer.min_epochs or 0) or point.steps_done < (trainer.min_steps or 0):
+            point = replace(point, stopped_early=False)  # the limits keep it from its early stop
         return point.is_end(trainer.max_epochs, trainer.max_steps, self.changes)
 
 
