@@ -5,7 +5,6 @@ With it, usage errors are reported without torch; LightningCLI checks the rest.
 """
 
 import contextlib
-import errno
 import functools
 import json
 import os
@@ -35,7 +34,7 @@ FRONT_ONLY = ("config", "resume", "seeds", "print_config", "trust_code")  # not 
 SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "max_lr": "lr", "bs": "batch_size", "seed": "data.seed"}
 SYNONYMS |= {"output_dir": "run_dir", "gpus": "trainer.devices", "arch": "model.name", "resume_from": "resume"}
 _AFTER_CLASS = ("--optimizer.", "--lr_scheduler.")  # jsonargparse knows them once it knows the class
-_MAX_FILES = 10  # of settings, each named by the one before
+_MAX_FILES = 100  # of settings, which may name each other without end
 _FILE_SCHEME = re.compile("^file:///?")  # as jsonargparse has it
 _INTEGER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+|[0-9][0-9_]*)")
 NULL = ("null", "none", "~", "")  # what YAML reads as None, in lower case
@@ -335,29 +334,31 @@ def _check_code_of_run(path: Path, tree: dict[str, Any], trust_code: bool, given
             check_trust(import_path, f"--{name}", path, trust_code=False)
 
 
-def _as_read(value: Any, folder: str | Path, name: str = "", depth: int = 0) -> Any:
+def _as_read(value: Any, folder: str | Path, name: str = "", files: list[str] | None = None) -> Any:
     """Return settings as jsonargparse reads them: what is in text that is YAML, or in a file that text names.
 
-    Text of settings that take no class stays as it is.
+    Text of settings that take no class stays as it is. `files` are those that were read before.
     """
+    files = [] if files is None else files
     if isinstance(value, dict):
-        return {key: _as_read(item, folder, f"{name}.{key}".lstrip("."), depth) for key, item in value.items()}
+        return {key: _as_read(item, folder, f"{name}.{key}".lstrip("."), files) for key, item in value.items()}
     if isinstance(value, list):
-        return [_as_read(item, folder, name, depth) for item in value]
+        return [_as_read(item, folder, name, files) for item in value]
     if not isinstance(value, str) or not table().get(name, {}).get("open", True):
         return value
     file = _file_of(value, folder)
     is_file = os.path.isfile(file)
+    files += [file] if is_file else []
+    if len(files) > _MAX_FILES:
+        raise UserError(f"{clipped(file, 200)}: cannot be read (more than {_MAX_FILES} files of settings).")
     try:
-        if depth > _MAX_FILES:
-            raise OSError(errno.ELOOP, "named by one of too many files of settings")
         content = read_setting(read_bytes(Path(file), MAX_BYTES, follow_links=True).decode() if is_file else value)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{clipped(file, 200)}: cannot be read ({reason_of(error)}).") from error
     except yaml.YAMLError:  # nor does jsonargparse read it
         return value
     if is_file or isinstance(content, dict | list):
-        return _as_read(content, os.path.dirname(file) if is_file else folder, name, depth + 1)
+        return _as_read(content, os.path.dirname(file) if is_file else folder, name, files)
     return value
 
 

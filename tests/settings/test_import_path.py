@@ -178,6 +178,15 @@ def test_neither_is_code_that_it_names_in_a_file_of_settings(
     check_config(config)
 
 
+def test_files_of_settings_that_name_each_other_many_times_are_not_read_without_end(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("trainer: {callbacks: a.yaml}")
+    for name, other in (("a.yaml", "b.yaml"), ("b.yaml", "a.yaml")):
+        (tmp_path / name).write_text(f"[{', '.join([other] * 1000)}]")
+    with pytest.raises(UserError, match=r"[ab]\.yaml: cannot be read .*100"):
+        check_config(tmp_path / "config.yaml")
+
+
 def test_every_setting_that_takes_a_class_may_be_its_path() -> None:
     plain = {"trainer.devices", "trainer.max_time", "trainer.val_check_interval", "model.loss_kwargs"}
     plain |= {"model.model_kwargs", "model.freeze", "data.train_sizes", "data.class_names"}
