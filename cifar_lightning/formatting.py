@@ -85,7 +85,9 @@ def duration(seconds: float | None) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Return seconds as "42 s", "3:07" or "1:02:03"."""
+    """Return seconds as "42 s", "3:07" or "1:02:03"; "?" of what has no end, as an epoch of unknown length."""
+    if not math.isfinite(seconds):
+        return "?"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

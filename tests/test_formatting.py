@@ -98,7 +98,8 @@ def test_printable_leaves_ordinary_names_and_escapes_the_rest():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (60, "1:00"), (187.6, "3:08"), (3723, "1:02:03")]
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.4, "59 s"), (60, "1:00"), (187.6, "3:08"), (3723, "1:02:03"), (math.inf, "?"), (math.nan, "?")],
 )
 def test_seconds_read_as_a_clock(seconds, text):
     assert clock(seconds) == text
