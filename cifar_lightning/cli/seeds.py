@@ -62,7 +62,7 @@ def fit_seeds(flags: Sequence[str]) -> int:
     run_dir = None
     for config in configs:
         settings = flat_settings(config_tree(find_config(config)))
-        _report_replaced(config, settings)
+        _check_config(config, settings)
         if isinstance(settings.get("run_dir"), str):  # the first fit refuses anything else
             run_dir = settings["run_dir"]
     folder = create_run(RUNS, config_name(configs, model), flag_value(flags, "run_dir") or run_dir)
@@ -72,8 +72,8 @@ def fit_seeds(flags: Sequence[str]) -> int:
         return _train_all(folder, seeds, others, is_new=True)
 
 
-def _report_replaced(config: str, settings: Mapping[str, Any]) -> None:
-    """Print the seeds of a config that --seeds replaces; refuse what is of one run."""
+def _check_config(config: str, settings: Mapping[str, Any]) -> None:
+    """Refuse settings of a config that are of one run; print the seeds that --seeds replaces."""
     for name in _OF_ONE_RUN:
         if name not in _SEEDS and settings.get(name):
             raise UserError(f"--config {clipped(config)}: {name} with --seeds: one of them only.")
