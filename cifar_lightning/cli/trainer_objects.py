@@ -59,7 +59,9 @@ CALLBACKS = {
     "LambdaCallback": Verdict("calls functions, given by import path"),
     "LearningRateFinder": Verdict(refused="the schedule would replace what it finds; give --tune_lr"),
     "LearningRateMonitor": Verdict("logs the learning rate of each parameter group"),
-    "ModelCheckpoint": Verdict("further checkpoints, next to best.ckpt and last.ckpt"),
+    "ModelCheckpoint": Verdict(
+        "further checkpoints; next to those of the run by other names than best, last and previous, without `save_last`"
+    ),
     "ModelPruning": Verdict(
         refused="checkpoints would hold its masks, and no run would resume from them; prune a trained run's model"
     ),
