@@ -18,7 +18,7 @@ from cifar_lightning.formatting import program, reason_of, shell_line
 from cifar_lightning.runs.environment import describe_environment, version_of
 
 _SHOWN = ("torch", "torchvision", "lightning", "torchmetrics")
-_EXTRAS = ("onnx", "onnxscript", "onnxruntime", "timm")
+_EXTRAS = ("onnx", "onnxscript", "onnxruntime", "litdata", "timm")
 _NEEDED_BYTES = 1e9  # archive, what it unpacks to, and a few runs
 _CIFAR_BYTES = 185e6  # decoded: 60,000 images of 3,072 bytes
 _SHARED_BYTES = 2e8  # batches on their way from two workers
@@ -64,7 +64,7 @@ def _look_at_packages(found: Findings) -> None:
     extras = {name: version_of(name) for name in _EXTRAS}
     found.rows.append(("extras", ", ".join(f"{name} {version or '-'}" for name, version in extras.items())))
     if not all(extras.values()):
-        found.hints.append("extras: pip install 'cifar-lightning[export,timm]', for `export` and timm's models")
+        found.hints.append("extras: pip install 'cifar-lightning[export,shards,timm]', for ONNX, shards and timm")
     if version_of("cifar-lightning") is None:
         found.hints.append("cifar-lightning is not installed: pip install -e . in a copy of the repository")
     for text in _requirements():

@@ -121,7 +121,7 @@ def test_outdated_and_missing_packages_are_listed(root, monkeypatch):
     found = doctor.look(root)
     (text,) = found.stopping
     assert text.startswith("lightning 2.5.0, <2.7,>=2.6.6 is needed: pip install")
-    assert "cifar-lightning[export,timm]" in found.hints[0]
+    assert "cifar-lightning[export,shards,timm]" in found.hints[0]
 
 
 def run_doctor(tmp_path, code):
