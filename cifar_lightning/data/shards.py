@@ -32,7 +32,7 @@ from typing import Annotated, Any, Literal, cast
 import numpy as np
 from pydantic import BaseModel, Field
 
-from cifar_lightning.data.image_decoding import Resize, decode_image
+from cifar_lightning.data.image_decoding import RULES, Resize, decode_image
 from cifar_lightning.data.image_folder import CACHE_VARIABLE, STALE_S, allocated, in_user_cache, user_cache
 from cifar_lightning.data.image_set import READ_BEFORE_BYTES, Cache, ImageSet, Split, pixel_hashes
 from cifar_lightning.data.memory import check_fits, usable_cpus
@@ -102,7 +102,7 @@ class Shards:
         cache: How decoded images are kept; see `ImageDataModule`.
 
     Raises:
-        UserError: They are missing, incomplete or of other settings; or the bucket cannot be reached.
+        UserError: They are missing, incomplete, of other settings or decoding rules; or the bucket cannot be reached.
     """
 
     mean: None = None
@@ -130,6 +130,11 @@ class Shards:
             raise UserError(
                 f"--data.root {root}: {INDEX} is damaged ({reason_of(error)}); {self._place.repair}."
             ) from error
+        if self.index.rules != RULES:  # the images would not be those whose hashes it has
+            raise UserError(
+                f"--data.root {root}: written with version {self.index.rules} of the rules for decoding images; this "
+                f"program has {RULES}. Write the shards again with the command shard."
+            )
         self._place.version = hashlib.sha256(text).hexdigest()
         self.class_names, self.image_size = tuple(self.index.class_names), self.index.image_size
         given = {"image_size": image_size or self.image_size, "resize": resize, "in_channels": in_channels}

@@ -18,10 +18,11 @@ from program import decode_here
 from cifar_lightning import ImageDataModule
 from cifar_lightning.data import image_folder, memory
 from cifar_lightning.data import shards as shards_module
+from cifar_lightning.data.image_decoding import RULES
 from cifar_lightning.data.image_folder import ClassFolders, user_cache
 from cifar_lightning.data.sampler import EpochSampler, Rank, ShardOrder
 from cifar_lightning.data.shard_writer import write_shards
-from cifar_lightning.data.shards import Shards
+from cifar_lightning.data.shards import Shards, ShardsIndex
 from cifar_lightning.data.statistics import channel_statistics, moments, statistics_of_moments
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import file_sha256
@@ -316,6 +317,16 @@ def test_shards_that_are_not_whole_or_of_another_set_are_refused(shards, folders
         data_of(shards)
     index.unlink()
     with refused(str(shards), "shards.json"):
+        Shards(str(shards))
+
+
+@pytest.mark.parametrize("rules", [RULES - 1, RULES + 1])
+def test_shards_written_by_other_decoding_rules_are_refused(shards, rules):
+    index = ShardsIndex.model_validate_json((shards / "shards.json").read_text())
+    other = index.model_copy(update={"rules": rules})
+    other.sha256 = other.content_sha256()
+    (shards / "shards.json").write_text(other.model_dump_json())
+    with refused(f"--data.root {shards}", f"version {rules}", f"{RULES}"):
         Shards(str(shards))
 
 
