@@ -17,6 +17,7 @@ import copy
 import hashlib
 import itertools
 import os
+import queue
 import re
 import shutil
 import threading
@@ -49,6 +50,9 @@ _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 _MAX_INDEX_BYTES = 1 << 28
 _FREE = 0.1  # of the disk, below which files of the cache are removed
 _ATTEMPTS, _TIMEOUT_S = 4, 20  # of a request to a bucket; litdata's default of 1,000 attempts hides that it is away
+# A download that gets fewer bytes a second for this long has failed. The time-out above is of a single read, and all
+# attempts of a request together take less.
+_MIN_BYTES_PER_S, _SLOW_S = 10_000, 120
 _DECODED_AT_ONCE = 256
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -549,7 +553,7 @@ class _Bucket:
         try:
             if not hasattr(self._local, "s3"):
                 self._local.s3 = _s3_client(self.root)
-            self._local.s3.client.download_file(bucket, key, str(part))
+            _download_file(self._local.s3.client, bucket, key, part)
             os.replace(part, path)
         except UserError:
             raise
@@ -561,6 +565,40 @@ class _Bucket:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "version": self.version, "_process": 0}
+
+
+def _download_file(client: Any, bucket: str, key: str, path: Path) -> None:
+    """Download a file in a thread that is left behind where it is too slow: its reads wait for all their bytes.
+
+    By one connection: threads of boto3 would keep the process from ending.
+    """
+    from boto3.s3.transfer import TransferConfig
+
+    ended, received = queue.SimpleQueue[Exception | None](), [0]
+
+    def note(num_bytes: int) -> None:
+        received[0] += num_bytes
+
+    def work() -> None:
+        try:
+            client.download_file(bucket, key, str(path), Callback=note, Config=TransferConfig(use_threads=False))
+            ended.put(None)
+        except Exception as error:  # raised again below
+            ended.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    before, is_running = 0, True
+    while is_running:
+        try:
+            error = ended.get(timeout=_SLOW_S)
+            is_running = False
+        except queue.Empty:
+            speed = (received[0] - before) / _SLOW_S
+            if speed < _MIN_BYTES_PER_S:
+                raise TimeoutError(f"too slow: {speed:,.0f} bytes/s, less than {_MIN_BYTES_PER_S:,}") from None
+            before = received[0]
+    if error is not None:
+        raise error
 
 
 def _s3_client(root: str) -> Any:

@@ -5,8 +5,10 @@ import json
 import os
 import pickle
 import shutil
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -476,3 +478,38 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("CIFAR_LIGHTNING_CACHE", str(tmp_path / "file"))
     with refused(str(tmp_path / "file"), "CIFAR_LIGHTNING_CACHE"):
         Shards("s3://photos/set")
+
+
+def test_a_bucket_that_sends_a_byte_at_a_time_is_given_up(tmp_path, monkeypatch):
+    ended = threading.Event()
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.send_header("ETag", '"x"')
+            self.end_headers()
+
+        def do_GET(self):
+            self.do_HEAD()
+            with suppress(OSError):  # where the client is gone
+                while not ended.wait(0.05):
+                    self.wfile.write(b"x")
+
+        def log_message(self, *arguments):
+            """Print nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setattr(shards_module, "_SLOW_S", 1)
+    try:
+        with refused("s3://photos/set/shards.json", "too slow"):
+            Shards("s3://photos/set")
+    finally:
+        ended.set()
+        server.shutdown()
+        server.server_close()
