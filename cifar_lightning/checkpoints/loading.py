@@ -40,6 +40,7 @@ from cifar_lightning.models.state_dicts import (
     named,
     without_wrappers,
 )
+from cifar_lightning.runs.folder import RunFolder
 
 _MODEL = "model."  # `ImageClassifier.model`
 # First bytes of a file of torch.save before 1.6, as most of torchvision's published weights are.
@@ -122,14 +123,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # on damaged files zip and pickle raise nearly anything
         if "can't allocate memory" in str(error):  # torch raises a RuntimeError
             raise _unreadable(path, error) from error
-        raise UserError(f"{path}: a damaged checkpoint, or not a checkpoint ({reason_of(error)}).") from error
+        raise UserError(
+            f"{path}: a damaged checkpoint, or not a checkpoint ({reason_of(error)}).{_instead_of(path)}"
+        ) from error
     if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__} and not a checkpoint, a dict of names.")
     if not has_sum and RESUME_STATE in checkpoint:
-        raise UserError(f"{path}: a damaged checkpoint (its SHA-256 is missing).")
+        raise UserError(f"{path}: a damaged checkpoint (its SHA-256 is missing).{_instead_of(path)}")
     checkpoint = with_data_state(upgrade_checkpoint(checkpoint))
     check_checkpoint(path, checkpoint)
     return checkpoint
+
+
+def _instead_of(path: Path) -> str:
+    """Return the way out where a run's best checkpoint is damaged: without it, its last one is tested."""
+    run = RunFolder(path.parent.parent)
+    if path != run.best_checkpoint or not run.last_checkpoint.exists():
+        return ""
+    return f"\nMove it away: then {run.last_checkpoint} takes its place."
 
 
 def _max_bytes() -> int:

@@ -13,7 +13,7 @@ from cifar_lightning.checkpoints.loading import is_inside_epoch, progress_of
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import write_json
-from cifar_lightning.formatting import object_text, printable, shell_line
+from cifar_lightning.formatting import command_line, object_text, plural, printable, shell_line
 from cifar_lightning.runs.contents import read_config, read_environment, read_split
 from cifar_lightning.runs.environment import describe_environment, portable
 from cifar_lightning.runs.folder import RunFolder, open_run
@@ -96,6 +96,21 @@ class StopPoint:
         if max_steps != -1 and max_steps < self.steps_done:
             raise UserError(
                 f"--trainer.max_steps {max_steps}: the run has trained {self.steps_done:,} steps; give as many or more."
+            )
+
+    def check_rest(self, max_epochs: int | None, max_steps: int) -> None:
+        """Raise if a new run that continues from this checkpoint would train nothing.
+
+        Raises:
+            UserError: Names the limit that is reached.
+        """
+        limit = self.limit(max_epochs, max_steps)
+        if limit:
+            flag = f"--epochs {max_epochs}" if limit == "epochs" else f"--trainer.max_steps {max_steps}"
+            raise UserError(
+                f"--ckpt_path {self.checkpoint}: has trained {plural(self.epochs_done, 'epoch')}, "
+                f"{plural(self.steps_done, 'step')}; with {flag} nothing is left to train.\n"
+                f"Give more, or test it: {command_line('test', '--ckpt_path', self.checkpoint)}"
             )
 
 

@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
-from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint, require_resumable
+from cifar_lightning.checkpoints.loading import load_weights, progress_of, read_checkpoint, require_resumable
 from cifar_lightning.checkpoints.resume import (
     Changes,
     StopPoint,
@@ -214,7 +214,10 @@ def create_or_resume_run(
         found = apply_lr_finder(cli, model, data, settings.trainer) if cli.settings.tune_lr else None
         if cli.settings.ckpt_path:
             ckpt_path = Path(cli.settings.ckpt_path)
-            require_resumable(read_checkpoint(ckpt_path), ckpt_path)
+            checkpoint = read_checkpoint(ckpt_path)
+            require_resumable(checkpoint, ckpt_path)
+            point = StopPoint(ckpt_path, progress_of(checkpoint)[0], checkpoint.get("global_step", 0))
+            point.check_rest(settings.trainer.max_epochs, settings.trainer.max_steps)
         load_initial_weights(cli, model)
         name = config_name(cli.settings.config, cli.model_name)
         run = create_run(RUNS, name, cli.settings.run_dir)

@@ -15,6 +15,7 @@ from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.loading import load_weights, plain, progress_of, read_checkpoint, read_weights
 from cifar_lightning.models.registry import build_model
 from cifar_lightning.models.smallnet import SmallNet
+from cifar_lightning.runs.folder import RunFolder
 
 
 def save(path):
@@ -174,3 +175,18 @@ def test_weights_of_another_kind_are_refused_with_what_to_save_and_change_nothin
     with pytest.raises(UserError, match=rf"theirs\.pt: {name} is .* \({kind}\) .*\n.*dense tensors of real numbers"):
         load_weights(model, tmp_path / "theirs.pt")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_damaged_best_checkpoint_is_named_with_the_one_that_takes_its_place(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    run.best_checkpoint.write_bytes(b"damaged")
+    with pytest.raises(UserError) as alone:
+        read_checkpoint(run.best_checkpoint)
+    assert "last.ckpt" not in str(alone.value)
+    run.last_checkpoint.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"best\.ckpt: a damaged(?s:.*)last\.ckpt"):
+        read_checkpoint(run.best_checkpoint)
+    with pytest.raises(UserError) as last:
+        read_checkpoint(run.last_checkpoint)
+    assert "best.ckpt" not in str(last.value)

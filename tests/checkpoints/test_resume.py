@@ -279,3 +279,16 @@ def test_a_damaged_config_is_named(run):
     run.config.write_text("model: [")
     with pytest.raises(UserError, match=r"config\.yaml: damaged"):
         find_changes(run, changed())
+
+
+@pytest.mark.parametrize(
+    ("limits", "flag"),
+    [((3, -1), "--epochs 3"), ((2, -1), "--epochs 2"), ((None, 30), "--trainer.max_steps 30"), ((4, 31), None)],
+)
+def test_a_checkpoint_with_nothing_left_to_train_is_refused_with_the_limit_that_it_has_reached(limits, flag):
+    given = point(checkpoint=Path("run/checkpoints/last.ckpt"))
+    if flag is None:
+        given.check_rest(*limits)
+        return
+    with pytest.raises(UserError, match=f"(?s)--ckpt_path run/checkpoints/last.ckpt.*3 epochs.*30 steps.*{flag}"):
+        given.check_rest(*limits)
