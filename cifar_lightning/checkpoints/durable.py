@@ -5,6 +5,7 @@ refers to either the whole old file or the whole new one. The one before is kept
 """
 
 import os
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ class DurableCheckpointIO(CheckpointIO):
 
     def __init__(self) -> None:
         self._is_loadable = False  # the first checkpoint; later ones hold the same types
+        self._never_finite = frozenset[str]()
+
+    def note_start(self, state_dict: Mapping[str, Any]) -> None:
+        """Note what has NaN or infinity before training, as masks of attention have: only the rest is checked."""
+        self._never_finite = frozenset(name for name, value in state_dict.items() if not _is_finite(value))
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -37,7 +43,14 @@ class DurableCheckpointIO(CheckpointIO):
                 intact.
         """
         target = Path(path)
-        not_finite = next((name for name, value in checkpoint["state_dict"].items() if not _is_finite(value)), None)
+        not_finite = next(
+            (
+                name
+                for name, value in checkpoint["state_dict"].items()
+                if name not in self._never_finite and not _is_finite(value)
+            ),
+            None,
+        )
         if not_finite is not None:
             raise RunError(
                 f"{target}: not written, as {not_finite} has NaN or infinity after step {checkpoint['global_step']}; "

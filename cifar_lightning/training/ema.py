@@ -19,10 +19,17 @@ class EmaWeights(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
+        finite = dict[tuple[torch.device, torch.dtype], list[int]]()
+
         def average(averages: list[Tensor], currents: list[Tensor], _: Tensor | int) -> None:
             if not averages[0].is_floating_point():  # counters and flags; a list has one dtype
                 torch._foreach_copy_(averages, currents)
                 return
+            kind = averages[0].device, averages[0].dtype
+            if kind not in finite:  # once, as it waits for the device
+                finite[kind] = [at for at, current in enumerate(currents) if current.isfinite().all()]
+            if len(finite[kind]) < len(averages):  # a mask of attention stays: the mean of infinities is NaN
+                averages, currents = ([tensors[at] for at in finite[kind]] for tensors in (averages, currents))
             assert self._average_model is not None
             count = int(self._average_model.n_averaged)
             torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + count) / (10 + count)))

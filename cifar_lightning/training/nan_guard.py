@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, distributed
 
+from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.data.sampler import Rank
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.optim.muon import Muon
@@ -36,7 +37,10 @@ class NanGuard(pl.Callback):
         self._first_bad_step = torch.full((), _NEVER, device=device)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Defer the check where the optimizer can skip an update."""
+        """Defer the check where the optimizer can skip an update; note what is not finite before it is trained."""
+        checkpoint_io = trainer.strategy.checkpoint_io
+        if isinstance(checkpoint_io, DurableCheckpointIO):
+            checkpoint_io.note_start(pl_module.state_dict())
         optimizer, device = trainer.optimizers[0], trainer.strategy.root_device
         has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None  # skips updates itself
         can_skip = has_scaler or isinstance(optimizer, Muon) or bool(optimizer.defaults.get("fused"))

@@ -181,3 +181,14 @@ def test_too_little_memory_is_not_reported_as_damage(path, monkeypatch):
 
 
 # -- when last.ckpt is written ----------------------------------------------------------------------------------------
+
+
+def test_only_weights_that_were_finite_at_the_start_must_be_so(tmp_path):
+    io, path = DurableCheckpointIO(), tmp_path / "run" / "checkpoints" / "last.ckpt"
+    mask = torch.full((2, 2), float("-inf")).triu(1)
+    io.note_start({"weight": torch.ones(2), "mask": mask})
+    state = {"weight": torch.ones(2), "mask": mask}
+    io.save_checkpoint(checkpoint_of(torch.ones(2), state_dict=state), path)
+    assert torch.equal(io.load_checkpoint(path)["state_dict"]["mask"], mask)
+    with pytest.raises(RunError, match="weight has NaN or infinity"):
+        io.save_checkpoint(checkpoint_of(torch.ones(2), state_dict={**state, "weight": mask}), path)

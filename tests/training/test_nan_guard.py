@@ -4,8 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from fitting import fit_run
 from program import REPO, TINY, start
+from torch import nn
 
+from cifar_lightning import ImageClassifier
+from cifar_lightning.checkpoints.loading import read_checkpoint
 from cifar_lightning.errors import RunError
 from cifar_lightning.optim.muon import Muon
 from cifar_lightning.training.nan_guard import NanGuard
@@ -139,3 +143,24 @@ def test_two_processes_stop_together_before_the_update_where_the_second_ones_los
     assert "in epoch 1, step 3; the weights were not updated by it" in done.stderr
     assert len(done.stderr.splitlines()) == 2
     assert [(tmp_path / f"updates{rank}").read_text() for rank in (0, 1)] == ["..", ".."]
+
+
+class Masked(nn.Module):
+    """Adds a mask, as attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3 * 16 * 16, 10)
+        self.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
+
+    def forward(self, images):
+        return self.linear(images.flatten(1))
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_model_with_a_mask_of_infinities_is_saved(tmp_path, ema_decay):
+    module = ImageClassifier(model=Masked(), image_size=16, ema_decay=ema_decay)
+    run, _ = fit_run(tmp_path / "run", module=module, epochs=1)
+    saved = read_checkpoint(run.last_checkpoint)["state_dict"]
+    assert torch.equal(saved["model.mask"], Masked().mask)
+    assert saved["model.linear.weight"].isfinite().all()
