@@ -12,6 +12,8 @@ from cifar_lightning.metrics.calibration import (
     reliability,
     softmax,
 )
+from cifar_lightning.report.results import Predictions
+from cifar_lightning.report.temperature import temperature_of
 
 LOGITS, TARGETS = made_predictions(10, 2000, skill=2, sharpness=1)
 
@@ -107,6 +109,16 @@ def test_where_no_temperature_is_best_there_is_none():
     assert fit_temperature(np.zeros((4, 3), dtype=np.float32), np.zeros(4, dtype=np.int64)) is None
     assert fit_temperature(np.full((2, 3), np.nan, dtype=np.float32), np.zeros(2, dtype=np.int64)) is None
     assert fit_temperature(LOGITS[:0], TARGETS[:0]) is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_why_there_is_no_temperature(bad):
+    logits = LOGITS.copy()
+    assert temperature_of(Predictions(logits, TARGETS, np.arange(len(TARGETS)), tuple("abcdefghij")))[0] is not None
+    logits[0, 0] = bad
+    temperature, why_none = temperature_of(Predictions(logits, TARGETS, np.arange(len(TARGETS)), tuple("abcdefghij")))
+    assert temperature is None
+    assert "infinite" in why_none
 
 
 def test_the_loss_of_perfect_predictions_is_zero_and_has_no_sign():
