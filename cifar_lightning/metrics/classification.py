@@ -101,8 +101,11 @@ TOP_K_FROM = 10
 
 
 def top_k_accuracy(scores: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"]) -> float:
-    """Return the fraction of images whose class is among the `TOP_K` with the highest logits or probabilities."""
-    best = np.argpartition(scores, -TOP_K, axis=1)[:, -TOP_K:]
+    """Return the fraction of images whose class is among the `TOP_K` with the highest logits or probabilities.
+
+    Of equal ones the first count, as for `argmax`.
+    """
+    best = scores.shape[1] - 1 - np.argsort(scores[:, ::-1], axis=1, kind="stable")[:, -TOP_K:]
     return float((best == targets[:, None]).any(axis=1).mean())
 
 

@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassF1Score
 from cifar_lightning.metrics import classification
 from cifar_lightning.metrics.calibration import softmax
 from cifar_lightning.metrics.significance import wilson_interval
+from cifar_lightning.training.eval_metrics import evaluation_metrics, update_evaluation
 
 LOGITS, TARGETS = made_predictions(10, 2000, skill=2, sharpness=1)
 PREDS = LOGITS.argmax(axis=1)
@@ -121,3 +122,23 @@ def test_names_that_do_not_fit_the_logits_are_refused():
             classification.test_metrics(LOGITS, TARGETS, names)
     with pytest.raises(ValueError, match="no images"):
         classification.test_metrics(LOGITS[:0], TARGETS[:0], [str(index) for index in range(10)])
+
+
+@pytest.mark.parametrize(
+    "scores", [np.zeros((12, 12)), np.eye(12) < 0, np.random.default_rng(0).integers(0, 3, (400, 12))]
+)
+def test_ties_of_the_top_5_are_broken_as_argmax_breaks_them(scores):
+    scores = scores.astype(np.float32)
+    num_images, num_classes = scores.shape
+    for target in range(num_classes):
+        targets = np.full(num_images, target)
+        top, left = np.zeros(num_images, bool), scores.copy()
+        for _ in range(classification.TOP_K):  # the best one, then the best of the others
+            best = left.argmax(1)
+            top |= best == target
+            left[np.arange(num_images), best] = -np.inf
+        assert classification.top_k_accuracy(scores, targets) == top.mean()
+        metrics = evaluation_metrics(num_classes)
+        tensors = torch.from_numpy(scores), torch.from_numpy(targets)
+        update_evaluation(metrics, tensors[0], *tensors, torch.nn.functional.cross_entropy)
+        assert metrics["acc_top5"].compute().item() == pytest.approx(top.mean())
