@@ -131,7 +131,8 @@ def _train_all(folder: RunFolder, seeds: Sequence[int], flags: Sequence[str], *,
 def _summarize(folder: RunFolder, runs: dict[int, RunFolder]) -> None:
     """Write seeds.json and print the runs, mean, standard deviation and spread."""
     states = {seed: state_of(run) for seed, run in runs.items()}
-    accuracies = [state["accuracy"] for state in states.values() if state["state"] == "finished"]
+    finished = [state for state in states.values() if state["state"] == "finished"]
+    accuracies = [state["accuracy"] for state in finished if state["accuracy"] is not None]
     found = spread(accuracies) if accuracies else None
     kept = ("state", "accuracy", "accuracy_interval_95")
     rows = [{"seed": seed, **{key: state[key] for key in kept}} for seed, state in states.items()]
@@ -145,7 +146,7 @@ def _summarize(folder: RunFolder, runs: dict[int, RunFolder]) -> None:
             f"Test accuracy of {of}: mean {percent(found['mean'], 2)}{deviation}, "
             f"{span((found['min'], found['max']), 2)}"
         )
-    if len(accuracies) < len(runs):
+    if len(finished) < len(runs):
         print(f"The rest: {folder.resume_command}")
     elif len(runs) > 1:
         print(f"Next: {command_line('analyze', folder.path)}")

@@ -137,6 +137,19 @@ def test_a_folder_in_which_nothing_has_begun_starts_over_and_links_in_it_are_ref
         cli.run_command(["fit", "--resume", "out"])
 
 
+def test_a_finished_run_whose_accuracy_is_not_known_is_left_out_of_the_mean(fits, capsys):
+    assert cli.run_command(["fit", "--seeds", "0,1,2", "--run_dir", "out"]) == 0
+    write_json(RunFolder(Path("out/1")).test_metrics, {"accuracy": None})
+    assert cli.run_command(["fit", "--resume", "out"]) == 0
+    found = read_seeds(RunFolder(Path("out")).seeds)
+    assert (found["accuracy"]["n"], found["accuracy"]["max"]) == (2, 0.875)
+    assert "2 of 3 seeds" in capsys.readouterr().out
+    for seed in (0, 2):
+        write_json(RunFolder(Path(f"out/{seed}")).test_metrics, {"accuracy": None})
+    assert cli.run_command(["fit", "--resume", "out"]) == 0
+    assert read_seeds(RunFolder(Path("out")).seeds)["accuracy"] is None
+
+
 def test_a_run_that_fails_keeps_no_other_from_training_a_mistake_and_a_kill_do(fits, tmp_path):
     fits.status[1] = 1
     assert cli.run_command(["fit", "--seeds", "0,1,2", "--run_dir", "failed"]) == 1
