@@ -359,7 +359,11 @@ def learning_rates_of(results: Results) -> list[tuple[float, float]]:
     ends = [(row.get("step", math.nan), row["epoch"] + 1) for row in results.epochs]
     if not results.learning_rates or not ends:
         return [(row["epoch"] + 1, row["lr"]) for row in results.epochs if "lr" in row]
-    steps, epochs = zip((0, 0), *ends, strict=True)
+    ends = [(0, 0), *ends]
+    (step, epoch), (last_step, last_epoch) = ends[-2:]
+    # An epoch that was not finished has no row; it has as many steps as the one before.
+    ends.append((last_step + (last_step - step) / max(last_epoch - epoch, 1), last_epoch + 1))
+    steps, epochs = zip(*ends, strict=True)
     done = np.interp([step for step, _ in results.learning_rates], steps, epochs).tolist()
     return list(zip(done, (lr for _, lr in results.learning_rates), strict=True))
 

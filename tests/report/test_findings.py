@@ -366,3 +366,11 @@ def test_the_learning_rate_is_that_of_each_step_over_the_epochs_done(tmp_path):
     run.learning_rates.unlink()
     found = find(read_results(run))
     assert found["learning_rates"] == [(row["epoch"] + 1, row["lr"]) for row in found["epochs"]]
+
+
+def test_learning_rates_of_an_unfinished_epoch_are_spread_over_it(tmp_path):
+    run = make_run(tmp_path / "run", n=100, epochs=3)  # of 10 steps
+    for file in (run.metrics_csv, run.timing_csv):
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    found = find(read_results(run))["learning_rates"]
+    assert [done for done, _ in found] == pytest.approx(np.arange(30) / 10)
