@@ -12,7 +12,8 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -103,6 +104,16 @@ def counted(number: int, one: str, many: str) -> str:
 def first_of(texts: Sequence[str], most: int) -> str:
     """Return the first of some texts and how many more there are: "a, b, c and 4 more"."""
     return ", ".join(texts[:most]) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")
+
+
+def shortened(names: Sequence[str], cut: Callable[[str], str]) -> list[str]:
+    """Return names that `cut` has shortened; where this makes them equal, with their numbers in front."""
+    texts = [cut(name) for name in names]
+    times = Counter(texts)
+    return [
+        cut(f"{at} {name}") if times[text] > 1 else text
+        for at, (name, text) in enumerate(zip(names, texts, strict=True))
+    ]
 
 
 def index_name(split: str, index: int) -> str:

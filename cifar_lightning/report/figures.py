@@ -23,7 +23,7 @@ from matplotlib.path import Path
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
-from cifar_lightning.formatting import printable
+from cifar_lightning.formatting import printable, shortened
 from cifar_lightning.metrics.calibration import reliability
 from cifar_lightning.metrics.classification import accuracy, per_class
 
@@ -104,7 +104,7 @@ def _fill_cells(
 
 
 def _label_classes(axes: Axes, class_names: Sequence[str]) -> None:
-    names = [shorten(printable(name)) for name in class_names] if len(class_names) <= _MAX_NAMED else []
+    names = shortened([*map(printable, class_names)], shorten) if len(class_names) <= _MAX_NAMED else []
     size = min(10.0, max(3.0, 650 / len(class_names)))  # points; the largest that fits the rows of the largest figure
     # parse_math=False: a folder called "$5 or $6" is no formula.
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size, parse_math=False)

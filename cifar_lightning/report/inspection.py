@@ -10,13 +10,14 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from cifar_lightning.formatting import plural, printable
+from cifar_lightning.formatting import plural, printable, shortened
 from cifar_lightning.report.page import render
 
 _MAX_LINES = 29  # and one of the page
 _MAX_ROWS = 10  # classes on the terminal: of more, the largest and the smallest
 _MAX_NAMES = 3  # of images, on the terminal
 _MAX_LISTED = 500  # names of one kind, on the page
+_NAME_WIDTH = 30  # of the column of classes on the terminal
 _WIDTH = 118  # characters of a line on the terminal
 _TILE_PX, _SMALL_PX, _MANY_CLASSES = 64, 32, 100  # side of a sample image; of many classes
 
@@ -28,10 +29,11 @@ def inspection_lines(found: Mapping[str, Any]) -> list[str]:
     if len(names) > _MAX_ROWS:
         by_size = np.argsort(-sum(counts.values()), kind="stable").tolist()
         order = by_size[:half] + by_size[-half:]
-    rows = [(names[at], [f"{of[at]:,}" for of in counts.values()]) for at in order]
+    cut = shortened([*map(printable, names)], _cut)
+    rows = [(cut[at], [f"{of[at]:,}" for of in counts.values()]) for at in order]
     rows.append(("all classes", [f"{of.sum():,}" for of in counts.values()]))
-    lines = [found["dataset"], "", f"{'class':<30}" + "".join(f"{split:>10}" for split in counts)]
-    lines += [f"{printable(name)[:29]:<30}" + "".join(f"{num:>10}" for num in nums) for name, nums in rows]
+    lines = [found["dataset"], "", f"{'class':<{_NAME_WIDTH}}" + "".join(f"{split:>10}" for split in counts)]
+    lines += [f"{name:<{_NAME_WIDTH}}" + "".join(f"{num:>10}" for num in nums) for name, nums in rows]
     if len(order) < len(names):
         lines.insert(3 + half, f"... {len(names) - len(order):,} other classes, by number of images")
     lines.append("")
@@ -42,6 +44,10 @@ def inspection_lines(found: Mapping[str, Any]) -> list[str]:
             lines[-1:] = [f"{label:<17}{text}:", f"{'':<17}{shown}"]
     data, *rest = map(printable, lines)  # the folder is printed whole, for copying
     return [data, *(line if len(line) <= _WIDTH else f"{line[: _WIDTH - 3]}..." for line in rest)]
+
+
+def _cut(name: str) -> str:
+    return name if len(name) < _NAME_WIDTH else f"{name[: _NAME_WIDTH - 3]}.."
 
 
 def facts_of(found: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:

@@ -104,7 +104,7 @@ def render(template: str, **values: Any) -> str:
         finalize=_shown if template.endswith(".html") else _in_markdown,
     )
     environment.filters["verbatim"] = lambda text: escape(_clean(text))  # for copying: no non-breaking spaces
-    environment.filters |= {"tail": _tail, "shorten": shorten}
+    environment.filters["tail"] = _tail
     environment.filters["code"] = lambda text: Markup(formatting.markdown_code(text))  # escaped for Markdown
     environment.globals["command_line"] = formatting.command_line
     environment.filters.update({name: getattr(formatting, name) for name in _FILTERS})
@@ -116,8 +116,8 @@ def render(template: str, **values: Any) -> str:
 def matrix_of(cm: Int64[np.ndarray, "classes classes"], names: Sequence[str]) -> dict[str, Any]:
     """Return the confusion matrix as the page shows it; of many classes those of the most confused pairs.
 
-    Keys: `rows` [{name, cells [{number, fraction (of the true class), opacity, is_correct}]}], `top` (fraction at which
-    a mistake is opaque), `is_part`.
+    Keys: `rows` [{name, short (for a heading), cells [{number, fraction (of the true class), opacity, is_correct}]}],
+    `top` (fraction at which a mistake is opaque), `is_part`.
     """
     shown = list(range(len(cm)))
     if len(cm) > _MAX_IN_MATRIX:
@@ -131,9 +131,13 @@ def matrix_of(cm: Int64[np.ndarray, "classes classes"], names: Sequence[str]) ->
     opacity = np.where(is_correct, fractions, fractions / top).round(2)
     keys = ("number", "fraction", "opacity", "is_correct")
     columns = zip(*(array.tolist() for array in (part, fractions, opacity, is_correct)), strict=True)
+    short = formatting.shortened([*map(formatting.printable, names)], shorten)
     rows = [[dict(zip(keys, cell, strict=True)) for cell in zip(*row, strict=True)] for row in columns]
     return {
-        "rows": [{"name": names[index], "cells": cells} for index, cells in zip(shown, rows, strict=True)],
+        "rows": [
+            {"name": names[index], "short": short[index], "cells": cells}
+            for index, cells in zip(shown, rows, strict=True)
+        ],
         "top": top,
         "is_part": len(shown) < len(cm),
     }

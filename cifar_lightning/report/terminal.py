@@ -29,6 +29,7 @@ from cifar_lightning.formatting import (
     program,
     pvalue,
     shell_line,
+    shortened,
     span,
     unbroken,
 )
@@ -206,9 +207,10 @@ def _print_classes(console: Console, classes: Sequence[Mapping[str, Any]], names
     if len(names) > _MAX_CLASSES:
         f1 = np.array([row["f1"] for row in classes])  # NaN, a class without images and predictions, comes last
         shown = np.argsort(f1, kind="stable")[:_NUM_WORST].tolist()
+    cut = shortened(names, lambda name: _cut(name, _MAX_NAME))
     title = "Classes" if len(shown) == len(names) else f"The {_NUM_WORST} classes with the lowest F1"
     _print_heading(console, title)
-    _print_class_table(console, [classes[index] for index in shown], [names[index] for index in shown])
+    _print_class_table(console, [classes[index] for index in shown], [cut[index] for index in shown])
     if len(shown) < len(names):
         console.print(f"All {len(names)} classes are in report.html and findings.json.")
     never = [name for name, row in zip(names, classes, strict=True) if row["support"] and not row["predicted"]]
@@ -223,7 +225,7 @@ def _print_class_table(console: Console, classes: Sequence[Mapping[str, Any]], n
         table.add_column(column, justify="right", no_wrap=True)
     for row, name in zip(classes, names, strict=True):
         percents = (percent(row[key], 1) for key in ("precision", "recall", "f1", "mean_confidence"))
-        table.add_row(Text(_cut(name, _MAX_NAME)), count(row["support"]), *percents)
+        table.add_row(Text(name), count(row["support"]), *percents)
     console.print(table)
 
 

@@ -138,3 +138,13 @@ def test_the_scales_are_lettered_as_large_as_the_matrix():
     for scale in scales:
         sizes = [text.get_fontsize() for text in (scale.xaxis.label, *scale.get_xticklabels())]
         assert min(sizes) >= matrix.get_xticklabels()[0].get_fontsize()
+
+
+def test_names_that_are_cut_to_the_same_text_are_told_apart():
+    names = ["a" * 40 + "1", "a" * 40 + "2", "cat"]
+    figure = confusion_figure(np.eye(3, dtype=np.int64), names)
+    for labels in (figure.axes[0].get_xticklabels(), figure.axes[0].get_yticklabels()):
+        shown = [label.get_text() for label in labels]
+        assert len(set(shown)) == 3
+        assert max(map(len, shown)) <= 24
+        assert shown[2] == "cat"

@@ -70,3 +70,10 @@ def test_samples_are_shown_side_by_side():
     strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))).convert("L"))
     assert strip.shape == (64, 192)
     assert strip[:, [32, 96, 160]].mean(0) == pytest.approx([0, 120, 240], abs=3)
+
+
+def test_names_that_are_cut_are_marked_and_told_apart():
+    lines = inspection_lines(found_of(3, name="long " * 10 + "{}"))
+    shown = [line[:30].rstrip() for line in lines if "long long" in line[:30]]
+    assert len(set(shown)) == 3
+    assert all(name.endswith("..") for name in shown)

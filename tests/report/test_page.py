@@ -405,6 +405,15 @@ def test_without_kept_images_mistakes_and_label_errors_are_listed_by_name(tmp_pa
     assert 'href="#images"' in page
 
 
+def test_columns_of_the_matrix_have_names_of_their_own(tmp_path):
+    names = ["long " * 8 + "1", "long " * 8 + "2", "cat"]
+    matrix = matrix_of(np.eye(3, dtype=np.int64), names)
+    assert [row["name"] for row in matrix["rows"]] == names
+    shown = [row["short"] for row in matrix["rows"]]
+    assert len(set(shown)) == 3
+    assert max(map(len, shown)) <= 24
+
+
 def test_only_learning_rates_that_were_not_recorded_by_step_are_called_so(tmp_path):
     made = make_run(tmp_path / "run", n=200)
     lrs, epochs = json.loads(made.learning_rates.read_text()), len(made.metrics_csv.read_text().splitlines()) - 1
