@@ -14,13 +14,13 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
-from cifar_lightning.formatting import count, percent, printable
+from cifar_lightning.formatting import count, percent, plural, printable
 
 _WIDTH, _HEIGHT = 400, 270  # of the view box; a chart is shown 300 to 500 pixels wide
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 376, 10, 226  # of the axes
 _MAX_MARKERS = 30
-_MAX_LEGEND = 12
 _NUM_COLOURS = 6  # of lines, in page.css
+_DASHES = ("", " dotted", " dashed", " dashdot")  # likewise; of two runs or one, dashed is the training
 Points = Sequence[tuple[float, float]]
 Range = tuple[float, float]
 Scale = Callable[[float], float]  # value -> coordinate
@@ -101,6 +101,7 @@ def curves_charts(runs: Sequence[Curves]) -> list[Chart]:
     Of more than two runs only the validation is drawn. Charts without a line are left out.
     """
     charts = []
+    num_more = len({run.group for run in runs}) - len({_style(run) for run in runs})
     stages = (("val", "validation", ""), ("train", "training", " dashed"))[: 2 if len(runs) <= 2 else 1]
     for title, key, tick in (("Accuracy", "acc", _percent_tick), ("Loss", "loss", _number_tick)):
         lines: list[tuple[str, str, Points]] = []
@@ -109,19 +110,27 @@ def curves_charts(runs: Sequence[Curves]) -> list[Chart]:
                 points = [(row["epoch"] + 1, row.get(f"{stage}/{key}", math.nan)) for row in run.epochs]
                 if any(math.isfinite(value) for _, value in points):
                     lines.append((_style(run) + dash, f"{run.name}, {words}" if len(runs) > 1 else words, points))
-        charts.append(_curves(title, f"{title.lower()} over the epochs", lines, tick))
+        charts.append(_curves(title, f"{title.lower()} over the epochs", lines, tick, num_more=num_more))
     lines = [(_style(run), run.name if len(runs) > 1 else "each step", run.learning_rates) for run in runs]
-    charts.append(_curves("Learning rate", "learning rate of each step", lines, _number_tick, from_zero=True))
+    title, alt = "Learning rate", "learning rate of each step"
+    charts.append(_curves(title, alt, lines, _number_tick, from_zero=True, num_more=num_more))
     return [chart for chart in charts if chart.legend]
 
 
 def _style(run: Curves) -> str:
-    return f"s{run.group % _NUM_COLOURS}" + ("", " dotted")[run.group // _NUM_COLOURS % 2]
+    return f"s{run.group % _NUM_COLOURS}{_DASHES[run.group // _NUM_COLOURS % len(_DASHES)]}"
 
 
 def _curves(
-    title: str, alt: str, lines: Sequence[tuple[str, str, Points]], tick: Tick, from_zero: bool = False
+    title: str,
+    alt: str,
+    lines: Sequence[tuple[str, str, Points]],
+    tick: Tick,
+    *,
+    from_zero: bool = False,
+    num_more: int = 0,
 ) -> Chart:
+    """Draw lines of (style, label, points); `num_more` groups have the style of another one."""
     lines = [line for line in lines if line[2]]
     pairs = np.array([pair for *_, points in lines for pair in points], dtype=float).reshape(-1, 2)
     values = pairs[np.isfinite(pairs[:, 1]), 1]
@@ -134,8 +143,13 @@ def _curves(
     for style, _, points in lines:
         marks += _line(points, x, y, style, has_markers=len(points) <= _MAX_MARKERS)
     svg = _axes(marks, x_range, y_range, "epoch", (_number_tick, tick))
-    legend = {style: (style, printable(label)) for style, label, _ in reversed(lines)}  # the first of each group
-    return Chart(title, alt, svg, list(reversed(legend.values()))[:_MAX_LEGEND])
+    by_style = dict[str, str]()
+    for style, label, _ in lines:
+        by_style.setdefault(style, printable(label))  # the first of each group
+    legend = [*by_style.items()]
+    if legend and num_more:
+        legend.append(("", f"and {plural(num_more, 'more group')}, in these styles again"))
+    return Chart(title, alt, svg, legend)
 
 
 def _scales(x_range: Range, y_range: Range) -> tuple[Scale, Scale]:

@@ -104,3 +104,17 @@ def test_every_colour_is_one_of_the_page_and_names_are_escaped(findings):
         assert not re.search("#[0-9a-f]{6}|rgb|https?:|fill=|stroke=", chart.svg)
         assert "<b>" not in chart.svg
         assert all("\x1b" not in label for _, label in chart.legend)
+
+
+def test_more_groups_than_styles_are_counted_in_the_legend():
+    rows = [{"epoch": e, "val/acc": 0.1 * e} for e in range(3)]
+
+    def legend_of(num_groups):
+        (accuracy,) = curves_charts([Curves(f"run {group}", rows, group=group) for group in range(num_groups)])
+        return accuracy.legend
+
+    legend = legend_of(24)
+    assert len({style for style, _ in legend}) == 24
+    assert [text for _, text in legend] == [f"run {group}, validation" for group in range(24)]
+    assert legend_of(27)[:24] == legend
+    assert [text for _, text in legend_of(27)[24:]] == ["and 3 more groups, in these styles again"]
