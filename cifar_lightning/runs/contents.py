@@ -5,6 +5,7 @@ file and the field that is wrong. Fields that no schema knows are kept. Not here
 """
 
 import csv
+import io
 import json
 import math
 import os
@@ -181,7 +182,7 @@ def read_matrix(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     """Read confusion_matrix.csv: class names and counts, rows: true class."""
     text = _text(path, _MAX_MATRIX_BYTES)
     try:
-        rows = list(csv.reader(text.splitlines()))
+        rows = list(csv.reader(io.StringIO(text, newline="")))  # names of classes may hold line breaks
         if len(rows) < 2 or any(len(row) != len(rows) for row in rows):
             raise ValueError("not a square table")
         for row, name in zip(rows[1:], rows[0][1:], strict=True):

@@ -13,6 +13,8 @@ from made_run import make_run
 
 from benchmarks.faults.mutations import mutate_bytes
 from cifar_lightning.errors import UserError
+from cifar_lightning.files import csv_table, write_text_durably
+from cifar_lightning.formatting import csv_cell
 from cifar_lightning.report.results import read_predictions
 from cifar_lightning.runs import contents
 from cifar_lightning.runs.folder import RunFolder, create_run, open_run
@@ -242,3 +244,12 @@ def test_a_matrix_has_its_rows_in_the_order_of_its_columns(labels, tmp_path):
     (tmp_path / "confusion_matrix.csv").write_text(f",a,b,c\n{rows}")
     with pytest.raises(UserError, match=r"confusion_matrix\.csv: damaged: row [cxa] in place of [abc]"):
         contents.read_matrix(tmp_path / "confusion_matrix.csv")
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "two\r\nlines", "a\u2028b", "a\x0bb", 'a"b', "a,b", "=1"])
+def test_a_matrix_keeps_the_names_of_its_classes(name, tmp_path):
+    path, cell = tmp_path / "confusion_matrix.csv", csv_cell(name)
+    write_text_durably(path, csv_table(["", cell, "plain"], [[cell, 3, 0], ["plain", 1, 4]]))
+    names, matrix = contents.read_matrix(path)
+    assert names == (name, "plain")
+    assert matrix.tolist() == [[3, 0], [1, 4]]
