@@ -298,8 +298,9 @@ def log_image(trainer: pl.Trainer, tag: str, image: np.ndarray, step: int) -> No
 def tags_of(class_names: Sequence[str]) -> list[str]:
     """Return a unique tag for each class, of the characters that TensorBoard takes: letters, digits, dots, dashes."""
     tags = [re.sub(r"[^-\w.]", "_", name) for name in class_names]
-    times = Counter(tags)
-    return [f"{index}_{tag}" if times[tag] > 1 else tag for index, tag in enumerate(tags)]
+    while max((times := Counter(tags)).values(), default=0) > 1:  # again where a class has the name that this makes
+        tags = [f"{index}_{tag}" if times[tag] > 1 else tag for index, tag in enumerate(tags)]
+    return tags
 
 
 def hyperparameters_of(config: Mapping[str, Any]) -> dict[str, bool | str | float | int]:

@@ -241,6 +241,7 @@ def test_a_resumed_run_takes_over_the_events_up_to_its_step(tmp_path):
 def test_tags_hold_what_tensorboard_takes_and_each_class_has_its_own():
     assert tags_of(["cat", "red fox", "a/b", "caf\udce9", "狗"]) == ["cat", "red_fox", "a_b", "caf_", "狗"]
     assert tags_of(["a b", "a_b", "c"]) == ["0_a_b", "1_a_b", "c"]
+    assert len(set(tags_of(["a b", "a/b", "0_a_b", "2_0_a_b", "c"]))) == 5
 
 
 def test_hyperparameters_are_plain_and_leave_out_what_is_not_set():
