@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +296,7 @@ def check_config(path: Path, *, trust_code: bool = False, given: Collection[str]
         raise UserError(f"{file}: holds a {type(tree).__name__}; a config is keys and values, as in configs/.")
     _check_code_of_run(path, tree, trust_code, given)
     is_own = {*own, *(group for group in CLASS_GROUPS if tree.get(f"{group}_class"))}
+    _refuse_classes_in_files({group: tree[group] for group in tree.keys() - is_own if group in CLASS_GROUPS}, path)
     leaves = list(_leaves({name: value for name, value in tree.items() if name not in is_own}))
     num_given = Counter(name for name, _ in leaves)
     for name, value in leaves:
@@ -313,6 +314,17 @@ def check_config(path: Path, *, trust_code: bool = False, given: Collection[str]
             check_value(name, text, f"{file}: {name} {clipped(text)}", path.parent)
         elif value is None:
             _check_nothing(name, file)
+
+
+def _refuse_classes_in_files(groups: Mapping[str, Any], path: Path) -> None:
+    """Refuse a file of a group that names a class: the parser, which knows its arguments, is made without that file."""
+    for group, value in groups.items():
+        named = os.path.join(path.parent, value) if isinstance(value, str) else ""  # pathlib's raises for long names
+        if os.path.isfile(named) and "class_path" in config_tree(Path(named)):
+            raise UserError(
+                f"--config {clipped(str(path), 200)}: {group} {clipped(value)}: names a class; write its content under "
+                f"{group}, or give --{group} {clipped(value)}."
+            )
 
 
 def _check_code_of_run(path: Path, tree: dict[str, Any], trust_code: bool, given: Collection[str]) -> None:

@@ -145,6 +145,13 @@ def test_a_class_in_yaml_stands_apart_from_its_arguments(tmp_path, model):
         check_config(path)
 
 
+def test_a_class_in_a_file_that_a_config_names_is_refused_with_the_flag_that_takes_it(tmp_path):
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(ARGUMENTS))
+    (tmp_path / "config.yaml").write_text("model: model.yaml\n")
+    with pytest.raises(UserError, match=r"config\.yaml: model model\.yaml: .*--model model\.yaml"):
+        check_config(tmp_path / "config.yaml")
+
+
 def test_a_key_of_another_group_is_not_taken_for_a_class():
     own_net = {"model": {"class_path": "my.Net"}}
     for config in ({"trainer": {"model": MINE}}, {"model": "mine.yaml"}, {"model": own_net}):
