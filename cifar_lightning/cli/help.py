@@ -105,6 +105,8 @@ class QuickParser(argparse.ArgumentParser):
         """Parse; a `UserError` names an unknown flag and the nearest one."""
         known = [option for action in self._actions for option in action.option_strings]
         for argument in arguments:  # before argparse, which complains of what is missing first
+            if argument == "--":  # what follows is no flag
+                break
             flag = argument.partition("=")[0]
             if not flag.startswith("--") or flag in known:
                 continue

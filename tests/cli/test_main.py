@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +65,11 @@ def test_help_and_version_go_to_stdout_and_succeed(capsys):
         assert capsys.readouterr().out
     run_command(["--version"])
     assert capsys.readouterr().out == f"cifar-lightning {importlib.metadata.version('cifar-lightning')}\n"
+
+
+def test_what_follows_two_dashes_is_no_flag():
+    parsed = QUICK["predict-images"].parser("predict-images").parse(["run", "--force", "--", "--odd.png", "a.png"])
+    assert (parsed.run, parsed.paths, parsed.force) == (Path("run"), [Path("--odd.png"), Path("a.png")], True)
 
 
 def test_the_long_help_is_lightnings(capsys):
