@@ -21,7 +21,9 @@ import yaml
 
 from benchmarks import CONFIGS, RESULTS, ROOT
 from benchmarks.hardware import hardware_name
+from cifar_lightning.cli.flags import ALIASES
 from cifar_lightning.runs.environment import inexact_resumes
+from cifar_lightning.settings.roles import flat_settings
 
 _NOT_OF_A_RESULT = ("--config", "--data.root", "--run_dir", "--seed_everything", "--data.seed")
 _AS_FOLDERS = "--data.dataset folder"  # a config's own images, unpacked
@@ -47,7 +49,7 @@ def summarize(run: Path, recipe: str, note: str) -> dict[str, Any]:
         "flags": other_flags(environment["command"]),
         "seed": config["seed_everything"],
         "data_seed": config["data"]["seed"],
-        "settings": committed_settings(environment["commit"], recipe),
+        "settings": trained_settings(environment, recipe, config),
         "epochs": len(timing),
         "test_accuracy": metrics["accuracy"],
         "test_accuracy_interval_95": metrics["accuracy_interval_95"],
@@ -103,6 +105,28 @@ def committed_settings(commit: str, recipe: str) -> dict[str, Any]:
     if done.returncode != 0:
         raise SystemExit(f"{recipe}: there is no such config at commit {commit} ({done.stderr.strip()}).")
     return yaml.safe_load(done.stdout)
+
+
+def trained_settings(environment: dict[str, Any], recipe: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a config contains at a run's commit, if the run has trained with it.
+
+    Where the checkout had changes, it is compared with the run's config.yaml, but for what the flags have set.
+    """
+    settings = committed_settings(environment["commit"], recipe)
+    if not environment["dirty"]:
+        return settings
+    names = (word[2:].partition("=")[0] for word in environment["command"] if word.startswith("--"))
+    given = {ALIASES.get(name, name) for name in names}.union(
+        *(one["changed"] for one in environment.get("resumed", []))
+    )
+    trained = flat_settings(config)
+    for name, value in flat_settings(settings).items():
+        if name not in given and trained.get(name, value) != value:
+            raise SystemExit(
+                f"{recipe}: the run was trained with {name} {trained[name]}, and commit {environment['commit']} has "
+                f"{value}; commit the config before it is trained."
+            )
+    return settings
 
 
 def present_settings(recipe: str) -> dict[str, Any]:

@@ -186,3 +186,16 @@ def test_a_result_tells_another_processor_and_precision_and_no_other_flag_may_ch
     assert record.moves(Path("run"), {}) == []
     with pytest.raises(SystemExit):
         record.moves(Path("run"), {"resumed": [moved, resumed(**{"trainer.max_epochs": 200})]})
+
+
+def test_a_run_of_a_changed_checkout_keeps_settings_that_it_trained_with_alone(made):
+    committed, changed = {"trainer": {"max_epochs": 3}}, {"trainer": {"max_epochs": 9, "max_steps": -1}}
+    begun = {"commit": commit_configs(made), "dirty": True, "command": ["train.py", "fit", "--data.root", "x"]}
+    assert record.trained_settings(begun, "plain", committed) == committed
+    assert record.trained_settings({**begun, "dirty": False}, "plain", changed) == committed
+    for flags in (["--epochs", "9"], ["--trainer.max_epochs=9"]):
+        assert record.trained_settings({**begun, "command": flags}, "plain", changed) == committed
+    resumed = [{"changed": {"trainer.max_epochs": 9}}]
+    assert record.trained_settings({**begun, "resumed": resumed}, "plain", changed) == committed
+    with pytest.raises(SystemExit, match=r"trainer\.max_epochs 9.* 3"):
+        record.trained_settings(begun, "plain", changed)
