@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import RESULTS, ROOT
-from benchmarks.accuracy.ablations import BASE, SUITES, differences, verdict
+from benchmarks.accuracy.ablations import BASE, SUITES, Suite, differences, verdict
 from benchmarks.accuracy.insight_rates import FINDINGS, NOT_BY_CLASS
 from benchmarks.accuracy.record import comparable, present_settings, results_of
 
@@ -247,22 +247,32 @@ def ablations_table() -> str:
     every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     rows = []
     for name, suite in SUITES.items():
-        lines = [line for line in every if line["suite"] == name]
-        if not lines:
-            continue
-        base = [100 * line["accuracy"] for line in lines if line["setting"] == BASE]
-        where = f"{lines[0]['hardware']}, {lines[0]['precision']}"
-        asked = f" --precision {lines[0]['asked_precision']}" if lines[0]["asked_precision"] else ""
-        command = f"`python -m benchmarks.accuracy.ablations --data ROOT --suite {name}{asked}`"
-        rows += [f"{command}, {where}: {suite.about}. Base: {_mean_of(base)}.", ""]
-        rows += ["| setting | flags | difference to the base |", "| --- | --- | --- |"]
-        for setting, flags in suite.settings.items():
-            points = differences(lines, setting)
-            if setting != BASE and points:
-                given = " ".join(f"`{flag}`" for flag in flags) or "-"
-                rows.append(f"| {setting} | {given} | {verdict(points, lines[0]['num_images'])} |")
-        rows.append("")
+        of_suite = [line for line in every if line["suite"] == name]
+        rows += [row for lines in _alike(of_suite) for row in _ablation_rows(name, suite, lines)]
     return "\n".join(rows).rstrip()
+
+
+def _alike(lines: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return runs by their hardware and precision, in the order of the first of each."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault(tuple(line[key] for key in ("hardware", "precision", "asked_precision")), []).append(line)
+    return [*groups.values()]
+
+
+def _ablation_rows(name: str, suite: Suite, lines: list[dict[str, Any]]) -> list[str]:
+    base = [100 * line["accuracy"] for line in lines if line["setting"] == BASE]
+    where = f"{lines[0]['hardware']}, {lines[0]['precision']}"
+    asked = f" --precision {lines[0]['asked_precision']}" if lines[0]["asked_precision"] else ""
+    command = f"`python -m benchmarks.accuracy.ablations --data ROOT --suite {name}{asked}`"
+    rows = [f"{command}, {where}: {suite.about}. Base: {_mean_of(base)}.", ""]
+    rows += ["| setting | flags | difference to the base |", "| --- | --- | --- |"]
+    for setting, flags in suite.settings.items():
+        points = differences(lines, setting)
+        if setting != BASE and points:
+            given = " ".join(f"`{flag}`" for flag in flags) or "-"
+            rows.append(f"| {setting} | {given} | {verdict(points, lines[0]['num_images'])} |")
+    return [*rows, ""]
 
 
 def insight_rates_table() -> str:

@@ -51,3 +51,19 @@ def test_a_row_is_the_mean_over_runs_with_one_hardware_and_one_set_of_flags(tmp_
 def test_flags_that_change_what_is_measured_are_kept_with_the_result(flags, kept):
     command = f"python train.py fit --config configs/smallnet.yaml {flags}".split()
     assert record.other_flags(command) == kept
+
+
+def test_ablations_of_other_hardware_or_precision_have_tables_of_their_own(tmp_path, monkeypatch):
+    def line(setting, accuracy, hardware="a CPU", precision="32-true", asked=None):
+        of_run = {"suite": "training", "setting": setting, "seed": 0, "accuracy": accuracy, "num_images": 100}
+        return of_run | {"hardware": hardware, "precision": precision, "asked_precision": asked}
+
+    lines = [line("base", 0.7), line("ema", 0.9), line("base", 0.5, "a GPU"), line("ema", 0.4, "a GPU")]
+    lines += [line("base", 0.6, precision="bf16-mixed", asked="bf16-mixed")]
+    (tmp_path / "ablations.json").write_text(json.dumps(lines))
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    text = table.ablations_table()
+    assert "+20.00 points" in text.partition("a CPU, 32-true")[2].partition("a GPU, 32-true")[0]
+    assert "-10.00 points" in text.partition("a GPU, 32-true")[2].partition("a CPU, bf16-mixed")[0]
+    assert "Base: 60.00 %" in text.partition("a CPU, bf16-mixed")[2]
+    assert "--precision bf16-mixed" in text
