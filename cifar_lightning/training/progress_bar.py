@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
@@ -107,7 +107,10 @@ class RunProgress(ProgressBar):
         )
 
     def _seconds_left(self, trainer: pl.Trainer, num_done: int, elapsed_s: float) -> float:
-        """Estimate the time left: this epoch at its own speed, the others at the last epoch's, with validation."""
+        """Estimate the time left: this epoch at its own speed, the others at the last epoch's, with validation.
+
+        --trainer.max_time may end it before.
+        """
         per_batch_s, num_batches = elapsed_s / self._batches_done, float(trainer.num_training_batches)
         in_epoch, epochs = num_batches - num_done, float(max(0, (trainer.max_epochs or 0) - trainer.current_epoch - 1))
         if trainer.max_steps != -1:
@@ -115,7 +118,12 @@ class RunProgress(ProgressBar):
             in_epoch, others = min(in_epoch, batches), max(0.0, (batches - in_epoch) / num_batches)
             epochs = others if trainer.max_epochs in (None, -1) else min(epochs, others)
         epoch_s = self._epochs_timed[-1] if self._epochs_timed else per_batch_s * num_batches
-        return per_batch_s * in_epoch + (epoch_s * epochs if epochs else 0.0)
+        left_s = per_batch_s * in_epoch + (epoch_s * epochs if epochs else 0.0)
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        limits_s = [limit for callback in callbacks if (limit := _time_limit_s(callback)) is not None]
+        if limits_s and trainer.max_epochs in (None, -1) and trainer.max_steps == -1:  # nothing else ends it
+            return min(limits_s)
+        return min([left_s, *limits_s])
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report early stopping in this process."""
@@ -270,6 +278,12 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
     if run is not None:
         rows.append(("run", str(run.path)))
     return rows
+
+
+def _time_limit_s(callback: pl.Callback) -> float | None:
+    """Return the seconds until a Timer ends the training; None of other callbacks, and without a duration."""
+    left_s = callback.time_remaining() if isinstance(callback, Timer) else None
+    return None if left_s is None else max(0.0, left_s)
 
 
 def _epoch_of(trainer: pl.Trainer) -> str:

@@ -3,10 +3,12 @@
 import io
 import math
 import sys
+from datetime import timedelta
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
+from lightning.pytorch.callbacks import Timer
 from rich.console import Console
 
 from cifar_lightning import ImageClassifier, ImageDataModule
@@ -123,7 +125,7 @@ def test_other_ranks_are_silent(tmp_path):
 
 def test_the_time_left_counts_this_process_batches_and_the_epochs_to_come(monkeypatch):
     bar = RunProgress()
-    bar._trainer = SimpleNamespace(num_training_batches=100, max_epochs=3, current_epoch=1, max_steps=-1)
+    bar._trainer = SimpleNamespace(num_training_batches=100, max_epochs=3, current_epoch=1, max_steps=-1, callbacks=[])
     bar._batches_done = 10  # resumed at 40 of 100, now at 50: 10 batches in 20 seconds
     assert bar._seconds_left(bar._trainer, 50, 20.0) == pytest.approx(2 * 50 + 2 * 100)
     bar._epochs_timed = [90.0]
@@ -138,16 +140,28 @@ def test_the_time_left_counts_this_process_batches_and_the_epochs_to_come(monkey
 def test_the_time_left_ends_with_max_steps(max_epochs, max_steps, seconds):
     bar = RunProgress()
     counts = {"num_training_batches": 150, "current_epoch": 1, "global_step": 30, "accumulate_grad_batches": 2}
-    bar._trainer = SimpleNamespace(**counts, max_epochs=max_epochs, max_steps=max_steps)
+    bar._trainer = SimpleNamespace(**counts, max_epochs=max_epochs, max_steps=max_steps, callbacks=[])
     bar._batches_done, bar._epochs_timed = 50, [160.0]
     assert bar._seconds_left(bar._trainer, 50, 100.0) == pytest.approx(seconds)
 
 
 def test_the_time_left_of_a_loader_without_a_length_ends_with_max_steps():
     bar, counts = RunProgress(), {"num_training_batches": math.inf, "current_epoch": 0, "global_step": 30}
-    bar._trainer = SimpleNamespace(**counts, accumulate_grad_batches=1, max_epochs=-1, max_steps=45)
+    bar._trainer = SimpleNamespace(**counts, accumulate_grad_batches=1, max_epochs=-1, max_steps=45, callbacks=[])
     bar._batches_done = 30
     assert bar._seconds_left(bar._trainer, 30, 60.0) == pytest.approx(2 * 15)
+
+
+@pytest.mark.parametrize(
+    ("max_epochs", "limit_s", "seconds"), [(3, 100, 100), (3, 900, 260), (-1, 900, 900), (3, 0, 0)]
+)
+def test_the_time_left_ends_with_max_time(max_epochs, limit_s, seconds, monkeypatch):
+    bar, timer = RunProgress(), Timer(timedelta(seconds=limit_s))
+    counts = {"num_training_batches": 150, "current_epoch": 1, "global_step": 30, "accumulate_grad_batches": 1}
+    callbacks = [Timer(None), timer, bar]
+    bar._trainer = SimpleNamespace(**counts, max_epochs=max_epochs, max_steps=-1, callbacks=callbacks)
+    bar._batches_done, bar._epochs_timed = 50, [60.0]
+    assert bar._seconds_left(bar._trainer, 50, 100.0) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(("batches_before", "num_timed"), [(0, 2), (1, 1)])
