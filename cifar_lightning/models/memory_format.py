@@ -15,7 +15,10 @@ def use_memory_format(model: nn.Module, memory_format: MemoryFormat) -> nn.Modul
     model gets each batch as a contiguous copy, for models and optimizers that call `view` on activations or weights.
     """
     if memory_format == "channels_last":
-        return model.to(memory_format=torch.channels_last)
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.ndim == 4:  # `model.to` fails for those of five dimensions, as of Conv3d
+                tensor.data = tensor.data.to(memory_format=torch.channels_last)
+        return model
     model.register_forward_pre_hook(_contiguous)
     return model
 

@@ -61,3 +61,10 @@ def test_lbfgs_trains_contiguous_weights_and_is_refused_for_channels_last(tmp_pa
     before = [weight.clone() for weight in module.model.parameters()]
     fit(tmp_path, module)
     assert not all(map(torch.equal, before, module.model.parameters()))
+
+
+def test_a_parameter_of_five_dimensions_stays_as_it_is():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv3d(1, 2, 3), nn.Linear(2, 2))
+    assert use_memory_format(model, "channels_last") is model
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert model[1].weight.is_contiguous()
