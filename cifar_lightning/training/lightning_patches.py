@@ -1,6 +1,7 @@
 """Patches of Lightning, each with its reason and, for speed, its measured gain (benchmarks/LOG.md)."""
 
 import contextlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -100,6 +101,18 @@ def step_plateaus(trainer: pl.Trainer, metrics: Mapping[int, float]) -> None:
         progress.increment_ready()
         trainer.lightning_module.lr_scheduler_step(trainer.lr_scheduler_configs[index].scheduler, metric)
         progress.increment_completed()
+
+
+def step_plateaus_after_validations(trainer: pl.Trainer) -> None:
+    """Have the ReduceLROnPlateau schedules of a validation metric take a step in the epochs that validate.
+
+    With `check_val_every_n_epoch` Lightning 2.6.6 steps them in every epoch: it fails where there was no validation
+    yet, and takes the metric of an earlier epoch after that.
+    """
+    every = trainer.check_val_every_n_epoch or 1
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau and config.interval == "epoch" and str(config.monitor).startswith("val/"):
+            config.frequency = math.lcm(config.frequency, every)
 
 
 def end_resumed_epoch_as_any(trainer: pl.Trainer) -> None:

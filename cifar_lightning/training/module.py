@@ -47,7 +47,7 @@ from cifar_lightning.training.eval_metrics import (
     update_evaluation,
     values_of,
 )
-from cifar_lightning.training.lightning_patches import PlainHookNames
+from cifar_lightning.training.lightning_patches import PlainHookNames, step_plateaus_after_validations
 from cifar_lightning.training.losses import DEFAULT_LOSS, check_loss, make_loss, name_of
 from cifar_lightning.training.model_checks import (
     check_batches,
@@ -312,6 +312,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         check_optimizers(self.trainer.optimizers, self.model)
         if not self.plans_schedule:
             check_schedules(self.trainer, self.total_steps)
+            step_plateaus_after_validations(self.trainer)
         self._freeze_for_epoch()  # Lightning starts no epoch that is resumed in its middle
 
     def on_train_epoch_start(self) -> None:

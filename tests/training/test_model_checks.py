@@ -226,3 +226,20 @@ def test_a_model_of_ones_own_is_given_again_to_its_checkpoint(tmp_path):
     assert torch.equal(other[1].weight, model[1].weight)
     with pytest.raises(UserError, match=r"give model=\.\.\. "):
         ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+
+
+TINY_MODEL = {"image_size": 16, "model_kwargs": {"widths": [2, 2]}}
+
+
+class OnPlateau(ImageClassifier):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)  # none is better
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+
+
+def test_a_plateau_schedule_takes_a_step_for_each_validation(tmp_path):
+    trainer = quiet_trainer(tmp_path, max_epochs=5, limit_train_batches=1, check_val_every_n_epoch=2)
+    trainer.fit(OnPlateau(**TINY_MODEL), datamodule=small_data())
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 2  # validated after epochs 2 and 4
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)
