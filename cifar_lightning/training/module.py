@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 import lightning.pytorch as pl
@@ -295,6 +296,9 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         if self.own_metrics is not None:
             check_metrics(self.own_metrics, self.num_classes, self.device)
         self._class_weights = None if weights is None else torch.tensor(weights, device=self.device)
+        self._load_pretrained(data)
+
+    def _load_pretrained(self, data: TrainingData | None) -> None:
         if self._pretrained is False:
             return
         expected = load_pretrained(self.model, self._architecture, self._pretrained)
@@ -382,6 +386,9 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer and its schedule over all steps of the run."""
+        # Here, too: Lightning's Tuner ends `fit` before on_fit_start, and restores the weights of that moment.
+        self._load_pretrained(training_data(self.trainer))
+        self._use_found_lr()
         fused = not self.trainer.gradient_clip_val
         later = () if self._frozen is None or self._frozen.unfreeze_epoch is None else self._frozen.parameters
         scales = None if self._layer_decay == 1 else lr_scales(self.model, self._layer_decay)
@@ -392,6 +399,12 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         )
         schedule = self.make_schedule(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _use_found_lr(self) -> None:
+        """Use the learning rate that Lightning's Tuner has found; it sets that of `hparams`."""
+        lr = self.hparams.get("lr")
+        if lr is not None and lr != self.hparams_initial.get("lr"):
+            self.optimizer_settings = replace(self.optimizer_settings, lr=plain(lr))
 
     def make_schedule(self, optimizer: torch.optim.Optimizer, steps_done: int | None = None) -> LRScheduler:
         """Return the schedule of an optimizer, of a resumed one after `steps_done` steps."""

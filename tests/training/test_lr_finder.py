@@ -1,7 +1,10 @@
 """The LR finder suggests a learning rate that trains, and leaves no trace on the run that follows."""
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from fitting import quiet_trainer, small_data
+from lightning.pytorch.tuner import Tuner
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.models.speednet import WhiteningConv
@@ -87,3 +90,30 @@ def test_a_last_batch_of_one_image_ends_in_a_sentence():
     deep = ImageClassifier(image_size=16, model_kwargs={"widths": [2] * 5})
     with pytest.raises(UserError, match=r"--batch_size 25: of 101 .* the last batch has 1"):
         find_lr(deep, images, **CPU)
+
+
+class Started(pl.Callback):
+    """Keeps the peak learning rate and the first filters when training starts."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.max_lr = trainer.optimizers[0].param_groups[0]["max_lr"]
+        self.filters = pl_module.model.features[0].weight.detach().clone()
+
+
+def test_a_rate_that_lightnings_tuner_finds_is_trained_with(tmp_path):
+    tuned, images, started = module(), small_data(), Started()
+    found = Tuner(quiet_trainer(tmp_path, max_epochs=5)).lr_find(tuned, datamodule=images, num_training=30)
+    quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, callbacks=[started]).fit(tuned, images)
+    assert started.max_lr == found.suggestion() == tuned.hparams["lr"] != 3e-3
+
+
+@pytest.mark.parametrize("search", ["lr_find", "scale_batch_size"])
+def test_lightnings_tuner_searches_with_pretrained_weights_and_they_are_trained_afterwards(tmp_path, search):
+    torch.save(module().model.state_dict(), tmp_path / "trained.pt")
+    expected = torch.load(tmp_path / "trained.pt")["features.0.weight"]
+    tuned, images, started = module(pretrained=str(tmp_path / "trained.pt")), small_data(), Started()
+    trials = {"lr_find": {"num_training": 3}, "scale_batch_size": {"steps_per_trial": 1, "max_trials": 1}}[search]
+    getattr(Tuner(quiet_trainer(tmp_path, max_epochs=1)), search)(tuned, datamodule=images, **trials)
+    assert torch.equal(tuned.model.features[0].weight, expected)
+    quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, callbacks=[started]).fit(tuned, images)
+    assert torch.equal(started.filters, expected)
