@@ -64,6 +64,12 @@ class EmaWeights(WeightAveraging):
             checkpoint["current_model_state"] = checkpoint["state_dict"]
             checkpoint["state_dict"] = validated
 
+    def put_average(self, checkpoint: dict[str, Any]) -> None:
+        """Have a checkpoint of weights alone hold the average, also if it is saved while training."""
+        if self._average_model is not None and not self._is_exchanged:
+            average = self._average_model.module.state_dict()
+            checkpoint["state_dict"] = {name: average[name] for name in checkpoint["state_dict"]}
+
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:

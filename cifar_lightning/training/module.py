@@ -426,6 +426,10 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the versions, and hyperparameters as types that load as data, also those of a subclass."""
         checkpoint |= {SCHEMA_KEY: SCHEMA_VERSION, VERSION_KEY: package_version()}
+        if "callbacks" not in checkpoint:  # of weights alone: Lightning leaves out the callbacks' hook
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+                if isinstance(callback, EmaWeights):
+                    callback.put_average(checkpoint)
         if self.CHECKPOINT_HYPER_PARAMS_KEY in checkpoint:
             hparams = portable(plain(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]))
             if self.imported is not None:

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from fitting import NARROW, Signal, fit_run
+from lightning.pytorch.callbacks import ModelCheckpoint
 from test_resume_state import result_of, seed
 
 from benchmarks.faults.judge import differences
@@ -89,6 +90,15 @@ def test_a_test_after_training_uses_the_average_without_a_warning(tmp_path):
     trainer.test(made, trainer.datamodule, ckpt_path=run.last_checkpoint, weights_only=True, verbose=False)
     average = read_checkpoint(run.last_checkpoint)["state_dict"]["model.head.weight"]
     assert torch.equal(made.model.head.weight, average)
+
+
+def test_a_checkpoint_of_weights_alone_holds_the_average_that_was_validated(tmp_path):
+    settings = {"save_top_k": -1, "save_weights_only": True, "enable_version_counter": False}
+    run = start(tmp_path / "run", ModelCheckpoint(tmp_path / "more", filename="{epoch}", **settings))
+    alone, whole = (read_checkpoint(path) for path in (tmp_path / "more" / "epoch=2.ckpt", run.last_checkpoint))
+    assert alone["state_dict"].keys() == whole["state_dict"].keys()
+    assert all(torch.equal(tensor, whole["state_dict"][name]) for name, tensor in alone["state_dict"].items())
+    assert not torch.equal(alone["state_dict"]["model.head.weight"], whole["current_model_state"]["model.head.weight"])
 
 
 class Own(ImageClassifier):
