@@ -73,6 +73,9 @@ def channels_of(data: TrainingData) -> int:
 def training_data(trainer: pl.Trainer) -> TrainingData | None:
     """Return the Trainer's data module if it is a `TrainingData`, None for plain loaders and other data modules."""
     data = getattr(trainer, "datamodule", None)  # Lightning sets it only where one is given
+    hooks = getattr(getattr(trainer, "_data_connector", None), "_datahook_selector", None)
+    if hooks is not None and hooks.datamodule is None:  # and keeps that of an earlier fit next to the loaders given now
+        return None
     return data if isinstance(data, TrainingData) else None
 
 

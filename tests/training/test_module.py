@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.models.speednet import WhiteningConv
+from cifar_lightning.training.predictions import PredictionWriter
 from cifar_lightning.training.tta import tta_logits
 from cifar_lightning.training.whitening_stem import whiten
 from cifar_lightning.transforms.mixup import Mixing
@@ -224,6 +225,21 @@ def test_a_model_and_loaders_of_ones_own_train_too(tmp_path):
         run.fit(ImageClassifier(model=model, num_classes=4), loader)
     assert run.global_step == 4
     assert not torch.equal(model[1].weight, before)
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")  # of few workers
+def test_loaders_of_ones_own_after_a_data_module_are_not_taken_for_it(tmp_path):
+    module, writer = ImageClassifier(image_size=16, model_kwargs=NARROW), PredictionWriter(None)
+    run = quiet_trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[writer])
+    run.fit(module, small_data(class_weights="balanced"))
+    assert module._class_weights is not None
+    loader = DataLoader(TensorDataset(torch.randn(32, 3, 16, 16), torch.arange(32) % 10), batch_size=8)
+    run.fit_loop.max_epochs = 2
+    run.fit(module, loader)
+    assert module.total_steps() == 2 * 4
+    assert module._class_weights is None
+    run.test(module, loader, verbose=False)
+    assert writer.test.class_names == tuple("0123456789"), "names of the data module are of other images"
 
 
 class Tempered(ImageClassifier):
