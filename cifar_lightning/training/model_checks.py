@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 from torch import Tensor, nn, optim
 
 from cifar_lightning.errors import UserError
@@ -83,6 +84,24 @@ def check_optimizers(optimizers: Sequence[optim.Optimizer], model: nn.Module) ->
             "--model.memory_format channels_last: LBFGS cannot flatten these weights; "
             "give --model.memory_format contiguous."
         )
+
+
+def check_step_counts(trainer: pl.Trainer) -> None:
+    """Raise if a callback changes the steps, or the learning rate, that our schedule has been made for."""
+    reasons: dict[type, str] = {
+        BatchSizeFinder: "the schedule is of the batches before; call Tuner(trainer).scale_batch_size before fit",
+        LearningRateFinder: "the schedule would replace what it finds; call Tuner(trainer).lr_find before fit",
+        GradientAccumulationScheduler: "the schedule would not reach its end; give Trainer(accumulate_grad_batches=N)",
+    }
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    for callback in callbacks:
+        if getattr(callback, "_early_exit", False):  # of the Tuner, which does not train
+            continue
+        if isinstance(callback, GradientAccumulationScheduler) and not callback.going_to_accumulate_grad_batches():
+            continue
+        for kind, reason in reasons.items():
+            if isinstance(callback, kind):
+                raise UserError(f"{type(callback).__name__}: {reason}, or override configure_optimizers.")
 
 
 def check_schedules(trainer: pl.Trainer, num_steps: Callable[[], int]) -> None:

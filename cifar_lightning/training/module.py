@@ -56,6 +56,7 @@ from cifar_lightning.training.model_checks import (
     check_logits,
     check_optimizers,
     check_schedules,
+    check_step_counts,
 )
 from cifar_lightning.training.nan_guard import NanGuard
 from cifar_lightning.training.resumed_settings import ResumedSettings
@@ -386,6 +387,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer and its schedule over all steps of the run."""
+        check_step_counts(self.trainer)
         # Here, too: Lightning's Tuner ends `fit` before on_fit_start, and restores the weights of that moment.
         self._load_pretrained(training_data(self.trainer))
         self._use_found_lr()

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fitting import fake_data, quiet_trainer, small_data
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from program import REPO, start
 from torch import nn
@@ -54,6 +55,32 @@ def test_a_subclass_without_an_optimizer_or_with_several_losses_ends_in_a_senten
     data = small_data()
     with pytest.raises(UserError, match=message):
         quiet_trainer(tmp_path, max_epochs=1).fit(kind(image_size=16, model_kwargs={"widths": [2, 2]}), datamodule=data)
+
+
+class OwnSchedule(ImageClassifier):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize(
+    ("callback", "way_out"),
+    [
+        (BatchSizeFinder(init_val=4, steps_per_trial=1, max_trials=1), "scale_batch_size before fit"),
+        (LearningRateFinder(num_training_steps=2), "lr_find before fit"),
+        (GradientAccumulationScheduler({1: 3}), "accumulate_grad_batches"),
+        (GradientAccumulationScheduler({0: 2}), "accumulate_grad_batches"),
+    ],
+)
+def test_callbacks_that_change_the_steps_of_our_schedule_are_refused_in_any_trainer(callback, way_out, tmp_path):
+    settings = {"image_size": 16, "model_kwargs": {"widths": [2, 2]}}
+    with pytest.raises(UserError, match=f"{type(callback).__name__}: .*{way_out}"):
+        quiet_trainer(tmp_path, max_epochs=2, callbacks=[callback]).fit(ImageClassifier(**settings), small_data())
+
+
+def test_a_schedule_of_ones_own_takes_them(tmp_path):
+    run = quiet_trainer(tmp_path, max_epochs=2, callbacks=[GradientAccumulationScheduler({1: 3})])
+    run.fit(OwnSchedule(image_size=16, model_kwargs={"widths": [2, 2]}), small_data())
+    assert run.global_step == 9 + 3
 
 
 class TwoOptimizers(ImageClassifier):
