@@ -443,21 +443,25 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the weights fit, and note where the checkpoint's run stood.
-
-        Raises:
-            UserError: The weights do not have the names and shapes of this model's.
-        """
+        """Note where the checkpoint's run stood."""
         checkpoint.update(with_data_state(upgrade_checkpoint(checkpoint)))  # Lightning's own loading does not upgrade
         data = training_data(self._trainer) if self._trainer is not None else None
         if data is not None and DATA_STATE in checkpoint:  # where Lightning, which restores it next, looks for it
             checkpoint.setdefault(type(data).__qualname__, checkpoint[DATA_STATE])
         self._resumed_from, self._pretrained = progress_of(checkpoint), False
-        misfits = describe_misfits(checkpoint["state_dict"], self.state_dict())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights; see `nn.Module`.
+
+        Raises:
+            UserError: They do not have the names and shapes of this model's, and `strict` is true.
+        """
+        misfits = describe_misfits(state_dict, self.state_dict()) if strict else ""
         if misfits:
             raise UserError(
                 f"the checkpoint is of another model: {misfits}.\nGive the --model and --data flags of its run."
             )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 

@@ -72,6 +72,28 @@ def test_a_checkpoint_of_another_model_is_refused_in_a_line(tmp_path):
         quiet_trainer(tmp_path).test(other, small_data(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
 
 
+class WithLayer(ImageClassifier):
+    """Has a layer that no earlier checkpoint has."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.layer = torch.nn.Linear(2, 2)
+
+
+def test_a_checkpoint_that_lacks_a_layer_is_loaded_where_strict_is_false(tmp_path):
+    path, module = tmp_path / "one.ckpt", ImageClassifier(image_size=16, model_kwargs=NARROW)
+    run = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1)
+    run.fit(module, small_data())
+    run.save_checkpoint(path)
+    with pytest.raises(UserError, match=r"another model: .*layer\.weight"):
+        WithLayer.load_from_checkpoint(path, weights_only=True)
+    with pytest.warns(UserWarning, match="not in the checkpoint"):
+        again = WithLayer.load_from_checkpoint(path, weights_only=True, strict=False)
+    assert torch.equal(again.model.head.weight, module.model.head.weight)
+    module.layer, module.strict_loading = torch.nn.Linear(2, 2), False
+    quiet_trainer(tmp_path).test(module, small_data(), ckpt_path=path, weights_only=True, verbose=False)
+
+
 @pytest.mark.parametrize("stop_at", [9, 18, 13], ids=["after epoch 1", "after epoch 2", "inside epoch 2"])
 @pytest.mark.parametrize(
     "settings", [ADAMW, MUON, {**SPEED, "stem_train_fraction": 0.4}], ids=["adamw", "muon", "speednet"]
