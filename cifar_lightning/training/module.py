@@ -48,6 +48,7 @@ from cifar_lightning.training.eval_metrics import (
     update_evaluation,
     values_of,
 )
+from cifar_lightning.training.left_out_hooks import LeftOutHooks
 from cifar_lightning.training.lightning_patches import PlainHookNames, step_plateaus_after_validations
 from cifar_lightning.training.losses import DEFAULT_LOSS, check_loss, make_loss, name_of
 from cifar_lightning.training.model_checks import (
@@ -206,6 +207,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         """Sums over this process's images of the epoch so far."""
         self._resumed_from: tuple[int, int] | None = None  # finished epochs and their steps, of a checkpoint
         self._class_weights: Tensor | None = None  # of the loss, from the data
+        self.has_begun = False
+        """Whether `on_fit_start` has prepared this fit."""
 
     def remember_model(self, model_kwargs: Mapping[str, Any]) -> None:
         """Have checkpoints name the class of a given model, if it makes the same model from these arguments."""
@@ -272,7 +275,10 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         if self._is_to_compile:
             compile_model(self.model, self.device)
             self._is_to_compile = False
+        if self.trainer.ckpt_path:  # also where a subclass leaves out on_load_checkpoint
+            self._pretrained = False
         self.prepare(training_data(self.trainer))
+        self.has_begun = True
 
     def prepare(self, data: TrainingData | None) -> None:
         """Take class weights from the data; load pretrained weights, once, and have images normalized for them.
@@ -377,6 +383,9 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         if self.ema_decay:
             callbacks.append(EmaWeights(self.ema_decay))
         if self.trainer.state.fn == TrainerFn.FITTING:
+            self.has_begun = False
+            if type(self) is not ImageClassifier:  # before Winograd's convolutions: a left out on_fit_start compiles
+                callbacks.insert(0, LeftOutHooks(ImageClassifier))
             callbacks.append(NanGuard())
             if self.plans_schedule:
                 callbacks.append(ResumedSettings(self.make_schedule))
@@ -389,7 +398,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         """Return the optimizer and its schedule over all steps of the run."""
         check_step_counts(self.trainer)
         # Here, too: Lightning's Tuner ends `fit` before on_fit_start, and restores the weights of that moment.
-        self._load_pretrained(training_data(self.trainer))
+        if not self.trainer.ckpt_path:
+            self._load_pretrained(training_data(self.trainer))
         self._use_found_lr()
         fused = not self.trainer.gradient_clip_val
         later = () if self._frozen is None or self._frozen.unfreeze_epoch is None else self._frozen.parameters

@@ -253,6 +253,45 @@ class Tempered(ImageClassifier):
         return self.mixed(super().forward(images)) / self.temperature
 
 
+class OwnHooks(ImageClassifier):
+    """Overrides hooks as a LightningModule's are, without super()."""
+
+    def on_fit_start(self):
+        pass
+
+    def on_load_checkpoint(self, checkpoint):
+        pass
+
+    def on_train_start(self):
+        pass
+
+    def on_train_epoch_start(self):
+        pass
+
+    def on_before_optimizer_step(self, optimizer):
+        pass
+
+
+def test_hooks_of_a_subclass_without_super_leave_out_nothing_of_the_training(tmp_path):
+    torch.manual_seed(0)
+    torch.save(ImageClassifier(image_size=16, model_kwargs=NARROW).model.state_dict(), tmp_path / "trained.pt")
+    settings = {"image_size": 16, "model_kwargs": NARROW, "lr": 0.01, "pretrained": str(tmp_path / "trained.pt")}
+    logged, resumed = [], []
+    for kind in (ImageClassifier, OwnHooks):
+        torch.manual_seed(1)
+        module, data = kind(**settings), small_data(class_weights="balanced", limit=197)
+        run = quiet_trainer(tmp_path, max_epochs=2, limit_val_batches=0)
+        run.fit(module, data)
+        logged.append({name: value.item() for name, value in run.callback_metrics.items()})
+        run.save_checkpoint(tmp_path / "two.ckpt")
+        again = kind(**settings)
+        more = quiet_trainer(tmp_path, max_epochs=3, limit_val_batches=0)
+        more.fit(again, small_data(class_weights="balanced", limit=197), ckpt_path=tmp_path / "two.ckpt")
+        resumed.append(again.state_dict())
+    assert logged[0] == logged[1]
+    assert all(torch.equal(tensor, resumed[1][name]) for name, tensor in resumed[0].items())
+
+
 class OwnValidation(ImageClassifier):
     """Validates as other LightningModules do."""
 
