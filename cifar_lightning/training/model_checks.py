@@ -36,6 +36,22 @@ def check_logits(logits: Any, num_images: int, num_classes: int) -> None:
         )
 
 
+def labelled(batch: Any) -> tuple[Any, Tensor]:
+    """Return the images and labels of a batch; labels of other integers, which no loss takes, become int64.
+
+    Raises:
+        UserError: It is no pair of them, as where a loader gives dicts, or several loaders are given.
+    """
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+        kind = f"a {type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, tuple | list | dict) else ''}"
+        raise UserError(
+            f"a batch is {kind}, not (images, labels); give a loader of such pairs, or override training_step, "
+            "validation_step and test_step."
+        )
+    images, labels = batch
+    return images, labels if labels.is_floating_point() else labels.long()
+
+
 def check_classes(trainer: pl.Trainer, num_classes: int, in_channels: int) -> None:
     """Raise if the data has another number of classes or channels than the model."""
     data = training_data(trainer)

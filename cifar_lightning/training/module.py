@@ -58,6 +58,7 @@ from cifar_lightning.training.model_checks import (
     check_optimizers,
     check_schedules,
     check_step_counts,
+    labelled,
 )
 from cifar_lightning.training.nan_guard import NanGuard
 from cifar_lightning.training.resumed_settings import ResumedSettings
@@ -342,7 +343,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch; add it to the epoch's sums, without a sync."""
-        images, targets = batch
+        images, targets = labelled(batch)
         if self._mixing is not None:
             images, targets = self._mixing(images, targets)
         logits = self(images)
@@ -482,12 +483,13 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self._evaluate(self.test_metrics, batch)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the logits of a batch."""
-        return tta_logits(self, batch[0], self.tta)[0].float()
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+        """Return the logits of a batch, which may be images alone."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return tta_logits(self, images, self.tta)[0].float()
 
     def _evaluate(self, metrics: MetricCollection, batch: Batch) -> Float[Tensor, "batch classes"]:
-        images, targets = batch
+        images, targets = labelled(batch)
         tta = "none" if self.trainer.state.fn == TrainerFn.FITTING else self.tta
         # float32, since NumPy has no bfloat16.
         logits, plain_logits = (tensor.float() for tensor in tta_logits(self, images, tta))

@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.models.speednet import WhiteningConv
+from cifar_lightning.training.model_checks import labelled
 from cifar_lightning.training.predictions import PredictionWriter
 from cifar_lightning.training.tta import tta_logits
 from cifar_lightning.training.whitening_stem import whiten
@@ -240,6 +241,41 @@ def test_loaders_of_ones_own_after_a_data_module_are_not_taken_for_it(tmp_path):
     assert module._class_weights is None
     run.test(module, loader, verbose=False)
     assert writer.test.class_names == tuple("0123456789"), "names of the data module are of other images"
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")  # of few workers
+def test_images_without_labels_are_predicted(tmp_path):
+    module, images = ImageClassifier(image_size=16, model_kwargs=NARROW), torch.randn(6, 3, 16, 16)
+    predicted = [
+        torch.cat(quiet_trainer(tmp_path).predict(module, DataLoader(given, batch_size=4)))
+        for given in (images, TensorDataset(images), TensorDataset(images, torch.zeros(6)))
+    ]
+    assert predicted[0].shape == (6, 10)
+    assert torch.equal(predicted[0], predicted[1])
+    assert torch.equal(predicted[0], predicted[2])
+
+
+def test_labels_of_any_integers_are_trained_on():
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW).eval()
+    images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
+    expected = module.training_step((images, labels), 0)
+    for dtype in (torch.int32, torch.uint8, torch.int16):
+        assert module.training_step((images, labels.to(dtype)), 0) == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "given"),
+    [
+        ({"image": torch.zeros(2, 3, 16, 16), "label": torch.zeros(2).long()}, "a dict of 2"),
+        ([[torch.zeros(2, 3, 16, 16), torch.zeros(2).long()]] * 2, "a list of 2"),  # of two loaders
+        ([torch.zeros(2, 3, 16, 16)], "a list of 1"),
+        ([torch.zeros(2, 3, 16, 16), torch.zeros(2).long(), torch.zeros(2)], "a list of 3"),
+        (torch.zeros(2, 3, 16, 16), "a Tensor,"),
+    ],
+)
+def test_a_batch_that_is_no_pair_of_images_and_labels_is_refused_with_its_form(batch, given):
+    with pytest.raises(UserError, match=f"a batch is {given}.*images, labels"):
+        labelled(batch)
 
 
 class Tempered(ImageClassifier):
