@@ -132,7 +132,9 @@ class Dashboard(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw one validation in each of `MAX_DRAWINGS` equal intervals of the run."""
-        self._predictions = []
+        self._predictions, self._is_drawing = [], False
+        if trainer.state.fn != TrainerFn.FITTING:  # has no training loader to count the steps of, and is not drawn
+            return
         total, step = trainer.estimated_stepping_batches, trainer.global_step
         interval, last_drawn = (MAX_DRAWINGS * number // total for number in (step, self._drawn_at_step))
         self._is_drawing = bool(takers_of_images(trainer)) and trainer.is_global_zero and interval > last_drawn

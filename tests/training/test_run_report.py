@@ -81,6 +81,14 @@ def test_any_module_gets_a_run_folder_and_figures(loader, tmp_path, monkeypatch)
         quiet_trainer(tmp_path, callbacks=[RunReport(tmp_path / "run")]).test(module, loader)
 
 
+@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")  # of few workers
+def test_a_loader_alone_is_validated_with_a_dashboard(loader, tmp_path):
+    board = TensorBoardLogger(tmp_path, "board", "1")
+    trainer = quiet_trainer(tmp_path, max_epochs=2, logger=board, callbacks=[Dashboard()])
+    (logged,) = trainer.validate(Other(), loader, verbose=False)
+    assert 0 <= logged["valid_accuracy"] <= 1
+
+
 def test_validation_metrics_are_of_the_epoch_and_percentages_keep_their_name(loader, tmp_path):
     callback = RunReport(tmp_path / "run")
     quiet_trainer(tmp_path, max_epochs=1, callbacks=[callback]).fit(Other(), loader, loader)

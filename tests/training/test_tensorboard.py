@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
@@ -136,6 +137,7 @@ def test_the_mistakes_shown_are_the_most_confident_ones(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("num_validations", "drawings"), [(5, 5), (20, 20), (33, 20), (100, 20), (1000, 20)])
 def test_a_run_is_drawn_at_most_20_times_evenly_and_at_its_end(num_validations, drawings):
     class Trainer:
+        state = TrainerState(fn=TrainerFn.FITTING)
         estimated_stepping_batches = 7 * num_validations
         is_global_zero = True
         loggers = ()
