@@ -303,7 +303,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             )
         if self.own_metrics is not None:
             check_metrics(self.own_metrics, self.num_classes, self.device)
-        self._class_weights = None if weights is None else torch.tensor(weights, device=self.device)
+        self._class_weights = None if weights is None else torch.tensor(weights, device=self.device).type(self.dtype)
         self._load_pretrained(data)
 
     def _load_pretrained(self, data: TrainingData | None) -> None:
