@@ -67,6 +67,25 @@ def check_classes(trainer: pl.Trainer, num_classes: int, in_channels: int) -> No
         )
 
 
+def check_loaders(trainer: pl.Trainer, stage: str, num_evaluated: int) -> None:
+    """Raise if the metrics of an evaluation are of several loaders; Lightning would log them as those of each.
+
+    Args:
+        trainer: At the end of the evaluation.
+        stage: val or test.
+        num_evaluated: Batches in the metrics. A subclass may evaluate the others on its own.
+    """
+    in_loaders = trainer.num_test_batches if stage == "test" else trainer.num_val_batches
+    if trainer.sanity_checking:
+        in_loaders = trainer.num_sanity_val_batches
+    if len(in_loaders) > 1 and num_evaluated > max(in_loaders):
+        call, step = ("test", "test_step") if stage == "test" else ("validate", "validation_step")
+        raise UserError(
+            f"{len(in_loaders)} {stage} loaders: their images would be counted together; call trainer.{call} for each, "
+            f"or super().{step} for one of them alone."
+        )
+
+
 def check_batches(trainer: pl.Trainer, model: nn.Module) -> None:
     """Raise before the first step if the model's BatchNorm would get a training batch of one image.
 

@@ -54,6 +54,7 @@ from cifar_lightning.training.losses import DEFAULT_LOSS, check_loss, make_loss,
 from cifar_lightning.training.model_checks import (
     check_batches,
     check_classes,
+    check_loaders,
     check_logits,
     check_optimizers,
     check_schedules,
@@ -527,6 +528,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
                 f"{step} leaves the metrics out; return super().{step}(batch, batch_idx), or override "
                 f"on_{step.removesuffix('step')}epoch_end, too."
             )
+        check_loaders(self.trainer, stage, metrics["loss"].update_count)
         values = metrics.compute()
         confusion = values["confusion"].cpu()
         matrix = confusion.numpy()

@@ -347,6 +347,32 @@ def test_a_validation_step_that_leaves_the_metrics_out_is_refused_with_what_to_d
         quiet_trainer(tmp_path, max_epochs=1).fit(module, small_data())
 
 
+class SeveralLoaders(ImageClassifier):
+    """Takes several validation loaders, and gives the metrics of ImageClassifier the first `num_counted`."""
+
+    num_counted = 2
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        if dataloader_idx < self.num_counted:
+            super().validation_step(batch, batch_idx)
+        else:
+            self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+
+@pytest.mark.parametrize("command", ["validate", "fit"])
+def test_several_loaders_are_not_counted_together(tmp_path, command):
+    module, data = SeveralLoaders(image_size=16, model_kwargs=NARROW), small_data()
+    given = [data.val_dataloader(), data.test_dataloader()]
+    arguments = (data.train_dataloader(), given) if command == "fit" else (given,)
+    with pytest.raises(UserError, match=r"2 val loaders.*trainer\.validate for each"):
+        getattr(quiet_trainer(tmp_path, max_epochs=1), command)(module, *arguments)
+    (alone,) = quiet_trainer(tmp_path).validate(module, given[0], verbose=False)
+    module.num_counted = 1
+    first, second = quiet_trainer(tmp_path).validate(module, given, verbose=False)
+    assert first["val/loss"] == alone["val/loss"]
+    assert "val_loss/dataloader_idx_1" in second
+
+
 class WithModel(nn.Module):
     """A loss that holds the model, to penalize its weights."""
 
