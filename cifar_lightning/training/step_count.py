@@ -30,7 +30,7 @@ def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) 
         total = trainer.estimated_stepping_batches
     else:
         batches = _limited(data.num_train_batches(trainer.world_size), trainer.limit_train_batches)
-        interval = trainer.val_check_interval
+        interval = getattr(trainer, "val_check_interval", None)  # Lightning sets none for a duration
         if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None:
             raise UserError(
                 f"--trainer.val_check_interval {interval}: an epoch has {batches} batches; give fewer, or a fraction "

@@ -158,6 +158,12 @@ def test_total_steps_are_those_that_lightning_estimates(tmp_path, settings, expe
     assert seen == {"total": expected, "estimated": expected}
 
 
+def test_a_validation_may_be_due_after_a_time(tmp_path):
+    run = quiet_trainer(tmp_path, max_epochs=1, val_check_interval="00:01:00:00", num_sanity_val_steps=0)
+    run.fit(ImageClassifier(image_size=16, model_kwargs=NARROW), small_data())
+    assert run.global_step == 9
+
+
 def test_speednet_is_whitened_once_and_its_stem_trained_for_its_fraction_only(tmp_path):
     module = ImageClassifier(image_size=16, stem_train_fraction=0.5, **SPEED)
     biases, whitened = [], []
