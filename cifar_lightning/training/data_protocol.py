@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cifar_lightning.data.datasets import Source
 from cifar_lightning.data.image_set import Split
+from cifar_lightning.data.loaders import ImageLoader
 from cifar_lightning.data.sampler import Rank
 from cifar_lightning.errors import UserError
 
@@ -77,6 +78,13 @@ def training_data(trainer: pl.Trainer) -> TrainingData | None:
     if hooks is not None and hooks.datamodule is None:  # and keeps that of an earlier fit next to the loaders given now
         return None
     return data if isinstance(data, TrainingData) else None
+
+
+def repeat_if_overfitting(trainer: pl.Trainer) -> None:
+    """Have one of our loaders that was given without its data module repeat its first epoch for `overfit_batches`."""
+    loader = trainer.train_dataloader
+    if isinstance(loader, ImageLoader) and trainer.overfit_batches > 0:  # type: ignore[attr-defined]  # by a connector
+        loader.sampler.repeats = True
 
 
 def require_training_data(trainer: pl.Trainer) -> TrainingData:

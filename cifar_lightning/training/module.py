@@ -39,7 +39,7 @@ from cifar_lightning.runs.environment import package_version, portable
 from cifar_lightning.runs.schema import SCHEMA_VERSION
 from cifar_lightning.settings.import_path import is_import_path
 from cifar_lightning.settings.limits import Count, Fraction, LearningRate, MixStrength, WeightDecay, check_settings
-from cifar_lightning.training.data_protocol import TrainingData, training_data
+from cifar_lightning.training.data_protocol import TrainingData, repeat_if_overfitting, training_data
 from cifar_lightning.training.ema import EmaWeights
 from cifar_lightning.training.eval_metrics import (
     check_metrics,
@@ -321,6 +321,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Check the batch size against BatchNorm; the LR finder gets here, too, but not to on_fit_start."""
+        repeat_if_overfitting(self.trainer)
         check_batches(self.trainer, self.model)
         check_optimizers(self.trainer.optimizers, self.model)
         if not self.plans_schedule:

@@ -65,6 +65,16 @@ def test_the_same_batches_each_epoch(tmp_path, num_workers, overfit, batches):
 
 
 @pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_a_loader_that_is_given_without_its_data_module_repeats_them_too(tmp_path):
+    seen, data = Watch(), small_data(**PLAIN)
+    run = quiet_trainer(tmp_path, max_epochs=3, overfit_batches=2, callbacks=[seen])
+    module = ImageClassifier(image_size=16, model_kwargs={"widths": [2, 2, 2]})
+    run.fit(module, data.train_dataloader(), data.val_dataloader())
+    assert [len(epoch) for epoch in seen.train] == [2] * 3
+    assert equal(seen.train, [seen.train[0]] * 3)
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_run_resumed_inside_an_epoch_repeats_them_too(tmp_path, num_workers):
     class Save(pl.Callback):
