@@ -67,6 +67,16 @@ def check_classes(trainer: pl.Trainer, num_classes: int, in_channels: int) -> No
         )
 
 
+def check_evaluated_classes(trainer: pl.Trainer, num_classes: int) -> None:
+    """Raise if the data that is evaluated has classes that the model does not know."""
+    data = training_data(trainer)
+    if data is not None and data.num_classes > num_classes:
+        raise UserError(
+            f"num_classes {num_classes}: the data has {data.num_classes} classes; "
+            "evaluate a model on data of its own classes."
+        )
+
+
 def check_loaders(trainer: pl.Trainer, stage: str, num_evaluated: int) -> None:
     """Raise if the metrics of an evaluation are of several loaders; Lightning would log them as those of each.
 

@@ -54,6 +54,7 @@ from cifar_lightning.training.losses import DEFAULT_LOSS, check_loss, make_loss,
 from cifar_lightning.training.model_checks import (
     check_batches,
     check_classes,
+    check_evaluated_classes,
     check_loaders,
     check_logits,
     check_optimizers,
@@ -249,7 +250,9 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     # -- training ------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Forget an earlier resume; a checkpoint to resume from is loaded after this."""
+        """Forget an earlier resume; a checkpoint to resume from is loaded after this. Check the classes to evaluate."""
+        if stage in ("validate", "test"):
+            check_evaluated_classes(self.trainer, self.num_classes)
         if stage == "fit":
             self._resumed_from = None
             if self._frozen is not None:

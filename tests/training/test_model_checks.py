@@ -258,6 +258,13 @@ def test_a_model_of_ones_own_is_given_again_to_its_checkpoint(tmp_path):
 TINY_MODEL = {"image_size": 16, "model_kwargs": {"widths": [2, 2]}}
 
 
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_data_with_more_classes_than_the_model_is_refused_before_its_evaluation(stage, tmp_path):
+    module = ImageClassifier(num_classes=4, **TINY_MODEL)
+    with pytest.raises(UserError, match="num_classes 4: the data has 10"):
+        getattr(quiet_trainer(tmp_path), stage)(module, datamodule=small_data(), verbose=False)
+
+
 class OnPlateau(ImageClassifier):
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
