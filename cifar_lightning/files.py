@@ -225,6 +225,8 @@ def check_is_only_link(fd: int) -> None:
         raise OSError(errno.EMLINK, "it has another hard link")
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of a disk that is full, or of which a user has no more."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 """Error numbers of a file system that has no locks."""
 

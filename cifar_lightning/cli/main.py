@@ -37,7 +37,7 @@ from cifar_lightning.cli.help import (
     training_help,
 )
 from cifar_lightning.errors import RunError, UserError
-from cifar_lightning.files import expand_home
+from cifar_lightning.files import FULL, expand_home
 from cifar_lightning.formatting import clipped, command_line, printable, suggest
 from cifar_lightning.runs.environment import package_version
 from cifar_lightning.runs.folder import RUNS, RunFolder, open_model, open_run
@@ -55,11 +55,14 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: a name that is not UTF-8 must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     _escape_warnings()
-    status: int | str | None
+    status: int | str | None = 1
     try:
-        status = run_command(sys.argv[1:])
-    except SystemExit as ended:  # of a parser's --help
-        status = ended.code
+        try:
+            status = run_command(sys.argv[1:])
+        except SystemExit as ended:  # of a parser's --help
+            status = ended.code
+        if sys.stdout is not None:  # as where it is closed
+            sys.stdout.flush()
     except (UserError, RunError) as error:
         # Three lines at most: what is wrong and what to do, not how the program found out.
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
@@ -70,17 +73,23 @@ def main() -> None:
     except BrokenPipeError:  # `| head` has read enough
         status = 1
     except OSError as error:
-        if error.filename is None:  # not about a file of the user's: a mistake of the program
+        if error.filename is None and error.errno not in FULL:  # not about a file of the user's: a mistake of ours
             raise
-        print(f"error: {clipped(str(error.filename), 300)}: {error.strerror}.", file=sys.stderr)
-        status = 2
-    try:
-        if sys.stdout is not None:  # as where it is closed
-            sys.stdout.flush()  # not by Python at its end, which prints what a pipe without a reader raises
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = status or 1
+        where = "" if error.filename is None else f"{clipped(str(error.filename), 300)}: "  # of stdout there is none
+        print(f"error: {where or 'cannot write: '}{error.strerror}.", file=sys.stderr)
+        status = 2 if where else 1
+    finally:
+        _drop_unwritten()
     sys.exit(status)
+
+
+def _drop_unwritten() -> None:
+    """Write the rest of stdout, or nowhere what cannot be written: Python would try again at its end, and complain."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _OneLine(logging.Formatter):

@@ -1,7 +1,6 @@
 """Messages for known errors of torch and the system: disk full, out of memory, dead workers."""
 
 import contextlib
-import errno
 import re
 import traceback
 from collections.abc import Iterator
@@ -14,11 +13,11 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
 
 from cifar_lightning.errors import RunError, UserError
+from cifar_lightning.files import FULL
 from cifar_lightning.formatting import clipped, reason_of, shell_line
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.run_recorder import RunRecorder
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LESS_MEMORY = {
     "fit": "halve --batch_size and give --trainer.accumulate_grad_batches 2, which trains the same; "
     "--data.eval_batch_size for validation and test",
@@ -121,9 +120,11 @@ def explain(error: RuntimeError | OSError, command: str, run: RunFolder | None =
             "configure_optimizers returns several optimizers; return one, with several groups of parameters."
         )
     if isinstance(error, OSError):
-        if error.errno in _FULL:
+        if error.errno in FULL:
             where = error.filename or ("a file of the run" if run else "a file")
-            return RunError(f"{where}: cannot be written ({error.strerror}).\nMake room. {_way_on(run)}")
+            text = f"{where}: cannot be written ({error.strerror})"
+            text += "" if error.filename else ", or stdout cannot"
+            return RunError(f"{text}.\nMake room. {_way_on(run)}")
         # `main` reports files that a user named.
         return RunError(f"{error.filename}: {error.strerror}.\n{_way_on(run)}") if run and error.filename else None
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:

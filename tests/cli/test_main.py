@@ -105,6 +105,18 @@ main.main()
     assert (done.returncode, done.stderr) == (2, "error: --lr 0: a positive number.\n")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_a_line_and_a_failure(unbuffered, tmp_path):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    for arguments in (["--help"], ["fit", "--help"], ["--version"]):
+        with open("/dev/full", "wb") as full:
+            settings = {"cwd": tmp_path, "env": environment, "stdout": full, "stderr": subprocess.PIPE, "timeout": 60}
+            done = subprocess.run([sys.executable, REPO / "train.py", *arguments], **settings)
+        assert done.stderr == b"error: cannot write: No space left on device.\n"
+        assert done.returncode == 1
+
+
 # -- mistakes ------------------------------------------------------------------------------------------------------
 
 
