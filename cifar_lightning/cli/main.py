@@ -120,6 +120,7 @@ def run_command(argv: Sequence[str]) -> int:
     if command == "--print_completion":
         print(_completion_script(arguments))
         return 0
+    _check_working_directory()
     if command in QUICK:
         return _run_quick(command, arguments)
     if command not in TRAINING:
@@ -138,6 +139,16 @@ def _with_home(argument: str) -> str:
     """Expand `~` where the shell leaves it: in `--flag=~/path` and in quotes. YAML's is expanded where it is read."""
     name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return f"{name}{equals}{expand_home(value)}"
+
+
+def _check_working_directory() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:  # which names no file
+        raise UserError(
+            f"the working directory cannot be found ({error.strerror}); it was removed, or replaced by another one of "
+            'its name.\nChange into a folder that exists; into the one of the same name: cd "$PWD"'
+        ) from error
 
 
 def _completion_script(arguments: Sequence[str]) -> str:

@@ -159,6 +159,20 @@ def test_a_mistake_gets_a_short_message(monkeypatch, capsys, tmp_path, arguments
     assert expected in fail(monkeypatch, capsys, tmp_path, *arguments)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no folder is removed while a program is in it")
+@pytest.mark.parametrize(
+    "arguments", [["fit", "--config", "quickstart"], ["doctor"], ["runs"], ["predict-images", "smallnet", "a.png"]]
+)
+def test_a_working_directory_that_was_removed_is_named(arguments, tmp_path):
+    (folder := tmp_path / "removed").mkdir()
+    command = 'rmdir "$PWD" && exec "$0" "$@"'
+    words = ["bash", "-c", command, sys.executable, REPO / "train.py", *arguments]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the working directory cannot be found")
+    assert len(done.stderr.splitlines()) == 2
+
+
 def test_a_learning_rate_next_to_a_config_that_finds_one_is_not_ignored(monkeypatch, capsys, tmp_path):
     (tmp_path / "tuned.yaml").write_text("tune_lr: true\n")
     words = ["fit", "--config", "tuned.yaml", "--lr", "1"]
