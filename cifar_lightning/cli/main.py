@@ -54,6 +54,8 @@ def main() -> None:
     """Run the command of `sys.argv` and exit: 0, 1 for a run that failed, 2 for a user error."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: a name that is not UTF-8 must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
+    if not os.environ.get("COLUMNS", "80").strip("0"):  # a width that is not known: Rich would print in no columns
+        del os.environ["COLUMNS"]
     _escape_warnings()
     status: int | str | None = 1
     try:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
+from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -38,6 +39,7 @@ from cifar_lightning.runs.folder import RunFolder
 _MAX_CLASSES = 20  # above, only the classes with the lowest F1 and the most confused pairs are listed
 _NUM_WORST = 10
 _MAX_NAME = 28  # of 80 columns, next to the numbers of the per-class table
+_MAX_TABLE = 80  # columns of that table at most
 _MAX_ITEMS = 3  # of an insight; the page lists more
 # The summary of fit and test:
 _NUM_WEAKEST = 3
@@ -226,7 +228,8 @@ def _print_class_table(console: Console, classes: Sequence[Mapping[str, Any]], n
     for row, name in zip(classes, names, strict=True):
         percents = (percent(row[key], 1) for key in ("precision", "recall", "f1", "mean_confidence"))
         table.add_row(Text(name), count(row["support"]), *percents)
-    console.print(table)
+    options = console.options.update(width=max(console.width, _MAX_TABLE))  # in fewer columns rich cuts numbers
+    console.print(Segments(console.render(table, options)), soft_wrap=True, end="")
 
 
 def _print_confusions(console: Console, cm: Int[np.ndarray, "classes classes"], names: Sequence[str]) -> None:

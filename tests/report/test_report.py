@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from made_run import CIFAR10, make_run
 from program import fail, start
 from rich.console import Console
 
+from cifar_lightning.cli.main import main
 from cifar_lightning.report.report import make_report, write_confusion
 from cifar_lightning.runs.folder import RunFolder
 
@@ -50,6 +52,18 @@ def test_analyze_again_says_the_same(run, tmp_path):
     first = {file: file.read_bytes() for file in (run.findings, run.report, run.confusion_matrix_png)}
     start("analyze", run.path, cwd=tmp_path, PYTHONHASHSEED="1")
     assert [file.name for file in first if file.read_bytes() != first[file]] == []
+
+
+def test_a_terminal_of_unknown_width_gets_the_report(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "analyze", str(run.path)])
+    outputs = []
+    for columns in ("80", "0"):
+        monkeypatch.setenv("COLUMNS", columns)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
 
 
 def test_a_run_copied_elsewhere_has_the_same_findings(run, tmp_path):

@@ -129,6 +129,16 @@ def test_no_line_is_wider_than_80_columns(num_classes, name):
     assert max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("width", [1, 20, 60])
+def test_a_terminal_however_narrow_shows_every_number(width, tmp_path):
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    print_summary(findings_of(matrix(10), CIFAR10), tmp_path, console)
+    row = "airplane 1,000 89.9 % 89.3 % 89.6 % 69.1 %"
+    for text in (report(matrix(10), CIFAR10, width=width), console.file.getvalue()):
+        [shown] = [line for line in text.splitlines() if line.startswith("airplane ") and "1,000" in line]
+        assert shown.split() == row.split()
+
+
 def test_names_that_cannot_head_a_column_are_replaced_by_numbers():
     header, first, *_ = section(report(matrix(10), [f"long_class_name_{i}" for i in range(10)]), "Confusion matrix")
     assert header.split() == [str(index) for index in range(10)]
