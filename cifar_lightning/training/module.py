@@ -307,7 +307,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             )
         if self.own_metrics is not None:
             check_metrics(self.own_metrics, self.num_classes, self.device)
-        self._class_weights = None if weights is None else torch.tensor(weights, device=self.device).type(self.dtype)
+        self._class_weights = None if weights is None else torch.tensor(weights, device=self.device)
         self._load_pretrained(data)
 
     def _load_pretrained(self, data: TrainingData | None) -> None:
@@ -325,6 +325,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     def on_train_start(self) -> None:
         """Check the batch size against BatchNorm; the LR finder gets here, too, but not to on_fit_start."""
         repeat_if_overfitting(self.trainer)
+        if self._class_weights is not None:
+            self._class_weights = self._class_weights.to(self.dtype)  # by now that of the Trainer's precision
         check_batches(self.trainer, self.model)
         check_optimizers(self.trainer.optimizers, self.model)
         if not self.plans_schedule:

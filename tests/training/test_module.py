@@ -436,3 +436,12 @@ def test_steps_that_there_are_none_of_are_refused(tmp_path):
 def test_a_value_that_cannot_train_names_its_flag(arguments, message):
     with pytest.raises(UserError, match=message):
         ImageClassifier(**arguments)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+@pytest.mark.parametrize("mixup", [0.0, 0.2])
+def test_class_weights_are_of_the_precision_of_the_logits(precision, mixup, tmp_path):
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW, mixup=mixup)
+    trainer = quiet_trainer(tmp_path, precision=precision, max_steps=1, limit_val_batches=0, max_epochs=1)
+    trainer.fit(module, small_data(class_weights="balanced"))
+    assert trainer.global_step == 1
