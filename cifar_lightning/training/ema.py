@@ -8,6 +8,9 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from cifar_lightning.errors import UserError
+from cifar_lightning.training.lightning_patches import use_double
+
 
 class EmaWeights(WeightAveraging):
     """Averages the weights after each step; a checkpoint's `state_dict` is the average.
@@ -36,10 +39,21 @@ class EmaWeights(WeightAveraging):
 
         # BatchNorm's statistics are averaged, too: those of the raw weights do not fit the average.
         super().__init__(use_buffers=True, multi_avg_fn=average)
-        self._is_exchanged = False
+        self.decay, self._is_exchanged = decay, False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Make the average; its counter stays on the CPU, since reading it from the device would sync in each step."""
+        """Make the average; its counter stays on the CPU, since reading it from the device would sync in each step.
+
+        Raises:
+            UserError: The weights are of half precision, in which small steps of an average are rounded to none.
+        """
+        if stage == "fit" and trainer.precision in ("bf16-true", "16-true"):
+            mixed = trainer.precision.replace("true", "mixed")
+            raise UserError(
+                f"--model.ema_decay {self.decay} with --trainer.precision {trainer.precision}: the average would round "
+                f"its steps to none; give {mixed}, or leave one of them out."
+            )
+        use_double(trainer, pl_module)  # the average is a copy
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()

@@ -68,6 +68,15 @@ def check_cuda_once() -> None:
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
 
+def use_double(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Make the weights double in 64-true before a checkpoint is loaded into them.
+
+    Lightning 2.6.6 does so afterwards, when they are rounded to float32.
+    """
+    if trainer.precision == "64-true":
+        module.double()
+
+
 def mark_validation_interrupted(checkpoint: dict[str, Any]) -> None:
     """Have a run resumed from a checkpoint that was saved inside a validation run the validation again.
 

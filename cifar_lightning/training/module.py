@@ -49,7 +49,7 @@ from cifar_lightning.training.eval_metrics import (
     values_of,
 )
 from cifar_lightning.training.left_out_hooks import LeftOutHooks
-from cifar_lightning.training.lightning_patches import PlainHookNames, step_plateaus_after_validations
+from cifar_lightning.training.lightning_patches import PlainHookNames, step_plateaus_after_validations, use_double
 from cifar_lightning.training.losses import DEFAULT_LOSS, check_loss, make_loss, name_of
 from cifar_lightning.training.model_checks import (
     check_batches,
@@ -251,6 +251,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Forget an earlier resume; a checkpoint to resume from is loaded after this. Check the classes to evaluate."""
+        use_double(self.trainer, self)
         if stage in ("validate", "test"):
             check_evaluated_classes(self.trainer, self.num_classes)
         if stage == "fit":

@@ -39,10 +39,10 @@ def module(**kwargs):
     return ImageClassifier(image_size=16, model_kwargs=NARROW, lr=0.01, ema_decay=DECAY, **kwargs)
 
 
-def start(path, *more, ckpt_path=None):
+def start(path, *more, ckpt_path=None, **settings):
     made = module()
     seed(0 if ckpt_path is None else 1)  # a new process has other random states
-    return fit_run(path, *more, module=made, epochs=3, eval_batch_size=250, ckpt_path=ckpt_path)[0]
+    return fit_run(path, *more, module=made, epochs=3, eval_batch_size=250, ckpt_path=ckpt_path, **settings)[0]
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,24 @@ def test_a_run_stopped_anywhere_ends_as_an_unbroken_one(tmp_path, unbroken, hook
     run = RunFolder(path)
     start(path, ckpt_path=run.last_checkpoint)
     assert differences(result_of(run), unbroken) == []
+
+
+def test_in_double_precision_the_average_is_double_too_and_resumes_to_the_bit(tmp_path):
+    settings = {"trainer": {"precision": "64-true"}}
+    unbroken = result_of(start(tmp_path / "unbroken", **settings))
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(Stopped):
+        start(run.path, Signal("on_train_batch_start", 12, signal.SIGTERM), **settings)
+    start(run.path, ckpt_path=run.last_checkpoint, **settings)
+    assert differences(result_of(run), unbroken) == []
+    for state in ("state_dict", "current_model_state"):
+        assert unbroken["last.ckpt"][state]["model.head.weight"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_weights_of_half_precision_are_not_averaged(tmp_path, precision):
+    with pytest.raises(UserError, match=rf"--model.ema_decay {DECAY} with --trainer.precision {precision}"):
+        start(tmp_path / "run", trainer={"precision": precision})
 
 
 def test_a_test_after_training_uses_the_average_without_a_warning(tmp_path):

@@ -279,3 +279,10 @@ def test_two_processes_that_were_killed_inside_an_epoch_end_as_two_that_were_not
     assert len(ends[0][RESUME_STATE]["ranks"]) == 2
     assert differences(*ends) == []
     assert whole.metrics_csv.read_bytes() == broken.metrics_csv.read_bytes()
+
+
+def test_a_run_in_double_precision_ends_as_an_unbroken_one(tmp_path):
+    settings = {"trainer": {"precision": "64-true"}, "class_weights": "balanced"}
+    unbroken = result_of(start(tmp_path / "unbroken", **settings)[0])
+    stop_and_go_on(tmp_path / "run", "on_train_batch_start", 12, **settings)
+    assert differences(result_of(RunFolder(tmp_path / "run")), unbroken) == []
