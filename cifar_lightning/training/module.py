@@ -251,7 +251,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Forget an earlier resume; a checkpoint to resume from is loaded after this. Check the classes to evaluate."""
-        use_double(self.trainer, self)
+        if self._trainer is not None:
+            use_double(self._trainer, self)
         if stage in ("validate", "test"):
             check_evaluated_classes(self.trainer, self.num_classes)
         if stage == "fit":
