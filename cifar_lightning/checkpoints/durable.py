@@ -26,7 +26,6 @@ class DurableCheckpointIO(CheckpointIO):
     """Lightning plugin that writes checkpoints durably and with a checksum, and loads them with `weights_only=True`."""
 
     def __init__(self) -> None:
-        self._is_loadable = False  # the first checkpoint; later ones hold the same types
         self._never_finite = frozenset[str]()
 
     def note_start(self, state_dict: Mapping[str, Any]) -> None:
@@ -58,9 +57,7 @@ class DurableCheckpointIO(CheckpointIO):
             )
         buffer = BytesIO()
         torch.save(checkpoint, buffer)
-        if not self._is_loadable:
-            _require_loadable(checkpoint, buffer, target)
-            self._is_loadable = True
+        _require_loadable(checkpoint, buffer, target)  # each time: a callback's best is None before it is a number
         run = RunFolder(target.parent.parent)
         try:
             make_folder(target.parent)

@@ -86,6 +86,15 @@ def test_a_state_that_could_not_be_loaded_is_refused_when_it_is_first_saved(path
     assert path.read_bytes() == before
 
 
+def test_a_state_that_only_later_could_not_be_loaded_is_refused_then(path):
+    io = DurableCheckpointIO()
+    io.save_checkpoint(checkpoint_of(torch.ones(3), callbacks={"Mine": {"best": None}}), path)
+    before = path.read_bytes()
+    with pytest.raises(RunError, match="not written, as Mine has"):
+        io.save_checkpoint(checkpoint_of(torch.ones(3), callbacks={"Mine": {"best": np.float64(0.5)}}), path)
+    assert path.read_bytes() == before
+
+
 def calls_while_writing(path, monkeypatch):
     """Return the calls that put a checkpoint in its place, in order, with the names of the files."""
     done = []
