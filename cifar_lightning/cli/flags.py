@@ -360,10 +360,12 @@ def _as_read(value: Any, folder: str | Path, name: str = "", files: list[str] | 
         return value
     file = _file_of(value, folder)
     is_file = os.path.isfile(file)
-    files += [file] if is_file else []
-    if len(files) > _MAX_FILES:
-        raise UserError(f"{clipped(file, 200)}: cannot be read (more than {_MAX_FILES} files of settings).")
     try:
+        if is_file and _is_binary(file):  # weights, an image: jsonargparse reads no settings there
+            return value
+        files += [file] if is_file else []
+        if len(files) > _MAX_FILES:
+            raise UserError(f"{clipped(file, 200)}: cannot be read (more than {_MAX_FILES} files of settings).")
         content = read_setting(read_bytes(Path(file), MAX_BYTES, follow_links=True).decode() if is_file else value)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{clipped(file, 200)}: cannot be read ({reason_of(error)}).") from error
@@ -372,6 +374,11 @@ def _as_read(value: Any, folder: str | Path, name: str = "", files: list[str] | 
     if is_file or isinstance(content, dict | list):
         return _as_read(content, os.path.dirname(file) if is_file else folder, name, files)
     return value
+
+
+def _is_binary(file: str) -> bool:
+    with open(file, "rb") as opened:
+        return b"\0" in opened.read(64)  # which YAML cannot hold
 
 
 def _file_of(value: str, folder: str | Path) -> str:

@@ -178,6 +178,13 @@ def test_neither_is_code_that_it_names_in_a_file_of_settings(
     check_config(config)
 
 
+def test_weights_that_a_config_names_are_no_file_of_settings(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(2_000_000)}, tmp_path / "weights.pth")
+    (tmp_path / "config.yaml").write_text("model: {model_kwargs: {checkpoint_path: weights.pth}}")
+    (tmp_path / "checkpoints").mkdir()
+    check_config(tmp_path / "config.yaml")
+
+
 def test_files_of_settings_that_name_each_other_many_times_are_not_read_without_end(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.yaml").write_text("trainer: {callbacks: a.yaml}")
