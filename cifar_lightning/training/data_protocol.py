@@ -81,10 +81,10 @@ def training_data(trainer: pl.Trainer) -> TrainingData | None:
 
 
 def repeat_if_overfitting(trainer: pl.Trainer) -> None:
-    """Have one of our loaders that was given without its data module repeat its first epoch for `overfit_batches`."""
+    """Have one of our loaders repeat the order of its first epoch for `overfit_batches`, and only for it."""
     loader = trainer.train_dataloader
-    if isinstance(loader, ImageLoader) and trainer.overfit_batches > 0:  # type: ignore[attr-defined]  # by a connector
-        loader.sampler.repeats = True
+    if isinstance(loader, ImageLoader):
+        loader.sampler.repeats = trainer.overfit_batches > 0  # type: ignore[attr-defined]  # by a connector
 
 
 def require_training_data(trainer: pl.Trainer) -> TrainingData:

@@ -69,9 +69,13 @@ def test_a_loader_that_is_given_without_its_data_module_repeats_them_too(tmp_pat
     seen, data = Watch(), small_data(**PLAIN)
     run = quiet_trainer(tmp_path, max_epochs=3, overfit_batches=2, callbacks=[seen])
     module = ImageClassifier(image_size=16, model_kwargs={"widths": [2, 2, 2]})
-    run.fit(module, data.train_dataloader(), data.val_dataloader())
+    loader = data.train_dataloader()
+    run.fit(module, loader, data.val_dataloader())
     assert [len(epoch) for epoch in seen.train] == [2] * 3
     assert equal(seen.train, [seen.train[0]] * 3)
+    again = Watch()
+    quiet_trainer(tmp_path, max_epochs=2, limit_train_batches=2, callbacks=[again]).fit(module, loader, loader)
+    assert not equal(again.train[:1], again.train[1:]), "the loader of an earlier overfit_batches repeats no more"
 
 
 @pytest.mark.filterwarnings("ignore:You requested to overfit")
