@@ -312,7 +312,9 @@ def keep_in_run(callbacks: Sequence[pl.Callback], run: RunFolder) -> None:
                 f"--trainer.callbacks ModelCheckpoint: filename {callback.filename}: the run writes a checkpoint of "
                 "this name; give another one, or a dirpath."
             )
-        callback.save_last = False  # the run has a last.ckpt, by stricter rules
+        if callback.save_last:  # by stricter rules
+            remark("remark: --trainer.callbacks ModelCheckpoint: save_last is not used; the run has a last.ckpt.")
+            callback.save_last = False
 
 
 def train(
