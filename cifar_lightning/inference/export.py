@@ -145,7 +145,7 @@ def _explained(kind: ExportFormat) -> Iterator[None]:
     """Raise as `UserError` what the exporters raise, which may be anything for a model of one's own."""
     try:
         yield
-    except (OSError, RunError, UserError):
+    except (MemoryError, OSError, RunError, UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         cause: BaseException = error
