@@ -19,20 +19,31 @@ class LeftOutHooks(pl.Callback):
     def __init__(self, base: Any) -> None:
         self.base = base
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if isinstance(pl_module, self.base):  # the Trainer keeps this callback for later modules
+            self.base.setup(pl_module, stage)
+
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.base.on_load_checkpoint(pl_module, checkpoint)
+        if isinstance(pl_module, self.base):
+            self.base.on_load_checkpoint(pl_module, checkpoint)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not isinstance(pl_module, self.base):
+            return
         if not pl_module.has_begun:
+            sums = pl_module.totals.state()  # those of an epoch that is resumed inside
             self.base.on_fit_start(pl_module)
+            pl_module.totals.restore(sums)
         self.base.on_train_start(pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.base.on_train_epoch_start(pl_module)
+        if isinstance(pl_module, self.base):
+            self.base.on_train_epoch_start(pl_module)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        self.base.on_before_optimizer_step(pl_module, optimizer)
+        if isinstance(pl_module, self.base):
+            self.base.on_before_optimizer_step(pl_module, optimizer)

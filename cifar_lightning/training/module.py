@@ -415,7 +415,12 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         later = () if self._frozen is None or self._frozen.unfreeze_epoch is None else self._frozen.parameters
         scales = None if self._layer_decay == 1 else lr_scales(self.model, self._layer_decay)
         of_model = set(self.model.parameters())
-        others = [parameter for parameter in self.parameters() if parameter not in of_model]
+        of_loss = set(self.loss_function.parameters() if isinstance(self.loss_function, nn.Module) else ())
+        others = [
+            parameter
+            for parameter in self.parameters()
+            if parameter not in of_model and (parameter.requires_grad or parameter in of_loss)
+        ]
         optimizer = build_optimizer(
             self.model, self.optimizer_settings, fused=fused, later=later, others=others, lr_scales=scales
         )
@@ -468,7 +473,9 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         data = training_data(self._trainer) if self._trainer is not None else None
         if data is not None and DATA_STATE in checkpoint:  # where Lightning, which restores it next, looks for it
             checkpoint.setdefault(type(data).__qualname__, checkpoint[DATA_STATE])
-        self._resumed_from, self._pretrained = progress_of(checkpoint), False
+        self._resumed_from = progress_of(checkpoint)
+        if self._trainer is None or checkpoint["global_step"]:  # else of Lightning's Tuner, before any step
+            self._pretrained = False
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights; see `nn.Module`.

@@ -107,6 +107,21 @@ def test_a_rate_that_lightnings_tuner_finds_is_trained_with(tmp_path):
     assert started.max_lr == found.suggestion() == tuned.hparams["lr"] != 3e-3
 
 
+class OwnOptimizer(ImageClassifier):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.model.parameters(), lr=1e-9)
+
+
+def test_weights_of_a_module_with_its_own_optimizer_are_loaded_after_lightnings_tuner(tmp_path):
+    torch.save(module().model.state_dict(), tmp_path / "trained.pt")
+    expected = torch.load(tmp_path / "trained.pt")["features.0.weight"]
+    settings = {"image_size": 16, "model_kwargs": {"widths": [4, 8]}, "pretrained": str(tmp_path / "trained.pt")}
+    tuned, images = OwnOptimizer(**settings), small_data()
+    Tuner(quiet_trainer(tmp_path, max_epochs=1)).scale_batch_size(tuned, images, steps_per_trial=1, max_trials=1)
+    quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1).fit(tuned, images)
+    torch.testing.assert_close(tuned.model.features[0].weight, expected)
+
+
 @pytest.mark.parametrize("search", ["lr_find", "scale_batch_size"])
 def test_lightnings_tuner_searches_with_pretrained_weights_and_they_are_trained_afterwards(tmp_path, search):
     torch.save(module().model.state_dict(), tmp_path / "trained.pt")

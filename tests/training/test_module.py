@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from fitting import SPEED, fake_data, quiet_trainer, small_data
 from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
 
 from cifar_lightning import ImageClassifier, UserError
+from cifar_lightning.models.registry import build_model
 from cifar_lightning.models.speednet import WhiteningConv
 from cifar_lightning.training.model_checks import labelled
 from cifar_lightning.training.predictions import PredictionWriter
@@ -340,6 +342,42 @@ def test_hooks_of_a_subclass_without_super_leave_out_nothing_of_the_training(tmp
     assert all(torch.equal(tensor, resumed[1][name]) for name, tensor in resumed[0].items())
 
 
+class OwnStart(ImageClassifier):
+    """Makes its own model, and has a setup and an on_fit_start without super()."""
+
+    def __init__(self):
+        super().__init__(image_size=16, model_kwargs=NARROW, freeze="features*")
+        self.model = build_model("smallnet", 10, 16, **NARROW)
+
+    def setup(self, stage):
+        pass
+
+    def on_fit_start(self):
+        pass
+
+    def on_train_start(self):
+        self.num_images = self.totals.num_images
+
+
+class RestoredSums(pl.Callback):
+    """Stands for the resume inside an epoch of which 40 images were trained."""
+
+    def on_train_start(self, trainer, pl_module):
+        if isinstance(pl_module, ImageClassifier):
+            pl_module.totals.restore((torch.tensor(4.0), torch.tensor(3.0), 40))
+
+
+def test_a_setup_without_super_freezes_its_model_and_a_resumed_epoch_keeps_its_sums(tmp_path):
+    module = OwnStart()
+    before = module.model.features[0].weight.detach().clone()
+    run = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=2, limit_val_batches=0, callbacks=[RestoredSums()])
+    run.fit(module, small_data())
+    assert torch.equal(module.model.features[0].weight, before)
+    assert module.num_images == 40
+    run.fit_loop.max_epochs = 2
+    run.fit(BoringModel())  # with the callbacks of the module before, which the Trainer keeps
+
+
 class OwnValidation(ImageClassifier):
     """Validates as other LightningModules do."""
 
@@ -400,6 +438,15 @@ def test_parameters_of_a_subclass_next_to_its_model_are_trained(tmp_path, settin
         assert not torch.equal(old, new)
     groups = run.optimizers[0].param_groups
     assert next(group["weight_decay"] for group in groups if module.temperature in set(group["params"])) == 0
+
+
+def test_frozen_parameters_next_to_the_model_are_not_in_the_optimizer(tmp_path):
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW)
+    module.teacher = nn.Linear(2, 2).requires_grad_(False)
+    run = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    run.fit(module, small_data())
+    trained = {parameter for group in run.optimizers[0].param_groups for parameter in group["params"]}
+    assert trained == set(module.model.parameters())
 
 
 def test_a_loss_may_hold_the_model(tmp_path):
