@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+
 from cifar_lightning.checkpoints.resume import split_difference
 from cifar_lightning.cli.lightning_cli import PythonObjects, TrainingCLI, build_trainer, prepare_data
 from cifar_lightning.data.datamodule import ImageDataModule
@@ -14,6 +16,7 @@ from cifar_lightning.report.terminal import print_validation
 from cifar_lightning.runs.folder import RunFolder, open_run
 from cifar_lightning.training.error_messages import restoring
 from cifar_lightning.training.predictions import PredictionWriter
+from cifar_lightning.training.step_count import check_evaluation
 
 
 def evaluate(command: str, arguments: Sequence[str], objects: PythonObjects | None = None) -> PredictionWriter:
@@ -38,6 +41,8 @@ def evaluate(command: str, arguments: Sequence[str], objects: PythonObjects | No
     quiet = {"return_predictions": False} if command == "predict" else {"verbose": False}
     lock = run.lock if run is not None else None
     with lock or contextlib.nullcontext(), restoring(settings.ckpt_path):
+        if command == "validate":
+            check_validation(trainer, data)
         getattr(trainer, command)(model, **quiet, **common)
         if command == "test":
             predictions.report()
@@ -46,6 +51,15 @@ def evaluate(command: str, arguments: Sequence[str], objects: PythonObjects | No
     elif trainer.is_global_zero and command == "validate":
         print_validation({name: float(value) for name, value in trainer.callback_metrics.items()})
     return predictions
+
+
+def check_validation(trainer: pl.Trainer, data: ImageDataModule) -> None:
+    """Refuse to validate on no batch: on 0, as a run without validations has it in its config, or on a fraction."""
+    if trainer.limit_val_batches == 0:
+        raise UserError(
+            "--trainer.limit_val_batches 0: leaves nothing to validate on; give --trainer.limit_val_batches 1.0."
+        )
+    check_evaluation(trainer, {"val": data.num_eval_batches("val", trainer.world_size)})
 
 
 def find_run(command: str, checkpoint: Path, data: ImageDataModule, output: Path | None) -> RunFolder | None:

@@ -178,6 +178,13 @@ def test_test_of_a_run_repeats_its_figures_and_validate_its_validation(finished)
     assert f"Validation accuracy {100 * accuracy:.2f} %" in validated.stdout
 
 
+@pytest.mark.parametrize("limit", [0, 0.001])
+def test_validate_without_a_batch_names_the_flag(finished, limit, monkeypatch, capsys, tmp_path):
+    words = ["validate", finished[0], "--trainer.limit_val_batches", limit]
+    message = fail(monkeypatch, capsys, tmp_path, *words)
+    assert f"--trainer.limit_val_batches {limit}: leaves no" in message
+
+
 def test_the_long_spelling_writes_the_same_config(finished):
     run, _ = finished
     spelled = ["--data.batch_size" if flag == "--batch_size" else flag for flag in TINY]
