@@ -13,7 +13,7 @@ from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import check_output
 from cifar_lightning.report.terminal import print_validation
-from cifar_lightning.runs.folder import RunFolder, open_run
+from cifar_lightning.runs.folder import RunFolder, open_run, run_of
 from cifar_lightning.training.error_messages import restoring
 from cifar_lightning.training.predictions import PredictionWriter
 from cifar_lightning.training.step_count import check_evaluation
@@ -68,20 +68,20 @@ def find_run(command: str, checkpoint: Path, data: ImageDataModule, output: Path
     Raises:
         UserError: There is nothing to validate on, or `predict` has no file to write.
     """
-    run = RunFolder(checkpoint.parent.parent)
+    run = run_of(checkpoint)
     if command == "validate" and not data.num_images("val"):
         raise UserError("validate: --data.val_fraction 0 held out no images; there is nothing to validate on.")
     if output:
         return None
     reason = "not in a run folder"
-    if checkpoint.parent == run.checkpoints and run.split.exists():
+    if run is not None and run.split.exists():
         reason = split_difference(run, data)
-        if not reason and checkpoint != run.tested_checkpoint:
+        if not reason and checkpoint.name != run.tested_checkpoint.name:
             reason = f"its files are not of {checkpoint.name}"
         if not reason:
             return open_run(run.path, lock=is_first_process())
     if command == "predict":
         raise UserError(f"predict: {checkpoint}: {reason}; give --output FILE for the predictions.")
-    if run.split.exists():
+    if run is not None and run.split.exists():
         print(f"{run.path}: {reason}, so its files stay as they are.")
     return None

@@ -40,7 +40,7 @@ from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import FULL, expand_home
 from cifar_lightning.formatting import clipped, command_line, printable, suggest
 from cifar_lightning.runs.environment import package_version
-from cifar_lightning.runs.folder import RUNS, RunFolder, open_model, open_run
+from cifar_lightning.runs.folder import RUNS, RunFolder, open_model, open_run, run_of
 from cifar_lightning.runs.schema import CLASS_GROUPS
 from cifar_lightning.settings.roles import NOT_WITH_OPTIMIZER, OF_OPTIMIZER
 from cifar_lightning.settings.safe_yaml import read_yaml
@@ -255,10 +255,9 @@ def training_arguments(
         given = flag_value(flags, "ckpt_path") or ""
         if given.lower() in NULL:
             raise UserError(f"{command} needs a trained model: give a run folder, or --ckpt_path FILE.")
-        checkpoint = Path(given)
-        own = RunFolder(checkpoint.parent.parent).config
-        if "config" not in names and checkpoint.parent.name == "checkpoints" and own.is_file():
-            flags = [f"--config={own}", *flags]  # the data and the model of the checkpoint
+        own = run_of(Path(given))
+        if "config" not in names and own is not None and own.config.is_file():
+            flags = [f"--config={own.config}", *flags]  # the data and the model of the checkpoint
     for at, flag in enumerate(flags):
         if flag.startswith("--config="):
             config = find_config(flag.removeprefix("--config="))

@@ -276,6 +276,15 @@ def _is_readable(file: Path) -> bool:
         return False
 
 
+def run_of(checkpoint: Path) -> RunFolder | None:
+    """Return the run among whose checkpoints a file is, also where it is named from inside their folder."""
+    run = RunFolder(checkpoint.parent.parent)
+    if checkpoint.parent != run.checkpoints:
+        checkpoint = Path(os.path.abspath(checkpoint))
+        run = RunFolder(checkpoint.parent.parent)
+    return run if checkpoint.parent == run.checkpoints else None
+
+
 def weights_file(path: Path) -> Path:
     """Return a file of weights, which a flag may also name by its run or as a shipped model."""
     if not path.is_dir() and not _is_shipped(path):

@@ -181,6 +181,17 @@ def test_a_learning_rate_next_to_a_config_that_finds_one_is_not_ignored(monkeypa
     assert "--model.lr=1" in flags
 
 
+@pytest.mark.parametrize(
+    ("below", "named"),
+    [(".", "checkpoints/best.ckpt"), ("checkpoints", "best.ckpt"), ("checkpoints", "../checkpoints/best.ckpt")],
+)
+def test_a_checkpoint_is_evaluated_with_its_runs_config_wherever_it_is_named_from(run, below, named, monkeypatch):
+    monkeypatch.chdir(run.path / below)
+    flags, _ = training_arguments("test", ["--ckpt_path", named])
+    configs = [flag.removeprefix("--config=") for flag in flags if flag.startswith("--config=")]
+    assert [os.path.realpath(config) for config in configs] == [os.path.realpath(run.config)]
+
+
 @pytest.mark.parametrize("name", ["metrics.csv", "mistakes.csv", "gallery.npz"])
 def test_predict_does_not_write_over_a_file_of_the_run(monkeypatch, capsys, tmp_path, name):
     (tmp_path / "config.yaml").touch()
