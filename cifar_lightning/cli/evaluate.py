@@ -78,6 +78,8 @@ def find_run(command: str, checkpoint: Path, data: ImageDataModule, output: Path
         reason = split_difference(run, data)
         if not reason and checkpoint.name != run.tested_checkpoint.name:
             reason = f"its files are not of {checkpoint.name}"
+        if not reason and not run.is_writable:
+            reason = "the folder cannot be written"
         if not reason:
             return open_run(run.path, lock=is_first_process())
     if command == "predict":

@@ -47,12 +47,15 @@ def make_report(
         images = other_results.images | images
     else:
         findings["comparison"] = None
-    write_confusion(run, results.confusion, results.class_names)
-    write_prediction_tables(run, results)
-    write_label_issues(run, findings["label_issues"])
-    findings["label_issues"] = findings["label_issues"][:_MAX_ISSUES]
-    write_json(run.findings, findings)
-    write_text_durably(run.report, render_page(findings, images, results.explanations, results.explanations_reason))
+    all_issues, findings["label_issues"] = findings["label_issues"], findings["label_issues"][:_MAX_ISSUES]
+    if run.is_writable:
+        write_confusion(run, results.confusion, results.class_names)
+        write_prediction_tables(run, results)
+        write_label_issues(run, all_issues)
+        write_json(run.findings, findings)
+        write_text_durably(run.report, render_page(findings, images, results.explanations, results.explanations_reason))
+    else:
+        findings["problems"] = [*findings["problems"], "The folder cannot be written: its files stay as they are."]
     (print_summary if is_short else print_findings)(findings, run.path, console)
 
 

@@ -121,6 +121,11 @@ class RunFolder(RunFiles):
             kind = "a link" if path.is_symlink() else "not a regular file" if path != self.checkpoints else "no folder"
             raise UserError(f"run {self.path}: {path.relative_to(self.path)} is {kind}; remove it or put a copy there.")
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether files can be written into the folder, which may be somebody else's or on a read-only disk."""
+        return os.access(self.path, os.W_OK | os.X_OK)
+
     def check_writable(self) -> None:
         """Check that the folders can be written, before training."""
         for folder in (self.path, self.checkpoints):
@@ -157,7 +162,7 @@ def create_run(base: Path, name: str, run_dir: str | Path | None = None) -> RunF
             f"{flag} {chosen}: cannot make this folder ({error.strerror}).\nChoose another one with --run_dir PATH."
         ) from error
     _refuse_what_would_be_lost(run)  # before the lock's file marks the folder as a run's
-    lock = RunLock(run.lock_file)
+    lock = RunLock(run.lock_file, is_new=True)
     try:
         _refuse_what_would_be_lost(run)  # another process may have had it in between
         for file in (left := tuple(run.written_files())):

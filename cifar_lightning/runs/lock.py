@@ -36,11 +36,15 @@ class RunLock:
     It is a lock on an open file, so SIGKILL or a power cut leaves nothing stale behind. Forked children (loader
     workers) do not hold it. The file holds the process id of its last holder and stays: it marks the folder as a run's.
 
+    Args:
+        path: The lock file.
+        is_new: Whether the run is new, so that it could have another folder.
+
     Raises:
         UserError: Another process holds the lock, or the file cannot be written or is a link, a FIFO or a folder.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_new: bool = False) -> None:
         from filelock import FileLock, Timeout  # takes 30 ms, which `--help` does not wait for
 
         self._lock = FileLock(
@@ -55,13 +59,13 @@ class RunLock:
         except Timeout as error:
             raise UserError(
                 f"run folder {path.parent}: process {_read_process_id(path)} is writing into it.\n"
-                "Wait until it has ended, or choose another folder with --run_dir."
+                f"Wait until it has ended{', or choose another folder with --run_dir' if is_new else ''}."
             ) from error
         except (OSError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 raise UserError(
                     f"run folder {path.parent}: cannot write {path.name} ({error.strerror}).\n"
-                    "Choose another folder with --run_dir, or fix the permissions of this one."
+                    f"Fix its permissions, or {'choose another folder with --run_dir' if is_new else 'copy the run'}."
                 ) from error
             warnings.warn(
                 f"{path.parent}: this file system has no locks; two runs into one folder go unnoticed.", stacklevel=3

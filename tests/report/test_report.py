@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import sys
 
@@ -64,6 +65,17 @@ def test_a_terminal_of_unknown_width_gets_the_report(run, monkeypatch, capsys):
         assert ended.value.code == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
+
+
+def test_a_run_that_cannot_be_written_is_reported_on_the_terminal(run, monkeypatch):
+    printed = analyze(run)
+    before = {path: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    monkeypatch.setattr("cifar_lightning.report.report.write_json", None)  # nothing is tried
+    again = analyze(run)
+    assert again.split("Problems")[0].rstrip() == printed.split("Run folder")[0].rstrip()
+    assert "The folder cannot be written" in again
+    assert {path: path.read_bytes() for path in run.path.iterdir() if path.is_file()} == before
 
 
 def test_a_run_copied_elsewhere_has_the_same_findings(run, tmp_path):
