@@ -78,6 +78,7 @@ def normalize_arguments(command: str, arguments: Sequence[str], config: Path | N
             value = _value_left_out(plain, typed)
         elif not is_own:
             check_value(plain, value, f"--{typed} {clipped(value)}")
+            _check_text(plain, value, f"--{typed} {clipped(value)}")
             if is_import_path(value) and table().get(plain, {}).get("open") and plain not in MAY_BE_OBJECTS:
                 value = value.replace(":", ".")  # jsonargparse knows classes by points alone
         other, other_value = given.get(name, (typed, value or ""))
@@ -227,6 +228,14 @@ def check_value(name: str, value: str, typed: str, folder: Path = Path()) -> Non
     number = _number(value)
     if "bounds" in row and number is not None and not within(number, row["bounds"]):
         raise UserError(f"{typed}: {row['allowed']}.")
+
+
+def _check_text(name: str, value: str, typed: str) -> None:
+    """Refuse text that is nothing in YAML, as a comment is: the parser would take the default in its place."""
+    if {"str", "null"} <= {*table().get(name, {}).get("types", ())} and value.lower() not in NULL:
+        with contextlib.suppress(yaml.YAMLError):
+            if read_yaml(value) is None:
+                raise UserError(f"{typed}: is nothing in YAML; for a path: --{name} ./{clipped(value)}")
 
 
 def _check_mapping(value: str, typed: str, allowed: str) -> None:

@@ -136,6 +136,8 @@ def test_output_that_cannot_be_written_is_a_line_and_a_failure(unbuffered, tmp_p
         (["fit", "--tune_lr", "--lr", "1"], "leave one of them out"),
         (["fit", "--tune_lr=yes", "--lr", "1"], "leave one of them out"),
         (["fit", "runs"], "fit takes no argument 'runs'"),
+        (["fit", "--run_dir", "#3"], "--run_dir #3: is nothing in YAML; for a path: --run_dir ./#3"),
+        (["fit", "--data.labels", "#all.csv"], "--data.labels ./#all.csv"),
         (["fti"], "Did you mean fit?"),
         (["test"], "give a run folder, or --ckpt_path"),
         (["validate", "--ckpt_path", "null"], "give a run folder, or --ckpt_path"),
