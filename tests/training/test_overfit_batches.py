@@ -64,7 +64,7 @@ def test_the_same_batches_each_epoch(tmp_path, num_workers, overfit, batches):
     assert not equal(others.train[1:], seen.train[1:2])
 
 
-@pytest.mark.filterwarnings("ignore:You requested to overfit")
+@pytest.mark.filterwarnings("ignore:You requested to overfit")  # which this test does on purpose
 def test_a_loader_that_is_given_without_its_data_module_repeats_them_too(tmp_path):
     seen, data = Watch(), small_data(**PLAIN)
     run = quiet_trainer(tmp_path, max_epochs=3, overfit_batches=2, callbacks=[seen])
