@@ -87,8 +87,8 @@ LOCKS = weakref.WeakSet()
 def known_locks():
     """Remember the locks of runs that are opened to be written."""
 
-    def lock_and_remember(self, path):
-        real(self, path)
+    def lock_and_remember(self, path, **kwargs):
+        real(self, path, **kwargs)
         LOCKS.add(self)
 
     real = RunLock.__init__
