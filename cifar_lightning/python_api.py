@@ -49,7 +49,7 @@ from cifar_lightning.runs.folder import RunFolder, open_model
 from cifar_lightning.runs.processes import RUN_OF_FIRST
 from cifar_lightning.settings.import_path import is_import_path
 from cifar_lightning.training.module import ImageClassifier
-from cifar_lightning.training.signals import Stopped
+from cifar_lightning.training.signals import Stopped, stop_signals
 
 
 def fit(
@@ -353,7 +353,7 @@ def _data_settings(data: str) -> dict[str, str]:
 def _unchanged_process() -> Iterator[None]:
     """Restore signal handlers and the environment; raise `KeyboardInterrupt` where Ctrl-C stopped training."""
     in_main = threading.current_thread() is threading.main_thread()
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
+    handlers = {signum: signal.getsignal(signum) for signum in stop_signals()} if in_main else {}
     announced = {name: value for name, value in os.environ.items() if name == RUN_OF_FIRST}
     try:
         yield

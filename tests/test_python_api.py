@@ -61,7 +61,7 @@ def config_of(run):
 def state_of_process():
     loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric", "pytorch.utilities.rank_zero")]
     logged = [(logger.level, list(logger.filters)) for logger in loggers]
-    handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     return list(warnings.filters), handlers, logged, os.environ.get("CIFAR_LIGHTNING_RUN_DIR")
 
 

@@ -24,6 +24,7 @@ from cifar_lightning.runs.processes import is_started_from_outside
 from cifar_lightning.runs.schema import SCHEMA_VERSION
 from cifar_lightning.runs.states import state_of, states_table
 from cifar_lightning.settings.roles import flat_settings
+from cifar_lightning.training.signals import leave_closed_terminal, stop_signals
 
 _SEEDS = ("seed_everything", "data.order_seed")
 _OF_ONE_RUN = ("ckpt_path", *_SEEDS, "tune_lr", "trainer.fast_dev_run", "print_config")
@@ -160,11 +161,12 @@ def _run_program(*arguments: str) -> int:
     received, children = list[int](), list[subprocess.Popen[bytes]]()
 
     def forward(signum: int, frame: FrameType | None) -> None:
+        leave_closed_terminal()
         received.append(signum)
         for child in children:
             child.send_signal(signum)
 
-    before = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, forward) for signum in stop_signals()}
     try:
         # As this process was started: by train.py, -m cifar_lightning or the installed command.
         program = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]

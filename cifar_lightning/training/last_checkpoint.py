@@ -17,7 +17,7 @@ from cifar_lightning.training.lightning_patches import mark_validation_interrupt
 from cifar_lightning.training.run_recorder import EPOCH_SO_FAR, RunRecorder
 from cifar_lightning.training.signals import Stopped, StopSignals
 
-_MINUTES_ARE_UP = 1  # below every signal's number, so that the maximum over ranks is the request that counts
+_MINUTES_ARE_UP = 0.5  # below every signal's number, so that the maximum over ranks is the request that counts
 
 
 class CheckpointSchedule:
@@ -155,7 +155,7 @@ class LastCheckpoint(Checkpoint):
         every = self.schedule.every_n_train_steps
         return every is not None and trainer.global_step % every == 0 and trainer.global_step != self._saved_at_step
 
-    def _minutes_are_up(self) -> int:
+    def _minutes_are_up(self) -> float:
         every = self.schedule.every_n_minutes
         return _MINUTES_ARE_UP if every and time.monotonic() - self._saved_at_s >= 60 * every else 0
 
@@ -169,17 +169,17 @@ class LastCheckpoint(Checkpoint):
         self._saved_at_step, self._saved_at_s, self._is_due = trainer.global_step, time.monotonic(), False
 
     @staticmethod
-    def _stop(trainer: pl.Trainer, request: int) -> None:
+    def _stop(trainer: pl.Trainer, request: float) -> None:
         if request > _MINUTES_ARE_UP:
-            raise Stopped(request, is_reporting=trainer.is_global_zero)
+            raise Stopped(int(request), is_reporting=trainer.is_global_zero)
 
 
-def highest_of_ranks(trainer: pl.Trainer, value: int) -> int:
+def highest_of_ranks(trainer: pl.Trainer, value: float) -> float:
     """Return the maximum over all ranks; every rank must call it.
 
     Several processes wait for each other, as they do in Lightning's own broadcast in each step.
     """
     if trainer.world_size == 1:
         return value
-    own = torch.tensor(value, device=trainer.strategy.root_device)
-    return int(trainer.strategy.reduce(own, reduce_op="max"))
+    own = torch.tensor(float(value), device=trainer.strategy.root_device)
+    return float(trainer.strategy.reduce(own, reduce_op="max"))

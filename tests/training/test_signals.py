@@ -9,20 +9,20 @@ import pytest
 
 from cifar_lightning.training.signals import Stopped, StopSignals
 
-BOTH = (signal.SIGINT, signal.SIGTERM)
+ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.fixture
 def signals():
-    before = [signal.getsignal(signum) for signum in BOTH]
+    before = [signal.getsignal(signum) for signum in ALL]
     signals = StopSignals()
     signals.install()
     yield signals
-    for signum, handler in zip(BOTH, before, strict=True):
+    for signum, handler in zip(ALL, before, strict=True):
         signal.signal(signum, handler)
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_outside_training_a_signal_ends_the_program_at_once(signals, signum, status):
     with pytest.raises(Stopped) as ended:
         os.kill(os.getpid(), signum)
@@ -50,6 +50,15 @@ def test_deferring_takes_the_signals_back_from_whoever_took_them(signals):
     signals.defer()
     os.kill(os.getpid(), signal.SIGTERM)
     assert signals.signum == signal.SIGTERM
+
+
+def test_a_closed_terminal_is_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        StopSignals().defer()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_third_one_ends_the_program_without_clearing_up():
