@@ -65,7 +65,7 @@ SUITES = {
         {
             BASE: [],
             "mirror TTA": ["--model.tta=mirror"],
-            "six-name TTA": ["--model.tta=six"],
+            "six-view TTA": ["--model.tta=six"],
             "ema": ["--model.ema_decay=0.99"],
             "mixup": ["--model.mixup=0.2"],
             "cutmix": ["--model.cutmix=1"],
@@ -82,7 +82,7 @@ SUITES = {
             "sgd": ["--model.optimizer=sgd", "--lr=0.1", "--model.weight_decay=0.0005"],
             "adamw": ["--model.optimizer=adamw", "--lr=0.003"],
         },
-        ("mirror TTA", "six-name TTA"),
+        ("mirror TTA", "six-view TTA"),
     ),
     "stems": Suite(
         "ResNet-18 with ImageNet's stem, 300 steps of 64 images, AdamW; 5,000 validation images",

@@ -188,10 +188,9 @@ def main() -> None:
     run = one.run_in(args.runs.resolve())
     print(f"Next: {one}, in {run.path}", flush=True)
     one.check_settings(run)
-    if state_of(run)["state"] != "finished":
-        status = run_to_end(one.command(run, args.data and args.data.resolve()))
-        if status != 0:
-            sys.exit(status if status > 0 else 128 - status)
+    status = run_to_end(one.command(run, args.data and args.data.resolve()))
+    if status != 0:
+        sys.exit(status if status > 0 else 128 - status)
     add_runs(one.config, [run.path], args.note)
     print("The tables: python -m benchmarks.accuracy.table --write")
 

@@ -3,8 +3,9 @@
     python -m benchmarks.accuracy.record smallnet_cpu runs/smallnet_cpu/1    benchmarks/results/smallnet_cpu.json
     python -m benchmarks.accuracy.record smallnet_cpu runs/smallnet_cpu/1 --note "other programs were running"
 
-A run that is there already is not added twice, so that only seeds add up. Each line keeps the settings of its config at
-the run's commit: the tables and the list of wanted runs count those of the present config alone.
+A run that is there already is not added twice; one that has not ended, or was tested on other images than the file's
+runs, is refused. Each line keeps the settings of its config at the run's commit: the tables and the list of wanted runs
+count those of the present config alone, and of each seed the newest.
 """
 
 import argparse
@@ -25,13 +26,20 @@ from cifar_lightning.cli.flags import ALIASES
 from cifar_lightning.runs.environment import inexact_resumes
 from cifar_lightning.settings.roles import flat_settings
 
+_ENDED_BY = ("epochs", "max_steps", "max_time", "early_stopping")  # not by a signal, nor by a callback
 _NOT_OF_A_RESULT = ("--config", "--data.root", "--run_dir", "--seed_everything", "--data.seed")
 _AS_FOLDERS = "--data.dataset folder"  # a config's own images, unpacked
 
 
 def summarize(run: Path, recipe: str, note: str) -> dict[str, Any]:
-    """Return one run of a config as a line of a results file, from the run's own files."""
+    """Return one run of a config as a line of a results file, from the run's own files.
+
+    Raises:
+        SystemExit: Its training has not ended, or not with the settings of a config.
+    """
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    if (environment.get("ended") or {}).get("by") not in _ENDED_BY:
+        raise SystemExit(f"{run}: its training has not ended; resume it with fit --resume {run}.")
     moved = moves(run, environment)
     metrics = json.loads((run / "test_metrics.json").read_text(encoding="utf-8"))
     split = json.loads((run / "split.json").read_text(encoding="utf-8"))
@@ -135,22 +143,31 @@ def present_settings(recipe: str) -> dict[str, Any]:
 
 
 def results_of(recipe: str) -> list[dict[str, Any]]:
-    """Return the recorded runs of the present config; those of `benchmarks.speed.speedrun` have no flags."""
+    """Return the newest recorded run of each seed of the present config, for each set of flags and each machine.
+
+    The runs of `benchmarks.speed.speedrun` have no flags and are left out.
+    """
     path = RESULTS / f"{recipe}.json"
     lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     settings = present_settings(recipe) if lines else {}
-    return [line for line in lines if "flags" in line and line["settings"] == settings]
+    runs = [line for line in lines if "flags" in line and line["settings"] == settings]
+    return _newest(runs, "flags", "hardware", "seed", "data_seed")
 
 
 def comparable(lines: list[dict[str, Any]], recipe: str, compiled: bool = False) -> list[dict[str, Any]]:
-    """Return the whole runs among a speed config's results: those of the present config, and its peers'.
+    """Return the newest whole run of each seed of the present speed config and of each peer.
 
     With `compiled` those with --model.compile.
     """
     settings = present_settings(recipe)
     settings["model"] |= {"compile": True} if compiled else {}
     runs = [line for line in lines if "accuracy" in line and line["recipe"] == recipe]
-    return [line for line in runs if line["who"] != "ours" or line.get("settings") == settings]
+    runs = [line for line in runs if line["who"] != "ours" or line.get("settings") == settings]
+    return _newest(runs, "who", "precision", "hardware", "seed")
+
+
+def _newest(lines: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    return [*{tuple(line[key] for key in keys): line for line in lines}.values()]
 
 
 def add_runs(recipe: str, runs: Sequence[Path], note: str) -> None:
@@ -159,6 +176,8 @@ def add_runs(recipe: str, runs: Sequence[Path], note: str) -> None:
     lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     for run in runs:
         line = summarize(run, recipe, note)
+        if any(old.get("test_sha256", line["test_sha256"]) != line["test_sha256"] for old in lines):
+            raise SystemExit(f"{run}: was tested on other images than the runs in {path}.")
         keys = ("commit", "flags", "seed", "data_seed", "hardware")
         if not any(all(old.get(key) == line[key] for key in keys) for old in lines):
             lines.append(line)

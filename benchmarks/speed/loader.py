@@ -140,8 +140,8 @@ def torchvision_epochs(loader: ResidentLoader, num_workers: int) -> Epoch:
         ]
     )
     settings: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": True, "drop_last": True}
-    raw_images = TransformedImages(loader.images, loader.targets, transform)
-    batches = DataLoader(raw_images, batch_size=BATCH_SIZE, shuffle=True, **settings)
+    transformed = TransformedImages(loader.images, loader.targets, transform)
+    batches = DataLoader(transformed, batch_size=BATCH_SIZE, shuffle=True, **settings)
     return lambda: (images for images, _ in batches)
 
 

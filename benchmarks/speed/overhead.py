@@ -96,7 +96,7 @@ def default_training() -> Training:
         lambda optimizer, steps: make_schedule(
             optimizer, ScheduleSettings("one_cycle", pct_start=None, stem_train_fraction=1.0), total_steps=steps
         ),
-        [f"--lr={LR}"],
+        [f"--lr={LR}", "--trainer.precision=32-true"],
     )
 
 

@@ -21,9 +21,11 @@ def peer_of(names: Collection[str]) -> Callable[[str], tuple[str, Path]]:
 
 
 def commit_of(checkout: Path) -> str | None:
-    """Return the commit of a peer's checkout; None where git does not know it."""
-    found = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or None
+    """Return the commit of a peer's checkout, with "-dirty" where a file is changed; None where it is no clone."""
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def read_peer(name: str, checkout: Path, file: str) -> str:

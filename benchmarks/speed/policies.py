@@ -40,8 +40,8 @@ def our_epochs(images: Tensor, policy: Policy) -> Epoch:
 
     def epoch(number: int) -> Iterable[Tensor]:
         _, draws = pipeline.draw(seed=0, epoch=number, device=images.device, **shape)
-        for raw_images in torch.arange(len(images)).split(BATCH_SIZE):
-            yield augment(images[raw_images], rows_of(draws, raw_images), mean=mean, std=std)
+        for indices in torch.arange(len(images)).split(BATCH_SIZE):
+            yield augment(images[indices], rows_of(draws, indices), mean=mean, std=std)
 
     return epoch
 
@@ -53,8 +53,8 @@ def torchvision_epochs(images: Tensor, policy: Policy) -> Epoch:
     planes = images.permute(0, 3, 1, 2).contiguous()
 
     def epoch(_: int) -> Iterable[Tensor]:
-        for raw_images in torch.arange(len(planes)).split(BATCH_SIZE):
-            yield torch.stack([transform(planes[k]) for k in raw_images.tolist()])
+        for indices in torch.arange(len(planes)).split(BATCH_SIZE):
+            yield torch.stack([transform(planes[k]) for k in indices.tolist()])
 
     return epoch
 

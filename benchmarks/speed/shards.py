@@ -13,6 +13,7 @@ turn. The last line is shards over the other loader.
 """
 
 import argparse
+import json
 import shutil
 import statistics
 import sys
@@ -36,6 +37,7 @@ from cifar_lightning import ImageDataModule
 from cifar_lightning.data.image_folder import ClassFolders, scan
 from cifar_lightning.data.shard_writer import write_shards
 from cifar_lightning.errors import UserError
+from cifar_lightning.files import write_json
 
 TRAINED_PX = 224
 VARIANTS = (None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.ROTATE_180)
@@ -82,15 +84,22 @@ def _folder(root: Path, at: int, name: str) -> Path:
 
 
 def prepare(args: argparse.Namespace) -> tuple[Path, Path, float]:
-    """Write images and shards, unless they are there; return both roots, and the seconds that the shards took."""
-    root, shards, note = args.work / "images", args.work / "shards", args.work / "images_done"
+    """Write images and shards, unless they are there; return both roots, and the seconds that the shards took.
+
+    Raises:
+        UserError: --work holds other images.
+    """
+    root, shards, note = args.work / "images", args.work / "shards", args.work / "images.json"
+    about = {"data": None if args.jpeg else str(args.data), "jpeg_px": args.jpeg and args.jpeg_px, "num": args.images}
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != about:
+        raise UserError(f"--work {args.work}: holds other images; name another folder.")
     if not note.exists():
         shutil.rmtree(root, ignore_errors=True)
         if args.jpeg:
             jpegs(root, args.images, args.jpeg_px)
         else:
             small_images(root, args.data, args.images)
-        note.touch()
+        write_json(note, about)
     began = time.perf_counter()
     if not (shards / "shards.json").exists():
         shutil.rmtree(shards, ignore_errors=True)

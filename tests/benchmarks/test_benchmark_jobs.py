@@ -43,7 +43,7 @@ def save_results(folder, *lines):
 
 def result(flags="--epochs 2", seed=0, hardware=CPU, max_epochs=3):
     settings = {"trainer": {"max_epochs": max_epochs}}
-    return {"flags": flags, "seed": seed, "hardware": hardware, "settings": settings}
+    return {"flags": flags, "seed": seed, "data_seed": seed, "hardware": hardware, "settings": settings}
 
 
 def test_a_run_is_done_by_a_result_of_its_config_flags_seed_and_kind_of_machine_alone(made):
@@ -186,6 +186,24 @@ def test_a_result_tells_another_processor_and_precision_and_no_other_flag_may_ch
     assert record.moves(Path("run"), {}) == []
     with pytest.raises(SystemExit):
         record.moves(Path("run"), {"resumed": [moved, resumed(**{"trainer.max_epochs": 200})]})
+
+
+def test_a_run_that_has_not_ended_is_not_recorded(tmp_path):
+    for ended in ({}, {"ended": None}, {"ended": {"by": "signal"}}):
+        (tmp_path / "environment.json").write_text(json.dumps(ended))
+        with pytest.raises(SystemExit, match="--resume"):
+            record.summarize(tmp_path, "plain", "")
+
+
+def test_a_run_that_was_tested_on_other_images_is_not_recorded(made, monkeypatch):
+    kept = [result() | {"commit": "a", "test_sha256": "b"}]
+    save_results(made, *kept)
+    monkeypatch.setattr(record, "summarize", lambda *_: kept[0] | {"test_sha256": "c"})
+    with pytest.raises(SystemExit):
+        record.add_runs("plain", [made], "")
+    monkeypatch.setattr(record, "summarize", lambda *_: kept[0] | {"seed": 1})
+    record.add_runs("plain", [made], "")
+    assert [line["seed"] for line in json.loads((made / "results" / "plain.json").read_text())] == [0, 1]
 
 
 def test_a_run_of_a_changed_checkout_keeps_settings_that_it_trained_with_alone(made):

@@ -1,6 +1,7 @@
 """What `benchmarks/speed/speedrun.py` relies on: peers that are what is expected, and a clock whose windows fit."""
 
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,9 @@ from fitting import NARROW, quiet_trainer, small_data
 from program import REPO
 
 from benchmarks.accuracy.record import comparable
+from benchmarks.hardware import hardware_name
 from benchmarks.speed import speedrun, speedrun_peers
+from benchmarks.speed.peers import commit_of
 from benchmarks.speed.speedrun_clock import Clock
 from benchmarks.speed.speedrun_peers import PEERS, load
 from cifar_lightning import ImageClassifier, UserError
@@ -33,6 +36,25 @@ def test_a_peer_that_is_missing_or_of_another_version_is_refused(tmp_path, witho
     (tmp_path / "cifar10_speedrun.py").touch()
     with pytest.raises(UserError, match="a GPU alone"):
         load("hiverge", tmp_path)
+
+
+def test_a_changed_checkout_of_a_peer_is_another_version(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+        return subprocess.check_output(["git", "-C", str(tmp_path), *identity, *arguments], text=True).strip()
+
+    assert commit_of(tmp_path) is None
+    (tmp_path / "airbench94_muon.py").write_text("lr = 1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "Peer")
+    git("tag", "-a", "v1", "-m", "A version")
+    commit = git("rev-parse", "HEAD")
+    assert commit_of(tmp_path) == commit
+    (tmp_path / "airbench94_muon.py").write_text("lr = 2\n")
+    assert commit_of(tmp_path) == f"{commit}-dirty"
+    lines = [{"who": "airbench", "commit": commit, "hardware": hardware_name()}]
+    assert speedrun.other_versions(lines, {"airbench": tmp_path})
 
 
 def test_a_peer_is_put_on_the_cpu_by_the_listed_changes_alone(tmp_path, without_gpu, monkeypatch):
@@ -84,10 +106,12 @@ def test_the_clocks_windows_hold_each_other(tmp_path):
 
 def test_only_runs_of_a_recipe_as_it_is_now_are_put_together():
     settings = yaml.safe_load((REPO / "configs" / "speedrun94.yaml").read_text(encoding="utf-8"))
-    ours = {"who": "ours", "recipe": "speedrun94", "accuracy": 0.9, "settings": settings}
+    where = {"recipe": "speedrun94", "precision": "32-true", "hardware": "here", "seed": 0}
+    ours = {**where, "who": "ours", "accuracy": 0.9, "settings": settings}
     earlier = {**ours, "settings": {**settings, "trainer": {"max_epochs": 3}}}
-    peer = {"who": "airbench", "recipe": "speedrun94", "accuracy": 0.9}
-    lines = [ours, earlier, peer, {**ours, "recipe": "speedrun95"}, {"who": "epochs in turn"}]
+    peer = {**where, "who": "airbench", "accuracy": 0.9}
+    repeated = {**ours, "accuracy": 0.8}
+    lines = [repeated, ours, earlier, peer, {**ours, "recipe": "speedrun95"}, {"who": "epochs in turn"}]
     assert comparable(lines, "speedrun94") == [ours, peer]
 
 

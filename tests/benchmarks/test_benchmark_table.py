@@ -4,13 +4,15 @@ import json
 
 import pytest
 
+from benchmarks import RESULTS
 from benchmarks.accuracy import record, table
+from benchmarks.accuracy.ablations import SUITES
 
 
 def test_a_row_is_the_mean_over_runs_with_one_hardware_and_one_set_of_flags(tmp_path, monkeypatch):
     def run(hardware, accuracy, seconds, note="", flags="", settings=None):
         line = {"flags": flags, "hardware": hardware, "test_accuracy": accuracy, "elapsed_s": seconds, "note": note}
-        return line | {"settings": settings or {"seed": 1}}
+        return line | {"settings": settings or {"seed": 1}, "seed": seconds, "data_seed": 0}
 
     runs = [run("a CPU", 0.90, 600), run("a GPU", 0.93, 30), run("a CPU", 0.92, 660), run("a GPU", 0.93, 50, "busy")]
     path = tmp_path / "mine.json"
@@ -34,6 +36,8 @@ def test_a_row_is_the_mean_over_runs_with_one_hardware_and_one_set_of_flags(tmp_
     assert table._rows("Mine", "mine")[0].split(" | ")[2] == "at most 2.0 min (n=1): busy"
     path.write_text(json.dumps([*runs, run("a CPU", 0.99, 600, settings={"seed": 2})]))
     assert table._rows("Mine", "mine") == rows, "a result of another version of the config counts no more"
+    path.write_text(json.dumps([run("a CPU", 0.50, 600), *runs]))
+    assert table._rows("Mine", "mine") == rows, "of each seed the newest counts"
     assert table._rows("Mine", "not measured") == []
 
 
@@ -67,3 +71,8 @@ def test_ablations_of_other_hardware_or_precision_have_tables_of_their_own(tmp_p
     assert "-10.00 points" in text.partition("a GPU, 32-true")[2].partition("a CPU, bf16-mixed")[0]
     assert "Base: 60.00 %" in text.partition("a CPU, bf16-mixed")[2]
     assert "--precision bf16-mixed" in text
+
+
+def test_every_measured_setting_has_its_row():
+    lines = json.loads((RESULTS / "ablations.json").read_text(encoding="utf-8"))
+    assert {line["setting"] for line in lines if line["setting"] not in SUITES[line["suite"]].settings} == set()

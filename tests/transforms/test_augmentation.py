@@ -231,9 +231,9 @@ def test_an_image_is_augmented_alike_in_any_batch(policy):
     everything = torch.arange(32)
     together = augment(images, rows_of(draws, everything), mean=MEAN, std=STD)
     order = torch.randperm(32, generator=seeded_generator(9))
-    for raw_images in order.split(5):
-        alone = augment(images[raw_images], rows_of(draws, raw_images), mean=MEAN, std=STD)
-        assert torch.equal(alone, together[raw_images])
+    for indices in order.split(5):
+        alone = augment(images[indices], rows_of(draws, indices), mean=MEAN, std=STD)
+        assert torch.equal(alone, together[indices])
 
 
 def test_cutout_is_the_mean_colour_even_with_jitter():
