@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cifar_lightning.data.datamodule import ImageDataModule as ImageDataModule
+    from cifar_lightning.errors import RunError as RunError
     from cifar_lightning.errors import UserError as UserError
     from cifar_lightning.inference.predict_images import Prediction as Prediction
     from cifar_lightning.models.registry import build_model as build_model
@@ -42,6 +43,7 @@ _HOMES = {
     "RandomResizedCrop": "transforms.photographs",
     "RandomRotation": "transforms.photographs",
     "Run": "python_api",
+    "RunError": "errors",
     "RunReport": "training.run_report",
     "SmallNet": "models.smallnet",
     "SpeedNet": "models.speednet",

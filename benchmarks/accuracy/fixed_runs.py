@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import torch
 from PIL import Image
 
 from benchmarks import ROOT
+from benchmarks.hardware import hardware_name
 
 SYNTHETIC = ["--data.dataset", "synthetic", "--data.limit", "600", "--batch_size", "60", "--data.image_size", "16"]
 NARROW = ["--model.model_kwargs", "{widths: [8, 16, 16]}"]
@@ -134,9 +134,11 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="JSON file of a record")
     parser.add_argument("--program", type=Path, default=ROOT / "train.py", help="train.py")
     args = parser.parse_args()
+    about = {"hardware": hardware_name(), "torch": torch.__version__}
+    if args.action == "compare" and (of_file := json.loads(args.file.read_text(encoding="utf-8"))["about"]) != about:
+        raise SystemExit(f"{args.file}: was recorded with {of_file}, which gives other numbers than {about}.")
     found = run_all(args.program.resolve())
     if args.action == "record":
-        about = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
         args.file.write_text(json.dumps({"about": about, "runs": found}, indent=1) + "\n", encoding="utf-8")
         return
     lines = list(differences(json.loads(args.file.read_text(encoding="utf-8"))["runs"], found))

@@ -97,8 +97,8 @@ def speed_table() -> str:
     what = "Streaming 200,000 files against ImageFolder in 2 workers"
     command = "speed.streaming --work DIR --data ROOT --rounds 5"
     add("streaming", what, lambda found: _ratio_of(found["ratios"], 0, images), command)
-    what = "Host time that `fit` adds to a step against plain Lightning"
-    add("overhead", what, lambda found: _ratio_of(found["added_over_plain"], 2, "of it"), "speed.overhead --rounds 3")
+    what = "Host time added to a training step, against what plain Lightning adds"
+    add("overhead", what, lambda found: _ratio_of(found["added_over_plain"], 2, "times"), "speed.overhead --rounds 3")
     what = "Training steps of SmallNet on a CPU in float32 against steps with torch's convolutions"
     add("winograd", what, lambda found: _ratio_of(found["rows"][-1]["ratios"], 2, images), "speed.winograd")
     what = "Folder of images in `predict-images` against one image at a time"
@@ -190,7 +190,7 @@ def faults_table() -> str:
     rows = [f"`python -m benchmarks.faults.run` on {ours['hardware']}: {summary}."]
     commits = {result["commit"] for result in ours["results"]}
     if len(commits) > 1:
-        rows[0] += f" Some rows were repeated after a fix, so the results are from {len(commits)} commits."
+        rows[0] += f" Rows were added later or repeated: the results are from {len(commits)} earlier commits."
     verdicts: dict[int, str] = {}
     if plain is not None:
         verdicts = {result["number"]: _verdict(result) for result in plain["results"]}

@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.faults.judge import differences, load
-from benchmarks.hardware import hardware_name
+from benchmarks.hardware import hardware_name, results_file
 from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.runs.folder import RunFolder
 
@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--stops", type=int, default=300, help="stopped runs (default 300)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
     parser.add_argument("--per_run", type=int, default=STOPS_PER_RUN, help=f"for each unbroken one ({STOPS_PER_RUN})")
-    parser.add_argument("--json", type=Path, help="write the results into this file")
+    parser.add_argument("--json", type=results_file, help="write the results into this file")
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     import torch
