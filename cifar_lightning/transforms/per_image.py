@@ -49,7 +49,7 @@ class PerImage(Transform):
     def apply(self, images: Tensor, rows: Tables) -> Tensor:
         planes = images.permute(0, 3, 1, 2).contiguous()
         changed = torch.empty_like(planes)
-        with _states_kept():
+        with states_kept():
             for k, seed in enumerate(rows["seed"].tolist()):
                 torch.default_generator.manual_seed(seed)
                 np.random.seed(seed % 2**32)
@@ -98,7 +98,8 @@ def _inside(transform: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _states_kept() -> Iterator[None]:
+def states_kept() -> Iterator[None]:
+    """Restore the states of the global generators of torch (on the CPU), NumPy and Python."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         yield

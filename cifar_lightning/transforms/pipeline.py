@@ -13,7 +13,7 @@ from torch import Tensor
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import reason_of
 from cifar_lightning.transforms.augmentation import Augmentation, normalize, resize, standardize_
-from cifar_lightning.transforms.per_image import as_transform
+from cifar_lightning.transforms.per_image import as_transform, states_kept
 from cifar_lightning.transforms.transform import EpochGenerator, Stage, Tables, Transform, name_of, own_key
 
 DEFAULT: list[Any] = ["default"]
@@ -44,13 +44,14 @@ class Pipeline:
 
     Args:
         augmentation: The default transforms.
-        transforms: "default", which stands for those, and transforms or callables of one's own, in order.
+        transforms: "default", which stands for those, and transforms or callables of one's own, in order; or one.
 
     Raises:
         UserError: An entry that is no transform, or settings of the default transforms in a list without them.
     """
 
-    def __init__(self, augmentation: Augmentation, transforms: Sequence[object] = tuple(DEFAULT)) -> None:
+    def __init__(self, augmentation: Augmentation, transforms: object = tuple(DEFAULT)) -> None:
+        transforms = transforms if isinstance(transforms, list | tuple) else [transforms]
         if "default" not in transforms:
             _refuse_settings(augmentation)
         elif transforms.count("default") > 1:
@@ -175,11 +176,17 @@ class _Checked(Transform):
     def apply(self, images: Tensor, rows: Tables) -> Tensor:
         wanted = _described(images)
         with _blamed(self.wrapped):
+            with states_kept():  # so that the global generators give the same
+                again = self.wrapped.apply(images.clone(), rows)
             made = self.wrapped.apply(images, rows)
         if _described(made) != wanted:
             raise _refused(self.wrapped, f"returned {_described(made)} for {wanted}; dtype and shape must stay")
         if made.is_floating_point() and not made.isfinite().all():
             raise _refused(self.wrapped, "returned NaN or infinite values")
+        if not torch.equal(made, again):
+            raise _refused(
+                self.wrapped, "gives other images for the same draws; draw in `draw`, not from a generator of its own"
+            )
         return made
 
 

@@ -184,3 +184,26 @@ def test_workers_and_this_process_transform_alike_whatever_stands_before_and_aft
     assert len(here) == len(there) == 2 * 3
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(here, there, strict=True))
     assert len(torch.cat([images.flatten(1).sum(1) for images in here[-3:]]).unique()) > 50
+
+
+class Jitters(Add):
+    """Draws from a generator, its own or a global one, where it should use its rows."""
+
+    def __init__(self, generator):
+        self.stage, self.tables, self.generator = "uint8", {}, generator
+
+    def apply(self, images, rows):
+        return images + int(self.generator.integers(1, 200)) if self.generator else images + random.randrange(1, 200)
+
+
+def test_a_transform_with_a_generator_of_its_own_is_refused_and_a_global_one_is_not():
+    Pipeline(DEFAULT, [Jitters(None)]).check(IMAGES[:4], [8])
+    own = np.random.default_rng(0)
+    for transform in (Jitters(own), lambda image: image + int(own.integers(1, 200))):
+        with pytest.raises(UserError, match=r"--data\.transforms .*generator"):
+            Pipeline(DEFAULT, [transform]).check(IMAGES[:4], [8])
+
+
+def test_one_transform_needs_no_list():
+    one, several = Pipeline(DEFAULT, PerImage(abs)), Pipeline(DEFAULT, [PerImage(abs)])
+    assert len(one.on_cpu) == len(several.on_cpu) == 1
