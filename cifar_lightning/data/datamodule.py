@@ -153,8 +153,10 @@ class ImageDataModule(pl.LightningDataModule):
             self._check_shards(num_workers, sampler)
             num_workers = num_workers or 2  # also on one core: the order depends on it
         self.resize, self.in_channels = resize, in_channels
-        self.class_names: tuple[str, ...] = self.source.class_names
+        self.class_names = tuple(map(str, self.source.class_names))  # one of one's own may have a list, or numbers
         self.num_classes = len(self.class_names)
+        if len(set(self.class_names)) < self.num_classes:
+            raise UserError(f"{self.source.describe()}: two classes have the same name.")
         if self.num_classes < 2:
             name = printable(self.class_names[0])
             raise UserError(f"{self.source.describe()}: only one class ({name}); at least 2 are needed.")
@@ -224,7 +226,8 @@ class ImageDataModule(pl.LightningDataModule):
         self._fit_batch_size(len(train))
         self._remark_on_splits(sum(map(len, targets.values())))
         if (self.mean is None or self.std is None) and self.in_channels == 3:
-            self.mean, self.std = self.source.mean, self.source.std
+            of_source = (self.source.mean, self.source.std)
+            self.mean, self.std = (None if each is None else tuple(map(float, each)) for each in of_source)
         if self.mean is None or self.std is None:
             of_train: Any = images["train"].images
             if is_sharded(of_train):

@@ -257,6 +257,8 @@ def _class_names_in(dataset: Any) -> list[list[str]]:
     if isinstance(features := getattr(dataset, "features", None), Mapping):
         names = getattr(features.get(_columns(features, features)[1]), "names", None)
         return [names] if names else []
+    if getattr(dataset, "target_transform", None) is not None:  # the names are those of the labels before it
+        return []
     classes = getattr(dataset, "classes", None)
     if isinstance(classes, list | tuple) and classes:  # those of ImageNet are tuples of synonyms
         return [[", ".join(map(str, name)) if isinstance(name, list | tuple) else str(name) for name in classes]]

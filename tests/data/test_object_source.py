@@ -209,6 +209,12 @@ def test_class_names_come_from_classes_features_and_what_is_wrapped(given):
     assert targets == LABELS.tolist()
 
 
+def test_class_names_of_labels_that_are_transformed_are_not_those_of_the_data_set():
+    given = Named(lambda image, label: (Image.fromarray(image), int(label) % 2))
+    given.target_transform = lambda label: label % 2
+    assert loaded(given)[2] == ("0", "1")
+
+
 @pytest.mark.parametrize("make", [SAMPLES["PIL"], SAMPLES["dict"]])
 @pytest.mark.parametrize(
     "attributes",
@@ -548,6 +554,19 @@ def test_a_source_of_ones_own_is_used_as_it_is():
         assert module.num_images("test") == N
     with pytest.raises(UserError, match=r"--data\.image_size"):
         data(Ready(), image_size=9)
+
+
+def test_names_and_statistics_of_a_source_may_be_lists_numbers_and_arrays():
+    class Numbered(Ready):
+        class_names, mean, std = [3, 5], np.full(3, 0.5), torch.full((3,), 0.25)
+
+    module = data(Numbered())
+    module.setup()
+    module.load_state_dict(module.state_dict())
+    assert module.class_names == ("3", "5")
+    assert (module.mean, module.std) == ((0.5,) * 3, (0.25,) * 3)
+    with pytest.raises(UserError, match="same name"):
+        data(type("Equal", (Ready,), {"class_names": ["a", "a"]})())
 
 
 NO_IMAGE_SETS = {
