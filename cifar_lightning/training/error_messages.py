@@ -127,6 +127,11 @@ def explain(error: RuntimeError | OSError, command: str, run: RunFolder | None =
             return RunError(f"{text}.\nMake room. {_way_on(run)}")
         # `main` reports files that a user named.
         return RunError(f"{error.filename}: {error.strerror}.\n{_way_on(run)}") if run and error.filename else None
+    if "view size is not compatible with input tensor's size and stride" in text:
+        return UserError(
+            "the model calls view, which tensors in channels_last do not have; give --model.memory_format contiguous, "
+            "or call reshape or flatten."
+        )
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         less = _LESS_MEMORY.get(command, "lower --data.eval_batch_size")
         inside = "; with another --batch_size only from the end of an epoch" if _is_resumable(run) else ""

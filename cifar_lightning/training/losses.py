@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,7 +62,9 @@ def name_of(loss: Any) -> str:
     if isinstance(loss, str | None):
         return str(loss)
     path = f"{getattr(loss, '__module__', '')}:{getattr(loss, '__qualname__', '')}"
-    is_importable = is_import_path(path) and not path.startswith("__main__:") and not isinstance(loss, nn.Module)
+    is_bound = inspect.ismethod(loss) and not isinstance(loss.__self__, type)
+    of_object = isinstance(loss, nn.Module) or is_bound  # which its path alone does not make
+    is_importable = is_import_path(path) and not path.startswith("__main__:") and not of_object
     return path if is_importable else f"<{getattr(loss, '__name__', type(loss).__name__)}>"
 
 

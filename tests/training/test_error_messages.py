@@ -110,3 +110,9 @@ def test_a_file_of_the_run_that_fails_in_training_is_a_run_that_failed(tmp_path)
     first, second = done.stderr.splitlines()
     assert first == "error: my run/metrics.csv: Read-only file system."
     assert second == "No checkpoint was written yet: start again."
+
+
+def test_a_model_that_calls_view_is_told_the_flag_for_it():
+    with pytest.raises(RuntimeError) as raised:
+        torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last).view(2, -1)
+    assert "--model.memory_format contiguous" in str(explain(raised.value, "fit"))

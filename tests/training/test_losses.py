@@ -9,6 +9,7 @@ from benchmarks.faults.judge import differences
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.loading import read_checkpoint
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.losses import name_of
 from cifar_lightning.training.signals import Stopped
 from tests.fitting import NARROW, Signal, fake_data, fit_run, quiet_trainer, small_data
 
@@ -148,3 +149,21 @@ def test_a_trial_leaves_the_loss_as_it_was():
     module = ImageClassifier(loss=Centers(), **SETTINGS)
     module.prepare(None)
     assert module.loss_function.num_seen == 0
+
+
+class Scaled:
+    def __init__(self, by):
+        self.by = by
+
+    def compute(self, logits, labels):
+        return self.by * F.cross_entropy(logits, labels)
+
+    @classmethod
+    def of_class(cls, logits, labels):
+        return F.cross_entropy(logits, labels)
+
+
+def test_only_what_its_path_makes_again_has_a_path():
+    assert name_of(Scaled(2).compute) == "<compute>"
+    assert name_of(Scaled.of_class).endswith(":Scaled.of_class")
+    assert name_of(squared).endswith(":squared")
