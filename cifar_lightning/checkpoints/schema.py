@@ -95,6 +95,7 @@ class _OfRun(_Lightning):
     data: _DataState = Field(alias="ImageDataModule")  # DATA_STATE
     epoch_so_far: _EpochSoFar = Field(_EpochSoFar(), alias="cifar_lightning_epoch")  # its EPOCH_SO_FAR
     fitted_temperature: Annotated[float, Field(gt=0)] | None = None  # of an export, TEMPERATURE
+    own_metrics: list[str] = []
 
 
 def check_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:

@@ -82,6 +82,7 @@ class _Environment(_Schema):
     commit: str | None = None
     dirty: bool | None = None
     command: list[str] = []
+    callbacks: list[str] = []
     resumed: list[dict[str, Any]] = []
     ended: dict[str, Any] | None = None
 

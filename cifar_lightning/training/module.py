@@ -26,7 +26,8 @@ from cifar_lightning.checkpoints.schema import (
     upgrade_checkpoint,
     with_data_state,
 )
-from cifar_lightning.errors import UserError, is_first_process
+from cifar_lightning.errors import UserError, is_first_process, remark
+from cifar_lightning.formatting import printable
 from cifar_lightning.metrics.classification import accuracy, macro_f1
 from cifar_lightning.models.compile import compile_model
 from cifar_lightning.models.fine_tuning import FrozenLayers, lr_scales
@@ -64,7 +65,7 @@ from cifar_lightning.training.model_checks import (
 )
 from cifar_lightning.training.nan_guard import NanGuard
 from cifar_lightning.training.resumed_settings import ResumedSettings
-from cifar_lightning.training.step_count import count_steps, current_lr
+from cifar_lightning.training.step_count import check_train_batches, count_steps, current_lr
 from cifar_lightning.training.train_metrics import TrainMetrics, means_of
 from cifar_lightning.training.tta import TTA, tta_logits
 from cifar_lightning.training.whitening_stem import WhiteningStem, whitening_stem_of
@@ -74,6 +75,7 @@ from cifar_lightning.transforms.mixup import Mixing
 Batch = tuple[Tensor, Tensor] | list[Tensor]
 """Images and targets; a list from PyTorch's DataLoader."""
 _DEFAULT_SMOOTHING = 0.1
+_OWN_METRICS = "own_metrics"  # key of a checkpoint
 
 
 class ImageClassifier(PlainHookNames, pl.LightningModule):
@@ -331,7 +333,9 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             self._class_weights = self._class_weights.to(self.dtype)  # by now that of the Trainer's precision
         check_batches(self.trainer, self.model)
         check_optimizers(self.trainer.optimizers, self.model)
-        if not self.plans_schedule:
+        if self.plans_schedule:
+            check_train_batches(self.trainer)
+        else:
             check_schedules(self.trainer, self.total_steps)
             step_plateaus_after_validations(self.trainer)
         self._freeze_for_epoch()  # Lightning starts no epoch that is resumed in its middle
@@ -466,6 +470,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
                 imported_loss = {"path": hparams["loss"], "kwargs": hparams["loss_kwargs"]}
                 hparams |= {"loss": None, "loss_kwargs": None, "imported_loss": imported_loss}
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
+        if self.own_metrics is not None:
+            checkpoint[_OWN_METRICS] = [*self.own_metrics]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note where the checkpoint's run stood."""
@@ -474,6 +480,10 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         if data is not None and DATA_STATE in checkpoint:  # where Lightning, which restores it next, looks for it
             checkpoint.setdefault(type(data).__qualname__, checkpoint[DATA_STATE])
         self._resumed_from = progress_of(checkpoint)
+        missing = {*checkpoint.get(_OWN_METRICS, ())} - {*(self.own_metrics or ())}
+        if missing and self._trainer is not None:
+            names = printable(", ".join(sorted(missing)))
+            remark(f"warning: without the run's metrics {names}; give them again, in ImageClassifier(metrics=...).")
         if self._trainer is None or checkpoint["global_step"]:  # else of Lightning's Tuner, before any step
             self._pretrained = False
 

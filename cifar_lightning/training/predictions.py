@@ -156,10 +156,16 @@ class PredictionWriter(pl.Callback):
             raise UserError(f"class_names: {len(class_names)} names; the model has {num_classes} classes.")
         order = np.argsort(np.concatenate(positions))
         indices = np.concatenate(positions)[order]
+        targets = np.concatenate([targets for _, targets in of_ranks])[order]
+        if data is not None and not np.array_equal(targets, data.targets(split, indices)):
+            raise UserError(
+                f"{type(data).__name__}: {split}_dataloader gives images in another order than rank_positions; "
+                "override rank_positions, targets, images and image_names, too."
+            )
         names = [index_name(split, at) for at in indices] if data is None else data.image_names(split)[indices]
         return {
             "logits": np.concatenate([logits for logits, _ in of_ranks])[order],
-            "targets": np.concatenate([targets for _, targets in of_ranks])[order],
+            "targets": targets,
             "indices": indices,
             "names": np.array(names, np.str_),
             "class_names": np.array(list(map(str, class_names))),

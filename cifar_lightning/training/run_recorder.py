@@ -7,10 +7,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Timer
 from torch.nn.parameter import is_lazy
 
 from cifar_lightning.errors import remark
 from cifar_lightning.files import write_json, write_text_durably
+from cifar_lightning.formatting import printable
 from cifar_lightning.runs.contents import read_environment
 from cifar_lightning.runs.ending import write_ending
 from cifar_lightning.runs.environment import describe_environment, portable, processor_change
@@ -29,6 +31,7 @@ MONITOR = "val/acc"
 EPOCH_SO_FAR = "cifar_lightning_epoch"
 """Key of a checkpoint for what the row of an unfinished epoch needs."""
 _MAX_LRS = 2000  # learning rates that are kept of a run: more than a chart has pixels
+_CALLBACKS = "callbacks"
 _OF_A_RESUME = ("versions", "cpu", "cpu_instructions", "num_threads", "device", "precision", "commit", "dirty")
 
 
@@ -102,6 +105,9 @@ class RunRecorder(pl.Callback):
             if change := processor_change(before, environment):
                 again["processor_change"] = change
                 print(f"  Not bit for bit equal to the run without a stop: {change}.")
+            if left_out := {*before.get(_CALLBACKS, ())} - {*environment[_CALLBACKS]}:
+                names = printable(", ".join(sorted(left_out)))
+                remark(f"warning: without the run's callbacks {names}; give them again, from Python callbacks=[...].")
             before.pop("ended", None)
             environment = before | {"resumed": [*before.get("resumed", []), portable(self.resumed) | again]}
         write_json(self.run.environment, environment)
@@ -206,7 +212,15 @@ def environment_of(trainer: pl.Trainer) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "num_parameters": sum(each.numel() for each in trainer.lightning_module.parameters() if not is_lazy(each)),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        _CALLBACKS: _given_callbacks(trainer),
     }
+
+
+def _given_callbacks(trainer: pl.Trainer) -> list[str]:
+    """Return the names of the callbacks that are not ours, but for the Timer of --trainer.max_time."""
+    kinds = {type(each) for each in trainer.callbacks if not isinstance(each, Timer)}  # type: ignore[attr-defined]  # set by a connector
+    paths = (f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
+    return sorted(path for path in paths if not path.startswith("cifar_lightning."))
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -59,6 +59,23 @@ def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) 
     return int(total)
 
 
+def check_train_batches(trainer: pl.Trainer) -> None:
+    """Refuse a `train_dataloader` of one's own with other batches than those the schedule is planned by.
+
+    Raises:
+        UserError: Names both numbers.
+    """
+    data = training_data(trainer)
+    if data is None:
+        return
+    planned = _limited(data.num_train_batches(trainer.world_size), trainer.limit_train_batches)
+    if trainer.num_training_batches not in (planned, math.inf):
+        raise UserError(
+            f"{type(data).__name__}: train_dataloader gives {trainer.num_training_batches} batches and "
+            f"num_train_batches {planned}, by which the schedule is planned; override both."
+        )
+
+
 def check_evaluation(trainer: pl.Trainer, num_batches: Mapping[Split, int]) -> None:
     """Refuse a fraction of the batches of a split that leaves none; Lightning does so only when it evaluates.
 

@@ -91,3 +91,14 @@ def test_top_5_is_reported_where_there_are_more_than_ten_classes():
         update_evaluation(metrics, logits[part], logits[part], labels[part], torch.nn.functional.cross_entropy)
     assert metrics.compute()["acc_top5"].item() == pytest.approx(expected)
     assert "acc_top5" not in evaluation_metrics(10)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the test needs no callback of the run
+def test_a_run_whose_metrics_are_not_given_again_says_so(tmp_path, capsys):
+    run, _ = fit_run(tmp_path / "run", module=ImageClassifier(metrics=MulticlassCohenKappa(10), **SETTINGS), epochs=1)
+    for metrics in (MulticlassCohenKappa(10), None):
+        capsys.readouterr()
+        again = ImageClassifier(metrics=metrics, **SETTINGS)
+        trainer = quiet_trainer(tmp_path)
+        trainer.test(again, small_data(), ckpt_path=run.last_checkpoint, weights_only=True, verbose=False)
+        assert ("MulticlassCohenKappa" in capsys.readouterr().out) == (metrics is None)

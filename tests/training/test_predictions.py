@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cifar_lightning import ImageClassifier, ImageDataModule
+from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.predictions import PredictionWriter
 
@@ -71,3 +71,16 @@ def test_predictions_of_some_images_only_are_not_written(tmp_path, folder, capsy
     assert not keeper.is_test_written
     assert list(folder.path.iterdir()) == []
     assert "512 of 1,000" in capsys.readouterr().out
+
+
+def test_images_in_another_order_than_the_split_are_not_written_under_its_names(tmp_path, folder):
+    class Backwards(ImageDataModule):
+        def test_dataloader(self):
+            images, labels = (torch.cat(each) for each in zip(*super().test_dataloader(), strict=True))
+            return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images.flip(0), labels.flip(0)), 500)
+
+    module, _ = make_parts()
+    run = make_trainer(tmp_path, PredictionWriter(folder))
+    with pytest.raises(UserError, match=r"Backwards: test_dataloader .*rank_positions"):
+        run.test(module, Backwards("synthetic", batch_size=900, image_size=16), verbose=False)
+    assert not folder.predictions.exists()

@@ -360,3 +360,14 @@ def test_a_monitor_that_is_never_logged_is_refused_unless_a_callback_of_the_user
         check_monitors([ModelCheckpoint(), EarlyStopping("train/loss"), callback], validates=validates)
     assert [word for word in words if word not in str(refused.value)] == []
     check_monitors([callback, type("Logs", (pl.Callback,), {"__module__": "mine"})()], validates=validates)
+
+
+def test_a_resumed_run_whose_callbacks_are_not_given_again_says_so(tmp_path, folder, capsys):
+    class Own(pl.Callback):
+        pass
+
+    fit(tmp_path, [RunRecorder(folder), Own()], epochs=1)
+    for callbacks in ([Own()], []):
+        capsys.readouterr()
+        fit(tmp_path, [RunRecorder(folder, resumed={"epoch": 1}), *callbacks], epochs=1)
+        assert ("Own" in capsys.readouterr().out) == (callbacks == [])

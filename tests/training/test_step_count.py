@@ -6,7 +6,7 @@ import pytest
 from fitting import fake_data
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.training.step_count import check_evaluation, count_steps
+from cifar_lightning.training.step_count import check_evaluation, check_train_batches, count_steps
 
 
 def trainer(**changed):
@@ -97,3 +97,10 @@ def test_a_fraction_that_leaves_no_batch_to_evaluate_is_refused(name, overfit):
 
 def test_other_loaders_are_counted_by_lightning():
     assert count_steps(trainer(datamodule=None, estimated_stepping_batches=7)) == 7
+
+
+def test_a_loader_of_ones_own_must_have_the_batches_that_are_planned():
+    for batches, limit in ((9, 1.0), (4, 4), (float("inf"), 1.0)):
+        check_train_batches(trainer(num_training_batches=batches, limit_train_batches=limit))
+    with pytest.raises(UserError, match=r"8 batches .*num_train_batches 9"):
+        check_train_batches(trainer(num_training_batches=8))
