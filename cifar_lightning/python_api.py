@@ -140,7 +140,8 @@ class Run:
     @functools.cached_property
     def _trained(self) -> TrainedModel:
         given = self._objects.model
-        given = given.model if isinstance(given, ImageClassifier) else given
+        if isinstance(given, ImageClassifier) and type(given).forward is ImageClassifier.forward:
+            given = given.model
         return load_trained_model(self._folder, trust_code=self._trust_code, model=given)
 
     @property

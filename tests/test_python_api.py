@@ -29,6 +29,7 @@ from cifar_lightning.cli import fit as fit_module
 from cifar_lightning.cli.main import run_command
 from cifar_lightning.files import write_json
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.transforms.augmentation import normalize
 
 SMALL = {"data.limit": 200, "batch_size": 50, "data.image_size": 16, "trainer": {"accelerator": "cpu"}}
 SMALL |= {"data.eval_batch_size": 500}
@@ -94,6 +95,39 @@ def test_objects_that_no_command_makes_again_are_named_and_can_be_given_again(he
     with pytest.raises(UserError, match=r"run: its model <Sequential> is an object of Python"):
         run_command(["test", "run"])
     cifar_lightning.fit(model, resume="run", epochs=2)
+
+
+class Negative(ImageClassifier):
+    """A forward of its own around a model that a command could make."""
+
+    def __init__(self, **kwargs):
+        super().__init__(model=Net(), image_size=16, memory_format="contiguous", **kwargs)
+
+    def forward(self, images):
+        return super().forward(-images)
+
+
+def test_a_subclass_given_as_an_object_predicts_with_its_forward_and_is_not_taken_for_its_model(here):
+    module = Negative()
+    run = cifar_lightning.fit(module, "synthetic", epochs=1, run_dir="run", **SMALL)
+    assert config_of(run)["model"]["name"] == "<Negative>"
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    statistics = {"mean": torch.tensor(run._trained.mean), "std": torch.tensor(run._trained.std)}
+    with torch.no_grad():
+        logits = run.model.model(-normalize(torch.from_numpy(image)[None], **statistics))
+    expected = logits.softmax(1).max().item()
+    assert run.predict(image).probability == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(UserError, match="<Negative>"):
+        run_command(["test", "run", "--trust_code", "true"])
+
+
+def test_a_model_that_was_changed_is_not_made_by_its_name(here):
+    module = ImageClassifier("resnet18", image_size=16)
+    module.model.maxpool = nn.MaxPool2d(2)
+    run = cifar_lightning.fit(module, "synthetic", run_dir="run", **SMALL | {"trainer": {"max_steps": 1}})
+    assert config_of(run)["model"]["name"] == "<ResNet>"
+    with pytest.raises(UserError, match="<ResNet>"):
+        run_command(["test", "run"])
 
 
 @pytest.fixture(scope="module")

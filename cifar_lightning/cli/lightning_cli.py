@@ -134,7 +134,8 @@ class TrainingCLI(LightningCLI):
         """Have the settings, and so config.yaml, be those of a given ImageClassifier and ImageDataModule."""
         model, data = self._objects.model, self._objects.data
         if isinstance(model, ImageClassifier):
-            _update(self.settings.model, {**model.hparams, **made_from(model)})
+            made = made_from(model)
+            _update(self.settings.model, {**model.hparams, **made})
         if isinstance(data, ImageDataModule):
             dataset, has_objects = data.arguments["dataset"], data.arguments["transforms"] != DEFAULT
             is_named = type(data) is ImageDataModule and isinstance(dataset, str) and not has_objects
@@ -173,7 +174,8 @@ class TrainingCLI(LightningCLI):
             _update(self.settings.model, made_from(made.model))
         made.trainer.callbacks = [*as_list(made.trainer.callbacks), *self._objects.callbacks] or None
         if self.settings.model_class:
-            made.model.init_args = {key: each for key, each in self.settings.model.as_dict().items() if key != "model"}
+            given = self.settings.model.as_dict()
+            made.model.init_args = {key: each for key, each in given.items() if key != "model" or each is not None}
         self._use_optimizer(made)
         return made.model, made.data, made
 
@@ -214,10 +216,12 @@ def _update(settings: Namespace, values: dict[str, Any]) -> None:
 
 def made_from(model: ImageClassifier) -> dict[str, Any]:
     """Return the settings that make a model again, or the name of its class where none do."""
+    if type(model) is not ImageClassifier:
+        return {"name": object_name(model)}
     if imported := model.imported:
         return {"name": imported["path"], "model_kwargs": imported["kwargs"] or None}
-    is_named = type(model) is ImageClassifier and model.hparams["name"]
-    return {} if is_named else {"name": object_name(model if type(model) is not ImageClassifier else model.model)}
+    model.forget_changed_model()
+    return {} if model.hparams["name"] else {"name": object_name(model.model)}
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from cifar_lightning.models.memory_format import MemoryFormat, use_memory_format
 from cifar_lightning.models.registry import build_model, check_model_kwargs
 from cifar_lightning.report.temperature import require_temperature
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.settings.import_path import import_trusted, is_import_path
+from cifar_lightning.settings.import_path import import_paths, import_trusted, is_import_path
 from cifar_lightning.training.tta import TTA, tta_logits
 from cifar_lightning.transforms.augmentation import normalize
 
@@ -88,6 +88,9 @@ def load_trained_model(
         )
     if model is None and is_import_path(name):
         import_trusted(name, "--model.name", path, trust_code=trust_code)
+        for key, of_argument in import_paths(kwargs):
+            if key.endswith(".class_path"):
+                import_trusted(of_argument, f"--model.{key}", path, trust_code=trust_code)
     check_model_kwargs(kwargs or {})
     architecture = {
         "name": name or type(model).__name__,
@@ -100,7 +103,12 @@ def load_trained_model(
         raise UserError(f"{path}: mean and std of {len(data['mean'])} channels; images have 1 or 3.")
     if (tta := hparams.get("tta", "none")) not in get_args(TTA):
         raise UserError(f"{path}: tta {clipped(tta)}: one of {', '.join(get_args(TTA))}.")
-    made = build_model(**architecture) if model is None else copy.deepcopy(model)
+    # A LightningModule is copied without its Trainer.
+    made = (
+        build_model(**architecture)
+        if model is None
+        else copy.deepcopy(model, {id(getattr(model, "_trainer", None)): None})
+    )
     memory_format = hparams.get("memory_format", "channels_last")
     made = use_memory_format(made, memory_format).eval()
     load_weights(made, path, checkpoint)

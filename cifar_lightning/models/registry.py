@@ -139,7 +139,8 @@ def _imported_model(
         known = {"num_classes": num_classes} if takes_any or "num_classes" in taken else {}
         of_images = {"image_size": image_size, "in_channels": in_channels}
         known |= {key: value for key, value in of_images.items() if key in taken}
-        model = make(**{**known, **kwargs.get("init_args", kwargs)})  # of a class by LightningCLI's name for them
+        # Of a class by LightningCLI's name for them, with objects as it writes them.
+        model = make(**{**known, **_with_objects(kwargs.get("init_args", kwargs))})
     except Exception as error:  # code of one's own raises anything
         raise UserError(f"{given}: cannot be made ({type(error).__name__}: {reason_of(error)}).") from error
     if not isinstance(model, nn.Module):
@@ -148,6 +149,18 @@ def _imported_model(
         images = f"{in_channels}-channel images of {image_size} pixels"
         raise UserError(f"{given}: does not fit {images} in {num_classes} classes ({clipped(reason, 200)}).")
     return model
+
+
+def _with_objects(value: Any) -> Any:
+    """Return arguments with an object in the place of each {"class_path", "init_args"}."""
+    if isinstance(value, list):
+        return [_with_objects(each) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    made = {key: _with_objects(each) for key, each in value.items()}
+    if not is_import_path(made.get("class_path")):
+        return made
+    return import_object(made["class_path"], "class_path")(**(made.get("init_args") or {}))
 
 
 def import_path_of(
@@ -161,17 +174,39 @@ def import_path_of(
     if path.startswith("__main__:") or not is_import_path(path):
         return None
     kwargs = {key: value for key, value in model_kwargs.items() if key not in ("num_classes", "image_size")}
+    is_same = makes_same_logits(model, path, num_classes, image_size, in_channels, kwargs)
+    return {"path": path, "kwargs": kwargs} if is_same else None
+
+
+def makes_same_logits(
+    model: nn.Module, name: str, num_classes: int, image_size: int, in_channels: int, model_kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether `build_model` makes a model that has a model's logits with the same weights."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
         with torch.random.fork_rng():
-            twin = build_model(path, num_classes, image_size, **{"in_channels": in_channels, **kwargs}).to(device)
+            twin = build_model(name, num_classes, image_size, **{"in_channels": in_channels, **model_kwargs}).to(device)
             twin.load_state_dict(model.state_dict())
             images = torch.rand(2, in_channels, image_size, image_size, device=device)
+            # Not with the initial weights: a head or a LayerScale of zeros hides what is before it.
+            weights = {key: weight + 0.02 * torch.randn_like(weight) for key, weight in model.named_parameters()}
             with in_eval_mode(model), in_eval_mode(twin):
-                is_same = torch.allclose(model(images), twin(images), rtol=1e-4, atol=1e-5)
-    except Exception:  # code of one's own raises anything; then the model is not remembered
-        return None
-    return {"path": path, "kwargs": kwargs} if is_same else None
+                logits, others = (torch.func.functional_call(each, weights, (images,)) for each in (model, twin))
+                return torch.allclose(logits, others, rtol=1e-4, atol=1e-5)
+    except Exception:  # code of one's own raises anything
+        return False
+
+
+def is_built_by_name(model: nn.Module, architecture: Mapping[str, Any]) -> bool:
+    """Whether a model consists of the modules that `build_model` makes, as far as their `repr` shows.
+
+    Also true where they cannot be made without weights, on the meta device.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return str(build_model(**architecture)) == str(model)
+    except Exception:  # code of one's own raises anything
+        return True
 
 
 def check_name(name: str) -> None:

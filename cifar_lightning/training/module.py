@@ -1,6 +1,5 @@
 """ImageClassifier: a model with its loss, metrics, optimizer and schedule, for the Lightning Trainer."""
 
-import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -32,7 +31,13 @@ from cifar_lightning.metrics.classification import accuracy, macro_f1
 from cifar_lightning.models.compile import compile_model
 from cifar_lightning.models.fine_tuning import FrozenLayers, lr_scales
 from cifar_lightning.models.memory_format import MemoryFormat, use_memory_format
-from cifar_lightning.models.registry import DEFAULT_MODEL, build_model, choose_model, import_path_of
+from cifar_lightning.models.registry import (
+    DEFAULT_MODEL,
+    choose_model,
+    import_path_of,
+    is_built_by_name,
+    makes_same_logits,
+)
 from cifar_lightning.models.state_dicts import describe_misfits
 from cifar_lightning.optim.optimizers import OptimizerSettings, build_optimizer
 from cifar_lightning.optim.schedules import ScheduleName, ScheduleSettings, make_schedule
@@ -220,19 +225,24 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         size, channels = self._architecture["image_size"], self._architecture.get("in_channels", 3)
         self.imported = import_path_of(self.model, self.num_classes, size, model_kwargs, channels)
 
+    def forget_changed_model(self) -> None:
+        """Leave its name out of checkpoints where the model has been changed since it was made by it."""
+        name = self.hparams["name"]
+        if name and not is_import_path(name) and not is_built_by_name(self.model, self._architecture):
+            self.hparams.update(name=None, model_kwargs=None, pretrained=False)
+
     def _remember_class(self) -> None:
         """Have checkpoints name a subclass with its arguments, where its model alone does not give its logits."""
         kind = type(self)
         if kind is ImageClassifier:
+            self.forget_changed_model()
             return
         known = self.imported or {"path": self.hparams.get("name"), "kwargs": self.hparams.get("model_kwargs")}
         size, channels = self._architecture["image_size"], self._architecture.get("in_channels", 3)
         if known["path"] and kind.forward is ImageClassifier.forward:
-            with contextlib.suppress(UserError), torch.random.fork_rng():
-                kwargs = {"in_channels": channels, **(known["kwargs"] or {})}
-                named = build_model(known["path"], self.num_classes, size, **kwargs)
-                if not describe_misfits(named.state_dict(), self.model.state_dict()):
-                    return
+            of_images = (self.num_classes, size, channels)
+            if makes_same_logits(self.model, known["path"], *of_images, known["kwargs"] or {}):
+                return
         taken = inspect.signature(kind).parameters
         takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
         given = dict(self.hparams if self.init_args is None else self.init_args)

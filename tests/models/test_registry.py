@@ -9,7 +9,14 @@ from torch import nn
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.models import registry
-from cifar_lightning.models.registry import MODELS, build_model, check_name, import_path_of, torchvision_name
+from cifar_lightning.models.registry import (
+    MODELS,
+    build_model,
+    check_name,
+    import_path_of,
+    is_built_by_name,
+    torchvision_name,
+)
 
 
 def test_your_own_model_is_one_function(monkeypatch):
@@ -211,3 +218,38 @@ def test_remembering_a_model_draws_no_random_number():
     model, state = Tiny(), torch.get_rng_state()
     import_path_of(model, 10, 8, {})
     assert torch.equal(state, torch.get_rng_state())
+
+
+class ZeroHead(Tiny):
+    """As ViTs are initialized: the head hides the layers before it."""
+
+    def __init__(self, num_classes=10, activation="relu"):
+        super().__init__(num_classes, activation=activation)
+        nn.init.zeros_(self[4].weight)
+
+
+class Nested(nn.Sequential):
+    def __init__(self, num_classes=10, activation=None):
+        super().__init__(nn.Flatten(), activation or nn.ReLU(), nn.Linear(192, num_classes))
+
+
+def test_a_head_of_zeros_does_not_hide_another_model():
+    assert import_path_of(ZeroHead(), 10, 8, {}) is not None
+    assert import_path_of(ZeroHead(activation="tanh"), 10, 8, {}) is None
+
+
+def test_arguments_may_be_objects_as_lightning_cli_writes_them():
+    kwargs = {"init_args": {"activation": {"class_path": "torch.nn.LeakyReLU", "init_args": {"negative_slope": 0.5}}}}
+    model = build_model(f"{HERE}:Nested", 10, 8, **kwargs)
+    assert model[1].negative_slope == 0.5
+    assert import_path_of(model, 10, 8, kwargs) == {"path": f"{HERE}:Nested", "kwargs": kwargs}
+
+
+@pytest.mark.parametrize("name", [*MODELS, "torchvision/squeezenet1_1"])
+def test_a_changed_model_is_not_that_of_its_name(name):
+    architecture = {"name": name, "num_classes": 7, "image_size": 64}
+    model = build_model(**architecture)
+    assert is_built_by_name(model, architecture)
+    kind, child = next((kind, child) for kind, child in model.named_children())
+    setattr(model, kind, nn.Sequential(child))
+    assert not is_built_by_name(model, architecture)

@@ -334,3 +334,36 @@ def test_a_checkpoint_names_a_subclass_where_its_model_alone_has_other_logits(tm
     if init_args is not None:
         with pytest.raises(UserError, match="--trust_code true"):
             load_trained_model(run)
+
+
+class Gelu(ImageClassifier):
+    """Another model with tensors of the same names and shapes."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        for name, module in [*self.model.named_modules()]:
+            if isinstance(module, torch.nn.ReLU):
+                self.model.set_submodule(name, torch.nn.GELU())
+
+
+def saved_by(module, tmp_path):
+    run = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=1)
+    run.fit(module, small_data())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    return torch.load(tmp_path / "one.ckpt", weights_only=True)["hyper_parameters"]
+
+
+def test_a_subclass_that_changes_the_model_is_named_in_its_place(tmp_path):
+    found = saved_by(Gelu(image_size=16, model_kwargs=NARROW), tmp_path)
+    assert found["name"] is None
+    assert found["imported"]["path"].endswith(":Gelu")
+
+
+def test_a_model_that_was_changed_has_no_name_and_one_that_was_not_keeps_it(tmp_path):
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW)
+    assert saved_by(module, tmp_path)["name"] == "smallnet"
+    module.model.features = torch.nn.Sequential(*module.model.features, torch.nn.Identity())
+    found = saved_by(module, tmp_path)
+    assert (found["name"], found["model_kwargs"]) == (None, None)
+    with pytest.raises(UserError, match="model="):
+        ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
