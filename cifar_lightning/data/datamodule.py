@@ -14,10 +14,10 @@ from cifar_lightning.data.datasets import load_splits, open_source
 from cifar_lightning.data.duplicates import find_duplicates
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.data.image_folder import ClassFolders, Skipped
-from cifar_lightning.data.image_set import SPLITS, Cache, ImageSet, Split, as_gray, is_constant
-from cifar_lightning.data.loaders import BatchTransform, ImageLoader, LoaderFactory, batch_device, is_sharded
+from cifar_lightning.data.image_set import SPLITS, Cache, ImageSet, Split, is_constant
+from cifar_lightning.data.loaders import BatchTransform, ImageLoader, LoaderFactory
 from cifar_lightning.data.sampler import EpochSampler, Rank, ShardOrder, evaluation_order
-from cifar_lightning.data.shards import WINDOW, Shards
+from cifar_lightning.data.shards import WINDOW, ShardedImages, Shards
 from cifar_lightning.data.splits import SplitIndices, SplitSettings, make_splits
 from cifar_lightning.data.statistics import (
     balanced_weights,
@@ -218,8 +218,6 @@ class ImageDataModule(pl.LightningDataModule):
         if self._images:
             return
         images = load_splits(self.source, self.in_channels)
-        if self.in_channels == 1:
-            images = {split: as_gray(image_set) for split, image_set in images.items()}
         targets = {split: image_set.targets for split, image_set in images.items()}
         self._splits = make_splits(targets, self.split_settings, self.class_names)
         train = self._splits.train
@@ -230,7 +228,7 @@ class ImageDataModule(pl.LightningDataModule):
             self.mean, self.std = (None if each is None else tuple(map(float, each)) for each in of_source)
         if self.mean is None or self.std is None:
             of_train: Any = images["train"].images
-            if is_sharded(of_train):
+            if isinstance(of_train, ShardedImages):
                 self.mean, self.std = statistics_of_moments(of_train.moments[train.numpy()])
             else:
                 self.mean, self.std = channel_statistics(of_train, train.numpy())
@@ -309,31 +307,25 @@ class ImageDataModule(pl.LightningDataModule):
         """Return the loader of test batches."""
         return self._loader("test")
 
-    def predict_dataloader(self) -> ImageLoader:
-        """Return the loader of test batches: `predict` predicts the test split."""
-        return self._loader("test")
+    predict_dataloader = test_dataloader  # `predict` predicts the test split
 
     def _loader(self, split: Split, *, training: bool = False) -> ImageLoader:
         self.setup()
         rank = Rank(self.trainer.global_rank, self.trainer.world_size) if self.trainer else Rank.of_process()
         assert self.mean is not None
         assert self.std is not None
-        transform = BatchTransform(
-            self.mean,
-            self.std,
-            sizes=self.train_sizes if training else (self.image_size,),
-            pipeline=self.pipeline if training else None,
-        )
+        transform = BatchTransform(self.mean, self.std, (self.image_size,))
+        if training:
+            transform = BatchTransform(self.mean, self.std, self.train_sizes, self.pipeline)
         sampler = self._sampler(split, training=training, rank=rank)
-        return self._loaders.make(
-            self._splits.source_of(split), sampler, transform, batch_device(self.device, self.trainer)
-        )
+        device = self.device or (self.trainer.strategy.root_device if self.trainer else torch.device("cpu"))
+        return self._loaders.make(self._splits.source_of(split), sampler, transform, device)
 
     def _sampler(self, split: Split, *, training: bool, rank: Rank) -> EpochSampler:
         indices = self._splits.of(split)
         images: Any = self._images[self._splits.source_of(split)].images
         shards = None
-        if training and is_sharded(images):
+        if training and isinstance(images, ShardedImages):
             assert self.num_workers  # set by __init__
             shards = ShardOrder(images.starts, WINDOW, self.num_workers)
         return EpochSampler(

@@ -23,7 +23,7 @@ from cifar_lightning.data import synthetic
 from cifar_lightning.data.download import ARCHIVES, download
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.data.image_folder import ClassFolders, holds_class_folders
-from cifar_lightning.data.image_set import SPLITS, Cache, ImageSet, Split, digest
+from cifar_lightning.data.image_set import SPLITS, Cache, ImageSet, Split, as_gray, digest
 from cifar_lightning.data.shards import Shards
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, raised_by, suggest
@@ -241,7 +241,7 @@ def open_source(
 
 
 def load_splits(source: Source, in_channels: int) -> dict[Split, ImageSet]:
-    """Read the splits that a source has.
+    """Read the splits that a source has; RGB images become gray for `in_channels` 1.
 
     Raises:
         UserError: It returns other arrays than `Source` says.
@@ -256,7 +256,7 @@ def load_splits(source: Source, in_channels: int) -> dict[Split, ImageSet]:
                 f"ImageSet(images, targets, sha256) of uint8 (n, {size}, {size}, {in_channels}) and int64 (n,), "
                 f"0 to {last}."
             )
-    return found
+    return {split: as_gray(image_set) if in_channels == 1 else image_set for split, image_set in found.items()}
 
 
 def _fault_of(image_set: Any, image_size: int, channels: set[int], num_classes: int) -> str:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import http.client
 import os
-import queue
 import re
 import tarfile
 import tempfile
@@ -19,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
@@ -87,10 +87,6 @@ class _Failed(Exception):
     """One URL did not deliver the archive; the message says why."""
 
 
-class _Interrupted(Exception):
-    """A transfer ended before its time; the message says why."""
-
-
 def download(name: str, root: str | Path) -> Path:
     """Download and unpack a data set below `root`, unless it is there, with a progress bar or lines in a log.
 
@@ -111,8 +107,10 @@ def download(name: str, root: str | Path) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f".{archive.filename}.lock"):
             if not folder.is_dir():  # another process may have made it while this one waited
-                path = root / archive.filename
-                if not _is_whole(path, archive):
+                path, fault = root / archive.filename, "missing"
+                if path.is_file() and (fault := _fault(path, archive)):
+                    print(f"{path} is not the expected archive ({fault}): downloading it again", flush=True)
+                if fault:
                     _download_archive(archive, path)
                 _unpack(archive, path, folder)
     except OSError as error:  # of the disk; those of the network are handled in `_transfer`
@@ -141,16 +139,6 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _is_whole(path: Path, archive: Archive) -> bool:
-    """Return whether the archive exists with the right hash; print why an existing file is not used."""
-    if not path.is_file():
-        return False
-    fault = _fault(path, archive)
-    if fault:
-        print(f"{path} is not the expected archive ({fault}): downloading it again", flush=True)
-    return not fault
 
 
 def _fault(path: Path, archive: Archive) -> str:
@@ -266,53 +254,42 @@ def _transfer(url: str, part: Path, start: int, size_bytes: int, report: Callabl
         _check_response(response.headers, start if is_rest else 0, size_bytes, is_rest=is_rest)
         done = before = start if is_rest else 0
         since_s = time.monotonic()
-        try:
-            with open_only_link(part) as file:
-                file.seek(done)
-                while done <= size_bytes and (block := _read_block(response)):
-                    known = file.read(min(len(block), max(start - done, 0)))
-                    if not block.startswith(known):
-                        return ""
-                    file.write(block[len(known) :])
-                    done += len(block)
-                    report(done)
-                    if (elapsed_s := time.monotonic() - since_s) > TIMEOUT_S:
-                        if (speed := (done - before) / elapsed_s) < MIN_BYTES_PER_S:
-                            raise _Failed(f"too slow: {speed:,.0f} bytes/s, less than {MIN_BYTES_PER_S:,.0f}")
-                        since_s, before = time.monotonic(), done
-                file.flush()
-                os.fsync(file.fileno())
-        except _Interrupted as error:
-            return str(error)
+        with open_only_link(part) as file:
+            file.seek(done)
+            while done <= size_bytes:
+                try:
+                    block = response.read1(_BLOCK)
+                except (OSError, http.client.HTTPException) as error:
+                    return _reason(error)
+                if not block:
+                    break
+                known = file.read(min(len(block), max(start - done, 0)))
+                if not block.startswith(known):
+                    return ""
+                file.write(block[len(known) :])
+                done += len(block)
+                report(done)
+                if (elapsed_s := time.monotonic() - since_s) > TIMEOUT_S:
+                    if (speed := (done - before) / elapsed_s) < MIN_BYTES_PER_S:
+                        raise _Failed(f"too slow: {speed:,.0f} bytes/s, less than {MIN_BYTES_PER_S:,.0f}")
+                    since_s, before = time.monotonic(), done
+            file.flush()
+            os.fsync(file.fileno())
     return "" if done >= size_bytes else f"cut off after {done:,} of {size_bytes:,} bytes"
-
-
-def _read_block(response: Any) -> bytes:
-    try:
-        block: bytes = response.read1(_BLOCK)
-    except (OSError, http.client.HTTPException) as error:
-        raise _Interrupted(_reason(error)) from error
-    return block
 
 
 def _open(request: urllib.request.Request) -> Any:
     """Open a URL; give up after `TIMEOUT_S`, also if its headers come a byte at a time."""
-    opened: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    opened = Future[Any]()
 
     def work() -> None:
         try:
-            opened.put(urllib.request.urlopen(request, timeout=TIMEOUT_S))
+            opened.set_result(urllib.request.urlopen(request, timeout=TIMEOUT_S))
         except Exception as error:  # raised again below
-            opened.put(error)
+            opened.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    try:
-        response = opened.get(timeout=TIMEOUT_S)
-    except queue.Empty as error:
-        raise TimeoutError from error
-    if isinstance(response, Exception):
-        raise response
-    return response
+    return opened.result(TIMEOUT_S)
 
 
 def _check_response(headers: Message, start: int, size_bytes: int, *, is_rest: bool) -> None:

@@ -38,7 +38,19 @@ def find_duplicates(
         For each kind of duplicates that there is: `kind` ("across splits", "other label" or "within splits"), `text`
         with the counts, `num_images`, and `first`: the names of the images of the first groups.
     """
-    groups = _identical_groups(images, splits, hashes, name_of)
+    hashes = {split: hashes[split] if split in hashes else pixel_hashes(images[split].images) for split in images}
+    indices = [splits.of(split).numpy() for split in SPLITS]
+    split_of, index_of = np.repeat(np.arange(len(indices)), [len(of) for of in indices]), np.concatenate(indices)
+    keys = np.concatenate([hashes[splits.source_of(split)][of] for split, of in zip(SPLITS, indices, strict=True)])
+    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    same: dict[bytes, list[_Row]] = {}
+    for at in np.flatnonzero(counts[inverse] > 1).tolist():  # candidates, of equal 64-bit hashes: blake2b confirms them
+        split, index = SPLITS[split_of[at]], int(index_of[at])
+        source = splits.source_of(split)
+        pixels = np.ascontiguousarray(images[source].images[index])
+        row = _Row(split, int(images[source].targets[index]), name_of(source, index))
+        same.setdefault(hashlib.blake2b(pixels.data).digest(), []).append(row)
+    groups = [group for group in same.values() if len(group) > 1]
     in_split = [{split: sum(row.split == split for row in group) for split in SPLITS} for group in groups]
     found = []
 
@@ -56,25 +68,3 @@ def find_duplicates(
     nums = [sum(max(0, num - 1) for num in nums.values()) for nums in in_split]
     add("within splits", "images repeat another one of their split", nums, lambda row: row.name)
     return found
-
-
-def _identical_groups(
-    images: Mapping[Split, ImageSet],
-    splits: SplitIndices,
-    hashes: Mapping[Split, np.ndarray],
-    name_of: Callable[[Split, int], str],
-) -> list[list[_Row]]:
-    """Return the images of each group of identical ones; arguments as of `find_duplicates`."""
-    hashes = {split: hashes[split] if split in hashes else pixel_hashes(images[split].images) for split in images}
-    indices = [splits.of(split).numpy() for split in SPLITS]
-    split_of, index_of = np.repeat(np.arange(len(indices)), [len(of) for of in indices]), np.concatenate(indices)
-    keys = np.concatenate([hashes[splits.source_of(split)][of] for split, of in zip(SPLITS, indices, strict=True)])
-    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    same: dict[bytes, list[_Row]] = {}
-    for at in np.flatnonzero(counts[inverse] > 1).tolist():  # candidates, of equal 64-bit hashes: blake2b confirms them
-        split, index = SPLITS[split_of[at]], int(index_of[at])
-        source = splits.source_of(split)
-        pixels = np.ascontiguousarray(images[source].images[index])
-        row = _Row(split, int(images[source].targets[index]), name_of(source, index))
-        same.setdefault(hashlib.blake2b(pixels.data).digest(), []).append(row)
-    return [group for group in same.values() if len(group) > 1]

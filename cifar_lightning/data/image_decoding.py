@@ -42,7 +42,7 @@ import types
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from io import BytesIO
@@ -392,7 +392,7 @@ def read_headers(paths: Sequence[str]) -> list[tuple[int, int, str]]:
         # Where one crashes it, decoding all images will name it.
         with suppress(BrokenProcessPool), worker_pool(1) as pool:
             headers |= zip(unknown, pool.map(_header, unknown, chunksize=_SAMPLE), strict=True)
-    return [header for header in headers.values() if header is not None]
+    return [header[:3] for header in headers.values() if header is not None]
 
 
 def choose_image_size(sizes: Sequence[tuple[int, int]], *, is_square_kept: bool = False) -> int:
@@ -405,28 +405,17 @@ def choose_image_size(sizes: Sequence[tuple[int, int]], *, is_square_kept: bool 
     return min(max(round(side / 32) * 32, 32), 224)
 
 
-def _header(path: str, formats: tuple[str, ...] | None = None) -> tuple[int, int, str] | None:
+def _header(path: str, formats: tuple[str, ...] | None = None) -> tuple[int, int, str, bool] | None:
+    """Return width, height, Pillow's mode, and whether there are 16 bits per channel; None if they cannot be read."""
     with suppress(Exception):
         if formats is None:
             _refuse_formats()
         _check_file(path)
         with Image.open(path, formats=formats) as image:
             _check_header(image)
-            return *image.size, image.mode
+            # Pillow keeps the high bytes of 16-bit colours; only its raw mode ("RGB;16B") shows them.
+            return *image.size, image.mode, image.mode[0] == "I" or any(";16" in str(tile[3]) for tile in image.tile)
     return None
-
-
-def _is_16_bit(path: str) -> bool:
-    """Return whether an image has 16 bits per channel; False also where Pillow does not read its header in Python."""
-    try:
-        _check_file(path)
-        with warnings.catch_warnings():
-            _set_pillow_warnings()
-            with Image.open(path, formats=_HEADER_IN_PYTHON) as image:
-                # Pillow keeps the high bytes of 16-bit colours; only its raw mode ("RGB;16B") shows them.
-                return image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile)
-    except Exception:  # damaged headers make Pillow raise nearly anything; decoding reports them
-        return False
 
 
 def dark_16_bit_remark(paths: Sequence[str], images: np.ndarray) -> str | None:
@@ -435,7 +424,10 @@ def dark_16_bit_remark(paths: Sequence[str], images: np.ndarray) -> str | None:
     brightest = {index: int(images[index].max()) for index in sample}
     if min(brightest.values()) >= _NEARLY_BLACK:
         return None
-    deep = [value for index, value in brightest.items() if _is_16_bit(paths[index])]
+    with warnings.catch_warnings():
+        _set_pillow_warnings()
+        headers = {index: _header(paths[index], _HEADER_IN_PYTHON) for index in sample}
+    deep = [brightest[index] for index, header in headers.items() if header and header[3]]
     if not deep or max(deep) >= _NEARLY_BLACK:
         return None
     return (
@@ -487,14 +479,28 @@ def decode_all(
             pool.submit(_decode_chunk, paths[start:stop], start, shape, hashes is not None): (start, stop)
             for start, stop in _chunks(len(paths), num_workers, math.prod(shape))
         }
+        bad, remarks, done = list[Unreadable](), list[Remark](), 0
         try:
-            bad, remarks = _collect(chunks, pool, None if isinstance(out, Path) else out, hashes)
+            with progress(len(paths), "Decoding images") as show:
+                for chunk in as_completed(chunks):
+                    (start, stop), (unreadable, unusual, images, hashed) = chunks[chunk], chunk.result()
+                    bad += unreadable
+                    remarks += unusual
+                    if not isinstance(out, Path):
+                        out[start:stop] = images
+                    if hashes is not None and hashed is not None:
+                        hashes["content"][start:stop], hashes["pixels"][start:stop] = hashed
+                    done += stop - start
+                    show(done)
         except BrokenProcessPool as error:
             suspects = [path for path, state in zip(paths, states, strict=False) if state == 1]
             raise UserError(
                 f"A process died while decoding {' or '.join(suspects[:3]) or 'images'}\n"
                 "The image crashes Pillow, or memory ran out: remove it, or make it smaller."
             ) from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # do not decode on after Ctrl-C
+            raise
     if len(paths) >= _LOGGED_FROM and not sys.stderr.isatty():
         print(f"Decoded {len(paths):,} images in {time.monotonic() - began:.1f} s", flush=True)
     return sorted(bad), counted_remarks(remarks)
@@ -525,33 +531,6 @@ def _chunks(num: int, num_workers: int, image_bytes: int) -> list[tuple[int, int
 Remark = tuple[int, str]  # index of an image, and what is unusual about it
 # The images are None if they are written to a file; contents and pixel hashes if they are not asked for.
 Chunk = tuple[list[Unreadable], list[Remark], np.ndarray | None, tuple[np.ndarray, np.ndarray] | None]
-
-
-def _collect(
-    chunks: dict[Future[Chunk], tuple[int, int]],
-    pool: Executor,
-    out: np.ndarray | None,
-    hashes: np.ndarray | None,
-) -> tuple[list[Unreadable], list[Remark]]:
-    bad: list[Unreadable] = []
-    remarks: list[Remark] = []
-    done = 0
-    try:
-        with progress(sum(stop - start for start, stop in chunks.values()), "Decoding images") as show:
-            for chunk in as_completed(chunks):
-                (start, stop), (unreadable, unusual, images, hashed) = chunks[chunk], chunk.result()
-                bad += unreadable
-                remarks += unusual
-                if out is not None:
-                    out[start:stop] = images
-                if hashes is not None and hashed is not None:
-                    hashes["content"][start:stop], hashes["pixels"][start:stop] = hashed
-                done += stop - start
-                show(done)
-    except BaseException:
-        pool.shutdown(cancel_futures=True)  # do not decode on after Ctrl-C
-        raise
-    return bad, remarks
 
 
 # -- worker processes ---------------------------------------------------------------------------------------------

@@ -97,10 +97,6 @@ class Listing:
         """Paths of the images."""
         return [os.path.join(self.folder, name) for name in self.names]
 
-    def below_root(self, name: str) -> str:
-        """Return the path below the root of a name."""
-        return f"{self.within}{name}"
-
     def without(self, indices: Iterable[int]) -> "Listing":
         """Return the listing without some images."""
         kept = np.delete(np.arange(len(self.names)), list(indices))
@@ -196,7 +192,7 @@ class ClassFolders:
     def image_name(self, split: Split, index: int) -> str:
         """Return the path of an image below the root, with slashes; bytes that are not UTF-8 as \\xff."""
         listing = self.listings[split]
-        name = listing.below_root(listing.names[index]).replace(os.sep, "/")
+        name = f"{listing.within}{listing.names[index]}".replace(os.sep, "/")
         return os.fsencode(name).decode("utf-8", "backslashreplace")
 
     @property
@@ -204,7 +200,7 @@ class ClassFolders:
         """Path below the root and reason of every file that is left out, after `prepare`."""
         skipped = [row for rows in self._unreadable.values() for row in rows]
         for listing in self._listed.values():
-            skipped += [(listing.below_root(name), reason) for name, reason in listing.skipped]
+            skipped += [(f"{listing.within}{name}", reason) for name, reason in listing.skipped]
         return skipped
 
     def _refuse_unreadable(self) -> None:
@@ -279,7 +275,7 @@ class ClassFolders:
         decoded, listing = self._uncached.get(split) or self._read(split) or self._build(split), self._listed[split]
         self.listings[split], self.pixel_hashes[split] = listing.without(decoded.unreadable), decoded.pixels
         self._unreadable[split] = [
-            (listing.below_root(listing.names[index]), reason) for index, reason in decoded.unreadable.items()
+            (f"{listing.within}{listing.names[index]}", reason) for index, reason in decoded.unreadable.items()
         ]
         return decoded
 
@@ -317,12 +313,11 @@ class ClassFolders:
                     return publish(temporary, folder / self._cache_name(split), about, decoded, files)
                 except OSError as error:  # on Windows: while another process has the old images mapped
                     print(f"{folder}: decoded images cannot be cached ({error})", flush=True)
+        what, room = "--data.cache memory", "Give --data.cache disk"
         if self._caches:
             print(
                 f"No folder for decoded images is writable (set {CACHE_VARIABLE}): decoding at each start", flush=True
             )
-        what, room = "--data.cache memory", "Give --data.cache disk"
-        if self._caches:
             what, room = f"--data.root {self.root}", f"Make room for them on a disk, which {CACHE_VARIABLE} may name"
         check_fits(shape, what, f"{room}, or give a smaller --data.image_size.")
         self._uncached[split], _ = self._decode(listing, np.empty(shape, np.uint8))

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from cifar_lightning.data.datasets import Source
+from cifar_lightning.data.datasets import Source, load_splits
 from cifar_lightning.data.duplicates import find_duplicates
 from cifar_lightning.data.image_decoding import read_file, read_headers
 from cifar_lightning.data.image_folder import ClassFolders, cache_folders
-from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, as_gray, is_constant, pixel_hashes
+from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, is_constant, pixel_hashes
 from cifar_lightning.data.near_duplicates import MIN_GRADIENT_CORRELATION, find_near_duplicates
 from cifar_lightning.data.splits import SplitIndices, SplitSettings, make_splits
 from cifar_lightning.data.statistics import describe_imbalance, evenly_spaced
@@ -48,8 +48,7 @@ def inspect_source(source: Source, settings: SplitSettings, *, in_channels: int 
     if isinstance(source, ClassFolders):
         source.skip_unreadable = True
     source.prepare()
-    loaded = {split: image_set for split in SPLITS if (image_set := source.load(split)) is not None}
-    sets = {split: as_gray(each) if in_channels == 1 else each for split, each in loaded.items()}
+    sets = load_splits(source, in_channels)
     targets = {split: image_set.targets for split, image_set in sets.items()}
     problem = ""
     try:

@@ -17,7 +17,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -30,15 +30,13 @@ from cifar_lightning.data.sampler import EpochSampler, Rank
 from cifar_lightning.data.shards import WINDOW, ShardedImages
 from cifar_lightning.data.statistics import evenly_spaced
 from cifar_lightning.errors import RunError, UserError
-from cifar_lightning.transforms.augmentation import normalize, resize
+from cifar_lightning.transforms.augmentation import Augmentation, resize
 from cifar_lightning.transforms.per_image import one_thread
 from cifar_lightning.transforms.pipeline import Drawn, Pipeline, apply_stage, augment, rows_of
 from cifar_lightning.transforms.transform import Tables, Transform
 
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
-
 _COMPARED = 64  # images of a mapped file that tell whether a worker has opened the same one
+_NO_TRANSFORMS = Pipeline(Augmentation(), ())
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class BatchTransform:
     mean: tuple[float, ...]  # per channel, of images scaled to 0-1
     std: tuple[float, ...]  # the same
     sizes: tuple[int, ...]  # image size of each epoch in pixels; the last one stays
-    pipeline: Pipeline | None = None  # None for evaluation, which only normalizes
+    pipeline: Pipeline = _NO_TRANSFORMS  # of evaluation, which only normalizes
 
 
 class ImageLoader(ABC):
@@ -59,17 +57,16 @@ class ImageLoader(ABC):
     Args:
         sampler: Batches of image indices.
         transform: What is done to a batch.
-        source_size: Number of images of the source that the indices refer to, and their size in pixels.
+        num_images: Number of images of the source that the indices refer to.
         device: Where batches are transformed.
     """
 
     def __init__(
-        self, sampler: EpochSampler, transform: BatchTransform, *, source_size: tuple[int, int], device: torch.device
+        self, sampler: EpochSampler, transform: BatchTransform, *, num_images: int, device: torch.device
     ) -> None:
         self.sampler, self.pipeline, self.sizes = sampler, transform.pipeline, transform.sizes
         self.mean, self.std = torch.tensor(transform.mean, device=device), torch.tensor(transform.std, device=device)
-        self.num_images, self.image_size = source_size
-        self.device = device
+        self.num_images, self.device = num_images, device
 
     dataset: Dataset[tuple[Tensor, ...]]
     """The split's images on all ranks, as (uint8 (height, width, channels), target) each."""
@@ -90,15 +87,13 @@ class ImageLoader(ABC):
             )
         batches = self.sampler.begin()
         size = self.sizes[min(self.sampler.epoch, len(self.sizes) - 1)]
-        on_cpu, on_device = Drawn(), Drawn()
-        if self.pipeline is not None:
-            on_cpu, on_device = self.pipeline.draw(
-                num_images=self.num_images,
-                image_size=size,
-                seed=self.sampler.seed,
-                epoch=self.sampler.epoch,
-                device=self.device,
-            )
+        on_cpu, on_device = self.pipeline.draw(
+            num_images=self.num_images,
+            image_size=size,
+            seed=self.sampler.seed,
+            epoch=self.sampler.epoch,
+            device=self.device,
+        )
         # An image that is repeated in an epoch has draws of its own each time: those of its place, not of its index.
         of_epoch = self.sampler.places
         places = None if of_epoch is None else iter(_on_device(of_epoch, self.device))
@@ -108,14 +103,11 @@ class ImageLoader(ABC):
         for image_indices, images, targets in self._gather(batches, size, on_cpu_rows if on_cpu else None):
             if images.shape[1] != size:
                 images = resize(images, size)
-            if self.pipeline is not None:
-                drawn = rows_of(on_device, image_indices, None if places is None else next(places))
-                # The workers of slow transforms need the cores, and torch's threads spin while they wait for more work:
-                # on 2 cores this process took 20 to 26 ms of CPU a batch, and takes 5 to 13 (other programs ran).
-                with one_thread() if on_cpu or self.workers_decode else contextlib.nullcontext():
-                    finished = augment(images, drawn, mean=self.mean, std=self.std)
-            else:
-                finished = normalize(images, mean=self.mean, std=self.std)
+            drawn = rows_of(on_device, image_indices, None if places is None else next(places))
+            # The workers of slow transforms need the cores, and torch's threads spin while they wait for more work:
+            # on 2 cores this process took 20 to 26 ms of CPU a batch, and takes 5 to 13 (other programs ran).
+            with one_thread() if on_cpu or self.workers_decode else contextlib.nullcontext():
+                finished = augment(images, drawn, mean=self.mean, std=self.std)
             # Before the yield: code after the last one does not run, since Lightning stops at the length.
             self.sampler.position += 1
             yield finished, targets
@@ -145,9 +137,9 @@ class ResidentLoader(ImageLoader):
     """
 
     def __init__(self, images: Tensor, targets: Tensor, sampler: EpochSampler, transform: BatchTransform) -> None:
-        super().__init__(sampler, transform, source_size=(images.shape[0], images.shape[1]), device=images.device)
+        super().__init__(sampler, transform, num_images=len(images), device=images.device)
         self.images, self.targets = images, targets
-        self.dataset = _subset(TensorDataset(images, targets), sampler)
+        self.dataset = Subset(TensorDataset(images, targets), cast(Any, sampler.indices))
 
     def _gather(
         self, batches: list[Tensor], size: int, drawn: Iterator[Drawn] | None
@@ -176,14 +168,16 @@ class StreamingLoader(ImageLoader):
         num_workers: int,
         device: torch.device,
     ) -> None:
-        super().__init__(sampler, transform, source_size=(images.shape[0], images.shape[1]), device=device)
+        super().__init__(sampler, transform, num_images=len(images), device=device)
         # A worker that begins a window of shards begins to download the next one.
-        steps = len(images) * WINDOW // (images.num_shards * sampler.batch_size) + 1 if is_sharded(images) else 0
+        steps = 0
+        if isinstance(images, ShardedImages):
+            steps = len(images) * WINDOW // (images.num_shards * sampler.batch_size) + 1
+            self.workers_decode = images.has_jpegs
         self._index_batches = _IndexBatches(steps * num_workers)
         self._num_begun = 0  # iterations
-        self.workers_decode = is_sharded(images) and images.has_jpegs
-        rows = _Rows(images, targets, transform.pipeline.on_cpu if transform.pipeline is not None else ())
-        self.dataset = _subset(rows, sampler)
+        rows = _Rows(images, targets, transform.pipeline.on_cpu)
+        self.dataset = Subset(rows, cast(Any, sampler.indices))
         self._workers: DataLoader[tuple[Tensor, ...]] = DataLoader(
             rows,
             batch_sampler=self._index_batches,
@@ -240,8 +234,7 @@ class LoaderFactory:
         num_workers = self.num_workers
         if num_workers is None:
             num_bytes = sum(images.images.nbytes for images in self.images.values())
-            is_slow = transform.pipeline is not None and transform.pipeline.on_cpu
-            num_workers = choose_num_workers(num_bytes, 0 if is_slow else free_device_bytes(device))
+            num_workers = choose_num_workers(num_bytes, 0 if transform.pipeline.on_cpu else free_device_bytes(device))
         if num_workers == 0:
             images, targets = self._on_device(source, device)
             return ResidentLoader(images, targets, sampler, transform)
@@ -259,18 +252,6 @@ class LoaderFactory:
             images, targets = torch.from_numpy(raw.images), torch.from_numpy(raw.targets)
             self._resident[source, device] = (images.to(device), targets.to(device))
         return self._resident[source, device]
-
-
-def batch_device(device: torch.device | None, trainer: "pl.Trainer | None") -> torch.device:
-    """Return the device that batches are made on: the one given, else the Trainer's, else the CPU."""
-    if device is not None:
-        return device
-    return trainer.strategy.root_device if trainer else torch.device("cpu")
-
-
-def is_sharded(images: Any) -> TypeGuard[ShardedImages]:
-    """Return whether images of an `ImageSet` are read from shards by workers."""
-    return isinstance(images, ShardedImages)
 
 
 class _Batch(NamedTuple):
@@ -387,10 +368,6 @@ def _transform_on_cpu(images: Tensor, size: int, drawn: Drawn) -> Tensor:
 def _on_device(batches: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
     """Move the indices of an epoch at once: one transfer per batch would make the host wait in every step."""
     return torch.split(torch.cat(batches).to(device), [len(batch) for batch in batches]) if batches else ()
-
-
-def _subset(images: Dataset[tuple[Tensor, ...]], sampler: EpochSampler) -> Dataset[tuple[Tensor, ...]]:
-    return Subset(images, cast(Any, sampler.indices))
 
 
 def _identity(batch: Any) -> Any:

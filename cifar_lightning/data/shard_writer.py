@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from cifar_lightning.data.image_folder import ClassFolders, Listing
 from cifar_lightning.data.image_set import Split, is_constant, pixel_hashes
 from cifar_lightning.data.memory import usable_cpus
 from cifar_lightning.data.progress import progress
-from cifar_lightning.data.shards import INDEX, ShardsIndex, SplitIndex, given, is_unfinished
+from cifar_lightning.data.shards import INDEX, ShardsIndex, SplitIndex, is_unfinished
 from cifar_lightning.data.statistics import moments
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256, make_folder, remove_empty, sync_folder, write_json
@@ -158,7 +158,7 @@ def _check_kept(folders: ClassFolders, split: Split, kept: np.ndarray, bad: Sequ
 
 def _table(listing: Listing, kept: np.ndarray, written: Sequence[Written]) -> dict[str, Any]:
     """Return the columns of `images.npz`."""
-    names = [os.fsencode(listing.below_root(listing.names[at]).replace(os.sep, "/")) for at in kept.tolist()]
+    names = [os.fsencode(f"{listing.within}{listing.names[at]}".replace(os.sep, "/")) for at in kept.tolist()]
     return {
         "targets": listing.targets[kept],
         "names": np.frombuffer(b"".join(name + b"\0" for name in names), np.uint8),
@@ -227,18 +227,16 @@ def write_shard(
     shard, squares, contents = Written({}, {}, []), [], []
     for at, (path, target) in enumerate(zip(paths, targets, strict=True)):
         unusual: list[str] = []
-        data = b""
+        read = cache(read_file)
         try:
-            data = read_file(path)
-            square = decode_image(
-                path, image_size, unusual, read=partial(given, data), resize=resize, in_channels=in_channels
-            )
-        except (OSError, ValueError) as error:  # UserError is one
-            shard.unreadable.append(str(error) if isinstance(error, UserError) else f"{path} ({reason_of(error)})")
+            square = decode_image(path, image_size, unusual, read, resize=resize, in_channels=in_channels)
+        except UserError as error:
+            shard.unreadable.append(str(error))
             continue
         if message := take_c_messages():
             shard.unreadable.append(f"{path} cannot be read ({message})")
             continue
+        data = read(path)
         is_jpeg = _is_large_jpeg(data, image_size)
         stored = data if is_jpeg else square.tobytes()
         writer.add_item(len(shard.kept), {"image": stored, "label": target})

@@ -17,7 +17,6 @@ import copy
 import hashlib
 import itertools
 import os
-import queue
 import re
 import shutil
 import threading
@@ -26,7 +25,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -346,10 +344,11 @@ class ShardedImages:
             file = _pread(fd, int(ends[at] - begins[at]), int(begins[at]))
             if zlib.crc32(file) != self._checksums[indices[at]]:
                 self._refuse(shard, places[at : at + 1])
+            name = f"{self._name(shard)}, image {places[at]},"
             into[rows[at]] = decode_image(
-                f"{self._name(shard)}, image {places[at]},",
+                name,
                 self._index.image_size,
-                read=partial(given, file),
+                read={name: file}.__getitem__,
                 resize=self._index.resize,
                 in_channels=self._index.in_channels,
             )
@@ -574,7 +573,7 @@ def _download_file(client: Any, bucket: str, key: str, path: Path) -> None:
     """
     from boto3.s3.transfer import TransferConfig
 
-    ended, received = queue.SimpleQueue[Exception | None](), [0]
+    done, received = Future[None](), [0]
 
     def note(num_bytes: int) -> None:
         received[0] += num_bytes
@@ -582,23 +581,18 @@ def _download_file(client: Any, bucket: str, key: str, path: Path) -> None:
     def work() -> None:
         try:
             client.download_file(bucket, key, str(path), Callback=note, Config=TransferConfig(use_threads=False))
-            ended.put(None)
+            done.set_result(None)
         except Exception as error:  # raised again below
-            ended.put(error)
+            done.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    before, is_running = 0, True
-    while is_running:
-        try:
-            error = ended.get(timeout=_SLOW_S)
-            is_running = False
-        except queue.Empty:
-            speed = (received[0] - before) / _SLOW_S
-            if speed < _MIN_BYTES_PER_S:
-                raise TimeoutError(f"too slow: {speed:,.0f} bytes/s, less than {_MIN_BYTES_PER_S:,}") from None
-            before = received[0]
-    if error is not None:
-        raise error
+    before = 0
+    while wait([done], _SLOW_S).not_done:
+        speed = (received[0] - before) / _SLOW_S
+        if speed < _MIN_BYTES_PER_S:
+            raise TimeoutError(f"too slow: {speed:,.0f} bytes/s, less than {_MIN_BYTES_PER_S:,}")
+        before = received[0]
+    done.result()
 
 
 def _s3_client(root: str) -> Any:
@@ -661,11 +655,6 @@ def _make_room(cache: Path, num_bytes: int) -> None:
 def is_unfinished(root: Path) -> bool:
     """Whether a folder is what a `shard` has written that was killed or still runs."""
     return not (root / INDEX).exists() and any(root.glob("*/chunk-*.bin"))
-
-
-def given(data: bytes, path: str) -> bytes:
-    """Return bytes in place of a file's, as `decode_image` reads them."""
-    return data
 
 
 def cut(name: str, size: int, wanted: int) -> str:

@@ -60,30 +60,24 @@ def make_splits(
     Raises:
         UserError: A class would have no image in a split.
     """
-    of_train, val_source = torch.tensor(targets["train"]), _source("val", targets)
+    of_train = torch.tensor(targets["train"])
     kept = torch.arange(len(of_train))
     if "test" in targets:
         if settings.test_fraction is not None:
             raise UserError(f"--data.test_fraction {settings.test_fraction}: the data has test images; leave it out.")
         test = torch.arange(len(targets["test"]))
     else:
-        test = _test_split(of_train, settings, class_names)
-        kept = torch.from_numpy(np.setdiff1d(kept.numpy(), test.numpy()))
-    if val_source == "val":
+        is_default = settings.test_fraction is None
+        fraction = _TEST_FRACTION if settings.test_fraction is None else settings.test_fraction
+        held_out = _held_out_counts(of_train, fraction, class_names, "test", is_default=is_default)
+        is_test = _pick(of_train, held_out, seeded_generator(settings.seed, 0, _TEST))
+        test, kept = kept[is_test], kept[~is_test]
+    if "val" in targets:
         settings = replace(settings, val_fraction=0.0)
     train, val = stratified_split(of_train[kept], settings, class_names)
-    val = torch.arange(len(targets["val"])) if val_source == "val" else kept[val]
-    return SplitIndices(kept[train], val, test, val_source, _source("test", targets))
-
-
-def _source(split: Split, targets: Mapping[Split, np.ndarray]) -> Split:
-    return split if split in targets else "train"
-
-
-def _test_split(targets: Tensor, settings: SplitSettings, class_names: tuple[str, ...]) -> Tensor:
-    fraction = _TEST_FRACTION if settings.test_fraction is None else settings.test_fraction
-    held_out = _held_out_counts(targets, fraction, class_names, "test", is_default=settings.test_fraction is None)
-    return _pick(targets, held_out, seeded_generator(settings.seed, 0, _TEST)).nonzero().flatten()
+    val = torch.arange(len(targets["val"])) if "val" in targets else kept[val]
+    val_source: Split = "val" if "val" in targets else "train"
+    return SplitIndices(kept[train], val, test, val_source, "test" if "test" in targets else "train")
 
 
 def stratified_split(
@@ -100,8 +94,7 @@ def stratified_split(
     val_fraction = settings.val_fraction
     is_default = val_fraction == SplitSettings.val_fraction
     counts = torch.bincount(targets, minlength=len(class_names))
-    if val_fraction:
-        _held_out_counts(targets, val_fraction, class_names, "val", is_default=is_default)  # raises before `limit` does
+    _held_out_counts(targets, val_fraction, class_names, "val", is_default=is_default)  # raises before `limit` does
     chosen = _subset(targets, counts, settings, class_names)
     if val_fraction == 0:
         return chosen, chosen[:0]

@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from cifar_lightning.data.memory import check_fits
 from cifar_lightning.errors import UserError
 
-SHAPES = ("disk", "square", "triangle", "ring", "cross")
-CLASS_NAMES = (*SHAPES, *(f"striped_{shape}" for shape in SHAPES))
 MIN_IMAGE_SIZE = 16  # below, stripes are thinner than a pixel
 _SPLITS = {"train": 0, "test": 1}
 _ROOT_SEED = 20_170  # arbitrary; another number gives another data set
@@ -32,7 +30,17 @@ _CONTRAST = (0.40, 0.85)  # least and largest difference of a colour channel bet
 _NOISE = (0.01, 0.07)  # half width of the uniform noise, of 0-1
 
 _Array = NDArray[Any]
-_ROOT3_2 = 0.75**0.5
+# Signed distance to the outline of each shape, negative inside, of x, y and the radius.
+_OUTLINES: dict[str, Callable[[_Array, _Array, _Array], _Array]] = {
+    "disk": lambda x, y, radius: np.sqrt(x * x + y * y) - 0.9 * radius,
+    "square": lambda x, y, radius: np.maximum(abs(x), abs(y)) - 0.8 * radius,
+    "triangle": lambda x, y, radius: np.maximum(0.75**0.5 * abs(x) + 0.5 * y, -y) - 0.6 * radius,
+    "ring": lambda x, y, radius: abs(np.sqrt(x * x + y * y) - 0.72 * radius) - 0.26 * radius,
+    "cross": lambda x, y, radius: np.minimum(
+        np.maximum(abs(x) - 0.34 * radius, abs(y) - radius), np.maximum(abs(x) - radius, abs(y) - 0.34 * radius)
+    ),
+}
+CLASS_NAMES = (*_OUTLINES, *(f"striped_{shape}" for shape in _OUTLINES))
 
 
 def draw(split: str, count: int, image_size: int = 32) -> tuple[_Array, _Array]:
@@ -73,11 +81,11 @@ def _draw_chunk(rng: np.random.Generator, targets: _Array, image_size: int) -> _
     # The centre lies inside the image; large shapes are cut off a little at the border.
     free = 1.1 - radius
     x, y = _rotated_grid(_uniform(rng, num, -1, 1) * free, _uniform(rng, num, -1, 1) * free, rng, image_size)
-    distance = _distances(x, y, radius, targets % len(SHAPES))
+    distance = _distances(x, y, radius, targets % len(_OUTLINES))
     inside = _coverage(distance, image_size)[..., None]
 
     front, back, band, far = _colours(rng, num)
-    stripes = _stripes(x, y, rng, image_size) * (targets >= len(SHAPES))[:, None, None]
+    stripes = _stripes(x, y, rng, image_size) * (targets >= len(_OUTLINES))[:, None, None]
     ink = front + (band - front) * stripes[..., None]
     paper = back + (far - back) * _ramp(rng, num, image_size)[..., None]
     images = paper + (ink - paper) * inside
@@ -121,37 +129,10 @@ def _rotated_grid(x0: _Array, y0: _Array, rng: np.random.Generator, image_size: 
 
 def _distances(x: _Array, y: _Array, radius: _Array, shape: _Array) -> _Array:
     """Return signed distances float32 (N, S, S) to the outlines of shapes int64 (N,), negative inside."""
-    outlines: tuple[Callable[[_Array, _Array, _Array], _Array], ...] = (_disk, _square, _triangle, _ring, _cross)
     distance = np.empty_like(x)
-    for index, outline in enumerate(outlines):
+    for index, outline in enumerate(_OUTLINES.values()):
         of_shape = shape == index
         distance[of_shape] = outline(x[of_shape], y[of_shape], radius[of_shape])
-    return distance
-
-
-def _disk(x: _Array, y: _Array, radius: _Array) -> _Array:
-    distance: _Array = np.sqrt(x * x + y * y) - 0.9 * radius
-    return distance
-
-
-def _square(x: _Array, y: _Array, radius: _Array) -> _Array:
-    distance: _Array = np.maximum(abs(x), abs(y)) - 0.8 * radius
-    return distance
-
-
-def _triangle(x: _Array, y: _Array, radius: _Array) -> _Array:
-    return np.maximum(_ROOT3_2 * abs(x) + 0.5 * y, -y) - 0.6 * radius
-
-
-def _ring(x: _Array, y: _Array, radius: _Array) -> _Array:
-    distance: _Array = abs(np.sqrt(x * x + y * y) - 0.72 * radius) - 0.26 * radius
-    return distance
-
-
-def _cross(x: _Array, y: _Array, radius: _Array) -> _Array:
-    long, short = radius, 0.34 * radius
-    upright = np.maximum(abs(x) - short, abs(y) - long)
-    distance: _Array = np.minimum(upright, np.maximum(abs(x) - long, abs(y) - short))
     return distance
 
 

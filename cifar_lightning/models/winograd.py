@@ -26,13 +26,14 @@ _TILE_SIZES = range(2, len(_POINTS))
 class WinogradConv2d(nn.Conv2d):
     """A 3x3 convolution with stride 1 and padding 1 that uses Winograd's algorithm where it needs less time."""
 
-    is_pooled = False
+    pool = 1  # size of the pooling after it, which drops what remains of rows and columns
 
     def forward(self, input: Float[Tensor, "*batch channels height width"]) -> Tensor:
         """Return the convolution in the memory format of `Conv2d`."""
         if not _is_computable(self, input):
             return nn.Conv2d.forward(self, input)
-        kept = _kept(input.shape) if self.is_pooled else input.shape
+        num, channels, height, width = input.shape
+        kept = torch.Size((num, channels, height - height % self.pool, width - width % self.pool))
         if _saving(kept, len(self.weight)) <= _WORTHWHILE:
             return nn.Conv2d.forward(self, input)
         output: Tensor = _Winograd.apply(input, self.weight, kept)
@@ -55,7 +56,7 @@ class PooledConv2d(nn.Conv2d):
 class WinogradPooledConv2d(WinogradConv2d):
     """`WinogradConv2d` for `PooledConv2d`."""
 
-    is_pooled = True
+    pool = 2
 
 
 _WINOGRAD: dict[type[nn.Conv2d], type[WinogradConv2d]] = {
@@ -275,12 +276,6 @@ def _multiplications(size: int, shape: torch.Size, out_channels: int) -> int:
     points = (size + 2) ** 2
     per_tile = points * (in_channels * out_channels + points * in_channels + size**2 * out_channels)
     return num * -(-height // size) * -(-width // size) * per_tile + 9 * points * in_channels * out_channels
-
-
-def _kept(shape: torch.Size) -> torch.Size:
-    """Return the shape of images (batch, channels, height, width) without what a 2x2 pooling drops."""
-    num, channels, height, width = shape
-    return torch.Size((num, channels, height - height % 2, width - width % 2))
 
 
 def _saving(shape: torch.Size, out_channels: int) -> float:

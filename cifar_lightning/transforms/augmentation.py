@@ -97,7 +97,7 @@ class CropAndFlip(Transform):
             )
         if pad:
             for purpose, name in ((1, "shift_y"), (2, "shift_x")):
-                tables[name] = _integers(generator.stream(purpose), -pad, pad, num_images)
+                tables[name] = torch.randint(-pad, pad + 1, (num_images,), generator=generator.stream(purpose))
         if self.flip != "none":
             drawn_in = 0 if self.flip == "alternating" else generator.epoch
             mirrored = torch.rand(num_images, generator=generator.stream(3, drawn_in)) < 0.5
@@ -166,9 +166,9 @@ class Cutout(Transform):
         self.size_px = size_px
 
     def draw(self, generator: EpochGenerator, num_images: int, image_size: int) -> Tables:
-        inside = image_size - self.size_px
-        names = ((4, "cutout_y"), (5, "cutout_x"))
-        return {name: _integers(generator.stream(purpose), 0, inside, num_images) for purpose, name in names}
+        places = image_size - self.size_px + 1
+        streams = {"cutout_y": generator.stream(4), "cutout_x": generator.stream(5)}
+        return {name: torch.randint(places, (num_images,), generator=stream) for name, stream in streams.items()}
 
     def apply(self, images: Tensor, rows: Tables) -> Tensor:
         return cutout_(images, rows["cutout_y"], rows["cutout_x"], self.size_px)
@@ -191,10 +191,6 @@ class Erasing(Transform):
 
     def apply(self, images: Tensor, rows: Tables) -> Tensor:
         return erase_(images, rows["erased"])
-
-
-def _integers(generator: torch.Generator, low: int, high: int, num_images: int) -> Tensor:
-    return torch.randint(low, high + 1, (num_images,), generator=generator)
 
 
 def resize(

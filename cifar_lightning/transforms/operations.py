@@ -158,17 +158,17 @@ def _color(images: Images, magnitudes: Magnitudes) -> Images:
         return images
     # In NCHW memory: with the channels last, the innermost loop of the blend has 3 steps.
     planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return _blend(planes, _grey(planes), magnitudes).permute(0, 2, 3, 1)
+    return _blend(planes, grey(planes), magnitudes).permute(0, 2, 3, 1)
 
 
 def _contrast(images: Images, magnitudes: Magnitudes) -> Images:
     planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    grey = _grey(planes)
-    mean = grey.sum((1, 2, 3), keepdim=True) / grey.new_full((), grey[0].numel())  # as in _source_of
+    luma = grey(planes)
+    mean = luma.sum((1, 2, 3), keepdim=True) / luma.new_full((), luma[0].numel())  # as in _source_of
     return _blend(images.float(), mean, magnitudes)
 
 
-def _grey(planes: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 1 height width"]:
+def grey(planes: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 1 height width"]:
     """Return the luma (ITU-R 601), rounded down; of gray images, these."""
     if planes.shape[1] == 1:
         return planes

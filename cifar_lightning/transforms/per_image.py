@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.transforms.transform import EpochGenerator, Tables, Transform, name_of
+from cifar_lightning.transforms.transform import EpochGenerator, Tables, Transform, described, name_of
 
 _MIXES = {"MixUp": "--model.mixup 0.2", "CutMix": "--model.cutmix 1"}
 _SCALES = ("Normalize", "ToTensor", "ToDtype", "ConvertImageDtype", "ConvertDtype")
@@ -61,14 +61,11 @@ class PerImage(Transform):
         return changed.permute(0, 2, 3, 1)
 
     def _misfit(self, made: object, image: Tensor) -> str:
-        channels, height, width = image.shape
-        typed = f"--data.transforms {name_of(self)}: returned "
-        wanted = f"uint8 ({channels}, {height}, {width})"
+        returned = f"--data.transforms {name_of(self)}: returned {described(made)} for an image"
         if not isinstance(made, Tensor):
-            return f"{typed}{type(made).__name__} for an image; a tensor is needed, {wanted}, such as v2.PILToTensor's."
-        got = f"{str(made.dtype).removeprefix('torch.')} {tuple(made.shape)}"
+            return f"{returned}; a tensor is needed, {described(image)}, such as v2.PILToTensor's."
         sizes = "; the image size is set by --data.image_size" if made.shape[1:] != image.shape[1:] else ""
-        return f"{typed}{got} for an image; it must be {wanted}{sizes}."
+        return f"{returned}; it must be {described(image)}{sizes}."
 
 
 def as_transform(given: object) -> Transform:

@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.settings.limits import Strength, check_settings
+from cifar_lightning.transforms.operations import Images, grey
 from cifar_lightning.transforms.transform import EpochGenerator, Tables, Transform
 
 Interpolation = Literal["bilinear", "nearest"]
-Images = UInt8[Tensor, "batch height width channels"]
 
 _CROP_TRIES = 10  # as torchvision: then the largest crop in the middle that has an allowed ratio
 # On a CPU, from here on torch's own uint8 kernel image by image is faster than a grid of the whole batch: at 32, 64
@@ -40,7 +40,27 @@ class RandomResizedCrop(Transform):
         self.scale, self.ratio = _range(self, "scale", scale, above=0.0), _range(self, "ratio", ratio, above=0.0)
 
     def draw(self, generator: EpochGenerator, num_images: int, image_size: int) -> Tables:
-        return {"boxes": draw_crops(num_images, image_size, self.scale, self.ratio, generator)}
+        """Draw top, left, height and width by torchvision's rule.
+
+        The area is uniform and the logarithm of the ratio is; a crop that does not fit is drawn again.
+        """
+
+        def between(low: float, high: float) -> Tensor:
+            return low + (high - low) * torch.rand(num_images, generator=generator, dtype=torch.float64)
+
+        in_the_middle = image_size * torch.tensor([1 / self.ratio[0], self.ratio[1]]).clamp(max=1)
+        size = in_the_middle.round().long().clamp(min=1).expand(num_images, 2)  # height and width
+        is_drawn = torch.zeros(num_images, dtype=torch.bool)
+        for _ in range(_CROP_TRIES):
+            area = image_size**2 * between(*self.scale)
+            aspect = between(math.log(self.ratio[0]), math.log(self.ratio[1])).exp()
+            tried = torch.stack([(area / aspect).sqrt(), (area * aspect).sqrt()], 1).round().long()
+            fits = ((tried > 0) & (tried <= image_size)).all(1) & ~is_drawn
+            size = torch.where(fits[:, None], tried, size)
+            is_drawn |= fits
+        corners = torch.rand(num_images, 2, generator=generator, dtype=torch.float64)
+        corner = torch.where(is_drawn[:, None], (corners * (image_size - size + 1)).long(), (image_size - size) // 2)
+        return {"boxes": torch.cat([corner, size], 1)}
 
     def apply(self, images: Tensor, rows: Tables) -> Tensor:
         return resized_crop(images, rows["boxes"])
@@ -144,36 +164,6 @@ class GaussianBlur(Transform):
         return _where(rows["chosen"], lambda some, sigma: gaussian_blur(some, sigma, size), images, rows["sigma"])
 
 
-def draw_crops(
-    num_images: int,
-    image_size: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    generator: torch.Generator,
-) -> Int64[Tensor, "images 4"]:
-    """Draw a crop for each image by torchvision's rule: top, left, height and width.
-
-    Its area is uniform and the logarithm of its ratio is; one that does not fit is drawn again.
-    """
-
-    def between(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(num_images, generator=generator, dtype=torch.float64)
-
-    in_the_middle = image_size * torch.tensor([1 / ratio[0], ratio[1]]).clamp(max=1)
-    size = in_the_middle.round().long().clamp(min=1).expand(num_images, 2)  # height and width
-    is_drawn = torch.zeros(num_images, dtype=torch.bool)
-    for _ in range(_CROP_TRIES):
-        area = image_size**2 * between(*scale)
-        aspect = between(math.log(ratio[0]), math.log(ratio[1])).exp()
-        tried = torch.stack([(area / aspect).sqrt(), (area * aspect).sqrt()], 1).round().long()
-        fits = ((tried > 0) & (tried <= image_size)).all(1) & ~is_drawn
-        size = torch.where(fits[:, None], tried, size)
-        is_drawn |= fits
-    corners = torch.rand(num_images, 2, generator=generator, dtype=torch.float64)
-    corner = torch.where(is_drawn[:, None], (corners * (image_size - size + 1)).long(), (image_size - size) // 2)
-    return torch.cat([corner, size], 1)
-
-
 def resized_crop(images: Images, boxes: Int64[Tensor, "batch 4"]) -> Images:
     """Resize a crop of each image, (top, left, height, width), to the size of the images.
 
@@ -228,11 +218,7 @@ def _sample(images: Images, grid: Float[Tensor, "batch height width 2"], interpo
 
 def grayscale(images: Images) -> Images:
     """Return the luma (ITU-R 601), rounded down, in all channels."""
-    if images.shape[3] == 1:
-        return images
-    red, green, blue = images.float().unbind(-1)
-    luma = red.mul_(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
-    return luma.to(torch.uint8)[..., None].expand(images.shape)
+    return grey(images.float().permute(0, 3, 1, 2)).to(torch.uint8).permute(0, 2, 3, 1).expand(images.shape)
 
 
 def gaussian_blur(images: Images, sigma: Float[Tensor, " batch"], kernel_size: int) -> Images:

@@ -1,6 +1,7 @@
 """Pipeline: the transforms of a run's training images in order, from uint8 to finished batches."""
 
 import contextlib
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -14,11 +15,12 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import reason_of
 from cifar_lightning.transforms.augmentation import Augmentation, normalize, resize, standardize_
 from cifar_lightning.transforms.per_image import as_transform, states_kept
-from cifar_lightning.transforms.transform import EpochGenerator, Stage, Tables, Transform, name_of, own_key
+from cifar_lightning.transforms.transform import EpochGenerator, Stage, Tables, Transform, described, name_of
 
 DEFAULT: list[Any] = ["default"]
 """The list of `--data.transforms` that holds what the short flags choose, and nothing else."""
 CHECKED_IMAGES = 4  # before training: enough to tell the batch from the channels
+_OWN = 1_000_121  # purpose of the generators of transforms that are not the default ones; see splits.py for neighbours
 Drawn = list[tuple[Transform, Tables]]
 """Transforms with their tables of an epoch, or with the rows of a batch."""
 
@@ -31,11 +33,11 @@ class _Step:
     def draw(self, num_images: int, image_size: int, seed: int, epoch: int) -> Tables:
         tables = self.transform.draw(EpochGenerator(seed, epoch, *self.own_key), num_images, image_size)
         if not isinstance(tables, dict):
-            raise _refused(self.transform, f"draw returned {_described(tables)}; it must return tensors by name")
+            raise _refused(self.transform, f"draw returned {described(tables)}; it must return tensors by name")
         for name, table in tables.items():
             if not isinstance(table, Tensor) or table.shape[:1] != (num_images,):
                 wanted = f"it must be a tensor with {num_images} rows, one per image"
-                raise _refused(self.transform, f"draw returned {name} as {_described(table)}; {wanted}")
+                raise _refused(self.transform, f"draw returned {name} as {described(table)}; {wanted}")
         return tables
 
 
@@ -63,7 +65,7 @@ class Pipeline:
                 continue
             transform = as_transform(each)
             name = name_of(transform)
-            steps.append(_Step(transform, own_key(name, num_of[name])))
+            steps.append(_Step(transform, (_OWN, zlib.crc32(name.encode()), num_of[name])))
             num_of[name] += 1
         self._has_own = bool(num_of)
         in_bytes = [step for step in steps if step.transform.stage == "uint8"]
@@ -174,13 +176,13 @@ class _Checked(Transform):
         self.wrapped, self.stage = transform, transform.stage
 
     def apply(self, images: Tensor, rows: Tables) -> Tensor:
-        wanted = _described(images)
+        wanted = described(images)
         with _blamed(self.wrapped):
             with states_kept():  # so that the global generators give the same
                 again = self.wrapped.apply(images.clone(), rows)
             made = self.wrapped.apply(images, rows)
-        if _described(made) != wanted:
-            raise _refused(self.wrapped, f"returned {_described(made)} for {wanted}; dtype and shape must stay")
+        if described(made) != wanted:
+            raise _refused(self.wrapped, f"returned {described(made)} for {wanted}; dtype and shape must stay")
         if made.is_floating_point() and not made.isfinite().all():
             raise _refused(self.wrapped, "returned NaN or infinite values")
         if not torch.equal(made, again):
@@ -202,9 +204,3 @@ def _blamed(transform: Transform) -> Iterator[None]:
 
 def _refused(transform: Transform, reason: str) -> UserError:
     return UserError(f"--data.transforms {name_of(transform)}: {reason}.")
-
-
-def _described(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"

@@ -1,6 +1,5 @@
 """Transform: what a transform of training images is, of ours or of one's own, and the generator of its draws."""
 
-import zlib
 from typing import Any, Literal
 
 import numpy as np
@@ -10,8 +9,6 @@ from torch import Tensor
 Stage = Literal["uint8", "float", "normalized"]
 Tables = dict[str, Tensor]
 """Random draws by name, each with a row per image."""
-
-_OWN = 1_000_121  # purpose of the generators of transforms that are not the default ones; see splits.py for neighbours
 
 
 class Transform:
@@ -87,12 +84,14 @@ def _seed(*key: int) -> int:
     return state >> 1  # manual_seed takes 63 bits
 
 
-def own_key(name: str, nth: int) -> tuple[int, ...]:
-    """Return what tells the generators of the nth transform of a name from all others: none depends on the rest."""
-    return _OWN, zlib.crc32(name.encode()), nth
-
-
 def name_of(transform: object) -> str:
     """Return the name of a transform's class, or of the function or class that it wraps."""
     wrapped = getattr(transform, "wrapped", transform)
     return getattr(wrapped, "__name__", None) or type(wrapped).__name__
+
+
+def described(value: object) -> str:
+    """Return type and shape of a tensor, as "uint8 (3, 32, 32)", or the type of another object."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
