@@ -12,9 +12,7 @@ holds are skipped. The last line is the best setting's accuracy over the base's.
 import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import ROOT
+from benchmarks import ROOT, execute
 from benchmarks.hardware import hardware_name, results_file
+from cifar_lightning.metrics.significance import mean_interval
 
 BASE = "base"
-# Student's two-sided 5 % for n seeds.
-_T_QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+PROGRAM = [sys.executable, str(ROOT / "train.py")]
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def measure(suite: Suite, setting: str, seed: int, data: str, run: Path) -> dict
     """Train with a setting, or validate the base's run with it; return the results."""
     started_s = time.perf_counter()
     if setting in suite.tta:
-        execute(["validate", str(run), *suite.settings[setting]])
+        execute([*PROGRAM, "validate", str(run), *suite.settings[setting]])
     else:
         flags = [
             *suite.flags,
@@ -113,7 +111,7 @@ def measure(suite: Suite, setting: str, seed: int, data: str, run: Path) -> dict
             f"--run_dir={run}",
         ]
         flags += [f"--seed_everything={seed}", f"--data.seed={seed}", "--trainer.limit_test_batches=1"]
-        execute(["fit", *flags])
+        execute([*PROGRAM, "fit", *flags])
     predictions = np.load(run / "predictions_val.npz")
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     return {
@@ -124,14 +122,6 @@ def measure(suite: Suite, setting: str, seed: int, data: str, run: Path) -> dict
         "commit": environment["commit"],
         "dirty": environment["dirty"],
     }
-
-
-def execute(arguments: list[str]) -> None:
-    """Run the program without its output; exit with its last three lines if it fails."""
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=dict(os.environ))
-    if done.returncode != 0:
-        sys.exit("\n".join(done.stderr.strip().splitlines()[-3:]))
 
 
 def differences(lines: list[dict[str, Any]], setting: str) -> list[float]:
@@ -153,10 +143,9 @@ def verdict(points: list[float], num_images: int) -> str:
         chance = 200 * math.sqrt(2 * 0.2 * 0.8 / num_images)
         claim = "cannot tell" if abs(mean) < chance else "one seed alone"
         return f"{mean:+.2f} points (n=1, no spread): {claim}"
-    spread = statistics.stdev(points)
-    beyond = _T_QUANTILES[min(len(points), max(_T_QUANTILES))] * spread / math.sqrt(len(points))
-    claim = "cannot tell" if abs(mean) < beyond else "more than chance"
-    return f"{mean:+.2f} points (± {spread:.2f}, n={len(points)}): {claim}"
+    low, high = mean_interval(points)
+    claim = "cannot tell" if low < 0 < high else "more than chance"
+    return f"{mean:+.2f} points (± {statistics.stdev(points):.2f}, n={len(points)}): {claim}"
 
 
 def main() -> None:

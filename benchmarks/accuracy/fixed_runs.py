@@ -9,7 +9,7 @@ EMA and two workers; class folders with balanced weights and accumulated gradien
 CPU in 32 bits, with one thread, so that a processor gives the same numbers each time; two kinds of processor do not.
 
 What is compared: metrics.csv byte for byte, predictions.npz array for array, and of last.ckpt each tensor and number of
-the model, the optimizer and the schedule. `network.` at the start of a parameter's name counts as `model.`.
+the model, the optimizer and the schedule.
 """
 
 import argparse
@@ -82,9 +82,6 @@ def hashed(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 def describe(run: Path) -> dict[str, Any]:
     """Return what is compared of a run folder."""
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    checkpoint["state_dict"] = {
-        name.replace("network.", "model.", 1): value for name, value in checkpoint["state_dict"].items()
-    }
     with np.load(run / "predictions.npz") as arrays:
         predictions = {name: arrays[name] for name in arrays.files}
     return {

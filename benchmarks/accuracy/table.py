@@ -134,10 +134,8 @@ def _rows(what: str, recipe: str) -> list[str]:
 
 def _speed_rows(what: str, recipe: str) -> list[str]:
     """Return a row for our runs and for each peer, on each kind of hardware."""
-    path = RESULTS / f"{recipe}.json"
-    lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for line in comparable(lines, recipe):
+    for line in comparable(_read(recipe) or [], recipe):
         groups.setdefault((line["who"], line["precision"], line["hardware"]), []).append(line)
     rows = []
     for (who, precision, hardware), runs in sorted(groups.items(), key=lambda item: item[0][0] != "ours"):
@@ -214,17 +212,15 @@ def _verdict(result: dict[str, Any]) -> str:
     return result["verdict"] + (" (simulated)" if _is_simulated(result) else "")
 
 
-def _read(name: str) -> dict[str, Any] | None:
+def _read(name: str) -> Any:
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def models_table() -> str:
     """Return parameters, multiply-adds and speed of each named model."""
-    path = RESULTS / "models.json"
-    if not path.exists():
+    if (found := _read("models")) is None:
         return "`python -m benchmarks.speed.models`: not measured."
-    found = json.loads(path.read_text(encoding="utf-8"))
     size = found["image_size"]
     rows = [
         f"`python -m benchmarks.speed.models`, {size}x{size} images, batch size {found['batch_size']}, 32 bits, "
@@ -243,11 +239,9 @@ def models_table() -> str:
 
 def ablations_table() -> str:
     """Return the difference in validation accuracy that each setting makes alone."""
-    path = RESULTS / "ablations.json"
-    every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     rows = []
     for name, suite in SUITES.items():
-        of_suite = [line for line in every if line["suite"] == name]
+        of_suite = [line for line in _read("ablations") or [] if line["suite"] == name]
         rows += [row for lines in _alike(of_suite) for row in _ablation_rows(name, suite, lines)]
     return "\n".join(rows).rstrip()
 
@@ -277,10 +271,8 @@ def _ablation_rows(name: str, suite: Suite, lines: list[dict[str, Any]]) -> list
 
 def insight_rates_table() -> str:
     """Return how often each insight is false in simulated test sets, by number of classes and of images."""
-    path = RESULTS / "insight_rates.json"
-    if not path.exists():
+    if (found := _read("insight_rates")) is None:
         return "`python -m benchmarks.accuracy.insight_rates`: not measured."
-    found = json.loads(path.read_text(encoding="utf-8"))
     by_row: dict[tuple[str, int], dict[int, float]] = {}
     for one in found["rates"]:
         by_row.setdefault((one["finding"], one["classes"]), {})[one["images"]] = one["rate"]

@@ -305,9 +305,10 @@ class Bench:
         """Return a copy of the reference run, for a row that damages it."""
         return Path(shutil.copytree(self.reference.out, place / "run"))
 
-    def difference(self, out: Path) -> str:
-        """Return how a run's end differs from the reference's; empty if it is equal in every tensor and number."""
-        last, theirs = self.subject.last(out), self.subject.last(self.reference.out)
+    def difference(self, out: Path, whole: Path | None = None) -> str:
+        """Return how a run's end differs from a whole run's, by default the reference's; empty if all is equal."""
+        whole = whole or self.reference.out
+        last, theirs = self.subject.last(out), self.subject.last(whole)
         if not last.exists():
             return "no last.ckpt"
         one, other = load(last), load(theirs)
@@ -317,7 +318,7 @@ class Bench:
         if names:
             return f"last.ckpt differs in {len(names)} values, such as {names[0]}"
         if not self.subject.is_plain:
-            ours, unbroken = ((run / "metrics.csv").read_bytes() for run in (out, self.reference.out))
+            ours, unbroken = ((run / "metrics.csv").read_bytes() for run in (out, whole))
             return "" if ours == unbroken else "metrics.csv differs"
         return ""
 

@@ -32,8 +32,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.faults.judge import differences, load
+from benchmarks.speed.results import write_results
 from cifar_lightning.data.synthetic import CLASS_NAMES, draw
-from cifar_lightning.runs.environment import describe_environment
 from cifar_lightning.runs.folder import RunFolder
 
 COLUMNS = ("fit", "resume", "test", "predict", "export", "analyze")
@@ -296,9 +296,7 @@ def main() -> None:
         print(f"| {name} | {' | '.join(results[name].values())} |", flush=True)
     num_ok = sum(cell == "ok" for row in results.values() for cell in row.values())
     num_cells = len(results) * len(COLUMNS)
-    if options.json:
-        content = {"environment": describe_environment(), "rows": results}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    write_results(options.json, rows=results)
     print(f"{num_ok} of {num_cells} cells hold\nratio={num_ok / num_cells:.3f}")
 
 

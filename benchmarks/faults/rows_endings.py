@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.bench import Trial, row
-from benchmarks.faults.judge import differences, load
+from benchmarks.faults.judge import load
 from cifar_lightning.runs.folder import RunFolder
 
 _STEPS_PER_EPOCH, _STEPS = 30, 90
@@ -89,16 +89,9 @@ def killed_inside_a_window(trial: Trial) -> str:
         out = trial.place / acts.replace("@", "_").replace(":", "_")
         trial.fit(out, extra=extra, acts=acts)
         if trial.worked(f"{acts}, resume", trial.resume(out, extra=extra)):
-            names = differences(*(_compared(trial, run) for run in (out, whole)))
-            trial.kept(not names, f"{acts}: {len(names)} values differ, such as {', '.join(names[:2])}")
+            fault = trial.bench.difference(out, whole)
+            trial.kept(not fault, f"{acts}: {fault}")
     out = trial.killed(trial.place / "best", acts="SIGKILL@train:6", extra=extra, every=20)
     if not trial.subject.is_plain:
         trial.reported("only best.ckpt is there", trial.resume(out), "best.ckpt", "--init_weights", status=2)
     return "bitwise; a checkpoint of inside a window is refused"
-
-
-def _compared(trial: Trial, out: Path) -> dict[str, Any]:
-    tree = load(trial.subject.last(out))
-    if trial.subject.is_plain:  # its loops count repeated steps
-        return {key: tree[key] for key in ("state_dict", "optimizer_states")}
-    return tree | {"metrics.csv": (out / "metrics.csv").read_bytes()}

@@ -36,8 +36,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.faults.judge import differences, load
-from benchmarks.hardware import hardware_name, results_file
-from cifar_lightning.runs.environment import describe_environment
+from benchmarks.hardware import results_file
+from benchmarks.speed.results import write_results
 from cifar_lightning.runs.folder import RunFolder
 
 TIMEOUT_S = 120
@@ -343,8 +343,7 @@ def main() -> None:
                     )
             shutil.rmtree(bench.folder)
             print(f"{len(results)} stops, {time.monotonic() - began:.0f} s: {_counts(results)}", flush=True)
-            if args.json:
-                write_results(args.json, args, results, time.monotonic() - began)
+            write(args.json, args.seed, results, time.monotonic() - began)
     print(_counts(results))
     sys.exit(any(result.verdict == "wrong" for result in results))
 
@@ -353,22 +352,17 @@ def _counts(results: Sequence[Result]) -> dict[str, int]:
     return dict(Counter(result.verdict for result in results))
 
 
-def write_results(path: Path, args: argparse.Namespace, results: Sequence[Result], elapsed_s: float) -> None:
+def write(path: Path | None, seed: int, results: Sequence[Result], elapsed_s: float) -> None:
     """Write the counts, and each stop that is not equal."""
-    environment = describe_environment()
-    kinds = Counter(act.what for result in results for act in result.acts)
-    about = {
-        "stops": len(results),
-        "seed": args.seed,
-        "elapsed_s": round(elapsed_s),
-        "commit": environment["commit"],
-        "dirty": environment["dirty"],
-        "hardware": hardware_name(),
-        "verdicts": _counts(results),
-        "stopped_by": dict(sorted(kinds.items())),
-        "not_equal": [dataclasses.asdict(result) for result in results if result.verdict != "equal"],
-    }
-    path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    write_results(
+        path,
+        stops=len(results),
+        seed=seed,
+        elapsed_s=round(elapsed_s),
+        verdicts=_counts(results),
+        stopped_by=dict(sorted(Counter(act.what for result in results for act in result.acts).items())),
+        not_equal=[dataclasses.asdict(result) for result in results if result.verdict != "equal"],
+    )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ are compared within a round, after a warm-up round. The cores must be free. The 
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -21,15 +20,13 @@ from torchvision.transforms import v2
 
 from benchmarks.hardware import hardware_name, results_file
 from benchmarks.speed.results import print_rates, spread, write_results
+from benchmarks.speed.transforms import Epoch, compare
 from cifar_lightning.transforms.augmentation import Augmentation
 from cifar_lightning.transforms.pipeline import Pipeline, augment, rows_of
 from cifar_lightning.transforms.policies import Policy
 
 BATCH_SIZE = 500
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
-
-Epoch = Callable[[int], Iterable[Tensor]]
-"""Gives the batches of the epoch with this number."""
 
 
 def our_epochs(images: Tensor, policy: Policy) -> Epoch:
@@ -59,22 +56,6 @@ def torchvision_epochs(images: Tensor, policy: Policy) -> Epoch:
     return epoch
 
 
-def compare(ways: dict[str, Epoch], num: int, size: int, rounds: int) -> dict[str, list[float]]:
-    """Run an epoch of each in turn, after a warm-up epoch; return the images/s of each round."""
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for name, epoch in ways.items():
-        shapes = [batch.shape for batch in epoch(0)]
-        assert sum(shape[0] for shape in shapes) == num, name
-        assert shapes[0][1:] == (3, size, size), name
-    for number in range(1, rounds + 1):
-        for name in list(ways)[:: 1 if number % 2 else -1]:
-            began = time.perf_counter()
-            for batch in ways[name](number):
-                assert batch.dtype == torch.float32
-            rates[name].append(num / (time.perf_counter() - began))
-    return rates
-
-
 def main() -> None:
     """Measure and print; the last line is `ratio=X`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,7 +70,7 @@ def main() -> None:
     torch.manual_seed(0)
     images = torch.randint(0, 256, (args.num, args.size, args.size, 3), dtype=torch.uint8)
     ways = {"ours": our_epochs(images, args.policy), "torchvision": torchvision_epochs(images, args.policy)}
-    rates = compare(ways, args.num, args.size, args.rounds)
+    rates = compare(ways, args.rounds)
     device = f"{hardware_name()}, {args.threads} threads"
     print(f"{args.num:,} random images, {args.size}x{args.size}, policy {args.policy}, images/s:")
     print_rates(rates)

@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -85,23 +86,12 @@ def loop(trained: TrainedModel, paths: Sequence[Path], output: Path) -> list[int
     return preds
 
 
-@contextlib.contextmanager
-def loaded(trained: TrainedModel) -> Iterator[None]:
-    """Let `predict_images` use the model that was read already."""
-    original = predict.load_trained_model
-    predict.load_trained_model = lambda run, **_: trained
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        predict.load_trained_model = original
-
-
 def compare(run: RunFolder, paths: Sequence[Path], rounds: int) -> dict[str, list[float]]:
     """Run both in turn, `rounds` times after a warm-up; return the seconds of each round."""
     trained = load_trained_model(run)
     times_s: dict[str, list[float]] = {"loop": [], "predict_images": []}
-    with tempfile.TemporaryDirectory() as folder, loaded(trained):
+    read_before = mock.patch.object(predict, "load_trained_model", return_value=trained)
+    with tempfile.TemporaryDirectory() as folder, read_before, contextlib.redirect_stdout(io.StringIO()):
         ours, theirs = Path(folder) / "ours.jsonl", Path(folder) / "theirs.csv"
         for _ in range(rounds + 1):
             began = time.perf_counter()

@@ -15,9 +15,7 @@ finished runs to the file.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,15 +23,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
-from benchmarks import CONFIGS, python_path
-from benchmarks.accuracy.record import comparable
+from benchmarks import CONFIGS, execute
+from benchmarks.accuracy.label_issues import open_cifar10
+from benchmarks.accuracy.record import comparable, present_settings
 from benchmarks.hardware import hardware_name
 from benchmarks.speed.peers import commit_of, peer_of
 from benchmarks.speed.results import spread
 from benchmarks.speed.speedrun_peers import PEERS
-from cifar_lightning.data.datasets import open_source
 from cifar_lightning.runs.environment import describe_environment
 
 COMPILED = "--model.compile=true"
@@ -55,7 +52,7 @@ def our_runs(recipe: str, seeds: list[int], flags: list[str], folder: Path) -> l
 
 def _our_command(recipe: str, seed: int, flags: list[str], folder: Path) -> list[str]:
     folder.mkdir()
-    command = ["fit", "--config", str(recipe_path(recipe)), "--seed_everything", str(seed), "--data.seed", str(seed)]
+    command = ["fit", "--config", f"{CONFIGS / recipe}.yaml", "--seed_everything", str(seed), "--data.seed", str(seed)]
     clock = [
         "--trainer.callbacks+=benchmarks.speed.speedrun_clock.Clock",
         f"--trainer.callbacks.path={folder / 'clock.json'}",
@@ -70,7 +67,7 @@ def _our_figures(recipe: str, flags: list[str], folder: Path) -> dict[str, Any]:
     environment = json.loads((folder / "run" / "environment.json").read_text(encoding="utf-8"))
     figures |= {key: environment[key] for key in ("commit", "dirty", "precision")}
     # A config changes, and only runs of the same one may be compared.
-    settings = yaml.safe_load(recipe_path(recipe).read_text(encoding="utf-8"))
+    settings = present_settings(recipe)
     settings["model"] |= {"compile": True} if COMPILED in flags else {}
     return figures | {"settings": settings}
 
@@ -88,33 +85,11 @@ def peer_runs(
     return [{**figures, "commit": commit_of(checkout), "precision": precision} for figures in runs]
 
 
-def execute(command: list[str]) -> None:
-    """Run a command without output; where it fails, its last lines are the error."""
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": python_path()},
-    )
-    if done.returncode != 0:
-        print("\n".join(done.stderr.strip().splitlines()[-5:]), file=sys.stderr)
-        sys.exit(done.returncode)
-
-
-def recipe_path(recipe: str) -> Path:
-    """Return the path of a config."""
-    return CONFIGS / f"{recipe}.yaml"
-
-
 def write_images(args: argparse.Namespace, path: Path) -> None:
     """Write CIFAR-10 as the four tensors that a peer's process reads."""
-    source = open_source("folder" if args.data else "cifar10", args.data or "data", None)
-    source.prepare()
+    _, *sets = open_cifar10(Path(args.data or "data"))
     tensors = {}
-    for part in ("train", "test"):
-        images = source.load(part)
-        assert images is not None
+    for part, images in zip(("train", "test"), sets, strict=True):
         tensors[f"{part}_images"] = torch.from_numpy(np.array(images.images))
         tensors[f"{part}_labels"] = torch.from_numpy(np.array(images.targets))
     torch.save(tensors, path)
@@ -122,7 +97,7 @@ def write_images(args: argparse.Namespace, path: Path) -> None:
 
 def compare_epochs(args: argparse.Namespace, peers: dict[str, Path], folder: Path) -> dict[str, Any]:
     """Time an epoch of the peer and one of ours at each image size, in turn; print what whole runs would take."""
-    config = yaml.safe_load(recipe_path(args.recipe).read_text(encoding="utf-8"))
+    config = present_settings(args.recipe)
     (name, checkout), *_ = peers.items()
     sizes, epochs = config["data"].get("train_sizes", [32]), config["trainer"]["max_epochs"]
     plan = [sizes[min(epoch, len(sizes) - 1)] for epoch in range(epochs)]

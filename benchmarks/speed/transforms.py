@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from benchmarks.hardware import hardware_name, results_file
+from benchmarks.speed.loader import TransformedImages
 from benchmarks.speed.results import print_rates, spread, write_results
 from cifar_lightning import ImageDataModule, RandomResizedCrop
 from cifar_lightning.transforms.augmentation import Augmentation
@@ -66,19 +67,6 @@ def torchvision_crops(images: Tensor) -> Epoch:
     return epoch
 
 
-class Images(Dataset[tuple[Tensor, int]]):
-    """Images in memory, each transformed when it is read, as most projects write it."""
-
-    def __init__(self, images: Tensor, targets: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
-        self.images, self.targets, self.transform = images, targets, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.images[index]), int(self.targets[index])
-
-
 def in_workers(transform: Callable[[Tensor], Tensor], num: int) -> dict[str, Epoch]:
     """Return epochs of our data module and of torchvision's loader, each with 2 workers."""
     shared: dict[str, Any] = {"val_fraction": 0.0, "limit": num, "drop_last": True}
@@ -88,7 +76,7 @@ def in_workers(transform: Callable[[Tensor], Tensor], num: int) -> dict[str, Epo
     finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(data.mean or ()), list(data.std or ()))]
     images, targets = torch.from_numpy(data.images("train", np.arange(num))), torch.zeros(num, dtype=torch.int64)
     peer = DataLoader(
-        Images(images.permute(0, 3, 1, 2).contiguous(), targets, v2.Compose([transform, *finish])),
+        TransformedImages(images, targets, v2.Compose([transform, *finish])),
         BATCH_SIZE,
         shuffle=True,
         num_workers=2,

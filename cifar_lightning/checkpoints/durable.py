@@ -42,17 +42,11 @@ class DurableCheckpointIO(CheckpointIO):
                 intact.
         """
         target = Path(path)
-        not_finite = next(
-            (
-                name
-                for name, value in checkpoint["state_dict"].items()
-                if name not in self._never_finite and not _is_finite(value)
-            ),
-            None,
-        )
-        if not_finite is not None:
+        weights = checkpoint["state_dict"].items()
+        bad = [name for name, value in weights if name not in self._never_finite and not _is_finite(value)]
+        if bad:
             raise RunError(
-                f"{target}: not written, as {not_finite} has NaN or infinity after step {checkpoint['global_step']}; "
+                f"{target}: not written, as {bad[0]} has NaN or infinity after step {checkpoint['global_step']}; "
                 "earlier checkpoints are unchanged.\nLower --lr, or clip with --trainer.gradient_clip_val 1."
             )
         buffer = BytesIO()

@@ -98,7 +98,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: It is missing, damaged, or holds more than plain types and tensors.
     """
     try:
-        data = read_bytes(path, _max_bytes(), follow_links=True)
+        most = int(free_host_bytes()) if sys.platform == "linux" else sys.maxsize  # elsewhere it is not known
+        data = read_bytes(path, most, follow_links=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; give a checkpoint such as RUN/checkpoints/best.ckpt.") from error
     except (OSError, MemoryError) as error:
@@ -141,10 +142,6 @@ def _instead_of(path: Path) -> str:
     if path != run.best_checkpoint or not run.last_checkpoint.exists():
         return ""
     return f"\nMove it away: then {run.last_checkpoint} takes its place."
-
-
-def _max_bytes() -> int:
-    return int(free_host_bytes()) if sys.platform == "linux" else sys.maxsize  # elsewhere it is not known
 
 
 def _unreadable(path: Path, error: Exception) -> UnreadableError:

@@ -67,7 +67,8 @@ def _look_at_packages(found: Findings) -> None:
         found.hints.append("extras: pip install 'cifar-lightning[export,shards,timm]', for ONNX, shards and timm")
     if version_of("cifar-lightning") is None:
         found.hints.append("cifar-lightning is not installed: pip install -e . in a copy of the repository")
-    for text in _requirements():
+        return
+    for text in importlib.metadata.requires("cifar-lightning") or []:
         requirement = Requirement(text)
         version = version_of(requirement.name)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -77,12 +78,6 @@ def _look_at_packages(found: Findings) -> None:
                 f"{requirement.name} {version or 'missing'}, {requirement.specifier} is needed: "
                 f"pip install {shell_line(f'{requirement.name}{requirement.specifier}')}"
             )
-
-
-def _requirements() -> list[str]:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.requires("cifar-lightning") or []
-    return []
 
 
 def _look_at_machine(found: Findings, root: Path) -> None:

@@ -68,8 +68,8 @@ def normalize_arguments(command: str, arguments: Sequence[str], config: Path | N
     for typed, name, value in flags:
         plain = name.removesuffix("+")
         is_own = plain.partition(".")[0] in own
-        if not is_own:
-            _check_name(plain, f"--{clipped(typed)}")
+        if not (is_own or plain in FRONT_ONLY or _is_setting(plain)):
+            raise UserError(f"--{clipped(typed)}: no such flag.{suggest_flag(plain)}")
         of_fit = plain.partition(".")[0] in OF_FIT
         takers = table().get(plain, {}).get("commands", ["fit"] if of_fit else [command])
         if command not in takers:
@@ -164,11 +164,6 @@ def _hint_for_argument(command: str, argument: str) -> str:
     if command == "fit" and os.path.isfile(os.path.join(argument, "config.yaml")):  # pathlib's raises for long names
         return f" To resume a run: fit --resume {shell_line(argument)}"
     return ""
-
-
-def _check_name(name: str, typed: str) -> None:
-    if not (name in FRONT_ONLY or _is_setting(name)):
-        raise UserError(f"{typed}: no such flag.{suggest_flag(name)}")
 
 
 def _is_setting(name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from jsonargparse import Namespace
 from pydantic import Field
 
-from cifar_lightning.cli.trainer_objects import check_callbacks
+from cifar_lightning.cli.trainer_objects import check_kinds, class_of, objects_in
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped
 from cifar_lightning.settings.limits import Count, check_setting, limits_of
@@ -279,7 +279,7 @@ def check_trainer(command: str, trainer: Namespace) -> None:
                 flag = "epochs" if name == "max_epochs" else f"trainer.{name}"
                 raise UserError(f"--{flag} {clipped(str(value))}: {reason}.")
     if command == "fit":
-        check_callbacks(trainer.get("callbacks"))
+        check_kinds(map(class_of, objects_in(trainer.get("callbacks"))))
 
 
 def page_text() -> str:

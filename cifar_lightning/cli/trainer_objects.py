@@ -93,20 +93,8 @@ LOGGERS = {
 }
 
 
-def check_callbacks(callbacks: Any) -> None:
-    """Refuse callbacks that would fail or mislead.
-
-    Args:
-        callbacks: `--trainer.callbacks`, parsed: objects by `class_path`, one, several or none.
-
-    Raises:
-        UserError: Names the class and the reason.
-    """
-    check_kinds(map(_class_of, _objects(callbacks)))
-
-
 def check_kinds(kinds: Iterable[type]) -> None:
-    """Refuse classes of callbacks; see `check_callbacks`."""
+    """Raise a `UserError` for a class of callbacks that would fail or mislead."""
     library = importlib.import_module("lightning.pytorch.callbacks")
     for kind in kinds:
         for name, verdict in CALLBACKS.items():
@@ -119,7 +107,7 @@ def drop_unserializable_defaults(settings: Namespace) -> None:
 
     jsonargparse writes such a default as text, which the next command would read as the argument, or fails.
     """
-    made: list[tuple[Any, Any]] = [(_class_of(node), node.get("init_args")) for node in _objects(settings)]
+    made: list[tuple[Any, Any]] = [(class_of(node), node.get("init_args")) for node in objects_in(settings)]
     own = {group: settings.get(f"{group}_class") for group in CLASS_GROUPS}
     made += [(import_object(path, f"--{group}"), settings.get(group)) for group, path in own.items() if path]
     for kind, given in made:
@@ -133,17 +121,18 @@ def drop_unserializable_defaults(settings: Namespace) -> None:
                 del arguments[name]
 
 
-def _objects(settings: Any) -> Iterator[Namespace]:
+def objects_in(settings: Any) -> Iterator[Namespace]:
     """Yield what is given by `class_path` among settings, also as an argument of another."""
     is_node = isinstance(settings, Namespace)
     children = settings if isinstance(settings, list) else vars(settings).values() if is_node else ()
     if is_node and isinstance(settings.get("class_path"), str):
         yield settings
     for child in children:
-        yield from _objects(child)
+        yield from objects_in(child)
 
 
-def _class_of(node: Namespace) -> type:
+def class_of(node: Namespace) -> type:
+    """Import the class of what is given by `class_path`."""
     module, _, name = node["class_path"].rpartition(".")
     kind: type = getattr(importlib.import_module(module), name)
     return kind

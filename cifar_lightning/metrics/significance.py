@@ -13,7 +13,7 @@ whole numbers are cached: SciPy takes up to 1 ms for one, and small counts repea
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,7 @@ def poisson_binomial_interval(successes: int, probabilities: Float[np.ndarray, "
     a continuity correction: each end is then off by at most 0.00025, 0.025 points of accuracy (measured for mean
     probabilities of 0.5 to 1; 0.00001 where they are 0.5, most where all are near 1).
     """
+    from scipy.optimize import brentq
     from scipy.special import expit, logit, ndtr
 
     number = len(probabilities)
@@ -92,15 +93,11 @@ def poisson_binomial_interval(successes: int, probabilities: Float[np.ndarray, "
         mean, deviation = shifted.sum(), max(float((shifted * (1 - shifted)).sum()) ** 0.5, 1e-12)
         return ndtr((successes + 0.5 - mean) / deviation), ndtr((mean - successes + 0.5) / deviation)
 
-    def end(is_below: Callable[[float], bool]) -> float:
-        low, high = -60.0, 60.0
-        while high - low > 1e-5:
-            middle = (low + high) / 2
-            low, high = (middle, high) if is_below(middle) else (low, middle)
-        return float(expit(logits + low).mean())
+    def end(tail: int) -> float:
+        shift = brentq(lambda shift: tails(shift)[tail] - 0.025, -60.0, 60.0, xtol=1e-5)
+        return float(expit(logits + shift).mean())
 
-    lowest = end(lambda shift: tails(shift)[1] < 0.025) if successes > 0 else 0.0
-    return lowest, end(lambda shift: tails(shift)[0] >= 0.025) if successes < number else 1.0
+    return end(1) if successes > 0 else 0.0, end(0) if successes < number else 1.0
 
 
 def _clipped(probabilities: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

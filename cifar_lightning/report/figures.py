@@ -71,7 +71,8 @@ def confusion_figure(cm: Int[np.ndarray, "classes classes"], class_names: Sequen
         ("mistake", ~diagonal, top_of_mistakes, "mistakes, % of the true class"),
         ("correct", diagonal, 1.0, "correct, % of the true class"),
     ):
-        cmap = _ramp(name)
+        rgb = to_rgb(COLOURS[name])  # from transparent to opaque, which suits a light and a dark background
+        cmap = LinearSegmentedColormap.from_list(name, [(*rgb, 0.0), (*rgb, 1.0)], N=_NUM_SHADES)
         _fill_cells(axes, opacity, cells, cmap)
         mappable = ScalarMappable(Normalize(0, top), cmap)
         scale = figure.colorbar(mappable, ax=axes, location="bottom", format=PercentFormatter(1.0), aspect=40, pad=0.01)
@@ -83,12 +84,6 @@ def confusion_figure(cm: Int[np.ndarray, "classes classes"], class_names: Sequen
     if num_classes <= _MAX_CLASSES_WITH_NUMBERS:
         _write_cells(axes, cm, opacity)
     return figure
-
-
-def _ramp(name: str) -> Colormap:
-    # From transparent to opaque, which suits a light and a dark background.
-    rgb = to_rgb(COLOURS[name])
-    return LinearSegmentedColormap.from_list(name, [(*rgb, 0.0), (*rgb, 1.0)], N=_NUM_SHADES)
 
 
 def _fill_cells(

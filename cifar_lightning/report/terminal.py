@@ -161,9 +161,6 @@ def _coverage_text(row: Mapping[str, Any]) -> str:
     )
 
 
-_NOT_PRINTED = ("val/acc", "val/acc_no_tta")
-
-
 def print_validation(metrics: Mapping[str, float]) -> None:
     """Print the metrics of `validate`: val/acc, val/loss, val/f1, val/ece, and further ones by their names."""
     console = Console(highlight=False, force_jupyter=False)
@@ -171,7 +168,8 @@ def print_validation(metrics: Mapping[str, float]) -> None:
     line.append(percent(metrics["val/acc"], 2), style="bold")
     console.print(line)
     rest = {"loss": "val/loss", "macro F1": "val/f1", "calibration error": "val/ece"}
-    rest |= {name.removeprefix("val/"): name for name in metrics if name not in (*rest.values(), *_NOT_PRINTED)}
+    hidden = (*rest.values(), "val/acc", "val/acc_no_tta")
+    rest |= {name.removeprefix("val/"): name for name in metrics if name not in hidden}
     console.print(", ".join(f"{words} {decimal(metrics[name], 4)}" for words, name in rest.items()))
 
 
@@ -257,7 +255,7 @@ def _matrix_lines(cm: Int[np.ndarray, "classes classes"], names: Sequence[str], 
     name_width = min(longest, width - cell * len(names) - 1)
     if name_width < min(longest, 12):
         return None
-    heading = "".join(_align_right(heading, cell - 1) + " " for heading in headings)
+    heading = "".join(" " * (cell - 1 - cell_len(heading)) + heading + " " for heading in headings)
     lines = [Text(" " * (name_width + 1) + heading.rstrip(), style="bold")]
     for row, name in enumerate(names):
         line = Text(set_cell_size(_cut(name, name_width), name_width + 1))
@@ -371,7 +369,3 @@ def _cut(text: str, width: int) -> str:
     if cell_len(text) <= width:
         return text
     return set_cell_size(text, width - 2).rstrip() + ".." if width > 6 else set_cell_size(text, width).rstrip()
-
-
-def _align_right(text: str, width: int) -> str:
-    return " " * (width - cell_len(text)) + text

@@ -38,24 +38,20 @@ Number = Annotated[float, Field(ge=-3.5e38, le=3.5e38)]  # of 32 bits
 ZeroToOne = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Schema(BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=True)
-
-
-class _Config(_Schema):
+class _Config(BaseModel):
     model: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
     trainer: dict[str, Any] | None = None
 
 
-class _Duplicates(_Schema):
+class _Duplicates(BaseModel):
     kind: str
     text: str
     num_images: FromZero
     first: list[list[str]]
 
 
-class _Split(_Schema):
+class _Split(BaseModel):
     dataset: str | None = None
     seed: int | None = None
     val_fraction: ZeroToOne | None = None
@@ -69,7 +65,7 @@ class _Split(_Schema):
     test: list[FromZero] | None = None  # where the data has no test split of its own
 
 
-class _Environment(_Schema):
+class _Environment(BaseModel):
     versions: dict[str, str | None] = {}
     platform: str | None = None
     cpu: str | None = None
@@ -87,13 +83,13 @@ class _Environment(_Schema):
     ended: dict[str, Any] | None = None
 
 
-class _TestMetrics(_Schema):
+class _TestMetrics(BaseModel):
     accuracy: ZeroToOne | None = None
     accuracy_interval_95: Annotated[list[ZeroToOne], Field(min_length=2, max_length=2)] | None = None
     accuracy_no_tta: ZeroToOne | None = None
 
 
-class _Spread(_Schema):
+class _Spread(BaseModel):
     n: FromZero
     mean: ZeroToOne
     std: ZeroToOne | None  # of one run none
@@ -101,17 +97,17 @@ class _Spread(_Schema):
     max: ZeroToOne
 
 
-class _Seeds(_Schema):
+class _Seeds(BaseModel):
     seeds: Annotated[list[FromZero], Field(min_length=1, max_length=MAX_SEEDS)]
     accuracy: _Spread | None = None
 
 
-class _LearningRates(_Schema):
+class _LearningRates(BaseModel):
     step: list[FromZero]
     lr: list[Number]
 
 
-class _TableRow(_Schema):
+class _TableRow(BaseModel):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Number]
 
@@ -275,7 +271,7 @@ def _text(path: Path, max_bytes: int) -> str:
         raise _damaged(path, error) from error
 
 
-def _object(path: Path, value: Any, schema: type[_Schema]) -> dict[str, Any]:
+def _object(path: Path, value: Any, schema: type[BaseModel]) -> dict[str, Any]:
     check_schema(path, value, schema)
     fields: dict[str, Any] = value
     return fields

@@ -33,94 +33,32 @@ def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 # -- resume; a setting that is in none of these sets may change -------------------------------------------------------
 
-FIXED = {
-    *OWN_OPTIMIZER,
-    "model_class",
-    "data_class",
-    "model.name",
-    "model.model_kwargs",
-    "model.optimizer",
-    "model.schedule",
-    "model.ema_decay",
-    "model.pretrained",
-    "model.loss",
-    "model.freeze",
-    "model.unfreeze_epoch",
-    "model.layer_decay",
-    "data.image_size",
-    "data.resize",
-    "data.in_channels",
-    "data.dataset",
-    "data.seed",
-    "data.order_seed",
-    "data.val_fraction",
-    "data.test_fraction",
-    "data.limit",
-}
+FIXED = {*OWN_OPTIMIZER, "model_class", "data_class"}
+FIXED |= {f"model.{name}" for name in ("name", "model_kwargs", "optimizer", "schedule", "ema_decay", "pretrained")}
+FIXED |= {f"model.{name}" for name in ("loss", "freeze", "unfreeze_epoch", "layer_decay")}
+FIXED |= {f"data.{name}" for name in ("dataset", "image_size", "resize", "in_channels", "seed", "order_seed")}
+FIXED |= {"data.val_fraction", "data.test_fraction", "data.limit"}
 """Settings that the weights, the states of optimizer and schedule, or the split depend on."""
 
-MAKES_BATCHES = {
-    "data.batch_size",
-    "data.drop_last",
-    "data.train_sizes",
-    "data.sampler",
-    "data.cache",
-    "trainer.limit_train_batches",
-    "trainer.overfit_batches",
-    "trainer.accumulate_grad_batches",
-}
+_OF_STEPS = {"data.batch_size", "data.drop_last", "trainer.limit_train_batches", "trainer.overfit_batches"}
+_OF_STEPS |= {"trainer.accumulate_grad_batches"}
+MAKES_BATCHES = {*_OF_STEPS, "data.train_sizes", "data.sampler", "data.cache"}
 """Settings that an epoch's batches and steps depend on.
 
 trainer.devices is not among them: the start of an epoch may move to other devices, and within an epoch `rng_state`
 checks the number of processes.
 """
 
-PLANS_SCHEDULE = {
-    "data.batch_size",
-    "data.drop_last",
-    "trainer.max_epochs",
-    "trainer.max_steps",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.limit_train_batches",
-    "trainer.overfit_batches",
-    "trainer.accumulate_grad_batches",
-    "model.lr",
-    "model.sgd_lr",
-    "model.head_lr",
-    "model.pct_start",
-    "model.stem_train_fraction",
-}
+PLANS_SCHEDULE = _OF_STEPS | {f"trainer.{name}" for name in ("max_epochs", "max_steps", "devices", "num_nodes")}
+PLANS_SCHEDULE |= {f"model.{name}" for name in ("lr", "sgd_lr", "head_lr", "pct_start", "stem_train_fraction")}
 """Settings that the learning rates of later steps depend on. Momentum and decay follow no schedule."""
 
 # -- report and TensorBoard -------------------------------------------------------------------------------------------
 
-NOT_AUGMENTATION = {
-    "dataset",
-    "root",
-    "batch_size",
-    "image_size",
-    "val_fraction",
-    "test_fraction",
-    "limit",
-    "class_weights",
-    "sampler",
-    "num_workers",
-    "cache",
-    "seed",
-    "order_seed",
-    "eval_batch_size",
-    "train_sizes",
-    "transforms",
-    "crop_mode",
-    "drop_last",
-    "labels",
-    "resize",
-    "in_channels",
-    "skip_unreadable",
-    "device",
-    "class_names",
-}
+NOT_AUGMENTATION = {"dataset", "root", "labels", "class_names", "limit", "seed", "order_seed", "val_fraction"}
+NOT_AUGMENTATION |= {"batch_size", "eval_batch_size", "drop_last", "sampler", "class_weights", "num_workers", "cache"}
+NOT_AUGMENTATION |= {"image_size", "train_sizes", "resize", "in_channels", "crop_mode", "transforms"}
+NOT_AUGMENTATION |= {"test_fraction", "skip_unreadable", "device"}
 """Settings of the data that do not change training images at random; every other one does."""
 
 

@@ -43,10 +43,8 @@ class LrRange:
 
     def with_peaks(self, settings: OptimizerSettings) -> OptimizerSettings:
         """Return optimizer settings with the suggested learning rates."""
-        found = replace(settings, lr=self.suggestion)
-        if self.sgd_lr is not None:
-            found = replace(found, sgd_lr=self.sgd_lr)
-        return found if self.head_lr is None else replace(found, head_lr=self.head_lr)
+        peaks: dict[str, Any] = {"lr": self.suggestion, "sgd_lr": self.sgd_lr, "head_lr": self.head_lr}
+        return replace(settings, **{name: lr for name, lr in peaks.items() if lr is not None})
 
 
 def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: Any) -> LrRange:

@@ -51,23 +51,18 @@ class PredictionWriter(pl.Callback):
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
-        self._collect(pl_module, outputs, batch)
+        self._logits.append(logits_of(pl_module, outputs, batch).float().cpu())
+        self._targets.append(batch[1].cpu())
+
+    def on_predict_batch_end(self, *args: Any) -> None:
+        self.on_test_batch_end(*args)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
         """Collect the batches of `trainer.validate`, not of the validations within `fit`."""
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._collect(pl_module, outputs, batch)
-
-    def on_predict_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
-    ) -> None:
-        self._collect(pl_module, outputs, batch)
-
-    def _collect(self, pl_module: pl.LightningModule, outputs: Any, batch: Batch) -> None:
-        self._logits.append(logits_of(pl_module, outputs, batch).float().cpu())
-        self._targets.append(batch[1].cpu())
+            self.on_test_batch_end(trainer, pl_module, outputs, batch)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write predictions_val.npz."""
@@ -108,7 +103,8 @@ class PredictionWriter(pl.Callback):
         own = getattr(pl_module, "own_metrics", None) or ()
         metrics |= {name: trainer.callback_metrics[f"test/{name}"].item() for name in own}
         write_json(self.run.test_metrics, metrics)
-        _write_tensor(self.run.confusion_matrix_pt, torch.from_numpy(self.test.confusion))
+        torch.save(torch.from_numpy(self.test.confusion), buffer := io.BytesIO())
+        write_bytes_durably(self.run.confusion_matrix_pt, buffer.getvalue())
         if data is not None:
             shown = indices[gallery_positions(logits, targets)]
             images = data.images("test", shown)
@@ -209,10 +205,4 @@ def _write_predictions(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def _write_npz(path: Path, **arrays: Any) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    write_bytes_durably(path, buffer.getvalue())
-
-
-def _write_tensor(path: Path, tensor: Tensor) -> None:
-    buffer = io.BytesIO()
-    torch.save(tensor, buffer)
     write_bytes_durably(path, buffer.getvalue())

@@ -73,9 +73,6 @@ class RunProgress(ProgressBar):
         self._epoch_start_s = time.monotonic()
         self._next_s = self._epoch_start_s + (_REFRESH_S if self._has_bar() else _PLAIN_LINE_S)
         self._batches_done = 0  # since this process started or resumed the epoch
-        self._open_training_bar(trainer)
-
-    def _open_training_bar(self, trainer: pl.Trainer) -> None:
         self._open_bar(_epoch_of(trainer), self.total_train_batches)
 
     def on_train_batch_end(
@@ -166,7 +163,7 @@ class RunProgress(ProgressBar):
         self._close_bar()
         self._validated = True
         if trainer.state.fn == TrainerFn.FITTING:
-            self._open_training_bar(trainer)
+            self._open_bar(_epoch_of(trainer), self.total_train_batches)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._open_bar("test", sum_batches(trainer.num_test_batches))
