@@ -1,6 +1,7 @@
 """SIGTERM, Ctrl-C and a closed terminal: training stops at the next batch boundary, anything else at once.
 
-This module notes the signal; `last_checkpoint` saves and stops. SLURM's requeue signal stays Lightning's.
+This module notes the signal; `last_checkpoint` saves and stops. SLURM's requeue signal stays Lightning's, unless it is
+SIGHUP.
 """
 
 import contextlib
@@ -59,8 +60,10 @@ class StopSignals:
         self._is_deferring = False
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        self._num_received += 1
         leave_closed_terminal()
+        if self._num_received and signum not in (signal.SIGINT, signal.SIGTERM):
+            return  # a closed terminal sends SIGHUP twice: by the shell, and by the kernel when the shell has ended
+        self._num_received += 1
         if self._num_received > 2:
             os._exit(128 + signum)
         if self._num_received == 1 and self._is_deferring:

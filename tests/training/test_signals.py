@@ -9,12 +9,15 @@ import pytest
 
 from cifar_lightning.training.signals import Stopped, StopSignals
 
+if sys.platform == "win32":
+    pytest.skip("signals of POSIX", allow_module_level=True)
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.fixture
 def signals():
     before = [signal.getsignal(signum) for signum in ALL]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
     signals = StopSignals()
     signals.install()
     yield signals
@@ -52,13 +55,19 @@ def test_deferring_takes_the_signals_back_from_whoever_took_them(signals):
     assert signals.signum == signal.SIGTERM
 
 
-def test_a_closed_terminal_is_ignored_under_nohup():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        StopSignals().defer()
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_a_closed_terminal_is_ignored_under_nohup(signals):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals.defer()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_closed_terminal_may_hang_up_twice(signals):
+    signals.defer()
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert signals.signum == signal.SIGHUP
+    with pytest.raises(Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_third_one_ends_the_program_without_clearing_up():
