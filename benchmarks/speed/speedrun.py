@@ -168,6 +168,8 @@ def other_versions(lines: list[dict[str, Any]], peers: dict[str, Path]) -> str:
     """Return a sentence on runs of this machine by a peer's other commit, with which none may be averaged; or ""."""
     for name, checkout in peers.items():
         commit = commit_of(checkout)
+        if str(commit).endswith("-dirty"):
+            return f"--peer {name}={checkout}: has changed files; check its commit out again"
         own = [line for line in lines if line["who"] == name and line["hardware"] == hardware_name()]
         if others := sorted({str(line["commit"]) for line in own} - {str(commit)}):
             return (

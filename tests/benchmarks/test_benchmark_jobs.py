@@ -196,13 +196,15 @@ def test_a_run_that_has_not_ended_is_not_recorded(tmp_path):
 
 
 def test_a_run_that_was_tested_on_other_images_is_not_recorded(made, monkeypatch):
-    kept = [result() | {"commit": "a", "test_sha256": "b"}]
+    kept = [result() | {"commit": "a", "test_sha256": "b", "dataset": "folder"}]
     save_results(made, *kept)
     monkeypatch.setattr(record, "summarize", lambda *_: kept[0] | {"test_sha256": "c"})
     with pytest.raises(SystemExit):
         record.add_runs("plain", [made], "")
     monkeypatch.setattr(record, "summarize", lambda *_: kept[0] | {"seed": 1})
     record.add_runs("plain", [made], "")
+    monkeypatch.setattr(record, "summarize", lambda *_: kept[0] | {"seed": 1, "dataset": "cifar10", "test_sha256": "c"})
+    record.add_runs("plain", [made], "")  # in the order of the archive
     assert [line["seed"] for line in json.loads((made / "results" / "plain.json").read_text())] == [0, 1]
 
 

@@ -53,7 +53,10 @@ def test_a_changed_checkout_of_a_peer_is_another_version(tmp_path):
     assert commit_of(tmp_path) == commit
     (tmp_path / "airbench94_muon.py").write_text("lr = 2\n")
     assert commit_of(tmp_path) == f"{commit}-dirty"
-    lines = [{"who": "airbench", "commit": commit, "hardware": hardware_name()}]
+    assert "changed files" in speedrun.other_versions([], {"airbench": tmp_path})
+    git("checkout", "-q", ".")
+    lines = [{"who": "airbench", "commit": "of another version", "hardware": hardware_name()}]
+    assert speedrun.other_versions([], {"airbench": tmp_path}) == ""
     assert speedrun.other_versions(lines, {"airbench": tmp_path})
 
 
