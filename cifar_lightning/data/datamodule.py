@@ -7,10 +7,11 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from jaxtyping import Float
+from lightning.pytorch.trainer.states import TrainerStatus
 from pydantic import Field
 from torch import Tensor, nn
 
-from cifar_lightning.data.datasets import load_splits, open_source
+from cifar_lightning.data.datasets import class_names_of, load_splits, open_source
 from cifar_lightning.data.duplicates import find_duplicates
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.data.image_folder import ClassFolders, Skipped
@@ -153,10 +154,8 @@ class ImageDataModule(pl.LightningDataModule):
             self._check_shards(num_workers, sampler)
             num_workers = num_workers or 2  # also on one core: the order depends on it
         self.resize, self.in_channels = resize, in_channels
-        self.class_names = tuple(map(str, self.source.class_names))  # one of one's own may have a list, or numbers
+        self.class_names = class_names_of(self.source)
         self.num_classes = len(self.class_names)
-        if len(set(self.class_names)) < self.num_classes:
-            raise UserError(f"{self.source.describe()}: two classes have the same name.")
         if self.num_classes < 2:
             name = printable(self.class_names[0])
             raise UserError(f"{self.source.describe()}: only one class ({name}); at least 2 are needed.")
@@ -337,14 +336,20 @@ class ImageDataModule(pl.LightningDataModule):
             rank=rank,
             balanced_by=self._train_targets() if training and self.has_balanced_sampler else None,
             # Lightning replaces the sampler of a DataLoader for it, which these loaders are not.
-            repeats=training and getattr(self.trainer, "overfit_batches", 0) > 0,
+            repeats=training and getattr(self._running, "overfit_batches", 0) > 0,
             shards=shards,
         )
+
+    @property
+    def _running(self) -> pl.Trainer | None:
+        """The Trainer while it runs: Lightning leaves it here afterwards, and its limits with it."""
+        is_running = self.trainer and self.trainer.state.status == TrainerStatus.RUNNING
+        return self.trainer if is_running else None
 
     def _evaluation_order(self, split: Split) -> Tensor:
         """Return the positions of a split in the order of evaluation: shuffled if the Trainer stops before the end."""
         stages = ("test", "predict") if split == "test" else (split,)
-        limits = [getattr(self.trainer, f"limit_{stage}_batches", 1.0) for stage in stages]
+        limits = [getattr(self._running, f"limit_{stage}_batches", 1.0) for stage in stages]
         is_whole = all(isinstance(limit, float) and limit == 1 for limit in limits)  # the integer 1 is one batch
         return evaluation_order(self.num_images(split), seed=self.split_settings.seed, shuffled=not is_whole)
 

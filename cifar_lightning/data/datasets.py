@@ -12,6 +12,7 @@ flags again. How a source is used:
 import functools
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from cifar_lightning.data.image_folder import ClassFolders, holds_class_folders
 from cifar_lightning.data.image_set import SPLITS, Cache, ImageSet, Split, as_gray, digest
 from cifar_lightning.data.shards import Shards
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import clipped, raised_by, suggest
+from cifar_lightning.formatting import clipped, printable, raised_by, suggest
 from cifar_lightning.settings.import_path import import_object, is_import_path
 
 Channels = tuple[float, float, float]
@@ -238,6 +239,18 @@ def open_source(
     from cifar_lightning.data.object_source import ObjectSource, kind_of  # imports torch and Lightning
 
     return ObjectSource(given, image_size, class_names, name or kind_of(given), resize)
+
+
+def class_names_of(source: Source) -> tuple[str, ...]:
+    """Return the class names of a source, which may have them as a list or as numbers.
+
+    Raises:
+        UserError: Two of them are equal.
+    """
+    names = tuple(map(str, source.class_names))
+    if twice := [name for name, num in Counter(names).items() if num > 1]:
+        raise UserError(f"{source.describe()}: two classes are named {clipped(printable(twice[0]))}.")
+    return names
 
 
 def load_splits(source: Source, in_channels: int) -> dict[Split, ImageSet]:

@@ -47,7 +47,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TextIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -451,8 +451,9 @@ def decode_all(
     out: Path | np.ndarray,
     decode: Decode = decode_image,
     hashes: np.ndarray | None = None,
+    log: TextIO | None = None,
 ) -> tuple[list[Unreadable], Remarks]:
-    """Decode images in worker processes into `out`, with a progress bar on a terminal's stderr or a line on stdout.
+    """Decode images in worker processes into `out`, with a progress bar on a terminal's stderr or a line in `log`.
 
     Args:
         paths: Files to decode.
@@ -461,6 +462,7 @@ def decode_all(
         decode: Decodes one image, or raises `UserError` if it cannot. Workers import it by name.
         hashes: Receives the SHA-256 of each file, 0 for one that cannot be opened, as its field `content`, and the
             images' `pixel_hashes` as `pixels`.
+        log: Where the line is printed; by default on stdout.
 
     Returns:
         Index and reason for each image that cannot be read, sorted by index; what is unusual about others.
@@ -502,7 +504,7 @@ def decode_all(
             pool.shutdown(cancel_futures=True)  # do not decode on after Ctrl-C
             raise
     if len(paths) >= _LOGGED_FROM and not sys.stderr.isatty():
-        print(f"Decoded {len(paths):,} images in {time.monotonic() - began:.1f} s", flush=True)
+        print(f"Decoded {len(paths):,} images in {time.monotonic() - began:.1f} s", file=log, flush=True)
     return sorted(bad), counted_remarks(remarks)
 
 
@@ -540,22 +542,37 @@ Chunk = tuple[list[Unreadable], list[Remark], np.ndarray | None, tuple[np.ndarra
 def worker_pool(num: int, prepare: Callable[..., None] | None = None, *arguments: Any) -> Iterator[ProcessPoolExecutor]:
     """Start a pool of processes that end with this one and ignore Ctrl-C."""
     context = multiprocessing.get_context("spawn")  # forking a process that has torch's threads can hang
+    if multiprocessing.current_process().daemon:
+        raise UserError(
+            "image files are decoded in processes, which a daemonic process cannot start; use "
+            "concurrent.futures.ProcessPoolExecutor in place of multiprocessing.Pool, or give Pillow images."
+        )
     with _without_main(), ProcessPoolExecutor(num, context, _start_worker, (prepare, arguments)) as pool:
         yield pool
+
+
+_main_lock = threading.Lock()
+_hidden_mains: list[types.ModuleType] = []  # the script first, then what replaced it
 
 
 @contextmanager
 def _without_main() -> Iterator[None]:
     """Start workers without importing the main script again, as joblib does.
 
-    A script without `if __name__ == "__main__":` would start training in each worker.
+    A script without `if __name__ == "__main__":` would start training in each worker. The last of several threads gives
+    the module back.
     """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
+    with _main_lock:
+        _hidden_mains.append(sys.modules["__main__"])
+        sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield
     finally:
-        sys.modules["__main__"] = main
+        with _main_lock:
+            main = _hidden_mains[0]
+            _hidden_mains.pop()
+            if not _hidden_mains:
+                sys.modules["__main__"] = main
 
 
 def _start_worker(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cifar_lightning.data.datasets import Source, load_splits
+from cifar_lightning.data.datasets import Source, class_names_of, load_splits
 from cifar_lightning.data.duplicates import find_duplicates
 from cifar_lightning.data.image_decoding import read_file, read_headers
 from cifar_lightning.data.image_folder import ClassFolders, cache_folders
@@ -48,33 +48,34 @@ def inspect_source(source: Source, settings: SplitSettings, *, in_channels: int 
     if isinstance(source, ClassFolders):
         source.skip_unreadable = True
     source.prepare()
+    class_names = class_names_of(source)
     sets = load_splits(source, in_channels)
     targets = {split: image_set.targets for split, image_set in sets.items()}
     problem = ""
     try:
-        splits = make_splits(targets, settings, source.class_names)
+        splits = make_splits(targets, settings, class_names)
     except UserError as error:
         problem, splits = str(error), _unsplit(targets)
     hashes = {split: pixel_hashes(image_set.images) for split, image_set in sets.items()}
     name_of = getattr(source, "image_name", index_name)
-    rows = _Rows(sets, splits, source.class_names, name_of)
+    rows = _Rows(sets, splits, class_names, name_of)
     own = {split: sets[splits.source_of(split)].targets[splits.of(split).numpy()] for split in SPLITS}
-    counts = {split: np.bincount(of, minlength=len(source.class_names)) for split, of in own.items() if len(of)}
+    counts = {split: np.bincount(of, minlength=len(class_names)) for split, of in own.items() if len(of)}
     near = rows.near(_cached_pairs(source, [*sets.values()]), np.concatenate([*hashes.values()]))
     headers = Counter(read_headers(_some_files(source))) if isinstance(source, ClassFolders) else Counter[Any]()
     return {
         "dataset": source.describe(),
-        "class_names": source.class_names,
+        "class_names": class_names,
         "counts": counts,
         "problem": problem,
         "headers": headers,
         "left_out": source.skipped_files if isinstance(source, ClassFolders) else [],
         "duplicates": find_duplicates(sets, splits, hashes, name_of, num_shown=_MAX_GROUPS),
         "constant": [rows.name(at) for at in rows.constant().tolist()],
-        "imbalance": describe_imbalance(torch.from_numpy(counts["train"]), source.class_names),
+        "imbalance": describe_imbalance(torch.from_numpy(counts["train"]), class_names),
         "num_near": {kind: len(pairs) for kind, pairs in near.items()},
         "near": [[rows.about(at) for at in pair] for pair in near["pairs"][:_MAX_PAIRS].tolist()],
-        "samples": rows.samples(max(1, min(_MAX_SAMPLES, _MAX_ALL_SAMPLES // len(source.class_names)))),
+        "samples": rows.samples(max(1, min(_MAX_SAMPLES, _MAX_ALL_SAMPLES // len(class_names)))),
     }
 
 

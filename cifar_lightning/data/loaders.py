@@ -245,8 +245,9 @@ class LoaderFactory:
         if (source, device) not in self._resident:
             raw = self.images[source]
             if not raw.images.flags.writeable:
-                # Read a memory-mapped file into memory: page faults during training would be slow.
-                raw = raw._replace(images=raw.images.copy(), targets=raw.targets.copy())
+                # Read a memory-mapped file into memory: page faults during training would be slow. A copy by its own
+                # method would be a memmap, too, of no file.
+                raw = raw._replace(images=np.array(raw.images), targets=raw.targets.copy())
             if device.type == "cpu":
                 self.images[source] = raw  # drops the mapping, whose pages would count twice
             images, targets = torch.from_numpy(raw.images), torch.from_numpy(raw.targets)

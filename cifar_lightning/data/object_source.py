@@ -257,15 +257,23 @@ def _class_names_in(dataset: Any) -> list[list[str]]:
     if isinstance(features := getattr(dataset, "features", None), Mapping):
         names = getattr(features.get(_columns(features, features)[1]), "names", None)
         return [names] if names else []
-    if getattr(dataset, "target_transform", None) is not None:  # the names are those of the labels before it
-        return []
     classes = getattr(dataset, "classes", None)
     if isinstance(classes, list | tuple) and classes:  # those of ImageNet are tuples of synonyms
+        if _changes_labels(getattr(dataset, "target_transform", None), len(classes)):
+            return []  # the names are those of the labels before it
         return [[", ".join(map(str, name)) if isinstance(name, list | tuple) else str(name) for name in classes]]
     inner, several = getattr(dataset, "dataset", None), getattr(dataset, "datasets", None)
     if inner is not None:
         return _class_names_in(inner)
     return [names for each in several for names in _class_names_in(each)] if isinstance(several, list | tuple) else []
+
+
+def _changes_labels(target_transform: Any, num_classes: int) -> bool:
+    try:
+        labels = [*range(num_classes)]
+        return target_transform is not None and [int(target_transform(label)) for label in labels] != labels
+    except Exception:  # code of the user's raises anything
+        return True
 
 
 # -- samples ------------------------------------------------------------------------------------------------------

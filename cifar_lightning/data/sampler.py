@@ -168,7 +168,9 @@ class EpochSampler(SequentialSampler):
     def _batches(self) -> list[Tensor]:
         if not self.training:
             own = self.indices[self.rank.index :: self.rank.count]
-            # A rank with one image less may need an empty batch to make as many steps as the others.
+            if len(self) <= len(own) <= (len(self) - 1) * self.batch_size:
+                # As many steps as the other ranks, and no empty batch, whose loss would be NaN.
+                return list(torch.tensor_split(own, len(self)))
             return [own[k * self.batch_size : (k + 1) * self.batch_size] for k in range(len(self))]
         generator = seeded_generator(self.seed, 0 if self.repeats else self.epoch, _ORDER)
         if self.shards is not None:

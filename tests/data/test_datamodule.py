@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerStatus
 from PIL import Image
 
 from cifar_lightning.data import loaders
@@ -140,7 +141,10 @@ def test_a_part_of_a_split_is_of_all_classes_and_its_images_keep_their_positions
     root = write_folder(tmp_path, {"train": {"a": 90, "b": 90}, "test": {"a": 40, "b": 40}})
     module = ImageDataModule("folder", str(root), batch_size=10, eval_batch_size=16, val_fraction=0.4)
     module.trainer = SimpleNamespace(
-        global_rank=0, world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu"))
+        global_rank=0,
+        world_size=2,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        state=SimpleNamespace(status=TrainerStatus.RUNNING),
     )
     setattr(module.trainer, f"limit_{part}_batches", limit)
     images, targets = next(iter(module.val_dataloader() if part == "val" else module.test_dataloader()))
@@ -149,6 +153,10 @@ def test_a_part_of_a_split_is_of_all_classes_and_its_images_keep_their_positions
     raw = torch.from_numpy(module.images(part, positions)).permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (module.mean, module.std))
     torch.testing.assert_close(images, (raw - mean) / std, rtol=1e-4, atol=1e-4)
+    module.trainer.state.status = TrainerStatus.FINISHED  # its limit no longer counts
+    num = module.num_images(part)
+    assert module.rank_positions(part, Rank()).tolist() == list(range(num))
+    module.trainer.state.status = TrainerStatus.RUNNING
     both = np.concatenate([module.rank_positions(part, Rank(rank, 2)) for rank in range(2)])
     assert sorted(both) == list(range(module.num_images(part)))
 

@@ -10,6 +10,7 @@ import sys
 import warnings
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -537,3 +538,19 @@ def test_decoding_turns_no_warning_filter_loose(twenty):
     decode_all(twenty, 4, np.empty((20, 4, 4, 3), np.uint8))
     find_image_size(twenty)
     assert warnings.filters == before
+
+
+def test_pools_of_several_threads_give_the_script_back_in_any_order():
+    script = sys.modules["__main__"]
+    first, second = image_decoding._without_main(), image_decoding._without_main()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert sys.modules["__main__"] is script
+
+
+def test_a_process_that_may_start_none_is_told_what_may(monkeypatch):
+    monkeypatch.setattr(image_decoding.multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True))
+    with pytest.raises(UserError, match="ProcessPoolExecutor"), image_decoding.worker_pool(1):
+        pass

@@ -11,7 +11,8 @@ import torch
 from fitting import small_data
 from lightning.fabric import Fabric
 
-from cifar_lightning.data.loaders import BatchTransform, ResidentLoader, StreamingLoader, _Rows
+from cifar_lightning.data.image_set import ImageSet
+from cifar_lightning.data.loaders import BatchTransform, LoaderFactory, ResidentLoader, StreamingLoader, _Rows
 from cifar_lightning.data.sampler import EpochSampler, Rank
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.transforms.augmentation import Augmentation
@@ -251,3 +252,15 @@ def test_fabric_refuses_to_set_up_a_loader_that_deals_to_the_ranks_itself():
     fabric = Fabric(accelerator="cpu", devices=1)
     with pytest.raises(TypeError, match="DataLoader"):
         fabric.setup_dataloaders(resident())
+
+
+def test_images_that_were_read_from_a_mapped_file_travel_to_workers_without_it(tmp_path):
+    np.save(tmp_path / "images.npy", IMAGES)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    images = {"train": ImageSet(mapped, TARGETS, "")}
+    factory = LoaderFactory(images, 0)
+    factory.make("train", sampler(), TRANSFORM, torch.device("cpu"))
+    read = factory.images["train"].images
+    assert not isinstance(read, np.memmap)
+    rows = pickle.loads(pickle.dumps(_Rows(read, TARGETS, ())))
+    assert torch.equal(rows[3][0], torch.from_numpy(IMAGES[3]))

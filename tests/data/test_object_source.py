@@ -213,6 +213,9 @@ def test_class_names_of_labels_that_are_transformed_are_not_those_of_the_data_se
     given = Named(lambda image, label: (Image.fromarray(image), int(label) % 2))
     given.target_transform = lambda label: label % 2
     assert loaded(given)[2] == ("0", "1")
+    same = Named()
+    same.target_transform = torch.tensor
+    assert loaded(same)[2] == Named.classes
 
 
 @pytest.mark.parametrize("make", [SAMPLES["PIL"], SAMPLES["dict"]])
@@ -565,7 +568,7 @@ def test_names_and_statistics_of_a_source_may_be_lists_numbers_and_arrays():
     module.load_state_dict(module.state_dict())
     assert module.class_names == ("3", "5")
     assert (module.mean, module.std) == ((0.5,) * 3, (0.25,) * 3)
-    with pytest.raises(UserError, match="same name"):
+    with pytest.raises(UserError, match="two classes are named a"):
         data(type("Equal", (Ready,), {"class_names": ["a", "a"]})())
 
 

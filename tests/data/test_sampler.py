@@ -93,3 +93,12 @@ def test_an_evaluation_that_stops_early_is_shuffled_by_the_seed():
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert sorted(first.tolist()) == list(range(100))
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(17, 2), (49, 3), (33, 4)])
+def test_no_evaluation_batch_is_empty_where_a_rank_has_images_for_each_step(count, ranks):
+    shares = [sampler(count, training=False, rank=Rank(r, ranks)).begin() for r in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    assert min(len(batch) for share in shares for batch in share) > 0
+    for rank, share in enumerate(shares):
+        assert torch.cat(share).tolist() == list(range(count))[rank::ranks]
