@@ -85,6 +85,10 @@ class PredictionWriter(pl.Callback):
         else:
             _write_predictions(self.written_to, arrays)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Forget the batches of an evaluation that was cut."""
+        self._logits, self._targets = [], []
+
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write predictions.npz, test_metrics.json, confusion_matrix.pt, gallery.npz and explanations.npz."""
         arrays = self._gather(trainer, "test")
@@ -123,6 +127,10 @@ class PredictionWriter(pl.Callback):
     def _is_complete(self, trainer: pl.Trainer, split: Split, arrays: dict[str, np.ndarray]) -> bool:
         """Whether the run gets files: they are written only of a whole split."""
         data, num_predictions = training_data(trainer), len(arrays["targets"])
+        limit = getattr(trainer, f"limit_{split}_batches")
+        if self.run is not None and data is None and not (isinstance(limit, float) and limit == 1):
+            print(f"limit_{split}_batches {limit}: only {num_predictions:,} images; no file is written.")
+            return False
         num_images = num_predictions if data is None else data.num_images(split)
         if self.run is not None and num_predictions < num_images:
             print(f"Only {num_predictions:,} of {num_images:,} {split} images were evaluated: no file is written.")

@@ -1,13 +1,17 @@
 """RunReport: the files and the report of a run, for any LightningModule in a Trainer of one's own."""
 
+import json
 import math
 import re
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import yaml
+from torch import Tensor
 
 from cifar_lightning.checkpoints.loading import plain
 from cifar_lightning.errors import UserError
@@ -43,12 +47,17 @@ class RunReport(PredictionWriter):
     def __init__(self, run_dir: str | Path | None = None, class_names: Sequence[str] | None = None) -> None:
         super().__init__(None, class_names=class_names)
         self.run_dir = run_dir
+        self._fitted_by: Callable[[], pl.Trainer | None] | None = None
         self._epoch: tuple[int, int, float] | None = None  # one that is trained: number, steps, seconds
         self._val: dict[str, float] = {}
         self._started_s = 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Make the folder, once."""
+        """Make the folder, once, or another one for the fit of another Trainer."""
+        if stage == "fit":
+            if self._fitted_by is not None and self._fitted_by() is not trainer:
+                self.run = self._epoch = None
+            self._fitted_by = weakref.ref(trainer)
         if trainer.world_size > 1 and training_data(trainer) is None:
             raise UserError("RunReport: on several processes a loader repeats images; give Trainer(devices=1).")
         if self.run is not None or not trainer.is_global_zero or stage not in ("fit", "test"):
@@ -58,13 +67,19 @@ class RunReport(PredictionWriter):
         config = {"model": {**plain(dict(pl_module.hparams)), "name": f"<{name}>"}}
         config["trainer"] = {"max_epochs": trainer.max_epochs, "enable_checkpointing": False}  # none of ours
         config["trainer"]["limit_val_batches"] = trainer.limit_val_batches
-        write_text_durably(self.run.config, yaml.safe_dump(portable(plain(config))))
+        as_json = json.dumps(portable(plain(config)), default=_without_types)  # YAML takes no tensors and no enums
+        write_text_durably(self.run.config, yaml.safe_dump(json.loads(as_json)))
         write_json(self.run.environment, environment_of(trainer))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Release the folder."""
         if self.run is not None and self.run.lock is not None:
             self.run.lock.release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Release the folder, as Lightning calls no `teardown`; forget the batches of a test that was cut."""
+        super().on_exception(trainer, pl_module, exception)
+        self.teardown(trainer, pl_module, "")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the row of the epoch before, whose metrics are complete by now."""
@@ -93,6 +108,17 @@ class RunReport(PredictionWriter):
         memory = peak_memory_mb(trainer.strategy.root_device)
         MetricsTable(self.run.timing_csv).append({"epoch": epoch, "elapsed_s": elapsed_s, "peak_memory_mb": memory})
 
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse several loaders, whose images would be counted together."""
+        if len(trainer.num_test_batches) > 1:
+            raise UserError("RunReport: several test loaders would be counted as one; call trainer.test for each.")
+
+    def on_predict_batch_end(self, *args: Any) -> None:
+        """Leave `trainer.predict` alone: predictions.npz is of the test."""
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write nothing."""
+
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write predictions and the report."""
         data = training_data(trainer)
@@ -102,6 +128,10 @@ class RunReport(PredictionWriter):
         super().on_test_end(trainer, pl_module)
         if self.is_test_written and self.run is not None:
             make_report(self.run, is_short=True)
+
+
+def _without_types(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else str(value)
 
 
 def metrics_of(trainer: pl.Trainer) -> dict[str, float]:

@@ -84,7 +84,8 @@ class Dashboard(pl.Callback):
         self._last_step = step
         if not (trainer.loggers and trainer.is_global_zero):
             return
-        if step == 1 and takers_of_images(trainer) and training_data(trainer) is not None:
+        is_pair = isinstance(batch, tuple | list) and len(batch) == 2 and getattr(batch[1], "ndim", None) == 1
+        if step == 1 and is_pair and takers_of_images(trainer) and training_data(trainer) is not None:
             log_image(trainer, "visuals/batch_as_trained_on", self._draw_batch(trainer, batch), 0)
         is_known = isinstance(outputs, Mapping) and "loss" in outputs  # not of a step that optimizes by hand
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches if is_known else math.nan
@@ -142,10 +143,20 @@ class Dashboard(pl.Callback):
             self._drawn_at_step = step
 
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        """Keep the predictions of a validation that is drawn, on the device."""
-        if self._is_drawing and sum(len(targets) for _, targets in self._predictions) < _NUM_KEPT:
+        """Keep the predictions of a validation that is drawn, of the first loader, on the device."""
+        if (
+            self._is_drawing
+            and not dataloader_idx
+            and sum(len(targets) for _, targets in self._predictions) < _NUM_KEPT
+        ):
             try:
                 self._predictions.append((logits_of(pl_module, outputs, batch), batch[1]))
             except UserError as error:  # training continues
@@ -158,10 +169,15 @@ class Dashboard(pl.Callback):
             self._best = {name: float(value) for name, value in trainer.callback_metrics.items()}
             return
         confusion = getattr(pl_module, "val_confusion", None)
+        confusion = confusion.cpu() if isinstance(confusion, Tensor) else None  # a metric may have that name
         if not trainer.is_global_zero or (confusion is None and not self._is_drawing):
             return
         matrix, board = self._confusion() if confusion is None else confusion.numpy(), board_of(trainer)
         self.class_names = self.class_names or tuple(map(str, range(len(matrix))))
+        if len(self.class_names) != len(matrix):
+            self._is_drawing, self._drawn_at_step = False, math.inf
+            remark(f"Dashboard draws no predictions: {len(self.class_names)} class names for {len(matrix)} logits.")
+            return
         for tag, recall in zip(tags_of(self.class_names), per_class(matrix).recall, strict=True) if board else ():
             board.add_scalar(f"val_acc_of_class/{tag}", recall, trainer.global_step)
         if self._is_drawing:

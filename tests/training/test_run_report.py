@@ -1,12 +1,14 @@
 """RunReport and Dashboard with modules, data and Trainers of somebody else."""
 
 import csv
+import enum
 import json
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import yaml
 from fitting import quiet_trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -127,3 +129,94 @@ def test_a_module_without_forward_is_not_drawn_and_not_stopped(capsys):
 def test_names_of_another_number_of_classes_are_refused(loader, tmp_path):
     with pytest.raises(UserError, match="class_names: 2 names; the model has 3 classes"):
         quiet_trainer(tmp_path, callbacks=[RunReport(tmp_path / "run", ["a", "b"])]).test(Other(), loader)
+
+
+class Nameless(Other):
+    """Cuts a test, and predicts what is no logits."""
+
+    is_cut = False
+
+    def test_step(self, batch, batch_idx, dataloader_idx=0):
+        if self.is_cut and batch_idx == 1:
+            raise RuntimeError("cut")
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0]).softmax(1)
+
+
+FEW_WORKERS = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+
+
+@FEW_WORKERS
+def test_the_files_are_of_the_last_whole_test_alone(loader, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_report, "make_report", lambda *args, **kwargs: None)
+    report, module = RunReport(tmp_path / "run"), Nameless()
+    trainer = quiet_trainer(tmp_path, callbacks=[report])
+    module.is_cut = True
+    with pytest.raises(RuntimeError, match="cut"):
+        trainer.test(module, loader, verbose=False)
+    module.is_cut = False
+    trainer.test(module, loader, verbose=False)
+    predictions = (tmp_path / "run" / "predictions.npz").read_bytes()
+    assert len(load(tmp_path / "run").predictions.targets) == 30
+    images = DataLoader(TensorDataset(torch.rand(4, 3, 8, 8)), batch_size=2)  # without labels
+    trainer.predict(module, images, return_predictions=False)
+    with pytest.raises(UserError, match="several test loaders"):
+        trainer.test(module, [loader, loader], verbose=False)
+    assert (tmp_path / "run" / "predictions.npz").read_bytes() == predictions
+
+
+@FEW_WORKERS
+def test_a_test_of_some_batches_writes_no_results(loader, tmp_path, capsys):
+    quiet_trainer(tmp_path, callbacks=[RunReport(tmp_path / "run")], limit_test_batches=2).test(
+        Other(), loader, verbose=False
+    )
+    assert "limit_test_batches 2" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "test_metrics.json").exists()
+
+
+@FEW_WORKERS
+def test_each_trainer_that_fits_has_a_folder_of_its_own(loader, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report, folders = RunReport(), []
+    for _ in range(2):
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[report]).fit(Other(), loader)
+        folders.append(report.run.path)
+    assert folders[0] != folders[1]
+    assert all(len((folder / "metrics.csv").read_text().splitlines()) == 2 for folder in folders)
+
+
+class Color(enum.StrEnum):
+    RED = "red"
+
+
+@FEW_WORKERS
+def test_hyperparameters_that_yaml_does_not_have_are_written_as_what_they_hold(loader, tmp_path):
+    class Odd(Other):
+        def __init__(self, weights, color):
+            super().__init__()
+            self.save_hyperparameters()
+
+    odd = Odd(torch.tensor([1.0, 2.0, 0.5]), Color.RED)
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[RunReport(tmp_path / "run")]).fit(odd, loader)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["model"]["weights"] == [1.0, 2.0, 0.5]
+    assert config["model"]["color"] == "red"
+
+
+@FEW_WORKERS
+def test_a_dashboard_that_cannot_draw_does_not_end_training(loader, tmp_path, capsys):
+    class Wide(Other):
+        """More logits than there are names, and a metric of the name of our matrix."""
+
+        def __init__(self):
+            super().__init__()
+            self.val_confusion = nn.Identity()
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            pass
+
+    board = TensorBoardLogger(tmp_path, "board", "1")
+    dashboard = Dashboard(class_names=["a", "b"])
+    quiet_trainer(tmp_path, max_epochs=1, logger=board, callbacks=[dashboard]).fit(Wide(), loader, [loader, loader])
+    assert "2 class names for 3 logits" in capsys.readouterr().out
