@@ -218,9 +218,9 @@ def made_from(model: ImageClassifier) -> dict[str, Any]:
     """Return the settings that make a model again, or the name of its class where none do."""
     if type(model) is not ImageClassifier:
         return {"name": object_name(model)}
+    model.forget_changed_model()
     if imported := model.imported:
         return {"name": imported["path"], "model_kwargs": imported["kwargs"] or None}
-    model.forget_changed_model()
     return {} if model.hparams["name"] else {"name": object_name(model.model)}
 
 

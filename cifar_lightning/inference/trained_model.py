@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint, read_export
-from cifar_lightning.checkpoints.schema import DATA_STATE, TEMPERATURE
+from cifar_lightning.checkpoints.schema import DATA_STATE, IMPORTED_CLASS, TEMPERATURE
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256
@@ -78,7 +78,7 @@ def load_trained_model(
     hparams, data = checkpoint.get("hyper_parameters", {}), checkpoint.get(DATA_STATE)
     if data is None:
         raise UserError(f"{path}: has no class names, mean and std; fit did not write it.")
-    imported = hparams.get("imported") or {}
+    imported = checkpoint.get(IMPORTED_CLASS) or hparams.get("imported") or {}
     name, kwargs = (imported.get("path") or hparams.get("name")), imported.get("kwargs") or hparams.get("model_kwargs")
     if model is None and not name:
         raise UserError(
@@ -89,7 +89,7 @@ def load_trained_model(
     if model is None and is_import_path(name):
         import_trusted(name, "--model.name", path, trust_code=trust_code)
         for key, of_argument in import_paths(kwargs):
-            if key.endswith(".class_path"):
+            if key.rpartition(".")[2] == "class_path":
                 import_trusted(of_argument, f"--model.{key}", path, trust_code=trust_code)
     check_model_kwargs(kwargs or {})
     architecture = {

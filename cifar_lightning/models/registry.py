@@ -1,7 +1,9 @@
 """Models by name: the table `MODELS`, and `build_model`. Every model returns raw logits."""
 
 import contextlib
+import copy
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,7 +16,7 @@ from cifar_lightning.formatting import clipped, reason_of, suggest
 from cifar_lightning.models.resnets import PreActResNet, WideResNet
 from cifar_lightning.models.smallnet import SmallNet
 from cifar_lightning.models.speednet import SpeedNet
-from cifar_lightning.models.stems import SMALL_PX, in_eval_mode, input_error
+from cifar_lightning.models.stems import SMALL_PX, input_error
 from cifar_lightning.models.torchvision_timm import (
     timm_model,
     timm_names,
@@ -139,8 +141,9 @@ def _imported_model(
         known = {"num_classes": num_classes} if takes_any or "num_classes" in taken else {}
         of_images = {"image_size": image_size, "in_channels": in_channels}
         known |= {key: value for key, value in of_images.items() if key in taken}
-        # Of a class by LightningCLI's name for them, with objects as it writes them.
-        model = make(**{**known, **_with_objects(kwargs.get("init_args", kwargs))})
+        if "init_args" in kwargs:  # of a class by LightningCLI's name for them, with objects as it writes them
+            kwargs = {key: _with_objects(each) for key, each in kwargs["init_args"].items()}
+        model = make(**{**known, **kwargs})
     except Exception as error:  # code of one's own raises anything
         raise UserError(f"{given}: cannot be made ({type(error).__name__}: {reason_of(error)}).") from error
     if not isinstance(model, nn.Module):
@@ -182,17 +185,16 @@ def makes_same_logits(
     model: nn.Module, name: str, num_classes: int, image_size: int, in_channels: int, model_kwargs: Mapping[str, Any]
 ) -> bool:
     """Whether `build_model` makes a model that has a model's logits with the same weights."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
-        with torch.random.fork_rng():
-            twin = build_model(name, num_classes, image_size, **{"in_channels": in_channels, **model_kwargs}).to(device)
+        # A copy without a Trainer, in float32 on the CPU, whatever the Trainer's precision and device.
+        model = copy.deepcopy(model, {id(getattr(model, "_trainer", None)): None}).cpu().float()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            twin = build_model(name, num_classes, image_size, **{"in_channels": in_channels, **model_kwargs}).float()
+            for weight in model.parameters():  # a head or a LayerScale of zeros hides what is before it
+                weight.add_(0.02 * torch.randn_like(weight))
             twin.load_state_dict(model.state_dict())
-            images = torch.rand(2, in_channels, image_size, image_size, device=device)
-            # Not with the initial weights: a head or a LayerScale of zeros hides what is before it.
-            weights = {key: weight + 0.02 * torch.randn_like(weight) for key, weight in model.named_parameters()}
-            with in_eval_mode(model), in_eval_mode(twin):
-                logits, others = (torch.func.functional_call(each, weights, (images,)) for each in (model, twin))
-                return torch.allclose(logits, others, rtol=1e-4, atol=1e-5)
+            images = torch.rand(2, in_channels, image_size, image_size)
+            return torch.allclose(model.eval()(images), twin.eval()(images), rtol=1e-4, atol=1e-5)
     except Exception:  # code of one's own raises anything
         return False
 
@@ -204,9 +206,14 @@ def is_built_by_name(model: nn.Module, architecture: Mapping[str, Any]) -> bool:
     """
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return str(build_model(**architecture)) == str(model)
+            return _modules_of(build_model(**architecture)) == _modules_of(model)
     except Exception:  # code of one's own raises anything
         return True
+
+
+def _modules_of(model: nn.Module) -> str:
+    # --trainer.sync_batchnorm replaces BatchNorm, and leaves a class of Lightning's behind.
+    return re.sub(r"\b_?(Sync)?BatchNorm(\dd|Xd)?\(", "BatchNorm(", str(model))
 
 
 def check_name(name: str) -> None:
@@ -255,6 +262,8 @@ def choose_model(
         UserError: Neither a model nor a name is given, or both are; or `build_model` raises.
     """
     check_model_kwargs(model_kwargs or {})
+    if "init_args" in (model_kwargs or {}):  # may name code, and is of `load_trained_model`, which checks it
+        raise UserError("--model.model_kwargs: init_args cannot be set here; give the arguments by their own names.")
     architecture: dict[str, Any] = {"name": name, "num_classes": num_classes, "image_size": image_size}
     architecture |= ({} if in_channels == 3 else {"in_channels": in_channels}) | dict(model_kwargs or {})
     if model is None:

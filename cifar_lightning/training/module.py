@@ -20,6 +20,8 @@ from cifar_lightning.checkpoints.loading import plain, progress_of
 from cifar_lightning.checkpoints.pretrained import load_pretrained
 from cifar_lightning.checkpoints.schema import (
     DATA_STATE,
+    IMPORTED_CLASS,
+    OWN_METRICS,
     SCHEMA_KEY,
     VERSION_KEY,
     upgrade_checkpoint,
@@ -80,7 +82,6 @@ from cifar_lightning.transforms.mixup import Mixing
 Batch = tuple[Tensor, Tensor] | list[Tensor]
 """Images and targets; a list from PyTorch's DataLoader."""
 _DEFAULT_SMOOTHING = 0.1
-_OWN_METRICS = "own_metrics"  # key of a checkpoint
 
 
 class ImageClassifier(PlainHookNames, pl.LightningModule):
@@ -196,6 +197,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self._pretrained = pretrained
         self.imported: dict[str, Any] | None = None
         """{"path", "kwargs"} that make a model of one's own again; None where it has a name or they are not known."""
+        self.imported_class: dict[str, Any] | None = None
+        """The same of a subclass that alone gives its logits."""
         self.init_args: dict[str, Any] | None = None
         """Arguments of a subclass, if they are known better than from `hparams`."""
         self.model = use_memory_format(built, memory_format)
@@ -213,10 +216,12 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         """Metrics of one's own, of the validation or test that is running."""
         if self.own_metrics is not None:
             self.own_metrics.persistent(mode=False)
+        self._missing_metrics: set[str] = set()  # those of a checkpoint that were not given again
         self.totals = TrainMetrics(self.device)
         """Sums over this process's images of the epoch so far."""
         self._resumed_from: tuple[int, int] | None = None  # finished epochs and their steps, of a checkpoint
         self._class_weights: Tensor | None = None  # of the loss, from the data
+        self._normalization: Any = None  # mean and std of the images that it was trained on
         self.has_begun = False
         """Whether `on_fit_start` has prepared this fit."""
 
@@ -226,8 +231,13 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self.imported = import_path_of(self.model, self.num_classes, size, model_kwargs, channels)
 
     def forget_changed_model(self) -> None:
-        """Leave its name out of checkpoints where the model has been changed since it was made by it."""
+        """Leave name or import path out of checkpoints where the model has been changed since it was made by them."""
         name = self.hparams["name"]
+        if self.imported is not None and name is None:
+            size, channels = self._architecture["image_size"], self._architecture.get("in_channels", 3)
+            of_images = (self.num_classes, size, channels)
+            if not makes_same_logits(self.model, self.imported["path"], *of_images, self.imported["kwargs"]):
+                self.imported = None
         if name and not is_import_path(name) and not is_built_by_name(self.model, self._architecture):
             self.hparams.update(name=None, model_kwargs=None, pretrained=False)
 
@@ -248,9 +258,12 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         given = dict(self.hparams if self.init_args is None else self.init_args)
         for of_data in ({"num_classes": self.num_classes, "image_size": size}, {}):  # which it may set itself
             init_args = {name: each for name, each in (given | of_data).items() if takes_any or name in taken}
-            self.imported = import_path_of(self, self.num_classes, size, {"init_args": plain(init_args)}, channels)
-            if self.imported is not None:
+            found = import_path_of(self, self.num_classes, size, {"init_args": plain(init_args)}, channels)
+            if found is not None:
+                self.imported_class = found
                 return
+        self.imported = None  # which would give other logits, as would the name
+        self.hparams.update(name=None, model_kwargs=None, pretrained=False)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return raw logits of normalized images."""
@@ -267,6 +280,9 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             use_double(self._trainer, self)
         if stage in ("validate", "test"):
             check_evaluated_classes(self.trainer, self.num_classes)
+        data = None if stage == "fit" or self._trainer is None else training_data(self._trainer)
+        if data is not None and self._normalization is not None:  # another model may have changed the data's
+            data.use_normalization(*self._normalization)
         if stage == "fit":
             self._resumed_from = None
             if self._frozen is not None:
@@ -296,7 +312,9 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             self._is_to_compile = False
         if self.trainer.ckpt_path:  # also where a subclass leaves out on_load_checkpoint
             self._pretrained = False
-        self.prepare(training_data(self.trainer))
+        data = training_data(self.trainer)
+        self.prepare(data)
+        self._normalization = None if data is None else (data.mean, data.std)
         self.has_begun = True
 
     def prepare(self, data: TrainingData | None) -> None:
@@ -480,8 +498,10 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
                 imported_loss = {"path": hparams["loss"], "kwargs": hparams["loss_kwargs"]}
                 hparams |= {"loss": None, "loss_kwargs": None, "imported_loss": imported_loss}
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
-        if self.own_metrics is not None:
-            checkpoint[_OWN_METRICS] = [*self.own_metrics]
+        if self.imported_class is not None:
+            checkpoint[IMPORTED_CLASS] = portable(plain(self.imported_class))
+        if names := [*(self.own_metrics or ()), *sorted(self._missing_metrics)]:
+            checkpoint[OWN_METRICS] = names
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note where the checkpoint's run stood."""
@@ -490,8 +510,14 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         if data is not None and DATA_STATE in checkpoint:  # where Lightning, which restores it next, looks for it
             checkpoint.setdefault(type(data).__qualname__, checkpoint[DATA_STATE])
         self._resumed_from = progress_of(checkpoint)
-        missing = {*checkpoint.get(_OWN_METRICS, ())} - {*(self.own_metrics or ())}
+        if type(self) is ImageClassifier and checkpoint.get(IMPORTED_CLASS):
+            raise UserError(
+                f"the checkpoint is of {checkpoint[IMPORTED_CLASS]['path']}, which gives other logits than "
+                "ImageClassifier; load it with that class."
+            )
+        missing = {*checkpoint.get(OWN_METRICS, ())} - {*(self.own_metrics or ())} - self._missing_metrics
         if missing and self._trainer is not None:
+            self._missing_metrics |= missing
             names = printable(", ".join(sorted(missing)))
             remark(f"warning: without the run's metrics {names}; give them again, in ImageClassifier(metrics=...).")
         if self._trainer is None or checkpoint["global_step"]:  # else of Lightning's Tuner, before any step

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import lightning.pytorch as pl
 
+from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.image_set import Split
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import counted
@@ -66,7 +67,7 @@ def check_train_batches(trainer: pl.Trainer) -> None:
         UserError: Names both numbers.
     """
     data = training_data(trainer)
-    if data is None:
+    if data is None or getattr(type(data), "train_dataloader", None) is ImageDataModule.train_dataloader:
         return
     planned = _limited(data.num_train_batches(trainer.world_size), trainer.limit_train_batches)
     if trainer.num_training_batches not in (planned, math.inf):

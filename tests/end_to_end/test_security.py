@@ -17,11 +17,13 @@ from packaging.requirements import Requirement
 from program import REPO, TINY, decode_here, fail, start
 
 from benchmarks.faults.judge import Payload
+from cifar_lightning import ImageClassifier
 from cifar_lightning.checkpoints.loading import read_checkpoint, read_weights
 from cifar_lightning.cli import fit as training
 from cifar_lightning.cli import main as cli
 from cifar_lightning.data import download as downloads
 from cifar_lightning.errors import UserError
+from cifar_lightning.inference.trained_model import load_trained_model
 from cifar_lightning.runs.folder import RunFolder
 
 SOURCES = [*sorted((REPO / "cifar_lightning").glob("*.py")), REPO / "train.py"]
@@ -159,6 +161,33 @@ def test_no_command_runs_the_code_in_a_foreign_run(evil, command, monkeypatch, c
 
 
 # -- archives ---------------------------------------------------------------------------------------------------------
+
+
+NESTED = {"class_path": "payload:run"}
+ARGUMENTS = [NESTED, {"init_args": NESTED}, {"init_args": {"x": NESTED}}, {"init_args": {"x": [{"y": NESTED}]}}]
+
+
+@pytest.mark.parametrize("kwargs", ARGUMENTS, ids=str)
+def test_arguments_in_a_foreign_checkpoint_run_nothing(kwargs, monkeypatch, tmp_path):
+    (tmp_path / "payload.py").write_text("import pathlib\n\ndef run(**_):\n    pathlib.Path('ran').touch()\n")
+    monkeypatch.chdir(tmp_path)
+    run = RunFolder(tmp_path / "foreign")
+    run.checkpoints.mkdir(parents=True)
+    data = {"class_names": ["a", "b"], "image_size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
+    found = {"state_dict": {}, "ImageDataModule": data, "epoch": 0}
+    imported = {"path": "torch.nn:Identity", "kwargs": kwargs}
+    of_name = {"name": "torch.nn:Identity", "model_kwargs": kwargs}
+    for more in (
+        {"hyper_parameters": {"imported": imported}},
+        {"imported_class": imported},
+        {"hyper_parameters": of_name},
+    ):
+        torch.save(found | more, run.best_checkpoint)
+        with pytest.raises(UserError):
+            load_trained_model(run)
+    with pytest.raises(UserError, match="init_args"):
+        ImageClassifier("torch.nn:Identity", model_kwargs={"init_args": kwargs})
+    assert not (tmp_path / "ran").exists()
 
 
 def tar_of(*members):

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import torchvision
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import nn
 
 from cifar_lightning.errors import UserError
@@ -253,3 +254,19 @@ def test_a_changed_model_is_not_that_of_its_name(name):
     kind, child = next((kind, child) for kind, child in model.named_children())
     setattr(model, kind, nn.Sequential(child))
     assert not is_built_by_name(model, architecture)
+
+
+def test_a_model_whose_batchnorm_lightning_has_synchronized_is_that_of_its_name():
+    architecture = {"name": "smallnet", "num_classes": 10, "image_size": 16, "widths": [4, 4]}
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(build_model(**architecture))
+    assert is_built_by_name(model, architecture)
+    assert is_built_by_name(TorchSyncBatchNorm().revert(model), architecture)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_logits_are_compared_whatever_the_precision(dtype):
+    assert import_path_of(Tiny().to(dtype), 10, 8, {}) is not None
+    model = Tiny().to(dtype)
+    before = [weight.clone() for weight in model.parameters()]
+    import_path_of(model, 10, 8, {})
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))

@@ -323,9 +323,10 @@ def test_a_checkpoint_names_a_subclass_where_its_model_alone_has_other_logits(tm
     run, trainer = fit_run(tmp_path, module=module, epochs=1, trainer={"limit_train_batches": 1})
     if init_args is None:
         assert module.imported is None
+        assert module.imported_class is None
     else:
-        assert module.imported["path"] == f"{__name__}:{type(module).__qualname__}"
-        assert module.imported["kwargs"]["init_args"].items() >= init_args.items()
+        assert module.imported_class["path"] == f"{__name__}:{type(module).__qualname__}"
+        assert module.imported_class["kwargs"]["init_args"].items() >= init_args.items()
     trained = load_trained_model(run, trust_code=True)
     images = trainer.datamodule.images("test", np.arange(4))
     with torch.inference_mode():
@@ -350,20 +351,46 @@ def saved_by(module, tmp_path):
     run = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=1)
     run.fit(module, small_data())
     run.save_checkpoint(tmp_path / "one.ckpt")
-    return torch.load(tmp_path / "one.ckpt", weights_only=True)["hyper_parameters"]
+    return torch.load(tmp_path / "one.ckpt", weights_only=True)
 
 
 def test_a_subclass_that_changes_the_model_is_named_in_its_place(tmp_path):
-    found = saved_by(Gelu(image_size=16, model_kwargs=NARROW), tmp_path)
-    assert found["name"] is None
-    assert found["imported"]["path"].endswith(":Gelu")
+    module = Gelu(image_size=16, model_kwargs=NARROW)
+    assert saved_by(module, tmp_path)["imported_class"]["path"].endswith(":Gelu")
+    images = torch.randn(2, 3, 16, 16)
+    again = Gelu.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    assert torch.equal(again.eval()(images), module.eval()(images))
+    with pytest.raises(UserError, match="Gelu"):
+        ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+
+
+def test_a_class_that_cannot_be_imported_leaves_no_name_of_another_model(tmp_path):
+    class Local(Gelu):
+        pass
+
+    found = saved_by(Local(image_size=16, model_kwargs=NARROW), tmp_path)
+    assert (found["hyper_parameters"]["name"], found["hyper_parameters"]["model_kwargs"]) == (None, None)
+    assert "imported_class" not in found
 
 
 def test_a_model_that_was_changed_has_no_name_and_one_that_was_not_keeps_it(tmp_path):
     module = ImageClassifier(image_size=16, model_kwargs=NARROW)
-    assert saved_by(module, tmp_path)["name"] == "smallnet"
+    assert saved_by(module, tmp_path)["hyper_parameters"]["name"] == "smallnet"
     module.model.features = torch.nn.Sequential(*module.model.features, torch.nn.Identity())
-    found = saved_by(module, tmp_path)
+    found = saved_by(module, tmp_path)["hyper_parameters"]
     assert (found["name"], found["model_kwargs"]) == (None, None)
     with pytest.raises(UserError, match="model="):
         ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+
+
+def test_an_own_model_that_was_changed_has_no_import_path(tmp_path):
+    own = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Identity(), torch.nn.Linear(768, 10))
+    module = ImageClassifier(model=own, image_size=16, memory_format="contiguous")
+    module.imported = {"path": "test_module_checkpoint:flat", "kwargs": {}}
+    assert "imported" in saved_by(module, tmp_path)["hyper_parameters"]
+    own[1] = torch.nn.Tanh()
+    assert "imported" not in saved_by(module, tmp_path)["hyper_parameters"]
+
+
+def flat(num_classes):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Identity(), torch.nn.Linear(768, num_classes))
