@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import numpy as np
@@ -146,7 +146,10 @@ class Run:
 
     @property
     def model(self) -> nn.Module:
-        """The model of the best checkpoint, in eval mode: normalized images to raw logits."""
+        """The model of the best checkpoint, in eval mode: normalized images to raw logits.
+
+        On the CPU; on a GPU after `predict` where there is one.
+        """
         return self._trained.model
 
     @property
@@ -199,7 +202,7 @@ class Run:
         predictions: list[Prediction] = []
         for is_path, group in itertools.groupby(images if is_list else [images], key=_is_path):
             if is_path:
-                paths = [Path(expand_home(os.fspath(path))) for path in group]
+                paths = [Path(expand_home(os.fspath(path) or _no_path())) for path in group]
                 predictions += _predict_files(trained, paths, top_k, size)
             else:
                 each = (image for given in group for image in (given if _is_batch(given) else [given]))
@@ -207,8 +210,8 @@ class Run:
                 while batch := list(itertools.islice(each, size)):
                     squares = np.stack([_square(image, *wanted) for image in batch])
                     predictions += [Prediction("", top) for top in rank_classes(trained, squares, top_k)]
-        is_one = not is_list and not _is_batch(images) and not (_is_path(images) and Path(images).expanduser().is_dir())
-        return predictions[0] if is_one else predictions
+        is_folder = _is_path(images) and Path(expand_home(os.fspath(images))).is_dir()
+        return predictions if is_list or is_folder or _is_batch(images) else predictions[0]
 
     def test(self, data: Any = None) -> dict[str, Any]:
         """Evaluate the best checkpoint on the test images, as the command `test` does; return the metrics.
@@ -228,7 +231,13 @@ class Run:
         return {} if tested is None else test_metrics(tested.logits, tested.targets, tested.class_names)
 
     def report(self) -> "ReportPage":
-        """Write the report again; in a notebook it is shown."""
+        """Write the report again; in a notebook it is shown.
+
+        Raises:
+            UserError: The folder cannot be written.
+        """
+        if not self._folder.is_writable:
+            raise UserError(f"{self.path}: the report cannot be written there; copy the run.")
         make_report(self._folder, console=Console(quiet=True))
         return ReportPage(self._folder.report)
 
@@ -267,6 +276,10 @@ def _square(image: Any, image_size: int, resize: Resize, in_channels: int) -> np
         raise
     except Exception as error:  # Pillow, NumPy and torch raise anything
         raise UserError(f"an image cannot be read ({type(image).__name__}: {reason_of(error)}).") from error
+
+
+def _no_path() -> NoReturn:
+    raise UserError("predict: an empty path; '.' is the working directory.")
 
 
 def _is_path(image: Any) -> bool:
@@ -345,7 +358,7 @@ def _typed(settings: dict[str, Any], objects: PythonObjects) -> tuple[list[str],
 
 
 def _data_settings(data: str) -> dict[str, str]:
-    if data not in DATASETS and not is_import_path(data) and (os.sep in data or Path(data).expanduser().is_dir()):
+    if data not in DATASETS and not is_import_path(data) and (os.sep in data or Path(expand_home(data)).is_dir()):
         return {"data.dataset": "folder", "data.root": data}
     return {"data.dataset": data}
 

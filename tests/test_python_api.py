@@ -29,6 +29,7 @@ from cifar_lightning.cli import fit as fit_module
 from cifar_lightning.cli.main import run_command
 from cifar_lightning.files import write_json
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.signals import stop_signals
 from cifar_lightning.transforms.augmentation import normalize
 
 SMALL = {"data.limit": 200, "batch_size": 50, "data.image_size": 16, "trainer": {"accelerator": "cpu"}}
@@ -62,7 +63,7 @@ def config_of(run):
 def state_of_process():
     loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric", "pytorch.utilities.rank_zero")]
     logged = [(logger.level, list(logger.filters)) for logger in loggers]
-    handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    handlers = [signal.getsignal(signum) for signum in stop_signals()]
     return list(warnings.filters), handlers, logged, os.environ.get("CIFAR_LIGHTNING_RUN_DIR")
 
 
@@ -192,6 +193,8 @@ def test_paths_are_predicted_as_by_the_command(run, tmp_path):
 
 def test_what_cannot_be_read_is_named(run, tmp_path):
     (tmp_path / "bad.png").write_text("no image")
+    with pytest.raises(UserError, match="empty path"):
+        run.predict("")
     with pytest.raises(UserError, match=r"bad\.png cannot be read"):
         run.predict(tmp_path / "bad.png")
     photo(tmp_path / "good.png")

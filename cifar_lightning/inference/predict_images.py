@@ -4,7 +4,6 @@ Images are processed in chunks of at most `_CHUNK_BYTES`: all cores decode a chu
 its rows are written. Memory does not grow with the number of files, apart from their names.
 """
 
-import contextlib
 import csv
 import json
 import mimetypes
@@ -359,8 +358,8 @@ def _decoded(
 ) -> tuple[np.ndarray, list[image_decoding.Unreadable], image_decoding.Remarks]:
     images = np.empty((len(paths), trained.image_size, trained.image_size, trained.in_channels), np.uint8)
     decode = partial(image_decoding.decode_image, resize=trained.resize, in_channels=trained.in_channels)
-    with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON lines only
-        return images, *image_decoding.decode_all(paths, trained.image_size, images, decode)
+    # stdout may be for JSON lines only.
+    return images, *image_decoding.decode_all(paths, trained.image_size, images, decode, log=sys.stderr)
 
 
 # -- output -----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from lightning.pytorch.profilers import Profiler
 
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import FULL
-from cifar_lightning.formatting import clipped, reason_of, shell_line
+from cifar_lightning.formatting import clipped, raised_by, reason_of, shell_line
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.run_recorder import RunRecorder
 
@@ -129,8 +129,8 @@ def explain(error: RuntimeError | OSError, command: str, run: RunFolder | None =
         return RunError(f"{error.filename}: {error.strerror}.\n{_way_on(run)}") if run and error.filename else None
     if "view size is not compatible with input tensor's size and stride" in text:
         return UserError(
-            "the model calls view, which tensors in channels_last do not have; give --model.memory_format contiguous, "
-            "or call reshape or flatten."
+            f"view of a tensor that is not contiguous ({raised_by(error)}), as activations in channels_last are not.\n"
+            "Call reshape or flatten, or give --model.memory_format contiguous."
         )
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         less = _LESS_MEMORY.get(command, "lower --data.eval_batch_size")

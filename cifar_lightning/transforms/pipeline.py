@@ -187,7 +187,9 @@ class _Checked(Transform):
             raise _refused(self.wrapped, "returned NaN or infinite values")
         if not torch.equal(made, again):
             raise _refused(
-                self.wrapped, "gives other images for the same draws; draw in `draw`, not from a generator of its own"
+                self.wrapped,
+                "gives other images for the same draws; draw in `draw`, or in a function from the global generators "
+                "of torch, NumPy and Python, not from one of its own",
             )
         return made
 
