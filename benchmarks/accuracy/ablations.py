@@ -12,6 +12,7 @@ holds are skipped. The last line is the best setting's accuracy over the base's.
 import argparse
 import json
 import math
+import shutil
 import statistics
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from benchmarks import ROOT, execute
 from benchmarks.hardware import hardware_name, results_file
@@ -98,10 +100,14 @@ SUITES = {
 
 
 def measure(suite: Suite, setting: str, seed: int, data: str, run: Path) -> dict[str, Any]:
-    """Train with a setting, or validate the base's run with it; return the results."""
+    """Train with a setting, or validate a copy of the base's run with it; return the results."""
     started_s = time.perf_counter()
     if setting in suite.tta:
-        execute([*PROGRAM, "validate", str(run), *suite.settings[setting]])
+        run = Path(shutil.copytree(run, run.with_name(setting)))
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        config["model"]["tta"] = suite.settings[setting][0].partition("=")[2]  # a run keeps results of its own TTA alone
+        (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        execute([*PROGRAM, "validate", str(run)])
     else:
         flags = [
             *suite.flags,
