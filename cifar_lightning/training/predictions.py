@@ -127,8 +127,9 @@ class PredictionWriter(pl.Callback):
     def _is_complete(self, trainer: pl.Trainer, split: Split, arrays: dict[str, np.ndarray]) -> bool:
         """Whether the run gets files: they are written only of a whole split."""
         data, num_predictions = training_data(trainer), len(arrays["targets"])
-        limit = getattr(trainer, f"limit_{split}_batches")
-        if self.run is not None and data is None and not (isinstance(limit, float) and limit == 1):
+        limit, batches = getattr(trainer, f"limit_{split}_batches"), getattr(trainer, f"num_{split}_batches")
+        is_whole = limit == 1 if isinstance(limit, float) else sum(batches) < limit
+        if self.run is not None and data is None and not is_whole:
             print(f"limit_{split}_batches {limit}: only {num_predictions:,} images; no file is written.")
             return False
         num_images = num_predictions if data is None else data.num_images(split)

@@ -5,12 +5,13 @@ import math
 import re
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import yaml
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from cifar_lightning.checkpoints.loading import plain
@@ -18,7 +19,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_json, write_text_durably
 from cifar_lightning.report.report import make_report
 from cifar_lightning.runs.environment import portable
-from cifar_lightning.runs.folder import RUNS, create_run
+from cifar_lightning.runs.folder import RUNS, RunFolder, create_run
 from cifar_lightning.runs.metrics_table import MetricsTable
 from cifar_lightning.training.data_protocol import training_data
 from cifar_lightning.training.predictions import PredictionWriter
@@ -47,17 +48,26 @@ class RunReport(PredictionWriter):
     def __init__(self, run_dir: str | Path | None = None, class_names: Sequence[str] | None = None) -> None:
         super().__init__(None, class_names=class_names)
         self.run_dir = run_dir
-        self._fitted_by: Callable[[], pl.Trainer | None] | None = None
+        self._run_of = weakref.WeakKeyDictionary[pl.Trainer, RunFolder]()  # of each Trainer that fits
+        self._has_fitted = False
         self._epoch: tuple[int, int, float] | None = None  # one that is trained: number, steps, seconds
         self._val: dict[str, float] = {}
         self._started_s = 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make the folder, once, or another one for the fit of another Trainer."""
+        if stage == "fit" and self._has_fitted and trainer not in self._run_of:
+            if self.run_dir is not None:
+                raise UserError(f"RunReport: {self.run_dir} is of another Trainer's fit; make one for each Trainer.")
+            self.run = self._epoch = None
+        self.run = self._run_of.get(trainer, self.run)
+        self._make_run(trainer, pl_module, stage)
         if stage == "fit":
-            if self._fitted_by is not None and self._fitted_by() is not trainer:
-                self.run = self._epoch = None
-            self._fitted_by = weakref.ref(trainer)
+            self._has_fitted = True
+            if self.run is not None:
+                self._run_of[trainer] = self.run
+
+    def _make_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.world_size > 1 and training_data(trainer) is None:
             raise UserError("RunReport: on several processes a loader repeats images; give Trainer(devices=1).")
         if self.run is not None or not trainer.is_global_zero or stage not in ("fit", "test"):
@@ -86,6 +96,11 @@ class RunReport(PredictionWriter):
         self._write_row(trainer)
         self._val, self._started_s = {}, time.perf_counter()
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse several loaders in `trainer.validate`, whose images would be counted together."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            _check_loaders("validate", trainer.num_val_batches)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the metrics of a validation."""
         super().on_validation_end(trainer, pl_module)
@@ -110,8 +125,7 @@ class RunReport(PredictionWriter):
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse several loaders, whose images would be counted together."""
-        if len(trainer.num_test_batches) > 1:
-            raise UserError("RunReport: several test loaders would be counted as one; call trainer.test for each.")
+        _check_loaders("test", trainer.num_test_batches)
 
     def on_predict_batch_end(self, *args: Any) -> None:
         """Leave `trainer.predict` alone: predictions.npz is of the test."""
@@ -122,12 +136,16 @@ class RunReport(PredictionWriter):
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write predictions and the report."""
         data = training_data(trainer)
-        if self.run is not None:
-            sizes = {"test": sum(map(len, self._targets))}
-            write_json(self.run.split, {"sizes": sizes} if data is None else portable(data.split_summary()))
         super().on_test_end(trainer, pl_module)
-        if self.is_test_written and self.run is not None:
+        if self.is_test_written and self.run is not None and self.test is not None:
+            sizes = {"test": len(self.test.targets)}
+            write_json(self.run.split, {"sizes": sizes} if data is None else portable(data.split_summary()))
             make_report(self.run, is_short=True)
+
+
+def _check_loaders(stage: str, num_batches: Sequence[int | float]) -> None:
+    if len(num_batches) > 1:
+        raise UserError(f"RunReport: several loaders would be counted as one; call trainer.{stage} for each.")
 
 
 def _without_types(value: Any) -> Any:

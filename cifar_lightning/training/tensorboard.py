@@ -99,7 +99,8 @@ class Dashboard(pl.Callback):
         assert data.std is not None
         pixels = images.float().permute(0, 2, 3, 1) * torch.tensor(data.std) + torch.tensor(data.mean)
         shown = (pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
-        return figure_to_array(images_figure(shown, [self.class_names[target] for target in targets.tolist()]))
+        names = self.class_names if len(self.class_names) == len(data.class_names) else data.class_names
+        return figure_to_array(images_figure(shown, [names[target] for target in targets.tolist()]))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Have Lightning log no hyperparameters where the config has them, and those of data and Trainer, too."""
@@ -175,8 +176,9 @@ class Dashboard(pl.Callback):
         matrix, board = self._confusion() if confusion is None else confusion.numpy(), board_of(trainer)
         self.class_names = self.class_names or tuple(map(str, range(len(matrix))))
         if len(self.class_names) != len(matrix):
+            if math.isfinite(self._drawn_at_step):
+                remark(f"Dashboard draws no predictions: {len(self.class_names)} class names for {len(matrix)} logits.")
             self._is_drawing, self._drawn_at_step = False, math.inf
-            remark(f"Dashboard draws no predictions: {len(self.class_names)} class names for {len(matrix)} logits.")
             return
         for tag, recall in zip(tags_of(self.class_names), per_class(matrix).recall, strict=True) if board else ():
             board.add_scalar(f"val_acc_of_class/{tag}", recall, trainer.global_step)

@@ -37,7 +37,7 @@ class Other(pl.LightningModule):
         self.log("train_loss", loss, on_step=False, on_epoch=True)
         return loss
 
-    def validation_step(self, batch, batch_idx):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
         correct = (self(batch[0]).argmax(1) == batch[1]).float().mean()
         self.log_dict({"valid_accuracy": correct, "val_acc_percent": 100 * correct})
 
@@ -161,9 +161,13 @@ def test_the_files_are_of_the_last_whole_test_alone(loader, tmp_path, monkeypatc
     assert len(load(tmp_path / "run").predictions.targets) == 30
     images = DataLoader(TensorDataset(torch.rand(4, 3, 8, 8)), batch_size=2)  # without labels
     trainer.predict(module, images, return_predictions=False)
-    with pytest.raises(UserError, match="several test loaders"):
+    with pytest.raises(UserError, match=r"trainer\.test for each"):
         trainer.test(module, [loader, loader], verbose=False)
+    with pytest.raises(UserError, match=r"trainer\.validate for each"):
+        trainer.validate(module, [loader, loader], verbose=False)
+    quiet_trainer(tmp_path, callbacks=[report], limit_test_batches=2).test(module, loader, verbose=False)
     assert (tmp_path / "run" / "predictions.npz").read_bytes() == predictions
+    assert json.loads((tmp_path / "run" / "split.json").read_text()) == {"sizes": {"test": 30}}
 
 
 @FEW_WORKERS
@@ -173,6 +177,9 @@ def test_a_test_of_some_batches_writes_no_results(loader, tmp_path, capsys):
     )
     assert "limit_test_batches 2" in capsys.readouterr().out
     assert not (tmp_path / "run" / "test_metrics.json").exists()
+    report = RunReport(tmp_path / "whole")
+    quiet_trainer(tmp_path, callbacks=[report], limit_test_batches=100).test(Other(), loader, verbose=False)
+    assert load(tmp_path / "whole").metrics["num_pictures"] == 30
 
 
 @FEW_WORKERS
@@ -184,6 +191,11 @@ def test_each_trainer_that_fits_has_a_folder_of_its_own(loader, tmp_path, monkey
         folders.append(report.run.path)
     assert folders[0] != folders[1]
     assert all(len((folder / "metrics.csv").read_text().splitlines()) == 2 for folder in folders)
+    chosen = RunReport(tmp_path / "chosen")
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[chosen]).fit(Other(), loader)
+    with pytest.raises(UserError, match="another Trainer"):
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[chosen]).fit(Other(), loader)
+    assert (tmp_path / "chosen" / "metrics.csv").is_file()
 
 
 class Color(enum.StrEnum):

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from fitting import NARROW, quiet_trainer, small_data
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
@@ -269,6 +270,15 @@ def test_predictions_that_are_not_finite_are_not_drawn_and_training_continues(tm
     events = events_of(run)
     assert "visuals/most_confident_mistakes" not in events.Tags()["images"]
     assert len(events.Scalars(f"val_acc_of_class/{data.class_names[0]}")) == 1
+
+
+def test_names_that_are_too_few_do_not_end_training(tmp_path, capsys):
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    settings = {"logger": RunBoard(run), "log_every_n_steps": 1, "num_sanity_val_steps": 0}
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW)
+    quiet_trainer(tmp_path, max_epochs=2, callbacks=[Dashboard(["a", "b"])], **settings).fit(module, small_data())
+    assert capsys.readouterr().out.count("2 class names for 10 logits") == 1
 
 
 def test_the_dashboard_changes_nothing_of_the_training(tmp_path):
