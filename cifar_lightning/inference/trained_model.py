@@ -78,8 +78,9 @@ def load_trained_model(
     hparams, data = checkpoint.get("hyper_parameters", {}), checkpoint.get(DATA_STATE)
     if data is None:
         raise UserError(f"{path}: has no class names, mean and std; fit did not write it.")
-    imported = checkpoint.get(IMPORTED_CLASS) or hparams.get("imported") or {}
-    name, kwargs = (imported.get("path") or hparams.get("name")), imported.get("kwargs") or hparams.get("model_kwargs")
+    imported = checkpoint.get(IMPORTED_CLASS) or hparams.get("imported")
+    name = imported["path"] if imported else hparams.get("name")
+    kwargs = (imported or {}).get("kwargs") or hparams.get("model_kwargs")
     if model is None and not name:
         raise UserError(
             f"{path}: its model has no import path that makes it again; in Python give it to "

@@ -187,7 +187,10 @@ def makes_same_logits(
     """Whether `build_model` makes a model that has a model's logits with the same weights."""
     try:
         # A copy without a Trainer, in float32 on the CPU, whatever the Trainer's precision and device.
-        model = copy.deepcopy(model, {id(getattr(model, "_trainer", None)): None}).cpu().float()
+        memo: dict[int, Any] = {id(getattr(model, "_trainer", None)): None}
+        kept = (each for module in model.modules() for each in vars(module).values() if isinstance(each, torch.Tensor))
+        memo |= {id(each): each.detach() for each in kept if not each.is_leaf}  # which torch does not copy
+        model = copy.deepcopy(model, memo).cpu().float()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             twin = build_model(name, num_classes, image_size, **{"in_channels": in_channels, **model_kwargs}).float()
             for weight in model.parameters():  # a head or a LayerScale of zeros hides what is before it

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric, MetricCollection
 
-from cifar_lightning.checkpoints.loading import plain, progress_of
+from cifar_lightning.checkpoints.loading import plain, progress_of, statistics_of
 from cifar_lightning.checkpoints.pretrained import load_pretrained
 from cifar_lightning.checkpoints.schema import (
     DATA_STATE,
@@ -247,6 +247,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         if kind is ImageClassifier:
             self.forget_changed_model()
             return
+        self.imported_class = None
         known = self.imported or {"path": self.hparams.get("name"), "kwargs": self.hparams.get("model_kwargs")}
         size, channels = self._architecture["image_size"], self._architecture.get("in_channels", 3)
         if known["path"] and kind.forward is ImageClassifier.forward:
@@ -262,8 +263,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             if found is not None:
                 self.imported_class = found
                 return
-        self.imported = None  # which would give other logits, as would the name
-        self.hparams.update(name=None, model_kwargs=None, pretrained=False)
+        self.imported_class = {"path": "", "kwargs": {}}  # nothing imports it; its own class loads it
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return raw logits of normalized images."""
@@ -510,11 +510,14 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         if data is not None and DATA_STATE in checkpoint:  # where Lightning, which restores it next, looks for it
             checkpoint.setdefault(type(data).__qualname__, checkpoint[DATA_STATE])
         self._resumed_from = progress_of(checkpoint)
+        if self._trainer is None and (found := statistics_of(checkpoint)) is not None:
+            self._normalization = found
         if type(self) is ImageClassifier and checkpoint.get(IMPORTED_CLASS):
+            path = checkpoint[IMPORTED_CLASS]["path"] or "a subclass"
             raise UserError(
-                f"the checkpoint is of {checkpoint[IMPORTED_CLASS]['path']}, which gives other logits than "
-                "ImageClassifier; load it with that class."
+                f"the checkpoint is of {path}, which gives other logits than ImageClassifier; load it with that class."
             )
+        self.imported_class = checkpoint.get(IMPORTED_CLASS)
         missing = {*checkpoint.get(OWN_METRICS, ())} - {*(self.own_metrics or ())} - self._missing_metrics
         if missing and self._trainer is not None:
             self._missing_metrics |= missing

@@ -263,6 +263,18 @@ def test_a_model_whose_batchnorm_lightning_has_synchronized_is_that_of_its_name(
     assert is_built_by_name(TorchSyncBatchNorm().revert(model), architecture)
 
 
+class Computing(Tiny):
+    """Keeps a tensor that torch does not copy."""
+
+    def __init__(self, num_classes=10):
+        super().__init__(num_classes)
+        self.kept = self[0].weight * 2
+
+
+def test_a_model_that_keeps_a_computed_tensor_is_remembered():
+    assert import_path_of(Computing(), 10, 8, {}) is not None
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_logits_are_compared_whatever_the_precision(dtype):
     assert import_path_of(Tiny().to(dtype), 10, 8, {}) is not None

@@ -497,8 +497,12 @@ def test_class_weights_are_of_the_precision_of_the_logits(precision, mixup, tmp_
 def test_a_model_is_tested_with_the_normalization_that_it_was_trained_with(tmp_path):
     data, module = small_data(), ImageClassifier(image_size=16, model_kwargs=NARROW, lr=0.01)
     quiet_trainer(tmp_path, max_epochs=1).fit(module, data)
-    mean, std = data.mean, data.std
     before = quiet_trainer(tmp_path).test(module, data, verbose=False)
     data.use_normalization((0.9,) * 3, (0.1,) * 3)  # as the pretrained weights of another model do
     assert quiet_trainer(tmp_path).test(module, data, verbose=False) == before
-    assert (data.mean, data.std) == (mean, std)
+    trainer = quiet_trainer(tmp_path)
+    trainer.validate(module, data, verbose=False)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    data.use_normalization((0.9,) * 3, (0.1,) * 3)
+    loaded = ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    assert quiet_trainer(tmp_path).test(loaded, data, verbose=False) == before

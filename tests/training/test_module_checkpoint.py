@@ -364,13 +364,22 @@ def test_a_subclass_that_changes_the_model_is_named_in_its_place(tmp_path):
         ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
 
 
-def test_a_class_that_cannot_be_imported_leaves_no_name_of_another_model(tmp_path):
+def test_a_class_that_cannot_be_imported_loads_its_checkpoint_and_no_other_does(tmp_path):
     class Local(Gelu):
         pass
 
-    found = saved_by(Local(image_size=16, model_kwargs=NARROW), tmp_path)
-    assert (found["hyper_parameters"]["name"], found["hyper_parameters"]["model_kwargs"]) == (None, None)
-    assert "imported_class" not in found
+    module = Local(image_size=16, model_kwargs=NARROW)
+    images = torch.randn(2, 3, 16, 16)
+    for _ in range(2):
+        saved_by(module.train(), tmp_path)
+        module = Local.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+        trainer = quiet_trainer(tmp_path)
+        trainer.validate(module, small_data(), verbose=False)
+        trainer.save_checkpoint(tmp_path / "one.ckpt")
+        with pytest.raises(UserError, match="a subclass"):
+            ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+        again = Local.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+        assert torch.equal(again.eval()(images), module.eval()(images))
 
 
 def test_a_model_that_was_changed_has_no_name_and_one_that_was_not_keeps_it(tmp_path):
