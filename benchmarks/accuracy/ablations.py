@@ -105,7 +105,8 @@ def measure(suite: Suite, setting: str, seed: int, data: str, run: Path) -> dict
     if setting in suite.tta:
         run = Path(shutil.copytree(run, run.with_name(setting)))
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        config["model"]["tta"] = suite.settings[setting][0].partition("=")[2]  # a run keeps results of its own TTA alone
+        # A run keeps results of its own TTA alone.
+        config["model"]["tta"] = suite.settings[setting][0].removeprefix("--model.tta=")
         (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
         execute([*PROGRAM, "validate", str(run)])
     else:

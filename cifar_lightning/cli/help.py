@@ -107,9 +107,9 @@ class QuickParser(argparse.ArgumentParser):
         for argument in arguments:  # before argparse, which complains of what is missing first
             if argument == "--":  # what follows is no flag
                 break
-            if not argument or (argument[:2] == "--" and argument[-1:] == "="):  # such as "$UNSET", which is no path
+            flag, equals, value = argument.partition("=")
+            if not argument or (flag.startswith("--") and equals and not value):  # such as "$UNSET", which is no path
                 raise UserError(f"{self.command} {argument or repr('')}: an empty value; give one, or leave it out.")
-            flag = argument.partition("=")[0]
             if not flag.startswith("--") or flag in known:
                 continue
             near = suggest(flag.replace("-", "_"), {name.replace("-", "_"): name for name in known})

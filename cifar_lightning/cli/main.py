@@ -229,6 +229,8 @@ def training_arguments(
     """
     run = None
     if TRAINING[command].usage.startswith("RUN") and arguments and not arguments[0].startswith("-"):
+        if not arguments[0]:  # such as "$UNSET", which is no path
+            raise UserError(f"{command} '': an empty value; give a run folder.")
         run, arguments = open_run(Path(arguments[0])), arguments[1:]
     flags = normalize_arguments(command, arguments, None if run is None else run.config)
     trust_code = _is_trusting(flag_value(flags, "trust_code"))

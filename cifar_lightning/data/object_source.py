@@ -258,14 +258,16 @@ def _class_names_in(dataset: Any) -> list[list[str]]:
         names = getattr(features.get(_columns(features, features)[1]), "names", None)
         return [names] if names else []
     classes = getattr(dataset, "classes", None)
-    if isinstance(classes, list | tuple) and classes:  # those of ImageNet are tuples of synonyms
-        if _changes_labels(getattr(dataset, "target_transform", None), len(classes)):
-            return []  # the names are those of the labels before it
-        return [[", ".join(map(str, name)) if isinstance(name, list | tuple) else str(name) for name in classes]]
     inner, several = getattr(dataset, "dataset", None), getattr(dataset, "datasets", None)
-    if inner is not None:
-        return _class_names_in(inner)
-    return [names for each in several for names in _class_names_in(each)] if isinstance(several, list | tuple) else []
+    found: list[list[str]] = []
+    if isinstance(classes, list | tuple) and classes:  # those of ImageNet are tuples of synonyms
+        found = [[", ".join(map(str, name)) if isinstance(name, list | tuple) else str(name) for name in classes]]
+    elif inner is not None:
+        found = _class_names_in(inner)
+    elif isinstance(several, list | tuple):
+        found = [names for each in several for names in _class_names_in(each)]
+    change = getattr(dataset, "target_transform", None)  # the names are those of the labels before it
+    return [names for names in found if not _changes_labels(change, len(names))]
 
 
 def _changes_labels(target_transform: Any, num_classes: int) -> bool:

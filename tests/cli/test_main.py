@@ -124,6 +124,8 @@ def test_output_that_cannot_be_written_is_a_line_and_a_failure(unbuffered, tmp_p
     ("arguments", "expected"),
     [
         (["predict-images", "smallnet", ""], "predict-images '': an empty value"),
+        (["test", ""], "test '': an empty value"),
+        (["export", "nowhere", "--format", "onnx", "--output=lr="], "there is no such folder"),
         (["download", "--root="], "download --root=: an empty value"),
         (["fit", "--trainer.max_epoch", "3"], "--trainer.max_epochs"),
         (["fit", "--modle.lr", "1"], "--model.lr"),

@@ -213,6 +213,9 @@ def test_class_names_of_labels_that_are_transformed_are_not_those_of_the_data_se
     given = Named(lambda image, label: (Image.fromarray(image), int(label) % 2))
     given.target_transform = lambda label: label % 2
     assert loaded(given)[2] == ("0", "1")
+    around = Own(lambda image, label: (Image.fromarray(image), int(label) % 2))
+    around.dataset, around.target_transform = Named(), given.target_transform
+    assert loaded(around)[2] == ("0", "1")
     same = Named()
     same.target_transform = torch.tensor
     assert loaded(same)[2] == Named.classes
