@@ -46,8 +46,10 @@ def evaluate(command: str, arguments: Sequence[str], objects: PythonObjects | No
         getattr(trainer, command)(model, **quiet, **common)
         if command == "test":
             predictions.report()
-    if trainer.is_global_zero and command == "predict":
+    if trainer.is_global_zero and command == "predict" and predictions.num_written:
         print(f"Logits and probabilities of {predictions.num_written:,} test images: {predictions.written_to}")
+    elif trainer.is_global_zero and command == "predict":
+        print("Give --output FILE for the predictions of some images.")
     elif trainer.is_global_zero and command == "validate":
         print_validation({name: float(value) for name, value in trainer.callback_metrics.items()})
     return predictions

@@ -74,9 +74,11 @@ class PredictionWriter(pl.Callback):
             _write_predictions(self.run.predictions_val, arrays)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write predictions.npz, or `output`."""
+        """Write predictions.npz, or `output`, which may also hold a part of the split."""
         arrays = self._gather(trainer, "test")
         if arrays is None:
+            return
+        if self.run is not None and self.output is None and not self._is_complete(trainer, "test", arrays):
             return
         self.written_to = self.output or (self.run.predictions if self.run is not None else Path("predictions.npz"))
         self.num_written = len(arrays["targets"])

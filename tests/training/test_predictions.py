@@ -73,6 +73,19 @@ def test_predictions_of_some_images_only_are_not_written(tmp_path, folder, capsy
     assert "512 of 1,000" in capsys.readouterr().out
 
 
+def test_predictions_of_some_images_are_written_to_the_output_alone(tmp_path, folder, capsys):
+    keeper = PredictionWriter(folder)
+    module, data = make_parts()
+    folder.predictions.write_bytes(b"of all images")
+    make_trainer(tmp_path, keeper, limit_predict_batches=1).predict(module, data, return_predictions=False)
+    assert folder.predictions.read_bytes() == b"of all images"
+    assert "256 of 1,000" in capsys.readouterr().out
+    assert keeper.num_written == 0
+    keeper.output = tmp_path / "some.npz"
+    make_trainer(tmp_path, keeper, limit_predict_batches=1).predict(module, data, return_predictions=False)
+    assert keeper.num_written == len(np.load(keeper.output)["targets"]) == 256
+
+
 def test_images_in_another_order_than_the_split_are_not_written_under_its_names(tmp_path, folder):
     class Backwards(ImageDataModule):
         def test_dataloader(self):
