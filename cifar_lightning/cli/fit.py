@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from cifar_lightning.checkpoints.loading import load_weights, progress_of, read_checkpoint, require_resumable
@@ -53,7 +53,7 @@ from cifar_lightning.training.best_checkpoint import BestCheckpoint
 from cifar_lightning.training.error_messages import explained, of_users_objects, restoring
 from cifar_lightning.training.last_checkpoint import LastCheckpoint
 from cifar_lightning.training.lr_finder import write_lr_range
-from cifar_lightning.training.model_checks import check_monitors
+from cifar_lightning.training.model_checks import TRAIN_METRICS, check_monitors
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.predictions import PredictionWriter
 from cifar_lightning.training.resume_state import ResumeState
@@ -297,10 +297,15 @@ def build_fit_trainer(
 def keep_in_run(callbacks: Sequence[pl.Callback], run: RunFolder) -> None:
     """Have the user's checkpoint callbacks save into the run, unless they have a folder: Lightning's is outside.
 
+    EarlyStopping by a training metric checks it where it is logged, at the end of the epoch, also where an epoch is
+    validated several times.
+
     Raises:
         UserError: One would overwrite a checkpoint of the run, such as best.ckpt, which is tested.
     """
     for callback in callbacks:
+        if isinstance(callback, EarlyStopping) and callback.monitor in TRAIN_METRICS:
+            callback._check_on_train_epoch_end = callback._check_on_train_epoch_end is not False
         if not isinstance(callback, ModelCheckpoint):
             continue
         if callback.dirpath is None:

@@ -12,7 +12,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped
 from cifar_lightning.settings.limits import check_settings
 from cifar_lightning.training.ending import is_cut, is_validation_due
-from cifar_lightning.training.model_checks import VAL_METRICS
+from cifar_lightning.training.model_checks import TRAIN_METRICS, VAL_METRICS
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.run_recorder import MONITOR
 
@@ -96,3 +96,25 @@ class AnnealingEarlyStopping(EarlyStopping):
             raise UserError(f"--early_stopping.monitor {clipped(self.monitor)}: not logged; one of {logged}.")
         if trainer.global_step >= module.peak_step() and self.monitor in metrics:
             super()._run_early_stopping_check(trainer)
+
+
+def skip_cut_epochs(trainer: pl.Trainer) -> None:
+    """Have the user's EarlyStopping callbacks skip what is cut before its validation, as AnnealingEarlyStopping does.
+
+    Lightning 2.6.6 checks them at the end of every epoch: in a cut one a validation metric is missing, which ends the
+    run, or of the epoch before, and a training metric is of a part of the epoch, which a resume checks again.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+        if isinstance(callback, EarlyStopping) and not isinstance(callback, AnnealingEarlyStopping):
+            _skip_cut_epochs(callback)
+
+
+def _skip_cut_epochs(callback: EarlyStopping) -> None:
+    check = callback._run_early_stopping_check
+
+    def checked(trainer: pl.Trainer) -> None:
+        is_known = not is_cut(trainer) or (callback.monitor not in TRAIN_METRICS and is_validation_due(trainer))
+        if is_known:
+            check(trainer)
+
+    callback._run_early_stopping_check = checked  # type: ignore[method-assign]  # Lightning has no hook for it

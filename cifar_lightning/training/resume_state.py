@@ -4,13 +4,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from cifar_lightning.checkpoints.loading import IS_INSIDE_WINDOW, is_inside_epoch
 from cifar_lightning.checkpoints.rng_state import restore_rng, rng_state
 from cifar_lightning.checkpoints.schema import RESUME_STATE
 from cifar_lightning.errors import UserError
+from cifar_lightning.training.early_stopping import skip_cut_epochs
 from cifar_lightning.training.lightning_patches import (
     end_resumed_epoch_as_any,
     start_next_epoch,
@@ -56,6 +57,7 @@ class ResumeState(pl.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         _drop_timers(trainer, checkpoint)
+        _keep_patience(trainer, checkpoint)
         self._loaded = checkpoint.get(RESUME_STATE)
         if self._loaded is None:
             return
@@ -75,6 +77,7 @@ class ResumeState(pl.Callback):
         start_next_epoch(trainer)
         step_plateaus(trainer, (self._loaded or {}).get(_PLATEAUS, {}))
         validate_on_schedule_only(trainer)
+        skip_cut_epochs(trainer)
         if self._loaded is None:
             return
         ranks, self._loaded = self._loaded["ranks"], None
@@ -110,3 +113,11 @@ def _drop_timers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
         if isinstance(callback, Timer):
             checkpoint.get("callbacks", {}).pop(callback.state_key, None)
+
+
+def _keep_patience(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Have EarlyStopping callbacks keep the patience that they were given: Lightning restores the checkpoint's."""
+    states = checkpoint.get("callbacks", {})
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+        if isinstance(callback, EarlyStopping) and callback.state_key in states:
+            states[callback.state_key]["patience"] = callback.patience

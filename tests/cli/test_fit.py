@@ -361,6 +361,14 @@ def test_checkpoints_of_the_user_go_into_the_run_unless_they_have_a_folder(tmp_p
     assert (plain.dirpath, own.dirpath) == (str(tmp_path / "run" / "checkpoints"), str(tmp_path / "own"))
 
 
+def test_early_stopping_by_a_training_metric_is_checked_where_it_is_logged(tmp_path):
+    callbacks = [EarlyStopping("train/loss"), EarlyStopping("val/acc")]
+    keep_in_run(callbacks, RunFolder(tmp_path / "run"))
+    for each in callbacks:
+        each.setup(SimpleNamespace(val_check_interval=0.5, check_val_every_n_epoch=1), None, "fit")
+    assert [each._check_on_train_epoch_end for each in callbacks] == [True, False]
+
+
 @pytest.mark.parametrize("name", ["best", "last", "previous"])
 def test_a_checkpoint_of_the_user_does_not_take_the_place_of_one_of_the_run(tmp_path, name):
     run = RunFolder(tmp_path / "run")

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from fitting import NARROW, Signal, fit_run
+from lightning.pytorch.callbacks import EarlyStopping
 
 from benchmarks.faults.judge import differences
 from cifar_lightning import ImageClassifier
@@ -243,3 +244,29 @@ def test_a_stop_adds_no_validation(tmp_path):
     assert len(MetricsTable(run.metrics_csv).read()) == 1
     resume(run, **settings)
     assert differences(result_of(run), whole) == []
+
+
+@pytest.mark.parametrize("monitor", ["val/acc", "train/loss"])
+@pytest.mark.parametrize("max_steps", [5, 14])
+def test_early_stopping_of_the_user_counts_no_epoch_that_is_cut(tmp_path, monitor, max_steps):
+    limits = {"max_steps": max_steps}
+    run, _ = fit_run(tmp_path / "run", stopping := EarlyStopping(monitor, patience=9), trainer=limits)
+    assert read_json(run.environment)["ended"]["step"] == max_steps
+    assert run.last_checkpoint.exists()
+    assert math.isfinite(stopping.best_score) == (max_steps > 9)
+    assert stopping.wait_count == 0  # of two epochs the second would be worse, or the first one again
+
+
+def test_early_stopping_of_the_user_counts_validations_inside_an_epoch(tmp_path):
+    stopping = EarlyStopping("val/acc", min_delta=1, patience=9)
+    fit_run(tmp_path / "run", stopping, trainer={"val_check_interval": 3, "max_steps": 14})
+    assert stopping.wait_count == 3
+
+
+def test_a_changed_patience_of_the_users_early_stopping_is_in_force_when_resumed(tmp_path):
+    run, _ = fit_run(tmp_path / "run", EarlyStopping("val/acc", min_delta=1, patience=2), epochs=9)
+    assert read_json(run.environment)["ended"]["epochs"] == 3
+    longer = EarlyStopping("val/acc", min_delta=1, patience=4)
+    fit_run(tmp_path / "run", longer, epochs=9, ckpt_path=run.last_checkpoint)
+    assert longer.wait_count == 4
+    assert read_json(run.environment)["ended"]["epochs"] == 5
