@@ -13,6 +13,7 @@ from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import check_output
 from cifar_lightning.report.terminal import print_validation
+from cifar_lightning.runs.contents import read_config
 from cifar_lightning.runs.folder import RunFolder, open_run, run_of
 from cifar_lightning.training.error_messages import restoring
 from cifar_lightning.training.predictions import PredictionWriter
@@ -33,7 +34,7 @@ def evaluate(command: str, arguments: Sequence[str], objects: PythonObjects | No
             raise UserError(f"--output {output}: is a file of the run; choose another name.")
     model, data, settings = cli.instantiate()
     prepare_data(data, model)
-    run = find_run(command, Path(settings.ckpt_path), data, output)
+    run = find_run(command, Path(settings.ckpt_path), data, output, cli.settings.model.get("tta"))
     predictions = PredictionWriter(run, output)
     trainer = build_trainer(settings.trainer, [predictions], logger=False)
     # weights_only: a checkpoint is data and must not be able to run code.
@@ -64,8 +65,12 @@ def check_validation(trainer: pl.Trainer, data: ImageDataModule) -> None:
     check_evaluation(trainer, {"val": data.num_eval_batches("val", trainer.world_size)})
 
 
-def find_run(command: str, checkpoint: Path, data: ImageDataModule, output: Path | None) -> RunFolder | None:
+def find_run(
+    command: str, checkpoint: Path, data: ImageDataModule, output: Path | None, tta: str | None = None
+) -> RunFolder | None:
     """Return the run that a checkpoint lies in, to write its predictions into; None if its files are of other images.
+
+    Nor is it returned where its config has another `tta`, which its report would name; None is not compared.
 
     Raises:
         UserError: There is nothing to validate on, or `predict` has no file to write.
@@ -80,6 +85,8 @@ def find_run(command: str, checkpoint: Path, data: ImageDataModule, output: Path
         reason = split_difference(run, data)
         if not reason and checkpoint.name != run.tested_checkpoint.name:
             reason = f"its files are not of {checkpoint.name}"
+        if not reason and tta is not None and tta != (theirs := _tta_of(run, tta)):
+            reason = f"its files are with --model.tta {theirs}, not {tta}"
         if not reason and not run.is_writable:
             reason = "the folder cannot be written"
         if not reason:
@@ -89,3 +96,10 @@ def find_run(command: str, checkpoint: Path, data: ImageDataModule, output: Path
     if run is not None and run.split.exists():
         print(f"{run.path}: {reason}, so its files stay as they are.")
     return None
+
+
+def _tta_of(run: RunFolder, default: str) -> Any:
+    """Return the tta of a run's config; a class of one's own may set it itself, and a config may be damaged."""
+    with contextlib.suppress(OSError, UserError):
+        return (read_config(run.config).get("model") or {}).get("tta", default)
+    return default

@@ -32,7 +32,7 @@ from cifar_lightning.data.image_folder import write_skipped_files
 from cifar_lightning.data.image_set import SPLITS
 from cifar_lightning.errors import UserError, is_first_process, remark
 from cifar_lightning.files import remove_empty, write_text_durably
-from cifar_lightning.formatting import percent, plural, printable
+from cifar_lightning.formatting import command_line, percent, plural, printable
 from cifar_lightning.report.report import make_report
 from cifar_lightning.runs.contents import read_environment
 from cifar_lightning.runs.ending import ending_text, is_short, write_ending
@@ -186,10 +186,21 @@ def load_initial_weights(cli: TrainingCLI, model: ImageClassifier) -> None:
 def find_resume(cli: TrainingCLI, run: RunFolder) -> Resume:
     """Find the checkpoint that a run resumes from, and refuse changes of settings that it depends on."""
     trainer = cli.settings.trainer
+    if trainer.enable_checkpointing is False:
+        raise UserError(
+            "--trainer.enable_checkpointing false: what a resumed run trains would not be kept; leave it out, or give "
+            "true."
+        )
     changes = find_changes(run, cli.config_text)
     resume = Resume(run, stop_point(run), changes)
     resume.point.check_length(trainer.max_epochs, trainer.max_steps)
     resume.point.check_changes(resume.changes)
+    if "model.tta" in changes and resume.is_fully_trained(trainer):
+        before, now = changes["model.tta"]
+        raise UserError(
+            f"--model.tta {now}: nothing is left to train, and the results of {run.path} are with {before}.\n"
+            f"To test with it: {command_line('test', run.path, '--model.tta', now)}"
+        )
     cli.settings.ckpt_path = str(resume.point.checkpoint)
     return resume
 

@@ -37,3 +37,15 @@ def test_a_run_that_cannot_be_written_is_evaluated_and_stays_as_it_is(run, monke
     with pytest.raises(UserError, match="cannot be written; give --output"):
         find_run("predict", run.best_checkpoint, data, None)
     assert not run.lock_file.exists()
+
+
+def test_results_with_another_tta_than_the_config_names_are_not_written(run, capsys):
+    data = SimpleNamespace(num_images=lambda split: 20)
+    run.config.write_text("model: {tta: mirror}")
+    assert find_run("test", run.best_checkpoint, data, None, "mirror").lock.release() is None
+    assert find_run("test", run.best_checkpoint, data, None, "six") is None
+    assert "--model.tta mirror, not six" in capsys.readouterr().out
+    with pytest.raises(UserError, match="tta mirror, not six; give --output"):
+        find_run("predict", run.best_checkpoint, data, None, "six")
+    run.config.write_text("model: {name: null}")  # a class of one's own may set it itself
+    assert find_run("test", run.best_checkpoint, data, None, "six").lock.release() is None

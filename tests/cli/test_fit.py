@@ -322,6 +322,8 @@ def test_a_run_is_not_resumed_on_other_images(tmp_path, monkeypatch, capsys):
         (["--model.optimizer", "muon"], ["--model.optimizer muon", "adamw"]),
         (["--data.val_fraction", "0.2"], ["--data.val_fraction 0.2", "0.1"]),
         (["--epochs", "1"], ["--epochs 1", "2 or more"]),
+        (["--epochs", "3", "--trainer.enable_checkpointing", "false"], ["--trainer.enable_checkpointing false"]),
+        (["--model.tta", "mirror"], ["--model.tta mirror", "none", "test"]),
     ],
 )
 def test_what_a_checkpoint_depends_on_does_not_change(finished, monkeypatch, capsys, tmp_path, flags, expected):
