@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from jsonargparse import Namespace
+from lightning.pytorch.plugins import Precision
 from pydantic import Field
 
 from cifar_lightning.cli.trainer_objects import check_kinds, class_of, objects_in
@@ -240,11 +241,14 @@ ARGUMENTS: dict[str, Argument] = {
         }
     ),
     "plugins": Argument(
-        "precision plugins and cluster environments by `class_path`",
+        "cluster environments by `class_path`",
         refused={
+            "a precision plugin would not agree with --trainer.precision, which every run has; give that": (
+                lambda value, _: any(issubclass(class_of(node), Precision) for node in objects_in(value))
+            ),
             "checkpoints are written durably by DurableCheckpointIO alone": (
                 lambda value, _: any("CheckpointIO" in path for path in _paths(value))
-            )
+            ),
         },
     ),
     "sync_batchnorm": Argument(

@@ -201,6 +201,8 @@ REFUSED = [
     ("profiler=xla", "simple, advanced, pytorch"),
     ("barebones=true", "keeps logs and checkpoints"),
     ("plugins=lightning.pytorch.plugins.io.AsyncCheckpointIO", "durably"),
+    ("plugins=lightning.pytorch.plugins.DoublePrecision", "--trainer.precision"),
+    ("plugins=[{class_path: lightning.pytorch.plugins.HalfPrecision}]", "--trainer.precision"),
     ("sync_batchnorm=true accelerator=cpu", "needs GPUs"),
     ("reload_dataloaders_every_n_epochs=-1", "0 or more"),
     ("default_root_dir=elsewhere", "--run_dir"),
