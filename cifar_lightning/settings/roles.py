@@ -33,12 +33,12 @@ def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 # -- resume; a setting that is in none of these sets may change -------------------------------------------------------
 
-FIXED = {*OWN_OPTIMIZER, "model_class", "data_class"}
+FIXED = {*OWN_OPTIMIZER, "model_class", "data_class", "seed_everything"}
 FIXED |= {f"model.{name}" for name in ("name", "model_kwargs", "optimizer", "schedule", "ema_decay", "pretrained")}
 FIXED |= {f"model.{name}" for name in ("loss", "freeze", "unfreeze_epoch", "layer_decay")}
 FIXED |= {f"data.{name}" for name in ("dataset", "image_size", "resize", "in_channels", "seed", "order_seed")}
 FIXED |= {"data.val_fraction", "data.test_fraction", "data.limit"}
-"""Settings that the weights, the states of optimizer and schedule, or the split depend on."""
+"""Settings that the weights, the states of optimizer, schedule and random numbers, or the split depend on."""
 
 _OF_STEPS = {"data.batch_size", "data.drop_last", "trainer.limit_train_batches", "trainer.overfit_batches"}
 _OF_STEPS |= {"trainer.accumulate_grad_batches"}

@@ -242,8 +242,8 @@ def test_a_resume_on_another_processor_is_reported():
 
 def test_changes_are_found_and_described(run):
     assert find_changes(run, changed()) == {}
-    changes = find_changes(run, changed(trainer={"max_epochs": 4}, seed_everything=1))
-    assert changes == {"seed_everything": (0, 1), "trainer.max_epochs": (2, 4)}
+    changes = find_changes(run, changed(trainer={"max_epochs": 4}, model={**CONFIG["model"], "lr": 0.2}))
+    assert changes == {"model.lr": (0.1, 0.2), "trainer.max_epochs": (2, 4)}
     assert describe_changes(changes)[1] == "--trainer.max_epochs 4 instead of 2"
 
 
@@ -251,6 +251,12 @@ def test_the_architecture_does_not_change(run):
     other = {"name": "smallnet", "lr": 0.1, "model_kwargs": {"widths": [8]}}
     with pytest.raises(UserError, match=r"(?s)--model\.model_kwargs .*8.*--init_weights"):
         find_changes(run, changed(model=other))
+
+
+def test_the_seed_does_not_change_since_the_random_states_are_the_checkpoints(run):
+    assert find_changes(run, changed(seed_everything=0)) == {}
+    with pytest.raises(UserError, match=r"--seed_everything 5: .*depends on 0"):
+        find_changes(run, changed(seed_everything=5))
 
 
 def test_the_schedule_does_not_change(run):
