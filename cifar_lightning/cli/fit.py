@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
-from cifar_lightning.checkpoints.loading import load_weights, progress_of, read_checkpoint, require_resumable
+from cifar_lightning.checkpoints.loading import progress_of, read_checkpoint, require_resumable
 from cifar_lightning.checkpoints.resume import (
     Changes,
     StopPoint,
@@ -24,6 +24,7 @@ from cifar_lightning.checkpoints.resume import (
     split_difference,
     stop_point,
 )
+from cifar_lightning.cli.initial_weights import load_initial_weights
 from cifar_lightning.cli.lightning_cli import PythonObjects, TrainingCLI, build_trainer, prepare_data
 from cifar_lightning.cli.parser import as_list, refuse_early_stopping
 from cifar_lightning.cli.tune import apply_lr_finder
@@ -32,7 +33,7 @@ from cifar_lightning.data.image_folder import write_skipped_files
 from cifar_lightning.data.image_set import SPLITS
 from cifar_lightning.errors import UserError, is_first_process, remark
 from cifar_lightning.files import remove_empty, write_text_durably
-from cifar_lightning.formatting import command_line, percent, plural, printable
+from cifar_lightning.formatting import command_line, percent, plural
 from cifar_lightning.report.report import make_report
 from cifar_lightning.runs.contents import read_environment
 from cifar_lightning.runs.ending import ending_text, is_short, write_ending
@@ -43,9 +44,6 @@ from cifar_lightning.runs.folder import (
     config_name,
     create_run,
     discard_run,
-    shipped_models,
-    suggest_shipped,
-    weights_file,
 )
 from cifar_lightning.runs.metrics_table import MetricsTable
 from cifar_lightning.runs.processes import announce_run, announced_run
@@ -162,27 +160,6 @@ def fast_dev_run(cli: TrainingCLI, model: ImageClassifier, data: ImageDataModule
     remark(f"--trainer.fast_dev_run {settings.fast_dev_run}: trained, validated and tested; nothing was written.")
 
 
-def load_initial_weights(cli: TrainingCLI, model: ImageClassifier) -> None:
-    """Load the weights of --init_weights; warn of frozen layers that have none."""
-    if cli.settings.init_weights:
-        given = Path(cli.settings.init_weights)
-        try:
-            file = weights_file(given)
-            load_weights(model.model, file)
-        except UserError as error:
-            raise UserError(f"--init_weights {given}: {error}{suggest_shipped(given)}") from error
-        remark(printable(f"Initialized with the weights of {file}."))
-        return
-    settings = cli.settings.model
-    is_ours = bool(model.hparams["name"]) and model.imported is None  # a model of one's own may have its weights
-    if is_ours and settings.get("freeze") and not (settings.get("pretrained") or cli.settings.ckpt_path):
-        source = f" {model.hparams['name']}" if model.hparams["name"] in shipped_models() else ""
-        remark(
-            f"warning: --model.freeze {settings.freeze}: the weights that are not trained are random; give "
-            f"--model.pretrained{source}, or --init_weights."
-        )
-
-
 def find_resume(cli: TrainingCLI, run: RunFolder) -> Resume:
     """Find the checkpoint that a run resumes from, and refuse changes of settings that it depends on."""
     trainer = cli.settings.trainer
@@ -222,6 +199,7 @@ def create_or_resume_run(
             raise UserError(f"{run.path}: {reason}; a resumed run would train on its validation images.")
     else:
         model.prepare(data)  # loads pretrained weights, which may be missing
+        load_initial_weights(cli, model)
         found = apply_lr_finder(cli, model, data, settings.trainer) if cli.settings.tune_lr else None
         if cli.settings.ckpt_path:
             ckpt_path = Path(cli.settings.ckpt_path)
@@ -229,7 +207,6 @@ def create_or_resume_run(
             require_resumable(checkpoint, ckpt_path)
             point = StopPoint(ckpt_path, progress_of(checkpoint)[0], checkpoint.get("global_step", 0))
             point.check_rest(settings.trainer.max_epochs, settings.trainer.max_steps)
-        load_initial_weights(cli, model)
         name = config_name(cli.settings.config, cli.model_name)
         run = create_run(RUNS, name, cli.settings.run_dir)
         with discarded_if_never_begun(run, resume):

@@ -41,7 +41,7 @@ _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
         str | None,
         None,
         "Start from these weights: a run, a checkpoint, a .safetensors export, a state_dict file or smallnet.",
-        ("fit",),
+        ("fit", "tune"),
     ),
     "tune_lr": (bool, False, "Find OneCycle's peak learning rate first (LR finder).", ("fit",)),
     "model_class": (
@@ -233,6 +233,8 @@ def _refuse_what_is_not_read(config: Namespace, defaults: Mapping[str, Any] | Na
             raise UserError(
                 f"--model.{name} {model[name]} with --batch_size 1: the images of a batch are mixed; give 2 or more."
             )
+    if config.tune_lr and config.ckpt_path:
+        raise UserError("--tune_lr with --ckpt_path: the LR finder is for a new run; give --lr, or --init_weights.")
     if config.init_weights and model.get("pretrained", False) is not False:
         raise UserError("--init_weights with --model.pretrained: give one of them.")
     if data.get("class_weights") == data.get("sampler") == "balanced":

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from jsonargparse import Namespace
 
+from cifar_lightning.cli.initial_weights import load_initial_weights
 from cifar_lightning.cli.lightning_cli import TrainingCLI, prepare_data
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError
@@ -19,9 +20,12 @@ def tune(arguments: Sequence[str]) -> None:
     cli = TrainingCLI("fit", arguments)
     if batches := cli.settings.trainer.fast_dev_run:
         raise UserError(f"--trainer.fast_dev_run {batches}: only with fit; leave it out of tune.")
+    if checkpoint := cli.settings.ckpt_path:
+        raise UserError(f"--ckpt_path {checkpoint}: tune is for a new run; give --init_weights for its weights.")
     model, data, settings = cli.instantiate()
     prepare_data(data, model)
     model.prepare(data)
+    load_initial_weights(cli, model)
     found = apply_lr_finder(cli, model, data, settings.trainer)
     name = config_name(cli.settings.config, cli.model_name)
     run = create_run(RUNS, f"{name}_tune", cli.settings.run_dir)

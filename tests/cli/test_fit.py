@@ -405,6 +405,27 @@ def test_tune_saves_a_rate_and_fit_takes_it_as_if_it_had_been_given(tmp_path):
         assert min(figure.size) > 300
 
 
+@pytest.mark.parametrize("command", [["fit", "--tune_lr"], ["tune"]])
+def test_the_lr_finder_measures_the_initial_weights(command, tmp_path, monkeypatch, capsys):
+    def find(model, data, **settings):
+        raise UserError(f"starts from {model.model.state_dict()['features.0.weight'].mean().item()}")
+
+    monkeypatch.setattr("cifar_lightning.cli.tune.find_lr", find)
+    weights = ImageClassifier(image_size=16, model_kwargs={"widths": [4, 8, 8]}).model.state_dict()
+    weights["features.0.weight"].fill_(7.0)
+    torch.save(weights, tmp_path / "weights.pt")
+    (tmp_path / "own.yaml").write_text("init_weights: weights.pt\n")
+    assert "starts from 7.0" in fail(monkeypatch, capsys, tmp_path, *command, "--config", "own.yaml", *TINY)
+
+
+@pytest.mark.parametrize("command", [["fit", "--tune_lr"], ["tune"]])
+def test_the_lr_finder_is_not_for_a_run_that_continues_another(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "last.ckpt").touch()
+    message = fail(monkeypatch, capsys, tmp_path, *command, *TINY, "--ckpt_path", "last.ckpt")
+    assert "--ckpt_path" in message
+    assert "--init_weights" in message
+
+
 @pytest.mark.slow
 def test_three_processes_evaluate_every_image_once_and_count_as_one_does(finished):
     run, _ = finished
