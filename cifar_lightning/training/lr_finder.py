@@ -62,7 +62,8 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
     """
     quiet = {"logger": False, "callbacks": [], "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "max_epochs": -1, "limit_val_batches": 0, "max_steps": NUM_STEPS}
-    quiet |= {"min_steps": None, "fast_dev_run": False, "profiler": None}  # of the run, not of the finder
+    quiet |= {"min_epochs": None, "min_steps": None, "fast_dev_run": False, "profiler": None}  # of the run alone
+    quiet["strategy"] = copy.deepcopy(trainer_settings.get("strategy", "auto"))  # an object serves one Trainer
     settings, tuned = module.optimizer_settings, copy.deepcopy(module)
     data.setup()
     # Lightning's finder calls neither on_fit_start nor callbacks.
@@ -70,7 +71,7 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
     stem = whitening_stem_of(tuned.model)
     if stem is not None:
         whiten(stem, data)
-    if settings.name == "muon":
+    if settings.name == "muon" or tuned._layer_decay != 1:
         _keep_ratios(tuned)
     bar = sys.stderr if sys.stderr.isatty() else io.StringIO()  # without a terminal the bar writes a line a step
     with (

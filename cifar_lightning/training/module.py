@@ -358,7 +358,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         """Check the batch size against BatchNorm; the LR finder gets here, too, but not to on_fit_start."""
         repeat_if_overfitting(self.trainer)
         if self._class_weights is not None:
-            self._class_weights = self._class_weights.to(self.dtype)  # by now that of the Trainer's precision
+            # By now those of the Trainer: the LR finder prepares on the CPU.
+            self._class_weights = self._class_weights.to(self.device).to(self.dtype)
         check_batches(self.trainer, self.model)
         check_optimizers(self.trainer.optimizers, self.model)
         if self.plans_schedule:

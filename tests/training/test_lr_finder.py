@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from fitting import quiet_trainer, small_data
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.tuner import Tuner
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
@@ -54,6 +55,34 @@ def test_muon_keeps_the_ratios_of_its_rates(data, monkeypatch):
         assert rates["vectors"] == pytest.approx(2 * rates["filters"])
         assert rates["matrices"] == pytest.approx(0.2 * rates["filters"])
     assert (found.sgd_lr, found.head_lr) == pytest.approx((2 * found.suggestion, 0.2 * found.suggestion))
+
+
+def test_layer_decay_keeps_its_ratios(data, monkeypatch):
+    tuned, rates, step = module(layer_decay=0.5), [], torch.optim.AdamW.step
+
+    def watch(self, closure=None):
+        done = step(self, closure)
+        rates.append([group["lr"] / self.param_groups[0]["lr"] for group in self.param_groups])
+        return done
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+    find_lr(tuned, data, **CPU)
+    assert len(rates) > 20
+    expected = sorted({0.5**depth for depth in range(5)})
+    for ratios in rates:
+        assert sorted(set(ratios)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("limit", ["min_epochs", "min_steps"])
+def test_it_takes_its_own_steps_whatever_the_least_of_the_run(data, limit):
+    assert len(find_lr(module(), data, **{limit: 4}, **CPU).lrs) <= 100
+
+
+def test_a_strategy_that_is_an_object_serves_the_run_afterwards(data):
+    strategy = SingleDeviceStrategy("cpu")
+    find_lr(module(), data, strategy=strategy)
+    assert strategy._lightning_module is None
+    assert strategy.model is None
 
 
 def test_it_trains_as_the_run_will_with_class_weights_and_whitened_filters(monkeypatch):
