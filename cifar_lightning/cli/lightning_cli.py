@@ -196,6 +196,17 @@ class TrainingCLI(LightningCLI):
                 flags = [f"--{name} {made[name].class_path}" for name in OWN_OPTIMIZER if made[name]]
                 raise UserError(f"{' with '.join(flags)}: {cause_of(error)}") from error
 
+    @staticmethod
+    def configure_optimizers(lightning_module: pl.LightningModule, optimizer: Any, lr_scheduler: Any = None) -> Any:
+        """Return what LightningCLI does, with the optimizer's states of the same type as the weights.
+
+        It is made before the Trainer converts the weights, as in 64-true. Adagrad makes its states then, and a resumed
+        run would have others, since loading converts them.
+        """
+        if optimizer.state:
+            optimizer.load_state_dict(optimizer.state_dict())
+        return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
+
     @property
     def model_name(self) -> str:
         """The model's name, or the class of one's own."""

@@ -119,15 +119,34 @@ def check_batches(trainer: pl.Trainer, model: nn.Module) -> None:
     )
 
 
-def check_optimizers(optimizers: Sequence[optim.Optimizer], model: nn.Module) -> None:
-    """Raise if there is no optimizer, or one that flattens weights that are not contiguous, as LBFGS does."""
+def check_optimizers(trainer: pl.Trainer, model: nn.Module) -> None:
+    """Raise if there is no optimizer, or one that fails, or computes wrong gradients, with the Trainer's settings.
+
+    LBFGS flattens weights, and computes the gradients of a step several times: accumulated ones would pile up.
+    """
+    optimizers = trainer.optimizers
     if not any(optimizer.param_groups for optimizer in optimizers):  # Lightning's stand-in has none
         raise UserError("configure_optimizers returns no optimizer; return one, for all parameters.")
-    flattens = any(isinstance(optimizer, optim.LBFGS) for optimizer in optimizers)
-    if flattens and not all(parameter.is_contiguous() for parameter in model.parameters()):
+    has_lbfgs = any(isinstance(optimizer, optim.LBFGS) for optimizer in optimizers)
+    if has_lbfgs and not all(parameter.is_contiguous() for parameter in model.parameters()):
         raise UserError(
             "--model.memory_format channels_last: LBFGS cannot flatten these weights; "
             "give --model.memory_format contiguous."
+        )
+    if has_lbfgs and trainer.accumulate_grad_batches > 1:
+        raise UserError(
+            f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}: LBFGS computes the gradients of a "
+            "step several times, and they would pile up; give a larger --batch_size."
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is None:
+        return
+    if has_lbfgs:
+        raise UserError("--trainer.precision 16-mixed: LBFGS cannot scale gradients; give bf16-mixed or 32-true.")
+    # What Lightning asks when it clips the first gradients.
+    if trainer.gradient_clip_val and any(getattr(each, "_step_supports_amp_scaling", False) for each in optimizers):
+        raise UserError(
+            f"--trainer.gradient_clip_val {trainer.gradient_clip_val}: with --trainer.precision 16-mixed the gradients "
+            "of a fused optimizer cannot be clipped; leave fused out, or give bf16-mixed or 32-true."
         )
 
 

@@ -361,7 +361,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             # By now those of the Trainer: the LR finder prepares on the CPU.
             self._class_weights = self._class_weights.to(self.device).to(self.dtype)
         check_batches(self.trainer, self.model)
-        check_optimizers(self.trainer.optimizers, self.model)
+        check_optimizers(self.trainer, self.model)
         if self.plans_schedule:
             check_train_batches(self.trainer)
         else:

@@ -213,6 +213,15 @@ def test_a_subclass_with_few_arguments_takes_an_optimizer_and_a_schedule():
     assert cli.model_name == f"{__name__}:Narrow"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_states_that_an_optimizer_makes_with_itself_follow_the_precision_of_the_weights(dtype):
+    model, _, _ = command_line(*DATA, "--optimizer", "Adagrad", "--optimizer.lr", "0.25").instantiate()
+    model.to(dtype)  # as the Trainer does in 64-true, before it asks for the optimizer
+    optimizer = model.configure_optimizers()
+    assert {state["sum"].dtype for state in optimizer.state.values()} == {dtype}
+    assert set(optimizer.state) == set(model.parameters()) == set(optimizer.param_groups[0]["params"])
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -13,7 +13,7 @@ from torch import nn
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.models.smallnet import SmallNet
 from cifar_lightning.training.error_messages import explained
-from cifar_lightning.training.model_checks import check_batches, check_logits, check_schedules
+from cifar_lightning.training.model_checks import check_batches, check_logits, check_optimizers, check_schedules
 
 DEEP = SmallNet(widths=(2,) * 5)  # 16 pixels halved four times: BatchNorm sees one value of each image
 SHALLOW = SmallNet(widths=(2, 2))
@@ -92,6 +92,33 @@ def test_several_optimizers_end_in_a_sentence(tmp_path):
     module = TwoOptimizers(image_size=16, model_kwargs={"widths": [2, 2]})
     with pytest.raises(UserError, match="configure_optimizers returns several"), explained("fit"):
         quiet_trainer(tmp_path, max_epochs=1).fit(module, datamodule=small_data())
+
+
+CONTIGUOUS = nn.Linear(2, 2)
+LBFGS = torch.optim.LBFGS(CONTIGUOUS.parameters())
+FUSED = torch.optim.AdamW(CONTIGUOUS.parameters(), fused=True)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings", "message"),
+    [
+        (LBFGS, {}, None),
+        (LBFGS, {"accumulate_grad_batches": 2}, r"--trainer\.accumulate_grad_batches 2: LBFGS"),
+        (LBFGS, {"scaler": object()}, r"--trainer\.precision 16-mixed: LBFGS"),
+        (FUSED, {"accumulate_grad_batches": 2, "scaler": object()}, None),
+        (FUSED, {"gradient_clip_val": 1.0}, None),
+        (FUSED, {"gradient_clip_val": 1.0, "scaler": object()}, r"--trainer\.gradient_clip_val 1\.0: .*fused"),
+    ],
+)
+def test_an_optimizer_that_cannot_do_what_the_trainer_asks_is_refused_before_training(optimizer, settings, message):
+    given = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "scaler": None, **settings}
+    plugin = SimpleNamespace(scaler=given["scaler"])
+    trainer = SimpleNamespace(optimizers=[optimizer], precision_plugin=plugin, **given)
+    if message is None:
+        check_optimizers(trainer, CONTIGUOUS)
+        return
+    with pytest.raises(UserError, match=message):
+        check_optimizers(trainer, CONTIGUOUS)
 
 
 def trainer_with(scheduler, max_epochs=3, max_steps=-1, **config):
