@@ -169,7 +169,7 @@ def check_step_counts(trainer: pl.Trainer) -> None:
 
 
 def check_schedules(trainer: pl.Trainer, num_steps: Callable[[], int]) -> None:
-    """Raise if a schedule of one's own ends before the run, or needs a metric in each step.
+    """Raise if a schedule of one's own ends before the run, or needs a metric before it is logged.
 
     Args:
         trainer: At its start.
@@ -181,6 +181,12 @@ def check_schedules(trainer: pl.Trainer, num_steps: Callable[[], int]) -> None:
             raise UserError(
                 f"ReduceLROnPlateau with interval step: {config.monitor} is logged once an epoch; give interval epoch."
             )
+        if config.reduce_on_plateau and not is_per_step and config.strict and _steps_before_validation(trainer, config):
+            raise UserError(
+                f"--trainer.val_check_interval {trainer.val_check_interval}: ReduceLROnPlateau monitors "
+                f"{config.monitor} after {trainer.num_training_batches * config.frequency} batches, before the first "
+                "validation; give at most as many."
+            )
         max_epochs = trainer.max_epochs or -1
         is_known = max_epochs + trainer.max_steps > -2 if is_per_step else trainer.max_steps == -1 < max_epochs
         if isinstance(scheduler, optim.lr_scheduler.OneCycleLR) and is_known:
@@ -191,6 +197,13 @@ def check_schedules(trainer: pl.Trainer, num_steps: Callable[[], int]) -> None:
                     f"OneCycleLR: ends after total_steps={scheduler.total_steps}, and the run has {num_calls} "
                     f"{'steps' if is_per_step else 'epochs'}; {way_out}."
                 )
+
+
+def _steps_before_validation(trainer: pl.Trainer, config: Any) -> bool:
+    """Whether a schedule steps at the end of an epoch that has no validation yet, as they are counted over epochs."""
+    interval = trainer.val_check_interval if trainer.check_val_every_n_epoch is None else None
+    counts_over_epochs = isinstance(interval, int) and str(config.monitor).startswith("val/")
+    return counts_over_epochs and interval > trainer.num_training_batches * config.frequency
 
 
 def check_sizes(model: nn.Module, train_sizes: Sequence[int], in_channels: int) -> None:

@@ -48,6 +48,14 @@ def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) 
                 f"--trainer.val_check_interval {interval}: the run has {int(reached)} batches; nothing would be "
                 "validated."
             )
+        every = trainer.check_val_every_n_epoch or 1
+        if every > 1 and trainer.limit_val_batches and every <= epochs and not epochs_done and interval is not None:
+            first = batches * (every - 1) + (interval if isinstance(interval, int) else max(1, int(batches * interval)))
+            if first > reached and data.num_images("val"):
+                raise UserError(
+                    f"--trainer.check_val_every_n_epoch {every}: the run has {int(reached)} batches, {batches} an "
+                    "epoch; nothing would be validated."
+                )
         total = steps_done + per_epoch * max(0, epochs - epochs_done)
         if trainer.max_steps != -1:
             total = min(total, trainer.max_steps)

@@ -121,9 +121,11 @@ def test_an_optimizer_that_cannot_do_what_the_trainer_asks_is_refused_before_tra
         check_optimizers(trainer, CONTIGUOUS)
 
 
-def trainer_with(scheduler, max_epochs=3, max_steps=-1, **config):
-    configs = [LRSchedulerConfig(scheduler, **config)]
-    return SimpleNamespace(lr_scheduler_configs=configs, max_epochs=max_epochs, max_steps=max_steps)
+def trainer_with(scheduler, max_epochs=3, max_steps=-1, validates=(1.0, 1), **config):
+    interval, every = validates
+    limits = {"max_epochs": max_epochs, "max_steps": max_steps, "num_training_batches": 9}
+    limits |= {"val_check_interval": interval, "check_val_every_n_epoch": every}
+    return SimpleNamespace(lr_scheduler_configs=[LRSchedulerConfig(scheduler, **config)], **limits)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +156,29 @@ def test_a_plateau_that_steps_before_its_metric_is_there_is_refused():
     check_schedules(trainer_with(plateau, **settings), lambda: 27)
     with pytest.raises(UserError, match=r"val/loss.*interval epoch"):
         check_schedules(trainer_with(plateau, interval="step", **settings), lambda: 27)
+
+
+@pytest.mark.parametrize(
+    ("validates", "settings", "is_refused"),
+    [
+        ((10, None), {}, True),
+        ((9, None), {}, False),
+        ((9, 1), {}, False),
+        ((10, None), {"frequency": 2}, False),
+        ((19, None), {"frequency": 2}, True),
+        ((10, None), {"monitor": "train/loss"}, False),
+        ((10, None), {"strict": False}, False),
+    ],
+)
+def test_a_plateau_that_steps_before_the_first_validation_is_refused(validates, settings, is_refused):
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+    settings = {"reduce_on_plateau": True, "monitor": "val/acc", **settings}
+    trainer = trainer_with(plateau, validates=validates, **settings)
+    if not is_refused:
+        check_schedules(trainer, lambda: 27)
+        return
+    with pytest.raises(UserError, match=rf"val_check_interval {validates[0]}: ReduceLROnPlateau monitors val/acc"):
+        check_schedules(trainer, lambda: 27)
 
 
 @pytest.mark.parametrize(

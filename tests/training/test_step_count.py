@@ -84,6 +84,34 @@ def test_a_validation_after_more_batches_than_an_epoch_has_is_refused_unless_it_
     assert count_steps(trainer(val_check_interval=10, check_val_every_n_epoch=None)) == 27
 
 
+@pytest.mark.parametrize(
+    ("max_steps", "changed", "is_refused"),
+    [
+        (17, {}, True),
+        (18, {}, False),
+        (13, {"val_check_interval": 0.5}, False),
+        (12, {"val_check_interval": 0.5}, True),
+        (11, {"val_check_interval": 2}, False),
+        (10, {"val_check_interval": 2}, True),
+        (9, {"accumulate_grad_batches": 2}, True),
+        (10, {"accumulate_grad_batches": 2}, False),
+        (17, {"limit_val_batches": 0}, False),
+        (17, {"num_val": 0}, False),
+        (17, {"max_epochs": 1}, False),  # of the epochs, which the command line refuses
+        (-1, {}, False),
+    ],
+)
+def test_steps_that_end_before_the_first_epoch_that_validates_are_refused(max_steps, changed, is_refused):
+    made = trainer(**{"check_val_every_n_epoch": 2, "max_steps": max_steps, **changed})
+    made.datamodule.num_images = lambda split: changed.get("num_val", 20)
+    if not is_refused:
+        count_steps(made)
+        return
+    with pytest.raises(UserError, match=r"--trainer\.check_val_every_n_epoch 2: .*nothing would be validated"):
+        count_steps(made)
+    count_steps(made, epochs_done=1, steps_done=9)  # which may have been validated
+
+
 @pytest.mark.parametrize(("name", "overfit"), [("limit_val_batches", 0), ("overfit_batches", 0.3)])
 def test_a_fraction_that_leaves_no_batch_to_evaluate_is_refused(name, overfit):
     made = trainer(limit_val_batches=0.3, limit_test_batches=0.3, overfit_batches=overfit)
