@@ -86,7 +86,7 @@ def find_run(
         if not reason and checkpoint.name != run.tested_checkpoint.name:
             reason = f"its files are not of {checkpoint.name}"
         if not reason and tta is not None and tta != (theirs := _tta_of(run, tta)):
-            reason = f"its files are with --model.tta {theirs}, not {tta}"
+            reason = f"its results are with --model.tta {theirs}, not {tta}"
         if not reason and not run.is_writable:
             reason = "the folder cannot be written"
         if not reason:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -207,6 +207,8 @@ def create_or_resume_run(
             require_resumable(checkpoint, ckpt_path)
             point = StopPoint(ckpt_path, progress_of(checkpoint)[0], checkpoint.get("global_step", 0))
             point.check_rest(settings.trainer.max_epochs, settings.trainer.max_steps)
+            if settings.optimizer:
+                remark_on_restored(checkpoint, model.configure_optimizers(), settings.optimizer)
         name = config_name(cli.settings.config, cli.model_name)
         run = create_run(RUNS, name, cli.settings.run_dir)
         with discarded_if_never_begun(run, resume):
@@ -217,6 +219,27 @@ def create_or_resume_run(
         write_skipped_files(run.skipped_files, data.skipped_files)
     announce_run(run.path)
     return run
+
+
+def remark_on_restored(checkpoint: Mapping[str, Any], made: Any, given: Namespace) -> None:
+    """Say which arguments of --optimizer a checkpoint replaces: Lightning restores its groups of parameters.
+
+    Args:
+        checkpoint: That of --ckpt_path.
+        made: What `configure_optimizers` returns.
+        given: The settings of --optimizer.
+    """
+    optimizer = made["optimizer"] if isinstance(made, dict) else made[0][0] if isinstance(made, tuple) else made
+    (now, *_), states = optimizer.param_groups, checkpoint.get("optimizer_states") or [{}]
+    (then, *_) = states[0].get("param_groups") or [{}]
+    cycled = {"momentum", "betas"} if "base_momentum" in now else set()
+    for name in sorted({*(given.as_dict().get("init_args") or {})} - cycled):
+        key = "initial_lr" if name == "lr" and "initial_lr" in now else name  # a schedule changes lr
+        if key in now and key in then and now[key] != then[key]:
+            remark(
+                f"remark: --optimizer.{name} {now[key]} is not used: --ckpt_path restores {then[key]}; "
+                "--init_weights takes the weights alone."
+            )
 
 
 @contextlib.contextmanager

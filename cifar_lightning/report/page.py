@@ -181,6 +181,7 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     model, data, trainer = (config.get(group) or {} for group in ("model", "data", "trainer"))
     lengths = [name for name in ("max_epochs", "max_steps") if trainer.get(name) != -1]
     optimizer = [object_text(config[name]) for name in OWN_OPTIMIZER if config.get(name)]
+    optimizer = optimizer or list(environment.get("optimizers") or [])  # of a `configure_optimizers` of one's own
     read = ("lr", *READ_BY.get(str(model.get("optimizer")).partition("/")[0], ()), "label_smoothing", "schedule", "tta")
     read = ("label_smoothing", "tta") if optimizer else read
     changed = "with uncommitted changes" if environment.get("dirty") else None

@@ -78,6 +78,7 @@ class _Environment(BaseModel):
     commit: str | None = None
     dirty: bool | None = None
     command: list[str] = []
+    optimizers: list[str] = []
     callbacks: list[str] = []
     resumed: list[dict[str, Any]] = []
     ended: dict[str, Any] | None = None

@@ -204,14 +204,17 @@ def write_learning_rates(run: RunFolder, lrs: Mapping[int, float]) -> None:
 
 def environment_of(trainer: pl.Trainer) -> dict[str, Any]:
     """Return the content of environment.json."""
-    device = trainer.strategy.root_device
+    device, module = trainer.strategy.root_device, trainer.lightning_module
+    # Those of one's own: the config names only ours.
+    own = [] if getattr(module, "plans_schedule", True) else [type(each).__name__ for each in trainer.optimizers]
     return describe_environment() | {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "num_devices": trainer.world_size,
         "precision": str(trainer.precision),
         "num_threads": torch.get_num_threads(),
-        "num_parameters": sum(each.numel() for each in trainer.lightning_module.parameters() if not is_lazy(each)),
+        "num_parameters": sum(each.numel() for each in module.parameters() if not is_lazy(each)),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "optimizers": own,
         _CALLBACKS: _given_callbacks(trainer),
     }
 

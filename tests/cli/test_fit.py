@@ -17,7 +17,14 @@ from program import REPO, TINY, fail, start
 
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.loading import read_checkpoint
-from cifar_lightning.cli.fit import Resume, create_or_resume_run, keep_in_run, load_initial_weights, remark_on_few
+from cifar_lightning.cli.fit import (
+    Resume,
+    create_or_resume_run,
+    keep_in_run,
+    load_initial_weights,
+    remark_on_few,
+    remark_on_restored,
+)
 from cifar_lightning.cli.lightning_cli import TrainingCLI
 from cifar_lightning.cli.main import training_arguments
 from cifar_lightning.runs.folder import RunFolder, open_run
@@ -381,6 +388,37 @@ def test_a_checkpoint_of_the_user_does_not_take_the_place_of_one_of_the_run(tmp_
     inside = [ModelCheckpoint(filename=f"{name}-{{epoch}}", save_last=save_last) for save_last in (True, "link")]
     keep_in_run([elsewhere, *inside], run)
     assert [callback.save_last for callback in (elsewhere, *inside)] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("lr", "schedule", "momentum", "is_named"),
+    [
+        (0.01, None, 0.0, True),
+        (0.1, None, 0.0, False),
+        (0.1, None, 0.9, True),
+        (0.01, "StepLR", 0.0, True),
+        (0.1, "StepLR", 0.0, False),
+        (0.01, "OneCycleLR", 0.0, False),  # which sets lr and momentum itself
+    ],
+)
+def test_arguments_of_an_optimizer_that_a_checkpoint_replaces_are_named(lr, schedule, momentum, is_named, capsys):
+    schedules = {"StepLR": {"step_size": 1, "gamma": 0.5}, "OneCycleLR": {"max_lr": 0.5, "total_steps": 9}}
+
+    def made(**arguments):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], **arguments)
+        if schedule is None:
+            return optimizer
+        scheduler = getattr(torch.optim.lr_scheduler, schedule)(optimizer, **schedules[schedule])
+        return [optimizer], [scheduler]
+
+    before = made(lr=0.1, momentum=0.0 if schedule is None else momentum)
+    if schedule is not None:
+        before, (scheduler,) = before[0][0], before[1]
+        before.step()
+        scheduler.step()
+    given = {"lr": lr, "momentum": momentum}
+    remark_on_restored({"optimizer_states": [before.state_dict()]}, made(**given), Namespace(init_args=given))
+    assert ("--init_weights" in capsys.readouterr().out) is is_named
 
 
 # -- LR finder --------------------------------------------------------------------------------------------------------

@@ -322,6 +322,14 @@ def test_what_a_run_was_is_said_without_doubled_words():
     assert facts["Device"] == "cpu, num_devices 1"
 
 
+def test_an_optimizer_of_a_subclass_is_named_in_place_of_the_settings_of_ours():
+    config = {"model": {"optimizer": "adamw", "lr": 0.003, "schedule": "one_cycle", "label_smoothing": 0.1}}
+    facts = dict(facts_of({"config": config, "split": {}, "environment": {"optimizers": ["SGD"]}}))
+    assert facts["Optimizer"] == "SGD, label_smoothing 0.1"
+    facts = dict(facts_of({"config": config, "split": {}, "environment": {"optimizers": []}}))
+    assert facts["Optimizer"] == "adamw, lr 0.003, label_smoothing 0.1, schedule one_cycle"
+
+
 def test_what_most_runs_leave_off_is_named_where_it_is_on():
     off = {"mixup": 0.0, "cutmix": 0.0, "ema_decay": 0.0, "pretrained": False, "pct_start": None}
     plain = {"policy": "none", "erasing": 0.0, "limit": None, "class_weights": "none", "sampler": "none"}
