@@ -172,7 +172,8 @@ def find_resume(cli: TrainingCLI, run: RunFolder) -> Resume:
     resume = Resume(run, stop_point(run), changes)
     resume.point.check_length(trainer.max_epochs, trainer.max_steps)
     resume.point.check_changes(resume.changes)
-    if "model.tta" in changes and resume.is_fully_trained(trainer):
+    others = {key: change for key, change in changes.items() if key != "model.tta"}  # which trains nothing
+    if "model.tta" in changes and replace(resume, changes=others).is_fully_trained(trainer):
         before, now = changes["model.tta"]
         raise UserError(
             f"--model.tta {now}: nothing is left to train, and the results of {run.path} are with {before}.\n"

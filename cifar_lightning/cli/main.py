@@ -250,7 +250,7 @@ def training_arguments(
         if command != "fit":
             raise UserError(f"--resume: only fit resumes a run; for its metrics: {command_line(command, resumed)}")
         run = open_run(Path(resumed))
-        _refuse_together(names, _NOT_WITH_RESUME, f"--resume {resumed}", "a run resumes in its folder with its config")
+        _check_resumed(names, flags, resumed)
         flags = [flag for flag in flags if not flag.startswith("--resume=")]
         return _of_run(run, run.resumed_checkpoint, flags, trust_code, given), run
     if command in ("validate", "test", "predict") and "print_config" not in names:
@@ -267,6 +267,12 @@ def training_arguments(
             flags[at] = f"--config={config}"
     _refuse_other_optimizers(flags, names)
     return flags, None
+
+
+def _check_resumed(names: Sequence[str], flags: Sequence[str], resumed: str) -> None:
+    _refuse_together(names, _NOT_WITH_RESUME, f"--resume {resumed}", "a run resumes in its folder with its config")
+    if flag_value(flags, "seed_everything") == "true":  # Lightning would draw another seed
+        raise UserError("--seed_everything true: a resumed run has the random states of its checkpoint; leave it out.")
 
 
 def _refuse_other_optimizers(flags: list[str], names: Sequence[str]) -> None:

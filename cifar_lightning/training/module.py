@@ -263,7 +263,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             if found is not None:
                 self.imported_class = found
                 return
-        self.imported_class = {"path": "", "kwargs": {}}  # nothing imports it; its own class loads it
+        if known["path"] or kind.forward is not ImageClassifier.forward:  # else the model that is given has its logits
+            self.imported_class = {"path": "", "kwargs": {}}  # nothing imports it; its own class loads it
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return raw logits of normalized images."""

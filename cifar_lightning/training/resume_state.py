@@ -11,7 +11,7 @@ from cifar_lightning.checkpoints.loading import IS_INSIDE_WINDOW, is_inside_epoc
 from cifar_lightning.checkpoints.rng_state import restore_rng, rng_state
 from cifar_lightning.checkpoints.schema import RESUME_STATE
 from cifar_lightning.errors import UserError
-from cifar_lightning.training.early_stopping import skip_cut_epochs
+from cifar_lightning.training.early_stopping import AnnealingEarlyStopping, skip_cut_epochs
 from cifar_lightning.training.lightning_patches import (
     end_resumed_epoch_as_any,
     start_next_epoch,
@@ -116,8 +116,12 @@ def _drop_timers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def _keep_patience(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Have EarlyStopping callbacks keep the patience that they were given: Lightning restores the checkpoint's."""
+    """Have the user's EarlyStopping keep the patience that it was given: Lightning restores the checkpoint's.
+
+    Ours does so by itself, and needs the checkpoint's to know whether the run was stopped.
+    """
     states = checkpoint.get("callbacks", {})
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-        if isinstance(callback, EarlyStopping) and callback.state_key in states:
+        is_users = isinstance(callback, EarlyStopping) and not isinstance(callback, AnnealingEarlyStopping)
+        if is_users and callback.state_key in states:
             states[callback.state_key]["patience"] = callback.patience

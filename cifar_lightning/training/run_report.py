@@ -48,7 +48,8 @@ class RunReport(PredictionWriter):
     def __init__(self, run_dir: str | Path | None = None, class_names: Sequence[str] | None = None) -> None:
         super().__init__(None, class_names=class_names)
         self.run_dir = run_dir
-        self._run_of = weakref.WeakKeyDictionary[pl.Trainer, RunFolder]()  # of each Trainer that fits
+        # Of each Trainer that fits; None on all ranks but the first.
+        self._run_of = weakref.WeakKeyDictionary[pl.Trainer, RunFolder | None]()
         self._has_fitted = False
         self._epoch: tuple[int, int, float] | None = None  # one that is trained: number, steps, seconds
         self._val: dict[str, float] = {}
@@ -57,15 +58,14 @@ class RunReport(PredictionWriter):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make the folder, once, or another one for the fit of another Trainer."""
         if stage == "fit" and self._has_fitted and trainer not in self._run_of:
-            if self.run_dir is not None:
+            if self.run_dir is not None and self.run is not None and self.run.metrics_csv.exists():
                 raise UserError(f"RunReport: {self.run_dir} is of another Trainer's fit; make one for each Trainer.")
             self.run = self._epoch = None
         self.run = self._run_of.get(trainer, self.run)
         self._make_run(trainer, pl_module, stage)
         if stage == "fit":
             self._has_fitted = True
-            if self.run is not None:
-                self._run_of[trainer] = self.run
+            self._run_of[trainer] = self.run
 
     def _make_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.world_size > 1 and training_data(trainer) is None:
@@ -90,6 +90,11 @@ class RunReport(PredictionWriter):
         """Release the folder, as Lightning calls no `teardown`; forget the batches of a test that was cut."""
         super().on_exception(trainer, pl_module, exception)
         self.teardown(trainer, pl_module, "")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write environment.json again: by now the Trainer has its optimizers."""
+        if self.run is not None and trainer.is_global_zero:
+            write_json(self.run.environment, environment_of(trainer))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the row of the epoch before, whose metrics are complete by now."""

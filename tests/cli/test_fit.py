@@ -331,6 +331,7 @@ def test_a_run_is_not_resumed_on_other_images(tmp_path, monkeypatch, capsys):
         (["--epochs", "1"], ["--epochs 1", "2 or more"]),
         (["--epochs", "3", "--trainer.enable_checkpointing", "false"], ["--trainer.enable_checkpointing false"]),
         (["--model.tta", "mirror"], ["--model.tta mirror", "none", "test"]),
+        (["--seed_everything", "true"], ["--seed_everything true"]),
     ],
 )
 def test_what_a_checkpoint_depends_on_does_not_change(finished, monkeypatch, capsys, tmp_path, flags, expected):

@@ -74,8 +74,13 @@ def test_layer_decay_keeps_its_ratios(data, monkeypatch):
 
 
 @pytest.mark.parametrize("limit", ["min_epochs", "min_steps"])
-def test_it_takes_its_own_steps_whatever_the_least_of_the_run(data, limit):
-    assert len(find_lr(module(), data, **{limit: 4}, **CPU).lrs) <= 100
+def test_it_takes_its_own_steps_whatever_the_least_of_the_run(data, limit, monkeypatch):
+    monkeypatch.setattr("cifar_lightning.training.lr_finder.MAX_LR", 1e4)  # diverges, which ends it
+    torch.manual_seed(0)
+    tuned = module(optimizer="sgd")
+    alone = find_lr(tuned, data, **CPU).lrs
+    assert len(alone) < 100
+    assert len(find_lr(tuned, data, **{limit: 100}, **CPU).lrs) == len(alone)
 
 
 def test_a_strategy_that_is_an_object_serves_the_run_afterwards(data):

@@ -403,3 +403,14 @@ def test_an_own_model_that_was_changed_has_no_import_path(tmp_path):
 
 def flat(num_classes):
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Identity(), torch.nn.Linear(768, num_classes))
+
+
+def test_a_subclass_around_a_given_model_is_loaded_with_that_model_given_again(tmp_path):
+    class Stepping(ImageClassifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx)
+
+    own = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 10))
+    saved_by(Stepping(model=own, image_size=16, memory_format="contiguous"), tmp_path)
+    again = ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", model=own, weights_only=True)
+    assert again.model is own

@@ -158,6 +158,22 @@ def test_a_resumed_run_that_min_epochs_keeps_from_its_early_stop_ends_there(tmp_
     assert ends == [(8, "early_stopping"), (8, "early_stopping")]
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # that of the run that goes on
+def test_a_run_that_is_resumed_while_it_waits_stops_where_it_would_have(tmp_path):
+    falling = [0.9 - 0.05 * epoch for epoch in range(12)]
+    ends = []
+    for name in ("whole", "stopped"):
+        signals = [Signal("on_train_batch_start", 47)] if name == "stopped" else []  # 5 epochs, 2 of them waited for
+        with pytest.raises(Stopped) if signals else contextlib.nullcontext():
+            fit_run(tmp_path / name, AnnealingEarlyStopping(patience=1), *signals, module=scripted(*falling), epochs=9)
+        run = RunFolder(tmp_path / name)
+        if signals:
+            again = AnnealingEarlyStopping(patience=1)
+            fit_run(run.path, again, module=scripted(*falling), ckpt_path=run.last_checkpoint, epochs=9)
+        ends.append({row["epoch"] for row in MetricsTable(run.metrics_csv).read()})
+    assert ends[0] == ends[1] == set(range(6))
+
+
 def test_early_stopping_follows_another_metric_in_its_own_direction(tmp_path):
     module = scripted(*[0.1 * epoch for epoch in range(9)])  # accuracy rises, loss too
     module.losses = (1.0, 0.5, 0.4, 0.3, 0.6, 0.7, 0.8, 0.9, 1.0)

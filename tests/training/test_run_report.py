@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fitting import quiet_trainer
+from fitting import NARROW, fit_run, quiet_trainer, small_data
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn, optim
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from cifar_lightning import Dashboard, RunReport, UserError, load
+from cifar_lightning import Dashboard, ImageClassifier, RunReport, UserError, load
 from cifar_lightning.training import run_report
 from cifar_lightning.training.predictions import logits_of
 
@@ -214,6 +214,33 @@ def test_hyperparameters_that_yaml_does_not_have_are_written_as_what_they_hold(l
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["model"]["weights"] == [1.0, 2.0, 0.5]
     assert config["model"]["color"] == "red"
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["optimizers"] == []
+
+
+class OwnSgd(ImageClassifier):
+    def configure_optimizers(self):
+        return optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_the_optimizer_that_trains_is_in_the_environment(tmp_path):
+    module = OwnSgd(image_size=16, model_kwargs=NARROW)
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[RunReport(tmp_path / "own")]).fit(module, small_data())
+    run, _ = fit_run(tmp_path / "ours", module=OwnSgd(image_size=16, model_kwargs=NARROW), epochs=1)
+    for file in (tmp_path / "own" / "environment.json", run.environment):
+        assert json.loads(file.read_text())["optimizers"] == ["SGD"]
+
+
+@FEW_WORKERS
+def test_a_fit_that_never_began_is_tried_again_in_its_folder(loader, tmp_path):
+    class Failing(Other):
+        def configure_optimizers(self):
+            raise RuntimeError("no optimizer")
+
+    report = RunReport(tmp_path / "run")
+    with pytest.raises(RuntimeError, match="no optimizer"):
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[report]).fit(Failing(), loader)
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[report]).fit(Other(), loader)
+    assert (tmp_path / "run" / "metrics.csv").is_file()
 
 
 @FEW_WORKERS
