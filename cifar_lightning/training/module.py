@@ -227,17 +227,23 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
 
     def remember_model(self, model_kwargs: Mapping[str, Any]) -> None:
         """Have checkpoints name the class of a given model, if it makes the same model from these arguments."""
-        size, channels = self._architecture["image_size"], self._architecture.get("in_channels", 3)
-        self.imported = import_path_of(self.model, self.num_classes, size, model_kwargs, channels)
+        num_classes, size, channels = self._of_images
+        self.imported = import_path_of(self.model, num_classes, size, model_kwargs, channels)
+
+    @property
+    def _of_images(self) -> tuple[int, int, int]:
+        """Number of classes, image size and channels."""
+        return self.num_classes, self._architecture["image_size"], self._architecture.get("in_channels", 3)
 
     def forget_changed_model(self) -> None:
         """Leave name or import path out of checkpoints where the model has been changed since it was made by them."""
         name = self.hparams["name"]
-        if self.imported is not None and name is None:
-            size, channels = self._architecture["image_size"], self._architecture.get("in_channels", 3)
-            of_images = (self.num_classes, size, channels)
-            if not makes_same_logits(self.model, self.imported["path"], *of_images, self.imported["kwargs"]):
-                self.imported = None
+        if (
+            self.imported is not None
+            and name is None
+            and not makes_same_logits(self.model, self.imported["path"], *self._of_images, self.imported["kwargs"])
+        ):
+            self.imported = None
         if name and not is_import_path(name) and not is_built_by_name(self.model, self._architecture):
             self.hparams.update(name=None, model_kwargs=None, pretrained=False)
 
@@ -249,17 +255,16 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             return
         self.imported_class = None
         known = self.imported or {"path": self.hparams.get("name"), "kwargs": self.hparams.get("model_kwargs")}
-        size, channels = self._architecture["image_size"], self._architecture.get("in_channels", 3)
-        if known["path"] and kind.forward is ImageClassifier.forward:
-            of_images = (self.num_classes, size, channels)
-            if makes_same_logits(self.model, known["path"], *of_images, known["kwargs"] or {}):
-                return
+        num_classes, size, channels = self._of_images
+        is_of_model = known["path"] and kind.forward is ImageClassifier.forward
+        if is_of_model and makes_same_logits(self.model, known["path"], *self._of_images, known["kwargs"] or {}):
+            return
         taken = inspect.signature(kind).parameters
         takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
         given = dict(self.hparams if self.init_args is None else self.init_args)
-        for of_data in ({"num_classes": self.num_classes, "image_size": size}, {}):  # which it may set itself
+        for of_data in ({"num_classes": num_classes, "image_size": size}, {}):  # which it may set itself
             init_args = {name: each for name, each in (given | of_data).items() if takes_any or name in taken}
-            found = import_path_of(self, self.num_classes, size, {"init_args": plain(init_args)}, channels)
+            found = import_path_of(self, num_classes, size, {"init_args": plain(init_args)}, channels)
             if found is not None:
                 self.imported_class = found
                 return

@@ -48,13 +48,17 @@ class Other(pl.LightningModule):
         return optim.Adam(self.parameters())
 
 
+# Lightning advises workers, of which 30 images need none.
+FEW_WORKERS = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+
+
 @pytest.fixture
 def loader():
     images = torch.rand(30, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     return DataLoader(TensorDataset(images, torch.arange(30) % 3), batch_size=8)
 
 
-@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")  # of few workers
+@FEW_WORKERS
 def test_any_module_gets_a_run_folder_and_figures(loader, tmp_path, monkeypatch):
     reported = []
     monkeypatch.setattr(run_report, "make_report", lambda run, **kwargs: reported.append(run))
@@ -83,7 +87,7 @@ def test_any_module_gets_a_run_folder_and_figures(loader, tmp_path, monkeypatch)
         quiet_trainer(tmp_path, callbacks=[RunReport(tmp_path / "run")]).test(module, loader)
 
 
-@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")  # of few workers
+@FEW_WORKERS
 def test_a_loader_alone_is_validated_with_a_dashboard(loader, tmp_path):
     board = TensorBoardLogger(tmp_path, "board", "1")
     trainer = quiet_trainer(tmp_path, max_epochs=2, logger=board, callbacks=[Dashboard()])
@@ -142,9 +146,6 @@ class Nameless(Other):
 
     def predict_step(self, batch, batch_idx):
         return self(batch[0]).softmax(1)
-
-
-FEW_WORKERS = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 
 
 @FEW_WORKERS
