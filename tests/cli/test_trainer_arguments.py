@@ -45,8 +45,8 @@ REACHES = {
     "gradient_clip_val": ("0.5", lambda trainer: trainer.gradient_clip_val == 0.5),
     "gradient_clip_algorithm": ("value", lambda trainer: trainer.gradient_clip_algorithm == "value"),
     "deterministic": ("warn", lambda _: torch.is_deterministic_algorithms_warn_only_enabled()),
-    "benchmark": ("false", lambda _: not torch.backends.cudnn.benchmark),
-    "plugins": ("lightning.pytorch.plugins.environments.LightningEnvironment", lambda trainer: is_local(trainer)),
+    "benchmark": ("true", lambda _: torch.backends.cudnn.benchmark),
+    "plugins": (f"{__name__}.OwnEnvironment", lambda trainer: has_own_environment(trainer)),
 }
 # They change no number of a run.
 NEUTRAL = {
@@ -71,8 +71,12 @@ def names(objects):
     return [type(one).__name__ for one in objects]
 
 
-def is_local(trainer):
-    return isinstance(trainer.strategy.cluster_environment, LightningEnvironment)
+class OwnEnvironment(LightningEnvironment):
+    """A cluster environment of a user's."""
+
+
+def has_own_environment(trainer):
+    return type(trainer.strategy.cluster_environment).__name__ == "OwnEnvironment"
 
 
 def test_every_argument_of_lightning_has_a_verdict_and_what_works_a_test():
@@ -100,6 +104,7 @@ def torch_flags():
     torch.backends.cudnn.benchmark = False
 
 
+@pytest.mark.filterwarnings("ignore:You passed `deterministic=True` and `benchmark=True`")
 def test_what_is_given_reaches_the_trainer(tmp_path, monkeypatch):
     class Reached(Exception):
         pass
