@@ -233,7 +233,7 @@ def test_signals_reach_the_run_and_decide_the_exit_status(monkeypatch, tmp_path,
     signum = getattr(signal, name)
     if signal.getsignal(signum) == signal.SIG_IGN:
         pytest.skip("as under nohup")
-    ready, got = tmp_path / "ready", tmp_path / "got"
+    ready, got, ended = tmp_path / "ready", tmp_path / "got", threading.Event()
     program = tmp_path / "train.py"
     program.write_text(
         "import pathlib, signal, sys\n"
@@ -246,12 +246,15 @@ def test_signals_reach_the_run_and_decide_the_exit_status(monkeypatch, tmp_path,
 
     def send():
         while not ready.exists():
-            time.sleep(0.01)
+            if ended.wait(0.01):
+                return
         os.kill(os.getpid(), signum)
 
-    threading.Thread(target=send).start()
+    threading.Thread(target=send, daemon=True).start()
     before = signal.getsignal(signum)
-    assert seeds._run_program("fit") == 128 + signum
+    status = seeds._run_program("fit")
+    ended.set()
+    assert status == 128 + signum
     assert got.exists()
     assert signal.getsignal(signum) is before
 
