@@ -31,6 +31,7 @@ ROWS = [
     ("SmallNet on CIFAR-10, 100 epochs", "smallnet"),
     ("SmallNet at its best on CIFAR-10, 60 epochs", "smallnet_best"),
     ("ResNet-18 on CIFAR-10, 60 epochs", "resnet18"),
+    ("ResNet-18 on CIFAR-100", "cifar100"),
     ("WideResNet-28-10 on CIFAR-10, 200 epochs", "strong"),
     ("SmallNet, narrow, on the synthetic set", "quickstart"),
 ]
@@ -126,7 +127,8 @@ def _rows(what: str, recipe: str) -> list[str]:
     for (flags, hardware), runs in sorted(groups.items(), key=lambda item: item[0][0] != ""):
         accuracy = _mean_of([100 * run["test_accuracy"] for run in runs])
         timed = [run["elapsed_s"] for run in runs if not run["note"]]
-        took = _time_of(timed) if timed else _at_most([run["elapsed_s"] for run in runs], runs[0]["note"])
+        busy = [run["elapsed_s"] for run in runs if run["elapsed_s"] is not None]  # None: an epoch was not timed
+        took = _time_of(timed) if timed else _at_most(busy, runs[0]["note"]) if busy else f"-: {runs[0]['note']}"
         name = f"{what}, with `{flags}`" if flags else what
         rows.append(f"| {name} | {accuracy} | {took} | {hardware} | {_command(recipe, flags)} |")
     return rows
@@ -155,10 +157,11 @@ SPEEDRUN = "`python -m benchmarks.speed.speedrun --peer airbench=DIR`"
 
 
 def _time_of(seconds: list[float]) -> str:
-    """Return a mean time in minutes or seconds."""
+    """Return a mean time in minutes or seconds, with its range."""
     mean = statistics.mean(seconds)
-    took = f"{mean / 60:.1f} min" if mean >= 60 else f"{mean:.1f} s"
-    return f"{took} (n={len(seconds)})"
+    unit, name = (60, "min") if mean >= 60 else (1, "s")
+    span = f"{min(seconds) / unit:.1f} to {max(seconds) / unit:.1f}, " if len(seconds) > 1 else ""
+    return f"{mean / unit:.1f} {name} ({span}n={len(seconds)})"
 
 
 def _at_most(seconds: list[float], note: str) -> str:

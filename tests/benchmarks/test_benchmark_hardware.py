@@ -21,6 +21,7 @@ from benchmarks.speed import (
     startup,
     streaming,
     transforms,
+    winograd,
 )
 from benchmarks.speed.results import write_results
 from cifar_lightning import UserError
@@ -47,8 +48,8 @@ def test_results_of_another_machine_are_refused_before_anything_is_measured(tmp_
         with pytest.raises(argparse.ArgumentTypeError, match="elsewhere" if "elsewhere" in str(content) else "results"):
             results_file(str(path))
     path.write_text('{"hardware": "elsewhere"}')
-    measure = (ablations, guards, loader, models, overhead, policies, predict, shards, startup, streaming, transforms)
-    for program in measure:
+    measure = (guards, loader, models, overhead, policies, predict, shards, startup, streaming, transforms, winograd)
+    for program in (ablations, *measure):
         needed = ["--data", "x"] if program is ablations else ["--work", "x"] if program in (shards, streaming) else []
         monkeypatch.setattr("sys.argv", ["program", *needed, "--json", str(path)])
         with pytest.raises(SystemExit) as stopped:

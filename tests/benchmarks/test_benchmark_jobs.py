@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.accuracy import jobs, record
+from benchmarks.accuracy import jobs, record, table
 from benchmarks.accuracy.jobs import Wanted, next_run, read_jobs, states
 from cifar_lightning.errors import UserError
 from cifar_lightning.runs.folder import RunFolder
@@ -172,8 +172,10 @@ def test_a_run_is_neither_begun_nor_continued_whose_result_would_not_count(made)
         one.check_settings(begun)
 
 
-def test_the_shipped_list_is_readable():
-    assert read_jobs(jobs.ROOT / "benchmarks" / "jobs.yaml")
+def test_every_run_that_is_wanted_has_a_row_in_a_table():
+    wanted = {run.config for run in read_jobs(jobs.ROOT / "benchmarks" / "jobs.yaml")}
+    assert wanted
+    assert wanted <= {config for _, config in (*table.ROWS, *table.SPEED_ROWS)}
 
 
 def test_a_result_tells_another_processor_and_precision_and_no_other_flag_may_change():

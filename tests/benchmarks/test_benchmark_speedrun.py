@@ -63,11 +63,16 @@ def test_a_changed_checkout_of_a_peer_is_another_version(tmp_path):
 def test_a_peer_is_put_on_the_cpu_by_the_listed_changes_alone(tmp_path, without_gpu, monkeypatch):
     monkeypatch.setattr("sys.argv", ["speedrun"])
     changes = PEERS["airbench"].on_cpu
-    text = "\n".join(f"# {old}" for old in changes)
+    text = "TEXT = r'''" + "\n".join(changes) + "'''"
     (tmp_path / "airbench94_muon.py").write_text(f"{text}\nNAME = __name__\nif __name__ == '__main__':\n    1 / 0\n")
     names = load("airbench", tmp_path)
     assert names["NAME"] == "peer"
+    assert names["TEXT"] == "\n".join(changes.values())
     assert torch.cuda.synchronize() is None
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    end.record()
+    assert begin.elapsed_time(end) >= 0
 
 
 def test_steps_are_counted_after_warming_up_on_a_gpu(tmp_path, monkeypatch):

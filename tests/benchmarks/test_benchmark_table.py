@@ -22,7 +22,7 @@ def test_a_row_is_the_mean_over_runs_with_one_hardware_and_one_set_of_flags(tmp_
     monkeypatch.setattr(record, "CONFIGS", tmp_path)
     whole = "`python train.py fit --config configs/mine.yaml`"
     rows = [
-        f"| Mine | 91.00 % ± 1.41 (n=2, standard deviation) | 10.5 min (n=2) | a CPU | {whole} |",
+        f"| Mine | 91.00 % ± 1.41 (n=2, standard deviation) | 10.5 min (10.0 to 11.0, n=2) | a CPU | {whole} |",
         f"| Mine | 93.00 % ± 0.00 (n=2, standard deviation) | 30.0 s (n=1) | a GPU | {whole} |",
     ]
     assert table._rows("Mine", "mine") == rows
@@ -34,6 +34,11 @@ def test_a_row_is_the_mean_over_runs_with_one_hardware_and_one_set_of_flags(tmp_
     assert table._rows("Mine", "mine") == [*rows, row]
     path.write_text(json.dumps([run("a CPU", 0.85, 120, "busy")]))
     assert table._rows("Mine", "mine")[0].split(" | ")[2] == "at most 2.0 min (n=1): busy"
+    untimed = run("a CPU", 0.85, None, "an epoch was not timed")
+    path.write_text(json.dumps([untimed]))
+    assert table._rows("Mine", "mine")[0].split(" | ")[1:3] == ["85.00 % (n=1, no spread)", "-: an epoch was not timed"]
+    path.write_text(json.dumps([untimed, run("a CPU", 0.85, 120, "busy")]))
+    assert table._rows("Mine", "mine")[0].split(" | ")[2] == "at most 2.0 min (n=1): an epoch was not timed"
     path.write_text(json.dumps([*runs, run("a CPU", 0.99, 600, settings={"seed": 2})]))
     assert table._rows("Mine", "mine") == rows, "a result of another version of the config counts no more"
     path.write_text(json.dumps([run("a CPU", 0.50, 600), *runs]))
