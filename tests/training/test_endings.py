@@ -6,13 +6,13 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
-from fitting import NARROW, Signal, fit_run
+from fitting import NARROW, Signal, fit_run, last_checkpoint_of
 from lightning.pytorch.callbacks import EarlyStopping
 
 from benchmarks.faults.judge import differences
 from cifar_lightning import ImageClassifier
 from cifar_lightning.checkpoints.durable import newest_checkpoint
-from cifar_lightning.checkpoints.loading import RESUME_STATE, is_inside_epoch, progress_of, read_checkpoint
+from cifar_lightning.checkpoints.loading import is_inside_epoch, progress_of, read_checkpoint
 from cifar_lightning.errors import UserError
 from cifar_lightning.runs.contents import read_json
 from cifar_lightning.runs.ending import ending_text, is_short
@@ -37,9 +37,7 @@ def resume(run, *more, **kwargs):
 
 
 def result_of(run):
-    checkpoint = read_checkpoint(run.last_checkpoint)
-    for rank in checkpoint[RESUME_STATE]["ranks"]:
-        del rank["rng"]["python"]  # the tests' type checks draw from it
+    checkpoint = last_checkpoint_of(run)
     for state in checkpoint["callbacks"].values():
         state.pop("dirpath", None)
     return {"last.ckpt": checkpoint, "metrics.csv": run.metrics_csv.read_bytes()}

@@ -58,12 +58,6 @@ def test_class_weights_of_the_data_weigh_the_loss(tmp_path):
     assert loss == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_class_weights_have_the_precision_of_the_model(tmp_path):
-    run = quiet_trainer(tmp_path, max_epochs=1, precision="64-true", limit_train_batches=1, limit_val_batches=0)
-    run.fit(ImageClassifier(image_size=16, model_kwargs=NARROW), small_data(class_weights="balanced"))
-    assert run.global_step == 1
-
-
 def test_mixed_images_are_trained_on_with_smoothed_targets():
     torch.manual_seed(0)
     module = ImageClassifier(label_smoothing=0.2, mixup=1.0, model_kwargs=NARROW).eval()
