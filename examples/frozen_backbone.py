@@ -15,7 +15,7 @@ if __name__ == "__main__":
     model = torchvision.models.resnet18(weights=sys.argv[1] if sys.argv[1:] else None)
     model.fc = nn.Linear(model.fc.in_features, data.num_classes)
     classifier = ImageClassifier(model=model, num_classes=data.num_classes, freeze="backbone", lr=0.05)
-    run = fit(classifier, data, epochs=3, run_dir="runs/frozen_backbone")
+    run = fit(classifier, data, epochs=3)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     print("trained", *trained)
     print("test accuracy", run.metrics["accuracy"])

@@ -24,7 +24,6 @@ if __name__ == "__main__":
             epochs=epochs,
             lr=1e-2,
             batch_size=50,
-            run_dir=f"runs/k_fold/{fold}",
             seed_everything=fold,
         )
         accuracies.append(run.metrics["accuracy"])

@@ -31,8 +31,10 @@ class OtherModule(pl.LightningModule):
 if __name__ == "__main__":
     data = ImageDataModule("synthetic", batch_size=64)
     module = OtherModule(data.num_classes)
-    callbacks: list[pl.Callback] = [RunReport("runs/mine"), Dashboard()]  # it draws into the logger's TensorBoard
-    trainer = pl.Trainer(max_epochs=int(*sys.argv[1:] or ["3"]), callbacks=callbacks)
+    report = RunReport()  # writes runs/OtherModule/N
+    dashboard = Dashboard()  # draws into the logger's TensorBoard
+    trainer = pl.Trainer(max_epochs=int(*sys.argv[1:] or ["3"]), callbacks=[report, dashboard])
     trainer.fit(module, datamodule=data)
     trainer.test(module, datamodule=data, verbose=False)
-    print("test accuracy", load("runs/mine").metrics["accuracy"])
+    assert report.run
+    print("test accuracy", load(report.run.path).metrics["accuracy"])

@@ -68,21 +68,25 @@ def test_without_timm_the_example_says_how_to_install_it(tmp_path):
 
 @pytest.mark.slow
 def test_a_module_in_a_plain_trainer_gets_a_report(tmp_path):
-    done = start(cwd=tmp_path, program=EXAMPLES / "report_from_plain_trainer.py", PYTHONPATH=str(REPO))
+    program = EXAMPLES / "report_from_plain_trainer.py"
+    start(1, cwd=tmp_path, program=program, PYTHONPATH=str(REPO))
+    done = start(cwd=tmp_path, program=program, PYTHONPATH=str(REPO))
     assert 0.5 < float(done.stdout.splitlines()[-1].removeprefix("test accuracy ")) <= 1
-    run = tmp_path / "runs" / "mine"
+    run = tmp_path / "runs" / "OtherModule" / "2"
     assert "train/loss" in (run / "metrics.csv").read_text()
     assert "OtherModule" in (run / "report.html").read_text(encoding="utf-8")
-    assert list(tmp_path.glob("lightning_logs/version_0/events.out.tfevents.*"))
+    assert list(tmp_path.glob("lightning_logs/version_1/events.out.tfevents.*"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "arguments", "chance"), [("k_fold", (2, 2), 1 / 3), ("frozen_backbone", (), 0.1)])
-def test_an_example_that_makes_runs_leaves_them(name, arguments, chance, tmp_path):
+def test_an_example_that_makes_runs_leaves_them_each_time(name, arguments, chance, tmp_path):
+    start(*arguments, cwd=tmp_path, program=EXAMPLES / f"{name}.py", PYTHONPATH=str(REPO))
     done = start(*arguments, cwd=tmp_path, program=EXAMPLES / f"{name}.py", PYTHONPATH=str(REPO))
     lines = done.stdout.splitlines()
     assert 1.3 * chance < float(lines[-1].removeprefix("test accuracy ")) <= 1
     assert done.stderr == ""
     runs = sorted(path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("report.html"))
-    assert runs == {"k_fold": ["runs/k_fold/0", "runs/k_fold/1"], "frozen_backbone": ["runs/frozen_backbone"]}[name]
+    numbers = ["1", "2", "3", "4"] if name == "k_fold" else ["1", "2"]
+    assert [run.rpartition("/")[2] for run in runs] == numbers
     assert name == "k_fold" or "trained fc.weight fc.bias" in lines
