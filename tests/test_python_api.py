@@ -318,8 +318,8 @@ def test_a_run_of_objects_is_tested_with_them_and_by_commands_where_its_code_is_
     run = cifar_lightning.fit(Net(3), dataset, epochs=1, run_dir="run", batch_size=10, trainer={"accelerator": "cpu"})
     metrics = {name: value for name, value in run.metrics.items() if name != "schema_version"}
     assert cifar_lightning.load("run", data=dataset, trust_code=True).test() == run.test() == metrics
-    assert run.test((dataset, dataset[:30]))["num_pictures"] == 30
-    assert run.metrics["num_pictures"] == metrics["num_pictures"], "the files are of the run's own images"
+    assert run.test((dataset, dataset[:30]))["num_images"] == 30
+    assert run.metrics["num_images"] == metrics["num_images"], "the files are of the run's own images"
     with pytest.raises(UserError, match=r"its data <list> is an object of Python"):
         cifar_lightning.load("run", trust_code=True).test()
     with pytest.raises(UserError, match=r"test_python_api:Net: .*\n.*from Python trust_code=True"):

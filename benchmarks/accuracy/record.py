@@ -61,7 +61,7 @@ def summarize(run: Path, recipe: str, note: str) -> dict[str, Any]:
         "epochs": len(timing),
         "test_accuracy": metrics["accuracy"],
         "test_accuracy_interval_95": metrics["accuracy_interval_95"],
-        "num_test_images": metrics["num_pictures"],
+        "num_test_images": metrics["num_images"],
         "elapsed_s": None if math.isnan(elapsed_s) else elapsed_s,
         "train_images_per_s": [round(row["train_images_per_s"], 1) for row in timing],
         "peak_memory_mb": max(row["peak_memory_mb"] for row in timing),

@@ -32,10 +32,10 @@ def uneven_ranks(trial: Trial) -> str:
         runs[ranks] = counts, json.loads((run / "test_metrics.json").read_text(encoding="utf-8"))
     for ranks in (2, 3):
         trial.expect(runs[ranks][0] == runs[1][0], f"{ranks} processes: another confusion matrix")
-        for name in ("accuracy", "loss", "ece", "num_pictures"):
+        for name in ("accuracy", "loss", "ece", "num_images"):
             one, several = runs[1][1][name], runs[ranks][1][name]
             trial.expect(abs(one - several) <= 1e-6, f"{ranks} processes: {name} {several} and not {one}")
-    return f"the same confusion matrix of {runs[1][1]['num_pictures']} images, means within 1e-6"
+    return f"the same confusion matrix of {runs[1][1]['num_images']} images, means within 1e-6"
 
 
 def _uneven_ranks_of_plain(trial: Trial, finished: Path) -> str:

@@ -114,7 +114,7 @@ def test_metrics(
 ) -> dict[str, Any]:
     """Return the content of `test_metrics.json` in plain Python types.
 
-    Keys: `accuracy`, `accuracy_interval_95` [low, high] (Wilson), `num_pictures`, `loss` (`cross_entropy`), `ece`
+    Keys: `accuracy`, `accuracy_interval_95` [low, high] (Wilson), `num_images`, `loss` (`cross_entropy`), `ece`
     (`expected_calibration_error`, 15 bins), `macro_f1`, `per_class` {name: {support, precision, recall, f1}}, and
     `most_confused` [{true, predicted, count, share}] with class names; with more than ten classes `accuracy_top5`.
     Undefined metrics are None.
@@ -133,7 +133,7 @@ def test_metrics(
         "accuracy": accuracy(cm),
         "accuracy_interval_95": list(wilson_interval(int(np.trace(cm)), len(targets))),
         **({"accuracy_top5": top_k_accuracy(logits, targets)} if num_classes > TOP_K_FROM else {}),
-        "num_pictures": len(targets),
+        "num_images": len(targets),
         "loss": _plain(cross_entropy(logits, targets)),
         "ece": _plain(expected_calibration_error(softmax(logits), targets)),
         "macro_f1": _plain(macro_f1(cm)),

@@ -16,7 +16,7 @@ from cifar_lightning.formatting import clipped, reason_of
 from cifar_lightning.metrics.calibration import NUM_BINS
 from cifar_lightning.metrics.classification import TOP_K, TOP_K_FROM
 
-_IN_FILES = ("accuracy", "accuracy_interval_95", "accuracy_top5", "accuracy_no_tta", "num_pictures", "macro_f1")
+_IN_FILES = ("accuracy", "accuracy_interval_95", "accuracy_top5", "accuracy_no_tta", "num_images", "macro_f1")
 OURS = ("loss", "acc", "f1", "ece", "acc_top5", "acc_no_tta", "per_class", "most_confused", *_IN_FILES)
 """Names that metrics of one's own cannot have."""
 

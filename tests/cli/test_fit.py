@@ -100,7 +100,7 @@ def test_the_files_of_a_run_agree_with_each_other(finished):
     predictions = np.load(run / "predictions.npz")
     matrix = torch.load(run / "confusion_matrix.pt", weights_only=True)
     preds = predictions["logits"].argmax(1)
-    assert len(predictions["targets"]) == metrics["num_pictures"] == matrix.sum() == 1000
+    assert len(predictions["targets"]) == metrics["num_images"] == matrix.sum() == 1000
     assert metrics["accuracy"] == (preds == predictions["targets"]).mean() == matrix.trace().item() / 1000
     assert matrix.dtype == torch.int64
     for target in range(10):
@@ -485,7 +485,7 @@ def test_two_processes_train_into_one_run_folder(tmp_path):
     assert [name for name in FILES_OF_A_RUN if not (run / name).is_file()] == []
     # 101 images do not divide by 2; every one is there once.
     assert np.load(run / "predictions_val.npz")["indices"].tolist() == list(range(101))
-    assert json.loads((run / "test_metrics.json").read_text())["num_pictures"] == 1000
+    assert json.loads((run / "test_metrics.json").read_text())["num_images"] == 1000
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def check_run(path, *, num_processes, batch_size, printed):
     assert len(rows_by_name) == 1 + NUM_TEST + 100
     confusion = torch.load(run.confusion_matrix_pt, weights_only=True)
     assert confusion.sum(1).tolist() == [NUM_TEST // 10] * 10
-    assert json.loads(run.test_metrics.read_text(encoding="utf-8"))["num_pictures"] == NUM_TEST
+    assert json.loads(run.test_metrics.read_text(encoding="utf-8"))["num_images"] == NUM_TEST
     assert "".join(printed).count("Test accuracy") == 1
     return rows
 

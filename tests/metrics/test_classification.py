@@ -89,7 +89,7 @@ def test_test_metrics_agree_with_references_and_are_plain_types():
     report = sk.classification_report(TARGETS, PREDS, target_names=names, output_dict=True)
     assert metrics["accuracy"] == report["accuracy"]
     assert metrics["accuracy_interval_95"] == list(wilson_interval(int((PREDS == TARGETS).sum()), 2000))
-    assert metrics["num_pictures"] == 2000
+    assert metrics["num_images"] == 2000
     assert metrics["macro_f1"] == pytest.approx(report["macro avg"]["f1-score"], rel=1e-12)
     assert metrics["loss"] == pytest.approx(sk.log_loss(TARGETS, softmax(LOGITS)), rel=1e-9)
     assert list(metrics["per_class"]) == names

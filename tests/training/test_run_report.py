@@ -180,7 +180,7 @@ def test_a_test_of_some_batches_writes_no_results(loader, tmp_path, capsys):
     assert not (tmp_path / "run" / "test_metrics.json").exists()
     report = RunReport(tmp_path / "whole")
     quiet_trainer(tmp_path, callbacks=[report], limit_test_batches=100).test(Other(), loader, verbose=False)
-    assert load(tmp_path / "whole").metrics["num_pictures"] == 30
+    assert load(tmp_path / "whole").metrics["num_images"] == 30
 
 
 @FEW_WORKERS
