@@ -9,7 +9,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -158,11 +158,11 @@ def _check_zip(data: bytes) -> None:
         raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors by name of a checkpoint, a saved state_dict or a .safetensors file."""
+def read_weights(path: Path, ours: Collection[str] = ()) -> dict[str, Tensor]:
+    """Return the tensors by name of a checkpoint, a saved state_dict or a .safetensors file, as `weights_of`."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
-    return weights_of(read_checkpoint(path), path)
+    return weights_of(read_checkpoint(path), path, ours)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -212,10 +212,14 @@ def read_export(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def weights_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by their names in the model."""
+def weights_of(checkpoint: dict[str, Any], path: Path, ours: Collection[str] = ()) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint by their names in the model.
+
+    `ours` are the model's own names: where the checkpoint has some of them, its names stay as they are, since a model
+    may have a `model` inside.
+    """
     tensors = find_weights(checkpoint)
-    if any(name.startswith(_MODEL) for name in tensors):
+    if any(name.startswith(_MODEL) for name in tensors) and tensors.keys().isdisjoint(ours):
         tensors = {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
     if not tensors:
         raise UserError(
@@ -234,9 +238,8 @@ def load_weights(model: nn.Module, path: Path, checkpoint: dict[str, Any] | None
         UserError: A tensor does not fit; the model is unchanged.
     """
     ours = model.state_dict()
-    theirs = {} if checkpoint is None else find_weights(checkpoint)
-    if theirs.keys() != ours.keys():  # of an inner model
-        theirs = without_wrappers(read_weights(path) if checkpoint is None else weights_of(checkpoint, path), ours)
+    theirs = read_weights(path, ours) if checkpoint is None else weights_of(checkpoint, path, ours)
+    theirs = without_wrappers(theirs, ours)
     misfits = describe_misfits(theirs, ours)
     if misfits and has_other_classes(theirs, ours):
         raise UserError(

@@ -1,6 +1,6 @@
 """Pretrained weights for a model, published or from a file."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal
@@ -48,7 +48,7 @@ def load_pretrained(
             f"--model.pretrained true: {name} has no published weights; give a file, or {name}, which comes with the "
             "package."
         )
-    weights = published_weights(architecture) if source is True else _of_file(Path(source), name)
+    weights = published_weights(architecture) if source is True else _of_file(Path(source), name, model.state_dict())
     expected, num_channels = weights.normalization, architecture.get("in_channels", 3)
     if expected is not None and len(expected.mean) not in (3, num_channels):
         known = plural(len(expected.mean), "channel")
@@ -59,7 +59,7 @@ def load_pretrained(
     return expected
 
 
-def _of_file(path: Path, name: str) -> PretrainedWeights:
+def _of_file(path: Path, name: str, ours: Collection[str]) -> PretrainedWeights:
     """Return the weights of a file with the normalization of its run, or else of torchvision's model of that name."""
     try:
         path = weights_file(path)
@@ -77,7 +77,7 @@ def _of_file(path: Path, name: str) -> PretrainedWeights:
     statistics = statistics_of(checkpoint)
     normalization = Normalization(*statistics) if statistics else torchvision_normalization(name)
     image_size = checkpoint.get(DATA_STATE, {}).get("image_size")
-    return PretrainedWeights(weights_of(checkpoint, path), normalization, origin, image_size)
+    return PretrainedWeights(weights_of(checkpoint, path, ours), normalization, origin, image_size)
 
 
 def _of_export(path: Path, about: Mapping[str, str]) -> tuple[Normalization | None, int | None]:

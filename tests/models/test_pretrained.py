@@ -7,7 +7,9 @@ import re
 import pytest
 import torch
 import torchvision
+from safetensors.torch import save_file
 
+from cifar_lightning.checkpoints.loading import load_weights
 from cifar_lightning.checkpoints.pretrained import load_pretrained
 from cifar_lightning.errors import UserError
 from cifar_lightning.models.pretrained import Normalization, heads_of, resample_filters
@@ -133,6 +135,29 @@ def test_a_prefix_of_all_names_is_taken_off(tmp_path):
     model = build_model(**NARROW)
     load_pretrained(model, NARROW, tmp_path / "weights.pt")
     assert torch.equal(model.features[0].weight, theirs["features.0.weight"])
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = torch.nn.Conv2d(3, 4, 3)
+        self.head = torch.nn.Linear(4, 5)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."], ids=["its own names", "those of a run's checkpoint"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_model_with_a_model_inside_takes_its_own_weights(tmp_path, prefix, suffix):
+    if (prefix, suffix) == ("model.", ".safetensors"):
+        pytest.skip("exports have the names of the model")
+    theirs, model = Wrapper(), Wrapper()
+    path = tmp_path / f"net{suffix}"
+    tensors = {f"{prefix}{name}": tensor for name, tensor in theirs.state_dict().items()}
+    save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
+    load_pretrained(model, {"name": "my:Wrapper", "num_classes": 5, "image_size": 8}, path)
+    assert torch.equal(model.model.weight, theirs.model.weight)
+    assert not torch.equal(model.head.weight, theirs.head.weight)
+    load_weights(model, path)
+    assert torch.equal(model.head.weight, theirs.head.weight)
 
 
 def test_a_head_of_another_form_is_left_out(tmp_path):
