@@ -111,6 +111,8 @@ def _check_kwargs(kwargs: Iterable[str]) -> None:
             raise UserError(
                 f"--model.model_kwargs: {name} cannot be set here; --data.in_channels 1 is for gray images."
             )
+        if name == "img_size":
+            raise UserError("--model.model_kwargs: img_size cannot be set here; --data.image_size sets it.")
         if name in _REFUSED:
             raise UserError(
                 f"--model.model_kwargs: {name} cannot be set; models return logits only, and pretrained weights are "
