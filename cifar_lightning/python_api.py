@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cifar_lightning.cli.evaluate import evaluate
 from cifar_lightning.cli.fit import fit as fit_run
-from cifar_lightning.cli.flags import ALIASES, GROUPS, object_name
+from cifar_lightning.cli.flags import ALIASES, GROUPS
 from cifar_lightning.cli.lightning_cli import PythonObjects, training_process
 from cifar_lightning.cli.main import training_arguments
 from cifar_lightning.data.datamodule import ImageDataModule
@@ -48,6 +48,7 @@ from cifar_lightning.runs.contents import read_table, read_test_metrics
 from cifar_lightning.runs.folder import RunFolder, open_model
 from cifar_lightning.runs.processes import RUN_OF_FIRST
 from cifar_lightning.settings.import_path import is_import_path
+from cifar_lightning.settings.roles import object_name
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.signals import Stopped, stop_signals
 

@@ -23,6 +23,7 @@ from cifar_lightning.formatting import clipped, reason_of, shell_line, suggest
 from cifar_lightning.runs.schema import CLASS_GROUPS, upgrade_config
 from cifar_lightning.settings.comparison import within
 from cifar_lightning.settings.import_path import check_trust, import_paths, is_import_path
+from cifar_lightning.settings.roles import is_object_name
 from cifar_lightning.settings.safe_yaml import MAX_BYTES, read_setting, read_yaml
 
 ALIASES = {"epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "lr": "model.lr"}
@@ -268,16 +269,6 @@ def _words(row: dict[str, Any]) -> str:
     kinds = [_WORDS[kind] for kind in row.get("types", ()) if kind in _WORDS]  # null is the default: nobody asks for it
     paths = ["package.module:name"] if choices and "str" in row["types"] else []
     return ", or ".join([*choices, *paths, *kinds]) or "such as --flag VALUE"
-
-
-def object_name(value: object) -> str:
-    """Return what config.yaml has in the place of an object from Python, which no setting makes again."""
-    return f"<{type(value).__name__}>"
-
-
-def is_object_name(value: object) -> bool:
-    """Whether a setting stands for an object from Python."""
-    return isinstance(value, str) and value[:1] == "<" and value[-1:] == ">"
 
 
 def check_config(path: Path, *, trust_code: bool = False, given: Collection[str] = (), own: Iterable[str] = ()) -> None:

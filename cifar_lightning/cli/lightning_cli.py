@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.checkpoints.loading import plain
-from cifar_lightning.cli.flags import config_tree, object_name, own_classes
+from cifar_lightning.cli.flags import config_tree, own_classes
 from cifar_lightning.cli.parser import (
     TABLE,
     RunParser,
@@ -38,7 +38,7 @@ from cifar_lightning.models.registry import DEFAULT_MODEL
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.runs.schema import CLASS_GROUPS
 from cifar_lightning.settings.import_path import add_working_directory, import_modules, import_object
-from cifar_lightning.settings.roles import OWN_OPTIMIZER
+from cifar_lightning.settings.roles import OWN_OPTIMIZER, object_name
 from cifar_lightning.training.error_messages import cause_of, explained, of_settings, of_users_objects
 from cifar_lightning.training.lightning_patches import NoProfiler, check_cuda_once
 from cifar_lightning.training.model_checks import check_sizes

@@ -37,6 +37,7 @@ class Reliability:
     num_correct: Int64[np.ndarray, " bins"]
     confidence: Float64[np.ndarray, " bins"]  # mean probability of the predicted class, 0..1; NaN in an empty bin
     error: float  # expected calibration error, 0..1; NaN if any probability is
+    error_by_chance: float  # about what it would be if each confidence were the probability of being correct
 
 
 def reliability(
@@ -52,8 +53,11 @@ def reliability(
     summed = np.bincount(places, weights=confidence[known], minlength=bins)
     # |accuracy - mean confidence| of a bin times its fraction of the images is |correct - summed confidence| / n.
     error = float(np.abs(num_correct - summed).sum() / len(correct)) if known.all() and len(correct) else math.nan
+    # The mean of |correct - summed confidence| of a normal distribution is sqrt(2 / pi) times its standard deviation.
+    variances = np.bincount(places, weights=confidence[known] * (1 - confidence[known]), minlength=bins)
+    by_chance = float(np.sqrt(2 / np.pi * variances).sum() / len(correct)) if len(correct) else math.nan
     mean = np.divide(summed, num_images, out=np.full(bins, np.nan), where=num_images > 0)
-    return Reliability(edges, num_images, num_correct, mean, error)
+    return Reliability(edges, num_images, num_correct, mean, error, by_chance)
 
 
 def expected_calibration_error(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Float64, Int, UInt8
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,21 +50,31 @@ def themed() -> Iterator[None]:
         yield
 
 
+def shade(
+    cm: Int[np.ndarray, "classes classes"], support: Int[np.ndarray, "classes 1"]
+) -> tuple[Float64[np.ndarray, "classes classes"], float, Float64[np.ndarray, "classes classes"]]:
+    """Return each cell's fraction of the true class, the fraction at which a mistake is opaque, and each opacity, 0..1.
+
+    Mistakes have their own scale, so that 3 % is visible next to 95 %.
+    """
+    fractions = np.divide(cm, support, out=np.zeros(cm.shape), where=support > 0)
+    diagonal = np.eye(len(cm), dtype=bool)
+    top = max(float(fractions[~diagonal].max(initial=0.0)), 0.01)
+    return fractions, top, np.where(diagonal, fractions, fractions / top)
+
+
 def confusion_figure(cm: Int[np.ndarray, "classes classes"], class_names: Sequence[str]) -> Figure:
     """Draw a confusion matrix: true classes in rows, correct predictions in blue, mistakes in orange.
 
-    The opacity of a cell is its fraction of the true class. Mistakes have their own scale, so that 3 % is visible next
-    to 95 %. Up to 20 classes the cells hold counts.
+    The opacity of a cell is that of `shade`. Up to 20 classes the cells hold counts.
     """
     num_classes = len(class_names)
     support = per_class(cm).support[:, None]
-    fractions = np.divide(cm, support, out=np.zeros(cm.shape), where=support > 0)
+    _, top_of_mistakes, opacity = shade(cm, support)
     size = (min(max(3.0 + 0.44 * num_classes, 6.4), 14.0), min(max(2.9 + 0.38 * num_classes, 4.6), 14.5))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     diagonal = np.eye(num_classes, dtype=bool)
-    top_of_mistakes = max(float(fractions[~diagonal].max(initial=0.0)), 0.01)
-    opacity = np.where(diagonal, fractions, fractions / top_of_mistakes)
     # The aspect stays free because the constrained layout cuts off the title of square cells.
     axes.set(xlim=(-0.5, num_classes - 0.5), ylim=(num_classes - 0.5, -0.5))
     for name, cells, top, label in (

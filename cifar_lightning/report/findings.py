@@ -76,7 +76,7 @@ def find(results: Results) -> dict[str, Any]:
         "galleries": galleries,
         "label_issues": issues,
         "label_check": {
-            "checked": {split: len(each.targets) for split, each in predictions.items()},
+            "checked": {split: int(np.isfinite(each.logits).all(axis=1).sum()) for split, each in predictions.items()},
             "num_issues": len(issues),
             "is_reliable": bool(summary["accuracy_interval_95"][0] > summary["majority"]),
         },
@@ -118,8 +118,8 @@ def calibration_of(test: Predictions, val: Predictions | None) -> dict[str, Any]
     """Return calibration before and after temperature scaling; the temperature is fitted on validation images only.
 
     Keys: `temperature` (None without one, for the reason in `why_none`), `fitted_on` (validation images), `before`
-    and `after`, each with `ece`, `loss`, `mean_confidence`, `bins` [{low, high, num_images, num_right, accuracy,
-    accuracy_interval_95, confidence}].
+    and `after`, each with `ece`, `ece_by_chance` (of calibrated probabilities and as many images), `loss`,
+    `mean_confidence`, `bins` [{low, high, num_images, num_right, accuracy, accuracy_interval_95, confidence}].
     """
     temperature, why_none = temperature_of(val)
     return {
@@ -171,6 +171,7 @@ def _calibration_at(temperature: float, test: Predictions) -> dict[str, Any]:
     binned = reliability(confidence, correct)
     return {
         "ece": binned.error,
+        "ece_by_chance": binned.error_by_chance,
         "loss": cross_entropy(logits, test.targets),
         "mean_confidence": float(confidence.mean()),
         "bins": [_bin(binned, index) for index in range(len(binned.num_images))],

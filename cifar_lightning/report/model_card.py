@@ -59,6 +59,7 @@ def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> P
         card={**card, **describe_run(run, known)},
         f=findings,
         facts=facts_of(known),
+        shared=[kind["text"] for kind in known["split"].get("duplicates", []) if kind["kind"] == "across splits"],
         reproduce=Markup(reproduction_of(known)),  # in a block of code
     )
     write_text_durably(path, text)

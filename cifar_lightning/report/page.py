@@ -22,12 +22,19 @@ from cifar_lightning import formatting
 from cifar_lightning.formatting import object_text, percent, plural, printable, shell_line, unbroken
 from cifar_lightning.metrics.classification import most_confused, per_class
 from cifar_lightning.report.charts import Curves, confidence_chart, curves_charts, reliability_chart
-from cifar_lightning.report.figures import shorten
+from cifar_lightning.report.figures import shade, shorten
 from cifar_lightning.report.gallery import NUM_EXPLAINED
 from cifar_lightning.report.results import Explanations
 from cifar_lightning.runs.ending import ending_text
 from cifar_lightning.runs.environment import inexact_resumes
-from cifar_lightning.settings.roles import OWN_OPTIMIZER, READ_BY, augmentations, switched_on
+from cifar_lightning.settings.roles import (
+    OWN_OPTIMIZER,
+    READ_BY,
+    augmentations,
+    flat_settings,
+    is_object_name,
+    switched_on,
+)
 
 Image3 = UInt8[np.ndarray, "height width 3"]
 _TEMPLATES = Path(__file__).parent
@@ -50,6 +57,7 @@ def render_page(
 ) -> str:
     """Return the page as HTML: the findings, with `report.describe_run` in `run`, and test images by index."""
     tested = [row for row in findings["classes"] if row["support"]]
+    lowest = worst_first_of(tested)
     sizes = [max(image.shape[:2]) for image in kept.values()]
     calibration, run, comparison = findings["calibration"], findings["run"], findings["comparison"]
     curves = [Curves("this run", findings["epochs"], findings["learning_rates"])]
@@ -69,7 +77,7 @@ def render_page(
         explained=_explained(explanations, kept, [row["name"] for row in findings["classes"]]),
         explanations_reason=explanations_reason,
         image_class="crisp" if max(sizes, default=0) <= _CRISP_PX else "smooth",
-        hardest=min(tested, key=lambda row: row["recall"], default=None) if len(tested) > 1 else None,
+        hardest=lowest[0] if len(lowest) > 1 and lowest[0]["recall"] < lowest[1]["recall"] else None,
         num_rated=sum(row["support"] + row["predicted"] > 0 for row in findings["classes"]),
         never=[row["name"] for row in tested if not row["predicted"]],
         worst_first=worst_first_of(findings["classes"]) if len(findings["classes"]) > _MAX_IN_MATRIX else [],
@@ -78,7 +86,7 @@ def render_page(
         issues_shown=_MAX_ISSUES,
         facts=facts_of(run),
         duplicates=duplicates_of(run),
-        inspect=_inspect_command(run["config"]),
+        is_repeatable=is_repeatable(run["config"]),
         reproduce=reproduction_of(run),
         config=yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True) if run["config"] else "",
     )
@@ -107,20 +115,18 @@ def matrix_of(cm: Int64[np.ndarray, "classes classes"], names: Sequence[str]) ->
     """Return the confusion matrix as the page shows it; of many classes those of the most confused pairs.
 
     Keys: `rows` [{name, short (for a heading), cells [{number, fraction (of the true class), opacity, is_correct}]}],
-    `top` (fraction at which a mistake is opaque), `is_part`.
+    `top` (fraction at which a mistake is opaque), `is_part`, `num_confused` (of those shown, 0 where all classes are).
     """
-    shown = list(range(len(cm)))
+    shown, confused = list(range(len(cm))), dict[int, None]()
     if len(cm) > _MAX_IN_MATRIX:
         pairs = most_confused(np.triu(cm + cm.T, 1), len(cm))
         confused = dict.fromkeys(index for pair in pairs for index in (pair.true, pair.pred))
         shown = sorted(list(dict.fromkeys([*confused, *shown]))[:_MAX_IN_MATRIX])
     part, support = cm[np.ix_(shown, shown)], per_class(cm).support[shown, None]
-    fractions = np.divide(part, support, out=np.zeros(part.shape), where=support > 0)
     is_correct = np.eye(len(shown), dtype=bool)
-    top = max(float(fractions[~is_correct].max(initial=0.0)), 0.01)
-    opacity = np.where(is_correct, fractions, fractions / top).round(2)
+    fractions, top, opacity = shade(part, support)
     keys = ("number", "fraction", "opacity", "is_correct")
-    columns = zip(*(array.tolist() for array in (part, fractions, opacity, is_correct)), strict=True)
+    columns = zip(*(array.tolist() for array in (part, fractions, opacity.round(2), is_correct)), strict=True)
     short = formatting.shortened([*map(formatting.printable, names)], shorten)
     rows = [[dict(zip(keys, cell, strict=True)) for cell in zip(*row, strict=True)] for row in columns]
     return {
@@ -130,6 +136,7 @@ def matrix_of(cm: Int64[np.ndarray, "classes classes"], names: Sequence[str]) ->
         ],
         "top": top,
         "is_part": len(shown) < len(cm),
+        "num_confused": len(confused),
     }
 
 
@@ -188,13 +195,14 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     of_weights = switched_on(model, ("pct_start", "ema_decay", "pretrained"))
     of_data = switched_on(data, ("limit", "class_weights", "sampler"))
     mixes = switched_on(model, ("mixup", "cutmix"))
+    seeds = {"training": config.get("seed_everything"), "split": split.get("seed")}
     num_resumed = len(environment.get("resumed") or [])
     facts: list[tuple[str, list[Any]]] = [
         ("Model", [config.get("model_class"), model.get("name"), model.get("model_kwargs")]),
         ("Optimizer", [*(optimizer or [str(model.get("optimizer") or "")]), *_given(model, read), *of_weights]),
         ("Training", [*_given(trainer, (*lengths, "precision")), *_given(data, ("batch_size",)), *of_data]),
         ("Augmentation", [*augmentations(data), *_given(data, ("train_sizes",)), *mixes]),
-        ("Seeds", [f"training {config.get('seed_everything')}, split {split.get('seed')}"] if config else []),
+        ("Seeds", [f"{of} {seed}" for of, seed in seeds.items() if seed is not None]),
         ("Data set", [split.get("dataset")]),
         ("Split", [f"{number:,} {name}" for name, number in (split.get("sizes") or {}).items()]),
         ("Validation split", [_val_origin(split)]),
@@ -226,8 +234,13 @@ def _val_origin(split: Mapping[str, Any]) -> str:
     return str(split.get("val_from") or "")
 
 
+def is_repeatable(config: Mapping[str, Any]) -> bool:
+    """Whether commands can repeat a run: its settings are known, and none stands for an object from Python."""
+    return bool(config) and not any(map(is_object_name, flat_settings(config).values()))
+
+
 def reproduction_of(run: Mapping[str, Any]) -> str:
-    """Return the commands that reproduce the run."""
+    """Return the commands that reproduce the run, or comments on why none does."""
     environment = run["environment"]
     versions = environment.get("versions") or {}
     used = [f"{name} {printable(str(versions[name]))}" for name in ("cifar-lightning", "torch") if versions.get(name)]
@@ -236,7 +249,12 @@ def reproduction_of(run: Mapping[str, Any]) -> str:
         lines += [shell_line("git", "checkout", str(environment["commit"])), "pip install -e ."]
         if environment.get("dirty"):
             lines.append("# the run had further changes that were not committed")
-    lines.append("cifar-lightning fit --config config.yaml    # config.yaml of the run")
+    if is_repeatable(run["config"]):
+        lines.append("cifar-lightning fit --config config.yaml    # config.yaml of the run")
+    else:
+        objects = [value for value in flat_settings(run["config"]).values() if is_object_name(value)]
+        given = f"{printable(', '.join(objects))} given from Python" if objects else "its settings are not known"
+        lines.append(f"# no command repeats this run: {given}")
     return "\n".join(lines)
 
 
@@ -246,12 +264,6 @@ def command_of(environment: Mapping[str, Any]) -> str:
     if len(words) > 1 and words[1].endswith("cifar-lightning"):  # the script that pip installs
         return shell_line("cifar-lightning", *words[2:])
     return shell_line("python", *words[1:]) if words else ""
-
-
-def _inspect_command(config: Mapping[str, Any]) -> str:
-    data = config.get("data") or {}
-    words = [f"--data.{name}={data[name]}" for name in ("dataset", "root", "labels") if data.get(name)]
-    return shell_line("cifar-lightning", "inspect", *words)
 
 
 def _tail(name: str) -> Markup:

@@ -85,7 +85,7 @@ def _read(runs: Sequence[RunFolder]) -> tuple[dict[str, Any], list[list[dict[str
     names = sorted(set(itertools.chain(*configs)) - set(_SEEDS))
     differing = [name for name in names if any(config.get(name) != configs[0].get(name) for config in configs)]
     for row, config in zip(rows, configs, strict=True):
-        seeds = [value if isinstance(value := config.get(name), int) else None for name in _SEEDS]
+        seeds = [value if type(value := config.get(name)) is int else None for name in _SEEDS]  # false: unseeded
         row["seeds"] = [seeds[0], seeds[2] if seeds[1] is None else seeds[1], seeds[2]]
         row["settings"] = {name: clipped(object_text(config.get(name))) for name in differing}
     values = [[config.get(name) for name in differing] for config in configs]

@@ -152,7 +152,8 @@ def _to_look_at(findings: Mapping[str, Any], most: int) -> list[str]:
 def _coverage_text(row: Mapping[str, Any]) -> str:
     if row["threshold"] is None:
         return f"No confidence is high enough for {100 * row['target']:g} % correct predictions"
-    correct = f"; {percent(row['accuracy'])} of them correct" if row["num_images"] else ""
+    interval = f", 95 % interval {span(row['accuracy_interval_95'])}" if row["num_images"] else ""
+    correct = f"; {percent(row['accuracy'])} of them correct{interval}" if row["num_images"] else ""
     if row.get("chosen_on") == "test":  # so the accuracy is too good
         correct += "; chosen on these images"
     return (

@@ -31,6 +31,16 @@ def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def object_name(value: object) -> str:
+    """Return what config.yaml has in the place of an object from Python, which no setting makes again."""
+    return f"<{type(value).__name__}>"
+
+
+def is_object_name(value: object) -> bool:
+    """Whether a setting stands for an object from Python."""
+    return isinstance(value, str) and value[:1] == "<" and value[-1:] == ">"
+
+
 # -- resume; a setting that is in none of these sets may change -------------------------------------------------------
 
 FIXED = {*OWN_OPTIMIZER, "model_class", "data_class", "seed_everything"}

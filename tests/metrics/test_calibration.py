@@ -47,6 +47,15 @@ def test_the_calibration_error_of_four_images_equals_the_sum_by_hand():
     assert expected_calibration_error(probs, targets) == pytest.approx((0.82 + 0.4 + 0.7) / 4)
 
 
+@pytest.mark.parametrize("num_images", [100, 1000])
+def test_the_error_by_chance_is_the_mean_error_of_calibrated_confidences(num_images):
+    generator = np.random.default_rng(0)
+    confidence = generator.uniform(0.5, 1, (500, num_images))
+    binned = [reliability(row, generator.random(num_images) < row) for row in confidence]
+    by_chance = np.mean([each.error_by_chance for each in binned])
+    assert np.mean([each.error for each in binned]) == pytest.approx(by_chance, rel=0.05)
+
+
 def test_a_confidence_of_exactly_one_is_in_the_last_bin():
     probs, targets = np.array([[1.0, 0.0], [0.95, 0.05]]), np.array([1, 0])
     # Both in (14/15, 1]: one right, 1.95 claimed.

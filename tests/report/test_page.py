@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import yaml
 from browser import browser
 from jinja2 import UndefinedError
 from made_run import CIFAR10, make_run
@@ -374,16 +375,41 @@ def test_names_cannot_become_markup_or_steer_anything(tmp_path):
 def test_what_a_run_does_not_know_of_itself_is_left_out():
     nothing = {"config": {}, "split": {}, "environment": {}}
     assert facts_of(nothing) == []
-    assert "git checkout" not in reproduction_of(nothing)
+    assert all(line.startswith("# ") for line in reproduction_of(nothing).splitlines())
     assert command_of({}) == ""
 
 
 def test_the_reproduction_names_the_commit_and_what_no_commit_holds():
     environment = {"commit": "c0ffee", "dirty": True, "versions": {"torch": "2.10.0"}}
-    lines = reproduction_of({"config": {}, "split": {}, "environment": environment}).splitlines()
+    config = {"model": {"name": "smallnet"}}
+    lines = reproduction_of({"config": config, "split": {}, "environment": environment}).splitlines()
     assert lines[:3] == ["# the run used torch 2.10.0", "git checkout c0ffee", "pip install -e ."]
     assert lines[3].startswith("# ")
     assert lines[4].startswith("cifar-lightning fit --config config.yaml")
+
+
+@pytest.mark.parametrize("of", [{"model": {"name": "<Net>"}}, {"data": {"dataset": "<Rows>"}}])
+def test_a_run_of_objects_from_python_names_no_command_that_cannot_repeat_it(of, tmp_path, page):
+    assert "fit --config config.yaml" in page
+    assert "inspect --config config.yaml" in page
+    made = make_run(tmp_path / "run")
+    made.config.write_text(yaml.safe_dump(of))
+    make_report(made)
+    shown = made.report.read_text(encoding="utf-8")
+    assert "--config" not in shown
+    assert "None" not in dict(facts_of({"config": of, "split": {"seed": 3}, "environment": {}}))["Seeds"]
+    (name,) = (value for group in of.values() for value in group.values())
+    assert name in reproduction_of({"config": of, "split": {}, "environment": {}})
+
+
+def test_no_class_is_called_the_lowest_or_most_frequent_where_several_are(tmp_path):
+    made = make_run(tmp_path / "run", names=HUNDRED, n=2000, skill=50)
+    make_report(made)
+    shown = made.report.read_text(encoding="utf-8")
+    assert "Lowest recall" not in shown
+    assert "most confused of" not in shown
+    assert "20 of 100 classes" in shown
+    assert "most frequent class" not in shown
 
 
 @pytest.mark.parametrize("program", ["train.py", "-m cifar_lightning", "cifar-lightning"])

@@ -144,6 +144,16 @@ def test_runs_of_one_seed_count_once_and_runs_without_a_config_are_no_group(fold
     assert sum("without0" in problem and "split.json" in problem for problem in found["problems"]) == 1
 
 
+def test_runs_without_a_seed_are_of_no_group_and_in_no_pair(folders):
+    runs = runs_of(folders / "1", folders / "2")
+    for run in runs[:2]:
+        configure(run, 0.003, False)
+    compare_runs(runs, [], RunFolder(folders))
+    found = read_json(folders / "comparison.json")
+    assert sorted(group["n"] for group in found["groups"]) == [1, 1, 1, 3]
+    assert found["by_seed"] == [], "seed 2 alone is common"
+
+
 def test_names_and_settings_of_a_stranger_are_escaped(folders):
     run = RunFolder(shutil.copytree(folders / "1" / "0", folders / "<script>alert(1)</script>"))
     config = {"model": {"lr": '"><img src=x onerror=alert(2)>', "$\\frac{": "\x1b[31m"}, "seed_everything": [1, "<b>"]}

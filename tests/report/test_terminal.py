@@ -249,6 +249,7 @@ def test_the_summary_fits_a_screen_whatever_is_found(num_classes, tmp_path):
     assert any(insight["is_found"] for insight in findings["insights"])
     issue = {"name": "test/" + "long name/" * 30, "label": names[0], "suggested": names[1]}
     reliable = {"target": 0.99, "threshold": 0.91, "coverage": 0.5, "num_images": 9, "accuracy": 0.992}
+    reliable["accuracy_interval_95"] = [0.7, 1.0]
     check = {"num_issues": 712, "is_reliable": True, "checked": {}}
     for problems in (["damaged " * 90], []):
         changed = {"problems": problems, "label_issues": [issue] * 500, "label_check": check, "coverage": [reliable]}
@@ -265,6 +266,7 @@ def test_the_summary_fits_a_screen_whatever_is_found(num_classes, tmp_path):
 
 def test_each_target_accuracy_is_named_with_what_its_confidence_gives():
     reached = {"threshold": 0.667, "coverage": 1 / 9, "num_images": 8, "accuracy": 0.875}
+    reached["accuracy_interval_95"] = [0.529, 0.978]
     nothing_left = {"target": 0.99, "threshold": 1.0, "coverage": 0.0, "num_images": 0, "accuracy": None}
     not_reached = {"target": 0.999, "threshold": None, "coverage": None, "num_images": None, "accuracy": None}
     stream = io.StringIO()
@@ -273,8 +275,9 @@ def test_each_target_accuracy_is_named_with_what_its_confidence_gives():
     }
     print_findings(findings, console=Console(file=stream, width=200, highlight=False))
     lines = section(stream.getvalue(), "Confidence needed for a given accuracy")
-    figures = [re.findall(r"[\d.]+(?= %)|\d+(?= test)", line) for line in lines]
-    assert figures == [["95", "66.7", "8", "11.1", "87.5"], ["99", "100.0", "0", "0.0"], ["99.9"]]
+    figures = [re.findall(r"[\d.]+(?= %| to)|\d+(?= test)", line) for line in lines]
+    interval = ["95", "52.9", "97.8"]
+    assert figures == [["95", "66.7", "8", "11.1", "87.5", *interval], ["99", "100.0", "0", "0.0"], ["99.9"]]
 
 
 def test_the_summary_lists_the_three_lowest_recalls_the_lowest_first(tmp_path):
@@ -294,6 +297,7 @@ def test_the_summary_ends_with_a_link_to_the_page_and_one_command(tmp_path):
 
 def test_a_confidence_that_is_chosen_on_the_test_images_is_called_so_and_is_not_rounded_to_one(tmp_path):
     reached = {"target": 0.99, "threshold": 0.99996, "coverage": 0.5, "num_images": 8, "accuracy": 1.0}
+    reached["accuracy_interval_95"] = [0.67, 1.0]
     findings = findings_of(matrix(3), ["a", "b", "c"])
     assert {row["chosen_on"] for row in findings["coverage"]} == {"test"}  # there are no others
     for chosen_on, is_said in (("test", True), ("val", False)):
