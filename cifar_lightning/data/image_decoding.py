@@ -408,10 +408,9 @@ def choose_image_size(sizes: Sequence[tuple[int, int]], *, is_square_kept: bool 
 def _header(path: str, formats: tuple[str, ...] | None = None) -> tuple[int, int, str, bool] | None:
     """Return width, height, Pillow's mode, and whether there are 16 bits per channel; None if they cannot be read."""
     with suppress(Exception):
-        if formats is None:
-            _refuse_formats()
         _check_file(path)
-        with Image.open(path, formats=formats) as image:
+        opened: Any = open_image(path) if formats is None else Image.open(path, formats=formats)
+        with opened as image:
             _check_header(image)
             # Pillow keeps the high bytes of 16-bit colours; only its raw mode ("RGB;16B") shows them.
             return *image.size, image.mode, image.mode[0] == "I" or any(";16" in str(tile[3]) for tile in image.tile)

@@ -465,6 +465,11 @@ def test_the_image_size_is_also_that_of_formats_whose_header_is_read_in_c(tmp_pa
     assert [find_image_size([path]) for path in paths] == [48, 48, 48]
 
 
+def test_the_image_size_is_also_that_of_a_png_with_large_metadata(tmp_path):
+    path = saved(Image.new("L", (48, 48)), tmp_path / "a.png", icc_profile=bytes(2 << 20))
+    assert find_image_size([path]) == 48
+
+
 @pytest.fixture
 def twenty(tmp_path):
     """Twenty images, each of one shade of gray: its number."""
