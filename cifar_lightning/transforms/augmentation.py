@@ -85,6 +85,7 @@ class CropAndFlip(Transform):
     """
 
     def __init__(self, padding_px: Pixels = 4, mode: CropMode = "reflect", flip: FlipMode = "random") -> None:
+        check_settings("data.transforms", CropAndFlip.__init__, {"mode": mode, "flip": flip})
         self.padding_px, self.mode, self.flip = padding_px, mode, flip
         # The next epoch must show the other side of an image, whatever its place there.
         self.of_image = ("mirrored",) if flip == "alternating" else ()
@@ -117,7 +118,8 @@ class RandomPolicy(Transform):
         policy: trivial (TrivialAugmentWide) or rand (RandAugment).
     """
 
-    def __init__(self, policy: Policy = "trivial") -> None:
+    def __init__(self, policy: Literal["trivial", "rand"] = "trivial") -> None:
+        check_settings("data.transforms", RandomPolicy.__init__, {"policy": policy})
         self.policy: Policy = policy
 
     def draw(self, generator: EpochGenerator, num_images: int, image_size: int) -> Tables:
@@ -140,6 +142,7 @@ class Jitter(Transform):
     stage = "float"
 
     def __init__(self, brightness: Strength = 0.0, contrast: Strength = 0.0) -> None:
+        check_settings("data.transforms", Jitter.__init__, {"brightness": brightness, "contrast": contrast})
         self._strengths = {"brightness": (6, brightness), "contrast": (7, contrast)}
 
     def draw(self, generator: EpochGenerator, num_images: int, image_size: int) -> Tables:
@@ -184,6 +187,7 @@ class Erasing(Transform):
     stage = "normalized"
 
     def __init__(self, p: Strength = 0.5) -> None:
+        check_settings("data.transforms", Erasing.__init__, {"p": p})
         self.p = p
 
     def draw(self, generator: EpochGenerator, num_images: int, image_size: int) -> Tables:

@@ -87,6 +87,10 @@ class RandomAffine(Transform):
     ) -> None:
         self.degrees = _range(self, "degrees", degrees)
         self.translate = (0.0, 0.0) if translate is None else translate
+        if not all(0 <= most <= 1 for most in self.translate):
+            raise UserError(
+                f"--data.transforms RandomAffine: translate {translate}; fractions of the image size, 0 to 1."
+            )
         self.scale = (1.0, 1.0) if scale is None else _range(self, "scale", scale, above=0.0)
         shears = [0.0, 0.0] if shear is None else shear
         several = shears if isinstance(shears, Sequence) else [-shears, shears]
@@ -155,6 +159,11 @@ class GaussianBlur(Transform):
         self.kernel_size, self.p = kernel_size, p
 
     def draw(self, generator: EpochGenerator, num_images: int, image_size: int) -> Tables:
+        if self.kernel_size // 2 >= image_size:  # the mirrored edge has no more pixels
+            raise UserError(
+                f"--data.transforms GaussianBlur: kernel_size {self.kernel_size}: up to {2 * image_size - 1} for "
+                f"{image_size}-pixel images."
+            )
         low, high = self.sigma
         sigma = low + (high - low) * torch.rand(num_images, generator=generator)
         return {"sigma": sigma, "chosen": torch.rand(num_images, generator=generator) < self.p}

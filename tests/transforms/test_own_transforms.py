@@ -14,6 +14,7 @@ from cifar_lightning import Transform
 from cifar_lightning.errors import UserError
 from cifar_lightning.transforms.augmentation import Augmentation, CropAndFlip
 from cifar_lightning.transforms.per_image import PerImage
+from cifar_lightning.transforms.photographs import GaussianBlur, RandomAffine
 from cifar_lightning.transforms.pipeline import Pipeline, augment
 
 IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8))
@@ -88,6 +89,7 @@ def test_a_transform_gets_the_images_of_its_stage(stage, scale):
         (CropAndFlip(8), "CropAndFlip: padding_px 8: 0 to 7 for 8-pixel images"),
         (CropAndFlip(9, "zeros"), "CropAndFlip: padding_px 9: 0 to 7"),
         (CropAndFlip(-1), "CropAndFlip: padding_px -1: 0 to 7"),
+        (GaussianBlur(17, p=0.01), "GaussianBlur: kernel_size 17: up to 15 for 8-pixel images"),
         (v2.RandomCrop(6), r"RandomCrop: returned uint8 \(3, 6, 6\) for an image.*--data.image_size"),
         (v2.ToPILImage(), "ToPILImage: returned Image for an image"),
         (v2.Lambda(lambda image: image / 2), r"Lambda: returned float32 \(3, 8, 8\)"),
@@ -96,6 +98,10 @@ def test_a_transform_gets_the_images_of_its_stage(stage, scale):
 def test_a_transform_that_changes_what_must_stay_is_named_before_training(transform, reason):
     with pytest.raises(UserError, match=f"--data.transforms {reason}"):
         Pipeline(DEFAULT, [transform]).check(IMAGES[:4], [8])
+
+
+def test_the_largest_arguments_that_fit_are_taken():
+    Pipeline(DEFAULT, [CropAndFlip(7), GaussianBlur(15), RandomAffine(0.0, (1.0, 0.0))]).check(IMAGES[:4], [8])
 
 
 @pytest.mark.parametrize(

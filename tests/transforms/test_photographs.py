@@ -1,5 +1,6 @@
 """Batched transforms of photographs against torchvision's functionals, image by image."""
 
+import jaxtyping
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode, v2
@@ -7,6 +8,7 @@ from torchvision.transforms.v2 import functional
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.transforms import photographs
+from cifar_lightning.transforms.augmentation import CropAndFlip, Erasing, Jitter, RandomPolicy
 from cifar_lightning.transforms.photographs import (
     GaussianBlur,
     RandomAffine,
@@ -102,8 +104,16 @@ def test_gray_and_blurred_images_are_torchvisions_and_the_others_stay(channels):
         (lambda: GaussianBlur(4), "GaussianBlur: kernel_size 4"),
         (lambda: GaussianBlur(3, 0.0), "GaussianBlur: sigma"),
         (lambda: RandomGrayscale(1.5), "p 1.5"),
+        (lambda: RandomAffine(0.0, (4.0, 4.0)), r"RandomAffine: translate \(4.0, 4.0\)"),
+        (lambda: RandomAffine(0.0, (0.1, -0.1)), "RandomAffine: translate"),
+        (lambda: RandomPolicy("none"), "policy none: one of trivial, rand"),
+        (lambda: CropAndFlip(mode="zero"), "mode zero: one of reflect, zeros"),
+        (lambda: CropAndFlip(flip="horizontal"), "flip horizontal: one of random"),
+        (lambda: Jitter(5), "brightness 5"),
+        (lambda: Erasing(5), "p 5"),
     ],
 )
-def test_arguments_out_of_range_are_refused(make, message):
+def test_arguments_out_of_range_are_refused(make, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would refuse some of these calls first
     with pytest.raises(UserError, match=message):
         make()
