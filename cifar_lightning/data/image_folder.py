@@ -19,6 +19,7 @@ import sys
 import time
 import unicodedata
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -243,6 +244,12 @@ class ClassFolders:
         others = [entry.name for entry in _entries(self.root)[0] if entry.is_dir() and entry.name not in used]
         if others and "" not in used:
             yield f"warning: {self.root}: only train/, val/ and test/ are used, not {_some(others)}"
+        listing = self.listings["train"]
+        if self.labels is None and len(shared := _shared_folders(listing.names)) > 1:
+            yield (
+                f"warning: {listing.folder}: several classes hold folders called {_some(shared)}. If these are the "
+                "classes, give the folder that holds them as --data.root, or call the splits train/ and test/."
+            )
         for split, listing in self._listed.items():
             yield from remark_lines(decoded[split].remarks, listing.paths)
         listing = self.listings["train"]
@@ -464,6 +471,13 @@ def _entries(folder: str | Path) -> tuple[list[os.DirEntry[str]], list[str]]:
 
 def _some(names: Sequence[str]) -> str:
     return printable(first_of(names, 5))
+
+
+def _shared_folders(names: Iterable[str]) -> list[str]:
+    """Return the names of folders inside classes, of those that hold images, that several classes have."""
+    folders = {name.rpartition("/")[0] for name in names}
+    inside = {(each.partition("/")[0], each.rpartition("/")[2]) for each in folders if "/" in each}
+    return sorted(name for name, num in Counter(name for _, name in inside).items() if num > 1)
 
 
 def _list_split(root: Path, within: str, class_folders: Sequence[str]) -> Listing:

@@ -104,6 +104,17 @@ def test_nested_folders_belong_to_their_class_and_links_among_them_are_said(tmp_
     assert "bee/loop" in capsys.readouterr().out
 
 
+def test_split_folders_of_other_names_are_remarked_on(tmp_path, capsys):
+    for split in ("training_set", "test_set"):
+        flat(tmp_path / "splits" / split, ("ant", "bee"), 2)
+        put(tmp_path / "years" / split / "2024", 2)
+    for root, is_warned in (("splits", True), ("years", False)):
+        ClassFolders(tmp_path / root).prepare()
+        lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+        assert len(lines) == is_warned
+        assert all("ant, bee" in line and "--data.root" in line for line in lines)
+
+
 def test_duplicates_and_left_out_images_of_a_flat_folder_are_named_below_the_root(tmp_path):
     flat(tmp_path, num=12)
     shutil.copy(tmp_path / "ant" / "0.png", tmp_path / "bee" / "copy.png")
