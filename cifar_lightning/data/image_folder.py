@@ -242,6 +242,10 @@ class ClassFolders:
                     yield f"warning: {listing.folder}: {num} {ignored} and ignored ({_some(names)})"
         used = {listing.within.rstrip("/") for listing in self.listings.values()}
         others = [entry.name for entry in _entries(self.root)[0] if entry.is_dir() and entry.name not in used]
+        called = [name for name in self.class_names if name.casefold() in SPLIT_OF_WORD]
+        if called and "" in used and self.labels is None:
+            are = "are classes" if len(called) > 1 else "is a class"
+            yield f"warning: {self.root}: {_some(called)} {are}, as there is no train/"
         if others and "" not in used:
             yield f"warning: {self.root}: only train/, val/ and test/ are used, not {_some(others)}"
         listing = self.listings["train"]
@@ -398,15 +402,23 @@ def _scan_labels(root: Path, labels: Path) -> tuple[tuple[str, ...], dict[Split,
 
 
 def _split_folders(root: Path) -> dict[Split, str]:
-    """Return the name of each split's folder; empty where the classes lie in the root."""
+    """Return the name of each split's folder; empty where the classes lie in the root.
+
+    Without train/, folders called test or valid are classes if others lie next to them and they hold no folders.
+    """
     found: dict[Split, str] = {}
+    has_others = False
     for entry in _entries(root)[0]:
         split = SPLIT_OF_WORD.get(entry.name.casefold())
         if split is None or not _is_folder(entry):
+            has_others |= entry.is_dir()
             continue
         if split in found:
             raise UserError(f"{root} has {found[split]}/ and {entry.name}/: keep one of them for {split}")
         found[split] = entry.name
+    inside = (entry for name in found.values() for entry in _entries(root / name)[0])
+    if "train" not in found and has_others and not any(entry.is_dir() for entry in inside):
+        return {}
     return {split: found[split] for split in SPLITS if split in found}
 
 

@@ -10,7 +10,7 @@ from program import decode_here, fail
 
 from cifar_lightning.checkpoints.resume import split_difference
 from cifar_lightning.data.datamodule import ImageDataModule
-from cifar_lightning.data.image_folder import ClassFolders
+from cifar_lightning.data.image_folder import ClassFolders, holds_class_folders
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_json
 from cifar_lightning.runs.contents import read_split
@@ -113,6 +113,16 @@ def test_split_folders_of_other_names_are_remarked_on(tmp_path, capsys):
         lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
         assert len(lines) == is_warned
         assert all("ant, bee" in line and "--data.root" in line for line in lines)
+
+
+def test_classes_may_have_the_names_of_splits_where_nothing_is_called_train(tmp_path, capsys):
+    root = flat(tmp_path / "photos", ("invalid", "test", "valid"), 4)
+    assert holds_class_folders(root)
+    assert ready(root).class_names == ("invalid", "test", "valid")
+    assert [line for line in capsys.readouterr().out.splitlines() if "test, valid" in line and "train/" in line]
+    flat(root / "valid", ("ant", "bee"), 2)
+    with pytest.raises(UserError, match="no folder train/"):
+        ClassFolders(root)
 
 
 def test_duplicates_and_left_out_images_of_a_flat_folder_are_named_below_the_root(tmp_path):
