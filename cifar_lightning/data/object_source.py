@@ -264,10 +264,38 @@ def _class_names_in(dataset: Any) -> list[list[str]]:
         found = [[", ".join(map(str, name)) if isinstance(name, list | tuple) else str(name) for name in classes]]
     elif inner is not None:
         found = _class_names_in(inner)
+        found = [] if found and _renumbers(dataset, inner) else found
     elif isinstance(several, list | tuple):
         found = [names for each in several for names in _class_names_in(each)]
     change = getattr(dataset, "target_transform", None)  # the names are those of the labels before it
     return [names for names in found if not _changes_labels(change, len(names))]
+
+
+def _renumbers(dataset: Any, inner: Any) -> bool:
+    """Return whether a data set seems to give the classes of the one that it wraps other numbers.
+
+    Labels of the same samples are compared, by the data set's `indices` where it has some. A class must always get the
+    same number: where it does not, samples are in another order or labels are noise.
+    """
+    if getattr(type(dataset), "__getitem__", None) is Subset.__getitem__:
+        return False
+    pairs: list[tuple[int | str, int | str]] = []
+    try:
+        indices = getattr(dataset, "indices", None)
+        places = range(len(inner)) if indices is None else indices
+        if len(places) != len(dataset):
+            return False
+        theirs, ours = _Samples(inner, "", "crop"), _Samples(dataset, "", "crop")
+        with isolate_rng(include_cuda=False):
+            for index in evenly_spaced(len(dataset), _NUM_PROBES).tolist():
+                before, after = theirs._pair(inner[int(places[index])])[1], ours._pair(dataset[index])[1]
+                pairs.append((_label(before), _label(after)))
+    except Exception:  # code of the user's raises anything, and samples may have another form
+        return False
+    num_classes, num_changed = len({before for before, _ in pairs}), sum(before != after for before, after in pairs)
+    is_map = len({*pairs}) == num_classes and all(isinstance(label, int) for pair in pairs for label in pair)
+    # Where most classes have one sample among these, noise is a map as well.
+    return is_map and num_changed > 0 and (2 * num_changed > len(pairs) or 2 * num_classes <= len(pairs))
 
 
 def _changes_labels(target_transform: Any, num_classes: int) -> bool:

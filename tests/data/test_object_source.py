@@ -221,6 +221,34 @@ def test_class_names_of_labels_that_are_transformed_are_not_those_of_the_data_se
     assert loaded(same)[2] == Named.classes
 
 
+def around(inner, rows, number, **attributes):
+    """Return a data set of rows of another, its labels numbered by a function."""
+    given = Own(lambda image, label: (image, number(int(label))), IMAGES[rows], LABELS[rows])
+    vars(given).update(attributes, dataset=inner)
+    return given
+
+
+SHUFFLED = np.random.default_rng(0).permutation(N)
+TRIPLES = Named(lambda image, label: (image, label, "note"))
+IN_ORDER, NO_ANTS = np.arange(N), np.flatnonzero(LABELS)
+RENUMBERED = {
+    "merged": (around(Named(), IN_ORDER, lambda label: label % 2), ("0", "1")),
+    "chosen and moved": (around(Named(), NO_ANTS, lambda label: label - 1, indices=NO_ANTS.tolist()), ("0", "1")),
+    "around another": (around(around(Named(), IN_ORDER, int), IN_ORDER, lambda label: label % 2), ("0", "1")),
+    "the same": (around(Named(), IN_ORDER, int), Named.classes),
+    "chosen": (around(Named(), SHUFFLED[:20], int, indices=SHUFFLED[:20]), Named.classes),
+    "chosen by its own rule": (around(Named(), IN_ORDER[:20], int), Named.classes),
+    "shuffled by its own rule": (around(Named(), SHUFFLED, int), Named.classes),
+    "of other samples": (around(TRIPLES, IN_ORDER, int), Named.classes),
+    "as text": (around(Named(), IN_ORDER, lambda label: Named.classes[label]), Named.classes),
+}
+
+
+@pytest.mark.parametrize(("given", "names"), RENUMBERED.values(), ids=RENUMBERED)
+def test_class_names_of_what_is_wrapped_are_used_unless_its_classes_get_other_numbers(given, names):
+    assert loaded(given)[2] == names
+
+
 @pytest.mark.parametrize("make", [SAMPLES["PIL"], SAMPLES["dict"]])
 @pytest.mark.parametrize(
     "attributes",
