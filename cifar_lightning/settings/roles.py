@@ -65,18 +65,15 @@ PLANS_SCHEDULE |= {f"model.{name}" for name in ("lr", "sgd_lr", "head_lr", "pct_
 
 # -- report and TensorBoard -------------------------------------------------------------------------------------------
 
-NOT_AUGMENTATION = {"dataset", "root", "labels", "class_names", "limit", "seed", "order_seed", "val_fraction"}
-NOT_AUGMENTATION |= {"batch_size", "eval_batch_size", "drop_last", "sampler", "class_weights", "num_workers", "cache"}
-NOT_AUGMENTATION |= {"image_size", "train_sizes", "resize", "in_channels", "crop_mode", "transforms"}
-NOT_AUGMENTATION |= {"test_fraction", "skip_unreadable", "device"}
-"""Settings of the data that do not change training images at random; every other one does."""
+AUGMENTATIONS = {"crop_padding_px", "flip", "cutout_px", "brightness", "contrast", "policy", "erasing"}
+"""The fields of `transforms.augmentation.Augmentation` that change images by themselves."""
 
 
 def augmentations(data: Mapping[str, Any]) -> list[str]:
     """Return name and value of the random augmentations that are on, and the names of transforms of one's own."""
     listed = data.get("transforms") or ["default"]
     own = [_class_name(each) for each in listed if each != "default"]
-    named = switched_on(data, (name for name in data if name not in NOT_AUGMENTATION)) if "default" in listed else []
+    named = switched_on(data, (name for name in data if name in AUGMENTATIONS)) if "default" in listed else []
     return [*named, *([f"transforms {', '.join(own)}"] if own else [])]
 
 
