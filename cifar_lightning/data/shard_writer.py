@@ -54,6 +54,7 @@ class Written:
     remarks: list[tuple[int, str]] = field(default_factory=list)
     is_jpeg: list[bool] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
+    brightest: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
     pixels: np.ndarray = field(default_factory=lambda: np.empty(0, "<u8"))
     moments: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     contents: bytes = b""  # SHA-256 of each file
@@ -121,6 +122,10 @@ def _write_split(folders: ClassFolders, split: Split, output: Path, shard_bytes:
     unusual = [(int(part[at]), text) for part, each in zip(parts, written, strict=True) for at, text in each.remarks]
     remarks = remark_lines(counted_remarks(unusual), listing.paths)
     written = [each for each in written if each.kept]
+    if split == "train":  # as `ClassFolders` remarks
+        paths, brightest = listing.paths, np.concatenate([each.brightest for each in written])
+        if dark := image_decoding.dark_16_bit_remark([paths[at] for at in kept.tolist()], brightest):
+            remarks.append(f"warning: {listing.folder}: {dark}")
     chunks, table = [each.chunk for each in written], _table(listing, kept, written)
     write_json(folder / "index.json", {"chunks": chunks, "config": written[0].config, "updated_at": "0"})
     with (folder / "images.npz").open("wb") as file:
@@ -250,6 +255,7 @@ def write_shard(
         return shard
     images = np.stack(squares)
     shard.pixels, shard.moments, shard.contents = pixel_hashes(images), moments(images), b"".join(contents)
+    shard.brightest = images.max(axis=(1, 2, 3))
     constant = np.flatnonzero(is_constant(images)).tolist()
     shard.remarks += [(shard.kept[at], CONSTANT) for at in constant]
     path = writer.write_chunk(on_done=True)

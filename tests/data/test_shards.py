@@ -401,6 +401,17 @@ def test_a_remark_names_its_image_also_after_a_shard_of_which_nothing_can_be_rea
     assert any(str(second) in line for line in lines), lines
 
 
+@pytest.mark.parametrize(("most", "is_warned"), [(4095, True), (40_000, False)])
+def test_shards_of_16_bit_files_with_values_of_12_bits_are_warned_of(most, is_warned, tmp_path):
+    for name in ("ant", "bee"):
+        (root := tmp_path / "data" / name).mkdir(parents=True)
+        for at in range(4):
+            values = np.linspace(at, most, SIZE * SIZE).astype(np.uint16).reshape(SIZE, SIZE)
+            Image.fromarray(values).save(root / f"{at}.png")
+    lines = write_shards(ClassFolders(tmp_path / "data", SIZE), tmp_path / "new", shard_bytes=1_000)
+    assert sum("8 16-bit images" in line and "nearly black" in line for line in lines) == is_warned, lines
+
+
 def test_a_shard_whose_header_is_damaged_is_named(shards):
     data = shard_of(shards).read_bytes()
     images = Shards(str(shards)).load("train").images
