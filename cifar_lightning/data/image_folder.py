@@ -12,7 +12,6 @@ changed; above `READ_BEFORE_BYTES` some of them, which tells them from those tha
 import errno
 import hashlib
 import json
-import mimetypes
 import os
 import stat
 import sys
@@ -64,7 +63,8 @@ _LITTER = frozenset({"thumbs.db", "desktop.ini"})  # written by Windows; such fi
 # cannot read, such as .heic, must not be left out silently.
 _NOTES = {".cfg", ".csv", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".tsv", ".txt", ".xml"}
 NOT_IMAGES = _NOTES | {".aae", ".db", ".lnk", ".pdf", ".py", ".url", ".xls", ".xlsx", ".xmp", ".yaml", ".yml"}
-_IMAGE_TYPES = {"image/jpeg", "image/png", "image/webp", "image/bmp", "image/tiff", "image/gif"}
+# Of images, as people have them: `mimetypes` knows others on each platform.
+_IMAGES = {".avif", ".bmp", ".gif", ".heic", ".jfif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _CACHED = {".bin", ".npz", ".npy", ".json", ".files", ".part", ".tmp"}  # of files in the user's cache
 STALE_S = 86_400  # a temporary file this old belongs to a process that was killed
 _RACY_NS = 2_000_000_000  # a file changed this shortly before may change again within the resolution of its times
@@ -430,7 +430,7 @@ def holds_class_folders(root: Path) -> bool:
         first = _entries(classes[0].path)[0] if len(classes) > 1 else []
     except (UserError, OSError):
         return False
-    return any(mimetypes.guess_type(entry.name)[0] in _IMAGE_TYPES for entry in first)
+    return any(os.path.splitext(entry.name)[1].lower() in _IMAGES for entry in first)
 
 
 def class_name_of(folder_name: str) -> str:

@@ -205,3 +205,11 @@ def test_nothing_is_downloaded_into_class_folders(inner, dataset, tmp_path, monk
     assert "--data.dataset folder" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
     assert len(list((tmp_path / "photos").iterdir())) == (3 if inner == "." else 1)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("0.avif", True), ("0.JFIF", True), ("0.webp", True), ("0.csv", False)])
+def test_class_folders_are_known_by_images_of_any_common_format(name, expected, tmp_path):
+    for folder in (tmp_path / "ant", tmp_path / "bee"):
+        folder.mkdir()
+        (folder / name).touch()
+    assert holds_class_folders(tmp_path) == expected
