@@ -17,6 +17,7 @@ from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.data.image_folder import ClassFolders, Skipped
 from cifar_lightning.data.image_set import SPLITS, Cache, ImageSet, Split, is_constant
 from cifar_lightning.data.loaders import BatchTransform, ImageLoader, LoaderFactory
+from cifar_lightning.data.object_source import in_nfc
 from cifar_lightning.data.sampler import EpochSampler, Rank, ShardOrder, evaluation_order
 from cifar_lightning.data.shards import WINDOW, ShardedImages, Shards
 from cifar_lightning.data.splits import SplitIndices, SplitSettings, make_splits
@@ -452,7 +453,7 @@ class ImageDataModule(pl.LightningDataModule):
             UserError: The class names, their order, the channels, how images are resized or the size that the data
                 chose differ. Another size may be given.
         """
-        if tuple(state_dict["class_names"]) != self.class_names:
+        if [*map(in_nfc, state_dict["class_names"])] != [*map(in_nfc, self.class_names)]:
             raise UserError(
                 f"the checkpoint has the classes {printable(', '.join(state_dict['class_names'][:5]))}..., "
                 f"the data has {printable(', '.join(self.class_names[:5]))}...; "

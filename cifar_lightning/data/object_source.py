@@ -10,6 +10,7 @@ import os
 import pickle
 import sys
 import time
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -122,9 +123,10 @@ class ObjectSource:
                     f"--data.dataset {self.name}: labels must be 0 to n-1; the largest is {present[-1]}, and no "
                     f"training image has {missing}.\nNumber them again, or give --data.class_names if it is right."
                 )
+        names = [in_nfc(str(name)) for name in names]
         if len({*names}) < len(names):
-            raise UserError(f"--data.class_names: {printable(max(names, key=list(names).count))} is given twice.")
-        return tuple(map(str, names))
+            raise UserError(f"--data.class_names: {printable(max(names, key=names.count))} is given twice.")
+        return tuple(names)
 
     def _targets(self, split: Split, labels: np.ndarray) -> np.ndarray:
         names = f"the {len(self.class_names)} classes {clipped(', '.join(self.class_names))}"
@@ -157,6 +159,11 @@ class ObjectSource:
             raise UserError(f"{where}: no labels (all are -1); without a test set of its own, one is split off train.")
         if low < 0:
             raise UserError(f"{where}: label {low}; labels must be 0 to n-1.")
+
+
+def in_nfc(name: str) -> str:
+    """Return the name of a class in Unicode's form NFC, as `image_folder.class_name_of` does."""
+    return unicodedata.normalize("NFC", name)
 
 
 # -- which object it is -------------------------------------------------------------------------------------------
@@ -256,7 +263,7 @@ def _class_names_in(dataset: Any) -> list[list[str]]:
     """Return the names that a data set has, or those of each that it wraps; empty where none has any."""
     if isinstance(features := getattr(dataset, "features", None), Mapping):
         names = getattr(features.get(_columns(features, features)[1]), "names", None)
-        return [names] if names else []
+        return [[in_nfc(str(name)) for name in names]] if names else []
     classes = getattr(dataset, "classes", None)
     inner, several = getattr(dataset, "dataset", None), getattr(dataset, "datasets", None)
     found: list[list[str]] = []
@@ -268,7 +275,7 @@ def _class_names_in(dataset: Any) -> list[list[str]]:
     elif isinstance(several, list | tuple):
         found = [names for each in several for names in _class_names_in(each)]
     change = getattr(dataset, "target_transform", None)  # the names are those of the labels before it
-    return [names for names in found if not _changes_labels(change, len(names))]
+    return [[*map(in_nfc, names)] for names in found if not _changes_labels(change, len(names))]
 
 
 def _renumbers(dataset: Any, inner: Any) -> bool:
@@ -488,7 +495,7 @@ def _label(label: Any) -> int | str:
         raise UserError(f"label {value} is a float; give int(label) if it is the number of a class.")
     if not isinstance(value, int | str):
         raise UserError(f"a label of type {type(label).__name__}; a whole number or the name of a class is needed.")
-    return value if isinstance(value, str) else int(value)
+    return in_nfc(value) if isinstance(value, str) else int(value)
 
 
 # -- images -------------------------------------------------------------------------------------------------------

@@ -319,6 +319,20 @@ def test_labels_that_are_text_are_sorted_names():
         loaded(Own(labels=words), class_names=["elk", "ape"])
 
 
+def test_names_of_classes_are_compared_in_unicodes_form_nfc():
+    words = ["é", "e\u0301", "b"] * 8
+    for given in (Own(labels=words), (IMAGES, words)):
+        _, targets, names = loaded(given)
+        assert names == ("b", "é")
+        assert targets[:3] == [1, 1, 0]
+    assert loaded(Own(labels=words), class_names=["e\u0301", "b"])[1][:3] == [0, 0, 1]
+    named = with_classes("a", "b", "e\u0301")
+    assert loaded((named, with_classes("a", "b", "é")), "test")[2] == ("a", "b", "é")
+    module = data(named)
+    module.setup()
+    module.load_state_dict({**module.state_dict(), "class_names": ["a", "b", "e\u0301"]})  # of an earlier version
+
+
 def test_pairs_and_triples_are_splits():
     module = data(((IMAGES, LABELS), (TENSORS[:6], LABELS[:6])), val_fraction=0.25)
     module.setup()
