@@ -1,13 +1,12 @@
 """Download of the CIFAR archives: several mirrors, resumed transfers, pinned hashes.
 
 CIFAR's own host is slow (pytorch/vision issue 9536), so an interrupted transfer is resumed, from another host if
-necessary. An archive is renamed to its final name only after its size, MD5 and SHA-256 have been checked, and is
+necessary. An archive is renamed to its final name only after its size and SHA-256 have been checked, and is
 unpacked in a temporary folder that is then renamed, so that a file or folder with its final name is complete.
 torchvision reads the unpacked files.
 """
 
 import contextlib
-import hashlib
 import http.client
 import os
 import re
@@ -29,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import NO_LOCKS, check_is_only_link, open_only_link
+from cifar_lightning.files import NO_LOCKS, check_is_only_link, file_sha256, open_only_link
 from cifar_lightning.formatting import clipped, reason_of
 
 TIMEOUT_S = 30.0  # limit for the response, for each read and for each measurement of the speed
@@ -41,23 +40,21 @@ _SCHEMES = ("https", "http", "file")  # the hash is checked whatever the source
 
 @dataclass(frozen=True)
 class Archive:
-    """One archive with its size, hashes and mirrors."""
+    """One archive with its size, hash and mirrors."""
 
     filename: str  # on the mirrors and on disk
     size_bytes: int
-    md5: str  # that torchvision checks
     sha256: str
     folder: str  # that it unpacks to
     variable: str  # environment variable with a URL to try first
     urls: tuple[str, ...]  # mirrors, tried in this order
 
 
-# Hashes and mirrors as several public projects list them; MD5 as in torchvision.datasets.
+# Hashes and mirrors as several public projects list them.
 ARCHIVES: dict[str, Archive] = {
     "cifar10": Archive(
         filename="cifar-10-python.tar.gz",
         size_bytes=170_498_071,
-        md5="c58f30108f718f92721af3b95e74349a",
         sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
         folder="cifar-10-batches-py",
         variable="CIFAR_LIGHTNING_CIFAR10_URL",
@@ -70,7 +67,6 @@ ARCHIVES: dict[str, Archive] = {
     "cifar100": Archive(
         filename="cifar-100-python.tar.gz",
         size_bytes=169_001_437,
-        md5="eb9058c3a382ffc7106e4002c42a8d85",
         sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
         folder="cifar-100-python",
         variable="CIFAR_LIGHTNING_CIFAR100_URL",
@@ -142,20 +138,12 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _fault(path: Path, archive: Archive) -> str:
-    """Return what is wrong with the file's size, MD5 or SHA-256; empty if nothing is."""
+    """Return what is wrong with the file's size or SHA-256; empty if nothing is."""
     size_bytes = path.stat().st_size
     if size_bytes != archive.size_bytes:
         return f"{size_bytes:,} bytes instead of {archive.size_bytes:,}"
-    md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            md5.update(block)
-            sha256.update(block)
-    if sha256.hexdigest() != archive.sha256:
-        return f"SHA-256 {sha256.hexdigest()} instead of {archive.sha256}"
-    if md5.hexdigest() != archive.md5:
-        return f"MD5 {md5.hexdigest()} instead of {archive.md5}"
-    return ""
+    sha256 = file_sha256(path)
+    return "" if sha256 == archive.sha256 else f"SHA-256 {sha256} instead of {archive.sha256}"
 
 
 def _download_archive(archive: Archive, path: Path) -> None:

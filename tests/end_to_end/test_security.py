@@ -224,9 +224,7 @@ def member(name, **fields):
 )
 def test_an_archive_that_reaches_outside_is_refused_even_with_the_right_hash(bad, monkeypatch, tmp_path):
     data = tar_of(member("folder/batch"), bad)
-    archive = downloads.Archive(
-        "bad.tar.gz", len(data), hashlib.md5(data).hexdigest(), hashlib.sha256(data).hexdigest(), "folder", "NONE", ()
-    )
+    archive = downloads.Archive("bad.tar.gz", len(data), hashlib.sha256(data).hexdigest(), "folder", "NONE", ())
     monkeypatch.setitem(downloads.ARCHIVES, "bad", archive)
     root = tmp_path / "in" / "data"
     root.mkdir(parents=True)
@@ -238,7 +236,7 @@ def test_an_archive_that_reaches_outside_is_refused_even_with_the_right_hash(bad
 
 
 def test_an_archive_is_not_opened_before_its_hash_is_right(monkeypatch, tmp_path):
-    archive = downloads.Archive("a.tar.gz", 4, "0" * 32, "0" * 64, "folder", "NONE", ("file:///nowhere",))
+    archive = downloads.Archive("a.tar.gz", 4, "0" * 64, "folder", "NONE", ("file:///nowhere",))
     monkeypatch.setitem(downloads.ARCHIVES, "a", archive)
     monkeypatch.setattr(tarfile, "open", lambda *arguments, **kwargs: pytest.fail("opened"))
     (tmp_path / "a.tar.gz").write_bytes(b"evil")
