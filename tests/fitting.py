@@ -2,7 +2,6 @@
 
 import os
 import signal
-from types import SimpleNamespace
 
 import lightning.pytorch as pl
 
@@ -12,7 +11,6 @@ from cifar_lightning.checkpoints.loading import RESUME_STATE, read_checkpoint
 from cifar_lightning.optim.optimizers import OptimizerSettings
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.best_checkpoint import BestCheckpoint
-from cifar_lightning.training.data_protocol import TrainingData
 from cifar_lightning.training.last_checkpoint import CheckpointSchedule, LastCheckpoint
 from cifar_lightning.training.resume_state import ResumeState
 from cifar_lightning.training.run_recorder import RunRecorder
@@ -61,10 +59,10 @@ def optimizer_settings(name="adamw", **changed):
 
 
 def fake_data(**members):
-    """Return an object of the TrainingData protocol with these members; the others are empty."""
-    names = {*TrainingData.__annotations__, *vars(TrainingData)}
-    data = SimpleNamespace(**{**{name: () for name in names if not name.startswith("_")}, **members})
-    assert isinstance(data, TrainingData)
+    """Return an ImageDataModule that was not set up, with these members."""
+    kind = type("Fake", (ImageDataModule,), {"class_weights": None, "mean": None, "train_dataloader": None})
+    data = kind.__new__(kind)
+    vars(data).update(members)
     return data
 
 

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cifar_lightning.checkpoints.rng_state import restore_rng, rng_state
+from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import reason_of
 from cifar_lightning.models.grad_cam import grad_cam, penultimate_features
 from cifar_lightning.report.gallery import NUM_EXPLAINED, rank_images
 from cifar_lightning.report.results import Predictions
-from cifar_lightning.training.data_protocol import TrainingData, training_data
 from cifar_lightning.training.module import ImageClassifier
+from cifar_lightning.training.trainer_data import training_data
 from cifar_lightning.transforms.augmentation import normalize, resize
 
 _NUM_NEIGHBOURS = 3
@@ -89,7 +90,7 @@ def _as_tested(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def _neighbours(
-    data: TrainingData,
+    data: ImageDataModule,
     images: UInt8[np.ndarray, "n height width channels"],
     features_of: Callable[[UInt8[np.ndarray, "m height width channels"]], Tensor],
 ) -> Arrays:

@@ -10,8 +10,8 @@ from torch import Tensor, nn, optim
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, suggest
 from cifar_lightning.models.stems import fails_on_single_image, input_error
-from cifar_lightning.training.data_protocol import channels_of, training_data
 from cifar_lightning.training.step_count import takes_last_batch
+from cifar_lightning.training.trainer_data import channels_of, training_data
 
 TRAIN_METRICS = ("train/loss", "train/acc", "lr")
 VAL_METRICS = ("val/loss", "val/acc", "val/f1", "val/ece")
@@ -99,7 +99,7 @@ def check_loaders(trainer: pl.Trainer, stage: str, num_evaluated: int) -> None:
 def check_batches(trainer: pl.Trainer, model: nn.Module) -> None:
     """Raise before the first step if the model's BatchNorm would get a training batch of one image.
 
-    The Trainer is attached to its data. Data that is not a `TrainingData` is not checked.
+    The Trainer is attached to its data. Data that is no `ImageDataModule` is not checked.
     """
     data = training_data(trainer)
     if data is None:

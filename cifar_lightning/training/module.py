@@ -27,6 +27,7 @@ from cifar_lightning.checkpoints.schema import (
     upgrade_checkpoint,
     with_data_state,
 )
+from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process, remark
 from cifar_lightning.formatting import printable
 from cifar_lightning.metrics.classification import accuracy, macro_f1
@@ -47,7 +48,6 @@ from cifar_lightning.runs.environment import package_version, portable
 from cifar_lightning.runs.schema import SCHEMA_VERSION
 from cifar_lightning.settings.import_path import is_import_path
 from cifar_lightning.settings.limits import Count, Fraction, LearningRate, MixStrength, WeightDecay, check_settings
-from cifar_lightning.training.data_protocol import TrainingData, repeat_if_overfitting, training_data
 from cifar_lightning.training.ema import EmaWeights
 from cifar_lightning.training.eval_metrics import (
     check_metrics,
@@ -74,6 +74,7 @@ from cifar_lightning.training.nan_guard import NanGuard
 from cifar_lightning.training.resumed_settings import ResumedSettings
 from cifar_lightning.training.step_count import check_train_batches, count_steps, current_lr
 from cifar_lightning.training.train_metrics import TrainMetrics, means_of
+from cifar_lightning.training.trainer_data import repeat_if_overfitting, training_data
 from cifar_lightning.training.tta import TTA, tta_logits
 from cifar_lightning.training.whitening_stem import WhiteningStem, whitening_stem_of
 from cifar_lightning.training.winograd_convolutions import WinogradConvolutions
@@ -323,7 +324,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self._normalization = None if data is None else (data.mean, data.std)
         self.has_begun = True
 
-    def prepare(self, data: TrainingData | None) -> None:
+    def prepare(self, data: ImageDataModule | None) -> None:
         """Take class weights from the data; load pretrained weights, once, and have images normalized for them.
 
         Raises:
@@ -348,7 +349,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self._class_weights = None if weights is None else torch.tensor(weights, device=self.device)
         self._load_pretrained(data)
 
-    def _load_pretrained(self, data: TrainingData | None) -> None:
+    def _load_pretrained(self, data: ImageDataModule | None) -> None:
         if self._pretrained is False:
             return
         expected = load_pretrained(self.model, self._architecture, self._pretrained)

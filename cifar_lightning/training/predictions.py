@@ -24,9 +24,9 @@ from cifar_lightning.report.report import make_report
 from cifar_lightning.report.results import Predictions, Results
 from cifar_lightning.report.terminal import print_findings
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.data_protocol import training_data
 from cifar_lightning.training.explanations import explain_mistakes
 from cifar_lightning.training.module import Batch
+from cifar_lightning.training.trainer_data import training_data
 
 
 class PredictionWriter(pl.Callback):

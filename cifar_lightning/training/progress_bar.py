@@ -14,12 +14,12 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from cifar_lightning.checkpoints.resume import has_stopped
 from cifar_lightning.formatting import clock, percent, plural, printable
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
 from cifar_lightning.training.module import Batch, ImageClassifier
 from cifar_lightning.training.nan_guard import check_losses
 from cifar_lightning.training.signals import Stopped
 from cifar_lightning.training.step_count import current_lr
+from cifar_lightning.training.trainer_data import require_training_data
 
 _REFRESH_S = 0.5  # on a GPU each refresh waits for the device once
 _PLAIN_LINE_S = 60.0  # without a terminal, in long epochs

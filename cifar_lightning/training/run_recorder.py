@@ -18,7 +18,6 @@ from cifar_lightning.runs.ending import write_ending
 from cifar_lightning.runs.environment import describe_environment, portable, processor_change
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.runs.metrics_table import MetricsTable
-from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.ending import describe_ending, is_cut
 from cifar_lightning.training.lightning_patches import skip_idle_hooks
 from cifar_lightning.training.model_checks import validated_by
@@ -26,6 +25,7 @@ from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.nan_guard import check_losses
 from cifar_lightning.training.signals import Stopped
 from cifar_lightning.training.step_count import current_lr
+from cifar_lightning.training.trainer_data import require_training_data
 
 MONITOR = "val/acc"
 EPOCH_SO_FAR = "cifar_lightning_epoch"

@@ -21,10 +21,10 @@ from cifar_lightning.report.report import make_report
 from cifar_lightning.runs.environment import portable
 from cifar_lightning.runs.folder import RUNS, RunFolder, create_run
 from cifar_lightning.runs.metrics_table import MetricsTable
-from cifar_lightning.training.data_protocol import training_data
 from cifar_lightning.training.predictions import PredictionWriter
 from cifar_lightning.training.run_recorder import environment_of, peak_memory_mb
 from cifar_lightning.training.step_count import current_lr
+from cifar_lightning.training.trainer_data import training_data
 
 _OTHER_NAME = re.compile(r"(train|val|valid|validation)[_/](loss|acc|accuracy)(_epoch)?")
 _NAMES = {"valid": "val", "validation": "val", "accuracy": "acc"}

@@ -9,7 +9,7 @@ from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.image_set import Split
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import counted
-from cifar_lightning.training.data_protocol import training_data
+from cifar_lightning.training.trainer_data import training_data
 
 
 def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) -> int:

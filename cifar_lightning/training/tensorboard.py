@@ -31,10 +31,10 @@ from cifar_lightning.report.figures import confusion_figure, figure_to_array, im
 from cifar_lightning.report.gallery import rank_images
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.settings.roles import OWN_OPTIMIZER, augmentations
-from cifar_lightning.training.data_protocol import require_training_data, training_data
 from cifar_lightning.training.module import Batch
 from cifar_lightning.training.predictions import logits_of
 from cifar_lightning.training.step_count import current_lr
+from cifar_lightning.training.trainer_data import require_training_data, training_data
 
 MAX_DRAWINGS = 20  # per run; one takes about a second on a CPU core
 _NUM_KEPT = 10_000  # predictions of a validation that is drawn

@@ -6,10 +6,11 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
+from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.models.speednet import WhiteningConv, num_whitening_images
 from cifar_lightning.optim.schedules import ScheduleSettings
-from cifar_lightning.training.data_protocol import TrainingData, training_data
+from cifar_lightning.training.trainer_data import training_data
 
 
 class WhiteningStem(pl.Callback):
@@ -57,11 +58,11 @@ def whitening_stem_of(model: nn.Module) -> WhiteningConv | None:
     return stem if isinstance(stem, WhiteningConv) else None
 
 
-def whiten(stem: WhiteningConv, data: TrainingData | None) -> None:
+def whiten(stem: WhiteningConv, data: ImageDataModule | None) -> None:
     """Set a stem's filters from training images, unless they have been set.
 
     Raises:
-        UserError: There is no `TrainingData` to take images from.
+        UserError: There is no `ImageDataModule` to take images from.
     """
     if stem.is_whitened:
         return

@@ -21,12 +21,12 @@ from cifar_lightning.runs.contents import read_json
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.runs.metrics_table import MetricsTable
 from cifar_lightning.training.best_checkpoint import BestCheckpoint
-from cifar_lightning.training.data_protocol import require_training_data
 from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
 from cifar_lightning.training.last_checkpoint import CheckpointSchedule, LastCheckpoint
 from cifar_lightning.training.model_checks import check_monitors
 from cifar_lightning.training.run_recorder import RunRecorder, peak_memory_mb
 from cifar_lightning.training.signals import Stopped, StopSignals
+from cifar_lightning.training.trainer_data import require_training_data
 
 NARROW = {"widths": [2, 2, 2]}
 
