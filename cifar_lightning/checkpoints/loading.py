@@ -59,7 +59,7 @@ def progress_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
     if loop is None:
         return 0, 0
     epochs, steps = loop["epoch_progress"]["current"], int(checkpoint["global_step"])
-    if epochs["ready"] > epochs["processed"]:  # saved inside an epoch, or before its end was counted
+    if is_inside_epoch(checkpoint):
         steps -= loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["current"]["completed"]
         by_hand = loop.get("epoch_loop.manual_optimization.optim_step_progress", {}).get("total", {}).get("completed")
         if by_hand:  # which Lightning does not count by epochs
@@ -69,7 +69,7 @@ def progress_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
 
 
 def is_inside_epoch(checkpoint: dict[str, Any]) -> bool:
-    """Return whether a checkpoint was saved inside an epoch."""
+    """Return whether a checkpoint was saved inside an epoch, or before its end was counted."""
     progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
     return bool(progress["ready"] > progress["processed"])
 

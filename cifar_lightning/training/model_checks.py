@@ -201,7 +201,8 @@ def check_schedules(trainer: pl.Trainer, num_steps: Callable[[], int]) -> None:
 
 def _steps_before_validation(trainer: pl.Trainer, config: Any) -> bool:
     """Whether a schedule steps at the end of an epoch that has no validation yet, as they are counted over epochs."""
-    interval = trainer.val_check_interval if trainer.check_val_every_n_epoch is None else None
+    # Lightning sets no interval for a duration.
+    interval = getattr(trainer, "val_check_interval", None) if trainer.check_val_every_n_epoch is None else None
     counts_over_epochs = isinstance(interval, int) and str(config.monitor).startswith("val/")
     return counts_over_epochs and interval > trainer.num_training_batches * config.frequency
 

@@ -152,7 +152,7 @@ class RunProgress(ProgressBar):
     # -- evaluation ------------------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._open_bar("validation", sum_batches(trainer.num_val_batches))
+        self._open_bar("validation", sum(trainer.num_val_batches))
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if self._bar is not None:
@@ -166,7 +166,7 @@ class RunProgress(ProgressBar):
             self._open_bar(_epoch_of(trainer), self.total_train_batches)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._open_bar("test", sum_batches(trainer.num_test_batches))
+        self._open_bar("test", sum(trainer.num_test_batches))
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self.on_validation_batch_end(trainer, pl_module)
@@ -286,8 +286,3 @@ def _time_limit_s(callback: pl.Callback) -> float | None:
 def _epoch_of(trainer: pl.Trainer) -> str:
     total = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
     return f"epoch {trainer.current_epoch + 1}{total}"
-
-
-def sum_batches(num_batches: Any) -> float:
-    """Return the number of batches of one or several evaluation loaders."""
-    return float(sum(num_batches)) if isinstance(num_batches, list) else float(num_batches)

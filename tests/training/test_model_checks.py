@@ -179,6 +179,8 @@ def test_a_plateau_that_steps_before_the_first_validation_is_refused(validates, 
         return
     with pytest.raises(UserError, match=rf"val_check_interval {validates[0]}: ReduceLROnPlateau monitors val/acc"):
         check_schedules(trainer, lambda: 27)
+    del trainer.val_check_interval  # as Lightning does for a duration
+    check_schedules(trainer, lambda: 27)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training import progress_bar as progress
 from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
-from cifar_lightning.training.progress_bar import RunProgress, sum_batches
+from cifar_lightning.training.progress_bar import RunProgress
 from cifar_lightning.training.signals import Stopped
 
 
@@ -83,9 +83,12 @@ def test_before_the_first_epoch_no_epoch_is_named(tmp_path):
     assert out.getvalue() == f"stopped: {message}\n"
 
 
-def test_batches_of_one_or_several_loaders_are_added():
-    assert sum_batches([3, 4]) == 7
-    assert sum_batches(5) == 5
+def test_batches_of_several_loaders_are_added():
+    bar, opened = bar_on(io.StringIO()), []
+    bar._open_bar = lambda label, total: opened.append((label, total))
+    bar.on_validation_start(SimpleNamespace(num_val_batches=[3, 4]), None)
+    bar.on_test_start(SimpleNamespace(num_test_batches=[5]), None)
+    assert opened == [("validation", 7), ("test", 5)]
 
 
 def test_without_a_terminal_there_is_what_it_trains_on_and_a_line_an_epoch(tmp_path):
