@@ -166,6 +166,8 @@ class Dashboard(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log each class's accuracy and draw; of the validation after training keep the best checkpoint's metrics."""
+        if trainer.sanity_checking:
+            return
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._best = {name: float(value) for name, value in trainer.callback_metrics.items()}
             return

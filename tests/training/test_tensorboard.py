@@ -281,6 +281,17 @@ def test_names_that_are_too_few_do_not_end_training(tmp_path, capsys):
     assert capsys.readouterr().out.count("2 class names for 10 logits") == 1
 
 
+def test_the_sanity_check_before_training_is_not_drawn(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    data = small_data()
+    settings = {"logger": RunBoard(run), "log_every_n_steps": 1, "num_sanity_val_steps": 2}
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[Dashboard(data.class_names)], **settings)
+    trainer.fit(ImageClassifier(image_size=16, model_kwargs=NARROW), data)
+    trainer.loggers[0].experiment.close()
+    assert [event.step for event in events_of(run).Scalars(f"val_acc_of_class/{data.class_names[0]}")] == [9]
+
+
 def test_the_dashboard_changes_nothing_of_the_training(tmp_path):
     weights = []
     for name, with_board in (("with", True), ("without", False)):
