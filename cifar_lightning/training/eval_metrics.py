@@ -1,5 +1,6 @@
 """Validation and test metrics."""
 
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -28,7 +29,7 @@ def evaluation_metrics(num_classes: int) -> MetricCollection:
     """
     return MetricCollection(
         {
-            "loss": MeanMetric(),
+            "loss": MeanMetric(nan_strategy=math.nan),  # a batch whose loss is NaN makes the mean NaN
             "ece": MulticlassCalibrationError(num_classes, n_bins=NUM_BINS, validate_args=False),
             "confusion": MulticlassConfusionMatrix(num_classes, validate_args=False),
             "acc_no_tta": MeanMetric(),

@@ -1,5 +1,7 @@
 """The metrics of a stage against plain arithmetic over all images at once."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,3 +22,10 @@ def test_uneven_batches_count_image_by_image():
     for target, pred in zip(targets, logits.argmax(1), strict=True):
         expected[target, pred] += 1
     assert torch.equal(values["confusion"], expected)
+
+
+def test_a_batch_whose_loss_is_nan_makes_the_loss_of_the_stage_nan():
+    logits, targets, metrics = torch.randn(6, 4), torch.randint(0, 4, (6,)), evaluation_metrics(4)
+    for part in (logits[:4], logits[4:] * math.nan):
+        update_evaluation(metrics, part, part, targets[: len(part)], F.cross_entropy)
+    assert math.isnan(metrics.compute()["loss"])

@@ -258,7 +258,6 @@ def test_hyperparameters_are_plain_and_leave_out_what_is_not_set():
     assert hyperparameters_of({}) == {}
 
 
-@pytest.mark.filterwarnings("ignore:Encountered `nan` values")  # torchmetrics, of the losses
 def test_predictions_that_are_not_finite_are_not_drawn_and_training_continues(tmp_path, monkeypatch):
     forward = ImageClassifier.forward
 
