@@ -518,7 +518,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         if data is not None and DATA_STATE in checkpoint:  # where Lightning, which restores it next, looks for it
             checkpoint.setdefault(type(data).__qualname__, checkpoint[DATA_STATE])
         self._resumed_from = progress_of(checkpoint)
-        if self._trainer is None and (found := statistics_of(checkpoint)) is not None:
+        if (found := statistics_of(checkpoint)) is not None:
             self._normalization = found
         if type(self) is ImageClassifier and checkpoint.get(IMPORTED_CLASS):
             path = checkpoint[IMPORTED_CLASS]["path"] or "a subclass"

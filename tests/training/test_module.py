@@ -500,3 +500,7 @@ def test_a_model_is_tested_with_the_normalization_that_it_was_trained_with(tmp_p
     data.use_normalization((0.9,) * 3, (0.1,) * 3)
     loaded = ImageClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
     assert quiet_trainer(tmp_path).test(loaded, data, verbose=False) == before
+    evaluated = ImageClassifier(image_size=16, model_kwargs=NARROW)
+    trainer.test(evaluated, small_data(), ckpt_path=tmp_path / "one.ckpt", weights_only=True, verbose=False)
+    data.use_normalization((0.9,) * 3, (0.1,) * 3)
+    assert quiet_trainer(tmp_path).test(evaluated, data, verbose=False) == before
