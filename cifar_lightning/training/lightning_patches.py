@@ -77,6 +77,14 @@ def use_double(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         module.double()
 
 
+def set_up_loaders_again(trainer: pl.Trainer) -> None:
+    """Have `fit` set up the training loaders again, after a checkpoint is loaded, though they have been counted.
+
+    Lightning 2.6.6 otherwise loads no position into loaders that were set up before (Lightning #20550).
+    """
+    trainer.fit_loop._combined_loader = None
+
+
 def mark_validation_interrupted(checkpoint: dict[str, Any]) -> None:
     """Have a run resumed from a checkpoint that was saved inside a validation run the validation again.
 

@@ -9,6 +9,7 @@ from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.image_set import Split
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import counted
+from cifar_lightning.training.lightning_patches import set_up_loaders_again
 from cifar_lightning.training.trainer_data import training_data
 
 
@@ -16,7 +17,7 @@ def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) 
     """Return the optimizer steps of the whole run, also of a resumed one, computed from lengths alone.
 
     `trainer.estimated_stepping_batches` sets up the loaders too early and so loses a loader's position on resume
-    (Lightning #20550). It is used for plain loaders, which have no position.
+    (Lightning #20550). It is used for plain loaders, which are then set up twice on resume.
 
     Args:
         trainer: Attached to its data.
@@ -28,7 +29,10 @@ def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) 
     """
     data = training_data(trainer)
     if data is None:
+        is_early = trainer.train_dataloader is None
         total = trainer.estimated_stepping_batches
+        if is_early and trainer.ckpt_path:
+            set_up_loaders_again(trainer)
     else:
         batches = _limited(data.num_train_batches(trainer.world_size), trainer.limit_train_batches)
         interval = getattr(trainer, "val_check_interval", None)  # Lightning sets none for a duration

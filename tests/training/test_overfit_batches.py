@@ -1,4 +1,4 @@
-"""`overfit_batches` repeats its training batches, which Lightning does for a `DataLoader` alone."""
+"""`overfit_batches` repeats its training batches, which Lightning does for a `DataLoader` alone; loaders resume."""
 
 import lightning.pytorch as pl
 import pytest
@@ -91,3 +91,22 @@ def test_a_run_resumed_inside_an_epoch_repeats_them_too(tmp_path, num_workers):
     resumed, run = watch(tmp_path, ckpt_path=tmp_path / "inside.ckpt", **settings)
     assert run.global_step == 9
     assert equal([chain(resumed.train)], [chain(unbroken.train)[5:]])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loaders_that_are_given_without_their_data_module_resume_inside_an_epoch(tmp_path, num_workers):
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 12:
+                trainer.save_checkpoint(tmp_path / "inside.ckpt")
+
+    def fit(*callbacks, ckpt_path=None):
+        seen, data = Watch(), small_data(**PLAIN, num_workers=num_workers)
+        module = ImageClassifier(image_size=16, model_kwargs={"widths": [2, 2, 2]})
+        run = quiet_trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0, callbacks=[seen, *callbacks])
+        run.fit(module, data.train_dataloader(), data.val_dataloader(), ckpt_path=ckpt_path)
+        assert run.global_step == module.total_steps() == 18
+        return chain(seen.train)
+
+    unbroken = fit(Save())
+    assert equal([fit(ckpt_path=tmp_path / "inside.ckpt")], [unbroken[12:]])

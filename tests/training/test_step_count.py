@@ -22,6 +22,8 @@ def trainer(**changed):
         "limit_val_batches": 1.0,
         "min_steps": None,
         "overfit_batches": 0,
+        "train_dataloader": None,
+        "ckpt_path": None,
     }
     return SimpleNamespace(**(settings | changed))
 
