@@ -29,10 +29,7 @@ def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) 
     """
     data = training_data(trainer)
     if data is None:
-        is_early = trainer.train_dataloader is None
-        total = trainer.estimated_stepping_batches
-        if is_early and trainer.ckpt_path:
-            set_up_loaders_again(trainer)
+        total = _steps_of_loaders(trainer, epochs_done, steps_done)
     else:
         batches = _limited(data.num_train_batches(trainer.world_size), trainer.limit_train_batches)
         interval = getattr(trainer, "val_check_interval", None)  # Lightning sets none for a duration
@@ -70,6 +67,20 @@ def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) 
     if total < 1:
         raise UserError(f"{_cause(trainer)}: leaves no step to train; give more, or leave it out.")
     return int(total)
+
+
+def _steps_of_loaders(trainer: pl.Trainer, epochs_done: int, steps_done: int) -> float:
+    """Return what `count_steps` does, of loaders of one's own; infinity of a run without an end."""
+    is_early = trainer.train_dataloader is None
+    total = trainer.estimated_stepping_batches
+    if is_early and trainer.ckpt_path:
+        set_up_loaders_again(trainer)
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if not epochs_done or epochs in (None, -1) or math.isinf(batches):
+        return total
+    # Lightning estimates as if the epochs before had as many batches as these.
+    total = steps_done + math.ceil(batches / trainer.accumulate_grad_batches) * max(0, epochs - epochs_done)
+    return total if trainer.max_steps == -1 else min(total, trainer.max_steps)
 
 
 def check_train_batches(trainer: pl.Trainer) -> None:

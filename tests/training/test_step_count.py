@@ -24,6 +24,7 @@ def trainer(**changed):
         "overfit_batches": 0,
         "train_dataloader": None,
         "ckpt_path": None,
+        "num_training_batches": 9,
     }
     return SimpleNamespace(**(settings | changed))
 
@@ -127,6 +128,23 @@ def test_a_fraction_that_leaves_no_batch_to_evaluate_is_refused(name, overfit):
 
 def test_other_loaders_are_counted_by_lightning():
     assert count_steps(trainer(datamodule=None, estimated_stepping_batches=7)) == 7
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, 300),
+        ({"num_training_batches": 100}, 400),
+        ({"num_training_batches": 200}, 600),
+        ({"accumulate_grad_batches": 4}, 226),
+        ({"max_steps": 250}, 250),
+        ({"max_epochs": -1, "estimated_stepping_batches": 250}, 250),
+        ({"num_training_batches": float("inf"), "estimated_stepping_batches": 250}, 250),
+    ],
+)
+def test_other_loaders_of_a_resumed_run_add_their_steps_to_those_before(changed, expected):
+    settings = {"num_training_batches": 50, "max_epochs": 4, "estimated_stepping_batches": 0, **changed}
+    assert count_steps(trainer(datamodule=None, **settings), epochs_done=2, steps_done=200) == expected
 
 
 def test_a_loader_of_ones_own_must_have_the_batches_that_are_planned():
