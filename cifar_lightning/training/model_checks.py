@@ -173,7 +173,7 @@ def check_schedules(trainer: pl.Trainer, num_steps: Callable[[], int]) -> None:
 
     Args:
         trainer: At its start.
-        num_steps: Returns the steps of the whole run.
+        num_steps: Returns the steps of the schedule, also those before a resume.
     """
     for config in trainer.lr_scheduler_configs:
         scheduler, is_per_step = config.scheduler, config.interval == "step"

@@ -220,7 +220,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self._missing_metrics: set[str] = set()  # those of a checkpoint that were not given again
         self.totals = TrainMetrics(self.device)
         """Sums over this process's images of the epoch so far."""
-        self._resumed_from: tuple[int, int] | None = None  # finished epochs and their steps, of a checkpoint
+        self._resumed_from = 0, 0  # finished epochs and their steps, of a checkpoint or an earlier fit of the Trainer
+        self._steps_before = 0  # of an earlier fit of the Trainer, whose schedule has ended
         self._class_weights: Tensor | None = None  # of the loss, from the data
         self._normalization: Any = None  # mean and std of the images that it was trained on
         self.has_begun = False
@@ -291,7 +292,11 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         if data is not None and self._normalization is not None:  # another model may have changed the data's
             data.use_normalization(*self._normalization)
         if stage == "fit":
-            self._resumed_from = None
+            self._resumed_from, self._steps_before = (0, 0), 0
+            if self._trainer is not None:
+                epochs: Any = self.trainer.fit_loop.epoch_progress.current
+                self._steps_before = self.trainer.global_step
+                self._resumed_from = epochs.processed, self._steps_before
             if self._frozen is not None:
                 self._frozen = self._frozen.of(self.model)  # which a subclass may have replaced
                 self._frozen.set_epoch(self.current_epoch, self.trainer.world_size)
@@ -372,7 +377,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         if self.plans_schedule:
             check_train_batches(self.trainer)
         else:
-            check_schedules(self.trainer, self.total_steps)
+            check_schedules(self.trainer, self._planned_steps)
             step_plateaus_after_validations(self.trainer)
         self._freeze_for_epoch()  # Lightning starts no epoch that is resumed in its middle
 
@@ -441,7 +446,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
                 callbacks.append(ResumedSettings(self.make_schedule))
             stem = whitening_stem_of(self.model)
             if stem is not None:
-                callbacks.append(WhiteningStem(stem, self.schedule_settings, self.total_steps))
+                callbacks.append(WhiteningStem(stem, self._stem_end))
         return callbacks
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -475,20 +480,30 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
 
     def make_schedule(self, optimizer: torch.optim.Optimizer, steps_done: int | None = None) -> LRScheduler:
         """Return the schedule of an optimizer, of a resumed one after `steps_done` steps."""
-        total_steps = self.total_steps()
+        total_steps = self._planned_steps()
         return make_schedule(optimizer, self.schedule_settings, total_steps=total_steps, steps_done=steps_done)
 
     def peak_step(self) -> float:
         """Return the step at which the learning rate of our schedule is highest; 0 with an optimizer of one's own."""
-        return self.schedule_settings.warmup_fraction * self.total_steps() if self.plans_schedule else 0.0
+        if not self.plans_schedule:
+            return 0.0
+        return self._steps_before + self.schedule_settings.warmup_fraction * self._planned_steps()
+
+    def _stem_end(self) -> int:
+        """Return the step after which the stem is no longer trained."""
+        return self._steps_before + self.schedule_settings.stem_steps(self._planned_steps())
+
+    def _planned_steps(self) -> int:
+        """Return the steps of the schedule: those of the run, without those of an earlier fit of the Trainer."""
+        return max(1, self.total_steps() - self._steps_before)
 
     def total_steps(self) -> int:
-        """Return the optimizer steps of the whole run, also of a resumed one.
+        """Return the optimizer steps of the whole run, also of a resumed one or of a later fit of the Trainer.
 
         Raises:
             UserError: The run has no end, or no step.
         """
-        return count_steps(self.trainer, *(self._resumed_from or (0, 0)))
+        return count_steps(self.trainer, *self._resumed_from)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the versions, and hyperparameters as types that load as data, also those of a subclass."""
@@ -517,7 +532,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         data = training_data(self._trainer) if self._trainer is not None else None
         if data is not None and DATA_STATE in checkpoint:  # where Lightning, which restores it next, looks for it
             checkpoint.setdefault(type(data).__qualname__, checkpoint[DATA_STATE])
-        self._resumed_from = progress_of(checkpoint)
+        self._resumed_from, self._steps_before = progress_of(checkpoint), 0
         if (found := statistics_of(checkpoint)) is not None:
             self._normalization = found
         if type(self) is ImageClassifier and checkpoint.get(IMPORTED_CLASS):

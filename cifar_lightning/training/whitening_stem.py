@@ -9,29 +9,28 @@ from torch import nn
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.models.speednet import WhiteningConv, num_whitening_images
-from cifar_lightning.optim.schedules import ScheduleSettings
 from cifar_lightning.training.trainer_data import training_data
 
 
 class WhiteningStem(pl.Callback):
     """Sets the stem's filters from the data, and stops training the stem after its fraction of the steps."""
 
-    def __init__(self, stem: WhiteningConv, schedule: ScheduleSettings, total_steps: Callable[[], int]) -> None:
-        self.stem, self.schedule, self.total_steps = stem, schedule, total_steps
-        self._num_steps = 0
+    def __init__(self, stem: WhiteningConv, end: Callable[[], int]) -> None:
+        self.stem, self.end = stem, end
+        self._end = 0
         self._frozen: list[nn.Parameter] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Whiten the filters, unless they were loaded."""
         whiten(self.stem, training_data(trainer))
-        self._num_steps = self.schedule.stem_steps(self.total_steps())
+        self._end = self.end()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Freeze the stem when its steps are over.
 
         Without its gradient a step has 4 % less arithmetic. DDP waits for every gradient, so with DDP it is computed.
         """
-        if self._frozen is not None or trainer.global_step < self._num_steps:
+        if self._frozen is not None or trainer.global_step < self._end:
             return
         self._frozen = [parameter for parameter in self.stem.parameters() if parameter.requires_grad]
         if trainer.model is pl_module:

@@ -160,6 +160,27 @@ def test_a_validation_may_be_due_after_a_time(tmp_path):
     assert run.global_step == 9
 
 
+@pytest.mark.parametrize("settings", [{"model_kwargs": NARROW}, {**SPEED, "stem_train_fraction": 0.5}])
+def test_a_later_fit_of_a_trainer_anneals_over_the_epochs_that_are_left(tmp_path, settings):
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+            seen.append((rates, [parameter.requires_grad for parameter in pl_module.parameters()]))
+
+    module = ImageClassifier(image_size=16, **settings)
+    run = quiet_trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[Watch()])
+    run.fit(module, small_data())
+    peak = module.peak_step()
+    run.fit_loop.max_epochs = 2
+    run.fit(module, small_data())
+    assert seen[9:] == seen[:9]
+    assert module.total_steps() == run.global_step == 18
+    assert module.peak_step() == 9 + peak
+    run.fit(module, small_data())  # which has nothing left to train
+
+
 def test_speednet_is_whitened_once_and_its_stem_trained_for_its_fraction_only(tmp_path):
     module = ImageClassifier(image_size=16, stem_train_fraction=0.5, **SPEED)
     biases, whitened = [], []
@@ -245,7 +266,7 @@ def test_loaders_of_ones_own_after_a_data_module_are_not_taken_for_it(tmp_path):
     loader = DataLoader(TensorDataset(torch.randn(32, 3, 16, 16), torch.arange(32) % 10), batch_size=8)
     run.fit_loop.max_epochs = 2
     run.fit(module, loader)
-    assert module.total_steps() == 2 * 4
+    assert module.total_steps() == run.global_step == 9 + 4
     assert module._class_weights is None
     run.test(module, loader, verbose=False)
     assert writer.test.class_names == tuple("0123456789"), "names of the data module are of other images"
