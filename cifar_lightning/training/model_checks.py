@@ -15,6 +15,8 @@ from cifar_lightning.training.trainer_data import channels_of, training_data
 
 TRAIN_METRICS = ("train/loss", "train/acc", "lr")
 VAL_METRICS = ("val/loss", "val/acc", "val/f1", "val/ece")
+# What OneCycleLR adds to a group of parameters, and reads there.
+_OF_ONE_CYCLE = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 
 
 def validated_by(module: Any) -> tuple[str, ...]:
@@ -166,6 +168,26 @@ def check_step_counts(trainer: pl.Trainer) -> None:
         for kind, reason in reasons.items():
             if isinstance(callback, kind):
                 raise UserError(f"{type(callback).__name__}: {reason}, or override configure_optimizers.")
+
+
+def check_groups(trainer: pl.Trainer) -> None:
+    """Raise if a callback has added parameters to the optimizer that our schedule cannot step, as BaseFinetuning does.
+
+    OneCycleLR reads the learning rates from the groups, the others keep a list of them.
+    """
+    for config in trainer.lr_scheduler_configs:
+        scheduler, groups = config.scheduler, config.scheduler.optimizer.param_groups
+        if isinstance(scheduler, optim.lr_scheduler.OneCycleLR):
+            needed = _OF_ONE_CYCLE & groups[0].keys()
+            is_unknown = not all(needed <= group.keys() for group in groups)
+        else:
+            is_unknown = len(groups) != len(getattr(scheduler, "base_lrs", groups))
+        if is_unknown:
+            raise UserError(
+                "configure_optimizers: the schedule does not know the parameters that a callback has added to the "
+                "optimizer; freeze them by ImageClassifier(freeze=..., unfreeze_epoch=...), or override "
+                "configure_optimizers."
+            )
 
 
 def check_schedules(trainer: pl.Trainer, num_steps: Callable[[], int]) -> None:

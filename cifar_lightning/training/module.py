@@ -63,6 +63,7 @@ from cifar_lightning.training.model_checks import (
     check_batches,
     check_classes,
     check_evaluated_classes,
+    check_groups,
     check_loaders,
     check_logits,
     check_optimizers,
@@ -384,6 +385,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         self.totals = TrainMetrics(self.device)
         self._freeze_for_epoch()
+        if self._trainer is not None and self.plans_schedule:
+            check_groups(self._trainer)
 
     def _freeze_for_epoch(self) -> None:
         if self._frozen is not None:

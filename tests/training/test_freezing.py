@@ -3,13 +3,14 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning
 
 from benchmarks.faults.judge import differences
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.loading import read_checkpoint
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.signals import Stopped
-from tests.fitting import NARROW, Signal, fit_run, last_checkpoint_of
+from tests.fitting import NARROW, Signal, fit_run, last_checkpoint_of, quiet_trainer, small_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # of resumed runs
 SETTINGS = {"image_size": 16, "model_kwargs": NARROW, "lr": 0.01, "freeze": "backbone"}
@@ -92,6 +93,44 @@ def test_layers_of_a_model_that_a_subclass_makes_are_frozen_and_unfrozen(tmp_pat
     fit_run(tmp_path / "run", states, module=module, epochs=2)
     assert [changed(start, weights) for weights in states.weights] == [{"2"}, {"0", "2"}]
     assert states.in_eval == [{"0.1"}, set()]
+
+
+class Finetuning(BaseFinetuning):
+    """Freezes all but the head, and adds it to the optimizer after an epoch, or never."""
+
+    def __init__(self, unfreezes, **group):
+        super().__init__()
+        self.unfreezes, self.group = unfreezes, group
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.model.features, train_bn=False)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1 and self.unfreezes:
+            self.unfreeze_and_add_param_group(pl_module.model.features, optimizer)
+            optimizer.param_groups[-1].update(self.group)
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", "linear"])
+@pytest.mark.parametrize("unfreezes", [True, False])
+def test_lightnings_finetuning_may_freeze_and_is_refused_where_it_adds_to_our_schedule(tmp_path, schedule, unfreezes):
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW, schedule=schedule)
+    trainer = quiet_trainer(tmp_path, max_epochs=2, limit_train_batches=2, callbacks=[Finetuning(unfreezes)])
+    if unfreezes:
+        with pytest.raises(UserError, match=r"unfreeze_epoch=.*configure_optimizers"):
+            trainer.fit(module, small_data())
+    else:
+        trainer.fit(module, small_data())
+    assert trainer.global_step == (2 if unfreezes else 4)
+
+
+def test_a_group_that_one_cycle_can_step_is_trained(tmp_path):
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW)
+    momenta = {"base_momentum": 0.85, "max_momentum": 0.95}
+    callback = Finetuning(True, initial_lr=1e-4, max_lr=1e-3, min_lr=1e-6, **momenta)
+    trainer = quiet_trainer(tmp_path, max_epochs=2, limit_train_batches=2, callbacks=[callback])
+    trainer.fit(module, small_data())
+    assert trainer.global_step == 4
 
 
 def test_layers_are_unfrozen_only_where_some_are_frozen():
