@@ -68,7 +68,26 @@ def name_of(loss: Any) -> str:
     return path if is_importable else f"<{getattr(loss, '__name__', type(loss).__name__)}>"
 
 
-def check_loss(loss: Loss, name: str, num_classes: int, device: torch.device, *, takes_probs: bool) -> None:
+def logits_dtype(loss: Loss, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of logits to evaluate a loss of one's own with, in a module of `dtype`.
+
+    It is at least float32, but `dtype` where the loss has weights or buffers, which `nn.CrossEntropyLoss` wants of the
+    same dtype.
+    """
+    tensors = [*loss.parameters(), *loss.buffers()] if isinstance(loss, nn.Module) else []
+    has_own = any(tensor.is_floating_point() for tensor in tensors)
+    return dtype if has_own else torch.promote_types(dtype, torch.float32)
+
+
+def check_loss(
+    loss: Loss,
+    name: str,
+    num_classes: int,
+    device: torch.device,
+    *,
+    takes_probs: bool,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Try a loss on logits and labels of a few images, without changing it or the random state.
 
     Args:
@@ -77,15 +96,17 @@ def check_loss(loss: Loss, name: str, num_classes: int, device: torch.device, *,
         num_classes: Number of logits.
         device: Where the loss is.
         takes_probs: Also try it on probabilities in place of labels, as MixUp makes them.
+        dtype: Of the module.
 
     Raises:
         UserError: It fails, or returns something else than one finite number with a gradient.
     """
     labels = torch.arange(2 * num_classes, device=device) % num_classes
-    probs = nn.functional.one_hot(labels, num_classes).float() * 0.8 + 0.2 / num_classes
+    probs = nn.functional.one_hot(labels, num_classes).float() * 0.8 + 0.2 / num_classes  # of float32, as MixUp's
     for targets, kind in [(labels, "labels"), *([(probs, "probabilities")] if takes_probs else [])]:
         generator = torch.Generator().manual_seed(0)
-        logits = torch.randn(len(labels), num_classes, generator=generator).to(device).requires_grad_()
+        logits = torch.randn(len(labels), num_classes, generator=generator)
+        logits = logits.to(device, logits_dtype(loss, dtype)).requires_grad_()
         given = f"--model.loss {clipped(name)}: for logits {tuple(logits.shape)} and {kind} {tuple(targets.shape)} it"
         hint = ";\nleave --model.mixup and --model.cutmix out" if kind == "probabilities" else ""
         try:

@@ -58,7 +58,7 @@ from cifar_lightning.training.eval_metrics import (
 )
 from cifar_lightning.training.left_out_hooks import LeftOutHooks
 from cifar_lightning.training.lightning_patches import PlainHookNames, step_plateaus_after_validations, use_double
-from cifar_lightning.training.losses import DEFAULT_LOSS, check_loss, make_loss, name_of
+from cifar_lightning.training.losses import DEFAULT_LOSS, check_loss, logits_dtype, make_loss, name_of
 from cifar_lightning.training.model_checks import (
     check_batches,
     check_classes,
@@ -349,6 +349,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
                 self.num_classes,
                 self.device,
                 takes_probs=self._mixing is not None,
+                dtype=self.dtype,  # type: ignore[arg-type]  # Lightning types it as str, too
             )
         if self.own_metrics is not None:
             check_metrics(self.own_metrics, self.num_classes, self.device)
@@ -585,10 +586,16 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         # float32, since NumPy has no bfloat16.
         logits, plain_logits = (tensor.float() for tensor in tta_logits(self, images, tta))
         if len(targets) > 0:  # a rank without further images gets an empty batch
-            update_evaluation(metrics, logits, plain_logits, targets, self.loss_function or F.cross_entropy)
+            update_evaluation(metrics, logits, plain_logits, targets, self._evaluation_loss)
             if self.own_metrics is not None:
                 self.own_metrics.update(logits.softmax(1), targets)
         return logits
+
+    def _evaluation_loss(self, logits: Float[Tensor, "batch classes"], targets: Tensor) -> Tensor:
+        if self.loss_function is None:
+            return F.cross_entropy(logits, targets)
+        dtype = logits_dtype(self.loss_function, self.dtype)  # type: ignore[arg-type]  # as above
+        return self.loss_function(logits.to(dtype), targets)
 
     def on_validation_epoch_start(self) -> None:
         self._reset(self.val_metrics)

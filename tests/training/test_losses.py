@@ -147,6 +147,25 @@ def test_a_trial_leaves_the_loss_as_it_was():
     assert module.loss_function.num_seen == 0
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+@pytest.mark.parametrize("mixup", [0.0, 0.2])
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(weight=torch.linspace(0.5, 2, 10)), nn.CrossEntropyLoss()])
+def test_a_loss_with_a_buffer_is_trained_and_evaluated_in_the_precision_of_the_module(tmp_path, precision, mixup, loss):
+    module = ImageClassifier(loss=loss, mixup=mixup, **SETTINGS)
+    settings = {"max_epochs": 1, "max_steps": 1, "limit_val_batches": 1, "num_sanity_val_steps": 1}
+    trainer = quiet_trainer(tmp_path, precision=precision, **settings)
+    trainer.fit(module, small_data())
+    assert trainer.global_step == 1
+    logged = quiet_trainer(tmp_path, precision=precision).validate(module, small_data(), verbose=False)[0]
+    assert 0 < logged["val/loss"] < 10
+
+
+def test_a_loss_of_another_dtype_than_the_module_is_refused_before_training():
+    weight = torch.ones(10, dtype=torch.float64)
+    with pytest.raises(UserError, match=r"fails \(RuntimeError"):
+        ImageClassifier(loss=nn.CrossEntropyLoss(weight=weight), **SETTINGS).prepare(None)
+
+
 class Scaled:
     def __init__(self, by):
         self.by = by
