@@ -18,6 +18,8 @@ VERSION_KEY = "cifar_lightning_version"
 """The key of the version of this project, for people who have nothing but the file."""
 DATA_STATE = "ImageDataModule"
 """The key of the data module's state; Lightning names it by the class, see `with_data_state`."""
+IMPORTED_MODEL = "imported"
+"""The key of the import path and arguments of a model of one's own; older checkpoints have it in hyper_parameters."""
 IMPORTED_CLASS = "imported_class"
 """The key of the import path and arguments of a subclass of ImageClassifier that alone gives its logits."""
 OWN_METRICS = "own_metrics"
@@ -99,6 +101,7 @@ class _OfRun(_Lightning):
     data: _DataState = Field(alias="ImageDataModule")  # DATA_STATE
     epoch_so_far: _EpochSoFar = Field(_EpochSoFar(), alias="cifar_lightning_epoch")  # its EPOCH_SO_FAR
     fitted_temperature: Annotated[float, Field(gt=0)] | None = None  # of an export, TEMPERATURE
+    imported: _Imported | None = None
     imported_class: _Imported | None = None
     own_metrics: list[str] = []
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint, read_export
-from cifar_lightning.checkpoints.schema import DATA_STATE, IMPORTED_CLASS, TEMPERATURE
+from cifar_lightning.checkpoints.schema import DATA_STATE, IMPORTED_CLASS, IMPORTED_MODEL, TEMPERATURE
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256
@@ -78,7 +78,7 @@ def load_trained_model(
     hparams, data = checkpoint.get("hyper_parameters", {}), checkpoint.get(DATA_STATE)
     if data is None:
         raise UserError(f"{path}: has no class names, mean and std; fit did not write it.")
-    imported = checkpoint.get(IMPORTED_CLASS) or hparams.get("imported")
+    imported = checkpoint.get(IMPORTED_CLASS) or checkpoint.get(IMPORTED_MODEL) or hparams.get("imported")
     name = imported["path"] if imported else hparams.get("name")
     kwargs = (imported or {}).get("kwargs") or hparams.get("model_kwargs")
     if model is None and not name:

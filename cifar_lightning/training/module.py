@@ -21,6 +21,7 @@ from cifar_lightning.checkpoints.pretrained import load_pretrained
 from cifar_lightning.checkpoints.schema import (
     DATA_STATE,
     IMPORTED_CLASS,
+    IMPORTED_MODEL,
     OWN_METRICS,
     SCHEMA_KEY,
     VERSION_KEY,
@@ -518,13 +519,14 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
                     callback.put_average(checkpoint)
         if self.CHECKPOINT_HYPER_PARAMS_KEY in checkpoint:
             hparams = portable(plain(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]))
+            # Without paths, which load_from_checkpoint would import, whoever wrote the checkpoint.
             if self.imported is not None:
-                # Not as `name`: load_from_checkpoint would import it, whoever wrote the checkpoint.
-                hparams |= {"name": None, "imported": portable(plain(self.imported))}
+                hparams["name"] = None
             if self.loss_function is not None:
-                imported_loss = {"path": hparams["loss"], "kwargs": hparams["loss_kwargs"]}
-                hparams |= {"loss": None, "loss_kwargs": None, "imported_loss": imported_loss}
+                hparams |= {"loss": None, "loss_kwargs": None}
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
+        if self.imported is not None:
+            checkpoint[IMPORTED_MODEL] = portable(plain(self.imported))
         if self.imported_class is not None:
             checkpoint[IMPORTED_CLASS] = portable(plain(self.imported_class))
         if names := [*(self.own_metrics or ()), *sorted(self._missing_metrics)]:

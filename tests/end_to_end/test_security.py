@@ -183,6 +183,7 @@ def test_arguments_in_a_foreign_checkpoint_run_nothing(kwargs, monkeypatch, tmp_
     of_name = {"name": "torch.nn:Identity", "model_kwargs": kwargs}
     for more in (
         {"hyper_parameters": {"imported": imported}},
+        {"imported": imported},
         {"imported_class": imported},
         {"hyper_parameters": of_name},
     ):

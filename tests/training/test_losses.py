@@ -1,5 +1,7 @@
 """Losses of one's own: trained on, evaluated with, saved with their parameters; what is no loss is refused before."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,7 +90,7 @@ def test_parameters_and_buffers_of_a_loss_are_trained_saved_and_resumed(tmp_path
     assert raw["loss_function.num_seen"] == 180
     assert raw["loss_function.centers"].abs().min() > 0
     assert result["hyper_parameters"]["loss"] is None, "load_from_checkpoint would import it"
-    assert result["hyper_parameters"]["imported_loss"]["path"] == f"{HERE}:Centers"
+    assert result["hyper_parameters"].keys() <= inspect.signature(ImageClassifier).parameters.keys()
 
 
 @pytest.mark.parametrize(
