@@ -105,6 +105,17 @@ def build_optimizer(
     return optimizer
 
 
+def keep_ratios(optimizer: torch.optim.Optimizer) -> None:
+    """Keep the ratios of the groups' learning rates to the first one's, where an LR finder sets one for all groups."""
+    ratios = [group["lr"] / optimizer.param_groups[0]["lr"] for group in optimizer.param_groups]
+
+    def follow(optimizer: torch.optim.Optimizer, *args: Any) -> None:
+        for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+            group["lr"] = ratio * optimizer.param_groups[0]["lr"]
+
+    optimizer.register_step_pre_hook(follow)
+
+
 def _scaled(groups: list[dict[str, Any]], lr: float, lr_scales: Mapping[nn.Parameter, float]) -> list[dict[str, Any]]:
     return [
         {**group, "lr": lr * scale, "params": parameters}

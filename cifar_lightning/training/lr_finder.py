@@ -26,7 +26,6 @@ from cifar_lightning.optim.optimizers import OptimizerSettings
 from cifar_lightning.report.figures import figure_to_png, lr_range_figure
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.module import ImageClassifier
-from cifar_lightning.training.whitening_stem import whiten, whitening_stem_of
 
 MIN_LR, MAX_LR, NUM_STEPS = 1e-5, 1.0, 100
 
@@ -68,11 +67,6 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
     data.setup()
     # Lightning's finder calls neither on_fit_start nor callbacks.
     tuned.prepare(data)
-    stem = whitening_stem_of(tuned.model)
-    if stem is not None:
-        whiten(stem, data)
-    if settings.name == "muon" or tuned._layer_decay != 1:
-        _keep_ratios(tuned)
     bar = sys.stderr if sys.stderr.isatty() else io.StringIO()  # without a terminal the bar writes a line a step
     with (
         torch.random.fork_rng(),
@@ -103,22 +97,3 @@ def write_lr_range(run: RunFolder, found: LrRange) -> None:
     """Write lr_range.json and lr_range.png."""
     write_json(run.lr_range, asdict(found))
     write_bytes_durably(run.lr_range_png, figure_to_png(lr_range_figure(found.lrs, found.losses, found.suggestion)))
-
-
-def _keep_ratios(module: ImageClassifier) -> None:
-    """Keep the ratios of the groups' learning rates; Lightning sets one lr for all groups."""
-    configure = module.configure_optimizers
-
-    def configured() -> Any:
-        made = configure()
-        groups = made["optimizer"].param_groups
-        ratios = [group["lr"] / groups[0]["lr"] for group in groups]
-
-        def follow(optimizer: torch.optim.Optimizer, *args: Any) -> None:
-            for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
-                group["lr"] = ratio * optimizer.param_groups[0]["lr"]
-
-        made["optimizer"].register_step_pre_hook(follow)
-        return made
-
-    object.__setattr__(module, "configure_optimizers", configured)

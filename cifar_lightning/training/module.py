@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import lightning.pytorch as pl
 import torch
 from jaxtyping import Float
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from pydantic import Field
@@ -43,7 +44,7 @@ from cifar_lightning.models.registry import (
     makes_same_logits,
 )
 from cifar_lightning.models.state_dicts import describe_misfits
-from cifar_lightning.optim.optimizers import OptimizerSettings, build_optimizer
+from cifar_lightning.optim.optimizers import OptimizerSettings, build_optimizer, keep_ratios
 from cifar_lightning.optim.schedules import ScheduleName, ScheduleSettings, make_schedule
 from cifar_lightning.runs.environment import package_version, portable
 from cifar_lightning.runs.schema import SCHEMA_VERSION
@@ -78,7 +79,7 @@ from cifar_lightning.training.step_count import check_train_batches, count_steps
 from cifar_lightning.training.train_metrics import TrainMetrics, means_of
 from cifar_lightning.training.trainer_data import repeat_if_overfitting, training_data
 from cifar_lightning.training.tta import TTA, tta_logits
-from cifar_lightning.training.whitening_stem import WhiteningStem, whitening_stem_of
+from cifar_lightning.training.whitening_stem import WhiteningStem, whiten, whitening_stem_of
 from cifar_lightning.training.winograd_convolutions import WinogradConvolutions
 from cifar_lightning.transforms.mixup import Mixing
 
@@ -474,14 +475,25 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         optimizer = build_optimizer(
             self.model, self.optimizer_settings, fused=fused, later=later, others=others, lr_scales=scales
         )
+        if any(isinstance(each, LearningRateFinder) for each in self.trainer.callbacks):  # type: ignore[attr-defined]  # set by a connector
+            keep_ratios(optimizer)
+            stem = whitening_stem_of(self.model)
+            if stem is not None:  # whose callback Lightning leaves out
+                whiten(stem, training_data(self.trainer))
         schedule = self.make_schedule(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _use_found_lr(self) -> None:
         """Use the learning rate that Lightning's Tuner has found; it sets that of `hparams`."""
-        lr = self.hparams.get("lr")
-        if lr is not None and lr != self.hparams_initial.get("lr"):
-            self.optimizer_settings = replace(self.optimizer_settings, lr=plain(lr))
+        lr, settings = self.hparams.get("lr"), self.optimizer_settings
+        if lr is None or lr in (self.hparams_initial.get("lr"), settings.lr):
+            return
+        found: dict[str, Any] = {"lr": plain(lr)}
+        if settings.name == "muon":  # all of whose learning rates it has raised
+            found["sgd_lr"] = settings.sgd_lr * found["lr"] / settings.lr
+            found["head_lr"] = None if settings.head_lr is None else settings.head_lr * found["lr"] / settings.lr
+        self.optimizer_settings = replace(settings, **found)
+        self.hparams.update({name: each for name, each in found.items() if name in self.hparams})
 
     def make_schedule(self, optimizer: torch.optim.Optimizer, steps_done: int | None = None) -> LRScheduler:
         """Return the schedule of an optimizer, of a resumed one after `steps_done` steps."""

@@ -141,6 +141,40 @@ def test_a_rate_that_lightnings_tuner_finds_is_trained_with(tmp_path):
     assert started.max_lr == found.suggestion() == tuned.hparams["lr"] != 3e-3
 
 
+def test_lightnings_tuner_keeps_the_ratios_of_muon_too(tmp_path, monkeypatch):
+    tuned, images, steps, step = module(optimizer="muon", lr=0.05, head_lr=0.01), small_data(), [], Muon.step
+
+    def watch(self, closure=None):
+        steps.append({group["role"]: group["lr"] for group in self.param_groups})
+        return step(self, closure)
+
+    monkeypatch.setattr(Muon, "step", watch)
+    trainer = quiet_trainer(tmp_path, max_epochs=5)
+    found = Tuner(trainer).lr_find(tuned, datamodule=images, num_training=30)
+    assert len(steps) > 10
+    quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1).fit(tuned, images)
+    for rates in steps:
+        assert rates["vectors"] == pytest.approx(2 * rates["filters"])
+        assert rates["matrices"] == pytest.approx(0.2 * rates["filters"])
+    peaks = tuned.optimizer_settings
+    assert (peaks.lr, peaks.sgd_lr, peaks.head_lr) == pytest.approx([found.suggestion() * each for each in (1, 2, 0.2)])
+    assert (tuned.hparams["sgd_lr"], tuned.hparams["head_lr"]) == (peaks.sgd_lr, peaks.head_lr)
+
+
+def test_lightnings_tuner_searches_with_a_whitened_stem(tmp_path, monkeypatch):
+    settings = {"name": "speednet", "model_kwargs": {"widths": [4, 4]}, "optimizer": "muon", "lr": 0.1}
+    tuned, searched, forward = ImageClassifier(image_size=16, **settings), [], WhiteningConv.forward
+
+    def watch(self, images):
+        searched.append(self.is_whitened)
+        return forward(self, images)
+
+    monkeypatch.setattr(WhiteningConv, "forward", watch)
+    Tuner(quiet_trainer(tmp_path, max_epochs=1)).lr_find(tuned, datamodule=small_data(), num_training=3)
+    assert searched
+    assert all(searched)
+
+
 class OwnOptimizer(ImageClassifier):
     def configure_optimizers(self):
         return torch.optim.SGD(self.model.parameters(), lr=1e-9)
