@@ -323,7 +323,9 @@ def _refuse_classes_in_files(groups: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_code_of_run(path: Path, tree: dict[str, Any], trust_code: bool, given: Collection[str]) -> None:
-    if not (path.parent / "checkpoints").is_dir():
+    folder = Path(os.path.realpath(path.parent))
+    is_seeds_run = folder.name.isdecimal() and os.path.lexists(folder.parent / "seeds.json")  # begun or not
+    if not (is_seeds_run or (folder / "checkpoints").is_dir()):
         return
     for name in MAY_BE_OBJECTS:
         group, _, key = name.partition(".")

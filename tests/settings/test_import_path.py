@@ -146,6 +146,22 @@ def test_the_config_of_a_run_needs_trust_and_a_config_elsewhere_does_not(line: s
     check_config(config, trust_code=True)
 
 
+def test_the_config_of_a_seeds_run_without_a_checkpoint_needs_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("out/0", "out/notes"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.yaml").write_text("model: {loss: 'subprocess:Popen'}")
+    check_config(tmp_path / "out" / "0" / "config.yaml")
+    (tmp_path / "out" / "seeds.json").write_text('{"seeds": [0]}')
+    monkeypatch.chdir(tmp_path / "out" / "0")
+    for config in (Path("config.yaml"), Path("../0/config.yaml"), tmp_path / "out" / "0" / "config.yaml"):
+        with pytest.raises(UserError, match="--trust_code true"):
+            check_config(config)
+        check_config(config, trust_code=True)
+    check_config(tmp_path / "out" / "notes" / "config.yaml")  # no run of these seeds
+
+
 @pytest.mark.parametrize(
     ("line", "settings"),
     [
