@@ -69,6 +69,10 @@ def fit_seeds(flags: Sequence[str]) -> int:
     folder = create_run(RUNS, config_name(configs, model), flag_value(flags, "run_dir") or run_dir)
     assert folder.lock is not None
     with folder.lock:
+        runs = [RunFolder(folder.path / str(seed)) for seed in seeds]
+        if taken := [run.path for run in runs if os.path.lexists(run.config)]:  # of other settings
+            discard_run(folder)
+            raise UserError(f"--run_dir {folder.path}: {taken[0]} holds a run already; choose a new --run_dir.")
         write_json(folder.seeds, {"schema_version": SCHEMA_VERSION, "seeds": seeds})
         return _train_all(folder, seeds, others, is_new=True)
 
@@ -107,7 +111,7 @@ def _train_all(folder: RunFolder, seeds: Sequence[int], flags: Sequence[str], *,
         raise UserError(f"--resume {folder.path}: none of its runs has begun; start over with --seeds and --run_dir.")
     for number, (seed, run) in enumerate(runs.items(), 1):
         config = next((each.config for each in runs.values() if each.config.is_file()), None)
-        if state_of(run)["state"] == "finished" and (is_new or not flags):
+        if state_of(run)["state"] == "finished" and not flags:
             print(f"Seed {seed} ({number} of {len(seeds)}): {run.path} is finished.", flush=True)
             continue
         print(f"Seed {seed} ({number} of {len(seeds)}): {run.path}", flush=True)

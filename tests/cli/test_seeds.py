@@ -181,6 +181,20 @@ def test_the_folder_is_locked_and_never_overwritten(fits, tmp_path):
         open_run(tmp_path / "out")
 
 
+def test_runs_that_other_commands_left_in_the_folder_are_not_taken_for_those_of_the_seeds(fits, tmp_path):
+    assert cli.run_command(["fit", "--seeds", "0,1", "--run_dir", "out"]) == 0
+    (tmp_path / "out" / "seeds.json").unlink()
+    (tmp_path / "out" / "1" / "checkpoints" / "last.ckpt").unlink()
+    fits.commands = []
+    for values, run in (("0,1", "0"), ("1,2", "1")):
+        with pytest.raises(UserError, match=f"--run_dir out: out/{run} holds a run"):
+            cli.run_command(["fit", "--seeds", values, "--epochs", "9", "--run_dir", "out"])
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0", "1"]
+    assert fits.commands == []
+    assert cli.run_command(["fit", "--seeds", "2", "--epochs", "9", "--run_dir", "out"]) == 0
+    assert fits.commands[0][:2] == ["fit", "--trainer.max_epochs=9"]
+
+
 @pytest.mark.parametrize("value", ["", ",", "a", "0,0", "0,1,", "-1", "1.5", "[0,1]", "4294967296", "9" * 5000, "²"])
 def test_other_values_than_distinct_seeds_are_refused(monkeypatch, capsys, tmp_path, value):
     assert "--seeds" in fail(monkeypatch, capsys, tmp_path, "fit", f"--seeds={value}")
