@@ -49,8 +49,10 @@ def _in_order(name: str) -> tuple[bool, int, str]:
     return (False, int(name), "") if name.isdecimal() else (True, 0, name)
 
 
-def state_of(run: RunFolder) -> dict[str, Any]:
+def state_of(run: RunFolder, *, of_seed: bool = False) -> dict[str, Any]:
     """Return what is known of a run, or of the folder of several seeds; what is not known is None.
+
+    `of_seed`: it is the run of a seed, which is no folder of seeds itself.
 
     Keys: `run`, `state` (training: its lock is held; finished: tested; not tested: trained to its end; stopped; not
     begun: without a checkpoint; damaged), `problems`, `accuracy` (of seeds the mean), `accuracy_interval_95`, `model`,
@@ -65,18 +67,24 @@ def state_of(run: RunFolder) -> dict[str, Any]:
             problems.append(str(error).splitlines()[0])
             return {}
 
-    seeds, config = read(read_seeds, run.seeds), read(read_config, run.config)
+    seeds = {} if of_seed else read(read_seeds, run.seeds)
+    config = read(read_config, run.config)
     tested = read(read_test_metrics, run.test_metrics)
     rows, timing = (read(read_table, path) for path in (run.metrics_csv, run.timing_csv))
     ended = read(read_environment, run.environment).get("ended") or {}
     model, trainer = config.get("model") or {}, config.get("trainer") or {}
-    of_seeds = [state_of(RunFolder(run.path / str(seed)))["state"] for seed in seeds.get("seeds", ())]
+    of_seeds = set[str]()
+    for path in (run.path / str(seed) for seed in dict.fromkeys(seeds.get("seeds", ()))):
+        if path.is_symlink():
+            problems.append(f"{path.name} is a link")
+        else:
+            of_seeds.add(state_of(RunFolder(path), of_seed=True)["state"])
     states = {
         "training": is_locked(run.lock_file),
         "damaged": bool(problems),
-        "finished": (bool(tested) and run.report.is_file()) or set(of_seeds) == {"finished"},
+        "finished": (bool(tested) and run.report.is_file()) or of_seeds == {"finished"},
         "not tested": bool(ended) and ended.get("by") != "signal",
-        "stopped": run.has_checkpoint or bool(set(of_seeds) - {"not begun"}),
+        "stopped": run.has_checkpoint or bool(of_seeds - {"not begun"}),
         "not begun": True,
     }
     spread = seeds.get("accuracy") or {}

@@ -12,6 +12,7 @@ from made_run import make_run
 from cifar_lightning.cli import main as cli
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_json, write_text_durably
+from cifar_lightning.runs import states as states_module
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.runs.lock import RunLock, is_locked
 from cifar_lightning.runs.states import state_of, states_below, states_table
@@ -87,6 +88,32 @@ def test_settings_of_any_type_and_names_that_do_not_print_are_shown(run):
     run.config.write_text(yaml.safe_dump(config))
     ended(run, epochs="three", step=-4, planned_steps=1e300)
     assert states_table([state_of(run)]).replace("\n", "").isprintable()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX links")
+@pytest.mark.parametrize("kind", ["links to itself", "folders of seeds in each other"])
+def test_a_folder_of_seeds_that_holds_folders_of_seeds_is_shown_at_once(tmp_path, monkeypatch, kind):
+    path = tmp_path / "x"
+    path.mkdir()
+    if kind == "links to itself":  # 2^40 ways through it
+        write_json(path / "seeds.json", {"seeds": [0, 1]})
+        for name in "01":
+            (path / name).symlink_to(".")
+    else:
+        for _ in range(3):
+            path.mkdir(exist_ok=True)
+            write_json(path / "seeds.json", {"seeds": [0] * 1000})
+            path /= "0"
+    calls = []
+
+    def counted(*run, **kwargs):
+        calls.append(run)
+        assert len(calls) <= 6
+        return state_of(*run, **kwargs)
+
+    monkeypatch.setattr(states_module, "state_of", counted)
+    found = [state["state"] for state in states_below(tmp_path)]
+    assert found == (["damaged"] if kind == "links to itself" else ["not begun"] * 3)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX links")
