@@ -173,6 +173,8 @@ class TrainingCLI(LightningCLI):
         if self._objects.model is not None:
             _update(self.settings.model, made_from(made.model))
         made.trainer.callbacks = [*as_list(made.trainer.callbacks), *self._objects.callbacks] or None
+        if self.subcommand == "fit":  # also those that a function makes or a module holds
+            check_kinds(map(type, made.trainer.callbacks or ()))
         if self.settings.model_class:
             given = self.settings.model.as_dict()
             made.model.init_args = {key: each for key, each in given.items() if key != "model" or each is not None}

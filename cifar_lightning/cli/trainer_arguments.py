@@ -244,7 +244,10 @@ ARGUMENTS: dict[str, Argument] = {
         "cluster environments by `class_path`",
         refused={
             "a precision plugin would not agree with --trainer.precision, which every run has; give that": (
-                lambda value, _: any(issubclass(class_of(node), Precision) for node in objects_in(value))
+                lambda value, _: any(
+                    isinstance(kind := class_of(node), type) and issubclass(kind, Precision)
+                    for node in objects_in(value)
+                )
             ),
             "checkpoints are written durably by DurableCheckpointIO alone": (
                 lambda value, _: any("CheckpointIO" in path for path in _paths(value))

@@ -6,6 +6,7 @@ that works, and fail for a class of Lightning's that has no entry.
 
 import importlib
 import inspect
+import pkgutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -93,12 +94,12 @@ LOGGERS = {
 }
 
 
-def check_kinds(kinds: Iterable[type]) -> None:
-    """Raise a `UserError` for a class of callbacks that would fail or mislead."""
+def check_kinds(kinds: Iterable[Any]) -> None:
+    """Raise a `UserError` for a class of callbacks that would fail or mislead; what is no class is skipped."""
     library = importlib.import_module("lightning.pytorch.callbacks")
     for kind in kinds:
         for name, verdict in CALLBACKS.items():
-            if verdict.refused and issubclass(kind, getattr(library, name)):
+            if verdict.refused and isinstance(kind, type) and issubclass(kind, getattr(library, name)):
                 raise UserError(f"--trainer.callbacks {kind.__name__}: {verdict.refused}.")
 
 
@@ -131,11 +132,10 @@ def objects_in(settings: Any) -> Iterator[Namespace]:
         yield from objects_in(child)
 
 
-def class_of(node: Namespace) -> type:
-    """Import the class of what is given by `class_path`."""
-    module, _, name = node["class_path"].rpartition(".")
-    kind: type = getattr(importlib.import_module(module), name)
-    return kind
+def class_of(node: Namespace) -> Any:
+    """Import what is given by `class_path`: a class, also one inside another, or a function or object."""
+    parent, _, name = node["class_path"].rpartition(".")
+    return getattr(pkgutil.resolve_name(parent), name)
 
 
 def page_text() -> str:

@@ -15,6 +15,7 @@ from fitting import NARROW, quiet_trainer, small_data
 from lightning.pytorch import callbacks, loggers
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from program import REPO, TINY
+from torchvision.transforms import v2
 
 import cifar_lightning.training.predictions as predictions_module
 from cifar_lightning import ImageClassifier
@@ -60,6 +61,30 @@ class Unserializable(callbacks.Callback):
 
     def __init__(self, device=torch.device("cpu"), limits=(1, 2), marker=object(), name="a"):  # noqa: B008 - what is tested
         self.given = (device, limits, marker, name)
+
+
+class Outer:
+    """Holds classes of a user."""
+
+    class Stop(callbacks.Callback):
+        """Of a user."""
+
+    class Net(torch.nn.Linear):
+        """Of a user."""
+
+    class Shift(v2.Identity):
+        """Of a user."""
+
+
+def make_stop() -> callbacks.Callback:
+    return Outer.Stop()
+
+
+def make_average() -> callbacks.Callback:
+    return callbacks.StochasticWeightAveraging(0.01)
+
+
+average = make_average()
 
 
 class OwnLogger(Logger):
@@ -117,6 +142,31 @@ def test_a_subclass_of_a_refused_callback_is_refused_with_it_but_a_run_that_has_
         check_arguments("fit", config)
     config.ckpt_path = __file__
     check_arguments("test", config)
+
+
+@pytest.mark.parametrize("name", ["Outer.Stop", "make_stop"])
+def test_a_callback_may_be_a_class_in_another_or_made_by_a_function(name):
+    given = ["--data.dataset=synthetic", f"--trainer.callbacks+=test_trainer_objects.{name}"]
+    _, _, made = TrainingCLI("fit", given).instantiate()
+    assert [type(callback) for callback in made.trainer.callbacks] == [Outer.Stop]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--model.model={class_path: test_trainer_objects.Outer.Net, init_args: {in_features: 4, out_features: 2}}",
+        "--data.transforms=[{class_path: test_trainer_objects.Outer.Shift}]",
+    ],
+)
+def test_so_may_a_model_and_a_transform(given):
+    assert "test_trainer_objects.Outer." in TrainingCLI("fit", ["--data.dataset=synthetic", given]).config_text
+
+
+@pytest.mark.parametrize("name", ["make_average", "average"])
+def test_a_refused_callback_is_also_refused_as_an_object_or_made_by_a_function(name):
+    cli = TrainingCLI("fit", ["--data.dataset=synthetic", f"--trainer.callbacks+=test_trainer_objects.{name}"])
+    with pytest.raises(UserError, match="StochasticWeightAveraging: tested and saved"):
+        cli.instantiate()
 
 
 @pytest.mark.parametrize(
