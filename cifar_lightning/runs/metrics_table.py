@@ -37,7 +37,7 @@ class MetricsTable:
         A last line without a line end, as a crash may leave it, is not read.
 
         Raises:
-            UserError: The file cannot be read, has no column `epoch`, or a cell is not a number.
+            UserError: The file cannot be read, has no column `epoch` or a line without one, or a cell is not a number.
         """
         rows = []
         header, *lines = self._cells() or [["epoch"]]
@@ -50,6 +50,8 @@ class MetricsTable:
                 rows.append({name: float(cell) for name, cell in zip(header, cells, strict=True) if cell})
             except ValueError as error:
                 raise UserError(f"{self.path}: damaged: line {number}: {error}.") from error
+            if "epoch" not in rows[-1]:
+                raise UserError(f"{self.path}: damaged: line {number}: no epoch.")
         return rows
 
     def cut_after(self, epoch: int) -> None:

@@ -68,7 +68,9 @@ def test_resuming_drops_the_rows_that_will_be_written_again(tmp_path):
 
 def test_a_damaged_table_is_a_user_error_that_names_the_line(tmp_path):
     file = tmp_path / "metrics.csv"
-    for damaged in ("1,x\n", "1\n"):
+    for damaged in ("1,x\n", "1\n", ",0.5\n"):
         file.write_text("epoch,train/loss\n0,0.5\n" + damaged)
         with pytest.raises(UserError, match=r"metrics\.csv: damaged: line 3"):
             MetricsTable(file).read()
+        with pytest.raises(UserError, match=r"metrics\.csv: damaged: line 3"):
+            MetricsTable(file).cut_after(0)
