@@ -65,6 +65,10 @@ class _Split(BaseModel):
     test: list[FromZero] | None = None  # where the data has no test split of its own
 
 
+class _Resumed(BaseModel):
+    versions: dict[str, str | None] = {}
+
+
 class _Environment(BaseModel):
     versions: dict[str, str | None] = {}
     platform: str | None = None
@@ -80,7 +84,7 @@ class _Environment(BaseModel):
     command: list[str] = []
     optimizers: list[str] = []
     callbacks: list[str] = []
-    resumed: list[dict[str, Any]] = []
+    resumed: list[_Resumed] = []
     ended: dict[str, Any] | None = None
 
 

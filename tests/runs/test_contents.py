@@ -124,6 +124,7 @@ WRONG = [
     ("environment", b'{"command": [1]}', "command.0"),
     ("environment", b'{"versions": {"torch": [2]}}', "versions.torch"),
     ("environment", b'{"resumed": 5}', "resumed"),
+    ("environment", b'{"resumed": [{"versions": 1}]}', "resumed.0.versions"),
     ("environment", b'{"commit": {}}', "commit"),
     ("environment", b"\xff\xfe", "damaged"),
     ("test_metrics", b'{"accuracy_no_tta": "90 %"}', "accuracy_no_tta"),
