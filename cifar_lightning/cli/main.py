@@ -14,6 +14,9 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from yaml import YAMLError
 
 from cifar_lightning.cli.configs import find_config
 from cifar_lightning.cli.flags import (
@@ -502,12 +505,19 @@ def _shard(parsed: argparse.Namespace) -> int:
     from cifar_lightning.data.image_folder import ClassFolders
     from cifar_lightning.data.shard_writer import write_shards  # imports torch
 
-    labels, size = given.pop("labels", None), given.pop("image_size", "null")
-    settings = {name: read_yaml(value) for name, value in given.items()}
-    folders = ClassFolders(vars(parsed)["data.root"], read_yaml(size), labels=labels, **settings)
+    labels = given.pop("labels", None)
+    settings = {name: _read_value(name, value) for name, value in ({"image_size": "null"} | given).items()}
+    folders = ClassFolders(vars(parsed)["data.root"], labels=labels, **settings)
     print("\n".join(map(printable, write_shards(folders, parsed.output))))
     print(f"Train with: {command_line('fit', '--data.dataset', 'shards', '--data.root', parsed.output)}")
     return 0
+
+
+def _read_value(name: str, value: str) -> Any:
+    try:
+        return int(value) if value.isdecimal() else read_yaml(value)  # 064 is 64, as for fit
+    except YAMLError as error:
+        raise UserError(f"--data.{name} {clipped(value)}: {error}.") from error
 
 
 def _doctor(parsed: argparse.Namespace) -> int:

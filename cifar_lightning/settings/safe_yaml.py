@@ -12,6 +12,8 @@ from cifar_lightning.files import expand_home
 # Bytes of a file's name that are not UTF-8 are U+DC80 to U+DCFF in Python and `\\uDC80` in YAML, which libyaml refuses.
 _ESCAPED_BYTE = re.compile(r"\\uDC([89A-F][0-9A-F])")
 _BYTES = {0x10FF00 + byte: 0xDC00 + byte for byte in range(0x80, 0x100)}  # characters that nobody uses stand for them
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_OTHER_NUMBER = re.compile("[-+]?0[0_]*[1-7]_*[0-7][0-7_]*|[^:]+:.+")  # 064 is 52 in YAML 1.1, and 1:30 is 90
 MAX_BYTES = 1 << 20  # of a file; our largest config has 3 kB
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is faster and refuses deep nesting by itself
 MAX_DEPTH = 40  # lists and dicts within each other; the deepest of our own configs is 4
@@ -54,7 +56,7 @@ def checked(load: Callable[[str], Any]) -> Callable[[str], Any]:
         try:
             escaped = _ESCAPED_BYTE.sub(r"\\U0010FF\1", text)
             value = load(escaped)
-            _refuse_twice(escaped)
+            _refuse_misread(escaped)
         except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
             raise yaml.YAMLError(str(error) or type(error).__name__) from error
         check_nesting(value)
@@ -63,8 +65,8 @@ def checked(load: Callable[[str], Any]) -> Callable[[str], Any]:
     return read
 
 
-def _refuse_twice(text: str) -> None:
-    """Refuse a key that a mapping has twice: PyYAML silently takes the last one."""
+def _refuse_misread(text: str) -> None:
+    """Refuse a key that a mapping has twice, of which PyYAML silently takes the last, and numbers of base 8 and 60."""
     nodes = [yaml.compose(text, Loader=_LOADER)]
     seen = set[int]()  # an alias is the node it names
     while nodes:
@@ -72,6 +74,11 @@ def _refuse_twice(text: str) -> None:
         if id(node) in seen:
             continue
         seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and _OTHER_NUMBER.fullmatch(node.value):
+            raise yaml.YAMLError(
+                f"{node.value} on line {node.start_mark.line + 1} is another number in YAML, of base 8 or 60; write it "
+                "without leading zeros and colons, or quote it if it is text"
+            )
         if isinstance(node, yaml.SequenceNode):
             nodes += node.value
         elif isinstance(node, yaml.MappingNode):
@@ -81,7 +88,7 @@ def _refuse_twice(text: str) -> None:
                 if name in lines:
                     raise yaml.YAMLError(f"{key.value} is given twice, on lines {lines[name]} and {line}")
                 lines[name] = line
-                nodes.append(value)
+                nodes += (key, value)
 
 
 def _with_bytes(value: Any) -> Any:

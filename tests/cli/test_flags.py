@@ -137,6 +137,7 @@ def test_every_flag_is_its_own_suggestion():
         ("data: {seed: 2024-99-99}\n", "not YAML (month must be in 1..12)"),
         ("data: &a {root: *a}\n", "not YAML (nested deeper"),
         ("model:\n  lr: 1\n  lr: 2\n", "not YAML (lr is given twice, on lines 2 and 3"),
+        ("data:\n  batch_size: 064\n", "not YAML (064 on line 2 is another number"),
         ("model: {lr: 1}\nmodel.lr: 1\n", "model.lr is given twice"),
         ("model:\n# lr: 1\n", "nothing stands under model"),
         ("data:\n  batch_size:\n", "data.batch_size has no value; a whole number"),

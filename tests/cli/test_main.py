@@ -15,6 +15,7 @@ from program import REPO, TINY, fail, start
 
 from cifar_lightning.cli.help import TRAINING
 from cifar_lightning.cli.main import QUICK, run_command, training_arguments
+from cifar_lightning.data import image_folder, shard_writer
 from cifar_lightning.data.datasets import open_source
 from cifar_lightning.errors import UserError
 from cifar_lightning.runs.folder import RunFolder
@@ -320,3 +321,17 @@ def test_a_new_user_trains_tests_looks_predicts_exports_and_trains_on(tmp_path):
 def test_trained_weights_that_are_not_there_leave_no_run(monkeypatch, capsys, tmp_path):
     said = fail(monkeypatch, capsys, tmp_path, "fit", *TINY, "--model.pretrained", "nowhere.pt")
     assert "--model.pretrained nowhere.pt: no such file" in said
+
+
+def test_shard_reads_numbers_as_fit_does(monkeypatch, capsys, tmp_path):
+    seen = []
+    monkeypatch.setattr(image_folder, "ClassFolders", lambda *roots, **settings: seen.append(settings))
+    monkeypatch.setattr(shard_writer, "write_shards", lambda folders, output: [])
+    flags = ["shard", "--data.root", "photos", "--output", "out"]
+    assert run_command([*flags, "--data.image_size", "064", "--data.skip_unreadable", "true"]) == 0
+    assert run_command(flags) == 0
+    assert seen == [
+        {"labels": None, "image_size": 64, "skip_unreadable": True},
+        {"labels": None, "image_size": None},
+    ]
+    assert "--data.image_size +064" in fail(monkeypatch, capsys, tmp_path, *flags, "--data.image_size", "+064")

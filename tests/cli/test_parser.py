@@ -105,6 +105,11 @@ def test_yaml_that_jsonargparse_would_die_of_is_plain_text(parser, flag):
     assert parser.parse_args([flag])[name] == text
 
 
+def test_numbers_with_leading_zeros_and_times_are_read_as_they_are_typed(parser):
+    given = parser.parse_args(["--data.batch_size=064", "--run_dir=1:30", "--trainer.max_time=10:00:00:00"])
+    assert (given.data.batch_size, given.run_dir, given.trainer.max_time) == (64, "1:30", "10:00:00:00")
+
+
 @pytest.mark.parametrize("flag", ["--trainer.callbacks=&a {b: *a}", "--model.model_kwargs=!!int x"])
 def test_yaml_that_jsonargparse_would_never_end_with_is_refused(parser, flag):
     with pytest.raises(UserError):

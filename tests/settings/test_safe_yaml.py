@@ -48,6 +48,21 @@ def test_aliases_of_aliases_are_counted_as_written_out_and_refused_at_once():
     assert time.monotonic() - began < 5  # 10^30 values would take longer than the universe is old
 
 
+OTHER = ["064", "010", "-010", "0_10", "1:30", "1:30.5", "10:00:00:00", "a: [010]", "010: a"]
+
+
+@pytest.mark.parametrize("text", OTHER)
+def test_a_number_that_yaml_reads_as_another_is_refused(text):
+    with pytest.raises(yaml.YAMLError, match="on line 1 is another number in YAML"):
+        read_yaml(text)
+
+
+def test_numbers_next_to_it_and_text_are_read():
+    lines = ["007", "0", "00", "64", "-1_000", "0x10", "010.5", "1e3", "'064'", "'1:30'", "00:00:00:12", "08", "1: 2"]
+    expected = [7, 0, 0, 64, -1000, 16, 10.5, "1e3", "064", "1:30", "00:00:00:12", "08", {1: 2}]
+    assert read_yaml("\n".join(f"- {line}" for line in lines)) == expected
+
+
 TWICE = ["lr: 1\nlr: 2", "{lr: 1, 'lr': 1}", "- {a: {b: 1, c: 2, b: 3}}", "a: &x {b: 1, b: 2}\nc: *x"]
 
 
