@@ -14,7 +14,7 @@ from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import check_output
 from cifar_lightning.report.terminal import print_validation
 from cifar_lightning.runs.contents import read_config
-from cifar_lightning.runs.folder import RunFolder, open_run, run_of
+from cifar_lightning.runs.folder import RunFolder, open_run, refuse_file_of_run, run_of
 from cifar_lightning.training.error_messages import restoring
 from cifar_lightning.training.predictions import PredictionWriter
 from cifar_lightning.training.step_count import check_evaluation
@@ -28,10 +28,7 @@ def evaluate(command: str, arguments: Sequence[str], objects: PythonObjects | No
         if output.suffix.lower() not in (".csv", ".npz"):
             raise UserError(f"--output {output}: give a .csv or an .npz.")
         check_output(output, force=True)
-        neighbours = RunFolder(output.parent)
-        others = {*neighbours.files_by("fit", "test", "tune")} - {neighbours.predictions, neighbours.predictions_csv}
-        if output in others and neighbours.config.exists():
-            raise UserError(f"--output {output}: is a file of the run; choose another name.")
+        refuse_file_of_run(output, "predictions.npz", "predictions.csv")
     model, data, settings = cli.instantiate()
     prepare_data(data, model)
     run = find_run(command, Path(settings.ckpt_path), data, output, cli.settings.model.get("tta"))

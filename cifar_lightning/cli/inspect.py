@@ -12,6 +12,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.files import check_output, write_text_durably
 from cifar_lightning.formatting import printable
 from cifar_lightning.report.inspection import inspection_lines, render_inspection
+from cifar_lightning.runs.folder import refuse_file_of_run
 from cifar_lightning.settings.roles import OWN_OPTIMIZER
 
 _NOT_DATA = {*GROUPS, *OWN_OPTIMIZER, "seed_everything"} - {"data"}
@@ -27,6 +28,7 @@ def inspect(arguments: Sequence[str]) -> None:
     if output.suffix.lower() != ".html":
         raise UserError(f"--output {output}: give an .html file.")
     check_output(output, force=True)
+    refuse_file_of_run(output)
     root = Path(flags.get("data.root", "data"))
     is_named = {"config", "data", "data_class", "data.dataset"} & flags.keys()
     is_cifar10 = any((root / name).exists() for name in (ARCHIVES["cifar10"].folder, ARCHIVES["cifar10"].filename))

@@ -33,7 +33,7 @@ from cifar_lightning.inference.trained_model import TrainedModel, load_trained_m
 from cifar_lightning.metrics.significance import wilson_interval
 from cifar_lightning.models.stems import in_eval_mode
 from cifar_lightning.models.winograd import winograd_convolutions
-from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.runs.folder import RunFolder, refuse_file_of_run
 from cifar_lightning.training.tta import TTA, tta_logits
 from cifar_lightning.transforms.augmentation import normalize
 
@@ -113,6 +113,7 @@ def predict_images(
     if output is not None:
         if output.suffix.lower() not in (".csv", ".jsonl", ".json"):
             raise UserError(f"--output {output}: give a .csv, or a .jsonl for JSON lines.")
+        refuse_file_of_run(output)
         check_output(output, force)
     found, skipped = find_images(paths)
     trained = load_trained_model(run, trust_code=trust_code, calibrated=calibrated)

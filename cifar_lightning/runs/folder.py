@@ -290,6 +290,19 @@ def run_of(checkpoint: Path) -> RunFolder | None:
     return run if checkpoint.parent == run.checkpoints else None
 
 
+def refuse_file_of_run(output: Path, *but: str) -> None:
+    """Refuse an --output that has the place of a file of a run, but for those named `but`.
+
+    A config.yaml alone makes no run: it may be the user's own, next to their predictions.csv or report.html.
+    """
+    run = RunFolder(output.parent)
+    others = run.files_by("fit", "test", "tune", "skip", "compare")
+    marks = set(run.files_by("fit", "test")) - {run.config, run.predictions_csv, run.report}
+    is_run = run.config.exists() and any(mark.exists() for mark in marks)
+    if is_run and output in others and output.name not in but:
+        raise UserError(f"--output {output}: is a file of the run; choose another name.")
+
+
 def weights_file(path: Path) -> Path:
     """Return a file of weights, which a flag may also name by its run or as a shipped model."""
     if not path.is_dir() and not _is_shipped(path):

@@ -52,6 +52,15 @@ def test_what_inspect_refuses(monkeypatch, capsys, tmp_path, flags, words):
     assert not list(tmp_path.glob("*.html"))
 
 
+@pytest.mark.parametrize("name", ["report.html", "comparison.html"])
+def test_a_page_of_a_run_is_not_replaced(monkeypatch, capsys, tmp_path, name):
+    for file in ("config.yaml", "split.json", name):
+        (tmp_path / file).write_text("of a run")
+    flags = ["--data.dataset", "synthetic", "--output", tmp_path / name]
+    assert f"{name}: is a file of the run" in fail(monkeypatch, capsys, tmp_path, "inspect", *flags)
+    assert (tmp_path / name).read_text() == "of a run"
+
+
 @pytest.mark.slow
 def test_what_is_planted_in_a_folder_is_named_by_fit_and_by_inspect(tmp_path):
     root, names, images = tmp_path / "photos", ("ant", "bee", "cow"), iter(photos(300, 16))

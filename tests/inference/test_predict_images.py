@@ -511,6 +511,28 @@ def test_output_is_whole_or_as_before(run, monkeypatch, error, seen):
 # -- mistakes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["predictions.csv", "test_metrics.json", "skipped_files.jsonl"])
+def test_a_file_of_a_run_is_not_replaced_also_with_force(run, monkeypatch, name):
+    (path,) = save_images(1)
+    monkeypatch.setattr(predict, "load_trained_model", lambda run, **settings: pytest.fail("the model was loaded"))
+    run.config.touch()
+    run.split.touch()
+    for folder, force in ((run.path, True), (Path("."), False)):
+        if not force:
+            monkeypatch.chdir(run.path)
+        with pytest.raises(UserError, match=f"--output .*{name}: is a file of the run; choose another name"):
+            predict_images(run, [path], output=folder / name, force=force)
+    assert sorted(os.listdir(run.path)) == ["checkpoints", "config.yaml", "split.json"]
+
+
+def test_predictions_next_to_a_config_of_ones_own_are_written(run):
+    Path("config.yaml").touch()
+    paths = save_images(1)
+    for force in (False, True):
+        assert predict_images(run, paths, output=Path("predictions.csv"), force=force) == 0
+    assert Path("predictions.csv").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
