@@ -38,8 +38,12 @@ from cifar_lightning.training.tta import tta_logits
 ExportFormat = Literal["onnx", "torch", "safetensors"]
 Images = UInt8[Tensor, "batch channels height width"]
 NUM_CHECKED = 256
+# Of the batches that are compared. Several, as a traced one may have become a constant of the graph; large images fit
+# into memory 31 at a time, but not all at once.
+_SIZES = [1, 7, *[31] * 8]
 TOLERANCE = 1e-4  # of a probability, between two runtimes in float32
 HALF_TOLERANCE = 1e-2  # the same, of weights that are rounded to 11 binary digits
+_OUT_OF_MEMORY = ("can't allocate memory", "Failed to allocate memory")  # of PyTorch, of ONNX Runtime
 _OF_ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -148,6 +152,8 @@ def _explained(kind: ExportFormat) -> Iterator[None]:
     except (MemoryError, OSError, RunError, UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if any(text in str(error) for text in _OUT_OF_MEMORY):
+            raise RunError("out of memory while the file was made and compared with PyTorch; it is deleted.") from error
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
@@ -297,11 +303,10 @@ def _compare(
     trained: TrainedModel, images: Images, exported: Exported, input: str, tolerance: float
 ) -> tuple[float, int]:
     """Return the largest difference of a probability from PyTorch's, and the number of equal top-1 predictions."""
-    expected = trained.logits(images.permute(0, 2, 3, 1)).softmax(1)
+    expected = torch.cat([trained.logits(batch) for batch in images.permute(0, 2, 3, 1).split(_SIZES[-1])]).softmax(1)
     inputs = images if input == "uint8" else images.float() / 255
     with torch.inference_mode():
-        # Several batch sizes, as a traced one may have become a constant of the graph.
-        probs = torch.cat([exported(batch) for batch in torch.split(inputs, [1, 7, len(inputs) - 8])]).softmax(1)
+        probs = torch.cat([exported(batch) for batch in inputs.split(_SIZES)]).softmax(1)
     difference = float((probs - expected).abs().max())
     num_equal = int((probs.argmax(1) == expected.argmax(1)).sum())
     if not difference <= tolerance or (tolerance == TOLERANCE and num_equal < len(images)):

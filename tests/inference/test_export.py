@@ -203,6 +203,8 @@ def test_a_file_that_predicts_differently_is_not_kept(run, tmp_path, monkeypatch
 class Own(nn.Module):
     """A linear model with a layer that has the weight of another, or a forward that no graph holds."""
 
+    most = None  # images that fit into memory
+
     def __init__(self, kind, num_classes=10):
         super().__init__()
         self.kind = kind
@@ -210,6 +212,8 @@ class Own(nn.Module):
         self.tied.weight = self.head.weight
 
     def forward(self, images):
+        if self.most is not None and len(images) > self.most:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
         features = images.mean((2, 3))
         if self.kind == "random":
             features = nn.functional.dropout(features, 0.9)
@@ -222,6 +226,17 @@ class Own(nn.Module):
 def test_a_model_with_a_weight_in_two_layers_is_exported(kind, tmp_path):
     run = make_run(tmp_path / "run", f"{__name__}:Own", kind="plain")
     assert export_run(run, kind, trust_code=True).stat().st_size > 0
+
+
+def test_large_images_are_compared_in_small_batches_and_memory_that_is_short_is_named(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", f"{__name__}:Own", kind="plain")
+    monkeypatch.setattr(Own, "most", 31)
+    path = export_run(run, "safetensors", trust_code=True)
+    assert path.stat().st_size > 0
+    monkeypatch.setattr(Own, "most", 7)
+    with pytest.raises(RunError, match="out of memory"):
+        export_run(run, "safetensors", output=tmp_path / "net.safetensors", trust_code=True)
+    assert not (tmp_path / "net.safetensors").exists()
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch"])
