@@ -7,19 +7,19 @@ import json
 import os
 import re
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import make_folder, remove_empty, sync_folder
+from cifar_lightning.files import make_folder, read_bytes, remove_empty, sync_folder
 from cifar_lightning.formatting import command_line, suggest
 from cifar_lightning.runs.file_names import RunFiles
 from cifar_lightning.runs.lock import RunLock
 from cifar_lightning.runs.processes import NEEDS_RUN_DIR, is_started_from_outside
 
 RUNS = Path("runs")
+_MAX_JSON_BYTES = 256 << 20  # as runs.contents reads, which takes pydantic
 _SHIPPED = Path(__file__).resolve().parents[1] / "shipped"  # a folder for each model that comes with the package
 # What weights without a run are for.
 _USES = "for predict-images, export, --init_weights, --model.pretrained and Python's load alone"
@@ -274,10 +274,10 @@ def _is_readable(file: Path) -> bool:
         return False
     try:
         if file.suffix == ".json":
-            return bool(json.loads(file.read_text("utf-8")))
+            return bool(json.loads(read_bytes(file, _MAX_JSON_BYTES)))
         with zipfile.ZipFile(file) as archive:
             return bool(archive.namelist()) and archive.testzip() is None
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+    except Exception:  # on damaged archives zipfile raises nearly anything
         return False
 
 

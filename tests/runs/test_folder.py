@@ -1,12 +1,14 @@
+import lzma
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.runs.folder import RunFolder, config_name, create_run, open_run, weights_file
+from cifar_lightning.runs.folder import RunFolder, _is_readable, config_name, create_run, open_run, weights_file
 from cifar_lightning.runs.lock import RunLock
 from cifar_lightning.runs.processes import announce_run, announced_run, is_started_from_outside
 
@@ -279,3 +281,16 @@ def test_a_run_stands_for_its_best_checkpoint_and_a_file_for_itself(tmp_path):
     run.best_checkpoint.touch()
     assert weights_file(run.path) == run.best_checkpoint
     assert weights_file(run.best_checkpoint) == run.best_checkpoint
+
+
+def test_a_result_that_zipfile_cannot_read_is_not_whole(tmp_path):
+    path, name = tmp_path / "gallery.npz", "images.npy"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr(name, bytes(1000))
+    assert _is_readable(path)
+    data = bytearray(path.read_bytes())
+    data[30 + len(name) + 4] = 0xFF  # LZMA's properties, after the header of the file in the archive
+    path.write_bytes(data)
+    with zipfile.ZipFile(path) as archive, pytest.raises(lzma.LZMAError):
+        archive.testzip()
+    assert not _is_readable(path)
