@@ -15,7 +15,7 @@ from cifar_lightning.report.inspection import inspection_lines, render_inspectio
 from cifar_lightning.runs.folder import refuse_file_of_run
 from cifar_lightning.settings.roles import OWN_OPTIMIZER
 
-_NOT_DATA = {*GROUPS, *OWN_OPTIMIZER, "seed_everything"} - {"data"}
+_NOT_DATA = {*GROUPS, *OWN_OPTIMIZER, "seed_everything", "ckpt_path"} - {"data"}
 
 
 def inspect(arguments: Sequence[str]) -> None:
@@ -24,17 +24,17 @@ def inspect(arguments: Sequence[str]) -> None:
     for name in flags:
         if name.partition(".")[0].removesuffix("_class") in _NOT_DATA:
             raise UserError(f"--{name}: inspect reads the data alone; leave it out.")
-    output = Path(flags.get("output") or "inspect.html")
-    if output.suffix.lower() != ".html":
-        raise UserError(f"--output {output}: give an .html file.")
-    check_output(output, force=True)
-    refuse_file_of_run(output)
     root = Path(flags.get("data.root", "data"))
     is_named = {"config", "data", "data_class", "data.dataset"} & flags.keys()
     is_cifar10 = any((root / name).exists() for name in (ARCHIVES["cifar10"].folder, ARCHIVES["cifar10"].filename))
     if not is_named and not is_cifar10 and ({"data.labels", "data.root"} & flags.keys() or holds_class_folders(root)):
         arguments = [*arguments, "--data.dataset=folder"]
     cli = TrainingCLI("fit", arguments)
+    output = Path(cli.settings.output or "inspect.html")
+    if output.suffix.lower() != ".html":
+        raise UserError(f"--output {output}: give an .html file.")
+    check_output(output, force=True)
+    refuse_file_of_run(output)
     if "pretrained" in cli.settings.model:  # a subclass may lack it
         cli.settings.model.pretrained = False  # the model is made, but not used
     _, data, _ = cli.instantiate()

@@ -40,6 +40,7 @@ def test_inspect_prints_a_screen_and_writes_a_page_and_needs_no_dataset_flag(roo
         (["--model.lr", "0.1"], ("--model.lr", "inspect")),
         (["--epochs", "3"], ("--trainer.max_epochs", "inspect")),
         (["--run_dir", "x"], ("--run_dir", "not of inspect")),
+        (["--ckpt_path", "x.ckpt"], ("--ckpt_path", "inspect")),
         (["--data.dataset", "folder", "--data.root", "nowhere"], ("--data.root nowhere",)),
         (["--data.root", "typo"], ("--data.root typo",)),  # and CIFAR-10 is not downloaded to it
         (["--data.dataset", "cifa"], ("--data.dataset", "cifar10")),
@@ -50,6 +51,11 @@ def test_what_inspect_refuses(monkeypatch, capsys, tmp_path, flags, words):
     printed = fail(monkeypatch, capsys, tmp_path, "inspect", *flags)
     assert all(word in printed for word in words), printed
     assert not list(tmp_path.glob("*.html"))
+
+
+def test_the_page_may_be_named_in_a_config(monkeypatch, capsys, tmp_path):
+    (tmp_path / "own.yaml").write_text("output: page.csv\ndata: {dataset: synthetic}\n")
+    assert "--output page.csv: give an .html" in fail(monkeypatch, capsys, tmp_path, "inspect", "--config", "own.yaml")
 
 
 @pytest.mark.parametrize("name", ["report.html", "comparison.html"])
