@@ -143,18 +143,26 @@ def _pairs(command: str, arguments: Sequence[str]) -> Iterator[tuple[str, str | 
     while at < len(arguments):
         argument = arguments[at]
         at += 1
-        argument = "--config" + argument[2:] if argument.startswith("-c") else argument
+        argument = "--config" + argument[2:] if _is_short(argument) else argument
         if not argument.startswith("--") or len(argument) == 2:
             hint = _hint_for_argument(command, argument)
             raise UserError(f"{command} takes no argument '{clipped(argument)}'.{hint}")
         name, equals, value = argument[2:].partition("=")
         if equals:
             yield name, value
-        elif name != "print_config" and at < len(arguments) and not arguments[at].startswith("--"):
+        elif name != "print_config" and at < len(arguments) and not _is_flag(arguments[at]):
             yield name, arguments[at]
             at += 1
         else:
             yield name, None
+
+
+def _is_short(argument: str) -> bool:
+    return argument.partition("=")[0] == "-c"  # of --config
+
+
+def _is_flag(argument: str) -> bool:
+    return argument.startswith("--") or _is_short(argument)
 
 
 def _hint_for_argument(command: str, argument: str) -> str:

@@ -25,6 +25,8 @@ def test_aliases_become_long_names_and_every_flag_one_token():
     ("typed", "normalized"),
     [
         (["-c", "a.yaml"], ["--config=a.yaml"]),
+        (["-c=a.yaml"], ["--config=a.yaml"]),
+        (["--model.compile", "-c", "a.yaml"], ["--config=a.yaml", "--model.compile=true"]),
         (["--tune_lr"], ["--tune_lr=true"]),
         (["--trainer.deterministic", "--epochs", "1"], ["--trainer.deterministic=true", "--trainer.max_epochs=1"]),
         (["--trainer.max_steps", "-1"], ["--trainer.max_steps=-1"]),
@@ -79,6 +81,8 @@ def test_what_people_may_type_is_understood(typed, normalized):
         (["--epochs", "1", "--trainer.max_epochs", "2"], "--epochs 1 and --trainer.max_epochs 2 are one setting"),
         (["recipe.yaml"], "fit --config recipe.yaml"),
         (["-lr", "1"], "Flags have two dashes: --lr"),
+        (["-config", "a.yaml"], "Flags have two dashes: --config"),
+        (["-checkpoint.every_n_minutes", "5"], "Flags have two dashes: --checkpoint.every_n_minutes"),
         (["--output", "x"], "--output: a flag of predict and inspect, not of fit."),
     ],
 )
