@@ -93,6 +93,8 @@ def _refuse_misread(text: str) -> None:
 
 def _with_bytes(value: Any) -> Any:
     if isinstance(value, str):
+        if "\0" in value:
+            raise yaml.YAMLError("text with a NUL character, which no name of a file has")
         return expand_home(value.translate(_BYTES))
     if isinstance(value, dict):
         return {_with_bytes(key): _with_bytes(item) for key, item in value.items()}

@@ -16,6 +16,7 @@ def test_plain_data_is_what_pyyaml_reads(text):
 WRONG = ["2024-99-99", "!!int x", "!!int ''", "!!float x", "!!bool x", "!!timestamp x", "9" * 5000, "[1", "? [1]: 2"]
 WRONG += ["!!python/object/apply:os.system ['true']", "!!python/name:os.system", "[" * 3000, "- " * 3000, "a\0b"]
 WRONG += [
+    '"a\\0b"',
     "2024-01-01",
     "a: {b: 2024-01-01 10:00:00}",
     "!!set {a}",
