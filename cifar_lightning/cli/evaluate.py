@@ -97,6 +97,6 @@ def find_run(
 
 def _tta_of(run: RunFolder, default: str) -> Any:
     """Return the tta of a run's config; a class of one's own may set it itself, and a config may be damaged."""
-    with contextlib.suppress(OSError, UserError):
+    with contextlib.suppress(UserError):
         return (read_config(run.config).get("model") or {}).get("tta", default)
     return default

@@ -382,7 +382,7 @@ def _predict_images(parsed: argparse.Namespace) -> int:
         batch_size=parsed.batch_size,
         calibrated=parsed.calibrated,
         force=parsed.force,
-        trust_code=_is_trusting(parsed.trust_code),
+        trust_code=parsed.trust_code == "true",
     )
     return 1 if num_unreadable else 0
 
@@ -468,7 +468,7 @@ def _export(parsed: argparse.Namespace) -> int:
         calibrated=parsed.calibrated,
         half=parsed.half,
         force=parsed.force,
-        trust_code=_is_trusting(parsed.trust_code),
+        trust_code=parsed.trust_code == "true",
     )
     return 0
 
