@@ -31,8 +31,7 @@ class OtherModule(pl.LightningModule):
 if __name__ == "__main__":
     data = ImageDataModule("synthetic", batch_size=64)
     module = OtherModule(data.num_classes)
-    report = RunReport()  # writes runs/OtherModule/N
-    dashboard = Dashboard()  # draws into the logger's TensorBoard
+    report, dashboard = RunReport(), Dashboard()  # write runs/OtherModule/N, and into the logger's TensorBoard
     trainer = pl.Trainer(max_epochs=int(*sys.argv[1:] or ["3"]), callbacks=[report, dashboard])
     trainer.fit(module, datamodule=data)
     trainer.test(module, datamodule=data, verbose=False)

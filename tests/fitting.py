@@ -60,7 +60,7 @@ def optimizer_settings(name="adamw", **changed):
 
 def fake_data(**members):
     """Return an ImageDataModule that was not set up, with these members."""
-    kind = type("Fake", (ImageDataModule,), {"class_weights": None, "mean": None, "train_dataloader": None})
+    kind = type("Fake", (ImageDataModule,), {"class_weights": None, "in_channels": 3, "train_dataloader": None})
     data = kind.__new__(kind)
     vars(data).update(members)
     return data

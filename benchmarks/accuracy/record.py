@@ -23,6 +23,7 @@ import yaml
 from benchmarks import CONFIGS, RESULTS, ROOT
 from benchmarks.hardware import hardware_name
 from cifar_lightning.cli.flags import ALIASES
+from cifar_lightning.runs.contents import read_test_metrics
 from cifar_lightning.runs.environment import inexact_resumes
 from cifar_lightning.settings.roles import flat_settings
 
@@ -41,7 +42,7 @@ def summarize(run: Path, recipe: str, note: str) -> dict[str, Any]:
     if (environment.get("ended") or {}).get("by") not in _ENDED_BY:
         raise SystemExit(f"{run}: its training has not ended; resume it with fit --resume {run}.")
     moved = moves(run, environment)
-    metrics = json.loads((run / "test_metrics.json").read_text(encoding="utf-8"))
+    metrics = read_test_metrics(run / "test_metrics.json")
     split = json.loads((run / "split.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     timing = [

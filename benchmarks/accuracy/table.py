@@ -127,8 +127,9 @@ def _rows(what: str, recipe: str) -> list[str]:
     for (flags, hardware), runs in sorted(groups.items(), key=lambda item: item[0][0] != ""):
         accuracy = _mean_of([100 * run["test_accuracy"] for run in runs])
         timed = [run["elapsed_s"] for run in runs if not run["note"]]
-        busy = [run["elapsed_s"] for run in runs if run["elapsed_s"] is not None]  # None: an epoch was not timed
-        took = _time_of(timed) if timed else _at_most(busy, runs[0]["note"]) if busy else f"-: {runs[0]['note']}"
+        busy = [run for run in runs if run["elapsed_s"] is not None]  # None: an epoch was not timed
+        bound = _at_most([run["elapsed_s"] for run in busy], busy[0]["note"]) if busy else f"-: {runs[0]['note']}"
+        took = _time_of(timed) if timed else bound
         name = f"{what}, with `{flags}`" if flags else what
         rows.append(f"| {name} | {accuracy} | {took} | {hardware} | {_command(recipe, flags)} |")
     return rows

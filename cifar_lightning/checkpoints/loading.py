@@ -215,12 +215,13 @@ def read_export(path: Path) -> dict[str, Any]:
 def weights_of(checkpoint: dict[str, Any], path: Path, ours: Collection[str] = ()) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by their names in the model.
 
-    `ours` are the model's own names: where the checkpoint has some of them, its names stay as they are, since a model
-    may have a `model` inside.
+    `ours` are the model's own names: the checkpoint's stay as they are where more of them are in it so than without
+    the prefix of `ImageClassifier.model`, since a model may have a `model` inside.
     """
     tensors = find_weights(checkpoint)
-    if any(name.startswith(_MODEL) for name in tensors) and tensors.keys().isdisjoint(ours):
-        tensors = {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
+    inner = {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
+    if inner and len(inner.keys() & {*ours}) >= len(tensors.keys() & {*ours}):
+        tensors = inner
     if not tensors:
         raise UserError(
             f"{path}: holds no weights; it has {named(checkpoint, 8)}.\n"

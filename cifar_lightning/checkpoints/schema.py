@@ -20,6 +20,8 @@ DATA_STATE = "ImageDataModule"
 """The key of the data module's state; Lightning names it by the class, see `with_data_state`."""
 IMPORTED_MODEL = "imported"
 """The key of the import path and arguments of a model of one's own; older checkpoints have it in hyper_parameters."""
+STEPS_BEFORE = "steps_before"
+"""The key of the steps of an earlier fit of the Trainer, whose schedule has ended."""
 IMPORTED_CLASS = "imported_class"
 """The key of the import path and arguments of a subclass of ImageClassifier that alone gives its logits."""
 OWN_METRICS = "own_metrics"
@@ -103,6 +105,7 @@ class _OfRun(_Lightning):
     fitted_temperature: Annotated[float, Field(gt=0)] | None = None  # of an export, TEMPERATURE
     imported: _Imported | None = None
     imported_class: _Imported | None = None
+    steps_before: FromZero = 0
     own_metrics: list[str] = []
 
 

@@ -20,6 +20,7 @@ from cifar_lightning.cli.configs import find_config, suggest_config
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import read_bytes
 from cifar_lightning.formatting import clipped, reason_of, shell_line, suggest
+from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.runs.schema import CLASS_GROUPS, upgrade_config
 from cifar_lightning.settings.comparison import within
 from cifar_lightning.settings.import_path import check_trust, import_paths, is_import_path
@@ -78,8 +79,8 @@ def normalize_arguments(command: str, arguments: Sequence[str], config: Path | N
         if value is None:
             value = _value_left_out(plain, typed)
         elif not is_own:
-            check_value(plain, value, f"--{typed} {clipped(value)}")
             _check_text(plain, value, f"--{typed} {clipped(value)}")
+            check_value(plain, value, f"--{typed} {clipped(value)}")
             if is_import_path(value) and table().get(plain, {}).get("open") and plain not in MAY_BE_OBJECTS:
                 value = value.replace(":", ".")  # jsonargparse knows classes by points alone
         other, other_value = given.get(name, (typed, value or ""))
@@ -150,7 +151,7 @@ def _pairs(command: str, arguments: Sequence[str]) -> Iterator[tuple[str, str | 
         name, equals, value = argument[2:].partition("=")
         if equals:
             yield name, value
-        elif name != "print_config" and at < len(arguments) and not _is_flag(arguments[at]):
+        elif name != "print_config" and at < len(arguments) and not is_flag(arguments[at]):
             yield name, arguments[at]
             at += 1
         else:
@@ -161,7 +162,8 @@ def _is_short(argument: str) -> bool:
     return argument.partition("=")[0] == "-c"  # of --config
 
 
-def _is_flag(argument: str) -> bool:
+def is_flag(argument: str) -> bool:
+    """Whether an argument is a flag, and not the value of the one before it."""
     return argument.startswith("--") or _is_short(argument)
 
 
@@ -235,11 +237,16 @@ def check_value(name: str, value: str, typed: str, folder: Path = Path()) -> Non
 
 
 def _check_text(name: str, value: str, typed: str) -> None:
-    """Refuse text that is nothing in YAML, as a comment is: the parser would take the default in its place."""
-    if {"str", "null"} <= {*table().get(name, {}).get("types", ())} and value.lower() not in NULL:
-        with contextlib.suppress(yaml.YAMLError):
-            if read_yaml(value) is None:
-                raise UserError(f"{typed}: is nothing in YAML; for a path: --{name} ./{clipped(value)}")
+    """Refuse a list that is no YAML, and text that is nothing in it: the parser would take the default in its place."""
+    row = table().get(name, {})
+    try:
+        is_nothing = read_setting(value) is None and value.lower() not in NULL
+    except yaml.YAMLError as error:
+        if row.get("open") and value[:1] in ("[", "{"):
+            raise UserError(f"{typed}: not YAML ({reason_of(error)}).") from error
+        return
+    if is_nothing and {"str", "null"} <= {*row.get("types", ())}:
+        raise UserError(f"{typed}: is nothing in YAML; for a path: --{name} ./{clipped(value)}")
 
 
 def _check_mapping(value: str, typed: str, allowed: str) -> None:
@@ -331,9 +338,9 @@ def _refuse_classes_in_files(groups: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_code_of_run(path: Path, tree: dict[str, Any], trust_code: bool, given: Collection[str]) -> None:
-    folder = Path(os.path.realpath(path.parent))
-    is_seeds_run = folder.name.isdecimal() and os.path.lexists(folder.parent / "seeds.json")  # begun or not
-    if not (is_seeds_run or (folder / "checkpoints").is_dir()):
+    run = RunFolder(Path(os.path.realpath(path.parent)))
+    is_seeds_run = run.path.name.isdecimal() and os.path.lexists(RunFolder(run.path.parent).seeds)  # begun or not
+    if not (is_seeds_run or run.checkpoints.is_dir()):
         return
     for name in MAY_BE_OBJECTS:
         group, _, key = name.partition(".")

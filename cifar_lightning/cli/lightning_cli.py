@@ -124,7 +124,6 @@ class TrainingCLI(LightningCLI):
             model.name = None  # nothing is made by it
         command = str(self.subcommand)
         check_arguments(command, self.settings, self._parser(command).get_defaults())
-        check_kinds(map(type, self._objects.callbacks))
         if self._objects.model is not None:
             model.name = name
         settle_precision(self.settings.trainer)

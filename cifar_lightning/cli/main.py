@@ -26,6 +26,7 @@ from cifar_lightning.cli.flags import (
     check_value,
     config_tree,
     flag_value,
+    is_flag,
     normalize_arguments,
     own_classes,
     table,
@@ -142,7 +143,7 @@ def run_command(argv: Sequence[str]) -> int:
 
 def _with_home(argument: str) -> str:
     """Expand `~` where the shell leaves it: in `--flag=~/path` and in quotes. YAML's is expanded where it is read."""
-    name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    name, equals, value = argument.partition("=") if is_flag(argument) else ("", "", argument)
     return f"{name}{equals}{expand_home(value)}"
 
 
@@ -175,7 +176,7 @@ def _group_help(arguments: Sequence[str]) -> str:
         name, _, path = argument.removeprefix("--").partition("=")
         group = name.removesuffix(".help")
         if group != name and group in GROUPS:
-            path = path or ("" if following.startswith("--") else following)
+            path = path or ("" if is_flag(following) else following)
             if not path or group not in CLASS_GROUPS:
                 return group_help(group, table())
             from cifar_lightning.cli.lightning_cli import class_rows  # imports torch
@@ -506,18 +507,18 @@ def _shard(parsed: argparse.Namespace) -> int:
     from cifar_lightning.data.shard_writer import write_shards  # imports torch
 
     labels = given.pop("labels", None)
-    settings = {name: _read_value(name, value) for name, value in ({"image_size": "null"} | given).items()}
+    settings = {name: _read_value(value) for name, value in ({"image_size": "null"} | given).items()}
     folders = ClassFolders(vars(parsed)["data.root"], labels=labels, **settings)
     print("\n".join(map(printable, write_shards(folders, parsed.output))))
     print(f"Train with: {command_line('fit', '--data.dataset', 'shards', '--data.root', parsed.output)}")
     return 0
 
 
-def _read_value(name: str, value: str) -> Any:
+def _read_value(value: str) -> Any:
     try:
-        return int(value) if value.isdecimal() else read_yaml(value)  # 064 is 64, as for fit
-    except YAMLError as error:
-        raise UserError(f"--data.{name} {clipped(value)}: {error}.") from error
+        return read_yaml(value)
+    except YAMLError:  # `check_value` has passed it
+        return int(value)  # 064 is 64, as for fit
 
 
 def _doctor(parsed: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from cifar_lightning.cli.configs import find_config
-from cifar_lightning.cli.flags import config_tree, flag_value, own_classes, table
+from cifar_lightning.cli.flags import check_config, config_tree, flag_value, own_classes, table
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_json
 from cifar_lightning.formatting import clipped, command_line, percent, plural, span
@@ -109,6 +109,10 @@ def _train_all(folder: RunFolder, seeds: Sequence[int], flags: Sequence[str], *,
         raise UserError(f"{links[0]}: is a link; put a copy of the run there.")
     if not is_new and not any(run.config.is_file() for run in runs.values()):
         raise UserError(f"--resume {folder.path}: none of its runs has begun; start over with --seeds and --run_dir.")
+    for run in () if is_new else runs.values():
+        if run.config.is_file():  # before a fit of its own names another command as the way out
+            trust_code = flag_value(flags, "trust_code") == "true"
+            check_config(run.config, trust_code=trust_code, own=own_classes([f"--config={run.config}"]))
     for number, (seed, run) in enumerate(runs.items(), 1):
         config = next((each.config for each in runs.values() if each.config.is_file()), None)
         if state_of(run)["state"] == "finished" and not flags:

@@ -249,7 +249,7 @@ class ClassFolders:
         if others and "" not in used:
             yield f"warning: {self.root}: only train/, val/ and test/ are used, not {_some(others)}"
         listing = self.listings["train"]
-        if self.labels is None and len(shared := _shared_folders(listing.names)) > 1:
+        if self.labels is None and "" in used and len(shared := _shared_folders(listing.names)) > 1:
             yield (
                 f"warning: {listing.folder}: several classes hold folders called {_some(shared)}. If these are the "
                 "classes, give the folder that holds them as --data.root, or call the splits train/ and test/."
@@ -404,21 +404,22 @@ def _scan_labels(root: Path, labels: Path) -> tuple[tuple[str, ...], dict[Split,
 def _split_folders(root: Path) -> dict[Split, str]:
     """Return the name of each split's folder; empty where the classes lie in the root.
 
-    Without train/, folders called test or valid are classes if others lie next to them and they hold no folders.
+    Without train/, folders called test or valid are classes if others lie next to them and none of them holds folders.
     """
     found: dict[Split, str] = {}
-    has_others = False
+    others: list[str] = []
     for entry in _entries(root)[0]:
         split = SPLIT_OF_WORD.get(entry.name.casefold())
         if split is None or not _is_folder(entry):
-            has_others |= entry.is_dir()
+            others += [entry.name] if entry.is_dir() else []
             continue
         if split in found:
             raise UserError(f"{root} has {found[split]}/ and {entry.name}/: keep one of them for {split}")
         found[split] = entry.name
-    inside = (entry for name in found.values() for entry in _entries(root / name)[0])
-    if "train" not in found and has_others and not any(entry.is_dir() for entry in inside):
-        return {}
+    if found and "train" not in found and others:
+        inside = (entry for name in (*found.values(), *others) for entry in _entries(root / name)[0])
+        if not any(entry.is_dir() for entry in inside):
+            return {}
     return {split: found[split] for split in SPLITS if split in found}
 
 

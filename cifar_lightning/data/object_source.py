@@ -80,8 +80,10 @@ class ObjectSource:
         self.image_size = image_size or choose_image_size(sizes["train"], is_square_kept=True)
         self._read: dict[Split, tuple[np.ndarray, np.ndarray]] = {}
         self._loaded: dict[Split, ImageSet] = {}
-        known = {} if class_names else {split: _class_names_in(each.dataset) for split, each in self._samples.items()}
-        self._known: dict[Split, list[list[str]]] = known
+        self._known: dict[Split, list[list[str]]] = {}
+        if not class_names:
+            for split, each in self._samples.items():
+                self._known[split] = [[*map(in_nfc, names)] for names in _class_names_in(each.dataset)]
         self.class_names = self._find_class_names(class_names)
 
     def prepare(self) -> None:
@@ -263,7 +265,7 @@ def _class_names_in(dataset: Any) -> list[list[str]]:
     """Return the names that a data set has, or those of each that it wraps; empty where none has any."""
     if isinstance(features := getattr(dataset, "features", None), Mapping):
         names = getattr(features.get(_columns(features, features)[1]), "names", None)
-        return [[in_nfc(str(name)) for name in names]] if names else []
+        return [[*map(str, names)]] if names else []
     classes = getattr(dataset, "classes", None)
     inner, several = getattr(dataset, "dataset", None), getattr(dataset, "datasets", None)
     found: list[list[str]] = []
@@ -275,7 +277,7 @@ def _class_names_in(dataset: Any) -> list[list[str]]:
     elif isinstance(several, list | tuple):
         found = [names for each in several for names in _class_names_in(each)]
     change = getattr(dataset, "target_transform", None)  # the names are those of the labels before it
-    return [[*map(in_nfc, names)] for names in found if not _changes_labels(change, len(names))]
+    return [names for names in found if not _changes_labels(change, len(names))]
 
 
 def _renumbers(dataset: Any, inner: Any) -> bool:

@@ -32,15 +32,15 @@ from cifar_lightning.report.results import read_predictions
 from cifar_lightning.report.temperature import temperature_of
 from cifar_lightning.runs.contents import read_gallery
 from cifar_lightning.runs.environment import package_version
-from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.runs.folder import RunFolder, refuse_file_of_run
 from cifar_lightning.training.tta import tta_logits
 
 ExportFormat = Literal["onnx", "torch", "safetensors"]
 Images = UInt8[Tensor, "batch channels height width"]
-NUM_CHECKED = 256
 # Of the batches that are compared. Several, as a traced one may have become a constant of the graph; large images fit
 # into memory 31 at a time, but not all at once.
 _SIZES = [1, 7, *[31] * 8]
+NUM_CHECKED = sum(_SIZES)
 TOLERANCE = 1e-4  # of a probability, between two runtimes in float32
 HALF_TOLERANCE = 1e-2  # the same, of weights that are rounded to 11 binary digits
 _OUT_OF_MEMORY = ("can't allocate memory", "Failed to allocate memory")  # of PyTorch, of ONNX Runtime
@@ -114,6 +114,7 @@ def export_run(
     """
     path = {"onnx": run.exported_onnx, "torch": run.exported_program}.get(kind, run.exported_weights)
     path = output or (Path(f"{run.path.name}{path.suffix}") if run.is_shipped else path)
+    refuse_file_of_run(path)
     check_output(path, force)
     if kind == "onnx":
         _check_extra()

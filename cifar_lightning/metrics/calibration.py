@@ -55,7 +55,7 @@ def reliability(
     error = float(np.abs(num_correct - summed).sum() / len(correct)) if known.all() and len(correct) else math.nan
     # The mean of |correct - summed confidence| of a normal distribution is sqrt(2 / pi) times its standard deviation.
     variances = np.bincount(places, weights=confidence[known] * (1 - confidence[known]), minlength=bins)
-    by_chance = float(np.sqrt(2 / np.pi * variances).sum() / len(correct)) if len(correct) else math.nan
+    by_chance = float(np.sqrt(2 / np.pi * variances).sum() / len(correct)) if not math.isnan(error) else math.nan
     mean = np.divide(summed, num_images, out=np.full(bins, np.nan), where=num_images > 0)
     return Reliability(edges, num_images, num_correct, mean, error, by_chance)
 

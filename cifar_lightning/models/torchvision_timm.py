@@ -85,6 +85,10 @@ def timm_model(
         ValueError: The model does not take images of this size, or an argument is wrong.
     """
     _check_kwargs(kwargs)
+    if (given := kwargs.pop("img_size", image_size)) != image_size:
+        raise UserError(
+            f"--model.model_kwargs: img_size {given}: --data.image_size {image_size} sets it; leave it out."
+        )
     return _adapted(partial(create_timm, name, num_classes, image_size, **kwargs), image_size, in_channels, keep_stem)
 
 
@@ -111,8 +115,6 @@ def _check_kwargs(kwargs: Iterable[str]) -> None:
             raise UserError(
                 f"--model.model_kwargs: {name} cannot be set here; --data.in_channels 1 is for gray images."
             )
-        if name == "img_size":
-            raise UserError("--model.model_kwargs: img_size cannot be set here; --data.image_size sets it.")
         if name in _REFUSED:
             raise UserError(
                 f"--model.model_kwargs: {name} cannot be set; models return logits only, and pretrained weights are "

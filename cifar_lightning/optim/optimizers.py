@@ -1,7 +1,7 @@
 """Optimizers: AdamW, Nesterov SGD, Muon with Nesterov SGD, and timm's by name."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,14 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         check_optimizer(self.name)
+
+    def with_lr(self, lr: float) -> "OptimizerSettings":
+        """Return the settings with another peak learning rate; with muon the others keep their ratios to it."""
+        if self.name != "muon":
+            return replace(self, lr=lr)
+        ratio = lr / self.lr
+        head_lr = None if self.head_lr is None else self.head_lr * ratio
+        return replace(self, lr=lr, sgd_lr=self.sgd_lr * ratio, head_lr=head_lr)
 
 
 def check_optimizer(name: str) -> None:

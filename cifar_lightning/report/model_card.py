@@ -51,6 +51,7 @@ def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> P
     except UserError:  # no test results yet: the card says so
         findings = None
     known = run_of(read_origin(run, []))
+    shared = [kind["text"] for kind in known["split"].get("duplicates", []) if kind["kind"] == "across splits"]
     text = render(
         "model_card.md",
         marker=Markup(f"{_MARKER}\n<!-- {known_files} -->"),
@@ -59,7 +60,8 @@ def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> P
         card={**card, **describe_run(run, known)},
         f=findings,
         facts=facts_of(known),
-        shared=[kind["text"] for kind in known["split"].get("duplicates", []) if kind["kind"] == "across splits"],
+        shared=shared,
+        is_test_clean=not any(" test images are also in " in text for text in shared),
         reproduce=Markup(reproduction_of(known)),  # in a block of code
     )
     write_text_durably(path, text)

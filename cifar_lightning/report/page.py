@@ -57,7 +57,8 @@ def render_page(
 ) -> str:
     """Return the page as HTML: the findings, with `report.describe_run` in `run`, and test images by index."""
     tested = [row for row in findings["classes"] if row["support"]]
-    lowest = worst_first_of(tested)
+    lowest, pairs = worst_first_of(tested), findings["confused_pairs"]
+    times = [pair["count"] + pair["reverse_count"] for pair in pairs]
     sizes = [max(image.shape[:2]) for image in kept.values()]
     calibration, run, comparison = findings["calibration"], findings["run"], findings["comparison"]
     curves = [Curves("this run", findings["epochs"], findings["learning_rates"])]
@@ -78,6 +79,7 @@ def render_page(
         explanations_reason=explanations_reason,
         image_class="crisp" if max(sizes, default=0) <= _CRISP_PX else "smooth",
         hardest=lowest[0] if len(lowest) > 1 and lowest[0]["recall"] < lowest[1]["recall"] else None,
+        most_confused=pairs[0] if pairs and times[:1] != times[1:2] else None,
         num_rated=sum(row["support"] + row["predicted"] > 0 for row in findings["classes"]),
         never=[row["name"] for row in tested if not row["predicted"]],
         worst_first=worst_first_of(findings["classes"]) if len(findings["classes"]) > _MAX_IN_MATRIX else [],
@@ -115,9 +117,9 @@ def matrix_of(cm: Int64[np.ndarray, "classes classes"], names: Sequence[str]) ->
     """Return the confusion matrix as the page shows it; of many classes those of the most confused pairs.
 
     Keys: `rows` [{name, short (for a heading), cells [{number, fraction (of the true class), opacity, is_correct}]}],
-    `top` (fraction at which a mistake is opaque), `is_part`, `num_confused` (of those shown, 0 where all classes are).
+    `top` (fraction at which a mistake is opaque), `is_part`.
     """
-    shown, confused = list(range(len(cm))), dict[int, None]()
+    shown = list(range(len(cm)))
     if len(cm) > _MAX_IN_MATRIX:
         pairs = most_confused(np.triu(cm + cm.T, 1), len(cm))
         confused = dict.fromkeys(index for pair in pairs for index in (pair.true, pair.pred))
@@ -136,7 +138,6 @@ def matrix_of(cm: Int64[np.ndarray, "classes classes"], names: Sequence[str]) ->
         ],
         "top": top,
         "is_part": len(shown) < len(cm),
-        "num_confused": len(confused),
     }
 
 

@@ -21,11 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import open_regular, read_bytes
 from cifar_lightning.formatting import clipped, csv_text, reason_of
+from cifar_lightning.runs.file_names import MAX_JSON_BYTES
 from cifar_lightning.runs.metrics_table import MetricsTable
 from cifar_lightning.runs.schema import upgrade_config, upgrade_test_metrics
 from cifar_lightning.settings.safe_yaml import MAX_BYTES, check_nesting, read_yaml
 
-_MAX_JSON_BYTES = 256 << 20  # the split of 20 million images
 _MAX_MATRIX_BYTES = 256 << 20  # of 10,000 classes
 MAX_SEEDS = 1_000  # that `fit --seeds` takes
 _MAX_IMAGES = 10_000_000  # of a confusion matrix: the insights take some bytes for each
@@ -171,7 +171,7 @@ def read_learning_rates(path: Path) -> list[tuple[int, float]]:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file of a run."""
-    text = _text(path, _MAX_JSON_BYTES)
+    text = _text(path, MAX_JSON_BYTES)
     try:
         value = json.loads(text)
         check_nesting(value, math.inf)

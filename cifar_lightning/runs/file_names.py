@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 Writer = Literal["fit", "test", "tune", "skip", "compare", ""]
+WRITERS: tuple[Writer, ...] = ("fit", "test", "tune", "skip", "compare")
+MAX_JSON_BYTES = 256 << 20  # the split of 20 million images
 
 
 class RunFile:
@@ -78,7 +80,7 @@ class RunFiles:
 
     def written_files(self) -> Iterator[Path]:
         """Yield the existing files with names that a run writes, except the lock file."""
-        for file in self.files_by("fit", "test", "tune", "skip", "compare"):
+        for file in self.files_by(*WRITERS):
             if file.parent == self.path:
                 yield from self.path.glob(file.name)
         yield from self.path.glob(self.tensorboard)

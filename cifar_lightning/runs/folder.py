@@ -14,12 +14,11 @@ from pathlib import Path
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import make_folder, read_bytes, remove_empty, sync_folder
 from cifar_lightning.formatting import command_line, suggest
-from cifar_lightning.runs.file_names import RunFiles
+from cifar_lightning.runs.file_names import MAX_JSON_BYTES, WRITERS, RunFiles
 from cifar_lightning.runs.lock import RunLock
 from cifar_lightning.runs.processes import NEEDS_RUN_DIR, is_started_from_outside
 
 RUNS = Path("runs")
-_MAX_JSON_BYTES = 256 << 20  # as runs.contents reads, which takes pydantic
 _SHIPPED = Path(__file__).resolve().parents[1] / "shipped"  # a folder for each model that comes with the package
 # What weights without a run are for.
 _USES = "for predict-images, export, --init_weights, --model.pretrained and Python's load alone"
@@ -269,12 +268,12 @@ def suggest_shipped(path: Path) -> str:
 
 
 def _is_readable(file: Path) -> bool:
-    """Whether a result exists and is whole: a JSON object, or an intact zip archive (.npz, .pt)."""
+    """Whether a result exists and can be read: JSON that is not empty, or an intact zip archive (.npz, .pt)."""
     if not file.is_file():
         return False
     try:
         if file.suffix == ".json":
-            return bool(json.loads(read_bytes(file, _MAX_JSON_BYTES)))
+            return bool(json.loads(read_bytes(file, MAX_JSON_BYTES)))
         with zipfile.ZipFile(file) as archive:
             return bool(archive.namelist()) and archive.testzip() is None
     except Exception:  # on damaged archives zipfile raises nearly anything
@@ -296,10 +295,8 @@ def refuse_file_of_run(output: Path, *but: str) -> None:
     A config.yaml alone makes no run: it may be the user's own, next to their predictions.csv or report.html.
     """
     run = RunFolder(output.parent)
-    others = run.files_by("fit", "test", "tune", "skip", "compare")
-    marks = set(run.files_by("fit", "test")) - {run.config, run.predictions_csv, run.report}
-    is_run = run.config.exists() and any(mark.exists() for mark in marks)
-    if is_run and output in others and output.name not in but:
+    is_run = run.config.exists() and run.split.exists()
+    if is_run and output in run.files_by(*WRITERS) and output.name not in but:
         raise UserError(f"--output {output}: is a file of the run; choose another name.")
 
 

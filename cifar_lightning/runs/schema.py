@@ -13,7 +13,7 @@ SCHEMA_VERSION = 2
 CLASS_GROUPS = ("model", "data")
 """Groups of settings that are a class's arguments; model_class and data_class name a class of one's own."""
 _RENAMED_SETTINGS = {"stem_share": "stem_train_fraction"}  # of `model`
-_RENAMED_METRICS = {"accuracy_one_view": "accuracy_no_tta"}
+_RENAMED_METRICS = {"accuracy_one_view": "accuracy_no_tta", "num_pictures": "num_images"}
 
 
 def upgrade_config(config: Any) -> Any:

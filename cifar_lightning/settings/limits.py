@@ -41,7 +41,7 @@ def check_settings(prefix: str, function: Callable[..., Any], values: Mapping[st
     """Refuse arguments outside the limits in a function's annotations; None stands for a default and passes.
 
     Args:
-        prefix: Group of the flags: model, data, early_stopping or checkpoint.
+        prefix: What the error names before a point and the argument, such as the group of the flags: model, data.
         function: A constructor, or a dataclass.
         values: Argument values by name; other names are ignored.
 

@@ -96,7 +96,7 @@ def check_loss(
         num_classes: Number of logits.
         device: Where the loss is.
         takes_probs: Also try it on probabilities in place of labels, as MixUp makes them.
-        dtype: Of the module.
+        dtype: Of the logits in training.
 
     Raises:
         UserError: It fails, or returns something else than one finite number with a gradient.
@@ -106,7 +106,7 @@ def check_loss(
     for targets, kind in [(labels, "labels"), *([(probs, "probabilities")] if takes_probs else [])]:
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(len(labels), num_classes, generator=generator)
-        logits = logits.to(device, logits_dtype(loss, dtype)).requires_grad_()
+        logits = logits.to(device, dtype).requires_grad_()
         given = f"--model.loss {clipped(name)}: for logits {tuple(logits.shape)} and {kind} {tuple(targets.shape)} it"
         hint = ";\nleave --model.mixup and --model.cutmix out" if kind == "probabilities" else ""
         try:

@@ -11,7 +11,7 @@ import math
 import sys
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,7 +22,6 @@ from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, silenced
 from cifar_lightning.files import write_bytes_durably, write_json
 from cifar_lightning.models.winograd import winograd_convolutions
-from cifar_lightning.optim.optimizers import OptimizerSettings
 from cifar_lightning.report.figures import figure_to_png, lr_range_figure
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.module import ImageClassifier
@@ -39,11 +38,6 @@ class LrRange:
     suggestion: float  # where the loss falls fastest
     sgd_lr: float | None  # with muon, that keeps its ratio to `lr`; else None
     head_lr: float | None  # the same; None if it was not given
-
-    def with_peaks(self, settings: OptimizerSettings) -> OptimizerSettings:
-        """Return optimizer settings with the suggested learning rates."""
-        peaks: dict[str, Any] = {"lr": self.suggestion, "sgd_lr": self.sgd_lr, "head_lr": self.head_lr}
-        return replace(settings, **{name: lr for name, lr in peaks.items() if lr is not None})
 
 
 def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: Any) -> LrRange:
@@ -88,9 +82,9 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
     if found is None or suggestion is None or not math.isfinite(suggestion):
         raise UserError("tune: the loss fell at no learning rate; check the data, or give --lr.")
     lrs, losses = [float(lr) for lr in found.results["lr"]], [float(loss) for loss in found.results["loss"]]
-    others = (settings.sgd_lr, settings.head_lr) if settings.name == "muon" else (None, None)
-    sgd_lr, head_lr = (None if lr is None else lr * float(suggestion) / settings.lr for lr in others)
-    return LrRange(lrs, losses, float(suggestion), sgd_lr, head_lr)
+    peaks = settings.with_lr(float(suggestion))
+    of_muon = (peaks.sgd_lr, peaks.head_lr) if settings.name == "muon" else (None, None)
+    return LrRange(lrs, losses, peaks.lr, *of_muon)
 
 
 def write_lr_range(run: RunFolder, found: LrRange) -> None:

@@ -11,12 +11,10 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, suggest
 from cifar_lightning.models.stems import fails_on_single_image, input_error
 from cifar_lightning.training.step_count import takes_last_batch
-from cifar_lightning.training.trainer_data import channels_of, training_data
+from cifar_lightning.training.trainer_data import training_data
 
 TRAIN_METRICS = ("train/loss", "train/acc", "lr")
 VAL_METRICS = ("val/loss", "val/acc", "val/f1", "val/ece")
-# What OneCycleLR adds to a group of parameters, and reads there.
-_OF_ONE_CYCLE = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 
 
 def validated_by(module: Any) -> tuple[str, ...]:
@@ -62,10 +60,10 @@ def check_classes(trainer: pl.Trainer, num_classes: int, in_channels: int) -> No
             f"num_classes {num_classes}: the data has {data.num_classes} classes; "
             f"give ImageClassifier(num_classes={data.num_classes})."
         )
-    if data is not None and channels_of(data) != in_channels:
+    if data is not None and data.in_channels != in_channels:
         raise UserError(
-            f"in_channels {in_channels}: the data has {channels_of(data)}; "
-            f"give ImageClassifier(in_channels={channels_of(data)})."
+            f"in_channels {in_channels}: the data has {data.in_channels}; "
+            f"give ImageClassifier(in_channels={data.in_channels})."
         )
 
 
@@ -110,7 +108,7 @@ def check_batches(trainer: pl.Trainer, model: nn.Module) -> None:
     batches, num_images = data.num_train_batches(num_ranks), data.num_images("train")
     in_last = num_images - (batches - 1) * size * num_ranks
     is_single = size == 1 or (in_last < 2 * num_ranks and takes_last_batch(trainer, batches))
-    if not is_single or not fails_on_single_image(model, min(data.train_sizes), channels_of(data)):
+    if not is_single or not fails_on_single_image(model, min(data.train_sizes), data.in_channels):
         return
     if size == 1:
         raise UserError("--batch_size 1: this model's BatchNorm cannot be trained with one image; give 2 or more.")
@@ -178,8 +176,7 @@ def check_groups(trainer: pl.Trainer) -> None:
     for config in trainer.lr_scheduler_configs:
         scheduler, groups = config.scheduler, config.scheduler.optimizer.param_groups
         if isinstance(scheduler, optim.lr_scheduler.OneCycleLR):
-            needed = _OF_ONE_CYCLE & groups[0].keys()
-            is_unknown = not all(needed <= group.keys() for group in groups)
+            is_unknown = not all(groups[0].keys() <= group.keys() for group in groups)
         else:
             is_unknown = len(groups) != len(getattr(scheduler, "base_lrs", groups))
         if is_unknown:

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Annotated, Any
 
 import lightning.pytorch as pl
@@ -25,6 +24,7 @@ from cifar_lightning.checkpoints.schema import (
     IMPORTED_MODEL,
     OWN_METRICS,
     SCHEMA_KEY,
+    STEPS_BEFORE,
     VERSION_KEY,
     upgrade_checkpoint,
     with_data_state,
@@ -286,7 +286,10 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     # -- training ------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Forget an earlier resume; a checkpoint to resume from is loaded after this. Check the classes to evaluate."""
+        """Note where an earlier fit of the Trainer ended, and check the classes to evaluate.
+
+        A checkpoint to resume from is loaded after this.
+        """
         if self._trainer is not None:
             use_double(self._trainer, self)
         if stage in ("validate", "test"):
@@ -488,16 +491,16 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         lr, settings = self.hparams.get("lr"), self.optimizer_settings
         if lr is None or lr in (self.hparams_initial.get("lr"), settings.lr):
             return
-        found: dict[str, Any] = {"lr": plain(lr)}
-        if settings.name == "muon":  # all of whose learning rates it has raised
-            found["sgd_lr"] = settings.sgd_lr * found["lr"] / settings.lr
-            found["head_lr"] = None if settings.head_lr is None else settings.head_lr * found["lr"] / settings.lr
-        self.optimizer_settings = replace(settings, **found)
-        self.hparams.update({name: each for name, each in found.items() if name in self.hparams})
+        self.optimizer_settings = settings.with_lr(plain(lr))
+        for name in ("lr", "sgd_lr", "head_lr"):
+            if name in self.hparams:
+                self.hparams[name] = getattr(self.optimizer_settings, name)
 
     def make_schedule(self, optimizer: torch.optim.Optimizer, steps_done: int | None = None) -> LRScheduler:
         """Return the schedule of an optimizer, of a resumed one after `steps_done` steps."""
         total_steps = self._planned_steps()
+        if steps_done is not None:
+            steps_done -= self._steps_before
         return make_schedule(optimizer, self.schedule_settings, total_steps=total_steps, steps_done=steps_done)
 
     def peak_step(self) -> float:
@@ -537,6 +540,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             if self.loss_function is not None:
                 hparams |= {"loss": None, "loss_kwargs": None}
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
+        if self._steps_before:
+            checkpoint[STEPS_BEFORE] = self._steps_before
         if self.imported is not None:
             checkpoint[IMPORTED_MODEL] = portable(plain(self.imported))
         if self.imported_class is not None:
@@ -550,7 +555,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         data = training_data(self._trainer) if self._trainer is not None else None
         if data is not None and DATA_STATE in checkpoint:  # where Lightning, which restores it next, looks for it
             checkpoint.setdefault(type(data).__qualname__, checkpoint[DATA_STATE])
-        self._resumed_from, self._steps_before = progress_of(checkpoint), 0
+        self._resumed_from, self._steps_before = progress_of(checkpoint), checkpoint.get(STEPS_BEFORE, 0)
         if (found := statistics_of(checkpoint)) is not None:
             self._normalization = found
         if type(self) is ImageClassifier and checkpoint.get(IMPORTED_CLASS):

@@ -21,6 +21,7 @@ from cifar_lightning.report.report import make_report
 from cifar_lightning.runs.environment import portable
 from cifar_lightning.runs.folder import RUNS, RunFolder, create_run
 from cifar_lightning.runs.metrics_table import MetricsTable
+from cifar_lightning.settings.roles import object_name
 from cifar_lightning.training.predictions import PredictionWriter
 from cifar_lightning.training.run_recorder import environment_of, peak_memory_mb
 from cifar_lightning.training.step_count import current_lr
@@ -74,7 +75,7 @@ class RunReport(PredictionWriter):
             return
         name = type(pl_module).__name__
         self.run = create_run(RUNS, name, self.run_dir)
-        config = {"model": {**plain(dict(pl_module.hparams)), "name": f"<{name}>"}}
+        config = {"model": {**plain(dict(pl_module.hparams)), "name": object_name(pl_module)}}
         config["trainer"] = {"max_epochs": trainer.max_epochs, "enable_checkpointing": False}  # none of ours
         config["trainer"]["limit_val_batches"] = trainer.limit_val_batches
         as_json = json.dumps(portable(plain(config)), default=_without_types)  # YAML takes no tensors and no enums

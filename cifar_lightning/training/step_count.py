@@ -21,8 +21,8 @@ def count_steps(trainer: pl.Trainer, epochs_done: int = 0, steps_done: int = 0) 
 
     Args:
         trainer: Attached to its data.
-        epochs_done: Epochs finished before this process.
-        steps_done: Steps taken in them.
+        epochs_done: Epochs finished before this `fit`.
+        steps_done: Steps taken before it.
 
     Raises:
         UserError: The run has no end, or no step.
@@ -76,7 +76,7 @@ def _steps_of_loaders(trainer: pl.Trainer, epochs_done: int, steps_done: int) ->
     if is_early and trainer.ckpt_path:
         set_up_loaders_again(trainer)
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
-    if not epochs_done or epochs in (None, -1) or math.isinf(batches):
+    if not steps_done or epochs in (None, -1) or math.isinf(batches):
         return total
     # Lightning estimates as if the epochs before had as many batches as these.
     total = steps_done + math.ceil(batches / trainer.accumulate_grad_batches) * max(0, epochs - epochs_done)

@@ -7,11 +7,6 @@ from cifar_lightning.data.loaders import ImageLoader
 from cifar_lightning.errors import UserError
 
 
-def channels_of(data: ImageDataModule) -> int:
-    """Return the number of channels of the images, which is known after `setup()`."""
-    return len(data.mean or ()) or 3
-
-
 def training_data(trainer: pl.Trainer) -> ImageDataModule | None:
     """Return the Trainer's data module if it is an `ImageDataModule`, None for plain loaders and other data modules."""
     data = getattr(trainer, "datamodule", None)  # Lightning sets it only where one is given

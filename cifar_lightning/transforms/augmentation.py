@@ -85,7 +85,7 @@ class CropAndFlip(Transform):
     """
 
     def __init__(self, padding_px: Pixels = 4, mode: CropMode = "reflect", flip: FlipMode = "random") -> None:
-        check_settings("data.transforms", CropAndFlip.__init__, {"mode": mode, "flip": flip})
+        check_settings("data.transforms CropAndFlip", CropAndFlip.__init__, {"mode": mode, "flip": flip})
         self.padding_px, self.mode, self.flip = padding_px, mode, flip
         # The next epoch must show the other side of an image, whatever its place there.
         self.of_image = ("mirrored",) if flip == "alternating" else ()
@@ -119,7 +119,7 @@ class RandomPolicy(Transform):
     """
 
     def __init__(self, policy: Literal["trivial", "rand"] = "trivial") -> None:
-        check_settings("data.transforms", RandomPolicy.__init__, {"policy": policy})
+        check_settings("data.transforms RandomPolicy", RandomPolicy.__init__, {"policy": policy})
         self.policy: Policy = policy
 
     def draw(self, generator: EpochGenerator, num_images: int, image_size: int) -> Tables:
@@ -142,7 +142,7 @@ class Jitter(Transform):
     stage = "float"
 
     def __init__(self, brightness: Strength = 0.0, contrast: Strength = 0.0) -> None:
-        check_settings("data.transforms", Jitter.__init__, {"brightness": brightness, "contrast": contrast})
+        check_settings("data.transforms Jitter", Jitter.__init__, {"brightness": brightness, "contrast": contrast})
         self._strengths = {"brightness": (6, brightness), "contrast": (7, contrast)}
 
     def draw(self, generator: EpochGenerator, num_images: int, image_size: int) -> Tables:
@@ -170,6 +170,10 @@ class Cutout(Transform):
 
     def draw(self, generator: EpochGenerator, num_images: int, image_size: int) -> Tables:
         places = image_size - self.size_px + 1
+        if not 0 <= self.size_px <= image_size:
+            raise UserError(
+                f"--data.transforms Cutout: size_px {self.size_px}: 0 to {image_size} for {image_size}-pixel images."
+            )
         streams = {"cutout_y": generator.stream(4), "cutout_x": generator.stream(5)}
         return {name: torch.randint(places, (num_images,), generator=stream) for name, stream in streams.items()}
 
@@ -187,7 +191,7 @@ class Erasing(Transform):
     stage = "normalized"
 
     def __init__(self, p: Strength = 0.5) -> None:
-        check_settings("data.transforms", Erasing.__init__, {"p": p})
+        check_settings("data.transforms Erasing", Erasing.__init__, {"p": p})
         self.p = p
 
     def draw(self, generator: EpochGenerator, num_images: int, image_size: int) -> Tables:

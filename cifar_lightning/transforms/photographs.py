@@ -131,7 +131,7 @@ class RandomGrayscale(Transform):
     """
 
     def __init__(self, p: Strength = 0.1) -> None:
-        check_settings("data.transforms", RandomGrayscale.__init__, {"p": p})
+        check_settings("data.transforms RandomGrayscale", RandomGrayscale.__init__, {"p": p})
         self.p = p
 
     def draw(self, generator: EpochGenerator, num_images: int, image_size: int) -> Tables:
@@ -151,7 +151,7 @@ class GaussianBlur(Transform):
     """
 
     def __init__(self, kernel_size: int, sigma: float | list[float] | None = None, p: Strength = 1.0) -> None:
-        check_settings("data.transforms", GaussianBlur.__init__, {"p": p})
+        check_settings("data.transforms GaussianBlur", GaussianBlur.__init__, {"p": p})
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise UserError(f"--data.transforms GaussianBlur: kernel_size {kernel_size}; odd and 1 or more.")
         sigmas = [0.1, 2.0] if sigma is None else sigma

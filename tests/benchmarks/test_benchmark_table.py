@@ -38,7 +38,7 @@ def test_a_row_is_the_mean_over_runs_with_one_hardware_and_one_set_of_flags(tmp_
     path.write_text(json.dumps([untimed]))
     assert table._rows("Mine", "mine")[0].split(" | ")[1:3] == ["85.00 % (n=1, no spread)", "-: an epoch was not timed"]
     path.write_text(json.dumps([untimed, run("a CPU", 0.85, 120, "busy")]))
-    assert table._rows("Mine", "mine")[0].split(" | ")[2] == "at most 2.0 min (n=1): an epoch was not timed"
+    assert table._rows("Mine", "mine")[0].split(" | ")[2] == "at most 2.0 min (n=1): busy"
     path.write_text(json.dumps([*runs, run("a CPU", 0.99, 600, settings={"seed": 2})]))
     assert table._rows("Mine", "mine") == rows, "a result of another version of the config counts no more"
     path.write_text(json.dumps([run("a CPU", 0.50, 600), *runs]))

@@ -144,11 +144,8 @@ class Wrapper(torch.nn.Module):
         self.head = torch.nn.Linear(4, 5)
 
 
-@pytest.mark.parametrize("prefix", ["", "model."], ids=["its own names", "those of a run's checkpoint"])
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(("prefix", "suffix"), [("", ".pt"), ("", ".safetensors"), ("model.", ".pt")])
 def test_a_model_with_a_model_inside_takes_its_own_weights(tmp_path, prefix, suffix):
-    if (prefix, suffix) == ("model.", ".safetensors"):
-        pytest.skip("exports have the names of the model")
     theirs, model = Wrapper(), Wrapper()
     path = tmp_path / f"net{suffix}"
     tensors = {f"{prefix}{name}": tensor for name, tensor in theirs.state_dict().items()}
@@ -158,6 +155,14 @@ def test_a_model_with_a_model_inside_takes_its_own_weights(tmp_path, prefix, suf
     assert not torch.equal(model.head.weight, theirs.head.weight)
     load_weights(model, path)
     assert torch.equal(model.head.weight, theirs.head.weight)
+
+
+def test_weights_of_a_module_with_a_head_of_the_models_name_next_to_it_are_taken(tmp_path):
+    theirs, model = build_model(**NARROW), build_model(**NARROW)
+    tensors = {f"model.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    torch.save(tensors | {"head.weight": torch.ones(5, 4)}, tmp_path / "module.pt")
+    load_pretrained(model, NARROW, tmp_path / "module.pt")
+    assert torch.equal(model.features[0].weight, theirs.features[0].weight)
 
 
 def test_a_head_of_another_form_is_left_out(tmp_path):

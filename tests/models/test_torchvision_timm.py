@@ -113,8 +113,8 @@ def test_timms_models_of_one_size_are_built_for_the_image_size(name):
 
 
 def test_the_image_size_is_that_of_the_data():
-    with pytest.raises(UserError, match=r"img_size cannot be set here; --data\.image_size"):
-        build_model("timm/vit_tiny_patch16_224", img_size=64)
+    with pytest.raises(UserError, match=r"img_size 64: --data\.image_size 32"):
+        build_model("timm/vit_tiny_patch16_224", image_size=32, img_size=64)
 
 
 @pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet18"])

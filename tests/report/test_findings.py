@@ -219,6 +219,7 @@ def test_a_diverged_model_has_findings_without_numbers_of_calibration(tmp_path):
     np.savez(run.predictions, **{**arrays, "logits": np.full_like(arrays["logits"], np.nan)})
     findings = find(read_results(run))
     assert math.isnan(findings["calibration"]["before"]["ece"])
+    assert math.isnan(findings["calibration"]["before"]["ece_by_chance"])
     assert findings["label_check"]["checked"]["test"] == 0
     assert findings["label_check"]["checked"]["val"] > 0
     assert "confidence" not in {insight["kind"] for insight in findings["insights"]}

@@ -53,13 +53,15 @@ def test_the_card_does_not_call_a_gap_agreement_that_few_images_leave_open(tmp_p
 
 def test_a_card_of_a_run_whose_test_images_were_trained_on_says_so(run):
     claim, text = "used neither to choose", "5 of 9 test images are also in train"
+    of_val = "3 of 9 val images are also in train"
     assert claim in write_model_card(run, CARD, run.path).read_text(encoding="utf-8")
     split = json.loads(run.split.read_text())
-    found = {"kind": "across splits", "text": text, "num_images": 5, "first": [["test/a.png", "train/a.png"]]}
-    run.split.write_text(json.dumps(split | {"duplicates": [found]}))
-    card = write_model_card(run, CARD, run.path).read_text(encoding="utf-8")
-    assert text in card
-    assert claim not in card
+    known = {"kind": "across splits", "num_images": 5, "first": [["test/a.png", "train/a.png"]]}
+    for found in ([of_val], [of_val, text]):
+        run.split.write_text(json.dumps(split | {"duplicates": [known | {"text": each} for each in found]}))
+        card = write_model_card(run, CARD, run.path).read_text(encoding="utf-8")
+        assert all(each in card for each in found)
+        assert (claim in card) == (text not in found)
 
 
 def test_without_a_test_the_card_says_so(run):

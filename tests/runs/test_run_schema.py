@@ -15,7 +15,8 @@ OLD = CURRENT.replace("stem_train_fraction", "stem_share")
 
 def test_files_of_version_1_are_read_as_those_of_version_2():
     assert upgrade_config({"model": {"stem_share": 0.5, "lr": 1}}) == {"model": {"stem_train_fraction": 0.5, "lr": 1}}
-    assert upgrade_test_metrics({"accuracy_one_view": 0.5}) == {"accuracy_no_tta": 0.5}
+    old = {"accuracy_one_view": 0.5, "num_pictures": 9}
+    assert upgrade_test_metrics(old) == {"accuracy_no_tta": 0.5, "num_images": 9}
     for other in (None, [], "text", {}, {"model": None}, {"model": {"lr": 1}}, {"data": {"stem_share": 1}}):
         assert upgrade_config(other) == other
 

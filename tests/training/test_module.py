@@ -181,6 +181,31 @@ def test_a_later_fit_of_a_trainer_anneals_over_the_epochs_that_are_left(tmp_path
     run.fit(module, small_data())  # which has nothing left to train
 
 
+def test_a_checkpoint_of_a_later_fit_resumes_with_the_schedule_of_that_fit(tmp_path):
+    class Watch(pl.Callback):
+        def __init__(self):
+            self.rates = []
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        def on_validation_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    settings = {"num_sanity_val_steps": 0, "limit_val_batches": 1}
+    first, second = Watch(), Watch()
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW)
+    run = quiet_trainer(tmp_path, max_epochs=1, callbacks=[first], **settings)
+    run.fit(module, small_data())
+    run.fit_loop.max_epochs = 3
+    run.fit(module, small_data())
+    resumed = quiet_trainer(tmp_path, max_epochs=3, callbacks=[second], **settings)
+    other = ImageClassifier(image_size=16, model_kwargs=NARROW)
+    resumed.fit(other, small_data(), ckpt_path=tmp_path / "18.ckpt")
+    assert second.rates == first.rates[18:]
+    assert len(second.rates) == 9
+
+
 def test_speednet_is_whitened_once_and_its_stem_trained_for_its_fraction_only(tmp_path):
     module = ImageClassifier(image_size=16, stem_train_fraction=0.5, **SPEED)
     biases, whitened = [], []

@@ -147,6 +147,11 @@ def test_other_loaders_of_a_resumed_run_add_their_steps_to_those_before(changed,
     assert count_steps(trainer(datamodule=None, **settings), epochs_done=2, steps_done=200) == expected
 
 
+def test_steps_of_an_epoch_that_was_cut_are_added_to_those_of_the_epochs_that_follow():
+    settings = {"num_training_batches": 9, "max_epochs": 2, "estimated_stepping_batches": 18}
+    assert count_steps(trainer(datamodule=None, **settings), epochs_done=0, steps_done=5) == 23
+
+
 def test_a_loader_of_ones_own_must_have_the_batches_that_are_planned():
     for batches, limit in ((9, 1.0), (4, 4), (float("inf"), 1.0)):
         check_train_batches(trainer(num_training_batches=batches, limit_train_batches=limit))

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from cifar_lightning import Transform
 from cifar_lightning.errors import UserError
-from cifar_lightning.transforms.augmentation import Augmentation, CropAndFlip
+from cifar_lightning.transforms.augmentation import Augmentation, CropAndFlip, Cutout
 from cifar_lightning.transforms.per_image import PerImage
 from cifar_lightning.transforms.photographs import GaussianBlur, RandomAffine
 from cifar_lightning.transforms.pipeline import Pipeline, augment
@@ -89,6 +89,7 @@ def test_a_transform_gets_the_images_of_its_stage(stage, scale):
         (CropAndFlip(8), "CropAndFlip: padding_px 8: 0 to 7 for 8-pixel images"),
         (CropAndFlip(9, "zeros"), "CropAndFlip: padding_px 9: 0 to 7"),
         (CropAndFlip(-1), "CropAndFlip: padding_px -1: 0 to 7"),
+        (Cutout(9), "Cutout: size_px 9: 0 to 8 for 8-pixel images"),
         (GaussianBlur(17, p=0.01), "GaussianBlur: kernel_size 17: up to 15 for 8-pixel images"),
         (v2.RandomCrop(6), r"RandomCrop: returned uint8 \(3, 6, 6\) for an image.*--data.image_size"),
         (v2.ToPILImage(), "ToPILImage: returned Image for an image"),

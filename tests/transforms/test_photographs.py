@@ -109,8 +109,8 @@ def test_gray_and_blurred_images_are_torchvisions_and_the_others_stay(channels):
         (lambda: RandomPolicy("none"), "policy none: one of trivial, rand"),
         (lambda: CropAndFlip(mode="zero"), "mode zero: one of reflect, zeros"),
         (lambda: CropAndFlip(flip="horizontal"), "flip horizontal: one of random"),
-        (lambda: Jitter(5), "brightness 5"),
-        (lambda: Erasing(5), "p 5"),
+        (lambda: Jitter(5), "Jitter.brightness 5"),
+        (lambda: Erasing(5), "Erasing.p 5"),
     ],
 )
 def test_arguments_out_of_range_are_refused(make, message, monkeypatch):
