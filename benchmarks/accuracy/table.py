@@ -38,8 +38,8 @@ ROWS = [
 # The same for speed configs: `benchmarks.speed.speedrun` writes their results, which include peers.
 SPEED_ROWS = [
     ("SpeedNet on CIFAR-10, all 50,000 images", "speedrun94"),
-    ("SpeedNet, wider", "speedrun95"),
-    ("SpeedNet, wide and deep", "speedrun96"),
+    ("SpeedNet, wider, on CIFAR-10, all 50,000 images", "speedrun95"),
+    ("SpeedNet, wide and deep, on CIFAR-10, all 50,000 images", "speedrun96"),
 ]
 REPLACED = (
     "| The single script it replaces, CIFAR-10, 100 epochs | 91.86 % (as stated, n=1, no spread) | - | a GPU | - |"
