@@ -13,8 +13,9 @@ from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import check_output
 from cifar_lightning.report.terminal import print_validation
-from cifar_lightning.runs.contents import read_config
+from cifar_lightning.runs.contents import read_config, read_split
 from cifar_lightning.runs.folder import RunFolder, open_run, refuse_file_of_run, run_of
+from cifar_lightning.settings.roles import is_object_name
 from cifar_lightning.training.error_messages import restoring
 from cifar_lightning.training.predictions import PredictionWriter
 from cifar_lightning.training.step_count import check_evaluation
@@ -31,6 +32,7 @@ def evaluate(command: str, arguments: Sequence[str], objects: PythonObjects | No
         refuse_file_of_run(output, "predictions.npz", "predictions.csv")
     model, data, settings = cli.instantiate()
     prepare_data(data, model)
+    _refuse_trained_images(command, Path(settings.ckpt_path), data, cli.settings.data)
     run = find_run(command, Path(settings.ckpt_path), data, output, cli.settings.model.get("tta"))
     predictions = PredictionWriter(run, output)
     trainer = build_trainer(settings.trainer, [predictions], logger=False)
@@ -51,6 +53,29 @@ def evaluate(command: str, arguments: Sequence[str], objects: PythonObjects | No
     elif trainer.is_global_zero and command == "validate":
         print_validation({name: float(value) for name, value in trainer.callback_metrics.items()})
     return predictions
+
+
+def _refuse_trained_images(command: str, checkpoint: Path, data: ImageDataModule, settings: Any) -> None:
+    """Refuse a split that is drawn again from the images of the run, which was trained on most of them."""
+    run, now = run_of(checkpoint), data.split_summary()
+    split, is_drawn = ("val", now.get("val_from") == "train") if command == "validate" else ("test", "test" in now)
+    if run is None or not is_drawn or not run.split.exists() or is_object_name(settings.get("dataset")):
+        return
+    before, theirs = read_split(run.split), dict[str, Any]()
+    with contextlib.suppress(UserError):  # damaged
+        theirs = read_config(run.config).get("data") or {}
+
+    def are_equal(*names: str) -> bool:
+        return all(str(theirs.get(name)) == str(settings.get(name)) for name in names)
+
+    hashes = [each.get("sha256", {}).get("train") for each in (before, now)]
+    is_changed = before.get(split) != now.get(split)
+    is_changed |= hashes[0] not in (None, hashes[1]) and are_equal("image_size", "resize", "in_channels")
+    if is_changed and are_equal("dataset", "root", "labels"):
+        raise UserError(
+            f"{command}: the images in {settings.get('root')}, or their split, are not those of {run.path}, which was "
+            "trained on some that would be drawn.\nGive the images and --data flags of the run, or another --data.root."
+        )
 
 
 def check_validation(trainer: pl.Trainer, data: ImageDataModule) -> None:

@@ -1,9 +1,12 @@
 """Where validate, test and predict write, and where they do not."""
 
+import contextlib
+import json
 import os
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from made_run import make_run
 
 from cifar_lightning.cli import evaluate
@@ -37,6 +40,33 @@ def test_a_run_that_cannot_be_written_is_evaluated_and_stays_as_it_is(run, monke
     with pytest.raises(UserError, match="cannot be written; give --output"):
         find_run("predict", run.best_checkpoint, data, None)
     assert not run.lock_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "changed", "settings", "is_refused"),
+    [
+        ("test", {}, {}, False),
+        ("test", {"sha256": {"train": "other"}}, {}, True),
+        ("test", {"test": [7, 8]}, {"seed": 1}, True),
+        ("test", {"val": [7]}, {"val_fraction": 0.2}, False),
+        ("validate", {"val": [7]}, {"val_fraction": 0.2}, True),
+        ("validate", {"sha256": {"train": "hash", "test": "other"}}, {}, False),
+        ("predict", {"sha256": {"train": "other"}}, {"image_size": 64}, False),
+        ("predict", {"sha256": {"train": "other"}, "test": [1]}, {"image_size": 64}, True),
+        ("test", {"sha256": {"train": "other"}}, {"root": "other"}, False),
+        ("test", {"sha256": {"train": "other"}}, {"dataset": "<Rows>"}, False),
+    ],
+)
+def test_images_that_a_run_was_trained_on_are_not_drawn_for_its_test(run, command, changed, settings, is_refused):
+    split = {"sha256": {"train": "hash"}, "val_from": "train", "train": [0, 3], "val": [1], "test": [2]}
+    run.split.write_text(json.dumps(split))
+    known = {"dataset": "folder", "root": "photos", "image_size": None}
+    run.config.write_text(yaml.safe_dump({"data": known}))
+    data = SimpleNamespace(split_summary=lambda: split | changed)
+    with pytest.raises(UserError, match=r"photos.*trained on") if is_refused else contextlib.nullcontext():
+        evaluate._refuse_trained_images(command, run.best_checkpoint, data, known | settings)
+    del split["test"], split["val"]  # the data's own
+    evaluate._refuse_trained_images(command, run.best_checkpoint, SimpleNamespace(split_summary=dict), known)
 
 
 def test_results_with_another_tta_than_the_config_names_are_not_written(run, capsys):
