@@ -269,15 +269,18 @@ def test_each_target_accuracy_is_named_with_what_its_confidence_gives():
     reached["accuracy_interval_95"] = [0.529, 0.978]
     nothing_left = {"target": 0.99, "threshold": 1.0, "coverage": 0.0, "num_images": 0, "accuracy": None}
     not_reached = {"target": 0.999, "threshold": None, "coverage": None, "num_images": None, "accuracy": None}
+    refuted = {"target": 0.99, "threshold": 0.9, "coverage": 0.5, "num_images": 61, "accuracy": 16 / 61}
+    refuted["accuracy_interval_95"] = [0.2, 0.4]
     stream = io.StringIO()
     findings = findings_of(matrix(3), ["a", "b", "c"]) | {
-        "coverage": [{"target": 0.95} | reached, nothing_left, not_reached]
+        "coverage": [{"target": 0.95} | reached, nothing_left, not_reached, refuted]
     }
     print_findings(findings, console=Console(file=stream, width=200, highlight=False))
     lines = section(stream.getvalue(), "Confidence needed for a given accuracy")
     figures = [re.findall(r"[\d.]+(?= %| to)|\d+(?= test)", line) for line in lines]
     interval = ["95", "52.9", "97.8"]
-    assert figures == [["95", "66.7", "8", "11.1", "87.5", *interval], ["99", "100.0", "0", "0.0"], ["99.9"]]
+    chosen = [["95", "66.7", "8", "11.1", "87.5", *interval], ["99", "100.0"], ["99.9"]]
+    assert figures == [*chosen, ["99", "26.2", "90.0", "95", "20.0", "40.0"]]
 
 
 def test_the_summary_lists_the_three_lowest_recalls_the_lowest_first(tmp_path):
