@@ -31,7 +31,7 @@ from cifar_lightning.data.image_folder import Skipped
 from cifar_lightning.data.object_source import to_square
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import expand_home
-from cifar_lightning.formatting import percent, plural, reason_of
+from cifar_lightning.formatting import clipped, percent, plural, reason_of, suggest
 from cifar_lightning.inference.predict_images import (
     Prediction,
     choose_top_k,
@@ -359,9 +359,13 @@ def _typed(settings: dict[str, Any], objects: PythonObjects) -> tuple[list[str],
 
 
 def _data_settings(data: str) -> dict[str, str]:
-    if data not in DATASETS and not is_import_path(data) and (os.sep in data or Path(expand_home(data)).is_dir()):
+    if data in DATASETS or is_import_path(data):
+        return {"data.dataset": data}
+    if os.sep in data or Path(expand_home(data)).is_dir():
         return {"data.dataset": "folder", "data.root": data}
-    return {"data.dataset": data}
+    names = ", ".join(DATASETS)
+    hint = suggest(data, [*DATASETS])
+    raise UserError(f"data {clipped(data)}: no such folder, nor one of {names}, nor package.module:name.{hint}")
 
 
 @contextlib.contextmanager

@@ -174,6 +174,8 @@ def _hint_for_argument(command: str, argument: str) -> str:
         return f" Flags have two dashes: -{clipped(argument)}"
     if command == "fit" and os.path.isfile(os.path.join(argument, "config.yaml")):  # pathlib's raises for long names
         return f" To resume a run: fit --resume {shell_line(argument)}"
+    if command == "fit" and os.path.isdir(argument):
+        return f" For class folders: fit --data.dataset folder --data.root {shell_line(argument)}"
     return ""
 
 

@@ -114,6 +114,15 @@ def read_file(path: str) -> bytes:
         return file.read()
 
 
+def _why_unknown(path: str) -> str:
+    if os.stat(path).st_size == 0:
+        return "an empty file"
+    is_heic = os.path.splitext(path)[1].lower() in (".heic", ".heif")
+    return (
+        "HEIC, which Pillow does not know: convert it to JPEG" if is_heic else "not an image format that Pillow knows"
+    )
+
+
 def decode_image(
     path: str,
     image_size: int,
@@ -146,7 +155,7 @@ def decode_image(
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
         reason = (isinstance(error, OSError) and error.strerror) or str(error)  # without the path a second time
         if isinstance(error, UnidentifiedImageError):
-            reason = "not an image format that Pillow knows"
+            reason = _why_unknown(path)
         raise UserError(f"{path} cannot be read ({' '.join(reason.split()) or type(error).__name__})") from error
 
 

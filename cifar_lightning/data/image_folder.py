@@ -306,7 +306,7 @@ class ClassFolders:
                 if self.skip_unreadable or not found.unreadable:
                     return found
             elif path.exists():
-                print(f"{path} is damaged or older than the images: decoding them again", flush=True)
+                print(f"{path} is damaged, or the images have changed: decoding them again", flush=True)
         return None
 
     def _build(self, split: Split) -> Decoded:
