@@ -1,6 +1,7 @@
 """validate, test and predict: a checkpoint's metrics and predictions."""
 
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,22 +57,22 @@ def evaluate(command: str, arguments: Sequence[str], objects: PythonObjects | No
 
 
 def _refuse_trained_images(command: str, checkpoint: Path, data: ImageDataModule, settings: Any) -> None:
-    """Refuse a split that is drawn again from the images of the run, which was trained on most of them."""
+    """Refuse a split that is drawn again from the images of the run, which was trained on most of them.
+
+    Equal indices are taken for equal images: a file that is decoded otherwise than then is no other file.
+    """
     run, now = run_of(checkpoint), data.split_summary()
     split, is_drawn = ("val", now.get("val_from") == "train") if command == "validate" else ("test", "test" in now)
-    if run is None or not is_drawn or not run.split.exists() or is_object_name(settings.get("dataset")):
+    if run is None or not is_drawn or not now[split] or is_object_name(settings.get("dataset")):
         return
-    before, theirs = read_split(run.split), dict[str, Any]()
+    before, theirs = dict[str, Any](), dict[str, Any]()
     with contextlib.suppress(UserError):  # damaged
+        before = read_split(run.split)
         theirs = read_config(run.config).get("data") or {}
-
-    def are_equal(*names: str) -> bool:
-        return all(str(theirs.get(name)) == str(settings.get(name)) for name in names)
-
-    hashes = [each.get("sha256", {}).get("train") for each in (before, now)]
-    is_changed = before.get(split) != now.get(split)
-    is_changed |= hashes[0] not in (None, hashes[1]) and are_equal("image_size", "resize", "in_channels")
-    if is_changed and are_equal("dataset", "root", "labels"):
+    given = [
+        [os.path.realpath(str(each.get(name))) for name in ("dataset", "root", "labels")] for each in (theirs, settings)
+    ]
+    if theirs and given[0] == given[1] and before.get(split) != now[split]:
         raise UserError(
             f"{command}: the images in {settings.get('root')}, or their split, are not those of {run.path}, which was "
             "trained on some that would be drawn.\nGive the images and --data flags of the run, or another --data.root."

@@ -172,7 +172,8 @@ def _hint_for_argument(command: str, argument: str) -> str:
         return f" For a config: {command} --config {clipped(argument)}"
     if argument.startswith("-") and len(argument) > 2:
         return f" Flags have two dashes: -{clipped(argument)}"
-    if command == "fit" and os.path.isfile(os.path.join(argument, "config.yaml")):  # pathlib's raises for long names
+    names = ("config.yaml", "seeds.json")
+    if command == "fit" and any(os.path.isfile(os.path.join(argument, name)) for name in names):  # pathlib's may raise
         return f" To resume a run: fit --resume {shell_line(argument)}"
     if command == "fit" and os.path.isdir(argument):
         return f" For class folders: fit --data.dataset folder --data.root {shell_line(argument)}"

@@ -98,6 +98,7 @@ _MESSAGE_BYTES = 500  # of the messages of C libraries about an image
 _UNUSED_ALPHA = "have alpha 0 everywhere; their colours are used"
 CONSTANT = "have one colour in all of the decoded square"
 
+_HEIC = (b"ftypheic", b"ftypheix")  # brands of its files
 Resize = Literal["crop", "pad", "squash"]
 Read = Callable[[str], bytes]
 Decode = Callable[[str, int, list[str], Read], np.ndarray]
@@ -112,15 +113,6 @@ def read_file(path: str) -> bytes:
     _check_file(path)
     with open(path, "rb") as file:
         return file.read()
-
-
-def _why_unknown(path: str) -> str:
-    if os.stat(path).st_size == 0:
-        return "an empty file"
-    is_heic = os.path.splitext(path)[1].lower() in (".heic", ".heif")
-    return (
-        "HEIC, which Pillow does not know: convert it to JPEG" if is_heic else "not an image format that Pillow knows"
-    )
 
 
 def decode_image(
@@ -155,7 +147,7 @@ def decode_image(
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
         reason = (isinstance(error, OSError) and error.strerror) or str(error)  # without the path a second time
         if isinstance(error, UnidentifiedImageError):
-            reason = _why_unknown(path)
+            reason = "not an image format that Pillow knows"
         raise UserError(f"{path} cannot be read ({' '.join(reason.split()) or type(error).__name__})") from error
 
 
@@ -180,6 +172,10 @@ def open_image(file: bytes | str | os.PathLike[str]) -> Image.Image:
     """Return an image file, by its content or path, as a Pillow image that is not decoded yet; may raise anything."""
     _refuse_formats()
     data = file if isinstance(file, bytes) else read_file(os.fspath(file))
+    if not data:
+        raise ValueError("an empty file")
+    if data[4:12] in _HEIC and ".heic" not in Image.registered_extensions():  # as pillow-heif registers it
+        raise ValueError("HEIC, which Pillow does not know: convert it to JPEG")
     image = Image.open(BytesIO(_checked_png(data) if data.startswith(b"\x89PNG") else data))
     _check_header(image)
     return image

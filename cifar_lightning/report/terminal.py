@@ -152,14 +152,14 @@ def _to_look_at(findings: Mapping[str, Any], most: int) -> list[str]:
 def _coverage_text(row: Mapping[str, Any]) -> str:
     if row["threshold"] is None:
         return f"No confidence is high enough for {100 * row['target']:g} % correct predictions"
-    above = f"the confidence chosen for it, {confidence(row['threshold'])}"
+    chosen = f"a confidence of at least {confidence(row['threshold'])}"
     if not row["num_images"]:
-        return f"For {100 * row['target']:g} % correct predictions: no test image has {above}"
+        return f"For {100 * row['target']:g} % correct predictions: no test image has {chosen}"
     interval = f"95 % interval {span(row['accuracy_interval_95'])}"
     if row["accuracy_interval_95"][1] < row["target"]:
         return (
-            f"{100 * row['target']:g} % correct predictions are not reached on the test images: "
-            f"{percent(row['accuracy'])} of {row['num_images']:,} above {above} ({interval})"
+            f"{100 * row['target']:g} % correct predictions not reached: {percent(row['accuracy'])} of "
+            f"{plural(row['num_images'], 'test image')} with {chosen} ({interval})"
         )
     correct = f"; {percent(row['accuracy'])} of them correct, {interval}"
     if row.get("chosen_on") == "test":  # so the accuracy is too good

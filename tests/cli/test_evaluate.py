@@ -46,15 +46,15 @@ def test_a_run_that_cannot_be_written_is_evaluated_and_stays_as_it_is(run, monke
     ("command", "changed", "settings", "is_refused"),
     [
         ("test", {}, {}, False),
-        ("test", {"sha256": {"train": "other"}}, {}, True),
-        ("test", {"test": [7, 8]}, {"seed": 1}, True),
+        ("test", {"test": [7, 8]}, {}, True),
+        ("test", {"test": [7, 8]}, {"seed": 1, "root": "./photos/"}, True),
         ("test", {"val": [7]}, {"val_fraction": 0.2}, False),
         ("validate", {"val": [7]}, {"val_fraction": 0.2}, True),
-        ("validate", {"sha256": {"train": "hash", "test": "other"}}, {}, False),
-        ("predict", {"sha256": {"train": "other"}}, {"image_size": 64}, False),
-        ("predict", {"sha256": {"train": "other"}, "test": [1]}, {"image_size": 64}, True),
-        ("test", {"sha256": {"train": "other"}}, {"root": "other"}, False),
-        ("test", {"sha256": {"train": "other"}}, {"dataset": "<Rows>"}, False),
+        ("validate", {"val": []}, {"val_fraction": 0}, False),
+        ("predict", {"sha256": {"train": "decoded otherwise"}}, {"image_size": 64}, False),
+        ("predict", {"test": [1]}, {"image_size": 64}, True),
+        ("test", {"test": [1]}, {"root": "other"}, False),
+        ("test", {"test": [1]}, {"dataset": "<Rows>"}, False),
     ],
 )
 def test_images_that_a_run_was_trained_on_are_not_drawn_for_its_test(run, command, changed, settings, is_refused):
@@ -65,8 +65,10 @@ def test_images_that_a_run_was_trained_on_are_not_drawn_for_its_test(run, comman
     data = SimpleNamespace(split_summary=lambda: split | changed)
     with pytest.raises(UserError, match=r"photos.*trained on") if is_refused else contextlib.nullcontext():
         evaluate._refuse_trained_images(command, run.best_checkpoint, data, known | settings)
-    del split["test"], split["val"]  # the data's own
-    evaluate._refuse_trained_images(command, run.best_checkpoint, SimpleNamespace(split_summary=dict), known)
+    own = SimpleNamespace(split_summary=lambda: {"val": [7], "val_from": "val"})
+    evaluate._refuse_trained_images(command, run.best_checkpoint, own, known)
+    run.split.write_text("damaged")
+    evaluate._refuse_trained_images(command, run.best_checkpoint, data, known | settings)
 
 
 def test_results_with_another_tta_than_the_config_names_are_not_written(run, capsys):

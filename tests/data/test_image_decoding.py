@@ -559,3 +559,14 @@ def test_a_process_that_may_start_none_is_told_what_may(monkeypatch):
     monkeypatch.setattr(image_decoding.multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True))
     with pytest.raises(UserError, match="ProcessPoolExecutor"), image_decoding.worker_pool(1):
         pass
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "an empty file"), (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"), (b"text", "not an image format")],
+)
+def test_the_reason_that_a_file_is_no_image_is_named_whatever_its_suffix(tmp_path, content, reason):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.jpg cannot be read \({reason}"):
+        decode_image(str(path), 8)
