@@ -59,11 +59,17 @@ def evaluate(command: str, arguments: Sequence[str], objects: PythonObjects | No
 def _refuse_trained_images(command: str, checkpoint: Path, data: ImageDataModule, settings: Any) -> None:
     """Refuse a split that is drawn again from the images of the run, which was trained on most of them.
 
-    Equal indices are taken for equal images: a file that is decoded otherwise than then is no other file.
+    Equal indices count as equal images: another version of Pillow may decode the same files to other pixels.
+
+    Raises:
+        UserError: The data set, its root and its labels are those of the run, and the indices of the split are not.
     """
-    run, now = run_of(checkpoint), data.split_summary()
+    run = run_of(checkpoint)
+    if run is None or is_object_name(settings.get("dataset")):
+        return
+    now = data.split_summary()
     split, is_drawn = ("val", now.get("val_from") == "train") if command == "validate" else ("test", "test" in now)
-    if run is None or not is_drawn or not now[split] or is_object_name(settings.get("dataset")):
+    if not is_drawn or not now[split]:
         return
     before, theirs = dict[str, Any](), dict[str, Any]()
     with contextlib.suppress(UserError):  # damaged

@@ -20,7 +20,7 @@ def repeat_if_overfitting(trainer: pl.Trainer) -> None:
     """Have one of our loaders repeat the order of its first epoch for `overfit_batches`, and only for it."""
     loader = trainer.train_dataloader
     if isinstance(loader, ImageLoader):
-        loader.sampler.repeats = trainer.overfit_batches > 0  # type: ignore[attr-defined]  # by a connector
+        loader.sampler.repeats = trainer.overfit_batches > 0  # type: ignore[attr-defined]  # set by a connector
 
 
 def require_training_data(trainer: pl.Trainer) -> ImageDataModule:

@@ -104,6 +104,7 @@ def torch_flags():
     torch.backends.cudnn.benchmark = False
 
 
+# Lightning advises against both at once, which all arguments together are.
 @pytest.mark.filterwarnings("ignore:You passed `deterministic=True` and `benchmark=True`")
 def test_what_is_given_reaches_the_trainer(tmp_path, monkeypatch):
     class Reached(Exception):
