@@ -59,15 +59,17 @@ def tables() -> dict[str, str]:
 
 
 def results_table() -> str:
-    """Return the test accuracies that were measured; a config without a measurement has no row."""
+    """Return the test accuracies that were measured, with remarks; a config without a measurement has no row."""
+    notes: list[str] = []
     rows = [
         "| what | test accuracy | training time | hardware | command |",
         "| --- | --- | --- | --- | --- |",
-        *(row for plain_row in ROWS for row in _rows(*plain_row)),
-        *(row for speed_row in SPEED_ROWS for row in (*_speed_rows(*speed_row), *_rows(*speed_row))),
+        *(row for plain_row in ROWS for row in _rows(*plain_row, notes)),
+        *(row for speed_row in SPEED_ROWS for row in (*_speed_rows(*speed_row, notes), *_rows(*speed_row, notes))),
         REPLACED,
     ]
-    return "\n".join(rows)
+    remarks = [f"- [{number}] {note[0].upper()}{note[1:]}." for number, note in enumerate(notes, start=1)]
+    return "\n".join([*rows, "", *remarks])
 
 
 def speed_table() -> str:
@@ -118,25 +120,25 @@ def _command(recipe: str, flags: str = "") -> str:
     return f"`python train.py fit --config configs/{recipe}.yaml{flags and ' '}{flags}`"
 
 
-def _rows(what: str, recipe: str) -> list[str]:
-    """Return a row for each kind of hardware and each set of flags that was added to the config."""
+def _rows(what: str, recipe: str, notes: list[str]) -> list[str]:
+    """Return a row for each kind of hardware and each set of flags that was added to the config.
+
+    Append the remarks on its times to `notes`.
+    """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in results_of(recipe):
         groups.setdefault((line["flags"], line["hardware"]), []).append(line)
     rows = []
     for (flags, hardware), runs in sorted(groups.items(), key=lambda item: item[0][0] != ""):
         accuracy = _mean_of([100 * run["test_accuracy"] for run in runs])
-        timed = [run["elapsed_s"] for run in runs if not run["note"]]
-        busy = [run for run in runs if run["elapsed_s"] is not None]  # None: an epoch was not timed
-        bound = _at_most([run["elapsed_s"] for run in busy], busy[0]["note"]) if busy else f"-: {runs[0]['note']}"
-        took = _time_of(timed) if timed else bound
+        took = _time_cell([(run["elapsed_s"], run["note"]) for run in runs], notes)
         name = f"{what}, with `{flags}`" if flags else what
         rows.append(f"| {name} | {accuracy} | {took} | {hardware} | {_command(recipe, flags)} |")
     return rows
 
 
-def _speed_rows(what: str, recipe: str) -> list[str]:
-    """Return a row for our runs and for each peer, on each kind of hardware."""
+def _speed_rows(what: str, recipe: str, notes: list[str]) -> list[str]:
+    """Return a row for our runs and for each peer, on each kind of hardware; `notes` as for :func:`_rows`."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for line in comparable(_read(recipe) or [], recipe):
         groups.setdefault((line["who"], line["precision"], line["hardware"]), []).append(line)
@@ -145,8 +147,7 @@ def _speed_rows(what: str, recipe: str) -> list[str]:
         name = f"{what}, {precision}" if who == "ours" else f"{who}, a record script, {precision}"
         accuracy = _mean_of([100 * run["accuracy"] for run in runs])
         accuracy += f"; {_mean_of([100 * run['accuracy_no_tta'] for run in runs])} without TTA"
-        timed = [run["seconds"] for run in runs if not run["note"]]
-        took = _time_of(timed) if timed else _at_most([run["seconds"] for run in runs], runs[0]["note"])
+        took = _time_cell([(run["seconds"], run["note"]) for run in runs], notes)
         is_given = precision == present_settings(recipe)["trainer"]["precision"]
         flags = "" if is_given else f"--trainer.precision {precision}"
         command = _command(recipe, flags) if who == "ours" else SPEEDRUN
@@ -165,9 +166,21 @@ def _time_of(seconds: list[float]) -> str:
     return f"{mean / unit:.1f} {name} ({span}n={len(seconds)})"
 
 
-def _at_most(seconds: list[float], note: str) -> str:
-    """Return the time of runs that something slowed down, which bounds the time they take."""
-    return f"at most {_time_of(seconds)}: {note}"
+def _time_cell(runs: list[tuple[float | None, str]], notes: list[str]) -> str:
+    """Return the time of runs without a remark; without such runs, a bound and the number of the remark in `notes`.
+
+    Args:
+        runs: The seconds of each run, None where an epoch was not timed, and the remark on them or "".
+        notes: Remarks so far; a new one is appended.
+    """
+    if undisturbed := [seconds for seconds, note in runs if seconds is not None and not note]:
+        return _time_of(undisturbed)
+    known = [(seconds, note) for seconds, note in runs if seconds is not None]
+    note = (known or runs)[0][1]
+    if note not in notes:
+        notes.append(note)
+    bound = f"at most {_time_of([seconds for seconds, _ in known])}" if known else "-"
+    return f"{bound} [{notes.index(note) + 1}]"
 
 
 def _mean_of(percents: list[float]) -> str:

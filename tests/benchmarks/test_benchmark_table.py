@@ -25,25 +25,27 @@ def test_a_row_is_the_mean_over_runs_with_one_hardware_and_one_set_of_flags(tmp_
         f"| Mine | 91.00 % ± 1.41 (n=2, standard deviation) | 10.5 min (10.0 to 11.0, n=2) | a CPU | {whole} |",
         f"| Mine | 93.00 % ± 0.00 (n=2, standard deviation) | 30.0 s (n=1) | a GPU | {whole} |",
     ]
-    assert table._rows("Mine", "mine") == rows
+    assert table._rows("Mine", "mine", []) == rows
     path.write_text(json.dumps([run("a CPU", 0.85, 60, flags="--epochs 2")]))
     short = "`python train.py fit --config configs/mine.yaml --epochs 2`"
     row = f"| Mine, with `--epochs 2` | 85.00 % (n=1, no spread) | 1.0 min (n=1) | a CPU | {short} |"
-    assert table._rows("Mine", "mine") == [row]
+    assert table._rows("Mine", "mine", []) == [row]
     path.write_text(json.dumps([run("a CPU", 0.85, 60, flags="--epochs 2"), *runs]))
-    assert table._rows("Mine", "mine") == [*rows, row]
+    assert table._rows("Mine", "mine", []) == [*rows, row]
     path.write_text(json.dumps([run("a CPU", 0.85, 120, "busy")]))
-    assert table._rows("Mine", "mine")[0].split(" | ")[2] == "at most 2.0 min (n=1): busy"
+    notes = ["another remark"]
+    assert table._rows("Mine", "mine", notes)[0].split(" | ")[2] == "at most 2.0 min (n=1) [2]"
+    assert notes == ["another remark", "busy"]
     untimed = run("a CPU", 0.85, None, "an epoch was not timed")
     path.write_text(json.dumps([untimed]))
-    assert table._rows("Mine", "mine")[0].split(" | ")[1:3] == ["85.00 % (n=1, no spread)", "-: an epoch was not timed"]
+    assert table._rows("Mine", "mine", notes)[0].split(" | ")[1:3] == ["85.00 % (n=1, no spread)", "- [3]"]
     path.write_text(json.dumps([untimed, run("a CPU", 0.85, 120, "busy")]))
-    assert table._rows("Mine", "mine")[0].split(" | ")[2] == "at most 2.0 min (n=1): busy"
+    assert table._rows("Mine", "mine", notes)[0].split(" | ")[2] == "at most 2.0 min (n=1) [2]", "named once"
     path.write_text(json.dumps([*runs, run("a CPU", 0.99, 600, settings={"seed": 2})]))
-    assert table._rows("Mine", "mine") == rows, "a result of another version of the config counts no more"
+    assert table._rows("Mine", "mine", []) == rows, "a result of another version of the config counts no more"
     path.write_text(json.dumps([run("a CPU", 0.50, 600), *runs]))
-    assert table._rows("Mine", "mine") == rows, "of each seed the newest counts"
-    assert table._rows("Mine", "not measured") == []
+    assert table._rows("Mine", "mine", []) == rows, "of each seed the newest counts"
+    assert table._rows("Mine", "not measured", []) == []
 
 
 @pytest.mark.parametrize(
