@@ -14,6 +14,7 @@ from benchmarks import RESULTS, ROOT
 from benchmarks.accuracy.ablations import BASE, SUITES, Suite, differences, verdict
 from benchmarks.accuracy.insight_rates import FINDINGS, NOT_BY_CLASS
 from benchmarks.accuracy.record import comparable, present_settings, results_of
+from cifar_lightning.formatting import plural
 
 # Table: the page that holds it, between two comments with its name.
 PAGES_OF = {
@@ -27,12 +28,12 @@ PAGES_OF = {
 
 # Row: model and data, config (and name of its results file).
 ROWS = [
-    ("SmallNet on CIFAR-10, 12 epochs", "smallnet_cpu"),
-    ("SmallNet on CIFAR-10, 100 epochs", "smallnet"),
-    ("SmallNet at its best on CIFAR-10, 60 epochs", "smallnet_best"),
-    ("ResNet-18 on CIFAR-10, 60 epochs", "resnet18"),
+    ("SmallNet on CIFAR-10", "smallnet_cpu"),
+    ("SmallNet on CIFAR-10", "smallnet"),
+    ("SmallNet with Muon, EMA and cutout on CIFAR-10", "smallnet_best"),
+    ("ResNet-18 on CIFAR-10", "resnet18"),
     ("ResNet-18 on CIFAR-100", "cifar100"),
-    ("WideResNet-28-10 on CIFAR-10, 200 epochs", "strong"),
+    ("WideResNet-28-10 on CIFAR-10", "strong"),
     ("SmallNet, narrow, on the synthetic set", "quickstart"),
 ]
 # The same for speed configs: `benchmarks.speed.speedrun` writes their results, which include peers.
@@ -131,8 +132,9 @@ def _rows(what: str, recipe: str, notes: list[str]) -> list[str]:
     rows = []
     for (flags, hardware), runs in sorted(groups.items(), key=lambda item: item[0][0] != ""):
         accuracy = _mean_of([100 * run["test_accuracy"] for run in runs])
+        accuracy += _remark(_DIRTY, notes) if any(run["dirty"] for run in runs) else ""
         took = _time_cell([(run["elapsed_s"], run["note"]) for run in runs], notes)
-        name = f"{what}, with `{flags}`" if flags else what
+        name = f"{what}, {plural(runs[0]['epochs'], 'epoch')}, {_seeds_of(runs)}"
         rows.append(f"| {name} | {accuracy} | {took} | {hardware} | {_command(recipe, flags)} |")
     return rows
 
@@ -144,7 +146,7 @@ def _speed_rows(what: str, recipe: str, notes: list[str]) -> list[str]:
         groups.setdefault((line["who"], line["precision"], line["hardware"]), []).append(line)
     rows = []
     for (who, precision, hardware), runs in sorted(groups.items(), key=lambda item: item[0][0] != "ours"):
-        name = f"{what}, {precision}" if who == "ours" else f"{who}, a record script, {precision}"
+        name = f"{what if who == 'ours' else f'{who}, a record script'}, {precision}, {_seeds_of(runs)}"
         accuracy = _mean_of([100 * run["accuracy"] for run in runs])
         accuracy += f"; {_mean_of([100 * run['accuracy_no_tta'] for run in runs])} without TTA"
         took = _time_cell([(run["seconds"], run["note"]) for run in runs], notes)
@@ -155,6 +157,7 @@ def _speed_rows(what: str, recipe: str, notes: list[str]) -> list[str]:
     return rows
 
 
+_DIRTY = "one of the checkouts had uncommitted changes"
 SPEEDRUN = "`python -m benchmarks.speed.speedrun --peer airbench=DIR`"
 
 
@@ -176,11 +179,21 @@ def _time_cell(runs: list[tuple[float | None, str]], notes: list[str]) -> str:
     if undisturbed := [seconds for seconds, note in runs if seconds is not None and not note]:
         return _time_of(undisturbed)
     known = [(seconds, note) for seconds, note in runs if seconds is not None]
-    note = (known or runs)[0][1]
-    if note not in notes:
-        notes.append(note)
     bound = f"at most {_time_of([seconds for seconds, _ in known])}" if known else "-"
-    return f"{bound} [{notes.index(note) + 1}]"
+    return bound + _remark((known or runs)[0][1], notes)
+
+
+def _remark(text: str, notes: list[str]) -> str:
+    """Return the number of a remark among `notes`, to which a new one is appended."""
+    if text not in notes:
+        notes.append(text)
+    return f" [{notes.index(text) + 1}]"
+
+
+def _seeds_of(runs: list[dict[str, Any]]) -> str:
+    """Return the seeds of runs: "seed 0", "seeds 0, 2"."""
+    seeds = sorted(run["seed"] for run in runs)
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def _mean_of(percents: list[float]) -> str:

@@ -12,7 +12,8 @@ from benchmarks.accuracy.ablations import SUITES
 def test_a_row_is_the_mean_over_runs_with_one_hardware_and_one_set_of_flags(tmp_path, monkeypatch):
     def run(hardware, accuracy, seconds, note="", flags="", settings=None):
         line = {"flags": flags, "hardware": hardware, "test_accuracy": accuracy, "elapsed_s": seconds, "note": note}
-        return line | {"settings": settings or {"seed": 1}, "seed": seconds, "data_seed": 0}
+        line |= {"epochs": 2, "dirty": False}
+        return line | {"settings": settings or {"seed": 1}, "seed": seconds or 0, "data_seed": 0}
 
     runs = [run("a CPU", 0.90, 600), run("a GPU", 0.93, 30), run("a CPU", 0.92, 660), run("a GPU", 0.93, 50, "busy")]
     path = tmp_path / "mine.json"
@@ -21,14 +22,15 @@ def test_a_row_is_the_mean_over_runs_with_one_hardware_and_one_set_of_flags(tmp_
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(record, "CONFIGS", tmp_path)
     whole = "`python train.py fit --config configs/mine.yaml`"
+    many = "(n=2, standard deviation)"
     rows = [
-        f"| Mine | 91.00 % ± 1.41 (n=2, standard deviation) | 10.5 min (10.0 to 11.0, n=2) | a CPU | {whole} |",
-        f"| Mine | 93.00 % ± 0.00 (n=2, standard deviation) | 30.0 s (n=1) | a GPU | {whole} |",
+        f"| Mine, 2 epochs, seeds 600, 660 | 91.00 % ± 1.41 {many} | 10.5 min (10.0 to 11.0, n=2) | a CPU | {whole} |",
+        f"| Mine, 2 epochs, seeds 30, 50 | 93.00 % ± 0.00 {many} | 30.0 s (n=1) | a GPU | {whole} |",
     ]
     assert table._rows("Mine", "mine", []) == rows
     path.write_text(json.dumps([run("a CPU", 0.85, 60, flags="--epochs 2")]))
     short = "`python train.py fit --config configs/mine.yaml --epochs 2`"
-    row = f"| Mine, with `--epochs 2` | 85.00 % (n=1, no spread) | 1.0 min (n=1) | a CPU | {short} |"
+    row = f"| Mine, 2 epochs, seed 60 | 85.00 % (n=1, no spread) | 1.0 min (n=1) | a CPU | {short} |"
     assert table._rows("Mine", "mine", []) == [row]
     path.write_text(json.dumps([run("a CPU", 0.85, 60, flags="--epochs 2"), *runs]))
     assert table._rows("Mine", "mine", []) == [*rows, row]
@@ -45,6 +47,8 @@ def test_a_row_is_the_mean_over_runs_with_one_hardware_and_one_set_of_flags(tmp_
     assert table._rows("Mine", "mine", []) == rows, "a result of another version of the config counts no more"
     path.write_text(json.dumps([run("a CPU", 0.50, 600), *runs]))
     assert table._rows("Mine", "mine", []) == rows, "of each seed the newest counts"
+    path.write_text(json.dumps([run("a CPU", 0.50, 600) | {"dirty": True}]))
+    assert table._rows("Mine", "mine", ["another remark"])[0].split(" | ")[1] == "50.00 % (n=1, no spread) [2]"
     assert table._rows("Mine", "not measured", []) == []
 
 
