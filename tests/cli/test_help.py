@@ -57,15 +57,19 @@ def test_commands_and_flags_are_completed(shell):
     if shutil.which(shell) is None:
         pytest.skip(f"needs {shell}")
     script = completion(shell, {"export": ["--format", "--force"]})
-    if shell == "zsh":
-        done = subprocess.run(["zsh", "-f", "-c", f"autoload -U compinit && compinit -u\n{script}"], check=True)
-        assert done.returncode == 0
-        return
+
+    def printed(command):
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
     def complete(*words):
-        call = f"COMP_WORDS=(cifar-lightning {' '.join(words)}); COMP_CWORD={len(words)}; _cifar_lightning"
-        command = ["bash", "-c", f'{script}\n{call}; echo "${{COMPREPLY[@]}}"']
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        """Return the words that the shell offers for the last one."""
+        if shell == "bash":
+            call = f"COMP_WORDS=(cifar-lightning {' '.join(words)}); COMP_CWORD={len(words)}; _cifar_lightning"
+            return printed(["bash", "-c", f'{script}\n{call}; echo "${{COMPREPLY[@]}}"'])
+        call = f"words=(cifar-lightning {' '.join(words)}); CURRENT={len(words) + 1}; $=_comps[cifar-lightning]"
+        start = f'autoload -U compinit && compinit -u -D\n{script}\ncompadd() {{ print -rl -- "$@" }}'
+        given = printed(["zsh", "-f", "-c", f"{start}\n{call}"])
+        return [word for word in given if word.startswith(words[-1])]  # as `compadd` in zsh's line editor chooses
 
     assert complete("ex") == ["export"]
     assert complete("export", "--fo") == ["--format", "--force"]
