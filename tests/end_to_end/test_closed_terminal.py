@@ -6,8 +6,7 @@ import subprocess
 import sys
 
 import pytest
-
-from tests.program import REPO, TINY
+from program import REPO, TINY
 
 pty = pytest.importorskip("pty")
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from program import REPO, start
 
 from benchmarks.faults.judge import differences
-from tests.program import REPO, start
 
 NETS = """
 from torch import nn

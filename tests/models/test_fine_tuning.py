@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from fitting import optimizer_settings
 from torch import nn
 
 from cifar_lightning import UserError, build_model
 from cifar_lightning.models.fine_tuning import FrozenLayers, lr_scales
 from cifar_lightning.optim.optimizers import build_optimizer
-from tests.fitting import optimizer_settings
 
 HEADS = {
     "smallnet": "head",

@@ -3,6 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from fitting import NARROW, Signal, fit_run, last_checkpoint_of, quiet_trainer, small_data
 from lightning.pytorch.callbacks import BaseFinetuning
 
 from benchmarks.faults.judge import differences
@@ -10,7 +11,6 @@ from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.loading import read_checkpoint
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.signals import Stopped
-from tests.fitting import NARROW, Signal, fit_run, last_checkpoint_of, quiet_trainer, small_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # of resumed runs
 SETTINGS = {"image_size": 16, "model_kwargs": NARROW, "lr": 0.01, "freeze": "backbone"}

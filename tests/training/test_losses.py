@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from fitting import NARROW, Signal, fake_data, fit_run, last_checkpoint_of, quiet_trainer, small_data
 from torch import nn
 
 from benchmarks.faults.judge import differences
@@ -12,7 +13,6 @@ from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.losses import name_of
 from cifar_lightning.training.signals import Stopped
-from tests.fitting import NARROW, Signal, fake_data, fit_run, last_checkpoint_of, quiet_trainer, small_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # of resumed runs
 HERE = "tests.training.test_losses"

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from fitting import NARROW, fit_run, quiet_trainer, small_data
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassCohenKappa
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_cohen_kappa
@@ -12,7 +13,6 @@ from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.metrics.classification import test_metrics, top_k_accuracy
 from cifar_lightning.training.eval_metrics import evaluation_metrics, own_metrics, update_evaluation
 from cifar_lightning.training.predictions import PredictionWriter
-from tests.fitting import NARROW, fit_run, quiet_trainer, small_data
 
 SETTINGS = {"image_size": 16, "model_kwargs": NARROW, "lr": 0.01}
 
