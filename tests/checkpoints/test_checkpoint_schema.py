@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 from fitting import fit_run
+from special_files import POSIX_KINDS, make_special
 
 from benchmarks.faults.mutations import mutate_tree
 from cifar_lightning import ImageClassifier, UserError
@@ -115,11 +116,11 @@ def test_without_the_marks_of_a_run_a_file_is_only_weights(tmp_path):
             read_weights(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
+@pytest.mark.parametrize("kind", [*POSIX_KINDS, "folder"])
 @pytest.mark.parametrize("name", ["x.ckpt", "x.safetensors"])
 def test_only_regular_files_are_read(kind, name, tmp_path):
     path = tmp_path / name
-    {"fifo": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[kind](path)
+    make_special(path, kind)
     with pytest.raises(UserError, match="not a regular file"):
         read_weights(path)
 

@@ -1,10 +1,9 @@
 """A command line is checked without torch, and nothing is refused that LightningCLI would take."""
 
-import os
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from special_files import POSIX_KINDS, make_special
 
 from cifar_lightning.cli.flags import check_config, check_value, flag_value, normalize_arguments, suggest_flag, table
 from cifar_lightning.errors import UserError
@@ -230,14 +229,14 @@ def test_no_value_that_the_parser_takes_is_refused(parser, name, value):
         check_value(name, value, "it")
 
 
-@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "huge"])
+@pytest.mark.parametrize("kind", [*POSIX_KINDS, "folder", "huge"])
 def test_only_regular_files_of_a_configs_size_are_read(kind, tmp_path):
     path = tmp_path / "mine.yaml"
     if kind == "huge":
         with path.open("wb") as file:
             file.truncate(1 << 40)
     else:
-        {"fifo": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[kind](path)
+        make_special(path, kind)
     with pytest.raises(UserError, match=r"--config .*mine\.yaml: cannot be read"):
         check_config(path)
     if kind == "folder":

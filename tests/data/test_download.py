@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from special_files import POSIX_KINDS, make_special
 
 from cifar_lightning.data import download as module
 from cifar_lightning.data.download import ARCHIVES, Archive, download
@@ -275,16 +276,17 @@ def test_a_corrupt_partial_file_stays_until_a_whole_download_is_verified(new, se
 
 
 @pytest.mark.parametrize("suffix", [".part", ".part.new"])
-@pytest.mark.parametrize("kind", ["link", "link to nothing", "hard link", "fifo", "folder"])
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "hard link", *POSIX_KINDS, "folder"])
 def test_a_partial_file_that_is_a_link_or_no_file_is_refused_by_name(kind, suffix, server, use, tmp_path):
     mine, path = tmp_path / "mine", tmp_path / "data" / f"tiny.tar.gz{suffix}"
     path.parent.mkdir()
     mine.write_bytes(GOOD[:70_000])
-    make = {"fifo": os.mkfifo, "folder": os.mkdir, "hard link": path.hardlink_to, "link": path.symlink_to}
-    if kind == "link to nothing":
-        path.symlink_to(tmp_path / "nothing")
+    if kind == "hard link":
+        path.hardlink_to(mine)
+    elif "link" in kind:
+        path.symlink_to(mine if kind == "link" else tmp_path / "nothing")
     else:
-        make[kind](mine if "link" in kind else path)
+        make_special(path, kind)
     server.files["good"] = GOOD
     use(GOOD, server.url("good"))
     with pytest.raises(UserError, match=rf"{re.escape(str(path))}'\nMake room, move.*--data\.root"):
