@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -135,42 +136,46 @@ def test_the_mistakes_shown_are_the_most_confident_ones(tmp_path, monkeypatch):
     assert titles[0] == first
 
 
+def drawn_at(monkeypatch, steps, total, resumed_at=0):
+    """Return the steps of the validations that are drawn of those at `steps`."""
+    trainer = SimpleNamespace(state=TrainerState(fn=TrainerFn.FITTING), estimated_stepping_batches=total)
+    vars(trainer).update(is_global_zero=True, loggers=(), global_step=resumed_at)
+    monkeypatch.setattr("cifar_lightning.training.tensorboard.takers_of_images", lambda trainer: [object()])
+    dashboard, drawn = Dashboard(("a", "b"), {}), []
+    dashboard.on_train_start(trainer, None)
+    for trainer.global_step in steps:
+        dashboard.on_validation_start(trainer, None)
+        if dashboard._is_drawing:
+            drawn.append(trainer.global_step)
+    return drawn
+
+
 @pytest.mark.parametrize(("num_validations", "drawings"), [(5, 5), (20, 20), (33, 20), (100, 20), (1000, 20)])
-def test_a_run_is_drawn_at_most_20_times_evenly_and_at_its_end(num_validations, drawings):
-    class Trainer:
-        state = TrainerState(fn=TrainerFn.FITTING)
-        estimated_stepping_batches = 7 * num_validations
-        is_global_zero = True
-        loggers = ()
-        global_step = 0
-
-    dashboard = Dashboard(("a", "b"), {})
-    import cifar_lightning.training.tensorboard as module
-
-    drawn = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "takers_of_images", lambda trainer: [object()])
-        for number in range(1, num_validations + 1):
-            Trainer.global_step = 7 * number
-            dashboard.on_validation_start(Trainer, None)
-            if dashboard._is_drawing:
-                drawn.append(number)
+def test_a_run_is_drawn_at_most_20_times_evenly_and_at_its_end(num_validations, drawings, monkeypatch):
+    drawn = drawn_at(monkeypatch, range(7, 7 * num_validations + 1, 7), 7 * num_validations)
     assert len(drawn) == drawings <= MAX_DRAWINGS
-    assert drawn[-1] == num_validations
-    gaps = np.diff([0, *drawn])
+    assert drawn[-1] == 7 * num_validations
+    gaps = np.diff([0, *drawn]) // 7
     assert gaps.max() - gaps.min() <= 1
 
 
-def test_a_resumed_run_draws_no_more_than_what_is_left():
-    class Trainer:
-        estimated_stepping_batches = 1000
-        is_global_zero = True
-        loggers = ()
-        global_step = 900
+def test_a_resumed_run_draws_no_more_than_what_is_left(monkeypatch):
+    assert drawn_at(monkeypatch, range(905, 1001, 5), 1000, resumed_at=900) == [950, 1000]
 
-    dashboard = Dashboard(("a", "b"), {})
-    dashboard.on_train_start(Trainer, None)
-    assert dashboard._drawn_at_step == 900
+
+def test_pr_curves_are_of_the_first_20_classes(monkeypatch):
+    curves, names = [], [f"class {number}" for number in range(25)]
+    logits, targets = torch.randn(60, 25), torch.arange(60) % 25
+    monkeypatch.setattr("cifar_lightning.training.tensorboard.log_image", lambda *_: None)
+    monkeypatch.setattr("cifar_lightning.training.tensorboard.training_data", lambda trainer: None)
+    dashboard = Dashboard(names, {})
+    dashboard._predictions = [(logits, targets)]
+    board = SimpleNamespace(add_pr_curve=lambda tag, is_class, prob, step: curves.append((tag, is_class, prob)))
+    dashboard._draw_predictions(SimpleNamespace(global_step=1), board)
+    assert [tag for tag, *_ in curves] == [f"pr_of_class/{tag}" for tag in tags_of(names)[:20]]
+    for index, (_, is_class, prob) in enumerate(curves):
+        assert (is_class == (targets == index).numpy()).all()
+        assert prob == pytest.approx(logits.softmax(1)[:, index].numpy(), abs=1e-6)
 
 
 def test_the_run_has_its_line_in_the_hparams_tab_with_real_metrics(trained):
