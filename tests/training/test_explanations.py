@@ -1,5 +1,7 @@
 """Grad-CAM and neighbours of a test's mistakes, as arrays."""
 
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.models.grad_cam import grad_cam
 from cifar_lightning.report.gallery import NUM_EXPLAINED
 from cifar_lightning.report.results import Predictions
-from cifar_lightning.training.explanations import explain_mistakes
+from cifar_lightning.training.explanations import _neighbours, explain_mistakes
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +111,23 @@ def test_neither_foreign_modules_nor_tests_without_mistakes_are_explained(data):
         found = explain_mistakes(trainer, module, Predictions(logits, *list(vars(test).values())[1:]))
         assert list(found) == ["reasons"]
         assert all(found["reasons"])
+
+
+@pytest.mark.parametrize(("num_train", "num_searched"), [(2, 2), (99, 99), (300, 100), (630, 126), (40_000, 5000)])
+def test_a_fifth_of_the_training_images_is_searched_at_least_100_and_at_most_5000(num_train, num_searched):
+    names = np.arange(num_train)
+    data = SimpleNamespace(
+        num_images=lambda split: num_train,
+        images=lambda split, positions: np.zeros((len(positions), 2, 2, 3), np.uint8),
+        image_names=lambda split: names,
+        targets=lambda split, positions: names[positions],
+    )
+    searched = []
+
+    def features_of(images):
+        searched.append(len(images))
+        return torch.ones(len(images), 4)
+
+    found = _neighbours(data, np.zeros((1, 2, 2, 3), np.uint8), features_of)
+    assert sum(searched) - 1 == num_searched  # and the image itself
+    assert found["neighbours"].shape == (1, min(3, num_train), 2, 2, 3)
