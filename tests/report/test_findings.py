@@ -1,12 +1,7 @@
-"""Every number of a report against scikit-learn, SciPy or a sum by hand.
-
-With the environment variable CIFAR_LIGHTNING_RUN set to a run's folder, that run is checked as well.
-"""
+"""Every number of a report against scikit-learn, SciPy or a sum by hand."""
 
 import json
 import math
-import os
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -21,23 +16,13 @@ from sklearn.dummy import DummyClassifier
 from cifar_lightning.files import write_json
 from cifar_lightning.report.findings import coverage_of, find, label_issues_of
 from cifar_lightning.report.results import Predictions, Results, read_results
-from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.runs.metrics_table import MetricsTable
 
-REAL = os.environ.get("CIFAR_LIGHTNING_RUN")
 
-
-@pytest.fixture(scope="module", params=["made", "real"])
-def found(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
     """Findings as read back from JSON, and the arrays that they are of."""
-    path = tmp_path_factory.mktemp("runs") / "run"
-    if request.param == "made":
-        make_run(path)
-    elif REAL is None:
-        pytest.skip("CIFAR_LIGHTNING_RUN names no run of real images")
-    else:
-        shutil.copytree(REAL, path)
-    run = RunFolder(path)
+    run = make_run(tmp_path_factory.mktemp("runs") / "run")
     findings = find(read_results(run))
     write_json(run.findings, findings)
     arrays = {name: dict(np.load(file)) for name, file in (("test", run.predictions), ("val", run.predictions_val))}
