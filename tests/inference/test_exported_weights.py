@@ -210,6 +210,22 @@ def test_smallnet_comes_with_the_package(tmp_path, monkeypatch):
         load("smallnet")
 
 
+@pytest.mark.parametrize(
+    ("ground", "shape", "rows", "columns", "expected"),
+    [
+        ((130, 180, 230), (200, 30, 30), (4, 28), (4, 28), {"airplane": 0.8031, "cat": 0.1125, "truck": 0.0205}),
+        ((240, 240, 240), (200, 180, 140), (6, 28), (10, 22), {"ship": 0.5093, "truck": 0.1297, "airplane": 0.1282}),
+        ((60, 130, 50), (120, 80, 50), (10, 24), (4, 28), {"cat": 0.7454, "dog": 0.0806, "deer": 0.0355}),
+        ((15, 15, 15), (120, 120, 120), (6, 28), (10, 22), {"truck": 0.3378, "ship": 0.2749, "airplane": 0.1302}),
+    ],
+)
+def test_smallnet_gives_the_probabilities_it_had_when_it_was_added(ground, shape, rows, columns, expected):
+    """Of a rectangle on a plain ground: they change with its weights, its preprocessing and its class names."""
+    image = np.full((32, 32, 3), ground, np.uint8)
+    image[slice(*rows), slice(*columns)] = shape
+    assert dict(load("smallnet").predict(image).top) == pytest.approx(expected, abs=0.01)
+
+
 @pytest.mark.skipif(not TEST_BATCH.is_file(), reason="needs CIFAR-10 in data/")
 def test_smallnet_is_as_accurate_as_its_card_says_on_500_test_images():
     model, batch = load("smallnet"), pickle.loads(TEST_BATCH.read_bytes(), encoding="latin1")
