@@ -17,15 +17,24 @@ from cifar_lightning.errors import UserError
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
 
 
+MEMINFO = """MemTotal:       16000000 kB
+MemFree:         1000000 kB
+MemAvailable:    9000000 kB
+"""
+
+
+def test_what_linux_calls_available_is_free_and_another_system_has_a_small_laptops_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr(memory, "Path", lambda path: meminfo if path == "/proc/meminfo" else Path(path))
+    assert free_host_bytes() == 8e9
+    meminfo.write_text(MEMINFO)
+    assert free_host_bytes() == 9e6 * 1024
+
+
 @on_linux
-def test_taking_memory_leaves_less_of_it():
-    taken, before = [], [free_host_bytes()]
-    assert 1e8 < before[0] < 1e14
-    for _ in range(5):  # other processes free memory meanwhile
-        taken.append(np.ones(200_000_000, np.uint8))
-        before.append(free_host_bytes())
-    assert np.median(-np.diff(before)) > 1e8
-    assert all(array[0] == 1 for array in taken)
+def test_the_free_memory_of_this_machine_is_known():
+    assert 1e8 < free_host_bytes() < 1e14
 
 
 def write_cgroup(folder, limit):
@@ -36,9 +45,7 @@ def write_cgroup(folder, limit):
 
 @on_linux
 def test_a_container_that_has_read_many_files_still_has_the_memory_they_are_cached_in(tmp_path, monkeypatch):
-    without = memory.free_host_bytes()
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    assert memory.free_host_bytes() > without / 2  # no container
     for limit, free in ((16_000_000_000, 13e9), ("max", math.inf)):
         write_cgroup(tmp_path, limit)
         assert memory._free_in_container(tmp_path) == free
