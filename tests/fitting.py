@@ -39,6 +39,11 @@ def last_checkpoint_of(run):
     return checkpoint
 
 
+def checkpoint_of(weight, **more):
+    """Return what is saved of a model of one weight."""
+    return {"state_dict": {"weight": weight}, "global_step": 7, RESUME_STATE: {}, **more}
+
+
 def quiet_trainer(tmp_path, **kwargs):
     """Return a Trainer on the CPU that writes nothing."""
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}

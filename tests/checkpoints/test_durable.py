@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fitting import checkpoint_of
 
 from cifar_lightning import SmallNet, UserError, files
 from cifar_lightning.checkpoints import loading
@@ -16,10 +17,6 @@ from cifar_lightning.checkpoints.loading import RESUME_STATE, UnreadableError, r
 from cifar_lightning.errors import RunError
 from cifar_lightning.runs import folder as runs
 from cifar_lightning.runs.folder import RunFolder, create_run
-
-
-def checkpoint_of(weight, **more):
-    return {"state_dict": {"weight": weight}, "global_step": 7, RESUME_STATE: {}, **more}
 
 
 @pytest.fixture
@@ -126,11 +123,10 @@ def test_the_entries_of_new_folders_are_synced_in_the_folders_above_them(tmp_pat
     run.lock.release()
 
 
-def test_each_of_200_damages_of_a_smallnet_is_refused(tmp_path):
+def test_each_of_200_damages_of_a_narrow_smallnet_is_refused(tmp_path):
     path = tmp_path / "last.ckpt"
-    DurableCheckpointIO().save_checkpoint(
-        {"state_dict": SmallNet().state_dict(), "global_step": 1, RESUME_STATE: {}}, path
-    )
+    weights = SmallNet(widths=(2, 2, 2)).state_dict()
+    DurableCheckpointIO().save_checkpoint({"state_dict": weights, "global_step": 1, RESUME_STATE: {}}, path)
     whole, rng = path.read_bytes(), random.Random(0)
     for number in range(200):
         damaged = bytearray(whole)

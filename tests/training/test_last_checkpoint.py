@@ -6,33 +6,23 @@ import signal
 import lightning.pytorch as pl
 import pytest
 import torch
-from fitting import NARROW, Signal, fit_run
+from fitting import NARROW, Signal, checkpoint_of, fit_run
 from lightning.pytorch.trainer.states import TrainerFn
 
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
-from cifar_lightning.checkpoints.loading import RESUME_STATE, read_checkpoint
+from cifar_lightning.checkpoints.loading import read_checkpoint
 from cifar_lightning.errors import RunError
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.last_checkpoint import CheckpointSchedule, LastCheckpoint
 from cifar_lightning.training.signals import Stopped, StopSignals
 
 
-def checkpoint_of(weight):
-    return {"state_dict": {"weight": weight}, "global_step": 7, RESUME_STATE: {}}
-
-
-@pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    DurableCheckpointIO().save_checkpoint(checkpoint_of(torch.ones(3)), path)
-    return path
-
-
 @pytest.mark.parametrize("place", ["weights", "disk"])
-def test_a_save_that_fails_leaves_both_generations(path, monkeypatch, place):
-    run = RunFolder(path.parent.parent)
-    DurableCheckpointIO().save_checkpoint(checkpoint_of(torch.zeros(3)), path)
+def test_a_save_that_fails_leaves_both_generations(tmp_path, monkeypatch, place):
+    run = RunFolder(tmp_path / "run")
+    for weight in (torch.ones(3), torch.zeros(3)):
+        DurableCheckpointIO().save_checkpoint(checkpoint_of(weight), run.last_checkpoint)
     before = [file.read_bytes() for file in (run.last_checkpoint, run.previous_checkpoint)]
     assert before[0] != before[1]
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, plugins=[DurableCheckpointIO()])
