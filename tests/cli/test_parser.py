@@ -157,6 +157,7 @@ def test_a_group_that_is_no_group_is_refused(parser, text):
     ("command", "ckpt_path", "epochs", "expected"),
     [
         ("fit", "nowhere.ckpt", 1, "--ckpt_path nowhere.ckpt: no such file"),
+        ("fit", "last", 1, "--ckpt_path last: no such file"),  # which Lightning would look for
         ("fit", None, 0, "--epochs 0: 1 or more"),
         ("fit", None, -1, "--epochs -1: 1 or more"),
     ],

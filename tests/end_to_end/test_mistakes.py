@@ -11,9 +11,6 @@ from cifar_lightning.data import download
     ("arguments", "expected"),
     [
         (["--batch_size", "4501"], ["--data.batch_size 4501", "4500"]),
-        (["--data.val_fraction", "0.0001"], ["--data.val_fraction 0.0001", "0 trains on all"]),
-        (["--ckpt_path", "last"], ["--ckpt_path last"]),
-        (["--epochs", "-1"], ["--epochs"]),
         (["--trainer.accelerator", "foo"], ["foo"]),
         (["--model.model_kwargs", "{depth: 3}"], ["depth"]),
         # Found when the folder had been made.
