@@ -254,6 +254,12 @@ def test_fabric_refuses_to_set_up_a_loader_that_deals_to_the_ranks_itself():
         fabric.setup_dataloaders(resident())
 
 
+def test_accelerate_returns_a_loader_as_it_is():
+    accelerate = pytest.importorskip("accelerate")
+    loader = resident()
+    assert accelerate.Accelerator(cpu=True).prepare(loader) is loader
+
+
 def test_images_that_were_read_from_a_mapped_file_travel_to_workers_without_it(tmp_path):
     np.save(tmp_path / "images.npy", IMAGES)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
