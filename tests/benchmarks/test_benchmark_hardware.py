@@ -58,7 +58,7 @@ def test_results_of_another_machine_are_refused_before_anything_is_measured(tmp_
 
 
 def test_every_results_file_names_its_machine():
-    kept_apart = {"fixed_runs", "insight_rates", "own_code"}  # no speed in them
+    kept_apart = {"insight_rates", "own_code"}  # no speed in them
     for path in (REPO / "benchmarks" / "results").glob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         assert path.stem in kept_apart or all(
