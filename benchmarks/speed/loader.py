@@ -202,7 +202,6 @@ def compare(ways: dict[str, Epoch], num_batches: int, rounds: int) -> dict[str, 
 
 def compare_checkouts(args: argparse.Namespace) -> None:
     """Compare the training loader of another checkout with ours; the last line is `ratio=X`."""
-    use_cores(NUM_CORES)
     folders = [str(args.data.resolve())] if args.data else []
     ratios = paired.ratios_to(args.against, "loader_epochs.py", folders, args.rounds)
     device = hardware_name()
@@ -220,13 +219,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="epochs of every loader (default 5)")
     parser.add_argument("--json", type=results_file, help="write all results to this file")
     paired.add_argument(parser)
+    use_cores(NUM_CORES)  # before --json is checked: its machine has as many
     args = parser.parse_args()
     try:
         if args.against:
             compare_checkouts(args)
             return
         text = airbench_loader_text(args.peer[1]) if args.peer else None
-        use_cores(NUM_CORES)
         data = make_data(args.data, args.num)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -162,6 +162,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each (default 5)")
     parser.add_argument("--seconds", type=float, default=20, help="seconds per round (default 20)")
     parser.add_argument("--json", type=results_file, help="write all results to this file")
+    use_cores(NUM_CORES)  # before --json is checked: its machine has as many
     return parser.parse_args()
 
 
@@ -169,7 +170,6 @@ def main() -> None:
     """Measure and print; the last line is `ratio=X`."""
     args = read_arguments()
     try:
-        use_cores(NUM_CORES)
         root = make_images(args.work, args.data, args.images)
         shutil.rmtree(root / CACHE_FOLDER, ignore_errors=True)  # of an earlier run: the first decoding is measured
         _, first_s, decode_s = make_data(root, args.image_size, args.batch_size)

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import subprocess
+import sys
 
 import pytest
 from program import REPO
@@ -37,7 +38,30 @@ def test_a_machine_is_named_by_cores_processor_instructions_and_gpu():
     assert hardware_name().startswith(f"{describe_environment()['num_usable_cpus']} cores of ")
 
 
-def test_results_of_another_machine_are_refused_before_anything_is_measured(tmp_path, monkeypatch):
+@pytest.fixture
+def cores(monkeypatch):
+    """The cores that this process may use: 8, and then those that a program restricts it to."""
+    cores = list(range(8))
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(cores), raising=False)
+    monkeypatch.setattr(
+        "os.sched_setaffinity", lambda pid, chosen: cores.__setitem__(slice(None), chosen), raising=False
+    )
+    return cores
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process does not choose its cores")
+@pytest.mark.parametrize("program", [loader, shards, streaming])
+def test_a_program_on_two_cores_takes_a_file_of_two_cores(program, cores, tmp_path, monkeypatch, capsys):
+    (tmp_path / "results.json").write_text('{"hardware": "elsewhere"}')
+    work = [] if program is loader else ["--work", "x"]
+    monkeypatch.setattr("sys.argv", ["program", *work, "--json", str(tmp_path / "results.json")])
+    with pytest.raises(SystemExit):
+        program.main()
+    assert cores == [0, 1]
+    assert "this machine is 2 cores of" in capsys.readouterr().err
+
+
+def test_results_of_another_machine_are_refused_before_anything_is_measured(cores, tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     assert results_file(str(path)) == path
     write_results(path, ratios=[1.5])
