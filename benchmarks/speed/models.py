@@ -8,7 +8,7 @@ Multiply-adds are those of convolutions and matrix products for one image, count
 the output of the last convolution (of a vision transformer: its patches). Images/s are of training steps (forward,
 backward, SGD with momentum) in float32 on random images on the device, channels_last as in `fit`; the models take their
 steps in turn, and in parentheses are the slowest and the fastest step. The last line is the images/s of resnet18 over
-those of smallnet; without both, of the last named model over the first.
+those of smallnet, the median over pairs of steps; without both, of the last named model over the first.
 """
 
 import argparse
@@ -117,8 +117,8 @@ def main() -> None:
             rows[name][what] = args.batch / choose(times_s[name])
         print(line(rows[name]))
     one, other = ("resnet18", "smallnet") if {"resnet18", "smallnet"} <= rows.keys() else (names[-1], names[0])
-    ratio = rows[one]["images_per_s"] / rows[other]["images_per_s"]
     of_steps = [other_s / one_s for one_s, other_s in zip(times_s[one], times_s[other], strict=True)]
+    ratio = statistics.median(of_steps)
     write_results(
         args.json,
         device=where,
