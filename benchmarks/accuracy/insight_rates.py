@@ -1,17 +1,18 @@
 """Rate of false insights: each insight on simulated test sets in which there is nothing to find.
 
-python -m benchmarks.accuracy.insight_rates    print the rates and write benchmarks/results/insight_rates.json
+python -m benchmarks.accuracy.insight_rates --json benchmarks/results/insight_rates.json
 """
 
-import json
+import argparse
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks import RESULTS
+from benchmarks.speed.results import write_results
 from cifar_lightning.metrics.classification import confusion_matrix
 from cifar_lightning.metrics.significance import holm, mcnemar_test, poisson_binomial_test
 from cifar_lightning.report import insights
@@ -125,7 +126,10 @@ def rates(
 
 
 def main() -> None:
-    """Simulate all findings; print and write their rates."""
+    """Simulate all findings; print their rates."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rates to this file; they depend on no machine")
+    args = parser.parse_args()
     start = time.perf_counter()
     rows = []
     for name in FINDINGS:
@@ -135,9 +139,7 @@ def main() -> None:
     limit = insights.ALPHA + 3 * error
     print(f"{sum(row['rate'] > limit for row in rows)} of {len(rows)} rates are above {limit:.3f}")
     print(f"{time.perf_counter() - start:.0f} s")
-    written = {"num_draws": NUM_DRAWS, "standard_error": error, "rates": rows}
-    path = RESULTS / "insight_rates.json"
-    path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    write_results(args.json, num_draws=NUM_DRAWS, standard_error=error, rates=rows)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ cleanlab (`pip install cleanlab`) may be in another environment then.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def open_cifar10(root: Path) -> tuple[int, Any, Any]:
 def predict_changed(root: Path, work: Path) -> None:
     """Train on changed labels; write validation `probs`, changed `labels` and `true` ones into `work`."""
     import cifar_lightning
+    from benchmarks.hardware import hardware_name  # torch, which the other environment may not have
 
     num_classes, train, test = open_cifar10(root)
     order = np.random.default_rng(0).permutation(len(train.images))
@@ -55,6 +57,8 @@ def predict_changed(root: Path, work: Path) -> None:
     with np.load(run.path / "predictions_val.npz") as predictions:
         assert (predictions["targets"] == labels[1]).all()
         np.savez(work / "val.npz", probs=predictions["probs"], labels=labels[1], true=train.targets[parts[1]])
+    environment = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
+    print(f"{hardware_name(environment)}, commit {environment['commit']}")
     print(f"test accuracy, of {NUM_TEST:,} images with unchanged labels: {run.metrics['accuracy']:.1%}")
 
 

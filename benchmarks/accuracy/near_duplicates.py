@@ -1,6 +1,6 @@
 """Near duplicates: recall on changed copies of CIFAR-10's test images, time for all, and a sheet of pairs to look at.
 
-python -m benchmarks.accuracy.near_duplicates --data ROOT [--sheet pairs.png]
+python -m benchmarks.accuracy.near_duplicates --data ROOT [--sheet pairs.png] [--json FILE]
 
 ROOT holds CIFAR-10, or its images in class folders. The sheet has 50 pairs drawn at random from those that are found in
 all 60,000 images; its precision is counted by eye.
@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from benchmarks.accuracy.label_issues import open_cifar10
+from benchmarks.hardware import hardware_name, results_file
+from benchmarks.speed.results import write_results
 from cifar_lightning.data.near_duplicates import find_near_duplicates
 
 NUM_COPIES, NUM_SHOWN, SCALE = 2000, 50, 3
@@ -64,24 +66,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--sheet", type=Path)
-    arguments = parser.parse_args()
-    _, train, test = open_cifar10(arguments.data)
+    parser.add_argument("--json", type=results_file, help="write all results to this file")
+    args = parser.parse_args()
+    _, train, test = open_cifar10(args.data)
     some = np.array(test.images[:: len(test.images) // NUM_COPIES][:NUM_COPIES])
+    recalls = {}
     for name, change in CHANGES.items():
         pairs = find_near_duplicates([some, np.stack([change(image) for image in some])])
-        num_found = (pairs[:, 1] - pairs[:, 0] == NUM_COPIES).sum()
-        print(f"{name:<24} recall {num_found / NUM_COPIES:.2%} of {NUM_COPIES:,} copies")
+        recalls[name] = float((pairs[:, 1] - pairs[:, 0] == NUM_COPIES).sum() / NUM_COPIES)
+        print(f"{name:<24} recall {recalls[name]:.2%} of {NUM_COPIES:,} copies")
     began, began_cpu = time.perf_counter(), time.process_time()
     pairs = find_near_duplicates([train.images, test.images])
     took, cpu = time.perf_counter() - began, time.process_time() - began_cpu
     num_train, targets = len(train.images), np.concatenate([train.targets, test.targets])
     across = pairs[(pairs[:, 0] < num_train) & (pairs[:, 1] >= num_train)]
-    print(f"{len(targets):,} images: {took:.1f} s, {cpu:.1f} s of CPU time")
-    print(f"{len(pairs):,} pairs, {(targets[pairs[:, 0]] != targets[pairs[:, 1]]).sum()} with two labels")
-    print(f"{len(np.unique(across[:, 1])):,} of {len(test.images):,} test images have one in train")
-    if arguments.sheet:
+    num_two_labels = int((targets[pairs[:, 0]] != targets[pairs[:, 1]]).sum())
+    num_in_train = len(np.unique(across[:, 1]))
+    print(f"{len(targets):,} images: {took:.1f} s, {cpu:.1f} s of CPU time (n=1), {hardware_name()}")
+    print(f"{len(pairs):,} pairs, {num_two_labels} with two labels")
+    print(f"{num_in_train:,} of {len(test.images):,} test images have one in train")
+    counts = {"num_pairs": len(pairs), "num_two_labels": num_two_labels, "num_in_train": num_in_train}
+    write_results(args.json, recalls=recalls, num_copies=NUM_COPIES, **counts, elapsed_s=took, cpu_s=cpu)
+    if args.sheet:
         chosen = np.random.default_rng(0).permutation(len(pairs))[:NUM_SHOWN]
-        draw_sheet(np.concatenate([train.images, test.images]), pairs[chosen], arguments.sheet)
+        draw_sheet(np.concatenate([train.images, test.images]), pairs[chosen], args.sheet)
 
 
 if __name__ == "__main__":
