@@ -2,14 +2,14 @@
 
     python -m benchmarks.speed.overhead                        a one-layer model, then SmallNet at batch size 128
     python -m benchmarks.speed.overhead --quick                the one-layer model alone, 1 round
-    python -m benchmarks.speed.overhead --recipe speedrun94    the one-layer model with a config's optimizer, schedule
+    python -m benchmarks.speed.overhead --config speedrun94    the one-layer model with a config's optimizer, schedule
                                                                and flags, compared with barebones
     python -m benchmarks.speed.overhead --against DIR          `fit` of another checkout of this project, in turn
 
 Four programs run in turn, several rounds, in one process: a hand-written loop; plain Lightning (progress bar, CSV
 logger, `self.log(prog_bar=True)`, its checkpoint callback); Lightning's barebones; our ordinary `fit` (progress bar,
 TensorBoard, metrics, checkpoints). The time of a step is the mean time between two forward passes. Times are compared
-within a round. The last line is what `fit` adds over what plain Lightning adds (--quick) or barebones adds (--recipe),
+within a round. The last line is what `fit` adds over what plain Lightning adds (--quick) or barebones adds (--config),
 or the time of `fit` over the hand-written loop for SmallNet; with --against, our step time over theirs.
 """
 
@@ -213,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="rounds (default 5)")
     parser.add_argument("--quick", action="store_true", help="one round of the one-layer model alone")
-    parser.add_argument("--recipe", help="train the one-layer model with this config, such as speedrun94")
+    parser.add_argument("--config", help="train the one-layer model with this config, such as speedrun94")
     parser.add_argument("--json", type=results_file, help="write all results to this file")
     paired.add_argument(parser)
     args = parser.parse_args()
@@ -222,7 +222,7 @@ def main() -> None:
         return
     register(one_layer=one_layer, clocked_smallnet=small_net)
     rounds = 1 if args.quick else args.rounds
-    training = config_training(args.recipe) if args.recipe else default_training()
+    training = config_training(args.config) if args.config else default_training()
     ways = {
         label: functools.partial(way, training)
         for label, way in {
@@ -241,11 +241,11 @@ def main() -> None:
     print(f"added by fit over added by plain Lightning: {spread(ratios, 2)}")
     results: dict[str, Any] = {"one_layer_us": small, "added_over_plain": ratios}
     ratio = statistics.median(ratios)
-    if args.recipe:
+    if args.config:
         rounds_us = zip(small["hand loop"], small["barebones"], small["fit"], strict=True)
         ratios = [(ours - hand) / (bare - hand) for hand, bare, ours in rounds_us]
         ratio = statistics.median(ratios)
-        results |= {"recipe": args.recipe, "added_over_barebones": ratios}
+        results |= {"recipe": args.config, "added_over_barebones": ratios}
         print(f"added by fit over added by barebones, CPU, {rounds} rounds ({min(ratios):.2f} to {max(ratios):.2f}):")
     elif not args.quick:
         pair = {label: ways[label] for label in ("hand loop", "fit")}

@@ -97,7 +97,7 @@ def write_images(args: argparse.Namespace, path: Path) -> None:
 
 def compare_epochs(args: argparse.Namespace, peers: dict[str, Path], folder: Path) -> dict[str, Any]:
     """Time an epoch of the peer and one of ours at each image size, in turn; print what whole runs would take."""
-    config = present_settings(args.recipe)
+    config = present_settings(args.config)
     (name, checkout), *_ = peers.items()
     sizes, epochs = config["data"].get("train_sizes", [32]), config["trainer"]["max_epochs"]
     plan = [sizes[min(epoch, len(sizes) - 1)] for epoch in range(epochs)]
@@ -113,14 +113,14 @@ def compare_epochs(args: argparse.Namespace, peers: dict[str, Path], folder: Pat
                 "--model.stem_train_fraction=0.0",
             ]
             flags += ["--model.tta=none", *our_flags(args)]
-            ours[size] = our_runs(args.recipe, [number], flags, folder)[0]["train_s"][0]
+            ours[size] = our_runs(args.config, [number], flags, folder)[0]["train_s"][0]
         total = sum(ours[size] for size in plan)
         ratio = total / (PEER_EPOCHS * theirs)
         rounds.append({"peer_epoch_s": theirs, "our_epoch_s": ours, "ratio": ratio})
         parts = ", ".join(f"{size} px {seconds:.0f} s" for size, seconds in ours.items())
         print(f"round {number + 1}: an epoch of {name} {theirs:.0f} s, ours {parts}; training {ratio:.3f}x", flush=True)
     about = {key: describe_environment()[key] for key in ("commit", "dirty")}
-    return {"recipe": args.recipe, "peer": name, "plan": plan, "rounds": rounds, "precision": args.precision, **about}
+    return {"recipe": args.config, "peer": name, "plan": plan, "rounds": rounds, "precision": args.precision, **about}
 
 
 def our_flags(args: argparse.Namespace) -> list[str]:
@@ -135,14 +135,14 @@ def whole_runs(args: argparse.Namespace, peers: dict[str, Path], folder: Path, l
     hardware = hardware_name()
 
     def add(who: str, seed: int, figures: dict[str, Any]) -> None:
-        about = {"who": who, "recipe": args.recipe, "seed": seed}
+        about = {"who": who, "recipe": args.config, "seed": seed}
         lines.append({**about, **figures, "hardware": hardware, "note": args.note})
         print(describe(lines[-1]), flush=True)
         save(args.json, lines)
 
     for start in range(0, len(args.seeds), args.block):
         seeds = args.seeds[start : start + args.block]
-        for seed, figures in zip(seeds, our_runs(args.recipe, seeds, our_flags(args), folder), strict=True):
+        for seed, figures in zip(seeds, our_runs(args.config, seeds, our_flags(args), folder), strict=True):
             add("ours", seed, figures)
         for who, checkout in peers.items():
             found = peer_runs(who, checkout, folder / "images.pt", seeds, None, folder)
@@ -203,7 +203,7 @@ def summarize(lines: list[dict[str, Any]], peers: dict[str, Path]) -> None:
 def main() -> None:
     """Measure and print; with a peer the last line is `ratio=X`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="speedrun94", help="a speed recipe (default speedrun94)")
+    parser.add_argument("--config", default="speedrun94", help="a speed config (default speedrun94)")
     parser.add_argument("--data", help="class folders; without it CIFAR-10 below data/")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     parser.add_argument("--peer", type=peer_of(PEERS), action="append", default=[], metavar="NAME=DIR")
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="ours compiled, as the records' scripts are on a GPU")
     parser.add_argument("--epochs", action="store_true", help="time an epoch of each in turn instead of whole runs")
     parser.add_argument("--rounds", type=int, default=1, help="of --epochs (default 1)")
-    parser.add_argument("--precision", help="of ours, instead of the recipe's: 32-true is what a peer has on a CPU")
+    parser.add_argument("--precision", help="of ours, instead of the config's: 32-true is what a peer has on a CPU")
     parser.add_argument("--note", default="", help="remark on the results")
     parser.add_argument("--json", type=Path, help="add the runs to this file")
     args = parser.parse_args()
@@ -234,12 +234,12 @@ def main() -> None:
             lines.append({"who": "epochs in turn", **found, "hardware": hardware_name(), "note": args.note})
             save(args.json, lines)
             ratios = [one["ratio"] for one in found["rounds"]]
-            what = f"training time of {args.recipe} over airbench's, epochs in turn, n={len(ratios)}, {hardware_name()}"
+            what = f"training time of {args.config} over airbench's, epochs in turn, n={len(ratios)}, {hardware_name()}"
             print(f"{what}: {spread(ratios, 3)}")
             print(f"ratio={statistics.median(ratios):.3f}")
             return
         whole_runs(args, peers, folder, lines)
-    summarize(comparable(lines, args.recipe, compiled=args.compile), peers)
+    summarize(comparable(lines, args.config, compiled=args.compile), peers)
 
 
 if __name__ == "__main__":

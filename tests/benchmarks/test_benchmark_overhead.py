@@ -1,4 +1,4 @@
-"""What `benchmarks/speed/overhead.py --recipe` gives to `fit` is taken by a network without a stem."""
+"""What `benchmarks/speed/overhead.py --config` gives to `fit` is taken by a network without a stem."""
 
 import pytest
 
