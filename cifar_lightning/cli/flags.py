@@ -292,9 +292,9 @@ def _words(row: dict[str, Any]) -> str:
 def check_config(path: Path, *, trust_code: bool = False, given: Collection[str] = (), own: Iterable[str] = ()) -> None:
     """Check the keys and values of a config as those of flags; what it leaves to files of its own is not checked.
 
-    Code of one's own that the config of a run names is refused, unless `trust_code`; and so is an object from Python in
-    its place. Those of the settings `given` are not needed. Arguments of a class of one's own, which a group of `own`
-    has, are not checked.
+    Code of one's own that the config of a run names is refused, unless `trust_code`; and so are an object from Python
+    in its place, and `output`. Those of the settings `given` are not needed. Arguments of a class of one's own, which a
+    group of `own` has, are not checked.
     """
     file = f"--config {clipped(str(path), 200)}"
     try:
@@ -345,6 +345,8 @@ def _check_code_of_run(path: Path, tree: dict[str, Any], trust_code: bool, given
     is_seeds_run = run.path.name.isdecimal() and os.path.lexists(RunFolder(run.path.parent).seeds)  # begun or not
     if not (is_seeds_run or run.checkpoints.is_dir()):
         return
+    if tree.get("output") is not None:  # fit writes none, and whoever made the run would choose a file of the user's
+        raise UserError(f"{path}: output is of one command, not of a run; remove that line and give --output FILE.")
     for name in MAY_BE_OBJECTS:
         group, _, key = name.partition(".")
         settings = tree.get(group)

@@ -164,6 +164,19 @@ def test_no_command_runs_the_code_in_a_foreign_run(evil, command, monkeypatch, c
     assert "ckpt" in message
 
 
+@pytest.mark.parametrize("command", ["test", "validate", "predict", "inspect --config"])
+def test_no_command_writes_the_file_that_a_foreign_run_names(command, monkeypatch, capsys, tmp_path):
+    run = RunFolder(tmp_path / "foreign")
+    run.checkpoints.mkdir(parents=True)
+    run.best_checkpoint.touch()
+    (theirs := tmp_path / ("page.html" if "inspect" in command else "labels.csv")).write_text("of the user")
+    run.config.write_text(f"output: {theirs}\ndata: {{dataset: synthetic, image_size: 16}}\n")
+    named = run.config if "--config" in command else run.path
+    message = fail(monkeypatch, capsys, tmp_path, *command.split(), named)
+    assert "output is of one command, not of a run; remove that line and give --output FILE" in message
+    assert theirs.read_text() == "of the user"
+
+
 # -- archives ---------------------------------------------------------------------------------------------------------
 
 
