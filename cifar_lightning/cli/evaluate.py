@@ -31,6 +31,7 @@ def evaluate(command: str, arguments: Sequence[str], objects: PythonObjects | No
             raise UserError(f"--output {output}: give a .csv or an .npz.")
         check_output(output, force=True)
         refuse_file_of_run(output, "predictions.npz", "predictions.csv")
+    _leave_out_what_writes(cli, arguments)
     model, data, settings = cli.instantiate()
     prepare_data(data, model)
     _refuse_trained_images(command, Path(settings.ckpt_path), data, cli.settings.data)
@@ -54,6 +55,20 @@ def evaluate(command: str, arguments: Sequence[str], objects: PythonObjects | No
     elif trainer.is_global_zero and command == "validate":
         print_validation({name: float(value) for name, value in trainer.callback_metrics.items()})
     return predictions
+
+
+def _leave_out_what_writes(cli: TrainingCLI, arguments: Sequence[str]) -> None:
+    """Leave out logger and profiler of a run's config, but for typed ones.
+
+    They are of the run's training: made again, a CSVLogger deletes the metrics of the same version, and W&B begins
+    another run. A run of others would choose where they write.
+    """
+    run = run_of(Path(cli.settings.ckpt_path))
+    configs = [os.path.realpath(flag.partition("=")[2]) for flag in arguments if flag.startswith("--config=")]
+    for name in ("logger", "profiler"):
+        is_typed = any(flag.startswith((f"--trainer.{name}", "--trainer=")) for flag in arguments)
+        if run is not None and configs == [os.path.realpath(run.config)] and not is_typed:
+            cli.settings.trainer[name] = None
 
 
 def _refuse_trained_images(command: str, checkpoint: Path, data: ImageDataModule, settings: Any) -> None:

@@ -81,3 +81,48 @@ def test_results_with_another_tta_than_the_config_names_are_not_written(run, cap
         find_run("predict", run.best_checkpoint, data, None, "six")
     run.config.write_text("model: {name: null}")  # a class of one's own may set it itself
     assert find_run("test", run.best_checkpoint, data, None, "six").lock.release() is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "loggers", "profilers"),
+    [
+        ([], None, None),
+        (["--trainer.logger=false"], False, None),
+        (["--trainer.logger.name=again"], "CSVLogger", None),
+        (["--trainer.profiler=simple"], None, "str"),
+    ],
+)
+def test_what_a_run_was_logged_and_profiled_with_is_not_made_again_unless_it_is_typed(
+    typed, loggers, profilers, run, tmp_path, monkeypatch
+):
+    (metrics := tmp_path / "logs" / "net" / "version_0" / "metrics.csv").parent.mkdir(parents=True)
+    metrics.write_text("of the training")
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger"}
+    logger["init_args"] = {"save_dir": str(tmp_path / "logs"), "name": "net", "version": 0}
+    profiler = {"class_path": "lightning.pytorch.profilers.SimpleProfiler"}
+    of_data = {"dataset": "synthetic", "image_size": 16}
+    config = {"trainer": {"accelerator": "cpu", "logger": logger, "profiler": profiler}, "data": of_data}
+    run.config.write_text(yaml.safe_dump(config))
+    made = {}
+
+    class Reached(Exception):
+        pass
+
+    def build(settings, *args, **kwargs):
+        made.update(logger=settings.logger, profiler=settings.profiler)
+        raise Reached
+
+    for name in ("prepare_data", "_refuse_trained_images", "find_run"):
+        monkeypatch.setattr(evaluate, name, lambda *args: None)
+    monkeypatch.setattr(evaluate, "build_trainer", build)
+    checkpoint = f"--ckpt_path={run.best_checkpoint}"
+    with pytest.raises(Reached):
+        evaluate.evaluate("test", [f"--config={run.config}", *typed, checkpoint])
+    named = [each if each in (None, False) else type(each).__name__ for each in made.values()]
+    assert named == [loggers, profilers]
+    assert metrics.read_text() == "of the training"
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump(config))
+    with pytest.raises(Reached):
+        evaluate.evaluate("test", [f"--config={own}", checkpoint])
+    assert type(made["logger"]).__name__ == "CSVLogger"
