@@ -4,6 +4,7 @@ Images are processed in chunks of at most `_CHUNK_BYTES`: all cores decode a chu
 its rows are written. Memory does not grow with the number of files, apart from their names.
 """
 
+import contextlib
 import csv
 import json
 import mimetypes
@@ -12,7 +13,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -26,8 +26,8 @@ from cifar_lightning.data import image_decoding
 from cifar_lightning.data.image_folder import CACHE_FOLDER, NOT_IMAGES, Skipped, class_name_of, write_skipped_files
 from cifar_lightning.data.memory import keep_freed_memory
 from cifar_lightning.data.progress import progress
-from cifar_lightning.errors import UserError
-from cifar_lightning.files import check_output, replacing
+from cifar_lightning.errors import RunError, UserError
+from cifar_lightning.files import check_output, read_bytes, replacing
 from cifar_lightning.formatting import clipped, csv_cell, percent, plural, printable, span
 from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
 from cifar_lightning.metrics.significance import wilson_interval
@@ -47,6 +47,7 @@ _NAMED_WITHOUT_LIST = 20
 _TOP_K = 3  # by default
 _MOST_FREQUENT = 5  # classes in the summary
 _DIGITS = 7  # of a probability in float32
+_MAX_LIST_BYTES = 64 << 20  # of an earlier list of files without a row
 
 
 class Prediction(NamedTuple):
@@ -107,6 +108,7 @@ def predict_images(
 
     Raises:
         UserError: An argument is wrong, or the output cannot be written; an old file is then unchanged.
+        RunError: No image can be read, or memory is short; an old file is then unchanged.
     """
     if batch_size is not None and batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: 1 or more.")
@@ -128,16 +130,24 @@ def predict_images(
     predictions = predict_files(
         trained, found, unreadable, remarks, top_k=top_k, batch_size=batch_size, hide_bar=hide_bar
     )
-    with _rows(output, top_k, labels) as write, closing(predictions):  # not by the garbage collector, as it shows a bar
+    # Closed here and not by the garbage collector, as it shows a bar.
+    with _rows(output, top_k, labels) as write, contextlib.closing(predictions):
         for prediction in predictions:
             counts[prediction.class_name] += 1
             if prediction.path in labels:
                 num_labelled += 1
                 num_correct += labels[prediction.path] == prediction.class_name
             write(prediction)
+        if output is not None and not counts:  # before an older output is replaced
+            _report_skipped(unreadable, skipped, skipped_path(output, force))
+            raise RunError(f"--output {output}: not written; none of {plural(len(found), 'file')} can be read.")
     for line in image_decoding.remark_lines(remarks, found):
         print(printable(line), file=sys.stderr)
     _report_skipped(unreadable, skipped, None if output is None else skipped_path(output, force))
+    if output is not None and force and not (unreadable or skipped):
+        own_list = output.with_name(f"{output.name}.{RunFolder(output.parent).skipped_files.name}")
+        for path in {skipped_path(output, force), own_list}:
+            _remove_outdated_list(path, found)
     if output is not None:
         _summarize(output, counts, time.monotonic() - began)
     if num_labelled:
@@ -333,7 +343,7 @@ def predict_files(
                     show(done)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _faster_on_cpu(model: nn.Module, num_images: int) -> Iterator[None]:
     """Let a model on the CPU predict many images faster."""
     if num_images < _FASTER_FROM or torch.cuda.is_available():
@@ -366,7 +376,7 @@ def _decoded(
 # -- output -----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def _rows(output: Path | None, top_k: int, labels: Mapping[str, str]) -> Iterator[Write]:
     if output is None:
         yield _json_writer(sys.stdout.write, labels, ensure_ascii=True)  # stdout may have any encoding
@@ -424,6 +434,14 @@ def skipped_path(output: Path, force: bool) -> Path:
     path = neighbour.skipped_files
     is_free = not os.path.lexists(path) or (force and not neighbour.config.exists())
     return path if is_free else path.with_name(f"{output.name}.{path.name}")
+
+
+def _remove_outdated_list(path: Path, found: Sequence[str]) -> None:
+    """Remove the list of an earlier run if all of its files now have a row; that of another output stays."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing, or no such list
+        lines = read_bytes(path, _MAX_LIST_BYTES).decode("ascii").splitlines()
+        if {json.loads(line)["path"] for line in lines} <= {*found}:
+            path.unlink()
 
 
 def _report_skipped(unreadable: Sequence[Skipped], skipped: Sequence[Skipped], path: Path | None) -> None:

@@ -18,6 +18,7 @@ from benchmarks.faults.images import nested_eps, recorded_ghostscript
 from cifar_lightning import ImageClassifier, UserError, load
 from cifar_lightning.cli import main as cli
 from cifar_lightning.data import image_decoding
+from cifar_lightning.errors import RunError
 from cifar_lightning.files import check_output
 from cifar_lightning.inference import predict_images as predict
 from cifar_lightning.inference.predict_images import predict_images, top_classes
@@ -319,12 +320,17 @@ def test_two_unreadable_images_are_named_or_20_where_no_file_lists_all(run, caps
     paths = [Path(f"{k:02}.png") for k in range(23)]
     for path in paths:
         path.write_bytes(b"no image")
-    assert predict_images(run, paths, output=Path("out.csv"), top_k=2) == 23
-    assert Path("out.csv").read_bytes() == b"path,class,probability,class_2,probability_2\n"
+    for before in (None, "of images that could be read"):
+        if before:
+            Path("out.csv").write_text(before)
+        capsys.readouterr()
+        with pytest.raises(RunError, match=r"--output out\.csv: not written; none of 23 files can be read"):
+            predict_images(run, paths, output=Path("out.csv"), top_k=2, force=True)
+        assert before is None or Path("out.csv").read_text() == before
     captured = capsys.readouterr()
     assert [line.split(" ")[0] for line in captured.err.splitlines()] == ["00.png", "01.png", "23"]
     assert len(skipped()) == 23
-    assert captured.out.startswith("0 images in ")
+    assert captured.out == ""
     assert predict_images(run, paths, output=None) == 23
     captured = capsys.readouterr()
     assert captured.out == ""
