@@ -52,6 +52,13 @@ def free_host_bytes() -> float:
     return min(free, _free_in_container(_CGROUP))  # a container may have less than its machine
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch could not allocate memory, of a GPU or of the host."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def check_fits(shape: tuple[int, ...], what: str, way_out: str) -> None:
     """Raise `UserError` where decoded images, uint8 of this shape, need more memory than is free, which Linux tells."""
     if (needed := math.prod(shape)) > free_host_bytes() and sys.platform == "linux":

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cifar_lightning.data import image_decoding
 from cifar_lightning.data.image_folder import CACHE_FOLDER, NOT_IMAGES, Skipped, class_name_of, write_skipped_files
-from cifar_lightning.data.memory import keep_freed_memory
+from cifar_lightning.data.memory import is_out_of_memory, keep_freed_memory
 from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import check_output, read_bytes, replacing
@@ -288,14 +288,22 @@ def rank_classes(
 
     Raises:
         UserError: The model's logits are not finite.
+        RunError: Memory is short.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mean, std = (torch.tensor(values, device=device) for values in (trained.mean, trained.std))
     with torch.inference_mode(False):  # parameters that it moves in that mode could not be trained afterwards
         model = trained.model.to(device)
     with torch.inference_mode(), in_eval_mode(model):  # `Run.model` may be in training mode
-        raw, tta, temperature = torch.from_numpy(images).to(device), trained.tta, trained.temperature
-        probs, classes = top_classes(model, raw, mean=mean, std=std, top_k=top_k, tta=tta, temperature=temperature)
+        tta, temperature = trained.tta, trained.temperature
+        try:
+            raw = torch.from_numpy(images).to(device)
+            probs, classes = top_classes(model, raw, mean=mean, std=std, top_k=top_k, tta=tta, temperature=temperature)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            num = plural(len(images), "image")
+            raise RunError(f"out of memory with {num} at a time: lower --batch_size.") from error
     if not probs.isfinite().all():
         raise UserError(f"{trained.checkpoint}: the model predicts NaN; its training diverged.")
     return [

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
 
+from cifar_lightning.data.memory import is_out_of_memory
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import FULL
 from cifar_lightning.formatting import clipped, raised_by, reason_of, shell_line
@@ -132,7 +132,7 @@ def explain(error: RuntimeError | OSError, command: str, run: RunFolder | None =
             f"view of a tensor that is not contiguous ({raised_by(error)}), as activations in channels_last are not.\n"
             "Call reshape or flatten, or give --model.memory_format contiguous."
         )
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         less = _LESS_MEMORY.get(command, "lower --data.eval_batch_size")
         inside = "; with another --batch_size only from the end of an epoch" if _is_resumable(run) else ""
         return RunError(f"out of memory: {less}.\n{_way_on(run, inside)}")

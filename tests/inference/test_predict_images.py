@@ -310,6 +310,32 @@ def test_a_list_of_skipped_files_never_replaces_that_of_a_run_or_of_another_outp
     assert run.skipped_files.read_text() == "of the run"
 
 
+def test_a_list_of_files_that_all_have_a_row_by_now_is_removed_with_the_output_that_is_replaced(run):
+    paths = save_images(2)
+    whole = paths[0].read_bytes()
+    paths[0].write_bytes(b"")
+    predict_images(run, paths, output=Path("out.csv"))
+    predict_images(run, paths, output=Path("b.csv"))
+    paths[0].write_bytes(whole)
+    predict_images(run, [paths[1]], output=Path("c.csv"), force=True)
+    assert len(skipped()) == len(skipped("b.csv.skipped_files.jsonl")) == 1
+    predict_images(run, paths, output=Path("b.csv"), force=True)
+    assert list(Path().glob("*skipped*")) == []
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_batch_that_needs_too_much_memory_names_the_flag(error, run, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(predict, "top_classes", fail)
+    with pytest.raises(RunError, match="out of memory with 2 images at a time: lower --batch_size"):
+        predict_images(run, save_images(3), output=Path("out.csv"), batch_size=2)
+    assert os.listdir() == ["images"]
+
+
 def test_an_unreadable_image_takes_one_line_whatever_its_name(run, capsys):
     Path("a\nb.png").write_bytes(b"no image")
     assert predict_images(run, [Path("a\nb.png")], output=None) == 1
