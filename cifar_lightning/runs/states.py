@@ -34,12 +34,11 @@ def states_below(folder: Path) -> list[dict[str, Any]]:
     for _ in range(_DEPTH):
         below = list[Path]()
         for run in map(RunFolder, level):
-            is_run = os.path.lexists(run.config) or os.path.lexists(run.predictions)
-            if is_run or os.path.lexists(run.seeds):
+            if any(map(os.path.lexists, (run.config, run.predictions, run.seeds))):
                 states[run.path] = state_of(run)
             with contextlib.suppress(OSError):  # not readable
-                entries = () if is_run else os.scandir(run.path)
-                below += [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+                # Also of a run: `fit --run_dir runs/smallnet` makes one around others.
+                below += [Path(entry.path) for entry in os.scandir(run.path) if entry.is_dir(follow_symlinks=False)]
         level = below
     ordered = sorted(states, key=lambda path: [_in_order(part) for part in path.relative_to(folder).parts])
     return [states[path] for path in ordered]

@@ -186,3 +186,9 @@ def test_random_bytes_in_place_of_any_file_never_raise(run):
             file.write_bytes(rng.bytes(rng.integers(1, 200)))
             assert states_table([state_of(run)])
         file.write_bytes(before)
+
+
+def test_a_run_in_the_folder_of_others_does_not_hide_them(run, tmp_path):
+    (run.path.parent / "config.yaml").write_text("")
+    shown = [state["run"] for state in states_below(tmp_path / "runs")]
+    assert shown == [str(run.path.parent), str(run.path)]
