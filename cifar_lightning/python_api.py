@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cifar_lightning.cli.evaluate import evaluate
 from cifar_lightning.cli.fit import fit as fit_run
-from cifar_lightning.cli.flags import ALIASES, GROUPS
+from cifar_lightning.cli.flags import ALIASES, FRONT_ONLY, GROUPS
 from cifar_lightning.cli.lightning_cli import PythonObjects, training_process
 from cifar_lightning.cli.main import training_arguments
 from cifar_lightning.data.datamodule import ImageDataModule
@@ -298,7 +298,7 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
             flat |= {f"{name}.{key}": item for key, item in value.items()}
         elif name == "print_config":
             raise UserError("print_config: only on the command line.")
-        else:
+        elif value is not None or name not in FRONT_ONLY:  # which have no null: None is the default
             flat[name] = value
     return flat
 

@@ -24,7 +24,7 @@ from program import decode_here
 from torch import nn
 
 import cifar_lightning
-from cifar_lightning import ImageClassifier, ImageDataModule, UserError
+from cifar_lightning import ImageClassifier, ImageDataModule, UserError, python_api
 from cifar_lightning.cli import fit as fit_module
 from cifar_lightning.cli.main import run_command
 from cifar_lightning.files import write_json
@@ -248,6 +248,11 @@ def test_what_is_no_run_or_has_no_checkpoint_says_so(run, tmp_path):
     made.predictions.write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"predictions\.npz: damaged"):
         opened.predictions  # noqa: B018 - a property that reads the file
+
+
+def test_none_leaves_out_what_is_not_given():
+    given = dict.fromkeys(("resume", "config", "seeds", "trust_code", "run_dir")) | {"data.limit": None}
+    assert python_api._flat(given) == {"run_dir": None, "data.limit": None}
 
 
 @pytest.mark.parametrize(

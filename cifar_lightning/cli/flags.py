@@ -216,6 +216,8 @@ def check_value(name: str, value: str, typed: str, folder: Path = Path()) -> Non
         raise UserError(f"{typed.rstrip()}: is empty; give a value, or leave it out.")
     if name in MAY_BE_OBJECTS and is_object_name(value):
         return
+    if value == "None" and row is not None and "null" in row["types"] and "none" not in row.get("choices", ()):
+        raise UserError(f"{typed}: Python's word, which is text here; give null, or leave it out.")
     if name in GROUPS or (row is not None and row.get("open")):
         path = _file_of(value, folder)
         if os.path.exists(path) and not os.path.isdir(path):

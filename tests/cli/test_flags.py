@@ -134,6 +134,7 @@ def test_every_flag_is_its_own_suggestion():
         ("epochs: 3\n", "epochs is short for trainer.max_epochs on the command line"),
         ("trainer:\n  max_epoch: 1\n", "Did you mean trainer.max_epochs?"),
         ("model:\n  lr: -1\n", "model.lr -1: a positive"),
+        ("data:\n  limit: None\n", "data.limit None: Python's word"),
         ("model:\n  lr: .nan\n", "model.lr nan: a positive"),
         ("data:\n  batch_size: many\n", "data.batch_size many: a whole number"),
         ("model: [1\n", "not YAML"),
