@@ -96,6 +96,8 @@ def test_objects_that_no_command_makes_again_are_named_and_can_be_given_again(he
     with pytest.raises(UserError, match=r"run: its model <Sequential> is an object of Python"):
         run_command(["test", "run"])
     cifar_lightning.fit(model, resume="run", epochs=2)
+    again = cifar_lightning.fit(model, data, config="run/config.yaml", run_dir="again", trust_code=None)
+    assert config_of(again)["model"]["name"] == "<Sequential>"
 
 
 class Negative(ImageClassifier):

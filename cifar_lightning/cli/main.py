@@ -258,16 +258,16 @@ def training_arguments(
         flags = [flag for flag in flags if not flag.startswith("--resume=")]
         return _of_run(run, run.resumed_checkpoint, flags, trust_code, given), run
     if command in ("validate", "test", "predict") and "print_config" not in names:
-        given = flag_value(flags, "ckpt_path") or ""
-        if given.lower() in NULL:
+        checkpoint = flag_value(flags, "ckpt_path") or ""
+        if checkpoint.lower() in NULL:
             raise UserError(f"{command} needs a trained model: give a run folder, or --ckpt_path FILE.")
-        own = run_of(Path(given))
+        own = run_of(Path(checkpoint))
         if "config" not in names and own is not None and own.config.is_file():
             flags = [f"--config={own.config}", *flags]  # the data and the model of the checkpoint
     for at, flag in enumerate(flags):
         if flag.startswith("--config="):
             config = find_config(flag.removeprefix("--config="))
-            check_config(config, trust_code=trust_code, own=own_classes(flags))
+            check_config(config, trust_code=trust_code, given=given, own=own_classes(flags))
             flags[at] = f"--config={config}"
     _refuse_other_optimizers(flags, names)
     return flags, None
