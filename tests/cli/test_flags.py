@@ -92,6 +92,12 @@ def test_a_mistake_is_named_with_the_nearest_right_thing(typed, expected):
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_a_run_behind_the_flags_is_named_as_such(tmp_path):
+    for command in ("validate", "test", "predict"):
+        with pytest.raises(UserError, match=f"The run comes first: {command} {tmp_path} "):
+            normalize_arguments(command, ["--data.root", "other", str(tmp_path)])
+
+
 @pytest.mark.parametrize("name", ["resnet18", "torchvision/resnet101", "timm/resnet26d", "resnet19"])
 def test_names_of_models_are_left_to_those_who_import_the_libraries(name):
     assert normalize_arguments("fit", ["--model.name", name]) == [f"--model.name={name}"]
