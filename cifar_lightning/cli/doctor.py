@@ -109,7 +109,7 @@ def _look_at_data(found: Findings, root: Path) -> None:
             done = unfinished.stat().st_size / archive.size_bytes
             sets.append(f"{name} half downloaded ({done:.0%}): {program()} download --dataset {name} resumes it")
     if holds_class_folders(root):
-        sets.append(f"class folders in {root}: --data.dataset folder --data.root {root}")
+        sets.append(f"class folders in {root}: --data.dataset folder --data.root {shell_line(root)}")
     found.rows += [("data", text) for text in sets or ["none found"]]
     if not sets:
         found.hints.append(f"no data: {program()} download, or --data.dataset synthetic, which needs none")

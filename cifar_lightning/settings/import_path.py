@@ -70,7 +70,9 @@ def import_timm() -> Any:
         UserError: It is not installed or cannot be imported.
     """
     if not is_timm_installed():
-        raise UserError("timm is not installed; pip install -e '.[timm]'")
+        raise UserError(
+            "timm is not installed; pip install 'cifar-lightning[timm]', or -e '.[timm]' in a copy of the repository"
+        )
     try:
         importlib.import_module("timm.optim")
         return importlib.import_module("timm")
