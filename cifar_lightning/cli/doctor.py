@@ -71,10 +71,11 @@ def _look_at_packages(found: Findings) -> None:
     for text in importlib.metadata.requires("cifar-lightning") or []:
         requirement = Requirement(text)
         version = version_of(requirement.name)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        is_optional = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
+        if is_optional and (version is None or requirement.name not in _EXTRAS):
             continue
         if version is None or not requirement.specifier.contains(version, prereleases=True):
-            found.stopping.append(
+            (found.hints if is_optional else found.stopping).append(
                 f"{requirement.name} {version or 'missing'}, {requirement.specifier} is needed: "
                 f"pip install {shell_line(f'{requirement.name}{requirement.specifier}')}"
             )

@@ -124,6 +124,22 @@ def test_outdated_and_missing_packages_are_listed(root, monkeypatch):
     assert "cifar-lightning[export,shards,timm]" in found.hints[0]
 
 
+def test_an_extra_of_an_excluded_version_is_a_hint(root, monkeypatch):
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.20.1" if name == "onnx" else real(name))
+    found = doctor.look(root)
+    assert found.stopping == []
+    assert found.hints == ["onnx 1.20.1, >=1.21 is needed: pip install 'onnx>=1.21'"]
+
+
+def test_a_folder_is_named_as_a_shell_reads_it(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "my photos" / name).mkdir(parents=True)
+        (tmp_path / "my photos" / name / "1.png").touch()
+    (text,) = row(doctor.look(tmp_path / "my photos"), "data")
+    assert text.endswith(f"--data.root '{tmp_path / 'my photos'}'")
+
+
 def run_doctor(tmp_path, code):
     code = f"from cifar_lightning.cli import doctor; {code}"
     return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
