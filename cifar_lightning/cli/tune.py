@@ -1,6 +1,7 @@
 """tune: find the peak learning rate; `fit --tune_lr` does so before it trains."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from jsonargparse import Namespace
 
@@ -10,7 +11,7 @@ from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_text_durably
 from cifar_lightning.formatting import command_line
-from cifar_lightning.runs.folder import RUNS, config_name, create_run
+from cifar_lightning.runs.folder import RUNS, RunFolder, config_name, create_run, refuse_what_would_be_lost
 from cifar_lightning.training.lr_finder import LrRange, find_lr, write_lr_range
 from cifar_lightning.training.module import ImageClassifier
 
@@ -27,11 +28,11 @@ def tune(arguments: Sequence[str]) -> None:
     model.prepare(data)
     load_initial_weights(cli, model)
     found = apply_lr_finder(cli, model, data, settings.trainer)
+    print(f"Suggested peak: {found.suggestion:.2g}, where the loss fell fastest in {len(found.lrs)} steps.")
     name = config_name(cli.settings.config, cli.model_name)
     run = create_run(RUNS, f"{name}_tune", cli.settings.run_dir)
     write_text_durably(run.config, cli.config_text)
     write_lr_range(run, found)
-    print(f"Suggested peak: {found.suggestion:.2g}, where the loss fell fastest in {len(found.lrs)} steps.")
     print(f"{run.path}: lr_range.png shows it. To train with it:")
     print(f"  {command_line('fit', '--config', run.config)}")
 
@@ -40,7 +41,8 @@ def apply_lr_finder(cli: TrainingCLI, model: ImageClassifier, data: ImageDataMod
     """Find the peak learning rate and set it, as if it had been given by a flag.
 
     Raises:
-        UserError: The model has another optimizer than its own, or no argument lr: no flag gives its learning rate.
+        UserError: The model has another optimizer than its own, or no argument lr: no flag gives its learning rate; or
+            --run_dir is taken.
     """
     if not model.plans_schedule:
         raise UserError("--tune_lr and tune find --lr: leave --optimizer, or the model's configure_optimizers, out.")
@@ -49,6 +51,8 @@ def apply_lr_finder(cli: TrainingCLI, model: ImageClassifier, data: ImageDataMod
         raise UserError(
             f"--tune_lr and tune find --lr, which --model {cli.settings.model_class} does not take; add the argument."
         )
+    if cli.settings.run_dir is not None:  # not after the steps
+        refuse_what_would_be_lost(RunFolder(Path(cli.settings.run_dir)))
     print("LR finder: raising the learning rate for a few steps.")
     found = find_lr(model, data, **trainer)
     cli.settings.tune_lr = False  # config.yaml repeats the run, not the LR finder

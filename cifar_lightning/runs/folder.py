@@ -160,10 +160,10 @@ def create_run(base: Path, name: str, run_dir: str | Path | None = None) -> RunF
         raise UserError(
             f"{flag} {chosen}: cannot make this folder ({error.strerror}).\nChoose another one with --run_dir PATH."
         ) from error
-    _refuse_what_would_be_lost(run)  # before the lock's file marks the folder as a run's
+    refuse_what_would_be_lost(run)  # before the lock's file marks the folder as a run's
     lock = RunLock(run.lock_file, is_new=True)
     try:
-        _refuse_what_would_be_lost(run)  # another process may have had it in between
+        refuse_what_would_be_lost(run)  # another process may have had it in between
         for file in (left := tuple(run.written_files())):
             file.unlink()
         if left:
@@ -197,7 +197,8 @@ def _make_numbered(folder: Path) -> Path:
             return folder / str(number)
 
 
-def _refuse_what_would_be_lost(run: RunFolder) -> None:
+def refuse_what_would_be_lost(run: RunFolder) -> None:
+    """Refuse a folder for a new run that holds another one or a file that it would overwrite."""
     run.check_files()
     files = tuple(run.written_files())
     if run.seeds.exists() and any(run.path.glob("*/config.yaml")):

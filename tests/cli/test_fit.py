@@ -458,6 +458,15 @@ def test_the_lr_finder_measures_the_initial_weights(command, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("command", [["fit", "--tune_lr"], ["tune"]])
+def test_a_folder_that_is_taken_is_refused_before_the_lr_finder(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cifar_lightning.cli.tune.find_lr", lambda *args, **kwargs: pytest.fail("found"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text("of the user")
+    said = fail(monkeypatch, capsys, tmp_path, *command, *TINY, "--run_dir", "mine")
+    assert "--run_dir mine: a run would overwrite config.yaml" in said
+
+
+@pytest.mark.parametrize("command", [["fit", "--tune_lr"], ["tune"]])
 def test_the_lr_finder_is_not_for_a_run_that_continues_another(command, tmp_path, monkeypatch, capsys):
     (tmp_path / "last.ckpt").touch()
     message = fail(monkeypatch, capsys, tmp_path, *command, *TINY, "--ckpt_path", "last.ckpt")
