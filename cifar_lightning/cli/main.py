@@ -367,7 +367,7 @@ def _predict_images_flags(parser: argparse.ArgumentParser) -> None:
     text = "folder of a run, nothing else is needed; or smallnet, trained on CIFAR-10, which comes with the package"
     parser.add_argument("run", metavar="RUN", type=Path, help=text)
     parser.add_argument("paths", metavar="PATH", type=Path, nargs="+", help="images, or folders of them")
-    text = "a .csv, or .jsonl for JSON lines; - for JSON lines on stdout (default: predictions.csv)"
+    text = "a .csv, or a .jsonl or .json for JSON lines; - for these on stdout (default: predictions.csv)"
     parser.add_argument("--output", metavar="FILE", default="predictions.csv", help=text)
     parser.add_argument(
         "--top_k", metavar="N", type=int, help="most probable classes an image (default: 3, or all of fewer)"

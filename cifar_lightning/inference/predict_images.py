@@ -114,7 +114,7 @@ def predict_images(
         raise UserError(f"--batch_size {batch_size}: 1 or more.")
     if output is not None:
         if output.suffix.lower() not in (".csv", ".jsonl", ".json"):
-            raise UserError(f"--output {output}: give a .csv, or a .jsonl for JSON lines.")
+            raise UserError(f"--output {output}: give a .csv, or a .jsonl or .json for JSON lines.")
         refuse_file_of_run(output)
         check_output(output, force)
     found, skipped = find_images(paths)
