@@ -26,6 +26,7 @@ from cifar_lightning.cli.parser import (
     as_list,
     check_arguments,
     config_text,
+    describe_as_here,
     describe_flags,
     table_text,
 )
@@ -101,6 +102,11 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the project's own flags."""
         add_own_flags(parser)
+
+    def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
+        parser: LightningArgumentParser = super()._prepare_subcommand_parser(*args, **kwargs)
+        describe_as_here(parser)
+        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments; sys.argv stays as it is for launchers, which start further processes with it."""

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from cifar_lightning.cli.flags import GROUPS, SYNONYMS, check_value, table
 from cifar_lightning.cli.help import TRAINING
-from cifar_lightning.cli.trainer_arguments import LIMITS, check_trainer
+from cifar_lightning.cli.trainer_arguments import ARGUMENTS, LIMITS, check_trainer
 from cifar_lightning.data.datasets import DATASETS
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, suggest
@@ -58,6 +58,11 @@ _OWN: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
         "inspect.html.",
         ("predict", "inspect"),
     ),
+}
+# In place of Lightning's.
+_HELP = {
+    "seed_everything": "Seed of weights and dropout; true draws one. --data.seed is that of split and augmentation.",
+    "ckpt_path": "Checkpoint to evaluate, or whose training a new run of fit continues; --resume RUN resumes a run.",
 }
 # The signatures say str: a new data set or model is one more line in its table.
 _NAMES = {"model.name": tuple(MODELS), "data.dataset": tuple(DATASETS), "model.optimizer": OPTIMIZERS}
@@ -176,6 +181,16 @@ def add_own_flags(parser: LightningArgumentParser) -> None:
     for name in ("num_classes", "image_size", "in_channels"):
         if f"model.{name}" in taken:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+
+
+def describe_as_here(parser: LightningArgumentParser) -> None:
+    """Have the help say what the Trainer's arguments do in a run, and which are refused, in place of Lightning's."""
+    for action in parser._actions:
+        argument = ARGUMENTS.get(action.dest.removeprefix("trainer."))
+        if action.dest.startswith("trainer.") and argument is not None:
+            text = argument.does or f"Refused: {'; '.join(argument.refused)}."
+            action.help = text.replace("`", "")
+        action.help = _HELP.get(action.dest, action.help)
 
 
 def check_arguments(command: str, config: Namespace, defaults: Mapping[str, Any] | Namespace | None = None) -> None:

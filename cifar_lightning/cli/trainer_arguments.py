@@ -35,8 +35,9 @@ themselves. This page is generated: `python -m cifar_lightning.cli.trainer_argum
 """
 _MOST_DEVICES = 1024  # of one machine; a typo would start that many processes
 _LAUNCHERS = ("MASTER_ADDR", "SLURM_JOB_ID", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE")  # set by what starts processes
-_WHOLE = "above 1 it is a number of batches; give a whole number, such as 2"
+_WHOLE = "a value above 1 is a number of batches; give a whole number, such as 2"
 _DDP = ("ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
+_EPOCHS = "1 or more, or -1 with --trainer.max_steps"  # the schedule needs an end
 _FROM_0 = Annotated[int, Field(ge=0)]
 _OR_ALL = Annotated[int, Field(ge=-1)]
 _SOME = Annotated[float, Field(gt=0, description="a fraction of the batches to 1.0, or a number of batches")]
@@ -115,7 +116,7 @@ ARGUMENTS: dict[str, Argument] = {
             f"at most {_MOST_DEVICES} on one machine": (
                 lambda value, _: str(value).isdecimal() and int(value) > _MOST_DEVICES
             ),
-            "--trainer.strategy single_device uses one; give ddp": (
+            "--trainer.strategy single_device uses one device; give ddp": (
                 lambda _, trainer: trainer.strategy == "single_device" and _num_devices(trainer) > 1
             ),
         },
@@ -124,7 +125,7 @@ ARGUMENTS: dict[str, Argument] = {
         "number of machines, which torchrun or SLURM start",
         Count,
         {
-            "nothing started the other machines' processes; give 1, or start with torchrun or SLURM": (
+            "nothing started the processes of the other machines; give 1, or start with torchrun or SLURM": (
                 lambda value, trainer: value > 1 and not trainer.plugins and not {*_LAUNCHERS} & os.environ.keys()
             )
         },
@@ -133,7 +134,7 @@ ARGUMENTS: dict[str, Argument] = {
         "`16-mixed` on CUDA, `bf16-mixed` on a CPU that is faster in it, else `32-true`; what the device does not "
         "support is replaced, with a remark",
         refused={
-            "it replaces layers, whose weights no other command loads; give 16-mixed, bf16-mixed or 32-true": (
+            "transformer-engine replaces layers, whose weights no other command loads; give 16-mixed or bf16-mixed": (
                 lambda value, _: str(value).startswith("transformer-engine")
             )
         },
@@ -142,25 +143,21 @@ ARGUMENTS: dict[str, Argument] = {
     "callbacks": Argument("callbacks by `class_path`, next to those of the run"),
     "fast_dev_run": Argument("trains, validates and tests 1 or N batches, and writes nothing", _FROM_0),
     "max_epochs": Argument(
-        "`--epochs`; -1: no limit but `max_steps`",
-        _OR_ALL,
-        {
-            "1 or more; the schedule needs an end": (
-                lambda value, trainer: value == 0 or (value == -1 and trainer.max_steps == -1)
-            )
-        },
+        "epochs of training, as `--epochs`; -1: no limit but `max_steps`",
+        Annotated[int, Field(ge=-1, description=_EPOCHS)],
+        {_EPOCHS: (lambda value, trainer: value == 0 or (value == -1 and trainer.max_steps == -1))},
     ),
     "min_epochs": Argument(
         "no early stop before",
         _FROM_0,
-        {"more than --epochs; give at most as many": lambda value, trainer: 0 < (trainer.max_epochs or 0) < value},
+        {"must not be more than --epochs": lambda value, trainer: 0 < (trainer.max_epochs or 0) < value},
     ),
     "max_steps": Argument(
         "ends training after this many steps, if `--epochs` does not before",
         _OR_ALL,
         {
             "1 or more, or -1 for as many as the epochs have": lambda value, _: value == 0,
-            "--epochs null needs it; the schedule needs an end": (
+            "--epochs null needs a number of steps, as the schedule needs an end": (
                 lambda value, trainer: value == -1 and trainer.max_epochs is None
             ),
         },
@@ -168,7 +165,7 @@ ARGUMENTS: dict[str, Argument] = {
     "min_steps": Argument(
         "no early stop before; at most the steps of the run",
         _FROM_0,
-        {"more than --trainer.max_steps; give at most as many": lambda value, trainer: 0 < trainer.max_steps < value},
+        {"must not be more than --trainer.max_steps": lambda value, trainer: 0 < trainer.max_steps < value},
     ),
     "max_time": Argument(
         "ends training after this time",
@@ -183,7 +180,7 @@ ARGUMENTS: dict[str, Argument] = {
         _MAYBE,
         {
             _WHOLE: _is_float_above_1,
-            "also limits train and val; leave limit_train_batches and limit_val_batches out": (
+            "overfit_batches also limits train and val; leave limit_train_batches and limit_val_batches out": (
                 lambda v, trainer: v > 0 and (trainer.limit_train_batches, trainer.limit_val_batches) != (None, None)
             ),
         },
@@ -197,7 +194,7 @@ ARGUMENTS: dict[str, Argument] = {
         "validates every N epochs; null: by `val_check_interval` across epochs",
         Count,
         {
-            "more than --epochs, so that nothing would be validated; give at most as many": lambda value, t: (
+            "must not be more than --epochs, or nothing would be validated": lambda value, t: (
                 0 < (t.max_epochs or 0) < value
             )
         },
@@ -215,7 +212,7 @@ ARGUMENTS: dict[str, Argument] = {
         "`norm` or `value`",
         refused={
             "norm or value": lambda value, _: value.lower() not in ("norm", "value"),
-            "clips nothing without --trainer.gradient_clip_val; give both or none": lambda _, trainer: (
+            "nothing is clipped without --trainer.gradient_clip_val; give both or none": lambda _, trainer: (
                 not trainer.gradient_clip_val
             ),
         },
@@ -237,7 +234,7 @@ ARGUMENTS: dict[str, Argument] = {
     "detect_anomaly": Argument("raises at the operation whose gradient is NaN"),
     "barebones": Argument(
         refused={
-            "a run keeps logs and checkpoints; --trainer.logger false has none of the board": lambda value, _: value
+            "a run keeps logs and checkpoints; --trainer.logger false leaves the board out": lambda value, _: value
         }
     ),
     "plugins": Argument(
@@ -293,7 +290,7 @@ def page_text() -> str:
     """Return the content of the docs page."""
     rows = ["| Argument | Verdict | In a run | Allowed, or refused because |", "| --- | --- | --- | --- |"]
     for name, argument in ARGUMENTS.items():
-        reasons = "; ".join(filter(None, (limits_of(argument.limits)[1], *argument.refused)))
+        reasons = "; ".join(filter(None, dict.fromkeys((limits_of(argument.limits)[1], *argument.refused))))
         rows.append(f"| `{name}` | {'works' if argument.does else 'refused'} | {argument.does} | {reasons} |")
     return f"{_HEAD}\n" + "\n".join(rows) + "\n"
 

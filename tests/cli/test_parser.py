@@ -6,6 +6,7 @@ from program import REPO
 
 from cifar_lightning.cli.lightning_cli import fit_parser
 from cifar_lightning.cli.parser import check_arguments, config_text, describe_flags
+from cifar_lightning.cli.trainer_arguments import ARGUMENTS
 from cifar_lightning.errors import UserError
 from cifar_lightning.models.registry import MODELS
 
@@ -84,6 +85,15 @@ def test_a_row_of_the_table_is_what_the_signature_says(parser, flag, row):
     described = describe_flags(parser)[flag]
     assert described["help"]
     assert {key: described[key] for key in row} == row
+
+
+def test_the_help_of_the_trainer_says_what_this_program_does(parser):
+    rows = describe_flags(parser)
+    for name, argument in ARGUMENTS.items():
+        text = rows[f"trainer.{name}"]["help"]
+        assert text == argument.does.replace("`", "") or text.startswith("Refused: ")
+    assert "--run_dir" in rows["trainer.default_root_dir"]["help"]
+    assert "hpc" not in rows["ckpt_path"]["help"]
 
 
 def test_help_texts_are_plain(parser):
