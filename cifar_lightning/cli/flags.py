@@ -189,6 +189,8 @@ def _is_setting(name: str) -> bool:
 
 def suggest_flag(name: str) -> str:
     """Return " Did you mean --X?" for the flag nearest to a name, or where to find them all."""
+    if name in ("num_classes", "model.num_classes"):
+        return " The data gives the number of classes; --data.class_names names those of a data set of your own."
     names = [*ALIASES, *table(), *FRONT_ONLY]
     by_last = {full.rpartition(".")[2]: full for full in reversed(names)}
     full_of = by_last | {name: name for name in names} | SYNONYMS

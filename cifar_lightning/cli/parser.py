@@ -168,7 +168,10 @@ def _nearest_class(flag: str, path: str) -> str:
     if path.endswith(known.get(name, " ")):
         return ""
     short = f" By name: --model.optimizer {path}." if flag == "optimizer" and path in OPTIMIZERS else ""
-    return suggest(name.lower(), {each.lower(): of for each, of in known.items()}, cutoff=0.75) + short
+    near = suggest(name.lower(), {each.lower(): of for each, of in known.items()}, cutoff=0.75)
+    if flag == "optimizer" and not (near or short or module):
+        return " Give a name of torch.optim, package.module.Class, or --model.optimizer timm/NAME."
+    return near + short
 
 
 def add_own_flags(parser: LightningArgumentParser) -> None:

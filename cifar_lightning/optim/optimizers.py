@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, raised_by, suggest
 from cifar_lightning.optim.muon import Muon
-from cifar_lightning.settings.import_path import import_timm
+from cifar_lightning.settings.import_path import import_timm, is_import_path
 
 OPTIMIZERS = ("adamw", "sgd", "muon")
 # Kron's random state is in no state_dict; Adahessian differentiates gradients, which have no graph here.
@@ -58,7 +58,8 @@ def check_optimizer(name: str) -> None:
         except UserError as error:
             raise UserError(f"{typed}: {error}") from error
     if name not in known:
-        raise UserError(f"{typed}: one of {', '.join(OPTIMIZERS)}, or timm/NAME.{suggest(str(name), known)}")
+        hint = f" Your own by its class: --optimizer {name}." if is_import_path(name) else suggest(str(name), known)
+        raise UserError(f"{typed}: one of {', '.join(OPTIMIZERS)}, or timm/NAME.{hint}")
     if reason := _UNUSABLE.get(name):
         raise UserError(f"{typed}: {reason}; give another one.")
 

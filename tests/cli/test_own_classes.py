@@ -252,6 +252,7 @@ def test_what_cannot_work_is_refused_with_what_to_give(flags, words):
     [
         (["--optimizer=adamw"], ["--optimizer adamw", "Did you mean AdamW?", "--model.optimizer adamw"]),
         (["--optimizer=torch.optim.adamw"], ["Did you mean AdamW?"]),
+        (["--optimizer=Lion2"], ["--optimizer Lion2", "torch.optim", "package.module.Class", "timm/NAME"]),
         (["--optimizer=RAdm"], ["--optimizer RAdm", "Did you mean RAdam?"]),
         (["--optimizer=torch.optim.RAdm"], ["--optimizer torch.optim.RAdm", "Did you mean RAdam?"]),
         (["--optimizer=SGD", "--optimizer.learning_rate=1"], ["learning_rate", "Did you mean lr?"]),

@@ -138,6 +138,7 @@ def test_yaml_that_jsonargparse_would_never_end_with_is_refused(parser, flag):
             "--checkpoint.every_n_minutes with --trainer.enable_checkpointing false",
         ),
         (["--model.name=smalnet"], "--model.name smalnet: not a model.* Did you mean smallnet"),
+        (["--model.optimizer=my.Lion"], "--model.optimizer my.Lion: .* Your own by its class: --optimizer my.Lion"),
         (["--model.name=torchvision/resnet19"], "Did you mean torchvision/resnet18"),
         (["--trainer.max_steps=0"], "--trainer.max_steps 0: 1 or more, or -1"),
         (["--trainer.val_check_interval=00:00:10:00"], "val_check_interval 00:00:10:00: a fraction of an epoch"),
