@@ -28,7 +28,8 @@ before anything is written; a subclass is refused with it.
 
 A logger of your own gets the same as those below: metrics and hyperparameters by `log_metrics` and `log_hyperparams`,
 and the figures where it has `log_image(key, images, step)`, as Lightning's WandbLogger does.
-The run's own TensorBoard is replaced by the loggers that are given.
+The run's own TensorBoard is replaced by the loggers that are given. `validate`, `test` and `predict` of a run make them
+only where they are typed again.
 
 This page is generated: `python -m cifar_lightning.cli.trainer_objects`.
 """
