@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins import CheckpointIO, Precision
 from pydantic import Field
 
 from cifar_lightning.cli.trainer_objects import check_kinds, class_of, objects_in
@@ -67,13 +67,12 @@ def _batches(does: str, limits: Any = _SOME) -> Argument:
     return Argument(does, limits, {_WHOLE: _is_float_above_1})
 
 
-def _is_known_strategy(value: Any, _: Namespace) -> bool:
+def _is_unknown_strategy(value: Any, _: Namespace) -> bool:
     if isinstance(value, str):
-        return value.lower() in ("auto", "single_device", *_DDP)
+        return value.lower() not in ("auto", "single_device", *_DDP)
     name = str(value.get("class_path", "")).rpartition(".")[2]
-    return name == "SingleDeviceStrategy" or (
-        name == "DDPStrategy" and value.get("init_args.start_method") in (None, "popen")
-    )
+    forks = value.get("init_args.start_method") not in (None, "popen")
+    return name != "SingleDeviceStrategy" and (name != "DDPStrategy" or forks)
 
 
 def _is_duration(value: Any) -> bool:
@@ -89,9 +88,11 @@ def _num_devices(trainer: Namespace) -> int:
     return int(devices) if devices.isdecimal() else len(re.findall(r"\d+", devices)) or 1
 
 
-def _paths(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [str(one.get("class_path", "")) if isinstance(one, Namespace) else str(one) for one in values]
+def _has(kind: type) -> Callable[[Any, Namespace], bool]:
+    """Return whether a value holds a class of a kind, given by `class_path`."""
+    return lambda value, _: any(
+        isinstance(given := class_of(node), type) and issubclass(given, kind) for node in objects_in(value)
+    )
 
 
 ARGUMENTS: dict[str, Argument] = {
@@ -103,7 +104,7 @@ ARGUMENTS: dict[str, Argument] = {
         "`auto`, `single_device`, `ddp`, or `DDPStrategy` with its arguments by `class_path`",
         refused={
             f"one of auto, single_device, {', '.join(_DDP)}; others fork this process or divide the model": (
-                lambda value, trainer: not _is_known_strategy(value, trainer)
+                _is_unknown_strategy
             )
         },
     ),
@@ -241,14 +242,9 @@ ARGUMENTS: dict[str, Argument] = {
         "cluster environments by `class_path`",
         refused={
             "a precision plugin would not agree with --trainer.precision, which every run has; give that": (
-                lambda value, _: any(
-                    isinstance(kind := class_of(node), type) and issubclass(kind, Precision)
-                    for node in objects_in(value)
-                )
+                _has(Precision)
             ),
-            "checkpoints are written durably by DurableCheckpointIO alone": (
-                lambda value, _: any("CheckpointIO" in path for path in _paths(value))
-            ),
+            "checkpoints are written durably by DurableCheckpointIO alone": _has(CheckpointIO),
         },
     ),
     "sync_batchnorm": Argument(

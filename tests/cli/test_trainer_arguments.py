@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from program import REPO, TINY
 
@@ -73,6 +74,10 @@ def names(objects):
 
 class OwnEnvironment(LightningEnvironment):
     """A cluster environment of a user's."""
+
+
+class Elsewhere(TorchCheckpointIO):
+    """A user's way to write checkpoints, whose name does not say so."""
 
 
 def has_own_environment(trainer):
@@ -208,6 +213,7 @@ REFUSED = [
     ("profiler=xla", "simple, advanced, pytorch"),
     ("barebones=true", "keeps logs and checkpoints"),
     ("plugins=lightning.pytorch.plugins.io.AsyncCheckpointIO", "durably"),
+    (f"plugins={__name__}.Elsewhere", "durably"),
     ("plugins=lightning.pytorch.plugins.DoublePrecision", "--trainer.precision"),
     ("plugins=[{class_path: lightning.pytorch.plugins.HalfPrecision}]", "--trainer.precision"),
     ("sync_batchnorm=true accelerator=cpu", "needs GPUs"),
