@@ -171,8 +171,15 @@ class TrainingCLI(LightningCLI):
             self._parser(self.subcommand).add_instantiator(self._make_model, ImageClassifier)
             self._parser(self.subcommand).add_instantiator(self._make_data, ImageDataModule)
         own = [f"--{group} {path}" for group in CLASS_GROUPS if (path := self.settings.get(f"{group}_class"))]
-        with _of_classes(own), of_users_objects():
-            made = self.parser.instantiate_classes(self.config)[self.subcommand]
+        try:
+            with of_users_objects():
+                made = self.parser.instantiate_classes(self.config)[self.subcommand]
+        except (OSError, RunError, UserError):
+            raise
+        except Exception as error:  # a class of the user's raises anything
+            if not own:
+                raise
+            raise UserError(f"{' with '.join(own)}: cannot be made ({raised_by(error)}).") from error
         if given := self.settings.model.get("model"):
             made.model.remember_model(dict(given.get("init_args") or {}))
         if self._objects.model is not None:
@@ -187,11 +194,7 @@ class TrainingCLI(LightningCLI):
         return made.model, made.data, made
 
     def _use_optimizer(self, made: Namespace) -> None:
-        """Have the model use --optimizer and --lr_scheduler, as LightningCLI does.
-
-        Raises:
-            UserError: One of them refuses its arguments.
-        """
+        """Have the model use --optimizer and --lr_scheduler, as LightningCLI does; refuse what they refuse."""
         self.config_init, self.model = {self.subcommand: made}, made.model
         with warnings.catch_warnings():
             if made.model.plans_schedule:  # it warns of every `configure_optimizers`, also of that which is meant
@@ -240,19 +243,6 @@ def made_from(model: ImageClassifier) -> dict[str, Any]:
     if imported := model.imported:
         return {"name": imported["path"], "model_kwargs": imported["kwargs"] or None}
     return {} if model.hparams["name"] else {"name": object_name(model.model)}
-
-
-@contextlib.contextmanager
-def _of_classes(flags: Sequence[str]) -> Iterator[None]:
-    """Raise as `UserError` what the constructor of a class of one's own raises, with its line."""
-    try:
-        yield
-    except (OSError, RunError, UserError):
-        raise
-    except Exception as error:  # a class of the user's raises anything
-        if not flags:
-            raise
-        raise UserError(f"{' with '.join(flags)}: cannot be made ({raised_by(error)}).") from error
 
 
 def _try_optimizer(made: Namespace) -> None:

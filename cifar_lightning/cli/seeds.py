@@ -88,11 +88,7 @@ def _check_config(config: str, settings: Mapping[str, Any]) -> None:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Read the value of --seeds.
-
-    Raises:
-        UserError: Not distinct whole numbers, separated by commas, that are seeds.
-    """
+    """Return the seeds that --seeds names, separated by commas; refuse what are no distinct seeds."""
     most = table()["seed_everything"]["bounds"]["lt"] - 1
     words = re.fullmatch(r" *[0-9]{1,10} *(, *[0-9]{1,10} *)*", text)
     seeds = list(map(int, text.split(","))) if words else []

@@ -264,11 +264,7 @@ LIMITS = {f"trainer.{name}": argument.limits for name, argument in ARGUMENTS.ite
 
 
 def check_trainer(command: str, trainer: Namespace) -> None:
-    """Refuse values of the Trainer's arguments that a command reads, alone and together.
-
-    Raises:
-        UserError: Names the argument, its value and the reason.
-    """
+    """Refuse values of the Trainer's arguments that a command reads, alone and together, each with the reason."""
     for name, argument in ARGUMENTS.items():
         if command != "fit" and name in _OF_FIT:
             continue

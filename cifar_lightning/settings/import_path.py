@@ -64,11 +64,7 @@ def is_timm_installed() -> bool:
 
 
 def import_timm() -> Any:
-    """Import timm, whose models and optimizers go by name.
-
-    Raises:
-        UserError: It is not installed or cannot be imported.
-    """
+    """Import timm, whose models and optimizers go by name; refuse names of it where it cannot be imported."""
     if not is_timm_installed():
         raise UserError(
             "timm is not installed; pip install 'cifar-lightning[timm]', or -e '.[timm]' in a copy of the repository"

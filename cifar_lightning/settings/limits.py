@@ -44,9 +44,6 @@ def check_settings(prefix: str, function: Callable[..., Any], values: Mapping[st
         prefix: What the error names before a point and the argument, such as the group of the flags: model, data.
         function: A constructor, or a dataclass.
         values: Argument values by name; other names are ignored.
-
-    Raises:
-        UserError: Names the flag, the value and what is allowed.
     """
     for name, annotation in typing.get_type_hints(function, include_extras=True).items():
         check_setting(f"{prefix}.{name}", annotation, values.get(name))

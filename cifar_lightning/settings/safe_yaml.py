@@ -37,11 +37,7 @@ class _Undated(_LOADER):  # type: ignore[misc, valid-type]  # with or without li
 
 
 def read_setting(text: str) -> Any:
-    """Read the text of a setting as `read_yaml` does, but for dates, which are text as for jsonargparse.
-
-    Raises:
-        yaml.YAMLError: As `read_yaml`.
-    """
+    """Read the text of a setting as `read_yaml` does, but for dates, which are text as for jsonargparse."""
     return checked(lambda text: yaml.load(text, Loader=_Undated))(text)
 
 
@@ -102,11 +98,7 @@ def _with_bytes(value: Any) -> Any:
 
 
 def check_nesting(value: Any, max_nodes: float = MAX_NODES) -> None:
-    """Refuse data that is nested too deep or too large, or is not plain.
-
-    Raises:
-        yaml.YAMLError: Says what it holds.
-    """
+    """Raise a `yaml.YAMLError` for data that is nested too deep or too large, or is not plain."""
     num_nodes, level = 0, [value]
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
