@@ -5,7 +5,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -49,7 +49,8 @@ class Pipeline:
         transforms: "default", which stands for those, and transforms or callables of one's own, in order; or one.
 
     Raises:
-        UserError: An entry that is no transform, or settings of the default transforms in a list without them.
+        UserError: An entry that is no transform or of an unknown stage, or settings of the default transforms in a list
+            without them.
     """
 
     def __init__(self, augmentation: Augmentation, transforms: object = tuple(DEFAULT)) -> None:
@@ -65,6 +66,8 @@ class Pipeline:
                 continue
             transform = as_transform(each)
             name = name_of(transform)
+            if transform.stage not in get_args(Stage):
+                raise _refused(transform, f"stage {transform.stage}; {', '.join(get_args(Stage))} are the stages")
             steps.append(_Step(transform, (_OWN, zlib.crc32(name.encode()), num_of[name])))
             num_of[name] += 1
         self._has_own = bool(num_of)

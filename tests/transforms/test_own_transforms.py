@@ -116,6 +116,9 @@ def test_the_largest_arguments_that_fit_are_taken():
         ([v2.RandomErasing], r"RandomErasing.*RandomErasing\(\.\.\.\)"),
         (["RandomErasing"], "RandomErasing"),
         ([3], "3: neither"),
+        ([Add("normalised")], "Add: stage normalised; uint8, float, normalized"),
+        (["default", Add("Float")], "Add: stage Float"),
+        ([Add(None)], "Add: stage None"),
         (["default", "default"], "default"),
     ],
 )
