@@ -58,7 +58,15 @@ from cifar_lightning.formatting import counted, first_of, printable
 
 CACHE_FOLDER = ".cifar_lightning_cache"
 CACHE_VARIABLE = "CIFAR_LIGHTNING_CACHE"
-_LITTER = frozenset({"thumbs.db", "desktop.ini"})  # written by Windows; such files of other systems are hidden
+# Files and folders that systems put among the user's, in lower case; their other ones begin with a dot.
+_LITTER = frozenset(
+    {
+        *("desktop.ini", "thumbs.db", "$recycle.bin", "system volume information"),  # of Windows
+        *("icon\r", "__macosx"),  # of macOS, the latter in its ZIP files
+        *("@eadir", "#recycle"),  # of Synology: thumbnails of each photograph, and what was deleted
+        "lost+found",  # of Linux, at the top of a disk
+    }
+)
 # Notes and tables next to images are ignored. A file with any other suffix, or none, must be an image: one that Pillow
 # cannot read, such as .heic, must not be left out silently.
 _NOTES = {".cfg", ".csv", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".tsv", ".txt", ".xml"}
@@ -434,6 +442,11 @@ def holds_class_folders(root: Path) -> bool:
     return any(os.path.splitext(entry.name)[1].lower() in _IMAGES for entry in first)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or written by a system."""
+    return name.startswith(".") or name.lower() in _LITTER
+
+
 def class_name_of(folder_name: str) -> str:
     """Return the class name that a folder's name gives.
 
@@ -467,7 +480,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _entries(folder: str | Path) -> tuple[list[os.DirEntry[str]], list[str]]:
-    """Return the entries of a folder by name, and apart the names of hidden ones such as .ipynb_checkpoints."""
+    """Return the entries of a folder by name, and apart the names of those that `is_hidden`."""
     try:
         with os.scandir(folder) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
@@ -475,7 +488,7 @@ def _entries(folder: str | Path) -> tuple[list[os.DirEntry[str]], list[str]]:
         raise UserError(f"{folder} cannot be searched ({error.strerror}): repair or remove it") from error
     visible, hidden = [], []
     for entry in found:
-        if entry.name.startswith(".") or entry.name.lower() in _LITTER:
+        if is_hidden(entry.name):
             hidden.append(entry.name)
         else:
             visible.append(entry)

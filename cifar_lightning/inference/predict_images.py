@@ -23,7 +23,14 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from cifar_lightning.data import image_decoding
-from cifar_lightning.data.image_folder import CACHE_FOLDER, NOT_IMAGES, Skipped, class_name_of, write_skipped_files
+from cifar_lightning.data.image_folder import (
+    CACHE_FOLDER,
+    NOT_IMAGES,
+    Skipped,
+    class_name_of,
+    is_hidden,
+    write_skipped_files,
+)
 from cifar_lightning.data.memory import is_out_of_memory, keep_freed_memory
 from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import RunError, UserError
@@ -202,7 +209,7 @@ def find_labels(paths: Sequence[Path], found: Sequence[str], class_names: Sequen
     for top in (path for path in paths if path.is_dir()):
         with os.scandir(top) as entries:
             folders = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
-        class_of = {entry.name: class_name_of(entry.name) for entry in folders if not entry.name.startswith(".")}
+        class_of = {entry.name: class_name_of(entry.name) for entry in folders if not is_hidden(entry.name)}
         others = sorted(name for name, class_name in class_of.items() if class_name not in class_names)
         if others and len(others) < len(class_of):
             text = f"{top}: no labels: {clipped(', '.join(others))} among its folders is no class of the run"
@@ -225,13 +232,13 @@ def _images_below(top: Path, skipped: list[Skipped]) -> Iterator[str]:
     kinds = mimetypes.MimeTypes()  # Python's own, and none of the system
     for folder, subfolders, names in os.walk(top, onerror=refuse):
         links = {name for name in subfolders if os.path.islink(os.path.join(folder, name))}
-        hidden = {name for name in subfolders if name.startswith(".")}
+        hidden = {*filter(is_hidden, subfolders)}
         skipped += [(os.path.join(folder, name), "hidden folder") for name in sorted(hidden - {CACHE_FOLDER})]
         skipped += [(os.path.join(folder, name), "link to a folder") for name in sorted(links - hidden)]
         subfolders[:] = [name for name in subfolders if name not in hidden]
         for name in sorted(names):
             suffix, kind = os.path.splitext(name)[1].lower(), kinds.guess_type(name)[0] or ""
-            if name.startswith("."):
+            if is_hidden(name):
                 skipped.append((os.path.join(folder, name), "hidden"))
             elif suffix in NOT_IMAGES or kind.partition("/")[0] not in ("", "image"):
                 skipped.append((os.path.join(folder, name), f"not an image, by its suffix {suffix}"))

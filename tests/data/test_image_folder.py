@@ -448,6 +448,26 @@ def test_hidden_files_and_folders_are_no_classes_and_no_images(root):
     assert reds(data.load("train")) == [0, 1, 2, 100, 101, 102]
 
 
+SYSTEM_FOLDERS = ["@eaDir", "lost+found", "__MACOSX", "$RECYCLE.BIN", "#recycle", "System Volume Information"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names, or keeps them for itself")
+def test_files_and_folders_of_systems_are_no_classes_and_no_images(root):
+    expected = reds(ClassFolders(root).load("train"))
+    for name in SYSTEM_FOLDERS:
+        for folder in (root, root / "train", root / "train/ant"):
+            put(folder / name / "ant.png" / "0.png", 50)
+    (root / "lost+found").chmod(0)
+    for folder in (root, root / "train/ant"):
+        (folder / "Icon\r").write_bytes(b"")
+    data = ClassFolders(root)
+    assert data.class_names == ("ant", "bee")
+    assert reds(data.load("train")) == expected
+    in_train = {f"train/{inner}{name}" for inner in ("", "ant/") for name in SYSTEM_FOLDERS}
+    assert {path for path, _ in data.skipped_files} == in_train | {"train/ant/Icon\r"}
+    (root / "lost+found").chmod(0o700)
+
+
 def test_notes_next_to_images_are_ignored_and_counted_and_nothing_changes(root, capsys):
     before = ClassFolders(root).load("train")
     for name in ("readme.txt", "labels.CSV", "about.json", "photo.xml"):

@@ -452,6 +452,11 @@ def test_images_in_folders_of_classes_have_labels_and_an_accuracy(run, capsys):
         save_images(4, Path("photos", unicodedata.normalize("NFD", name), *["inner"] * (number == 1)))
     (lone,) = save_images(1, Path("other"))
     Path("photos/.hidden").mkdir()
+    if os.name == "posix":
+        for folder in ("photos/lost+found", "photos/d/@eaDir"):
+            Path(folder).mkdir()
+            Path(folder, "000.png").write_bytes(lone.read_bytes())
+        Path("photos/Icon\r").write_text("")
     Path("photos/notes.txt").write_text("")
     predict_images(run, [Path("photos"), lone], output=Path("out.csv"))
     *rows, last = read_csv()
