@@ -183,7 +183,7 @@ class ClassFolders:
             UserError: Images that cannot be read.
         """
         decoded = {split: self._decoded(split) for split in self._listed}
-        self._refuse_unreadable()
+        self.refuse_unreadable()
         if not self._has_remarked and is_first_process():
             for remark in self._remarks(decoded):
                 print(printable(remark), flush=True)
@@ -212,7 +212,16 @@ class ClassFolders:
             skipped += [(f"{listing.within}{name}", reason) for name, reason in listing.skipped]
         return skipped
 
-    def _refuse_unreadable(self) -> None:
+    def leave_out(self, split: Split, unreadable: dict[int, str]) -> None:
+        """Leave the images of a split out that cannot be read, of which the indices and reasons are given."""
+        listing = self._listed[split]
+        self.listings[split] = listing.without(unreadable)
+        self._unreadable[split] = [
+            (f"{listing.within}{listing.names[index]}", reason) for index, reason in unreadable.items()
+        ]
+
+    def refuse_unreadable(self) -> None:
+        """Raise `UserError` if images are left out and may not, or are all of a class."""
         bad = {split: rows for split, rows in self._unreadable.items() if rows}
         if bad and not self.skip_unreadable:
             rows = [row for rows in bad.values() for row in rows]
@@ -240,6 +249,15 @@ class ClassFolders:
         if bad := [row for rows in self._unreadable.values() for row in rows]:
             total = sum(len(listing.names) for listing in self._listed.values())
             yield f"warning: {len(bad):,} of {total:,} images are left out ({self.root / bad[0][0]} {bad[0][1]})"
+        yield from self.folder_remarks()
+        for split, listing in self._listed.items():
+            yield from remark_lines(decoded[split].remarks, listing.paths)
+        listing = self.listings["train"]
+        if remark := image_decoding.dark_16_bit_remark(listing.paths, decoded["train"].images):
+            yield f"warning: {listing.folder}: {remark}"
+
+    def folder_remarks(self) -> Iterator[str]:
+        """Yield lines on what is not used of the folder, and on what may be no class."""
         for listing in self.listings.values():
             if names := [name for name, reason in listing.skipped if reason == _BY_SUFFIX]:
                 kinds = _some(sorted({Path(name).suffix for name in names}))
@@ -262,11 +280,6 @@ class ClassFolders:
                 f"warning: {listing.folder}: several classes hold folders called {_some(shared)}. If these are the "
                 "classes, give the folder that holds them as --data.root, or call the splits train/ and test/."
             )
-        for split, listing in self._listed.items():
-            yield from remark_lines(decoded[split].remarks, listing.paths)
-        listing = self.listings["train"]
-        if remark := image_decoding.dark_16_bit_remark(listing.paths, decoded["train"].images):
-            yield f"warning: {listing.folder}: {remark}"
 
     def describe(self) -> str:
         """Return one line for the terminal."""
@@ -291,11 +304,9 @@ class ClassFolders:
         return channels if self.resize == "crop" else {"resize": self.resize, **channels}
 
     def _decoded(self, split: Split) -> Decoded:
-        decoded, listing = self._uncached.get(split) or self._read(split) or self._build(split), self._listed[split]
-        self.listings[split], self.pixel_hashes[split] = listing.without(decoded.unreadable), decoded.pixels
-        self._unreadable[split] = [
-            (f"{listing.within}{listing.names[index]}", reason) for index, reason in decoded.unreadable.items()
-        ]
+        decoded = self._uncached.get(split) or self._read(split) or self._build(split)
+        self.leave_out(split, decoded.unreadable)
+        self.pixel_hashes[split] = decoded.pixels
         return decoded
 
     def _about(self, split: Split) -> dict[str, Any]:

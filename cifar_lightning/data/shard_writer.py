@@ -28,8 +28,8 @@ from cifar_lightning.data.image_decoding import (
     remark_lines,
     take_c_messages,
 )
-from cifar_lightning.data.image_folder import ClassFolders, Listing
-from cifar_lightning.data.image_set import Split, is_constant, pixel_hashes
+from cifar_lightning.data.image_folder import ClassFolders, Listing, write_skipped_files
+from cifar_lightning.data.image_set import is_constant, pixel_hashes
 from cifar_lightning.data.memory import usable_cpus
 from cifar_lightning.data.progress import progress
 from cifar_lightning.data.shards import INDEX, ShardsIndex, SplitIndex, is_unfinished
@@ -38,6 +38,7 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256, make_folder, remove_empty, sync_folder, write_json
 from cifar_lightning.formatting import plural, reason_of
 
+SKIPPED = "skipped_files.jsonl"
 SHARD_BYTES = 64 << 20  # about: litdata's own default
 _SAMPLE = 256  # files by which the number of images of a shard is chosen
 _ORDER_SEED = 0
@@ -50,7 +51,7 @@ class Written:
     chunk: dict[str, Any]  # its line in litdata's index; empty where no image can be read
     config: dict[str, Any]
     kept: list[int]  # places, among those given, of the images that can be read
-    unreadable: list[str] = field(default_factory=list)
+    unreadable: list[tuple[int, str]] = field(default_factory=list)  # place among those given, and reason
     remarks: list[tuple[int, str]] = field(default_factory=list)
     is_jpeg: list[bool] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
@@ -66,7 +67,7 @@ def write_shards(folders: ClassFolders, output: Path, shard_bytes: int = SHARD_B
     Training images are shuffled once, so that each shard is a sample of all classes; the others keep their order.
 
     Args:
-        folders: The images; `skip_unreadable` leaves out those that cannot be read.
+        folders: The images; `skip_unreadable` leaves out those that cannot be read, which `SKIPPED` then lists.
         output: A folder that is missing or empty.
         shard_bytes: Size of a shard, about.
 
@@ -86,7 +87,16 @@ def write_shards(folders: ClassFolders, output: Path, shard_bytes: int = SHARD_B
     made: list[Path] = []
     try:
         made = make_folder(output)
-        splits = {split: _write_split(folders, split, output, shard_bytes) for split in folders.listings}
+        listings = dict(folders.listings)
+        shards = {
+            split: _write_split(folders, listing, output / split, shard_bytes) for split, listing in listings.items()
+        }
+        for split, (parts, written) in shards.items():
+            folders.leave_out(split, _unreadable(parts, written))
+        folders.refuse_unreadable()
+        splits = {split: _finish_split(listing, output / split, *shards[split]) for split, listing in listings.items()}
+        if folders.skipped_files:
+            write_skipped_files(output / SKIPPED, folders.skipped_files)
         index = ShardsIndex(
             version=1,
             rules=RULES,
@@ -100,25 +110,41 @@ def write_shards(folders: ClassFolders, output: Path, shard_bytes: int = SHARD_B
         write_json(output / INDEX, index.model_dump())  # last: without it nothing reads the shards
     except BaseException as error:
         for path in output.iterdir() if output.is_dir() else ():
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
         remove_empty(made)
         if isinstance(error, OSError):
             raise UserError(f"--output {output}: cannot be written ({error.strerror}).") from error
         raise
-    return [line for _, lines in splits.values() for line in lines]
+    return [*folders.folder_remarks(), *(line for _, lines in splits.values() for line in lines)]
 
 
-def _write_split(folders: ClassFolders, split: Split, output: Path, shard_bytes: int) -> tuple[SplitIndex, list[str]]:
-    listing, folder = folders.listings[split], output / split
+def _write_split(
+    folders: ClassFolders, listing: Listing, folder: Path, shard_bytes: int
+) -> tuple[list[np.ndarray], list[Written]]:
+    """Write the shards of a split; return the indices of the images of each, and what was written."""
     make_folder(folder)
     num = len(listing.names)
-    order = np.random.default_rng(_ORDER_SEED).permutation(num) if split == "train" else np.arange(num)
+    order = np.random.default_rng(_ORDER_SEED).permutation(num) if folder.name == "train" else np.arange(num)
     per_shard = _images_per_shard(listing.paths, folders.image_size, folders.in_channels, shard_bytes)
     parts = [order[start : start + per_shard] for start in range(0, num, per_shard)]
-    written = _write_parts(folders, listing, parts, folder)
+    return parts, _write_parts(folders, listing, parts, folder)
+
+
+def _unreadable(parts: Sequence[np.ndarray], written: Sequence[Written]) -> dict[int, str]:
+    """Return the reasons of the images that cannot be read, by their indices in the listing."""
+    pairs = zip(parts, written, strict=True)
+    return dict(sorted((int(part[at]), reason) for part, each in pairs for at, reason in each.unreadable))
+
+
+def _finish_split(
+    listing: Listing, folder: Path, parts: Sequence[np.ndarray], written: list[Written]
+) -> tuple[SplitIndex, list[str]]:
+    """Write what is known of a split's images next to its shards; return its line of the index, and lines to print."""
+    split, num, bad = folder.name, len(listing.names), _unreadable(parts, written)
     kept = np.concatenate([part[each.kept] for part, each in zip(parts, written, strict=True)])
-    bad = [reason for each in written for reason in each.unreadable]
-    _check_kept(folders, split, kept, bad)
     unusual = [(int(part[at]), text) for part, each in zip(parts, written, strict=True) for at, text in each.remarks]
     remarks = remark_lines(counted_remarks(unusual), listing.paths)
     written = [each for each in written if each.kept]
@@ -143,22 +169,9 @@ def _write_split(folders: ClassFolders, split: Split, output: Path, shard_bytes:
     )
     size_mb, jpegs = sum(chunk["chunk_bytes"] for chunk in chunks) / 1e6, int(table["is_jpeg"].sum())
     lines = [f"{split}: {len(kept):,} images ({jpegs:,} as JPEG) in {plural(len(chunks), 'shard')}, {size_mb:,.1f} MB"]
-    lines += [f"warning: {len(bad):,} of {num:,} {split} images are left out ({bad[0]})"] if bad else []
+    for at, reason in list(bad.items())[:1]:
+        lines.append(f"warning: {len(bad):,} of {num:,} {split} images are left out ({listing.paths[at]} {reason})")
     return about, lines + remarks
-
-
-def _check_kept(folders: ClassFolders, split: Split, kept: np.ndarray, bad: Sequence[str]) -> None:
-    """Refuse images that cannot be read, unless they may be skipped and each class has others."""
-    listing = folders.listings[split]
-    if bad and not folders.skip_unreadable:
-        raise UserError(
-            f"{bad[0]}; {len(bad):,} of {len(listing.names):,} {split} images cannot be read\n"
-            "Repair or remove them, or leave them out: --data.skip_unreadable true"
-        )
-    missing = np.bincount(listing.targets[kept], minlength=len(folders.class_names)) == 0
-    if missing.any():
-        name = folders.class_names[int(missing.argmax())]
-        raise UserError(f"{listing.folder}: no image of the class {name} can be read")
 
 
 def _table(listing: Listing, kept: np.ndarray, written: Sequence[Written]) -> dict[str, Any]:
@@ -236,10 +249,10 @@ def write_shard(
         try:
             square = decode_image(path, image_size, unusual, read, resize=resize, in_channels=in_channels)
         except UserError as error:
-            shard.unreadable.append(str(error))
+            shard.unreadable.append((at, str(error).removeprefix(f"{path} ")))
             continue
         if message := take_c_messages():
-            shard.unreadable.append(f"{path} cannot be read ({message})")
+            shard.unreadable.append((at, f"cannot be read ({message})"))
             continue
         data = read(path)
         is_jpeg = _is_large_jpeg(data, image_size)

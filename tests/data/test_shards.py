@@ -365,12 +365,18 @@ def test_a_failed_or_second_writing_leaves_what_was_there(folders, written, tmp_
     with refused("--output s3:/bucket/set"):
         write_shards(ClassFolders(folders, SIZE), Path("s3://bucket/set"))
     root = shutil.copytree(folders, tmp_path / "data")
-    (root / "train/ant/0.png").write_bytes(b"no image")
-    with refused("ant/0.png", "--data.skip_unreadable"):
+    bad = ["test/bee/1.jpg", "train/ant/0.png"]
+    for name in bad:
+        (root / name).write_bytes(b"no image")
+    with refused("ant/0.png", "--data.skip_unreadable", "1 of 48", "1 of 8"):
         write_shards(ClassFolders(root, SIZE), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    (root / "train/loose.png").write_bytes(b"in no class")
     lines = write_shards(ClassFolders(root, SIZE, skip_unreadable=True), tmp_path / "new")
     assert any("1 of 48" in line for line in lines)
+    assert any("loose.png" in line for line in lines)
+    rows = (tmp_path / "new/skipped_files.jsonl").read_text("ascii").splitlines()
+    assert sorted(json.loads(row)["path"] for row in rows) == [*bad, "train/loose.png"]
     assert len(Shards(str(tmp_path / "new")).load("train").targets) == 2 * NUM - 1
 
 
