@@ -109,12 +109,12 @@ def _subset(targets: Tensor, counts: Tensor, settings: SplitSettings, class_name
     if limit is None or limit >= total:
         return torch.arange(total)
     taken = _stratified_counts(counts, limit / total)
-    if (scarce := _scarcest(taken, val_fraction, counts)) is not None:
+    needed = 0.0 if val_fraction == SplitSettings.val_fraction else val_fraction  # the default fits classes of any size
+    if (scarce := _scarcest(taken, needed, counts)) is not None:
+        of_val = " and, unless --data.val_fraction is 0, one for validation" if needed else ""
         raise UserError(
             f"--data.limit {limit}: too few. Class {printable(class_names[scarce])}, {int(counts[scarce]):,} "
-            f"of {total:,} images, would get {int(taken[scarce])}; every class needs one for training and, unless "
-            "--data.val_fraction is 0, "
-            "one for validation."
+            f"of {total:,} images, would get {int(taken[scarce])}; every class needs one for training{of_val}."
         )
     return _pick(targets, taken, seeded_generator(settings.seed, 0, _SUBSET)).nonzero().flatten()
 

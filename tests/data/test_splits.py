@@ -150,6 +150,15 @@ def test_a_limit_is_not_blamed_for_what_all_images_would_not_allow_either():
     assert refused(stratified_split, UNEVEN, 0.01, limit=200).startswith("--data.val_fraction 0.01")
 
 
+@pytest.mark.parametrize(("counts", "limit"), [([5000] * 10, 50), ([5000] * 10, 90), ([300, 70, 25, 5], 200)])
+def test_the_default_fraction_of_validation_fits_a_limit_that_leaves_each_class_some_images(counts, limit):
+    targets = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    names = NAMES[: len(counts)]
+    train, val = stratified_split(targets, SplitSettings.val_fraction, limit=limit, seed=0, class_names=names)
+    assert len(train) + len(val) == limit
+    assert all(torch.bincount(targets[part], minlength=len(counts)).min() >= 1 for part in (train, val))
+
+
 def test_a_source_with_its_own_validation_images_keeps_them_and_all_training_images():
     targets = {"train": UNEVEN.numpy(), "val": np.array([0, 1, 2, 3]), "test": np.array([0, 1])}
     splits = make_splits(targets, SplitSettings(val_fraction=0.5), NAMES[:4])
