@@ -226,6 +226,7 @@ class LoaderFactory:
     def __init__(self, images: dict[Split, ImageSet], num_workers: int | None) -> None:
         self.images, self.num_workers = images, num_workers
         self._resident: dict[tuple[Split, torch.device], tuple[Tensor, Tensor]] = {}
+        self._free_bytes: dict[torch.device, float] = {}  # before the first loader took memory: it counts for all
 
     def make(
         self, source: Split, sampler: EpochSampler, transform: BatchTransform, device: torch.device
@@ -233,15 +234,17 @@ class LoaderFactory:
         """Return a loader of an image set."""
         num_workers = self.num_workers
         if num_workers is None:
+            if device not in self._free_bytes:
+                self._free_bytes[device] = free_device_bytes(device)
             num_bytes = sum(images.images.nbytes for images in self.images.values())
-            num_workers = choose_num_workers(num_bytes, 0 if transform.pipeline.on_cpu else free_device_bytes(device))
+            num_workers = choose_num_workers(num_bytes, 0 if transform.pipeline.on_cpu else self._free_bytes[device])
         if num_workers == 0:
-            images, targets = self._on_device(source, device)
+            images, targets = self._resident_tensors(source, device)
             return ResidentLoader(images, targets, sampler, transform)
         raw = self.images[source]
         return StreamingLoader(raw.images, raw.targets, sampler, transform, num_workers=num_workers, device=device)
 
-    def _on_device(self, source: Split, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _resident_tensors(self, source: Split, device: torch.device) -> tuple[Tensor, Tensor]:
         if (source, device) not in self._resident:
             raw = self.images[source]
             if not raw.images.flags.writeable:

@@ -98,6 +98,14 @@ def test_a_set_larger_than_half_the_free_memory_is_streamed(monkeypatch):
     assert isinstance(synthetic().val_dataloader(), ResidentLoader)
 
 
+def test_whether_a_set_fits_is_decided_before_its_first_loader_takes_memory(monkeypatch):
+    monkeypatch.setattr(loaders, "free_device_bytes", lambda device: 1e9)
+    module = synthetic()
+    assert isinstance(module.train_dataloader(), ResidentLoader)
+    monkeypatch.setattr(loaders, "free_device_bytes", lambda device: 1e7)
+    assert isinstance(module.val_dataloader(), ResidentLoader)
+
+
 def test_loaders_of_one_source_share_its_images_in_memory():
     module = synthetic()
     train, val = module.train_dataloader(), module.val_dataloader()
