@@ -133,17 +133,7 @@ def decode_image(
     """
     try:
         with open_image(read(path)) as image:
-            to_rgb = _conversion(image)
-            original = image.size
-            draft = image.draft(None, (2 * image_size, 2 * image_size))  # large JPEGs: decode at 1/2, 1/4 or 1/8
-            reduction = original[0] / draft[1][2] if draft else 1.0
-            image.load()
-            if has_unused_alpha := _has_unused_alpha(image):
-                to_rgb = _colours
-            if has_unused_alpha and remarks is not None:
-                remarks.append(_UNUSED_ALPHA)
-            size = original if draft else image.size  # TIFF: load turns the image
-            return _array(_square(image, size, reduction, image_size, to_rgb, resize), in_channels)
+            return square_of(image, image_size, resize, in_channels, remarks, may_reduce=True)
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
         reason = (isinstance(error, OSError) and error.strerror) or str(error)  # without the path a second time
         if isinstance(error, UnidentifiedImageError):
@@ -151,20 +141,34 @@ def decode_image(
         raise UserError(f"{path} cannot be read ({' '.join(reason.split()) or type(error).__name__})") from error
 
 
-def square_of(image: Image.Image, image_size: int, resize: Resize, in_channels: int = 3) -> np.ndarray:
+def square_of(
+    image: Image.Image,
+    image_size: int,
+    resize: Resize,
+    in_channels: int = 3,
+    remarks: list[str] | None = None,
+    *,
+    may_reduce: bool = False,
+) -> np.ndarray:
     """Return a Pillow image by the rules at the top of this file, as uint8 (image_size, image_size, in_channels).
+
+    `remarks` receives what is unusual about the image; with `may_reduce` a large JPEG is decoded at 1/2, 1/4 or 1/8,
+    and `image` stays at that size.
 
     Raises:
         ValueError: Samples whose white is not defined.
     """
     to_rgb = _conversion(image)
+    original = image.size
+    draft = image.draft(None, (2 * image_size, 2 * image_size)) if may_reduce else None
+    reduction = original[0] / draft[1][2] if draft else 1.0
     image.load()
     if _has_unused_alpha(image):
         to_rgb = _colours
-    return _array(_square(image, image.size, 1.0, image_size, to_rgb, resize), in_channels)
-
-
-def _array(square: Image.Image, in_channels: int) -> np.ndarray:
+        if remarks is not None:
+            remarks.append(_UNUSED_ALPHA)
+    size = original if draft else image.size  # TIFF: load turns the image
+    square = _square(image, size, reduction, image_size, to_rgb, resize)
     return np.asarray(square) if in_channels == 3 else np.asarray(square.convert("L"))[:, :, None]
 
 
