@@ -52,7 +52,7 @@ from typing import Any, BinaryIO, Literal, TextIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
-from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 from cifar_lightning.data.image_set import is_constant, pixel_hashes
 from cifar_lightning.data.memory import usable_cpus
@@ -244,12 +244,12 @@ def _is_orientation_text(chunk: bytes) -> bool:
 
 
 def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """Return the conversion to RGB of an image that is not loaded yet, or of a piece of it.
+    """Return the conversion to RGB of an image, or of a piece of it; a Dataset may have loaded it already.
 
     A `ValueError` says that Pillow does not read the samples correctly, or that their white is not defined.
     """
     tiles: Any = getattr(image, "tile", None)
-    raw_mode = str(tiles[0][3]) if tiles else ""  # lost by loading, as are the tags
+    raw_mode = str(tiles[0][3]) if tiles else ""  # lost by loading
     tags: Any = getattr(image, "tag_v2", {})
     is_signed = image.format == "TIFF" and 2 in tags.get(SAMPLEFORMAT, ())
     is_gray_16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
@@ -260,18 +260,28 @@ def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
             raise ValueError(f"16-bit gray of {image.format} has no defined white: save it as PNG")
         return functools.partial(
             _high_byte,
-            shift=4 if "I;12" in raw_mode else 8,
+            shift=4 if "I;12" in raw_mode or (image.format == "TIFF" and tags.get(BITSPERSAMPLE) == (12,)) else 8,
             inverted=image.format == "TIFF" and tags.get(PHOTOMETRIC_INTERPRETATION) == 0,
             transparent=image.info.get("transparency"),
         )
     if image.format == "PNG" and "transparency" in image.info:
-        if "16" in raw_mode:
+        transparent = image.info["transparency"]
+        if "16" in raw_mode or (image.mode == "RGB" and max(transparent) > 255):
             raise ValueError("a transparent colour of 16 bits is not supported: save it with an alpha channel")
         if image.mode in ("1", "L"):
             # Pillow keeps the value as it is in the file but scales those of the pixels to 0-255.
-            levels = {"1": 1, "L;2": 3, "L;4": 15}.get(raw_mode, 255)
-            return functools.partial(_gray_on_white, transparent=image.info["transparency"] * 255 // levels)
+            levels = {"1": 1, "L;2": 3, "L;4": 15}.get(raw_mode) or _levels(image, transparent)
+            return functools.partial(_gray_on_white, transparent=transparent * 255 // levels)
     return _on_white
+
+
+def _levels(image: Image.Image, transparent: int) -> int:
+    """Return the largest value in the file of a gray image, by its pixels if it is loaded."""
+    if image.mode == "1":
+        return 1
+    shown = () if getattr(image, "tile", None) else [value for value, num in enumerate(image.histogram()) if num]
+    fits = (most for most in (3, 15) if shown and transparent <= most and not any(at % (255 // most) for at in shown))
+    return next(fits, 255)
 
 
 def _high_byte(image: Image.Image, shift: int, inverted: bool, transparent: int | None) -> Image.Image:

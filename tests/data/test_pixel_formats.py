@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin, features
 
-from cifar_lightning.data.image_decoding import decode_image
+from cifar_lightning.data.image_decoding import decode_image, open_image, square_of
 from cifar_lightning.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:IM image format is deprecated")
@@ -405,6 +405,22 @@ def test_each_depth_and_colour_model_is_right_or_refused(case, tmp_path):
         reason, accepted = "", [""] if "" in case.refused.split("|") else []
         assert np.abs(decoded - expected).max() <= case.tolerance
     assert any(text in reason for text in accepted), reason
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_image_that_is_loaded_already_is_read_as_its_file_is(case, tmp_path):
+    case.write(tmp_path / "a")
+
+    def square(*, is_loaded):
+        try:
+            image = open_image(tmp_path / "a")
+            if is_loaded:
+                image.load()
+            return square_of(image, SIZE, "crop")
+        except Exception:  # Pillow raises nearly anything
+            return None
+
+    np.testing.assert_equal(square(is_loaded=True), square(is_loaded=False))
 
 
 # -- the table of the docs --------------------------------------------------------------------------------------
