@@ -335,7 +335,7 @@ def _square(
     `original` is width and height in the file; `image` may be smaller, by `reduction`. `to_rgb` converts a piece to
     RGB.
     """
-    orientation = _orientation(image)
+    orientation = exif_orientation(image)
     if image.size == (image_size, image_size):  # 15 of 200 us faster
         square = to_rgb(image)
         return square.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else square
@@ -380,7 +380,8 @@ def _resized(image: Image.Image, size: tuple[int, int], box: tuple[float, float,
     return image.resize(size, Image.Resampling.BICUBIC, box)
 
 
-def _orientation(image: Image.Image) -> int | None:
+def exif_orientation(image: Image.Image) -> int | None:
+    """Return the EXIF or XMP orientation of an image, from 1 to 8 if it is valid; None without one."""
     with suppress(Exception):  # EXIF data may be anything
         return image.getexif().get(ExifTags.Base.Orientation)
     return None

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, StackDataset, Subset, TensorDataset
 
-from cifar_lightning.data.image_decoding import Resize, choose_image_size, open_image, square_of
+from cifar_lightning.data.image_decoding import Resize, choose_image_size, exif_orientation, open_image, square_of
 from cifar_lightning.data.image_set import SPLIT_OF_WORD, SPLITS, ImageSet, Split, digest
 from cifar_lightning.data.loaders import leave_signals_to_parent
 from cifar_lightning.data.memory import check_fits, usable_cpus
@@ -372,9 +372,19 @@ class _Samples(Dataset[Any]):
 
     def probe(self) -> list[tuple[int, int]]:
         """Return width and height of some images; refuse samples of another form."""
+        sizes, num_turned = [], 0
         with isolate_rng(include_cuda=False):
-            images = (self._sample(index)[0] for index in self._probes)
-            return [image.size if isinstance(image, Image.Image) else image.shape[1::-1] for image in images]
+            for image in (self._sample(index)[0] for index in self._probes):
+                is_pillow = isinstance(image, Image.Image)
+                sizes.append(image.size if is_pillow else image.shape[1::-1])
+                # A Dataset may have turned what it has changed; rotate and transpose leave the orientation as it was.
+                num_turned += is_pillow and image.format is None and exif_orientation(image) in range(2, 9)
+        if num_turned:
+            remark(
+                f"remark: {self.name}: {num_turned} of {len(sizes)} sampled images have an EXIF orientation and are "
+                "turned by it; a Dataset that has turned them already must remove it, as ImageOps.exif_transpose does"
+            )
+        return sizes
 
     def read(self, image_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return all images uint8 (N, image_size, image_size, 3), and labels, integers or text (N,)."""

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import (
     ConcatDataset,
     DataLoader,
@@ -388,6 +388,26 @@ def test_torchvision_and_tensor_datasets_are_not_read_one_by_one(monkeypatch, tm
     cifar.transform = cifar.transforms = v2.RandomInvert(0.0)
     with pytest.raises(TypeError):
         loaded(cifar)  # its samples are not the rows of its array
+
+
+def test_a_dataset_that_may_turn_images_a_second_time_is_remarked_on(capsys):
+    def make(turned):
+        def sample(image, label):
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "PNG", exif=exif)
+            return turned(Image.open(buffer)), label
+
+        return Own(sample)
+
+    for turned, is_said in (
+        (lambda image: image, False),
+        (ImageOps.exif_transpose, False),
+        (lambda image: image.rotate(-90), True),
+    ):
+        loaded(make(turned))
+        assert ("exif_transpose" in "".join(capsys.readouterr())) == is_said
 
 
 def test_worker_processes_read_the_same_images(monkeypatch):
