@@ -390,9 +390,11 @@ class _Samples(Dataset[Any]):
         """Return all images uint8 (N, image_size, image_size, 3), and labels, integers or text (N,)."""
         self.image_size = image_size
         way_out = "Give a smaller --data.image_size, or class folders, which are cached on disk."
-        check_fits((len(self), image_size, image_size, 3), self.where, way_out)
+        arrays = None if isinstance(self.dataset, Subset) else _arrays_of(self.dataset)  # of a Subset it would copy
+        if arrays is None or not _is_taken(arrays[0], image_size):
+            check_fits((len(self), image_size, image_size, 3), self.where, way_out)
         with isolate_rng(include_cuda=False):  # a data set may draw random numbers
-            arrays = _arrays_of(self.dataset)
+            arrays = arrays or _arrays_of(self.dataset)
             try:
                 images, labels = self._read_all() if arrays is None else _read_arrays(*arrays, image_size, self.resize)
             except UserError as error:
@@ -539,7 +541,7 @@ def _opened(image: Any) -> "Image.Image | np.ndarray":
 def _read_arrays(images: Any, targets: Any, image_size: int, resize: Resize) -> tuple[np.ndarray, list[int | str]]:
     labels = [_label(target) for target in targets]
     images = images.detach().cpu() if isinstance(images, Tensor) else images
-    if images.shape[1:] == (image_size, image_size, 3) and str(images.dtype).endswith("uint8"):
+    if _is_finished(images, image_size):
         return np.ascontiguousarray(images), labels
     squares = np.empty((len(images), image_size, image_size, 3), np.uint8)
     for start in range(0, len(images), _CHUNK):
@@ -549,6 +551,19 @@ def _read_arrays(images: Any, targets: Any, image_size: int, resize: Resize) -> 
         else:
             squares[start : start + _CHUNK] = [to_square(each, image_size, resize) for each in chunk]
     return squares, labels
+
+
+def _is_finished(images: Any, image_size: int) -> bool:
+    return images.shape[1:] == (image_size, image_size, 3) and str(images.dtype).endswith("uint8")
+
+
+def _is_taken(images: Any, image_size: int) -> bool:
+    """Whether `_read_arrays` takes images as they are, without a copy."""
+    if isinstance(images, Tensor):
+        is_readable = images.device.type == "cpu" and images.is_contiguous()
+    else:
+        is_readable = images.flags.c_contiguous
+    return is_readable and _is_finished(images, image_size)
 
 
 def _pixels(image: Any, *, is_batch: bool = False) -> np.ndarray:

@@ -23,7 +23,7 @@ from torch.utils.data import (
 from torchvision.transforms import v2
 
 from cifar_lightning import ImageDataModule, UserError
-from cifar_lightning.data import object_source
+from cifar_lightning.data import memory, object_source
 from cifar_lightning.data.image_decoding import square_of
 from cifar_lightning.data.image_set import ImageSet, digest
 from cifar_lightning.data.object_source import ObjectSource
@@ -388,6 +388,18 @@ def test_torchvision_and_tensor_datasets_are_not_read_one_by_one(monkeypatch, tm
     cifar.transform = cifar.transforms = v2.RandomInvert(0.0)
     with pytest.raises(TypeError):
         loaded(cifar)  # its samples are not the rows of its array
+
+
+def test_only_images_that_are_copied_have_to_fit_in_memory(monkeypatch, tmp_path):
+    np.save(tmp_path / "images.npy", IMAGES)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 0.0)
+    monkeypatch.setattr(memory.sys, "platform", "linux")
+    for given in ((IMAGES, LABELS), (mapped, LABELS), (torch.from_numpy(IMAGES), LABELS)):
+        np.testing.assert_array_equal(loaded(given)[0], IMAGES)
+    for given in (Own(), Subset(StackDataset(IMAGES, LABELS), range(N)), (TENSORS, LABELS), (IMAGES[:, ::-1], LABELS)):
+        with pytest.raises(UserError, match=r"need 0\.0 GB of memory"):
+            loaded(given)
 
 
 def test_a_dataset_that_may_turn_images_a_second_time_is_remarked_on(capsys):
