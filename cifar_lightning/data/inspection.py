@@ -1,9 +1,7 @@
 """What is in a data set: images by class and split, identical and near duplicates, constant and unreadable images."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -11,14 +9,13 @@ import torch
 
 from cifar_lightning.data.datasets import Source, class_names_of, load_splits
 from cifar_lightning.data.duplicates import find_duplicates
-from cifar_lightning.data.image_decoding import read_file, read_headers
-from cifar_lightning.data.image_folder import ClassFolders, cache_folders
+from cifar_lightning.data.image_decoding import read_headers
+from cifar_lightning.data.image_folder import ClassFolders
 from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, is_constant, pixel_hashes
-from cifar_lightning.data.near_duplicates import MIN_GRADIENT_CORRELATION, find_near_duplicates
+from cifar_lightning.data.near_duplicates import find_near_duplicates
 from cifar_lightning.data.splits import SplitIndices, SplitSettings, make_splits
 from cifar_lightning.data.statistics import describe_imbalance, evenly_spaced
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import write_bytes_durably
 from cifar_lightning.formatting import index_name
 
 _MAX_HEADERS = 10_000  # files of which size and mode are read, evenly spaced; 0.1 ms each
@@ -61,7 +58,7 @@ def inspect_source(source: Source, settings: SplitSettings, *, in_channels: int 
     rows = _Rows(sets, splits, class_names, name_of)
     own = {split: sets[splits.source_of(split)].targets[splits.of(split).numpy()] for split in SPLITS}
     counts = {split: np.bincount(of, minlength=len(class_names)) for split, of in own.items() if len(of)}
-    near = rows.near(_cached_pairs(source, [*sets.values()]), np.concatenate([*hashes.values()]))
+    near = rows.near(find_near_duplicates([each.images for each in sets.values()]), np.concatenate([*hashes.values()]))
     headers = Counter(read_headers(_some_files(source))) if isinstance(source, ClassFolders) else Counter[Any]()
     return {
         "dataset": source.describe(),
@@ -87,23 +84,6 @@ def _some_files(source: ClassFolders) -> list[str]:
 def _unsplit(targets: Mapping[Split, np.ndarray]) -> SplitIndices:
     train, val, test = (torch.arange(len(targets.get(split, ()))) for split in SPLITS)
     return SplitIndices(train, val, test, "val" if len(val) else "train", "test" if len(test) else "train")
-
-
-def _cached_pairs(source: Source, sets: Sequence[ImageSet]) -> np.ndarray:
-    """Return `find_near_duplicates`, kept next to the decoded images of a folder by their contents."""
-    key = hashlib.sha256(repr((MIN_GRADIENT_CORRELATION, [each.sha256 for each in sets])).encode()).hexdigest()[:16]
-    folders = cache_folders(source.root) if isinstance(source, ClassFolders) else ()
-    for folder in folders:
-        with suppress(OSError, ValueError):  # missing, damaged
-            pairs = np.frombuffer(read_file(str(folder / f"near_duplicates-{key}")), "<i8").reshape(-1, 2)
-            if not len(pairs) or 0 <= pairs.min() <= pairs.max() < sum(len(each.images) for each in sets):
-                return pairs
-    pairs = find_near_duplicates([each.images for each in sets])
-    for folder in folders:
-        with suppress(OSError):  # read-only or full: they are found again
-            write_bytes_durably(folder / f"near_duplicates-{key}", pairs.astype("<i8").tobytes())
-            break
-    return pairs
 
 
 class _Rows:

@@ -4,7 +4,6 @@ from photos import photos
 from PIL import Image
 from program import decode_here
 
-from cifar_lightning.data import inspection
 from cifar_lightning.data.datasets import Synthetic, open_source
 from cifar_lightning.data.inspection import inspect_source
 from cifar_lightning.data.splits import SplitSettings
@@ -51,16 +50,6 @@ def test_what_was_planted_in_a_folder_is_named(root):
     ]
     assert [len(samples) for samples in found["samples"]] == [10, 10]
     assert found["problem"] == ""
-
-
-def test_pairs_are_found_once_for_the_same_contents(root, monkeypatch):
-    first = inspect(root)
-    monkeypatch.setattr(inspection, "find_near_duplicates", lambda sets: pytest.fail("found again"))
-    assert inspect(root)["num_near"] == first["num_near"]
-    for file in root.glob(".cifar_lightning_cache/near_duplicates-*"):
-        file.write_bytes(np.array([0, 10**9], "<i8").tobytes())  # as of other images
-    monkeypatch.undo()
-    assert inspect(root)["num_near"] == first["num_near"]
 
 
 def test_data_that_fit_cannot_split_is_looked_at(root):
