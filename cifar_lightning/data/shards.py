@@ -604,7 +604,7 @@ def _s3_client(root: str) -> Any:
         raise UserError(
             f"--data.root {root}: needs litdata ({reason_of(error)}); pip install 'cifar-lightning[shards]'"
         ) from error
-    retries: Any = {"max_attempts": _ATTEMPTS, "mode": "standard"}
+    retries: Any = {"total_max_attempts": _ATTEMPTS, "mode": "standard"}
     config = Config(retries=retries, connect_timeout=_TIMEOUT_S, read_timeout=_TIMEOUT_S)
     return S3Client(storage_options={"config": config})
 

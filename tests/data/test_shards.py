@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -497,7 +498,23 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
         Shards("s3://photos/set")
 
 
-def test_a_bucket_that_sends_a_byte_at_a_time_is_given_up(tmp_path, monkeypatch):
+@contextmanager
+def bucket(handler, monkeypatch):
+    """A server that boto3 takes for S3."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, "test")
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_bucket_that_sends_a_byte_at_a_time_is_given_up(monkeypatch):
     ended = threading.Event()
 
     class Slow(BaseHTTPRequestHandler):
@@ -516,17 +533,29 @@ def test_a_bucket_that_sends_a_byte_at_a_time_is_given_up(tmp_path, monkeypatch)
         def log_message(self, *arguments):
             """Print nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
-        monkeypatch.setenv(name, "test")
     monkeypatch.setattr(shards_module, "_SLOW_S", 1)
-    try:
-        with refused("s3://photos/set/shards.json", "too slow"):
-            Shards("s3://photos/set")
-    finally:
-        ended.set()
-        server.shutdown()
-        server.server_close()
+    with bucket(Slow, monkeypatch):
+        try:
+            with refused("s3://photos/set/shards.json", "too slow"):
+                Shards("s3://photos/set")
+        finally:
+            ended.set()
+
+
+def test_a_request_to_a_bucket_that_is_away_is_tried_four_times(monkeypatch):
+    asked = []
+
+    class Away(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            """Print nothing."""
+
+    monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda _: None))  # between the attempts
+    with bucket(Away, monkeypatch), refused("s3://photos/set/shards.json"):
+        Shards("s3://photos/set")
+    assert asked == ["/photos/set/shards.json"] * 4
