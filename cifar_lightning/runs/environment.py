@@ -127,8 +127,7 @@ def processor_name(environment: Mapping[str, Any]) -> str:
 def _cpu_name() -> str:
     with contextlib.suppress(OSError, StopIteration, subprocess.SubprocessError):  # ARM machines list no model name
         if platform.system() == "Linux":
-            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+            return _cpuinfo("model name")
         if platform.system() == "Darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
             return subprocess.run(command, capture_output=True, check=True, timeout=10, text=True).stdout.strip()
@@ -137,7 +136,12 @@ def _cpu_name() -> str:
 
 def _cpu_instructions() -> str | None:
     with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        flags = next(line for line in lines if line.startswith("flags")).split()
+        flags = _cpuinfo("flags").split()
         return next(name for flag, name in _INSTRUCTIONS.items() if flag in flags)
     return None
+
+
+def _cpuinfo(field: str) -> str:
+    """Return a field of the first processor in Linux's list; `StopIteration` where it has none of this name."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    return next(line.partition(":")[2].strip() for line in lines if line.startswith(field))
