@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -88,11 +88,16 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 DEFAULT_MODEL = "smallnet"
 
 
-LIBRARIES: dict[str, Callable[..., nn.Module]] = {"torchvision": torchvision_model, "timm": timm_model}
-"""Library -> function of (name, num_classes, image_size, **kwargs), for names such as torchvision/resnet101."""
+class _Library(NamedTuple):
+    make: Callable[..., nn.Module]  # of (name, num_classes, image_size, **kwargs)
+    names: Callable[[], list[str]]  # `UserError` if it is not installed
 
 
-_NAMES_OF: dict[str, Callable[[], list[str]]] = {"torchvision": torchvision_names, "timm": timm_names}
+LIBRARIES = {
+    "torchvision": _Library(torchvision_model, torchvision_names),
+    "timm": _Library(timm_model, timm_names),
+}
+"""Libraries of models, for names such as torchvision/resnet101."""
 
 
 def build_model(
@@ -114,7 +119,7 @@ def build_model(
     if is_import_path(name):
         return _imported_model(name, num_classes, image_size, in_channels, kwargs)
     library, _, own_name = name.partition("/")
-    make = MODELS[name] if name in MODELS else partial(LIBRARIES[library], own_name)
+    make = MODELS[name] if name in MODELS else partial(LIBRARIES[library].make, own_name)
     try:
         of_channels = {} if in_channels == 3 else {"in_channels": in_channels}
         return make(num_classes, image_size, **of_channels, **kwargs)
@@ -298,7 +303,7 @@ def _is_of_library(library: str, own_name: str) -> bool:
     # timm appends a tag of pretrained weights after a point.
     architecture = own_name.partition(".")[0] if library == "timm" else own_name
     try:
-        return architecture in _NAMES_OF[library]()
+        return architecture in LIBRARIES[library].names()
     except UserError as error:  # not installed
         raise UserError(f"--model.name {library}/{clipped(own_name)}: {error}") from error
 
@@ -310,7 +315,7 @@ def _suggestion(name: str) -> str:
     for each in [library] if is_of_library else ["timm", "torchvision"]:
         if each != "timm" or is_timm_installed():
             with contextlib.suppress(UserError):  # timm cannot be imported
-                known |= {other: f"{each}/{other}" for other in _NAMES_OF[each]()}
+                known |= {other: f"{each}/{other}" for other in LIBRARIES[each].names()}
     if not is_of_library:
         known |= {other: other for other in MODELS}
     sought = own_name if slash else library
