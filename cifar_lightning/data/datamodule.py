@@ -256,14 +256,13 @@ class ImageDataModule(pl.LightningDataModule):
             remark(f"Batches of {self.batch_size} images: the training split has {num_images}.")
 
     def _remark_on_splits(self, num_images: int) -> None:
-        settings, num_val, num_test = self.split_settings, self.num_images("val"), self.num_images("test")
         if self._splits.test_source == "train":
-            split_off = f"{num_test:,} as the test split"
+            split_off = f"{self.num_images('test'):,} as the test split"
             if self._splits.val_source == "train":
-                split_off += f", {num_val:,} for validation"
+                split_off += f", {self.num_images('val'):,} for validation"
             remark(
                 f"No test split is given: of {num_images:,} images, {split_off}, stratified by class, seed "
-                f"{settings.seed} (--data.test_fraction, --data.val_fraction)."
+                f"{self.split_settings.seed} (--data.test_fraction, --data.val_fraction)."
             )
 
     def _find_duplicates(self, images: dict[Split, ImageSet]) -> list[dict[str, Any]]:

@@ -206,7 +206,7 @@ def refuse_what_would_be_lost(run: RunFolder) -> None:
             f"--run_dir {run.path}: holds the runs of several seeds.\n"
             f"Choose a new --run_dir; {run.resume_command} resumes them."
         )
-    if run.exported_weights.exists() and not run.has_checkpoint:  # they would be taken for those of the new run
+    if run.exported_weights.exists() and not run.has_checkpoint:  # they would be mistaken for those of the new run
         raise UserError(
             f"--run_dir {run.path}: holds exported weights, {run.exported_weights.name}.\nChoose a new --run_dir."
         )
