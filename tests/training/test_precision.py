@@ -13,6 +13,7 @@ from cifar_lightning.training.precision import settle_precision
 def settled(precision, monkeypatch, *, gain=None, deterministic=False):
     """Return the Trainer's arguments on a CPU; `gain` is its rate in bfloat16, None without instructions for it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(module, "_WORTHWHILE", 1.5)
     monkeypatch.setattr(module, "_has_bfloat16", lambda: gain is not None)
     monkeypatch.setattr(module, "bfloat16_gain", lambda: gain)
     trainer = Namespace(precision=precision, accelerator="auto", benchmark=None, deterministic=deterministic)
@@ -41,6 +42,34 @@ def test_a_cpu_computes_in_bfloat16_where_that_is_faster(asked, gain, got, said,
     printed = capsys.readouterr().err
     assert [part for part in said if part not in printed] == []
     assert bool(printed) == bool(said)
+
+
+@pytest.mark.parametrize(("least", "got"), [(1.5, "32-true"), (1.25, "bf16-mixed")])
+def test_the_gain_that_is_worthwhile_is_a_setting(least, got, monkeypatch):
+    settled(None, monkeypatch, gain=1.4)
+    monkeypatch.setattr(module, "_WORTHWHILE", least)
+    assert module.default_precision(on_cuda=False)[0] == got
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "precision", "matmul"),
+    [
+        ("auto", "16-mixed", ["high"]),
+        ("gpu", "16-mixed", ["high"]),
+        ("cuda", "16-mixed", ["high"]),
+        ("cpu", "32-true", []),
+    ],
+)
+def test_a_gpu_computes_in_half_precision_and_tf32_unless_training_is_on_the_cpu(
+    accelerator, precision, matmul, monkeypatch
+):
+    set_to = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    monkeypatch.setattr(module, "_has_bfloat16", lambda: False)
+    trainer = Namespace(precision=None, accelerator=accelerator, benchmark=None, deterministic=False)
+    settle_precision(trainer)
+    assert (trainer.precision, trainer.benchmark, set_to) == (precision, True, matmul)
 
 
 @pytest.mark.parametrize(
