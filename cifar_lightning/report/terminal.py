@@ -171,15 +171,21 @@ def _coverage_text(row: Mapping[str, Any]) -> str:
 
 
 def print_validation(metrics: Mapping[str, float]) -> None:
-    """Print the metrics of `validate`: val/acc, val/loss, val/f1, val/ece, and further ones by their names."""
+    """Print the metrics of `validate`: val/acc, val/loss, val/f1, val/ece, and further ones by their names.
+
+    A subclass may log only some of them.
+    """
     console = Console(highlight=False, force_jupyter=False)
-    line = Text("Validation accuracy ")
-    line.append(percent(metrics["val/acc"], 2), style="bold")
-    console.print(line)
+    if "val/acc" in metrics:
+        line = Text("Validation accuracy ")
+        line.append(percent(metrics["val/acc"], 2), style="bold")
+        console.print(line)
     rest = {"loss": "val/loss", "macro F1": "val/f1", "calibration error": "val/ece"}
     hidden = (*rest.values(), "val/acc", "val/acc_no_tta")
     rest |= {name.removeprefix("val/"): name for name in metrics if name not in hidden}
-    console.print(", ".join(f"{words} {decimal(metrics[name], 4)}" for words, name in rest.items()))
+    texts = [f"{words} {decimal(metrics[name], 4)}" for words, name in rest.items() if name in metrics]
+    if texts:
+        console.print(", ".join(texts))
 
 
 def _print_summary(console: Console, findings: Mapping[str, Any]) -> None:

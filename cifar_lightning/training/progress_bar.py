@@ -146,7 +146,8 @@ class RunProgress(ProgressBar):
         line = f"{_epoch_of(trainer)}  train loss {train['train/loss']:.3f} acc {percent(train['train/acc'], 2)}"
         logged = trainer.callback_metrics
         if self._validated and "val/acc" in logged:
-            line += f"  val loss {float(logged['val/loss']):.3f} acc {percent(float(logged['val/acc']), 2)}"
+            loss = f" loss {float(logged['val/loss']):.3f}" if "val/loss" in logged else ""  # a subclass may log none
+            line += f"  val{loss} acc {percent(float(logged['val/acc']), 2)}"
         self._print(f"{line}  {clock(elapsed_s)}")
 
     # -- evaluation ------------------------------------------------------------------------------------------------

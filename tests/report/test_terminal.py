@@ -9,7 +9,7 @@ from rich.console import Console
 
 from cifar_lightning.report.findings import find
 from cifar_lightning.report.results import Predictions, Results
-from cifar_lightning.report.terminal import print_findings, print_summary
+from cifar_lightning.report.terminal import print_findings, print_summary, print_validation
 from cifar_lightning.runs.folder import RunFolder
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -262,6 +262,19 @@ def test_the_summary_fits_a_screen_whatever_is_found(num_classes, tmp_path):
         assert max(map(len, lines[:-3])) <= 80
     lines = summary(findings, tmp_path, label_issues=[issue], label_check=check | {"is_reliable": False})
     assert "label_issues.csv" not in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ({"val/acc": 0.5}, "Validation accuracy 50.00 %\n"),
+        ({"val/loss": 1.5, "val/own": 2.0}, "loss 1.5000, own 2.0000\n"),
+        ({}, ""),
+    ],
+)
+def test_a_validation_shows_the_metrics_that_there_are(metrics, said, capsys):
+    print_validation(metrics)
+    assert capsys.readouterr().out == said
 
 
 def test_each_target_accuracy_is_named_with_what_its_confidence_gives():

@@ -19,7 +19,7 @@ from cifar_lightning.training.progress_bar import RunProgress
 from cifar_lightning.training.signals import Stopped
 
 
-def fit_with(tmp_path, bar, *more, max_epochs=2, max_steps=-1, accumulate=1, **kwargs):
+def fit_with(tmp_path, bar, *more, max_epochs=2, max_steps=-1, accumulate=1, kind=ImageClassifier, **kwargs):
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=max_epochs,
@@ -33,7 +33,7 @@ def fit_with(tmp_path, bar, *more, max_epochs=2, max_steps=-1, accumulate=1, **k
         callbacks=[bar, *more],
         limit_val_batches=0 if kwargs.get("val_fraction") == 0 else None,
     )
-    module = ImageClassifier(image_size=16, model_kwargs={"widths": [2, 2, 2]})
+    module = kind(image_size=16, model_kwargs={"widths": [2, 2, 2]})
     data = ImageDataModule("synthetic", batch_size=900, image_size=16, **kwargs)
     trainer.fit(module, data)
     if more:
@@ -100,6 +100,17 @@ def test_without_a_terminal_there_is_what_it_trains_on_and_a_line_an_epoch(tmp_p
     assert [line.split("  ")[0] for line in lines[-2:]] == ["epoch 1/2", "epoch 2/2"]
     assert all("val loss" in line and "train loss" in line for line in lines[-2:])
     assert "\x1b" not in out.getvalue()
+
+
+class LogsAccuracyAlone(ImageClassifier):
+    def on_validation_epoch_end(self):
+        self.log("val/acc", 0.25)
+
+
+def test_a_validation_that_logs_its_accuracy_alone_has_no_loss_in_its_line(tmp_path):
+    out = io.StringIO()
+    fit_with(tmp_path, bar_on(out), max_epochs=1, kind=LogsAccuracyAlone)
+    assert "  val acc 25.00 %  " in out.getvalue().splitlines()[-1]
 
 
 def test_a_terminal_gets_a_bar_with_loss_accuracy_speed_and_time_left(tmp_path, monkeypatch):
