@@ -9,13 +9,14 @@ import numpy as np
 from jaxtyping import Bool
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import command_line, run_name
+from cifar_lightning.formatting import command_line, is_index_name, run_name
 from cifar_lightning.metrics.calibration import cross_entropy, expected_calibration_error
 from cifar_lightning.metrics.classification import accuracy
 from cifar_lightning.metrics.significance import holm, mcnemar_test, paired_difference_interval, wilson_interval
 from cifar_lightning.report.results import Predictions, Results
 
 _NUM_SHOWN = 24  # images in each direction
+_DECODING = ("image_size", "resize", "in_channels")  # settings of `data` that give other pixels of the same files
 
 
 def compare(path: Path, results: Results, other_path: Path, other: Results) -> dict[str, Any]:
@@ -71,20 +72,41 @@ def predictions_of(path: Path, results: Results) -> Predictions:
 
 def other_images(first: Predictions, second: Predictions, results: Results, other: Results) -> str:
     """Return how the test images of two runs differ; empty if they do not."""
-    hashes = [_hash_of(run) for run in (results, other)]
     if first.class_names != second.class_names:
         num, other_num = len(first.class_names), len(second.class_names)
         return f"{num} and {other_num} classes" if num != other_num else "classes of other names, or in another order"
     if len(first.targets) != len(second.targets):
         return f"{len(first.targets):,} and {len(second.targets):,} images"
-    if hashes[0] != hashes[1] if all(hashes) else _kept_others(results, other):
+    hashes = _hashes(results, other)
+    if _are_decoded_otherwise(results, other) and hashes[0] != hashes[1]:  # which are of decoded pixels
+        if _have_other_names(first, second):
+            return "the images have other names"
+    elif hashes[0] != hashes[1] if all(hashes) else _kept_others(results, other):
         return "the images themselves differ"
     return "" if _by_index(first) == _by_index(second) else "the images have different indices or labels"
 
 
-def _hash_of(results: Results) -> str:
-    hashes = results.origin.split.get("sha256")
-    return str(hashes.get("test") or "") if isinstance(hashes, dict) else ""
+def _hashes(results: Results, other: Results) -> list[str]:
+    """Return the hash of the test images of each run; empty where split.json has none."""
+    return [str((run.origin.split.get("sha256") or {}).get("test") or "") for run in (results, other)]
+
+
+def _are_decoded_otherwise(results: Results, other: Results) -> bool:
+    """Whether the same files would give other pixels, by the settings of both runs or by the images that they kept."""
+    one, two = (run.origin.config.get("data") or {} for run in (results, other))
+    shapes = [{image.shape for image in run.images.values()} for run in (results, other)]
+    is_set = any(one[name] != two[name] for name in _DECODING if name in one and name in two)
+    return is_set or (all(shapes) and shapes[0] != shapes[1])
+
+
+def _have_other_names(first: Predictions, second: Predictions) -> bool:
+    """Whether an image has another name in the other run; that of an older run, by its index, is not compared."""
+    of_second = dict(zip(second.indices.tolist(), second.names, strict=True))
+    return any(
+        name != other and is_index_name(name) == is_index_name(other)
+        for index, name in zip(first.indices.tolist(), first.names, strict=True)
+        if (other := of_second.get(index, name))
+    )
 
 
 def _kept_others(results: Results, other: Results) -> bool:
@@ -95,7 +117,13 @@ def _kept_others(results: Results, other: Results) -> bool:
 
 def unchecked_images(path: Path, results: Results, other_path: Path, other: Results) -> str:
     """Return why it could not be checked whether the test images of two runs are the same; empty if it was."""
-    lacking = [str(place) for place, run in ((path, results), (other_path, other)) if not _hash_of(run)]
+    hashes = _hashes(results, other)
+    if _are_decoded_otherwise(results, other) and hashes[0] != hashes[1]:
+        return (
+            f"The test images of {path} and {other_path} are decoded with other --data.image_size, --data.resize or "
+            "--data.in_channels: that they are the same is known by their names and labels alone."
+        )
+    lacking = [str(place) for place, sha256 in ((path, hashes[0]), (other_path, hashes[1])) if not sha256]
     if not lacking:
         return ""
     return (

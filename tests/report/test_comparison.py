@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import yaml
 from made_run import make_run
 from scipy import stats
 
@@ -134,6 +135,31 @@ def test_the_same_number_of_other_images_is_refused_by_their_hash_or_numbers(run
     np.savez(runs[1].predictions, **{**arrays, "indices": arrays["indices"] + 1})
     with pytest.raises(UserError, match="different indices or labels"):
         compared(*runs)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"image_size": (32, 64)}, {"resize": ("crop", "pad")}, {"in_channels": (3, 1)}], ids=str
+)
+def test_the_same_files_decoded_otherwise_are_compared_by_their_names_and_labels(settings, runs):
+    ((name, values),) = settings.items()
+    for run, value, sha256 in zip(runs, values, ("aa", "bb"), strict=True):
+        run.config.write_text(yaml.safe_dump({"data": {"dataset": "folder", name: value}}))
+        write_json(run.split, {"sizes": {"val": 1}, "sha256": {"test": sha256}})
+    said = compared(*runs)["unchecked"]
+    assert f"--data.{name}" in said
+    assert all(str(run.path) in said for run in runs)
+    arrays = dict(np.load(runs[1].predictions))
+    np.savez(runs[1].predictions, **{**arrays, "names": np.char.replace(arrays["names"], "00007", "70000")})
+    with pytest.raises(UserError, match="the images have other names"):
+        compared(*runs)
+    np.savez(runs[1].predictions, **{key: values for key, values in arrays.items() if key != "names"})
+    assert compared(*runs)["unchecked"] == said, "an older run has no names"
+
+
+def test_images_that_were_kept_in_another_size_are_decoded_otherwise(runs, tmp_path):
+    larger = make_run(tmp_path / "larger", seed=1, image_size=48)
+    write_json(larger.split, {"sizes": {"val": 1}, "sha256": {"test": "other pixels"}})
+    assert "--data.image_size" in compared(runs[0], larger)["unchecked"]
 
 
 def test_where_a_hash_is_lost_it_is_said_that_the_images_could_not_be_checked(runs):
