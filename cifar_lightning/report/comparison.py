@@ -75,6 +75,8 @@ def other_images(first: Predictions, second: Predictions, results: Results, othe
     if first.class_names != second.class_names:
         num, other_num = len(first.class_names), len(second.class_names)
         return f"{num} and {other_num} classes" if num != other_num else "classes of other names, or in another order"
+    if _are_drawn_otherwise(results, other):
+        return "their test splits were drawn differently (--data.seed, --data.test_fraction)"
     if len(first.targets) != len(second.targets):
         return f"{len(first.targets):,} and {len(second.targets):,} images"
     hashes = _hashes(results, other)
@@ -87,8 +89,20 @@ def other_images(first: Predictions, second: Predictions, results: Results, othe
 
 
 def _hashes(results: Results, other: Results) -> list[str]:
-    """Return the hash of the test images of each run; empty where split.json has none."""
-    return [str((run.origin.split.get("sha256") or {}).get("test") or "") for run in (results, other)]
+    """Return the hash of the test images of each run; empty where split.json has none.
+
+    If both test splits are drawn from the training images, it is that of these: `_are_drawn_otherwise` compares them.
+    """
+    splits = [run.origin.split for run in (results, other)]
+    image_set = "train" if all("test_indices_sha256" in split for split in splits) else "test"
+    return [str((split.get("sha256") or {}).get(image_set) or "") for split in splits]
+
+
+def _are_drawn_otherwise(results: Results, other: Results) -> bool:
+    """Whether the test splits are other images of the same training images."""
+    drawn = [run.origin.split.get("test_indices_sha256") for run in (results, other)]
+    hashes = _hashes(results, other)
+    return all(drawn) and drawn[0] != drawn[1] and all(hashes) and hashes[0] == hashes[1]
 
 
 def _are_decoded_otherwise(results: Results, other: Results) -> bool:

@@ -39,7 +39,7 @@ from cifar_lightning.report.insights import (
     over_predicted,
     validation_gap,
 )
-from cifar_lightning.report.results import Origin, Predictions, Results
+from cifar_lightning.report.results import Predictions, Results
 from cifar_lightning.report.temperature import temperature_of
 
 COVERAGE_TARGETS = (0.95, 0.99, 0.999)  # accuracies
@@ -83,7 +83,7 @@ def find(results: Results) -> dict[str, Any]:
         "epochs": results.epochs,
         "learning_rates": learning_rates_of(results),
         "training": training_of(results),
-        "run": run_of(results.origin),
+        "run": {**vars(results.origin)},
         "problems": results.problems,
     }
 
@@ -397,13 +397,4 @@ def training_of(results: Results) -> dict[str, Any]:
         "elapsed_s": sum(elapsed) if elapsed and not math.isnan(sum(elapsed)) else None,
         "train_images_per_s": float(np.median(speeds)) if speeds else None,
         "peak_memory_mb": max(memory) if memory else None,
-    }
-
-
-def run_of(origin: Origin) -> dict[str, Any]:
-    """Return settings, split and environment of the run, without the indices of the split."""
-    return {
-        "config": origin.config,
-        "split": {key: value for key, value in origin.split.items() if key not in ("train", "val")},
-        "environment": origin.environment,
     }

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import read_bytes, write_text_durably
-from cifar_lightning.report.findings import find, run_of
+from cifar_lightning.report.findings import find
 from cifar_lightning.report.page import facts_of, render, reproduction_of
 from cifar_lightning.report.report import describe_run
 from cifar_lightning.report.results import read_origin, read_results
@@ -50,7 +50,7 @@ def write_model_card(run: RunFolder, card: Mapping[str, Any], folder: Path) -> P
         findings = find(read_results(run))
     except UserError:  # no test results yet: the card says so
         findings = None
-    known = run_of(read_origin(run, []))
+    known = vars(read_origin(run, []))
     shared = [kind["text"] for kind in known["split"].get("duplicates", []) if kind["kind"] == "across splits"]
     text = render(
         "model_card.md",

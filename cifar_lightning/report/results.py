@@ -1,5 +1,6 @@
 """Results of a run, read from its folder. Missing and damaged files are reported and the rest is kept."""
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -111,7 +112,10 @@ class Explanations:
 
 @dataclass(frozen=True)
 class Origin:
-    """Content of config.yaml, environment.json and split.json."""
+    """Content of config.yaml, environment.json and split.json without the indices of the splits.
+
+    `split` has `test_indices_sha256` where the test split is drawn from the training images.
+    """
 
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -208,10 +212,14 @@ def read_results(run: RunFolder) -> Results:
 
 def read_origin(run: RunFolder, problems: list[str]) -> Origin:
     """Read config.yaml, environment.json and split.json; an unreadable file is empty and added to `problems`."""
+    split = _try(read_split, run.split, problems) or {}
+    drawn = {}
+    if split.get("test") is not None:
+        drawn["test_indices_sha256"] = hashlib.sha256(str(split["test"]).encode()).hexdigest()
     return Origin(
         config=_try(read_config, run.config, problems) or {},
         environment=_try(read_environment, run.environment, problems) or {},
-        split=_try(read_split, run.split, problems) or {},
+        split={key: value for key, value in split.items() if key not in ("train", "val", "test")} | drawn,
     )
 
 

@@ -162,6 +162,24 @@ def test_images_that_were_kept_in_another_size_are_decoded_otherwise(runs, tmp_p
     assert "--data.image_size" in compared(runs[0], larger)["unchecked"]
 
 
+def test_test_splits_that_were_drawn_from_the_same_training_images_are_told_apart(runs):
+    def draw(run, indices, sha256="aa"):
+        write_json(run.split, {"sizes": {"val": 1}, "sha256": {"train": sha256}, "train": [0], "test": indices})
+
+    for run in runs:
+        draw(run, [1, 2])
+    assert compared(*runs)["unchecked"] == ""
+    draw(runs[1], [1, 3])
+    with pytest.raises(UserError, match=r"drawn differently \(--data\.seed, --data\.test_fraction"):
+        compared(*runs)
+    draw(runs[1], [1, 2], "bb")
+    with pytest.raises(UserError, match="the images themselves differ"):
+        compared(*runs)
+    # Images of a test folder have a hash of another kind.
+    write_json(runs[1].split, {"sizes": {"val": 1}, "sha256": {"train": "aa", "test": "cc"}})
+    assert str(runs[0].path) in compared(*runs)["unchecked"]
+
+
 def test_where_a_hash_is_lost_it_is_said_that_the_images_could_not_be_checked(runs):
     assert compared(*runs)["unchecked"] == ""
     runs[1].split.write_text('{"sizes": {"va')

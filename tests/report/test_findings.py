@@ -257,6 +257,14 @@ def test_training_is_summed_up(tmp_path):
     assert training["train_images_per_s"] == 1000.0
 
 
+def test_the_indices_of_the_splits_stay_out_of_the_findings(tmp_path):
+    run = make_run(tmp_path / "run")
+    indices = {name: list(range(99)) for name in ("train", "val", "test")}
+    write_json(run.split, {"sizes": {"val": 1}, "seed": 3, **indices})
+    split = find(read_results(run))["run"]["split"]
+    assert set(split) == {"sizes", "seed", "test_indices_sha256"}
+
+
 def test_the_best_epoch_is_chosen_as_its_checkpoint_was(tmp_path):
     run = make_run(tmp_path / "run", epochs=3)
     rows = MetricsTable(run.metrics_csv).read()
