@@ -52,8 +52,10 @@ _MAX_LINE = 150  # two lines of 80 columns, for at most seven findings
 def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, console: Console | None = None) -> None:
     """Print the findings: accuracy, classes, confusion matrix, most confused pairs, insights and the run's files.
 
-    `findings` are those of `findings.find`, with that of `comparison.compare` as `comparison` if there is one.
+    `findings` are those of `findings.find`, with that of `comparison.compare` as `comparison` if there is one. Without
+    a run that holds them no file is named.
     """
+    has_files = run_path is not None
     console = console or Console(highlight=False, force_jupyter=False)
     names = [printable(row["name"], console.encoding) for row in findings["classes"]]
     _print_summary(console, findings)
@@ -66,11 +68,11 @@ def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, co
             f"loss {decimal(calibration['after']['loss'], 4)} with --calibrated of predict-images and export.",
         )
     _print_tested(console, findings["training"], run_path)
-    _print_classes(console, findings["classes"], names)
-    _print_confusions(console, np.array(findings["confusion_matrix"], dtype=np.int64), names)
+    _print_classes(console, findings["classes"], names, has_files)
+    _print_confusions(console, np.array(findings["confusion_matrix"], dtype=np.int64), names, has_files)
     _print_pairs(console, findings)
-    _print_insights(console, findings["insights"])
-    to_look_at = _to_look_at(findings, _NUM_WORST)
+    _print_insights(console, findings["insights"], has_files)
+    to_look_at = _to_look_at(findings, _NUM_WORST, has_files)
     if to_look_at:
         _print_heading(console, "Images to look at")
     for text in to_look_at:
@@ -105,7 +107,7 @@ def print_summary(findings: Mapping[str, Any], run_path: Path, console: Console 
     problems = findings["problems"]
     lines = [_pair_text(pair) for pair in findings["confused_pairs"][:1]]
     lines += _insight_lines(findings["insights"])
-    lines += _to_look_at(findings, 1)
+    lines += _to_look_at(findings, 1, has_files=True)
     if problems:
         lines.append(f"{plural(len(problems), 'problem')} with files of the run, first: {problems[0]}")
     else:
@@ -129,7 +131,7 @@ def _insight_lines(insights: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _to_look_at(findings: Mapping[str, Any], most: int) -> list[str]:
+def _to_look_at(findings: Mapping[str, Any], most: int, has_files: bool) -> list[str]:
     """Return the first mistakes and likely label errors by the names of their images, each kind with its number."""
     texts = []
     mistakes = findings["mistakes"]
@@ -138,14 +140,17 @@ def _to_look_at(findings: Mapping[str, Any], most: int) -> list[str]:
             f"{item['name']} ({item['true']}, predicted as {item['predicted']} with {percent(item['prob'])})"
             for item in mistakes["images"][:most]
         ]
-        texts.append(f"{plural(mistakes['count'], 'mistake')} in mistakes.csv, highest loss: {'; '.join(shown)}")
+        of_val = " with those of validation" if "val" in findings["label_check"]["checked"] else ""
+        where = f" (in mistakes.csv{of_val})" if has_files else ""
+        texts.append(f"{plural(mistakes['count'], 'test mistake')}{where}, highest loss: {'; '.join(shown)}")
     number = findings["label_check"]["num_issues"]
     if number and findings["label_check"]["is_reliable"]:
         shown = [
             f"{issue['name']} (labelled {issue['label']}, predicted as {issue['suggested']})"
             for issue in findings["label_issues"][:most]
         ]
-        texts.append(f"{plural(number, 'likely label error')} in label_issues.csv, likeliest: {'; '.join(shown)}")
+        where = " in label_issues.csv" if has_files else ""
+        texts.append(f"{plural(number, 'likely label error')}{where}, likeliest: {'; '.join(shown)}")
     return texts
 
 
@@ -217,7 +222,9 @@ def _print_tested(console: Console, training: Mapping[str, Any], run_path: Path 
         console.print(f"Tested weights: epoch {training['best_epoch']}, best validation accuracy ({val_acc})")
 
 
-def _print_classes(console: Console, classes: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+def _print_classes(
+    console: Console, classes: Sequence[Mapping[str, Any]], names: Sequence[str], has_files: bool
+) -> None:
     shown = list(range(len(names)))
     if len(names) > _MAX_CLASSES:
         f1 = np.array([row["f1"] for row in classes])  # NaN, a class without images and predictions, comes last
@@ -226,7 +233,7 @@ def _print_classes(console: Console, classes: Sequence[Mapping[str, Any]], names
     title = "Classes" if len(shown) == len(names) else f"The {_NUM_WORST} classes with the lowest F1"
     _print_heading(console, title)
     _print_class_table(console, [classes[index] for index in shown], [cut[index] for index in shown])
-    if len(shown) < len(names):
+    if len(shown) < len(names) and has_files:
         console.print(f"All {len(names)} classes are in report.html and findings.json.")
     never = [name for name, row in zip(names, classes, strict=True) if row["support"] and not row["predicted"]]
     if never:
@@ -245,11 +252,13 @@ def _print_class_table(console: Console, classes: Sequence[Mapping[str, Any]], n
     console.print(Segments(console.render(table, options)), soft_wrap=True, end="")
 
 
-def _print_confusions(console: Console, cm: Int[np.ndarray, "classes classes"], names: Sequence[str]) -> None:
+def _print_confusions(
+    console: Console, cm: Int[np.ndarray, "classes classes"], names: Sequence[str], has_files: bool
+) -> None:
     _print_heading(console, "Confusion matrix (rows: true class, columns: predicted)")
     lines = _matrix_lines(cm, names, console.width) if len(names) <= _MAX_CLASSES else None
     if lines is None:
-        console.print(f"Too wide to print with {len(names)} classes: see report.html.")
+        console.print(f"Too wide to print with {len(names)} classes{': see report.html' if has_files else ''}.")
         return
     for line in lines:
         console.print(line, no_wrap=True, overflow="ignore", crop=False)
@@ -298,14 +307,16 @@ def _pair_text(pair: Mapping[str, Any]) -> str:
     return f"{pair['true']} predicted as {pair['predicted']}: {there}; reverse: {back}"
 
 
-def _print_insights(console: Console, insights: Sequence[Mapping[str, Any]]) -> None:
-    _print_heading(console, "Insights (p-values with Holm's correction; report.html names the tests)")
+def _print_insights(console: Console, insights: Sequence[Mapping[str, Any]], has_files: bool) -> None:
+    tests = "; report.html names the tests" if has_files else ""
+    _print_heading(console, f"Insights (p-values with Holm's correction{tests})")
     for insight in insights:
         _print_words(console, f"{insight['title']}.", bullet="* ")
         for item in insight["items"][:_MAX_ITEMS]:
             _print_words(console, f"{item['text']} {pvalue(item['p'])}", indent=2)
         if len(insight["items"]) > _MAX_ITEMS:
-            console.print(f"  {len(insight['items']) - _MAX_ITEMS} more in findings.json.")
+            where = " in findings.json" if has_files else ""
+            console.print(f"  {len(insight['items']) - _MAX_ITEMS} more{where}.")
 
 
 def _print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:

@@ -34,7 +34,11 @@ def findings_of(cm: np.ndarray, names: list[str]) -> dict:
 
 
 def report(
-    cm: np.ndarray, names: list[str], run: Path = Path("runs/smallnet/3"), width: int = 80, encoding: str = "utf-8"
+    cm: np.ndarray,
+    names: list[str],
+    run: Path | None = Path("runs/smallnet/3"),
+    width: int = 80,
+    encoding: str = "utf-8",
 ) -> str:
     """Prints to something that is no terminal and returns what a log file would hold."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
@@ -223,6 +227,18 @@ def test_tensorboard_is_never_sent_above_the_folder_of_the_runs(run, folder):
 
 def test_one_image_is_one_image():
     assert "; 1 image)" in report(np.array([[1, 0], [0, 0]]), ["a", "b"])
+
+
+@pytest.mark.parametrize("num_classes", [4, 30])
+def test_without_a_run_that_holds_the_results_no_file_is_named(num_classes):
+    cm = matrix(num_classes, 200)
+    cm[:, 0] += 40  # more insights than are printed
+    named = re.compile(r"[\w.-]+\.(?:csv|html|json)")
+    text = report(cm, [f"class_{index}" for index in range(num_classes)], run=None)
+    assert "test mistakes, highest loss: " in text
+    assert " more." in text or num_classes == 4
+    assert named.findall(text) == []
+    assert set(named.findall(report(cm, [f"class_{index}" for index in range(num_classes)]))) >= {"mistakes.csv"}
 
 
 def test_colours_change_nothing_but_colours():
