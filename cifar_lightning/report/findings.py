@@ -260,7 +260,9 @@ def insights_of(results: Results) -> list[Insight]:
 
 
 def mistakes_of(test: Predictions) -> dict[str, Any]:
-    """Return the test images with wrong predictions by loss, the highest first: those of a page; mistakes.csv has all.
+    """Return the test images with wrong predictions by loss, the highest first: those of a page.
+
+    mistakes.csv has all, with those of the validation images.
 
     Keys: `count` of all, `named_by` ("path", or "index" of a data set without files), and `images` [{index, name, true,
     predicted, prob, loss}], at most 500.
