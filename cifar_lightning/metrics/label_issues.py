@@ -1,4 +1,4 @@
-"""Likely label errors by confident learning (Northcutt, Jiang and Chuang 2021, https://arxiv.org/abs/1911.00068)."""
+"""Candidates for label errors by confident learning (Northcutt, Jiang and Chuang 2021, https://arxiv.org/abs/1911.00068)."""
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int64
 def find_label_issues(
     probs: Float[np.ndarray, "n classes"], labels: Int64[np.ndarray, " n"]
 ) -> Int64[np.ndarray, " issues"]:
-    """Return the positions of the images whose label is probably wrong, the least plausible label first.
+    """Return the positions of the images whose label may be wrong, the least plausible label first.
 
     The confident joint estimates how many images of each class are labelled as each other one; so many are listed,
     those with the largest margins ("prune by noise rate"), unless the label is the prediction. They are sorted by

@@ -94,7 +94,7 @@ def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, co
 def print_summary(findings: Mapping[str, Any], run_path: Path, console: Console | None = None) -> None:
     """Print what `fit` and `test` end with, at most 30 lines of 80 columns; `print_findings` prints the rest.
 
-    That is the accuracy, the weakest classes, the most confused pair, at most three insights, likely label errors, the
+    That is the accuracy, the weakest classes, the most confused pair, at most three insights, labels to check, the
     confidence above which predictions can be relied on, the report and the next command.
     """
     console = console or Console(highlight=False, force_jupyter=False)
@@ -132,7 +132,7 @@ def _insight_lines(insights: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _to_look_at(findings: Mapping[str, Any], most: int, has_files: bool) -> list[str]:
-    """Return the first mistakes and likely label errors by the names of their images, each kind with its number."""
+    """Return the first mistakes and labels to check by the names of their images, each kind with its number."""
     texts = []
     mistakes = findings["mistakes"]
     if mistakes and mistakes["count"]:
@@ -150,7 +150,8 @@ def _to_look_at(findings: Mapping[str, Any], most: int, has_files: bool) -> list
             for issue in findings["label_issues"][:most]
         ]
         where = " in label_issues.csv" if has_files else ""
-        texts.append(f"{plural(number, 'likely label error')}{where}, likeliest: {'; '.join(shown)}")
+        doubt = " (most are the model's own mistakes)" if findings["label_check"]["is_mostly_model"] else ""
+        texts.append(f"{plural(number, 'label')} to check{where}{doubt}, likeliest: {'; '.join(shown)}")
     return texts
 
 

@@ -434,7 +434,7 @@ def test_without_kept_images_mistakes_and_label_errors_are_listed_by_name(tmp_pa
     page, findings = made.report.read_text(encoding="utf-8"), json.loads(made.findings.read_text())
     assert findings["galleries"] == []
     assert findings["mistakes"]["images"][0]["name"].rpartition("/")[2] in page
-    assert "Likely label errors" in page
+    assert "Labels to check" in page
     assert 'href="#images"' in page
 
 
