@@ -171,8 +171,10 @@ def read_results(run: RunFolder) -> Results:
     test = _try(read_predictions, run.predictions, problems)
     names, confusion = (test.class_names, test.confusion) if test else _matrix_alone(run, problems)
     origin = read_origin(run, problems)
+    # And not of RunReport, whose Trainer need not have fitted or validated.
+    is_of_fit = not origin.config or bool({"data", "data_class"} & origin.config.keys())
     is_validated = (origin.config.get("trainer") or {}).get("limit_val_batches") != 0
-    was_held_out = is_validated and origin.split.get("sizes", {}).get("val", 0) > 0
+    was_held_out = is_of_fit and is_validated and origin.split.get("sizes", {}).get("val", 0) > 0
     val = None
     if was_held_out or run.predictions_val.exists():
         val = _try(read_predictions, run.predictions_val, problems)
@@ -181,9 +183,13 @@ def read_results(run: RunFolder) -> Results:
             val = None
     for path, predictions in ((run.predictions, test), (run.predictions_val, val)):
         problems += _non_finite_problems(path, predictions)
-    images, shown = _try(read_gallery, run.gallery, problems) or ((), ())
+    has_gallery = "sha256" in origin.split or run.gallery.exists()  # not of loaders without an ImageDataModule
+    images, shown = (_try(read_gallery, run.gallery, problems) if has_gallery else None) or ((), ())
     explanations, reason = _explanations(run, len(names), problems)
-    tables = {path: _try(read_table, path, problems) for path in (run.metrics_csv, run.timing_csv)}
+    tables = {
+        path: _try(read_table, path, problems) if is_of_fit or path.exists() else None
+        for path in (run.metrics_csv, run.timing_csv)
+    }
     cut = _name_cut_tables(tables)
     # Runs of an earlier version, killed ones and those of a Trainer of one's own have none.
     lrs = _try(read_learning_rates, run.learning_rates, problems) if run.learning_rates.exists() else []

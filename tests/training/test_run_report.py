@@ -88,6 +88,22 @@ def test_any_module_gets_a_run_folder_and_figures(loader, tmp_path, monkeypatch)
 
 
 @FEW_WORKERS
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_report_misses_no_file_that_a_trainer_does_not_write(fits, loader, tmp_path):
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[RunReport(tmp_path / "run")])
+    if fits:
+        trainer.fit(Other(), loader, loader)
+    trainer.test(Other(), loader, verbose=False)
+    assert json.loads((tmp_path / "run" / "findings.json").read_text())["problems"] == []
+    own = quiet_trainer(tmp_path, max_epochs=1, callbacks=[RunReport(tmp_path / "own")])
+    module, data = ImageClassifier(image_size=16, model_kwargs=NARROW), small_data()
+    if fits:
+        own.fit(module, data)
+    own.test(module, data, verbose=False)
+    assert json.loads((tmp_path / "own" / "findings.json").read_text())["problems"] == []
+
+
+@FEW_WORKERS
 def test_a_loader_alone_is_validated_with_a_dashboard(loader, tmp_path):
     board = TensorBoardLogger(tmp_path, "board", "1")
     trainer = quiet_trainer(tmp_path, max_epochs=2, logger=board, callbacks=[Dashboard()])
