@@ -19,8 +19,13 @@ from typing import Any, cast
 
 
 def percent(fraction: float | None, decimals: int = 1) -> str:
-    """Return a fraction as "12.3 %"; zero has no sign."""
-    return "-" if fraction is None or math.isnan(fraction) else f"{100 * fraction:z.{decimals}f} %"
+    """Return a fraction as "12.3 %"; zero has no sign, and one below 1 is no "100.0 %" but "99.9 %"."""
+    if fraction is None or math.isnan(fraction):
+        return "-"
+    text = f"{100 * fraction:z.{decimals}f}"
+    if decimals and fraction < 1 - 1e-9 and float(text) == 100:  # 1e-9: the rounding of a sum
+        text = f"{100 - 10**-decimals:.{decimals}f}"
+    return f"{text} %"
 
 
 def confidence(fraction: float) -> str:
@@ -33,7 +38,7 @@ def confidence(fraction: float) -> str:
 
 def span(interval: Sequence[float], decimals: int = 1) -> str:
     """Return an interval of fractions as "12.3 to 45.6 %"."""
-    return f"{100 * interval[0]:z.{decimals}f} to {percent(interval[1], decimals)}"
+    return f"{100 * interval[0]:z.{decimals}f} to {100 * interval[1]:z.{decimals}f} %"
 
 
 def points(difference: float, decimals: int = 1) -> str:

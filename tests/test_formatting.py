@@ -43,6 +43,14 @@ def test_fractions_and_differences():
     assert points_span((-0.007, 0.019)) == "-0.7 to +1.9"
 
 
+def test_a_fraction_below_one_is_not_shown_as_the_whole():
+    assert percent(24_999 / 25_000, 2) == "99.99 %"
+    assert percent(0.99996) == "99.9 %"
+    assert percent(sum([0.1] * 10)) == percent(1.0) == "100.0 %"
+    assert percent(0.997, 0) == "100 %"
+    assert span((0.99, 0.99999)) == "99.0 to 100.0 %"
+
+
 def test_zero_has_no_sign():
     assert percent(-0.0) == percent(-1e-9) == "0.0 %"
     assert decimal(-0.0, 4) == decimal(-1e-9, 4) == "0.0000"

@@ -251,12 +251,16 @@ def confidence_gap(confidence: Float[np.ndarray, " n"], correct: Bool[np.ndarray
     mean = level - num_correct / len(correct)
     low, high = poisson_binomial_interval(num_correct, confidence)
     p = poisson_binomial_test(num_correct, confidence)
-    levels = f"mean confidence {percent(level)}, accuracy {percent(float(correct.mean()))}"
+    acc = num_correct / len(correct)
+    # As many decimals as tell the two apart.
+    tell = (num for num in (1, 2, 3) if round(100 * level, num) != round(100 * acc, num) and round(100 * mean, num))
+    decimals = next(tell, 4) if p < ALPHA else 1
+    levels = f"mean confidence {percent(level, decimals)}, accuracy {percent(acc, decimals)}"
     title = f"{'Over' if mean > 0 else 'Under'}confident: {levels}"
     if p >= ALPHA:
         title = f"{_NO_DIFFERENCE} confidence and accuracy"
     interval = [level - high, level - low]
-    text = f"M{levels[1:]}: {points(mean)} points (95 % interval {points_span(interval)})."
+    text = f"M{levels[1:]}: {points(mean, decimals)} points (95 % interval {points_span(interval, decimals)})."
     test = "Poisson binomial test of the number of correct predictions, each with its confidence as probability"
     return Insight("confidence", title, "", test, p < ALPHA, [Item(text, p, {"gap": mean, "interval_95": interval})])
 

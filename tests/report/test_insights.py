@@ -153,6 +153,12 @@ def test_an_over_or_underconfident_model_is_called_so():
     assert "confidence 70.0 %, accuracy 90.0 %: -20.0 points" in item.text
 
 
+def test_a_small_gap_is_shown_with_the_decimals_that_tell_both_levels_apart():
+    gap = insights.confidence_gap(np.full(200_000, 0.99996), np.ones(200_000, bool))
+    assert gap.title == "Underconfident: mean confidence 99.996 %, accuracy 100.000 %"
+    assert ": -0.004 points" in gap.items[0].text
+
+
 @pytest.mark.parametrize("number", [1, 2, 5, 20, 50])
 def test_calibrated_confidences_near_1_are_called_uncalibrated_in_at_most_5_percent_of_test_sets(number):
     rng = np.random.default_rng(number)
