@@ -13,6 +13,7 @@ from cifar_lightning.cli.lightning_cli import PythonObjects, TrainingCLI, build_
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import check_output
+from cifar_lightning.formatting import plural
 from cifar_lightning.report.terminal import print_validation
 from cifar_lightning.runs.contents import read_config, read_split
 from cifar_lightning.runs.folder import RunFolder, open_run, refuse_file_of_run, run_of
@@ -49,7 +50,7 @@ def evaluate(command: str, arguments: Sequence[str], objects: PythonObjects | No
         if command == "test":
             predictions.report()
     if trainer.is_global_zero and command == "predict" and predictions.num_written:
-        print(f"Logits and probabilities of {predictions.num_written:,} test images: {predictions.written_to}")
+        print(f"Logits and probabilities of {plural(predictions.num_written, 'test image')}: {predictions.written_to}")
     elif trainer.is_global_zero and command == "predict":
         print("Give --output FILE for the predictions of some images.")
     elif trainer.is_global_zero and command == "validate":

@@ -29,7 +29,7 @@ from cifar_lightning.data.statistics import (
     statistics_of_moments,
 )
 from cifar_lightning.errors import UserError, remark
-from cifar_lightning.formatting import counted, index_name, printable, reason_of
+from cifar_lightning.formatting import counted, index_name, plural, printable, reason_of
 from cifar_lightning.settings.limits import Count, ImageSize, Pixels, Strength, check_settings
 from cifar_lightning.transforms import photographs  # noqa: F401 - the command line finds them by name
 from cifar_lightning.transforms.augmentation import Augmentation, CropMode, FlipMode, normalize
@@ -245,15 +245,15 @@ class ImageDataModule(pl.LightningDataModule):
         is_default = size == inspect.signature(ImageDataModule).parameters["batch_size"].default
         if size > num_images and not is_default:
             raise UserError(
-                f"--data.batch_size {size}: larger than the training split of {num_images} images; "
-                "give --batch_size of that many or fewer."
+                f"--data.batch_size {size}: larger than the training split of {num_images} "
+                f"image{'s' if num_images > 1 else ''}; give --batch_size of that many or fewer."
             )
         if size > num_images:
             self.batch_size = num_images
         elif is_default and num_images % size == 1 and not self.drop_last:  # BatchNorm cannot train on one image
             self.batch_size = size - 1
         if size != self.batch_size:
-            remark(f"Batches of {self.batch_size} images: the training split has {num_images}.")
+            remark(f"Batches of {plural(self.batch_size, 'image')}: the training split has {num_images:,}.")
 
     def _remark_on_splits(self, num_images: int) -> None:
         if self._splits.test_source == "train":

@@ -8,6 +8,7 @@ import numpy as np
 
 from cifar_lightning.data.image_set import SPLITS, ImageSet, Split, pixel_hashes
 from cifar_lightning.data.splits import SplitIndices
+from cifar_lightning.formatting import plural
 
 _ACROSS: tuple[tuple[Split, Split], ...] = (("test", "train"), ("test", "val"), ("val", "train"))
 
@@ -54,17 +55,21 @@ def find_duplicates(
     in_split = [{split: sum(row.split == split for row in group) for split in SPLITS} for group in groups]
     found = []
 
-    def add(kind: str, text: str, nums: list[int], differing: Callable[[_Row], object]) -> None:
+    def add(kind: str, one: str, many: str, nums: list[int], differing: Callable[[_Row], object]) -> None:
         if num := sum(nums):
+            text = one if num == 1 else many
             chosen = [group for group, one in zip(groups, nums, strict=True) if one][:num_shown]
             first = [list({differing(row): row.name for row in reversed(group)}.values())[-4:] for group in chosen]
             found.append({"kind": kind, "text": f"{num:,} {text}", "num_images": num, "first": first})
 
     for one, other in _ACROSS:
-        text = f"of {len(splits.of(one)):,} {one} images are also in {other}"
-        add("across splits", text, [nums[one] if nums[other] else 0 for nums in in_split], lambda row: row.split)
+        of_all = f"of {plural(len(splits.of(one)), f'{one} image')}"
+        texts = f"{of_all} is also in {other}", f"{of_all} are also in {other}"
+        add("across splits", *texts, [nums[one] if nums[other] else 0 for nums in in_split], lambda row: row.split)
     nums = [len(group) * (len({row.label for row in group}) > 1) for group in groups]
-    add("other label", "images have an identical image with another label", nums, lambda row: row.label)
+    text = "images have an identical image with another label"  # at least two
+    add("other label", text, text, nums, lambda row: row.label)
     nums = [sum(max(0, num - 1) for num in nums.values()) for nums in in_split]
-    add("within splits", "images repeat another one of their split", nums, lambda row: row.name)
+    texts = "image repeats another one of its split", "images repeat another one of their split"
+    add("within splits", *texts, nums, lambda row: row.name)
     return found

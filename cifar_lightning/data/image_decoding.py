@@ -58,7 +58,7 @@ from cifar_lightning.data.image_set import is_constant, pixel_hashes
 from cifar_lightning.data.memory import usable_cpus
 from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import printable
+from cifar_lightning.formatting import plural, printable
 
 RULES = 2  # version of what decode_image does
 MAX_PIXELS = 89_478_485  # of one image: Pillow's own limit against decompression bombs, 256 MiB as RGB
@@ -538,7 +538,10 @@ def counted_remarks(remarks: Iterable[tuple[int, str]]) -> Remarks:
 def remark_lines(remarks: Remarks, paths: Sequence[str]) -> list[str]:
     """Return a line for the terminal for each of `remarks` on images of `paths`."""
     return [
-        printable(f"remark: {num:,} of {len(paths):,} images {text} (the first is {paths[first]})")
+        printable(
+            f"remark: {num:,} of {plural(len(paths), 'image')} {text.replace('have', 'has', num == 1)} "
+            f"(the first is {paths[first]})"
+        )
         for text, (num, first) in remarks.items()
     ]
 

@@ -54,7 +54,7 @@ from cifar_lightning.data.labels_file import read_labels
 from cifar_lightning.data.memory import check_fits
 from cifar_lightning.errors import UserError, is_first_process
 from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
-from cifar_lightning.formatting import counted, first_of, printable
+from cifar_lightning.formatting import counted, first_of, plural, printable
 
 CACHE_FOLDER = ".cifar_lightning_cache"
 CACHE_VARIABLE = "CIFAR_LIGHTNING_CACHE"
@@ -248,7 +248,8 @@ class ClassFolders:
     def _remarks(self, decoded: dict[Split, Decoded]) -> Iterator[str]:
         if bad := [row for rows in self._unreadable.values() for row in rows]:
             total = sum(len(listing.names) for listing in self._listed.values())
-            yield f"warning: {len(bad):,} of {total:,} images are left out ({self.root / bad[0][0]} {bad[0][1]})"
+            left_out = f"{plural(total, 'image')} {'is' if len(bad) == 1 else 'are'} left out"
+            yield f"warning: {len(bad):,} of {left_out} ({self.root / bad[0][0]} {bad[0][1]})"
         yield from self.folder_remarks()
         for split, listing in self._listed.items():
             yield from remark_lines(decoded[split].remarks, listing.paths)

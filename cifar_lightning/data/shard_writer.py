@@ -170,7 +170,8 @@ def _finish_split(
     size_mb, jpegs = sum(chunk["chunk_bytes"] for chunk in chunks) / 1e6, int(table["is_jpeg"].sum())
     lines = [f"{split}: {len(kept):,} images ({jpegs:,} as JPEG) in {plural(len(chunks), 'shard')}, {size_mb:,.1f} MB"]
     for at, reason in list(bad.items())[:1]:
-        lines.append(f"warning: {len(bad):,} of {num:,} {split} images are left out ({listing.paths[at]} {reason})")
+        left_out = f"{plural(num, f'{split} image')} {'is' if len(bad) == 1 else 'are'} left out"
+        lines.append(f"warning: {len(bad):,} of {left_out} ({listing.paths[at]} {reason})")
     return about, lines + remarks
 
 

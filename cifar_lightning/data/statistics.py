@@ -5,6 +5,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from cifar_lightning.data.memory import give_back_pages
+from cifar_lightning.formatting import plural
 
 _CHUNK = 1024  # images of 32x32 summed at a time, 25 MB of float64; fewer of larger ones
 _UNEVEN = 1.5  # ratio of the largest to the smallest class from which it is mentioned
@@ -66,6 +67,6 @@ def describe_imbalance(counts: Int64[Tensor, " classes"], class_names: tuple[str
     if counts[most] < _UNEVEN * counts[least]:
         return None
     return (
-        f"Uneven classes: {class_names[most]} has {int(counts[most]):,} training images, {class_names[least]} "
+        f"Uneven classes: {class_names[most]} has {plural(int(counts[most]), 'training image')}, {class_names[least]} "
         f"{int(counts[least]):,}"
     )

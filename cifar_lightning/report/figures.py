@@ -23,7 +23,7 @@ from matplotlib.path import Path
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
-from cifar_lightning.formatting import printable, shortened
+from cifar_lightning.formatting import plural, printable, shortened
 from cifar_lightning.metrics.calibration import reliability
 from cifar_lightning.metrics.classification import accuracy, per_class
 
@@ -90,7 +90,7 @@ def confusion_figure(cm: Int[np.ndarray, "classes classes"], class_names: Sequen
         scale.outline.set_visible(False)
     _label_classes(axes, class_names)
     num_images = int(cm.sum())
-    axes.set_title(f"Accuracy {accuracy(cm):.2%} of {num_images:,} images" if num_images else "No images")
+    axes.set_title(f"Accuracy {accuracy(cm):.2%} of {plural(num_images, 'image')}" if num_images else "No images")
     if num_classes <= _MAX_CLASSES_WITH_NUMBERS:
         _write_cells(axes, cm, opacity)
     return figure

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int64
 
-from cifar_lightning.formatting import counted, percent, points, points_span, span
+from cifar_lightning.formatting import counted, percent, plural, points, points_span, span
 from cifar_lightning.metrics.classification import accuracy, per_class
 from cifar_lightning.metrics.significance import (
     binomial_test,
@@ -86,7 +86,8 @@ def hard_classes(cm: Matrix, names: Sequence[str]) -> Insight:
     items = [
         item for item in _significant(tests) if item.numbers["right"] / item.numbers["support"] < item.numbers["others"]
     ]
-    test = f"Fisher's exact test of each class against all others, Holm's correction for {len(tests)} tests"
+    num_tests = plural(len(tests), "test")
+    test = f"Fisher's exact test of each class against all others, Holm's correction for {num_tests}"
     return _insight("hard_classes", items, "class", "classes", "with a lower recall than the rest", test)
 
 
@@ -99,12 +100,13 @@ def over_predicted(cm: Matrix, names: Sequence[str]) -> Insight:
     ):
         missed, false = support - own, predicted - own
         text = (
-            f"{name} is {'over' if false > missed else 'under'}-predicted: {predicted:,} predictions, {support:,} "
-            f"images ({false:,} false positives, {missed:,} false negatives)."
+            f"{name} is {'over' if false > missed else 'under'}-predicted: {plural(predicted, 'prediction')}, "
+            f"{plural(support, 'image')} ({plural(false, 'false positive')}, {plural(missed, 'false negative')})."
         )
         numbers = {"class": name, "support": support, "predicted": predicted, "false_alarms": false, "missed": missed}
         tests.append(Item(text, mcnemar_test(missed, false), numbers))
-    test = f"McNemar's exact test of false positives and false negatives, Holm's correction for {len(tests)} tests"
+    num_tests = plural(len(tests), "test")
+    test = f"McNemar's exact test of false positives and false negatives, Holm's correction for {num_tests}"
     return _insight("over_predicted", _significant(tests), "class", "classes", "over- or under-predicted", test)
 
 
@@ -114,7 +116,8 @@ def asymmetric_pairs(cm: Matrix, names: Sequence[str]) -> Insight:
 
     def direction(i: int, j: int) -> str:
         fraction = f" ({percent(cm[i, j] / support[i])})" if support[i] else ""
-        return f"{names[i]} is predicted as {names[j]} in {int(cm[i, j]):,} of {support[i]:,} images{fraction}"
+        images = plural(support[i], "image")
+        return f"{names[i]} is predicted as {names[j]} in {int(cm[i, j]):,} of {images}{fraction}"
 
     tests = []
     for first, second in np.argwhere(np.triu(cm + cm.T, 1)).tolist():
@@ -125,7 +128,7 @@ def asymmetric_pairs(cm: Matrix, names: Sequence[str]) -> Insight:
         p = binomial_test(int(cm[first, second]), int(cm[first, second] + cm[second, first]), expected)
         numbers = {"true": names[i], "predicted": names[j], "count": int(cm[i, j]), "reverse": int(cm[j, i])}
         tests.append(Item(f"{direction(i, j)}, but {direction(j, i)}.", p, numbers))
-    test = f"Exact binomial test of both directions, Holm's correction for {len(tests)} pairs"
+    test = f"Exact binomial test of both directions, Holm's correction for {plural(len(tests), 'pair')}"
     return _insight("asymmetric_pairs", _significant(tests), "pair", "pairs", "confused mostly in one direction", test)
 
 
@@ -135,8 +138,8 @@ def _significant(tests: Sequence[Item]) -> list[Item]:
     return [replace(item, p=p) for item, p in zip(tests, adjusted, strict=True) if p < ALPHA]
 
 
-def _insight(kind: str, items: list[Item], noun: str, plural: str, phrase: str, test: str) -> Insight:
-    title = counted(len(items), f"{noun} {phrase}", f"{plural} {phrase}") if items else f"No {noun} found {phrase}"
+def _insight(kind: str, items: list[Item], noun: str, nouns: str, phrase: str, test: str) -> Insight:
+    title = counted(len(items), f"{noun} {phrase}", f"{nouns} {phrase}") if items else f"No {noun} found {phrase}"
     text = "" if items else "No difference beyond chance was found."
     return Insight(kind, title, text, test, bool(items), sorted(items, key=lambda item: item.p))
 
@@ -208,7 +211,8 @@ def group_effects(
     if total:
         p, expected = shuffle_test(mistakes, is_within, num_draws)
         text = (
-            f"Of {total:,} mistakes, {within:,} ({percent(within / total)}) are within a group; with the same "
+            f"Of {plural(total, 'mistake')}, {within:,} ({percent(within / total)}) {'is' if within == 1 else 'are'} "
+            "within a group; with the same "
             f"predictions in random order, {percent(expected / total)} would be."
         )
         numbers: dict[str, Any] = {"within": within, "mistakes": total, "expected": expected}
@@ -235,10 +239,10 @@ def group_effects(
     return Insight(
         "groups",
         title,
-        f"{len(groups)} group{'s' if len(groups) > 1 else ''} of classes, {origin}."
+        f"{plural(len(groups), 'group')} of classes, {origin}."
         + ("" if items else " No difference beyond chance was found."),
         "Monte Carlo test of mistakes within a group, given how often each class is predicted; Fisher's exact test of "
-        f"each group against all other classes; Holm's correction for {len(tests)} tests",
+        f"each group against all other classes; Holm's correction for {plural(len(tests), 'test')}",
         bool(items),
         items,
         {name: [names[index] for index in members] for name, members in groups.items()},

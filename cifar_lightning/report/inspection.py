@@ -73,9 +73,9 @@ def facts_of(found: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
         facts.append(("identical", kind["text"], [" = ".join(group) for group in kind["first"]]))
     if not found["duplicates"]:
         facts.append(("identical", "0 images", []))
-    nums = found["num_near"]
+    nums, num = found["num_near"], found["num_near"]["across splits"]
     words = f"{plural(nums['pairs'], 'pair')}, {nums['other label']:,} of two classes; "
-    words += f"{plural(nums['across splits'], 'image')} of val and test have one in an earlier split"
+    words += f"{plural(num, 'image')} of val and test {'has' if num == 1 else 'have'} one in an earlier split"
     facts.append(("near duplicates", words, [f"{one['name']} ~ {other['name']}" for one, other in found["near"]]))
     facts.append(("balance", found["imbalance"] or "the classes are about even", []))
     return facts

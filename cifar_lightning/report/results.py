@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64, Shaped, UInt8
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import read_bytes
-from cifar_lightning.formatting import command_line, index_name
+from cifar_lightning.formatting import command_line, index_name, plural
 from cifar_lightning.metrics.calibration import softmax
 from cifar_lightning.metrics.classification import confusion_matrix
 from cifar_lightning.runs.contents import (
@@ -293,8 +293,8 @@ def _non_finite_problems(path: Path, predictions: Predictions | None) -> list[st
         return []
     num_lost = int((~np.isfinite(predictions.logits)).any(axis=1).sum())
     return [
-        f"{path.name}: {num_lost:,} of {len(predictions.targets):,} predictions have NaN or infinite logits; the class "
-        "that is counted for them is meaningless."
+        f"{path.name}: {num_lost:,} of {plural(len(predictions.targets), 'prediction')} "
+        f"{'has' if num_lost == 1 else 'have'} NaN or infinite logits; the class that is counted there is meaningless."
     ]
 
 
@@ -312,7 +312,8 @@ def _name_cut_tables(tables: dict[Path, list[dict[str, float]] | None]) -> dict[
             continue
         num_lost = num_epochs - len({row["epoch"] for row in rows})
         if num_lost or not rows:
-            lost = f"{num_lost} of {num_epochs} epochs are missing" if num_lost else "it has no epochs"
+            are = "is" if num_lost == 1 else "are"
+            lost = f"{num_lost} of {plural(num_epochs, 'epoch')} {are} missing" if num_lost else "it has no epochs"
             messages[path.name] = f"{path.name} is truncated: {lost}."
         elif not read_bytes(path, MAX_TABLE_BYTES).endswith(b"\n"):
             messages[path.name] = f"{path.name} is truncated: its last line is incomplete and ignored."

@@ -167,7 +167,7 @@ def _pairs(rows: Sequence[Mapping[str, Any]], correct: Sequence[Bool[np.ndarray,
 
 
 def _print(compared: Mapping[str, Any], page: Path) -> None:
-    lines = [f"{plural(len(compared['runs']), 'run')} on the same {compared['num_images']:,} test images:"]
+    lines = [f"{plural(len(compared['runs']), 'run')} on the same {plural(compared['num_images'], 'test image')}:"]
     for row in sorted(compared["runs"], key=lambda row: -row["accuracy"]):
         text = f"{percent(row['accuracy'], 2)} ({span(row['accuracy_interval_95'], 2)}) {row['name']}"
         differing = "".join(f", {name} {value}" for name, value in row["settings"].items())
@@ -183,7 +183,8 @@ def _print(compared: Mapping[str, Any], page: Path) -> None:
             interval = f"95 % interval {points_span(pair['interval_95'], 2)}"
         lines.append(f"{text}{points(pair['difference'], 2)} points ({interval}).")
     found = sum(pair["p"] < 0.05 for pair in compared["pairs"])
-    lines.append(f"McNemar's test, Holm's correction: {found} of {plural(len(compared['pairs']), 'pair')} differ.")
+    differ = "differs" if found == 1 else "differ"
+    lines.append(f"McNemar's test, Holm's correction: {found} of {plural(len(compared['pairs']), 'pair')} {differ}.")
     console = Console(highlight=False, force_jupyter=False)
     for line in [*lines, *compared["problems"]]:
         console.print(Text(printable(line, console.encoding)))

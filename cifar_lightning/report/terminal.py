@@ -63,8 +63,8 @@ def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, co
     if calibration and calibration["after"] is not None:
         _print_words(
             console,
-            f"Temperature {decimal(calibration['temperature'], 3)}, fitted on {count(calibration['fitted_on'])} "
-            f"validation images: ECE {percent(calibration['after']['ece'], 2)}, "
+            f"Temperature {decimal(calibration['temperature'], 3)}, fitted on "
+            f"{plural(calibration['fitted_on'], 'validation image')}: ECE {percent(calibration['after']['ece'], 2)}, "
             f"loss {decimal(calibration['after']['loss'], 4)} with --calibrated of predict-images and export.",
         )
     _print_tested(console, findings["training"], run_path)

@@ -15,7 +15,7 @@ from cifar_lightning.data.image_set import Split
 from cifar_lightning.data.sampler import Rank
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
-from cifar_lightning.formatting import index_name
+from cifar_lightning.formatting import index_name, plural
 from cifar_lightning.metrics.classification import test_metrics
 from cifar_lightning.report.findings import find
 from cifar_lightning.report.gallery import gallery_positions
@@ -132,11 +132,12 @@ class PredictionWriter(pl.Callback):
         limit, batches = getattr(trainer, f"limit_{split}_batches"), getattr(trainer, f"num_{split}_batches")
         is_whole = limit == 1 if isinstance(limit, float) else sum(batches) < limit
         if self.run is not None and data is None and not is_whole:
-            print(f"limit_{split}_batches {limit}: only {num_predictions:,} images; no file is written.")
+            print(f"limit_{split}_batches {limit}: only {plural(num_predictions, 'image')}; no file is written.")
             return False
         num_images = num_predictions if data is None else data.num_images(split)
         if self.run is not None and num_predictions < num_images:
-            print(f"Only {num_predictions:,} of {num_images:,} {split} images were evaluated: no file is written.")
+            of_all, were = plural(num_images, f"{split} image"), "was" if num_predictions == 1 else "were"
+            print(f"Only {num_predictions:,} of {of_all} {were} evaluated: no file is written.")
         return self.run is not None and num_predictions == num_images
 
     def _gather(self, trainer: pl.Trainer, split: Split) -> dict[str, np.ndarray] | None:

@@ -77,7 +77,9 @@ def test_counts_are_those_of_comparing_every_pair(seed):
         theirs = {x for split, x, _ in rows if split == other}
         expected[f"are also in {other}", one] = sum(split == one and x in theirs for split, x, _ in rows)
     across = [kind for kind in module.duplicates if kind["kind"] == "across splits"]
-    found = {(kind["text"].partition(" images ")[2], kind["text"].split()[3]): kind["num_images"] for kind in across}
+    texts = {kind["text"].replace(" is also", " are also"): kind["num_images"] for kind in across}
+    assert all((" is also" in kind["text"]) == (kind["num_images"] == 1) for kind in across)
+    found = {(text.partition(" images ")[2], text.split()[3]): num for text, num in texts.items()}
     assert found == {key: num for key, num in expected.items() if num}
     labels_of = {x: {y for _, other, y in rows if other == x} for _, x, _ in rows}
     kinds = {kind["kind"]: kind["num_images"] for kind in module.duplicates}

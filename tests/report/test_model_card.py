@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from made_run import make_run
@@ -6,6 +7,7 @@ from program import TINY, start
 
 from cifar_lightning.formatting import markdown
 from cifar_lightning.report.model_card import NAME, write_model_card
+from cifar_lightning.report.report import make_report
 
 CARD = {"file": "model.onnx", "format": "onnx", "class_names": ["ant", "bee|2"], "image_size": 32, "in_channels": 3}
 CARD |= {
@@ -24,8 +26,6 @@ def run(tmp_path):
 
 
 def test_the_cards_numbers_are_the_reports(run):
-    from cifar_lightning.report.report import make_report
-
     make_report(run)
     findings = json.loads(run.findings.read_text(encoding="utf-8"))
     path = write_model_card(run, CARD, run.path)
@@ -52,16 +52,28 @@ def test_the_card_does_not_call_a_gap_agreement_that_few_images_leave_open(tmp_p
 
 
 def test_a_card_of_a_run_whose_test_images_were_trained_on_says_so(run):
-    claim, text = "used neither to choose", "5 of 9 test images are also in train"
+    claim, texts = (
+        "used neither to choose",
+        ["5 of 9 test images are also in train", "1 of 1 test image is also in val"],
+    )
     of_val = "3 of 9 val images are also in train"
     assert claim in write_model_card(run, CARD, run.path).read_text(encoding="utf-8")
     split = json.loads(run.split.read_text())
     known = {"kind": "across splits", "num_images": 5, "first": [["test/a.png", "train/a.png"]]}
-    for found in ([of_val], [of_val, text]):
+    for found in ([of_val], *([of_val, text] for text in texts)):
         run.split.write_text(json.dumps(split | {"duplicates": [known | {"text": each} for each in found]}))
         card = write_model_card(run, CARD, run.path).read_text(encoding="utf-8")
         assert all(each in card for each in found)
-        assert (claim in card) == (text not in found)
+        assert (claim in card) == (found == [of_val])
+
+
+def test_one_image_is_no_1_images_on_page_terminal_and_card(tmp_path, capsys):
+    run = make_run(tmp_path / "run", names=("ant", "bee"), n=2)
+    make_report(run)
+    texts = [capsys.readouterr().out, run.report.read_text(encoding="utf-8")]
+    texts.append(write_model_card(run, CARD | {"class_names": ["ant", "bee"]}, run.path).read_text(encoding="utf-8"))
+    number = re.compile(r"\b(?<![.,])1 (?:test |validation |training )?(?:images|pairs|tests|predictions|mistakes)\b")
+    assert [number.findall(text) for text in texts] == [[], [], []]
 
 
 def test_without_a_test_the_card_says_so(run):

@@ -107,7 +107,7 @@ def test_predictions_that_are_not_finite_are_named_and_the_rest_is_there(run):
         arrays["logits"][7, 1] = value
         np.savez(file, **arrays)
     results = read_results(run)
-    assert [problem.partition(" have NaN")[0] for problem in results.problems] == [
+    assert [problem.partition(" has NaN")[0] for problem in results.problems] == [
         "predictions.npz: 1 of 200 predictions",
         "predictions_val.npz: 1 of 100 predictions",
     ]
