@@ -87,16 +87,18 @@ class Curves:
         epochs: Rows of metrics.csv.
         learning_rates: (Epochs done, learning rate).
         group: Runs of a group have one colour, and the name of the first.
+        is_by_step: Whether the learning rates are those of the steps, and not of the epochs' ends.
     """
 
     name: str
     epochs: Sequence[Mapping[str, float]]
     learning_rates: Points = ()
     group: int = 0
+    is_by_step: bool = True
 
 
 def curves_charts(runs: Sequence[Curves]) -> list[Chart]:
-    """Draw accuracy and loss of each epoch, and the learning rate of each step, of all runs on the same axes.
+    """Draw accuracy and loss of each epoch, and the learning rate, of all runs on the same axes.
 
     Of more than two runs only the validation is drawn. Charts without a line are left out.
     """
@@ -111,8 +113,9 @@ def curves_charts(runs: Sequence[Curves]) -> list[Chart]:
                 if any(math.isfinite(value) for _, value in points):
                     lines.append((_style(run) + dash, f"{run.name}, {words}" if len(runs) > 1 else words, points))
         charts.append(_curves(title, f"{title.lower()} over the epochs", lines, tick, num_more=num_more))
-    lines = [(_style(run), run.name if len(runs) > 1 else "each step", run.learning_rates) for run in runs]
-    title, alt = "Learning rate", "learning rate of each step"
+    labels = [run.name if len(runs) > 1 else "each step" if run.is_by_step else "end of each epoch" for run in runs]
+    lines = [(_style(run), label, run.learning_rates) for run, label in zip(runs, labels, strict=True)]
+    title, alt = "Learning rate", "learning rate over the epochs"
     charts.append(_curves(title, alt, lines, _number_tick, from_zero=True, num_more=num_more))
     return [chart for chart in charts if chart.legend]
 

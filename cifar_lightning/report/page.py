@@ -61,7 +61,8 @@ def render_page(
     times = [pair["count"] + pair["reverse_count"] for pair in pairs]
     sizes = [max(image.shape[:2]) for image in kept.values()]
     calibration, run, comparison = findings["calibration"], findings["run"], findings["comparison"]
-    curves = [Curves("this run", findings["epochs"], findings["learning_rates"])]
+    is_by_step = findings["training"]["has_learning_rates"]
+    curves = [Curves("this run", findings["epochs"], findings["learning_rates"], is_by_step=is_by_step)]
     if comparison:
         curves.append(Curves(comparison["runs"][1]["name"], **comparison["curves"], group=1))
     groups = [*findings["galleries"], *findings["confused_pairs"]]
@@ -252,11 +253,21 @@ def reproduction_of(run: Mapping[str, Any]) -> str:
             lines.append("# the run had further changes that were not committed")
     if is_repeatable(run["config"]):
         lines.append("cifar-lightning fit --config config.yaml    # config.yaml of the run")
+        lines += [f"# not the same: {reason}" for reason in _not_in_config(environment)]
     else:
         objects = [value for value in flat_settings(run["config"]).values() if is_object_name(value)]
         given = f"{printable(', '.join(objects))} given from Python" if objects else "its settings are not known"
         lines.append(f"# no command repeats this run: {given}")
     return "\n".join(lines)
+
+
+def _not_in_config(environment: Mapping[str, Any]) -> list[str]:
+    """Return what made a run's training another one than that of its config."""
+    changed = sorted({key for entry in environment.get("resumed") or [] for key in entry.get("changed") or {}})
+    reasons = [f"resumed with other {printable(', '.join(changed))}"] if changed else []
+    if any(str(word).partition("=")[0] == "--ckpt_path" for word in environment.get("command") or []):
+        reasons.append("begun from a checkpoint, --ckpt_path")
+    return reasons
 
 
 def command_of(environment: Mapping[str, Any]) -> str:

@@ -88,6 +88,12 @@ def test_two_runs_have_the_same_axes():
     assert [label for _, label in lr.legend] == ["a", "b"]
 
 
+@pytest.mark.parametrize(("is_by_step", "label"), [(True, "each step"), (False, "end of each epoch")])
+def test_the_legend_says_which_learning_rates_are_drawn(is_by_step, label):
+    (lr,) = curves_charts([Curves("a", [], [(0, 0.1), (1, 0.2)], is_by_step=is_by_step)])
+    assert [text for _, text in lr.legend] == [label]
+
+
 def test_of_many_runs_the_validation_is_drawn_in_a_colour_for_each_group():
     rows = [{"epoch": e, "val/acc": 0.1 * e, "train/acc": 0.2 * e} for e in range(3)]
     (accuracy,) = curves_charts([Curves(name, rows, group=group) for name, group in (("a", 0), ("a2", 0), ("b", 7))])

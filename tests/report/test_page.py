@@ -388,6 +388,26 @@ def test_the_reproduction_names_the_commit_and_what_no_commit_holds():
     assert lines[4].startswith("cifar-lightning fit --config config.yaml")
 
 
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"resumed": [{"changed": {}}, {}], "command": ["python", "train.py", "fit"]}, None),
+        (
+            {"resumed": [{"changed": {"trainer.max_epochs": 9}}, {"changed": {"model.lr": 0.1}}]},
+            "model.lr, trainer.max",
+        ),
+        ({"command": ["python", "train.py", "fit", "--ckpt_path", "last.ckpt"]}, "--ckpt_path"),
+        ({"command": ["python", "train.py", "fit", "--ckpt_path=last.ckpt"]}, "--ckpt_path"),
+    ],
+)
+def test_a_training_that_its_config_does_not_repeat_says_so(environment, said):
+    run = {"config": {"model": {"name": "smallnet"}}, "split": {}, "environment": environment}
+    fit, *rest = reproduction_of(run).splitlines()
+    assert fit.startswith("cifar-lightning fit --config config.yaml")
+    assert len(rest) == (said is not None)
+    assert all(said in line and line.startswith("# not the same: ") for line in rest)
+
+
 @pytest.mark.parametrize("of", [{"model": {"name": "<Net>"}}, {"data": {"dataset": "<Rows>"}}])
 def test_a_run_of_objects_from_python_names_no_command_that_cannot_repeat_it(of, tmp_path, page):
     assert "fit --config config.yaml" in page
@@ -453,9 +473,11 @@ def test_only_learning_rates_that_were_not_recorded_by_step_are_called_so(tmp_pa
     made.learning_rates.write_text(json.dumps({key: values[:epochs] for key, values in lrs.items()}))  # a step an epoch
     make_report(made)
     assert "were not recorded" not in made.report.read_text(encoding="utf-8")
+    assert ">each step<" in made.report.read_text(encoding="utf-8")
     made.learning_rates.unlink()
     make_report(made)
     assert "were not recorded" in made.report.read_text(encoding="utf-8")
+    assert ">each step<" not in made.report.read_text(encoding="utf-8")
 
 
 def test_a_value_that_the_template_lacks_is_an_error():
