@@ -415,21 +415,26 @@ def _analyze_flags(parser: argparse.ArgumentParser) -> None:
 
 def _analyze(parsed: argparse.Namespace) -> int:
     named = [parsed.run, *parsed.compare]
-    found = [run for path in named for run in _runs_of(path)]
-    tested = [run for run in found if run.path in named or run.predictions.is_file()]
-    if not tested:
-        raise UserError(f"{parsed.run}: none of its runs is tested yet; {RunFolder(parsed.run).resume_command}")
+    tested, left_out = list[RunFolder](), list[Path]()
+    for path in named:
+        runs = _runs_of(path)
+        of_path = [run for run in runs if run.path in named or run.predictions.is_file()]
+        if not of_path:
+            raise UserError(f"{path}: none of its runs is tested yet; {RunFolder(path).resume_command}")
+        tested += of_path
+        left_out += [run.path for run in runs if run not in of_path]
     first, *others = {run.path.resolve(): run for run in tested}.values()
     if parsed.compare and not others:
         raise UserError(f"--compare {parsed.compare[0]}: is the run itself; name another one.")
     if len(others) > 1 or (others and first.path != parsed.run):
         from cifar_lightning.report.several_runs import compare_runs  # imports NumPy and matplotlib
 
-        left_out = [run.path for run in found if run not in tested]
         compare_runs([first, *others], left_out, RunFolder(parsed.run))
     else:
         from cifar_lightning.report.report import make_report  # likewise
 
+        for path in left_out:
+            print(printable(f"{path}: not tested yet, left out."))
         make_report(first, others[0] if others else None)
     return 0
 

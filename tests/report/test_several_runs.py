@@ -192,10 +192,15 @@ def test_runs_of_a_folder_of_seeds_that_are_not_tested_are_left_out_and_named(fo
     assert [problem.split(":")[0] for problem in found["problems"]] == ["1/1", "2/2"]
     with pytest.raises(UserError, match="1/1"):  # named by itself
         cli.run_command(["analyze", "1/0", "--compare", "2/0", "1/1"])
-    for seed in (0, 1):
-        shutil.rmtree(folders / "2" / str(seed))
-    with pytest.raises(UserError, match="--resume 2"):
-        cli.run_command(["analyze", "2"])
+    shutil.rmtree(folders / "2" / "1")
+    capsys.readouterr()
+    assert cli.run_command(["analyze", "2"]) == 0  # the report of the run that is left
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split(":")[0] for line in lines if "left out" in line} == {"2/1", "2/2"}
+    shutil.rmtree(folders / "2" / "0")
+    for paths in (["2"], ["2", "--compare", "1/0"], ["1/0", "--compare", "2"], ["1", "--compare", "2"]):
+        with pytest.raises(UserError, match=r"^2: none of its runs is tested yet; .*--resume 2"):
+            cli.run_command(["analyze", *paths])
 
 
 def transforms(middle):
