@@ -67,6 +67,9 @@ class _Split(BaseModel):
 
 class _Resumed(BaseModel):
     versions: dict[str, str | None] = {}
+    changed: dict[str, Any] = {}
+    epoch: FromZero | None = None
+    is_best_lost: bool = False
 
 
 class _Environment(BaseModel):

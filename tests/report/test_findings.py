@@ -289,6 +289,17 @@ def test_the_best_epoch_is_chosen_as_its_checkpoint_was(tmp_path):
     assert find(results)["training"]["best_epoch"] is None
 
 
+def test_after_a_resume_without_best_ckpt_the_best_epoch_is_one_that_followed(tmp_path):
+    run = make_run(tmp_path / "run", epochs=4)
+    rows = MetricsTable(run.metrics_csv).read()
+    run.metrics_csv.unlink()
+    for row, accuracy in zip(rows, (0.5, 0.9, 0.6, 0.7), strict=True):
+        MetricsTable(run.metrics_csv).append({**row, "val/acc": accuracy})
+    for resumed, best in (([{"epoch": 3}], 2), ([{"epoch": 2, "is_best_lost": True}, {"epoch": 3}], 4)):
+        write_json(run.environment, {"resumed": resumed})
+        assert find(read_results(run))["training"]["best_epoch"] == best
+
+
 def test_what_a_cut_table_cannot_tell_is_not_said(tmp_path):
     run = make_run(tmp_path / "run", epochs=5)
     whole = {file: file.read_text().splitlines(keepends=True) for file in (run.metrics_csv, run.timing_csv)}
