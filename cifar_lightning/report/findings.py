@@ -27,7 +27,7 @@ from cifar_lightning.metrics.classification import (
 from cifar_lightning.metrics.label_issues import find_label_issues
 from cifar_lightning.metrics.selective import confidence_threshold
 from cifar_lightning.metrics.significance import wilson_interval
-from cifar_lightning.report.gallery import NUM_EXPLAINED, rank_images
+from cifar_lightning.report.gallery import NUM_EXPLAINED, confident_mistakes, least_certain
 from cifar_lightning.report.insights import (
     SECTIONS,
     Insight,
@@ -298,7 +298,7 @@ def galleries_of(test: Predictions, available: set[int], pairs: list[dict[str, A
     Keys of each gallery: `kind`, `title`, `images` [{index, name, true, predicted, prob, prob_of_true}]. The mistakes
     of both directions of each of the first `pairs` are added to it: `images`, and the indices of those `elsewhere`.
     """
-    ranked = rank_images(test.logits, test.targets)
+    of_mistakes = confident_mistakes(test.logits, test.targets).tolist()
     probs, preds, names = test.probs, test.preds, test.class_names
     left = set(available)
 
@@ -319,19 +319,19 @@ def galleries_of(test: Predictions, available: set[int], pairs: list[dict[str, A
             )
         return shown
 
-    mistakes = images(ranked.mistakes.tolist(), NUM_EXPLAINED)
+    mistakes = images(of_mistakes, NUM_EXPLAINED)
     for pair in pairs[:_NUM_PAIRS_SHOWN]:
         classes = {pair["true"], pair["predicted"]}
-        of_pair = [at for at in ranked.mistakes.tolist() if {names[test.targets[at]], names[preds[at]]} == classes]
+        of_pair = [at for at in of_mistakes if {names[test.targets[at]], names[preds[at]]} == classes]
         pair["images"] = images(of_pair, _NUM_SHOWN_OF_PAIR)
         pair["elsewhere"] = [item["index"] for item in mistakes if {item["true"], item["predicted"]} == classes]
-    mistakes += images(ranked.mistakes.tolist(), _NUM_SHOWN - NUM_EXPLAINED)
+    mistakes += images(of_mistakes, _NUM_SHOWN - NUM_EXPLAINED)
     galleries = [
         {"kind": "mistakes", "title": "Most confident mistakes", "images": mistakes},
         {
             "kind": "uncertain",
             "title": "Least certain of the other images",
-            "images": images(ranked.uncertain.tolist(), _NUM_SHOWN),
+            "images": images(least_certain(test.logits).tolist(), _NUM_SHOWN),
         },
     ]
     return [gallery for gallery in galleries if gallery["images"]]

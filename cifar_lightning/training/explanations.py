@@ -16,7 +16,7 @@ from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import reason_of
 from cifar_lightning.models.grad_cam import grad_cam, penultimate_features
-from cifar_lightning.report.gallery import NUM_EXPLAINED, rank_images
+from cifar_lightning.report.gallery import NUM_EXPLAINED, confident_mistakes
 from cifar_lightning.report.results import Predictions
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.trainer_data import training_data
@@ -38,7 +38,7 @@ def explain_mistakes(trainer: pl.Trainer, pl_module: pl.LightningModule, test: P
     One process does it alone. Model, gradients and random states stay as they are. A model that cannot be explained is
     a reason and no error.
     """
-    data, mistakes = training_data(trainer), rank_images(test.logits, test.targets).mistakes[:NUM_EXPLAINED]
+    data, mistakes = training_data(trainer), confident_mistakes(test.logits, test.targets)[:NUM_EXPLAINED]
     if data is None or not isinstance(pl_module, ImageClassifier):
         return {"reasons": np.array(["only an ImageClassifier with an ImageDataModule is explained"] * 2)}
     if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):

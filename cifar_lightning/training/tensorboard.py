@@ -28,7 +28,7 @@ from cifar_lightning.formatting import object_text, percent
 from cifar_lightning.metrics.calibration import softmax
 from cifar_lightning.metrics.classification import confusion_matrix, per_class
 from cifar_lightning.report.figures import confusion_figure, figure_to_array, images_figure, reliability_figure
-from cifar_lightning.report.gallery import rank_images
+from cifar_lightning.report.gallery import confident_mistakes
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.settings.roles import OWN_OPTIMIZER, augmentations
 from cifar_lightning.training.module import Batch
@@ -203,7 +203,7 @@ class Dashboard(pl.Callback):
         log_image(trainer, "visuals/reliability", figure_to_array(reliability_figure(probs, targets)), step)
         for index, tag in enumerate(tags_of(self.class_names)[:_CURVES_SHOWN]) if board else ():
             board.add_pr_curve(f"pr_of_class/{tag}", targets == index, probs[:, index], step)
-        worst = rank_images(logits, targets).mistakes[:_MISTAKES_SHOWN]
+        worst = confident_mistakes(logits, targets)[:_MISTAKES_SHOWN]
         data = training_data(trainer)
         if not len(worst) or data is None:
             return
