@@ -273,23 +273,26 @@ def mistakes_of(test: Predictions) -> dict[str, Any]:
     Keys: `count` of all, `named_by` ("path", or "index" of a data set without files), and `images` [{index, name, true,
     predicted, prob, loss}], at most 500.
     """
-    wrong, preds = np.flatnonzero(test.preds != test.targets), test.preds
+    wrong = np.flatnonzero(test.preds != test.targets)
     log_probs = log_softmax(test.logits[wrong])
     losses = -np.take_along_axis(log_probs, test.targets[wrong][:, None], axis=1)[:, 0]
     order = np.argsort(-losses, kind="stable")[:_NUM_MISTAKES].tolist()
     images = [
-        {
-            "index": int(test.indices[position]),
-            "name": test.names[position],
-            "true": test.class_names[test.targets[position]],
-            "predicted": test.class_names[preds[position]],
-            "prob": float(np.exp(log_probs[at].max())),
-            "loss": float(losses[at]),
-        }
+        {**_about(test, position), "prob": float(np.exp(log_probs[at].max())), "loss": float(losses[at])}
         for at, position in zip(order, wrong[order].tolist(), strict=True)
     ]
     named_by = "index" if all(map(is_index_name, test.names)) else "path"
     return {"count": len(wrong), "named_by": named_by, "images": images}
+
+
+def _about(test: Predictions, position: int) -> dict[str, Any]:
+    """Return `index`, `name`, `true` and `predicted` of an image."""
+    return {
+        "index": int(test.indices[position]),
+        "name": test.names[position],
+        "true": test.class_names[test.targets[position]],
+        "predicted": test.class_names[test.logits[position].argmax()],
+    }
 
 
 def galleries_of(test: Predictions, available: set[int], pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -299,24 +302,15 @@ def galleries_of(test: Predictions, available: set[int], pairs: list[dict[str, A
     of both directions of each of the first `pairs` are added to it: `images`, and the indices of those `elsewhere`.
     """
     of_mistakes = confident_mistakes(test.logits, test.targets).tolist()
-    probs, preds, names = test.probs, test.preds, test.class_names
+    preds, names = test.preds, test.class_names
     left = set(available)
 
     def images(positions: list[int], limit: int) -> list[dict[str, Any]]:
         shown = []
         for position in [at for at in positions if int(test.indices[at]) in left][:limit]:
-            true, index = test.targets[position], int(test.indices[position])
-            left.remove(index)
-            shown.append(
-                {
-                    "index": index,
-                    "name": test.names[position],
-                    "true": names[true],
-                    "predicted": names[preds[position]],
-                    "prob": float(probs[position].max()),
-                    "prob_of_true": float(probs[position, true]),
-                }
-            )
+            probs, about = test.probs[position], _about(test, position)
+            left.remove(about["index"])
+            shown.append({**about, "prob": float(probs.max()), "prob_of_true": float(probs[test.targets[position]])})
         return shown
 
     mistakes = images(of_mistakes, NUM_EXPLAINED)
