@@ -147,7 +147,9 @@ def worst_first_of(classes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, An
     return sorted(classes, key=lambda row: row["recall"] if row["support"] else math.inf)
 
 
-def _explained(explanations: Any, kept: Mapping[int, Image3], names: Sequence[str]) -> dict[int, dict[str, Any]]:
+def _explained(
+    explanations: Explanations | None, kept: Mapping[int, Image3], names: Sequence[str]
+) -> dict[int, dict[str, Any]]:
     """Return Grad-CAM as an image, and the nearest training images, of the first mistakes by index."""
     found: dict[int, dict[str, Any]] = {}
     if explanations is None:
