@@ -62,7 +62,8 @@ class ImageDataModule(pl.LightningDataModule):
             class; by default 0.2.
         limit: Number of training images to use, including those held out for validation, stratified by class; by
             default all.
-        class_weights: balanced weights the classes in the loss so that each counts the same.
+        class_weights: balanced weights the classes in the loss of ImageClassifier so that each counts the same; another
+            LightningModule reads the weights from the member `class_weights`.
         sampler: balanced shows every class equally often in training; images of small classes are repeated.
         num_workers: 0 keeps the images on the training device, 1 or more streams them with this many worker
             processes; by default 0 if the set fits in half of the free memory, else 2.
