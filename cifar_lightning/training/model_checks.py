@@ -1,15 +1,18 @@
 """Checks that model and data agree: number of classes, shape of the logits, batch and image sizes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from jaxtyping import Float
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 from torch import Tensor, nn, optim
 
-from cifar_lightning.errors import UserError
+from cifar_lightning.errors import UserError, remark
 from cifar_lightning.formatting import clipped, suggest
+from cifar_lightning.models.registry import is_built_by_name
 from cifar_lightning.models.stems import fails_on_single_image, input_error
+from cifar_lightning.settings.import_path import is_import_path
 from cifar_lightning.training.step_count import takes_last_batch
 from cifar_lightning.training.trainer_data import training_data
 
@@ -34,6 +37,12 @@ def check_logits(logits: Any, num_images: int, num_classes: int) -> None:
             f"the model returns {tuple(logits.shape)} for {num_images} images of {num_classes} classes, not "
             f"raw logits ({num_images}, {num_classes}); its last layer must return one logit per class and image."
         )
+
+
+def are_probabilities(outputs: Float[Tensor, "batch classes"]) -> bool:
+    """Return whether a model's outputs are those of a Softmax, and not raw logits; waits for the device."""
+    outputs = outputs.detach().float()
+    return bool(((outputs >= 0).all(1) & ((outputs.sum(1) - 1).abs() < 0.01)).all())
 
 
 def labelled(batch: Any) -> tuple[Any, Tensor]:
@@ -64,6 +73,26 @@ def check_classes(trainer: pl.Trainer, num_classes: int, in_channels: int) -> No
         raise UserError(
             f"in_channels {in_channels}: the data has {data.in_channels}; "
             f"give ImageClassifier(in_channels={data.in_channels})."
+        )
+
+
+def check_image_size(trainer: pl.Trainer, model: nn.Module, architecture: Mapping[str, Any]) -> None:
+    """Print a remark if a model made by name has other layers for images of the data's size, or cannot take them.
+
+    Args:
+        trainer: Attached to its data.
+        model: It may have been changed after it was made; it is then not compared.
+        architecture: The arguments of `build_model`; the name is None for a model of one's own.
+    """
+    data, name, made_for = training_data(trainer), architecture["name"], architecture["image_size"]
+    if data is None or name is None or is_import_path(name) or data.image_size == made_for:
+        return
+    of_data = {**architecture, "image_size": data.image_size}
+    fits = is_built_by_name(model, of_data) and not input_error(model, data.image_size, in_channels=data.in_channels)
+    if not fits and is_built_by_name(model, architecture):
+        remark(
+            f"warning: image_size {made_for}: the data has images of {data.image_size} pixels, for which {name} has "
+            f"other layers; give ImageClassifier(image_size={data.image_size})."
         )
 
 

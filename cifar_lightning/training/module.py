@@ -62,10 +62,12 @@ from cifar_lightning.training.left_out_hooks import LeftOutHooks
 from cifar_lightning.training.lightning_patches import PlainHookNames, step_plateaus_after_validations, use_double
 from cifar_lightning.training.losses import DEFAULT_LOSS, check_loss, logits_dtype, make_loss, name_of
 from cifar_lightning.training.model_checks import (
+    are_probabilities,
     check_batches,
     check_classes,
     check_evaluated_classes,
     check_groups,
+    check_image_size,
     check_loaders,
     check_logits,
     check_optimizers,
@@ -227,6 +229,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self._steps_before = 0  # of an earlier fit of the Trainer, whose schedule has ended
         self._class_weights: Tensor | None = None  # of the loss, from the data
         self._normalization: Any = None  # mean and std of the images that it was trained on
+        self._is_first_batch = True
         self.has_begun = False
         """Whether `on_fit_start` has prepared this fit."""
 
@@ -324,6 +327,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             )
         self.totals = TrainMetrics(self.device)  # a run resumed inside an epoch has no start of it
         check_classes(self.trainer, self.num_classes, self._architecture.get("in_channels", 3))
+        check_image_size(self.trainer, self.model, self._architecture)
         self._remember_class()
         if self._is_to_compile:
             compile_model(self.model, self.device)
@@ -411,11 +415,20 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             images, targets = self._mixing(images, targets)
         logits = self(images)
         if self.loss_function is None:
+            self._check_first_batch(logits)
             loss = F.cross_entropy(logits, targets, weight=self._class_weights, label_smoothing=self.label_smoothing)
         else:
             loss = self.loss_function(logits, targets)
         self.totals.add(loss, logits, targets)
         return loss
+
+    def _check_first_batch(self, logits: Float[Tensor, "batch classes"]) -> None:
+        if self._is_first_batch and are_probabilities(logits):
+            remark(
+                "warning: the model returns probabilities, not raw logits: cross entropy applies softmax again, which "
+                "trains badly; remove its last Softmax."
+            )
+        self._is_first_batch = False
 
     def on_train_epoch_end(self) -> None:
         self.log_dict(self.epoch_metrics())

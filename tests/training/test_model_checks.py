@@ -13,7 +13,14 @@ from torch import nn
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.models.smallnet import SmallNet
 from cifar_lightning.training.error_messages import explained
-from cifar_lightning.training.model_checks import check_batches, check_logits, check_optimizers, check_schedules
+from cifar_lightning.training.model_checks import (
+    are_probabilities,
+    check_batches,
+    check_image_size,
+    check_logits,
+    check_optimizers,
+    check_schedules,
+)
 
 DEEP = SmallNet(widths=(2,) * 5)  # 16 pixels halved four times: BatchNorm sees one value of each image
 SHALLOW = SmallNet(widths=(2, 2))
@@ -33,6 +40,43 @@ def test_what_is_no_logits_is_described(logits, message):
     check_logits(torch.zeros(2, 4), 2, 4)
     with pytest.raises(UserError, match=message):
         check_logits(logits, 2, 4)
+
+
+def test_outputs_of_a_softmax_are_told_from_raw_logits():
+    logits = torch.randn(64, 4)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert are_probabilities(logits.softmax(1).to(dtype))
+    for raw in (logits, logits.abs(), logits.log_softmax(1), logits.sigmoid(), torch.zeros(64, 4), logits * torch.nan):
+        assert not are_probabilities(raw)
+
+
+@pytest.mark.parametrize(("last", "remarks"), [(nn.Softmax(1), 1), (nn.Identity(), 0), (nn.LogSoftmax(1), 0)])
+def test_a_model_that_ends_in_a_softmax_is_remarked_on_once(last, remarks, tmp_path, capsys):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10), last)
+    quiet_trainer(tmp_path, max_epochs=2, limit_train_batches=2).fit(ImageClassifier(model=model), small_data())
+    assert capsys.readouterr().out.count("probabilities, not raw logits") == remarks
+
+
+@pytest.mark.parametrize(
+    ("name", "made_for", "of_data", "is_remarked"),
+    [
+        ("resnet18", 32, 224, True),
+        ("resnet18", 32, 48, False),
+        ("vit_tiny", 32, 224, True),
+        ("vit_tiny", 224, 256, True),
+        ("smallnet", 32, 224, False),
+    ],
+)
+def test_a_model_that_has_other_layers_for_the_images_of_the_data_is_remarked_on(
+    name, made_for, of_data, is_remarked, capsys
+):
+    module = ImageClassifier(name, image_size=made_for)
+    trainer = SimpleNamespace(datamodule=fake_data(image_size=of_data))
+    check_image_size(trainer, module.model, module._architecture)
+    assert (f"give ImageClassifier(image_size={of_data})" in capsys.readouterr().out) is is_remarked
+    module.model.head = nn.Linear(2, 2)  # changed since
+    check_image_size(trainer, module.model, module._architecture)
+    assert capsys.readouterr().out == ""
 
 
 class NoOptimizer(ImageClassifier):
