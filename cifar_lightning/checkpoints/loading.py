@@ -75,11 +75,7 @@ def is_inside_epoch(checkpoint: dict[str, Any]) -> bool:
 
 
 def require_resumable(checkpoint: dict[str, Any], path: Path) -> None:
-    """Raise if no exact resume from a checkpoint is possible.
-
-    Raises:
-        UserError: It was saved inside an accumulation window.
-    """
+    """Raise if a checkpoint was saved inside an accumulation window, from which no exact resume is possible."""
     if checkpoint.get(RESUME_STATE, {}).get(IS_INSIDE_WINDOW):
         raise UserError(
             f"{path}: saved inside an accumulation window, whose gradients are lost; an exact resume is not possible.\n"

@@ -75,11 +75,7 @@ class StopPoint:
         return entry | ({"is_best_lost": True} if self.is_best_lost(run) else {})
 
     def check_changes(self, changes: Changes) -> None:
-        """Raise if a setting of the batches changed inside an epoch.
-
-        Raises:
-            UserError: Names the flag with both values.
-        """
+        """Raise if a setting of the batches changed inside an epoch."""
         changed = sorted(MAKES_BATCHES & changes.keys())
         if self.is_inside_epoch and changed:
             before, now = changes[changed[0]]
@@ -90,11 +86,7 @@ class StopPoint:
             )
 
     def check_length(self, max_epochs: int | None, max_steps: int) -> None:
-        """Raise if the run has begun more epochs, or trained more steps, than it would have.
-
-        Raises:
-            UserError: Names both numbers.
-        """
+        """Raise if the run has begun more epochs, or trained more steps, than it would have."""
         begun = self.epochs_done + self.is_inside_epoch
         if max_epochs not in (None, -1) and int(max_epochs or 0) < begun:
             raise UserError(f"--epochs {max_epochs}: the run has begun epoch {begun}; give {begun} or more.")
@@ -104,11 +96,7 @@ class StopPoint:
             )
 
     def check_rest(self, max_epochs: int | None, max_steps: int) -> None:
-        """Raise if a new run that continues from this checkpoint would train nothing.
-
-        Raises:
-            UserError: Names the limit that is reached.
-        """
+        """Raise if a new run that continues from this checkpoint would train nothing."""
         limit = self.limit(max_epochs, max_steps)
         if limit:
             flag = f"--epochs {max_epochs}" if limit == "epochs" else f"--trainer.max_steps {max_steps}"
@@ -139,11 +127,7 @@ def locked(run: RunFolder | None) -> Iterator[RunFolder | None]:
 
 
 def stop_point(run: RunFolder) -> StopPoint:
-    """Read where a run stopped from its newest intact checkpoint.
-
-    Raises:
-        UserError: It has none.
-    """
+    """Read where a run stopped from its newest intact checkpoint, or raise if it has none."""
     path, checkpoint, damages = newest_checkpoint(run)
     try:
         # By what they hold: a class of one's own has another name.

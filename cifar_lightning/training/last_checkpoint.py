@@ -26,9 +26,6 @@ class CheckpointSchedule:
     Args:
         every_n_train_steps: Also save last.ckpt every this many optimizer steps.
         every_n_minutes: Also save last.ckpt every this many minutes.
-
-    Raises:
-        UserError: A value of 0 or below.
     """
 
     def __init__(

@@ -531,11 +531,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         return max(1, self.total_steps() - self._steps_before)
 
     def total_steps(self) -> int:
-        """Return the optimizer steps of the whole run, also of a resumed one or of a later fit of the Trainer.
-
-        Raises:
-            UserError: The run has no end, or no step.
-        """
+        """Return the optimizer steps of the whole run, also of a resumed one or of a later fit of the Trainer."""
         return count_steps(self.trainer, *self._resumed_from)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -49,11 +49,7 @@ class NanGuard(pl.Callback):
             optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]  # GradScaler sets it likewise
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Test the loss.
-
-        Raises:
-            UserError: It is not one number.
-        """
+        """Test the loss, which must be one number."""
         if loss.numel() != 1:
             raise UserError(f"training_step returns a loss of shape {tuple(loss.shape)}; return its mean, one number.")
         self.watch(loss, trainer.global_step, trainer.current_epoch)

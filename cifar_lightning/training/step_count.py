@@ -84,11 +84,7 @@ def _steps_of_loaders(trainer: pl.Trainer, epochs_done: int, steps_done: int) ->
 
 
 def check_train_batches(trainer: pl.Trainer) -> None:
-    """Refuse a `train_dataloader` of one's own with other batches than those the schedule is planned by.
-
-    Raises:
-        UserError: Names both numbers.
-    """
+    """Refuse a `train_dataloader` of one's own with other batches than those the schedule is planned by."""
     data = training_data(trainer)
     if data is None or getattr(type(data), "train_dataloader", None) is ImageDataModule.train_dataloader:
         return
@@ -106,9 +102,6 @@ def check_evaluation(trainer: pl.Trainer, num_batches: Mapping[Split, int]) -> N
     Args:
         trainer: Its limits are checked.
         num_batches: Batches of each split that is evaluated.
-
-    Raises:
-        UserError: Names the flag, its value and the batches there are.
     """
     for split, batches in num_batches.items():
         limit = getattr(trainer, f"limit_{split}_batches")
