@@ -8,8 +8,6 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from cifar_lightning.settings.limits import check_setting
-
 ScheduleName = Literal["one_cycle", "linear", "cosine"]
 _ONE_CYCLE_WARMUP = 0.3  # PyTorch's default
 
@@ -52,11 +50,7 @@ def make_schedule(
         settings: Which schedule, and its values.
         total_steps: Number of steps of the whole run.
         steps_done: Resume after this many steps, with an optimizer that had a schedule before.
-
-    Raises:
-        UserError: An unknown name.
     """
-    check_setting("model.schedule", ScheduleName, settings.name)
     last_epoch = -1 if steps_done is None else steps_done - 1  # the constructor takes one step itself
     if settings.name == "one_cycle":
         return _one_cycle(optimizer, total_steps, settings.warmup_fraction, last_epoch)
