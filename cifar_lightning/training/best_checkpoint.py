@@ -30,13 +30,7 @@ class BestCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self._run = run
-        self._state_key = super().state_key
         self._best_loss = math.inf
-
-    @property
-    def state_key(self) -> str:
-        """Key in a checkpoint, formatted once: Lightning reads it seven times a step."""
-        return self._state_key
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         """Whether this epoch is the best so far, by the metrics of all processes."""

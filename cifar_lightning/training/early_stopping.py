@@ -50,13 +50,7 @@ class AnnealingEarlyStopping(EarlyStopping):
         if mode not in (None, better) and monitor in VAL_METRICS:
             raise UserError(f"--early_stopping.mode {mode}: {monitor} is better at its {better}; leave it out.")
         super().__init__(monitor=monitor, mode=mode or better, patience=patience, min_delta=min_delta)
-        self._state_key = super().state_key
         self._has_stopped = False  # before the resume
-
-    @property
-    def state_key(self) -> str:
-        """Key in a checkpoint, formatted once, as in `BestCheckpoint`."""
-        return self._state_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the count, with this run's patience."""
