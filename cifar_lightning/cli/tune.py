@@ -56,9 +56,8 @@ def apply_lr_finder(cli: TrainingCLI, model: ImageClassifier, data: ImageDataMod
     print("LR finder: raising the learning rate for a few steps.")
     found = find_lr(model, data, **trainer)
     cli.settings.tune_lr = False  # config.yaml repeats the run, not the LR finder
-    model.optimizer_settings = model.optimizer_settings.with_lr(found.suggestion)
+    model.use_lr(found.suggestion)
     for name in ("lr", "sgd_lr", "head_lr"):
-        model.hparams[name] = getattr(model.optimizer_settings, name)
         if name in own:  # a subclass may lack any
-            own[name] = model.hparams[name]
+            own[name] = getattr(model.optimizer_settings, name)
     return found

@@ -36,8 +36,6 @@ class LrRange:
     lrs: list[float]  # of each step
     losses: list[float]  # smoothed training loss after each step
     suggestion: float  # where the loss falls fastest
-    sgd_lr: float | None  # with muon, that keeps its ratio to `lr`; else None
-    head_lr: float | None  # the same; None if it was not given
 
 
 def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: Any) -> LrRange:
@@ -57,7 +55,7 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
     quiet |= {"enable_model_summary": False, "max_epochs": -1, "limit_val_batches": 0, "max_steps": NUM_STEPS}
     quiet |= {"min_epochs": None, "min_steps": None, "fast_dev_run": False, "profiler": None}  # of the run alone
     quiet["strategy"] = copy.deepcopy(trainer_settings.get("strategy", "auto"))  # an object serves one Trainer
-    settings, tuned = module.optimizer_settings, copy.deepcopy(module)
+    tuned = copy.deepcopy(module)
     data.setup()
     # Lightning's finder calls neither on_fit_start nor callbacks.
     tuned.prepare(data)
@@ -82,9 +80,7 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
     if found is None or suggestion is None or not math.isfinite(suggestion):
         raise UserError("tune: the loss fell at no learning rate; check the data, or give --lr.")
     lrs, losses = [float(lr) for lr in found.results["lr"]], [float(loss) for loss in found.results["loss"]]
-    peaks = settings.with_lr(float(suggestion))
-    of_muon = (peaks.sgd_lr, peaks.head_lr) if settings.name == "muon" else (None, None)
-    return LrRange(lrs, losses, peaks.lr, *of_muon)
+    return LrRange(lrs, losses, float(suggestion))
 
 
 def write_lr_range(run: RunFolder, found: LrRange) -> None:

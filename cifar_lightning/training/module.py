@@ -501,10 +501,13 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
 
     def _use_found_lr(self) -> None:
         """Use the learning rate that Lightning's Tuner has found; it sets that of `hparams`."""
-        lr, settings = self.hparams.get("lr"), self.optimizer_settings
-        if lr is None or lr in (self.hparams_initial.get("lr"), settings.lr):
-            return
-        self.optimizer_settings = settings.with_lr(plain(lr))
+        lr = self.hparams.get("lr")
+        if lr is not None and lr not in (self.hparams_initial.get("lr"), self.optimizer_settings.lr):
+            self.use_lr(plain(lr))
+
+    def use_lr(self, lr: float) -> None:
+        """Use another peak learning rate, as if it had been given; with muon the others keep their ratios to it."""
+        self.optimizer_settings = self.optimizer_settings.with_lr(lr)
         for name in ("lr", "sgd_lr", "head_lr"):
             if name in self.hparams:
                 self.hparams[name] = getattr(self.optimizer_settings, name)

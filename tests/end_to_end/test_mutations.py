@@ -121,7 +121,7 @@ def quick(place, monkeypatch):
         monkeypatch.setattr(module, "make_report", lambda *args, **kwargs: None)
     for stage in ("train", "report_short_ending", "evaluate_best_checkpoint"):
         monkeypatch.setattr(fit, stage, lambda *arguments, **settings: None)
-    monkeypatch.setattr(tune, "find_lr", lambda *arguments, **settings: LrRange([], [], 0.1, None, None))
+    monkeypatch.setattr(tune, "find_lr", lambda *arguments, **settings: LrRange([], [], 0.1))
     for module in (fit, tune):
         monkeypatch.setattr(module, "write_lr_range", lambda *arguments: None)
 

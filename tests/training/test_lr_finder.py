@@ -34,7 +34,6 @@ def test_the_rate_lies_where_the_loss_falls_and_nothing_else_is_touched(data):
     assert len(found.lrs) == len(found.losses) > 20
     at = found.lrs.index(found.suggestion)
     assert found.losses[at] > min(found.losses)
-    assert found.sgd_lr is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in tuned.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
     assert data.trainer is None
@@ -49,12 +48,11 @@ def test_muon_keeps_the_ratios_of_its_rates(data, monkeypatch):
         return step(self, closure)
 
     monkeypatch.setattr(Muon, "step", watch)
-    found = find_lr(tuned, data, **CPU)
+    find_lr(tuned, data, **CPU)
     assert len(steps) > 20
     for rates in steps:
         assert rates["vectors"] == pytest.approx(2 * rates["filters"])
         assert rates["matrices"] == pytest.approx(0.2 * rates["filters"])
-    assert (found.sgd_lr, found.head_lr) == pytest.approx((2 * found.suggestion, 0.2 * found.suggestion))
 
 
 def test_layer_decay_keeps_its_ratios(data, monkeypatch):
