@@ -58,7 +58,7 @@ class StopPoint:
         """
         inside = f"in epoch {self.epochs_done + 1} after step {self.steps_done:,}"
         lines = [f"Resuming {run.path} {inside if self.is_inside_epoch else f'after epoch {self.epochs_done}'}."]
-        lines += [f"  {line}" for line in describe_changes(changes)]
+        lines += [f"  --{key} {now} instead of {before}" for key, (before, now) in changes.items()]
         if schedule and PLANS_SCHEDULE & changes.keys():
             what = "OneCycle" if schedule == "one_cycle" else f"The {schedule} schedule"
             lines.append(f"  {what} is computed again for the whole run, and continues at this step.")
@@ -208,11 +208,6 @@ def find_changes(run: RunFolder, config_text: str) -> Changes:
                 f"Leave it out, or start a new run: fit --init_weights {shell_line(run.tested_checkpoint)}"
             )
     return changes
-
-
-def describe_changes(changes: Changes) -> list[str]:
-    """Return a line for each change."""
-    return [f"--{key} {now} instead of {before}" for key, (before, now) in changes.items()]
 
 
 def has_stopped(state: Mapping[str, Any]) -> bool:

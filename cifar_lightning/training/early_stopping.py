@@ -98,8 +98,8 @@ def skip_cut_epochs(trainer: pl.Trainer) -> None:
     Lightning 2.6.6 checks them at the end of every epoch: in a cut one a validation metric is missing, which ends the
     run, or of the epoch before, and a training metric is of a part of the epoch, which a resume checks again.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-        if isinstance(callback, EarlyStopping) and not isinstance(callback, AnnealingEarlyStopping):
+    for callback in trainer.early_stopping_callbacks:
+        if not isinstance(callback, AnnealingEarlyStopping):
             _skip_cut_epochs(callback)
 
 

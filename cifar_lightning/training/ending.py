@@ -48,7 +48,7 @@ def _cause(trainer: pl.Trainer, epochs: int) -> str:
     if has_all_steps(trainer):
         return "max_steps"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-        if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0 and callback._duration is not None:
+        if isinstance(callback, Timer) and (left_s := callback.time_remaining()) is not None and left_s <= 0:
             return "max_time"
         if isinstance(callback, EarlyStopping) and has_stopped(callback.state_dict()):
             return "early_stopping"

@@ -134,7 +134,7 @@ def explain(error: RuntimeError | OSError, command: str, run: RunFolder | None =
         )
     if is_out_of_memory(error):
         less = _LESS_MEMORY.get(command, "lower --data.eval_batch_size")
-        inside = "; with another --batch_size only from the end of an epoch" if _is_resumable(run) else ""
+        inside = "; with another --batch_size only from the end of an epoch"
         return RunError(f"out of memory: {less}.\n{_way_on(run, inside)}")
     if "DataLoader worker" in text:
         return RunError(
@@ -144,11 +144,7 @@ def explain(error: RuntimeError | OSError, command: str, run: RunFolder | None =
     return None
 
 
-def _is_resumable(run: RunFolder | None) -> bool:
-    return run is not None and run.resumed_checkpoint.exists()
-
-
 def _way_on(run: RunFolder | None, provided: str = "") -> str:
-    if run is not None and _is_resumable(run):
+    if run is not None and run.resumed_checkpoint.exists():
         return f"Checkpoints are kept: {run.resume_command} resumes{provided}."
     return "No checkpoint was written yet: start again." if run else "Then start again."

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from cifar_lightning.checkpoints.loading import IS_INSIDE_WINDOW, is_inside_epoch
@@ -121,7 +121,6 @@ def _keep_patience(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     Ours does so by itself, and needs the checkpoint's to know whether the run was stopped.
     """
     states = checkpoint.get("callbacks", {})
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-        is_users = isinstance(callback, EarlyStopping) and not isinstance(callback, AnnealingEarlyStopping)
-        if is_users and callback.state_key in states:
+    for callback in trainer.early_stopping_callbacks:
+        if not isinstance(callback, AnnealingEarlyStopping) and callback.state_key in states:
             states[callback.state_key]["patience"] = callback.patience

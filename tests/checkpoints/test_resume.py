@@ -10,7 +10,6 @@ import yaml
 from cifar_lightning.checkpoints.resume import (
     StopPoint,
     clean_up,
-    describe_changes,
     find_changes,
     locked,
     restore_files,
@@ -246,7 +245,8 @@ def test_changes_are_found_and_described(run):
     assert find_changes(run, changed()) == {}
     changes = find_changes(run, changed(trainer={"max_epochs": 4}, model={**CONFIG["model"], "lr": 0.2}))
     assert changes == {"model.lr": (0.1, 0.2), "trainer.max_epochs": (2, 4)}
-    assert describe_changes(changes)[1] == "--trainer.max_epochs 4 instead of 2"
+    lines = StopPoint(run.last_checkpoint, 1, 9).describe(run, changes)
+    assert lines[2] == "  --trainer.max_epochs 4 instead of 2"
 
 
 def test_the_architecture_does_not_change(run):
