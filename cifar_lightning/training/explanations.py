@@ -65,7 +65,7 @@ def explain_mistakes(trainer: pl.Trainer, pl_module: pl.LightningModule, test: P
     for explain in (cam, neighbours):
         reason = ""
         try:
-            with _as_tested(trainer):
+            with _eval_context(trainer):
                 arrays |= explain()
         except UserError as error:
             reason = str(error)
@@ -77,7 +77,7 @@ def explain_mistakes(trainer: pl.Trainer, pl_module: pl.LightningModule, test: P
 
 
 @contextlib.contextmanager
-def _as_tested(trainer: pl.Trainer) -> Iterator[None]:
+def _eval_context(trainer: pl.Trainer) -> Iterator[None]:
     """Compute with the test's precision, with gradients, and uncompiled, since compiled code runs no new hooks."""
     device = trainer.strategy.root_device
     state = rng_state(device)

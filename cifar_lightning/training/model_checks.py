@@ -45,13 +45,18 @@ def are_probabilities(outputs: Float[Tensor, "batch classes"]) -> bool:
     return bool(((outputs >= 0).all(1) & ((outputs.sum(1) - 1).abs() < 0.01)).all())
 
 
-def labelled(batch: Any) -> tuple[Any, Tensor]:
+def is_labelled(batch: Any) -> bool:
+    """Whether a batch is a pair of images and labels."""
+    return isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)
+
+
+def unpack_batch(batch: Any) -> tuple[Any, Tensor]:
     """Return the images and labels of a batch; labels of other integers, which no loss takes, become int64.
 
     Raises:
         UserError: It is no pair of them, as where a loader gives dicts, or several loaders are given.
     """
-    if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+    if not is_labelled(batch):
         kind = f"a {type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, tuple | list | dict) else ''}"
         raise UserError(
             f"a batch is {kind}, not (images, labels); give a loader of such pairs, or override training_step, "

@@ -73,7 +73,7 @@ from cifar_lightning.training.model_checks import (
     check_optimizers,
     check_schedules,
     check_step_counts,
-    labelled,
+    unpack_batch,
 )
 from cifar_lightning.training.nan_guard import NanGuard
 from cifar_lightning.training.resumed_settings import ResumedSettings
@@ -410,7 +410,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch; add it to the epoch's sums, without a sync."""
-        images, targets = labelled(batch)
+        images, targets = unpack_batch(batch)
         if self._mixing is not None:
             images, targets = self._mixing(images, targets)
         logits = self(images)
@@ -612,7 +612,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         return tta_logits(self, images, self.tta)[0].float()
 
     def _evaluate(self, metrics: MetricCollection, batch: Batch) -> Float[Tensor, "batch classes"]:
-        images, targets = labelled(batch)
+        images, targets = unpack_batch(batch)
         tta = "none" if self.trainer.state.fn == TrainerFn.FITTING else self.tta
         # float32, since NumPy has no bfloat16.
         logits, plain_logits = (tensor.float() for tensor in tta_logits(self, images, tta))

@@ -25,6 +25,7 @@ from cifar_lightning.report.results import Predictions, Results
 from cifar_lightning.report.terminal import print_findings
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.explanations import explain_mistakes
+from cifar_lightning.training.model_checks import is_labelled
 from cifar_lightning.training.module import Batch
 from cifar_lightning.training.trainer_data import training_data
 
@@ -54,8 +55,7 @@ class PredictionWriter(pl.Callback):
         self._logits.append(logits_of(pl_module, outputs, batch).float().cpu())
         self._targets.append(batch[1].cpu())
 
-    def on_predict_batch_end(self, *args: Any) -> None:
-        self.on_test_batch_end(*args)
+    on_predict_batch_end = on_test_batch_end
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
@@ -186,7 +186,7 @@ def logits_of(pl_module: pl.LightningModule, outputs: Any, batch: Batch) -> Tens
     Raises:
         UserError: The batch is no pair of images and labels, or `forward` returns no logits.
     """
-    if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+    if not is_labelled(batch):
         raise UserError(
             f"{type(pl_module).__name__}: a batch of (images, labels) is needed, not {type(batch).__name__}."
         )

@@ -19,7 +19,7 @@ from cifar_lightning.training.module import Batch, ImageClassifier
 from cifar_lightning.training.nan_guard import check_losses
 from cifar_lightning.training.signals import Stopped
 from cifar_lightning.training.step_count import current_lr
-from cifar_lightning.training.trainer_data import require_training_data
+from cifar_lightning.training.trainer_data import training_data
 
 _REFRESH_S = 0.5  # on a GPU each refresh waits for the device once
 _PLAIN_LINE_S = 60.0  # without a terminal, in long epochs
@@ -117,7 +117,8 @@ class RunProgress(ProgressBar):
         epoch_s = self._epochs_timed[-1] if self._epochs_timed else per_batch_s * num_batches
         left_s = per_batch_s * in_epoch + (epoch_s * epochs if epochs else 0.0)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        limits_s = [limit for callback in callbacks if (limit := _time_limit_s(callback)) is not None]
+        timers_s = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
+        limits_s = [max(0.0, left_s) for left_s in timers_s if left_s is not None]  # None without a duration
         if limits_s and trainer.max_epochs in (None, -1) and trainer.max_steps == -1:  # nothing else ends it
             return min(limits_s)
         return min([left_s, *limits_s])
@@ -169,8 +170,7 @@ class RunProgress(ProgressBar):
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._open_bar("test", sum(trainer.num_test_batches))
 
-    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        self.on_validation_batch_end(trainer, pl_module)
+    on_test_batch_end = on_validation_batch_end
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close_bar()
@@ -241,7 +241,8 @@ class _NotebookBar(Progress):
 
 def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | None) -> list[tuple[str, str]]:
     """Return the summary of a run as (label, text): images, split, classes, model, training, hardware, folder."""
-    data = require_training_data(trainer)
+    data = training_data(trainer)
+    assert data is not None
     held_out = data.num_images("val")
     num_parameters = sum(each.numel() for each in module.model.parameters())
     num_trained = sum(each.numel() for each in module.model.parameters() if each.requires_grad)
@@ -276,12 +277,6 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
     if run is not None:
         rows.append(("run", str(run.path)))
     return rows
-
-
-def _time_limit_s(callback: pl.Callback) -> float | None:
-    """Return the seconds until a Timer ends the training; None of other callbacks, and without a duration."""
-    left_s = callback.time_remaining() if isinstance(callback, Timer) else None
-    return None if left_s is None else max(0.0, left_s)
 
 
 def _epoch_of(trainer: pl.Trainer) -> str:

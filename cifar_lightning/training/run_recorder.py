@@ -25,7 +25,7 @@ from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.nan_guard import check_losses
 from cifar_lightning.training.signals import Stopped
 from cifar_lightning.training.step_count import current_lr
-from cifar_lightning.training.trainer_data import require_training_data
+from cifar_lightning.training.trainer_data import training_data
 
 MONITOR = "val/acc"
 EPOCH_SO_FAR = "cifar_lightning_epoch"
@@ -96,8 +96,9 @@ class RunRecorder(pl.Callback):
             return
         if self.config is not None:
             write_text_durably(self.run.config, self.config)
-        split = require_training_data(trainer).split_summary()
-        write_json(self.run.split, portable(split))
+        data = training_data(trainer)
+        assert data is not None
+        write_json(self.run.split, portable(data.split_summary()))
         environment = environment_of(trainer)
         if self.resumed is not None:
             before = read_environment(self.run.environment)
@@ -182,7 +183,9 @@ class RunRecorder(pl.Callback):
                 "self.totals.add(loss, logits, labels), or call super().training_step."
             )
         row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step, **train}
-        if require_training_data(trainer).num_images("val"):
+        data = training_data(trainer)
+        assert data is not None
+        if data.num_images("val"):
             row |= {name: self._val_metrics.get(name, math.nan) for name in validated_by(pl_module)}
         self.metrics.append(row)
         self.timing.append(

@@ -22,6 +22,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
+from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.sampler import Rank
 from cifar_lightning.errors import UserError, is_first_process, remark
 from cifar_lightning.formatting import object_text, percent
@@ -34,7 +35,7 @@ from cifar_lightning.settings.roles import OWN_OPTIMIZER, augmentations
 from cifar_lightning.training.module import Batch
 from cifar_lightning.training.predictions import logits_of
 from cifar_lightning.training.step_count import current_lr
-from cifar_lightning.training.trainer_data import require_training_data, training_data
+from cifar_lightning.training.trainer_data import training_data
 
 MAX_DRAWINGS = 20  # per run; one takes about a second on a CPU core
 _NUM_KEPT = 10_000  # predictions of a validation that is drawn
@@ -47,6 +48,7 @@ _CURVES_SHOWN = 20  # PR curves, of the first classes
 # first two groups open. The groups are therefore train, val, and what sorts after them.
 _CHARTS = {"Accuracy": ["val/acc", "train/acc"], "Loss": ["val/loss", "train/loss$"], "Learning rate": ["train/lr"]}
 _CHARTS |= {"Accuracy of each class": ["val_acc_of_class/"]}
+_WRITTEN_AGAIN = ("_hparams_/", "custom_scalars__config__")  # by a resumed run
 
 
 class Dashboard(pl.Callback):
@@ -85,16 +87,15 @@ class Dashboard(pl.Callback):
         if not (trainer.loggers and trainer.is_global_zero):
             return
         is_pair = isinstance(batch, tuple | list) and len(batch) == 2 and getattr(batch[1], "ndim", None) == 1
-        if step == 1 and is_pair and takers_of_images(trainer) and training_data(trainer) is not None:
-            log_image(trainer, "visuals/batch_as_trained_on", self._draw_batch(trainer, batch), 0)
+        if step == 1 and is_pair and image_loggers(trainer) and (data := training_data(trainer)) is not None:
+            log_image(trainer, "visuals/batch_as_trained_on", self._draw_batch(data, batch), 0)
         is_known = isinstance(outputs, Mapping) and "loss" in outputs  # not of a step that optimizes by hand
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches if is_known else math.nan
         for logger in trainer.loggers:
             logger.log_metrics({"train/loss_step": loss, "train/lr": current_lr(trainer)}, step)
 
-    def _draw_batch(self, trainer: pl.Trainer, batch: Batch) -> np.ndarray:
+    def _draw_batch(self, data: ImageDataModule, batch: Batch) -> np.ndarray:
         images, targets = (tensor[:_BATCH_SHOWN].cpu() for tensor in batch)
-        data = require_training_data(trainer)
         assert data.mean is not None
         assert data.std is not None
         pixels = images.float().permute(0, 2, 3, 1) * torch.tensor(data.std) + torch.tensor(data.mean)
@@ -117,7 +118,7 @@ class Dashboard(pl.Callback):
 
         Its CUSTOM SCALARS tab has a large chart each for accuracy, loss, learning rate and the classes.
         """
-        board = board_of(trainer) if trainer.is_global_zero else None
+        board = summary_writer_of(trainer) if trainer.is_global_zero else None
         if board is not None:
             board.add_custom_scalars({"Training": {title: ["Multiline", tags] for title, tags in _CHARTS.items()}})
         if self.config is None or not (trainer.enable_autolog_hparams and trainer.is_global_zero):
@@ -139,7 +140,7 @@ class Dashboard(pl.Callback):
             return
         total, step = trainer.estimated_stepping_batches, trainer.global_step
         interval, last_drawn = (MAX_DRAWINGS * number // total for number in (step, self._drawn_at_step))
-        self._is_drawing = bool(takers_of_images(trainer)) and trainer.is_global_zero and interval > last_drawn
+        self._is_drawing = bool(image_loggers(trainer)) and trainer.is_global_zero and interval > last_drawn
         if self._is_drawing:
             self._drawn_at_step = step
 
@@ -175,7 +176,7 @@ class Dashboard(pl.Callback):
         confusion = confusion.cpu() if isinstance(confusion, Tensor) else None  # a metric may have that name
         if not trainer.is_global_zero or (confusion is None and not self._is_drawing):
             return
-        matrix, board = self._confusion() if confusion is None else confusion.numpy(), board_of(trainer)
+        matrix, board = self._confusion() if confusion is None else confusion.numpy(), summary_writer_of(trainer)
         self.class_names = self.class_names or tuple(map(str, range(len(matrix))))
         if len(self.class_names) != len(matrix):
             if math.isfinite(self._drawn_at_step):
@@ -216,7 +217,7 @@ class Dashboard(pl.Callback):
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the run's row of the HPARAMS tab: metrics of the checkpoint with the best val/acc."""
-        board = board_of(trainer)
+        board = summary_writer_of(trainer)
         if board is None or not trainer.is_global_zero:
             return
         metrics: dict[str, float] = {}
@@ -267,7 +268,8 @@ class RunBoard(TensorBoardLogger):
             with contextlib.suppress(DecodeError):  # damaged from here on
                 for record in RawEventFileLoader(str(file)).Load():
                     event = Event.FromString(record)
-                    if event.step <= steps_done and any(_is_curve(value.tag) for value in event.summary.value):
+                    tags = (value.tag for value in event.summary.value)
+                    if event.step <= steps_done and not all(tag.startswith(_WRITTEN_AGAIN) for tag in tags):
                         self.experiment.file_writer.event_writer.add_event(event)
         self.experiment.flush()
         for file in files:
@@ -290,17 +292,13 @@ class RunBoard(TensorBoardLogger):
             self.save()
 
 
-def _is_curve(tag: str) -> bool:
-    return not tag.startswith(("_hparams_/", "custom_scalars__config__"))  # written again
-
-
-def board_of(trainer: pl.Trainer) -> Any:
+def summary_writer_of(trainer: pl.Trainer) -> Any:
     """Return the SummaryWriter of the first TensorBoard logger, None without one."""
     boards = (logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
     return next(boards, None)
 
 
-def takers_of_images(trainer: pl.Trainer) -> list[Logger]:
+def image_loggers(trainer: pl.Trainer) -> list[Logger]:
     """Return the loggers that take images: TensorBoard's, MLflow's, and those with `log_image`, as WandbLogger."""
     kinds = (TensorBoardLogger, MLFlowLogger)
     return [logger for logger in trainer.loggers if isinstance(logger, kinds) or hasattr(logger, "log_image")]
@@ -308,7 +306,7 @@ def takers_of_images(trainer: pl.Trainer) -> list[Logger]:
 
 def log_image(trainer: pl.Trainer, tag: str, image: np.ndarray, step: int) -> None:
     """Log an image (height, width, 3), uint8, to the loggers that take images."""
-    for logger in takers_of_images(trainer):
+    for logger in image_loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(tag, image, step, dataformats="HWC")
         elif isinstance(logger, MLFlowLogger):

@@ -4,7 +4,6 @@ import lightning.pytorch as pl
 
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.loaders import ImageLoader
-from cifar_lightning.errors import UserError
 
 
 def training_data(trainer: pl.Trainer) -> ImageDataModule | None:
@@ -21,11 +20,3 @@ def repeat_if_overfitting(trainer: pl.Trainer) -> None:
     loader = trainer.train_dataloader
     if isinstance(loader, ImageLoader):
         loader.sampler.repeats = trainer.overfit_batches > 0  # type: ignore[attr-defined]  # set by a connector
-
-
-def require_training_data(trainer: pl.Trainer) -> ImageDataModule:
-    """Return the Trainer's `ImageDataModule`, or raise."""
-    data = training_data(trainer)
-    if data is None:
-        raise UserError("this callback needs trainer.fit(model, datamodule=ImageDataModule(...)).")
-    return data

@@ -1,4 +1,4 @@
-"""Test-time augmentation: logits averaged over views of an image."""
+"""Test-time augmentation: logits averaged over flipped and shifted copies of an image."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -15,7 +15,7 @@ TTA = Literal["none", "mirror", "six"]
 def tta_logits(
     model: Callable[[Tensor], Tensor], images: Float[Tensor, "batch channels height width"], tta: TTA
 ) -> tuple[Float[Tensor, "batch classes"], Float[Tensor, "batch classes"]]:
-    """Return a model's logits averaged over views of each normalized image, and its logits without TTA.
+    """Return a model's logits averaged over copies of each normalized image, and its logits without TTA.
 
     "mirror" is the mean of an image and its mirror image; "six", as in airbench, these two with weight 1/4 each, and
     both shifted by a pixel up-left and down-right with weight 1/8 each, reflected at the border.

@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.models.registry import build_model
 from cifar_lightning.models.speednet import WhiteningConv
-from cifar_lightning.training.model_checks import labelled
+from cifar_lightning.training.model_checks import unpack_batch
 from cifar_lightning.training.predictions import PredictionWriter
 from cifar_lightning.training.tta import tta_logits
 from cifar_lightning.training.whitening_stem import whiten
@@ -329,7 +329,7 @@ def test_labels_of_any_integers_are_trained_on():
 )
 def test_a_batch_that_is_no_pair_of_images_and_labels_is_refused_with_its_form(batch, given):
     with pytest.raises(UserError, match=f"a batch is {given}.*images, labels"):
-        labelled(batch)
+        unpack_batch(batch)
 
 
 class Tempered(ImageClassifier):

@@ -26,7 +26,6 @@ from cifar_lightning.training.last_checkpoint import CheckpointSchedule, LastChe
 from cifar_lightning.training.model_checks import check_monitors
 from cifar_lightning.training.run_recorder import RunRecorder, peak_memory_mb
 from cifar_lightning.training.signals import Stopped, StopSignals
-from cifar_lightning.training.trainer_data import require_training_data
 
 NARROW = {"widths": [2, 2, 2]}
 
@@ -343,11 +342,6 @@ def test_a_changed_config_is_written_once_all_processes_have_begun(tmp_path, fol
 def test_the_recorder_leaves_validation_out_where_nothing_is_held_out(tmp_path, folder):
     fit(tmp_path, [RunRecorder(folder)], val_fraction=0.0)
     assert "val/acc" not in MetricsTable(folder.metrics_csv).read()[0]
-
-
-def test_these_callbacks_say_which_data_they_need():
-    with pytest.raises(UserError, match="ImageDataModule"):
-        require_training_data(pl.Trainer(logger=False, enable_checkpointing=False))
 
 
 def test_peak_memory_is_this_process_in_megabytes():

@@ -140,7 +140,7 @@ def drawn_at(monkeypatch, steps, total, resumed_at=0):
     """Return the steps of the validations that are drawn of those at `steps`."""
     trainer = SimpleNamespace(state=TrainerState(fn=TrainerFn.FITTING), estimated_stepping_batches=total)
     vars(trainer).update(is_global_zero=True, loggers=(), global_step=resumed_at)
-    monkeypatch.setattr("cifar_lightning.training.tensorboard.takers_of_images", lambda trainer: [object()])
+    monkeypatch.setattr("cifar_lightning.training.tensorboard.image_loggers", lambda trainer: [object()])
     dashboard, drawn = Dashboard(("a", "b"), {}), []
     dashboard.on_train_start(trainer, None)
     for trainer.global_step in steps:
