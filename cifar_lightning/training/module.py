@@ -454,6 +454,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return those of convolutions and EMA, and for `fit` the callbacks that every training needs."""
         callbacks: list[pl.Callback] = []
+        of_earlier = (EmaWeights, ResumedSettings, WhiteningStem)  # they hold the module that this Trainer had before
+        self.trainer.callbacks = [each for each in self.trainer.callbacks if type(each) not in of_earlier]  # type: ignore[attr-defined]  # set by a connector
         present = map(type, self.trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
         if WinogradConvolutions not in present:  # else it is of an earlier call of this Trainer
             callbacks.append(WinogradConvolutions())

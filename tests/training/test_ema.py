@@ -5,8 +5,9 @@ import signal
 import lightning.pytorch as pl
 import pytest
 import torch
-from fitting import NARROW, Signal, fit_run
+from fitting import NARROW, Signal, fit_run, quiet_trainer, small_data
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
 from test_resume_state import result_of, seed
 
 from benchmarks.faults.judge import differences
@@ -117,6 +118,30 @@ def test_a_checkpoint_of_weights_alone_holds_the_average_that_was_validated(tmp_
     assert alone["state_dict"].keys() == whole["state_dict"].keys()
     assert all(torch.equal(tensor, whole["state_dict"][name]) for name, tensor in alone["state_dict"].items())
     assert not torch.equal(alone["state_dict"]["model.head.weight"], whole["current_model_state"]["model.head.weight"])
+
+
+def test_another_module_of_the_same_trainer_has_its_own_weights_and_no_average(tmp_path):
+    averaged, other = module(), ImageClassifier(image_size=16, model_kwargs=NARROW, lr=0.01)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(averaged, small_data())
+    trainer.validate(other, small_data(), verbose=False)
+    expected = quiet_trainer(tmp_path).validate(other, small_data(), verbose=False)
+    assert trainer.callback_metrics["val/loss"].item() == pytest.approx(expected[0]["val/loss"])
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(other, small_data())
+    assert not any(isinstance(callback, EmaWeights) for callback in trainer.callbacks)
+
+
+def test_weights_of_an_average_are_left_where_another_lightning_module_is_validated(tmp_path):
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module(), small_data())
+    other = BoringModel()
+    before = other.layer.weight.detach().clone()
+    seen = []
+    other.on_validation_batch_start = lambda *args: seen.append(torch.equal(other.layer.weight, before))
+    trainer.validate(other, verbose=False)
+    assert seen
+    assert all(seen)
 
 
 class Own(ImageClassifier):
