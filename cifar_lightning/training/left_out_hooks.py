@@ -10,7 +10,8 @@ class LeftOutHooks(pl.Callback):
     """Calls the hooks of the base class, which may be called twice; on_fit_start only where it was left out.
 
     Hooks of a LightningModule do nothing, and nobody calls super() in them. Without those of ImageClassifier class
-    weights are ignored, train/loss is of all epochs so far, and DDP trains layers that are still frozen.
+    weights are ignored, train/loss is of all epochs so far, DDP trains layers that are still frozen, and a checkpoint
+    does not name the class that it is of.
 
     Args:
         base: `ImageClassifier`.
@@ -28,6 +29,12 @@ class LeftOutHooks(pl.Callback):
     ) -> None:
         if isinstance(pl_module, self.base):
             self.base.on_load_checkpoint(pl_module, checkpoint)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if isinstance(pl_module, self.base):
+            self.base.on_save_checkpoint(pl_module, checkpoint)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not isinstance(pl_module, self.base):

@@ -349,6 +349,9 @@ class OwnHooks(ImageClassifier):
     def on_fit_start(self):
         pass
 
+    def on_save_checkpoint(self, checkpoint):
+        pass
+
     def on_load_checkpoint(self, checkpoint):
         pass
 
@@ -366,7 +369,7 @@ def test_hooks_of_a_subclass_without_super_leave_out_nothing_of_the_training(tmp
     torch.manual_seed(0)
     torch.save(ImageClassifier(image_size=16, model_kwargs=NARROW).model.state_dict(), tmp_path / "trained.pt")
     settings = {"image_size": 16, "model_kwargs": NARROW, "lr": 0.01, "pretrained": str(tmp_path / "trained.pt")}
-    logged, resumed = [], []
+    logged, resumed, saved = [], [], []
     for kind in (ImageClassifier, OwnHooks):
         torch.manual_seed(1)
         module, data = kind(**settings), small_data(class_weights="balanced", limit=197)
@@ -374,11 +377,13 @@ def test_hooks_of_a_subclass_without_super_leave_out_nothing_of_the_training(tmp
         run.fit(module, data)
         logged.append({name: value.item() for name, value in run.callback_metrics.items()})
         run.save_checkpoint(tmp_path / "two.ckpt")
+        saved.append(torch.load(tmp_path / "two.ckpt", weights_only=True))
         again = kind(**settings)
         more = quiet_trainer(tmp_path, max_epochs=3, limit_val_batches=0)
         more.fit(again, small_data(class_weights="balanced", limit=197), ckpt_path=tmp_path / "two.ckpt")
         resumed.append(again.state_dict())
     assert logged[0] == logged[1]
+    assert saved[0].keys() == saved[1].keys()
     assert all(torch.equal(tensor, resumed[1][name]) for name, tensor in resumed[0].items())
 
 
