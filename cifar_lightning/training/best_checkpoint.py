@@ -32,6 +32,12 @@ class BestCheckpoint(ModelCheckpoint):
         self._run = run
         self._best_loss = math.inf
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Consider each validation where a number of batches is between two; Lightning takes 1 for 1.0, an epoch."""
+        super().setup(trainer, pl_module, stage)
+        if isinstance(getattr(trainer, "val_check_interval", None), int):  # which Lightning does not set for a duration
+            self._save_on_train_epoch_end = False
+
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         """Whether this epoch is the best so far, by the metrics of all processes."""
         if current is None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from pydantic import Field
 
 from cifar_lightning.checkpoints.resume import has_stopped
@@ -52,6 +53,12 @@ class AnnealingEarlyStopping(EarlyStopping):
         super().__init__(monitor=monitor, mode=mode or better, patience=patience, min_delta=min_delta)
         self._has_stopped = False  # before the resume
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check after each validation where a number of batches is between two; Lightning takes 1 for 1.0, an epoch."""
+        super().setup(trainer, pl_module, stage)
+        if isinstance(getattr(trainer, "val_check_interval", None), int):  # which Lightning does not set for a duration
+            self._check_on_train_epoch_end = False
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the count, with this run's patience."""
         super().load_state_dict({**state_dict, "patience": self.patience})
@@ -74,6 +81,7 @@ class AnnealingEarlyStopping(EarlyStopping):
         self.patience = max(self.patience, math.ceil(epochs * per_epoch / 3))
         if self._has_stopped and trainer.fit_loop._can_stop_early:
             self.wait_count = self.stopped_epoch = 0
+            self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         elif self._has_stopped:
             trainer.should_stop = True
         self._has_stopped = False
@@ -101,6 +109,20 @@ def skip_cut_epochs(trainer: pl.Trainer) -> None:
     for callback in trainer.early_stopping_callbacks:
         if not isinstance(callback, AnnealingEarlyStopping):
             _skip_cut_epochs(callback)
+
+
+def continue_or_stop(trainer: pl.Trainer) -> None:
+    """Have a resumed run that the user's EarlyStopping has stopped train on, or to the limit that held its stop back.
+
+    It is resumed with changed settings, or before `min_epochs` or `min_steps`. AnnealingEarlyStopping does so alone.
+    """
+    for callback in trainer.early_stopping_callbacks:
+        if isinstance(callback, AnnealingEarlyStopping) or not has_stopped(callback.state_dict()):
+            continue
+        if trainer.fit_loop._can_stop_early:
+            callback.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+        else:
+            trainer.should_stop = True
 
 
 def _skip_cut_epochs(callback: EarlyStopping) -> None:

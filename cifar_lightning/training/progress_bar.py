@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ProgressBar, Timer
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
@@ -129,7 +130,10 @@ class RunProgress(ProgressBar):
             return  # at its end anyway
         for stopper in trainer.early_stopping_callbacks:
             if self._enabled and isinstance(stopper, AnnealingEarlyStopping) and has_stopped(stopper.state_dict()):
-                reason = f"no better {stopper.monitor} in the last {plural(stopper.wait_count, 'validation')}"
+                count = max(stopper.wait_count, stopper.patience)  # it may have improved since, up to min_epochs
+                reason = f"no better {stopper.monitor} in the last {plural(count, 'validation')}"
+                if stopper.stopping_reason is EarlyStoppingReason.NON_FINITE_METRIC:
+                    reason = f"{stopper.monitor} was NaN or infinite"
                 self._print(f"stopped early: {reason} (--early_stopping.patience)")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -11,7 +11,7 @@ from cifar_lightning.checkpoints.loading import IS_INSIDE_WINDOW, is_inside_epoc
 from cifar_lightning.checkpoints.rng_state import restore_rng, rng_state
 from cifar_lightning.checkpoints.schema import RESUME_STATE
 from cifar_lightning.errors import UserError
-from cifar_lightning.training.early_stopping import AnnealingEarlyStopping, skip_cut_epochs
+from cifar_lightning.training.early_stopping import AnnealingEarlyStopping, continue_or_stop, skip_cut_epochs
 from cifar_lightning.training.lightning_patches import (
     end_resumed_epoch_as_any,
     start_next_epoch,
@@ -78,6 +78,7 @@ class ResumeState(pl.Callback):
         step_plateaus(trainer, (self._loaded or {}).get(_PLATEAUS, {}))
         validate_on_schedule_only(trainer)
         skip_cut_epochs(trainer)
+        continue_or_stop(trainer)
         if self._loaded is None:
             return
         ranks, self._loaded = self._loaded["ranks"], None

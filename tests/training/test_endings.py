@@ -13,6 +13,7 @@ from benchmarks.faults.judge import differences
 from cifar_lightning import ImageClassifier
 from cifar_lightning.checkpoints.durable import newest_checkpoint
 from cifar_lightning.checkpoints.loading import is_inside_epoch, progress_of, read_checkpoint
+from cifar_lightning.checkpoints.resume import has_stopped, stop_point
 from cifar_lightning.errors import UserError
 from cifar_lightning.runs.contents import read_json
 from cifar_lightning.runs.ending import ending_text, is_short
@@ -259,6 +260,18 @@ def test_early_stopping_of_the_user_counts_validations_inside_an_epoch(tmp_path)
     stopping = EarlyStopping("val/acc", min_delta=1, patience=9)
     fit_run(tmp_path / "run", stopping, trainer={"val_check_interval": 3, "max_steps": 14})
     assert stopping.wait_count == 3
+
+
+def test_a_threshold_of_the_users_early_stopping_is_the_end_of_the_run_until_a_setting_changes(tmp_path):
+    run, _ = fit_run(tmp_path / "run", EarlyStopping("val/acc", mode="max", stopping_threshold=-1.0), epochs=4)
+    assert read_json(run.environment)["ended"] == {"by": "early_stopping", "epochs": 1, "step": 9, "planned_steps": 36}
+    point = stop_point(run)
+    assert point.is_end(4, -1, {})
+    assert not point.is_end(4, -1, {"trainer.callbacks": (None, None)})
+    without = EarlyStopping("val/acc", mode="max")
+    fit_run(run.path, without, epochs=3, ckpt_path=run.last_checkpoint, trainer={"max_steps": 20})
+    assert read_json(run.environment)["ended"]["by"] == "max_steps"
+    assert not has_stopped(without.state_dict())
 
 
 def test_a_changed_patience_of_the_users_early_stopping_is_in_force_when_resumed(tmp_path):

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoi
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
+from cifar_lightning.checkpoints.loading import read_checkpoint
 from cifar_lightning.checkpoints.resume import has_stopped, stop_point
 from cifar_lightning.cli.fit import Resume
 from cifar_lightning.runs.contents import read_json
@@ -83,6 +84,24 @@ def test_early_stopping_waits_for_the_peak_and_then_a_third_of_the_epochs(tmp_pa
     module = scripted(0.9, 0.8, 0.7, 0.5, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4)
     run = fit(tmp_path, [AnnealingEarlyStopping(patience=1)], epochs=12, module=module)
     assert run.current_epoch == 8  # first counted after epoch 4 (index 3), patience 4
+
+
+class ScriptedByStep(Scripted):
+    """Reports a chosen validation accuracy a step."""
+
+    def on_validation_epoch_end(self):
+        self.val_metrics.reset()
+        self.log_dict({"val/acc": self.script[self.global_step - 1], "val/loss": 1.0})
+
+
+def test_a_validation_after_each_batch_is_counted_and_the_best_of_all_is_kept(tmp_path):
+    module, stopper = ScriptedByStep(image_size=16, model_kwargs=NARROW), AnnealingEarlyStopping(patience=1)
+    module.script = (0.5, 0.6, 0.9, *[0.4] * 15)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.01)
+    with warnings.catch_warnings(action="ignore"):  # Lightning's, that the method is replaced
+        run, trainer = fit_run(tmp_path, stopper, epochs=2, module=module, trainer={"val_check_interval": 1})
+    assert (stopper.patience, stopper.wait_count, trainer.global_step) == (6, 6, 9)
+    assert read_checkpoint(run.best_checkpoint)["global_step"] == 3
 
 
 def test_early_stopping_lets_a_run_that_improves_in_the_annealing_finish(tmp_path):
