@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from cifar_lightning.checkpoints.loading import load_weights
+from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint
 from cifar_lightning.cli.lightning_cli import TrainingCLI
 from cifar_lightning.errors import UserError, remark
-from cifar_lightning.formatting import printable
+from cifar_lightning.formatting import clipped, printable
+from cifar_lightning.models.state_dicts import find_weights
 from cifar_lightning.runs.folder import shipped_models, suggest_shipped, weights_file
 from cifar_lightning.training.module import ImageClassifier
 
@@ -17,6 +18,7 @@ def load_initial_weights(cli: TrainingCLI, model: ImageClassifier) -> None:
         try:
             file = weights_file(given)
             load_weights(model.model, file)
+            _load_others(model, file)
         except UserError as error:
             raise UserError(f"--init_weights {given}: {error}{suggest_shipped(given)}") from error
         remark(printable(f"Initialized with the weights of {file}."))
@@ -29,3 +31,17 @@ def load_initial_weights(cli: TrainingCLI, model: ImageClassifier) -> None:
             f"warning: --model.freeze {settings.freeze}: the weights that are not trained are random; give "
             f"--model.pretrained{source}, or --init_weights."
         )
+
+
+def _load_others(module: ImageClassifier, file: Path) -> None:
+    """Load the weights of a subclass or loss next to the model from a checkpoint that has them; name the others."""
+    ours = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith("model.")}
+    if not ours:
+        return
+    theirs = {} if file.suffix == ".safetensors" else find_weights(read_checkpoint(file))
+    if not any(name.startswith("model.") for name in theirs):  # of a model alone, where equal names are others
+        theirs = {}
+    fitting = {name: theirs[name] for name in ours if name in theirs and theirs[name].shape == ours[name].shape}
+    module.load_state_dict(fitting, strict=False)
+    if others := [name for name in ours if name not in fitting]:
+        remark(printable(f"remark: --init_weights {file} has no {clipped(', '.join(others))}; these start untrained."))
