@@ -27,6 +27,7 @@ from cifar_lightning.checkpoints.resume import (
 from cifar_lightning.cli.initial_weights import load_initial_weights
 from cifar_lightning.cli.lightning_cli import PythonObjects, TrainingCLI, build_trainer, prepare_data
 from cifar_lightning.cli.parser import as_list, refuse_early_stopping
+from cifar_lightning.cli.trainer_objects import check_kinds
 from cifar_lightning.cli.tune import apply_lr_finder
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.image_folder import write_skipped_files
@@ -168,6 +169,11 @@ def find_resume(cli: TrainingCLI, run: RunFolder) -> Resume:
             "--trainer.enable_checkpointing false: what a resumed run trains would not be kept; leave it out, or give "
             "true."
         )
+    if trainer.limit_val_batches == 0 and run.best_checkpoint.exists():
+        raise UserError(
+            f"--trainer.limit_val_batches {trainer.limit_val_batches}: without validation {run.best_checkpoint} stays "
+            "that of an earlier epoch, and would be tested as the result; give 1.0."
+        )
     changes = find_changes(run, cli.config_text)
     resume = Resume(run, stop_point(run), changes)
     resume.point.check_length(trainer.max_epochs, trainer.max_steps)
@@ -208,6 +214,11 @@ def create_or_resume_run(
             require_resumable(checkpoint, ckpt_path)
             point = StopPoint(ckpt_path, progress_of(checkpoint)[0], checkpoint.get("global_step", 0))
             point.check_rest(settings.trainer.max_epochs, settings.trainer.max_steps)
+            if "current_model_state" in checkpoint and not model.ema_decay:
+                remark(
+                    "remark: --ckpt_path is of a run with EMA: without --model.ema_decay training continues from the "
+                    "average, with the optimizer's state of the raw weights."
+                )
             if settings.optimizer:
                 remark_on_restored(checkpoint, model.configure_optimizers(), settings.optimizer)
         name = config_name(cli.settings.config, cli.model_name)
@@ -283,7 +294,10 @@ def build_fit_trainer(
     `ImageClassifier.configure_callbacks` adds those of the model: convolutions, NaN guard, EMA, whitening stem
     and resumed settings.
     """
-    keep_in_run(as_list(settings.trainer.callbacks), run)
+    users = as_list(settings.trainer.callbacks)
+    if resume is None:
+        refuse_used(users)
+    keep_in_run(users, run)
     record = resume.point.record(run, resume.changes) if resume is not None else None
     changed = cli.config_text if resume is not None and resume.changes else None
     callbacks: list[pl.Callback] = [
@@ -303,7 +317,38 @@ def build_fit_trainer(
     board = None
     if settings.trainer.logger in (None, True):
         board = board_for(run, resume.point.steps_done if resume is not None else None)
-    return build_trainer(settings.trainer, callbacks, logger=board, run=run)
+    trainer = build_trainer(settings.trainer, [*callbacks, added := AddedCallbacks(run)], logger=board, run=run)
+    added.known = tuple(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+    return trainer
+
+
+class AddedCallbacks(pl.Callback):
+    """Checks the callbacks that a subclass adds in `configure_callbacks`, as those of --trainer.callbacks are."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run, self.known = run, tuple[pl.Callback, ...]()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check them before they are set up."""
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        added = [each for each in callbacks if each not in self.known]
+        if stage == "fit":
+            if getattr(pl_module, "plans_schedule", False):  # most are refused for what they do to our schedule
+                check_kinds((type(each) for each in added if not _is_ours(each)), "configure_callbacks:")
+            keep_in_run(added, self.run)
+
+
+def _is_ours(callback: pl.Callback) -> bool:
+    return type(callback).__module__.startswith("cifar_lightning.")
+
+
+def refuse_used(callbacks: Sequence[pl.Callback]) -> None:
+    """Raise for a callback of an earlier run: it has the best score of that run, or would delete its checkpoints."""
+    for callback in callbacks:
+        has_saved = isinstance(callback, ModelCheckpoint) and callback.best_model_path
+        has_counted = isinstance(callback, EarlyStopping) and (callback.wait_count or callback.best_score.isfinite())
+        if has_saved or has_counted:
+            raise UserError(f"callbacks: {type(callback).__name__} was used in another run; make one for each fit.")
 
 
 def keep_in_run(callbacks: Sequence[pl.Callback], run: RunFolder) -> None:

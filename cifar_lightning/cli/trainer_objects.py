@@ -95,13 +95,13 @@ LOGGERS = {
 }
 
 
-def check_kinds(kinds: Iterable[Any]) -> None:
+def check_kinds(kinds: Iterable[Any], source: str = "--trainer.callbacks") -> None:
     """Raise a `UserError` for a class of callbacks that would fail or mislead; what is no class is skipped."""
     library = importlib.import_module("lightning.pytorch.callbacks")
     for kind in kinds:
         for name, verdict in CALLBACKS.items():
             if verdict.refused and isinstance(kind, type) and issubclass(kind, getattr(library, name)):
-                raise UserError(f"--trainer.callbacks {kind.__name__}: {verdict.refused}.")
+                raise UserError(f"{source} {kind.__name__}: {verdict.refused}.")
 
 
 def drop_unserializable_defaults(settings: Namespace) -> None:

@@ -1,5 +1,6 @@
 """The real program, in new processes, as a user types it."""
 
+import contextlib
 import csv
 import json
 import shutil
@@ -10,18 +11,21 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fitting import quiet_trainer, small_data
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from PIL import Image
 from program import REPO, TINY, fail, start
 
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.loading import read_checkpoint
 from cifar_lightning.cli.fit import (
+    AddedCallbacks,
     Resume,
     create_or_resume_run,
     keep_in_run,
     load_initial_weights,
+    refuse_used,
     remark_on_few,
     remark_on_restored,
 )
@@ -330,6 +334,7 @@ def test_a_run_is_not_resumed_on_other_images(tmp_path, monkeypatch, capsys):
         (["--data.val_fraction", "0.2"], ["--data.val_fraction 0.2", "0.1"]),
         (["--epochs", "1"], ["--epochs 1", "2 or more"]),
         (["--epochs", "3", "--trainer.enable_checkpointing", "false"], ["--trainer.enable_checkpointing false"]),
+        (["--epochs", "3", "--trainer.limit_val_batches", "0"], ["--trainer.limit_val_batches 0", "best.ckpt", "1.0"]),
         (["--model.tta", "mirror"], ["--model.tta mirror", "none", "test"]),
         (["--seed_everything", "true"], ["--seed_everything true"]),
     ],
@@ -548,6 +553,61 @@ def test_initial_weights_that_do_not_load_are_named_by_their_flag(given, message
     with pytest.raises(UserError, match=f"--init_weights {given}: .*{message}") as error:
         load_initial_weights(cli, ImageClassifier("smallnet", 3))
     assert ("Did you mean" in str(error.value)) is (given == "SmallNet")
+
+
+class Scaled(ImageClassifier):
+    """Has a parameter and a layer next to its model."""
+
+    def __init__(self, num_outputs=10):
+        super().__init__(image_size=16, model_kwargs={"widths": [2, 2]})
+        self.scale, self.mixed = torch.nn.Parameter(torch.ones(())), torch.nn.Linear(10, num_outputs)
+
+
+def test_initial_weights_are_also_those_next_to_the_model(tmp_path, capsys):
+    trained = Scaled()
+    trained.scale.data.fill_(3.0)
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "trained.ckpt")
+    cli = SimpleNamespace(settings=SimpleNamespace(init_weights=tmp_path / "trained.ckpt"))
+    for module, is_named in ((Scaled(), False), (Scaled(num_outputs=4), True)):
+        load_initial_weights(cli, module)
+        assert (module.scale.item(), torch.equal(module.model.head.weight, trained.model.head.weight)) == (3.0, True)
+        assert ("mixed.weight, mixed.bias" in capsys.readouterr().out) is is_named
+
+
+class Averaging(ImageClassifier):
+    def configure_callbacks(self):
+        return [*super().configure_callbacks(), EMAWeightAveraging()]
+
+
+class Overwriting(ImageClassifier):
+    def configure_callbacks(self):
+        return [*super().configure_callbacks(), ModelCheckpoint(filename="best")]
+
+
+class Saving(ImageClassifier):
+    def configure_callbacks(self):
+        self.saving = ModelCheckpoint(filename="mine-{epoch}")
+        return [*super().configure_callbacks(), self.saving]
+
+
+def test_callbacks_that_a_subclass_adds_are_checked_and_kept_in_the_run_as_those_of_flags(tmp_path):
+    run, tiny = RunFolder(tmp_path / "run"), {"image_size": 16, "model_kwargs": {"widths": [2, 2]}}
+    for kind, message in ((Averaging, "configure_callbacks: EMAWeight"), (Overwriting, "filename best"), (Saving, "")):
+        added, module = AddedCallbacks(run), kind(**tiny)
+        trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[added, Checkpoint()])
+        added.known = tuple(trainer.callbacks)
+        with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+            trainer.fit(module, small_data(limit=100))
+    assert module.saving.dirpath == str(run.checkpoints)
+
+
+def test_callbacks_of_an_earlier_run_are_refused():
+    saving, stopping = ModelCheckpoint(), EarlyStopping("val/acc")
+    refuse_used([saving, stopping])
+    saving.best_model_path, stopping.best_score = "runs/1/checkpoints/mine.ckpt", torch.tensor(0.9)
+    for used in (saving, stopping):
+        with pytest.raises(UserError, match=f"callbacks: {type(used).__name__} was used in another run"):
+            refuse_used([used])
 
 
 def test_a_small_validation_split_is_remarked_on(capsys):
