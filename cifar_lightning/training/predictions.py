@@ -55,7 +55,8 @@ class PredictionWriter(pl.Callback):
         self._logits.append(logits_of(pl_module, outputs, batch).float().cpu())
         self._targets.append(batch[1].cpu())
 
-    on_predict_batch_end = on_test_batch_end
+    def on_predict_batch_end(self, *args: Any) -> None:
+        self.on_test_batch_end(*args)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
