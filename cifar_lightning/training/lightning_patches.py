@@ -108,6 +108,16 @@ def start_next_epoch(trainer: pl.Trainer) -> None:
         loop.epoch_progress.current.completed = loop.epoch_progress.current.processed  # type: ignore[attr-defined]  # typed as its base
 
 
+def logged_metrics(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return the metrics that callbacks and schedules have seen, on the CPU; none is computed for this."""
+    return {name: value.cpu() for name, value in trainer._logger_connector._callback_metrics.items()}
+
+
+def restore_metrics(trainer: pl.Trainer, metrics: Mapping[str, Any]) -> None:
+    """Have callbacks and schedules find these metrics before they are logged again; Lightning 2.6.6 saves none."""
+    trainer._logger_connector._callback_metrics.update(metrics)
+
+
 def step_plateaus(trainer: pl.Trainer, metrics: Mapping[int, float]) -> None:
     """Step the ReduceLROnPlateau schedules at these positions with the metrics of the epoch that a checkpoint ended.
 

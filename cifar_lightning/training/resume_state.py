@@ -14,13 +14,15 @@ from cifar_lightning.errors import UserError
 from cifar_lightning.training.early_stopping import AnnealingEarlyStopping, continue_or_stop, skip_cut_epochs
 from cifar_lightning.training.lightning_patches import (
     end_resumed_epoch_as_any,
+    logged_metrics,
+    restore_metrics,
     start_next_epoch,
     step_plateaus,
     validate_on_schedule_only,
 )
 from cifar_lightning.training.module import ImageClassifier
 
-_PLATEAUS = "plateaus"
+_METRICS, _PLATEAUS = "metrics", "plateaus"
 
 
 class ResumeState(pl.Callback):
@@ -39,7 +41,7 @@ class ResumeState(pl.Callback):
         if trainer.world_size > 1:
             ranks = [None] * trainer.world_size
             torch.distributed.all_gather_object(ranks, own)
-        checkpoint[RESUME_STATE] = {"ranks": ranks}
+        checkpoint[RESUME_STATE] = {"ranks": ranks, _METRICS: logged_metrics(trainer)}
         if trainer.fit_loop.epoch_loop._should_accumulate():
             checkpoint[RESUME_STATE][IS_INSIDE_WINDOW] = True
         if not is_inside_epoch(checkpoint) and (monitored := _due_plateaus(trainer)):
@@ -75,6 +77,7 @@ class ResumeState(pl.Callback):
         """Restore the states; nothing may draw random numbers between this and the first batch."""
         assert isinstance(pl_module, ImageClassifier)
         start_next_epoch(trainer)
+        restore_metrics(trainer, (self._loaded or {}).get(_METRICS, {}))
         step_plateaus(trainer, (self._loaded or {}).get(_PLATEAUS, {}))
         validate_on_schedule_only(trainer)
         skip_cut_epochs(trainer)

@@ -96,6 +96,36 @@ def test_a_run_whose_module_optimizes_by_hand_resumes_with_its_schedule(tmp_path
     assert differences(result_of(run), result_of(whole)) == []
 
 
+class StepPlateau(ImageClassifier):
+    """Logs a metric of its own in each step, by which its learning rate falls."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("own_loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=3)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "monitor": "own_loss", "interval": "step"},
+        }
+
+
+def test_metrics_of_a_subclass_are_there_for_its_schedule_when_a_validation_is_resumed(tmp_path):
+    def made():
+        seed(0)
+        return StepPlateau(image_size=16, model_kwargs=NARROW)
+
+    whole, _ = start(tmp_path / "whole", module=made())
+    with pytest.raises(Stopped):
+        start(tmp_path / "run", Signal("on_validation_batch_start", 9), module=made())
+    seed(1)
+    run = start_again(RunFolder(tmp_path / "run"), (), module=made())
+    assert differences(result_of(run), result_of(whole)) == []
+
+
 @pytest.mark.parametrize(
     ("hook", "step"),
     [
@@ -248,7 +278,8 @@ def test_inside_an_epoch_another_number_of_processes_is_refused(tmp_path):
         start(tmp_path / "run", Signal("on_train_batch_start", 4, signal.SIGTERM))
     checkpoint = read_checkpoint(RunFolder(tmp_path / "run").last_checkpoint)
     assert is_inside_epoch(checkpoint)
-    two = type("Trainer", (), {"world_size": 2, "callbacks": (), "state": type("State", (), {"fn": TrainerFn.FITTING})})
+    fitting = {"world_size": 2, "callbacks": (), "early_stopping_callbacks": ()}
+    two = type("Trainer", (), {**fitting, "state": type("State", (), {"fn": TrainerFn.FITTING})})
     with pytest.raises(UserError, match=r"inside an epoch on 1 process\(es\), not on 2"):
         ResumeState().on_load_checkpoint(two, ImageClassifier(), checkpoint)
     testing = type("Trainer", (), {"world_size": 2, "state": type("State", (), {"fn": TrainerFn.TESTING})})
