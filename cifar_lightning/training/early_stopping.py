@@ -111,18 +111,14 @@ def skip_cut_epochs(trainer: pl.Trainer) -> None:
             _skip_cut_epochs(callback)
 
 
-def continue_or_stop(trainer: pl.Trainer) -> None:
-    """Have a resumed run that the user's EarlyStopping has stopped train on, or to the limit that held its stop back.
+def forget_earlier_stop(trainer: pl.Trainer) -> None:
+    """Have the user's EarlyStopping callbacks not count as having stopped a run that is resumed after their stop.
 
-    It is resumed with changed settings, or before `min_epochs` or `min_steps`. AnnealingEarlyStopping does so alone.
+    It is resumed with changed settings, or `min_epochs` or `min_steps` still hold the stop back.
     """
     for callback in trainer.early_stopping_callbacks:
-        if isinstance(callback, AnnealingEarlyStopping) or not has_stopped(callback.state_dict()):
-            continue
-        if trainer.fit_loop._can_stop_early:
+        if trainer.fit_loop._can_stop_early and not isinstance(callback, AnnealingEarlyStopping):
             callback.stopping_reason = EarlyStoppingReason.NOT_STOPPED
-        else:
-            trainer.should_stop = True
 
 
 def _skip_cut_epochs(callback: EarlyStopping) -> None:

@@ -11,7 +11,7 @@ from cifar_lightning.checkpoints.loading import IS_INSIDE_WINDOW, is_inside_epoc
 from cifar_lightning.checkpoints.rng_state import restore_rng, rng_state
 from cifar_lightning.checkpoints.schema import RESUME_STATE
 from cifar_lightning.errors import UserError
-from cifar_lightning.training.early_stopping import AnnealingEarlyStopping, continue_or_stop, skip_cut_epochs
+from cifar_lightning.training.early_stopping import AnnealingEarlyStopping, forget_earlier_stop, skip_cut_epochs
 from cifar_lightning.training.lightning_patches import (
     end_resumed_epoch_as_any,
     logged_metrics,
@@ -22,7 +22,7 @@ from cifar_lightning.training.lightning_patches import (
 )
 from cifar_lightning.training.module import ImageClassifier
 
-_METRICS, _PLATEAUS = "metrics", "plateaus"
+_METRICS, _PLATEAUS, _STOPS = "metrics", "plateaus", "stops"
 
 
 class ResumeState(pl.Callback):
@@ -46,6 +46,8 @@ class ResumeState(pl.Callback):
             checkpoint[RESUME_STATE][IS_INSIDE_WINDOW] = True
         if not is_inside_epoch(checkpoint) and (monitored := _due_plateaus(trainer)):
             checkpoint[RESUME_STATE][_PLATEAUS] = monitored
+        if trainer.should_stop and not _is_time_up(trainer):  # which min_epochs or min_steps may hold back
+            checkpoint[RESUME_STATE][_STOPS] = True
         _drop_timers(trainer, checkpoint)
 
     def on_load_checkpoint(
@@ -81,7 +83,9 @@ class ResumeState(pl.Callback):
         step_plateaus(trainer, (self._loaded or {}).get(_PLATEAUS, {}))
         validate_on_schedule_only(trainer)
         skip_cut_epochs(trainer)
-        continue_or_stop(trainer)
+        forget_earlier_stop(trainer)
+        if (self._loaded or {}).get(_STOPS) and not trainer.fit_loop._can_stop_early:
+            trainer.should_stop = True
         if self._loaded is None:
             return
         ranks, self._loaded = self._loaded["ranks"], None
@@ -110,6 +114,11 @@ def _due_plateaus(trainer: pl.Trainer) -> dict[int, float]:
         and epoch % config.frequency == 0
         and config.monitor in metrics
     }
+
+
+def _is_time_up(trainer: pl.Trainer) -> bool:
+    timers = (each for each in trainer.callbacks if isinstance(each, Timer))  # type: ignore[attr-defined]  # set by a connector
+    return any(left_s is not None and left_s <= 0 for left_s in (timer.time_remaining() for timer in timers))
 
 
 def _drop_timers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:

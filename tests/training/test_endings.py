@@ -245,6 +245,20 @@ def test_a_stop_adds_no_validation(tmp_path):
     assert differences(result_of(run), whole) == []
 
 
+def test_a_stop_that_min_epochs_holds_back_ends_the_resumed_run_where_it_would_have(tmp_path):
+    limit = {"min_epochs": 3}
+    torch.manual_seed(0)
+    whole, _ = fit_run(tmp_path / "whole", StopAt(12), epochs=4, eval_batch_size=100, trainer=limit)
+    torch.manual_seed(0)
+    stops = StopAt(12), Signal("on_train_batch_start", 20)
+    with pytest.raises(Stopped):
+        fit_run(tmp_path / "run", *stops, epochs=4, eval_batch_size=100, trainer=limit)
+    run = RunFolder(tmp_path / "run")
+    resume(run, trainer=limit)
+    assert len(MetricsTable(run.metrics_csv).read()) == 3
+    assert differences(result_of(run), result_of(whole)) == []
+
+
 @pytest.mark.parametrize("monitor", ["val/acc", "train/loss"])
 @pytest.mark.parametrize("max_steps", [5, 14])
 def test_early_stopping_of_the_user_counts_no_epoch_that_is_cut(tmp_path, monitor, max_steps):
