@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cifar_lightning.cli.evaluate import evaluate
 from cifar_lightning.cli.fit import fit as fit_run
-from cifar_lightning.cli.flags import ALIASES, FRONT_ONLY, GROUPS, MAY_BE_OBJECTS
+from cifar_lightning.cli.flags import ALIASES, FRONT_ONLY, GROUPS
 from cifar_lightning.cli.lightning_cli import PythonObjects, training_process
 from cifar_lightning.cli.main import training_arguments
 from cifar_lightning.data.datamodule import ImageDataModule
@@ -194,6 +194,7 @@ class Run:
 
         Raises:
             UserError: An image cannot be read or has another form, or the run has no temperature.
+            RunError: Memory is short.
         """
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size {batch_size}: 1 or more.")
@@ -349,10 +350,9 @@ def _typed(settings: dict[str, Any], objects: PythonObjects) -> tuple[list[str],
         for name in chosen:
             if isinstance(given, kind) and ALIASES.get(name, name).startswith(f"{group}."):
                 raise UserError(f"{name}: the {type(given).__name__} that is given has its own; set it there.")
-    given = [name for name in MAY_BE_OBJECTS if getattr(objects, name.partition(".")[0]) is not None]
     if objects.data is not None:
         chosen["data.dataset"] = object_name(objects.data)
-    return [f"--{name}={_text(name, value)}" for name, value in chosen.items()], given
+    return [f"--{name}={_text(name, value)}" for name, value in chosen.items()], objects.replaced_settings()
 
 
 def _data_settings(data: str) -> dict[str, str]:

@@ -26,6 +26,7 @@ from torch import nn
 import cifar_lightning
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError, python_api
 from cifar_lightning.cli import fit as fit_module
+from cifar_lightning.cli.lightning_cli import PythonObjects, TrainingCLI
 from cifar_lightning.cli.main import run_command
 from cifar_lightning.files import write_json
 from cifar_lightning.runs.folder import RunFolder
@@ -250,6 +251,21 @@ def test_what_is_no_run_or_has_no_checkpoint_says_so(run, tmp_path):
     made.predictions.write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"predictions\.npz: damaged"):
         opened.predictions  # noqa: B018 - a property that reads the file
+
+
+def test_the_code_of_a_run_is_not_trusted_where_a_module_is_given(tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("open('imported', 'w')\nmake = print\n")
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "run")
+    run.best_checkpoint.touch()
+    run.config.write_text(yaml.safe_dump({"model": {"loss": "evil:make"}, "data": {"dataset": "synthetic"}}))
+    with pytest.raises(UserError, match="evil:make"):
+        cifar_lightning.load(run.path, model=Net()).test()
+    with pytest.raises(UserError, match="evil:make"):
+        cifar_lightning.fit(Net(), config=run.config, run_dir="again")
+    run.config.write_text(yaml.safe_dump({"model": {"name": "evil:make"}, "data": {"dataset": "synthetic"}}))
+    TrainingCLI("fit", [f"--config={run.config}"], PythonObjects(Net()))
+    assert not Path("imported").exists()
 
 
 def test_none_leaves_out_what_is_not_given():

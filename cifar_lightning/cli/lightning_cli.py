@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.checkpoints.loading import plain
-from cifar_lightning.cli.flags import config_tree, own_classes
+from cifar_lightning.cli.flags import MAY_BE_OBJECTS, config_tree, own_classes
 from cifar_lightning.cli.parser import (
     TABLE,
     RunParser,
@@ -39,9 +39,10 @@ from cifar_lightning.models.registry import DEFAULT_MODEL
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.runs.schema import CLASS_GROUPS
 from cifar_lightning.settings.import_path import add_working_directory, import_modules, import_object
-from cifar_lightning.settings.roles import OWN_OPTIMIZER, object_name
+from cifar_lightning.settings.roles import ONLY_CROSS_ENTROPY, OWN_OPTIMIZER, object_name
 from cifar_lightning.training.error_messages import cause_of, explained, of_settings, of_users_objects
 from cifar_lightning.training.lightning_patches import NoProfiler, check_cuda_once
+from cifar_lightning.training.losses import DEFAULT_LOSS
 from cifar_lightning.training.model_checks import check_sizes
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.precision import settle_precision
@@ -65,6 +66,11 @@ class PythonObjects:
     data: Any = None
     callbacks: Sequence[pl.Callback] = ()
 
+    def replaced_settings(self) -> list[str]:
+        """Return the settings in whose place an object is given; a plain module leaves the loss to the config."""
+        names = [name for name in MAY_BE_OBJECTS if getattr(self, name.partition(".")[0]) is not None]
+        return [name for name in names if name != "model.loss" or isinstance(self.model, ImageClassifier)]
+
 
 class TrainingCLI(LightningCLI):
     """Parses one command line, or raises `UserError`; `instantiate` then returns the model and the data.
@@ -80,7 +86,11 @@ class TrainingCLI(LightningCLI):
         add_working_directory()
         for flag in arguments:
             if flag.startswith("--config="):
-                import_modules(config_tree(Path(flag.removeprefix("--config="))))
+                tree = config_tree(Path(flag.removeprefix("--config=")))
+                for group, _, name in (each.partition(".") for each in self._objects.replaced_settings()):
+                    if isinstance(tree.get(group), dict):  # neither imported nor checked for trust
+                        tree[group] = {key: value for key, value in tree[group].items() if key != name}
+                import_modules(tree)
         own = own_classes(arguments)
         super().__init__(
             _class_of("model", own.get("model")),
@@ -128,12 +138,20 @@ class TrainingCLI(LightningCLI):
         name = model.get("name")
         if self._objects.model is not None:
             model.name = None  # nothing is made by it
+        self._refuse_typed_smoothing()
         command = str(self.subcommand)
         check_arguments(command, self.settings, self._parser(command).get_defaults())
         if self._objects.model is not None:
             model.name = name
         settle_precision(self.settings.trainer)
         drop_unserializable_defaults(self.settings)
+
+    def _refuse_typed_smoothing(self) -> None:
+        """Refuse the default of --model.label_smoothing where it is typed with another loss; a config may have it."""
+        loss, smoothing = self.settings.model.get("loss"), self.settings.model.get("label_smoothing")
+        is_typed = any(argument.startswith("--model.label_smoothing=") for argument in self._arguments)
+        if is_typed and smoothing and loss not in (None, DEFAULT_LOSS) and not self.settings.model_class:
+            raise UserError(f"--model.label_smoothing {smoothing}: {ONLY_CROSS_ENTROPY.format(clipped(str(loss)))}")
 
     def _take_settings_of_objects(self) -> None:
         """Have the settings, and so config.yaml, be those of a given ImageClassifier and ImageDataModule."""

@@ -46,7 +46,7 @@ from cifar_lightning.formatting import clipped, command_line, printable, suggest
 from cifar_lightning.runs.environment import package_version
 from cifar_lightning.runs.folder import RUNS, RunFolder, open_model, open_run, run_of
 from cifar_lightning.runs.schema import CLASS_GROUPS
-from cifar_lightning.settings.roles import NOT_WITH_OPTIMIZER, OF_OPTIMIZER, flat_settings
+from cifar_lightning.settings.roles import NOT_WITH_OPTIMIZER, OF_OPTIMIZER
 from cifar_lightning.settings.safe_yaml import read_yaml
 
 _OF_SHARDS = ("image_size", "resize", "in_channels", "labels", "skip_unreadable")  # settings of the data
@@ -270,7 +270,6 @@ def training_arguments(
             check_config(config, trust_code=trust_code, given=given, own=own_classes(flags))
             flags[at] = f"--config={config}"
     _refuse_other_optimizers(flags, names)
-    _refuse_label_smoothing(flags)
     return flags, None
 
 
@@ -294,24 +293,6 @@ def _refuse_other_optimizers(flags: list[str], names: Sequence[str]) -> None:
     for name in names if optimizer else ():
         if name in OF_OPTIMIZER or (name == "tune_lr" and tunes):
             raise UserError(f"--{name} with --optimizer {clipped(optimizer)}: {NOT_WITH_OPTIMIZER}")
-
-
-def _refuse_label_smoothing(flags: Sequence[str]) -> None:
-    """Refuse the default of --model.label_smoothing, typed with a loss of one's own; the model refuses other values.
-
-    A config may have the default, as every config.yaml does.
-    """
-    rows, value = table(), flag_value(flags, "model.label_smoothing")
-    if value is None or own_classes(flags).get("model"):
-        return
-    configs = [Path(flag.removeprefix("--config=")) for flag in flags if flag.startswith("--config=")]
-    losses = [flat_settings(config_tree(config)).get("model.loss") for config in configs]
-    losses = [rows["model.loss"]["default"], *filter(None, losses), *filter(None, [flag_value(flags, "model.loss")])]
-    if losses[-1] != losses[0] and read_yaml(value) == rows["model.label_smoothing"]["default"]:
-        raise UserError(
-            f"--model.label_smoothing {value}: only cross_entropy uses it; give --model.loss_kwargs what "
-            f"{clipped(str(losses[-1]))} takes."
-        )
 
 
 def _is_trusting(value: str | None) -> bool:

@@ -21,6 +21,9 @@ OF_OPTIMIZER = {
 """The settings that belong to the model's own optimizer and schedule."""
 NOT_WITH_OPTIMIZER = "it is of the model's own optimizer; leave one of them out."
 
+ONLY_CROSS_ENTROPY = "only cross_entropy uses it; give --model.loss_kwargs what {} takes."
+"""The reason why a loss of one's own is refused with --model.label_smoothing."""
+
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a config by their flags: "model.lr" for lr under model; a class of one's own is whole."""

@@ -50,6 +50,7 @@ from cifar_lightning.runs.environment import package_version, portable
 from cifar_lightning.runs.schema import SCHEMA_VERSION
 from cifar_lightning.settings.import_path import is_import_path
 from cifar_lightning.settings.limits import Count, Fraction, LearningRate, MixStrength, WeightDecay, check_settings
+from cifar_lightning.settings.roles import ONLY_CROSS_ENTROPY
 from cifar_lightning.training.ema import EmaWeights
 from cifar_lightning.training.eval_metrics import (
     check_metrics,
@@ -193,10 +194,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         self.loss_function = make_loss(loss, loss_kwargs)
         """The loss of one's own; None is cross entropy."""
         if self.loss_function is not None and label_smoothing not in (0, _DEFAULT_SMOOTHING):
-            raise UserError(
-                f"--model.label_smoothing {label_smoothing}: only cross_entropy uses it; give --model.loss_kwargs what "
-                f"{name_of(loss)} takes."
-            )
+            raise UserError(f"--model.label_smoothing {label_smoothing}: {ONLY_CROSS_ENTROPY.format(name_of(loss))}")
         self._mixing = Mixing(num_classes, mixup=mixup, cutmix=cutmix) if mixup or cutmix else None
         of_images = (num_classes, image_size, in_channels)
         built, self._architecture = choose_model(model, name, *of_images, model_kwargs, pretrained)

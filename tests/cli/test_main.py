@@ -256,19 +256,6 @@ def test_a_config_with_an_object_of_python_serves_where_one_is_given(run):
     assert training_arguments("fit", flags, ["model.name", "model.loss"]) == (flags, None)
 
 
-def test_label_smoothing_that_is_typed_with_a_loss_of_ones_own_is_refused_and_that_of_a_config_is_not(tmp_path):
-    (tmp_path / "own.yaml").write_text("model: {loss: torch.nn.MultiMarginLoss, label_smoothing: 0.1}\n")
-    (tmp_path / "usual.yaml").write_text("model: {loss: cross_entropy}\n")
-    own, usual = (f"--config={tmp_path / name}.yaml" for name in ("own", "usual"))
-    typed = "--model.label_smoothing=0.1"
-    for flags in ([own, typed], [usual, typed, "--model.loss=my:loss"]):
-        with pytest.raises(UserError, match=r"--model\.label_smoothing 0\.1: only cross_entropy uses it"):
-            training_arguments("fit", flags)
-    smoothed = "--model.label_smoothing=0"
-    for flags in ([own], [own, smoothed], [usual, typed], [typed], [own, typed, "--model.loss=cross_entropy"]):
-        training_arguments("fit", flags)
-
-
 def test_a_run_without_a_checkpoint_says_so(run):
     run.best_checkpoint.unlink()
     run.last_checkpoint.unlink()

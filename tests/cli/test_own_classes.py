@@ -409,3 +409,14 @@ def test_report_and_board_name_the_optimizer_and_schedule_that_were_used():
     board = hyperparameters_of(config)
     assert (board["optimizer"], board["lr"]) == ("torch.optim.RAdam lr 0.25", 0.25)
     assert "schedule" not in board
+
+
+def test_label_smoothing_that_is_typed_with_a_loss_of_ones_own_is_refused_and_that_of_a_config_is_not(tmp_path):
+    (tmp_path / "own.yaml").write_text("model: {loss: torch.nn.MultiMarginLoss, label_smoothing: 0.1}\n")
+    own, typed = f"--config={tmp_path / 'own.yaml'}", "--model.label_smoothing=0.1"
+    for flags in ([own, typed], [typed, "--model.loss=torch.nn.MultiMarginLoss"]):
+        with pytest.raises(UserError, match=r"--model\.label_smoothing 0\.1: only cross_entropy uses it"):
+            command_line(*flags)
+    usual = ["--model={loss: cross_entropy}", typed]
+    for flags in ([own], [own, "--model.label_smoothing=0"], [typed], [own, *usual]):
+        command_line(*flags)
