@@ -145,16 +145,15 @@ def predict_images(
                 num_labelled += 1
                 num_correct += labels[prediction.path] == prediction.class_name
             write(prediction)
-        if output is not None and not counts:  # before an older output is replaced
-            _report_skipped(unreadable, skipped, skipped_path(output, force))
+        if output is not None and not counts:  # before an older output is replaced, whose list stays with it
+            _report_skipped(unreadable, skipped, skipped_path(output, force=False))
             raise RunError(f"--output {output}: not written; none of {plural(len(found), 'file')} can be read.")
     for line in image_decoding.remark_lines(remarks, found):
         print(printable(line), file=sys.stderr)
     _report_skipped(unreadable, skipped, None if output is None else skipped_path(output, force))
     if output is not None and force and not (unreadable or skipped):
         own_list = output.with_name(f"{output.name}.{RunFolder(output.parent).skipped_files.name}")
-        for path in {skipped_path(output, force), own_list}:
-            _remove_outdated_list(path, found)
+        _remove_outdated_list(own_list if own_list.exists() else skipped_path(output, force), found)
     if output is not None:
         _summarize(output, counts, time.monotonic() - began)
     if num_labelled:
@@ -298,19 +297,19 @@ def rank_classes(
         RunError: Memory is short.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mean, std = (torch.tensor(values, device=device) for values in (trained.mean, trained.std))
-    with torch.inference_mode(False):  # parameters that it moves in that mode could not be trained afterwards
-        model = trained.model.to(device)
-    with torch.inference_mode(), in_eval_mode(model):  # `Run.model` may be in training mode
-        tta, temperature = trained.tta, trained.temperature
-        try:
+    try:
+        mean, std = (torch.tensor(values, device=device) for values in (trained.mean, trained.std))
+        with torch.inference_mode(False):  # parameters that it moves in that mode could not be trained afterwards
+            model = trained.model.to(device)
+        with torch.inference_mode(), in_eval_mode(model):  # `Run.model` may be in training mode
+            tta, temperature = trained.tta, trained.temperature
             raw = torch.from_numpy(images).to(device)
             probs, classes = top_classes(model, raw, mean=mean, std=std, top_k=top_k, tta=tta, temperature=temperature)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            num = plural(len(images), "image")
-            raise RunError(f"out of memory with {num} at a time: lower --batch_size.") from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        way_out = "lower --batch_size" if len(images) > 1 else "free some, or hide the GPU by CUDA_VISIBLE_DEVICES="
+        raise RunError(f"out of memory with {plural(len(images), 'image')} at a time: {way_out}.") from error
     if not probs.isfinite().all():
         raise UserError(f"{trained.checkpoint}: the model predicts NaN; its training diverged.")
     return [
@@ -452,10 +451,10 @@ def skipped_path(output: Path, force: bool) -> Path:
 
 
 def _remove_outdated_list(path: Path, found: Sequence[str]) -> None:
-    """Remove the list of an earlier run if all of its files now have a row; that of another output stays."""
+    """Remove the list of an earlier output if all of its files now have a row."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing, or no such list
         lines = read_bytes(path, _MAX_LIST_BYTES).decode("ascii").splitlines()
-        if {json.loads(line)["path"] for line in lines} <= {*found}:
+        if (listed := {json.loads(line)["path"] for line in lines}) and listed <= {*found}:
             path.unlink()
 
 

@@ -320,6 +320,8 @@ def test_a_list_of_files_that_all_have_a_row_by_now_is_removed_with_the_output_t
     predict_images(run, [paths[1]], output=Path("c.csv"), force=True)
     assert len(skipped()) == len(skipped("b.csv.skipped_files.jsonl")) == 1
     predict_images(run, paths, output=Path("b.csv"), force=True)
+    assert list(Path().glob("*skipped*")) == [Path("skipped_files.jsonl")], "that of out.csv"
+    predict_images(run, paths, output=Path("out.csv"), force=True)
     assert list(Path().glob("*skipped*")) == []
 
 
@@ -355,7 +357,7 @@ def test_two_unreadable_images_are_named_or_20_where_no_file_lists_all(run, caps
         assert before is None or Path("out.csv").read_text() == before
     captured = capsys.readouterr()
     assert [line.split(" ")[0] for line in captured.err.splitlines()] == ["00.png", "01.png", "23"]
-    assert len(skipped()) == 23
+    assert len(skipped()) == len(skipped("out.csv.skipped_files.jsonl")) == 23, "that of the output that stays is kept"
     assert captured.out == ""
     assert predict_images(run, paths, output=None) == 23
     captured = capsys.readouterr()
