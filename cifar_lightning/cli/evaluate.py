@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from cifar_lightning.checkpoints.resume import split_difference
+from cifar_lightning.cli.flags import config_tree
 from cifar_lightning.cli.lightning_cli import PythonObjects, TrainingCLI, build_trainer, prepare_data
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, is_first_process
@@ -18,6 +19,7 @@ from cifar_lightning.report.terminal import print_validation
 from cifar_lightning.runs.contents import read_config, read_split
 from cifar_lightning.runs.folder import RunFolder, open_run, refuse_file_of_run, run_of
 from cifar_lightning.settings.roles import is_object_name
+from cifar_lightning.settings.safe_yaml import read_yaml
 from cifar_lightning.training.error_messages import restoring
 from cifar_lightning.training.predictions import PredictionWriter
 from cifar_lightning.training.step_count import check_evaluation
@@ -66,8 +68,12 @@ def _leave_out_what_writes(cli: TrainingCLI, arguments: Sequence[str]) -> None:
     """
     run = run_of(Path(cli.settings.ckpt_path))
     configs = [os.path.realpath(flag.partition("=")[2]) for flag in arguments if flag.startswith("--config=")]
+    groups = [flag.partition("=")[2] for flag in arguments if flag.startswith("--trainer=")]
+    of_groups = [config_tree(Path(text)) if os.path.isfile(text) else read_yaml(text) for text in groups]
     for name in ("logger", "profiler"):
-        is_typed = any(flag.startswith((f"--trainer.{name}", "--trainer=")) for flag in arguments)
+        is_typed = any(flag.startswith(f"--trainer.{name}") for flag in arguments) or any(
+            isinstance(tree, dict) and name in tree for tree in of_groups
+        )
         if run is not None and configs == [os.path.realpath(run.config)] and not is_typed:
             cli.settings.trainer[name] = None
 

@@ -173,9 +173,10 @@ def _hint_for_argument(command: str, argument: str) -> str:
     if argument.startswith("-") and len(argument) > 2:
         return f" Flags have two dashes: -{clipped(argument)}"
     names = ("config.yaml", "seeds.json")
-    if command in ("validate", "test", "predict") and os.path.isdir(argument):
-        return f" The run comes first: {command} {shell_line(argument)} and then the flags"
-    if command == "fit" and any(os.path.isfile(os.path.join(argument, name)) for name in names):  # pathlib's may raise
+    is_run = any(os.path.isfile(os.path.join(argument, name)) for name in names)  # pathlib's may raise
+    if command in ("validate", "test", "predict") and is_run:
+        return f" It takes one run, before the flags: {command} {shell_line(argument)}"
+    if command == "fit" and is_run:
         return f" To resume a run: fit --resume {shell_line(argument)}"
     if command == "fit" and os.path.isdir(argument):
         return f" For class folders: fit --data.dataset folder --data.root {shell_line(argument)}"

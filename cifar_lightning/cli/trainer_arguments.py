@@ -89,7 +89,7 @@ def _num_devices(trainer: Namespace) -> int:
 
 
 def _has(kind: type) -> Callable[[Any, Namespace], bool]:
-    """Return whether a value holds a class of a kind, given by `class_path`."""
+    """Return a check of whether a value holds a class of a kind, given by `class_path`."""
     return lambda value, _: any(
         isinstance(given := class_of(node), type) and issubclass(given, kind) for node in objects_in(value)
     )
@@ -244,7 +244,7 @@ ARGUMENTS: dict[str, Argument] = {
             "a precision plugin would not agree with --trainer.precision, which every run has; give that": (
                 _has(Precision)
             ),
-            "checkpoints are written durably by DurableCheckpointIO alone": _has(CheckpointIO),
+            "only DurableCheckpointIO writes checkpoints, durably; leave it out": _has(CheckpointIO),
         },
     ),
     "sync_batchnorm": Argument(

@@ -87,6 +87,7 @@ def test_results_with_another_tta_than_the_config_names_are_not_written(run, cap
     ("typed", "loggers", "profilers"),
     [
         ([], None, None),
+        (["--trainer={accelerator: cpu}"], None, None),
         (["--trainer.logger=false"], False, None),
         (["--trainer.logger.name=again"], "CSVLogger", None),
         (["--trainer.profiler=simple"], None, "str"),

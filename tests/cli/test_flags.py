@@ -99,7 +99,12 @@ def test_a_mistake_is_named_with_the_nearest_right_thing(typed, expected):
 
 def test_a_run_behind_the_flags_is_named_as_such(tmp_path):
     for command in ("validate", "test", "predict"):
-        with pytest.raises(UserError, match=f"The run comes first: {command} {tmp_path} "):
+        with pytest.raises(UserError) as of_a_folder:
+            normalize_arguments(command, ["--data.root", "other", str(tmp_path)])
+        assert f"{command} {tmp_path}" not in str(of_a_folder.value)
+    (tmp_path / "config.yaml").write_text("")
+    for command in ("validate", "test", "predict"):
+        with pytest.raises(UserError, match=f": {command} {tmp_path}$"):
             normalize_arguments(command, ["--data.root", "other", str(tmp_path)])
 
 
