@@ -4,6 +4,7 @@ python -m benchmarks.accuracy.insight_rates --json benchmarks/results/insight_ra
 """
 
 import argparse
+import json
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.speed.results import write_results
 from cifar_lightning.metrics.classification import confusion_matrix
 from cifar_lightning.metrics.significance import holm, mcnemar_test, poisson_binomial_test
 from cifar_lightning.report import insights
@@ -139,7 +139,9 @@ def main() -> None:
     limit = insights.ALPHA + 3 * error
     print(f"{sum(row['rate'] > limit for row in rows)} of {len(rows)} rates are above {limit:.3f}")
     print(f"{time.perf_counter() - start:.0f} s")
-    write_results(args.json, num_draws=NUM_DRAWS, standard_error=error, rates=rows)
+    if args.json is not None:
+        written = {"num_draws": NUM_DRAWS, "standard_error": error, "rates": rows}
+        args.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

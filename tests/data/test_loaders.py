@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from fitting import small_data
 from lightning.fabric import Fabric
 
@@ -255,9 +256,8 @@ def test_fabric_refuses_to_set_up_a_loader_that_deals_to_the_ranks_itself():
 
 
 def test_accelerate_returns_a_loader_as_it_is():
-    accelerate = pytest.importorskip("accelerate")
     loader = resident()
-    assert accelerate.Accelerator(cpu=True).prepare(loader) is loader
+    assert Accelerator(cpu=True).prepare(loader) is loader
 
 
 def test_images_that_were_read_from_a_mapped_file_travel_to_workers_without_it(tmp_path):
