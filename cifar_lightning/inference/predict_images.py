@@ -146,14 +146,13 @@ def predict_images(
                 num_correct += labels[prediction.path] == prediction.class_name
             write(prediction)
         if output is not None and not counts:  # before an older output is replaced, whose list stays with it
-            _report_skipped(unreadable, skipped, skipped_path(output, force=False))
+            _report_skipped(unreadable, skipped, skipped_path(output, force=False), num_named=1)
             raise RunError(f"--output {output}: not written; none of {plural(len(found), 'file')} can be read.")
     for line in image_decoding.remark_lines(remarks, found):
         print(printable(line), file=sys.stderr)
     _report_skipped(unreadable, skipped, None if output is None else skipped_path(output, force))
     if output is not None and force and not (unreadable or skipped):
-        own_list = output.with_name(f"{output.name}.{RunFolder(output.parent).skipped_files.name}")
-        _remove_outdated_list(own_list if own_list.exists() else skipped_path(output, force), found)
+        _remove_outdated_list(skipped_path(output, force), found)
     if output is not None:
         _summarize(output, counts, time.monotonic() - began)
     if num_labelled:
@@ -442,12 +441,13 @@ def _summarize(output: Path, counts: Counter[str], elapsed_s: float) -> None:
 def skipped_path(output: Path, force: bool) -> Path:
     """Return where the files without a row are listed: next to `output`, not over the list of a run or another output.
 
-    That is `skipped_files.jsonl`, or, where that exists, `<output>.skipped_files.jsonl`.
+    That is `<output>.skipped_files.jsonl` where it exists or `skipped_files.jsonl` does, else `skipped_files.jsonl`.
     """
     neighbour = RunFolder(output.parent)
     path = neighbour.skipped_files
+    own = path.with_name(f"{output.name}.{path.name}")
     is_free = not os.path.lexists(path) or (force and not neighbour.config.exists())
-    return path if is_free else path.with_name(f"{output.name}.{path.name}")
+    return path if is_free and not os.path.lexists(own) else own
 
 
 def _remove_outdated_list(path: Path, found: Sequence[str]) -> None:
@@ -458,9 +458,11 @@ def _remove_outdated_list(path: Path, found: Sequence[str]) -> None:
             path.unlink()
 
 
-def _report_skipped(unreadable: Sequence[Skipped], skipped: Sequence[Skipped], path: Path | None) -> None:
+def _report_skipped(
+    unreadable: Sequence[Skipped], skipped: Sequence[Skipped], path: Path | None, num_named: int = _NAMED
+) -> None:
     """Print the first images that cannot be read and the number of all; list all files in `path`."""
-    named = unreadable[: _NAMED if path is not None else _NAMED_WITHOUT_LIST]
+    named = unreadable[: num_named if path is not None else _NAMED_WITHOUT_LIST]
     for file, reason in named:
         print(printable(f"{file} {reason}"), file=sys.stderr)
     if path is None and len(unreadable) > len(named):

@@ -21,7 +21,6 @@ from cifar_lightning.checkpoints.schema import (
 from cifar_lightning.errors import UserError
 from cifar_lightning.inference.trained_model import load_trained_model
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.ema import EmaWeights
 from cifar_lightning.training.signals import Stopped
 
 # Lightning warns when resuming in the folder of a run.
@@ -47,13 +46,13 @@ def save_downgraded(path):
 def fit(path, *more, **kwargs):
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(0)
-    module = ImageClassifier(image_size=16, model_kwargs=NARROW, stem_train_fraction=0.5, lr=0.01)
+    module = ImageClassifier(image_size=16, model_kwargs=NARROW, stem_train_fraction=0.5, lr=0.01, ema_decay=0.9)
     return fit_run(path, *more, epochs=2, eval_batch_size=100, module=module, **kwargs)[0]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return fit(tmp_path_factory.mktemp("schema") / "run", EmaWeights(0.9))
+    return fit(tmp_path_factory.mktemp("schema") / "run")
 
 
 @pytest.mark.parametrize("schema", [99, "3", None])
@@ -108,9 +107,9 @@ def test_an_old_run_predicts_as_before(run, tmp_path):
 
 def test_an_old_run_with_ema_resumes_bit_for_bit(run, tmp_path):
     with pytest.raises(Stopped):
-        fit(tmp_path / "run", Signal("on_train_batch_start", 12), EmaWeights(0.9))
+        fit(tmp_path / "run", Signal("on_train_batch_start", 12))
     old = RunFolder(tmp_path / "run")
     save_downgraded(old.last_checkpoint)
-    fit(old.path, EmaWeights(0.9), ckpt_path=old.last_checkpoint)
+    fit(old.path, ckpt_path=old.last_checkpoint)
     assert differences(last_checkpoint_of(run), last_checkpoint_of(old)) == []
     assert old.metrics_csv.read_bytes() == run.metrics_csv.read_bytes()

@@ -30,6 +30,7 @@ OWNERS = {
         ("data.cutout_px", [0, 8], [-1, 10**9]),
         ("model.label_smoothing", [0, 0.99], [-0.1, 1, math.nan]),
         ("model.tta", ["none", "six"], ["five"]),
+        ("model.schedule", ["linear"], ["step"]),
         ("data.batch_size", [1, 128], [0, -5, 2.5, "3", 10**30, 10**400]),
         ("data.num_workers", [0, 2, None], [-1, 99_999]),
         ("data.image_size", [1, 4096, None], [0, 10**9]),

@@ -516,7 +516,6 @@ def test_steps_that_there_are_none_of_are_refused(tmp_path):
         ({"weight_decay": -0.1}, "--model.weight_decay -0.1"),
         ({"label_smoothing": 1.0}, "--model.label_smoothing 1.0"),
         ({"pct_start": -0.1}, "--model.pct_start -0.1"),
-        ({"schedule": "step"}, r"--model\.schedule step: one of one_cycle, linear, cosine"),
         ({"mixup": -0.2}, "--model.mixup -0.2"),
         ({"cutmix": float("inf")}, "--model.cutmix inf"),
         ({"ema_decay": 1.0}, "--model.ema_decay 1.0"),
