@@ -66,7 +66,8 @@ def odd_images() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
     deep = Image.fromarray(np.full((16, 16), 0x8000, np.uint16))
     return {
         "odd_gray.png": (encoded(Image.new("L", (16, 16), 77)), (77, 77, 77)),
-        "odd_transparent.png": (encoded(Image.new("RGBA", (16, 16), (200, 0, 0, 0))), (255, 255, 255)),
+        # Alpha of 0 everywhere is unused: the colours are kept.
+        "odd_transparent.png": (encoded(Image.new("RGBA", (16, 16), (200, 0, 0, 0))), (200, 0, 0)),
         "odd_palette.png": (encoded(palette), (10, 200, 30)),
         "odd_cmyk.jpg": (encoded(Image.new("CMYK", (16, 16), (0, 0, 0, 255)), "JPEG", quality=100), (0, 0, 0)),
         "odd_16bit.png": (encoded(deep), (128, 128, 128)),

@@ -85,7 +85,7 @@ def two_in_one(trial: Trial) -> str:
             if trial.subject.is_plain:
                 trial.reported(what, done, "run")
             else:
-                names = {"fit": ("--run_dir", "--resume"), "resume": (str(process.pid), "--run_dir")}[what]
+                names = {"fit": ("--run_dir", "--resume"), "resume": (str(process.pid),)}[what]
                 trial.reported(what, done, *names, status=2)
         trial.expect(process.poll() is None, "the first run ended")
     finally:

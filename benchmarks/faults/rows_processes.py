@@ -121,7 +121,7 @@ def early_stop(trial: Trial) -> str:
     if trial.subject.is_plain:
         extra = ["--patience", 1]
     else:
-        extra = ["--early_stopping.patience", 1, "--early_stopping.min_delta", 2, "--model.pct_start", 0.05]
+        extra = ["--early_stopping.patience", 1, "--early_stopping.min_delta", 0.99, "--model.pct_start", 0.05]
     epochs, out = 12, trial.place / "run"
     arguments = trial.bench.fit(out, devices=2, epochs=epochs, workers=0, lr=1e-9 if trial.subject.is_plain else 0.01)
     acts = ",".join(f"note@epoch:{number}" for number in range(epochs))
