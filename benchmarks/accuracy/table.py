@@ -7,6 +7,7 @@ python -m benchmarks.accuracy.table --write    write them between the markers of
 import argparse
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -210,15 +211,12 @@ def faults_table() -> str:
     ours, plain = _read("faults"), _read("faults_plain")
     if ours is None:
         return "`python -m benchmarks.faults.run`: not measured."
-    simulated = [
-        str(result["number"]) for result in ours["results"] if result["verdict"] == "handled" and _is_simulated(result)
+    rows = [
+        f"`python -m benchmarks.faults.run` on {ours['hardware']}: {ours['summary'].removesuffix(', 0 skipped: none')}."
     ]
-    handled = f" handled ({len(simulated)} of them simulated: {', '.join(simulated)})" if simulated else " handled"
-    summary = ours["summary"].replace(" handled", handled, 1)
-    rows = [f"`python -m benchmarks.faults.run` on {ours['hardware']}: {summary}."]
-    commits = {result["commit"] for result in ours["results"]}
-    if len(commits) > 1:
-        rows[0] += f" Rows were added later or repeated: the results are from {len(commits)} earlier commits."
+    numbers = Counter(f"{result['commit'][:7]}{' with changes' * result['dirty']}" for result in ours["results"])
+    of_commits = [f"{commit} ({plural(num, 'row')})" for commit, num in numbers.most_common()]
+    rows[0] += f" Commits: {', '.join(of_commits)}."
     verdicts: dict[int, str] = {}
     if plain is not None:
         verdicts = {result["number"]: _verdict(result) for result in plain["results"]}
