@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cifar_lightning.checkpoints.checksum import has_checksum, is_intact
 from cifar_lightning.checkpoints.schema import (
     DATA_STATE,
+    LOGGED_METRICS,
     RESUME_STATE,
     TEMPERATURE,
     check_checkpoint,
@@ -129,7 +130,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: a damaged checkpoint (its SHA-256 is missing).{_instead_of(path)}")
     checkpoint = with_data_state(upgrade_checkpoint(checkpoint))
     check_checkpoint(path, checkpoint)
+    _forget_old_reasons(checkpoint)
     return checkpoint
+
+
+def _forget_old_reasons(checkpoint: dict[str, Any]) -> None:
+    """Forget why early stopping has ended a run: before `LOGGED_METRICS` a resume after it kept the reason."""
+    if RESUME_STATE in checkpoint and LOGGED_METRICS not in checkpoint[RESUME_STATE]:
+        for state in checkpoint.get("callbacks", {}).values():
+            if isinstance(state, dict) and "stopping_reason" in state:
+                state["stopping_reason"] = 0
 
 
 def _instead_of(path: Path) -> str:

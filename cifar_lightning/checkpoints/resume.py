@@ -215,5 +215,5 @@ def has_stopped(state: Mapping[str, Any]) -> bool:
 
     Lightning's `stopped_epoch` is 0 both for the first epoch and for none.
     """
-    by_another_reason = state.get("stopping_reason")  # such as a threshold; 0 if it has not stopped
-    return bool(by_another_reason or state["wait_count"] >= max(1, state["patience"]))
+    reason = state.get("stopping_reason")  # such as a threshold; 0 if it has not stopped
+    return bool(reason or state["wait_count"] >= max(1, state["patience"]))

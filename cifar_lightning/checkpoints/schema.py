@@ -30,6 +30,8 @@ TEMPERATURE = "fitted_temperature"
 """The key of the temperature in an export of weights, whose logits are not divided by it."""
 RESUME_STATE = "cifar_lightning"
 """The key of the states of each rank for an exact resume: see `training.resume_state`."""
+LOGGED_METRICS = "metrics"
+"""The key below it of what was logged; versions before 0.3 have none."""
 
 
 class _Schema(BaseModel):

@@ -7,10 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers import Logger
 
 from cifar_lightning.checkpoints.loading import progress_of, read_checkpoint, require_resumable
@@ -61,6 +69,10 @@ from cifar_lightning.training.signals import StopSignals
 from cifar_lightning.training.step_count import check_evaluation
 from cifar_lightning.training.tensorboard import Dashboard, board_for
 
+_OF_OUR_SCHEDULE = BaseFinetuning, BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
+"""Callbacks that are refused for what they do to our optimizer and schedule, not to those of a subclass."""
+_USED = WeakSet[pl.Callback]()
+"""Callbacks of runs of this process that keep a score or files of their run."""
 _FEW_IMAGES = 50  # of a validation split: the standard error of its accuracy is up to 7 %
 
 
@@ -108,6 +120,8 @@ def fit(
             remark_on_few(data.num_images("val"))
         plateau = cli.settings.get("lr_scheduler.init_args.monitor")
         stops_by = settings.early_stopping.monitor if validates else None
+        if resume is None:
+            refuse_used(as_list(settings.trainer.callbacks))
         check_monitors(as_list(settings.trainer.callbacks), validates, model, plateau, stops_by)
         if not validates:
             refuse_early_stopping(cli.settings)
@@ -169,13 +183,14 @@ def find_resume(cli: TrainingCLI, run: RunFolder) -> Resume:
             "--trainer.enable_checkpointing false: what a resumed run trains would not be kept; leave it out, or give "
             "true."
         )
-    if trainer.limit_val_batches == 0 and run.best_checkpoint.exists():
+    changes = find_changes(run, cli.config_text)
+    resume = Resume(run, stop_point(run), changes)
+    is_validated = trainer.limit_val_batches != 0
+    if not is_validated and run.best_checkpoint.exists() and not resume.is_fully_trained(trainer):
         raise UserError(
             f"--trainer.limit_val_batches {trainer.limit_val_batches}: without validation {run.best_checkpoint} stays "
             "that of an earlier epoch, and would be tested as the result; give 1.0."
         )
-    changes = find_changes(run, cli.config_text)
-    resume = Resume(run, stop_point(run), changes)
     resume.point.check_length(trainer.max_epochs, trainer.max_steps)
     resume.point.check_changes(resume.changes)
     others = {key: change for key, change in changes.items() if key != "model.tta"}  # which trains nothing
@@ -294,10 +309,7 @@ def build_fit_trainer(
     `ImageClassifier.configure_callbacks` adds those of the model: convolutions, NaN guard, EMA, whitening stem
     and resumed settings.
     """
-    users = as_list(settings.trainer.callbacks)
-    if resume is None:
-        refuse_used(users)
-    keep_in_run(users, run)
+    keep_in_run(as_list(settings.trainer.callbacks), run)
     record = resume.point.record(run, resume.changes) if resume is not None else None
     changed = cli.config_text if resume is not None and resume.changes else None
     callbacks: list[pl.Callback] = [
@@ -333,25 +345,21 @@ class AddedCallbacks(pl.Callback):
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         added = [each for each in callbacks if each not in self.known]
         if stage == "fit":
-            if getattr(pl_module, "plans_schedule", False):  # most are refused for what they do to our schedule
-                check_kinds((type(each) for each in added if not _is_ours(each)), "configure_callbacks:")
-            keep_in_run(added, self.run)
-
-
-def _is_ours(callback: pl.Callback) -> bool:
-    return type(callback).__module__.startswith("cifar_lightning.")
+            has_own_schedule = not getattr(pl_module, "plans_schedule", False)
+            added = [each for each in added if not type(each).__module__.startswith("cifar_lightning.")]
+            kinds = (type(each) for each in added if not (has_own_schedule and isinstance(each, _OF_OUR_SCHEDULE)))
+            check_kinds(kinds, "configure_callbacks:")
+            keep_in_run(added, self.run, "configure_callbacks:")
 
 
 def refuse_used(callbacks: Sequence[pl.Callback]) -> None:
     """Raise for a callback of an earlier run: it has the best score of that run, or would delete its checkpoints."""
     for callback in callbacks:
-        has_saved = isinstance(callback, ModelCheckpoint) and callback.best_model_path
-        has_counted = isinstance(callback, EarlyStopping) and (callback.wait_count or callback.best_score.isfinite())
-        if has_saved or has_counted:
+        if callback in _USED:
             raise UserError(f"callbacks: {type(callback).__name__} was used in another run; make one for each fit.")
 
 
-def keep_in_run(callbacks: Sequence[pl.Callback], run: RunFolder) -> None:
+def keep_in_run(callbacks: Sequence[pl.Callback], run: RunFolder, given_by: str = "--trainer.callbacks") -> None:
     """Have the user's checkpoint callbacks save into the run, unless they have a folder: Lightning's is outside.
 
     EarlyStopping by a training metric checks it where it is logged, at the end of the epoch, also where an epoch is
@@ -361,6 +369,8 @@ def keep_in_run(callbacks: Sequence[pl.Callback], run: RunFolder) -> None:
         UserError: One would overwrite a checkpoint of the run, such as best.ckpt, which is tested.
     """
     for callback in callbacks:
+        if isinstance(callback, EarlyStopping | ModelCheckpoint):
+            _USED.add(callback)
         if isinstance(callback, EarlyStopping) and callback.monitor in TRAIN_METRICS:
             callback._check_on_train_epoch_end = callback._check_on_train_epoch_end is not False
         if not isinstance(callback, ModelCheckpoint):
@@ -371,11 +381,11 @@ def keep_in_run(callbacks: Sequence[pl.Callback], run: RunFolder) -> None:
             continue
         if callback.filename in [path.stem for path in run.resumed_checkpoints]:
             raise UserError(
-                f"--trainer.callbacks ModelCheckpoint: filename {callback.filename}: the run writes a checkpoint of "
+                f"{given_by} ModelCheckpoint: filename {callback.filename}: the run writes a checkpoint of "
                 "this name; give another one, or a dirpath."
             )
         if callback.save_last:  # by stricter rules
-            remark("remark: --trainer.callbacks ModelCheckpoint: save_last is not used; the run has a last.ckpt.")
+            remark(f"remark: {given_by} ModelCheckpoint: save_last is not used; the run has a last.ckpt.")
             callback.save_last = False
 
 

@@ -1,6 +1,9 @@
 """The weights that `fit` and `tune` start from: those of --init_weights, or a warning of frozen layers without any."""
 
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint
 from cifar_lightning.cli.lightning_cli import TrainingCLI
@@ -17,8 +20,9 @@ def load_initial_weights(cli: TrainingCLI, model: ImageClassifier) -> None:
         given = Path(cli.settings.init_weights)
         try:
             file = weights_file(given)
-            load_weights(model.model, file)
-            _load_others(model, file)
+            checkpoint = None if file.suffix == ".safetensors" else read_checkpoint(file)
+            load_weights(model.model, file, checkpoint)
+            _load_others(model, file, checkpoint or {})
         except UserError as error:
             raise UserError(f"--init_weights {given}: {error}{suggest_shipped(given)}") from error
         remark(printable(f"Initialized with the weights of {file}."))
@@ -33,15 +37,21 @@ def load_initial_weights(cli: TrainingCLI, model: ImageClassifier) -> None:
         )
 
 
-def _load_others(module: ImageClassifier, file: Path) -> None:
-    """Load the weights of a subclass or loss next to the model from a checkpoint that has them; name the others."""
-    ours = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith("model.")}
-    if not ours:
+def _load_others(module: ImageClassifier, file: Path, checkpoint: dict[str, Any]) -> None:
+    """Load the weights of a subclass or loss next to the model from a checkpoint that has them; name the others.
+
+    Buffers of the loss, such as class weights, are its settings.
+    """
+    loss = module.loss_function
+    settings = {f"loss_function.{name}" for name, _ in loss.named_buffers()} if isinstance(loss, nn.Module) else set()
+    names = [name for name in module.state_dict() if not name.startswith("model.") and name not in settings]
+    if not names:
         return
-    theirs = {} if file.suffix == ".safetensors" else find_weights(read_checkpoint(file))
+    ours, theirs = module.state_dict(), find_weights(checkpoint)
     if not any(name.startswith("model.") for name in theirs):  # of a model alone, where equal names are others
         theirs = {}
-    fitting = {name: theirs[name] for name in ours if name in theirs and theirs[name].shape == ours[name].shape}
+    fitting = {name: theirs[name] for name in names if name in theirs and theirs[name].shape == ours[name].shape}
     module.load_state_dict(fitting, strict=False)
-    if others := [name for name in ours if name not in fitting]:
-        remark(printable(f"remark: --init_weights {file} has no {clipped(', '.join(others))}; these start untrained."))
+    if others := [name for name in names if name not in fitting]:
+        listed = clipped(", ".join(others))
+        remark(printable(f"remark: --init_weights {file} has no {listed} of their shapes; these start untrained."))

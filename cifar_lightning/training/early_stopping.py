@@ -114,11 +114,13 @@ def skip_cut_epochs(trainer: pl.Trainer) -> None:
 def forget_earlier_stop(trainer: pl.Trainer) -> None:
     """Have the user's EarlyStopping callbacks not count as having stopped a run that is resumed after their stop.
 
-    It is resumed with changed settings, or `min_epochs` or `min_steps` still hold the stop back.
+    It is resumed with changed settings, and counts again; or `min_epochs` or `min_steps` still hold the stop back.
     """
     for callback in trainer.early_stopping_callbacks:
         if trainer.fit_loop._can_stop_early and not isinstance(callback, AnnealingEarlyStopping):
             callback.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+            if has_stopped(callback.state_dict()):
+                callback.wait_count = 0
 
 
 def _skip_cut_epochs(callback: EarlyStopping) -> None:

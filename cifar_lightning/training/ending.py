@@ -3,7 +3,7 @@
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.callbacks import Timer
 
 from cifar_lightning.checkpoints.resume import has_stopped
 
@@ -23,6 +23,12 @@ def is_ending(trainer: pl.Trainer) -> bool:
 def has_all_steps(trainer: pl.Trainer) -> bool:
     """Whether the steps of `max_steps` are trained."""
     return trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+
+
+def is_time_up(trainer: pl.Trainer) -> bool:
+    """Whether the time of `max_time` is over."""
+    timers = (each for each in trainer.callbacks if isinstance(each, Timer))  # type: ignore[attr-defined]  # set by a connector
+    return any(left_s is not None and left_s <= 0 for left_s in (timer.time_remaining() for timer in timers))
 
 
 def is_validation_due(trainer: pl.Trainer) -> bool:
@@ -47,9 +53,8 @@ def _cause(trainer: pl.Trainer, epochs: int) -> str:
         return "epochs"
     if has_all_steps(trainer):
         return "max_steps"
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-        if isinstance(callback, Timer) and (left_s := callback.time_remaining()) is not None and left_s <= 0:
-            return "max_time"
-        if isinstance(callback, EarlyStopping) and has_stopped(callback.state_dict()):
-            return "early_stopping"
+    if is_time_up(trainer):
+        return "max_time"
+    if any(has_stopped(callback.state_dict()) for callback in trainer.early_stopping_callbacks):
+        return "early_stopping"
     return "should_stop"

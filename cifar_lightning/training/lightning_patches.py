@@ -110,7 +110,8 @@ def start_next_epoch(trainer: pl.Trainer) -> None:
 
 def logged_metrics(trainer: pl.Trainer) -> dict[str, Any]:
     """Return the metrics that callbacks and schedules have seen, on the CPU; none is computed for this."""
-    return {name: value.cpu() for name, value in trainer._logger_connector._callback_metrics.items()}
+    metrics = trainer._logger_connector._callback_metrics  # a user's callback may have put a plain number there
+    return {name: value.cpu() for name, value in metrics.items() if isinstance(value, torch.Tensor)}
 
 
 def restore_metrics(trainer: pl.Trainer, metrics: Mapping[str, Any]) -> None:

@@ -421,12 +421,14 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         return loss
 
     def _check_first_batch(self, logits: Float[Tensor, "batch classes"]) -> None:
-        if self._is_first_batch and are_probabilities(logits):
+        if not self._is_first_batch:
+            return
+        self._is_first_batch = False
+        if len(logits) and are_probabilities(logits):
             remark(
                 "warning: the model returns probabilities, not raw logits: cross entropy applies softmax again, which "
                 "trains badly; remove its last Softmax."
             )
-        self._is_first_batch = False
 
     def on_train_epoch_end(self) -> None:
         self.log_dict(self.epoch_metrics())

@@ -119,7 +119,7 @@ class RunProgress(ProgressBar):
         left_s = per_batch_s * in_epoch + (epoch_s * epochs if epochs else 0.0)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         timers_s = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
-        limits_s = [max(0.0, left_s) for left_s in timers_s if left_s is not None]  # None without a duration
+        limits_s = [max(0.0, timer_s) for timer_s in timers_s if timer_s is not None]  # None without a duration
         if limits_s and trainer.max_epochs in (None, -1) and trainer.max_steps == -1:  # nothing else ends it
             return min(limits_s)
         return min([left_s, *limits_s])

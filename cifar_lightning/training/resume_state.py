@@ -9,9 +9,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from cifar_lightning.checkpoints.loading import IS_INSIDE_WINDOW, is_inside_epoch
 from cifar_lightning.checkpoints.rng_state import restore_rng, rng_state
-from cifar_lightning.checkpoints.schema import RESUME_STATE
+from cifar_lightning.checkpoints.schema import LOGGED_METRICS, RESUME_STATE
 from cifar_lightning.errors import UserError
 from cifar_lightning.training.early_stopping import AnnealingEarlyStopping, forget_earlier_stop, skip_cut_epochs
+from cifar_lightning.training.ending import is_time_up
 from cifar_lightning.training.lightning_patches import (
     end_resumed_epoch_as_any,
     logged_metrics,
@@ -22,7 +23,7 @@ from cifar_lightning.training.lightning_patches import (
 )
 from cifar_lightning.training.module import ImageClassifier
 
-_METRICS, _PLATEAUS, _STOPS = "metrics", "plateaus", "stops"
+_PLATEAUS, _STOPS = "plateaus", "stops"
 
 
 class ResumeState(pl.Callback):
@@ -41,12 +42,12 @@ class ResumeState(pl.Callback):
         if trainer.world_size > 1:
             ranks = [None] * trainer.world_size
             torch.distributed.all_gather_object(ranks, own)
-        checkpoint[RESUME_STATE] = {"ranks": ranks, _METRICS: logged_metrics(trainer)}
+        checkpoint[RESUME_STATE] = {"ranks": ranks, LOGGED_METRICS: logged_metrics(trainer)}
         if trainer.fit_loop.epoch_loop._should_accumulate():
             checkpoint[RESUME_STATE][IS_INSIDE_WINDOW] = True
         if not is_inside_epoch(checkpoint) and (monitored := _due_plateaus(trainer)):
             checkpoint[RESUME_STATE][_PLATEAUS] = monitored
-        if trainer.should_stop and not _is_time_up(trainer):  # which min_epochs or min_steps may hold back
+        if trainer.should_stop and not trainer.fit_loop._can_stop_early and not is_time_up(trainer):  # it is held back
             checkpoint[RESUME_STATE][_STOPS] = True
         _drop_timers(trainer, checkpoint)
 
@@ -79,7 +80,7 @@ class ResumeState(pl.Callback):
         """Restore the states; nothing may draw random numbers between this and the first batch."""
         assert isinstance(pl_module, ImageClassifier)
         start_next_epoch(trainer)
-        restore_metrics(trainer, (self._loaded or {}).get(_METRICS, {}))
+        restore_metrics(trainer, (self._loaded or {}).get(LOGGED_METRICS, {}))
         step_plateaus(trainer, (self._loaded or {}).get(_PLATEAUS, {}))
         validate_on_schedule_only(trainer)
         skip_cut_epochs(trainer)
@@ -114,11 +115,6 @@ def _due_plateaus(trainer: pl.Trainer) -> dict[int, float]:
         and epoch % config.frequency == 0
         and config.monitor in metrics
     }
-
-
-def _is_time_up(trainer: pl.Trainer) -> bool:
-    timers = (each for each in trainer.callbacks if isinstance(each, Timer))  # type: ignore[attr-defined]  # set by a connector
-    return any(left_s is not None and left_s <= 0 for left_s in (timer.time_remaining() for timer in timers))
 
 
 def _drop_timers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:

@@ -11,7 +11,10 @@ from benchmarks.faults.judge import differences
 from cifar_lightning import ImageClassifier
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint
+from cifar_lightning.checkpoints.resume import has_stopped
 from cifar_lightning.checkpoints.schema import (
+    LOGGED_METRICS,
+    RESUME_STATE,
     SCHEMA_KEY,
     SCHEMA_VERSION,
     VERSION_KEY,
@@ -73,6 +76,16 @@ def test_an_old_checkpoint_is_upgraded_to_the_current_one(run):
         assert differences(upgrade_checkpoint(old), current) == []
         assert old == kept, "the argument is not changed"
         assert upgrade_checkpoint(current) is current
+
+
+def test_a_reason_to_stop_that_an_earlier_version_kept_over_a_resume_is_forgotten(run, tmp_path):
+    for has_metrics in (True, False):
+        checkpoint = read_checkpoint(run.last_checkpoint)
+        checkpoint["callbacks"] = {"EarlyStopping": {"stopping_reason": 3, "wait_count": 0, "patience": 3}}
+        if not has_metrics:
+            del checkpoint[RESUME_STATE][LOGGED_METRICS]
+        DurableCheckpointIO().save_checkpoint(checkpoint, tmp_path / "one.ckpt")
+        assert has_stopped(read_checkpoint(tmp_path / "one.ckpt")["callbacks"]["EarlyStopping"]) is has_metrics
 
 
 def test_files_of_other_programs_are_left_alone():

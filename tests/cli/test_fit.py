@@ -555,11 +555,20 @@ def test_initial_weights_that_do_not_load_are_named_by_their_flag(given, message
     assert ("Did you mean" in str(error.value)) is (given == "SmallNet")
 
 
-class Scaled(ImageClassifier):
-    """Has a parameter and a layer next to its model."""
+class Weighted(torch.nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("weight", torch.tensor(weight))
 
-    def __init__(self, num_outputs=10):
-        super().__init__(image_size=16, model_kwargs={"widths": [2, 2]})
+    def forward(self, logits, targets):
+        return self.weight * torch.nn.functional.cross_entropy(logits, targets)
+
+
+class Scaled(ImageClassifier):
+    """Has a parameter, a layer and a loss with a setting next to its model."""
+
+    def __init__(self, num_outputs=10, weight=1.0):
+        super().__init__(image_size=16, model_kwargs={"widths": [2, 2]}, loss=Weighted, loss_kwargs={"weight": weight})
         self.scale, self.mixed = torch.nn.Parameter(torch.ones(())), torch.nn.Linear(10, num_outputs)
 
 
@@ -568,9 +577,10 @@ def test_initial_weights_are_also_those_next_to_the_model(tmp_path, capsys):
     trained.scale.data.fill_(3.0)
     torch.save({"state_dict": trained.state_dict()}, tmp_path / "trained.ckpt")
     cli = SimpleNamespace(settings=SimpleNamespace(init_weights=tmp_path / "trained.ckpt"))
-    for module, is_named in ((Scaled(), False), (Scaled(num_outputs=4), True)):
+    for module, is_named in ((Scaled(weight=2.0), False), (Scaled(num_outputs=4, weight=2.0), True)):
         load_initial_weights(cli, module)
         assert (module.scale.item(), torch.equal(module.model.head.weight, trained.model.head.weight)) == (3.0, True)
+        assert module.loss_function.weight == 2.0
         assert ("mixed.weight, mixed.bias" in capsys.readouterr().out) is is_named
 
 
@@ -601,10 +611,11 @@ def test_callbacks_that_a_subclass_adds_are_checked_and_kept_in_the_run_as_those
     assert module.saving.dirpath == str(run.checkpoints)
 
 
-def test_callbacks_of_an_earlier_run_are_refused():
+def test_callbacks_of_an_earlier_run_are_refused(tmp_path):
     saving, stopping = ModelCheckpoint(), EarlyStopping("val/acc")
+    stopping.best_score = torch.tensor(0.9)  # a baseline to improve on
     refuse_used([saving, stopping])
-    saving.best_model_path, stopping.best_score = "runs/1/checkpoints/mine.ckpt", torch.tensor(0.9)
+    keep_in_run([saving, stopping], RunFolder(tmp_path))
     for used in (saving, stopping):
         with pytest.raises(UserError, match=f"callbacks: {type(used).__name__} was used in another run"):
             refuse_used([used])

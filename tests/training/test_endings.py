@@ -288,6 +288,13 @@ def test_a_threshold_of_the_users_early_stopping_is_the_end_of_the_run_until_a_s
     assert not has_stopped(without.state_dict())
 
 
+def test_the_users_early_stopping_counts_again_in_a_run_that_is_resumed_after_its_stop(tmp_path):
+    run, _ = fit_run(tmp_path / "run", EarlyStopping("val/acc", min_delta=1, patience=2), epochs=9)
+    again = EarlyStopping("val/acc", min_delta=1, patience=2)
+    fit_run(run.path, again, epochs=12, ckpt_path=run.last_checkpoint)
+    assert read_json(run.environment)["ended"]["epochs"] == 5, "2 more without improvement"
+
+
 def test_a_changed_patience_of_the_users_early_stopping_is_in_force_when_resumed(tmp_path):
     run, _ = fit_run(tmp_path / "run", EarlyStopping("val/acc", min_delta=1, patience=2), epochs=9)
     assert read_json(run.environment)["ended"]["epochs"] == 3

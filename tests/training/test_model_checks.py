@@ -42,7 +42,7 @@ def test_what_is_no_logits_is_described(logits, message):
         check_logits(logits, 2, 4)
 
 
-def test_outputs_of_a_softmax_are_told_from_raw_logits():
+def test_softmax_outputs_are_recognized_and_raw_logits_are_not():
     logits = torch.randn(64, 4)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert are_probabilities(logits.softmax(1).to(dtype))

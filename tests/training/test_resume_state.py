@@ -18,6 +18,7 @@ from benchmarks.faults.judge import differences
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.checkpoints.loading import RESUME_STATE, is_inside_epoch, read_checkpoint
+from cifar_lightning.checkpoints.schema import LOGGED_METRICS
 from cifar_lightning.runs.contents import read_learning_rates
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.runs.metrics_table import MetricsTable
@@ -94,6 +95,16 @@ def test_a_run_whose_module_optimizes_by_hand_resumes_with_its_schedule(tmp_path
     seed(1)
     run = start_again(RunFolder(tmp_path / "run"), (), module=by_hand())
     assert differences(result_of(run), result_of(whole)) == []
+
+
+class Noting(pl.Callback):
+    def on_train_batch_end(self, trainer, *args):
+        trainer.callback_metrics["own"] = 0.5
+
+
+def test_a_plain_number_among_the_logged_metrics_prevents_no_checkpoint(tmp_path):
+    run, _ = fit_run(tmp_path / "run", Noting(), epochs=1)
+    assert "own" not in read_checkpoint(run.last_checkpoint)[RESUME_STATE][LOGGED_METRICS]
 
 
 class StepPlateau(ImageClassifier):
