@@ -18,22 +18,16 @@ from pathlib import Path
 from typing import Any, cast
 
 
-def percent(fraction: float | None, decimals: int = 1) -> str:
-    """Return a fraction as "12.3 %"; zero has no sign, and one below 1 is no "100.0 %" but "99.9 %"."""
+def percent(fraction: float | None, decimals: int = 1, tolerance: float = 1e-9) -> str:
+    """Return a fraction as "12.3 %"; zero has no sign, and one below 1 has more decimals where it would be "100.0 %".
+
+    A fraction within `tolerance` of 1, by default the rounding of a sum, is 1; without decimals it is rounded.
+    """
     if fraction is None or math.isnan(fraction):
         return "-"
-    text = f"{100 * fraction:z.{decimals}f}"
-    if decimals and fraction < 1 - 1e-9 and float(text) == 100:  # 1e-9: the rounding of a sum
-        text = f"{100 - 10**-decimals:.{decimals}f}"
-    return f"{text} %"
-
-
-def confidence(fraction: float) -> str:
-    """Return a confidence to compare others with as "12.3 %", with more decimals where one below 1 would be 100 %."""
-    decimals = 1
-    while fraction < 1 and float(f"{100 * fraction:.{decimals}f}") == 100:
+    while decimals and fraction < 1 - tolerance and float(f"{100 * fraction:.{decimals}f}") == 100:
         decimals += 1
-    return percent(fraction, decimals)
+    return f"{100 * fraction:z.{decimals}f} %"
 
 
 def span(interval: Sequence[float], decimals: int = 1) -> str:

@@ -10,7 +10,6 @@ from pydantic import TypeAdapter, ValidationError
 from cifar_lightning.formatting import (
     clipped,
     clock,
-    confidence,
     count,
     counted,
     csv_cell,
@@ -44,8 +43,8 @@ def test_fractions_and_differences():
 
 
 def test_a_fraction_below_one_is_not_shown_as_the_whole():
-    assert percent(24_999 / 25_000, 2) == "99.99 %"
-    assert percent(0.99996) == "99.9 %"
+    assert percent(24_999 / 25_000, 2) == "99.996 %"
+    assert percent(0.99996) == "99.996 %"
     assert percent(sum([0.1] * 10)) == percent(1.0) == "100.0 %"
     assert percent(0.997, 0) == "100 %"
     assert span((0.99, 0.99999)) == "99.0 to 100.0 %"
@@ -58,9 +57,9 @@ def test_zero_has_no_sign():
     assert decimal(-0.5, 1) == "-0.5"
 
 
-def test_a_confidence_below_one_is_never_shown_as_one():
+def test_a_confidence_below_one_is_not_shown_as_one_without_a_tolerance():
     shown = {0.5: "50.0 %", 0.9994: "99.9 %", 0.99996: "99.996 %", 1 - 2**-53: "99.99999999999999 %", 1.0: "100.0 %"}
-    assert {value: confidence(value) for value in shown} == shown
+    assert {value: percent(value, tolerance=0) for value in shown} == shown
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan])

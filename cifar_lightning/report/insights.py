@@ -257,7 +257,7 @@ def confidence_gap(confidence: Float[np.ndarray, " n"], correct: Bool[np.ndarray
     p = poisson_binomial_test(num_correct, confidence)
     acc = num_correct / len(correct)
     # As many decimals as tell the two apart.
-    tell = (num for num in (1, 2, 3) if round(100 * level, num) != round(100 * acc, num) and round(100 * mean, num))
+    tell = (num for num in (1, 2, 3) if percent(level, num) != percent(acc, num) and round(100 * mean, num))
     decimals = next(tell, 4) if p < ALPHA else 1
     levels = f"mean confidence {percent(level, decimals)}, accuracy {percent(acc, decimals)}"
     title = f"{'Over' if mean > 0 else 'Under'}confident: {levels}"

@@ -38,8 +38,7 @@ from cifar_lightning.settings.roles import (
 
 Image3 = UInt8[np.ndarray, "height width 3"]
 _TEMPLATES = Path(__file__).parent
-_FILTERS = ["percent", "confidence", "span", "points", "points_span", "decimal", "count", "plural", "pvalue"]
-_FILTERS += ["duration"]
+_FILTERS = ["percent", "span", "points", "points_span", "decimal", "count", "plural", "pvalue", "duration"]
 _MAX_IN_MATRIX = 20  # classes; above, the most confused of them
 _MAX_GROUPED = 12  # grouped classes above this number are folded
 _MAX_ITEMS = 5  # of an insight

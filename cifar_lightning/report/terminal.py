@@ -18,7 +18,6 @@ from rich.text import Text
 
 from cifar_lightning.formatting import (
     clipped,
-    confidence,
     count,
     decimal,
     first_of,
@@ -158,20 +157,20 @@ def _to_look_at(findings: Mapping[str, Any], most: int, has_files: bool) -> list
 def _coverage_text(row: Mapping[str, Any]) -> str:
     if row["threshold"] is None:
         return f"No confidence is high enough for {100 * row['target']:g} % correct predictions"
-    chosen = f"a confidence of at least {confidence(row['threshold'])}"
+    chosen = f"confidence of at least {percent(row['threshold'], tolerance=0)}"
     if not row["num_images"]:
-        return f"For {100 * row['target']:g} % correct predictions: no test image has {chosen}"
+        return f"For {100 * row['target']:g} % correct predictions: no test image has a {chosen}"
     interval = f"95 % interval {span(row['accuracy_interval_95'])}"
     if row["accuracy_interval_95"][1] < row["target"]:
         return (
             f"{100 * row['target']:g} % correct predictions not reached: {percent(row['accuracy'])} of "
-            f"{plural(row['num_images'], 'test image')} with {chosen} ({interval})"
+            f"{plural(row['num_images'], 'test image')} with a {chosen} ({interval})"
         )
     correct = f"; {percent(row['accuracy'])} of them correct, {interval}"
     if row.get("chosen_on") == "test":  # so the accuracy is too good
         correct += "; chosen on these images"
     return (
-        f"For {100 * row['target']:g} % correct predictions: confidence of at least {confidence(row['threshold'])} "
+        f"For {100 * row['target']:g} % correct predictions: {chosen} "
         f"({plural(row['num_images'], 'test image')}, {percent(row['coverage'])}{correct})"
     )
 

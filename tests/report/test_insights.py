@@ -159,6 +159,11 @@ def test_a_small_gap_is_shown_with_the_decimals_that_tell_both_levels_apart():
     assert ": -0.004 points" in gap.items[0].text
 
 
+def test_two_levels_that_round_to_100_percent_are_shown_as_different():
+    gap = insights.confidence_gap(np.full(10_000, 0.9997), np.arange(10_000) < 9990)
+    assert gap.title == "Overconfident: mean confidence 99.97 %, accuracy 99.9 %"
+
+
 @pytest.mark.parametrize("number", [1, 2, 5, 20, 50])
 def test_calibrated_confidences_near_1_are_called_uncalibrated_in_at_most_5_percent_of_test_sets(number):
     rng = np.random.default_rng(number)
