@@ -64,15 +64,10 @@ class StopPoint:
             lines.append(f"  {what} is computed again for the whole run, and continues at this step.")
         return lines
 
-    def is_best_lost(self, run: RunFolder) -> bool:
-        """Whether best.ckpt is missing though an epoch was saved: the best of what follows is tested."""
-        return self.has_best and not run.best_checkpoint.exists()
-
-    def record(self, run: RunFolder, changes: Changes) -> dict[str, Any]:
+    def record(self, changes: Changes) -> dict[str, Any]:
         """Return the entry for environment.json."""
         changed = {key: now for key, (_, now) in changes.items()}
-        entry = {"epoch": self.epochs_done, "step": self.steps_done, "changed": changed}
-        return entry | ({"is_best_lost": True} if self.is_best_lost(run) else {})
+        return {"epoch": self.epochs_done, "step": self.steps_done, "changed": changed}
 
     def check_changes(self, changes: Changes) -> None:
         """Raise if a setting of the batches changed inside an epoch."""
@@ -175,7 +170,7 @@ def restore_files(run: RunFolder, point: StopPoint, data: ImageDataModule) -> No
         if point.epochs_done and not path.exists():
             lost = f"the rows of {point.epochs_done} epochs are lost"
             print(printable(f"warning: {path} is missing; {lost}."), file=sys.stderr)
-    if point.is_best_lost(run):
+    if point.has_best and not run.best_checkpoint.exists():
         warning = f"warning: {run.best_checkpoint} is missing; the best of what follows is tested."
         print(printable(warning), file=sys.stderr)
 

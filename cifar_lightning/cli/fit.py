@@ -310,7 +310,7 @@ def build_fit_trainer(
     and resumed settings.
     """
     keep_in_run(as_list(settings.trainer.callbacks), run)
-    record = resume.point.record(run, resume.changes) if resume is not None else None
+    record = resume.point.record(resume.changes) if resume is not None else None
     changed = cli.config_text if resume is not None and resume.changes else None
     callbacks: list[pl.Callback] = [
         predictions,

@@ -375,9 +375,9 @@ def training_of(results: Results) -> dict[str, Any]:
     """Summarize metrics.csv and timing.csv; unknown values are None.
 
     `is_whole` is false if metrics.csv lacks epochs. `best_epoch` is None if no checkpoint was kept (the last weights
-    were tested) or if an epoch was validated several times, of which the table has only the last. Where a run was
-    resumed without its best.ckpt, it is the best of the epochs that followed. `elapsed_s` is None
-    if the time of any epoch is missing. `has_learning_rates` is whether those of the steps were recorded.
+    were tested) or if an epoch was validated several times, of which the table has only the last. `tested_epoch` and
+    `tested_val_acc` are of the tested weights, by default of the best epoch: best.ckpt may have been lost. `elapsed_s`
+    is None if the time of any epoch is missing. `has_learning_rates` is whether those of the steps were recorded.
     """
     validated = [row for row in results.epochs if not math.isnan(row.get("val/acc", math.nan))]
     trainer = results.origin.config.get("trainer") or {}
@@ -385,10 +385,11 @@ def training_of(results: Results) -> dict[str, Any]:
     is_at_end = interval is None or (isinstance(interval, float) and interval == 1)
     is_kept = trainer.get("enable_checkpointing") is not False
     # The rule that chooses best.ckpt: highest accuracy, then lowest loss, then first epoch.
-    resumed = results.origin.environment.get("resumed") or []
-    first = max((entry.get("epoch") or 0 for entry in resumed if entry.get("is_best_lost")), default=0)
-    candidates = [row for row in validated if row["epoch"] >= first] if is_at_end and is_kept else []
+    candidates = validated if is_at_end and is_kept else []
     best = max(candidates, key=lambda row: (row["val/acc"], -row.get("val/loss", math.inf)), default=None)
+    tested = best
+    if results.tested_epoch is not None:
+        tested = next((row for row in candidates if row["epoch"] + 1 == results.tested_epoch), None)
     is_timing_whole = "timing.csv" not in results.cut_tables
     elapsed = [row["elapsed_s"] for row in results.timing if "elapsed_s" in row and is_timing_whole]
     speeds = [row["train_images_per_s"] for row in results.timing if "train_images_per_s" in row]
@@ -398,6 +399,8 @@ def training_of(results: Results) -> dict[str, Any]:
         "is_whole": "metrics.csv" not in results.cut_tables,
         "best_epoch": int(best["epoch"]) + 1 if best else None,  # shown counting from 1
         "best_val_acc": best["val/acc"] if best else None,
+        "tested_epoch": int(tested["epoch"]) + 1 if tested else None,
+        "tested_val_acc": tested["val/acc"] if tested else None,
         "has_learning_rates": bool(results.learning_rates),
         "elapsed_s": sum(elapsed) if elapsed and not math.isnan(sum(elapsed)) else None,
         "train_images_per_s": float(np.median(speeds)) if speeds else None,

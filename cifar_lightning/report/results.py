@@ -138,6 +138,7 @@ class Results:
         learning_rates: Optimizer step, counted from 0, and its learning rate; empty where they were not recorded.
         origin: Settings, environment and split.
         accuracy_no_tta: Test accuracy without test-time augmentation; None if the run uses none.
+        tested_epoch: Epoch of the tested weights, counted from 1; None where it was not recorded.
         explanations: Grad-CAM and nearest training images of the first mistakes; None without either.
         explanations_reason: Why one or both are missing.
         problems: One message for each missing or damaged file.
@@ -154,6 +155,7 @@ class Results:
     learning_rates: list[tuple[int, float]] = field(default_factory=list)
     origin: Origin = field(default_factory=Origin)
     accuracy_no_tta: float | None = None
+    tested_epoch: int | None = None
     explanations: Explanations | None = None
     explanations_reason: str = ""
     problems: list[str] = field(default_factory=list)
@@ -193,9 +195,8 @@ def read_results(run: RunFolder) -> Results:
     cut = _name_cut_tables(tables)
     # Runs of an earlier version, killed ones and those of a Trainer of one's own have none.
     lrs = _try(read_learning_rates, run.learning_rates, problems) if run.learning_rates.exists() else []
-    no_tta = None
-    if (origin.config.get("model") or {}).get("tta", "none") != "none":
-        no_tta = (_try(read_test_metrics, run.test_metrics, problems) or {}).get("accuracy_no_tta")
+    has_tta = (origin.config.get("model") or {}).get("tta", "none") != "none"
+    metrics = _try(read_test_metrics, run.test_metrics, problems) if has_tta or run.test_metrics.exists() else None
     return Results(
         class_names=names,
         confusion=confusion,
@@ -209,7 +210,8 @@ def read_results(run: RunFolder) -> Results:
         cut_tables=tuple(cut),
         learning_rates=lrs or [],
         origin=origin,
-        accuracy_no_tta=no_tta,
+        accuracy_no_tta=(metrics or {}).get("accuracy_no_tta") if has_tta else None,
+        tested_epoch=(metrics or {}).get("epoch"),
         explanations=explanations,
         explanations_reason=reason,
         problems=[*problems, *cut.values()],

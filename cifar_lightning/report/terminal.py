@@ -217,9 +217,10 @@ def _print_summary(console: Console, findings: Mapping[str, Any]) -> None:
 
 def _print_tested(console: Console, training: Mapping[str, Any], run_path: Path | None) -> None:
     is_best = run_path is not None and RunFolder(run_path).best_checkpoint.exists()  # otherwise the last was tested
-    if is_best and training["best_epoch"] is not None and training["is_whole"]:
-        val_acc = percent(training["best_val_acc"], 2)
-        console.print(f"Tested weights: epoch {training['best_epoch']}, best validation accuracy ({val_acc})")
+    if is_best and training["tested_epoch"] is not None and training["is_whole"]:
+        best = "best " if training["tested_epoch"] == training["best_epoch"] else ""
+        val_acc = percent(training["tested_val_acc"], 2)
+        console.print(f"Tested weights: epoch {training['tested_epoch']}, {best}validation accuracy ({val_acc})")
 
 
 def _print_classes(

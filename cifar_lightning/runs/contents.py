@@ -68,8 +68,6 @@ class _Split(BaseModel):
 class _Resumed(BaseModel):
     versions: dict[str, str | None] = {}
     changed: dict[str, Any] = {}
-    epoch: FromZero | None = None
-    is_best_lost: bool = False
 
 
 class _Environment(BaseModel):
@@ -95,6 +93,7 @@ class _TestMetrics(BaseModel):
     accuracy: ZeroToOne | None = None
     accuracy_interval_95: Annotated[list[ZeroToOne], Field(min_length=2, max_length=2)] | None = None
     accuracy_no_tta: ZeroToOne | None = None
+    epoch: FromZero | None = None
 
 
 class _Spread(BaseModel):

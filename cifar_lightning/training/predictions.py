@@ -46,8 +46,15 @@ class PredictionWriter(pl.Callback):
         self.num_written, self.written_to = 0, Path()
         self.test: Predictions | None = None
         self.is_test_written = False
+        self._tested_epoch: int | None = None
         self._logits: list[Tensor] = []
         self._targets: list[Tensor] = []
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the epoch of the weights, counted from 1, of a checkpoint that is tested."""
+        self._tested_epoch = int(checkpoint["epoch"]) + 1 if trainer.state.fn == TrainerFn.TESTING else None
 
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *args: Any
@@ -90,11 +97,12 @@ class PredictionWriter(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Forget the batches of an evaluation that was cut."""
-        self._logits, self._targets = [], []
+        self._logits, self._targets, self._tested_epoch = [], [], None
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write predictions.npz, test_metrics.json, confusion_matrix.pt, gallery.npz and explanations.npz."""
         arrays = self._gather(trainer, "test")
+        tested_epoch, self._tested_epoch = self._tested_epoch, None
         if arrays is None:
             return
         data, self.test = training_data(trainer), _predictions_of(arrays)
@@ -109,6 +117,8 @@ class PredictionWriter(pl.Callback):
             metrics["accuracy_no_tta"] = trainer.callback_metrics["test/acc_no_tta"].item()
         own = getattr(pl_module, "own_metrics", None) or ()
         metrics |= {name: trainer.callback_metrics[f"test/{name}"].item() for name in own}
+        if tested_epoch is not None:
+            metrics["epoch"] = tested_epoch
         write_json(self.run.test_metrics, metrics)
         torch.save(torch.from_numpy(self.test.confusion), buffer := io.BytesIO())
         write_bytes_durably(self.run.confusion_matrix_pt, buffer.getvalue())

@@ -289,15 +289,22 @@ def test_the_best_epoch_is_chosen_as_its_checkpoint_was(tmp_path):
     assert find(results)["training"]["best_epoch"] is None
 
 
-def test_after_a_resume_without_best_ckpt_the_best_epoch_is_one_that_followed(tmp_path):
+def test_the_tested_epoch_is_that_of_the_tested_checkpoint_and_of_older_runs_the_best(tmp_path):
     run = make_run(tmp_path / "run", epochs=4)
     rows = MetricsTable(run.metrics_csv).read()
     run.metrics_csv.unlink()
     for row, accuracy in zip(rows, (0.5, 0.9, 0.6, 0.7), strict=True):
         MetricsTable(run.metrics_csv).append({**row, "val/acc": accuracy})
-    for resumed, best in (([{"epoch": 3}], 2), ([{"epoch": 2, "is_best_lost": True}, {"epoch": 3}], 4)):
-        write_json(run.environment, {"resumed": resumed})
-        assert find(read_results(run))["training"]["best_epoch"] == best
+    said = {}
+    for recorded, tested in (({}, 2), ({"epoch": 2}, 2), ({"epoch": 4}, 4), ({"epoch": 5}, None)):  # 5 has no row
+        write_json(run.test_metrics, recorded)
+        training = find(read_results(run))["training"]
+        assert (training["best_epoch"], training["best_val_acc"]) == (2, 0.9)
+        assert (training["tested_epoch"], training["tested_val_acc"]) == (tested, {2: 0.9, 4: 0.7}.get(tested))
+        make_report(run)
+        said[tested] = run.report.read_text(encoding="utf-8")
+    assert ["best validation accuracy" in said[tested] for tested in (2, 4, None)] == [True, False, False]
+    assert "70.00" in said[4]
 
 
 def test_what_a_cut_table_cannot_tell_is_not_said(tmp_path):

@@ -62,13 +62,15 @@ def test_it_is_said_which_epoch_was_tested(tmp_path):
     best.touch()
 
     def is_said(**changed):
-        findings["training"] |= {"best_epoch": 3, "best_val_acc": 0.912, "is_whole": True} | changed
+        known = {"best_epoch": 3, "tested_epoch": 3, "tested_val_acc": 0.912, "is_whole": True}
+        findings["training"] |= known | changed
         file = io.StringIO()
         print_findings(findings, tmp_path, Console(file=file, width=80))
         return "Tested weights: epoch 3, best validation accuracy (91.20 %)" in file.getvalue()
 
     assert is_said()
-    assert not is_said(best_epoch=None)
+    assert not is_said(tested_epoch=4)
+    assert not is_said(tested_epoch=None)
     assert not is_said(is_whole=False)
     best.unlink()  # the last weights were tested
     assert not is_said()

@@ -6,8 +6,10 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from fitting import fit_run
 
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
+from cifar_lightning.runs.contents import read_test_metrics
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.predictions import PredictionWriter
 
@@ -97,3 +99,11 @@ def test_images_in_another_order_than_the_split_are_not_written_under_its_names(
     with pytest.raises(UserError, match=r"Backwards: test_dataloader .*rank_positions"):
         run.test(module, Backwards("synthetic", batch_size=900, image_size=16), verbose=False)
     assert not folder.predictions.exists()
+
+
+def test_the_epoch_of_a_tested_checkpoint_is_kept_and_none_of_weights_that_are_in_no_checkpoint(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    run, trainer = fit_run(folder.path, PredictionWriter(folder), eval_batch_size=200)
+    for checkpoint, epoch in ((run.last_checkpoint, 2), (run.previous_checkpoint, 1), (None, None)):
+        trainer.test(trainer.lightning_module, trainer.datamodule, checkpoint, verbose=False, weights_only=True)
+        assert read_test_metrics(run.test_metrics).get("epoch") == epoch
