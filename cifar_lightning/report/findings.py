@@ -60,8 +60,8 @@ def find(results: Results) -> dict[str, Any]:
     Keys: `summary`, `calibration` (None without test predictions), `coverage`, `classes` (in class order),
     `confusion_matrix` (rows: true class), `confused_pairs`, `insights`, `mistakes`, `galleries`, `label_issues` (all,
     the least plausible label first), `label_check` (`checked`: images by split; `num_issues`; `is_reliable`:
-    whether the model is better than always predicting the largest class; `is_mostly_model`: whether so many are listed
-    that most are the model's own mistakes), `epochs`, `learning_rates`, `training`, `run`, `problems`.
+    whether the model is better than always predicting the largest class; `is_many`: whether more are listed than labels
+    are usually wrong), `epochs`, `learning_rates`, `training`, `run`, `problems`.
     """
     cm, test = results.confusion, results.test
     pairs = confused_pairs(cm, results.class_names)
@@ -84,7 +84,7 @@ def find(results: Results) -> dict[str, Any]:
             "checked": checked,
             "num_issues": len(issues),
             "is_reliable": bool(summary["accuracy_interval_95"][0] > summary["majority"]),
-            "is_mostly_model": len(issues) > _MOST_LABEL_ERRORS * sum(checked.values()),
+            "is_many": len(issues) > _MOST_LABEL_ERRORS * sum(checked.values()),
         },
         "epochs": results.epochs,
         "learning_rates": learning_rates_of(results),

@@ -149,7 +149,7 @@ def _to_look_at(findings: Mapping[str, Any], most: int, has_files: bool) -> list
             for issue in findings["label_issues"][:most]
         ]
         where = " in label_issues.csv" if has_files else ""
-        doubt = " (most are the model's own mistakes)" if findings["label_check"]["is_mostly_model"] else ""
+        doubt = " (more than are usually wrong)" if findings["label_check"]["is_many"] else ""
         texts.append(f"{plural(number, 'label')} to check{where}{doubt}, likeliest: {'; '.join(shown)}")
     return texts
 

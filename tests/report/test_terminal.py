@@ -268,7 +268,7 @@ def test_the_summary_fits_a_screen_whatever_is_found(num_classes, tmp_path):
     issue = {"name": "test/" + "long name/" * 30, "label": names[0], "suggested": names[1]}
     reliable = {"target": 0.99, "threshold": 0.91, "coverage": 0.5, "num_images": 9, "accuracy": 0.992}
     reliable["accuracy_interval_95"] = [0.7, 1.0]
-    check = {"num_issues": 712, "is_reliable": True, "is_mostly_model": True, "checked": {}}
+    check = {"num_issues": 712, "is_reliable": True, "is_many": True, "checked": {}}
     for problems in (["damaged " * 90], []):
         changed = {"problems": problems, "label_issues": [issue] * 500, "label_check": check, "coverage": [reliable]}
         lines = summary(findings, tmp_path, **changed)
@@ -276,7 +276,7 @@ def test_the_summary_fits_a_screen_whatever_is_found(num_classes, tmp_path):
         assert (
             sum(line.startswith("* ") for line in lines) <= 1 + 3 + 2 + 1
         )  # pair, insights, images, one of the others
-        assert sum(line.startswith("* 712 labels to check in label_issues.csv (most are the") for line in lines) == 1
+        assert sum("712" in line and "label_issues.csv" in line for line in lines) == 1
         assert max(map(len, lines[:-3])) <= 80
     lines = summary(findings, tmp_path, label_issues=[issue], label_check=check | {"is_reliable": False})
     assert "label_issues.csv" not in "\n".join(lines)
