@@ -16,7 +16,8 @@ from cifar_lightning.metrics.significance import holm, mcnemar_test, paired_diff
 from cifar_lightning.report.results import Predictions, Results
 
 _NUM_SHOWN = 24  # images in each direction
-_DECODING = ("image_size", "resize", "in_channels")  # settings of `data` that give other pixels of the same files
+_RESIZING = ("image_size", "resize")  # settings of `data` that give other pixels of the same images
+_DECODING = (*_RESIZING, "in_channels")  # of the same files: images without files are hashed before they become gray
 
 
 def compare(path: Path, results: Results, other_path: Path, other: Results) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def other_images(first: Predictions, second: Predictions, results: Results, othe
     if len(first.targets) != len(second.targets):
         return f"{len(first.targets):,} and {len(second.targets):,} images"
     hashes = _hashes(results, other)
-    if _are_decoded_otherwise(results, other) and hashes[0] != hashes[1]:  # which are of decoded pixels
+    if _are_decoded_otherwise(results, other):
         if _have_other_names(first, second):
             return "the images have other names"
     elif hashes[0] != hashes[1] if all(hashes) else _kept_others(results, other):
@@ -106,21 +107,33 @@ def _are_drawn_otherwise(results: Results, other: Results) -> bool:
 
 
 def _are_decoded_otherwise(results: Results, other: Results) -> bool:
-    """Whether the same files would give other pixels, by the settings of both runs or by the images that they kept."""
+    """Whether the hashes, of decoded pixels, differ also for the same images.
+
+    They do by the settings of both runs or by the sizes of the images that they kept.
+    """
+    hashes = _hashes(results, other)
+    if hashes[0] == hashes[1]:
+        return False
     one, two = (run.origin.config.get("data") or {} for run in (results, other))
     shapes = [{image.shape for image in run.images.values()} for run in (results, other)]
-    is_set = any(one[name] != two[name] for name in _DECODING if name in one and name in two)
+    names = _DECODING if _have_files(results, other) else _RESIZING
+    is_set = any(one[name] != two[name] for name in names if name in one and name in two)
     return is_set or (all(shapes) and shapes[0] != shapes[1])
+
+
+def _have_files(results: Results, other: Results) -> bool:
+    """Whether the images of a run are named by their files; older runs and data without files have indices."""
+    return any(run.test is not None and not all(map(is_index_name, run.test.names)) for run in (results, other))
 
 
 def _have_other_names(first: Predictions, second: Predictions) -> bool:
     """Whether an image has another name in the other run; that of an older run, by its index, is not compared."""
     of_second = dict(zip(second.indices.tolist(), second.names, strict=True))
-    return any(
-        name != other and is_index_name(name) == is_index_name(other)
-        for index, name in zip(first.indices.tolist(), first.names, strict=True)
-        if (other := of_second.get(index, name))
-    )
+    for index, name in zip(first.indices.tolist(), first.names, strict=True):
+        other = of_second.get(index, name)
+        if name != other and is_index_name(name) == is_index_name(other):
+            return True
+    return False
 
 
 def _kept_others(results: Results, other: Results) -> bool:
@@ -131,12 +144,13 @@ def _kept_others(results: Results, other: Results) -> bool:
 
 def unchecked_images(path: Path, results: Results, other_path: Path, other: Results) -> str:
     """Return why it could not be checked whether the test images of two runs are the same; empty if it was."""
-    hashes = _hashes(results, other)
-    if _are_decoded_otherwise(results, other) and hashes[0] != hashes[1]:
+    if _are_decoded_otherwise(results, other):
+        names = "names" if _have_files(results, other) else "indices"
         return (
             f"The test images of {path} and {other_path} are decoded with other --data.image_size, --data.resize or "
-            "--data.in_channels: that they are the same is known by their names and labels alone."
+            f"--data.in_channels: that they are the same is known only by their {names} and labels."
         )
+    hashes = _hashes(results, other)
     lacking = [str(place) for place, sha256 in ((path, hashes[0]), (other_path, hashes[1])) if not sha256]
     if not lacking:
         return ""

@@ -156,13 +156,30 @@ def test_the_same_files_decoded_otherwise_are_compared_by_their_names_and_labels
     assert compared(*runs)["unchecked"] == said, "an older run has no names"
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_refused"), [({"image_size": (32, 64)}, False), ({"in_channels": (3, 1)}, True)]
+)
+def test_images_without_files_whose_hashes_differ_are_refused_unless_their_size_differs(settings, is_refused, runs):
+    ((name, values),) = settings.items()  # before they become gray, the same images have the same hash
+    for run, value, sha256 in zip(runs, values, ("aa", "bb"), strict=True):
+        run.config.write_text(yaml.safe_dump({"data": {"dataset": "<ndarray>", name: value}}))
+        write_json(run.split, {"sizes": {"val": 1}, "sha256": {"test": sha256}})
+        arrays = dict(np.load(run.predictions))
+        np.savez(run.predictions, **arrays | {"names": [f"test[{index}]" for index in arrays["indices"]]})
+    if is_refused:
+        with pytest.raises(UserError, match="the images themselves differ"):
+            compared(*runs)
+    else:
+        assert "indices and labels" in compared(*runs)["unchecked"]
+
+
 def test_images_that_were_kept_in_another_size_are_decoded_otherwise(runs, tmp_path):
     larger = make_run(tmp_path / "larger", seed=1, image_size=48)
     write_json(larger.split, {"sizes": {"val": 1}, "sha256": {"test": "other pixels"}})
     assert "--data.image_size" in compared(runs[0], larger)["unchecked"]
 
 
-def test_test_splits_that_were_drawn_from_the_same_training_images_are_told_apart(runs):
+def test_test_splits_of_the_same_training_images_are_refused_if_drawn_differently(runs):
     def draw(run, indices, sha256="aa"):
         write_json(run.split, {"sizes": {"val": 1}, "sha256": {"train": sha256}, "train": [0], "test": indices})
 
