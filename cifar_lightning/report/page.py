@@ -254,7 +254,7 @@ def reproduction_of(run: Mapping[str, Any]) -> str:
             lines.append("# the run had further changes that were not committed")
     if is_repeatable(run["config"]):
         lines.append("cifar-lightning fit --config config.yaml    # config.yaml of the run")
-        lines += [f"# not the same: {reason}" for reason in _not_in_config(environment)]
+        lines += [f"# {fact}" for fact in _not_in_config(environment)]
     else:
         objects = [value for value in flat_settings(run["config"]).values() if is_object_name(value)]
         given = f"{printable(', '.join(objects))} given from Python" if objects else "its settings are not known"
@@ -263,12 +263,13 @@ def reproduction_of(run: Mapping[str, Any]) -> str:
 
 
 def _not_in_config(environment: Mapping[str, Any]) -> list[str]:
-    """Return what made a run's training another one than that of its config."""
+    """Return what config.yaml does not have of a run's training: earlier values of settings, and its checkpoint."""
     changed = sorted({key for entry in environment.get("resumed") or [] for key in entry.get("changed") or {}})
-    reasons = [f"resumed with other {printable(', '.join(changed))}"] if changed else []
-    if any(str(word).partition("=")[0] == "--ckpt_path" for word in environment.get("command") or []):
-        reasons.append("begun from a checkpoint, --ckpt_path")
-    return reasons
+    keys = printable(", ".join(changed))
+    facts = [f"resumed with other {keys}, whose last values config.yaml has"] if changed else []
+    if checkpoint := environment.get("ckpt_path"):
+        facts.append(f"begun from a checkpoint, --ckpt_path {printable(str(checkpoint))}")
+    return facts
 
 
 def command_of(environment: Mapping[str, Any]) -> str:

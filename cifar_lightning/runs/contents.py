@@ -83,6 +83,7 @@ class _Environment(BaseModel):
     commit: str | None = None
     dirty: bool | None = None
     command: list[str] = []
+    ckpt_path: str | None = None  # of fit --ckpt_path
     optimizers: list[str] = []
     callbacks: list[str] = []
     resumed: list[_Resumed] = []

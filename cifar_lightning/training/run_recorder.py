@@ -100,6 +100,8 @@ class RunRecorder(pl.Callback):
         assert data is not None
         write_json(self.run.split, portable(data.split_summary()))
         environment = environment_of(trainer)
+        if self.resumed is None and trainer.ckpt_path:
+            environment["ckpt_path"] = portable(str(trainer.ckpt_path))
         if self.resumed is not None:
             before = read_environment(self.run.environment)
             again = {key: environment[key] for key in _OF_A_RESUME}

@@ -19,6 +19,7 @@ from cifar_lightning.checkpoints.loading import read_checkpoint
 from cifar_lightning.checkpoints.resume import has_stopped, stop_point
 from cifar_lightning.cli.fit import Resume
 from cifar_lightning.runs.contents import read_json
+from cifar_lightning.runs.environment import portable
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.runs.metrics_table import MetricsTable
 from cifar_lightning.training.best_checkpoint import BestCheckpoint
@@ -270,6 +271,13 @@ def test_the_best_epoch_is_that_of_the_accuracy_where_no_loss_is_logged(tmp_path
     module.on_validation_epoch_end = lambda: module.log("val/acc", module.script[module.current_epoch])
     run, _ = fit_run(tmp_path, module=module, epochs=3)
     assert torch.load(run.best_checkpoint, weights_only=True)["epoch"] == 1
+
+
+def test_the_checkpoint_that_a_run_begins_from_is_recorded_without_its_folder(tmp_path):
+    begun, _ = fit_run(tmp_path / "begun", epochs=1)
+    run, _ = fit_run(tmp_path / "run", epochs=2, ckpt_path=begun.last_checkpoint)
+    recorded = [read_json(each.environment).get("ckpt_path") for each in (begun, run)]
+    assert recorded == [None, portable(str(begun.last_checkpoint))]
 
 
 def test_a_run_whose_steps_end_before_the_first_validation_is_not_stopped_by_an_error(tmp_path):
