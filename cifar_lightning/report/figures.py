@@ -27,6 +27,7 @@ from cifar_lightning.metrics.classification import accuracy, per_class
 
 _MAX_CLASSES_WITH_NUMBERS = 20
 _MAX_NAMED = 200  # classes; more are illegible and take matplotlib 10 s for 1,000
+_MAX_NEAREST = 1000  # classes, each of a pixel or more; of more, rows and columns would be left out
 _MAX_NAME = 24
 # Light theme of page.css, by the name of its variable. The blue is that of M. Okabe and K. Ito, "Color Universal
 # Design" (2008); their orange is darkened so that white text on it is legible.
@@ -73,8 +74,10 @@ def confusion_figure(cm: Int[np.ndarray, "classes classes"], class_names: Sequen
     axes = figure.subplots()
     diagonal = np.eye(num_classes, dtype=bool)
     # The aspect stays free because the constrained layout cuts off the title of square cells.
-    rgb = np.where(diagonal[..., None], to_rgb(COLOURS["correct"]), to_rgb(COLOURS["mistake"]))
-    axes.imshow(np.dstack([rgb, opacity]), interpolation="nearest", aspect="auto")
+    face, correct, mistake = (np.array(to_rgb(COLOURS[name]), np.float32) for name in ("face", "correct", "mistake"))
+    rgb = face + opacity[..., None].astype(np.float32) * (np.where(diagonal[..., None], correct, mistake) - face)
+    interpolation = "nearest" if num_classes <= _MAX_NEAREST else "antialiased"
+    axes.imshow(rgb, interpolation=interpolation, aspect="auto")
     for name, top, label in (
         ("mistake", top_of_mistakes, "mistakes, % of the true class"),
         ("correct", 1.0, "correct, % of the true class"),

@@ -54,6 +54,14 @@ def test_a_mistake_is_orange_and_a_correct_prediction_blue():
     assert colour(0, 1).tolist() == [255, 255, 255]
 
 
+def test_the_diagonal_is_whole_where_there_are_more_classes_than_pixels():
+    figure = confusion_figure(np.eye(3000, dtype=np.int64), [str(index) for index in range(3000)])
+    pixels = figure_to_array(figure)
+    box = figure.axes[0].get_window_extent()
+    inside = pixels[::-1][int(box.y0) + 3 : int(box.y1) - 3, int(box.x0) : int(box.x1) + 1].astype(int)
+    assert np.all((inside[..., 2] - inside[..., 0]).max(axis=1) > 30)  # blue in each row
+
+
 def test_a_hundred_classes_have_names_and_no_numbers():
     names = [f"class_{index}" for index in range(100)]
     figure = confusion_figure(np.eye(100, dtype=np.int64), names)
