@@ -89,7 +89,7 @@ def find(results: Results) -> dict[str, Any]:
         "epochs": results.epochs,
         "learning_rates": learning_rates_of(results),
         "training": training_of(results),
-        "run": {**vars(results.origin)},
+        "run": dict(vars(results.origin)),
         "problems": results.problems,
     }
 

@@ -173,7 +173,7 @@ def read_results(run: RunFolder) -> Results:
     test = _try(read_predictions, run.predictions, problems)
     names, confusion = (test.class_names, test.confusion) if test else _matrix_alone(run, problems)
     origin = read_origin(run, problems)
-    # And not of RunReport, whose Trainer need not have fitted or validated.
+    # RunReport writes neither key: its Trainer need not have fitted or validated.
     is_of_fit = not origin.config or bool({"data", "data_class"} & origin.config.keys())
     is_validated = (origin.config.get("trainer") or {}).get("limit_val_batches") != 0
     was_held_out = is_of_fit and is_validated and origin.split.get("sizes", {}).get("val", 0) > 0

@@ -102,14 +102,14 @@ def test_without_a_terminal_there_is_what_it_trains_on_and_a_line_an_epoch(tmp_p
     assert "\x1b" not in out.getvalue()
 
 
-class LogsAccuracyAlone(ImageClassifier):
+class LogsOnlyAccuracy(ImageClassifier):
     def on_validation_epoch_end(self):
         self.log("val/acc", 0.25)
 
 
 def test_a_validation_that_logs_its_accuracy_alone_has_no_loss_in_its_line(tmp_path):
     out = io.StringIO()
-    fit_with(tmp_path, bar_on(out), max_epochs=1, kind=LogsAccuracyAlone)
+    fit_with(tmp_path, bar_on(out), max_epochs=1, kind=LogsOnlyAccuracy)
     assert "  val acc 25.00 %  " in out.getvalue().splitlines()[-1]
 
 
