@@ -29,7 +29,7 @@ from cifar_lightning.checkpoints.schema import (
     upgrade_checkpoint,
     with_data_state,
 )
-from cifar_lightning.data.memory import free_host_bytes
+from cifar_lightning.data.memory import free_host_bytes, is_out_of_memory
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import open_regular, read_bytes
 from cifar_lightning.formatting import reason_of, shell_line
@@ -119,7 +119,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "Save only the tensors of a whole model: torch.save(model.state_dict(), FILE)."
         ) from error
     except Exception as error:  # on damaged files zip and pickle raise nearly anything
-        if "can't allocate memory" in str(error):  # torch raises a RuntimeError
+        if is_out_of_memory(error):
             raise _unreadable(path, error) from error
         raise UserError(
             f"{path}: a damaged checkpoint, or not a checkpoint ({reason_of(error)}).{_instead_of(path)}"

@@ -246,8 +246,8 @@ class ImageDataModule(pl.LightningDataModule):
         is_default = size == inspect.signature(ImageDataModule).parameters["batch_size"].default
         if size > num_images and not is_default:
             raise UserError(
-                f"--data.batch_size {size}: larger than the training split of {num_images} "
-                f"image{'s' if num_images > 1 else ''}; give --batch_size of that many or fewer."
+                f"--data.batch_size {size}: larger than the training split of "
+                f"{plural(num_images, 'image')}; give --batch_size of that many or fewer."
             )
         if size > num_images:
             self.batch_size = num_images

@@ -55,10 +55,10 @@ def find_duplicates(
     in_split = [{split: sum(row.split == split for row in group) for split in SPLITS} for group in groups]
     found = []
 
-    def add(kind: str, one: str, many: str, nums: list[int], differing: Callable[[_Row], object]) -> None:
+    def add(kind: str, of_one: str, of_many: str, nums: list[int], differing: Callable[[_Row], object]) -> None:
         if num := sum(nums):
-            text = one if num == 1 else many
-            chosen = [group for group, one in zip(groups, nums, strict=True) if one][:num_shown]
+            text = of_one if num == 1 else of_many
+            chosen = [group for group, of_group in zip(groups, nums, strict=True) if of_group][:num_shown]
             first = [list({differing(row): row.name for row in reversed(group)}.values())[-4:] for group in chosen]
             found.append({"kind": kind, "text": f"{num:,} {text}", "num_images": num, "first": first})
 

@@ -266,6 +266,7 @@ def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
         )
     if image.format == "PNG" and "transparency" in image.info:
         transparent = image.info["transparency"]
+        # Loading loses the depth of RGB: a colour of 16 bits is only known as such above 255.
         if "16" in raw_mode or (image.mode == "RGB" and max(transparent) > 255):
             raise ValueError("a transparent colour of 16 bits is not supported: save it with an alpha channel")
         if image.mode in ("1", "L"):
@@ -279,9 +280,13 @@ def _levels(image: Image.Image, transparent: int) -> int:
     """Return the largest value in the file of a gray image, by its pixels if it is loaded."""
     if image.mode == "1":
         return 1
-    shown = () if getattr(image, "tile", None) else [value for value, num in enumerate(image.histogram()) if num]
-    fits = (most for most in (3, 15) if shown and transparent <= most and not any(at % (255 // most) for at in shown))
-    return next(fits, 255)
+    if getattr(image, "tile", None):  # not loaded: its raw mode has said it
+        return 255
+    values = [value for value, num in enumerate(image.histogram()) if num]
+    for most in (3, 15):
+        if transparent <= most and all(value % (255 // most) == 0 for value in values):
+            return most
+    return 255
 
 
 def _high_byte(image: Image.Image, shift: int, inverted: bool, transparent: int | None) -> Image.Image:
@@ -535,12 +540,16 @@ def counted_remarks(remarks: Iterable[tuple[int, str]]) -> Remarks:
     return {text: (len(indices), min(indices)) for text, indices in sorted(of_text.items())}
 
 
+def _of_one(text: str) -> str:
+    return text.replace("have", "has").replace("their", "its")
+
+
 def remark_lines(remarks: Remarks, paths: Sequence[str]) -> list[str]:
     """Return a line for the terminal for each of `remarks` on images of `paths`."""
     return [
         printable(
-            f"remark: {num:,} of {plural(len(paths), 'image')} {text.replace('have', 'has', num == 1)} "
-            f"(the first is {paths[first]})"
+            f"remark: {num:,} of {plural(len(paths), 'image')} {text if num > 1 else _of_one(text)} (the first is "
+            f"{paths[first]})"
         )
         for text, (num, first) in remarks.items()
     ]

@@ -163,7 +163,7 @@ class ClassFolders:
                 "shown, write shards of them with the command shard."
             )
         self.root, self.labels, self.skip_unreadable = Path(root), labels, skip_unreadable
-        self._caches = cache_folders(self.root) if cache == "disk" else ()
+        self._caches = _cache_folders(self.root) if cache == "disk" else ()
         self.resize: Resize = resize
         self.in_channels = in_channels
         self.class_names, self._listed = scan(self.root, None if labels is None else Path(labels))
@@ -230,7 +230,7 @@ class ClassFolders:
                 for split, rows in bad.items()
             )
             listed = ""
-            for folder in reversed(cache_folders(self.root)):
+            for folder in reversed(_cache_folders(self.root)):
                 with suppress(OSError):  # a list that cannot be written must not hide the error
                     folder.mkdir(parents=True, exist_ok=True)
                     write_skipped_files(path := folder / "unreadable.jsonl", rows)
@@ -246,10 +246,6 @@ class ClassFolders:
                 raise UserError(f"{listing.folder}: no image of the class {name} can be read")
 
     def _remarks(self, decoded: dict[Split, Decoded]) -> Iterator[str]:
-        if bad := [row for rows in self._unreadable.values() for row in rows]:
-            total = sum(len(listing.names) for listing in self._listed.values())
-            left_out = f"{plural(total, 'image')} {'is' if len(bad) == 1 else 'are'} left out"
-            yield f"warning: {len(bad):,} of {left_out} ({self.root / bad[0][0]} {bad[0][1]})"
         yield from self.folder_remarks()
         for split, listing in self._listed.items():
             yield from remark_lines(decoded[split].remarks, listing.paths)
@@ -259,6 +255,10 @@ class ClassFolders:
 
     def folder_remarks(self) -> Iterator[str]:
         """Yield lines on what is not used of the folder, and on what may be no class."""
+        if bad := [row for rows in self._unreadable.values() for row in rows]:
+            total = sum(len(listing.names) for listing in self._listed.values())
+            left_out = f"{plural(total, 'image')} {'is' if len(bad) == 1 else 'are'} left out"
+            yield f"warning: {len(bad):,} of {left_out} ({self.root / bad[0][0]} {bad[0][1]})"
         for listing in self.listings.values():
             if names := [name for name, reason in listing.skipped if reason == _BY_SUFFIX]:
                 kinds = _some(sorted({Path(name).suffix for name in names}))
@@ -572,7 +572,7 @@ def _settled(stats: Sequence[Stat], began_ns: int) -> np.ndarray:
 # -- the cache --------------------------------------------------------------------------------------------------
 
 
-def cache_folders(root: Path) -> tuple[Path, Path]:
+def _cache_folders(root: Path) -> tuple[Path, Path]:
     """Return the folders for decoded images: next to the data, and in the user's cache by a name of its own."""
     return root / CACHE_FOLDER, user_cache(os.path.realpath(root))
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, StackDataset, Subset, TensorDataset
 
-from cifar_lightning.data.image_decoding import Resize, choose_image_size, exif_orientation, open_image, square_of
+from cifar_lightning.data.image_decoding import Resize, choose_image_size, open_image, square_of
 from cifar_lightning.data.image_set import SPLIT_OF_WORD, SPLITS, ImageSet, Split, digest
 from cifar_lightning.data.loaders import leave_signals_to_parent
 from cifar_lightning.data.memory import check_fits, usable_cpus
@@ -372,29 +372,20 @@ class _Samples(Dataset[Any]):
 
     def probe(self) -> list[tuple[int, int]]:
         """Return width and height of some images; refuse samples of another form."""
-        sizes, num_turned = [], 0
         with isolate_rng(include_cuda=False):
-            for image in (self._sample(index)[0] for index in self._probes):
-                is_pillow = isinstance(image, Image.Image)
-                sizes.append(image.size if is_pillow else image.shape[1::-1])
-                # A Dataset may have turned what it has changed; rotate and transpose leave the orientation as it was.
-                num_turned += is_pillow and image.format is None and exif_orientation(image) in range(2, 9)
-        if num_turned:
-            remark(
-                f"remark: {self.name}: {num_turned} of {len(sizes)} sampled images have an EXIF orientation and are "
-                "turned by it; a Dataset that has turned them already must remove it, as ImageOps.exif_transpose does"
-            )
-        return sizes
+            images = [self._sample(index)[0] for index in self._probes]
+        return [image.size if isinstance(image, Image.Image) else image.shape[1::-1] for image in images]
 
     def read(self, image_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return all images uint8 (N, image_size, image_size, 3), and labels, integers or text (N,)."""
         self.image_size = image_size
         way_out = "Give a smaller --data.image_size, or class folders, which are cached on disk."
-        arrays = None if isinstance(self.dataset, Subset) else _arrays_of(self.dataset)  # of a Subset it would copy
-        if arrays is None or not _is_taken(arrays[0], image_size):
+        is_subset = isinstance(self.dataset, Subset)  # whose arrays are copied
+        arrays = None if is_subset else _arrays_of(self.dataset)
+        if arrays is None or not _is_read_without_copy(arrays[0], image_size):
             check_fits((len(self), image_size, image_size, 3), self.where, way_out)
         with isolate_rng(include_cuda=False):  # a data set may draw random numbers
-            arrays = arrays or _arrays_of(self.dataset)
+            arrays = _arrays_of(self.dataset) if is_subset else arrays
             try:
                 images, labels = self._read_all() if arrays is None else _read_arrays(*arrays, image_size, self.resize)
             except UserError as error:
@@ -557,13 +548,13 @@ def _is_finished(images: Any, image_size: int) -> bool:
     return images.shape[1:] == (image_size, image_size, 3) and str(images.dtype).endswith("uint8")
 
 
-def _is_taken(images: Any, image_size: int) -> bool:
-    """Whether `_read_arrays` takes images as they are, without a copy."""
+def _is_read_without_copy(images: Any, image_size: int) -> bool:
+    """Whether `_read_arrays` returns these images themselves."""
     if isinstance(images, Tensor):
-        is_readable = images.device.type == "cpu" and images.is_contiguous()
+        is_contiguous = images.device.type == "cpu" and images.is_contiguous()
     else:
-        is_readable = images.flags.c_contiguous
-    return is_readable and _is_finished(images, image_size)
+        is_contiguous = images.flags.c_contiguous
+    return is_contiguous and _is_finished(images, image_size)
 
 
 def _pixels(image: Any, *, is_batch: bool = False) -> np.ndarray:

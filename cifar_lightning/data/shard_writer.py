@@ -143,7 +143,7 @@ def _finish_split(
     listing: Listing, folder: Path, parts: Sequence[np.ndarray], written: list[Written]
 ) -> tuple[SplitIndex, list[str]]:
     """Write what is known of a split's images next to its shards; return its line of the index, and lines to print."""
-    split, num, bad = folder.name, len(listing.names), _unreadable(parts, written)
+    split = folder.name
     kept = np.concatenate([part[each.kept] for part, each in zip(parts, written, strict=True)])
     unusual = [(int(part[at]), text) for part, each in zip(parts, written, strict=True) for at, text in each.remarks]
     remarks = remark_lines(counted_remarks(unusual), listing.paths)
@@ -169,9 +169,6 @@ def _finish_split(
     )
     size_mb, jpegs = sum(chunk["chunk_bytes"] for chunk in chunks) / 1e6, int(table["is_jpeg"].sum())
     lines = [f"{split}: {len(kept):,} images ({jpegs:,} as JPEG) in {plural(len(chunks), 'shard')}, {size_mb:,.1f} MB"]
-    for at, reason in list(bad.items())[:1]:
-        left_out = f"{plural(num, f'{split} image')} {'is' if len(bad) == 1 else 'are'} left out"
-        lines.append(f"warning: {len(bad):,} of {left_out} ({listing.paths[at]} {reason})")
     return about, lines + remarks
 
 

@@ -95,7 +95,7 @@ def stratified_split(
     is_default = val_fraction == SplitSettings.val_fraction
     counts = torch.bincount(targets, minlength=len(class_names))
     _held_out_counts(targets, val_fraction, class_names, "val", is_default=is_default)  # raises before `limit` does
-    chosen = _subset(targets, counts, settings, class_names)
+    chosen = _subset(targets, counts, settings, class_names, is_default=is_default)
     if val_fraction == 0:
         return chosen, chosen[:0]
     targets = targets[chosen]
@@ -104,14 +104,18 @@ def stratified_split(
     return chosen[~is_val], chosen[is_val]
 
 
-def _subset(targets: Tensor, counts: Tensor, settings: SplitSettings, class_names: tuple[str, ...]) -> Tensor:
+def _subset(
+    targets: Tensor, counts: Tensor, settings: SplitSettings, class_names: tuple[str, ...], *, is_default: bool
+) -> Tensor:
     limit, val_fraction, total = settings.limit, settings.val_fraction, len(targets)
     if limit is None or limit >= total:
         return torch.arange(total)
     taken = _stratified_counts(counts, limit / total)
-    needed = 0.0 if val_fraction == SplitSettings.val_fraction else val_fraction  # the default fits classes of any size
-    if (scarce := _scarcest(taken, needed, counts)) is not None:
-        of_val = " and, unless --data.val_fraction is 0, one for validation" if needed else ""
+    scarce = _scarcest(taken, 0.0 if is_default else val_fraction, counts)  # the default fits classes of any size
+    if scarce is None and val_fraction and taken.max() < 2:  # no class has one for validation
+        scarce = int(taken.argmax())
+    if scarce is not None:
+        of_val = " and, unless --data.val_fraction is 0, one for validation" if val_fraction else ""
         raise UserError(
             f"--data.limit {limit}: too few. Class {printable(class_names[scarce])}, {int(counts[scarce]):,} "
             f"of {total:,} images, would get {int(taken[scarce])}; every class needs one for training{of_val}."

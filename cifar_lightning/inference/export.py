@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cifar_lightning.checkpoints.loading import load_weights
 from cifar_lightning.checkpoints.schema import TEMPERATURE
+from cifar_lightning.data.memory import is_out_of_memory
 from cifar_lightning.errors import RunError, UserError, silenced
 from cifar_lightning.files import check_output, replacing
 from cifar_lightning.formatting import reason_of
@@ -43,7 +44,6 @@ _SIZES = [1, 7, *[31] * 8]
 NUM_CHECKED = sum(_SIZES)
 TOLERANCE = 1e-4  # of a probability, between two runtimes in float32
 HALF_TOLERANCE = 1e-2  # the same, of weights that are rounded to 11 binary digits
-_OUT_OF_MEMORY = ("can't allocate memory", "Failed to allocate memory")  # of PyTorch, of ONNX Runtime
 _OF_ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -153,7 +153,7 @@ def _explained(kind: ExportFormat) -> Iterator[None]:
     except (MemoryError, OSError, RunError, UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if any(text in str(error) for text in _OUT_OF_MEMORY):
+        if is_out_of_memory(error) or "Failed to allocate memory" in str(error):  # ONNX Runtime's
             raise RunError("out of memory while the file was made and compared with PyTorch; it is deleted.") from error
         cause: BaseException = error
         while cause.__cause__ is not None:

@@ -1,4 +1,7 @@
-"""Candidates for label errors by confident learning (Northcutt, Jiang and Chuang 2021, https://arxiv.org/abs/1911.00068)."""
+"""Candidates for label errors by confident learning.
+
+Northcutt, Jiang and Chuang 2021, https://arxiv.org/abs/1911.00068.
+"""
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64

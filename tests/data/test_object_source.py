@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import (
     ConcatDataset,
     DataLoader,
@@ -400,26 +400,6 @@ def test_only_images_that_are_copied_have_to_fit_in_memory(monkeypatch, tmp_path
     for given in (Own(), Subset(StackDataset(IMAGES, LABELS), range(N)), (TENSORS, LABELS), (IMAGES[:, ::-1], LABELS)):
         with pytest.raises(UserError, match=r"need 0\.0 GB of memory"):
             loaded(given)
-
-
-def test_a_dataset_that_may_turn_images_a_second_time_is_remarked_on(capsys):
-    def make(turned):
-        def sample(image, label):
-            exif = Image.Exif()
-            exif[0x0112] = 6
-            buffer = io.BytesIO()
-            Image.fromarray(image).save(buffer, "PNG", exif=exif)
-            return turned(Image.open(buffer)), label
-
-        return Own(sample)
-
-    for turned, is_said in (
-        (lambda image: image, False),
-        (ImageOps.exif_transpose, False),
-        (lambda image: image.rotate(-90), True),
-    ):
-        loaded(make(turned))
-        assert ("exif_transpose" in "".join(capsys.readouterr())) == is_said
 
 
 def test_worker_processes_read_the_same_images(monkeypatch):

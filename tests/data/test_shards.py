@@ -374,7 +374,7 @@ def test_a_failed_or_second_writing_leaves_what_was_there(folders, written, tmp_
     assert not (tmp_path / "new").exists()
     (root / "train/loose.png").write_bytes(b"in no class")
     lines = write_shards(ClassFolders(root, SIZE, skip_unreadable=True), tmp_path / "new")
-    assert any("1 of 48" in line for line in lines)
+    assert any("2 of 56" in line for line in lines)
     assert any("loose.png" in line for line in lines)
     rows = (tmp_path / "new/skipped_files.jsonl").read_text("ascii").splitlines()
     assert sorted(json.loads(row)["path"] for row in rows) == [*bad, "train/loose.png"]
@@ -500,7 +500,7 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
 
 @contextmanager
 def bucket(handler, monkeypatch):
-    """A server that boto3 takes for S3."""
+    """A server in place of S3."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -10,7 +10,7 @@ from cifar_lightning.data import download
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--batch_size", "4501"], ["--data.batch_size 4501", "4500"]),
+        (["--batch_size", "4501"], ["--data.batch_size 4501", "4,500"]),
         (["--trainer.accelerator", "foo"], ["foo"]),
         (["--model.model_kwargs", "{depth: 3}"], ["depth"]),
         # Found when the folder had been made.

@@ -44,13 +44,6 @@ def test_a_cpu_computes_in_bfloat16_where_that_is_faster(asked, gain, got, said,
     assert bool(printed) == bool(said)
 
 
-@pytest.mark.parametrize(("least", "got"), [(1.5, "32-true"), (1.25, "bf16-mixed")])
-def test_the_gain_that_is_worthwhile_is_a_setting(least, got, monkeypatch):
-    settled(None, monkeypatch, gain=1.4)
-    monkeypatch.setattr(module, "_WORTHWHILE", least)
-    assert module.default_precision(on_cuda=False)[0] == got
-
-
 @pytest.mark.parametrize(
     ("accelerator", "precision", "matmul"),
     [
