@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
@@ -71,8 +70,6 @@ from cifar_lightning.training.tensorboard import Dashboard, board_for
 
 _OF_OUR_SCHEDULE = BaseFinetuning, BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 """Callbacks that are refused for what they do to our optimizer and schedule, not to those of a subclass."""
-_USED = WeakSet[pl.Callback]()
-"""Callbacks of runs of this process that keep a score or files of their run."""
 _FEW_IMAGES = 50  # of a validation split: the standard error of its accuracy is up to 7 %
 
 
@@ -353,9 +350,11 @@ class AddedCallbacks(pl.Callback):
 
 
 def refuse_used(callbacks: Sequence[pl.Callback]) -> None:
-    """Raise for a callback of an earlier run: it has the best score of that run, or would delete its checkpoints."""
+    """Raise for a callback of an earlier run: it has the count of that run, or would delete its checkpoints."""
     for callback in callbacks:
-        if callback in _USED:
+        has_saved = isinstance(callback, ModelCheckpoint) and callback.best_model_path
+        has_counted = isinstance(callback, EarlyStopping) and callback.wait_count
+        if has_saved or has_counted:
             raise UserError(f"callbacks: {type(callback).__name__} was used in another run; make one for each fit.")
 
 
@@ -369,8 +368,6 @@ def keep_in_run(callbacks: Sequence[pl.Callback], run: RunFolder, given_by: str 
         UserError: One would overwrite a checkpoint of the run, such as best.ckpt, which is tested.
     """
     for callback in callbacks:
-        if isinstance(callback, EarlyStopping | ModelCheckpoint):
-            _USED.add(callback)
         if isinstance(callback, EarlyStopping) and callback.monitor in TRAIN_METRICS:
             callback._check_on_train_epoch_end = callback._check_on_train_epoch_end is not False
         if not isinstance(callback, ModelCheckpoint):

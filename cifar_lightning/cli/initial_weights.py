@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from cifar_lightning.checkpoints.loading import load_weights, read_checkpoint
 from cifar_lightning.cli.lightning_cli import TrainingCLI
 from cifar_lightning.errors import UserError, remark
@@ -40,10 +38,9 @@ def load_initial_weights(cli: TrainingCLI, model: ImageClassifier) -> None:
 def _load_others(module: ImageClassifier, file: Path, checkpoint: dict[str, Any]) -> None:
     """Load the weights of a subclass or loss next to the model from a checkpoint that has them; name the others.
 
-    Buffers of the loss, such as class weights, are its settings.
+    Buffers of the loss that are its arguments, such as class weights, are settings and not loaded.
     """
-    loss = module.loss_function
-    settings = {f"loss_function.{name}" for name, _ in loss.named_buffers()} if isinstance(loss, nn.Module) else set()
+    settings = {f"loss_function.{name}" for name in module.hparams.get("loss_kwargs") or ()}
     names = [name for name in module.state_dict() if not name.startswith("model.") and name not in settings]
     if not names:
         return

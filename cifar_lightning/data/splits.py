@@ -115,7 +115,8 @@ def _subset(
     if scarce is None and val_fraction and taken.max() < 2:  # no class has one for validation
         scarce = int(taken.argmax())
     if scarce is not None:
-        of_val = " and, unless --data.val_fraction is 0, one for validation" if val_fraction else ""
+        some = "a class" if is_default else "each"
+        of_val = f" and, unless --data.val_fraction is 0, {some} one more for validation" if val_fraction else ""
         raise UserError(
             f"--data.limit {limit}: too few. Class {printable(class_names[scarce])}, {int(counts[scarce]):,} "
             f"of {total:,} images, would get {int(taken[scarce])}; every class needs one for training{of_val}."

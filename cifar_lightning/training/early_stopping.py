@@ -1,6 +1,7 @@
 """AnnealingEarlyStopping: early stopping that waits for the learning rate to fall."""
 
 import math
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 import lightning.pytorch as pl
@@ -111,13 +112,15 @@ def skip_cut_epochs(trainer: pl.Trainer) -> None:
             _skip_cut_epochs(callback)
 
 
-def forget_earlier_stop(trainer: pl.Trainer) -> None:
+def forget_earlier_stop(trainer: pl.Trainer, stopped: Collection[str]) -> None:
     """Have the user's EarlyStopping callbacks not count as having stopped a run that is resumed after their stop.
 
-    It is resumed with changed settings, and counts again; or `min_epochs` or `min_steps` still hold the stop back.
+    It is resumed with changed settings, and counts again. A stop that `min_epochs` or `min_steps` hold back is kept.
+
+    `stopped` are the state keys of those that had stopped it.
     """
     for callback in trainer.early_stopping_callbacks:
-        if trainer.fit_loop._can_stop_early and not isinstance(callback, AnnealingEarlyStopping):
+        if trainer.fit_loop._can_stop_early and callback.state_key in stopped:
             callback.stopping_reason = EarlyStoppingReason.NOT_STOPPED
             if has_stopped(callback.state_dict()):
                 callback.wait_count = 0

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from cifar_lightning.checkpoints.loading import IS_INSIDE_WINDOW, is_inside_epoch
+from cifar_lightning.checkpoints.resume import has_stopped
 from cifar_lightning.checkpoints.rng_state import restore_rng, rng_state
 from cifar_lightning.checkpoints.schema import LOGGED_METRICS, RESUME_STATE
 from cifar_lightning.errors import UserError
@@ -31,6 +32,7 @@ class ResumeState(pl.Callback):
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None
+        self._stopped: set[str] = set()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -62,7 +64,7 @@ class ResumeState(pl.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         _drop_timers(trainer, checkpoint)
-        _keep_patience(trainer, checkpoint)
+        self._stopped = _keep_patience(trainer, checkpoint)
         self._loaded = checkpoint.get(RESUME_STATE)
         if self._loaded is None:
             return
@@ -84,7 +86,7 @@ class ResumeState(pl.Callback):
         step_plateaus(trainer, (self._loaded or {}).get(_PLATEAUS, {}))
         validate_on_schedule_only(trainer)
         skip_cut_epochs(trainer)
-        forget_earlier_stop(trainer)
+        forget_earlier_stop(trainer, self._stopped)
         if (self._loaded or {}).get(_STOPS) and not trainer.fit_loop._can_stop_early:
             trainer.should_stop = True
         if self._loaded is None:
@@ -124,12 +126,18 @@ def _drop_timers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
             checkpoint.get("callbacks", {}).pop(callback.state_key, None)
 
 
-def _keep_patience(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+def _keep_patience(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> set[str]:
     """Have the user's EarlyStopping keep the patience that it was given: Lightning restores the checkpoint's.
 
     Ours does so by itself, and needs the checkpoint's to know whether the run was stopped.
+
+    Returns:
+        The state keys of those that have stopped the run, with the checkpoint's patience.
     """
-    states = checkpoint.get("callbacks", {})
+    states, stopped = checkpoint.get("callbacks", {}), set()
     for callback in trainer.early_stopping_callbacks:
-        if not isinstance(callback, AnnealingEarlyStopping) and callback.state_key in states:
-            states[callback.state_key]["patience"] = callback.patience
+        if not isinstance(callback, AnnealingEarlyStopping) and (state := states.get(callback.state_key)):
+            if has_stopped(state):
+                stopped.add(callback.state_key)
+            state["patience"] = callback.patience
+    return stopped

@@ -148,11 +148,11 @@ def test_runs_stopped_anyhow_and_resumed_equal_the_unbroken_ones(tmp_path):
 
 def test_the_readmes_table_says_which_row_was_simulated(monkeypatch, tmp_path):
     rows = [Result(1, "a kill", "handled", "well"), Result(34, "no memory", "handled", "checkpoints kept (simulated)")]
-    results = [vars(result) | {"commit": "c"} for result in rows]
+    results = [vars(result) | {"commit": "c", "dirty": False} for result in rows]
     about = {"hardware": "2 cores", "summary": summary(rows)[-2], "results": results}
     (tmp_path / "faults.json").write_text(json.dumps(about))
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     text = table.faults_table()
-    assert "2 of 2 handled (1 of them simulated: 34), 0 skipped: none." in text
+    assert "2 of 2 handled. Commits: c (2 rows)." in text
     assert "| 1. a kill | handled | not measured |" in text
     assert "| 34. no memory | handled (simulated) | not measured |" in text

@@ -611,11 +611,11 @@ def test_callbacks_that_a_subclass_adds_are_checked_and_kept_in_the_run_as_those
     assert module.saving.dirpath == str(run.checkpoints)
 
 
-def test_callbacks_of_an_earlier_run_are_refused(tmp_path):
+def test_callbacks_of_an_earlier_run_are_refused():
     saving, stopping = ModelCheckpoint(), EarlyStopping("val/acc")
     stopping.best_score = torch.tensor(0.9)  # a baseline to improve on
     refuse_used([saving, stopping])
-    keep_in_run([saving, stopping], RunFolder(tmp_path))
+    saving.best_model_path, stopping.wait_count = "runs/1/checkpoints/mine.ckpt", 2
     for used in (saving, stopping):
         with pytest.raises(UserError, match=f"callbacks: {type(used).__name__} was used in another run"):
             refuse_used([used])
