@@ -166,8 +166,8 @@ class ClassFolders:
         self._caches = _cache_folders(self.root) if cache == "disk" else ()
         self.resize: Resize = resize
         self.in_channels = in_channels
-        self.class_names, self._listed = scan(self.root, None if labels is None else Path(labels))
-        self.listings = dict(self._listed)  # once decoded, without the images that cannot be read
+        self.class_names, self.all_listings = scan(self.root, None if labels is None else Path(labels))
+        self.listings = dict(self.all_listings)  # once decoded, without the images that cannot be read
         if image_size is not None and image_size < 1:
             raise UserError(f"--data.image_size {image_size}: 1 pixel or more")
         self.image_size = image_size or find_image_size(self.listings["train"].paths)
@@ -182,7 +182,7 @@ class ClassFolders:
         Raises:
             UserError: Images that cannot be read.
         """
-        decoded = {split: self._decoded(split) for split in self._listed}
+        decoded = {split: self._decoded(split) for split in self.all_listings}
         self.refuse_unreadable()
         if not self._has_remarked and is_first_process():
             for remark in self._remarks(decoded):
@@ -208,13 +208,13 @@ class ClassFolders:
     def skipped_files(self) -> list[Skipped]:
         """Path below the root and reason of every file that is left out, after `prepare`."""
         skipped = [row for rows in self._unreadable.values() for row in rows]
-        for listing in self._listed.values():
+        for listing in self.all_listings.values():
             skipped += [(f"{listing.within}{name}", reason) for name, reason in listing.skipped]
         return skipped
 
     def leave_out(self, split: Split, unreadable: dict[int, str]) -> None:
         """Leave the images of a split out that cannot be read, of which the indices and reasons are given."""
-        listing = self._listed[split]
+        listing = self.all_listings[split]
         self.listings[split] = listing.without(unreadable)
         self._unreadable[split] = [
             (f"{listing.within}{listing.names[index]}", reason) for index, reason in unreadable.items()
@@ -226,7 +226,7 @@ class ClassFolders:
         if bad and not self.skip_unreadable:
             rows = [row for rows in bad.values() for row in rows]
             counts = " and ".join(
-                f"{len(rows):,} of {len(self._listed[split].names):,} images in {self._listed[split].folder}"
+                f"{len(rows):,} of {len(self.all_listings[split].names):,} images in {self.all_listings[split].folder}"
                 for split, rows in bad.items()
             )
             listed = ""
@@ -247,7 +247,7 @@ class ClassFolders:
 
     def _remarks(self, decoded: dict[Split, Decoded]) -> Iterator[str]:
         yield from self.folder_remarks()
-        for split, listing in self._listed.items():
+        for split, listing in self.all_listings.items():
             yield from remark_lines(decoded[split].remarks, listing.paths)
         listing = self.listings["train"]
         if remark := image_decoding.dark_16_bit_remark(listing.paths, decoded["train"].images):
@@ -256,7 +256,7 @@ class ClassFolders:
     def folder_remarks(self) -> Iterator[str]:
         """Yield lines on what is not used of the folder, and on what may be no class."""
         if bad := [row for rows in self._unreadable.values() for row in rows]:
-            total = sum(len(listing.names) for listing in self._listed.values())
+            total = sum(len(listing.names) for listing in self.all_listings.values())
             left_out = f"{plural(total, 'image')} {'is' if len(bad) == 1 else 'are'} left out"
             yield f"warning: {len(bad):,} of {left_out} ({self.root / bad[0][0]} {bad[0][1]})"
         for listing in self.listings.values():
@@ -315,14 +315,14 @@ class ClassFolders:
             "rules": RULES,
             "image_size": self.image_size,
             "class_names": list(self.class_names),
-            "counts": list(self._listed[split].counts),
+            "counts": list(self.all_listings[split].counts),
             **self._variant,
         }
 
     def _read(self, split: Split) -> Decoded | None:
         for folder in self._caches:
             path = folder / self._cache_name(split)
-            if found := read_cache(path, self._about(split), self._listed[split]):
+            if found := read_cache(path, self._about(split), self.all_listings[split]):
                 if self.skip_unreadable or not found.unreadable:
                     return found
             elif path.exists():
@@ -330,7 +330,7 @@ class ClassFolders:
         return None
 
     def _build(self, split: Split) -> Decoded:
-        listing = self._listed[split]
+        listing = self.all_listings[split]
         shape = (len(listing.names), self.image_size, self.image_size, self.in_channels)
         for folder in self._caches:
             with allocated(folder, self._cache_name(split), shape) as temporary:

@@ -87,7 +87,7 @@ def write_shards(folders: ClassFolders, output: Path, shard_bytes: int = SHARD_B
     made: list[Path] = []
     try:
         made = make_folder(output)
-        listings = dict(folders.listings)
+        listings = folders.all_listings  # those that `leave_out` indexes
         shards = {
             split: _write_split(folders, listing, output / split, shard_bytes) for split, listing in listings.items()
         }

@@ -381,6 +381,21 @@ def test_a_failed_or_second_writing_leaves_what_was_there(folders, written, tmp_
     assert len(Shards(str(tmp_path / "new")).load("train").targets) == 2 * NUM - 1
 
 
+def test_folders_that_were_loaded_before_are_written_with_all_that_is_left_out(folders, tmp_path):
+    root = shutil.copytree(folders, tmp_path / "data")
+    (root / "train/ant/0.png").write_bytes(b"no image")
+    data = ClassFolders(root, SIZE, skip_unreadable=True, cache="memory")
+    data.prepare()
+    (root / "train/ant/2.png").write_bytes(b"no image any more")
+    write_shards(data, tmp_path / "new")
+    rows = (tmp_path / "new/skipped_files.jsonl").read_text("ascii").splitlines()
+    assert sorted(json.loads(row)["path"] for row in rows) == ["train/ant/0.png", "train/ant/2.png"]
+    fresh = ClassFolders(root, SIZE, skip_unreadable=True, cache="memory")
+    write_shards(fresh, tmp_path / "fresh")
+    for name in ("shards.json", "train/images.npz"):
+        assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
 def test_a_set_of_a_killed_shard_is_called_that_and_kept(folders, shards):
     (shards / "shards.json").unlink()
     before = sorted(shards.rglob("*"))
