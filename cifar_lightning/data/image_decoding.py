@@ -267,7 +267,7 @@ def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     if image.format == "PNG" and "transparency" in image.info:
         transparent = image.info["transparency"]
         # Loading loses the depth of RGB: a colour of 16 bits is only known as such above 255.
-        if "16" in raw_mode or (image.mode == "RGB" and max(transparent) > 255):
+        if "16" in raw_mode or (image.mode == "RGB" and not tiles and max(transparent) > 255):
             raise ValueError("a transparent colour of 16 bits is not supported: save it with an alpha channel")
         if image.mode in ("1", "L"):
             # Pillow keeps the value as it is in the file but scales those of the pixels to 0-255.

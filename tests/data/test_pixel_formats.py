@@ -423,6 +423,14 @@ def test_an_image_that_is_loaded_already_is_read_as_its_file_is(case, tmp_path):
     np.testing.assert_equal(square(is_loaded=True), square(is_loaded=False))
 
 
+def test_an_rgb_png_of_8_bits_is_read_also_with_a_transparent_colour_of_more_bits(tmp_path):
+    pixels = np.arange(SIZE * SIZE * 3, dtype=np.uint8).reshape(SIZE, SIZE, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.png", transparency=(300, 300, 300))
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.info["transparency"] == (300, 300, 300)
+    np.testing.assert_equal(decode_image(str(tmp_path / "a.png"), SIZE), pixels)
+
+
 # -- the table of the docs --------------------------------------------------------------------------------------
 
 
