@@ -22,9 +22,11 @@ from cifar_lightning.training.lightning_patches import (
     step_plateaus,
     validate_on_schedule_only,
 )
+from cifar_lightning.training.model_checks import TRAIN_METRICS, VAL_METRICS
 from cifar_lightning.training.module import ImageClassifier
 
 _PLATEAUS, _STOPS = "plateaus", "stops"
+_LOGGED_AGAIN = (*TRAIN_METRICS, *VAL_METRICS)  # of the epoch, before a schedule or a callback reads them
 
 
 class ResumeState(pl.Callback):
@@ -44,7 +46,8 @@ class ResumeState(pl.Callback):
         if trainer.world_size > 1:
             ranks = [None] * trainer.world_size
             torch.distributed.all_gather_object(ranks, own)
-        checkpoint[RESUME_STATE] = {"ranks": ranks, LOGGED_METRICS: logged_metrics(trainer)}
+        of_others = {name: value for name, value in logged_metrics(trainer).items() if name not in _LOGGED_AGAIN}
+        checkpoint[RESUME_STATE] = {"ranks": ranks, LOGGED_METRICS: of_others}
         if trainer.fit_loop.epoch_loop._should_accumulate():
             checkpoint[RESUME_STATE][IS_INSIDE_WINDOW] = True
         if not is_inside_epoch(checkpoint) and (monitored := _due_plateaus(trainer)):
