@@ -10,8 +10,8 @@ class LeftOutHooks(pl.Callback):
     """Calls the hooks of the base class, which may be called twice; on_fit_start only where it was left out.
 
     Hooks of a LightningModule do nothing, and nobody calls super() in them. Without those of ImageClassifier class
-    weights are ignored, train/loss is of all epochs so far, DDP trains layers that are still frozen, and a checkpoint
-    does not name the class that it is of.
+    weights are ignored, train/loss is of all epochs so far, DDP trains layers that are still frozen, and a whole
+    checkpoint does not name the class that it is of; for one of weights alone Lightning calls no callback.
 
     Args:
         base: `ImageClassifier`.
