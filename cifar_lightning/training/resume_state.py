@@ -26,7 +26,8 @@ from cifar_lightning.training.model_checks import TRAIN_METRICS, VAL_METRICS
 from cifar_lightning.training.module import ImageClassifier
 
 _PLATEAUS, _STOPS = "plateaus", "stops"
-_LOGGED_AGAIN = (*TRAIN_METRICS, *VAL_METRICS)  # of the epoch, before a schedule or a callback reads them
+_LOGGED_AGAIN = (*TRAIN_METRICS, *VAL_METRICS)
+"""Metrics of ImageClassifier, which are logged again before a schedule or a callback reads them."""
 
 
 class ResumeState(pl.Callback):
