@@ -31,7 +31,7 @@ PAGES_OF = {
 ROWS = [
     ("SmallNet on CIFAR-10", "smallnet_cpu"),
     ("SmallNet on CIFAR-10", "smallnet"),
-    ("SmallNet with Muon, EMA and cutout on CIFAR-10", "smallnet_best"),
+    ("SmallNet with cutout on CIFAR-10", "smallnet_best"),
     ("ResNet-18 on CIFAR-10", "resnet18"),
     ("ResNet-18 on CIFAR-100", "cifar100"),
     ("WideResNet-28-10 on CIFAR-10", "strong"),
