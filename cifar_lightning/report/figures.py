@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float64, Int, UInt8
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -31,21 +30,8 @@ _MAX_NEAREST = 1000  # classes, each of a pixel or more; of more, rows and colum
 _MAX_NAME = 24
 # Light theme of page.css, by the name of its variable. The blue is that of M. Okabe and K. Ito, "Color Universal
 # Design" (2008); their orange is darkened so that white text on it is legible.
-COLOURS = {"face": "#ffffff", "ink": "#1b1f24", "line": "#d9dde3", "correct": "#0072b2", "mistake": "#b34700"}
+COLOURS = {"face": "#ffffff", "ink": "#1b1f24", "correct": "#0072b2", "mistake": "#b34700"}
 _INVERTED_ABOVE = 0.75  # opacity of a cell from which text in the face's colour has more contrast, in both themes
-
-
-@contextlib.contextmanager
-def themed() -> Iterator[None]:
-    """Draw the figures made within this context in `COLOURS`."""
-    face, ink, line = (COLOURS[name] for name in ("face", "ink", "line"))
-    settings: dict[Any, Any] = dict.fromkeys(
-        ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), face
-    )
-    settings |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), ink)
-    settings |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color", "legend.edgecolor"), line)
-    with rc_context({**settings, "axes.titlesize": "medium"}):
-        yield
 
 
 def shade(

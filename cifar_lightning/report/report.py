@@ -9,7 +9,7 @@ from rich.console import Console
 from cifar_lightning.files import csv_table, write_bytes_durably, write_json, write_text_durably
 from cifar_lightning.formatting import csv_cell, run_name
 from cifar_lightning.report.comparison import compare
-from cifar_lightning.report.figures import confusion_figure, figure_to_png, themed
+from cifar_lightning.report.figures import confusion_figure, figure_to_png
 from cifar_lightning.report.findings import find, learning_rates_of
 from cifar_lightning.report.page import command_of, render_page
 from cifar_lightning.report.prediction_tables import write_label_issues, write_prediction_tables
@@ -79,5 +79,4 @@ def write_confusion(run: RunFolder, confusion: np.ndarray, class_names: tuple[st
     names = [csv_cell(name) for name in class_names]
     rows = ([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
     write_text_durably(run.confusion_matrix_csv, csv_table(["true \\ predicted", *names], rows))
-    with themed():
-        write_bytes_durably(run.confusion_matrix_png, figure_to_png(confusion_figure(confusion, class_names)))
+    write_bytes_durably(run.confusion_matrix_png, figure_to_png(confusion_figure(confusion, class_names)))
