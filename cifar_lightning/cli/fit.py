@@ -10,14 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    BatchSizeFinder,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelCheckpoint,
-)
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from cifar_lightning.checkpoints.loading import progress_of, read_checkpoint, require_resumable
@@ -68,8 +61,6 @@ from cifar_lightning.training.signals import StopSignals
 from cifar_lightning.training.step_count import check_evaluation
 from cifar_lightning.training.tensorboard import Dashboard, board_for
 
-_OF_OUR_SCHEDULE = BaseFinetuning, BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
-"""Callbacks that are refused for what they do to our optimizer and schedule, not to those of a subclass."""
 _FEW_IMAGES = 50  # of a validation split: the standard error of its accuracy is up to 7 %
 
 
@@ -344,8 +335,7 @@ class AddedCallbacks(pl.Callback):
         if stage == "fit":
             has_own_schedule = not getattr(pl_module, "plans_schedule", False)
             added = [each for each in added if not type(each).__module__.startswith("cifar_lightning.")]
-            kinds = (type(each) for each in added if not (has_own_schedule and isinstance(each, _OF_OUR_SCHEDULE)))
-            check_kinds(kinds, "configure_callbacks:")
+            check_kinds(map(type, added), "configure_callbacks:", has_own_schedule=has_own_schedule)
             keep_in_run(added, self.run, "configure_callbacks:")
 
 

@@ -43,23 +43,27 @@ class Verdict:
 
     does: str = ""
     refused: str = ""
+    is_of_schedule: bool = False
+    """Whether it is refused for what it does to our optimizer and schedule, not to those of a subclass."""
 
 
 CALLBACKS = {
-    "BackboneFinetuning": Verdict(refused=_GROUPS),
-    "BaseFinetuning": Verdict(refused=_GROUPS),
+    "BackboneFinetuning": Verdict(refused=_GROUPS, is_of_schedule=True),
+    "BaseFinetuning": Verdict(refused=_GROUPS, is_of_schedule=True),
     "BasePredictionWriter": Verdict("a subclass writes what `predict` predicts"),
-    "BatchSizeFinder": Verdict(refused="the schedule counts its trial steps; give --batch_size"),
+    "BatchSizeFinder": Verdict(refused="the schedule counts its trial steps; give --batch_size", is_of_schedule=True),
     "Callback": Verdict("base of callbacks of your own; every hook is called"),
     "Checkpoint": Verdict("base of ModelCheckpoint, for subclasses"),
     "DeviceStatsMonitor": Verdict("logs the device's memory and load; on the CPU with psutil"),
     "EMAWeightAveraging": Verdict(refused=_AVERAGES),
     "EarlyStopping": Verdict("stops next to the run's own early stopping (`--early_stopping.patience`)"),
     "GradientAccumulationScheduler": Verdict(
-        refused="the schedule would not reach its end; give --trainer.accumulate_grad_batches"
+        refused="the schedule would not reach its end; give --trainer.accumulate_grad_batches", is_of_schedule=True
     ),
     "LambdaCallback": Verdict("calls functions, given by import path"),
-    "LearningRateFinder": Verdict(refused="the schedule would replace what it finds; give --tune_lr"),
+    "LearningRateFinder": Verdict(
+        refused="the schedule would replace what it finds; give --tune_lr", is_of_schedule=True
+    ),
     "LearningRateMonitor": Verdict("logs the learning rate of each parameter group"),
     "ModelCheckpoint": Verdict(
         "further checkpoints; next to those of the run by other names than best, last and previous, without `save_last`"
@@ -95,12 +99,20 @@ LOGGERS = {
 }
 
 
-def check_kinds(kinds: Iterable[Any], source: str = "--trainer.callbacks") -> None:
-    """Raise a `UserError` for a class of callbacks that would fail or mislead; what is no class is skipped."""
+def check_kinds(kinds: Iterable[Any], source: str = "--trainer.callbacks", *, has_own_schedule: bool = False) -> None:
+    """Raise a `UserError` for a class of callbacks that would fail or mislead; what is no class is skipped.
+
+    Args:
+        kinds: The classes.
+        source: Where they are given.
+        has_own_schedule: Whether optimizer and schedule are of a subclass, not ours.
+    """
     library = importlib.import_module("lightning.pytorch.callbacks")
+    exempt = {name for name, verdict in CALLBACKS.items() if has_own_schedule and verdict.is_of_schedule}
     for kind in kinds:
         for name, verdict in CALLBACKS.items():
-            if verdict.refused and isinstance(kind, type) and issubclass(kind, getattr(library, name)):
+            is_refused = verdict.refused and name not in exempt
+            if is_refused and isinstance(kind, type) and issubclass(kind, getattr(library, name)):
                 raise UserError(f"{source} {kind.__name__}: {verdict.refused}.")
 
 

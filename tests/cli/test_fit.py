@@ -13,7 +13,16 @@ import torch
 import yaml
 from fitting import quiet_trainer, small_data
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    Checkpoint,
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
 from PIL import Image
 from program import REPO, TINY, fail, start
 
@@ -609,6 +618,29 @@ def test_callbacks_that_a_subclass_adds_are_checked_and_kept_in_the_run_as_those
         with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
             trainer.fit(module, small_data(limit=100))
     assert module.saving.dirpath == str(run.checkpoints)
+
+
+class OwnOptimizer(ImageClassifier):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_subclass_with_its_own_optimizer_may_add_callbacks_that_change_a_schedule(tmp_path):
+    tiny = {"image_size": 16, "model_kwargs": {"widths": [2, 2]}}
+    ours, own, added = ImageClassifier(**tiny), OwnOptimizer(**tiny), AddedCallbacks(RunFolder(tmp_path / "run"))
+    of_schedule = (
+        BackboneFinetuning(),
+        BatchSizeFinder(),
+        GradientAccumulationScheduler({0: 2}),
+        LearningRateFinder(),
+    )
+    for callback in of_schedule:
+        trainer = SimpleNamespace(callbacks=[callback])
+        added.setup(trainer, own, "fit")
+        with pytest.raises(UserError, match=f"configure_callbacks: {type(callback).__name__}: "):
+            added.setup(trainer, ours, "fit")
+    with pytest.raises(UserError, match="configure_callbacks: EMAWeightAveraging: "):
+        added.setup(SimpleNamespace(callbacks=[EMAWeightAveraging()]), own, "fit")
 
 
 def test_callbacks_of_an_earlier_run_are_refused():
