@@ -60,6 +60,7 @@ from cifar_lightning.training.run_recorder import EPOCH_SO_FAR, RunRecorder, wri
 from cifar_lightning.training.signals import StopSignals
 from cifar_lightning.training.step_count import check_evaluation
 from cifar_lightning.training.tensorboard import Dashboard, board_for
+from cifar_lightning.training.trainer_callbacks import callbacks_of
 
 _FEW_IMAGES = 50  # of a validation split: the standard error of its accuracy is up to 7 %
 
@@ -123,8 +124,7 @@ def fit(
         with discarded_if_never_begun(run, resume):
             trainer = build_fit_trainer(cli, data, settings, run, resume, predictions, signals, validates=validates)
             check_evaluation(trainer, {split: data.num_eval_batches(split, trainer.world_size) for split in SPLITS[1:]})
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        recorder = next(callback for callback in callbacks if isinstance(callback, RunRecorder))
+        recorder = callbacks_of(trainer, RunRecorder)[0]
         with (
             explained("fit", run),
             discarded_if_never_begun(run, resume, recorder, trainer.loggers),
@@ -318,7 +318,7 @@ def build_fit_trainer(
     if settings.trainer.logger in (None, True):
         board = board_for(run, resume.point.steps_done if resume is not None else None)
     trainer = build_trainer(settings.trainer, [*callbacks, added := AddedCallbacks(run)], logger=board, run=run)
-    added.known = tuple(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+    added.known = tuple(callbacks_of(trainer, pl.Callback))
     return trainer
 
 
@@ -330,8 +330,7 @@ class AddedCallbacks(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check them before they are set up."""
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        added = [each for each in callbacks if each not in self.known]
+        added = [each for each in callbacks_of(trainer, pl.Callback) if each not in self.known]
         if stage == "fit":
             has_own_schedule = not getattr(pl_module, "plans_schedule", False)
             added = [each for each in added if not type(each).__module__.startswith("cifar_lightning.")]

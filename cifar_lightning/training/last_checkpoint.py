@@ -16,6 +16,7 @@ from cifar_lightning.training.ending import has_all_steps, is_cut, is_ending, is
 from cifar_lightning.training.lightning_patches import mark_validation_interrupted, start_validation_again
 from cifar_lightning.training.run_recorder import EPOCH_SO_FAR, RunRecorder
 from cifar_lightning.training.signals import Stopped, StopSignals
+from cifar_lightning.training.trainer_callbacks import callbacks_of
 
 _MINUTES_ARE_UP = 0.5  # below every signal's number, so that the maximum over ranks is the request that counts
 
@@ -134,9 +135,8 @@ class LastCheckpoint(Checkpoint):
         in equal runs.
         """
         if self._is_writing and is_inside_epoch(checkpoint):
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-                if isinstance(callback, RunRecorder):
-                    checkpoint[EPOCH_SO_FAR]["clock"] = callback.clock()
+            for recorder in callbacks_of(trainer, RunRecorder):
+                checkpoint[EPOCH_SO_FAR]["clock"] = recorder.clock()
         if self._is_validating:
             mark_validation_interrupted(checkpoint)
 

@@ -14,6 +14,7 @@ from cifar_lightning.models.registry import is_built_by_name
 from cifar_lightning.models.stems import fails_on_single_image, input_error
 from cifar_lightning.settings.import_path import is_import_path
 from cifar_lightning.training.step_count import takes_last_batch
+from cifar_lightning.training.trainer_callbacks import callbacks_of
 from cifar_lightning.training.trainer_data import training_data
 
 TRAIN_METRICS = ("train/loss", "train/acc", "lr")
@@ -191,8 +192,7 @@ def check_step_counts(trainer: pl.Trainer) -> None:
         LearningRateFinder: "the schedule would replace what it finds; call Tuner(trainer).lr_find before fit",
         GradientAccumulationScheduler: "the schedule would not reach its end; give Trainer(accumulate_grad_batches=N)",
     }
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    for callback in callbacks:
+    for callback in callbacks_of(trainer, pl.Callback):
         if getattr(callback, "_early_exit", False):  # of the Tuner, which does not train
             continue
         if isinstance(callback, GradientAccumulationScheduler) and not callback.going_to_accumulate_grad_batches():

@@ -80,6 +80,7 @@ from cifar_lightning.training.nan_guard import NanGuard
 from cifar_lightning.training.resumed_settings import ResumedSettings
 from cifar_lightning.training.step_count import check_train_batches, count_steps, current_lr
 from cifar_lightning.training.train_metrics import TrainMetrics, means_of
+from cifar_lightning.training.trainer_callbacks import callbacks_of
 from cifar_lightning.training.trainer_data import repeat_if_overfitting, training_data
 from cifar_lightning.training.tta import TTA, tta_logits
 from cifar_lightning.training.whitening_stem import WhiteningStem, whiten, whitening_stem_of
@@ -317,8 +318,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Check the data, compile, and take from the data what training needs."""
-        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        if not any(isinstance(callback, NanGuard) for callback in callbacks):
+        if not callbacks_of(self.trainer, NanGuard):
             raise UserError(
                 "configure_callbacks: leaves out those of ImageClassifier, such as EMA's; "
                 "return [*super().configure_callbacks(), ...]."
@@ -456,8 +456,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         callbacks: list[pl.Callback] = []
         of_earlier = (EmaWeights, ResumedSettings, WhiteningStem)  # they hold the module that this Trainer had before
         self.trainer.callbacks = [each for each in self.trainer.callbacks if type(each) not in of_earlier]  # type: ignore[attr-defined]  # set by a connector
-        present = map(type, self.trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
-        if WinogradConvolutions not in present:  # else it is of an earlier call of this Trainer
+        if not callbacks_of(self.trainer, WinogradConvolutions):  # else it is of an earlier call of this Trainer
             callbacks.append(WinogradConvolutions())
         if self.ema_decay:
             callbacks.append(EmaWeights(self.ema_decay))
@@ -493,7 +492,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         optimizer = build_optimizer(
             self.model, self.optimizer_settings, fused=fused, later=later, others=others, lr_scales=scales
         )
-        if any(isinstance(each, LearningRateFinder) for each in self.trainer.callbacks):  # type: ignore[attr-defined]  # set by a connector
+        if callbacks_of(self.trainer, LearningRateFinder):
             keep_ratios(optimizer)
             stem = whitening_stem_of(self.model)
             if stem is not None:  # whose callback Lightning leaves out
@@ -543,9 +542,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         """Save the versions, and hyperparameters as types that load as data, also those of a subclass."""
         checkpoint |= {SCHEMA_KEY: SCHEMA_VERSION, VERSION_KEY: package_version()}
         if "callbacks" not in checkpoint:  # of weights alone: Lightning leaves out the callbacks' hook
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-                if isinstance(callback, EmaWeights):
-                    callback.put_average(checkpoint)
+            for ema in callbacks_of(self.trainer, EmaWeights):
+                ema.put_average(checkpoint)
         if self.CHECKPOINT_HYPER_PARAMS_KEY in checkpoint:
             hparams = portable(plain(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]))
             # Without paths, which load_from_checkpoint would import, whoever wrote the checkpoint.

@@ -11,6 +11,7 @@ from cifar_lightning.checkpoints.durable import DurableCheckpointIO
 from cifar_lightning.data.sampler import Rank
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.optim.muon import Muon
+from cifar_lightning.training.trainer_callbacks import callbacks_of
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -105,9 +106,8 @@ class NanGuard(pl.Callback):
 
 def check_losses(trainer: pl.Trainer) -> None:
     """Check a Trainer's NanGuard, before metrics are read in other callbacks. Every process must call it."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-        if isinstance(callback, NanGuard):
-            callback.check(trainer.current_epoch)
+    for guard in callbacks_of(trainer, NanGuard):
+        guard.check(trainer.current_epoch)
 
 
 def _diverged(step: int, epoch: int) -> RunError:

@@ -24,6 +24,7 @@ from cifar_lightning.training.lightning_patches import (
 )
 from cifar_lightning.training.model_checks import TRAIN_METRICS, VAL_METRICS
 from cifar_lightning.training.module import ImageClassifier
+from cifar_lightning.training.trainer_callbacks import callbacks_of
 
 _PLATEAUS, _STOPS = "plateaus", "stops"
 _LOGGED_AGAIN = (*TRAIN_METRICS, *VAL_METRICS)
@@ -125,9 +126,8 @@ def _due_plateaus(trainer: pl.Trainer) -> dict[int, float]:
 
 def _drop_timers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """Leave out the time that --trainer.max_time has counted: a resumed run has all of it again."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-        if isinstance(callback, Timer):
-            checkpoint.get("callbacks", {}).pop(callback.state_key, None)
+    for timer in callbacks_of(trainer, Timer):
+        checkpoint.get("callbacks", {}).pop(timer.state_key, None)
 
 
 def _keep_patience(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> set[str]:

@@ -25,6 +25,7 @@ from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.nan_guard import check_losses
 from cifar_lightning.training.signals import Stopped
 from cifar_lightning.training.step_count import current_lr
+from cifar_lightning.training.trainer_callbacks import callbacks_of
 from cifar_lightning.training.trainer_data import training_data
 
 MONITOR = "val/acc"
@@ -91,7 +92,7 @@ class RunRecorder(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write split.json and environment.json."""
-        skip_idle_hooks(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+        skip_idle_hooks(callbacks_of(trainer, pl.Callback))
         if not trainer.is_global_zero:
             return
         if self.config is not None:
@@ -226,7 +227,7 @@ def environment_of(trainer: pl.Trainer) -> dict[str, Any]:
 
 def _given_callbacks(trainer: pl.Trainer) -> list[str]:
     """Return the names of the callbacks that are not ours, but for the Timer of --trainer.max_time."""
-    kinds = {type(each) for each in trainer.callbacks if not isinstance(each, Timer)}  # type: ignore[attr-defined]  # set by a connector
+    kinds = {type(each) for each in callbacks_of(trainer, pl.Callback) if not isinstance(each, Timer)}
     paths = (f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
     return sorted(path for path in paths if not path.startswith("cifar_lightning."))
 
