@@ -1,11 +1,13 @@
 """The end of a training, from the state of the Trainer: cause, epochs and steps."""
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Timer
 
 from cifar_lightning.checkpoints.resume import has_stopped
+from cifar_lightning.training.trainer_callbacks import callbacks_of
 
 
 def is_cut(trainer: pl.Trainer) -> bool:
@@ -25,10 +27,15 @@ def has_all_steps(trainer: pl.Trainer) -> bool:
     return trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
 
 
+def time_left(trainer: pl.Trainer) -> float:
+    """Return the seconds left of `max_time`, negative once it is over; infinity without it."""
+    timers_s = (timer.time_remaining() for timer in callbacks_of(trainer, Timer))
+    return min((left_s for left_s in timers_s if left_s is not None), default=math.inf)  # None without a duration
+
+
 def is_time_up(trainer: pl.Trainer) -> bool:
     """Whether the time of `max_time` is over."""
-    timers = (each for each in trainer.callbacks if isinstance(each, Timer))  # type: ignore[attr-defined]  # set by a connector
-    return any(left_s is not None and left_s <= 0 for left_s in (timer.time_remaining() for timer in timers))
+    return time_left(trainer) <= 0
 
 
 def is_validation_due(trainer: pl.Trainer) -> bool:

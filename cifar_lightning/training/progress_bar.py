@@ -1,12 +1,13 @@
 """RunProgress: a summary of the run, one progress bar and one line per epoch, on the terminal or in a notebook."""
 
+import math
 import sys
 import time
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ProgressBar, Timer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
@@ -16,6 +17,7 @@ from cifar_lightning.checkpoints.resume import has_stopped
 from cifar_lightning.formatting import clock, percent, plural, printable
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.early_stopping import AnnealingEarlyStopping
+from cifar_lightning.training.ending import time_left
 from cifar_lightning.training.module import Batch, ImageClassifier
 from cifar_lightning.training.nan_guard import check_losses
 from cifar_lightning.training.signals import Stopped
@@ -117,12 +119,10 @@ class RunProgress(ProgressBar):
             epochs = others if trainer.max_epochs in (None, -1) else min(epochs, others)
         epoch_s = self._epochs_timed[-1] if self._epochs_timed else per_batch_s * num_batches
         left_s = per_batch_s * in_epoch + (epoch_s * epochs if epochs else 0.0)
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        timers_s = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
-        limits_s = [max(0.0, timer_s) for timer_s in timers_s if timer_s is not None]  # None without a duration
-        if limits_s and trainer.max_epochs in (None, -1) and trainer.max_steps == -1:  # nothing else ends it
-            return min(limits_s)
-        return min([left_s, *limits_s])
+        limit_s = max(0.0, time_left(trainer))
+        if math.isfinite(limit_s) and trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
+            return limit_s  # nothing else ends it
+        return min(left_s, limit_s)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report early stopping in this process."""
