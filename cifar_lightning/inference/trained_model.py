@@ -14,10 +14,11 @@ from cifar_lightning.checkpoints.schema import DATA_STATE, IMPORTED_CLASS, IMPOR
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import file_sha256
-from cifar_lightning.formatting import clipped
+from cifar_lightning.formatting import clipped, command_line
 from cifar_lightning.models.memory_format import MemoryFormat, use_memory_format
 from cifar_lightning.models.registry import build_model, check_model_kwargs
-from cifar_lightning.report.temperature import require_temperature
+from cifar_lightning.report.results import read_predictions
+from cifar_lightning.report.temperature import temperature_of
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.settings.import_path import import_paths, import_trusted, is_import_path
 from cifar_lightning.training.tta import TTA, tta_logits
@@ -135,11 +136,17 @@ def fitted_temperature(run: RunFolder) -> float:
     """Return the temperature of a run, or of its exported weights where nothing else of it is there.
 
     Raises:
-        UserError: It has none.
+        UserError: It has none, or its validation predictions are damaged.
     """
-    if run.weights != run.exported_weights:
-        return require_temperature(run)
-    temperature: float | None = read_export(run.weights)[TEMPERATURE]
+    temperature: float | None
+    if run.weights == run.exported_weights:
+        temperature = read_export(run.weights)[TEMPERATURE]
+        if temperature is None:
+            raise UserError(f"--calibrated: {run.weights} was exported without a temperature. Leave --calibrated out.")
+        return temperature
+    is_there = run.predictions_val.is_file()
+    temperature, why_none = temperature_of(read_predictions(run.predictions_val) if is_there else None)
     if temperature is None:
-        raise UserError(f"--calibrated: {run.weights} was exported without a temperature. Leave --calibrated out.")
+        again = "" if is_there else f"; a run with a validation split gets them by {command_line('validate', run.path)}"
+        raise UserError(f"--calibrated: {run.path} has no temperature. {why_none}\nLeave --calibrated out{again}.")
     return temperature

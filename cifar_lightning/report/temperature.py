@@ -2,11 +2,8 @@
 
 import numpy as np
 
-from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import command_line
 from cifar_lightning.metrics.calibration import fit_temperature
-from cifar_lightning.report.results import Predictions, read_predictions
-from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.report.results import Predictions
 
 
 def temperature_of(val: Predictions | None) -> tuple[float | None, str]:
@@ -19,17 +16,3 @@ def temperature_of(val: Predictions | None) -> tuple[float | None, str]:
     if temperature is None:
         return None, "The validation loss has no minimum: all predictions are correct, or no better than chance."
     return temperature, ""
-
-
-def require_temperature(run: RunFolder) -> float:
-    """Return a run's temperature.
-
-    Raises:
-        UserError: It has none, or its validation predictions are damaged.
-    """
-    is_there = run.predictions_val.is_file()
-    temperature, why_none = temperature_of(read_predictions(run.predictions_val) if is_there else None)
-    if temperature is None:
-        again = "" if is_there else f"; a run with a validation split gets them by {command_line('validate', run.path)}"
-        raise UserError(f"--calibrated: {run.path} has no temperature. {why_none}\nLeave --calibrated out{again}.")
-    return temperature
