@@ -114,8 +114,6 @@ def images_figure(images: UInt8[np.ndarray, "n height width channels"], titles: 
     Raises:
         ValueError: The numbers of images and titles differ.
     """
-    if len(titles) != len(images):
-        raise ValueError(f"{len(images)} images but {len(titles)} titles")
     columns = min(max(len(images), 1), max(4, math.ceil(math.sqrt(len(images)))), 10)
     rows = max(math.ceil(len(images) / columns), 1)
     num_lines = max((title.count("\n") + 1 for title in titles), default=1)

@@ -21,13 +21,7 @@ class MetricsTable:
         self.path = path
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Add a row.
-
-        Raises:
-            ValueError: It has no `epoch`.
-        """
-        if "epoch" not in row:
-            raise ValueError(f"a row of {self.path.name} needs an epoch, got {sorted(row)}")
+        """Add a row, which has an `epoch`."""
         (header,) = self._cells()[:1] or [["epoch"]]
         self._write([*header, *(column for column in row if column not in header)], [*self.read(), row])
 
