@@ -80,11 +80,6 @@ def own_metrics(given: Any) -> MetricCollection | None:
     return MetricCollection(dict(metrics), compute_groups=False) if metrics else None
 
 
-def values_of(metrics: MetricCollection) -> dict[str, Tensor]:
-    """Return the value of each metric; syncs the processes."""
-    return {name: metric.compute() for name, metric in metrics.items(copy_state=False)}
-
-
 def check_metrics(metrics: MetricCollection, num_classes: int, device: torch.device) -> None:
     """Try metrics of one's own on the probabilities of a few images; they and the random state are not changed.
 

@@ -52,13 +52,7 @@ from cifar_lightning.settings.import_path import is_import_path
 from cifar_lightning.settings.limits import Count, Fraction, LearningRate, MixStrength, WeightDecay, check_settings
 from cifar_lightning.settings.roles import ONLY_CROSS_ENTROPY
 from cifar_lightning.training.ema import EmaWeights
-from cifar_lightning.training.eval_metrics import (
-    check_metrics,
-    evaluation_metrics,
-    own_metrics,
-    update_evaluation,
-    values_of,
-)
+from cifar_lightning.training.eval_metrics import check_metrics, evaluation_metrics, own_metrics, update_evaluation
 from cifar_lightning.training.left_out_hooks import LeftOutHooks
 from cifar_lightning.training.lightning_patches import PlainHookNames, step_plateaus_after_validations, use_double
 from cifar_lightning.training.losses import DEFAULT_LOSS, check_loss, logits_dtype, make_loss, name_of
@@ -666,7 +660,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         if "acc_top5" in values:
             logged["acc_top5"] = values["acc_top5"]
         if self.own_metrics is not None:
-            logged |= {name: float(value) for name, value in values_of(self.own_metrics).items()}
+            logged |= {name: float(each.compute()) for name, each in self.own_metrics.items(copy_state=False)}
         # torchmetrics has summed over ranks, image by image; sync_dist would average ranks.
         self.log_dict({f"{stage}/{name}": value for name, value in logged.items()}, sync_dist=False)
         setattr(self, f"{stage}_confusion", confusion)
