@@ -44,11 +44,20 @@ def is_validation_due(trainer: pl.Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
 
 
-def describe_ending(trainer: pl.Trainer, planned_steps: int) -> dict[str, Any]:
-    """Return what ended a training, after how many whole epochs and which of the planned steps."""
-    epochs = trainer.fit_loop.epoch_progress.current.processed - is_cut(trainer)  # type: ignore[attr-defined]  # typed as its base
+def describe_ending(trainer: pl.Trainer, planned_steps: int, by: str = "") -> dict[str, Any]:
+    """Return what ended a training, after how many whole epochs and which of the planned steps.
+
+    Args:
+        trainer: At the end of training.
+        planned_steps: Steps of the whole run.
+        by: What ended it, if not the Trainer, such as a signal.
+    """
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    # The loop counts a cut epoch, too, but only once it has come to the hooks of its end.
+    is_counted = not by or progress.processed > progress.completed
+    epochs = progress.processed - (is_counted and is_cut(trainer))
     return {
-        "by": _cause(trainer, epochs),
+        "by": by or _cause(trainer, epochs),
         "epochs": epochs,
         "step": trainer.global_step,
         "planned_steps": planned_steps,

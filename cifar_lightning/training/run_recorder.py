@@ -18,7 +18,7 @@ from cifar_lightning.runs.ending import write_ending
 from cifar_lightning.runs.environment import describe_environment, portable, processor_change
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.runs.metrics_table import MetricsTable
-from cifar_lightning.training.ending import describe_ending, is_cut
+from cifar_lightning.training.ending import describe_ending
 from cifar_lightning.training.lightning_patches import skip_idle_hooks
 from cifar_lightning.training.model_checks import validated_by
 from cifar_lightning.training.module import ImageClassifier
@@ -147,12 +147,7 @@ class RunRecorder(pl.Callback):
         """Write that a signal ended training into environment.json."""
         if isinstance(exception, Stopped) and self._is_training:
             assert isinstance(pl_module, ImageClassifier)
-            progress = trainer.fit_loop.epoch_progress.current
-            # The loop counts a cut epoch, too, but only once it has come to the hooks of its end.
-            is_counted = progress.processed > progress.completed  # type: ignore[attr-defined]  # typed as its base
-            epochs = progress.processed - (is_counted and is_cut(trainer))  # type: ignore[attr-defined]  # likewise
-            ending = {"by": "signal", "epochs": epochs, "step": trainer.global_step}
-            self._write_ending(trainer, ending | {"planned_steps": pl_module.total_steps()})
+            self._write_ending(trainer, describe_ending(trainer, pl_module.total_steps(), by="signal"))
 
     def _write_ending(self, trainer: pl.Trainer, ending: dict[str, Any]) -> None:
         if trainer.is_global_zero:
