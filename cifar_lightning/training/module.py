@@ -70,7 +70,7 @@ from cifar_lightning.training.model_checks import (
     check_step_counts,
     unpack_batch,
 )
-from cifar_lightning.training.nan_guard import NanGuard
+from cifar_lightning.training.nan_guard import NanGuard, check_losses
 from cifar_lightning.training.resumed_settings import ResumedSettings
 from cifar_lightning.training.step_count import check_train_batches, count_steps, current_lr
 from cifar_lightning.training.train_metrics import TrainMetrics, means_of
@@ -435,7 +435,11 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         """Return train/loss and train/acc of all ranks' images, and the lr now; every rank must call it.
 
         Loss and accuracy are NaN in an epoch with nothing left to train, as after a resume at its end.
+
+        Raises:
+            RunError: The loss of a step was NaN or infinite.
         """
+        check_losses(self.trainer)
         sums = self.trainer.strategy.reduce(self.totals.stacked(), reduce_op="sum")
         return means_of(sums) | {"lr": current_lr(self.trainer)}
 

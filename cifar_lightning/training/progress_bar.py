@@ -139,7 +139,6 @@ class RunProgress(ProgressBar):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replace the bar by a line."""
         assert isinstance(pl_module, ImageClassifier)
-        check_losses(trainer)
         train = pl_module.epoch_metrics()  # collective: all ranks
         self._close_bar()
         elapsed_s = time.monotonic() - self._epoch_start_s

@@ -22,7 +22,6 @@ from cifar_lightning.training.ending import describe_ending
 from cifar_lightning.training.lightning_patches import skip_idle_hooks
 from cifar_lightning.training.model_checks import validated_by
 from cifar_lightning.training.module import ImageClassifier
-from cifar_lightning.training.nan_guard import check_losses
 from cifar_lightning.training.signals import Stopped
 from cifar_lightning.training.step_count import current_lr
 from cifar_lightning.training.trainer_callbacks import callbacks_of
@@ -170,7 +169,6 @@ class RunRecorder(pl.Callback):
         """Write the epoch's rows, before the checkpoint of the epoch."""
         assert isinstance(pl_module, ImageClassifier)
         clock, own_s = self.clock(), time.perf_counter() - self._started_s - self._validation_s
-        check_losses(trainer)
         train = pl_module.epoch_metrics()  # collective: all ranks
         is_counted = pl_module.totals.num_images > 0
         if not trainer.is_global_zero or not (is_counted or trainer.global_step > self._first_step):
