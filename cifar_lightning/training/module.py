@@ -30,7 +30,7 @@ from cifar_lightning.checkpoints.schema import (
     with_data_state,
 )
 from cifar_lightning.data.datamodule import ImageDataModule
-from cifar_lightning.errors import UserError, is_first_process, remark
+from cifar_lightning.errors import UserError, remark
 from cifar_lightning.formatting import printable
 from cifar_lightning.metrics.classification import accuracy, macro_f1
 from cifar_lightning.models.compile import compile_model
@@ -366,8 +366,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
             return
         if data is not None:
             data.use_normalization(expected.mean, expected.std)
-        elif is_first_process():
-            print(f"--model.pretrained: normalize the images with mean {expected.mean} and std {expected.std}.")
+        else:
+            remark(f"--model.pretrained: normalize the images with mean {expected.mean} and std {expected.std}.")
 
     def on_train_start(self) -> None:
         """Check the batch size against BatchNorm; the LR finder gets here, too, but not to on_fit_start."""
