@@ -140,8 +140,7 @@ def training_help(name: str) -> str:
     for flag in command.flags:
         row = table().get(ALIASES.get(flag, flag), {})
         metavar, text = _WORDS.get(flag, ("", ""))
-        default = row.get("default")
-        shown = "" if default in (None, "auto") else f" (default: {'false' if default is False else default})"
+        shown = "" if row.get("default") == "auto" else _default(row)
         text = text or first_sentence(str(row["help"]))
         if row.get("prefixes"):  # too many names for a metavar
             text = ", ".join([*row["choices"], *(f"{prefix}NAME" for prefix in row["prefixes"])])
@@ -157,10 +156,8 @@ def group_help(group: str, rows: Mapping[str, dict[str, Any]]) -> str:
     parser = QuickParser(f"fit --{group}.help", "", f"flags of --{group}")
     for flag, row in rows.items():
         if flag.startswith(f"{group}."):
-            default = row.get("default")
-            shown = f" (default: {str(default).lower() if isinstance(default, bool) else default})"
-            shown = "" if default is None else shown
-            parser.add_argument(f"--{flag}", metavar=_metavar(row), help=f"{row['help']}{shown}".replace("%", "%%"))
+            text = f"{row['help']}{_default(row)}".replace("%", "%%")
+            parser.add_argument(f"--{flag}", metavar=_metavar(row), help=text)
     return parser.format_help().partition("\n\n")[2].rstrip()
 
 
@@ -168,6 +165,12 @@ def first_sentence(text: str) -> str:
     """Return the first sentence of a flag's help, as argparse has it: without capital and full stop."""
     sentence = text.split(". ")[0].rstrip(".")
     return sentence[:1].lower() + sentence[1:] if sentence[1:2].islower() or sentence[1:2] == " " else sentence
+
+
+def _default(row: Mapping[str, Any]) -> str:
+    default = row.get("default")
+    shown = str(default).lower() if isinstance(default, bool) else default
+    return "" if default is None else f" (default: {shown})"
 
 
 def _metavar(row: dict[str, list[str]]) -> str:
