@@ -115,6 +115,11 @@ def shortened(names: Sequence[str], cut: Callable[[str], str]) -> list[str]:
     ]
 
 
+def shorten(name: str, most: int = 24) -> str:
+    """Return a name of at most `most` characters; 24 are legible next to a figure."""
+    return name if len(name) <= most else f"{name[: most - 2]}.."
+
+
 def index_name(split: str, index: int) -> str:
     """Return the name of an image that has no file, by the data set's own split and index: "test[17]"."""
     return f"{split}[{index}]"

@@ -20,14 +20,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
-from cifar_lightning.formatting import plural, printable, shortened
+from cifar_lightning.formatting import plural, printable, shorten, shortened
 from cifar_lightning.metrics.calibration import reliability
 from cifar_lightning.metrics.classification import accuracy, per_class
 
 _MAX_CLASSES_WITH_NUMBERS = 20
 _MAX_NAMED = 200  # classes; more are illegible and take matplotlib 10 s for 1,000
 _MAX_NEAREST = 1000  # classes, each of a pixel or more; of more, rows and columns would be left out
-_MAX_NAME = 24
 # Light theme of page.css, by the name of its variable. The blue is that of M. Okabe and K. Ito, "Color Universal
 # Design" (2008); their orange is darkened so that white text on it is legible.
 COLOURS = {"face": "#ffffff", "ink": "#1b1f24", "correct": "#0072b2", "mistake": "#b34700"}
@@ -101,11 +100,6 @@ def _write_cells(
             color = COLOURS["face" if opacity[row, column] > _INVERTED_ABOVE else "ink"]
             place: dict[str, Any] = {"ha": "center", "va": "center", "in_layout": False}
             axes.text(column, row, f"{number:,}", fontsize=size, color=color, **place)
-
-
-def shorten(name: str) -> str:
-    """Return a name of at most `_MAX_NAME` characters."""
-    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 2] + ".."
 
 
 def images_figure(images: UInt8[np.ndarray, "n height width channels"], titles: Sequence[str]) -> Figure:

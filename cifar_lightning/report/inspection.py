@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from cifar_lightning.formatting import plural, printable, shortened
+from cifar_lightning.formatting import plural, printable, shorten, shortened
 from cifar_lightning.report.page import render
 
 _MAX_LINES = 29  # and one of the page
@@ -29,7 +29,7 @@ def inspection_lines(found: Mapping[str, Any]) -> list[str]:
     if len(names) > _MAX_ROWS:
         by_size = np.argsort(-sum(counts.values()), kind="stable").tolist()
         order = by_size[:half] + by_size[-half:]
-    cut = shortened([*map(printable, names)], _cut)
+    cut = shortened([*map(printable, names)], lambda name: shorten(name, _NAME_WIDTH - 1))
     rows = [(cut[at], [f"{of[at]:,}" for of in counts.values()]) for at in order]
     rows.append(("all classes", [f"{of.sum():,}" for of in counts.values()]))
     lines = [found["dataset"], "", f"{'class':<{_NAME_WIDTH}}" + "".join(f"{split:>10}" for split in counts)]
@@ -44,10 +44,6 @@ def inspection_lines(found: Mapping[str, Any]) -> list[str]:
             lines[-1:] = [f"{label:<17}{text}:", f"{'':<17}{shown}"]
     data, *rest = map(printable, lines)  # the folder is printed whole, for copying
     return [data, *(line if len(line) <= _WIDTH else f"{line[: _WIDTH - 3]}..." for line in rest)]
-
-
-def _cut(name: str) -> str:
-    return name if len(name) < _NAME_WIDTH else f"{name[: _NAME_WIDTH - 3]}.."
 
 
 def facts_of(found: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:

@@ -22,7 +22,7 @@ from cifar_lightning import formatting
 from cifar_lightning.formatting import object_text, percent, plural, printable, shell_line, unbroken
 from cifar_lightning.metrics.classification import most_confused, per_class
 from cifar_lightning.report.charts import Curves, confidence_chart, curves_charts, reliability_chart
-from cifar_lightning.report.figures import shade, shorten
+from cifar_lightning.report.figures import shade
 from cifar_lightning.report.gallery import NUM_EXPLAINED
 from cifar_lightning.report.results import Explanations
 from cifar_lightning.runs.ending import ending_text
@@ -129,7 +129,7 @@ def matrix_of(cm: Int64[np.ndarray, "classes classes"], names: Sequence[str]) ->
     fractions, top, opacity = shade(part, support)
     keys = ("number", "fraction", "opacity", "is_correct")
     columns = zip(*(array.tolist() for array in (part, fractions, opacity.round(2), is_correct)), strict=True)
-    short = formatting.shortened([*map(formatting.printable, names)], shorten)
+    short = formatting.shortened([*map(formatting.printable, names)], formatting.shorten)
     rows = [[dict(zip(keys, cell, strict=True)) for cell in zip(*row, strict=True)] for row in columns]
     return {
         "rows": [
