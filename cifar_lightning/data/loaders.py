@@ -210,10 +210,12 @@ class StreamingLoader(ImageLoader):
             if isinstance(batch, Exception):
                 raise batch
             image_indices, images, targets = batch
+            # Only what is pinned, for CUDA: MPS may copy memory that is freed meanwhile (PyTorch's issue 83015).
+            is_pinned = self.device.type == "cuda"
             yield (
-                image_indices.to(self.device, non_blocking=True),
-                images.to(self.device, non_blocking=True),
-                targets.to(self.device, non_blocking=True),
+                image_indices.to(self.device, non_blocking=is_pinned),
+                images.to(self.device, non_blocking=is_pinned),
+                targets.to(self.device, non_blocking=is_pinned),
             )
 
 

@@ -141,6 +141,18 @@ def test_a_loader_that_is_iterated_within_its_own_epoch_gives_no_batch_of_anothe
     assert next(outer, None) is None  # it has had all of its own
 
 
+@pytest.mark.parametrize(("kind", "waits"), [("cuda", False), ("mps", True), ("cpu", True)])
+def test_only_cuda_is_sent_to_without_waiting(kind, waits):
+    class Sent:
+        def to(self, device, non_blocking=False):
+            sent.append((device.type, not non_blocking))
+
+    sent, loader = [], streaming()
+    loader.device, loader._workers = torch.device(kind), [(Sent(), Sent(), Sent())]
+    list(loader._gather([torch.arange(8)], 8, None))
+    assert sent == [(kind, waits)] * 3
+
+
 def test_workers_end_by_themselves_where_the_collector_finds_their_loader():
     loader = streaming()
     loader.trainer_that_refers_to_it = [loader]  # a cycle
