@@ -11,8 +11,11 @@ Loaders are not `DataLoader` instances. A stopped run resumes bit for bit becaus
 """
 
 import contextlib
+import multiprocessing
 import os
+import pickle
 import signal
+import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,10 +33,11 @@ from cifar_lightning.data.sampler import EpochSampler, Rank
 from cifar_lightning.data.shards import WINDOW, ShardedImages
 from cifar_lightning.data.statistics import evenly_spaced
 from cifar_lightning.errors import RunError, UserError
+from cifar_lightning.formatting import reason_of
 from cifar_lightning.transforms.augmentation import Augmentation, resize
 from cifar_lightning.transforms.per_image import one_thread
 from cifar_lightning.transforms.pipeline import Drawn, Pipeline, apply_stage, augment, rows_of
-from cifar_lightning.transforms.transform import Tables, Transform
+from cifar_lightning.transforms.transform import Tables, Transform, name_of
 
 _COMPARED = 64  # images of a mapped file that tell whether a worker has opened the same one
 _NO_TRANSFORMS = Pipeline(Augmentation(), ())
@@ -169,6 +173,8 @@ class StreamingLoader(ImageLoader):
         device: torch.device,
     ) -> None:
         super().__init__(sampler, transform, num_images=len(images), device=device)
+        if (start_method := _start_method()) != "fork":
+            _check_sendable(transform.pipeline.on_cpu)
         # A worker that begins a window of shards begins to download the next one.
         steps = 0
         if isinstance(images, ShardedImages):
@@ -188,6 +194,7 @@ class StreamingLoader(ImageLoader):
             generator=torch.Generator(),
             persistent_workers=True,
             worker_init_fn=leave_signals_to_parent,
+            multiprocessing_context=start_method,
         )
         # Trainer and data refer to each other. Python's collector closes the queues of such a cycle before it ends the
         # workers, which then do not hear of it, and torch waits 5 s for each.
@@ -222,7 +229,8 @@ class StreamingLoader(ImageLoader):
 class LoaderFactory:
     """Makes resident or streaming loaders; resident loaders of a source share one copy of its images.
 
-    `num_workers` 0 is resident, 1 or more is streaming; None chooses by the memory that is free.
+    `num_workers` 0 is resident, 1 or more is streaming; None chooses by the memory that is free. Slow transforms get
+    workers by default where these are forked: others would load the transforms and import the script again.
     """
 
     def __init__(self, images: dict[Split, ImageSet], num_workers: int | None) -> None:
@@ -239,7 +247,8 @@ class LoaderFactory:
             if device not in self._free_bytes:
                 self._free_bytes[device] = free_device_bytes(device)
             num_bytes = sum(images.images.nbytes for images in self.images.values())
-            num_workers = choose_num_workers(num_bytes, 0 if transform.pipeline.on_cpu else self._free_bytes[device])
+            needs_workers = transform.pipeline.on_cpu and _start_method() == "fork"
+            num_workers = choose_num_workers(num_bytes, 0 if needs_workers else self._free_bytes[device])
         if num_workers == 0:
             images, targets = self._resident_tensors(source, device)
             return ResidentLoader(images, targets, sampler, transform)
@@ -374,6 +383,32 @@ def _transform_on_cpu(images: Tensor, size: int, drawn: Drawn) -> Tensor:
 def _on_device(batches: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
     """Move the indices of an epoch at once: one transfer per batch would make the host wait in every step."""
     return torch.split(torch.cat(batches).to(device), [len(batch) for batch in batches]) if batches else ()
+
+
+def _start_method() -> str:
+    """Return how workers begin: as the program has chosen, or else forked on Linux, in Python 3.14 as before it."""
+    chosen = multiprocessing.get_start_method(allow_none=True)  # a call without it would choose
+    return chosen or ("fork" if sys.platform == "linux" else multiprocessing.get_all_start_methods()[0])
+
+
+def _check_sendable(transforms: Sequence[Transform]) -> None:
+    """Refuse transforms that a worker which is not forked cannot load: lambdas, and what a notebook defines."""
+    main = sys.modules["__main__"]
+    is_notebook = getattr(main, "__spec__", None) is None and not hasattr(main, "__file__")
+    for transform in transforms:
+        try:
+            pickled = pickle.dumps(transform)
+            if not is_notebook or b"__main__" not in pickled:
+                continue
+            reason = "it is defined in a notebook"
+        except RuntimeError:  # of multiprocessing's locks and values, which are sent only while a process starts
+            continue
+        except Exception as error:  # a class of the user's raises anything
+            reason = reason_of(error)
+        raise UserError(
+            f"--data.transforms {name_of(transform)}: cannot be sent to worker processes ({reason}).\n"
+            "Define it in a module that can be imported, or give --data.num_workers 0."
+        )
 
 
 def _identity(batch: Any) -> Any:

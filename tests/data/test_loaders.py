@@ -1,8 +1,10 @@
 """Batches and position of the loaders; resident and streaming give the same batches."""
 
 import gc
+import multiprocessing
 import pickle
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +153,47 @@ def test_only_cuda_is_sent_to_without_waiting(kind, waits):
     loader.device, loader._workers = torch.device(kind), [(Sent(), Sent(), Sent())]
     list(loader._gather([torch.arange(8)], 8, None))
     assert sent == [(kind, waits)] * 3
+
+
+def factory_of(own, num_workers=None):
+    images = {"train": ImageSet(IMAGES, TARGETS, "")}
+    transform = BatchTransform((0.5,) * 3, (0.2,) * 3, (8,), Pipeline(Augmentation(), own))
+    return LoaderFactory(images, num_workers).make("train", sampler(), transform, torch.device("cpu"))
+
+
+def mirrored(image):
+    return image.flip(-1)
+
+
+def test_without_fork_slow_transforms_run_here_by_default(monkeypatch):
+    chosen = {"method": "fork"}
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: chosen["method"])
+    assert isinstance(factory_of([mirrored]), StreamingLoader)
+    chosen["method"] = "spawn"
+    assert isinstance(factory_of([mirrored]), ResidentLoader)
+    assert factory_of([mirrored], 2)._workers.multiprocessing_context.get_start_method() == "spawn"
+    factory_of([mirrored, lambda image: image], 0)
+    with pytest.raises(UserError, match=r"<lambda>.*\n.*--data.num_workers 0"):
+        factory_of([lambda image: image], 2)
+
+
+def test_a_function_of_a_notebook_is_not_sent_to_workers_that_are_not_forked(monkeypatch):
+    notebook = types.ModuleType("__main__")
+    exec("def bright(image):\n    return image", notebook.__dict__)
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: "spawn")
+    with pytest.raises(UserError, match=r"bright.*notebook"):
+        factory_of([bright := notebook.bright], 2)
+    notebook.__file__ = "train.py"
+    assert isinstance(factory_of([bright], 2), StreamingLoader)
+
+
+def test_a_program_that_has_not_chosen_forks_on_linux_only(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: None)
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["forkserver", "spawn", "fork"])
+    for platform, kind in (("linux", StreamingLoader), ("darwin", ResidentLoader)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert isinstance(factory_of([mirrored]), kind)
 
 
 def test_workers_end_by_themselves_where_the_collector_finds_their_loader():
