@@ -19,14 +19,17 @@ def rng_state(device: torch.device) -> dict[str, Any]:
         "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "mps": torch.mps.get_rng_state() if device.type == "mps" else None,
     }
 
 
 def restore_rng(state: dict[str, Any], device: torch.device) -> None:
-    """Restore the states of `rng_state`; CUDA's only on a CUDA device."""
+    """Restore the states of `rng_state`; a GPU's only on a device of the same kind."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
+    if state.get("mps") is not None and device.type == "mps":  # earlier versions did not save it
+        torch.mps.set_rng_state(state["mps"])

@@ -30,6 +30,20 @@ def test_random_states_come_back_for_all_generators():
     assert draw() == drawn
 
 
+def test_apples_gpu_has_a_state_of_its_own_that_older_checkpoints_lack(monkeypatch):
+    mps, restored = torch.device("mps"), []
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.tensor([7]))
+    monkeypatch.setattr(torch.mps, "set_rng_state", restored.append)
+    state = rng_state(mps)
+    restore_rng(state, mps)
+    assert restored == [torch.tensor([7])]
+    restore_rng(state, CPU)
+    restore_rng(rng_state(CPU), mps)
+    del state["mps"]
+    restore_rng(state, mps)
+    assert len(restored) == 1
+
+
 def test_random_states_are_plain_enough_for_a_checkpoint(tmp_path):
     torch.save(rng_state(CPU), tmp_path / "state.pt")
     assert torch.load(tmp_path / "state.pt", weights_only=True)["python"] == random.getstate()
