@@ -13,10 +13,14 @@ import secrets
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from cifar_lightning.errors import UserError
+
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
+_WAITS_S = (0.05, 0.2, 1, 3, 6)  # a reader such as a virus scanner or a spreadsheet closes the file meanwhile, or never
 
 
 def write_bytes_durably(path: Path, data: bytes, *, keep_as: Path | None = None) -> None:
@@ -44,7 +48,7 @@ def _in_place_of(path: Path, suffix: str = ".tmp", *, keep_as: Path | None = Non
             os.fsync(file.fileno())
         if keep_as is not None and path.exists():
             _keep(path, keep_as)
-        os.replace(temporary, path)
+        _replace(temporary, path)
         sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -61,16 +65,27 @@ def _keep(path: Path, name: Path) -> None:
         try:
             os.link(path, temporary)
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
+            # Windows has EINVAL for what exFAT lacks.
+            if error.errno not in _NO_LINKS and (sys.platform, error.errno) != ("win32", errno.EINVAL):
                 raise
             shutil.copyfile(path, temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-        os.replace(temporary, name)
+        _replace(temporary, name)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Rename a file over another one; on Windows wait while a process has that open."""
+    for wait_s in _WAITS_S if sys.platform == "win32" else ():
+        with contextlib.suppress(PermissionError):
+            os.replace(source, target)
+            return
+        time.sleep(wait_s)
+    os.replace(source, target)
 
 
 def make_folder(path: Path) -> list[Path]:

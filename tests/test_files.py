@@ -36,6 +36,45 @@ def test_a_durable_write_replaces_the_file_and_keeps_the_usual_permissions(tmp_p
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+def test_windows_waits_while_another_process_has_the_file_open(tmp_path, monkeypatch):
+    target, waits, real = tmp_path / "metrics.csv", [], os.replace
+
+    def replace(source, path):
+        if len(waits) < fails:
+            raise PermissionError(errno.EACCES, "The process cannot access the file", str(path))
+        real(source, path)
+
+    monkeypatch.setattr(files.os, "replace", replace)
+    monkeypatch.setattr(files.time, "sleep", waits.append)
+    fails = 2
+    with pytest.raises(PermissionError):
+        write_text_durably(target, "1")
+    assert waits == []
+    monkeypatch.setattr(files.sys, "platform", "win32")
+    write_text_durably(target, "1")
+    assert (target.read_text(), len(waits)) == ("1", 2)
+    waits.clear()
+    fails = 100
+    with pytest.raises(PermissionError):
+        write_text_durably(target, "2")
+    assert (target.read_text(), len(waits)) == ("1", 5)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(("platform", "number"), [("linux", errno.EPERM), ("win32", errno.EINVAL)])
+def test_a_file_system_without_links_keeps_a_copy(tmp_path, monkeypatch, platform, number):
+    def refuse(*_):
+        raise OSError(number, "no links")
+
+    monkeypatch.setattr(files.os, "link", refuse)
+    monkeypatch.setattr(files.sys, "platform", platform)
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    for content in (b"1", b"2"):
+        write_bytes_durably(last, content, keep_as=previous)
+    assert (last.read_bytes(), previous.read_bytes()) == (b"2", b"1")
+    assert sorted(tmp_path.iterdir()) == [last, previous]
+
+
 def test_json_reads_back_equal_with_umlauts_legible_and_without_nan(tmp_path):
     file = tmp_path / "x.json"
     path = os.fsdecode(b"caf\xe9")  # not UTF-8
