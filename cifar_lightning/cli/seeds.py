@@ -160,14 +160,15 @@ def _summarize(folder: RunFolder, runs: dict[int, RunFolder]) -> None:
 def _run_program(*arguments: str) -> int:
     """Run a command of this program in a new process; return its exit status, or that of a signal that came meanwhile.
 
-    The process has a group of its own, so that it gets Ctrl-C once: from here.
+    The process has a group of its own, so that it gets Ctrl-C once: from here, and on Windows from the console.
     """
     received, children = list[int](), list[subprocess.Popen[bytes]]()
+    is_sent = sys.platform != "win32"
 
     def forward(signum: int, frame: FrameType | None) -> None:
         leave_closed_terminal()
         received.append(signum)
-        for child in children:
+        for child in children if is_sent else ():
             child.send_signal(signum)
 
     before = {signum: signal.signal(signum, forward) for signum in stop_signals()}
@@ -178,7 +179,7 @@ def _run_program(*arguments: str) -> int:
             [sys.executable, *program, *arguments], process_group=0, preexec_fn=_end_with(os.getpid())
         ) as child:
             children.append(child)
-            for signum in received:  # before there was a child
+            for signum in received if is_sent else ():  # before there was a child
                 child.send_signal(signum)
             status = child.wait()
     finally:

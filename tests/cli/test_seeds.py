@@ -1,5 +1,6 @@
 """fit --seeds: one run for each seed, in processes of their own."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -271,6 +272,25 @@ def test_signals_reach_the_run_and_decide_the_exit_status(monkeypatch, tmp_path,
     assert status == 128 + signum
     assert got.exists()
     assert signal.getsignal(signum) is before
+
+
+def test_on_windows_the_console_sends_ctrl_c_to_the_run(monkeypatch):
+    class Process(contextlib.nullcontext):
+        """As on Windows, whose processes take SIGTERM alone."""
+
+        def __init__(self, *_, **__):
+            super().__init__(self)
+
+        def send_signal(self, signum):
+            raise ValueError(f"Unsupported signal: {signum}")
+
+        def wait(self):
+            signal.raise_signal(signal.SIGINT)
+            return 0
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    assert seeds._run_program("fit") == 130
 
 
 @pytest.mark.slow
