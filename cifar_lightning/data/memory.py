@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+# Of the allocators of CPUs, on Linux and macOS or on Windows, and of Apple's GPU; CUDA's has a class of its own.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory: you tried", "MPS backend out of memory")
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 _CGROUP = Path("/sys/fs/cgroup")
 _MOST_BYTES = 2**31 - 1  # mallopt takes an int
@@ -56,7 +58,7 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether PyTorch could not allocate memory, of a GPU or of the host."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def check_fits(shape: tuple[int, ...], what: str, way_out: str) -> None:

@@ -10,9 +10,11 @@ from cifar_lightning.training.error_messages import explain, explained, of_setti
 
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+WINDOWS = RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
+APPLE = RuntimeError("MPS backend out of memory (MPS allocated: 18.0 GiB, other allocations: 9 KiB).")
 FULL = OSError(28, "No space left on device", "metrics.csv")
 WORKER = RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed.")
-ALL = [GPU, CPU, FULL, WORKER]
+ALL = [GPU, CPU, WINDOWS, APPLE, FULL, WORKER]
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def test_without_a_checkpoint_none_is_promised(run, error):
 
 
 def test_memory_that_ran_out_has_a_way_out_that_the_command_takes(run):
-    for error in (GPU, CPU):
+    for error in (GPU, CPU, WINDOWS, APPLE):
         assert "--batch_size" in str(explain(error, "fit"))
         assert "--batch_size" in str(explain(error, "tune"))
         for command in ("validate", "test", "predict"):
