@@ -15,7 +15,8 @@ from typing import Any
 from cifar_lightning.runs.schema import SCHEMA_VERSION
 
 _START = r"(?<![\w~.:/])"  # of an absolute path, also within a sentence; not of a URL or of the rest of a path
-_FOLDERS = re.compile(rf"{_START}/(?:[^/\s]+/)+")
+_DRIVE, _SHARE = r"[A-Za-z]:(?:/(?!/)|\\+)", r"(?<!\\)\\{2,}"  # of Windows, also with backslashes that are escaped
+_FOLDERS = re.compile(rf"{_START}(?:/(?:[^/\s]+/)+|(?:{_DRIVE}|{_SHARE})(?:[^/\\\s]+[/\\]+)+)")
 # Flags of Linux's /proc/cpuinfo for what decides about a CPU's speed and rounding, the widest first.
 _INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
 _DISTRIBUTIONS = ("cifar-lightning", "torch", "torchvision", "lightning", "torchmetrics", "numpy")
@@ -69,7 +70,7 @@ def portable(value: Any) -> Any:
     for folder, short in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
         if len(folder) > 1:
             start = _START + re.escape(folder)
-            value = re.sub(f"{start}/", short, value)
+            value = re.sub(rf"{start}[/\\]", short, value)
             value = re.sub(f"{start}$", short.rstrip("/") or ".", value)
     return _FOLDERS.sub("", value)
 

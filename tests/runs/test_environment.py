@@ -44,6 +44,33 @@ def test_settings_are_kept_without_the_folders_of_this_machine(tmp_path, monkeyp
     assert portable("folder: 9 images, in /srv/ada/photos") == "folder: 9 images, in photos"
 
 
+def test_folders_of_windows_are_left_out_as_well(monkeypatch):
+    monkeypatch.setattr(os, "getcwd", lambda: r"D:\ada\work")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: r"C:\Users\ada")
+    for given, kept in {
+        r"C:\Users\ada\venv\Scripts\cifar-lightning.exe": r"~/venv\Scripts\cifar-lightning.exe",
+        r"C:\Users\eve\venv\Scripts\cifar-lightning.exe": "cifar-lightning.exe",
+        r"--data.root=D:\ada\work\my photos\cats": r"--data.root=my photos\cats",
+        r"D:\ada\work": ".",
+        "E:/ada/w.pt": "w.pt",
+        r"{d: \\server\ada\e.pt}": "{d: e.pt}",
+        r'{"d": "E:\\ada\\e.pt"}': '{"d": "e.pt"}',
+        r"folder: 9 images, in E:\ada\photos": "folder: 9 images, in photos",
+    }.items():
+        assert portable(given) == kept
+    for same in (
+        "s3://bucket/a/b",
+        "https://example.org/a/b",
+        r"runs\a\b",
+        r"..\a\b",
+        "C:",
+        r"\d+\w",
+        "a: /",
+        "x://a/b",
+    ):
+        assert portable(same) == same
+
+
 def test_the_commit_is_of_a_checkout_that_tracks_the_package_and_of_no_other(tmp_path, monkeypatch):
     def git(*arguments: str) -> str:
         identity = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main")
