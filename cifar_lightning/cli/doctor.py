@@ -125,6 +125,7 @@ def _look_at_torch(found: Findings) -> None:
         from cifar_lightning.training.precision import default_precision
 
         on_cuda = torch.cuda.is_available()
+        on_mps = torch.backends.mps.is_available() and not on_cuda
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs alone"
         found.rows.append(("torch build", f"for {build}, {torch.get_num_threads()} threads on the CPU"))
         for index in range(torch.cuda.device_count() if on_cuda else 0):
@@ -134,8 +135,8 @@ def _look_at_torch(found: Findings) -> None:
         if on_cuda:
             found.rows.append(("cuDNN", str(torch.backends.cudnn.version())))
         else:
-            found.rows.append(("GPU", "none that torch can use"))
-        precision, why = default_precision(on_cuda)
+            found.rows.append(("GPU", "Apple's, by MPS" if on_mps else "none that torch can use"))
+        precision, why = default_precision(on_cuda, on_mps)
         device = torch.device("cuda" if on_cuda else "cpu")
         num_workers = choose_num_workers(_CIFAR_BYTES, free_device_bytes(device))
     except Exception as error:  # a broken installation may raise anything, and the rest must still be shown

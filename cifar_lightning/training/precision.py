@@ -9,15 +9,19 @@ import torch
 from jsonargparse import Namespace
 from torch.nn import functional as F
 
+from cifar_lightning.errors import UserError
+
 # bfloat16 is the default from here on: a step is not convolutions alone; and with MKL those of float32 have fewer
 # multiplications than the ones that are timed (models/winograd.py).
 _WORTHWHILE = 1.5 if torch.backends.mkl.is_available() else 1.25
 
 
-def default_precision(on_cuda: bool) -> tuple[str, str]:
+def default_precision(on_cuda: bool, on_mps: bool = False) -> tuple[str, str]:
     """Return the precision where none is given, and why."""
     if on_cuda:
         return "16-mixed", "the GPU is faster in half precision"
+    if on_mps:
+        return "32-true", "half precision is not tested on Apple's GPU"
     if needed_for("bf16-mixed"):
         return "32-true", "this CPU has no instructions for half precision"
     gain = bfloat16_gain()
@@ -52,17 +56,34 @@ def is_on_cuda(trainer: Namespace) -> bool:
     return torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
 
 
+def is_on_mps(trainer: Namespace) -> bool:
+    """Whether a Trainer with these arguments runs on Apple's GPU."""
+    from lightning.pytorch.accelerators import MPSAccelerator  # not at the top: `doctor` does without Lightning
+
+    return trainer.accelerator in ("auto", "gpu", "mps") and MPSAccelerator.is_available() and not is_on_cuda(trainer)
+
+
 def settle_precision(trainer: Namespace) -> None:
     """Set precision and cuDNN's benchmark mode of the Trainer's arguments by device where they are not given.
 
     A precision without hardware support is replaced by 32-true, with a line on stderr: on a CPU half precision is
     emulated then, 90 times slower. One that a CPU supports but is slower in is kept, with a line.
+
+    Raises:
+        UserError: 64-true on Apple's GPU, which has no float64.
     """
-    on_cuda = is_on_cuda(trainer)
+    on_cuda, on_mps = is_on_cuda(trainer), is_on_mps(trainer)
     if on_cuda:
         torch.set_float32_matmul_precision("high")  # TF32 for float32 matmuls
     if trainer.precision is None:
-        trainer.precision, _ = default_precision(on_cuda)
+        trainer.precision, _ = default_precision(on_cuda, on_mps)
+    elif on_mps and str(trainer.precision) in ("64", "64-true"):
+        raise UserError(
+            f"--trainer.precision {trainer.precision}: Apple's GPU has no float64; give --trainer.accelerator cpu."
+        )
+    elif on_mps and str(trainer.precision).startswith(("16", "bf16")):
+        print(f"--trainer.precision {trainer.precision}: not tested on Apple's GPU: using 32-true.", file=sys.stderr)
+        trainer.precision = "32-true"
     elif not on_cuda and (needed := needed_for(str(trainer.precision))):
         print(f"--trainer.precision {trainer.precision} needs {needed}: using 32-true.", file=sys.stderr)
         trainer.precision = "32-true"

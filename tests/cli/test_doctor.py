@@ -19,6 +19,7 @@ from cifar_lightning.training.precision import default_precision
 def sound_machine(monkeypatch):
     """Without problems and without a GPU, whatever this machine has."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(doctor, "_nvidia_driver", lambda: "")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e11))
 
@@ -87,6 +88,13 @@ def test_choices_are_those_of_fit(root, monkeypatch):
     plug_in_gpu(monkeypatch, free_bytes=2e8)
     monkeypatch.setattr("cifar_lightning.data.memory.usable_cpus", lambda: 1)
     assert row(doctor.look(root), "workers")[0].startswith("1: ")
+
+
+def test_apples_gpu_is_named_and_computes_in_float32(root, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    found = doctor.look(root)
+    assert row(found, "GPU") == ["Apple's, by MPS"]
+    assert row(found, "precision")[0].startswith("32-true: ")
 
 
 def test_data_is_found_in_every_form(tmp_path):

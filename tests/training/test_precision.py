@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.accelerators import MPSAccelerator
 
+from cifar_lightning.errors import UserError
 from cifar_lightning.training import precision as module
 from cifar_lightning.training.precision import settle_precision
 
@@ -13,6 +15,7 @@ from cifar_lightning.training.precision import settle_precision
 def settled(precision, monkeypatch, *, gain=None, deterministic=False):
     """Return the Trainer's arguments on a CPU; `gain` is its rate in bfloat16, None without instructions for it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(MPSAccelerator, "is_available", lambda: False)
     monkeypatch.setattr(module, "_WORTHWHILE", 1.5)
     monkeypatch.setattr(module, "_has_bfloat16", lambda: gain is not None)
     monkeypatch.setattr(module, "bfloat16_gain", lambda: gain)
@@ -63,6 +66,38 @@ def test_a_gpu_computes_in_half_precision_and_tf32_unless_training_is_on_the_cpu
     trainer = Namespace(precision=None, accelerator=accelerator, benchmark=None, deterministic=False)
     settle_precision(trainer)
     assert (trainer.precision, trainer.benchmark, set_to) == (precision, True, matmul)
+
+
+@pytest.mark.parametrize(
+    ("asked", "accelerator", "got"),
+    [
+        (None, "auto", "32-true"),
+        ("32-true", "mps", "32-true"),
+        ("16-mixed", "auto", "32-true"),
+        ("bf16-mixed", "gpu", "32-true"),
+        ("16-true", "mps", "32-true"),
+        ("64-true", "cpu", "64-true"),
+        ("bf16-mixed", "cpu", "bf16-mixed"),
+    ],
+)
+def test_apples_gpu_computes_in_float32(asked, accelerator, got, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(MPSAccelerator, "is_available", lambda: True)
+    monkeypatch.setattr(module, "_has_bfloat16", lambda: True)
+    monkeypatch.setattr(module, "bfloat16_gain", lambda: 2.0)
+    trainer = Namespace(precision=asked, accelerator=accelerator, benchmark=None, deterministic=False)
+    settle_precision(trainer)
+    assert trainer.precision == got
+    printed = capsys.readouterr().err
+    assert ("Apple's GPU" in printed) is (asked not in (None, got))
+
+
+def test_float64_on_apples_gpu_is_sent_to_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(MPSAccelerator, "is_available", lambda: True)
+    trainer = Namespace(precision="64-true", accelerator="auto", benchmark=None, deterministic=False)
+    with pytest.raises(UserError, match=r"64-true.*--trainer.accelerator cpu"):
+        settle_precision(trainer)
 
 
 @pytest.mark.parametrize(
