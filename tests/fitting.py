@@ -1,6 +1,5 @@
 """Short fits in this process, with the callbacks and the checkpoints of a run."""
 
-import os
 import signal
 
 import lightning.pytorch as pl
@@ -111,4 +110,4 @@ class Signal(pl.Callback):
 
     def send(self, trainer, *args):
         if trainer.global_step == self.step:
-            os.kill(os.getpid(), self.signum)
+            signal.raise_signal(self.signum)  # os.kill would end the process on Windows

@@ -5,6 +5,7 @@ import csv
 import json
 import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -254,6 +255,8 @@ def rows_of(run):
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """A run of four epochs, and the same killed in its third: (whole, killed)."""
+    if sys.platform == "win32":
+        pytest.skip("no SIGKILL")
     cwd = tmp_path_factory.mktemp("resume")
     settings = [*TINY, "--model.model_kwargs", "{widths: [4, 8, 8], dropout: 0.2}", "--lr", 0.01, "--epochs", 4]
     settings += ["--checkpoint.every_n_train_steps", 2, "--trainer.logger", "false"]
