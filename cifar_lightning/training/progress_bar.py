@@ -260,7 +260,8 @@ def describe_run(trainer: pl.Trainer, module: ImageClassifier, run: RunFolder | 
     length = length if epochs is None else f"{plural(epochs, 'epoch')}, {length}"
     rate = f"peak lr {module.optimizer_settings.lr:g}"
     if not module.plans_schedule:
-        rate = f"{type(trainer.optimizers[0]).__name__}, lr {current_lr(trainer):g}"
+        lr = current_lr(trainer)
+        rate = type(trainer.optimizers[0]).__name__ + ("" if math.isnan(lr) else f", lr {lr:g}")
     rows = [
         ("images", data.source.describe()),
         (

@@ -143,4 +143,5 @@ def _cause(trainer: pl.Trainer) -> str:
 
 def current_lr(trainer: pl.Trainer) -> float:
     """Return the learning rate of the first group of parameters; NaN of an optimizer without one."""
-    return float(trainer.optimizers[0].param_groups[0].get("lr", math.nan)) if trainer.optimizers else math.nan
+    lr = trainer.optimizers[0].param_groups[0].get("lr") if trainer.optimizers else None  # None of Adafactor
+    return math.nan if lr is None else float(lr)

@@ -248,10 +248,14 @@ def step_lr(module):
     return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
 
 
+def adafactor(module):
+    return pytest.importorskip("timm.optim").Adafactor(module.parameters())
+
+
 @pytest.mark.parametrize(
     "configure",
-    [lambda module: torch.optim.Adam(module.parameters(), lr=0.01), step_lr, plateau, two_groups],
-    ids=["Adam alone", "StepLR", "ReduceLROnPlateau", "groups and SequentialLR"],
+    [lambda module: torch.optim.Adam(module.parameters(), lr=0.01), step_lr, plateau, two_groups, adafactor],
+    ids=["Adam alone", "StepLR", "ReduceLROnPlateau", "groups and SequentialLR", "Adafactor without lr"],
 )
 def test_a_run_with_any_optimizer_and_schedule_of_ones_own_resumes_to_the_bit(tmp_path, configure):
     def fit(name, **more):
