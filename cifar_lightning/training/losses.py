@@ -68,6 +68,12 @@ def name_of(loss: Any) -> str:
     return path if is_importable else f"<{getattr(loss, '__name__', type(loss).__name__)}>"
 
 
+def takes_log_probs(loss: Loss | None) -> bool:
+    """Return whether a loss is PyTorch's `NLLLoss` or `nll_loss`; of raw logits it has no lower bound."""
+    function = loss.func if isinstance(loss, functools.partial) else loss
+    return function is nn.functional.nll_loss or getattr(type(function), "forward", None) is nn.NLLLoss.forward
+
+
 def logits_dtype(loss: Loss, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of logits to evaluate a loss of one's own with, in a module of `dtype`.
 

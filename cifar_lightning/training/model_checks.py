@@ -46,6 +46,11 @@ def are_probabilities(outputs: Float[Tensor, "batch classes"]) -> bool:
     return bool(((outputs >= 0).all(1) & ((outputs.sum(1) - 1).abs() < 0.01)).all())
 
 
+def are_log_probs(outputs: Float[Tensor, "batch classes"]) -> bool:
+    """Return whether a model's outputs are those of a LogSoftmax, also in half precision; waits for the device."""
+    return not bool((outputs.detach().float().logsumexp(1).abs() > 0.1).any())
+
+
 def is_labelled(batch: Any) -> bool:
     """Whether a batch is a pair of images and labels."""
     return isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)

@@ -55,8 +55,9 @@ from cifar_lightning.training.ema import EmaWeights
 from cifar_lightning.training.eval_metrics import check_metrics, evaluation_metrics, own_metrics, update_evaluation
 from cifar_lightning.training.left_out_hooks import LeftOutHooks
 from cifar_lightning.training.lightning_patches import PlainHookNames, step_plateaus_after_validations, use_double
-from cifar_lightning.training.losses import DEFAULT_LOSS, check_loss, logits_dtype, make_loss, name_of
+from cifar_lightning.training.losses import DEFAULT_LOSS, check_loss, logits_dtype, make_loss, name_of, takes_log_probs
 from cifar_lightning.training.model_checks import (
+    are_log_probs,
     are_probabilities,
     check_batches,
     check_classes,
@@ -406,8 +407,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         if self._mixing is not None:
             images, targets = self._mixing(images, targets)
         logits = self(images)
+        self._check_first_batch(logits)
         if self.loss_function is None:
-            self._check_first_batch(logits)
             loss = F.cross_entropy(logits, targets, weight=self._class_weights, label_smoothing=self.label_smoothing)
         else:
             loss = self.loss_function(logits, targets)
@@ -418,11 +419,19 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         if not self._is_first_batch:
             return
         self._is_first_batch = False
-        if len(logits) and are_probabilities(logits):
-            remark(
-                "warning: the model returns probabilities, not raw logits: cross entropy applies softmax again, which "
-                "trains badly; remove its last Softmax."
-            )
+        if not len(logits):
+            return
+        if takes_log_probs(self.loss_function):
+            if not are_log_probs(logits):
+                remark(
+                    "warning: NLLLoss takes log-probabilities, which the model does not return, and trains badly; give "
+                    "--model.loss cross_entropy with raw logits, or end the model in a LogSoftmax."
+                )
+        elif are_probabilities(logits):
+            again = "cross entropy applies softmax again, which trains badly; remove its last Softmax."
+            if self.loss_function is not None:
+                again = "predictions apply softmax again; remove its last Softmax, or move it into the loss."
+            remark(f"warning: the model returns probabilities, not raw logits: {again}")
 
     def on_train_epoch_end(self) -> None:
         self.log_dict(self.epoch_metrics())

@@ -14,6 +14,7 @@ from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.models.smallnet import SmallNet
 from cifar_lightning.training.error_messages import explained
 from cifar_lightning.training.model_checks import (
+    are_log_probs,
     are_probabilities,
     check_batches,
     check_image_size,
@@ -46,15 +47,35 @@ def test_softmax_outputs_are_recognized_and_raw_logits_are_not():
     logits = torch.randn(64, 4)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert are_probabilities(logits.softmax(1).to(dtype))
+        assert are_log_probs(torch.zeros(8, 1000, dtype=dtype).log_softmax(1))  # all rounded alike
+        assert are_log_probs((100 * logits).to(dtype).log_softmax(1))
     for raw in (logits, logits.abs(), logits.log_softmax(1), logits.sigmoid(), torch.zeros(64, 4), logits * torch.nan):
         assert not are_probabilities(raw)
+    for raw in (logits, logits.softmax(1), torch.zeros(64, 4)):
+        assert not are_log_probs(raw)
 
 
-@pytest.mark.parametrize(("last", "remarks"), [(nn.Softmax(1), 1), (nn.Identity(), 0), (nn.LogSoftmax(1), 0)])
-def test_a_model_that_ends_in_a_softmax_is_remarked_on_once(last, remarks, tmp_path, capsys):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10), last)
-    quiet_trainer(tmp_path, max_epochs=2, limit_train_batches=2).fit(ImageClassifier(model=model), small_data())
-    assert capsys.readouterr().out.count("probabilities, not raw logits") == remarks
+LAST = [nn.Softmax(1), nn.Identity(), nn.LogSoftmax(1)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "remarks"),
+    [
+        ({}, [1, 0, 0]),
+        ({"loss": "torch.nn.CrossEntropyLoss"}, [1, 0, 0]),
+        ({"loss": lambda logits, labels: nn.functional.cross_entropy(logits, labels) ** 2}, [1, 0, 0]),
+        ({"loss": "torch.nn.NLLLoss"}, [1, 1, 0]),
+        ({"loss": nn.functional.nll_loss, "loss_kwargs": {"ignore_index": 3}}, [1, 1, 0]),
+    ],
+    ids=["cross_entropy", "CrossEntropyLoss", "of one's own", "NLLLoss", "nll_loss"],
+)
+def test_a_model_that_ends_in_a_softmax_or_lacks_that_of_its_loss_is_remarked_on_once(loss, remarks, tmp_path, capsys):
+    words = "log-probabilities, which" if "nll" in str(loss).lower() else "probabilities, not raw logits"
+    for last, expected in zip(LAST, remarks, strict=True):
+        module = ImageClassifier(model=nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10), last), **loss)
+        quiet_trainer(tmp_path, max_epochs=2, limit_train_batches=2, limit_val_batches=0).fit(module, small_data())
+        printed = capsys.readouterr().out
+        assert printed.count("warning:") == printed.count(words) == expected, last
 
 
 @pytest.mark.parametrize(
