@@ -85,6 +85,13 @@ def test_an_own_model_trains_and_resumes_and_the_process_stays_as_it_was(here):
     assert state_of_process() == before
 
 
+def test_an_own_model_of_another_image_size_is_refused_and_leaves_no_folder(here):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28 * 3, 10))
+    with pytest.raises(UserError, match=r"Sequential.* images of 32 pixels"):
+        cifar_lightning.fit(model, "synthetic", epochs=1, run_dir="run")
+    assert not Path("run").exists()
+
+
 @pytest.mark.slow
 def test_objects_that_no_command_makes_again_are_named_and_can_be_given_again(here):
     model, data = (

@@ -20,6 +20,7 @@ from cifar_lightning.training.model_checks import (
     check_image_size,
     check_logits,
     check_optimizers,
+    check_own_model,
     check_schedules,
 )
 
@@ -98,6 +99,43 @@ def test_a_model_that_has_other_layers_for_the_images_of_the_data_is_remarked_on
     module.model.head = nn.Linear(2, 2)  # changed since
     check_image_size(trainer, module.model, module._architecture)
     assert capsys.readouterr().out == ""
+
+
+class Stateful(nn.Module):
+    """Keeps what it was called with, draws random numbers, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(3 * 8 * 8, 4)
+        self.register_buffer("num_calls", torch.zeros(()))
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(images)
+        self.num_calls += 1
+        if not images.is_meta and torch.rand(1).item() < 2:
+            images = self.norm(images)
+        return self.head(images.flatten(1))
+
+
+class NeedsGpu(nn.Module):
+    def forward(self, images):
+        raise NotImplementedError("Could not run 'my::scan' with arguments from the 'CPU' backend.")
+
+
+def test_the_trial_of_a_model_of_ones_own_refuses_shapes_alone_and_changes_nothing():
+    model, conv = Stateful(), nn.Conv2d(3, 4, 5)
+    half = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).bfloat16()
+    before, rng = {name: each.clone() for name, each in model.state_dict().items()}, torch.get_rng_state()
+    for right in (model, conv, half, NeedsGpu()):
+        check_own_model(right, 8, 3)
+    for wrong, size, channels in ((model, 9, 3), (conv, 4, 3), (conv, 8, 1)):
+        with pytest.raises(UserError, match=rf"{type(wrong).__name__}.* {channels}-channel images of {size} pixels"):
+            check_own_model(wrong, size, channels)
+    assert model.seen == []
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
 
 
 class NoOptimizer(ImageClassifier):
