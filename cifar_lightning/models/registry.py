@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, reason_of, suggest
@@ -288,6 +289,11 @@ def choose_model(
         raise UserError(f"model={model.__name__}: a class; give an instance, model={model.__name__}(...).")
     if not isinstance(model, nn.Module):
         raise UserError(f"model: a {type(model).__name__}; give an nn.Module that returns raw logits.")
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise UserError(
+            f"model: {type(model).__name__} has lazy layers, whose weights have no shape yet; call it once on images "
+            f"of the data's size, such as model(torch.zeros(2, {in_channels}, {image_size}, {image_size}))."
+        )
     for argument, value in (("name", name), ("model_kwargs", model_kwargs), ("pretrained", pretrained)):
         if value and value != DEFAULT_MODEL:
             raise UserError(f"{argument}={clipped(repr(value))}: cannot be combined with model=...; leave one out.")
