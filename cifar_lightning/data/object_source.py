@@ -11,6 +11,7 @@ import pickle
 import sys
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -126,6 +127,9 @@ class ObjectSource:
                     f"training image has {missing}.\nNumber them again, or give --data.class_names if it is right."
                 )
         names = [in_nfc(str(name)) for name in names]
+        if not chosen:  # ImageNet has two cranes
+            counts = Counter(names)
+            names = [f"{name} ({label})" if counts[name] > 1 else name for label, name in enumerate(names)]
         if len({*names}) < len(names):
             raise UserError(f"--data.class_names: {printable(max(names, key=names.count))} is given twice.")
         return tuple(names)
@@ -148,7 +152,7 @@ class ObjectSource:
         if not self._known.get("train"):
             return
         for names in self._known[split]:
-            for label, (name, ours) in enumerate(zip(names, self.class_names, strict=False)):
+            for label, (name, ours) in enumerate(zip(names, self._known["train"][0], strict=False)):
                 if name != ours:
                     raise UserError(
                         f"--data.dataset {self.name}: {split}: label {label} is {printable(name)}, in the training "

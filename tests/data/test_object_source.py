@@ -296,6 +296,18 @@ def test_fewer_classes_and_labels_that_are_text_do_not_count_as_other_classes():
     assert loaded(given, "test")[1] == LABELS.tolist()
 
 
+def test_names_that_a_data_set_repeats_get_their_labels():
+    twice = with_classes(("crane",), ("crane",), "cat")
+    assert loaded(twice)[2] == ("crane (0)", "crane (1)", "cat")
+    for test in (twice, with_classes("crane", labels=LABELS * 0)):
+        assert loaded((twice, test), "test")[2] == ("crane (0)", "crane (1)", "cat")
+    with pytest.raises(UserError, match="label 1 is cat, in the training images crane"):
+        data((twice, with_classes("crane", "cat", labels=LABELS % 2))).setup()
+    words = np.array(["crane", "cat", "cat"])[LABELS]
+    with pytest.raises(UserError, match=r"label crane .*--data\.class_names"):  # which of them?
+        data(with_classes("crane", "crane", "cat", labels=words)).setup()
+
+
 def test_class_names_can_be_given_and_outnumber_the_labels():
     module = data(Named(), class_names=["a", "b", "c", "d"], class_weights="balanced", val_fraction=0.2)
     module.setup()
@@ -303,7 +315,7 @@ def test_class_names_can_be_given_and_outnumber_the_labels():
     assert module.class_weights[3] == 0
     assert module.num_images("test") == 5
     with pytest.raises(UserError, match=r"--data\.class_names: a is given twice"):
-        data(Own(), class_names=["a", "a", "b"])
+        data(with_classes("a", "a", "b"), class_names=["a", "a", "b"])
     with pytest.raises(UserError, match=r"--data\.class_names"):
         data("synthetic", class_names=["a", "b"])
 
