@@ -45,7 +45,7 @@ from cifar_lightning.training.lightning_patches import NoProfiler, check_cuda_on
 from cifar_lightning.training.losses import DEFAULT_LOSS
 from cifar_lightning.training.model_checks import check_own_model, check_sizes
 from cifar_lightning.training.module import ImageClassifier
-from cifar_lightning.training.precision import settle_precision
+from cifar_lightning.training.precision import is_on_cuda, settle_precision
 from cifar_lightning.training.progress_bar import RunProgress
 from cifar_lightning.training.quiet_lightning import quiet
 from cifar_lightning.training.signals import StopSignals
@@ -218,7 +218,8 @@ class TrainingCLI(LightningCLI):
             if made.model.plans_schedule:  # it warns of every `configure_optimizers`, also of that which is meant
                 warnings.filterwarnings("ignore", ".*will be overridden.*")
             try:
-                _try_optimizer(made)
+                if self.subcommand == "fit":  # a run of a GPU, or with callbacks from Python, is tested without them
+                    _try_optimizer(made)
                 self._add_configure_optimizers_method_to_model(self.subcommand)
             except Exception as error:  # a class of the user's raises anything
                 flags = [f"--{name} {made[name].class_path}" for name in OWN_OPTIMIZER if made[name]]
@@ -267,7 +268,16 @@ def _try_optimizer(made: Namespace) -> None:
     """Make a step of --optimizer and of --lr_scheduler: what fails in it would fail in a run."""
     if not made.optimizer:
         return
-    weight = nn.Parameter(torch.ones(2, 2))
+    try:
+        _try_on("cpu", made)
+    except Exception:  # a class of the user's raises anything
+        if not is_on_cuda(made.trainer):
+            raise
+        _try_on("cuda", made)  # where some work alone, as those with capturable
+
+
+def _try_on(device: str, made: Namespace) -> None:
+    weight = nn.Parameter(torch.ones(2, 2, device=device))
 
     def closure() -> torch.Tensor:
         loss = weight.square().sum()

@@ -7,7 +7,9 @@ from fitting import Signal, fit_run
 
 from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.checkpoints.loading import read_checkpoint
-from cifar_lightning.errors import RunError
+from cifar_lightning.cli.lightning_cli import TrainingCLI
+from cifar_lightning.cli.main import training_arguments
+from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.signals import Stopped
 from cifar_lightning.transforms.augmentation import Augmentation
@@ -125,3 +127,10 @@ def test_a_run_stopped_inside_an_epoch_ends_with_the_same_bits_on_the_gpu(tmp_pa
     for name, tensor in results[0]["state_dict"].items():
         assert torch.equal(tensor, results[1]["state_dict"][name]), name
     assert unbroken.metrics_csv.read_bytes() == broken.metrics_csv.read_bytes()
+
+
+def test_an_optimizer_that_steps_on_a_gpu_alone_is_taken_for_a_run_on_it():
+    flags = ["--data.dataset", "synthetic", "--optimizer", "AdamW", "--optimizer.capturable", "true"]
+    assert not TrainingCLI("fit", training_arguments("fit", flags)[0]).instantiate()[0].plans_schedule
+    with pytest.raises(UserError, match="capturable"):
+        TrainingCLI("fit", training_arguments("fit", [*flags, "--trainer.accelerator", "cpu"])[0]).instantiate()
