@@ -271,6 +271,8 @@ def _class_names_in(dataset: Any) -> list[list[str]]:
         names = getattr(features.get(_columns(features, features)[1]), "names", None)
         return [[*map(str, names)]] if names else []
     classes = getattr(dataset, "classes", None)
+    if getattr(dataset, "_target_types", None) == ["binary-category"]:  # of torchvision's OxfordIIITPet
+        classes = getattr(dataset, "bin_classes", classes)
     inner, several = getattr(dataset, "dataset", None), getattr(dataset, "datasets", None)
     found: list[list[str]] = []
     if isinstance(classes, list | tuple) and classes:  # those of ImageNet are tuples of synonyms

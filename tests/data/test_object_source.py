@@ -221,6 +221,15 @@ def test_class_names_of_labels_that_are_transformed_are_not_those_of_the_data_se
     assert loaded(same)[2] == Named.classes
 
 
+def test_class_names_of_cats_and_dogs_are_not_those_of_their_breeds():
+    pets = Named(lambda image, label: (image, int(label) % 2))
+    vars(pets).update(_target_types=["binary-category"], bin_classes=["Cat", "Dog"])
+    for given in (pets, Subset(pets, range(N))):
+        assert loaded(given)[2] == ("Cat", "Dog")
+    vars(pets).update(make=SAMPLES["PIL"], _target_types=["category"])
+    assert loaded(pets)[2] == Named.classes
+
+
 def around(inner, rows, number, **attributes):
     """Return a data set of rows of another, its labels numbered by a function."""
     given = Own(lambda image, label: (image, number(int(label))), IMAGES[rows], LABELS[rows])
