@@ -286,8 +286,21 @@ def _try_on(device: str, made: Namespace) -> None:
 
     optimizer = instantiate_class([weight], made.optimizer.as_dict())
     scheduler = instantiate_class(optimizer, made.lr_scheduler.as_dict()) if made.lr_scheduler else None
+    # schedulefree's step only in the mode that hooks or callbacks must set.
+    has_modes = all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
+    has_hooks = type(made.model) is not ImageClassifier or bool(made.trainer.callbacks)
+    if has_modes and has_hooks:
+        optimizer.train()
     closure()
-    optimizer.step(closure)
+    try:
+        optimizer.step(closure)
+    except Exception as error:  # a class of the user's raises anything
+        if not has_modes or has_hooks:
+            raise
+        raise UserError(
+            f"{cause_of(error)} Give --model a subclass of ImageClassifier whose on_train_epoch_start and "
+            "on_validation_end call self.trainer.optimizers[0].train(), and on_validation_epoch_start .eval()."
+        ) from error
     if scheduler is not None:
         scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
 

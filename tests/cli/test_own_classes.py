@@ -66,6 +66,29 @@ class Lion(torch.optim.SGD):
     pass
 
 
+class Switched(torch.optim.SGD):
+    """Steps only after `train`, as those of schedulefree."""
+
+    is_training = False
+
+    def train(self):
+        self.is_training = True
+
+    def eval(self):
+        self.is_training = False
+
+    def step(self, closure=None):
+        if not self.is_training:
+            raise Exception("Optimizer was not in train mode when step is called.")
+        return super().step(closure)
+
+
+class Switches(ImageClassifier):
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        self.trainer.optimizers[0].train()
+
+
 MINE, MY_DATA = f"{__name__}.Mine", f"{__name__}:MyData"
 ARGUMENTS = {"class_path": MINE, "init_args": {"my_argument": 3}}
 
@@ -369,6 +392,14 @@ def test_what_fails_when_it_is_made_or_in_its_first_step_is_refused_before_a_run
     with pytest.raises(UserError) as refused:
         command_line(*data, *flags).instantiate()
     assert [word for word in words if word not in str(refused.value)] == []
+
+
+def test_an_optimizer_with_modes_needs_a_class_or_a_callback_that_sets_them():
+    switched = [*DATA, "--optimizer", f"{__name__}.Switched", "--optimizer.lr", "0.1"]
+    with pytest.raises(UserError, match=r"Switched: .*train mode.*on_train_epoch_start.*on_validation_epoch_start"):
+        command_line(*switched).instantiate()
+    for flags in (["--model", f"{__name__}.Switches"], ["--trainer.callbacks", "DeviceStatsMonitor"]):
+        command_line(*switched, *flags).instantiate()
 
 
 @pytest.mark.parametrize("init_args", [5, [1], "x"])
