@@ -13,7 +13,8 @@ from cifar_lightning.optim.muon import Muon
 from cifar_lightning.settings.import_path import import_timm, is_import_path
 
 OPTIMIZERS = ("adamw", "sgd", "muon")
-# Kron's random state is in no state_dict; Adahessian differentiates gradients, which have no graph here.
+# Kron's own generator is in its state_dict (timm 1.0.20 to 1.0.31), and it draws from torch's, which a run restores; a
+# resume of its compiled step is not tested. Adahessian differentiates gradients, which have no graph here.
 _UNUSABLE = dict.fromkeys(("timm/kron", "timm/kronc", "timm/kronw"), "a resumed run would not be the same")
 _UNUSABLE |= {"timm/adahessian": "needs second derivatives, which are not computed"}
 
