@@ -159,7 +159,7 @@ def _speed_rows(what: str, recipe: str, notes: list[str]) -> list[str]:
 
 
 _DIRTY = "one of the checkouts had uncommitted changes"
-SPEEDRUN = "`python -m benchmarks.speed.speedrun --peer airbench=DIR`"
+SPEEDRUN = "`python -m benchmarks.speed.speedrun --data ROOT --peer airbench=DIR`"
 
 
 def _time_of(seconds: list[float]) -> str:

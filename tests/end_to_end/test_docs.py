@@ -26,6 +26,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MARKS = ("run", "parse", "by hand", "ci")
+RUNS = ("runs/smallnet/1", "runs/smallnet_cpu/1", "smallnet")  # that the pages' commands name
 # Flags of other programs, and those that are no flag of a command but stand alone.
 FOREIGN_FLAGS = {"--index-url", "--logdir", "--help", "--help-all", "--version", "--print_completion"}
 
@@ -84,18 +85,18 @@ def parser():
 @pytest.fixture
 def checkout_with_a_run(parser, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    run = RunFolder(tmp_path / "runs" / "smallnet" / "1")
-    run.checkpoints.mkdir(parents=True)
-    run.best_checkpoint.touch()
-    run.last_checkpoint.touch()
-    run.config.write_text(config_text(parser, parser.parse_args([])), encoding="utf-8")
+    for name in ("smallnet", "smallnet_cpu"):
+        run = RunFolder(tmp_path / "runs" / name / "1")
+        run.checkpoints.mkdir(parents=True)
+        run.best_checkpoint.touch()
+        run.last_checkpoint.touch()
+        run.config.write_text(config_text(parser, parser.parse_args([])), encoding="utf-8")
     blocks = read_blocks(ROOT / "docs" / "extending.md")
     named = ("class ChannelShift", "class Rescaled")  # by commands of the pages
     own = "\n".join(block.text for block in blocks if any(name in block.text for name in named))
     (tmp_path / "my_package.py").write_text(own, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    return run
 
 
 def arguments_of(command):
@@ -155,7 +156,7 @@ def test_a_command_is_one_that_the_program_takes(command, parser, checkout_with_
     name, *arguments = arguments_of(command)
     if name in QUICK:
         parsed = QUICK[name].parser(name).parse(arguments)
-        assert "run" not in parsed or parsed.run in (Path("runs/smallnet/1"), Path("smallnet"))
+        assert "run" not in parsed or parsed.run in map(Path, RUNS)
         return
     if any(word.endswith(".help") for word in arguments):
         assert run_command([name, *arguments]) == 0
@@ -291,6 +292,14 @@ def test_the_tables_are_those_that_the_benchmarks_wrote():
         text = PAGES_OF[name].read_text(encoding="utf-8")
         between = re.search(rf"^<!-- {name} -->\n(.*?)^<!-- /{name} -->$", text, re.MULTILINE | re.DOTALL)
         assert between[1].strip() == measured.strip()
+
+
+def test_the_readme_says_which_images_the_results_are_of():
+    from benchmarks.accuracy.record import results_of
+
+    datasets = {line["dataset"] for path in CONFIGS for line in results_of(path.stem)}
+    flags = "--data.dataset folder --data.root ROOT --seed_everything SEED --data.seed SEED"
+    assert "folder" not in datasets or flags in TEXTS[README]
 
 
 def slugs_of(text):
