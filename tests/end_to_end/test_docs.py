@@ -63,7 +63,9 @@ BLOCKS = [block for page in PAGES for block in read_blocks(page)]
 PROSE = {page.name: without_blocks(text) for page, text in TEXTS.items()}
 SPANS = [span for text in PROSE.values() for span in re.findall(r"`([^`\n]+)`", text)]
 PYTHON_RUN = [block for block in BLOCKS if block.mark == "run"]
-COMMANDS = [line for block in BLOCKS if block.mark == "parse" for line in block.text.splitlines() if line.strip()]
+YAML = [block for block in BLOCKS if block.language == "yaml"]
+PARSED = [block for block in BLOCKS if block.mark == "parse" and block not in YAML]
+COMMANDS = [line for block in PARSED for line in block.text.splitlines() if line.strip()]
 IN_PROSE = [
     span
     for span in SPANS
@@ -260,6 +262,15 @@ def test_a_config_fits_the_signatures_and_names_its_command(path, parser):
     assert len(lines) <= 25
     header = lines[: next(at for at, line in enumerate(lines) if not line.startswith("#"))]
     assert f"#   python train.py fit --config configs/{path.name}" in header
+
+
+@pytest.mark.parametrize("block", YAML, ids=lambda block: f"{block.page}-{block.line}")
+def test_a_config_on_a_page_fits_the_signatures(block, parser, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(block.text, encoding="utf-8")
+    check_config(path)
+    values = dict(leaves(parser.parse_args(["--config", str(path)]).as_dict()))
+    assert {name: values[name] for name, _ in stated_by(path)} == dict(stated_by(path))
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "smallnet"], ids=lambda path: path.stem)
