@@ -1,6 +1,6 @@
-"""A Dataset of your own: python examples/own_dataset.py [EPOCHS], or in the folder of this file
+"""A Dataset of your own: python examples/own_dataset.py [EPOCHS], or from the repository's root
 
-python -m cifar_lightning fit --data.dataset own_dataset:make_dataset
+python train.py fit --data.dataset examples.own_dataset:make_dataset
 """
 
 import sys
