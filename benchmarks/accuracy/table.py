@@ -250,9 +250,10 @@ def models_table() -> str:
     if (found := _read("models")) is None:
         return "`python -m benchmarks.speed.models`: not measured."
     size = found["image_size"]
+    changes = "; uncommitted changes" if found["dirty"] else ""
     rows = [
         f"`python -m benchmarks.speed.models`, {size}x{size} images, batch size {found['batch_size']}, 32 bits, "
-        f"{found['hardware']} (median of {found['num_steps']} steps, slowest to fastest).",
+        f"{found['hardware']} (median of {found['num_steps']} steps, slowest to fastest{changes}).",
         "",
         "| `--model.name` | parameters | multiply-adds | feature map before pooling | trained images/s |",
         "| --- | ---: | ---: | ---: | ---: |",
