@@ -12,7 +12,7 @@ from cifar_lightning.metrics.calibration import log_softmax
 from cifar_lightning.report.results import Predictions, Results
 from cifar_lightning.runs.folder import RunFolder
 
-_TOP_K = 5  # classes an image, or all of fewer
+_TOP_K = 5  # classes per image, or all of fewer
 _DIGITS = 7  # of numbers that are computed from float32
 _CHUNK = 512  # images at a time: a chunk of 1,000 classes stays in the cache
 

@@ -59,7 +59,7 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
     data.setup()
     # Lightning's finder calls neither on_fit_start nor callbacks.
     tuned.prepare(data)
-    bar = sys.stderr if sys.stderr.isatty() else io.StringIO()  # without a terminal the bar writes a line a step
+    bar = sys.stderr if sys.stderr.isatty() else io.StringIO()  # without a terminal the bar writes a line per step
     with (
         torch.random.fork_rng(),
         tempfile.TemporaryDirectory() as folder,
