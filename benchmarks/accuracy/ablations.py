@@ -148,7 +148,7 @@ def verdict(points: list[float], num_images: int) -> str:
     if len(points) == 1:
         # Standard error over the images for independent predictions; one seed says nothing about the spread of seeds.
         chance = 200 * math.sqrt(2 * 0.2 * 0.8 / num_images)
-        claim = "cannot tell" if abs(mean) < chance else "one seed alone"
+        claim = "cannot tell" if abs(mean) < chance else "one seed only"
         return f"{mean:+.2f} points (n=1, no spread): {claim}"
     low, high = mean_interval(points)
     claim = "cannot tell" if low < 0 < high else "more than chance"

@@ -108,7 +108,7 @@ def _look_at_data(found: Findings, root: Path) -> None:
             sets.append(f"{name} as {path}, unpacked by the first fit")
         elif unfinished.is_file():
             done = unfinished.stat().st_size / archive.size_bytes
-            sets.append(f"{name} half downloaded ({done:.0%}): {program()} download --dataset {name} resumes it")
+            sets.append(f"{name} partly downloaded ({done:.0%}): {program()} download --dataset {name} resumes it")
     if holds_class_folders(root):
         sets.append(f"class folders in {root}: --data.dataset folder --data.root {shell_line(root)}")
     found.rows += [("data", text) for text in sets or ["none found"]]
@@ -126,7 +126,7 @@ def _look_at_torch(found: Findings) -> None:
 
         on_cuda = torch.cuda.is_available()
         on_mps = torch.backends.mps.is_available() and not on_cuda
-        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs alone"
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
         found.rows.append(("torch build", f"for {build}, {torch.get_num_threads()} threads on the CPU"))
         for index in range(torch.cuda.device_count() if on_cuda else 0):
             gpu = torch.cuda.get_device_properties(index)

@@ -16,12 +16,12 @@ from cifar_lightning.formatting import clipped, program, suggest
 _WORDS = {
     "config": ("FILE", "config in YAML, or the name of a shipped one; flags override it"),
     "resume": ("RUN", "resume a run in its folder, with its own config; flags override it"),
-    "seeds": ("N,N,...", "one run a seed, in DIR/N: other weights and order, the same split; then mean and spread"),
+    "seeds": ("N,N,...", "one run per seed, in DIR/N: other weights and order, the same split; then mean and spread"),
     "epochs": ("N", "how often training sees every image"),
-    "batch_size": ("N", "training images a step and process"),
+    "batch_size": ("N", "training images per step and process"),
     "lr": ("X", "peak learning rate"),
     "seed_everything": ("N", "seed of weights and dropout; --data.seed is that of split, order and augmentation"),
-    "trainer.precision": ("P", "16-mixed, bf16-mixed or 32-true; by default the fastest: doctor says which, and why"),
+    "trainer.precision": ("P", "16-mixed, bf16-mixed or 32-true; by default by device: doctor says which, and why"),
     "trainer.devices": ("N", "number of processes; by default all GPUs, or one process on the CPU"),
     "ckpt_path": ("FILE", "a checkpoint, instead of a run folder; in a run it brings the run's config"),
 }
@@ -77,7 +77,7 @@ TRAINING = {
         "[--config FILE] [--data flags of fit]",
         "what is in a data set: counts, duplicates, unreadable files",
         (*_OF_DATA, "config", "output"),
-        "inspect --data.dataset folder --data.root photos",
+        "inspect --data.root photos",
     ),
 }
 

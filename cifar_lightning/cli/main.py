@@ -351,7 +351,7 @@ def _predict_images_flags(parser: argparse.ArgumentParser) -> None:
     text = "a .csv, or a .jsonl or .json for JSON lines; - for these on stdout (default: predictions.csv)"
     parser.add_argument("--output", metavar="FILE", default="predictions.csv", help=text)
     parser.add_argument(
-        "--top_k", metavar="N", type=int, help="most probable classes an image (default: 3, or all of fewer)"
+        "--top_k", metavar="N", type=int, help="most probable classes per image (default: 3, or all of fewer)"
     )
     parser.add_argument("--batch_size", metavar="N", type=int, help="images at a time (default: 256 on a GPU, else 64)")
     _calibrated_flag(parser)
@@ -451,7 +451,7 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", required=True, choices=("onnx", "torch", "safetensors"), help="kind of file")
     text = "default: RUN/model.onnx, .pt2 or .safetensors; for smallnet, here"
     parser.add_argument("--output", metavar="FILE", type=Path, help=text)
-    text = "RGB as 0-255 or as 0-1 (default: uint8)"
+    text = "images as uint8, 0-255, or float32, 0-1 (default: uint8)"
     parser.add_argument("--input", choices=("uint8", "float"), default="uint8", help=text)
     parser.add_argument("--probs", action="store_true", help="also give probabilities")
     _calibrated_flag(parser)

@@ -201,7 +201,7 @@ ARGUMENTS: dict[str, Argument] = {
         },
     ),
     "num_sanity_val_steps": Argument("validation batches before training, all for -1; changes no result", _OR_ALL),
-    "log_every_n_steps": Argument("steps between the points of loss and lr on the board; 0 for none", _FROM_0),
+    "log_every_n_steps": Argument("steps between the points of loss and lr in TensorBoard; 0 for none", _FROM_0),
     "enable_checkpointing": Argument("`false`: no checkpoint, the last weights are tested"),
     "enable_progress_bar": Argument("`false`: no progress"),
     "enable_model_summary": Argument("`true` prints the layers"),
@@ -235,7 +235,7 @@ ARGUMENTS: dict[str, Argument] = {
     "detect_anomaly": Argument("raises at the operation whose gradient is NaN"),
     "barebones": Argument(
         refused={
-            "a run keeps logs and checkpoints; --trainer.logger false leaves the board out": lambda value, _: value
+            "a run keeps logs and checkpoints; --trainer.logger false leaves TensorBoard out": lambda value, _: value
         }
     ),
     "plugins": Argument(
@@ -253,7 +253,7 @@ ARGUMENTS: dict[str, Argument] = {
     ),
     "reload_dataloaders_every_n_epochs": Argument("makes the loaders again; changes no result", _FROM_0),
     "default_root_dir": Argument(refused={"a run's folder is --run_dir": lambda value, _: True}),
-    "enable_autolog_hparams": Argument("`false`: no hyperparameters on the board"),
+    "enable_autolog_hparams": Argument("`false`: no hyperparameters in TensorBoard"),
     "model_registry": Argument(refused={"nothing is uploaded; leave it out": lambda value, _: True}),
 }
 

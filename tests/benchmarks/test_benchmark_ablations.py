@@ -24,7 +24,7 @@ def test_differences_are_of_the_seeds_that_both_have():
         ([1.0, -1.2, 0.9], "+0.23 points (± 1.24, n=3): cannot tell"),
         ([1.0, 1.6], "+1.30 points (± 0.42, n=2): cannot tell"),
         ([0.5], "+0.50 points (n=1, no spread): cannot tell"),
-        ([-3.0], "-3.00 points (n=1, no spread): one seed alone"),
+        ([-3.0], "-3.00 points (n=1, no spread): one seed only"),
     ],
 )
 def test_a_verdict_claims_no_more_than_the_seeds_say(points, expected):

@@ -105,7 +105,7 @@ def test_data_is_found_in_every_form(tmp_path):
     assert "cifar-lightning download" in doctor.look(tmp_path).hints[0]
     archive = ARCHIVES["cifar10"]
     (tmp_path / f"{archive.filename}.part").write_bytes(bytes(17_049_807))
-    assert "half downloaded (10%)" in found()[0]
+    assert "partly downloaded (10%)" in found()[0]
     (tmp_path / archive.filename).touch()
     assert "unpacked by the first fit" in found()[0]
     (tmp_path / archive.folder).mkdir()
