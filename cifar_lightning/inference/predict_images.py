@@ -19,8 +19,8 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
-from torch import Tensor, nn
+from jaxtyping import UInt8
+from torch import nn
 
 from cifar_lightning.data import image_decoding
 from cifar_lightning.data.image_folder import (
@@ -41,8 +41,6 @@ from cifar_lightning.metrics.significance import wilson_interval
 from cifar_lightning.models.stems import in_eval_mode
 from cifar_lightning.models.winograd import winograd_convolutions
 from cifar_lightning.runs.folder import RunFolder, refuse_file_of_run
-from cifar_lightning.training.tta import TTA, tta_logits
-from cifar_lightning.transforms.augmentation import normalize
 
 _CHUNK_BYTES = 1 << 28  # 87,381 images of 32 pixels, so that starting worker processes per chunk costs little
 # Defaults of --batch_size. On two cores SmallNet takes 1.5 ms per image in batches of 32 or 64 and 2.1 ms in batches
@@ -247,33 +245,6 @@ def _images_below(top: Path, skipped: list[Skipped]) -> Iterator[str]:
 # -- predictions ------------------------------------------------------------------------------------------------
 
 
-def top_classes(
-    model: nn.Module,
-    images: UInt8[Tensor, "batch height width channels"],
-    *,
-    mean: Float[Tensor, " channels"],
-    std: Float[Tensor, " channels"],
-    top_k: int,
-    tta: TTA = "none",
-    temperature: float = 1.0,
-) -> tuple[Float[Tensor, "batch top_k"], Int64[Tensor, "batch top_k"]]:
-    """Return probabilities and indices of the most probable classes, the most probable first.
-
-    Args:
-        model: In eval mode.
-        images: uint8, 0-255, on the model's device.
-        mean: Of images scaled to 0-1.
-        std: Of images scaled to 0-1.
-        top_k: Number of classes.
-        tta: Test-time augmentation.
-        temperature: Logits are divided by it.
-    """
-    logits = tta_logits(model, normalize(images, mean=mean, std=std), tta)[0].float() / temperature
-    # By logits, as probabilities of large ones are equal; stable, so that the first of equal ones wins, as in argmax.
-    classes = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    return logits.softmax(1).gather(1, classes), classes
-
-
 def choose_top_k(trained: TrainedModel, top_k: int | None) -> int:
     """Return how many classes are predicted for an image: `top_k`, or by default 3, or all of fewer classes."""
     num_classes = len(trained.class_names)
@@ -297,13 +268,13 @@ def rank_classes(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        mean, std = (torch.tensor(values, device=device) for values in (trained.mean, trained.std))
         with torch.inference_mode(False):  # parameters that it moves in that mode could not be trained afterwards
-            model = trained.model.to(device)
-        with torch.inference_mode(), in_eval_mode(model):  # `Run.model` may be in training mode
-            tta, temperature = trained.tta, trained.temperature
-            raw = torch.from_numpy(images).to(device)
-            probs, classes = top_classes(model, raw, mean=mean, std=std, top_k=top_k, tta=tta, temperature=temperature)
+            trained.model.to(device)
+        with torch.inference_mode(), in_eval_mode(trained.model):  # `Run.model` may be in training mode
+            logits = trained.logits(torch.from_numpy(images).to(device))
+            # By logits, as probabilities of large ones are equal; stable: the first of equal ones wins, as in argmax.
+            classes = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+            probs = logits.softmax(1).gather(1, classes)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -50,10 +50,13 @@ class TrainedModel:
         return len(self.mean)
 
     def logits(self, images: UInt8[Tensor, "batch height width channels"]) -> Float[Tensor, "batch classes"]:
-        """Return the logits of uint8 images, RGB or gray, at `image_size`, averaged over TTA, by temperature."""
+        """Return the float32 logits of images at `image_size`, averaged over TTA and divided by the temperature.
+
+        Images are RGB or gray, 0-255, on the model's device.
+        """
+        mean, std = (torch.tensor(values, device=images.device) for values in (self.mean, self.std))
         with torch.inference_mode():
-            normalized = normalize(images, mean=torch.tensor(self.mean), std=torch.tensor(self.std))
-            return tta_logits(self.model, normalized, self.tta)[0] / self.temperature
+            return tta_logits(self.model, normalize(images, mean=mean, std=std), self.tta)[0].float() / self.temperature
 
 
 @torch.inference_mode(False)  # or it could not be trained where the caller is in that mode

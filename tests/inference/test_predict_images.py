@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from cifar_lightning.data import image_decoding
 from cifar_lightning.errors import RunError
 from cifar_lightning.files import check_output
 from cifar_lightning.inference import predict_images as predict
-from cifar_lightning.inference.predict_images import predict_images, top_classes
+from cifar_lightning.inference.predict_images import predict_images, rank_classes
+from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
 from cifar_lightning.metrics.calibration import fit_temperature
 from cifar_lightning.metrics.significance import wilson_interval
 from cifar_lightning.models import winograd
@@ -224,16 +226,16 @@ def test_many_chunks_and_worker_processes_change_nothing(run, monkeypatch, capfd
     assert "Decoded 11 images" in captured.err
 
 
-def test_equal_logits_give_the_first_class_as_argmax_does():
+def test_equal_logits_give_the_first_class_as_argmax_does(run):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 1000))
     torch.nn.init.zeros_(model[1].weight)
     model[1].bias.data = torch.tensor([1.0, 3.0] * 500)
-    images = torch.zeros(2, 1, 1, 3, dtype=torch.uint8)
-    with torch.inference_mode():
-        probs, classes = top_classes(model, images, mean=torch.zeros(3), std=torch.ones(3), top_k=501)
-    assert classes.tolist() == [[*range(1, 1000, 2), 0]] * 2
+    trained = replace(load_trained_model(run), model=model, class_names=tuple(map(str, range(1000))))
     lower, higher = model[1].bias.softmax(0)[:2].tolist()
-    assert probs.tolist() == [pytest.approx([*[higher] * 500, lower])] * 2
+    for ranked in rank_classes(trained, np.zeros((2, 1, 1, 3), np.uint8), 501):
+        names, probs = zip(*ranked, strict=True)
+        assert [*map(int, names)] == [*range(1, 1000, 2), 0]
+        assert probs == pytest.approx([*[higher] * 500, lower])
 
 
 def test_a_model_that_diverged_is_an_error_and_leaves_no_file(run):
@@ -332,7 +334,7 @@ def test_a_batch_that_needs_too_much_memory_names_the_flag(error, run, monkeypat
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(predict, "top_classes", fail)
+    monkeypatch.setattr(TrainedModel, "logits", fail)
     with pytest.raises(RunError, match="out of memory with 2 images at a time: lower --batch_size"):
         predict_images(run, save_images(3), output=Path("out.csv"), batch_size=2)
     assert os.listdir() == ["images"]
