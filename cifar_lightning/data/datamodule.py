@@ -225,7 +225,7 @@ class ImageDataModule(pl.LightningDataModule):
         self._fit_batch_size(len(train))
         self._remark_on_splits(sum(map(len, targets.values())))
         if (self.mean is None or self.std is None) and self.in_channels == 3:
-            of_source = (self.source.mean, self.source.std)
+            of_source = (getattr(self.source, name, None) for name in ("mean", "std"))
             self.mean, self.std = (None if each is None else tuple(map(float, each)) for each in of_source)
         if self.mean is None or self.std is None:
             of_train: Any = images["train"].images

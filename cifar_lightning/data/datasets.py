@@ -53,7 +53,9 @@ CIFAR100_CLASSES = (
 class Source(Protocol):
     """A data set. Everything but the images is known without downloading or decoding.
 
-    What is missing or damaged raises `UserError`. (Properties, so that fields of frozen dataclasses fit.)
+    A source may also have `mean` and `std` of each channel of its training images, scaled to 0-1, as published; without
+    them they are measured. What is missing or damaged raises `UserError`. (Properties, so that fields of frozen
+    dataclasses fit.)
     """
 
     @property
@@ -63,14 +65,6 @@ class Source(Protocol):
     @property
     def image_size(self) -> int:
         """Height and width in pixels."""
-
-    @property
-    def mean(self) -> Channels | None:
-        """Published mean of each channel of the training images, scaled to 0-1; None to measure it."""
-
-    @property
-    def std(self) -> Channels | None:
-        """Published standard deviation of each channel; None to measure it."""
 
     def prepare(self) -> None:
         """Download, or decode into a cache, once; safe to call again and from several processes."""
@@ -150,8 +144,6 @@ class Synthetic:
     num_test: int = 1000
     image_size: int = 32
     class_names: tuple[str, ...] = synthetic.CLASS_NAMES
-    mean: None = None
-    std: None = None
 
     def __post_init__(self) -> None:
         synthetic.check(self.num_train, self.image_size)

@@ -143,9 +143,6 @@ class ClassFolders:
         UserError: A folder is missing, or a class is empty or not in every split, or the labels file does not fit.
     """
 
-    mean: None = None
-    std: None = None
-
     def __init__(
         self,
         root: str | Path,

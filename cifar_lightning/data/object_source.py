@@ -62,9 +62,6 @@ class ObjectSource:
         UserError: Another object, another form of the samples, or labels that are not 0 to n-1.
     """
 
-    mean: None = None
-    std: None = None
-
     def __init__(
         self,
         given: Any,

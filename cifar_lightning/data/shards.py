@@ -107,9 +107,6 @@ class Shards:
         UserError: They are missing, incomplete, of other settings or decoding rules; or the bucket cannot be reached.
     """
 
-    mean: None = None
-    std: None = None
-
     def __init__(
         self,
         root: str | Path,

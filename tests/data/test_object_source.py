@@ -614,7 +614,7 @@ def test_what_is_no_data_set_is_refused_with_the_reason(given, reasons):
 class Ready:
     """A source of one's own."""
 
-    class_names, image_size, mean, std = ("a", "b"), SIZE, None, None
+    class_names, image_size = ("a", "b"), SIZE
 
     def prepare(self):
         self.is_prepared = True
@@ -627,11 +627,12 @@ class Ready:
 
 
 def test_a_source_of_ones_own_is_used_as_it_is():
-    for given in (Ready, Ready()):
+    for given in (Ready, Ready(), type("Measured", (Ready,), {"mean": None, "std": None})):
         module = data(given)
         module.prepare_data()
         module.setup()
         assert module.source.is_prepared
+        assert len(module.mean) == len(module.std) == 3
         assert module.num_images("test") == N
     with pytest.raises(UserError, match=r"--data\.image_size"):
         data(Ready(), image_size=9)
