@@ -268,16 +268,21 @@ def _transfer(url: str, part: Path, start: int, size_bytes: int, report: Callabl
 
 def _open(request: urllib.request.Request) -> Any:
     """Open a URL; give up after `TIMEOUT_S`, also if its headers come a byte at a time."""
-    opened = Future[Any]()
+    return in_daemon_thread(lambda: urllib.request.urlopen(request, timeout=TIMEOUT_S)).result(TIMEOUT_S)
 
-    def work() -> None:
+
+def in_daemon_thread(work: Callable[[], Any]) -> Future[Any]:
+    """Call a function in a thread that may be left behind where it is too slow: the process ends without it."""
+    future = Future[Any]()
+
+    def run() -> None:
         try:
-            opened.set_result(urllib.request.urlopen(request, timeout=TIMEOUT_S))
-        except Exception as error:  # raised again below
-            opened.set_exception(error)
+            future.set_result(work())
+        except Exception as error:  # `future.result` raises it again
+            future.set_exception(error)
 
-    threading.Thread(target=work, daemon=True).start()
-    return opened.result(TIMEOUT_S)
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _check_response(headers: Message, start: int, size_bytes: int, *, is_rest: bool) -> None:

@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal, cast
 import numpy as np
 from pydantic import BaseModel, Field
 
+from cifar_lightning.data.download import in_daemon_thread
 from cifar_lightning.data.image_decoding import RULES, Resize, decode_image
 from cifar_lightning.data.image_folder import CACHE_VARIABLE, STALE_S, allocated, in_user_cache, user_cache
 from cifar_lightning.data.image_set import READ_BEFORE_BYTES, Cache, ImageSet, Split, pixel_hashes
@@ -570,20 +571,13 @@ def _download_file(client: Any, bucket: str, key: str, path: Path) -> None:
     """
     from boto3.s3.transfer import TransferConfig
 
-    done, received = Future[None](), [0]
+    received = [0]
 
     def note(num_bytes: int) -> None:
         received[0] += num_bytes
 
-    def work() -> None:
-        try:
-            client.download_file(bucket, key, str(path), Callback=note, Config=TransferConfig(use_threads=False))
-            done.set_result(None)
-        except Exception as error:  # raised again below
-            done.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    before = 0
+    config, before = TransferConfig(use_threads=False), 0
+    done = in_daemon_thread(lambda: client.download_file(bucket, key, str(path), Callback=note, Config=config))
     while wait([done], _SLOW_S).not_done:
         speed = (received[0] - before) / _SLOW_S
         if speed < _MIN_BYTES_PER_S:
