@@ -197,8 +197,8 @@ class StreamingLoader(ImageLoader):
             multiprocessing_context=start_method,
         )
         # Trainer and data refer to each other. Python's collector closes the queues of such a cycle before it ends the
-        # workers, which then do not hear of it, and torch waits 5 s for each.
-        weakref.finalize(self, _end_workers, self._workers).atexit = False
+        # workers, which then do not hear of it, and torch waits 5 s for each. Nothing else refers to the iterator.
+        weakref.finalize(self, setattr, self._workers, "_iterator", None).atexit = False
 
     def _gather(
         self, batches: list[Tensor], size: int, drawn: Iterator[Drawn] | None
@@ -413,10 +413,6 @@ def _check_sendable(transforms: Sequence[Transform]) -> None:
 
 def _identity(batch: Any) -> Any:
     return batch
-
-
-def _end_workers(workers: DataLoader[Any]) -> None:
-    workers._iterator = None  # ends them, as nothing else refers to it
 
 
 def leave_signals_to_parent(worker_id: int) -> None:
