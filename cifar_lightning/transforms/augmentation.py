@@ -32,7 +32,7 @@ FlipMode = Literal["random", "alternating", "none"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Augmentation settings; the fields are documented as flags in `ImageDataModule`."""
+    """Augmentation settings; the fields are documented, and checked, as flags of `ImageDataModule`."""
 
     crop_padding_px: Pixels = 4
     crop_mode: CropMode = "reflect"
@@ -42,9 +42,6 @@ class Augmentation:
     contrast: float = 0.0
     policy: Policy = "none"
     erasing: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_settings("data", Augmentation, vars(self))
 
     def check(self, image_size: int) -> None:
         """Raise `UserError` for a value that is invalid for images of `image_size` pixels."""

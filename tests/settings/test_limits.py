@@ -38,6 +38,7 @@ OWNERS = {
         ("data.brightness", [0, 1], [1.5, -0.1, math.nan]),
         ("data.erasing", [0, 1], [1.5, -0.1]),
         ("data.flip", ["random"], ["sideways"]),
+        ("data.policy", ["none", "rand"], ["auto"]),
         ("checkpoint.every_n_minutes", [0.1, None], [0]),
     ],
 )

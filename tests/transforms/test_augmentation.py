@@ -12,7 +12,6 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from cifar_lightning.errors import UserError
-from cifar_lightning.settings.limits import check_settings
 from cifar_lightning.transforms.augmentation import (
     Augmentation,
     crop_and_mirror,
@@ -253,11 +252,6 @@ def test_cutout_is_the_mean_colour_even_with_jitter():
 def test_a_value_out_of_range_names_its_flag(change, flag):
     with pytest.raises(UserError, match=f"--data.{flag}"):
         Augmentation(**change).check(32)
-
-
-def test_a_policy_that_does_not_exist_is_refused():
-    with pytest.raises(UserError, match=r"--data\.policy auto: one of none, trivial, rand"):
-        check_settings("data", Augmentation, {"policy": "auto"})  # the tests' type checks refuse the constructor's call
 
 
 def test_resize_equals_pillows_bilinear_filter():
