@@ -524,9 +524,6 @@ def decode_all(
                 f"A process died while decoding {' or '.join(suspects[:3]) or 'images'}\n"
                 "The image crashes Pillow, or memory ran out: remove it, or make it smaller."
             ) from error
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # do not decode on after Ctrl-C
-            raise
     if len(paths) >= _LOGGED_FROM and not sys.stderr.isatty():
         print(f"Decoded {len(paths):,} images in {time.monotonic() - began:.1f} s", file=log, flush=True)
     return sorted(bad), counted_remarks(remarks)
@@ -571,7 +568,7 @@ Chunk = tuple[list[Unreadable], list[Remark], np.ndarray | None, tuple[np.ndarra
 
 @contextmanager
 def worker_pool(num: int, prepare: Callable[..., None] | None = None, *arguments: Any) -> Iterator[ProcessPoolExecutor]:
-    """Start a pool of processes that end with this one and ignore Ctrl-C."""
+    """Start a pool of processes that end with this one and ignore Ctrl-C; an error cancels what they have not begun."""
     context = multiprocessing.get_context("spawn")  # forking a process that has torch's threads can hang
     if multiprocessing.current_process().daemon:
         raise UserError(
@@ -579,7 +576,11 @@ def worker_pool(num: int, prepare: Callable[..., None] | None = None, *arguments
             "concurrent.futures.ProcessPoolExecutor in place of multiprocessing.Pool, or give Pillow images."
         )
     with _without_main(), ProcessPoolExecutor(num, context, _start_worker, (prepare, arguments)) as pool:
-        yield pool
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # do not work on after Ctrl-C
+            raise
 
 
 _main_lock = threading.Lock()

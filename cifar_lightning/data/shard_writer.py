@@ -219,9 +219,6 @@ def _write_parts(folders: ClassFolders, listing: Listing, parts: Sequence[np.nda
                 f"A process died while it wrote shards of {listing.folder}.\nAn image crashes Pillow, which `inspect` "
                 "names, or memory ran out."
             ) from error
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # do not write on after Ctrl-C
-            raise
         return [task.result() for task in tasks]
 
 
