@@ -227,11 +227,12 @@ class ClassFolders:
                 for split, rows in bad.items()
             )
             listed = ""
-            for folder in reversed(_cache_folders(self.root)):
+            for folder in _cache_folders(self.root):
                 with suppress(OSError):  # a list that cannot be written must not hide the error
                     folder.mkdir(parents=True, exist_ok=True)
                     write_skipped_files(path := folder / "unreadable.jsonl", rows)
                     listed = f", all listed in {path}"
+                    break
             raise UserError(
                 f"{self.root / rows[0][0]} {rows[0][1]}; {counts} cannot be read{listed}\n"
                 "Repair or remove them, or leave them out: --data.skip_unreadable true"

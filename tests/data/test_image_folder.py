@@ -602,7 +602,7 @@ def listed(path: Path) -> dict[str, str]:
     return {row["path"]: row["reason"] for row in map(json.loads, path.read_text("ascii").splitlines())}
 
 
-def test_unreadable_images_of_all_splits_are_named_counted_and_listed_at_once(root):
+def test_unreadable_images_of_all_splits_are_named_counted_and_listed_at_once(root, user_cache):
     bad = spoil(root)
     with pytest.raises(UserError) as caught:
         ClassFolders(root).prepare()
@@ -615,8 +615,14 @@ def test_unreadable_images_of_all_splits_are_named_counted_and_listed_at_once(ro
     reasons = listed(root / CACHE_FOLDER / "unreadable.jsonl")
     assert reasons.keys() == bad.keys()
     assert all(reason.startswith("cannot be read (") for reason in reasons.values())
-    with pytest.raises(UserError, match="2 of 5 images"):  # without prepare(), also for one split
+    assert list(user_cache.rglob("unreadable.jsonl")) == []
+    shutil.rmtree(root / CACHE_FOLDER)
+    (root / CACHE_FOLDER).write_text("no folder can be made here")
+    with pytest.raises(UserError, match="2 of 5 images") as caught:  # without prepare(), also for one split
         ClassFolders(root).load("train")
+    (elsewhere,) = user_cache.rglob("unreadable.jsonl")
+    assert listed(elsewhere) == reasons
+    assert f"listed in {elsewhere}\n" in str(caught.value)
 
 
 @pytest.mark.parametrize("cached", [True, False])
