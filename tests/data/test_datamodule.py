@@ -1,5 +1,7 @@
 """The split, the statistics and the loaders of ImageDataModule, with no Trainer."""
 
+import inspect
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +14,10 @@ from cifar_lightning.data import loaders
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.loaders import ResidentLoader, StreamingLoader
 from cifar_lightning.data.sampler import Rank
+from cifar_lightning.data.splits import SplitSettings
 from cifar_lightning.data.statistics import channel_statistics
 from cifar_lightning.errors import UserError
+from cifar_lightning.transforms.augmentation import Augmentation
 
 
 def synthetic(**kwargs):
@@ -29,6 +33,12 @@ def write_folder(root, counts, size=8):
             for k in range(count):
                 Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(folder / f"{k}.png")
     return root
+
+
+def test_the_defaults_are_those_of_the_settings_that_are_made_of_them():
+    parameters = inspect.signature(ImageDataModule).parameters
+    for field in (*fields(SplitSettings), *fields(Augmentation)):
+        assert parameters[field.name].default == field.default, field.name
 
 
 def test_names_are_known_before_setup_and_statistics_after_it():
