@@ -145,8 +145,10 @@ class _Rows:
 
     def samples(self, num: int) -> list[list[np.ndarray]]:
         """Return up to `num` images of each class, evenly spaced over those of the training split."""
-        found = []
-        for label in range(len(self.class_names)):
-            own = np.flatnonzero((self.targets == label) & (self.split_of == 0))
-            found.append([self.pixels(at) for at in own[evenly_spaced(len(own), num)].tolist()] if len(own) else [])
-        return found
+        train = np.flatnonzero(self.split_of == 0)
+        by_class = train[self.targets[train].argsort(kind="stable")]
+        ends = np.bincount(self.targets[train], minlength=len(self.class_names)).cumsum()
+        return [
+            [self.pixels(at) for at in own[evenly_spaced(len(own), num)].tolist()]
+            for own in np.split(by_class, ends[:-1])
+        ]

@@ -205,9 +205,9 @@ def balanced_order(targets: Int64[Tensor, " images"], generator: torch.Generator
     lucky = torch.randperm(len(classes), generator=generator)[:more]
     places = torch.full((len(classes),), first)
     places[lucky] += 1
+    by_class = targets.argsort(stable=True).split(torch.bincount(targets)[classes].tolist())
     chosen = []
-    for label, num in zip(classes, places.tolist(), strict=True):
-        own = (targets == label).nonzero().flatten()
+    for own, num in zip(by_class, places.tolist(), strict=True):
         rounds = [own[torch.randperm(len(own), generator=generator)] for _ in range(-(-num // len(own)))]
         chosen.append(torch.cat(rounds)[:num] if rounds else own[:0])
     together = torch.cat(chosen)

@@ -169,8 +169,9 @@ def _scarcest(counts: Tensor, val_fraction: float, in_data: Tensor | None = None
 def _pick(targets: Tensor, numbers: Tensor, generator: torch.Generator) -> Tensor:
     """Mark that many images of each class, drawn at random."""
     shuffled = torch.randperm(len(targets), generator=generator)
+    by_class = shuffled[targets[shuffled].argsort(stable=True)]
+    counts = torch.bincount(targets, minlength=len(numbers))
+    place = torch.arange(len(targets)) - (counts.cumsum(0) - counts).repeat_interleave(counts)  # within its class
     is_picked = torch.zeros(len(targets), dtype=torch.bool)
-    for label, num in enumerate(numbers.tolist()):
-        of_class = shuffled[targets[shuffled] == label]
-        is_picked[of_class[:num]] = True
+    is_picked[by_class[place < numbers.repeat_interleave(counts)]] = True
     return is_picked

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from photos import photos
@@ -5,8 +7,9 @@ from PIL import Image
 from program import decode_here
 
 from cifar_lightning.data.datasets import Synthetic, open_source
-from cifar_lightning.data.inspection import inspect_source
+from cifar_lightning.data.inspection import _Rows, inspect_source
 from cifar_lightning.data.splits import SplitSettings
+from cifar_lightning.data.statistics import evenly_spaced
 
 
 @pytest.fixture
@@ -67,3 +70,16 @@ def test_generated_images_are_named_by_index():
     assert {split: int(of.sum()) for split, of in found["counts"].items()} == {"train": 180, "val": 20, "test": 100}
     assert not found["headers"]
     assert all(each["name"].startswith(("train[", "test[")) for pair in found["near"] for each in pair)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_samples_of_a_class_are_spread_over_its_training_images(seed):
+    rng = np.random.default_rng(seed)
+    targets, split_of = rng.choice([0, 0, 0, 2, 3], 60), rng.integers(-1, 3, 60)
+    targets[split_of == 0] %= 3  # class 3 has no training image, and class 1 none at all
+    rows = SimpleNamespace(targets=targets, split_of=split_of, class_names="abcde", pixels=lambda at: at)
+    expected = []
+    for label in range(5):
+        own = np.flatnonzero((targets == label) & (split_of == 0))
+        expected.append(own[evenly_spaced(len(own), 4)].tolist() if len(own) else [])
+    assert _Rows.samples(rows, 4) == expected

@@ -72,6 +72,20 @@ def test_a_balanced_order_shows_classes_equally_often_and_images_of_a_class_too(
     assert set(shown[395:].tolist()) == {20}
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_balanced_order_is_that_of_a_search_for_each_class(seed):
+    targets = 3 * UNEVEN[torch.randperm(400, generator=seeded_generator(seed, 1, 0))]  # some classes have no image
+    generator, chosen = seeded_generator(seed, 0, 0), []
+    places = torch.full((4,), 100)
+    torch.randperm(4, generator=generator)  # of the classes with a place more, here none
+    for label, num in zip((0, 3, 6, 9), places.tolist(), strict=True):
+        own = (targets == label).nonzero().flatten()
+        rounds = [own[torch.randperm(len(own), generator=generator)] for _ in range(-(-num // len(own)))]
+        chosen.append(torch.cat(rounds)[:num])
+    expected = torch.cat(chosen)[torch.randperm(400, generator=generator)]
+    assert torch.equal(balanced_order(targets, seeded_generator(seed, 0, 0)), expected)
+
+
 def test_a_balanced_order_leaves_out_others_each_epoch_and_is_mixed():
     first, again, other = (balanced_order(UNEVEN, seeded_generator(0, epoch, 0)) for epoch in (0, 0, 1))
     assert torch.equal(first, again)

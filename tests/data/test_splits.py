@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from cifar_lightning.data.splits import SplitSettings, make_splits
+from cifar_lightning.data.splits import SplitSettings, _pick, make_splits
 from cifar_lightning.data.splits import stratified_split as split_by_settings
 from cifar_lightning.errors import UserError
+from cifar_lightning.transforms.transform import seeded_generator
 
 NAMES = tuple("abcdefghij")
 UNEVEN = torch.repeat_interleave(torch.arange(4), torch.tensor([300, 70, 25, 5]))
@@ -168,3 +169,15 @@ def test_a_source_with_its_own_validation_images_keeps_them_and_all_training_ima
     splits = make_splits(targets, SplitSettings(val_fraction=0.5, seed=1), NAMES[:4])
     assert sorted([*splits.train.tolist(), *splits.val.tolist()]) == list(range(400))
     assert splits.source_of("val") == "train"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_each_class_the_first_of_the_shuffled_images_are_picked(seed):
+    counts, numbers = torch.tensor([300, 0, 25, 1, 70, 0]), torch.tensor([100, 0, 25, 0, 1, 0])
+    targets = torch.repeat_interleave(torch.arange(6), counts)
+    targets = targets[torch.randperm(len(targets), generator=seeded_generator(seed, 1, 0))]
+    shuffled = torch.randperm(len(targets), generator=seeded_generator(seed, 0, 0))
+    expected = torch.zeros(len(targets), dtype=torch.bool)
+    for label, num in enumerate(numbers.tolist()):
+        expected[shuffled[targets[shuffled] == label][:num]] = True
+    assert torch.equal(_pick(targets, numbers, seeded_generator(seed, 0, 0)), expected)
