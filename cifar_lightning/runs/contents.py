@@ -29,7 +29,9 @@ from cifar_lightning.settings.safe_yaml import MAX_BYTES, check_nesting, read_ya
 _MAX_MATRIX_BYTES = 256 << 20  # of 10,000 classes
 MAX_SEEDS = 1_000  # that `fit --seeds` takes
 _MAX_IMAGES = 10_000_000  # of a confusion matrix: the insights take some bytes for each
-_MAX_ARRAY_BYTES, _MAX_RATIO = 1 << 30, 20  # of an archive's arrays: this many bytes, or this many times its own size
+# Of all arrays of an archive together: this many bytes, or this many times its own size. A million names, which have
+# the width of the longest, of 255 characters take 1 GB.
+_MAX_ARRAY_BYTES, _MAX_RATIO = 4 << 30, 20
 
 
 FromZero = Annotated[int, Field(ge=0, lt=2**53)]  # JSON's numbers are exact below
@@ -212,13 +214,17 @@ def read_arrays(
         optional: Those that may be missing.
 
     Raises:
-        UserError: An array is missing, has another type or shape, or is much larger than the file.
+        UserError: An array is missing or has another type or shape, or all together are much larger than the file.
     """
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            largest = max(_MAX_ARRAY_BYTES, _MAX_RATIO * os.fstat(file.fileno()).st_size)
-            present = [name for name in kinds if name not in optional or f"{name}.npy" in archive.namelist()]
-            return {name: _read_array(archive, name, *kinds[name], largest // len(kinds)) for name in present}
+            left = max(_MAX_ARRAY_BYTES, _MAX_RATIO * os.fstat(file.fileno()).st_size)
+            arrays = dict[str, np.ndarray]()
+            for name in kinds:
+                if name not in optional or f"{name}.npy" in archive.namelist():
+                    arrays[name] = _read_array(archive, name, *kinds[name], left)
+                    left -= arrays[name].nbytes
+            return arrays
     # On damaged archives zipfile and NumPy raise nearly anything.
     except Exception as error:
         raise _damaged(path, error) from error

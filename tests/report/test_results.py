@@ -7,6 +7,7 @@ from made_run import make_run
 
 from cifar_lightning.errors import UserError
 from cifar_lightning.report.results import Predictions, read_predictions, read_results
+from cifar_lightning.runs import contents
 
 
 @pytest.fixture
@@ -42,6 +43,22 @@ def test_damaged_names_are_refused(names, run):
         np.savez(run.predictions, **({**arrays} | {"names": np.array(names)}))
     with pytest.raises(UserError, match="damaged"):
         read_predictions(run.predictions)
+
+
+@pytest.mark.parametrize("is_within", [True, False])
+def test_predictions_with_one_long_name_are_read_back_within_a_limit_of_all_arrays(is_within, run, monkeypatch):
+    with np.load(run.predictions) as file:
+        arrays = {**file}
+    arrays["names"] = np.array(["a/" * 5000 + "0.png", *arrays["names"][1:]])
+    np.savez_compressed(run.predictions, **arrays)
+    num_bytes = sum(array.nbytes for array in arrays.values())
+    assert num_bytes > 20 * run.predictions.stat().st_size
+    monkeypatch.setattr(contents, "_MAX_ARRAY_BYTES", num_bytes if is_within else num_bytes - 1)
+    if is_within:
+        assert read_predictions(run.predictions).names == tuple(arrays["names"].tolist())
+    else:
+        with pytest.raises(UserError, match="too large"):
+            read_predictions(run.predictions)
 
 
 FILES = ["predictions_val", "gallery", "metrics_csv", "timing_csv", "config", "environment", "split"]
