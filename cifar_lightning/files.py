@@ -34,12 +34,12 @@ def write_bytes_durably(path: Path, data: bytes, *, keep_as: Path | None = None)
     Raises:
         OSError: It cannot be written (disk full, permissions); the old file is intact and the error names the path.
     """
-    with _in_place_of(path, keep_as=keep_as) as temporary:
+    with in_place_of(path, keep_as=keep_as) as temporary:
         temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
-def _in_place_of(path: Path, suffix: str = ".tmp", *, keep_as: Path | None = None) -> Iterator[Path]:
+def in_place_of(path: Path, suffix: str = ".tmp", *, keep_as: Path | None = None) -> Iterator[Path]:
     """Yield the path of a temporary file, which replaces `path` once it is written and synced."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}")  # TMPDIR may be another disk
     try:
@@ -126,7 +126,7 @@ def replacing(path: Path) -> Iterator[Path]:
         UserError: It cannot be written; what was there before is intact.
     """
     try:
-        with _in_place_of(path, path.suffix) as temporary:  # exporters look at the suffix
+        with in_place_of(path, path.suffix) as temporary:  # exporters look at the suffix
             yield temporary
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror}).") from error

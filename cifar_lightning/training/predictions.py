@@ -14,7 +14,7 @@ from torch import Tensor
 from cifar_lightning.data.image_set import Split
 from cifar_lightning.data.sampler import Rank
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
+from cifar_lightning.files import in_place_of, write_bytes_durably, write_json, write_text_durably
 from cifar_lightning.formatting import index_name, plural
 from cifar_lightning.metrics.classification import test_metrics
 from cifar_lightning.report.findings import find
@@ -226,6 +226,5 @@ def _write_predictions(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _write_npz(path: Path, **arrays: Any) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_bytes_durably(path, buffer.getvalue())
+    with in_place_of(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)

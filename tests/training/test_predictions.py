@@ -1,6 +1,8 @@
 """The files that a run's predictions are written to."""
 
 import csv
+import errno
+from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
@@ -11,7 +13,7 @@ from fitting import fit_run
 from cifar_lightning import ImageClassifier, ImageDataModule, UserError
 from cifar_lightning.runs.contents import read_test_metrics
 from cifar_lightning.runs.folder import RunFolder
-from cifar_lightning.training.predictions import PredictionWriter
+from cifar_lightning.training.predictions import PredictionWriter, _write_npz
 
 
 @pytest.fixture
@@ -107,3 +109,23 @@ def test_the_epoch_of_a_tested_checkpoint_is_kept_and_none_of_weights_that_are_i
     for checkpoint, epoch in ((run.last_checkpoint, 2), (run.previous_checkpoint, 1), (None, None)):
         trainer.test(trainer.lightning_module, trainer.datamodule, checkpoint, verbose=False, weights_only=True)
         assert read_test_metrics(run.test_metrics).get("epoch") == epoch
+
+
+def test_arrays_are_written_straight_into_a_file_that_replaces_the_old_one(folder, monkeypatch):
+    _write_npz(folder.predictions, targets=np.arange(3))
+    before = folder.predictions.read_bytes()
+
+    def fill_the_disk(file, **arrays):
+        assert Path(file.name).parent == folder.path
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez_compressed", fill_the_disk)
+        with pytest.raises(OSError, match="No space left") as caught:
+            _write_npz(folder.predictions, targets=np.arange(4))
+    assert caught.value.filename == str(folder.predictions)
+    assert folder.predictions.read_bytes() == before
+    assert list(folder.path.iterdir()) == [folder.predictions]
+    _write_npz(folder.predictions, targets=np.arange(4))
+    assert np.load(folder.predictions)["targets"].tolist() == [0, 1, 2, 3]
