@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,8 @@ from cifar_lightning.cli.trainer_objects import check_kinds
 from cifar_lightning.cli.tune import apply_lr_finder
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.image_folder import write_skipped_files
-from cifar_lightning.data.image_set import SPLITS
+from cifar_lightning.data.image_set import SPLITS, Split
+from cifar_lightning.data.memory import free_host_bytes
 from cifar_lightning.errors import UserError, is_first_process, remark
 from cifar_lightning.files import remove_empty, write_text_durably
 from cifar_lightning.formatting import command_line, percent, plural
@@ -62,6 +64,7 @@ from cifar_lightning.training.step_count import check_evaluation
 from cifar_lightning.training.tensorboard import Dashboard, board_for
 from cifar_lightning.training.trainer_callbacks import callbacks_of
 
+_PREDICTION_BYTES = 28  # of an image and class: logits in float32, softmax and its logarithm in float64
 _FEW_IMAGES = 50  # of a validation split: the standard error of its accuracy is up to 7 %
 
 
@@ -124,6 +127,7 @@ def fit(
         with discarded_if_never_begun(run, resume):
             trainer = build_fit_trainer(cli, data, settings, run, resume, predictions, signals, validates=validates)
             check_evaluation(trainer, {split: data.num_eval_batches(split, trainer.world_size) for split in SPLITS[1:]})
+            remark_on_memory(trainer, data)
         recorder = callbacks_of(trainer, RunRecorder)[0]
         with (
             explained("fit", run),
@@ -149,6 +153,20 @@ def remark_on_few(num_val: int) -> None:
         remark(
             f"remark: only {plural(num_val, 'validation image')} to choose the best epoch by: a standard error of up "
             f"to {percent(0.5 / num_val**0.5, 0)} of val/acc."
+        )
+
+
+def remark_on_memory(trainer: pl.Trainer, data: ImageDataModule) -> None:
+    """Say before training that the predictions of validation or test are likely to need more memory than is free."""
+    limits = {split: getattr(trainer, f"limit_{split}_batches") for split in SPLITS[1:]}
+    whole = [split for split, limit in limits.items() if isinstance(limit, float) and limit == 1]
+    split: Split = max(whole, key=data.num_images, default="test")
+    needed = _PREDICTION_BYTES * data.num_images(split) * data.num_classes if whole else 0
+    if needed > free_host_bytes() and sys.platform == "linux":  # which tells it
+        flag = f"; a run with a smaller --data.{split}_fraction needs less" if data.is_held_out(split) else ""
+        remark(
+            f"remark: the predictions of {data.num_images(split):,} {split} images for {data.num_classes:,} classes "
+            f"need about {needed / 1e9:,.1f} GB of memory at the end, more than is free now{flag}."
         )
 
 

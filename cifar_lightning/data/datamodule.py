@@ -360,6 +360,10 @@ class ImageDataModule(pl.LightningDataModule):
         """Return the number of images of a split."""
         return len(self._splits.of(split))
 
+    def is_held_out(self, split: Split) -> bool:
+        """Whether a split is held out of the training images, by `val_fraction` or `test_fraction`."""
+        return self._splits.source_of(split) == "train"
+
     def num_train_batches(self, num_ranks: int = 1) -> int:
         """Return the number of training steps of an epoch; it does not depend on a loader's position."""
         return len(self._sampler("train", training=True, rank=Rank(0, num_ranks)))

@@ -29,6 +29,7 @@ from program import REPO, TINY, fail, start
 
 from cifar_lightning import ImageClassifier, UserError
 from cifar_lightning.checkpoints.loading import read_checkpoint
+from cifar_lightning.cli import fit as fit_module
 from cifar_lightning.cli.fit import (
     AddedCallbacks,
     Resume,
@@ -37,6 +38,7 @@ from cifar_lightning.cli.fit import (
     load_initial_weights,
     refuse_used,
     remark_on_few,
+    remark_on_memory,
     remark_on_restored,
 )
 from cifar_lightning.cli.lightning_cli import TrainingCLI
@@ -661,3 +663,31 @@ def test_a_small_validation_split_is_remarked_on(capsys):
     assert capsys.readouterr().out == ""
     remark_on_few(5)
     assert "5 validation images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("sizes", "held_out", "limits", "expected"),
+    [
+        ({"val": 10, "test": 20}, {"test"}, {}, "20 test images for 1,000 classes"),
+        ({"val": 20, "test": 10}, {"val"}, {}, "20 val images for 1,000 classes"),
+        ({"val": 10, "test": 20}, {"val"}, {}, "20 test images for 1,000 classes"),
+        ({"val": 10, "test": 20}, {"test"}, {"test": 1}, ""),
+        ({"val": 17, "test": 17}, {"val", "test"}, {}, ""),
+        ({"val": 0, "test": 20}, set(), {"val": 0, "test": 0.5}, ""),
+    ],
+)
+def test_predictions_that_need_more_memory_than_is_free_are_remarked_on(
+    sizes, held_out, limits, expected, capsys, monkeypatch
+):
+    monkeypatch.setattr(fit_module, "free_host_bytes", lambda: 28 * 17 * 1000)
+    monkeypatch.setattr(fit_module.sys, "platform", "linux")
+    data = SimpleNamespace(num_images=sizes.__getitem__, is_held_out=held_out.__contains__, num_classes=1000)
+    trainer = SimpleNamespace(limit_val_batches=limits.get("val", 1.0), limit_test_batches=limits.get("test", 1.0))
+    remark_on_memory(trainer, data)
+    said = capsys.readouterr().out
+    assert expected in said
+    assert bool(said) == bool(expected)
+    largest = max(sizes, key=sizes.get)
+    assert [f"--data.{split}_fraction" in said for split in sizes] == [
+        bool(said) and split == largest and split in held_out for split in sizes
+    ]
