@@ -139,6 +139,15 @@ def test_clusters_of_the_validation_are_confirmed_on_the_test():
     )  # no shuffle is so extreme; Holm: one test more than groups
 
 
+def test_no_groups_are_sought_among_thousands_of_classes(monkeypatch):
+    names = [str(index) for index in range(2001)]
+    sought = []
+    monkeypatch.setattr(insights, "find_clusters", lambda cm: sought.append(len(cm)) or [])
+    for num_classes in (2000, 2001):
+        assert insights.groups_of(names[:num_classes], np.eye(num_classes, dtype=np.int64)) is None
+    assert sought == [2000]
+
+
 def test_an_over_or_underconfident_model_is_called_so():
     right = np.arange(1000) % 10 != 0  # 90 %
     noise = np.random.default_rng(0).normal(0, 0.01, 1000)
