@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float64, Int, UInt8
+from jaxtyping import Float, Float64, Int, Int64, UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -26,7 +26,7 @@ from cifar_lightning.metrics.classification import accuracy, per_class
 
 _MAX_CLASSES_WITH_NUMBERS = 20
 _MAX_NAMED = 200  # classes; more are illegible and take matplotlib 10 s for 1,000
-_MAX_NEAREST = 1000  # classes, each of a pixel or more; of more, rows and columns would be left out
+_MAX_DRAWN = 1000  # rows, each of a pixel or more; of more classes each row is that of several
 # Light theme of page.css, by the name of its variable. The blue is that of M. Okabe and K. Ito, "Color Universal
 # Design" (2008); their orange is darkened so that white text on it is legible.
 COLOURS = {"face": "#ffffff", "ink": "#1b1f24", "correct": "#0072b2", "mistake": "#b34700"}
@@ -49,20 +49,21 @@ def shade(
 def confusion_figure(cm: Int[np.ndarray, "classes classes"], class_names: Sequence[str]) -> Figure:
     """Draw a confusion matrix: true classes in rows, correct predictions in blue, mistakes in orange.
 
-    The opacity of a cell is that of `shade`. Up to 20 classes the cells hold counts.
+    The opacity of a cell is that of `shade`. Up to 20 classes the cells hold counts. Of more than 1,000 classes, blocks
+    of neighbouring ones are drawn, without the mistakes within a block.
     """
-    num_classes = len(class_names)
-    support = per_class(cm).support[:, None]
-    _, top_of_mistakes, opacity = shade(cm, support)
+    num_classes, num_images = len(class_names), int(cm.sum())
+    title = f"Accuracy {accuracy(cm):.2%} of {plural(num_images, 'image')}" if num_images else "No images"
+    cm, support, block_size = _in_blocks(cm)
+    _, top_of_mistakes, opacity = shade(cm, support[:, None])
     size = (min(max(3.0 + 0.44 * num_classes, 6.4), 14.0), min(max(2.9 + 0.38 * num_classes, 4.6), 14.5))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    diagonal = np.eye(num_classes, dtype=bool)
+    diagonal = np.eye(len(cm), dtype=bool)
     # The aspect stays free because the constrained layout cuts off the title of square cells.
     face, correct, mistake = (np.array(to_rgb(COLOURS[name]), np.float32) for name in ("face", "correct", "mistake"))
     rgb = face + opacity[..., None].astype(np.float32) * (np.where(diagonal[..., None], correct, mistake) - face)
-    interpolation = "nearest" if num_classes <= _MAX_NEAREST else "antialiased"
-    axes.imshow(rgb, interpolation=interpolation, aspect="auto")
+    axes.imshow(rgb, interpolation="nearest", aspect="auto")
     for name, top, label in (
         ("mistake", top_of_mistakes, "mistakes, % of the true class"),
         ("correct", 1.0, "correct, % of the true class"),
@@ -73,11 +74,28 @@ def confusion_figure(cm: Int[np.ndarray, "classes classes"], class_names: Sequen
         scale.set_label(label)
         scale.outline.set_visible(False)
     _label_classes(axes, class_names)
-    num_images = int(cm.sum())
-    axes.set_title(f"Accuracy {accuracy(cm):.2%} of {plural(num_images, 'image')}" if num_images else "No images")
+    for axis in (axes.xaxis, axes.yaxis) if block_size > 1 else ():
+        axis.set_label_text(f"{axis.get_label_text()}, in blocks of {block_size:,} classes")
+    axes.set_title(title)
     if num_classes <= _MAX_CLASSES_WITH_NUMBERS:
         _write_cells(axes, cm, opacity)
     return figure
+
+
+def _in_blocks(
+    cm: Int[np.ndarray, "classes classes"],
+) -> tuple[Int[np.ndarray, "rows rows"], Int64[np.ndarray, " rows"], int]:
+    """Return a matrix of at most `_MAX_DRAWN` rows, the images of each row, and how many classes a row has.
+
+    The diagonal has correct predictions alone, not the mistakes among the classes of a row.
+    """
+    support, size = per_class(cm).support, -(-len(cm) // _MAX_DRAWN)
+    if size == 1:
+        return cm, support, size
+    starts = np.arange(0, len(cm), size)
+    blocks = np.add.reduceat(np.add.reduceat(cm, starts, axis=0), starts, axis=1)
+    np.fill_diagonal(blocks, np.add.reduceat(np.diag(cm), starts))
+    return blocks, np.add.reduceat(support, starts), size
 
 
 def _label_classes(axes: Axes, class_names: Sequence[str]) -> None:

@@ -43,6 +43,7 @@ from cifar_lightning.report.results import Predictions, Results
 from cifar_lightning.report.temperature import temperature_of
 
 COVERAGE_TARGETS = (0.95, 0.99, 0.999)  # accuracies
+_MAX_MATRIX = 1000  # classes of which every cell is in the findings; of 10,000 findings.json would have 900 MB
 _NUM_SHOWN = 24  # images of a gallery
 _NUM_SHOWN_OF_PAIR = 6
 _NUM_PAIRS_SHOWN = 5  # with images
@@ -58,10 +59,10 @@ def find(results: Results) -> dict[str, Any]:
     """Return the content of the report as plain types; values that are not defined are None or NaN.
 
     Keys: `summary`, `calibration` (None without test predictions), `coverage`, `classes` (in class order),
-    `confusion_matrix` (rows: true class), `confused_pairs`, `insights`, `mistakes`, `galleries`, `label_issues` (all,
-    the least plausible label first), `label_check` (`checked`: images by split; `num_issues`; `is_reliable`:
-    whether the model is better than always predicting the largest class; `is_many`: whether more are listed than labels
-    are usually wrong), `epochs`, `learning_rates`, `training`, `run`, `problems`.
+    `confusion_matrix` (rows: true class; None of more than 1,000 classes), `confused_pairs`, `insights`, `mistakes`,
+    `galleries`, `label_issues` (all, the least plausible label first), `label_check` (`checked`: images by split;
+    `num_issues`; `is_reliable`: whether the model is better than always predicting the largest class; `is_many`:
+    whether more are listed than labels are usually wrong), `epochs`, `learning_rates`, `training`, `run`, `problems`.
     """
     cm, test = results.confusion, results.test
     pairs = confused_pairs(cm, results.class_names)
@@ -74,7 +75,7 @@ def find(results: Results) -> dict[str, Any]:
         "calibration": calibration_of(test, results.val) if test is not None else None,
         "coverage": coverage_of(test, results.val) if test is not None else [],
         "classes": classes_of(cm, results.class_names, test),
-        "confusion_matrix": cm.tolist(),
+        "confusion_matrix": cm.tolist() if len(cm) <= _MAX_MATRIX else None,
         "confused_pairs": pairs,
         "insights": [asdict(it) | {"section": SECTIONS[it.kind]} for it in insights_of(results)],
         "mistakes": mistakes_of(test) if test is not None else None,

@@ -53,7 +53,8 @@ def make_report(
         write_prediction_tables(run, results)
         write_label_issues(run, all_issues)
         write_json(run.findings, findings)
-        write_text_durably(run.report, render_page(findings, images, results.explanations, results.explanations_reason))
+        explanations = results.explanations, results.explanations_reason
+        write_text_durably(run.report, render_page(findings, images, *explanations, results.confusion))
     else:
         findings["problems"] = [*findings["problems"], "The folder cannot be written: its files stay as they are."]
     (print_summary if is_short else print_findings)(findings, run.path, console)
@@ -77,6 +78,6 @@ def describe_run(run: RunFolder, known: dict[str, Any]) -> dict[str, str]:
 def write_confusion(run: RunFolder, confusion: np.ndarray, class_names: tuple[str, ...]) -> None:
     """Write confusion_matrix.csv and confusion_matrix.png; rows: true class, columns: predicted class."""
     names = [csv_cell(name) for name in class_names]
-    rows = ([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
+    rows = ([name, *row.tolist()] for name, row in zip(names, confusion, strict=True))
     write_text_durably(run.confusion_matrix_csv, csv_table(["true \\ predicted", *names], rows))
     write_bytes_durably(run.confusion_matrix_png, figure_to_png(confusion_figure(confusion, class_names)))

@@ -68,7 +68,7 @@ def print_findings(findings: Mapping[str, Any], run_path: Path | None = None, co
         )
     _print_tested(console, findings["training"], run_path)
     _print_classes(console, findings["classes"], names, has_files)
-    _print_confusions(console, np.array(findings["confusion_matrix"], dtype=np.int64), names, has_files)
+    _print_confusions(console, findings["confusion_matrix"], names, has_files)
     _print_pairs(console, findings)
     _print_insights(console, findings["insights"], has_files)
     to_look_at = _to_look_at(findings, _NUM_WORST, has_files)
@@ -254,10 +254,11 @@ def _print_class_table(console: Console, classes: Sequence[Mapping[str, Any]], n
 
 
 def _print_confusions(
-    console: Console, cm: Int[np.ndarray, "classes classes"], names: Sequence[str], has_files: bool
+    console: Console, rows: Sequence[Sequence[int]] | None, names: Sequence[str], has_files: bool
 ) -> None:
     _print_heading(console, "Confusion matrix (rows: true class, columns: predicted)")
-    lines = _matrix_lines(cm, names, console.width) if len(names) <= _MAX_CLASSES else None
+    is_wide = rows is None or len(names) > _MAX_CLASSES
+    lines = None if is_wide else _matrix_lines(np.array(rows, dtype=np.int64), names, console.width)
     if lines is None:
         console.print(f"Too wide to print with {len(names)} classes{': see report.html' if has_files else ''}.")
         return

@@ -1,15 +1,20 @@
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
+from cifar_lightning.report import figures
 from cifar_lightning.report.figures import (
+    COLOURS,
     confusion_figure,
     figure_to_array,
     figure_to_png,
     images_figure,
+    shade,
 )
 
 CM = np.array([[1200, 0, 34], [5, 90, 5], [0, 0, 0]])
@@ -60,6 +65,33 @@ def test_the_diagonal_is_whole_where_there_are_more_classes_than_pixels():
     box = figure.axes[0].get_window_extent()
     inside = pixels[::-1][int(box.y0) + 3 : int(box.y1) - 3, int(box.x0) : int(box.x1) + 1].astype(int)
     assert np.all((inside[..., 2] - inside[..., 0]).max(axis=1) > 30)  # blue in each row
+
+
+def test_more_classes_than_rows_are_drawn_in_blocks_with_the_accuracy_of_all(monkeypatch):
+    cm = np.random.default_rng(0).integers(0, 9, (5, 5))
+    monkeypatch.setattr(figures, "_MAX_DRAWN", 3)
+    drawn = confusion_figure(cm, list("abcde")).axes[0]
+    blocks = [slice(0, 2), slice(2, 4), slice(4, 5)]
+    expected = np.array([[cm[rows, columns].sum() for columns in blocks] for rows in blocks])
+    support = expected.sum(axis=1)
+    np.fill_diagonal(expected, [np.trace(cm[rows, rows]) for rows in blocks])
+    opacity = shade(expected, support[:, None])[2]
+    blue, orange = (np.array(to_rgb(COLOURS[name])) for name in ("correct", "mistake"))
+    colours = 1 + opacity[..., None] * (np.where(np.eye(3)[..., None], blue, orange) - 1)
+    assert np.allclose(drawn.images[0].get_array(), colours, atol=1e-6)
+    assert drawn.get_title() == f"Accuracy {np.trace(cm) / cm.sum():.2%} of {cm.sum()} images"
+    assert "blocks of 2 " in drawn.get_xlabel()
+
+
+def test_a_figure_of_many_classes_takes_less_memory_than_their_matrix(monkeypatch):
+    monkeypatch.setattr(figures, "_MAX_DRAWN", 100)
+    cm = np.eye(1500, dtype=np.int64)
+    confusion_figure(cm[:300, :300], [""] * 300)  # what is imported and kept once
+    tracemalloc.start()
+    confusion_figure(cm, [""] * 1500)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < cm.nbytes / 2
 
 
 def test_a_hundred_classes_have_names_and_no_numbers():

@@ -14,6 +14,7 @@ from program import fail, start
 from rich.console import Console
 
 from cifar_lightning.cli.main import main
+from cifar_lightning.report import findings as findings_module
 from cifar_lightning.report.report import make_report, write_confusion
 from cifar_lightning.runs.folder import RunFolder
 
@@ -28,6 +29,18 @@ def analyze(run, other=None):
     console = Console(file=io.StringIO(), width=80, highlight=False)
     make_report(run, other, console=console)
     return console.file.getvalue()
+
+
+@pytest.mark.parametrize("num_classes", [10, 30])
+def test_findings_of_many_classes_have_no_matrix_and_page_and_csv_the_same_as_ever(num_classes, tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", n=300, names=[f"class_{at}" for at in range(num_classes)], image_size=4)
+    analyze(run)
+    page, table = run.report.read_text(encoding="utf-8"), run.confusion_matrix_csv.read_bytes()
+    monkeypatch.setattr(findings_module, "_MAX_MATRIX", num_classes - 1)
+    assert "Too wide to print" in analyze(run)
+    assert json.loads(run.findings.read_text(encoding="utf-8"))["confusion_matrix"] is None
+    assert run.report.read_text(encoding="utf-8") == page
+    assert run.confusion_matrix_csv.read_bytes() == table
 
 
 def test_analyze_writes_what_it_says_and_prints_it(run, tmp_path):
