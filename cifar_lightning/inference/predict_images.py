@@ -202,15 +202,16 @@ def find_labels(paths: Sequence[Path], found: Sequence[str], class_names: Sequen
     count. Of a folder with other subfolders as well, these are named on stderr and no image gets a label.
     """
     labels: dict[str, str] = {}
+    known = frozenset(class_names)
     for top in (path for path in paths if path.is_dir()):
         with os.scandir(top) as entries:
             folders = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
         class_of = {entry.name: class_name_of(entry.name) for entry in folders if not is_hidden(entry.name)}
-        others = sorted(name for name, class_name in class_of.items() if class_name not in class_names)
+        others = sorted(name for name, class_name in class_of.items() if class_name not in known)
         if others and len(others) < len(class_of):
             text = f"{top}: no labels: {clipped(', '.join(others))} among its folders is no class of the run"
             print(printable(text), file=sys.stderr)
-        if others:
+        if others or not class_of:
             continue
         start = os.path.join(top, "")
         for file in found:

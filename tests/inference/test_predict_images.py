@@ -22,7 +22,7 @@ from cifar_lightning.data import image_decoding
 from cifar_lightning.errors import RunError
 from cifar_lightning.files import check_output
 from cifar_lightning.inference import predict_images as predict
-from cifar_lightning.inference.predict_images import predict_images, rank_classes
+from cifar_lightning.inference.predict_images import find_labels, predict_images, rank_classes
 from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
 from cifar_lightning.metrics.calibration import fit_temperature
 from cifar_lightning.metrics.significance import wilson_interval
@@ -484,6 +484,22 @@ def test_a_given_file_in_no_class_folder_of_a_given_folder_gets_no_label(run):
     given += [Path("photos/link/000.png"), Path("photos/../aside/000.png")]
     predict_images(run, [Path("photos"), *given], output=Path("out.csv"))
     assert [row["label"] for row in read_csv()] == ["d", "", "", "", ""]
+
+
+def test_the_images_are_not_looked_through_for_folders_without_class_folders(tmp_path):
+    class Counted(list):
+        times = 0
+
+        def __iter__(self):
+            self.times += 1
+            return super().__iter__()
+
+    for name in ("photos/b", "one", "two"):
+        (tmp_path / name).mkdir(parents=True)
+    tops = [tmp_path / name for name in ("photos", "one", "two")]
+    found = Counted(str(tmp_path / name) for name in ("photos/b/0.png", "photos/1.png", "one/2.png", "two/3.png"))
+    assert find_labels(tops, found, ["a", "b"]) == {found[0]: "b"}
+    assert found.times == 1
 
 
 def test_folders_that_are_not_all_classes_give_no_labels(run, capsys):
