@@ -381,15 +381,20 @@ class ImageDataModule(pl.LightningDataModule):
         images = self._images[self._splits.source_of(split)].images
         return np.asarray(images[self._splits.of(split).numpy()[positions]])
 
-    def image_names(self, split: Split) -> np.ndarray:
+    def image_names(self, split: Split, positions: np.ndarray | None = None) -> np.ndarray:
         """Return the name of each image of a split, str (n,): its path below the root, as `test/cat/12.png`.
+
+        With `positions` in the split, of any shape, these names alone.
 
         Images of data without files are named by the data set's own split and index, as `train[17]`. A source of your
         own may have `image_name(split, index)`.
         """
         source_split = self._splits.source_of(split)
         name = getattr(self.source, "image_name", index_name)
-        return np.array([name(source_split, index) for index in self._splits.of(split).tolist()], np.str_)
+        indices = self._splits.of(split).numpy()
+        indices = indices if positions is None else indices[positions]
+        names = [name(source_split, index) for index in indices.ravel().tolist()]
+        return np.array(names, np.str_).reshape(indices.shape)
 
     def targets(self, split: Split, positions: np.ndarray) -> np.ndarray:
         """Return the classes, int64, of the images at positions of a split."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, Shaped, UInt8
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn import functional as F
@@ -109,6 +109,14 @@ def _neighbours(
     rgb = shown.expand(*shown.shape[:3], 3).numpy()
     return {
         "neighbours": rgb.reshape(*nearest.shape, *rgb.shape[1:]),
-        "neighbour_names": data.image_names("train")[nearest],
+        "neighbour_names": _train_names(data, nearest),
         "neighbour_labels": data.targets("train", nearest),
     }
+
+
+def _train_names(data: ImageDataModule, positions: Int64[np.ndarray, "n k"]) -> Shaped[np.ndarray, "n k"]:
+    """Return the names of some training images: those of all may take gigabytes."""
+    if getattr(data.image_names, "__func__", None) is ImageDataModule.image_names:
+        return data.image_names("train", positions)
+    names: np.ndarray = data.image_names("train")[positions]  # overridden, perhaps without `positions`
+    return names

@@ -12,7 +12,7 @@ from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.models.grad_cam import grad_cam
 from cifar_lightning.report.gallery import NUM_EXPLAINED
 from cifar_lightning.report.results import Predictions
-from cifar_lightning.training.explanations import _neighbours, explain_mistakes
+from cifar_lightning.training.explanations import _neighbours, _train_names, explain_mistakes
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +131,24 @@ def test_a_fifth_of_the_training_images_is_searched_at_least_100_and_at_most_500
     found = _neighbours(data, np.zeros((1, 2, 2, 3), np.uint8), features_of)
     assert sum(searched) - 1 == num_searched  # and the image itself
     assert found["neighbours"].shape == (1, min(3, num_train), 2, 2, 3)
+
+
+def test_only_the_nearest_training_images_are_named_also_by_an_image_names_of_ones_own():
+    class Own(ImageDataModule):
+        def image_names(self, split):
+            return np.array([f"own {name}" for name in super().image_names(split)])
+
+    positions, named = np.array([[3, 0], [629, 3]]), []
+
+    def image_name(split, index):
+        named.append(index)
+        return f"{split}/{index}.png"
+
+    for kind, start in ((ImageDataModule, ""), (Own, "own ")):
+        data = kind("synthetic", limit=700, image_size=16)
+        data.setup()
+        object.__setattr__(data.source, "image_name", image_name)
+        indices = data._splits.train.numpy()[positions]
+        names = _train_names(data, positions)
+        assert names.tolist() == [[f"{start}train/{index}.png" for index in row] for row in indices]
+        assert named == indices.ravel().tolist() if kind is ImageDataModule else len(named) == 4 + 630
