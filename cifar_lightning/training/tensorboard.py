@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from google.protobuf.message import DecodeError
+from jaxtyping import Float64
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
@@ -42,21 +43,22 @@ _NUM_KEPT = 10_000  # predictions of a validation that is drawn
 _BATCH_SHOWN = 32  # images of the first batch
 _MISTAKES_SHOWN = 16
 _CURVES_SHOWN = 20  # PR curves, of the first classes
+_MAX_CLASS_SCALARS = 100  # classes with a scalar each; the accuracies of more are a histogram
 
 
 # Tags are regular expressions, and TensorBoard keeps this order; that of its TIME SERIES tab is alphabetical, with the
 # first two groups open. The groups are therefore train, val, and what sorts after them.
 _CHARTS = {"Accuracy": ["val/acc", "train/acc"], "Loss": ["val/loss", "train/loss$"], "Learning rate": ["train/lr"]}
-_CHARTS |= {"Accuracy of each class": ["val_acc_of_class/"]}
+_CHART_OF_CLASSES = {"Accuracy of each class": ["val_acc_of_class/"]}
 _WRITTEN_AGAIN = ("_hparams_/", "custom_scalars__config__")  # by a resumed run
 
 
 class Dashboard(pl.Callback):
     """Adds images, per-class scalars and hyperparameters to the scalars that Lightning logs.
 
-    Scalars of each class are written in each validation; images and PR curves at most `MAX_DRAWINGS` times a run,
-    evenly spread and at its end. Of several processes the first one draws: the confusion matrix of all, mistakes and PR
-    curves of its own images.
+    Scalars of each class, or a histogram of more than 100 classes, are written in each validation; images and PR curves
+    at most `MAX_DRAWINGS` times a run, evenly spread and at its end. Of several processes the first one draws: the
+    confusion matrix of all, mistakes and PR curves of its own images.
 
     It works in any `Trainer`. Of a LightningModule other than `ImageClassifier` the predictions of a validation that is
     drawn are taken as `RunReport` takes them; images are drawn where the data is an `ImageDataModule`.
@@ -120,7 +122,8 @@ class Dashboard(pl.Callback):
         """
         board = summary_writer_of(trainer) if trainer.is_global_zero else None
         if board is not None:
-            board.add_custom_scalars({"Training": {title: ["Multiline", tags] for title, tags in _CHARTS.items()}})
+            charts = _CHARTS | (_CHART_OF_CLASSES if len(self.class_names) <= _MAX_CLASS_SCALARS else {})
+            board.add_custom_scalars({"Training": {title: ["Multiline", tags] for title, tags in charts.items()}})
         if self.config is None or not (trainer.enable_autolog_hparams and trainer.is_global_zero):
             return
         for logger in trainer.loggers:
@@ -183,12 +186,19 @@ class Dashboard(pl.Callback):
                 remark(f"Dashboard draws no predictions: {len(self.class_names)} class names for {len(matrix)} logits.")
             self._is_drawing, self._drawn_at_step = False, math.inf
             return
-        for tag, recall in zip(tags_of(self.class_names), per_class(matrix).recall, strict=True) if board else ():
-            board.add_scalar(f"val_acc_of_class/{tag}", recall, trainer.global_step)
+        if board is not None:
+            self._log_classes(board, per_class(matrix).recall, trainer.global_step)
         if self._is_drawing:
             image = figure_to_array(confusion_figure(matrix, self.class_names))
             log_image(trainer, "visuals/confusion_matrix", image, trainer.global_step)
             self._draw_predictions(trainer, board)
+
+    def _log_classes(self, board: Any, recall: Float64[np.ndarray, " classes"], step: int) -> None:
+        if len(recall) <= _MAX_CLASS_SCALARS:
+            for tag, value in zip(tags_of(self.class_names), recall, strict=True):
+                board.add_scalar(f"val_acc_of_class/{tag}", value, step)
+        elif len(known := recall[~np.isnan(recall)]):  # NaN of a class without images
+            board.add_histogram("val_acc_of_classes", known, step, bins=np.linspace(0, 1, 31))
 
     def _confusion(self) -> np.ndarray:
         logits, targets = (torch.cat(tensors).cpu() for tensors in zip(*self._predictions, strict=True))

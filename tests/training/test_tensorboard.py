@@ -16,6 +16,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training import tensorboard
 from cifar_lightning.training.tensorboard import (
     MAX_DRAWINGS,
     Dashboard,
@@ -294,6 +295,22 @@ def test_the_sanity_check_before_training_is_not_drawn(tmp_path):
     trainer.fit(ImageClassifier(image_size=16, model_kwargs=NARROW), data)
     trainer.loggers[0].experiment.close()
     assert [event.step for event in events_of(run).Scalars(f"val_acc_of_class/{data.class_names[0]}")] == [9]
+
+
+def test_of_many_classes_a_histogram_shows_the_accuracies(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorboard, "_MAX_CLASS_SCALARS", 9)
+    run, _, predictions, _ = fit(tmp_path, epochs=1, test=False)
+    events = events_of(run)
+    assert not any(tag.startswith("val_acc_of_class/") for tag in events.Tags()["scalars"])
+    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert b"val/acc" in layout
+    assert b"val_acc_of_class" not in layout
+    (event,) = events.Histograms("val_acc_of_classes")
+    numbers = np.array(event.histogram_value.bucket)
+    ((logits, targets),) = predictions
+    accuracies = [(logits.argmax(1)[targets == index] == index).mean() for index in range(10)]
+    expected = np.histogram(accuracies, np.linspace(0, 1, 31))[0]
+    assert numbers[numbers > 0].tolist() == expected[expected > 0].tolist()
 
 
 def test_the_dashboard_changes_nothing_of_the_training(tmp_path):
