@@ -240,6 +240,14 @@ def check_is_only_link(fd: int) -> None:
         raise OSError(errno.EMLINK, "it has another hard link")
 
 
+Stat = tuple[int, int, int, int]
+
+
+def stat_numbers(about: os.stat_result) -> Stat:
+    """Return size, modification and change time in ns, and the lower 63 bits of the inode."""
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino & (2**63 - 1)
+
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a disk that is full, or of which a user has no more."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)

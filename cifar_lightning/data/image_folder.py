@@ -53,7 +53,7 @@ from cifar_lightning.data.image_set import (
 from cifar_lightning.data.labels_file import read_labels
 from cifar_lightning.data.memory import check_fits
 from cifar_lightning.errors import UserError, is_first_process
-from cifar_lightning.files import write_bytes_durably, write_json, write_text_durably
+from cifar_lightning.files import Stat, stat_numbers, write_bytes_durably, write_json, write_text_durably
 from cifar_lightning.formatting import counted, first_of, plural, printable
 
 CACHE_FOLDER = ".cifar_lightning_cache"
@@ -79,7 +79,6 @@ _RACY_NS = 2_000_000_000  # a file changed this shortly before may change again 
 # Of each image: `Listing.stats`, the SHA-256 of the file (0 where it cannot be opened), `pixel_hashes` once decoded.
 _FILE = np.dtype([("stat", "<i8", 4), ("content", "u1", 32), ("pixels", "<u8")])
 _COMPARED = 256  # images above `READ_BEFORE_BYTES` that are compared with their hashes
-Stat = tuple[int, int, int, int]
 Skipped = tuple[str, str]  # path of a file or folder, and why it is left out
 _MOST_DIGITS = 1000  # of a label that is a number; Python converts 4,300
 _BY_SUFFIX, _LOOSE, _LINK = "not an image, by its suffix", "in no class folder", "a link to a folder inside a class"
@@ -405,7 +404,7 @@ def _scan_labels(root: Path, labels: Path) -> tuple[tuple[str, ...], dict[Split,
     names = tuple(sorted(found, key=lambda label: (int(label) if are_numbers else 0, label)))
     places = {name: place for place, name in enumerate(names)}
     for split in SPLITS:
-        own = sorted((places[row.label], row.name, _stat(row.about)) for row in rows if (row.split or "train") == split)
+        own = sorted((places[row.label], row.name, row.about) for row in rows if (row.split or "train") == split)
         counts = np.bincount([place for place, _, _ in own], minlength=len(names)).tolist()
         if not own and split != "train":
             continue
@@ -553,11 +552,7 @@ def _files_below(folder: Path, name: str, skipped: list[Skipped]) -> Iterator[tu
         else:
             # On Windows only os.stat has the inode.
             stat_of = partial(os.stat, entry.path) if os.name == "nt" else entry.stat
-            yield below, _stat(stat_of(follow_symlinks=not is_dangling))
-
-
-def _stat(about: os.stat_result) -> Stat:
-    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino & (2**63 - 1)
+            yield below, stat_numbers(stat_of(follow_symlinks=not is_dangling))
 
 
 def _settled(stats: Sequence[Stat], began_ns: int) -> np.ndarray:

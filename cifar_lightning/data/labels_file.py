@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from cifar_lightning.data.image_set import SPLIT_OF_WORD, Split
+from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import UserError
-from cifar_lightning.files import read_bytes
+from cifar_lightning.files import Stat, read_bytes, stat_numbers
 from cifar_lightning.formatting import clipped, printable
 
 COLUMNS = {
@@ -31,6 +32,7 @@ COLUMNS = {
     "split": ("split", "set", "subset"),
 }
 _MAX_BYTES = 1 << 30
+_EVERY = 1000  # lines after which a progress bar moves; a file of ten times as many has one
 _Record = tuple[int, dict[str, Any]]  # line, and the values of `COLUMNS`
 
 
@@ -40,7 +42,7 @@ class Row(NamedTuple):
     name: str  # path below the root
     label: str  # in Unicode's form NFC, as the names of class folders
     split: Split | None  # None in a file without splits
-    about: os.stat_result
+    about: Stat
 
 
 def read_labels(path: Path, root: Path) -> list[Row]:
@@ -55,20 +57,25 @@ def read_labels(path: Path, root: Path) -> list[Row]:
     rows: list[Row] = []
     line_of: dict[str, int] = {}
     missing: list[tuple[int, str]] = []
-    for line, record in records:
-        label, split = _label(path, line, record["label"]), _split(path, line, record)
-        if rows and (split is None) != (rows[0].split is None):
-            _refuse(path, line, "no split, which other rows have; give it in every row or in none")
-        name, about = _find(path, line, record["path"], root)
-        if about is None:
-            missing.append((line, name))
-            continue
-        if name in line_of:
-            other = rows[[*line_of].index(name)]
-            as_what = f" as {other.label}, here as {label}" if other.label != label else ""
-            _refuse(path, line, f"{name} is also in line {line_of[name]}{as_what}; keep one of them")
-        line_of[name] = line
-        rows.append(Row(name, label, split, about))
+    tops = tuple(dict.fromkeys(os.path.join(top, "") for top in (os.path.abspath(root), os.path.realpath(root))))
+    num_lines = text.count("\n")
+    with progress(num_lines, "Finding images", hidden=num_lines < 10 * _EVERY) as show:
+        for line, record in records:
+            if line % _EVERY == 0:
+                show(line)
+            label, split = _label(path, line, record["label"]), _split(path, line, record)
+            if rows and (split is None) != (rows[0].split is None):
+                _refuse(path, line, "no split, which other rows have; give it in every row or in none")
+            name, about = _find(path, line, record["path"], root, tops)
+            if about is None:
+                missing.append((line, name))
+                continue
+            if name in line_of:
+                other = rows[[*line_of].index(name)]
+                as_what = f" as {other.label}, here as {label}" if other.label != label else ""
+                _refuse(path, line, f"{name} is also in line {line_of[name]}{as_what}; keep one of them")
+            line_of[name] = line
+            rows.append(Row(name, label, split, about))
     if missing:
         num = f"; so are {len(missing) - 1:,} more of {len(rows) + len(missing):,} rows" if len(missing) > 1 else ""
         _refuse(path, missing[0][0], f"{missing[0][1]} is no file in --data.root {root}{num}")
@@ -94,9 +101,11 @@ def _text(path: Path) -> str:
 
 
 def _of_csv(path: Path, text: str) -> Iterator[_Record]:
-    first = next((line for line in text.splitlines() if line.strip()), "")
+    lines = io.StringIO(text, newline="")
+    first = next((line for line in lines if line.strip()), "")
+    lines.seek(0)
     delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         header = next((cells for cells in reader if any(cells)), [])
         places = _columns(path, max(1, reader.line_num), header)
@@ -156,17 +165,19 @@ def _split(path: Path, line: int, record: dict[str, Any]) -> Split | None:
     return split
 
 
-def _find(path: Path, line: int, value: Any, root: Path) -> tuple[str, os.stat_result | None]:
-    """Return the path of an image below the root and its stat; the path as written, and None, if there is no file."""
+def _find(path: Path, line: int, value: Any, root: Path, tops: Sequence[str]) -> tuple[str, Stat | None]:
+    """Return the path of an image below the root and its stat; the path as written, and None, if there is no file.
+
+    `tops` are the spellings of the root, each with a separator at its end.
+    """
     if not isinstance(value, str) or not value.strip():
         _refuse(path, line, "the path is empty" if value == "" else f"path {json.dumps(value)} is not a text")
-    tops = dict.fromkeys((os.path.abspath(root), os.path.realpath(root)))
     spellings = (value, value.replace("\\", "/"), *(unicodedata.normalize(form, value) for form in ("NFC", "NFD")))
     is_below = False
     for spelling in dict.fromkeys(spellings):
         for folder in (root, path.parent):
             full = os.path.abspath(os.path.join(folder, spelling))
-            top = next((top for top in tops if full.startswith(os.path.join(top, ""))), None)
+            top = next((top for top in tops if full.startswith(top)), None)
             if top is None:
                 continue
             is_below = True
@@ -177,7 +188,7 @@ def _find(path: Path, line: int, value: Any, root: Path) -> tuple[str, os.stat_r
             except (OSError, ValueError) as error:  # a loop of links, no permission, a NUL in the name
                 _refuse(path, line, f"{clipped(value)} cannot be read ({error})")
             if stat.S_ISREG(about.st_mode):
-                return os.path.relpath(full, top), about
+                return full.removeprefix(top), stat_numbers(about)
     if not is_below:
         _refuse(path, line, f"{clipped(value)} lies outside of --data.root {root}")
     return value, None

@@ -11,7 +11,9 @@ from program import decode_here
 from cifar_lightning.data import image_folder
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.image_folder import CACHE_FOLDER, ClassFolders
+from cifar_lightning.data.labels_file import read_labels
 from cifar_lightning.errors import UserError
+from cifar_lightning.files import stat_numbers
 
 
 @pytest.fixture(autouse=True)
@@ -268,3 +270,14 @@ def test_changed_labels_are_noticed_though_no_image_changed(root, tmp_path):
     other.prepare()
     caches = {file.name for file in (root / CACHE_FOLDER).glob("*.npy")}
     assert len(caches) == 4  # of two splits: neither labels file replaces the images of the other
+
+
+def test_the_root_is_resolved_once_for_all_rows(root, tmp_path, monkeypatch):
+    link = tmp_path / "link"
+    link.symlink_to(root, target_is_directory=True)
+    resolved, realpath = [], os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path, **kwargs: resolved.append(path) or realpath(path, **kwargs))
+    rows = read_labels(written(tmp_path, PLAIN.replace("3.png", str(root / "3.png"))), link)
+    assert len([path for path in resolved if str(path) == str(link)]) == 1
+    assert [row.name for row in rows] == ["1.png", "2.png", "3.png", os.path.join("old, new", "6.png")]
+    assert [row.about for row in rows] == [stat_numbers(os.stat(root / row.name)) for row in rows]
