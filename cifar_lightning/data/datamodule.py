@@ -15,7 +15,7 @@ from cifar_lightning.data.datasets import class_names_of, load_splits, open_sour
 from cifar_lightning.data.duplicates import find_duplicates
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.data.image_folder import ClassFolders, Skipped
-from cifar_lightning.data.image_set import SPLITS, Cache, ImageSet, Split, is_constant
+from cifar_lightning.data.image_set import READ_BEFORE_BYTES, SPLITS, Cache, ImageSet, Split, is_constant
 from cifar_lightning.data.loaders import BatchTransform, ImageLoader, LoaderFactory
 from cifar_lightning.data.object_source import in_nfc
 from cifar_lightning.data.sampler import EpochSampler, Rank, ShardOrder, evaluation_order
@@ -38,6 +38,7 @@ from cifar_lightning.transforms.policies import Policy
 from cifar_lightning.transforms.transform import Transform
 
 Balance = Literal["none", "balanced"]
+_MAX_MEASURED = 10_000  # images of a set above `READ_BEFORE_BYTES` whose mean and std are measured
 _MAX_NAMES = 12  # class names that are printed
 
 
@@ -232,7 +233,10 @@ class ImageDataModule(pl.LightningDataModule):
             if isinstance(of_train, ShardedImages):
                 self.mean, self.std = statistics_of_moments(of_train.moments[train.numpy()])
             else:
-                self.mean, self.std = channel_statistics(of_train, train.numpy())
+                measured = train.numpy()
+                if of_train.nbytes > READ_BEFORE_BYTES:
+                    measured = measured[evenly_spaced(len(train), _MAX_MEASURED)]
+                self.mean, self.std = channel_statistics(of_train, measured)
         some = torch.from_numpy(images["train"].images[train[:CHECKED_IMAGES].numpy()])
         self.pipeline.check(some, self.train_sizes)
         self.duplicates = self._find_duplicates(images)

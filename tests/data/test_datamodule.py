@@ -10,12 +10,12 @@ import torch
 from lightning.pytorch.trainer.states import TrainerStatus
 from PIL import Image
 
-from cifar_lightning.data import loaders
+from cifar_lightning.data import datamodule, loaders
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.loaders import ResidentLoader, StreamingLoader
 from cifar_lightning.data.sampler import Rank
 from cifar_lightning.data.splits import SplitSettings
-from cifar_lightning.data.statistics import channel_statistics
+from cifar_lightning.data.statistics import channel_statistics, evenly_spaced
 from cifar_lightning.errors import UserError
 from cifar_lightning.transforms.augmentation import Augmentation
 
@@ -48,6 +48,17 @@ def test_names_are_known_before_setup_and_statistics_after_it():
     module.setup()
     mean, std = channel_statistics(module._images["train"].images, module._splits.train.numpy())
     assert (module.mean, module.std) == (mean, std)
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_of_a_large_set_the_statistics_are_those_of_some_images(is_large, monkeypatch):
+    module = synthetic(image_size=16)
+    monkeypatch.setattr(datamodule, "READ_BEFORE_BYTES", 5000 * 16 * 16 * 3 - is_large)
+    monkeypatch.setattr(datamodule, "_MAX_MEASURED", 10)
+    module.setup()
+    train = module._splits.train.numpy()
+    measured = train[evenly_spaced(len(train), 10)] if is_large else train
+    assert (module.mean, module.std) == channel_statistics(module._images["train"].images, measured)
 
 
 def test_setup_again_changes_nothing():
