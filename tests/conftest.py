@@ -13,6 +13,10 @@ from jaxtyping import install_import_hook
 # For what stays on the disk when the power is cut, which no test does; the disk takes 0.2 s of each short training.
 os.fsync = lambda file: None
 
+# In a hook of git these lead each git that a test starts to the repository of the hook.
+for variable in [name for name in os.environ if name.startswith("GIT_")]:
+    del os.environ[variable]
+
 # Before the first import of these modules: their jaxtyping annotations are checked at every call.
 CHECKED = ("transforms.augmentation", "transforms.operations", "transforms.policies", "transforms.mixup")
 CHECKED += ("transforms.pipeline", "transforms.photographs")

@@ -139,6 +139,14 @@ def fail(monkeypatch, capsys, tmp_path, *arguments):
     return "\n".join(lines)
 
 
+def git(folder, *arguments):
+    """Run git in a folder as a user without settings, whatever `GIT_DIR` is; return what it prints."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    own |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "init.defaultBranch=main"]
+    return subprocess.check_output(["git", "-C", str(folder), *identity, *arguments], env=own, text=True).strip()
+
+
 def decode_here(monkeypatch):
     """Decode images in a thread of this process: starting a worker for each of many small tests takes minutes."""
 

@@ -3,11 +3,10 @@
 import argparse
 import json
 import re
-import subprocess
 import sys
 
 import pytest
-from program import REPO
+from program import REPO, git
 
 from benchmarks.accuracy import ablations
 from benchmarks.hardware import hardware_name, results_file
@@ -91,10 +90,9 @@ def test_every_results_file_names_its_machine():
 
 
 def test_a_peer_of_another_commit_than_the_results_is_refused_and_named(tmp_path, monkeypatch):
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
-    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
-        subprocess.run([*git, *words], check=True)
-    commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "x")
+    commit = git(tmp_path, "rev-parse", "HEAD")
     monkeypatch.setattr(speedrun, "hardware_name", lambda: "here")
     line = {"who": "airbench", "hardware": "here", "commit": commit}
     other, peers = {**line, "commit": "f1c599c"}, {"airbench": tmp_path}

@@ -1,11 +1,11 @@
 """The list of long runs: what is done comes from the results alone, and the next one is continued where it stopped."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from program import git
 
 from benchmarks.accuracy import jobs, record, table
 from benchmarks.accuracy.jobs import Wanted, next_run, read_jobs, states
@@ -137,14 +137,10 @@ def test_a_wrong_job_file_is_refused_and_the_mistake_named(made, text, named):
 
 
 def commit_configs(folder):
-    def git(*arguments):
-        identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
-        return subprocess.check_output(["git", "-C", str(folder), *identity, *arguments], text=True).strip()
-
-    git("init", "-q")
-    git("add", "configs")
-    git("commit", "-qm", "Configs")
-    return git("rev-parse", "HEAD")
+    git(folder, "init", "-q")
+    git(folder, "add", "configs")
+    git(folder, "commit", "-qm", "Configs")
+    return git(folder, "rev-parse", "HEAD")
 
 
 def test_a_recorded_run_keeps_the_settings_of_its_config_at_its_commit(made):

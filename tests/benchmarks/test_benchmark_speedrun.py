@@ -1,7 +1,6 @@
 """What `benchmarks/speed/speedrun.py` relies on: peers that are what is expected, and a clock whose windows fit."""
 
 import json
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 import yaml
 from fitting import NARROW, quiet_trainer, small_data
-from program import REPO
+from program import REPO, git
 
 from benchmarks.accuracy.record import comparable
 from benchmarks.hardware import hardware_name
@@ -39,22 +38,18 @@ def test_a_peer_that_is_missing_or_of_another_version_is_refused(tmp_path, witho
 
 
 def test_a_changed_checkout_of_a_peer_is_another_version(tmp_path):
-    def git(*arguments):
-        identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
-        return subprocess.check_output(["git", "-C", str(tmp_path), *identity, *arguments], text=True).strip()
-
     assert commit_of(tmp_path) is None
     (tmp_path / "airbench94_muon.py").write_text("lr = 1\n")
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "Peer")
-    git("tag", "-a", "v1", "-m", "A version")
-    commit = git("rev-parse", "HEAD")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "Peer")
+    git(tmp_path, "tag", "-a", "v1", "-m", "A version")
+    commit = git(tmp_path, "rev-parse", "HEAD")
     assert commit_of(tmp_path) == commit
     (tmp_path / "airbench94_muon.py").write_text("lr = 2\n")
     assert commit_of(tmp_path) == f"{commit}-dirty"
     assert "changed files" in speedrun.other_versions([], {"airbench": tmp_path})
-    git("checkout", "-q", ".")
+    git(tmp_path, "checkout", "-q", ".")
     lines = [{"who": "airbench", "commit": "of another version", "hardware": hardware_name()}]
     assert speedrun.other_versions([], {"airbench": tmp_path}) == ""
     assert speedrun.other_versions(lines, {"airbench": tmp_path})

@@ -1,9 +1,9 @@
 """What the numbers of a run may depend on."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
+
+from program import git
 
 from cifar_lightning.files import write_json
 from cifar_lightning.runs.contents import read_environment
@@ -72,21 +72,15 @@ def test_folders_of_windows_are_left_out_as_well(monkeypatch):
 
 
 def test_the_commit_is_of_a_checkout_that_tracks_the_package_and_of_no_other(tmp_path, monkeypatch):
-    def git(*arguments: str) -> str:
-        identity = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main")
-        command = ["git", "-C", str(tmp_path), *identity, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, env=clean).stdout.strip()
-
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     tracked, installed = tmp_path / "runs.py", tmp_path / "venv.py"
     tracked.write_text("x")
     installed.write_text("x")
     assert _describe_checkout(tracked) == (None, None)
-    git("init")
-    git("add", "runs.py")
-    git("commit", "-m", "x")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "runs.py")
+    git(tmp_path, "commit", "-qm", "x")
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as inside a git hook
-    assert _describe_checkout(tracked) == (git("rev-parse", "HEAD"), False)
+    assert _describe_checkout(tracked) == (git(tmp_path, "rev-parse", "HEAD"), False)
     assert _describe_checkout(installed) == (None, None)
     tracked.write_text("changed")
-    assert _describe_checkout(tracked) == (git("rev-parse", "HEAD"), True)
+    assert _describe_checkout(tracked) == (git(tmp_path, "rev-parse", "HEAD"), True)
