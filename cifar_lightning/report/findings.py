@@ -41,6 +41,7 @@ from cifar_lightning.report.insights import (
 )
 from cifar_lightning.report.results import Predictions, Results
 from cifar_lightning.report.temperature import temperature_of
+from cifar_lightning.runs.environment import portable
 
 COVERAGE_TARGETS = (0.95, 0.99, 0.999)  # accuracies
 _MAX_MATRIX = 1000  # classes of which every cell is in the findings; of 10,000 findings.json would have 900 MB
@@ -90,7 +91,7 @@ def find(results: Results) -> dict[str, Any]:
         "epochs": results.epochs,
         "learning_rates": learning_rates_of(results),
         "training": training_of(results),
-        "run": dict(vars(results.origin)),
+        "run": vars(results.origin) | {"config": portable(results.origin.config)},
         "problems": results.problems,
     }
 

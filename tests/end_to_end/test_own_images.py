@@ -94,6 +94,12 @@ def test_unreadable_images_are_left_out_on_request_and_again_in_a_resume(tmp_pat
     assert json.loads(run.split.read_text())["sizes"] == {"train": 36, "val": 4, "test": 10}
     resumed = start("fit", "--resume", run.path, "--epochs", 2, cwd=tmp_path)
     assert "3 of 53 images are left out" in resumed.stdout
+    for path in run.path.rglob("*"):
+        if path.is_file() and path != run.config:
+            assert str(tmp_path).encode() not in path.read_bytes(), path
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:  # text has 4 bytes a character
+                assert [name for name in arrays if str(tmp_path) in str(arrays[name].tolist())] == [], path
     image(np.random.default_rng(1), 0, 2, "RGB").save(root / "train" / "class 000" / "bad\n.png")
     other = start("fit", "--resume", run.path, "--epochs", 3, cwd=tmp_path, check=False)
     assert other.returncode == 2
