@@ -74,6 +74,9 @@ WRONG = [
 ]
 
 
+OF_SEVERAL_FIELDS = [[0.5, 0.5], ["ant"] * 10]  # these are wrong next to other values alone
+
+
 @pytest.mark.parametrize(("name", "value"), WRONG)
 def test_a_value_of_another_type_or_size_is_refused_with_file_and_field(name, value, checkpoint, tmp_path):
     content = load(checkpoint)
@@ -82,8 +85,10 @@ def test_a_value_of_another_type_or_size_is_refused_with_file_and_field(name, va
         holder = holder[parent]
     holder[last] = value
     write(tmp_path / "best.ckpt", content)
-    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'best.ckpt'}: damaged: {name.rpartition('.')[0]}")):
+    field = "ImageDataModule" if value in OF_SEVERAL_FIELDS else name
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'best.ckpt'}: damaged: {field}") + "[.:]") as refused:
         read_checkpoint(tmp_path / "best.ckpt")
+    assert last.replace("_", " ") in str(refused.value).replace("_", " ")
 
 
 def test_an_unknown_test_time_augmentation_is_refused(checkpoint, tmp_path):
@@ -132,7 +137,7 @@ def test_a_checkpoint_larger_than_the_memory_is_refused_at_once(tmp_path):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
-@pytest.mark.parametrize("num_mutations", [50, pytest.param(500, marks=pytest.mark.slow(first=True))])
+@pytest.mark.parametrize("num_mutations", [50, pytest.param(200, marks=pytest.mark.slow(first=True))])
 def test_any_mutation_is_read_or_refused(num_mutations, run, checkpoint):
     """CIFAR_LIGHTNING_TEST_SEED chooses other mutations."""
     rng, original, refusals, whole = random.Random(SEED), run.best_checkpoint, [], load(checkpoint)

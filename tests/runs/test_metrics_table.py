@@ -44,7 +44,7 @@ def test_a_line_cut_short_by_a_crash_is_dropped_and_the_table_continues(tmp_path
         table.append(row)
     file.write_bytes(file.read_bytes()[:-cut])
     left = MetricsTable(file).read()
-    assert left in (ROWS[:1], [])
+    assert left == (ROWS[:1] if cut <= len("1,1e-30,1\n") else [])
     MetricsTable(file).append(ROWS[1])
     assert MetricsTable(file).read() == [*left, ROWS[1]]
 
