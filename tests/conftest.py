@@ -38,6 +38,23 @@ def _seeded():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session")
+def parser():
+    """The parser of fit's flags, which takes a second to make."""
+    from cifar_lightning.cli.lightning_cli import fit_parser
+
+    return fit_parser()
+
+
+@pytest.fixture
+def decoding_here(request, monkeypatch):
+    """Images are decoded without worker processes, except in tests marked `real_workers`."""
+    from program import decode_here
+
+    if request.node.get_closest_marker("real_workers") is None:
+        decode_here(monkeypatch)
+
+
 def pytest_collection_modifyitems(items):
     """Start the longest tests first, so that none of them runs alone at the end."""
     items.sort(key=lambda item: not any(mark.kwargs.get("first") for mark in item.iter_markers("slow")))

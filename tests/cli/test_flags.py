@@ -204,13 +204,6 @@ def test_a_missing_recipe_suggests_those_that_are_there(tmp_path, monkeypatch):
 # -- against the real parser ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def parser():
-    from cifar_lightning.cli.lightning_cli import fit_parser
-
-    return fit_parser()
-
-
 def test_the_table_is_that_of_the_signatures(parser):
     from cifar_lightning.cli.parser import TABLE, table_text
 

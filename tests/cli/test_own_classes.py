@@ -12,7 +12,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 
 from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.cli.flags import check_config, normalize_arguments
-from cifar_lightning.cli.lightning_cli import TrainingCLI, fit_parser
+from cifar_lightning.cli.lightning_cli import TrainingCLI
 from cifar_lightning.cli.main import run_command, training_arguments
 from cifar_lightning.cli.parser import check_arguments
 from cifar_lightning.errors import UserError
@@ -95,11 +95,6 @@ ARGUMENTS = {"class_path": MINE, "init_args": {"my_argument": 3}}
 
 def command_line(*arguments):
     return TrainingCLI("fit", training_arguments("fit", arguments)[0])
-
-
-@pytest.fixture(scope="module")
-def parser():
-    return fit_parser()
 
 
 @pytest.mark.parametrize(

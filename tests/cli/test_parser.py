@@ -4,16 +4,10 @@ import pytest
 from jsonargparse import Namespace
 from program import REPO
 
-from cifar_lightning.cli.lightning_cli import fit_parser
 from cifar_lightning.cli.parser import check_arguments, config_text, describe_flags
 from cifar_lightning.cli.trainer_arguments import ARGUMENTS
 from cifar_lightning.errors import UserError
 from cifar_lightning.models.registry import MODELS
-
-
-@pytest.fixture(scope="module")
-def parser():
-    return fit_parser()
 
 
 def test_a_mistake_raises_at_most_two_lines(parser):

@@ -14,7 +14,6 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from program import REPO, TINY
 
-from cifar_lightning.cli.lightning_cli import fit_parser
 from cifar_lightning.cli.main import run_command
 from cifar_lightning.cli.parser import check_arguments
 from cifar_lightning.cli.trainer_arguments import ARGUMENTS, PAGE, page_text
@@ -95,11 +94,6 @@ def test_every_argument_of_lightning_has_a_verdict_and_what_works_a_test():
 
 def test_the_docs_have_the_table():
     assert (REPO / PAGE).read_text(encoding="utf-8") == page_text()
-
-
-@pytest.fixture(scope="module")
-def parser():
-    return fit_parser()
 
 
 @pytest.fixture(autouse=True)

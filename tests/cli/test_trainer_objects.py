@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 import cifar_lightning.training.predictions as predictions_module
 from cifar_lightning import ImageClassifier
-from cifar_lightning.cli.lightning_cli import TrainingCLI, fit_parser
+from cifar_lightning.cli.lightning_cli import TrainingCLI
 from cifar_lightning.cli.main import run_command
 from cifar_lightning.cli.parser import check_arguments
 from cifar_lightning.cli.trainer_objects import CALLBACKS, LOGGERS, PAGE, page_text
@@ -108,11 +108,6 @@ class OwnLogger(Logger):
 
 def flag(name, library="lightning.pytorch.callbacks", **arguments):
     return "--trainer.callbacks=" + json.dumps([{"class_path": f"{library}.{name}", "init_args": arguments}])
-
-
-@pytest.fixture(scope="module")
-def parser():
-    return fit_parser()
 
 
 @pytest.fixture(autouse=True)

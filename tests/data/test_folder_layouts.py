@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from program import decode_here, fail
+from program import fail
 
 from cifar_lightning.checkpoints.resume import split_difference
 from cifar_lightning.data.datamodule import ImageDataModule
@@ -16,10 +16,7 @@ from cifar_lightning.files import write_json
 from cifar_lightning.runs.contents import read_split
 from cifar_lightning.runs.folder import RunFolder
 
-
-@pytest.fixture(autouse=True)
-def _decoding_here(monkeypatch):
-    decode_here(monkeypatch)
+pytestmark = pytest.mark.usefixtures("decoding_here")
 
 
 def put(folder, num, seed=0, size=8):

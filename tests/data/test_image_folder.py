@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from program import decode_here
 
 from cifar_lightning.data import image_decoding, image_folder
 from cifar_lightning.data.image_folder import CACHE_FOLDER, ClassFolders
 from cifar_lightning.data.image_set import pixel_hashes
 from cifar_lightning.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("decoding_here")
 
 
 def put(path: Path | bytes, value: int, size: int = 8) -> None:
@@ -27,12 +28,6 @@ def put(path: Path | bytes, value: int, size: int = 8) -> None:
     os.makedirs(folder, exist_ok=True)
     with open(path, "wb") as file:
         Image.new("RGB", (size, size), (value, 0, 255 - value)).save(file, "PNG")
-
-
-@pytest.fixture(autouse=True)
-def _decoding_here(request, monkeypatch):
-    if not any(word in request.node.name for word in ("workers", "several_at_once")):
-        decode_here(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -378,6 +373,7 @@ def test_a_full_disk_is_found_out_before_decoding(root, monkeypatch):
     assert not list((root / CACHE_FOLDER).iterdir())
 
 
+@pytest.mark.real_workers
 def test_several_at_once_all_read_the_same_and_leave_no_litter(root):
     results: list[tuple[list[int], str]] = []
 
@@ -413,6 +409,7 @@ def test_what_a_killed_process_left_is_cleared_away(root):
     assert not stale.exists()
 
 
+@pytest.mark.real_workers
 def test_several_workers_give_the_same_images_as_one(root, monkeypatch):
     monkeypatch.setattr(image_decoding, "usable_cpus", lambda: 2)
     by_one = ClassFolders(root).load("train")
@@ -423,6 +420,7 @@ def test_several_workers_give_the_same_images_as_one(root, monkeypatch):
     assert by_one[2] == by_two[2]
 
 
+@pytest.mark.real_workers
 def test_a_script_without_main_guard_is_not_run_again_by_workers(root, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

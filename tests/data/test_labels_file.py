@@ -6,7 +6,6 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
-from program import decode_here
 
 from cifar_lightning.data import image_folder
 from cifar_lightning.data.datamodule import ImageDataModule
@@ -15,10 +14,7 @@ from cifar_lightning.data.labels_file import read_labels
 from cifar_lightning.errors import UserError
 from cifar_lightning.files import stat_numbers
 
-
-@pytest.fixture(autouse=True)
-def _decoding_here(monkeypatch):
-    decode_here(monkeypatch)
+pytestmark = pytest.mark.usefixtures("decoding_here")
 
 
 @pytest.fixture

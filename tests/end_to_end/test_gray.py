@@ -7,7 +7,7 @@ import pytest
 import torch
 from fitting import fit_run
 from PIL import Image
-from program import decode_here, fail
+from program import fail
 from torch import nn
 from torchvision.transforms import v2
 
@@ -30,10 +30,7 @@ from cifar_lightning.transforms.augmentation import Augmentation, jitter
 from cifar_lightning.transforms.operations import OPERATIONS, apply_operations
 from cifar_lightning.transforms.pipeline import Pipeline, augment
 
-
-@pytest.fixture(autouse=True)
-def _decoding_here(monkeypatch):
-    decode_here(monkeypatch)
+pytestmark = pytest.mark.usefixtures("decoding_here")
 
 
 def photos(root, num=30, size=(12, 9)):

@@ -13,7 +13,6 @@ import pytest
 import torch
 from made_run import made_predictions
 from PIL import Image
-from program import decode_here
 
 from benchmarks.faults.images import nested_eps, recorded_ghostscript
 from cifar_lightning import ImageClassifier, UserError, load
@@ -29,15 +28,11 @@ from cifar_lightning.metrics.significance import wilson_interval
 from cifar_lightning.models import winograd
 from cifar_lightning.runs.folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("decoding_here")
+
 SIZE = 16
 CLASSES = ["Äpfel", "b, c", "d"]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)
-
-
-@pytest.fixture(autouse=True)
-def _decoding_here(request, monkeypatch):
-    if "worker_processes" not in request.node.name:
-        decode_here(monkeypatch)
 
 
 @pytest.fixture
@@ -203,6 +198,7 @@ def test_fewer_multiplications_from_some_images_on_change_no_class_and_hardly_a_
     assert probs[0] == pytest.approx(probs[1], abs=1e-4)
 
 
+@pytest.mark.real_workers
 def test_many_chunks_and_worker_processes_change_nothing(run, monkeypatch, capfd):
     paths = save_images(23)
     paths[5].write_bytes(b"broken")
@@ -629,6 +625,7 @@ def test_a_folder_that_takes_no_files_is_named(run, monkeypatch):
         predict_images(run, [Path("images")], output=Path("out.csv"))
 
 
+@pytest.mark.real_workers
 def test_whole_commands_with_worker_processes_start_no_program_for_an_eps_in_an_image(run, monkeypatch, capsys):
     variables, calls = recorded_ghostscript(Path.cwd())
     monkeypatch.setenv("PATH", variables["PATH"])
