@@ -42,6 +42,7 @@ def test_neither_brightness_nor_colour_tells_a_class():
 
 
 def test_a_linear_classifier_fails():
+    """SmallNet does not: .ci/run asks for an accuracy of 0.95 of the run that the README's command makes."""
     # Ridge regression onto one-hot targets: the best linear fit in the least squares sense, for several strengths.
     (train, targets), (test, test_targets) = draw("train", 2000, 16), draw("test", 500, 16)
     x = train.reshape(len(train), -1) / 255.0 - 0.5

@@ -31,24 +31,6 @@ def test_without_network_and_data_the_message_names_every_way_out(monkeypatch, c
         assert part in message
 
 
-@pytest.mark.parametrize(
-    ("folders", "expected"),
-    [
-        ({"test/a": 1}, "train"),
-        ({"train/a": 2, "train/b": 0, "test/a": 1, "test/b": 1}, "b"),
-        ({"train/a": 2, "train/b": 2, "test/a": 1}, "b"),
-    ],
-)
-def test_class_folders_that_do_not_fit_are_named(monkeypatch, capsys, tmp_path, folders, expected):
-    for name, count in folders.items():
-        folder = tmp_path / "own" / name
-        folder.mkdir(parents=True)
-        for k in range(count):
-            Image.new("RGB", (8, 8)).save(folder / f"{k}.png")
-    message = fail(monkeypatch, capsys, tmp_path, "fit", "--data.dataset", "folder", "--data.root", "own")
-    assert expected in message
-
-
 def test_an_unreadable_image_is_named(monkeypatch, capsys, tmp_path):
     for name in ("train/a", "train/b", "test/a", "test/b"):
         folder = tmp_path / "own" / name

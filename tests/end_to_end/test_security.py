@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from packaging.requirements import Requirement
-from program import REPO, TINY, decode_here, fail, start
+from program import REPO, TINY, decode_here, fail
 
 from benchmarks.faults.judge import Payload
 from cifar_lightning import ImageClassifier
@@ -30,41 +30,74 @@ from cifar_lightning.settings import safe_yaml
 
 SOURCES = [*sorted((REPO / "cifar_lightning").rglob("*.py")), REPO / "train.py"]
 SAFE_LOADERS = {"yaml.SafeLoader", "_LOADER", "_Undated"}  # the latter two are classes of settings/safe_yaml.py
-DOCS = [*sorted(REPO.glob("*.md")), *sorted((REPO / "benchmarks").glob("*.md"))]
+DOCS = [path for folder in ("", "docs", "benchmarks") for path in sorted((REPO / folder).glob("*.md"))]
 
 
 # -- the code ---------------------------------------------------------------------------------------------------------
-
-
-def calls(path):
-    """Yield (dotted name, call) of every call in a file."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
 
 
 def argument(call, name):
     return next((ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == name), None)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(REPO).as_posix())
-def test_nothing_is_read_in_a_way_that_could_run_it(path):
-    for name, call in calls(path):
-        last = name.rpartition(".")[2]
-        assert argument(call, "weights_only") in (None, "True"), f"line {call.lineno}"
-        if name == "torch.load":
-            assert argument(call, "weights_only") == "True", f"line {call.lineno}"
-        if name.partition(".")[0] in ("pickle", "cPickle", "dill", "joblib", "marshal", "shelve"):
-            assert last not in ("load", "loads", "Unpickler", "open"), f"line {call.lineno}"
-        if name.startswith("yaml.") and last in ("load", "load_all"):
-            assert argument(call, "Loader") in SAFE_LOADERS, f"line {call.lineno}"
-        assert not (name.startswith("yaml.") and ("unsafe" in last or "full" in last)), f"line {call.lineno}"
-        assert argument(call, "allow_pickle") in (None, "False"), f"line {call.lineno}"
-        assert name not in ("eval", "exec", "os.system", "os.popen"), f"line {call.lineno}"
-        assert argument(call, "shell") in (None, "False"), f"line {call.lineno}"
-        if last in ("extractall", "extract"):
-            assert argument(call, "filter") == "'data'", f"line {call.lineno}"
-        assert last != "load_from_checkpoint", f"line {call.lineno}"
+def is_unsafe(call):
+    """Whether a call may run what it reads."""
+    name = ast.unparse(call.func)
+    last = name.rpartition(".")[2]
+    return (
+        argument(call, "weights_only") not in ((None, "True") if name != "torch.load" else ("True",))
+        or (
+            name.partition(".")[0] in ("pickle", "cPickle", "dill", "joblib", "marshal", "shelve")
+            and last in ("load", "loads", "Unpickler", "open")
+        )
+        or (name.startswith("yaml.") and last in ("load", "load_all") and argument(call, "Loader") not in SAFE_LOADERS)
+        or (name.startswith("yaml.") and ("unsafe" in last or "full" in last))
+        or argument(call, "allow_pickle") not in (None, "False")
+        or name in ("eval", "exec", "os.system", "os.popen")
+        or argument(call, "shell") not in (None, "False")
+        or (last in ("extractall", "extract") and argument(call, "filter") != "'data'")
+        or last == "load_from_checkpoint"
+    )
+
+
+def unsafe_calls(text):
+    """Return "line N: call" for each call in a program that may run what it reads."""
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    return [f"line {call.lineno}: {ast.unparse(call)}" for call in calls if is_unsafe(call)]
+
+
+def test_nothing_is_read_in_a_way_that_could_run_it():
+    found = {path.relative_to(REPO).as_posix(): unsafe_calls(path.read_text(encoding="utf-8")) for path in SOURCES}
+    assert {name: calls for name, calls in found.items() if calls} == {}
+
+
+@pytest.mark.parametrize(
+    "unsafe",
+    [
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "read(f, weights_only=False)",
+        "pickle.loads(b)",
+        "pickle.Unpickler(f)",
+        "joblib.load(f)",
+        "shelve.open(f)",
+        "yaml.load(f)",
+        "yaml.load_all(f, Loader=yaml.Loader)",
+        "yaml.unsafe_load(f)",
+        "yaml.full_load(f)",
+        "np.load(f, allow_pickle=True)",
+        "eval(x)",
+        "exec(x)",
+        "os.system(x)",
+        "os.popen(x)",
+        "subprocess.run(x, shell=True)",
+        "tar.extractall(f)",
+        "tar.extract(f, filter='tar')",
+        "ImageClassifier.load_from_checkpoint(f)",
+    ],
+)
+def test_an_unsafe_call_is_noticed(unsafe):
+    assert unsafe_calls(f"import os\nx = {unsafe}\n") == [f"line 2: {unsafe}"]
 
 
 def test_the_files_that_read_what_is_foreign_are_among_those_looked_at():
@@ -93,13 +126,20 @@ def test_known_bad_versions_are_excluded():
 # -- the docs ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [*DOCS, *SOURCES], ids=lambda path: path.relative_to(REPO).as_posix())
-def test_tensorboard_is_never_opened_to_the_network(path):
-    text = path.read_text(encoding="utf-8")
-    if path.name == "SECURITY.md":  # which says so
-        text = text.replace("without `--bind_all`", "")
-    assert "bind_all" not in text
-    assert not re.search(r"tensorboard\b[^\n`]*--host(?! *=? *(localhost|127\.0\.0\.1))", text)
+def offers_to_the_network(text):
+    """Whether a text or program opens a port to other machines."""
+    pattern = r"bind_all|0\.0\.0\.0|tensorboard\b[^\n`]*--host(?! *=? *(localhost|127\.0\.0\.1))"
+    return re.search(pattern, text) is not None
+
+
+def test_nothing_is_offered_to_the_network():
+    texts = {path.relative_to(REPO).as_posix(): path.read_text(encoding="utf-8") for path in [*DOCS, *SOURCES]}
+    texts["SECURITY.md"] = texts["SECURITY.md"].replace("without `--bind_all`", "")
+    assert [name for name, text in texts.items() if offers_to_the_network(text)] == []
+    assert "localhost only" in texts["docs/report.md"]
+    for command in ("--bind_all", "--host 0.0.0.0", "--host=example.org"):
+        assert offers_to_the_network(f"tensorboard --logdir runs {command}")
+    assert not offers_to_the_network("tensorboard --logdir runs --host localhost")
 
 
 def test_the_policy_names_what_is_trusted_and_the_versions_that_are_excluded():
@@ -133,7 +173,7 @@ def test_a_plain_pickle_is_no_checkpoint(evil, tmp_path):
     plain = tmp_path / "plain.ckpt"
     plain.write_bytes(pickle.dumps(Payload(tmp_path / "the payload ran")))
     for read in (read_checkpoint, read_weights):
-        with pytest.raises(UserError, match=r"plain\.ckpt"):
+        with pytest.raises(UserError, match=r"plain\.ckpt: .*damaged checkpoint, or not a"):
             read(plain)
 
 
@@ -268,15 +308,3 @@ def test_the_tags_of_yaml_run_nothing(monkeypatch, capsys, tmp_path):
     assert not Path("ran").exists()
     fail(monkeypatch, capsys, tmp_path, "fit", *TINY, "--trainer.callbacks=!!python/object/apply:os.mkdir ['ran']")
     assert not Path("ran").exists()
-
-
-@pytest.mark.slow
-def test_a_foreign_run_is_refused_in_a_real_process(evil, tmp_path):
-    run = RunFolder(tmp_path / "foreign")
-    run.checkpoints.mkdir(parents=True)
-    run.config.write_text("data: {dataset: synthetic, image_size: 16, batch_size: 500}\ntrainer: {accelerator: cpu}\n")
-    run.best_checkpoint.write_bytes(evil.read_bytes())
-    done = start("test", run.path, cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) <= 3
-    assert "Traceback" not in done.stderr

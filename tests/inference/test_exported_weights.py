@@ -1,5 +1,6 @@
 """A file of `export --format safetensors` is a model again, with its preprocessing, without the run."""
 
+import json
 import math
 import os
 import pickle
@@ -259,10 +260,13 @@ def test_it_is_exported_into_the_working_directory(kind, name, tmp_path, monkeyp
     assert {path: path.read_bytes() for path in load("smallnet").path.iterdir()} == before
 
 
-def test_predict_images_takes_it_by_name_and_other_commands_say_what_it_is_for(tmp_path, monkeypatch):
+def test_predict_images_takes_it_by_name_and_other_commands_say_what_it_is_for(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     decode_here(monkeypatch)
     Image.new("RGB", (50, 40), (90, 160, 240)).save("cat.jpg")
+    assert run_command(["predict-images", "smallnet", "cat.jpg", "--output", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["path"] == "cat.jpg"
+    assert [path.name for path in tmp_path.iterdir()] == ["cat.jpg"]
     assert run_command(["predict-images", "smallnet", "cat.jpg", "--calibrated"]) == 0
     assert (tmp_path / "predictions.csv").read_text().splitlines()[1].startswith("cat.jpg,")
     for command in (["test", "smallnet"], ["analyze", "smallnet"]):

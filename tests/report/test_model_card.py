@@ -3,7 +3,6 @@ import re
 
 import pytest
 from made_run import make_run
-from program import TINY, start
 
 from cifar_lightning.formatting import markdown
 from cifar_lightning.report.model_card import NAME, write_model_card
@@ -119,18 +118,6 @@ def test_somebodys_own_card_is_left_alone_and_ours_is_overwritten(run):
     write_model_card(run, CARD, run.path)
     assert write_model_card(run, {**CARD, "epoch": 4}, run.path) == path
     assert "epoch 4" in path.read_text(encoding="utf-8")
-
-
-def test_export_writes_a_card_next_to_its_file(tmp_path):
-    start("fit", *TINY, "--epochs", "1", cwd=tmp_path)
-    (tmp_path / "out").mkdir()
-    printed = start(
-        "export", "runs/smallnet/1", "--format", "safetensors", "--output", "out/w.safetensors", cwd=tmp_path
-    )
-    assert f"out/{NAME}: " in printed.stdout
-    text = (tmp_path / "out" / NAME).read_text(encoding="utf-8")
-    assert "# smallnet/1" in text
-    assert "weights of epoch 1" in text
 
 
 def test_a_card_that_somebody_edited_is_made_again(run):
