@@ -69,6 +69,7 @@ def test_generated_images_are_named_by_index():
     found = inspect_source(Synthetic(num_train=200, num_test=100), SplitSettings())
     assert {split: int(of.sum()) for split, of in found["counts"].items()} == {"train": 180, "val": 20, "test": 100}
     assert not found["headers"]
+    assert found["near"]
     assert all(each["name"].startswith(("train[", "test[")) for pair in found["near"] for each in pair)
 
 

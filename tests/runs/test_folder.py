@@ -114,10 +114,12 @@ def test_a_file_in_the_way_is_a_user_error_of_two_lines(tmp_path):
     assert len(str(caught.value).splitlines()) <= 2
 
 
-@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
-    (tmp_path / "mine").mkdir(mode=0o500)
-    with pytest.raises(UserError, match="--run_dir"):
+def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("cifar_lightning.runs.folder.make_folder", refuse)
+    with pytest.raises(UserError, match=r"--run_dir .*mine: cannot make this folder \(Permission denied\)"):
         create_run(tmp_path, "smallnet", tmp_path / "mine")
 
 

@@ -1,6 +1,7 @@
 """The LR finder suggests a learning rate that trains, and leaves no trace on the run that follows."""
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from fitting import quiet_trainer, small_data
@@ -34,6 +35,7 @@ def test_the_rate_lies_where_the_loss_falls_and_nothing_else_is_touched(data):
     assert len(found.lrs) == len(found.losses) > 20
     at = found.lrs.index(found.suggestion)
     assert found.losses[at] > min(found.losses)
+    assert np.gradient(found.losses)[at] < 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in tuned.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
     assert data.trainer is None
