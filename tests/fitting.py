@@ -1,8 +1,11 @@
 """Short fits in this process, with the callbacks and the checkpoints of a run."""
 
+import random
 import signal
 
 import lightning.pytorch as pl
+import numpy as np
+import torch
 
 from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.checkpoints.durable import DurableCheckpointIO
@@ -25,6 +28,13 @@ SPEED = {
     "head_lr": 0.05,
     "lr": 0.1,
 }
+
+
+def seed(number):
+    """Seed the generators of Python, NumPy and torch."""
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
 
 
 def last_checkpoint_of(run):

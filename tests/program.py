@@ -147,6 +147,13 @@ def git(folder, *arguments):
     return subprocess.check_output(["git", "-C", str(folder), *identity, *arguments], env=own, text=True).strip()
 
 
+def resident_bytes():
+    """Return the memory that this process has; on Linux alone."""
+    import resource  # which Windows lacks
+
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def decode_here(monkeypatch):
     """Decode images in a thread of this process: starting a worker for each of many small tests takes minutes."""
 

@@ -4,16 +4,11 @@ import random
 
 import numpy as np
 import torch
+from fitting import seed
 
 from cifar_lightning.checkpoints.rng_state import restore_rng, rng_state
 
 CPU = torch.device("cpu")
-
-
-def seed(number):
-    random.seed(number)
-    np.random.seed(number)
-    torch.manual_seed(number)
 
 
 def test_random_states_come_back_for_all_generators():

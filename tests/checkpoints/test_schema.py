@@ -1,11 +1,8 @@
 """Checkpoints of older versions: what is renamed, and that they are loaded and resumed as new ones."""
 
-import random
-
-import numpy as np
 import pytest
 import torch
-from fitting import NARROW, Signal, fit_run, last_checkpoint_of, quiet_trainer, small_data
+from fitting import NARROW, Signal, fit_run, last_checkpoint_of, quiet_trainer, seed, small_data
 
 from benchmarks.faults.judge import differences
 from cifar_lightning import ImageClassifier
@@ -47,8 +44,7 @@ def save_downgraded(path):
 
 
 def fit(path, *more, **kwargs):
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(0)
+    seed(0)
     module = ImageClassifier(image_size=16, model_kwargs=NARROW, stem_train_fraction=0.5, lr=0.01, ema_decay=0.9)
     return fit_run(path, *more, epochs=2, eval_batch_size=100, module=module, **kwargs)[0]
 

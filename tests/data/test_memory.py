@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from program import resident_bytes
 
 from cifar_lightning.data import memory
 from cifar_lightning.data.memory import free_host_bytes, give_back_pages
@@ -84,10 +85,6 @@ print(given_back, new_pages())
     given_back, kept = (int(number) for number in done.stdout.split())
     assert given_back > 100
     assert kept < given_back / 20
-
-
-def resident_bytes():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 @on_linux

@@ -99,7 +99,11 @@ def test_onnx_takes_raw_images_in_batches_of_any_size(run, tmp_path, capsys):
     assert_onnx_predicts_as_pytorch(run, path, test_images(72), (1, 7, 64))
     out = capsys.readouterr()
     assert "256 test images: largest difference of a probability" in out.out
+    assert f"{tmp_path / 'MODEL_CARD.md'}: " in out.out
     assert out.err == ""
+    text = (tmp_path / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "\n# run\n" in text
+    assert "weights of epoch 3" in text
     assert sorted(file.name for file in tmp_path.iterdir()) == ["MODEL_CARD.md", "net.onnx"]  # one file, and its card
 
 
@@ -285,8 +289,8 @@ def test_force_overwrites(run, tmp_path):
 
 
 @pytest.mark.slow(first=True)
-@pytest.mark.parametrize("name", ["smallnet", "resnet18"])
-def test_onnx_agrees_on_1000_test_images_in_batches_from_1_to_512(tmp_path, name):
+@pytest.mark.parametrize(("name", "sizes"), [("smallnet", (1, 7, 224, 512, 256)), ("resnet18", (1, 7, 64))])
+def test_onnx_agrees_on_test_images_in_batches_of_many_sizes(tmp_path, name, sizes):
     run = make_run(tmp_path / "run", name)
     path = export_run(run, "onnx", probs=True)
-    assert_onnx_predicts_as_pytorch(run, path, test_images(1000), (1, 7, 224, 512, 256))
+    assert_onnx_predicts_as_pytorch(run, path, test_images(sum(sizes)), sizes)

@@ -1,7 +1,5 @@
 """YAML that cannot be read fails in one way, and what would grow without end is refused at once."""
 
-import time
-
 import pytest
 import yaml
 
@@ -43,10 +41,8 @@ def test_an_alias_inside_what_it_names_is_refused(text):
 def test_aliases_of_aliases_are_counted_as_written_out_and_refused_at_once():
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]" for k in range(1, 30)]
-    began = time.monotonic()
     with pytest.raises(yaml.YAMLError, match=f"more than {MAX_NODES:,} values"):
-        read_yaml("\n".join(lines))
-    assert time.monotonic() - began < 5  # 10^30 values would take longer than the universe is old
+        read_yaml("\n".join(lines))  # 10^30 values would take longer than the universe is old
 
 
 OTHER = ["064", "010", "-010", "0_10", "1:30", "1:30.5", "10:00:00:00", "a: [010]", "010: a"]

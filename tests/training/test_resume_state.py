@@ -2,14 +2,12 @@
 
 import itertools
 import math
-import random
 import signal
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
-from fitting import NARROW, Signal, fit_run, last_checkpoint_of
+from fitting import NARROW, Signal, fit_run, last_checkpoint_of, seed
 from lightning.pytorch.trainer.states import TrainerFn
 from program import REPO, TINY
 from program import start as run_program
@@ -38,12 +36,6 @@ def result_of(run):
         "learning_rates.json": read_learning_rates(run.learning_rates),
     }
     return {"last.ckpt": last_checkpoint_of(run), **files}
-
-
-def seed(number):
-    random.seed(number)
-    np.random.seed(number)
-    torch.manual_seed(number)
 
 
 def start(path, *more, **kwargs):

@@ -95,19 +95,24 @@ def test_processes_that_do_not_speak_for_the_run_end_well():
 
 def test_a_worker_leaves_the_signals_of_its_group_to_its_parent_and_ends_when_that_says_so():
     code = """
-import os, signal, sys, time
+import os, signal, sys
 from cifar_lightning.data.loaders import leave_signals_to_parent
 from cifar_lightning.training.signals import StopSignals
 os.setpgrp()
 StopSignals().defer()
+request, reply = os.pipe(), os.pipe()
 worker = os.fork()
 if worker == 0:
     leave_signals_to_parent(0)
     print("ready", flush=True)
-    time.sleep(60)
+    while True:
+        os.write(reply[1], os.read(request[0], 1))
+os.close(reply[1])
 sys.stdin.readline()
 os.killpg(0, signal.SIGTERM)
-time.sleep(0.5)
+for _ in range(2):  # the worker is in its loop, after any signal
+    os.write(request[1], b"x")
+    assert os.read(reply[0], 1) == b"x"
 assert os.waitpid(worker, os.WNOHANG) == (0, 0)
 os.kill(worker, signal.SIGTERM)
 assert os.waitpid(worker, 0)[1] == signal.SIGTERM

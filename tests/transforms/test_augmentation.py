@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from photos import random_images
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -38,10 +39,6 @@ def draw_epoch(chosen, **kwargs):
 def tables(drawn):
     """Return all tables as attributes."""
     return SimpleNamespace(**{name: table for _, tables in drawn for name, table in tables.items()})
-
-
-def random_images(count=16, height=32, width=32):
-    return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
 
 
 def naive_crop_and_mirror(image, shift_y, shift_x, mirrored, padding, mode):

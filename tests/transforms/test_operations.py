@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from photos import random_images
 from torchvision.transforms.v2 import functional as F
 
 from cifar_lightning.transforms.operations import (
@@ -16,10 +17,6 @@ from cifar_lightning.transforms.operations import (
 
 # Ranges at least as wide as those of either policy.
 STRONGEST = dict(zip(SIGNED, [0.99, 0.99, 32.0, 32.0, 135.0, 0.99, 0.99, 0.99, 0.99], strict=True))
-
-
-def random_images(count=16, height=32, width=32):
-    return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
 
 
 def apply_operation(images, operation, magnitudes):
