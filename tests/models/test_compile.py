@@ -18,7 +18,9 @@ def test_without_a_compiler_the_model_runs_uncompiled_and_says_so(monkeypatch, c
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", find_none)
     model = SmallNet(widths=[2, 2])
     compile_model(model, torch.device("cpu"))
-    assert capsys.readouterr().err == ("--model.compile: the model runs uncompiled (No working C++ compiler found).\n")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("--model.compile: ")
+    assert "(No working C++ compiler found)" in line
     assert model(torch.randn(2, 3, 4, 4)).shape == (2, 10)
 
 

@@ -228,10 +228,12 @@ def test_unknown_names_are_refused_with_those_that_there_are(tmp_path):
     # A process of its own: the tests' check of types would refuse them before.
     (tmp_path / "unknown.py").write_text(UNKNOWN, encoding="utf-8")
     done = start(program=tmp_path / "unknown.py", cwd=tmp_path, PYTHONPATH=str(REPO))
-    assert done.stdout.splitlines() == [
-        "--model.optimizer adam: one of adamw, sgd, muon, or timm/NAME. Did you mean adamw?",
-        "--model.tta flip: one of none, mirror, six.",
-    ], done.stderr
+    optimizer, tta = done.stdout.splitlines()
+    for line, words in (
+        (optimizer, ["--model.optimizer adam:", "adamw, sgd, muon", "timm/NAME", "Did you mean adamw?"]),
+        (tta, ["--model.tta flip:", "none, mirror, six"]),
+    ):
+        assert [word for word in words if word not in line] == [], done.stderr
 
 
 def test_half_a_model_can_be_frozen():

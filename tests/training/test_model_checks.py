@@ -378,13 +378,11 @@ def test_what_is_no_module_is_refused(tmp_path):
     # A process of its own: the tests' check of types would refuse it before.
     (tmp_path / "given.py").write_text(GIVEN, encoding="utf-8")
     done = start(program=tmp_path / "given.py", cwd=tmp_path, PYTHONPATH=str(REPO))
-    assert done.stdout.splitlines() == [
-        "model=Net: a class; give an instance, model=Net(...).",
-        "model: a str; give an nn.Module that returns raw logits.",
-        "--model.model_kwargs widths=8: names and values, such as '{widths: [32, 64, 128]}'.",
-        "the model returns a tuple, not a tensor of raw logits; wrap it in an nn.Module whose forward returns the "
-        "logits alone.",
-    ], done.stderr
+    expected = [["model=Net:", "model=Net(...)"], ["model: a str", "nn.Module"]]
+    expected += [["--model.model_kwargs widths=8:", "{widths: "], ["a tuple, not a tensor", "forward"]]
+    lines = done.stdout.splitlines()
+    for line, words in zip(lines, expected, strict=True):
+        assert [word for word in words if word not in line] == [], done.stderr
 
 
 @pytest.mark.parametrize(

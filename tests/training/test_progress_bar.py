@@ -210,7 +210,8 @@ def test_a_run_that_is_stopped_early_says_so(tmp_path):
     # No gain is enough: of 6 epochs, the peak in the second, the patience of 2 is used up by the fourth.
     fit_with(tmp_path, bar_on(out), AnnealingEarlyStopping(patience=0, min_delta=0.9), max_epochs=6)
     lines = out.getvalue().splitlines()
-    assert lines[-1] == "stopped early: no better val/acc in the last 2 validations (--early_stopping.patience)"
+    for words in ("stopped early", "val/acc", "2 validations", "--early_stopping.patience"):
+        assert words in lines[-1]
     assert lines[-2].startswith("epoch 4/6")
     at_its_end = AnnealingEarlyStopping(patience=0, min_delta=0.9)
     fit_with(tmp_path, bar_on(out := io.StringIO()), at_its_end, max_epochs=4)
