@@ -137,7 +137,7 @@ def test_a_checkpoint_larger_than_the_memory_is_refused_at_once(tmp_path):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
-@pytest.mark.parametrize("num_mutations", [50, pytest.param(200, marks=pytest.mark.slow(first=True))])
+@pytest.mark.parametrize("num_mutations", [50, pytest.param(500, marks=pytest.mark.slow(first=True))])
 def test_any_mutation_is_read_or_refused(num_mutations, run, checkpoint):
     """CIFAR_LIGHTNING_TEST_SEED chooses other mutations."""
     rng, original, refusals, whole = random.Random(SEED), run.best_checkpoint, [], load(checkpoint)
