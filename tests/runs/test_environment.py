@@ -1,5 +1,6 @@
 """What the numbers of a run may depend on."""
 
+import os
 import sys
 from pathlib import Path
 
