@@ -298,7 +298,7 @@ def test_two_processes_that_were_killed_inside_an_epoch_end_as_two_that_were_not
     settings = [*TINY, "--model.model_kwargs", "{widths: [4, 8, 8], dropout: 0.2}", "--lr", 0.01, "--batch_size", 50]
     settings += ["--model.ema_decay", 0.9, "--model.mixup", 0.2]  # more states of each process, and an average of all
     settings += ["--epochs", 3, "--checkpoint.every_n_train_steps", 2, "--trainer.logger", "false"]
-    settings += ["--trainer.strategy", "ddp", "--trainer.devices", 2]
+    settings += ["--trainer.strategy", "ddp", "--trainer.devices", 2, "--trainer.precision", "32-true"]  # else by time
     run_program("fit", *settings, "--run_dir", "whole", cwd=tmp_path)
     sabotage = REPO / "benchmarks" / "faults" / "sabotage.py"
     killed = ["SIGKILL@train:14", REPO / "train.py", "fit", *settings, "--run_dir", "broken"]
