@@ -30,6 +30,7 @@ from cifar_lightning.cli.parser import (
     describe_flags,
     table_text,
 )
+from cifar_lightning.cli.trainer_arguments import settle_devices
 from cifar_lightning.cli.trainer_objects import check_kinds, drop_unserializable_defaults
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.memory import keep_freed_memory
@@ -144,6 +145,7 @@ class TrainingCLI(LightningCLI):
         if self._objects.model is not None:
             model.name = name
         settle_precision(self.settings.trainer)
+        settle_devices(command, self.settings.trainer)
         drop_unserializable_defaults(self.settings)
 
     def _refuse_typed_smoothing(self) -> None:

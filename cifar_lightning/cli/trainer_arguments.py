@@ -6,19 +6,21 @@ and fail for an argument of Lightning's that has no entry.
 
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch.plugins import CheckpointIO, Precision
 from pydantic import Field
 
 from cifar_lightning.cli.trainer_objects import check_kinds, class_of, objects_in
-from cifar_lightning.errors import UserError
-from cifar_lightning.formatting import clipped
+from cifar_lightning.errors import UserError, remark
+from cifar_lightning.formatting import clipped, command_line
 from cifar_lightning.settings.limits import Count, check_setting, limits_of
 from cifar_lightning.training.precision import is_on_cuda
 
@@ -83,8 +85,10 @@ def _is_duration(value: Any) -> bool:
 
 
 def _num_devices(trainer: Namespace) -> int:
-    """Return how many devices are asked for by number or list; 1 for auto."""
+    """Return how many devices are asked for by number or list; 1 for auto, all GPUs for -1."""
     devices = str(trainer.devices)
+    if devices == "-1":
+        return torch.cuda.device_count() if is_on_cuda(trainer) else 1
     return int(devices) if devices.isdecimal() else len(re.findall(r"\d+", devices)) or 1
 
 
@@ -109,7 +113,7 @@ ARGUMENTS: dict[str, Argument] = {
         },
     ),
     "devices": Argument(
-        "number or list of devices, or `auto`",
+        "number or list of devices, or `auto`; `fit` in a notebook takes one",
         refused={
             "auto, a number of devices, or a list such as [0, 1]": (
                 lambda value, _: not re.fullmatch(r"auto|\[?\s*-?\d+(\s*,\s*\d+)*\s*,?\]?", str(value))
@@ -276,6 +280,32 @@ def check_trainer(command: str, trainer: Namespace) -> None:
                 raise UserError(f"--{flag} {clipped(str(value))}: {reason}.")
     if command == "fit":
         check_kinds(map(class_of, objects_in(trainer.get("callbacks"))))
+
+
+def settle_devices(command: str, trainer: Namespace) -> None:
+    """Use one device in a notebook or an interactive Python, where Lightning would fork this process for several.
+
+    It takes one by itself where the devices are `auto`. An evaluation, whose devices are those of a run, does likewise.
+
+    Raises:
+        UserError: `fit` is given several devices.
+    """
+    if not (hasattr(sys, "ps1") or sys.flags.interactive):
+        return
+    is_several, in_terminal = _num_devices(trainer) > 1, f"{command_line('fit')} in a terminal"
+    if command != "fit":
+        if is_several:
+            remark("remark: this interactive Python or notebook evaluates on one device.")
+            trainer.devices = 1
+        if "ddp" in str(trainer.strategy).lower():
+            trainer.strategy = "auto"
+    elif is_several:
+        raise UserError(
+            f"--trainer.devices {clipped(str(trainer.devices))}: an interactive Python or a notebook trains on one "
+            f"device; give --trainer.devices 1, or start {in_terminal}."
+        )
+    elif trainer.devices == "auto" and is_on_cuda(trainer) and (num_gpus := torch.cuda.device_count()) > 1:
+        remark(f"remark: this interactive Python or notebook trains on 1 of {num_gpus} GPUs; {in_terminal} on all.")
 
 
 def page_text() -> str:

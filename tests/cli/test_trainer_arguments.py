@@ -4,19 +4,22 @@ import functools
 import inspect
 import logging
 import os
+import sys
 from datetime import timedelta
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from program import REPO, TINY
 
+from cifar_lightning.cli.lightning_cli import TrainingCLI
 from cifar_lightning.cli.main import run_command
 from cifar_lightning.cli.parser import check_arguments
-from cifar_lightning.cli.trainer_arguments import ARGUMENTS, PAGE, page_text
+from cifar_lightning.cli.trainer_arguments import ARGUMENTS, PAGE, page_text, settle_devices
 from cifar_lightning.errors import UserError
 from cifar_lightning.training.quiet_lightning import quiet
 
@@ -225,6 +228,40 @@ def test_a_value_is_refused_with_its_flag_and_the_reason(parser, flags, reason):
         check_arguments("fit", parser.parse_args([f"--trainer.{flag}" for flag in given]))
     assert str(error.value).startswith((f"--trainer.{name} ", "--epochs ", "--trainer.max_steps "))
     assert reason in str(error.value)
+
+
+@pytest.fixture
+def gpus_of_a_notebook(monkeypatch):
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("gpus_of_a_notebook")
+@pytest.mark.parametrize("devices", ["2", "[0, 1]", "-1"])
+def test_a_notebook_trains_on_no_more_than_one_device_and_evaluates_a_run_of_several_on_one(devices, capsys):
+    trainer = Namespace(devices=devices, strategy="ddp", accelerator="auto")
+    with pytest.raises(UserError, match=r"--trainer\.devices .*give --trainer\.devices 1"):
+        settle_devices("fit", trainer)
+    settle_devices("test", trainer)
+    assert (trainer.devices, trainer.strategy) == (1, "auto")
+    assert "one device" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("gpus_of_a_notebook")
+def test_a_notebook_on_one_device_says_that_other_gpus_are_idle(capsys):
+    for devices, accelerator, idle in (("auto", "auto", True), ("auto", "cpu", False), ("1", "gpu", False)):
+        settle_devices("fit", trainer := Namespace(devices=devices, strategy="auto", accelerator=accelerator))
+        assert trainer.devices == devices
+        assert ("1 of 2 GPUs" in capsys.readouterr().out) is idle
+
+
+def test_an_interactive_python_is_noticed_where_settings_are_parsed(monkeypatch):
+    flags = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--seed_everything=false"]
+    assert TrainingCLI("fit", flags).settings.trainer.devices == "2"
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with pytest.raises(UserError, match=r"--trainer\.devices 2"):
+        TrainingCLI("fit", flags)
 
 
 def test_every_argument_with_refused_values_has_such_a_case():
