@@ -67,12 +67,14 @@ def settle_precision(trainer: Namespace) -> None:
     """Set precision and cuDNN's benchmark mode of the Trainer's arguments by device where they are not given.
 
     A precision without hardware support is replaced by 32-true, with a line on stderr: on a CPU half precision is
-    emulated then, 90 times slower. One that a CPU supports but is slower in is kept, with a line.
+    emulated then, 90 times slower. One that a CPU supports but is slower in is kept, with a line. A GPU without
+    bfloat16 (before Ampere) gets 16-mixed for bf16-mixed.
 
     Raises:
         UserError: 64-true on Apple's GPU, which has no float64.
     """
     on_cuda, on_mps = is_on_cuda(trainer), is_on_mps(trainer)
+    asked = str(trainer.precision)
     if on_cuda:
         torch.set_float32_matmul_precision("high")  # TF32 for float32 matmuls
     if trainer.precision is None:
@@ -87,7 +89,10 @@ def settle_precision(trainer: Namespace) -> None:
     elif not on_cuda and (needed := needed_for(str(trainer.precision))):
         print(f"--trainer.precision {trainer.precision} needs {needed}: using 32-true.", file=sys.stderr)
         trainer.precision = "32-true"
-    elif not on_cuda and str(trainer.precision).startswith("bf16") and (gain := bfloat16_gain()) < 1:
+    elif on_cuda and asked.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
+        trainer.precision = "32-true" if asked == "bf16-true" else "16-mixed"
+        print(f"--trainer.precision {asked} needs a GPU with bfloat16: using {trainer.precision}.", file=sys.stderr)
+    elif not on_cuda and asked.startswith("bf16") and (gain := bfloat16_gain()) < 1:
         print(
             f"--trainer.precision {trainer.precision}: convolutions in bfloat16 are {gain:.2f} times as fast as in "
             "float32 here; 32-true is faster.",

@@ -68,6 +68,19 @@ def test_a_gpu_computes_in_half_precision_and_tf32_unless_training_is_on_the_cpu
     assert (trainer.precision, trainer.benchmark, set_to) == (precision, True, matmul)
 
 
+@pytest.mark.parametrize("asked", ["bf16-mixed", "bf16-true", "32-true"])
+def test_a_gpu_without_bfloat16_gets_16_mixed(asked, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    for has_bfloat16 in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bfloat16: has)
+        trainer = Namespace(precision=asked, accelerator="auto", benchmark=None, deterministic=False)
+        settle_precision(trainer)
+        expected = asked if has_bfloat16 else {"bf16-mixed": "16-mixed"}.get(asked, "32-true")
+        assert trainer.precision == expected
+        assert (f"--trainer.precision {asked}" in capsys.readouterr().err) is (asked != expected)
+
+
 @pytest.mark.parametrize(
     ("asked", "accelerator", "got"),
     [
