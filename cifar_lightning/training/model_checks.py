@@ -7,6 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 from jaxtyping import Float
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn, optim
 
@@ -182,15 +184,18 @@ def check_optimizers(trainer: pl.Trainer, model: nn.Module) -> None:
             f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}: LBFGS computes the gradients of a "
             "step several times, and they would pile up; give a larger --batch_size."
         )
-    if getattr(trainer.precision_plugin, "scaler", None) is None:
+    plugin = trainer.precision_plugin
+    if not isinstance(plugin, MixedPrecision):
         return
-    if has_lbfgs:
+    if has_lbfgs and plugin.scaler is not None:
         raise UserError("--trainer.precision 16-mixed: LBFGS cannot scale gradients; give bf16-mixed or 32-true.")
-    # What Lightning asks when it clips the first gradients.
-    if trainer.gradient_clip_val and any(getattr(each, "_step_supports_amp_scaling", False) for each in optimizers):
+    # What Lightning asks when it clips the first gradients, also without a scaler, unless the module clips them itself.
+    is_clipped = plugin.scaler is not None or not is_overridden("configure_gradient_clipping", trainer.lightning_module)
+    is_fused = any(getattr(each, "_step_supports_amp_scaling", False) for each in optimizers)
+    if trainer.gradient_clip_val and is_clipped and is_fused:
         raise UserError(
-            f"--trainer.gradient_clip_val {trainer.gradient_clip_val}: with --trainer.precision 16-mixed the gradients "
-            "of a fused optimizer cannot be clipped; leave fused out, or give bf16-mixed or 32-true."
+            f"--trainer.gradient_clip_val {trainer.gradient_clip_val}: with --trainer.precision {plugin.precision} the "
+            "gradients of a fused optimizer cannot be clipped; leave fused out, or give 32-true."
         )
 
 

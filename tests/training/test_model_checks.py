@@ -2,10 +2,12 @@
 
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from fitting import fake_data, quiet_trainer, small_data
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from program import REPO, start
 from torch import nn
@@ -200,6 +202,12 @@ def test_several_optimizers_end_in_a_sentence(tmp_path):
 CONTIGUOUS = nn.Linear(2, 2)
 LBFGS = torch.optim.LBFGS(CONTIGUOUS.parameters())
 FUSED = torch.optim.AdamW(CONTIGUOUS.parameters(), fused=True)
+HALF, BFLOAT16 = MixedPrecision("16-mixed", "cuda", scaler=object()), MixedPrecision("bf16-mixed", "cpu")
+
+
+class OwnClipping(pl.LightningModule):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
 
 @pytest.mark.parametrize(
@@ -207,16 +215,19 @@ FUSED = torch.optim.AdamW(CONTIGUOUS.parameters(), fused=True)
     [
         (LBFGS, {}, None),
         (LBFGS, {"accumulate_grad_batches": 2}, r"--trainer\.accumulate_grad_batches 2: LBFGS"),
-        (LBFGS, {"scaler": object()}, r"--trainer\.precision 16-mixed: LBFGS"),
-        (FUSED, {"accumulate_grad_batches": 2, "scaler": object()}, None),
+        (LBFGS, {"precision_plugin": HALF}, r"--trainer\.precision 16-mixed: LBFGS"),
+        (LBFGS, {"precision_plugin": BFLOAT16}, None),
+        (FUSED, {"accumulate_grad_batches": 2, "precision_plugin": HALF}, None),
         (FUSED, {"gradient_clip_val": 1.0}, None),
-        (FUSED, {"gradient_clip_val": 1.0, "scaler": object()}, r"--trainer\.gradient_clip_val 1\.0: .*fused"),
+        (FUSED, {"gradient_clip_val": 1.0, "precision_plugin": HALF}, r"gradient_clip_val 1\.0: .*16-mixed.*fused"),
+        (FUSED, {"gradient_clip_val": 1.0, "precision_plugin": BFLOAT16}, r"gradient_clip_val 1\.0: .*bf16-.*fused"),
+        (FUSED, {"gradient_clip_val": 1.0, "precision_plugin": BFLOAT16, "lightning_module": OwnClipping()}, None),
     ],
 )
 def test_an_optimizer_that_cannot_do_what_the_trainer_asks_is_refused_before_training(optimizer, settings, message):
-    given = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "scaler": None, **settings}
-    plugin = SimpleNamespace(scaler=given["scaler"])
-    trainer = SimpleNamespace(optimizers=[optimizer], precision_plugin=plugin, **given)
+    given = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "precision_plugin": Precision()}
+    given |= {"lightning_module": pl.LightningModule()} | settings
+    trainer = SimpleNamespace(optimizers=[optimizer], **given)
     if message is None:
         check_optimizers(trainer, CONTIGUOUS)
         return
