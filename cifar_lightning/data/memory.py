@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     import torch
 
 # Of the allocators of CPUs, on Linux and macOS or on Windows, and of Apple's GPU; CUDA's has a class of its own.
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory: you tried", "MPS backend out of memory")
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory: you tried",
+    "MPS backend out of memory",
+    "CUDA error: out of memory",  # of the driver
+    "_STATUS_ALLOC_FAILED",  # of cuBLAS and cuDNN
+)
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 _CGROUP = Path("/sys/fs/cgroup")
 _MOST_BYTES = 2**31 - 1  # mallopt takes an int

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
@@ -136,6 +137,12 @@ def explain(error: RuntimeError | OSError, command: str, run: RunFolder | None =
         less = _LESS_MEMORY.get(command, "lower --data.eval_batch_size")
         inside = "; with another --batch_size only from the end of an epoch"
         return RunError(f"out of memory: {less}.\n{_way_on(run, inside)}")
+    # An assert on the device is of an index in somebody's code, to which the traceback leads.
+    if isinstance(error, torch.AcceleratorError) and "device-side assert" not in text:
+        reason = clipped(str(error).partition("\n")[0].rstrip("."), 120)
+        return RunError(
+            f"the GPU failed ({reason}).\nLook at nvidia-smi, or give --trainer.accelerator cpu. {_way_on(run)}"
+        )
     if "DataLoader worker" in text:
         return RunError(
             f"a loader's worker process died ({text[:120]}).\n"

@@ -12,9 +12,12 @@ GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 WINDOWS = RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
 APPLE = RuntimeError("MPS backend out of memory (MPS allocated: 18.0 GiB, other allocations: 9 KiB).")
+DRIVER = torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in ...")
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+BROKEN = torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for `cudaErrorLaunchFailure' in ...")
 FULL = OSError(28, "No space left on device", "metrics.csv")
 WORKER = RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed.")
-ALL = [GPU, CPU, WINDOWS, APPLE, FULL, WORKER]
+ALL = [GPU, CPU, WINDOWS, APPLE, DRIVER, CUBLAS, BROKEN, FULL, WORKER]
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def test_without_a_checkpoint_none_is_promised(run, error):
 
 
 def test_memory_that_ran_out_has_a_way_out_that_the_command_takes(run):
-    for error in (GPU, CPU, WINDOWS, APPLE):
+    for error in (GPU, CPU, WINDOWS, APPLE, DRIVER, CUBLAS):
         assert "--batch_size" in str(explain(error, "fit"))
         assert "--batch_size" in str(explain(error, "tune"))
         for command in ("validate", "test", "predict"):
@@ -51,6 +54,16 @@ def test_memory_that_ran_out_has_a_way_out_that_the_command_takes(run):
             assert "--batch_size" not in message
     run.last_checkpoint.touch()
     assert "another --batch_size only from" in str(explain(GPU, "fit", run))
+
+
+def test_a_gpu_that_fails_is_named_and_an_assert_of_its_code_stays_a_traceback():
+    message = str(explain(BROKEN, "fit"))
+    assert "the GPU failed (CUDA error: unspecified launch failure)" in message
+    assert "--trainer.accelerator cpu" in message
+    assert explain(torch.AcceleratorError("CUDA error: device-side assert triggered\nSearch for ..."), "fit") is None
+    with pytest.raises(RunError) as raised, explained("fit"):
+        raise BROKEN
+    assert raised.value.__cause__ is BROKEN
 
 
 def test_a_dead_worker_is_named():
