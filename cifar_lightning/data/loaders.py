@@ -39,6 +39,7 @@ from cifar_lightning.transforms.per_image import one_thread
 from cifar_lightning.transforms.pipeline import Drawn, Pipeline, apply_stage, augment, rows_of
 from cifar_lightning.transforms.transform import Tables, Transform, name_of
 
+_BLOCK = 1024  # images of a mapped file that are read at a time
 _COMPARED = 64  # images of a mapped file that tell whether a worker has opened the same one
 _NO_TRANSFORMS = Pipeline(Augmentation(), ())
 
@@ -258,15 +259,28 @@ class LoaderFactory:
     def _resident_tensors(self, source: Split, device: torch.device) -> tuple[Tensor, Tensor]:
         if (source, device) not in self._resident:
             raw = self.images[source]
-            if not raw.images.flags.writeable:
+            if raw.images.flags.writeable:
+                images = torch.from_numpy(raw.images).to(device)
+            elif device.type != "cpu":
+                images = _read_onto(device, raw.images)
+                raw = raw._replace(targets=raw.targets.copy())
+            else:
                 # Read a memory-mapped file into memory: page faults during training would be slow. A copy by its own
                 # method would be a memmap, too, of no file.
                 raw = raw._replace(images=np.array(raw.images), targets=raw.targets.copy())
-            if device.type == "cpu":
                 self.images[source] = raw  # drops the mapping, whose pages would count twice
-            images, targets = torch.from_numpy(raw.images), torch.from_numpy(raw.targets)
-            self._resident[source, device] = (images.to(device), targets.to(device))
+                images = torch.from_numpy(raw.images)
+            self._resident[source, device] = (images, torch.from_numpy(raw.targets).to(device))
         return self._resident[source, device]
+
+
+def _read_onto(device: torch.device, mapped: np.ndarray) -> Tensor:
+    """Read a memory-mapped file into a device's memory, of which the host's has a block at a time."""
+    images = torch.empty(mapped.shape, dtype=torch.uint8, device=device)
+    for block in (slice(start, start + _BLOCK) for start in range(0, len(mapped), _BLOCK)):
+        images[block] = torch.from_numpy(np.array(mapped[block]))
+        give_back_pages(mapped)
+    return images
 
 
 class _Batch(NamedTuple):

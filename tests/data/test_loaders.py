@@ -14,6 +14,7 @@ from fitting import small_data
 from lightning.fabric import Fabric
 from program import resident_bytes
 
+from cifar_lightning.data import loaders
 from cifar_lightning.data.image_set import ImageSet
 from cifar_lightning.data.loaders import BatchTransform, LoaderFactory, ResidentLoader, StreamingLoader, _Rows
 from cifar_lightning.data.sampler import EpochSampler, Rank
@@ -324,3 +325,14 @@ def test_images_that_were_read_from_a_mapped_file_travel_to_workers_without_it(t
     assert not isinstance(read, np.memmap)
     rows = pickle.loads(pickle.dumps(_Rows(read, TARGETS, ())))
     assert torch.equal(rows[3][0], torch.from_numpy(IMAGES[3]))
+
+
+def test_images_of_a_mapped_file_are_read_onto_a_device_by_blocks(tmp_path, monkeypatch):
+    np.save(tmp_path / "images.npy", IMAGES)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    monkeypatch.setattr(loaders, "_BLOCK", 16)
+    assert torch.equal(loaders._read_onto(torch.device("cpu"), mapped), torch.from_numpy(IMAGES))
+    factory = LoaderFactory({"train": ImageSet(mapped, TARGETS, "")}, 0)
+    loader = factory.make("train", sampler(), TRANSFORM, torch.device("meta"))  # it keeps no values
+    assert (loader.images.device.type, loader.images.shape, loader.images.dtype) == ("meta", IMAGES.shape, torch.uint8)
+    assert factory.images["train"].images is mapped
