@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -403,6 +404,9 @@ def train(
         resume.run.discard_results()  # of the weights before
         schedule = model.schedule_settings.name if model.plans_schedule else None
         print("\n".join(resume.point.describe(resume.run, resume.changes, schedule)))
+    if trainer.precision == "16-mixed" and model.automatic_optimization:
+        # The scaler skips steps until its scale fits, often the first, which torch takes for a wrong order of calls.
+        warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
     # weights_only: a checkpoint is data and must not be able to run code.
     with restoring(ckpt_path):
         trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)

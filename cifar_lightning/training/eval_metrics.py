@@ -103,8 +103,9 @@ def check_metrics(metrics: MetricCollection, num_classes: int, device: torch.dev
     probs = torch.randn(len(labels), num_classes, generator=torch.Generator().manual_seed(0)).softmax(1).to(device)
     for name, metric in metrics.clone().to(device).items():
         given = f"--model.metrics {name}: for probabilities {tuple(probs.shape)} and labels {tuple(labels.shape)} it"
+        drawn_on = [] if device.type == "cpu" else [device]
         try:
-            with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
+            with torch.random.fork_rng(drawn_on), warnings.catch_warnings(action="ignore"):
                 metric.update(probs, labels)
                 value = metric.compute()
         except Exception as error:  # a metric of one's own raises anything

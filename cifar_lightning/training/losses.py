@@ -116,7 +116,7 @@ def check_loss(
         given = f"--model.loss {clipped(name)}: for logits {tuple(logits.shape)} and {kind} {tuple(targets.shape)} it"
         hint = ";\nleave --model.mixup and --model.cutmix out" if kind == "probabilities" else ""
         try:
-            with torch.random.fork_rng(), torch.enable_grad():
+            with torch.random.fork_rng([] if device.type == "cpu" else [device]), torch.enable_grad():
                 tried = copy.deepcopy(loss)
                 value = tried(logits, targets)
         except Exception as error:  # code of one's own raises anything

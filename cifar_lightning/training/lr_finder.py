@@ -61,11 +61,11 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
     tuned.prepare(data)
     bar = sys.stderr if sys.stderr.isatty() else io.StringIO()  # without a terminal the bar writes a line per step
     with (
-        torch.random.fork_rng(),
         tempfile.TemporaryDirectory() as folder,
         silenced("lightning.pytorch"),  # it logs the checkpoint that it restores
         contextlib.redirect_stderr(bar),
         warnings.catch_warnings(action="ignore"),
+        torch.random.fork_rng(),
         winograd_convolutions(tuned),  # Lightning leaves out the callback that does it
     ):
         trainer = pl.Trainer(**{**trainer_settings, **quiet, "default_root_dir": folder})

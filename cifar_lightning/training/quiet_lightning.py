@@ -19,6 +19,8 @@ _SILENCED = (
     "The dirpath has changed from .*",
     # --trainer.max_steps ended the run before its first validation: there is no best, and the last weights are tested.
     ".*ModelCheckpoint.* could not find the monitored key.*",
+    # Of torch: the current device is right, as Lightning has set it to that of the process.
+    r"barrier\(\): using the device under current context.*",
     # A chosen --run_dir that a run without any checkpoint left behind.
     "Checkpoint directory .* exists and is not empty.*",
 )
