@@ -155,11 +155,13 @@ class RunRecorder(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock of training."""
+        _finish_steps(trainer)
         self._validation_start_s = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restart the clock of training; keep the metrics."""
         assert self._validation_start_s is not None
+        _finish_steps(trainer)
         self._validation_s += time.perf_counter() - self._validation_start_s
         self._validation_start_s = None
         logged = trainer.callback_metrics
@@ -168,6 +170,7 @@ class RunRecorder(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the epoch's rows, before the checkpoint of the epoch."""
         assert isinstance(pl_module, ImageClassifier)
+        _finish_steps(trainer)
         clock, own_s = self.clock(), time.perf_counter() - self._started_s - self._validation_s
         train = pl_module.epoch_metrics()  # collective: all ranks
         is_counted = pl_module.totals.num_images > 0
@@ -193,6 +196,12 @@ class RunRecorder(pl.Callback):
                 "peak_memory_mb": peak_memory_mb(trainer.strategy.root_device),
             }
         )
+
+
+def _finish_steps(trainer: pl.Trainer) -> None:
+    """Wait for the device: a GPU computes later than the host asks it to, and a clock of the host reads too little."""
+    if (device := trainer.strategy.root_device).type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def write_learning_rates(run: RunFolder, lrs: Mapping[int, float]) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -408,3 +409,14 @@ def test_a_resumed_run_whose_callbacks_are_not_given_again_says_so(tmp_path, fol
         capsys.readouterr()
         fit(tmp_path, [RunRecorder(folder, resumed={"epoch": 1}), *callbacks], epochs=1)
         assert ("Own" in capsys.readouterr().out) == (callbacks == [])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_clock_of_training_stops_once_the_device_has_finished_its_steps(device, folder, monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waits.append)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)), callback_metrics={})
+    recorder = RunRecorder(folder)
+    for hook in (recorder.on_validation_start, recorder.on_validation_end):
+        hook(trainer, ImageClassifier(image_size=16, model_kwargs=NARROW))
+    assert waits == ([torch.device("cuda")] * 2 if device == "cuda" else [])
