@@ -106,7 +106,7 @@ def test_a_bad_loss_on_the_gpu_holds_the_update_back_and_stops_at_the_epochs_end
 
     module = Spoiled(image_size=16, optimizer=optimizer, model_kwargs={"widths": [4, 8, 8]})
     with pytest.raises(RunError, match="epoch 1, step 5"):
-        fit_run(tmp_path / "run", module=module, trainer={"accelerator": "gpu", "precision": precision})
+        fit_run(tmp_path / "run", module=module, trainer={"accelerator": "gpu", "devices": 1, "precision": precision})
     assert all(map(torch.equal, module.before, module.after))
     if precision == "32-true":  # and all later ones
         assert all(map(torch.equal, module.before, weights(module)))
@@ -115,7 +115,7 @@ def test_a_bad_loss_on_the_gpu_holds_the_update_back_and_stops_at_the_epochs_end
 def test_a_run_stopped_inside_an_epoch_ends_with_the_same_bits_on_the_gpu(tmp_path):
     def start(path, *more, **kwargs):
         torch.manual_seed(0)
-        settings = {"accelerator": "gpu", "deterministic": True, "benchmark": False}
+        settings = {"accelerator": "gpu", "devices": 1, "deterministic": True, "benchmark": False}
         return fit_run(path, *more, trainer=settings, **kwargs)[0]
 
     unbroken = start(tmp_path / "unbroken")
