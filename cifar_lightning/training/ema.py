@@ -1,5 +1,6 @@
 """EMA of the weights, used in validation, test and checkpoints; Lightning's callback with two fixes."""
 
+import itertools
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,8 +25,8 @@ class EmaWeights(WeightAveraging):
     def __init__(self, decay: float) -> None:
         finite = dict[tuple[torch.device, torch.dtype], list[int]]()
 
-        def average(averages: list[Tensor], currents: list[Tensor], _: Tensor | int) -> None:
-            if not averages[0].is_floating_point():  # counters and flags; a list has one dtype
+        def average(averages: list[Tensor], currents: list[Tensor], count: int) -> None:
+            if count == 0 or not averages[0].is_floating_point():  # counters and flags; a list has one dtype
                 torch._foreach_copy_(averages, currents)
                 return
             kind = averages[0].device, averages[0].dtype
@@ -33,13 +34,11 @@ class EmaWeights(WeightAveraging):
                 finite[kind] = [at for at, current in enumerate(currents) if current.isfinite().all()]
             if len(finite[kind]) < len(averages):  # a mask of attention stays: the mean of infinities is NaN
                 averages, currents = ([tensors[at] for at in finite[kind]] for tensors in (averages, currents))
-            assert self._average_model is not None
-            count = int(self._average_model.n_averaged)
             torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + count) / (10 + count)))
 
         # BatchNorm's statistics are averaged, too: those of the raw weights do not fit the average.
-        super().__init__(use_buffers=True, multi_avg_fn=average)
-        self.decay, self._is_exchanged = decay, False
+        super().__init__(use_buffers=True)
+        self.decay, self._average, self._is_exchanged = decay, average, False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make the average; its counter stays on the CPU, since reading it from the device would sync in each step.
@@ -57,6 +56,24 @@ class EmaWeights(WeightAveraging):
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Average after a step, as `AveragedModel.update_parameters`, which waits for the device for each dtype."""
+        if trainer.global_step <= self._latest_update_step:
+            return
+        averaged = self._average_model
+        assert averaged is not None
+        groups = dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]]()
+        of_average = itertools.chain(averaged.module.parameters(), averaged.module.buffers())
+        of_module = itertools.chain(pl_module.parameters(), pl_module.buffers())
+        for average, current in zip(of_average, of_module, strict=False):
+            averages, currents = groups.setdefault((average.device, average.dtype), ([], []))
+            averages.append(average.detach())
+            currents.append(current.detach().to(average.device))
+        for averages, currents in groups.values():
+            self._average(averages, currents, int(averaged.n_averaged))
+        averaged.n_averaged += 1
+        self._latest_update_step = trainer.global_step
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate the average while training; `trainer.validate` may be of another module, and has its weights."""

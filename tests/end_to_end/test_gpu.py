@@ -1,9 +1,12 @@
 """What only a CUDA device can show; run with `python -m pytest -m gpu`."""
 
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from fitting import Signal, fit_run
+from torch.optim.swa_utils import AveragedModel
 
 from cifar_lightning import ImageClassifier, ImageDataModule
 from cifar_lightning.checkpoints.loading import read_checkpoint
@@ -11,6 +14,7 @@ from cifar_lightning.cli.lightning_cli import TrainingCLI
 from cifar_lightning.cli.main import training_arguments
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.runs.folder import RunFolder
+from cifar_lightning.training.ema import EmaWeights
 from cifar_lightning.training.signals import Stopped
 from cifar_lightning.transforms.augmentation import Augmentation
 from cifar_lightning.transforms.pipeline import Pipeline, augment
@@ -134,3 +138,15 @@ def test_an_optimizer_that_steps_on_a_gpu_alone_is_taken_for_a_run_on_it():
     assert not TrainingCLI("fit", training_arguments("fit", flags)[0]).instantiate()[0].plans_schedule
     with pytest.raises(UserError, match="capturable"):
         TrainingCLI("fit", training_arguments("fit", [*flags, "--trainer.accelerator", "cpu"])[0]).instantiate()
+
+
+def test_the_average_of_the_weights_makes_the_host_wait_for_nothing():
+    module = ImageClassifier(image_size=16, model_kwargs={"widths": [4, 8, 8]}).cuda()
+    ema = EmaWeights(0.9)
+    ema._average_model = AveragedModel(module, use_buffers=True)
+    for step in (1, 2, 3):  # the first is copied; in the second, infinite weights are looked for
+        torch.cuda.set_sync_debug_mode("error" if step == 3 else "default")
+        try:
+            ema.on_train_batch_end(SimpleNamespace(global_step=step), module, None, None, 0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -1,6 +1,7 @@
 """EMA: the average itself, where it is used, and that a stopped run resumes with both sets of weights."""
 
 import signal
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -9,6 +10,7 @@ from fitting import NARROW, Signal, fit_run, quiet_trainer, small_data
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from test_resume_state import result_of, seed
+from torch.optim.swa_utils import AveragedModel
 
 from benchmarks.faults.judge import differences
 from cifar_lightning import ImageClassifier, UserError
@@ -61,6 +63,30 @@ def test_the_average_is_that_of_all_steps_with_a_decay_that_rises(tmp_path):
     checkpoint = read_checkpoint(run.last_checkpoint)
     torch.testing.assert_close(checkpoint["state_dict"]["model.head.weight"], expected)
     torch.testing.assert_close(checkpoint["current_model_state"]["model.head.weight"], watch.raw[-1])
+
+
+def test_it_has_the_bits_of_torchs_averaged_model():
+    class TwoTypes(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.double = torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2).double()
+
+    def average(averages, currents, count):
+        averages_of = torch._foreach_lerp_ if averages[0].is_floating_point() else lambda a, c, _: a[0].copy_(c[0])
+        averages_of(averages, currents, 1 - min(DECAY, (1 + int(count)) / (10 + int(count))))
+
+    made, ema = TwoTypes(), EmaWeights(DECAY)
+    ema._average_model = AveragedModel(made, use_buffers=True)
+    reference = AveragedModel(made, multi_avg_fn=average, use_buffers=True)
+    for step in range(1, 5):
+        with torch.no_grad():
+            made.norm(torch.randn(4, 3))
+            for parameter in made.parameters():
+                parameter += torch.randn_like(parameter)
+        for _ in range(2):  # of a batch that makes no step
+            ema.on_train_batch_end(SimpleNamespace(global_step=step), made, None, None, 0)
+        reference.update_parameters(made)
+        assert differences(dict(ema._average_model.state_dict()), dict(reference.state_dict())) == []
 
 
 def test_a_validation_sees_the_average_and_training_continues_with_the_raw_weights(tmp_path):
