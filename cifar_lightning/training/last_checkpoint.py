@@ -174,9 +174,11 @@ class LastCheckpoint(Checkpoint):
 def highest_of_ranks(trainer: pl.Trainer, value: float) -> float:
     """Return the maximum over all ranks; every rank must call it.
 
-    Several processes wait for each other, as they do in Lightning's own broadcast in each step.
+    Several processes wait for each other, as they do in Lightning's own broadcast in each step. The strategy's reduce
+    would add a barrier, for which a host waits on its GPU.
     """
     if trainer.world_size == 1:
         return value
-    own = torch.tensor(float(value), device=trainer.strategy.root_device)
-    return float(trainer.strategy.reduce(own, reduce_op="max"))
+    highest = torch.full((), float(value), device=trainer.strategy.root_device)
+    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+    return float(highest)
