@@ -69,7 +69,7 @@ def build_optimizer(
     model: nn.Module,
     settings: OptimizerSettings,
     *,
-    fused: bool = True,
+    fused: bool | None = True,
     later: Collection[nn.Parameter] = (),
     others: Iterable[nn.Parameter] = (),
     lr_scales: Mapping[nn.Parameter, float] | None = None,
@@ -80,7 +80,8 @@ def build_optimizer(
         model: Its parameters that require gradients are optimized. With muon, those in its `stem`, if it has one, are
             a group of their own, which a schedule may end early.
         settings: Which optimizer, and its values.
-        fused: Whether AdamW and SGD may run as one kernel; Lightning cannot clip their gradients in 16-mixed.
+        fused: Whether AdamW and SGD run as one kernel; Lightning cannot clip their gradients in mixed precision. None:
+            torch chooses, a few kernels for all parameters on a GPU.
         later: Parameters that will require gradients later in the run.
         others: Parameters outside the model, of a loss or a subclass, trained as norms are: without weight decay.
         lr_scales: Factors of the learning rates, not with muon; each has groups of its own, the largest first.

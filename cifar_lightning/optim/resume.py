@@ -7,9 +7,15 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
 def planned_settings(optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> tuple[list[dict[str, Any]], Any]:
-    """Return the settings of the parameter groups, but for what changes by step, and the phases of OneCycle or None."""
+    """Return the settings of the parameter groups, but for what changes by step, and the phases of OneCycle or None.
+
+    Runs of older versions have False for a `fused` of None.
+    """
     by_step = ("params", "lr", "betas")
-    groups = [{name: group[name] for name in group if name not in by_step} for group in optimizer.param_groups]
+    groups = [
+        {name: bool(value) if name == "fused" else value for name, value in group.items() if name not in by_step}
+        for group in optimizer.param_groups
+    ]
     return groups, schedule.state_dict().get("_schedule_phases")
 
 

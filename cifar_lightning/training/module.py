@@ -486,7 +486,7 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         if not self.trainer.ckpt_path:
             self._load_pretrained(training_data(self.trainer))
         self._use_found_lr()
-        fused = not self.trainer.gradient_clip_val
+        fused = None if self.trainer.gradient_clip_val else True
         later = () if self._frozen is None or self._frozen.unfreeze_epoch is None else self._frozen.parameters
         scales = None if self._layer_decay == 1 else lr_scales(self.model, self._layer_decay)
         of_model = set(self.model.parameters())

@@ -102,6 +102,20 @@ def test_an_optimizer_continues_bit_for_bit_from_its_state(name):
     assert not torch.equal(stopped[0].head.weight, resumed[0].head.weight)
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_without_fused_torch_chooses_the_kernels_which_on_a_cpu_are_those_of_one_tensor(name):
+    trained = []
+    for fused in (None, False):
+        torch.manual_seed(0)
+        model = SmallNet(widths=(4, 4, 8), dropout=0.0)
+        optimizer = build_optimizer(model, optimizer_settings(name, lr=0.02, weight_decay=0.1), fused=fused)
+        assert [optimizer.defaults[kernels] for kernels in ("fused", "foreach")] == [fused, None]
+        schedule = make_schedule(optimizer, ScheduleSettings("one_cycle", 0.25, 1.0), total_steps=8)
+        train(model, optimizer, schedule, range(3))
+        trained.append([*model.parameters()])
+    assert all(map(torch.equal, *trained))
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
