@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
@@ -17,6 +18,22 @@ def planned_settings(optimizer: torch.optim.Optimizer, schedule: LRScheduler) ->
         for group in optimizer.param_groups
     ]
     return groups, schedule.state_dict().get("_schedule_phases")
+
+
+def use_fused(optimizer: torch.optim.Optimizer) -> None:
+    """Step with the kernels that this run has chosen, and have the loaded counts of steps where these read them.
+
+    Those of a fused optimizer are on the device of their parameter, others on the CPU.
+    """
+    fused = optimizer.defaults.get("fused")
+    for group in optimizer.param_groups:
+        if "fused" not in group:
+            continue
+        group["fused"] = fused
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if isinstance(step := state.get("step"), Tensor):
+                state["step"] = step.to(parameter.device if fused else "cpu")
 
 
 def has_planned_lrs(schedule: LRScheduler) -> bool:

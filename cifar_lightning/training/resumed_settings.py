@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cifar_lightning.optim.resume import has_planned_lrs, planned_settings
+from cifar_lightning.optim.resume import has_planned_lrs, planned_settings, use_fused
 
 
 class ResumedSettings(pl.Callback):
@@ -31,4 +31,5 @@ class ResumedSettings(pl.Callback):
         if not (is_in_force and has_planned_lrs(config.scheduler)):
             for group, settings in zip(optimizer.param_groups, self._planned[0], strict=True):
                 group.update(settings)
+            use_fused(optimizer)
             config.scheduler = self.make_schedule(optimizer, trainer.global_step)

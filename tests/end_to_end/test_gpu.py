@@ -140,6 +140,15 @@ def test_an_optimizer_that_steps_on_a_gpu_alone_is_taken_for_a_run_on_it():
         TrainingCLI("fit", training_arguments("fit", [*flags, "--trainer.accelerator", "cpu"])[0]).instantiate()
 
 
+def test_a_run_that_was_clipped_resumes_without_clipping_on_the_gpu(tmp_path):
+    settings = {"accelerator": "gpu", "devices": 1}
+    with pytest.raises(Stopped):  # its optimizer is not fused, and counts steps on the CPU
+        fit_run(tmp_path / "run", Signal("on_train_batch_start", 4), trainer={**settings, "gradient_clip_val": 1.0})
+    stopped = RunFolder(tmp_path / "run").last_checkpoint
+    _, trainer = fit_run(tmp_path / "run", trainer=settings, ckpt_path=stopped)
+    assert trainer.optimizers[0].param_groups[0]["fused"] is True
+
+
 def test_the_average_of_the_weights_makes_the_host_wait_for_nothing():
     module = ImageClassifier(image_size=16, model_kwargs={"widths": [4, 8, 8]}).cuda()
     ema = EmaWeights(0.9)

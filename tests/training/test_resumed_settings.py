@@ -29,3 +29,24 @@ def test_planned_settings_replace_those_that_a_checkpoint_brings(name):
         is_kept = config.scheduler is not None
         assert is_kept is is_same or (name == "linear" and momentum == 0.9)
         assert resumed[0].param_groups[0]["momentum"] == momentum
+
+
+@pytest.mark.parametrize(("before", "now", "is_kept"), [(False, None, True), (None, True, False), (True, True, True)])
+def test_a_fused_optimizer_has_its_counts_of_steps_on_the_device_of_the_weights(before, now, is_kept):
+    weight = nn.Parameter(torch.empty(2, device="meta"))  # in place of a GPU
+
+    def made(fused):
+        optimizer = torch.optim.AdamW([weight], lr=1.0, fused=fused)
+        return optimizer, make_schedule(optimizer, ScheduleSettings("linear", None, 1.0), total_steps=10)
+
+    (stopped, _), (resumed, schedule) = made(before), made(now)
+    stopped.state[weight]["step"] = torch.tensor(3.0)
+    config = SimpleNamespace(scheduler=schedule)
+    trainer = SimpleNamespace(optimizers=[resumed], lr_scheduler_configs=[config], global_step=0)
+    callback = ResumedSettings(lambda optimizer, steps_done: None)
+    callback.on_fit_start(trainer, None)
+    resumed.load_state_dict(stopped.state_dict())
+    callback.on_train_start(trainer, None)
+    assert (config.scheduler is not None) is is_kept  # a run of an older version, with False, is not changed
+    assert resumed.state[weight]["step"].device.type == ("meta" if now else "cpu")
+    assert resumed.param_groups[0]["fused"] is (before if is_kept else now)
