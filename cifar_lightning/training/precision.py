@@ -10,13 +10,14 @@ from jsonargparse import Namespace
 from torch.nn import functional as F
 
 from cifar_lightning.errors import UserError
+from cifar_lightning.runs.processes import is_started_from_outside
 
 # bfloat16 is the default from here on: a step is not convolutions alone; and with MKL those of float32 have fewer
 # multiplications than the ones that are timed (models/winograd.py).
 _WORTHWHILE = 1.5 if torch.backends.mkl.is_available() else 1.25
 
 
-def default_precision(on_cuda: bool, on_mps: bool = False) -> tuple[str, str]:
+def default_precision(on_cuda: bool, on_mps: bool = False, in_several_processes: bool = False) -> tuple[str, str]:
     """Return the precision where none is given, and why."""
     if on_cuda:
         return "16-mixed", "the GPU is faster in half precision"
@@ -24,6 +25,8 @@ def default_precision(on_cuda: bool, on_mps: bool = False) -> tuple[str, str]:
         return "32-true", "half precision is not tested on Apple's GPU"
     if needed_for("bf16-mixed"):
         return "32-true", "this CPU has no instructions for half precision"
+    if in_several_processes:
+        return "32-true", "processes of one run that each time bfloat16 may choose differently"
     gain = bfloat16_gain()
     why = f"convolutions in bfloat16 are {gain:.2f} times as fast as in float32 here"
     return "bf16-mixed" if gain >= _WORTHWHILE else "32-true", why
@@ -78,23 +81,22 @@ def settle_precision(trainer: Namespace) -> None:
     if on_cuda:
         torch.set_float32_matmul_precision("high")  # TF32 for float32 matmuls
     if trainer.precision is None:
-        trainer.precision, _ = default_precision(on_cuda, on_mps)
-    elif on_mps and str(trainer.precision) in ("64", "64-true"):
-        raise UserError(
-            f"--trainer.precision {trainer.precision}: Apple's GPU has no float64; give --trainer.accelerator cpu."
-        )
-    elif on_mps and str(trainer.precision).startswith(("16", "bf16")):
-        print(f"--trainer.precision {trainer.precision}: not tested on Apple's GPU: using 32-true.", file=sys.stderr)
+        in_several = str(trainer.devices) not in ("auto", "1") or trainer.num_nodes > 1 or is_started_from_outside()
+        trainer.precision, _ = default_precision(on_cuda, on_mps, in_several)
+    elif on_mps and asked in ("64", "64-true"):
+        raise UserError(f"--trainer.precision {asked}: Apple's GPU has no float64; give --trainer.accelerator cpu.")
+    elif on_mps and asked.startswith(("16", "bf16")):
+        print(f"--trainer.precision {asked}: not tested on Apple's GPU: using 32-true.", file=sys.stderr)
         trainer.precision = "32-true"
-    elif not on_cuda and (needed := needed_for(str(trainer.precision))):
-        print(f"--trainer.precision {trainer.precision} needs {needed}: using 32-true.", file=sys.stderr)
+    elif not on_cuda and (needed := needed_for(asked)):
+        print(f"--trainer.precision {asked} needs {needed}: using 32-true.", file=sys.stderr)
         trainer.precision = "32-true"
     elif on_cuda and asked.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
         trainer.precision = "32-true" if asked == "bf16-true" else "16-mixed"
         print(f"--trainer.precision {asked} needs a GPU with bfloat16: using {trainer.precision}.", file=sys.stderr)
     elif not on_cuda and asked.startswith("bf16") and (gain := bfloat16_gain()) < 1:
         print(
-            f"--trainer.precision {trainer.precision}: convolutions in bfloat16 are {gain:.2f} times as fast as in "
+            f"--trainer.precision {asked}: convolutions in bfloat16 are {gain:.2f} times as fast as in "
             "float32 here; 32-true is faster.",
             file=sys.stderr,
         )

@@ -12,16 +12,21 @@ from cifar_lightning.training import precision as module
 from cifar_lightning.training.precision import settle_precision
 
 
-def settled(precision, monkeypatch, *, gain=None, deterministic=False):
+def settled(precision, monkeypatch, *, gain=None, deterministic=False, devices="auto"):
     """Return the Trainer's arguments on a CPU; `gain` is its rate in bfloat16, None without instructions for it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(MPSAccelerator, "is_available", lambda: False)
     monkeypatch.setattr(module, "_WORTHWHILE", 1.5)
     monkeypatch.setattr(module, "_has_bfloat16", lambda: gain is not None)
     monkeypatch.setattr(module, "bfloat16_gain", lambda: gain)
-    trainer = Namespace(precision=precision, accelerator="auto", benchmark=None, deterministic=deterministic)
+    trainer = arguments(precision=precision, deterministic=deterministic, devices=devices)
     settle_precision(trainer)
     return trainer
+
+
+def arguments(**given):
+    defaults = {"accelerator": "auto", "benchmark": None, "deterministic": False, "devices": "auto", "num_nodes": 1}
+    return Namespace(**defaults | {"precision": None} | given)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +52,15 @@ def test_a_cpu_computes_in_bfloat16_where_that_is_faster(asked, gain, got, said,
     assert bool(printed) == bool(said)
 
 
+def test_processes_of_one_run_choose_the_same_precision_on_a_cpu(monkeypatch):
+    assert settled(None, monkeypatch, gain=1.9, devices="1").precision == "bf16-mixed"
+    assert settled(None, monkeypatch, gain=1.9, devices="2").precision == "32-true"
+    assert settled("bf16-mixed", monkeypatch, gain=1.9, devices="2").precision == "bf16-mixed"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert settled(None, monkeypatch, gain=1.9).precision == "32-true"
+
+
 @pytest.mark.parametrize(
     ("accelerator", "precision", "matmul"),
     [
@@ -63,7 +77,7 @@ def test_a_gpu_computes_in_half_precision_and_tf32_unless_training_is_on_the_cpu
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
     monkeypatch.setattr(module, "_has_bfloat16", lambda: False)
-    trainer = Namespace(precision=None, accelerator=accelerator, benchmark=None, deterministic=False)
+    trainer = arguments(accelerator=accelerator)
     settle_precision(trainer)
     assert (trainer.precision, trainer.benchmark, set_to) == (precision, True, matmul)
 
@@ -74,7 +88,7 @@ def test_a_gpu_without_bfloat16_gets_16_mixed(asked, monkeypatch, capsys):
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
     for has_bfloat16 in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bfloat16: has)
-        trainer = Namespace(precision=asked, accelerator="auto", benchmark=None, deterministic=False)
+        trainer = arguments(precision=asked)
         settle_precision(trainer)
         expected = asked if has_bfloat16 else {"bf16-mixed": "16-mixed"}.get(asked, "32-true")
         assert trainer.precision == expected
@@ -98,7 +112,7 @@ def test_apples_gpu_computes_in_float32(asked, accelerator, got, monkeypatch, ca
     monkeypatch.setattr(MPSAccelerator, "is_available", lambda: True)
     monkeypatch.setattr(module, "_has_bfloat16", lambda: True)
     monkeypatch.setattr(module, "bfloat16_gain", lambda: 2.0)
-    trainer = Namespace(precision=asked, accelerator=accelerator, benchmark=None, deterministic=False)
+    trainer = arguments(precision=asked, accelerator=accelerator)
     settle_precision(trainer)
     assert trainer.precision == got
     printed = capsys.readouterr().err
@@ -108,7 +122,7 @@ def test_apples_gpu_computes_in_float32(asked, accelerator, got, monkeypatch, ca
 def test_float64_on_apples_gpu_is_sent_to_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(MPSAccelerator, "is_available", lambda: True)
-    trainer = Namespace(precision="64-true", accelerator="auto", benchmark=None, deterministic=False)
+    trainer = arguments(precision="64-true")
     with pytest.raises(UserError, match=r"64-true.*--trainer.accelerator cpu"):
         settle_precision(trainer)
 
