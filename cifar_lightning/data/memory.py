@@ -20,6 +20,7 @@ _OUT_OF_MEMORY = (
     "can't allocate memory",
     "not enough memory: you tried",
     "MPS backend out of memory",
+    "Invalid buffer size: ",  # of MPSAllocator.mm, for one tensor
     "CUDA error: out of memory",  # of the driver
     "_STATUS_ALLOC_FAILED",  # of cuBLAS and cuDNN
 )

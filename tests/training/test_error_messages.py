@@ -12,12 +12,13 @@ GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 WINDOWS = RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
 APPLE = RuntimeError("MPS backend out of memory (MPS allocated: 18.0 GiB, other allocations: 9 KiB).")
+APPLE_TENSOR = RuntimeError("Invalid buffer size: 19.45 GB")
 DRIVER = torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in ...")
 CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 BROKEN = torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for `cudaErrorLaunchFailure' in ...")
 FULL = OSError(28, "No space left on device", "metrics.csv")
 WORKER = RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed.")
-ALL = [GPU, CPU, WINDOWS, APPLE, DRIVER, CUBLAS, BROKEN, FULL, WORKER]
+ALL = [GPU, CPU, WINDOWS, APPLE, APPLE_TENSOR, DRIVER, CUBLAS, BROKEN, FULL, WORKER]
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_without_a_checkpoint_none_is_promised(run, error):
 
 
 def test_memory_that_ran_out_has_a_way_out_that_the_command_takes(run):
-    for error in (GPU, CPU, WINDOWS, APPLE, DRIVER, CUBLAS):
+    for error in (GPU, CPU, WINDOWS, APPLE, APPLE_TENSOR, DRIVER, CUBLAS):
         assert "--batch_size" in str(explain(error, "fit"))
         assert "--batch_size" in str(explain(error, "tune"))
         for command in ("validate", "test", "predict"):
