@@ -44,7 +44,7 @@ from cifar_lightning.settings.roles import ONLY_CROSS_ENTROPY, OWN_OPTIMIZER, ob
 from cifar_lightning.training.error_messages import cause_of, explained, of_settings, of_users_objects
 from cifar_lightning.training.lightning_patches import NoProfiler, check_cuda_once
 from cifar_lightning.training.losses import DEFAULT_LOSS
-from cifar_lightning.training.model_checks import check_own_model, check_sizes
+from cifar_lightning.training.model_checks import check_sizes
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.precision import is_on_cuda, settle_precision
 from cifar_lightning.training.progress_bar import RunProgress
@@ -362,9 +362,6 @@ def prepare_data(data: ImageDataModule, model: ImageClassifier) -> None:
     """Download or decode the images, split them, and check that they fit the model."""
     data.prepare_data()
     data.setup()
-    # Those by name were tried when they were made; a subclass may change the images before its model gets them.
-    if type(model) is ImageClassifier and type(data) is ImageDataModule and not model.hparams.get("name"):
-        check_own_model(model.model, data.image_size, data.in_channels)
     check_sizes(model.model, data.train_sizes, data.in_channels)
 
 

@@ -192,7 +192,11 @@ def makes_same_logits(
 ) -> bool:
     """Whether `build_model` makes a model that has a model's logits with the same weights."""
     try:
-        model = copy_of(model).cpu().float()  # whatever the Trainer's precision and device
+        # A copy without a Trainer, in float32 on the CPU, whatever the Trainer's precision and device.
+        memo: dict[int, Any] = {id(getattr(model, "_trainer", None)): None}
+        kept = (each for module in model.modules() for each in vars(module).values() if isinstance(each, torch.Tensor))
+        memo |= {id(each): each.detach() for each in kept if not each.is_leaf}  # which torch does not copy
+        model = copy.deepcopy(model, memo).cpu().float()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             twin = build_model(name, num_classes, image_size, **{"in_channels": in_channels, **model_kwargs}).float()
             for weight in model.parameters():  # a head or a LayerScale of zeros hides what is before it
@@ -202,14 +206,6 @@ def makes_same_logits(
             return torch.allclose(model.eval()(images), twin.eval()(images), rtol=1e-4, atol=1e-5)
     except Exception:  # code of one's own raises anything
         return False
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """Return a copy of a model, without its Trainer."""
-    memo: dict[int, Any] = {id(getattr(model, "_trainer", None)): None}
-    kept = (each for module in model.modules() for each in vars(module).values() if isinstance(each, torch.Tensor))
-    memo |= {id(each): each.detach() for each in kept if not each.is_leaf}  # which torch does not copy
-    return copy.deepcopy(model, memo)
 
 
 def is_built_by_name(model: nn.Module, architecture: Mapping[str, Any]) -> bool:

@@ -9,12 +9,12 @@ from jaxtyping import Float
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn, optim
 
+from cifar_lightning.data.memory import is_out_of_memory
 from cifar_lightning.errors import UserError, remark
 from cifar_lightning.formatting import clipped, suggest
-from cifar_lightning.models.registry import copy_of, is_built_by_name
+from cifar_lightning.models.registry import is_built_by_name
 from cifar_lightning.models.stems import fails_on_single_image, input_error
 from cifar_lightning.settings.import_path import is_import_path
 from cifar_lightning.training.step_count import takes_last_batch
@@ -24,7 +24,7 @@ from cifar_lightning.training.trainer_data import training_data
 TRAIN_METRICS = ("train/loss", "train/acc", "lr")
 VAL_METRICS = ("val/loss", "val/acc", "val/f1", "val/ece")
 # Words of errors about shapes; error_messages explains that of a view.
-_OF_SHAPES = re.compile(r"(?!view size).*(shape|size|channels|height|width)", re.IGNORECASE)
+_OF_SHAPES = re.compile(r"(?!.*view size).*(shape|size|channels|height|width)", re.IGNORECASE)
 
 
 def validated_by(module: Any) -> tuple[str, ...]:
@@ -44,6 +44,17 @@ def check_logits(logits: Any, num_images: int, num_classes: int) -> None:
             f"the model returns {tuple(logits.shape)} for {num_images} images of {num_classes} classes, not "
             f"raw logits ({num_images}, {num_classes}); its last layer must return one logit per class and image."
         )
+
+
+def misfit_of(error: RuntimeError, model: nn.Module, images: Any) -> UserError | None:
+    """Return an error about shapes that a model raised as one that names the images; None of any other."""
+    reason = str(error).strip().partition("\n")[0]  # torch appends its C++ stack
+    if not isinstance(images, Tensor) or images.ndim != 4 or is_out_of_memory(error) or not _OF_SHAPES.match(reason):
+        return None
+    return UserError(
+        f"the model, {type(model).__name__}, does not fit {images.shape[1]}-channel images of {images.shape[-1]} "
+        f"pixels ({clipped(reason, 200)}); change it, or --data.image_size."
+    )
 
 
 def are_probabilities(outputs: Float[Tensor, "batch classes"]) -> bool:
@@ -282,25 +293,6 @@ def check_sizes(model: nn.Module, train_sizes: Sequence[int], in_channels: int) 
             raise UserError(
                 f"--data.train_sizes {list(train_sizes)}: the model cannot take images of {size} pixels ({reason})."
             )
-
-
-def check_own_model(model: nn.Module, image_size: int, in_channels: int) -> None:
-    """Raise if a model that was given as an object cannot take the shape of the images; it is tried on a copy.
-
-    Other errors of the trial, on the CPU in float32, need not arise in training.
-    """
-    if any(hasattr(module, "_orig_mod") for module in model.modules()):  # by torch.compile: a trial would compile it
-        return
-    try:
-        with isolate_rng(include_cuda=False):
-            reason = input_error(copy_of(model), image_size, in_channels=in_channels)
-    except Exception:  # code of one's own raises anything
-        return
-    if _OF_SHAPES.match(reason):
-        raise UserError(
-            f"the model, {type(model).__name__}, does not fit {in_channels}-channel images of {image_size} pixels "
-            f"({clipped(reason, 200)}); change it, or --data.image_size."
-        )
 
 
 def check_monitors(

@@ -69,6 +69,7 @@ from cifar_lightning.training.model_checks import (
     check_optimizers,
     check_schedules,
     check_step_counts,
+    misfit_of,
     unpack_batch,
 )
 from cifar_lightning.training.nan_guard import NanGuard, check_losses
@@ -406,7 +407,13 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         images, targets = unpack_batch(batch)
         if self._mixing is not None:
             images, targets = self._mixing(images, targets)
-        logits = self(images)
+        try:
+            logits = self(images)
+        except RuntimeError as error:
+            misfit = misfit_of(error, self.model, images) if self._is_first_batch else None
+            if misfit is None:
+                raise
+            raise misfit from error
         self._check_first_batch(logits)
         if self.loss_function is None:
             loss = F.cross_entropy(logits, targets, weight=self._class_weights, label_smoothing=self.label_smoothing)

@@ -22,7 +22,6 @@ from cifar_lightning.training.model_checks import (
     check_image_size,
     check_logits,
     check_optimizers,
-    check_own_model,
     check_schedules,
 )
 
@@ -103,41 +102,73 @@ def test_a_model_that_has_other_layers_for_the_images_of_the_data_is_remarked_on
     assert capsys.readouterr().out == ""
 
 
-class Stateful(nn.Module):
-    """Keeps what it was called with, draws random numbers, and counts its calls."""
+class Folds(nn.Module):
+    """Takes only batches of 20, and keeps the last one."""
 
     def __init__(self):
         super().__init__()
-        self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(3 * 8 * 8, 4)
-        self.register_buffer("num_calls", torch.zeros(()))
-        self.seen = []
+        self.head, self.last = nn.Linear(3 * 16 * 16, 10), None
 
     def forward(self, images):
-        self.seen.append(images)
-        self.num_calls += 1
-        if not images.is_meta and torch.rand(1).item() < 2:
-            images = self.norm(images)
+        images = images.reshape(20, -1)
+        if self.last is not None:
+            images = images + 0 * self.last
+        self.last = images
+        return self.head(images)
+
+
+class Fails(nn.Module):
+    """Raises an error in the batch of a number."""
+
+    def __init__(self, batch, error):
+        super().__init__()
+        self.head, self.num_left, self.error = nn.Linear(3 * 16 * 16, 10), batch, error
+
+    def forward(self, images):
+        self.num_left -= 1
+        if self.num_left < 0:
+            raise self.error
         return self.head(images.flatten(1))
 
 
-class NeedsGpu(nn.Module):
-    def forward(self, images):
-        raise NotImplementedError("Could not run 'my::scan' with arguments from the 'CPU' backend.")
+def fit_model(model, tmp_path):
+    trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=2, limit_val_batches=0, num_sanity_val_steps=0)
+    trainer.fit(ImageClassifier(model=model, image_size=16), small_data())
 
 
-def test_the_trial_of_a_model_of_ones_own_refuses_shapes_alone_and_changes_nothing():
-    model, conv = Stateful(), nn.Conv2d(3, 4, 5)
-    half = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).bfloat16()
-    before, rng = {name: each.clone() for name, each in model.state_dict().items()}, torch.get_rng_state()
-    for right in (model, conv, half, NeedsGpu()):
-        check_own_model(right, 8, 3)
-    for wrong, size, channels in ((model, 9, 3), (conv, 4, 3), (conv, 8, 1)):
-        with pytest.raises(UserError, match=rf"{type(wrong).__name__}.* {channels}-channel images of {size} pixels"):
-            check_own_model(wrong, size, channels)
-    assert model.seen == []
-    assert model.training
-    assert torch.equal(torch.get_rng_state(), rng)
-    assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 10)),
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 10)),
+        nn.Sequential(nn.Conv2d(3, 10, 17), nn.Flatten()),
+    ],
+    ids=["image size", "channels", "filter size"],
+)
+def test_a_model_that_does_not_fit_the_first_batch_is_refused_by_its_shape(model, tmp_path):
+    with pytest.raises(UserError, match=r"Sequential, does not fit 3-channel images of 16 pixels \(.+\)") as refused:
+        fit_model(model, tmp_path)
+    assert isinstance(refused.value.__cause__, RuntimeError)
+
+
+def test_a_model_of_one_batch_size_that_keeps_its_last_batch_trains(tmp_path):
+    fit_model(Folds(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("batch", "error"),
+    [
+        (0, NotImplementedError("Could not run 'my::scan' with arguments from the 'CPU' backend.")),
+        (0, RuntimeError("view size is not compatible with input tensor's size and stride")),
+        (0, RuntimeError("Invalid buffer size: 19.45 GB")),
+        (1, RuntimeError("mat1 and mat2 shapes cannot be multiplied")),
+    ],
+    ids=["no kernel", "view", "out of memory", "later batch"],
+)
+def test_other_errors_of_a_model_and_those_of_later_batches_stay_as_they_are(batch, error, tmp_path):
+    with pytest.raises(type(error)) as raised:
+        fit_model(Fails(batch, error), tmp_path)
+    assert raised.value is error
 
 
 class NoOptimizer(ImageClassifier):
