@@ -300,8 +300,9 @@ def _try_on(device: str, made: Namespace) -> None:
         if not has_modes or has_hooks:
             raise
         raise UserError(
-            f"{cause_of(error)} Give --model a subclass of ImageClassifier whose on_train_epoch_start and "
-            "on_validation_end call self.trainer.optimizers[0].train(), and on_validation_epoch_start .eval()."
+            f"{cause_of(error)} Give --model a subclass of ImageClassifier whose on_train_epoch_start calls "
+            "self.trainer.optimizers[0].train(), and, only where self.trainer.state.fn == 'fit', "
+            "on_validation_epoch_start .eval() and on_validation_end .train()."
         ) from error
     if scheduler is not None:
         scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))

@@ -4,6 +4,7 @@ import abc
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,6 +18,7 @@ from cifar_lightning.cli.main import run_command, training_arguments
 from cifar_lightning.cli.parser import check_arguments
 from cifar_lightning.errors import UserError
 from cifar_lightning.report.page import facts_of
+from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.runs.schema import upgrade_config
 from cifar_lightning.training.model_checks import check_monitors
 from cifar_lightning.training.tensorboard import hyperparameters_of
@@ -67,15 +69,23 @@ class Lion(torch.optim.SGD):
 
 
 class Switched(torch.optim.SGD):
-    """Steps only after `train`, as those of schedulefree."""
+    """Steps only after `train`, with other weights than those of `eval`, as those of schedulefree."""
 
     is_training = False
 
     def train(self):
-        self.is_training = True
+        self._switch(True, 0.5)
 
     def eval(self):
-        self.is_training = False
+        self._switch(False, 2)
+
+    @torch.no_grad()
+    def _switch(self, is_training, factor):
+        if self.is_training != is_training:
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    weight.mul_(factor)
+        self.is_training = is_training
 
     def step(self, closure=None):
         if not self.is_training:
@@ -84,9 +94,20 @@ class Switched(torch.optim.SGD):
 
 
 class Switches(ImageClassifier):
+    """Has the hooks that the error names."""
+
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
         self.trainer.optimizers[0].train()
+
+    def on_validation_epoch_start(self):
+        super().on_validation_epoch_start()
+        if self.trainer.state.fn == "fit":
+            self.trainer.optimizers[0].eval()
+
+    def on_validation_end(self):
+        if self.trainer.state.fn == "fit":
+            self.trainer.optimizers[0].train()
 
 
 MINE, MY_DATA = f"{__name__}.Mine", f"{__name__}:MyData"
@@ -395,6 +416,24 @@ def test_an_optimizer_with_modes_needs_a_class_or_a_callback_that_sets_them():
         command_line(*switched).instantiate()
     for flags in (["--model", f"{__name__}.Switches"], ["--trainer.callbacks", "DeviceStatsMonitor"]):
         command_line(*switched, *flags).instantiate()
+
+
+def test_validation_predictions_of_an_optimizer_with_modes_are_those_of_the_best_checkpoint(tmp_path):
+    flags = ["--model", f"{__name__}.Switches", "--model.model_kwargs", "{widths: [2, 2]}", "--epochs", "2"]
+    flags += ["--optimizer", f"{__name__}.Switched", "--optimizer.lr", "0.1", "--trainer.accelerator", "cpu"]
+    run = RunFolder(tmp_path / "run")
+    assert run_command(["fit", *DATA, "--data.limit", "300", *flags, "--run_dir", str(run.path)]) == 0
+    data = ImageDataModule("synthetic", image_size=16, limit=300)
+    data.setup()
+    model = Switches.load_from_checkpoint(run.best_checkpoint, weights_only=True).eval()
+    with torch.no_grad():
+        expected = torch.cat([model(images) for images, _ in data.val_dataloader()])
+    for command in (None, ["validate", str(run.path), "--trust_code", "true", "--trainer.accelerator", "cpu"]):
+        if command is not None:
+            run.predictions_val.unlink()
+            assert run_command(command) == 0
+        found = torch.from_numpy(np.load(run.predictions_val)["logits"])
+        torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("init_args", [5, [1], "x"])
