@@ -44,7 +44,7 @@ from cifar_lightning.settings.roles import ONLY_CROSS_ENTROPY, OWN_OPTIMIZER, ob
 from cifar_lightning.training.error_messages import cause_of, explained, of_settings, of_users_objects
 from cifar_lightning.training.lightning_patches import NoProfiler, check_cuda_once
 from cifar_lightning.training.losses import DEFAULT_LOSS
-from cifar_lightning.training.model_checks import check_sizes
+from cifar_lightning.training.model_checks import check_sizes, is_of_a_library
 from cifar_lightning.training.module import ImageClassifier
 from cifar_lightning.training.precision import is_on_cuda, settle_precision
 from cifar_lightning.training.progress_bar import RunProgress
@@ -220,7 +220,7 @@ class TrainingCLI(LightningCLI):
             if made.model.plans_schedule:  # it warns of every `configure_optimizers`, also of that which is meant
                 warnings.filterwarnings("ignore", ".*will be overridden.*")
             try:
-                if self.subcommand == "fit":  # a run of a GPU, or with callbacks from Python, is tested without them
+                if self.subcommand == "fit":  # validate, test and predict make no step
                     _try_optimizer(made)
                 self._add_configure_optimizers_method_to_model(self.subcommand)
             except Exception as error:  # a class of the user's raises anything
@@ -267,19 +267,20 @@ def made_from(model: ImageClassifier) -> dict[str, Any]:
 
 
 def _try_optimizer(made: Namespace) -> None:
-    """Make a step of --optimizer and of --lr_scheduler: what fails in it would fail in a run."""
+    """Make a step of --optimizer and of --lr_scheduler on the CPU: what fails in it would fail in a run."""
     if not made.optimizer:
         return
     try:
-        _try_on("cpu", made)
+        _step_once(made)
+    except UserError:
+        raise
     except Exception:  # a class of the user's raises anything
-        if not is_on_cuda(made.trainer):
+        if not is_on_cuda(made.trainer):  # where some step that do not on a CPU, as those with capturable
             raise
-        _try_on("cuda", made)  # where some work alone, as those with capturable
 
 
-def _try_on(device: str, made: Namespace) -> None:
-    weight = nn.Parameter(torch.ones(2, 2, device=device))
+def _step_once(made: Namespace) -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
 
     def closure() -> torch.Tensor:
         loss = weight.square().sum()
@@ -290,7 +291,7 @@ def _try_on(device: str, made: Namespace) -> None:
     scheduler = instantiate_class(optimizer, made.lr_scheduler.as_dict()) if made.lr_scheduler else None
     # schedulefree's step only in the mode that hooks or callbacks must set.
     has_modes = all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
-    has_hooks = type(made.model) is not ImageClassifier or bool(made.trainer.callbacks)
+    has_hooks = not (type(made.model) is ImageClassifier and all(map(is_of_a_library, made.trainer.callbacks or ())))
     if has_modes and has_hooks:
         optimizer.train()
     closure()
@@ -299,6 +300,8 @@ def _try_on(device: str, made: Namespace) -> None:
     except Exception as error:  # a class of the user's raises anything
         if not has_modes or has_hooks:
             raise
+        optimizer.train()
+        optimizer.step(closure)  # raises what is not of the modes
         raise UserError(
             f"{cause_of(error)} Give --model a subclass of ImageClassifier whose on_train_epoch_start calls "
             "self.trainer.optimizers[0].train(), and, only where self.trainer.state.fn == 'fit', "

@@ -311,7 +311,7 @@ def check_monitors(
         plateau: What --lr_scheduler monitors.
         early_stopping: What --early_stopping monitors.
     """
-    logged = (*TRAIN_METRICS, *validated_by(module)) if all(map(_is_of_a_library, (*callbacks, module))) else None
+    logged = (*TRAIN_METRICS, *validated_by(module)) if all(map(is_of_a_library, (*callbacks, module))) else None
     monitors = [(f"--trainer.callbacks {type(each).__name__}", getattr(each, "monitor", None)) for each in callbacks]
     for flag, given in [*monitors, ("--lr_scheduler", plateau), ("--early_stopping", early_stopping)]:
         if given is None:  # ModelCheckpoint's default
@@ -335,5 +335,6 @@ def check_monitors(
             )
 
 
-def _is_of_a_library(each: Any) -> bool:
+def is_of_a_library(each: Any) -> bool:
+    """Whether an object is of a class of Lightning or of this package, or None."""
     return each is None or type(each).__module__.startswith(("lightning.", "pytorch_lightning.", "cifar_lightning."))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import ReduceLROnPlateau
 
 from cifar_lightning import ImageClassifier, ImageDataModule
+from cifar_lightning.cli import lightning_cli
 from cifar_lightning.cli.flags import check_config, normalize_arguments
 from cifar_lightning.cli.lightning_cli import TrainingCLI
 from cifar_lightning.cli.main import run_command, training_arguments
@@ -108,6 +109,11 @@ class Switches(ImageClassifier):
     def on_validation_end(self):
         if self.trainer.state.fn == "fit":
             self.trainer.optimizers[0].train()
+
+
+class SwitchesModes(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        trainer.optimizers[0].train()
 
 
 MINE, MY_DATA = f"{__name__}.Mine", f"{__name__}:MyData"
@@ -406,16 +412,30 @@ class Raises(ImageDataModule):
 def test_what_fails_when_it_is_made_or_in_its_first_step_is_refused_before_a_run_is_made(flags, words):
     data = DATA if "--data" not in flags else []
     with pytest.raises(UserError) as refused:
-        command_line(*data, *flags).instantiate()
+        command_line(*data, "--trainer.accelerator", "cpu", *flags).instantiate()
     assert [word for word in words if word not in str(refused.value)] == []
 
 
-def test_an_optimizer_with_modes_needs_a_class_or_a_callback_that_sets_them():
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_an_optimizer_with_modes_needs_a_class_or_a_callback_that_sets_them(is_gpu, monkeypatch):
+    monkeypatch.setattr(lightning_cli, "is_on_cuda", lambda trainer: is_gpu)
     switched = [*DATA, "--optimizer", f"{__name__}.Switched", "--optimizer.lr", "0.1"]
-    with pytest.raises(UserError, match=r"Switched: .*train mode.*on_train_epoch_start.*on_validation_epoch_start"):
-        command_line(*switched).instantiate()
-    for flags in (["--model", f"{__name__}.Switches"], ["--trainer.callbacks", "DeviceStatsMonitor"]):
+    for flags in ([], ["--trainer.callbacks", "DeviceStatsMonitor"]):
+        with pytest.raises(UserError, match=r"Switched: .*train mode.*on_train_epoch_start.*on_validation_epoch_start"):
+            command_line(*switched, *flags).instantiate()
+    for flags in (["--model", f"{__name__}.Switches"], ["--trainer.callbacks", f"{__name__}.SwitchesModes"]):
         command_line(*switched, *flags).instantiate()
+
+
+def test_what_steps_only_on_a_gpu_is_refused_only_for_a_run_on_a_cpu(monkeypatch):
+    capturable = [*DATA, "--optimizer", "AdamW", "--optimizer.capturable", "true"]
+    for is_gpu in (True, False):
+        monkeypatch.setattr(lightning_cli, "is_on_cuda", lambda trainer, is_gpu=is_gpu: is_gpu)
+        if is_gpu:
+            command_line(*capturable).instantiate()
+        else:
+            with pytest.raises(UserError, match="capturable"):
+                command_line(*capturable).instantiate()
 
 
 def test_validation_predictions_of_an_optimizer_with_modes_are_those_of_the_best_checkpoint(tmp_path):

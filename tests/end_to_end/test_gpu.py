@@ -133,7 +133,7 @@ def test_a_run_stopped_inside_an_epoch_ends_with_the_same_bits_on_the_gpu(tmp_pa
     assert unbroken.metrics_csv.read_bytes() == broken.metrics_csv.read_bytes()
 
 
-def test_an_optimizer_that_steps_on_a_gpu_alone_is_taken_for_a_run_on_it():
+def test_an_optimizer_that_steps_only_on_a_gpu_is_taken_for_a_run_on_it():
     flags = ["--data.dataset", "synthetic", "--optimizer", "AdamW", "--optimizer.capturable", "true"]
     assert not TrainingCLI("fit", training_arguments("fit", flags)[0]).instantiate()[0].plans_schedule
     with pytest.raises(UserError, match="capturable"):
