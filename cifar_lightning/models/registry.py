@@ -288,7 +288,8 @@ def choose_model(
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise UserError(
             f"model: {type(model).__name__} has lazy layers, whose weights have no shape yet; call it once on images "
-            f"of the data's size, such as model(torch.zeros(2, {in_channels}, {image_size}, {image_size}))."
+            f"of the data's size, such as model(torch.zeros(2, {in_channels}, {image_size}, {image_size})), or give "
+            "--model.name, which does."
         )
     for argument, value in (("name", name), ("model_kwargs", model_kwargs), ("pretrained", pretrained)):
         if value and value != DEFAULT_MODEL:

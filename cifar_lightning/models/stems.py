@@ -63,7 +63,7 @@ def input_error(model: nn.Module, image_size: int, num_classes: int | None = Non
     """Return why a model does not give logits, of `num_classes` where given, for images of a size; empty if it does.
 
     The forward pass runs on the meta device, in about the time that making the model takes. Only if that fails (a layer
-    may lack a meta kernel) does it run on real tensors. The model is not changed.
+    may lack a meta kernel) does it run on real tensors. Of the model only lazy layers change, which take their shapes.
     """
     try:
         logits = _forward_on_meta(model, image_size, in_channels=in_channels)
