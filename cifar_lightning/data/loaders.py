@@ -175,7 +175,8 @@ class StreamingLoader(ImageLoader):
     ) -> None:
         super().__init__(sampler, transform, num_images=len(images), device=device)
         if (start_method := _start_method()) != "fork":
-            _check_sendable(transform.pipeline.on_cpu)
+            is_sharded = isinstance(images, ShardedImages)
+            _check_sendable(transform.pipeline.on_cpu, f"--data.{'cache memory' if is_sharded else 'num_workers 0'}")
         # A worker that begins a window of shards begins to download the next one.
         steps = 0
         if isinstance(images, ShardedImages):
@@ -400,12 +401,16 @@ def _on_device(batches: list[Tensor], device: torch.device) -> tuple[Tensor, ...
 
 
 def _start_method() -> str:
-    """Return how workers begin: as the program has chosen, or else forked on Linux, in Python 3.14 as before it."""
+    """Return how workers begin: as the program has chosen, or else forked on Linux, in Python 3.14 as before it.
+
+    Any process or lock of the program sets the default of Python as if it was chosen.
+    """
     chosen = multiprocessing.get_start_method(allow_none=True)  # a call without it would choose
-    return chosen or ("fork" if sys.platform == "linux" else multiprocessing.get_all_start_methods()[0])
+    default = multiprocessing.get_all_start_methods()[0]
+    return "fork" if sys.platform == "linux" and chosen in (None, default) else chosen or default
 
 
-def _check_sendable(transforms: Sequence[Transform]) -> None:
+def _check_sendable(transforms: Sequence[Transform], way_out: str) -> None:
     """Refuse transforms that a worker which is not forked cannot load: lambdas, and what a notebook defines."""
     main = sys.modules["__main__"]
     is_notebook = getattr(main, "__spec__", None) is None and not hasattr(main, "__file__")
@@ -414,14 +419,14 @@ def _check_sendable(transforms: Sequence[Transform]) -> None:
             pickled = pickle.dumps(transform)
             if not is_notebook or b"__main__" not in pickled:
                 continue
-            reason = "it is defined in a notebook"
+            reason = "it is defined in a notebook or at a prompt"
         except RuntimeError:  # of multiprocessing's locks and values, which are sent only while a process starts
             continue
         except Exception as error:  # a class of the user's raises anything
             reason = reason_of(error)
         raise UserError(
             f"--data.transforms {name_of(transform)}: cannot be sent to worker processes ({reason}).\n"
-            "Define it in a module that can be imported, or give --data.num_workers 0."
+            f"Define it in a module that can be imported, or give {way_out}."
         )
 
 

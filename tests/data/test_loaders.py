@@ -189,8 +189,9 @@ def test_a_function_of_a_notebook_is_not_sent_to_workers_that_are_not_forked(mon
     assert isinstance(factory_of([bright], 2), StreamingLoader)
 
 
-def test_a_program_that_has_not_chosen_forks_on_linux_only(monkeypatch):
-    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: None)
+@pytest.mark.parametrize("chosen", [None, "forkserver"])  # Python's own default, which any process sets
+def test_a_program_that_has_not_chosen_forks_on_linux_only(chosen, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: chosen)
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["forkserver", "spawn", "fork"])
     for platform, kind in (("linux", StreamingLoader), ("darwin", ResidentLoader)):
         monkeypatch.setattr(sys, "platform", platform)
