@@ -166,6 +166,7 @@ def mirrored(image):
     return image.flip(-1)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
 def test_without_fork_slow_transforms_run_here_by_default(monkeypatch):
     chosen = {"method": "fork"}
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: chosen["method"])
@@ -189,6 +190,7 @@ def test_a_function_of_a_notebook_is_not_sent_to_workers_that_are_not_forked(mon
     assert isinstance(factory_of([bright], 2), StreamingLoader)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
 @pytest.mark.parametrize("chosen", [None, "forkserver"])  # Python's own default, which any process sets
 def test_a_program_that_has_not_chosen_forks_on_linux_only(chosen, monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: chosen)
