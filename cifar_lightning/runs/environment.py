@@ -15,8 +15,10 @@ from typing import Any
 from cifar_lightning.runs.schema import SCHEMA_VERSION
 
 _START = r"(?<![\w~.:/])"  # of an absolute path, also within a sentence; not of a URL or of the rest of a path
-_DRIVE, _SHARE = r"[A-Za-z]:(?:/(?!/)|\\+)", r"(?<!\\)\\{2,}"  # of Windows, also with backslashes that are escaped
-_FOLDERS = re.compile(rf"{_START}(?:/(?:[^/\s]+/)+|(?:{_DRIVE}|{_SHARE})(?:[^/\\\s]+[/\\]+)+)")
+_FOLDERS = re.compile(rf"{_START}/(?:[^/\s]+/)+")
+# Those of Windows, also with backslashes that are escaped; on other systems a regular expression may look like one.
+_DRIVE, _SHARE, _PART = r"[A-Za-z]:(?:/(?!/)|\\+)", r"(?<!\\)\\{2,}", r"(?:[^/\\\s]+[/\\]+)"
+_WINDOWS_FOLDERS = re.compile(rf"{_START}(?:{_DRIVE}{_PART}+|{_SHARE}{_PART}{{2,}})")
 # Flags of Linux's /proc/cpuinfo for what decides about a CPU's speed and rounding, the widest first.
 _INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
 _DISTRIBUTIONS = ("cifar-lightning", "torch", "torchvision", "lightning", "torchmetrics", "numpy")
@@ -69,10 +71,11 @@ def portable(value: Any) -> Any:
         return value
     for folder, short in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
         if len(folder) > 1:
-            start = _START + re.escape(folder)
-            value = re.sub(rf"{start}[/\\]", short, value)
+            start = _START + re.escape(folder).replace(r"\\", r"[/\\]+")
+            value = re.sub(rf"{start}[/\\]+", short, value)
             value = re.sub(f"{start}$", short.rstrip("/") or ".", value)
-    return _FOLDERS.sub("", value)
+    value = _FOLDERS.sub("", value)
+    return _WINDOWS_FOLDERS.sub("", value) if sys.platform == "win32" else value
 
 
 def processor_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -45,7 +45,8 @@ def test_settings_are_kept_without_the_folders_of_this_machine(tmp_path, monkeyp
     assert portable("folder: 9 images, in /srv/ada/photos") == "folder: 9 images, in photos"
 
 
-def test_folders_of_windows_are_left_out_as_well(monkeypatch):
+def test_folders_of_windows_are_left_out_there_as_well(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(os, "getcwd", lambda: r"D:\ada\work")
     monkeypatch.setattr(os.path, "expanduser", lambda path: r"C:\Users\ada")
     for given, kept in {
@@ -66,9 +67,24 @@ def test_folders_of_windows_are_left_out_as_well(monkeypatch):
         r"..\a\b",
         "C:",
         r"\d+\w",
+        r'"\\d+\\w"',
         "a: /",
         "x://a/b",
     ):
+        assert portable(same) == same
+
+
+def test_a_home_folder_of_windows_is_found_in_every_spelling(monkeypatch):
+    monkeypatch.setattr(os, "getcwd", lambda: r"D:\work")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: r"C:\Users\Ada L")
+    for given in ("C:/Users/Ada L/x", r"C:\Users\Ada L\x", r"C:\\Users\\Ada L\\x"):
+        assert portable(given) == "~/x"
+    assert portable(r"C:\Users\Ada L") == "~"
+
+
+def test_regular_expressions_stay_as_they_are_where_windows_has_no_folders(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    for same in (r'{"pattern": "\\d+\\w+\\s"}', r"a:\d+\w", r"\\server\ada\e.pt"):
         assert portable(same) == same
 
 
