@@ -163,12 +163,11 @@ def _run_program(*arguments: str) -> int:
     The process has a group of its own, so that it gets Ctrl-C once: from here, and on Windows from the console.
     """
     received, children = list[int](), list[subprocess.Popen[bytes]]()
-    is_sent = sys.platform != "win32"
 
     def forward(signum: int, frame: FrameType | None) -> None:
         leave_closed_terminal()
         received.append(signum)
-        for child in children if is_sent else ():
+        for child in children:
             child.send_signal(signum)
 
     before = {signum: signal.signal(signum, forward) for signum in stop_signals()}
@@ -178,9 +177,10 @@ def _run_program(*arguments: str) -> int:
         with subprocess.Popen(
             [sys.executable, *program, *arguments], process_group=0, preexec_fn=_end_with(os.getpid())
         ) as child:
-            children.append(child)
-            for signum in received if is_sent else ():  # before there was a child
-                child.send_signal(signum)
+            if sys.platform != "win32":
+                children.append(child)
+                for signum in received:  # before there was a child
+                    child.send_signal(signum)
             status = child.wait()
     finally:
         for signum, handler in before.items():
