@@ -105,7 +105,7 @@ def first_of(texts: Sequence[str], most: int) -> str:
     return ", ".join(texts[:most]) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")
 
 
-def shortened(names: Sequence[str], cut: Callable[[str], str]) -> list[str]:
+def shortened_apart(names: Sequence[str], cut: Callable[[str], str]) -> list[str]:
     """Return names that `cut` has shortened; where this makes them equal, with their numbers in front."""
     texts = [cut(name) for name in names]
     times = Counter(texts)

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
-from cifar_lightning.formatting import plural, printable, shorten, shortened
+from cifar_lightning.formatting import plural, printable, shorten, shortened_apart
 from cifar_lightning.metrics.calibration import reliability
 from cifar_lightning.metrics.classification import accuracy, per_class
 
@@ -99,7 +99,7 @@ def _in_blocks(
 
 
 def _label_classes(axes: Axes, class_names: Sequence[str]) -> None:
-    names = shortened([*map(printable, class_names)], shorten) if len(class_names) <= _MAX_NAMED else []
+    names = shortened_apart([*map(printable, class_names)], shorten) if len(class_names) <= _MAX_NAMED else []
     size = min(10.0, max(3.0, 650 / len(class_names)))  # points; the largest that fits the rows of the largest figure
     # parse_math=False: a folder called "$5 or $6" is no formula.
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size, parse_math=False)

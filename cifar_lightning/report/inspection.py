@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from cifar_lightning.formatting import plural, printable, shorten, shortened
+from cifar_lightning.formatting import plural, printable, shorten, shortened_apart
 from cifar_lightning.report.page import render
 
 _MAX_LINES = 29  # and one of the page
@@ -29,7 +29,7 @@ def inspection_lines(found: Mapping[str, Any]) -> list[str]:
     if len(names) > _MAX_ROWS:
         by_size = np.argsort(-sum(counts.values()), kind="stable").tolist()
         order = by_size[:half] + by_size[-half:]
-    cut = shortened([*map(printable, names)], lambda name: shorten(name, _NAME_WIDTH - 1))
+    cut = shortened_apart([*map(printable, names)], lambda name: shorten(name, _NAME_WIDTH - 1))
     rows = [(cut[at], [f"{of[at]:,}" for of in counts.values()]) for at in order]
     rows.append(("all classes", [f"{of.sum():,}" for of in counts.values()]))
     lines = [found["dataset"], "", f"{'class':<{_NAME_WIDTH}}" + "".join(f"{split:>10}" for split in counts)]

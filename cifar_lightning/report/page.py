@@ -134,7 +134,7 @@ def matrix_of(cm: Int64[np.ndarray, "classes classes"], names: Sequence[str]) ->
     fractions, top, opacity = shade(part, support)
     keys = ("number", "fraction", "opacity", "is_correct")
     columns = zip(*(array.tolist() for array in (part, fractions, opacity.round(2), is_correct)), strict=True)
-    short = formatting.shortened([*map(formatting.printable, names)], formatting.shorten)
+    short = formatting.shortened_apart([*map(formatting.printable, names)], formatting.shorten)
     rows = [[dict(zip(keys, cell, strict=True)) for cell in zip(*row, strict=True)] for row in columns]
     return {
         "rows": [

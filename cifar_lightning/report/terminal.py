@@ -29,7 +29,7 @@ from cifar_lightning.formatting import (
     program,
     pvalue,
     shell_line,
-    shortened,
+    shortened_apart,
     span,
     unbroken,
 )
@@ -230,7 +230,7 @@ def _print_classes(
     if len(names) > _MAX_CLASSES:
         f1 = np.array([row["f1"] for row in classes])  # NaN, a class without images and predictions, comes last
         shown = np.argsort(f1, kind="stable")[:_NUM_WORST].tolist()
-    cut = shortened(names, lambda name: _cut(name, _MAX_NAME))
+    cut = shortened_apart(names, lambda name: _cut(name, _MAX_NAME))
     title = "Classes" if len(shown) == len(names) else f"The {_NUM_WORST} classes with the lowest F1"
     _print_heading(console, title)
     _print_class_table(console, [classes[index] for index in shown], [cut[index] for index in shown])

@@ -48,7 +48,7 @@ def describe_ending(trainer: pl.Trainer, planned_steps: int, by: str = "") -> di
     """Return what ended a training, after how many whole epochs and which of the planned steps.
 
     Args:
-        trainer: At the end of training.
+        trainer: The Trainer, at the end of training or where `by` stopped it.
         planned_steps: Steps of the whole run.
         by: What ended it, if not the Trainer, such as a signal.
     """

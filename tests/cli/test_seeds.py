@@ -276,7 +276,7 @@ def test_signals_reach_the_run_and_decide_the_exit_status(monkeypatch, tmp_path,
 
 def test_on_windows_the_console_sends_ctrl_c_to_the_run(monkeypatch):
     class Process(contextlib.nullcontext):
-        """As on Windows, whose processes take SIGTERM alone."""
+        """As on Windows, whose processes take only SIGTERM."""
 
         def __init__(self, *_, **__):
             super().__init__(self)
