@@ -153,13 +153,19 @@ def _speed_rows(what: str, recipe: str, notes: list[str]) -> list[str]:
         took = _time_cell([(run["seconds"], run["note"]) for run in runs], notes)
         is_given = precision == present_settings(recipe)["trainer"]["precision"]
         flags = "" if is_given else f"--trainer.precision {precision}"
-        command = _command(recipe, flags) if who == "ours" else SPEEDRUN
+        command = _command(recipe, flags) if who == "ours" else _speedrun(runs)
         rows.append(f"| {name} | {accuracy} | {took} | {hardware} | {command} |")
     return rows
 
 
 _DIRTY = "one of the checkouts had uncommitted changes"
-SPEEDRUN = "`python -m benchmarks.speed.speedrun --data ROOT --peer airbench=DIR`"
+
+
+def _speedrun(runs: list[dict[str, Any]]) -> str:
+    """Return the command of a peer's runs; seed 0 is the default."""
+    seeds = sorted(run["seed"] for run in runs)
+    given = "" if seeds == [0] else f" --seeds {','.join(map(str, seeds))}"
+    return f"`python -m benchmarks.speed.speedrun --data ROOT{given} --peer airbench=DIR`"
 
 
 def _time_of(seconds: list[float]) -> str:
