@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +33,7 @@ from cifar_lightning.cli.tune import apply_lr_finder
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.image_folder import write_skipped_files
 from cifar_lightning.data.image_set import SPLITS, Split
-from cifar_lightning.data.memory import free_host_bytes
+from cifar_lightning.data.memory import exceeds_free
 from cifar_lightning.errors import UserError, is_first_process, remark
 from cifar_lightning.files import remove_empty, write_text_durably
 from cifar_lightning.formatting import command_line, percent, plural
@@ -163,7 +162,7 @@ def remark_on_memory(trainer: pl.Trainer, data: ImageDataModule) -> None:
     whole = [split for split, limit in limits.items() if isinstance(limit, float) and limit == 1]
     split: Split = max(whole, key=data.num_images, default="test")
     needed = _PREDICTION_BYTES * data.num_images(split) * data.num_classes if whole else 0
-    if needed > free_host_bytes() and sys.platform == "linux":  # which tells it
+    if exceeds_free(needed):
         flag = f"; a run with a smaller --data.{split}_fraction needs less" if data.is_held_out(split) else ""
         remark(
             f"remark: the predictions of {data.num_images(split):,} {split} images for {data.num_classes:,} classes "

@@ -61,6 +61,11 @@ def free_host_bytes() -> float:
     return min(free, _free_in_container(_CGROUP))  # a container may have less than its machine
 
 
+def exceeds_free(num_bytes: float) -> bool:
+    """Whether so many bytes are more than the free memory, which only Linux tells."""
+    return sys.platform == "linux" and num_bytes > free_host_bytes()
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether PyTorch could not allocate memory, of a GPU or of the host."""
     import torch
@@ -69,8 +74,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def check_fits(shape: tuple[int, ...], what: str, way_out: str) -> None:
-    """Raise `UserError` where decoded images, uint8 of this shape, need more memory than is free, which Linux tells."""
-    if (needed := math.prod(shape)) > free_host_bytes() and sys.platform == "linux":
+    """Raise `UserError` where decoded images, uint8 of this shape, need more memory than is free."""
+    if exceeds_free(needed := math.prod(shape)):
         raise UserError(
             f"{what}: {shape[0]:,} images of {shape[1]} pixels need {needed / 1e9:,.1f} GB of memory, more than is "
             f"free.\n{way_out}"

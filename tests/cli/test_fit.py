@@ -30,7 +30,6 @@ from program import REPO, TINY, fail, start
 
 from cifar_lightning import ImageClassifier, UserError, load
 from cifar_lightning.checkpoints.loading import read_checkpoint
-from cifar_lightning.cli import fit as fit_module
 from cifar_lightning.cli.fit import (
     AddedCallbacks,
     Resume,
@@ -44,6 +43,7 @@ from cifar_lightning.cli.fit import (
 )
 from cifar_lightning.cli.lightning_cli import TrainingCLI
 from cifar_lightning.cli.main import run_command, training_arguments
+from cifar_lightning.data import memory
 from cifar_lightning.inference.trained_model import load_trained_model
 from cifar_lightning.runs.contents import read_test_metrics
 from cifar_lightning.runs.folder import RunFolder, open_run
@@ -705,8 +705,8 @@ def test_a_small_validation_split_is_remarked_on(capsys):
 def test_predictions_that_need_more_memory_than_is_free_are_remarked_on(
     sizes, held_out, limits, expected, capsys, monkeypatch
 ):
-    monkeypatch.setattr(fit_module, "free_host_bytes", lambda: 28 * 17 * 1000)
-    monkeypatch.setattr(fit_module.sys, "platform", "linux")
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 28 * 17 * 1000)
+    monkeypatch.setattr(memory.sys, "platform", "linux")
     data = SimpleNamespace(num_images=sizes.__getitem__, is_held_out=held_out.__contains__, num_classes=1000)
     trainer = SimpleNamespace(limit_val_batches=limits.get("val", 1.0), limit_test_batches=limits.get("test", 1.0))
     remark_on_memory(trainer, data)
