@@ -32,7 +32,7 @@ from cifar_lightning.cli.trainer_objects import check_kinds
 from cifar_lightning.cli.tune import apply_lr_finder
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.data.image_folder import write_skipped_files
-from cifar_lightning.data.image_set import SPLITS, Split
+from cifar_lightning.data.image_set import SPLITS
 from cifar_lightning.data.memory import exceeds_free
 from cifar_lightning.errors import UserError, is_first_process, remark
 from cifar_lightning.files import remove_empty, write_text_durably
@@ -64,7 +64,9 @@ from cifar_lightning.training.step_count import check_evaluation
 from cifar_lightning.training.tensorboard import Dashboard, board_for
 from cifar_lightning.training.trainer_callbacks import callbacks_of
 
-_PREDICTION_BYTES = 28  # of an image and class: logits in float32, softmax and its logarithm in float64
+# Of an image and class: logits in float32, probabilities in float64, and in float64 the arrays of `fit_temperature` (5)
+# or of the calibration (3), and of test the writer's own logits.
+_PREDICTION_BYTES = {"val": 4 + 8 + 5 * 8, "test": 4 + 8 + 3 * 8 + 4}
 _FEW_IMAGES = 50  # of a validation split: the standard error of its accuracy is up to 7 %
 
 
@@ -157,16 +159,17 @@ def remark_on_few(num_val: int) -> None:
 
 
 def remark_on_memory(trainer: pl.Trainer, data: ImageDataModule) -> None:
-    """Say before training that the predictions of validation or test are likely to need more memory than is free."""
+    """Say before training that the predictions may need more memory than is free: an upper bound of what they need."""
     limits = {split: getattr(trainer, f"limit_{split}_batches") for split in SPLITS[1:]}
     whole = [split for split, limit in limits.items() if isinstance(limit, float) and limit == 1]
-    split: Split = max(whole, key=data.num_images, default="test")
-    needed = _PREDICTION_BYTES * data.num_images(split) * data.num_classes if whole else 0
+    needed = data.num_classes * sum(_PREDICTION_BYTES[split] * data.num_images(split) for split in whole)
     if exceeds_free(needed):
-        flag = f"; a run with a smaller --data.{split}_fraction needs less" if data.is_held_out(split) else ""
+        of_splits = " and ".join(f"{data.num_images(split):,} {split}" for split in whole)
+        flags = " or ".join(f"--data.{split}_fraction" for split in whole if data.is_held_out(split))
         remark(
-            f"remark: the predictions of {data.num_images(split):,} {split} images for {data.num_classes:,} classes "
-            f"need about {needed / 1e9:,.1f} GB of memory at the end, more than is free now{flag}."
+            f"remark: the predictions of {of_splits} images for {data.num_classes:,} classes need up to "
+            f"{needed / 1e9:,.1f} GB of memory at the end, more than is free now"
+            f"{f'; a run with a smaller {flags} needs less' if flags else ''}."
         )
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import sys
+import tracemalloc
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -31,6 +32,7 @@ from program import REPO, TINY, fail, start
 from cifar_lightning import ImageClassifier, UserError, load
 from cifar_lightning.checkpoints.loading import read_checkpoint
 from cifar_lightning.cli.fit import (
+    _PREDICTION_BYTES,
     AddedCallbacks,
     Resume,
     create_or_resume_run,
@@ -45,6 +47,8 @@ from cifar_lightning.cli.lightning_cli import TrainingCLI
 from cifar_lightning.cli.main import run_command, training_arguments
 from cifar_lightning.data import memory
 from cifar_lightning.inference.trained_model import load_trained_model
+from cifar_lightning.report.findings import find
+from cifar_lightning.report.results import Predictions, Results
 from cifar_lightning.runs.contents import read_test_metrics
 from cifar_lightning.runs.folder import RunFolder, open_run
 
@@ -694,26 +698,56 @@ def test_a_small_validation_split_is_remarked_on(capsys):
 @pytest.mark.parametrize(
     ("sizes", "held_out", "limits", "expected"),
     [
-        ({"val": 10, "test": 20}, {"test"}, {}, "20 test images for 1,000 classes"),
-        ({"val": 20, "test": 10}, {"val"}, {}, "20 val images for 1,000 classes"),
-        ({"val": 10, "test": 20}, {"val"}, {}, "20 test images for 1,000 classes"),
-        ({"val": 10, "test": 20}, {"test"}, {"test": 1}, ""),
-        ({"val": 17, "test": 17}, {"val", "test"}, {}, ""),
+        ({"val": 10, "test": 20}, {"test"}, {}, "10 val and 20 test images for 1,000,000 classes need up to 1.3 GB"),
+        ({"val": 20, "test": 10}, {"val"}, {}, "20 val and 10 test images"),
+        ({"val": 20, "test": 10}, {"val", "test"}, {}, "20 val and 10 test images"),
+        ({"val": 10, "test": 20}, set(), {}, "10 val and 20 test images"),
+        ({"val": 17, "test": 24}, {"val", "test"}, {"val": 0}, "of 24 test images"),
+        ({"val": 17, "test": 20}, {"val", "test"}, {"test": 1}, ""),
+        ({"val": 10, "test": 10}, {"val", "test"}, {}, ""),
         ({"val": 0, "test": 20}, set(), {"val": 0, "test": 0.5}, ""),
     ],
 )
 def test_predictions_that_need_more_memory_than_is_free_are_remarked_on(
     sizes, held_out, limits, expected, capsys, monkeypatch
 ):
-    monkeypatch.setattr(memory, "free_host_bytes", lambda: 28 * 17 * 1000)
+    num_classes = 1_000_000
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: (52 + 40) * 10 * num_classes)
     monkeypatch.setattr(memory.sys, "platform", "linux")
-    data = SimpleNamespace(num_images=sizes.__getitem__, is_held_out=held_out.__contains__, num_classes=1000)
+    data = SimpleNamespace(num_images=sizes.__getitem__, is_held_out=held_out.__contains__, num_classes=num_classes)
     trainer = SimpleNamespace(limit_val_batches=limits.get("val", 1.0), limit_test_batches=limits.get("test", 1.0))
     remark_on_memory(trainer, data)
     said = capsys.readouterr().out
     assert expected in said
     assert bool(said) == bool(expected)
-    largest = max(sizes, key=sizes.get)
     assert [f"--data.{split}_fraction" in said for split in sizes] == [
-        bool(said) and split == largest and split in held_out for split in sizes
+        bool(said) and split in held_out and limits.get(split, 1.0) == 1 for split in sizes
     ]
+
+
+def test_the_memory_remarked_on_is_what_the_findings_take_at_most():
+    random = np.random.default_rng(0)
+
+    def predictions(num):
+        targets = random.integers(0, 200, num)
+        logits = random.standard_normal((num, 200), np.float32)
+        logits[np.arange(num), targets] += 3
+        return Predictions(logits, targets, np.arange(num), tuple(map(str, range(200))))
+
+    def peak_of(num_val, num_test):
+        val, test = predictions(num_val), predictions(num_test)
+        results = Results(test.class_names, test.confusion, test=test, val=val)
+        tracemalloc.reset_peak()
+        find(results)
+        return tracemalloc.get_traced_memory()[1]
+
+    of_val, of_test = _PREDICTION_BYTES["val"], _PREDICTION_BYTES["test"]
+    tracemalloc.start()
+    try:
+        peak_of(100, 100)  # imports
+        before = tracemalloc.get_traced_memory()[0]
+        for num_val, num_test in ((1500, 100), (100, 1500)):
+            needed = 200 * (of_val * num_val + of_test * num_test)
+            assert 0.8 * needed < peak_of(num_val, num_test) - before < 1.1 * needed
+    finally:
+        tracemalloc.stop()
