@@ -229,20 +229,24 @@ class ImageDataModule(pl.LightningDataModule):
             of_source = (getattr(self.source, name, None) for name in ("mean", "std"))
             self.mean, self.std = (None if each is None else tuple(map(float, each)) for each in of_source)
         if self.mean is None or self.std is None:
-            of_train: Any = images["train"].images
-            if isinstance(of_train, ShardedImages):
-                self.mean, self.std = statistics_of_moments(of_train.moments[train.numpy()])
-            else:
-                measured = train.numpy()
-                if of_train.nbytes > READ_BEFORE_BYTES:
-                    measured = measured[evenly_spaced(len(train), _MAX_MEASURED)]
-                self.mean, self.std = channel_statistics(of_train, measured)
+            self.mean, self.std = self._measure(images["train"].images, train.numpy())
         some = torch.from_numpy(images["train"].images[train[:CHECKED_IMAGES].numpy()])
         self.pipeline.check(some, self.train_sizes)
         self.duplicates = self._find_duplicates(images)
         self._remark_on_constant_images(images)
         self._images = images
         self._loaders = LoaderFactory(images, self.num_workers)
+
+    def _measure(self, images: Any, train: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and std of the training images: of a large set by the moments of its shards, or of a sample."""
+        is_large = images.nbytes > READ_BEFORE_BYTES
+        if isinstance(self.source, Shards) and (is_large or self.source.cache == "none"):
+            moments = self.source.moments["train"][train]
+            if moments.shape[-1] == self.in_channels:  # else the images became gray
+                return statistics_of_moments(moments)
+        if is_large:
+            train = train[evenly_spaced(len(train), _MAX_MEASURED)]
+        return channel_statistics(images, train)
 
     def _fit_batch_size(self, num_images: int) -> None:
         """Refuse a batch larger than the training split, or reduce the default, also where one image would remain."""

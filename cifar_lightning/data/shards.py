@@ -145,6 +145,9 @@ class Shards:
                     f"--data.{name} {value}, or leave it out."
                 )
         self.pixel_hashes: dict[Split, np.ndarray] = {}  # of the images of each split that was loaded
+        self.moments: dict[Split, np.ndarray] = {}
+        """float32 (n, 2, channels) of each split that was loaded: mean of each image's values, scaled to 0-1, and of
+        their squares."""
         self._is_checked = False
         self._names: dict[Split, tuple[np.ndarray, np.ndarray]] = {}  # names that end with 0, and where they end
 
@@ -175,7 +178,7 @@ class Shards:
             return None
         about = self.index.splits[split]
         shards, table = self._shards(split), self._table(split)
-        self.pixel_hashes[split] = table["pixels"]
+        self.pixel_hashes[split], self.moments[split] = table["pixels"], table["moments"]
         self._names[split] = table["names"], np.flatnonzero(table["names"] == 0)
         images = ShardedImages(self._place, split, shards, self.index, table)
         # It has what loaders and statistics use of an array: shape, dtype, nbytes, length and indices.
@@ -268,8 +271,6 @@ class ShardedImages:
     ) -> None:
         self._place, self._split, self._shards, self._index = place, split, shards, index
         self._is_jpeg, self._checksums, self._pixels = table["is_jpeg"], table["checksums"], table["pixels"]
-        self.moments: np.ndarray = table["moments"]
-        """float32 (n, 2, channels): mean of each image's values, scaled to 0-1, and of their squares."""
         self.starts = np.cumsum([0, *(shard.chunk_size for shard in shards)])
         """int64 (shards + 1,): index of the first image of each shard, and the number of images."""
         self.num_shards, self.has_jpegs = len(shards), bool(self._is_jpeg.any())

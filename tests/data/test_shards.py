@@ -19,7 +19,7 @@ from PIL import Image
 from program import decode_here
 
 from cifar_lightning import ImageDataModule
-from cifar_lightning.data import image_folder, memory
+from cifar_lightning.data import datamodule, image_folder, memory
 from cifar_lightning.data import shards as shards_module
 from cifar_lightning.data.image_decoding import RULES
 from cifar_lightning.data.image_folder import ClassFolders, user_cache
@@ -178,6 +178,21 @@ def test_a_cache_holds_the_same_images_and_split(written, cache):
         every = np.arange(lazy.num_images(split))
         assert np.array_equal(held.images(split, every), lazy.images(split, every))
     assert np.allclose(held.mean, lazy.mean, rtol=1e-6)
+    statistics = channel_statistics(held._images["train"].images, held._splits.train.numpy())
+    assert (held.mean, held.std) == statistics
+
+
+def test_the_statistics_of_a_large_cached_set_are_those_of_all_its_images(written, monkeypatch):
+    monkeypatch.setattr(datamodule, "READ_BEFORE_BYTES", 100)
+    monkeypatch.setattr(datamodule, "_MAX_MEASURED", 2)
+    lazy, held = data_of(written), data_of(written, cache="disk", num_workers=0)
+    assert (held.mean, held.std) == (lazy.mean, lazy.std)
+
+
+def test_shards_that_become_gray_are_measured_as_gray_images(written):
+    data = ImageDataModule(Shards(written), batch_size=8, in_channels=1, num_workers=1)
+    data.setup()
+    assert (data.mean, data.std) == channel_statistics(data._images["train"].images, data._splits.train.numpy())
 
 
 def cut(content):
