@@ -15,7 +15,7 @@ from cifar_lightning.data.datasets import class_names_of, load_splits, open_sour
 from cifar_lightning.data.duplicates import find_duplicates
 from cifar_lightning.data.image_decoding import Resize
 from cifar_lightning.data.image_folder import ClassFolders, Skipped
-from cifar_lightning.data.image_set import READ_BEFORE_BYTES, SPLITS, Cache, ImageSet, Split, is_constant
+from cifar_lightning.data.image_set import SPLITS, Cache, ImageSet, Split, is_constant
 from cifar_lightning.data.loaders import BatchTransform, ImageLoader, LoaderFactory
 from cifar_lightning.data.object_source import in_nfc
 from cifar_lightning.data.sampler import EpochSampler, Rank, ShardOrder, evaluation_order
@@ -38,7 +38,9 @@ from cifar_lightning.transforms.policies import Policy
 from cifar_lightning.transforms.transform import Transform
 
 Balance = Literal["none", "balanced"]
-_MAX_MEASURED = 10_000  # images of a set above `READ_BEFORE_BYTES` whose mean and std are measured
+# Bytes of decoded images, which take minutes to read, above which mean and std are those of a sample. A sample changes
+# the results of a seed, so smaller sets are measured whole.
+_MEASURED_BYTES, _MAX_MEASURED = 8 << 30, 10_000
 _MAX_NAMES = 12  # class names that are printed
 
 
@@ -239,7 +241,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _measure(self, images: Any, train: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and std of the training images: of a large set by the moments of its shards, or of a sample."""
-        is_large = images.nbytes > READ_BEFORE_BYTES
+        is_large = images.nbytes > _MEASURED_BYTES
         if isinstance(self.source, Shards) and (is_large or self.source.cache == "none"):
             moments = self.source.moments["train"][train]
             if moments.shape[-1] == self.in_channels:  # else the images became gray

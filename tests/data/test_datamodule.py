@@ -53,7 +53,7 @@ def test_names_are_known_before_setup_and_statistics_after_it():
 @pytest.mark.parametrize("is_large", [False, True])
 def test_of_a_large_set_the_statistics_are_those_of_some_images(is_large, monkeypatch):
     module = synthetic(image_size=16)
-    monkeypatch.setattr(datamodule, "READ_BEFORE_BYTES", 5000 * 16 * 16 * 3 - is_large)
+    monkeypatch.setattr(datamodule, "_MEASURED_BYTES", 5000 * 16 * 16 * 3 - is_large)
     monkeypatch.setattr(datamodule, "_MAX_MEASURED", 10)
     module.setup()
     train = module._splits.train.numpy()

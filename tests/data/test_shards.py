@@ -183,7 +183,7 @@ def test_a_cache_holds_the_same_images_and_split(written, cache):
 
 
 def test_the_statistics_of_a_large_cached_set_are_those_of_all_its_images(written, monkeypatch):
-    monkeypatch.setattr(datamodule, "READ_BEFORE_BYTES", 100)
+    monkeypatch.setattr(datamodule, "_MEASURED_BYTES", 100)
     monkeypatch.setattr(datamodule, "_MAX_MEASURED", 2)
     lazy, held = data_of(written), data_of(written, cache="disk", num_workers=0)
     assert (held.mean, held.std) == (lazy.mean, lazy.std)
