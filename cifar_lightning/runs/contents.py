@@ -29,9 +29,9 @@ from cifar_lightning.settings.safe_yaml import MAX_BYTES, check_nesting, read_ya
 _MAX_MATRIX_BYTES = 256 << 20  # of 10,000 classes
 MAX_SEEDS = 1_000  # that `fit --seeds` takes
 _MAX_IMAGES = 10_000_000  # of a confusion matrix: the insights take some bytes for each
-# Of all arrays of an archive together: this many bytes, or this many times its own size. A million names, which have
-# the width of the longest, of 255 characters take 1 GB.
-_MAX_ARRAY_BYTES, _MAX_RATIO = 4 << 30, 20
+# Of all arrays of an archive together: this many bytes, or this many times its own size. 500,000 names, which have the
+# width of the longest, of 255 characters take 0.5 GB.
+_MAX_ARRAY_BYTES, _MAX_RATIO = 1 << 30, 20
 
 
 FromZero = Annotated[int, Field(ge=0, lt=2**53)]  # JSON's numbers are exact below
