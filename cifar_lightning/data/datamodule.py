@@ -394,7 +394,7 @@ class ImageDataModule(pl.LightningDataModule):
     def image_names(self, split: Split, positions: np.ndarray | None = None) -> np.ndarray:
         """Return the name of each image of a split, str (n,): its path below the root, as `test/cat/12.png`.
 
-        With `positions` in the split, of any shape, these names alone.
+        With `positions` in the split, only their names.
 
         Images of data without files are named by the data set's own split and index, as `train[17]`. A source of your
         own may have `image_name(split, index)`.
@@ -403,8 +403,7 @@ class ImageDataModule(pl.LightningDataModule):
         name = getattr(self.source, "image_name", index_name)
         indices = self._splits.of(split).numpy()
         indices = indices if positions is None else indices[positions]
-        names = [name(source_split, index) for index in indices.ravel().tolist()]
-        return np.array(names, np.str_).reshape(indices.shape)
+        return np.array([name(source_split, index) for index in indices.tolist()], np.str_)
 
     def targets(self, split: Split, positions: np.ndarray) -> np.ndarray:
         """Return the classes, int64, of the images at positions of a split."""

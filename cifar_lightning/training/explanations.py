@@ -117,6 +117,6 @@ def _neighbours(
 def _train_names(data: ImageDataModule, positions: Int64[np.ndarray, "n k"]) -> Shaped[np.ndarray, "n k"]:
     """Return the names of some training images: those of all may take gigabytes."""
     if getattr(data.image_names, "__func__", None) is ImageDataModule.image_names:
-        return data.image_names("train", positions)
+        return data.image_names("train", positions.ravel()).reshape(positions.shape)
     names: np.ndarray = data.image_names("train")[positions]  # overridden, perhaps without `positions`
     return names
