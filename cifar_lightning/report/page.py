@@ -53,13 +53,9 @@ def render_page(
     kept: Mapping[int, Image3],
     explanations: Explanations | None,
     explanations_reason: str,
-    confusion: Int64[np.ndarray, "classes classes"] | None = None,
+    confusion: Int64[np.ndarray, "classes classes"],
 ) -> str:
-    """Return the page as HTML: the findings, with `report.describe_run` in `run`, and test images by index.
-
-    The confusion matrix is needed where the findings lack it, by the number of classes.
-    """
-    cm = np.array(findings["confusion_matrix"]) if confusion is None else confusion
+    """Return the page as HTML: the findings, with `report.describe_run` in `run`, and test images by index."""
     tested = [row for row in findings["classes"] if row["support"]]
     lowest, pairs = worst_first_of(tested), findings["confused_pairs"]
     times = [pair["count"] + pair["reverse_count"] for pair in pairs]
@@ -75,7 +71,7 @@ def render_page(
     return render(
         "page.html",
         f=findings,
-        matrix=matrix_of(cm, [row["name"] for row in findings["classes"]]),
+        matrix=matrix_of(confusion, [row["name"] for row in findings["classes"]]),
         calibration_charts=[reliability_chart(calibration), confidence_chart(calibration)] if calibration else [],
         curves=curves_charts(curves) if findings["epochs"] else [],
         listed=listed,

@@ -546,4 +546,5 @@ def test_a_confidence_below_one_is_not_rounded_to_one(half):
     findings = json.loads(half.findings.read_text(encoding="utf-8"))
     findings["comparison"] = None
     findings["coverage"][0] |= {"threshold": 0.99996, "num_images": 8, "coverage": 0.004, "accuracy": 0.875}
-    assert unbroken(">99.996 %</td>") in render_page(findings, read_results(half).images, None, "")
+    results = read_results(half)
+    assert unbroken(">99.996 %</td>") in render_page(findings, results.images, None, "", results.confusion)
