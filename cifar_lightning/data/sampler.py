@@ -200,12 +200,12 @@ def balanced_order(targets: Int64[Tensor, " images"], generator: torch.Generator
     Images of a class with fewer images than places are repeated equally often, to within one. Of a class with more,
     some are left out, others in each epoch.
     """
-    classes = torch.unique(targets)
+    classes, counts = torch.unique(targets, return_counts=True)
     first, more = divmod(len(targets), len(classes))
     lucky = torch.randperm(len(classes), generator=generator)[:more]
     places = torch.full((len(classes),), first)
     places[lucky] += 1
-    by_class = targets.argsort(stable=True).split(torch.bincount(targets)[classes].tolist())
+    by_class = targets.argsort(stable=True).split(counts.tolist())
     chosen = []
     for own, num in zip(by_class, places.tolist(), strict=True):
         rounds = [own[torch.randperm(len(own), generator=generator)] for _ in range(-(-num // len(own)))]

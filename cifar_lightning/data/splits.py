@@ -169,9 +169,8 @@ def _scarcest(counts: Tensor, val_fraction: float, in_data: Tensor | None = None
 def _pick(targets: Tensor, numbers: Tensor, generator: torch.Generator) -> Tensor:
     """Mark that many images of each class, drawn at random."""
     shuffled = torch.randperm(len(targets), generator=generator)
-    by_class = shuffled[targets[shuffled].argsort(stable=True)]
     counts = torch.bincount(targets, minlength=len(numbers))
-    place = torch.arange(len(targets)) - (counts.cumsum(0) - counts).repeat_interleave(counts)  # within its class
+    by_class = shuffled[targets[shuffled].argsort(stable=True)].split(counts.tolist())
     is_picked = torch.zeros(len(targets), dtype=torch.bool)
-    is_picked[by_class[place < numbers.repeat_interleave(counts)]] = True
+    is_picked[torch.cat([own[:num] for own, num in zip(by_class, numbers.tolist(), strict=True)])] = True
     return is_picked
