@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Num
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
@@ -29,9 +29,9 @@ class ConfusionMatrix(MulticlassConfusionMatrix):
     image of it: 205 GB for 256 images of 10,000 classes.
     """
 
-    def update(self, preds: Int64[Tensor, " batch"], target: Int64[Tensor, " batch"]) -> None:
-        """Count a batch of predicted and true classes."""
-        cells = target * self.num_classes + preds
+    def update(self, preds: Int64[Tensor, " batch"], target: Num[Tensor, " batch"]) -> None:
+        """Count a batch of predicted and true classes; these are floats where a loss of one's own takes them."""
+        cells = target.long() * self.num_classes + preds
         self.confmat.view(-1).index_add_(0, cells, torch.ones_like(cells))
 
 
@@ -56,7 +56,7 @@ def update_evaluation(
     metrics: MetricCollection,
     logits: Float[Tensor, "batch classes"],
     plain_logits: Float[Tensor, "batch classes"],
-    targets: Int64[Tensor, " batch"],
+    targets: Num[Tensor, " batch"],
     loss: Callable[..., Tensor],
 ) -> None:
     """Update the metrics with a batch; `loss` is a function of logits and targets."""

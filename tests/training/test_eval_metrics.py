@@ -34,6 +34,16 @@ def test_a_batch_whose_loss_is_nan_makes_the_loss_of_the_stage_nan():
     assert math.isnan(metrics.compute()["loss"])
 
 
+def test_float_labels_of_a_loss_of_ones_own_count_as_classes():
+    logits, targets = torch.randn(30, 12), torch.arange(30) % 12
+    of_ints, of_floats = evaluation_metrics(12), evaluation_metrics(12)
+    update_evaluation(of_ints, logits, logits, targets, F.cross_entropy)
+    update_evaluation(of_floats, logits, logits, targets.float(), lambda outputs, y: F.cross_entropy(outputs, y.long()))
+    expected, values = of_ints.compute(), of_floats.compute()
+    assert values.keys() == expected.keys()
+    assert all(torch.equal(values[name], expected[name]) for name in expected)
+
+
 class LargestOutput(TorchDispatchMode):
     """Records the most elements that an operation returns in memory of its own."""
 
@@ -50,7 +60,7 @@ class LargestOutput(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("is_deterministic", [False, True])
-def test_the_confusion_matrix_is_updated_without_a_second_one(is_deterministic, monkeypatch):
+def test_the_confusion_matrix_is_updated_without_a_second_one(is_deterministic):
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     torch.manual_seed(0)
     preds, targets = torch.randint(0, 50, (2, 300)).unbind()
