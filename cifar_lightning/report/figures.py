@@ -87,7 +87,7 @@ def _in_blocks(
 ) -> tuple[Int[np.ndarray, "rows rows"], Int64[np.ndarray, " rows"], int]:
     """Return a matrix of at most `_MAX_DRAWN` rows, the images of each row, and how many classes a row has.
 
-    The diagonal has correct predictions alone, not the mistakes among the classes of a row.
+    The diagonal has only correct predictions, not the mistakes among the classes of a row.
     """
     support, size = per_class(cm).support, -(-len(cm) // _MAX_DRAWN)
     if size == 1:

@@ -118,7 +118,7 @@ class Dashboard(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the config; TensorBoard's row of the HPARAMS tab is written after the test, with its metrics.
 
-        Its CUSTOM SCALARS tab has a large chart each for accuracy, loss, learning rate and the classes.
+        Its CUSTOM SCALARS tab has a large chart each for accuracy, loss, learning rate and the classes (up to 100).
         """
         board = summary_writer_of(trainer) if trainer.is_global_zero else None
         if board is not None:
