@@ -65,7 +65,7 @@ SPANS = [span for text in PROSE.values() for span in re.findall(r"`([^`\n]+)`", 
 PYTHON_RUN = [block for block in BLOCKS if block.mark == "run"]
 YAML = [block for block in BLOCKS if block.language == "yaml"]
 PARSED = [block for block in BLOCKS if block.mark == "parse" and block not in YAML]
-COMMANDS = [line for block in PARSED for line in block.text.splitlines() if line.strip()]
+COMMANDS = [line for block in PARSED for line in block.text.replace("\\\n", "").splitlines() if line.strip()]
 IN_PROSE = [
     span
     for span in SPANS
