@@ -256,7 +256,7 @@ def models_table() -> str:
     if (found := _read("models")) is None:
         return "`python -m benchmarks.speed.models`: not measured."
     size = found["image_size"]
-    changes = "; uncommitted changes" if found["dirty"] else ""
+    changes = "; the checkout had uncommitted changes" if found["dirty"] else ""
     rows = [
         f"`python -m benchmarks.speed.models`, {size}x{size} images, batch size {found['batch_size']}, 32 bits, "
         f"{found['hardware']} (median of {found['num_steps']} steps, slowest to fastest{changes}).",
@@ -293,7 +293,9 @@ def _ablation_rows(name: str, suite: Suite, lines: list[dict[str, Any]]) -> list
     base = [100 * line["accuracy"] for line in lines if line["setting"] == BASE]
     where = f"{lines[0]['hardware']}, {lines[0]['precision']}"
     asked = f" --precision {lines[0]['asked_precision']}" if lines[0]["asked_precision"] else ""
-    command = f"`python -m benchmarks.accuracy.ablations --data ROOT --suite {name}{asked}`"
+    seeds = ",".join(map(str, sorted({line["seed"] for line in lines})))
+    given = "" if seeds == "0" else f" --seeds {seeds}"
+    command = f"`python -m benchmarks.accuracy.ablations --data ROOT --suite {name}{given}{asked}`"
     rows = [f"{command}, {where}: {suite.about}. Base: {_mean_of(base)}.", ""]
     rows += ["| setting | flags | difference to the base |", "| --- | --- | --- |"]
     for setting, flags in suite.settings.items():

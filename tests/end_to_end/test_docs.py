@@ -26,7 +26,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MARKS = ("run", "parse", "by hand", "ci")
-RUNS = ("runs/smallnet/1", "runs/smallnet_cpu/1", "smallnet")  # that the pages' commands name
+RUNS = ("runs/smallnet/1", "runs/smallnet_cpu/1", "runs/own_images/1", "smallnet")  # that the pages' commands name
 # Flags of other programs, and those that are no flag of a command but stand alone.
 FOREIGN_FLAGS = {"--index-url", "--logdir", "--help", "--help-all", "--version", "--print_completion"}
 
@@ -82,7 +82,7 @@ BENCHMARKS = [
 @pytest.fixture
 def checkout_with_a_run(parser, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    for name in ("smallnet", "smallnet_cpu"):
+    for name in ("smallnet", "smallnet_cpu", "own_images"):
         run = RunFolder(tmp_path / "runs" / name / "1")
         run.checkpoints.mkdir(parents=True)
         run.best_checkpoint.touch()
