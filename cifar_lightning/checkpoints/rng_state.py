@@ -5,6 +5,8 @@ and augmentation are functions of seed and epoch and need none; dropout and MixU
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,16 @@ def rng_state(device: torch.device) -> dict[str, Any]:
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "mps": torch.mps.get_rng_state() if device.type == "mps" else None,
     }
+
+
+@contextmanager
+def rng_state_kept(device: torch.device) -> Iterator[None]:
+    """Leave the RNG states as they were before."""
+    state = rng_state(device)
+    try:
+        yield
+    finally:
+        restore_rng(state, device)
 
 
 def restore_rng(state: dict[str, Any], device: torch.device) -> None:

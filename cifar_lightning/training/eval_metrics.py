@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
 
+from cifar_lightning.checkpoints.rng_state import rng_state_kept
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, reason_of
 from cifar_lightning.metrics.calibration import NUM_BINS
@@ -103,9 +104,8 @@ def check_metrics(metrics: MetricCollection, num_classes: int, device: torch.dev
     probs = torch.randn(len(labels), num_classes, generator=torch.Generator().manual_seed(0)).softmax(1).to(device)
     for name, metric in metrics.clone().to(device).items():
         given = f"--model.metrics {name}: for probabilities {tuple(probs.shape)} and labels {tuple(labels.shape)} it"
-        drawn_on = [] if device.type == "cpu" else [device]
         try:
-            with torch.random.fork_rng(drawn_on), warnings.catch_warnings(action="ignore"):
+            with rng_state_kept(device), warnings.catch_warnings(action="ignore"):
                 metric.update(probs, labels)
                 value = metric.compute()
         except Exception as error:  # a metric of one's own raises anything

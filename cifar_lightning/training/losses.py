@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cifar_lightning.checkpoints.rng_state import rng_state_kept
 from cifar_lightning.errors import UserError
 from cifar_lightning.formatting import clipped, reason_of, suggest
 from cifar_lightning.settings.import_path import import_object, is_import_path
@@ -116,7 +117,7 @@ def check_loss(
         given = f"--model.loss {clipped(name)}: for logits {tuple(logits.shape)} and {kind} {tuple(targets.shape)} it"
         hint = ";\nleave --model.mixup and --model.cutmix out" if kind == "probabilities" else ""
         try:
-            with torch.random.fork_rng([] if device.type == "cpu" else [device]), torch.enable_grad():
+            with rng_state_kept(device), torch.enable_grad():
                 tried = copy.deepcopy(loss)
                 value = tried(logits, targets)
         except Exception as error:  # code of one's own raises anything
