@@ -1,4 +1,4 @@
-"""EMA of the weights, used in validation, test and checkpoints; Lightning's callback with two fixes."""
+"""EMA of the weights, used in validation, test and checkpoints; Lightning's callback with fixes."""
 
 import itertools
 from typing import Any
@@ -23,22 +23,10 @@ class EmaWeights(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        finite = dict[tuple[torch.device, torch.dtype], list[int]]()
-
-        def average(averages: list[Tensor], currents: list[Tensor], count: int) -> None:
-            if count == 0 or not averages[0].is_floating_point():  # counters and flags; a list has one dtype
-                torch._foreach_copy_(averages, currents)
-                return
-            kind = averages[0].device, averages[0].dtype
-            if kind not in finite:  # once, as it waits for the device
-                finite[kind] = [at for at, current in enumerate(currents) if current.isfinite().all()]
-            if len(finite[kind]) < len(averages):  # a mask of attention stays: the mean of infinities is NaN
-                averages, currents = ([tensors[at] for at in finite[kind]] for tensors in (averages, currents))
-            torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + count) / (10 + count)))
-
         # BatchNorm's statistics are averaged, too: those of the raw weights do not fit the average.
         super().__init__(use_buffers=True)
-        self.decay, self._average, self._is_exchanged = decay, average, False
+        self.decay, self._is_exchanged = decay, False
+        self._finite = dict[tuple[torch.device, torch.dtype], list[int]]()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make the average; its counter stays on the CPU, since reading it from the device would sync in each step.
@@ -58,7 +46,11 @@ class EmaWeights(WeightAveraging):
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Average after a step, as `AveragedModel.update_parameters`, which waits for the device for each dtype."""
+        """Average after a step.
+
+        `AveragedModel.update_parameters` gives the same, but copies its counter to the device for each dtype, for which
+        the host waits.
+        """
         if trainer.global_step <= self._latest_update_step:
             return
         averaged = self._average_model
@@ -74,6 +66,18 @@ class EmaWeights(WeightAveraging):
             self._average(averages, currents, int(averaged.n_averaged))
         averaged.n_averaged += 1
         self._latest_update_step = trainer.global_step
+
+    def _average(self, averages: list[Tensor], currents: list[Tensor], count: int) -> None:
+        """Average tensors of one dtype on one device, after `count` averages."""
+        if count == 0 or not averages[0].is_floating_point():  # counters and flags
+            torch._foreach_copy_(averages, currents)
+            return
+        kind = averages[0].device, averages[0].dtype
+        if kind not in self._finite:  # once, as it waits for the device
+            self._finite[kind] = [at for at, current in enumerate(currents) if current.isfinite().all()]
+        if len(self._finite[kind]) < len(averages):  # a mask of attention stays: the mean of infinities is NaN
+            averages, currents = ([tensors[at] for at in self._finite[kind]] for tensors in (averages, currents))
+        torch._foreach_lerp_(averages, currents, 1 - min(self.decay, (1 + count) / (10 + count)))
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate the average while training; `trainer.validate` may be of another module, and has its weights."""
