@@ -1,7 +1,9 @@
 """Checks that model and data agree: number of classes, shape of the logits, batch and image sizes."""
 
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,6 +27,7 @@ TRAIN_METRICS = ("train/loss", "train/acc", "lr")
 VAL_METRICS = ("val/loss", "val/acc", "val/f1", "val/ece")
 # Words of errors about shapes; error_messages explains that of a view.
 _OF_SHAPES = re.compile(r"(?!.*view size).*(shape|size|channels|height|width)", re.IGNORECASE)
+_IN_LIBRARY = re.compile(rf"<|.*[/\\](site|dist)-packages[/\\]|{re.escape(str(Path(__file__).parents[1]))}")
 
 
 def validated_by(module: Any) -> tuple[str, ...]:
@@ -51,9 +54,11 @@ def misfit_of(error: RuntimeError, model: nn.Module, images: Any) -> UserError |
     reason = str(error).strip().partition("\n")[0]  # torch appends its C++ stack
     if not isinstance(images, Tensor) or images.ndim != 4 or is_out_of_memory(error) or not _OF_SHAPES.match(reason):
         return None
+    lines = [line for line in traceback.extract_tb(error.__traceback__) if not _IN_LIBRARY.match(line.filename)]
+    where = f" in {Path(lines[-1].filename).name}, line {lines[-1].lineno}" if lines else ""
     return UserError(
         f"the model, {type(model).__name__}, does not fit {images.shape[1]}-channel images of {images.shape[-1]} "
-        f"pixels ({clipped(reason, 200)}); change it, or --data.image_size."
+        f"pixels ({clipped(reason, 200)}{where}); change it, or --data.image_size."
     )
 
 

@@ -410,7 +410,8 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         try:
             logits = self(images)
         except RuntimeError as error:
-            misfit = misfit_of(error, self.model, images) if self._is_first_batch else None
+            model = self.model if type(self) is ImageClassifier else self
+            misfit = misfit_of(error, model, images) if self._is_first_batch else None
             if misfit is None:
                 raise
             raise misfit from error

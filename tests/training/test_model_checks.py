@@ -102,21 +102,6 @@ def test_a_model_that_has_other_layers_for_the_images_of_the_data_is_remarked_on
     assert capsys.readouterr().out == ""
 
 
-class Folds(nn.Module):
-    """Takes only batches of 20, and keeps the last one."""
-
-    def __init__(self):
-        super().__init__()
-        self.head, self.last = nn.Linear(3 * 16 * 16, 10), None
-
-    def forward(self, images):
-        images = images.reshape(20, -1)
-        if self.last is not None:
-            images = images + 0 * self.last
-        self.last = images
-        return self.head(images)
-
-
 class Fails(nn.Module):
     """Raises an error in the batch of a number."""
 
@@ -151,8 +136,16 @@ def test_a_model_that_does_not_fit_the_first_batch_is_refused_by_its_shape(model
     assert isinstance(refused.value.__cause__, RuntimeError)
 
 
-def test_a_model_of_one_batch_size_that_keeps_its_last_batch_trains(tmp_path):
-    fit_model(Folds(), tmp_path)
+class Skips(nn.Module):
+    """Adds channels that do not fit."""
+
+    def forward(self, images):
+        return images + images[:, :2]
+
+
+def test_the_line_of_a_model_that_fails_in_the_first_batch_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"test_model_checks\.py, line \d+"):
+        fit_model(nn.Sequential(Skips(), nn.Flatten(), nn.Linear(768, 10)), tmp_path)
 
 
 @pytest.mark.parametrize(
