@@ -136,8 +136,8 @@ ARGUMENTS: dict[str, Argument] = {
         },
     ),
     "precision": Argument(
-        "`16-mixed` on CUDA, `bf16-mixed` on a CPU that is faster in it, else `32-true`, also on Apple's GPU, where "
-        "`64-true` is refused; what else the device does not support is replaced, with a remark",
+        "`16-mixed` on CUDA, `bf16-mixed` in one process on a CPU that is faster in it, else `32-true`, also on Apple's "
+        "GPU, where `64-true` is refused; what else the device does not support is replaced, with a remark",
         refused={
             "transformer-engine replaces layers, whose weights no other command loads; give 16-mixed or bf16-mixed": (
                 lambda value, _: str(value).startswith("transformer-engine")
@@ -286,6 +286,7 @@ def settle_devices(command: str, trainer: Namespace) -> None:
     """Use one device in a notebook or an interactive Python, where Lightning would fork this process for several.
 
     It takes one by itself where the devices are `auto`. An evaluation, whose devices are those of a run, does likewise.
+    DDP, which a run may have been trained with, is refused by Lightning there even for one device.
 
     Raises:
         UserError: `fit` is given several devices.
@@ -293,19 +294,19 @@ def settle_devices(command: str, trainer: Namespace) -> None:
     if not (hasattr(sys, "ps1") or sys.flags.interactive):
         return
     is_several, in_terminal = _num_devices(trainer) > 1, f"{command_line('fit')} in a terminal"
-    if command != "fit":
-        if is_several:
-            remark("remark: this interactive Python or notebook evaluates on one device.")
-            trainer.devices = 1
-        if "ddp" in str(trainer.strategy).lower():
-            trainer.strategy = "auto"
+    if "ddp" in str(trainer.strategy).lower():
+        trainer.strategy = "auto"
+    if is_several and command != "fit":
+        remark("remark: this interactive Python or notebook evaluates on one device.")
+        trainer.devices = 1
     elif is_several:
         raise UserError(
             f"--trainer.devices {clipped(str(trainer.devices))}: an interactive Python or a notebook trains on one "
             f"device; give --trainer.devices 1, or start {in_terminal}."
         )
-    elif trainer.devices == "auto" and is_on_cuda(trainer) and (num_gpus := torch.cuda.device_count()) > 1:
-        remark(f"remark: this interactive Python or notebook trains on 1 of {num_gpus} GPUs; {in_terminal} on all.")
+    elif (command, trainer.devices) == ("fit", "auto") and is_on_cuda(trainer) and torch.cuda.device_count() > 1:
+        idle = f"trains on 1 of {torch.cuda.device_count()} GPUs; {in_terminal} on all"
+        remark(f"remark: this interactive Python or notebook {idle}.")
 
 
 def page_text() -> str:

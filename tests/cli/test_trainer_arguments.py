@@ -249,6 +249,12 @@ def test_a_notebook_trains_on_no_more_than_one_device_and_evaluates_a_run_of_sev
 
 
 @pytest.mark.usefixtures("gpus_of_a_notebook")
+def test_a_notebook_trains_by_ddp_on_one_device_without_it():
+    settle_devices("fit", trainer := Namespace(devices="1", strategy="ddp", accelerator="auto"))
+    assert (trainer.devices, trainer.strategy) == ("1", "auto")
+
+
+@pytest.mark.usefixtures("gpus_of_a_notebook")
 def test_a_notebook_on_one_device_says_that_other_gpus_are_idle(capsys):
     for devices, accelerator, idle in (("auto", "auto", True), ("auto", "cpu", False), ("1", "gpu", False)):
         settle_devices("fit", trainer := Namespace(devices=devices, strategy="auto", accelerator=accelerator))
