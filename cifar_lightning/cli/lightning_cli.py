@@ -267,7 +267,7 @@ def made_from(model: ImageClassifier) -> dict[str, Any]:
 
 
 def _try_optimizer(made: Namespace) -> None:
-    """Make a step of --optimizer and of --lr_scheduler on the CPU: what fails in it would fail in a run."""
+    """Make a step of --optimizer and of --lr_scheduler on the CPU; of a run on a GPU only `UserError`s count."""
     if not made.optimizer:
         return
     try:
@@ -275,7 +275,7 @@ def _try_optimizer(made: Namespace) -> None:
     except UserError:
         raise
     except Exception:  # a class of the user's raises anything
-        if not is_on_cuda(made.trainer):  # where some step that do not on a CPU, as those with capturable
+        if not is_on_cuda(made.trainer):  # where some step that do not on a CPU, as those with `capturable`
             raise
 
 
