@@ -136,8 +136,8 @@ ARGUMENTS: dict[str, Argument] = {
         },
     ),
     "precision": Argument(
-        "`16-mixed` on CUDA, `bf16-mixed` in one process on a CPU that is faster in it, else `32-true`, also on Apple's "
-        "GPU, where `64-true` is refused; what else the device does not support is replaced, with a remark",
+        "`16-mixed` on CUDA, `bf16-mixed` in one process on a CPU that is faster in it, else `32-true`, also on "
+        "Apple's GPU, where `64-true` is refused; what else the device does not support is replaced, with a remark",
         refused={
             "transformer-engine replaces layers, whose weights no other command loads; give 16-mixed or bf16-mixed": (
                 lambda value, _: str(value).startswith("transformer-engine")
