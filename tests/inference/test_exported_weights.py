@@ -193,7 +193,7 @@ def test_smallnet_comes_with_the_package(tmp_path, monkeypatch):
     assert sum(parameter.numel() for parameter in model.model.parameters()) == 1_148_874
     assert model.class_names[:3] == ("airplane", "automobile", "bird")
     assert model.path.joinpath("model.safetensors").stat().st_size < 2.5e6
-    assert model.metrics["accuracy"] > 0.91
+    assert model.metrics["accuracy"] > 0.94
     assert f"{100 * model.metrics['accuracy']:.2f} %" in model.path.joinpath("MODEL_CARD.md").read_text("utf-8")
     image = np.full((48, 64, 3), 120, np.uint8)
     one = model.predict(image, calibrated=True)
@@ -214,10 +214,10 @@ def test_smallnet_comes_with_the_package(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("ground", "shape", "rows", "columns", "expected"),
     [
-        ((130, 180, 230), (200, 30, 30), (4, 28), (4, 28), {"airplane": 0.8031, "cat": 0.1125, "truck": 0.0205}),
-        ((240, 240, 240), (200, 180, 140), (6, 28), (10, 22), {"ship": 0.5093, "truck": 0.1297, "airplane": 0.1282}),
-        ((60, 130, 50), (120, 80, 50), (10, 24), (4, 28), {"cat": 0.7454, "dog": 0.0806, "deer": 0.0355}),
-        ((15, 15, 15), (120, 120, 120), (6, 28), (10, 22), {"truck": 0.3378, "ship": 0.2749, "airplane": 0.1302}),
+        ((130, 180, 230), (200, 30, 30), (4, 28), (4, 28), {"airplane": 0.8081, "truck": 0.0500, "bird": 0.0471}),
+        ((240, 240, 240), (200, 180, 140), (6, 28), (10, 22), {"airplane": 0.3806, "bird": 0.1412, "ship": 0.1092}),
+        ((60, 130, 50), (120, 80, 50), (10, 24), (4, 28), {"frog": 0.3466, "airplane": 0.3408, "cat": 0.1005}),
+        ((15, 15, 15), (120, 120, 120), (6, 28), (10, 22), {"cat": 0.2039, "airplane": 0.1851, "deer": 0.1689}),
     ],
 )
 def test_smallnet_gives_the_probabilities_it_had_when_it_was_added(ground, shape, rows, columns, expected):
