@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.hardware import results_file
 from benchmarks.speed.results import spread, write_results
+from cifar_lightning.models.cpu_convolutions import use_faster_convolutions
 from cifar_lightning.models.registry import MODELS, build_model
-from cifar_lightning.models.winograd import use_winograd
 
 NUM_CLASSES = 10
 NUM_WARM_UP = 2  # steps; cuDNN chooses its algorithms in the first
@@ -105,7 +105,7 @@ def main() -> None:
         torch.manual_seed(0)
         model = build_model(name, NUM_CLASSES, args.image_size)
         if device.type == "cpu":
-            use_winograd(model)  # as in `fit`
+            use_faster_convolutions(model)  # as in `fit`
         rows[name] = {"name": name, **costs(model, args.image_size)}
         steps[name], times_s[name] = trainer_of(model, args.image_size, args.batch, device), list[float]()
     for _ in range(NUM_WARM_UP + args.steps):  # a step of each in turn: what disturbs the machine disturbs all alike

@@ -41,8 +41,8 @@ from cifar_lightning.cli.flags import table
 from cifar_lightning.cli.main import run_command
 from cifar_lightning.data.loaders import ImageLoader
 from cifar_lightning.errors import UserError
+from cifar_lightning.models.cpu_convolutions import use_faster_convolutions
 from cifar_lightning.models.registry import MODELS
-from cifar_lightning.models.winograd import use_winograd
 from cifar_lightning.optim.optimizers import OptimizerSettings, build_optimizer
 from cifar_lightning.optim.schedules import ScheduleSettings, make_schedule
 
@@ -54,7 +54,7 @@ NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 def small_net(num_classes: int, image_size: int) -> nn.Module:
     """Return SmallNet with a clock, and with the convolutions of `fit`: the difference is what a step adds."""
     model = Clocked(SmallNet(num_classes)).to(memory_format=torch.channels_last)
-    use_winograd(model)
+    use_faster_convolutions(model)
     return model
 
 

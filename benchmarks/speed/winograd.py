@@ -17,8 +17,8 @@ from benchmarks.hardware import hardware_name, results_file
 from benchmarks.speed.models import NUM_CLASSES, NUM_WARM_UP, trainer_of
 from benchmarks.speed.results import spread, write_results
 from cifar_lightning.data.memory import keep_freed_memory
+from cifar_lightning.models.cpu_convolutions import faster_convolutions
 from cifar_lightning.models.registry import build_model
-from cifar_lightning.models.winograd import winograd_convolutions
 
 # Name, image size, batch: those of the configs, SmallNet last.
 CASES = [("resnet18", 32, 128), ("speednet", 24, 1000), ("speednet", 28, 1000), ("speednet", 32, 1000)]
@@ -32,7 +32,7 @@ def compare(name: str, image_size: int, batch_size: int, num_steps: int) -> dict
     step = trainer_of(model, image_size, batch_size, torch.device("cpu"))
     seconds: dict[str, list[float]] = {"winograd": [], "direct": []}
     for count in range(NUM_WARM_UP + num_steps):
-        with winograd_convolutions(model):
+        with faster_convolutions(model):
             winograd_s = step()
         direct_s = step()
         if count >= NUM_WARM_UP:

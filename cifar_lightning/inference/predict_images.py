@@ -38,8 +38,8 @@ from cifar_lightning.files import check_output, read_bytes, replacing
 from cifar_lightning.formatting import clipped, csv_cell, percent, plural, printable, span
 from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
 from cifar_lightning.metrics.significance import wilson_interval
+from cifar_lightning.models.cpu_convolutions import faster_convolutions
 from cifar_lightning.models.stems import in_eval_mode
-from cifar_lightning.models.winograd import winograd_convolutions
 from cifar_lightning.runs.folder import RunFolder, refuse_file_of_run
 
 _CHUNK_BYTES = 1 << 28  # 87,381 images of 32 pixels, so that starting worker processes per chunk costs little
@@ -335,7 +335,7 @@ def _faster_on_cpu(model: nn.Module, num_images: int) -> Iterator[None]:
         yield
         return
     keep_freed_memory()  # or the kernel may map and zero the outputs of layers again and again
-    with winograd_convolutions(model):
+    with faster_convolutions(model):
         yield
 
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cifar_lightning.models.winograd import PooledConv2d
+from cifar_lightning.models.cpu_convolutions import PooledConv2d
 
 _NUM_WHITENING = 5000  # at up to 32 pixels, as airbench
 

@@ -1,4 +1,4 @@
-"""3x3 convolutions with fewer multiplications, for training and prediction in float32 on a CPU.
+"""Winograd's 3x3 convolutions, which have fewer multiplications, in float32 on a CPU.
 
 Winograd's F(m x m, 3x3) of Lavin and Gray, https://arxiv.org/abs/1509.09308: (m+2)^2 multiplications for a tile of
 m x m outputs and a pair of channels in place of 9 m^2. Tiles are transformed by products with small matrices, which
@@ -7,14 +7,11 @@ with few channels cost more than that saves. Sums are rounded in another order.
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.nn import functional as F
 
 _WORTHWHILE = 2.4  # times fewer multiplications, from which on a convolution is faster: benchmarks/LOG.md
@@ -23,83 +20,29 @@ _POINTS = (0, 1, -1, 2, -2, 0.5, -0.5)  # where polynomials are evaluated: small
 _TILE_SIZES = range(2, len(_POINTS))
 
 
-class WinogradConv2d(nn.Conv2d):
-    """A 3x3 convolution with stride 1 and padding 1 that uses Winograd's algorithm where it needs less time."""
-
-    pool = 1  # size of the pooling after it, which drops what remains of rows and columns
-
-    def forward(self, input: Float[Tensor, "*batch channels height width"]) -> Tensor:
-        """Return the convolution in the memory format of `Conv2d`."""
-        if not _is_computable(self, input):
-            return nn.Conv2d.forward(self, input)
-        num, channels, height, width = input.shape
-        kept = torch.Size((num, channels, height - height % self.pool, width - width % self.pool))
-        if _saving(kept, len(self.weight)) <= _WORTHWHILE:
-            return nn.Conv2d.forward(self, input)
-        output: Tensor = _Winograd.apply(input, self.weight, kept)
-        if self.bias is not None:
-            output += self.bias.view(-1, 1, 1)
-        return output if any(map(_is_channels_last, (input, self.weight))) else output.contiguous()
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Let a copy, also a saved one, be of the class that the model's layer is of afterwards."""
-        return object.__new__, (_DIRECT[type(self)],), self.__dict__
+def is_worthwhile(kept: torch.Size, out_channels: int) -> bool:
+    """Return whether the algorithm is faster for images (batch, channels, kept height, kept width), and as precise."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # of the class that replaces the module
+    is_precise = matmul.fp32_precision in ("none", "ieee")  # else products are rounded to bfloat16 or TF32
+    # Without MKL the products of matrices that the algorithm needs were not measured.
+    return is_precise and torch.backends.mkl.is_available() and _saving(kept, out_channels) > _WORTHWHILE
 
 
-class PooledConv2d(nn.Conv2d):
-    """A convolution before a 2x2 max-pool with stride 2, which drops a last row and column of an odd number.
+def convolve(
+    images: Float[Tensor, "batch in_channels height width"],
+    weight: Float[Tensor, "out_channels in_channels 3 3"],
+    kept: torch.Size,
+) -> Float[Tensor, "batch out_channels kept_height kept_width"]:
+    """Return the convolution with padding 1 of float32 images, channels_last, and only the first rows and columns.
 
-    `use_winograd` therefore need not compute them.
+    `kept` is the shape of the images with as many rows and columns as the output has.
     """
-
-
-class WinogradPooledConv2d(WinogradConv2d):
-    """`WinogradConv2d` for `PooledConv2d`."""
-
-    pool = 2
-
-
-_WINOGRAD: dict[type[nn.Conv2d], type[WinogradConv2d]] = {
-    nn.Conv2d: WinogradConv2d,
-    PooledConv2d: WinogradPooledConv2d,
-}
-_DIRECT: dict[type[nn.Conv2d], type[nn.Conv2d]] = {ours: direct for direct, ours in _WINOGRAD.items()}
-
-
-def use_winograd(model: nn.Module) -> list[nn.Conv2d]:
-    """Let convolutions of a model on the CPU use Winograd's algorithm where they gain by it; return those changed.
-
-    Their class changes, and not the modules, so that hooks and shared layers stay. Without MKL nothing changes: the
-    products of matrices that the algorithm needs were not measured there.
-    """
-    if not torch.backends.mkl.is_available():
-        return []
-    convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
-    changed = [conv for conv in convs if type(conv) in _WINOGRAD and _is_3x3(conv)]
-    for conv in changed:
-        conv.__class__ = _WINOGRAD[type(conv)]
-    return changed
-
-
-def use_direct(changed: Iterable[nn.Conv2d]) -> None:
-    """Undo `use_winograd`."""
-    for conv in changed:
-        if type(conv) in _DIRECT:  # and not parametrized meanwhile, which makes a class of its own
-            conv.__class__ = _DIRECT[type(conv)]
-
-
-@contextmanager
-def winograd_convolutions(model: nn.Module) -> Iterator[None]:
-    """Use Winograd's algorithm while open. Other threads may call the model meanwhile: they get either algorithm's."""
-    changed = use_winograd(model)
-    try:
-        yield
-    finally:
-        use_direct(changed)
+    output: Tensor = _Winograd.apply(images, weight, kept)
+    return output
 
 
 class _Winograd(torch.autograd.Function):
-    """The convolution of `WinogradConv2d` and its gradients, by the same tiles."""
+    """The convolution of `convolve` and its gradients, by the same tiles."""
 
     @staticmethod
     def forward(
@@ -308,26 +251,3 @@ def _with_roots(roots: Float[Tensor, " degree"]) -> Float[Tensor, " degree+1"]:
     for root in roots:
         coefficients = F.pad(coefficients, (1, 0)) - root * F.pad(coefficients, (0, 1))
     return coefficients
-
-
-def _is_computable(conv: nn.Conv2d, input: Tensor) -> bool:
-    """Whether the algorithm computes what `Conv2d` does, and as precisely, of such an input at this moment."""
-    # First, as a compiler would not get past the others; the last is of torch.func.vmap and its like.
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
-        return False
-    if forward_ad._current_level >= 0:  # derivatives are computed with the output
-        return False
-    is_batch = input.dim() == 4 and input.shape[1] == conv.weight.shape[1] and _is_3x3(conv)
-    is_float32 = input.dtype == conv.weight.dtype == torch.float32 and input.device.type == "cpu"
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # of the class that replaces the module
-    is_precise = matmul.fp32_precision in ("none", "ieee")  # else products are rounded to bfloat16 or TF32
-    return is_batch and is_float32 and is_precise and not torch.is_autocast_enabled("cpu")
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-
-
-def _is_3x3(conv: nn.Conv2d) -> bool:
-    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")

@@ -21,7 +21,7 @@ from lightning.pytorch.tuner.tuning import Tuner
 from cifar_lightning.data.datamodule import ImageDataModule
 from cifar_lightning.errors import UserError, silenced
 from cifar_lightning.files import write_bytes_durably, write_json
-from cifar_lightning.models.winograd import winograd_convolutions
+from cifar_lightning.models.cpu_convolutions import faster_convolutions
 from cifar_lightning.report.figures import figure_to_png, lr_range_figure
 from cifar_lightning.runs.folder import RunFolder
 from cifar_lightning.training.module import ImageClassifier
@@ -66,7 +66,7 @@ def find_lr(module: ImageClassifier, data: ImageDataModule, **trainer_settings: 
         contextlib.redirect_stderr(bar),
         warnings.catch_warnings(action="ignore"),
         torch.random.fork_rng(),
-        winograd_convolutions(tuned),  # Lightning leaves out the callback that does it
+        faster_convolutions(tuned),  # Lightning leaves out the callback that does it
     ):
         trainer = pl.Trainer(**{**trainer_settings, **quiet, "default_root_dir": folder})
         if trainer.world_size > 1:

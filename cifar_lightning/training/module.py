@@ -53,6 +53,7 @@ from cifar_lightning.settings.limits import Count, Fraction, LearningRate, MixSt
 from cifar_lightning.settings.roles import ONLY_CROSS_ENTROPY
 from cifar_lightning.training.ema import EmaWeights
 from cifar_lightning.training.eval_metrics import check_metrics, evaluation_metrics, own_metrics, update_evaluation
+from cifar_lightning.training.faster_convolutions import FasterConvolutions
 from cifar_lightning.training.left_out_hooks import LeftOutHooks
 from cifar_lightning.training.lightning_patches import PlainHookNames, step_plateaus_after_validations, use_double
 from cifar_lightning.training.losses import DEFAULT_LOSS, check_loss, logits_dtype, make_loss, name_of, takes_log_probs
@@ -80,7 +81,6 @@ from cifar_lightning.training.trainer_callbacks import callbacks_of
 from cifar_lightning.training.trainer_data import repeat_if_overfitting, training_data
 from cifar_lightning.training.tta import TTA, tta_logits
 from cifar_lightning.training.whitening_stem import WhiteningStem, whiten, whitening_stem_of
-from cifar_lightning.training.winograd_convolutions import WinogradConvolutions
 from cifar_lightning.transforms.mixup import Mixing
 
 Batch = tuple[Tensor, Tensor] | list[Tensor]
@@ -471,13 +471,13 @@ class ImageClassifier(PlainHookNames, pl.LightningModule):
         callbacks: list[pl.Callback] = []
         of_earlier = (EmaWeights, ResumedSettings, WhiteningStem)  # they hold the module that this Trainer had before
         self.trainer.callbacks = [each for each in self.trainer.callbacks if type(each) not in of_earlier]  # type: ignore[attr-defined]  # set by a connector
-        if not callbacks_of(self.trainer, WinogradConvolutions):  # else it is of an earlier call of this Trainer
-            callbacks.append(WinogradConvolutions())
+        if not callbacks_of(self.trainer, FasterConvolutions):  # else it is of an earlier call of this Trainer
+            callbacks.append(FasterConvolutions())
         if self.ema_decay:
             callbacks.append(EmaWeights(self.ema_decay))
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.has_begun = False
-            if type(self) is not ImageClassifier:  # before Winograd's convolutions: a left out on_fit_start compiles
+            if type(self) is not ImageClassifier:  # before faster convolutions: a left out on_fit_start compiles
                 callbacks.insert(0, LeftOutHooks(ImageClassifier))
             callbacks.append(NanGuard())
             if self.plans_schedule:

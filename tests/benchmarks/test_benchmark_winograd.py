@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks.speed import winograd
-from cifar_lightning.models.winograd import WinogradConv2d
+from cifar_lightning.models.cpu_convolutions import FasterConv2d
 
 
 def test_steps_with_either_are_taken_in_turn_and_the_last_line_is_smallnets(monkeypatch, capsys, tmp_path):
@@ -16,7 +16,7 @@ def test_steps_with_either_are_taken_in_turn_and_the_last_line_is_smallnets(monk
         models.append(model)
 
         def step():
-            has = any(type(module) is WinogradConv2d for module in model.modules())
+            has = any(type(module) is FasterConv2d for module in model.modules())
             taken.append(has)
             return 2.0 if has else 5.0
 

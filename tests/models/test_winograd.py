@@ -16,10 +16,15 @@ from torch import nn
 
 from cifar_lightning import ImageClassifier, SmallNet
 from cifar_lightning.models import winograd
+from cifar_lightning.models.cpu_convolutions import (
+    FasterConv2d,
+    PooledConv2d,
+    faster_convolutions,
+    use_faster_convolutions,
+)
 from cifar_lightning.models.registry import build_model
 from cifar_lightning.models.speednet import SpeedNet
-from cifar_lightning.models.winograd import PooledConv2d, WinogradConv2d, use_winograd, winograd_convolutions
-from cifar_lightning.training.winograd_convolutions import WinogradConvolutions
+from cifar_lightning.training.faster_convolutions import FasterConvolutions
 
 SIZES = [(2, 3), (4, 4), (5, 9), (7, 7), (8, 6), (17, 12)]
 
@@ -47,7 +52,7 @@ def test_a_convolution_and_its_gradients_equal_those_in_float64(height, width, b
     torch.manual_seed(height)
     conv, images = nn.Conv2d(8, 12, 3, padding=1, bias=bias), torch.randn(3, 8, height, width, requires_grad=True)
     exact, direct = copy.deepcopy(conv).double(), copy.deepcopy(conv)
-    use_winograd(conv)
+    use_faster_convolutions(conv)
     for given in (images, images.contiguous(memory_format=torch.channels_last)):
         found, expected = conv(given), exact(images.double())
         torch.testing.assert_close(found.double(), expected, atol=5e-5, rtol=0)
@@ -86,7 +91,7 @@ def test_before_a_pooling_what_it_drops_need_not_be_computed(height, width):
     grad = torch.randn(3, 12, height // 2, width // 2)
     expected = pool(direct(images.double()))
     gradients = torch.autograd.grad(expected, (images, direct.weight), grad.double())
-    with winograd_convolutions(conv):
+    with faster_convolutions(conv):
         output = conv(images)
         assert output.shape[2:] == (height // 2 * 2, width // 2 * 2)
         found = torch.autograd.grad(pool(output), (images, conv.weight), grad)
@@ -105,7 +110,7 @@ def test_one_gradient_alone_and_a_gradient_of_a_gradient(wanted):
     torch.manual_seed(0)
     conv, images = nn.Conv2d(4, 6, 3, padding=1, bias=False), torch.randn(2, 4, 7, 10)
     direct = copy.deepcopy(conv)
-    use_winograd(conv)
+    use_faster_convolutions(conv)
     penalties = []
     for layer in (conv, direct):
         leaf = images.clone().requires_grad_(wanted == "images")
@@ -140,7 +145,7 @@ def test_it_is_used_where_it_was_measured_to_gain(shape, filters, expected):
 def test_gradients_computed_under_autocast_are_those_in_float32():
     torch.manual_seed(0)
     conv, images = nn.Conv2d(8, 12, 3, padding=1), torch.randn(2, 8, 7, 10)
-    use_winograd(conv)
+    use_faster_convolutions(conv)
     loss = conv(images).square().sum()
     (expected,) = torch.autograd.grad(loss, conv.weight, retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):  # as where `backward` is called by hand
@@ -156,7 +161,7 @@ def test_speednet_whose_poolings_drop_rows_and_columns_is_the_same(size, depth):
     model, images = SpeedNet(widths=(4, 8, 8), depth=depth).double(), torch.randn(8, 3, size, size)
     found = copy.deepcopy(model).float()
     nn.functional.cross_entropy(model(images.double()), torch.arange(8)).backward()
-    with winograd_convolutions(found):
+    with faster_convolutions(found):
         nn.functional.cross_entropy(found(images), torch.arange(8)).backward()
     for one, other in zip(found.parameters(), model.parameters(), strict=True):
         if one.grad is not None:
@@ -170,8 +175,8 @@ def test_probabilities_of_a_model_differ_by_less_than_1e_4():
         model(images)  # statistics of BatchNorm
         logits = model.eval()(images)
         scale = 10 / logits.std()  # so that some predictions are sure and some are not
-        with winograd_convolutions(model):
-            assert any(type(module) is WinogradConv2d for module in model.modules())
+        with faster_convolutions(model):
+            assert any(type(module) is FasterConv2d for module in model.modules())
             again = model(images)
     assert not torch.equal(again, logits), "another order of sums"
     assert (scale * again).softmax(1).sub((scale * logits).softmax(1)).abs().max() < 1e-4
@@ -215,7 +220,7 @@ def test_a_model_that_changes_weights_or_precision_itself_predicts_as_without(na
 
     model, plain, images = make(), make(), torch.randn(2, 8, 7, 10)
     images = images.to(next(plain.parameters()).dtype)
-    with torch.no_grad(), winograd_convolutions(model):
+    with torch.no_grad(), faster_convolutions(model):
         found = [model(images) for _ in range(3)]
     with torch.no_grad():
         torch.testing.assert_close(found, [plain(images) for _ in range(3)], atol=5e-5, rtol=1e-5)
@@ -238,8 +243,8 @@ def test_other_layers_stay_and_the_model_is_as_before_after_an_error(monkeypatch
     before = model["plain"](images)
 
     def stop():
-        with winograd_convolutions(model):
-            assert [name for name, layer in model.items() if isinstance(layer, WinogradConv2d)] == ["plain"]
+        with faster_convolutions(model):
+            assert [name for name, layer in model.items() if isinstance(layer, FasterConv2d)] == ["plain"]
             model["plain"](images)
             monkeypatch.setattr(winograd, "_convolve", refuse)
             assert torch.equal(model["plain"](images[0]), before[0]), "one image, not a batch"
@@ -258,7 +263,7 @@ def test_other_layers_stay_and_the_model_is_as_before_after_an_error(monkeypatch
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the tests' check of types
 def test_a_trace_and_an_export_have_the_direct_convolution(monkeypatch):
     conv, images = nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 8, 8)
-    use_winograd(conv)
+    use_faster_convolutions(conv)
     monkeypatch.setattr(winograd, "_convolve", refuse)
     assert "_convolution" in str(torch.jit.trace(conv, images, check_trace=False).graph)
     exported = torch.export.export(conv, (images,)).graph
@@ -285,7 +290,7 @@ def test_a_model_in_use_by_another_thread_predicts_on(monkeypatch):
 
 
 def _predict_faster(conv, images, expected):
-    with torch.no_grad(), winograd_convolutions(conv):
+    with torch.no_grad(), faster_convolutions(conv):
         torch.testing.assert_close(conv(images), expected, atol=2e-5, rtol=0)
 
 
@@ -295,7 +300,7 @@ def test_an_output_can_be_changed_in_place(memory_format):
     torch.manual_seed(0)
     conv = nn.Conv2d(8, 8, 3, padding=1, bias=False).to(memory_format=memory_format)
     direct, images = copy.deepcopy(conv), torch.randn(2, 8, 8, 8)
-    use_winograd(conv)
+    use_faster_convolutions(conv)
     outputs = []
     for layer in (conv, direct):
         output = layer(images)
@@ -309,7 +314,7 @@ def test_an_output_can_be_changed_in_place(memory_format):
 def test_it_is_not_used_where_products_are_less_precise_or_transformed(monkeypatch):
     conv, images = nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 8, 8)
     expected = conv(images)
-    use_winograd(conv)
+    use_faster_convolutions(conv)
     assert not torch.equal(conv(images), expected)
     monkeypatch.setattr(winograd, "_convolve", refuse)
     for precision in ("bf16", "tf32"):
@@ -332,7 +337,7 @@ def test_derivatives_of_other_modes_are_those_of_the_direct_convolution():
     torch.manual_seed(0)
     conv, images = nn.Conv2d(4, 6, 3, padding=1), torch.randn(2, 4, 5, 5)
     direct = copy.deepcopy(conv)
-    use_winograd(conv)
+    use_faster_convolutions(conv)
     for strategy in ("reverse-mode", "forward-mode"):
         found, expected = (
             torch.autograd.functional.jacobian(layer, images, vectorize=True, strategy=strategy)
@@ -341,26 +346,28 @@ def test_derivatives_of_other_modes_are_those_of_the_direct_convolution():
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_without_mkl_nothing_changes(monkeypatch):
+@pytest.mark.usefixtures("always")
+def test_without_mkl_the_direct_one_is_used(monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))
-    with winograd_convolutions(model):
-        assert type(model[0]) is nn.Conv2d
+    monkeypatch.setattr(winograd, "_convolve", refuse)
+    conv, images = nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 8, 8)
+    with faster_convolutions(conv):
+        assert conv(images).shape == images.shape
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_is_a_plain_convolution(copied):
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))
-    with winograd_convolutions(model):
+    with faster_convolutions(model):
         assert type(copied(model)[0]) is nn.Conv2d
-        assert type(model[0]) is WinogradConv2d
+        assert type(model[0]) is FasterConv2d
     assert torch.equal(copied(model)[0].weight, model[0].weight)
 
 
 @pytest.mark.usefixtures("always")
 def test_a_layer_that_is_parametrized_meanwhile_stays_so():
     model, images = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)), torch.randn(2, 8, 8, 8)
-    with winograd_convolutions(model):
+    with faster_convolutions(model):
         nn.utils.parametrizations.weight_norm(model[0])
         inside = model(images)
     torch.testing.assert_close(model(images), inside, atol=2e-5, rtol=0)
@@ -370,12 +377,12 @@ def test_a_layer_that_is_parametrized_meanwhile_stays_so():
 COMPILED = """
 import torch
 from torch import nn
-from cifar_lightning.models import winograd
+from cifar_lightning.models import cpu_convolutions, winograd
 
 winograd._WORTHWHILE = 0
 conv, images = nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 8, 8)
 expected = conv(images)
-winograd.use_winograd(conv)
+cpu_convolutions.use_faster_convolutions(conv)
 winograd._convolve = None
 torch.testing.assert_close(torch.compile(conv, backend="eager", fullgraph=True)(images), expected)
 """
@@ -390,15 +397,15 @@ def test_a_compiled_graph_is_whole_and_has_the_direct_convolution():
 
 def test_one_within_another_ends_alone():
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))
-    with winograd_convolutions(model):
-        with winograd_convolutions(model):
+    with faster_convolutions(model):
+        with faster_convolutions(model):
             pass
-        assert type(model[0]) is WinogradConv2d
+        assert type(model[0]) is FasterConv2d
     assert type(model[0]) is nn.Conv2d
 
 
 def is_changed(model):
-    return any(type(module) is WinogradConv2d for module in model.modules())
+    return any(type(module) is FasterConv2d for module in model.modules())
 
 
 class Note(pl.Callback):
@@ -456,7 +463,7 @@ def test_every_stage_uses_it_and_the_model_is_left_as_it_was(tmp_path):
         stage(classifier, datamodule=small_data())
         assert not is_changed(model)
     assert note.seen == dict.fromkeys(("sanity_check", "train", "validate", "test", "predict"), True)
-    assert sum(isinstance(callback, WinogradConvolutions) for callback in trainer.callbacks) == 1
+    assert sum(isinstance(callback, FasterConvolutions) for callback in trainer.callbacks) == 1
 
 
 @pytest.mark.parametrize("error", [ValueError("stop"), KeyboardInterrupt()])

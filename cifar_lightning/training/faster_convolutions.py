@@ -1,13 +1,13 @@
-"""Winograd's convolutions while a Trainer runs on a CPU."""
+"""Faster convolutions while a Trainer runs on a CPU."""
 
 import lightning.pytorch as pl
 from torch import nn
 
-from cifar_lightning.models.winograd import use_direct, use_winograd
+from cifar_lightning.models.cpu_convolutions import restore_convolutions, use_faster_convolutions
 
 
-class WinogradConvolutions(pl.Callback):
-    """Lets the model's convolutions use Winograd's algorithm on a CPU, and gives it back as it was, also on errors."""
+class FasterConvolutions(pl.Callback):
+    """Lets a model on a CPU use faster convolutions, and gives it back as it was, also on errors."""
 
     def __init__(self) -> None:
         self._changed: list[nn.Conv2d] = []
@@ -15,12 +15,12 @@ class WinogradConvolutions(pl.Callback):
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not in `setup`: before training starts the model is compared with a new one of its class, and compiled.
         if trainer.strategy.root_device.type == "cpu":
-            self._changed += use_winograd(pl_module)
+            self._changed += use_faster_convolutions(pl_module)
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = _begin
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        use_direct(self._changed)
+        restore_convolutions(self._changed)
         self._changed = []
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
