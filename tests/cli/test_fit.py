@@ -272,6 +272,7 @@ def test_a_run_is_tested_once_and_on_its_best_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(pl.Trainer, "test", lambda *args, **kwargs: tests.append(1) or test(*args, **kwargs))
     data = ["--data.dataset", "synthetic", "--data.image_size", "16", "--data.limit", "200", "--batch_size", "20"]
     flags = [*data, "--epochs", "3", "--run_dir", "run", "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    flags += ["--trainer.precision", "32-true"]  # as it predicts below, also on a CPU that chooses bf16-mixed
     assert run_command(["fit", "--model", f"{__name__}.Falling", *flags]) == 0
     run = RunFolder(tmp_path / "run")
     last = read_checkpoint(run.last_checkpoint)
