@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-_MAX_WIDTH = 8  # pixels, up to which it was measured to gain: benchmarks/LOG.md
+_WIDTHS = range(2, 9)  # pixels, for which it was measured to gain: benchmarks/LOG.md
 _MIN_CHANNELS = 64  # the same
 _ROW = 32  # pixels of a packed row, at most: values of bfloat16 in a row of an AMX tile
 _ONES = (1, 1)
@@ -22,14 +22,14 @@ def is_worthwhile(shape: torch.Size, out_channels: int) -> bool:
     """Return whether the weight gradient of images (batch, channels, height, width) is faster in packed rows."""
     num, channels, _, width = shape
     # Few channels do not fill the tiles in the other dimension, few images no row.
-    is_narrow = width <= _MAX_WIDTH and min(channels, out_channels) >= _MIN_CHANNELS and num >= 2 * _ROW
+    is_narrow = width in _WIDTHS and min(channels, out_channels) >= _MIN_CHANNELS and num >= 2 * _ROW
     return is_narrow and torch.cpu._is_amx_tile_supported()
 
 
 def convolve(
     images: Float[Tensor, "batch in_channels height width"], weight: Float[Tensor, "out_channels in_channels 3 3"]
 ) -> Float[Tensor, "batch out_channels height width"]:
-    """Return the convolution with padding 1 in bfloat16, channels_last, whose weight gradient is computed packed."""
+    """Return the convolution with padding 1 in bfloat16, whose weight gradient is computed in packed rows."""
     bfloat16 = torch.bfloat16
     output: Tensor = _PackedRows.apply(images.to(bfloat16), weight.to(bfloat16))
     return output
@@ -50,11 +50,13 @@ class _PackedRows(torch.autograd.Function):
         # A gradient of the gradient is wanted, or gradients of several outputs: those of torch have both.
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
             return _gradients(grad, images, weight, needs_images, needs_weight)
-        image_grad, _ = _gradients(grad, images, weight, needs_images, False)
-        if not needs_weight:
-            return image_grad, None
-        num_in_row = max(2, _ROW // (images.shape[3] + 1))
-        return image_grad, _gradients(_packed(grad, num_in_row), _packed(images, num_in_row), weight, False, True)[1]
+        image_grad = _gradients(grad, images, weight, True, False)[0] if needs_images else None
+        weight_grad = None
+        if needs_weight:
+            num_in_row = max(2, _ROW // (images.shape[3] + 1))
+            packed_grad, packed_images = (_packed(tensor, num_in_row) for tensor in (grad, images))
+            weight_grad = _gradients(packed_grad, packed_images, weight, False, True)[1]
+        return image_grad, weight_grad
 
 
 def _gradients(

@@ -60,7 +60,8 @@ def test_outputs_and_gradients_equal_those_in_float64(height, width, num, bias, 
     [
         ((1000, 256, 5, 5), 256, True),
         ((128, 256, 8, 8), 256, True),
-        ((128, 512, 1, 1), 512, True),
+        ((128, 512, 2, 2), 512, True),
+        ((128, 512, 1, 1), 512, False),  # not measured, as are fewer than 64 images
         ((1000, 64, 11, 11), 256, False),  # a row fills a third of a tile: packing costs what it gains
         ((128, 32, 8, 8), 64, False),
         ((32, 256, 6, 6), 256, False),
