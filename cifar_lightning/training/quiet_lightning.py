@@ -21,6 +21,8 @@ _SILENCED = (
     ".*ModelCheckpoint.* could not find the monitored key.*",
     # Of torch: the current device is right, as Lightning has set it to that of the process.
     r"barrier\(\): using the device under current context.*",
+    # In mixed precision the weights are in float32, which ModelSummary then assumes: what it shows is right.
+    "Precision .*-mixed is not supported by the model summary.*",
     # A chosen --run_dir that a run without any checkpoint left behind.
     "Checkpoint directory .* exists and is not empty.*",
 )

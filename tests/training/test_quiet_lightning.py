@@ -4,7 +4,10 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
+from fitting import quiet_trainer, small_data
+from lightning.pytorch.callbacks import ModelSummary
 
+from cifar_lightning import ImageClassifier, SmallNet
 from cifar_lightning.cli.fit import train
 from cifar_lightning.training.quiet_lightning import quiet
 
@@ -32,3 +35,13 @@ def test_a_first_step_that_only_the_scaler_can_have_skipped_is_silent(precision,
         warnings.simplefilter("always")
         train(trainer, model, None, None, None)
     assert bool(heard) is is_heard
+
+
+def test_a_model_summary_does_not_warn_of_mixed_precision_whose_weights_are_in_float32(tmp_path):
+    model = ImageClassifier(model=SmallNet(10, widths=(2, 2, 2)), num_classes=10)
+    trainer = quiet_trainer(
+        tmp_path, max_steps=1, limit_val_batches=0, precision="bf16-mixed", callbacks=[ModelSummary()]
+    )
+    with quiet():  # the tests turn a warning into an error
+        trainer.fit(model, small_data())
+    assert trainer.global_step == 1
