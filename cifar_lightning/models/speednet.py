@@ -58,7 +58,8 @@ class SpeedNet(nn.Module):
 class WhiteningConv(nn.Conv2d):
     """An unpadded 2x2 convolution whose frozen filters whiten patches of the training images; its bias is trained.
 
-    The filters are random until `whiten` sets them.
+    The filters are random until `whiten` sets them. Autocast leaves its products in float32, whose output it then casts:
+    the smallest directions are amplified 20 times or more, and with them what half precision rounds off the images.
 
     Args:
         in_channels: 3 for RGB. There are 8 filters per channel: the whitening directions and their negations.
@@ -71,6 +72,15 @@ class WhiteningConv(nn.Conv2d):
         super().__init__(in_channels, 8 * in_channels, kernel_size=2)
         self.weight.requires_grad_(False)
         self.register_buffer("is_whitened", torch.tensor(False))
+
+    def forward(self, input: Float[Tensor, "*batch channels height width"]) -> Tensor:
+        """Return the whitened patches of normalised images."""
+        device = input.device.type
+        if not torch.is_autocast_enabled(device):
+            return super().forward(input)
+        with torch.autocast(device, enabled=False):
+            whitened = super().forward(input.to(self.weight.dtype))
+        return whitened.to(torch.get_autocast_dtype(device))
 
     @torch.no_grad()
     def whiten(self, images: Float[Tensor, "batch channels height width"], eps: float = 5e-4) -> None:

@@ -66,6 +66,19 @@ def test_the_stem_whitens_patches():
     torch.testing.assert_close(whitened[12:], -whitened[:12])
 
 
+def test_under_autocast_the_stem_computes_in_float32():
+    torch.manual_seed(0)
+    stem = WhiteningConv(3)
+    images = torch.randn(500, 3, 8, 8).cumsum(3) / 3  # neighbouring pixels are alike, so some directions are small
+    stem.whiten(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        whitened = stem(images)
+    assert whitened.dtype == torch.bfloat16
+    torch.testing.assert_close(whitened, stem(images).to(torch.bfloat16), rtol=0, atol=0)
+    whitened.sum().backward()
+    torch.testing.assert_close(stem.bias.grad, torch.full((24,), float(whitened[:, 0].numel())))
+
+
 def test_a_whitened_stem_is_remembered_with_the_weights():
     net, other = SpeedNet(widths=[4, 4, 4]), SpeedNet(widths=[4, 4, 4])
     net.stem.whiten(torch.randn(10, 3, 8, 8))
