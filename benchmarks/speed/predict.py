@@ -1,12 +1,13 @@
 """Images classified by `predict_images` against one image at a time.
 
     python -m benchmarks.speed.predict                         SmallNet with random weights, 1,000 random 32x32 PNGs
-    python -m benchmarks.speed.predict RUN FOLDER [--num N]    a run's model, the first N images of a folder
+    python -m benchmarks.speed.predict RUN FOLDER [--num N]    a run's model, or smallnet, N images of a folder
     python -m benchmarks.speed.predict --model resnet18 --image_size 224 --side 500 --num 200      JPEGs of 500x500
     python -m benchmarks.speed.predict --command               also one command for each image
 
-The loop opens an image, converts it to a tensor and runs the same model on it, all in this process; both run in turn,
-several rounds, and are compared within a round. Reading the checkpoint is not timed: a loop would also do it once.
+The loop opens an image, converts it to a tensor and runs the same model on it in float32, all in this process, without
+TTA, which is left out of both; both run in turn, several rounds, and are compared within a round. Reading the
+checkpoint is not timed: a loop would also do it once. Random weights stay in float32, as their logits are all close.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -34,7 +36,7 @@ from cifar_lightning import ImageClassifier
 from cifar_lightning.inference import predict_images as predict
 from cifar_lightning.inference.predict_images import find_images, predict_images
 from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
-from cifar_lightning.runs.folder import RunFolder, open_run
+from cifar_lightning.runs.folder import RunFolder, open_model
 
 PROGRAM = ROOT / "train.py"
 NUM_STARTS = 3  # of the command, each round
@@ -88,7 +90,7 @@ def loop(trained: TrainedModel, paths: Sequence[Path], output: Path) -> list[int
 
 def compare(run: RunFolder, paths: Sequence[Path], rounds: int) -> dict[str, list[float]]:
     """Run both in turn, `rounds` times after a warm-up; return the seconds of each round."""
-    trained = load_trained_model(run)
+    trained = replace(load_trained_model(run), tta="none")
     times_s: dict[str, list[float]] = {"loop": [], "predict_images": []}
     read_before = mock.patch.object(predict, "load_trained_model", return_value=trained)
     with tempfile.TemporaryDirectory() as folder, read_before, contextlib.redirect_stdout(io.StringIO()):
@@ -124,7 +126,7 @@ def report(what: str, ratios: Sequence[float], num: int) -> None:
 def main() -> None:
     """Measure and print; the last line is `ratio=X`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", type=Path, help="a run; by default SmallNet with random weights")
+    parser.add_argument("run", nargs="?", type=Path, help="a run, or smallnet; by default SmallNet with random weights")
     parser.add_argument("folder", nargs="?", type=Path, help="a folder of images; by default random ones")
     parser.add_argument("--model", default="smallnet", help="without RUN: of this name (default smallnet)")
     parser.add_argument("--image_size", type=int, default=32, help="without RUN: of the model (default 32)")
@@ -140,8 +142,9 @@ def main() -> None:
         folder = args.folder or Path(temporary) / "images"
         if args.folder is None:
             make_images(folder, args.num, args.side)
-        run = open_run(args.run) if args.run else make_run(Path(temporary) / "run", args.model, args.image_size)
-        paths = [Path(path) for path in find_images([folder])[0][: args.num]]
+        run = open_model(args.run) if args.run else make_run(Path(temporary) / "run", args.model, args.image_size)
+        found = find_images([folder])[0]
+        paths = [Path(path) for path in found[:: max(1, len(found) // args.num)][: args.num]]
         times_s = compare(run, paths, args.rounds)
         for way, times in times_s.items():
             print(f"{way:<16} {1e6 * statistics.median(times) / len(paths):9,.0f} microseconds an image")

@@ -36,6 +36,7 @@ from cifar_lightning.data.progress import progress
 from cifar_lightning.errors import RunError, UserError
 from cifar_lightning.files import check_output, read_bytes, replacing
 from cifar_lightning.formatting import clipped, csv_cell, percent, plural, printable, span
+from cifar_lightning.inference.bfloat16 import NUM_SAMPLED, Logits, faster_logits
 from cifar_lightning.inference.trained_model import TrainedModel, load_trained_model
 from cifar_lightning.metrics.significance import wilson_interval
 from cifar_lightning.models.cpu_convolutions import faster_convolutions
@@ -47,6 +48,7 @@ _CHUNK_BYTES = 1 << 28  # 87,381 images of 32 pixels, so that starting worker pr
 # of 256, whose activations exceed the cache.
 _BATCH_SIZE = {"cuda": 256, "cpu": 64}
 _FASTER_FROM = 256  # images; for few it is not worthwhile to change how the process keeps memory
+_BFLOAT16_FROM = 512  # images, as 64 of them are computed twice to see what bfloat16 changes
 _NAMED = 2  # unreadable images on stderr, next to the line that counts all; without --output, which lists them, more
 _NAMED_WITHOUT_LIST = 20
 _TOP_K = 3  # by default
@@ -88,6 +90,7 @@ def predict_images(
     top_k: int | None = None,
     batch_size: int | None = None,
     calibrated: bool = False,
+    in_float32: bool = False,
     force: bool = False,
     trust_code: bool = False,
 ) -> int:
@@ -105,6 +108,7 @@ def predict_images(
         top_k: Number of most probable classes per image. Default: 3, or all of fewer classes.
         batch_size: Default: 256 on CUDA, 64 on CPU.
         calibrated: Divide the logits by the run's temperature.
+        in_float32: Compute no image in bfloat16; see `predict_files`.
         force: Overwrite `output`.
         trust_code: Import a model of one's own, which the checkpoint names.
 
@@ -133,7 +137,14 @@ def predict_images(
     remarks: image_decoding.Remarks = {}
     hide_bar = output is None and sys.stdout.isatty()  # the printed lines show the progress
     predictions = predict_files(
-        trained, found, unreadable, remarks, top_k=top_k, batch_size=batch_size, hide_bar=hide_bar
+        trained,
+        found,
+        unreadable,
+        remarks,
+        top_k=top_k,
+        batch_size=batch_size,
+        in_float32=in_float32,
+        hide_bar=hide_bar,
     )
     # Closed here and not by the garbage collector, as it shows a bar.
     with _rows(output, top_k, labels) as write, contextlib.closing(predictions):
@@ -259,34 +270,46 @@ def choose_top_k(trained: TrainedModel, top_k: int | None) -> int:
 
 
 def rank_classes(
-    trained: TrainedModel, images: UInt8[np.ndarray, "n height width channels"], top_k: int
+    trained: TrainedModel,
+    images: UInt8[np.ndarray, "n height width channels"],
+    top_k: int,
+    compute_logits: Logits | None = None,
 ) -> list[list[tuple[str, float]]]:
     """Return the most probable classes of a batch of images at the model's size, on CUDA if there is any.
+
+    `compute_logits` replaces the model's own; see `faster_logits`.
 
     Raises:
         UserError: The model's logits are not finite.
         RunError: Memory is short.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        with torch.inference_mode(False):  # parameters that it moves in that mode could not be trained afterwards
-            trained.model.to(device)
-        with torch.inference_mode(), in_eval_mode(trained.model):  # `Run.model` may be in training mode
-            logits = trained.logits(torch.from_numpy(images).to(device))
-            # By logits, as probabilities of large ones are equal; stable: the first of equal ones wins, as in argmax.
-            classes = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-            probs = logits.softmax(1).gather(1, classes)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        way_out = "lower --batch_size" if len(images) > 1 else "free some, or hide the GPU by CUDA_VISIBLE_DEVICES="
-        raise RunError(f"out of memory with {plural(len(images), 'image')} at a time: {way_out}.") from error
+    with torch.inference_mode(False), _memory_for(len(images)):
+        trained.model.to(device)  # not in inference mode, or its parameters could not be trained afterwards
+    # `Run.model` may be in training mode.
+    with _memory_for(len(images)), torch.inference_mode(), in_eval_mode(trained.model):
+        logits = (compute_logits or trained.logits)(torch.from_numpy(images).to(device))
+        # By logits, as probabilities of large ones are equal; stable: the first of equal ones wins, as in argmax.
+        classes = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+        probs = logits.softmax(1).gather(1, classes)
     if not probs.isfinite().all():
         raise UserError(f"{trained.checkpoint}: the model predicts NaN; its training diverged.")
     return [
         [(trained.class_names[k], float(f"{prob:.{_DIGITS}g}")) for k, prob in zip(ranked, row, strict=True)]
         for row, ranked in zip(probs.tolist(), classes.tolist(), strict=True)
     ]
+
+
+@contextlib.contextmanager
+def _memory_for(num_images: int) -> Iterator[None]:
+    """Name the way out where memory is short for images at a time."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        way_out = "lower --batch_size" if num_images > 1 else "free some, or hide the GPU by CUDA_VISIBLE_DEVICES="
+        raise RunError(f"out of memory with {plural(num_images, 'image')} at a time: {way_out}.") from error
 
 
 def default_batch_size() -> int:
@@ -302,10 +325,17 @@ def predict_files(
     *,
     top_k: int,
     batch_size: int | None,
+    in_float32: bool = True,
     hide_bar: bool = False,
 ) -> Generator[Prediction, None, None]:
-    """Yield a prediction for each image file that can be read; the others are added to `unreadable`."""
+    """Yield a prediction for each image file that can be read; the others are added to `unreadable`.
+
+    Without `in_float32` many images are computed in bfloat16 where that is faster, with a line on stderr; their classes
+    are those of float32. See `faster_logits`.
+    """
     size = batch_size or default_batch_size()
+    is_for_bfloat16 = not in_float32 and len(paths) >= _BFLOAT16_FROM and not torch.cuda.is_available()
+    compute_logits: Logits | None = None
     chunk_size = max(1, _CHUNK_BYTES // (trained.in_channels * trained.image_size**2))
     has_remarked = False
     with _faster_on_cpu(trained.model, len(paths)):
@@ -318,11 +348,14 @@ def predict_files(
             unreadable += [(chunk[index], reason.removeprefix(f"{chunk[index]} ")) for index, reason in bad]
             good = np.delete(np.arange(len(chunk)), [index for index, _ in bad])
             has_remarked = has_remarked or _remark_on_dark_images(chunk, images, good[:256])
+            if start == 0 and is_for_bfloat16 and len(good) >= NUM_SAMPLED:
+                compute_logits = _logits_in_bfloat16(trained, images[good[:: len(good) // NUM_SAMPLED]], size)
             done = start + len(bad)
             with progress(len(paths), "Classifying images", completed=done, hidden=hide_bar) as show:
                 for at in range(0, len(good), size):
                     batch = good[at : at + size]
-                    for index, top in zip(batch.tolist(), rank_classes(trained, images[batch], top_k), strict=True):
+                    tops = rank_classes(trained, images[batch], top_k, compute_logits)
+                    for index, top in zip(batch.tolist(), tops, strict=True):
                         yield Prediction(chunk[index], top)
                     done += len(batch)
                     show(done)
@@ -337,6 +370,19 @@ def _faster_on_cpu(model: nn.Module, num_images: int) -> Iterator[None]:
     keep_freed_memory()  # or the kernel may map and zero the outputs of layers again and again
     with faster_convolutions(model):
         yield
+
+
+def _logits_in_bfloat16(
+    trained: TrainedModel, sample: UInt8[np.ndarray, "n height width channels"], batch_size: int
+) -> Logits | None:
+    with _memory_for(min(batch_size, NUM_SAMPLED)), torch.inference_mode():
+        compute_logits = faster_logits(trained, torch.from_numpy(sample[:NUM_SAMPLED]), batch_size)
+    if compute_logits is not None:
+        print(
+            "computed in bfloat16, and in float32 where two classes are close; --precision 32-true: all in float32",
+            file=sys.stderr,
+        )
+    return compute_logits
 
 
 def _remark_on_dark_images(paths: Sequence[str], images: np.ndarray, sample: np.ndarray) -> bool:

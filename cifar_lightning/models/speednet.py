@@ -58,8 +58,9 @@ class SpeedNet(nn.Module):
 class WhiteningConv(nn.Conv2d):
     """An unpadded 2x2 convolution whose frozen filters whiten patches of the training images; its bias is trained.
 
-    The filters are random until `whiten` sets them. Autocast leaves its products in float32, whose output it then casts:
-    the smallest directions are amplified 20 times or more, and with them what half precision rounds off the images.
+    The filters are random until `whiten` sets them. Under autocast it computes in float32 and casts its output: it
+    amplifies the smallest directions, and with them what half precision rounds off images and filters, in bfloat16
+    up to 6 % of a channel's standard deviation on CIFAR-10.
 
     Args:
         in_channels: 3 for RGB. There are 8 filters per channel: the whitening directions and their negations.
