@@ -77,7 +77,8 @@ class WhiteningConv(nn.Conv2d):
     def forward(self, input: Float[Tensor, "*batch channels height width"]) -> Tensor:
         """Return the whitened patches of normalised images."""
         device = input.device.type
-        if not torch.is_autocast_enabled(device):
+        # It is not available for meta tensors, on which shapes are tried.
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return super().forward(input)
         with torch.autocast(device, enabled=False):
             whitened = super().forward(input.to(self.weight.dtype))

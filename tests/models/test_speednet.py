@@ -79,6 +79,10 @@ def test_under_autocast_the_stem_computes_in_float32():
     torch.testing.assert_close(stem.bias.grad, torch.full((24,), float(whitened[:, 0].numel())))
 
 
+def test_shapes_are_tried_on_meta_tensors():
+    assert SpeedNet().to("meta")(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 10)
+
+
 def test_a_whitened_stem_is_remembered_with_the_weights():
     net, other = SpeedNet(widths=[4, 4, 4]), SpeedNet(widths=[4, 4, 4])
     net.stem.whiten(torch.randn(10, 3, 8, 8))
