@@ -261,7 +261,9 @@ class ReportPage(os.PathLike[str]):
 def _predict_files(trained: TrainedModel, paths: Sequence[Path], top_k: int, batch_size: int) -> Iterable[Prediction]:
     found, _ = find_images(paths)
     unreadable: list[Skipped] = []
-    predictions = list(predict_files(trained, found, unreadable, {}, top_k=top_k, batch_size=batch_size))
+    predictions = list(
+        predict_files(trained, found, unreadable, {}, top_k=top_k, batch_size=batch_size, in_float32=True)
+    )
     for path, reason in unreadable:
         if Path(path) in paths:
             raise UserError(f"{path} {reason}")

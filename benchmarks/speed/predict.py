@@ -1,7 +1,7 @@
 """Images classified by `predict_images` against one image at a time.
 
     python -m benchmarks.speed.predict                         SmallNet with random weights, 1,000 random 32x32 PNGs
-    python -m benchmarks.speed.predict RUN FOLDER [--num N]    a run's model, or smallnet, N images of a folder
+    python -m benchmarks.speed.predict RUN FOLDER [--num N]    a run's model, or smallnet; N images, drawn evenly
     python -m benchmarks.speed.predict --model resnet18 --image_size 224 --side 500 --num 200      JPEGs of 500x500
     python -m benchmarks.speed.predict --command               also one command for each image
 

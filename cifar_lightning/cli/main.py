@@ -354,7 +354,7 @@ def _predict_images_flags(parser: argparse.ArgumentParser) -> None:
         "--top_k", metavar="N", type=int, help="most probable classes per image (default: 3, or all of fewer)"
     )
     parser.add_argument("--batch_size", metavar="N", type=int, help="images at a time (default: 256 on a GPU, else 64)")
-    text = "auto: many images on a CPU that is faster in it in bfloat16, unless two classes are close (default: auto)"
+    text = "auto: bfloat16 for many images on a CPU that is faster in it; float32 for close classes (default: auto)"
     parser.add_argument("--precision", choices=("auto", "32-true"), default="auto", help=text)
     _calibrated_flag(parser)
     _trust_flag(parser)

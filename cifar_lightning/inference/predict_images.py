@@ -284,14 +284,14 @@ def rank_classes(
         RunError: Memory is short.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with torch.inference_mode(False), _memory_for(len(images)):
-        trained.model.to(device)  # not in inference mode, or its parameters could not be trained afterwards
-    # `Run.model` may be in training mode.
-    with _memory_for(len(images)), torch.inference_mode(), in_eval_mode(trained.model):
-        logits = (compute_logits or trained.logits)(torch.from_numpy(images).to(device))
-        # By logits, as probabilities of large ones are equal; stable: the first of equal ones wins, as in argmax.
-        classes = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-        probs = logits.softmax(1).gather(1, classes)
+    with _memory_for(len(images)):
+        with torch.inference_mode(False):  # parameters that it moves in that mode could not be trained afterwards
+            trained.model.to(device)
+        with torch.inference_mode(), in_eval_mode(trained.model):  # `Run.model` may be in training mode
+            logits = (compute_logits or trained.logits)(torch.from_numpy(images).to(device))
+            # By logits, as probabilities of large ones are equal; stable: the first of equal ones wins, as in argmax.
+            classes = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+            probs = logits.softmax(1).gather(1, classes)
     if not probs.isfinite().all():
         raise UserError(f"{trained.checkpoint}: the model predicts NaN; its training diverged.")
     return [
@@ -325,13 +325,13 @@ def predict_files(
     *,
     top_k: int,
     batch_size: int | None,
-    in_float32: bool = True,
+    in_float32: bool,
     hide_bar: bool = False,
 ) -> Generator[Prediction, None, None]:
     """Yield a prediction for each image file that can be read; the others are added to `unreadable`.
 
-    Without `in_float32` many images are computed in bfloat16 where that is faster, with a line on stderr; their classes
-    are those of float32. See `faster_logits`.
+    Without `in_float32` 512 images or more are computed in bfloat16 on a CPU where that is faster, close classes in
+    float32, with a line on stderr; see `faster_logits`.
     """
     size = batch_size or default_batch_size()
     is_for_bfloat16 = not in_float32 and len(paths) >= _BFLOAT16_FROM and not torch.cuda.is_available()
